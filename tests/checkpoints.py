@@ -21,6 +21,7 @@ Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 GOLDENS = Path(__file__).parent / "parity" / "goldens"
+FORMATS = Path(__file__).parent / "parity" / "formats"
 BIAS = "mlp.gate.e_score_correction_bias"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 LINEAR_GAIN = 1.0  # standard deviation of a matrix times sqrt(inputs): keeps activations of order 1
@@ -152,6 +153,26 @@ def quantize_checkpoint(
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config |= {"quantization": block, "quantization_config": block, "torch_dtype": dtype}
     _write_folder(dst, config, stored)
+    return dst
+
+
+def dequantize_checkpoint(src: Path, dst: Path) -> Path:
+    """Write the float32 checkpoint with exactly the values of one made by `quantize_checkpoint`; return `dst`."""
+    config = json.loads((src / "config.json").read_text())
+    block = config.pop("quantization")
+    del config["quantization_config"]
+    tensors = dict(_read_language_tensors(src))
+    floats: dict[str, mx.array] = {}
+    for name, value in tensors.items():
+        path, _, kind = name.rpartition(".")
+        if kind in ("scales", "biases"):
+            continue
+        if f"{path}.scales" in tensors:
+            choice = {**block, **block.get(_stacked_path(path), {})}
+            scales, biases = (tensors[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            value = mx.dequantize(value, scales, biases, group_size=choice["group_size"], bits=choice["bits"])
+        floats[name] = value.astype(mx.float32)
+    _write_folder(dst, {**config, "torch_dtype": "float32"}, floats)
     return dst
 
 

@@ -32,6 +32,25 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Fp8Blocks:
+    """How a checkpoint stores its matrices (K2): 8-bit floats, e4m3, with one `weight_scale_inv` a block."""
+
+    block_rows: int
+    block_columns: int
+
+
+@dataclass(frozen=True)
+class PackedInts:
+    """How a checkpoint stores its matrices (experts of K2-Thinking, K2.5): packed symmetric integers.
+
+    `bits` a value, one `weight_scale` a group of columns.
+    """
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
 class YarnScaling:
     """YaRN context extension (https://arxiv.org/abs/2309.00071), with DeepSeek's mscale rules."""
 
@@ -45,7 +64,11 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The text model's dimensions and constants; sizes in elements."""
+    """The text model's dimensions and constants; sizes in elements.
+
+    `compression` is the format of published weights, for those matrices that have its scales. It and `quantization`,
+    MLX's own layout, exclude each other.
+    """
 
     model_type: str
     vocab_size: int
@@ -75,6 +98,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     quantization: Quantization | None = None
     quantization_overrides: Mapping[str, Quantization] = field(default_factory=dict)
+    compression: Fp8Blocks | PackedInts | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -147,9 +171,15 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     _refuse_foreign(outer, raw, where)
     theta, yarn = _parse_rope(raw, where)
     dtype = _first(raw.get("torch_dtype"), raw.get("dtype"), outer.get("dtype"))
-    quantization, overrides = _parse_quantization(outer, raw, where)
+    quantization, overrides, compression = _parse_quantization(outer, raw, where)
     plain = _checked_fields(ModelConfig, {**raw, "rope_theta": theta, "dtype": dtype}, where)
-    config = ModelConfig(**plain, yarn=yarn, quantization=quantization, quantization_overrides=overrides)
+    config = ModelConfig(
+        **plain,
+        yarn=yarn,
+        quantization=quantization,
+        quantization_overrides=overrides,
+        compression=compression,
+    )
     _refuse_contradictions(config, where)
     return config
 
@@ -244,13 +274,13 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _object(raw: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    """The object at `name`, empty if absent or null."""
+def _object(raw: Mapping[str, Any], name: str, where: str, prefix: str = "") -> Mapping[str, Any]:
+    """The object at `name`, empty if absent or null; `prefix` is of the name in messages."""
     value = raw.get(name)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"`{where}` has {name} = {reprlib.repr(value)}, not an object")
+        raise ConfigError(f"`{where}` has {prefix}{name} = {reprlib.repr(value)}, not an object")
     return value
 
 
@@ -297,25 +327,98 @@ def _parse_rope(raw: Mapping[str, Any], where: str) -> tuple[Any, YarnScaling | 
 
 def _parse_quantization(
     outer: Mapping[str, Any], raw: Mapping[str, Any], where: str
-) -> tuple[Quantization | None, dict[str, Quantization]]:
-    """Read MLX's `quantization` block with its per-path overrides; refuse other methods."""
-    names = ("quantization", "quantization_config")
+) -> tuple[Quantization | None, dict[str, Quantization], Fp8Blocks | PackedInts | None]:
+    """Read MLX's `quantization` block with its per-path overrides, or else the format of published weights."""
+    names = ("quantization", "quantization_config")  # mlx-lm writes a copy of the first as the second
     blocks = [(name, block) for name in names for level in (outer, raw) if (block := _object(level, name, where))]
     if not blocks:
-        return None, {}
+        return None, {}, None
     name, block = blocks[0]
     if name == "quantization_config" and "quant_method" in block:
-        raise ConfigError(
-            f"`{where}`: quantization method {reprlib.repr(block['quant_method'])} is not supported",
-            hint="use a checkpoint in MLX's affine layout, such as the ones of mlx-community",
-        )
+        return None, {}, _parse_compression(block, where)
     default = _one_quantization(block, where, name)
     overrides = {
         path.removeprefix("language_model."): _one_quantization({**block, **value}, where, f"{name}.{path}")
         for path, value in block.items()
-        if isinstance(value, Mapping)
+        if isinstance(value, Mapping)  # false says of a matrix without scales that it has none
     }
-    return default, overrides
+    return default, overrides, None
+
+
+def _parse_compression(block: Mapping[str, Any], where: str) -> Fp8Blocks | PackedInts:
+    """Read the `quantization_config` of published weights: Moonshot's FP8 or INT4."""
+    method = block["quant_method"]
+    if method == "fp8":
+        return _parse_fp8(block, where)
+    if method == "compressed-tensors":
+        return _parse_packed(block, where)
+    raise ConfigError(
+        f"`{where}`: quantization method {reprlib.repr(method)} is not supported; supported are 'fp8', "
+        "'compressed-tensors' and MLX's affine layout",
+        hint=_FORMAT_HINT,
+    )
+
+
+_FORMAT_HINT = "use a checkpoint as Moonshot publishes it or one of mlx-community: `kimi-mlx models` lists them"
+
+PACKED: Mapping[str, tuple[Any, ...]] = {"format": ("pack-quantized",), "transform_config": (None, {})}
+PACKED_GROUP: Mapping[str, tuple[Any, ...]] = {
+    "format": ("pack-quantized", None),
+    "input_activations": (None,),
+    "output_activations": (None,),
+}
+PACKED_WEIGHTS: Mapping[str, tuple[Any, ...]] = {
+    "num_bits": (4, 8),
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("group",),
+    "group_size": (32, 64, 128),
+    "actorder": (None, False),
+}
+"""What compressed-tensors' `quantization_config`, its one group and the weights there may say: then the weights are
+MLX's affine layout in other words, and nothing else is rounded."""
+
+
+def _parse_fp8(block: Mapping[str, Any], where: str) -> Fp8Blocks:
+    """Check `{fmt, weight_block_size}`; how activations would be quantized is of no concern, we keep them float."""
+    name = "quantization_config."
+    _require(block, {"fmt": ("e4m3", None)}, where, name)
+    size = block.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2:
+        raise ConfigError(
+            f"`{where}` has {name}weight_block_size = {reprlib.repr(size)}, not two whole numbers: fp8 is supported "
+            "with scales by blocks",
+            hint=_FORMAT_HINT,
+        )
+    rows, columns = (_checked(value, "int", Limits(), where, f"{name}weight_block_size") for value in size)
+    return Fp8Blocks(rows, columns)
+
+
+def _parse_packed(block: Mapping[str, Any], where: str) -> PackedInts:
+    """Check compressed-tensors' block: one group, whose weights are packed symmetric integers; nothing else is."""
+    name = "quantization_config."
+    _require(block, PACKED, where, name)
+    groups = _object(block, "config_groups", where, name)
+    if len(groups) != 1:
+        raise ConfigError(f"`{where}` has {len(groups)} {name}config_groups; supported is one", hint=_FORMAT_HINT)
+    (key,) = groups
+    group = _object(groups, key, where, f"{name}config_groups.")
+    name += f"config_groups.{key}."
+    _require(group, PACKED_GROUP, where, name)
+    weights = _object(group, "weights", where, name)
+    _require(weights, PACKED_WEIGHTS, where, f"{name}weights.")
+    return PackedInts(int(weights["num_bits"]), int(weights["group_size"]))
+
+
+def _require(block: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], where: str, prefix: str) -> None:
+    """Refuse a block that has something else than the allowed values, which include None for what may be absent."""
+    for name, values in allowed.items():
+        if block.get(name) not in values:
+            supported = " or ".join(repr(value) for value in values if value) or "none"
+            raise ConfigError(
+                f"`{where}` has {prefix}{name} = {reprlib.repr(block.get(name))}; supported is {supported}",
+                hint=_FORMAT_HINT,
+            )
 
 
 def _one_quantization(block: Mapping[str, Any], where: str, name: str) -> Quantization:

@@ -6,9 +6,13 @@ MLPs divided, the head divided over the vocabulary. It needs one collective a la
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from typing import Any
 
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.model.config import ModelConfig
@@ -57,6 +61,26 @@ class Placement:
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self.shares)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: spans become pairs."""
+        shares = [{item.name: [span.start, span.stop] for item, span in _spans(share)} for share in self.shares]
+        return {"strategy": self.strategy, "shares": shares}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Placement:
+        """Read what to_dict has written; KeyError, TypeError or ValueError for anything else."""
+        shares = (Share(**{name: Span(*map(int, span)) for name, span in share.items()}) for share in value["shares"])
+        return cls(str(value["strategy"]), tuple(shares))
+
+    @property
+    def digest(self) -> str:
+        """A short name that tells placements of equal strategy and size apart."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _spans(share: Share) -> list[tuple[Field[Any], Span]]:
+    return [(item, share.span(item.name)) for item in fields(share)]
 
 
 @dataclass(frozen=True)

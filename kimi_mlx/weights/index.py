@@ -9,12 +9,14 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import hint_for_unreadable, read_json
+from kimi_mlx.model.names import IGNORED_PREFIXES
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -54,6 +56,11 @@ class TensorInfo:
     file: Path
     start: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor; 0 for a type that we do not know."""
+        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 0)
+
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all files of a checkpoint.
@@ -71,7 +78,10 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files that the index names, or, without an index, `model*.safetensors`."""
+    """The safetensors files that the index names, or, without an index, `model*.safetensors`.
+
+    Files of vision alone may be missing; they are listed if they are there.
+    """
     index = folder / INDEX_NAME
     try:
         files = _indexed_files(index) if index.exists() else sorted(folder.glob("model*.safetensors"))
@@ -88,34 +98,73 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """From each tensor to its file, as a checkpoint's index says.
+
+    Raises:
+        ConfigError: the index cannot be read.
+        WeightsError: it has no `weight_map`, or one that names something else than a file beside it.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"`{index}` has no `weight_map`", hint="fetch the file again")
-    names: set[str] = set()
     for name in cast(dict[str, Any], weight_map).values():
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise WeightsError(
                 f"`{index}` names the file {reprlib.repr(name)}, which is no `*.safetensors` beside it",
                 hint="fetch the file again",
             )
-        names.add(name)
-    return sorted(index.parent / name for name in names)
+    return cast(dict[str, str], weight_map)
+
+
+def files_in_use(weight_map: Mapping[str, str]) -> set[str]:
+    """The files that hold anything of the text model; others, of vision alone, need not be there."""
+    return {file for tensor, file in weight_map.items() if not tensor.startswith(IGNORED_PREFIXES)}
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_weight_map(index)
+    in_use = files_in_use(weight_map)
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    return [file for file in files if file.name in in_use or file.is_file()]
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, checked against the file's size."""
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise WeightsError(f"`{file}` is no safetensors file: header of {length} bytes in {size}")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            return parse_header(file, file.stat().st_size, lambda start, stop: _read(stream, start, stop))
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, wherever it lies.
+
+    Args:
+        file: its name, for the table and for messages.
+        size: of the whole file, in bytes.
+        read: returns the bytes from start to stop.
+
+    Raises:
+        WeightsError: not a safetensors file, or a tensor that ends behind the end of the file.
+    """
+    length = int.from_bytes(read(0, 8), "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise WeightsError(
+            f"`{file}` is no safetensors file: header of {length} bytes in {size}", hint="fetch the file again"
+        )
+    try:
+        header: dict[str, Any] = json.loads(read(8, 8 + length))
         header.pop("__metadata__", None)
         return {name: _tensor_info(name, item, file, 8 + length, size) for name, item in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(file, error) from error
+
+
+def _read(stream: BinaryIO, start: int, stop: int) -> bytes:
+    stream.seek(start)
+    return stream.read(stop - start)
 
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:

@@ -1,168 +1,134 @@
-"""Slices of a checkpoint's matrices, read through memory maps: only the rows asked for come from the disk."""
+"""Slices of a checkpoint's tensors, read through memory maps: only what is asked for comes from the disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import ModelConfig, Quantization
-from kimi_mlx.model.names import IGNORED_PREFIXES, IGNORED_SUFFIXES, TEXT_PREFIX, Cut, Layout, Source
-from kimi_mlx.parallel.placement import Share
+from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts
+from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.index import TensorInfo, read_index
+from kimi_mlx.weights.moves import ArrayPlan, Move, as_box
+from kimi_mlx.weights.packed_int4 import affine_biases
 
-NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
-"""How a stored type is seen by numpy, which has no bfloat16."""
+NUMPY_TYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,
+    "I32": np.uint32,
+    "F8_E4M3": np.uint8,
+}
+"""How a stored type is seen by numpy, which has no bfloat16; packed words have no sign."""
 
-
-@dataclass(frozen=True)
-class Raw:
-    """A matrix as stored: (..., rows, columns), or (extent,) for a norm.
-
-    Args:
-        fields: `weight`, and `scales` and `biases` if quantized.
-        dtypes: the stored types, in safetensors' words, in the order of the fields.
-        quantization: of the matrix, None if float.
-    """
-
-    fields: tuple[np.ndarray, ...]
-    dtypes: tuple[str, ...]
-    quantization: Quantization | None
-
-    @property
-    def kind(self) -> tuple[tuple[str, ...], Quantization | None]:
-        """What must be equal for two matrices to be joined."""
-        return self.dtypes, self.quantization
+ReadRange = Callable[[TensorInfo], bytes]
 
 
 class Reader:
-    """A checkpoint's folder, open for reading."""
+    """The tensors of files that lie on this machine.
 
-    def __init__(self, folder: Path, config: ModelConfig):
-        self.folder = folder
-        self.config = config
-        self._index = {name.removeprefix(TEXT_PREFIX): info for name, info in read_index(folder).items()}
-        self._maps: dict[Path, np.memmap] = {}
-        self.layout = Layout(self.has, self.quantization)
+    Args:
+        checkpoint: their table.
+        paths: where the files of the table lie, if not where it says.
+        read_range: reads a whole (small) tensor of a file that does not lie here; None if all do.
+    """
 
-    def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name (without `language_model.`)."""
-        return name in self._index
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        paths: Mapping[Path, Path] | None = None,
+        read_range: ReadRange | None = None,
+    ):
+        self.checkpoint = checkpoint
+        self._paths = paths
+        self._read_range = read_range
+        self._maps: dict[Path, np.ndarray] = {}
 
-    def names(self) -> set[str]:
-        """The tensors that a text model should account for."""
-        return {
-            name
-            for name in self._index
-            if not name.startswith(IGNORED_PREFIXES) and not name.endswith(IGNORED_SUFFIXES)
-        }
+    def fill(self, plan: ArrayPlan) -> np.ndarray:
+        """Read an array; a new one, or a view of a memory map if it is one slice of a tensor."""
+        if len(plan.moves) == 1:
+            return self.take(plan.moves[0]).reshape(plan.shape)
+        box = as_box(plan.shape)
+        array = np.empty(box, NUMPY_TYPES[plan.dtype])
+        for move in plan.moves:
+            members, rows, _ = move.box
+            array[move.member : move.member + members, move.row : move.row + rows] = self.take(move)
+        return array.reshape(plan.shape)
 
-    def quantization(self, path: str) -> Quantization | None:
-        """How the matrix at `path` is quantized, by its `scales` and the configuration."""
-        if not self.has(f"{path}.scales"):
-            return None
-        quantization = self.config.quantization_of(path)
-        if quantization is None:
-            raise WeightsError(
-                f"`{path}` has scales, but `config.json` has no `quantization`",
-                hint="fetch `config.json` again",
-            )
-        return quantization
+    def take(self, move: Move) -> np.ndarray:
+        """One slice in the canonical form, in the shape of its box."""
+        stored = self._stored(move.field.tensors[0])
+        if move.field.decode == "fp8":
+            return self._take_fp8(move, stored)
+        part = move.window.of(stored).reshape(move.box)
+        if move.field.decode == "copy":
+            return part
+        packed = self.checkpoint.config.compression
+        assert isinstance(packed, PackedInts)
+        return affine_biases(part, packed.bits)
 
-    def tensors_of(self, path: str, suffix: str = ".weight") -> list[str]:
-        """Full names of the tensors that make up a matrix."""
-        if suffix != ".weight" or not self.has(f"{path}.scales"):
-            return [path + suffix]
-        return [f"{path}.{name}" for name in ("weight", "scales", "biases")]
+    def close(self) -> None:
+        """Forget the maps."""
+        self._maps.clear()
 
-    def read(self, source: Source, path: str, share: Share | None) -> Raw:
-        """Read one matrix, as far as `share` holds it.
+    def _take_fp8(self, move: Move, stored: np.ndarray) -> np.ndarray:
+        blocks = self.checkpoint.config.compression
+        assert isinstance(blocks, Fp8Blocks)
+        factors = self._stored(move.field.tensors[1])
+        block = (blocks.block_rows, blocks.block_columns)
+        source, span = move.window.source, move.window.span
+        if source.cut is not None and span is not None and not source.blocks:
+            window = slice(span.start, span.stop)
+            rows, columns = (window, slice(None)) if source.cut.axis == 0 else (slice(None), window)
+            part = decode_fp8(stored, factors, block, rows, columns)
+        else:
+            part = move.window.of(decode_fp8(stored, factors, block))
+        return to_stored_type(part.reshape(move.box), move.field.dtype)
 
-        Args:
-            source: what it is; `path` is one of its paths.
-            path: the tensor's name without suffix.
-            share: the rank's share; None for all.
-
-        Raises:
-            WeightsError: the shape or the type is not what the configuration says.
-        """
-        quantization = self.quantization(path) if source.suffix == ".weight" else None
-        names = self.tensors_of(path, source.suffix)
-        arrays: list[np.ndarray] = []
-        for position, name in enumerate(names):
-            info = self._index[name]
-            self._check(name, info, source, quantization, position)
-            array = self._map(name, info)
-            array = self._split_heads(array, source)
-            array = self._split_blocks(array, source)
-            arrays.append(self._cut(array, source.cut, share, _pack(quantization, position)))
-        return Raw(tuple(arrays), tuple(self._index[name].dtype for name in names), quantization)
-
-    def _map(self, name: str, info: TensorInfo) -> np.ndarray:
-        if info.dtype not in NUMPY_TYPES:
-            raise WeightsError(
-                f"tensor `{name}` in `{info.file}` has type {info.dtype}, which is not supported",
-                hint="use a float checkpoint or one in MLX's affine layout",
-            )
-        if info.file not in self._maps:
-            self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
+    def _stored(self, name: str) -> np.ndarray:
+        """A whole tensor, as stored."""
+        info = self.checkpoint.tensors[name]
         dtype = np.dtype(NUMPY_TYPES[info.dtype])
-        end = info.start + dtype.itemsize * int(np.prod(info.shape, dtype=np.int64))
-        return self._maps[info.file][info.start : end].view(dtype).reshape(info.shape)
-
-    def _check(
-        self, name: str, info: TensorInfo, source: Source, quantization: Quantization | None, position: int
-    ) -> None:
-        is_packed = quantization is not None and position == 0
-        if (info.dtype == "U32") != is_packed:
-            raise WeightsError(
-                f"tensor `{name}` in `{info.file}` has type {info.dtype}, not {'U32' if is_packed else 'a float type'}",
-                hint="config.json and weights do not belong together: fetch both again",
-            )
-        *leading, columns = source.shape
-        per, values = _pack(quantization, position)
-        expected = (*leading, columns * per // values)
-        if info.shape == expected and columns * per % values == 0:
-            return
-        detail = ""
-        if quantization is not None:
-            detail = f" at {quantization.bits} bits in groups of {quantization.group_size}"
-        raise WeightsError(
-            f"tensor `{name}` in `{info.file}` has shape {info.shape}; `config.json` asks for {expected}{detail}",
-            hint="config.json and weights do not belong together: fetch both again",
-        )
-
-    @staticmethod
-    def _split_heads(array: np.ndarray, source: Source) -> np.ndarray:
-        if source.heads is None:
-            return array
-        heads, first, end = source.heads
-        return array.reshape(heads, -1, array.shape[-1])[:, first:end]
-
-    @staticmethod
-    def _split_blocks(array: np.ndarray, source: Source) -> np.ndarray:
-        """Shared experts that lie behind each other become a stack: (S, rows, columns)."""
-        if not source.blocks or source.cut is None:
-            return array
-        if source.cut.axis == 0:
-            return array.reshape(source.blocks, -1, array.shape[-1])
-        return array.reshape(array.shape[0], source.blocks, -1).swapaxes(0, 1)
-
-    @staticmethod
-    def _cut(array: np.ndarray, cut: Cut | None, share: Share | None, pack: tuple[int, int]) -> np.ndarray:
-        if cut is None or share is None:
-            return array
-        span = share.span(cut.share)
-        if cut.axis == 0:
-            return array[..., span.start : span.stop, :]
-        per, values = pack
-        return array[..., span.start * per // values : span.stop * per // values]
+        path = info.file if self._paths is None else self._paths.get(info.file)
+        if path is None:
+            assert self._read_range is not None
+            return np.frombuffer(self._read_range(info), dtype).reshape(info.shape)
+        if path not in self._maps:
+            self._maps[path] = _map(path)
+        return self._maps[path][info.start : info.start + info.size_bytes].view(dtype).reshape(info.shape)
 
 
-def _pack(quantization: Quantization | None, position: int) -> tuple[int, int]:
-    """Stored columns per column, as a fraction: bits / 32 for packed weights, 1 / group_size for scales and biases."""
-    if quantization is None:
-        return 1, 1
-    return (quantization.bits, 32) if position == 0 else (1, quantization.group_size)
+def open_checkpoint(folder: Path, config: ModelConfig) -> Reader:
+    """A reader of a checkpoint's folder.
+
+    Raises:
+        WeightsError: files are missing or broken, or tensors missing or unknown.
+    """
+    checkpoint = Checkpoint(config, read_index(folder), str(folder))
+    checkpoint.check_names()
+    return Reader(checkpoint)
+
+
+def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float32 values to a stored type; bfloat16 (as uint16) to the nearest, ties to even.
+
+    Args:
+        values: float32, finite or not.
+        dtype: `F32`, `F16` or `BF16`.
+    """
+    if dtype != "BF16":
+        return values.astype(NUMPY_TYPES[dtype], copy=False)
+    words = values.view(np.uint32)
+    rounded = ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise WeightsError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error

@@ -13,7 +13,7 @@ import pytest
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.weight import Joined
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.reader import Reader
+from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import Golden, load_golden, quantize_checkpoint, write_checkpoint
 from tests.parity.test_logits import feed, relative_error
 
@@ -73,7 +73,7 @@ def test_kv_b_proj_as_a_whole_is_not_quantized_twice(name: str, tmp_path: Path) 
 
 def dequantize(folder: Path, target: Path) -> Path:
     """The float checkpoint with exactly the values of a quantized one."""
-    reader = Reader(folder, load_config(folder))
+    checkpoint = open_checkpoint(folder, load_config(folder)).checkpoint
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("*.safetensors")):
         loaded = mx.load(str(file))
@@ -82,7 +82,7 @@ def dequantize(folder: Path, target: Path) -> Path:
     floats: dict[str, mx.array] = {}
     for name, value in tensors.items():
         path, _, kind = name.rpartition(".")
-        quantization = reader.quantization(path) if kind == "weight" else None
+        quantization = checkpoint.quantization(path) if kind == "weight" else None
         if quantization is not None:
             scales, biases = tensors[f"{path}.scales"], tensors[f"{path}.biases"]
             value = mx.dequantize(value, scales, biases, quantization.group_size, quantization.bits)

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import ConfigError
-from kimi_mlx.model.config import ModelConfig, Quantization, load_config, parse_config, read_json
+from kimi_mlx.model.config import (
+    Fp8Blocks,
+    ModelConfig,
+    PackedInts,
+    Quantization,
+    load_config,
+    parse_config,
+    read_json,
+)
 from tests.checkpoints import load_golden
 
 K2 = {
@@ -49,6 +57,41 @@ K2 = {
     },
     "eos_token_id": 163585,
 }
+
+# `quantization_config` of K2, and of K2-Thinking and K2.5, as published
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+INT4 = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": [
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        "re:.*lm_head.*",
+    ],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+MLX = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -92,6 +135,88 @@ def test_quantization_with_overrides() -> None:
     assert config.quantization_of("model.embed_tokens") == Quantization(6, 64)
 
 
+def test_published_formats() -> None:
+    fp8 = parse_config(changed(quantization_config=FP8))
+    assert (fp8.compression, fp8.quantization) == (Fp8Blocks(128, 128), None)
+    int4 = parse_config(changed(quantization_config=INT4))
+    assert (int4.compression, int4.quantization) == (PackedInts(4, 32), None)
+    nested = parse_config({"model_type": "kimi_k25", "text_config": changed(quantization_config=INT4)})
+    assert nested.compression == PackedInts(4, 32)
+
+
+def test_a_block_size_need_not_be_square() -> None:
+    config = parse_config(changed(quantization_config={**FP8, "weight_block_size": [64, 256]}))
+    assert config.compression == Fp8Blocks(block_rows=64, block_columns=256)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"quantization": MLX},
+        {"quantization_config": MLX},  # without `quant_method` it is mlx-lm's copy
+        {"quantization": MLX, "quantization_config": MLX},
+        {"quantization": MLX, "quantization_config": INT4},
+        {"quantization": MLX, "text_config": changed(quantization_config=INT4)},
+        {"quantization_config": MLX, "text_config": changed(quantization_config=INT4)},
+        {"text_config": changed(quantization_config=FP8, quantization=MLX)},
+    ],
+)
+def test_the_block_of_mlx_wins(values: dict[str, Any]) -> None:
+    config = parse_config(changed(**values))
+    assert (config.quantization, config.compression) == (Quantization(4, 64), None)
+
+
+INT4_PATHS = {
+    "format": ["int-quantized", "nvfp4-pack-quantized", None],
+    "transform_config": [{"config_groups": {}}],
+    "config_groups": [{}, {"group_0": {}, "group_1": {}}],
+    "config_groups.group_0.input_activations": [{"num_bits": 8}],
+    "config_groups.group_0.format": ["float-quantized"],
+    "config_groups.group_0.weights": [None],
+    "config_groups.group_0.weights.num_bits": [3, 16, True, "4", None],
+    "config_groups.group_0.weights.type": ["float", None],
+    "config_groups.group_0.weights.symmetric": [False, None],
+    "config_groups.group_0.weights.strategy": ["channel", "tensor_group"],
+    "config_groups.group_0.weights.group_size": [16, 33, -1, None],
+    "config_groups.group_0.weights.actorder": ["weight", "group"],
+}
+
+
+def with_value(block: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a block with one value, however deep, replaced."""
+    first, _, rest = path.partition(".")
+    return {**block, first: with_value(block[first], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in INT4_PATHS.items() for value in values])
+def test_another_kind_of_packing_is_refused_by_its_path(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"quantization_config\.{re.escape(path)}.* supported is ") as caught:
+        parse_config(changed(quantization_config=with_value(INT4, path, value)))
+    assert caught.value.hint is not None
+    assert "kimi-mlx models" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"fmt": "e5m2"}, r"fmt = 'e5m2'; supported is 'e4m3'"),
+        ({"weight_block_size": None}, "weight_block_size = None, not two whole numbers"),
+        ({"weight_block_size": [128]}, r"weight_block_size = \[128\], not two whole numbers"),
+        ({"weight_block_size": [128, 0]}, "weight_block_size = 0, not a whole number"),
+        ({"weight_block_size": "128x128"}, "weight_block_size = '128x128', not two"),
+    ],
+)
+def test_another_kind_of_fp8_is_refused_by_its_field(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(changed(quantization_config={**FP8, **values}))
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "awq", "gptq", "bitsandbytes", None, ["fp8"]])
+def test_other_methods_are_refused_by_name(method: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"quantization method {re.escape(repr(method))} is not supported"):
+        parse_config(changed(quantization_config={"quant_method": method, "bits": 4}))
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -110,7 +235,7 @@ def test_quantization_with_overrides() -> None:
         ({"qk_rope_head_dim": 63}, "63"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mxfp4"),
         ({"quantization": {"bits": 4}}, "group_size"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(values: dict[str, Any], words: str) -> None:
@@ -241,6 +366,7 @@ VALUES = st.recursive(
 NAMES = (*K2, *WRONG, "topk_method", "scoring_func", "hidden_act", "tie_word_embeddings", "dtype")
 PATHS = [(name,) for name in NAMES] + [(block, name) for block, table in WRONG_INNER.items() for name in table]
 PATHS += [("quantization", "mode"), ("quantization", "lm_head"), ("rope_scaling", "type")]
+COMPRESSION_PATHS = [(FP8, name) for name in FP8] + [(INT4, path) for path in INT4_PATHS]
 
 
 VALID = parse_config(K2)
@@ -258,3 +384,14 @@ def test_any_value_anywhere_is_accepted_or_refused(path: tuple[str, ...], value:
         return
     assert math.isfinite(config.attention_scale)
     assert all(type(getattr(config, name)) is type(getattr(VALID, name)) for name in ("n_group", "rope_theta", "dtype"))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(COMPRESSION_PATHS), VALUES)
+def test_any_value_in_a_published_format_is_accepted_or_refused(place: tuple[dict[str, Any], str], value: Any) -> None:
+    block = with_value(*place, value)
+    try:
+        config = parse_config(changed(quantization_config=json.loads(json.dumps(block))))
+    except ConfigError:
+        return
+    assert isinstance(config.compression, (Fp8Blocks, PackedInts))

@@ -13,7 +13,9 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import Placement, Share, Span, plan_hybrid
-from kimi_mlx.weights.assemble import load_model, placement_units
+from kimi_mlx.weights.assemble import load_model
+from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import load_golden, write_checkpoint
 
 
@@ -39,7 +41,7 @@ def test_a_step_needs_one_sum_a_layer_and_one_gather(rank: int, tmp_path: Path) 
     folder = write_checkpoint(tmp_path / "k2", golden.config, golden.seed)
     config = load_config(folder)
     group = CountingGroup(2, rank)
-    placement = plan_hybrid(config, 2, placement_units(folder, config))
+    placement = plan_hybrid(config, 2, placement_units(open_checkpoint(folder, config).checkpoint))
     exchange = GroupExchange(group, placement)
     model = load_model(folder, config, mx.float32, placement.shares[rank], exchange)
     for tokens in ([[1, 2, 3]], [[4]]):

@@ -12,8 +12,10 @@ from mlx.utils import tree_flatten
 from kimi_mlx.errors import ConfigError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.placement import plan_hybrid
-from kimi_mlx.weights.assemble import load_model, placement_units
+from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.index import INDEX_NAME, read_index
+from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
 GOLDEN = load_golden("k2")
@@ -123,7 +125,7 @@ def test_scales_without_a_quantization_block(folder: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_rank_holds_exactly_its_share(folder: Path, world_size: int) -> None:
     config = load_config(folder)
-    placement = plan_hybrid(config, world_size, placement_units(folder, config))
+    placement = plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
     whole = dict(tree_flatten(load_model(folder, config, mx.float32).parameters()))
     parts = [
         dict(tree_flatten(load_model(folder, config, mx.float32, share).parameters())) for share in placement.shares

@@ -1,0 +1,262 @@
+"""A checkpoint as a table: which tensors there are, and how each matrix is stored. Pure: no tensor is read here.
+
+Four forms are known, told apart by the tensors that are there: floats (`weight`), MLX's affine quantization (`weight`,
+`scales`, `biases`), FP8 blocks (`weight`, `weight_scale_inv`), and the packed integers of compressed-tensors
+(`weight_packed`, `weight_scale`, `weight_shape`). Each is seen here as fields of the canonical form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts, Quantization
+from kimi_mlx.model.names import (
+    IGNORED_PREFIXES,
+    IGNORED_SUFFIXES,
+    TEXT_PREFIX,
+    Entry,
+    Layout,
+    layer_entries,
+    top_entries,
+)
+from kimi_mlx.weights.index import TensorInfo
+
+FLOATS = ("F32", "F16", "BF16")
+"""Types in which scales, norms and unquantized matrices may be stored."""
+
+BELONG_HINT = "config.json and weights do not belong together: fetch both again"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a matrix in the canonical form, and where it comes from.
+
+    Args:
+        name: `weight`, `scales` or `biases`.
+        dtype: in the canonical form, in safetensors' words.
+        tensors: what it is made of: one tensor, or FP8's weight and its factors.
+        decode: `copy`, `biases` (made from packed integers' scales) or `fp8`.
+        per: with `values`, stored columns a column of the matrix: bits / 32 for packed weights, 1 / group_size for
+            scales and biases, else 1 / 1.
+        values: see `per`.
+    """
+
+    name: str
+    dtype: str
+    tensors: tuple[str, ...]
+    decode: str = "copy"
+    per: int = 1
+    values: int = 1
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How one matrix of the checkpoint is stored.
+
+    Args:
+        fields: `weight`, and `scales` and `biases` if quantized.
+        quantization: in the canonical form; None if float.
+    """
+
+    fields: tuple[Field, ...]
+    quantization: Quantization | None
+
+    @property
+    def kind(self) -> tuple[tuple[str, ...], Quantization | None]:
+        """What must be equal for two matrices to be joined."""
+        return tuple(field.dtype for field in self.fields), self.quantization
+
+
+class Checkpoint:
+    """The tensors of a text model, by their names without `language_model.`.
+
+    Args:
+        config: the model's configuration.
+        table: the headers of all files.
+        where: the folder or repository, for messages.
+        fp8_dtype: what FP8 becomes: `F32` loses nothing, a store takes `BF16` as the model computes in it.
+    """
+
+    def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], where: str, fp8_dtype: str = "F32"):
+        self.config = config
+        self.where = where
+        self.fp8_dtype = fp8_dtype
+        self.tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
+        self.layout = Layout(self.has_matrix, self.quantization)
+
+    def has_matrix(self, name: str) -> bool:
+        """Whether there is a matrix whose floats would be called `name`, such as `lm_head.weight`."""
+        return name in self.tensors or name.removesuffix(".weight") + ".weight_packed" in self.tensors
+
+    def quantization(self, path: str) -> Quantization | None:
+        """How the matrix at `path` is quantized in the canonical form."""
+        if f"{path}.weight_packed" in self.tensors:
+            packed = self._packed_ints(path)
+            return Quantization(packed.bits, packed.group_size)
+        if f"{path}.scales" not in self.tensors:
+            return None
+        quantization = self.config.quantization_of(path)
+        if quantization is None:
+            raise WeightsError(
+                f"`{path}` has scales, but `config.json` has no `quantization`", hint="fetch `config.json` again"
+            )
+        return quantization
+
+    def tensors_of(self, path: str, suffix: str = ".weight") -> list[str]:
+        """Full names of the tensors that make up a matrix."""
+        if suffix != ".weight":
+            return [path + suffix]
+        if f"{path}.weight_packed" in self.tensors:
+            kinds: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
+        elif f"{path}.weight_scale_inv" in self.tensors:
+            kinds = ("weight", "weight_scale_inv")
+        elif f"{path}.scales" in self.tensors:
+            kinds = ("weight", "scales", "biases")
+        else:
+            kinds = ("weight",)
+        return [f"{path}.{kind}" for kind in kinds]
+
+    def matrix(self, path: str, suffix: str, shape: tuple[int, ...]) -> Matrix:
+        """How the matrix at `path` is stored.
+
+        Args:
+            path: its name without suffix.
+            suffix: `.weight`, or of the router's bias.
+            shape: of the unquantized matrix, as the configuration says.
+
+        Raises:
+            WeightsError: a shape or type is not what the configuration says.
+        """
+        names = self.tensors_of(path, suffix)
+        if names[0].endswith(".weight_packed"):
+            return self._packed(names, path, shape)
+        if len(names) == 2:
+            return self._fp8(names, shape)
+        if len(names) == 1:
+            self._check(names[0], FLOATS, shape)
+            return Matrix((Field("weight", self.tensors[names[0]].dtype, (names[0],)),), None)
+        return self._affine(names, path, shape)
+
+    def _affine(self, names: list[str], path: str, shape: tuple[int, ...]) -> Matrix:
+        quantization = self.quantization(path)
+        assert quantization is not None
+        bits, size = quantization.bits, quantization.group_size
+        how = f" at {bits} bits in groups of {size}"
+        packs = ((bits, 32), (1, size), (1, size))
+        for name, (per, values) in zip(names, packs, strict=True):
+            self._check(name, ("U32",) if values == 32 and per == bits else FLOATS, shape, per, values, how)
+        fields = (
+            Field(name.rpartition(".")[2], self.tensors[name].dtype, (name,), "copy", per, values)
+            for name, (per, values) in zip(names, packs, strict=True)
+        )
+        return Matrix(tuple(fields), quantization)
+
+    def _packed(self, names: list[str], path: str, shape: tuple[int, ...]) -> Matrix:
+        packed = self._packed_ints(path)
+        bits, size = packed.bits, packed.group_size
+        how = f" at {bits} bits in groups of {size}"
+        words, scale = names[:2]
+        self._check(words, ("I32",), shape, bits, 32, how)
+        self._check(scale, FLOATS, shape, 1, size, how)
+        dtype = self.tensors[scale].dtype
+        fields = (
+            Field("weight", "U32", (words,), "copy", bits, 32),
+            Field("scales", dtype, (scale,), "copy", 1, size),
+            Field("biases", dtype, (scale,), "biases", 1, size),
+        )
+        return Matrix(fields, Quantization(bits, size))
+
+    def _packed_ints(self, path: str) -> PackedInts:
+        compression = self.config.compression
+        if not isinstance(compression, PackedInts):
+            raise WeightsError(
+                f"`{path}` is packed as compressed-tensors does it, but `config.json` does not say how",
+                hint="fetch `config.json` again",
+            )
+        return compression
+
+    def _fp8(self, names: list[str], shape: tuple[int, ...]) -> Matrix:
+        blocks = self.config.compression
+        if not isinstance(blocks, Fp8Blocks):
+            raise WeightsError(
+                f"`{names[0]}` is stored as FP8, but `config.json` has no `weight_block_size`",
+                hint="fetch `config.json` again",
+            )
+        self._check(names[0], ("F8_E4M3",), shape)
+        *leading, rows, columns = shape
+        grid = (*leading, -(-rows // blocks.block_rows), -(-columns // blocks.block_columns))
+        self._check(names[1], ("F32",), grid)
+        return Matrix((Field("weight", self.fp8_dtype, tuple(names), "fp8"),), None)
+
+    def _check(
+        self,
+        name: str,
+        dtypes: tuple[str, ...],
+        shape: tuple[int, ...],
+        per: int = 1,
+        values: int = 1,
+        how: str = "",
+    ) -> None:
+        """Check a tensor's stored type and shape; `how` tells of the quantization."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise WeightsError(f"`{self.where}` lacks the tensor `{name}`", hint="finish the download")
+        where = f"tensor `{name}` in `{info.file}`"
+        if info.dtype not in dtypes:
+            wanted = dtypes[0] if len(dtypes) == 1 else "a float type"
+            raise WeightsError(f"{where} has type {info.dtype}, not {wanted}", hint=BELONG_HINT)
+        *leading, columns = shape
+        expected = (*leading, columns * per // values)
+        if info.shape != expected or columns * per % values:
+            raise WeightsError(
+                f"{where} has shape {info.shape}; `config.json` asks for {expected}{how}", hint=BELONG_HINT
+            )
+
+    def check_names(self) -> None:
+        """Refuse a checkpoint that lacks a tensor or has one that we would ignore."""
+        wanted = {
+            name
+            for entry in self._entries()
+            for part in entry.parts
+            for source in part
+            for path in source.paths
+            for name in self.tensors_of(path, source.suffix)
+        }
+        present = {name for name in self.tensors if not is_ignored(name, self.config)}
+        if missing := sorted(wanted - present):
+            raise WeightsError(
+                f"`{self.where}` lacks {_some(missing)}",
+                hint="finish the download, or fetch `config.json` again",
+            )
+        if unknown := sorted(present - wanted):
+            raise WeightsError(
+                f"`{self.where}` has {_some(unknown)}, which this model has no place for",
+                hint="the checkpoint is of another architecture or layout",
+            )
+
+    def _entries(self) -> list[Entry]:
+        entries = top_entries(self.config)
+        for layer in range(self.config.num_hidden_layers):
+            entries += layer_entries(self.config, layer, self.layout)
+        return entries
+
+    @property
+    def vision_bytes(self) -> int:
+        """Bytes of the vision part, which is left out."""
+        return sum(info.size_bytes for name, info in self.tensors.items() if name.startswith(IGNORED_PREFIXES))
+
+
+def is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a text model has no use for a tensor: vision, rotary buffers, layers that predict further tokens."""
+    if name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_SUFFIXES):
+        return True
+    parts = name.split(".")
+    is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
+    return is_layer and int(parts[2]) >= config.num_hidden_layers
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:5])
+    return f"{len(names)} tensors, first {shown}" if len(names) > 5 else f"the tensor{'s' * (len(names) > 1)} {shown}"

@@ -1,0 +1,258 @@
+"""The plan of a layer: the arrays of its canonical entries, and which slice of which tensor goes where in them.
+
+A plan follows from headers, configuration and a rank's share alone. Loading a checkpoint and building a store both
+carry it out, one into memory, the other into a file. Pure: numpy serves for shapes and views only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config import Quantization
+from kimi_mlx.model.names import Entry, Source, is_latent_first, layer_entries, num_fused_shared, top_entries
+from kimi_mlx.parallel.placement import Share, Span, Units
+from kimi_mlx.weights.checkpoint import Checkpoint, Field, Matrix
+from kimi_mlx.weights.index import DTYPE_BYTES
+
+Box = tuple[int, int, int]
+"""(members of a stack, rows, columns); a plain matrix is a stack of one, a norm has one row."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is taken of a stored matrix.
+
+    Args:
+        source: its heads, blocks and cut axis.
+        span: the rows or columns along the cut, of the unquantized matrix; None takes all.
+        per: stored columns per `values` columns.
+        values: see `per`.
+    """
+
+    source: Source
+    span: Span | None
+    per: int
+    values: int
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
+        return self._cut(self._split_blocks(self._split_heads(array)))
+
+    def box(self, stored_shape: tuple[int, ...]) -> Box:
+        """The shape of the part, as a stack."""
+        return as_box(self.of(np.broadcast_to(np.uint8(0), stored_shape)).shape)
+
+    def _split_heads(self, array: np.ndarray) -> np.ndarray:
+        if self.source.heads is None:
+            return array
+        heads, first, end = self.source.heads
+        return array.reshape(heads, -1, array.shape[-1])[:, first:end]
+
+    def _split_blocks(self, array: np.ndarray) -> np.ndarray:
+        """Shared experts that lie behind each other become a stack: (S, rows, columns)."""
+        source = self.source
+        if not source.blocks or source.cut is None:
+            return array
+        if source.cut.axis == 0:
+            return array.reshape(source.blocks, -1, array.shape[-1])
+        return array.reshape(array.shape[0], source.blocks, -1).swapaxes(0, 1)
+
+    def _cut(self, array: np.ndarray) -> np.ndarray:
+        if self.source.cut is None or self.span is None:
+            return array
+        if self.source.cut.axis == 0:
+            return array[..., self.span.start : self.span.stop, :]
+        return array[..., self.span.start * self.per // self.values : self.span.stop * self.per // self.values]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One slice's way into an array.
+
+    Args:
+        field: what it is made of.
+        window: what is taken.
+        box: its shape.
+        member: its first place in the stack.
+        row: its first row there.
+    """
+
+    field: Field
+    window: Window
+    box: Box
+    member: int
+    row: int
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """An array of the canonical tree.
+
+    Args:
+        name: `weight`, `scales` or `biases`.
+        dtype: in safetensors' words.
+        shape: (..., rows, columns), or (extent,).
+        moves: what fills it; together they cover it once.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    moves: tuple[Move, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One weight: its arrays, and how it is quantized."""
+
+    arrays: tuple[ArrayPlan, ...]
+    quantization: Quantization | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a rank holds of a layer, or of the top.
+
+    Args:
+        entries: name -> the parts of the weight; one part, unless parts are quantized differently.
+        latent_first: as in kimi_mlx.model.tree.LayerWeights.
+        num_fused_shared: as there.
+    """
+
+    entries: dict[str, tuple[WeightPlan, ...]]
+    latent_first: bool = False
+    num_fused_shared: int = 0
+
+    def arrays(self) -> Iterator[tuple[str, ArrayPlan]]:
+        """All arrays by full name: entry, part if there are several, array."""
+        for entry, parts in self.entries.items():
+            for number, part in enumerate(parts):
+                for array in part.arrays:
+                    yield array_name(entry, number, len(parts), array.name), array
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.size_bytes for _, array in self.arrays())
+
+
+def array_name(entry: str, part: int, parts: int, array: str) -> str:
+    """What an array is called in a store, such as `self_attn.o_proj.scales`."""
+    return f"{entry}.{array}" if parts == 1 else f"{entry}.{part}.{array}"
+
+
+def plan_layer(checkpoint: Checkpoint, layer: int, share: Share | None) -> LayerPlan:
+    """Plan what a rank holds of `layer`; `share` None is all.
+
+    Raises:
+        WeightsError: missing or wrongly stored tensors.
+    """
+    config, layout = checkpoint.config, checkpoint.layout
+    return LayerPlan(
+        _plan_entries(checkpoint, layer_entries(config, layer, layout), share),
+        latent_first=is_latent_first(layer, layout),
+        num_fused_shared=num_fused_shared(config, layer, layout),
+    )
+
+
+def plan_top(checkpoint: Checkpoint, share: Share | None) -> LayerPlan:
+    """Plan the embedding, the last norm and the head."""
+    return LayerPlan(_plan_entries(checkpoint, top_entries(checkpoint.config), share))
+
+
+def placement_units(checkpoint: Checkpoint) -> Units:
+    """The pieces in which this checkpoint's matrices can be divided: its quantization groups."""
+    groups: dict[str, int] = {}
+    for layer in range(checkpoint.config.num_hidden_layers):
+        for entry in layer_entries(checkpoint.config, layer, checkpoint.layout):
+            for source in (source for part in entry.parts for source in part):
+                if source.cut is not None and source.cut.axis == 1:
+                    quantization = checkpoint.quantization(source.paths[0])
+                    unit = quantization.group_size if quantization is not None else 1
+                    groups[source.cut.share] = math.lcm(groups.get(source.cut.share, 1), unit)
+    return Units(groups.get("expert_rows"), groups.get("shared_rows"), groups.get("dense_rows"))
+
+
+def as_box(shape: tuple[int, ...]) -> Box:
+    """A shape of one to three axes as (members, rows, columns)."""
+    members, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
+    return members, rows, columns
+
+
+def _plan_entries(
+    checkpoint: Checkpoint, entries: list[Entry], share: Share | None
+) -> dict[str, tuple[WeightPlan, ...]]:
+    return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries}
+
+
+def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: Share | None) -> tuple[WeightPlan, ...]:
+    """Plan an entry; its parts are fused into one weight if they are stored alike."""
+    parts = [_members(checkpoint, part) for part in entry.parts]
+    for members in parts:
+        if len({matrix.kind for _, matrix in members}) > 1:
+            stored = " and ".join(sorted({"/".join(matrix.kind[0]) for _, matrix in members}))
+            raise WeightsError(f"experts of one layer are stored in different types: {stored}")
+    if len({members[0][1].kind for members in parts}) > 1:
+        return tuple(_plan_weight(checkpoint, [members], share) for members in parts)
+    return (_plan_weight(checkpoint, parts, share),)
+
+
+Member = tuple[Source, Matrix]
+
+
+def _members(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Member]:
+    """The matrices that are stacked into one part."""
+    return [
+        (source, checkpoint.matrix(path, source.suffix, source.shape)) for source in sources for path in source.paths
+    ]
+
+
+def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: Share | None) -> WeightPlan:
+    """Plan the fusion of parts: side by side by their rows, the members of each in a stack."""
+    matrix = parts[0][0][1]
+    arrays = tuple(_plan_array(checkpoint, parts, number, share) for number in range(len(matrix.fields)))
+    return WeightPlan(arrays, matrix.quantization)
+
+
+def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: Share | None) -> ArrayPlan:
+    """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
+    moves: list[Move] = []
+    field = parts[0][0][1].fields[number]
+    row = members = rank = columns = 0
+    for part in parts:
+        member = height = 0
+        for source, matrix in part:
+            move = _plan_move(checkpoint, source, matrix.fields[number], share, member, row)
+            moves.append(move)
+            member += move.box[0]
+            _, height, columns = move.box
+            rank = max(rank, _num_axes(source))
+        members = member
+        row += height
+    box = (members, row, columns)
+    axes = 3 if len(parts[0]) > 1 else rank
+    return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
+
+
+def _plan_move(
+    checkpoint: Checkpoint, source: Source, field: Field, share: Share | None, member: int, row: int
+) -> Move:
+    span = share.span(source.cut.share) if share is not None and source.cut is not None else None
+    window = Window(source, span, field.per, field.values)
+    box = window.box(checkpoint.tensors[field.tensors[0]].shape)
+    return Move(field, window, box, member, row)
+
+
+def _num_axes(source: Source) -> int:
+    """Axes of what a window takes of a matrix."""
+    return 3 if source.heads is not None or (source.blocks and source.cut is not None) else len(source.shape)
