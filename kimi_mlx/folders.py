@@ -1,4 +1,4 @@
-"""The user's folders for what kimi-mlx keeps: caches and state, where the system and XDG's variables say."""
+"""The user's folders for what kimi-mlx keeps: caches, state and data, where the system and XDG's variables say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def cache_folder() -> Path | None:
 def state_folder() -> Path | None:
     """Where to keep the history of chats; None for a user without a home."""
     return _folder("XDG_STATE_HOME", ".local/state", "Application Support")
+
+
+def data_folder() -> Path | None:
+    """Where to keep what was made at some cost, such as shard stores; None for a user without a home."""
+    return _folder("XDG_DATA_HOME", ".local/share", "Application Support")
+
+
+def stores_folder() -> Path | None:
+    """Where shard stores are kept: in KIMI_MLX_STORES, else with the user's data; None for a user without a home."""
+    if chosen := os.environ.get("KIMI_MLX_STORES"):
+        return Path(os.path.expanduser(chosen))
+    folder = data_folder()
+    return None if folder is None else folder / "stores"
 
 
 def _folder(variable: str, usual: str, on_macos: str) -> Path | None:

@@ -1,8 +1,9 @@
-"""Bytes, times and rates as people read them. GB is 10**9 bytes, GiB is 1024**3."""
+"""Bytes, times, tokens and rates as people read them. GB is 10**9 bytes, GiB is 1024**3."""
 
 from __future__ import annotations
 
 GB = 10**9
+GIB = 1024**3
 
 
 def format_bytes(count: float) -> str:
@@ -11,6 +12,16 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_gib(count: float) -> str:
+    """Bytes in GiB, such as `958.5 GiB`: what tools that count in powers of two show."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def format_context(tokens: int) -> str:
+    """The length of a context as models are named by it, in units of 1024 tokens: `8k`, `256k`, `1M`."""
+    return f"{tokens // 1024**2}M" if tokens >= 1024**2 else f"{tokens // 1024}k"
 
 
 def format_seconds(seconds: float) -> str:

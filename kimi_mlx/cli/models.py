@@ -1,46 +1,243 @@
-"""`kimi-mlx models`: the known models and what is on this machine."""
+"""`kimi-mlx models`: the known models, what each one needs, and what is on this machine. Never asks the network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.table import Table
+from rich.text import Text
 
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.units import format_bytes
-from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue
+from kimi_mlx.cluster.machine import Machine, this_machine
+from kimi_mlx.units import GB, format_bytes, format_context, format_gib
+from kimi_mlx.weights.catalogue import (
+    SYSTEM_BYTES,
+    CatalogueEntry,
+    SamplingValues,
+    catalogue,
+    find_entry,
+)
+from kimi_mlx.weights.licence import notice
+from kimi_mlx.weights.locate import Presence, presence, unknown_model
+
+WIDE, NARROW = 110, 76
+"""Columns from which on the table says what a model is; below NARROW it leaves out the format, too."""
 
 
-def models(json: JsonOption = False) -> None:
-    """List the known models, their size, and which are on this machine."""
-    rows = [(entry, entry.local_folder()) for entry in catalogue()]
-    if json:
-        print_json([_to_dict(entry, folder) for entry, folder in rows])
+@dataclass(frozen=True)
+class Row:
+    """A known model as this machine sees it.
+
+    Args:
+        entry: the model.
+        presence: what of it is here.
+        folder: where.
+        size_bytes: the catalogue's, else of the files here.
+        hosts_needed: machines like this one; None if it takes too many, or the model is refused.
+    """
+
+    entry: CatalogueEntry
+    presence: Presence
+    folder: Path | None
+    size_bytes: int | None
+    hosts_needed: int | None
+
+    def to_dict(self) -> dict[str, object]:
+        """All fields, for JSON."""
+        return {
+            **asdict(self.entry),
+            "size_bytes": self.size_bytes,
+            "minimum_memory_bytes": self.entry.minimum_memory_bytes(),
+            "on_this_machine": self.presence,
+            "folder": str(self.folder) if self.folder else None,
+            "hosts_needed": self.hosts_needed,
+        }
+
+
+def models(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="An alias or a repository to show in detail. Default: a table of all models."
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the known models: their size, the memory they need, and which are on this machine."""
+    machine = this_machine()
+    if model is None:
+        rows = [see(entry, machine) for entry in catalogue()]
+        if json:
+            print_json([row.to_dict() for row in rows])
+            return
+        stdout.print(table(rows, machine, stdout.width), soft_wrap=False)
+        stdout.print()
+        for line in footnotes(rows, machine):
+            stdout.print(line, style="dim", markup=False, soft_wrap=False)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("here", no_wrap=True)
-    table.add_column("what it is")
-    for entry, folder in rows:
-        size = _size_bytes(entry, folder)
-        table.add_row(entry.alias, format_bytes(size) if size else "-", "yes" if folder else "no", entry.about)
-    stdout.print(table)
+    entry = find_entry(model)
+    if entry is None:
+        raise unknown_model(model)
+    row = see(entry, machine)
+    if json:
+        print_json(row.to_dict())
+        return
+    stdout.print(Text(f"{entry.title}: {entry.about}", style="bold"), soft_wrap=False)
+    stdout.print(details(row, machine), soft_wrap=False)
 
 
-def _size_bytes(entry: CatalogueEntry, folder: Path | None) -> int | None:
-    """The size the catalogue says, or of the files here."""
-    if entry.size_bytes is not None or folder is None:
-        return entry.size_bytes
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+def see(entry: CatalogueEntry, machine: Machine) -> Row:
+    """Look for a model here, and whether it fits."""
+    here, folder = presence(entry)
+    size = entry.size_bytes
+    if size is None and folder is not None:
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return Row(entry, here, folder, size, entry.hosts_needed(machine.memory_bytes, machine.gpu_bytes))
 
 
-def _to_dict(entry: CatalogueEntry, folder: Path | None) -> dict[str, object]:
-    return {
+def table(rows: Sequence[Row], machine: Machine, width: int) -> Table:
+    """The models, a line each, in a table for a terminal of `width` columns."""
+    result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header in ("model", "GB", "needs", "context", "here", "fits"):
+        result.add_column(header, justify="right" if header in ("GB", "needs", "context") else "left", no_wrap=True)
+    last = "what it is" if width >= WIDE else "format" if width >= NARROW else None
+    if last is not None:
+        result.add_column(last, no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        cells = [
+            row.entry.alias,
+            _gigabytes(row.size_bytes),
+            "any" if row.entry.is_packaged else _gigabytes(row.entry.minimum_memory_bytes()),
+            format_context(row.entry.context_tokens),
+            row.presence,
+            _fits(row, machine),
+        ]
+        what = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
+        style = None if row.entry.refused is None else "dim"
+        result.add_row(*cells, *([] if last is None else [what]), style=style)
+    return result
+
+
+def footnotes(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """What the table's columns mean, and why models are refused."""
+    lines = [
+        "GB: to download. needs: GB of memory on one host, with 8k tokens of context and "
+        f"{format_bytes(SYSTEM_BYTES)} for the system.",
+        f"fits: on {_machine_in_words(machine)}, or on so many like it in a cluster.",
+    ]
+    lines += [
+        f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
+    ]
+    return [*lines, "`kimi-mlx models MODEL` says all about one of them."]
+
+
+def details(row: Row, machine: Machine) -> Table:
+    """All facts of one model, in two columns."""
+    entry = row.entry
+    facts = {
         "alias": entry.alias,
         "repository": entry.repository,
-        "size_bytes": _size_bytes(entry, folder),
-        "folder": str(folder) if folder else None,
-        "about": entry.about,
+        "original": entry.original_repository,
+        "format": entry.format,
+        "download": _two_units(entry.size_bytes),
+        "in memory": _two_units(entry.weights_bytes),
+        "memory needed": _memory_in_words(row),
+        "context": f"{entry.context_tokens:,} tokens",
+        "sampling": _sampling_in_words(entry.sampling),
+        "without thinking": _sampling_in_words(entry.instant_sampling),
+        "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
+        "fits": _fits_in_words(row, machine),
+        "here": _presence_in_words(row),
+        "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()),
     }
+    result = Table.grid(padding=(0, 2, 0, 0))
+    result.add_column(style="dim", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, fact in facts.items():
+        if fact is not None:
+            result.add_row(name, Text(fact))
+    return result
+
+
+def _gigabytes(count: int | None) -> str:
+    """A number for a column of GB."""
+    if count is None:
+        return "-"
+    return f"{count / GB:.1f}" if count >= GB / 10 else "<0.1"
+
+
+def _two_units(count: int | None) -> str | None:
+    """Bytes as shops count them, and as tools do."""
+    return None if count is None else f"{format_bytes(count)} ({format_gib(count)})"
+
+
+def _fits(row: Row, machine: Machine) -> str:
+    """Whether the machine has the memory, in seven characters."""
+    if row.hosts_needed is None:
+        return "no"
+    return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
+
+
+def _fits_in_words(row: Row, machine: Machine) -> str:
+    """Whether the machine has the memory, and what would help."""
+    entry, needed = row.entry, row.hosts_needed
+    if entry.refused is not None:
+        return f"not supported: {entry.refused}"
+    here = _machine_in_words(machine)
+    if needed is None:
+        answer = f"no: {here} is too little, even several times"
+    else:
+        answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} of this size ({here})"
+    limit = machine.memory_bytes - SYSTEM_BYTES
+    with_limit = entry.hosts_needed(machine.memory_bytes, limit)
+    if machine.is_mac and with_limit is not None and (needed is None or with_limit < needed):
+        command = f"sudo sysctl iogpu.wired_limit_mb={limit // 1024**2}"
+        answer += f"; {with_limit} if the GPU may wire more, until the next restart: `{command}`"
+    return answer
+
+
+def _presence_in_words(row: Row) -> str:
+    """Where it is, or how to get it."""
+    if row.entry.refused is not None:
+        return "no"
+    if row.presence == "package":
+        return f"comes with the package, in {row.folder}"
+    if row.presence in ("yes", "store"):
+        how = "yes" if row.presence == "yes" else "as a shard store"
+        return f"{how}, in {row.folder}"
+    begun = f"partly, in {row.folder}" if row.presence == "partly" else "no"
+    return f"{begun}; `kimi-mlx download {row.entry.alias}` fetches what is missing"
+
+
+def _memory_in_words(row: Row) -> str | None:
+    """The minimum on one host, and on as many as are needed here."""
+    if row.entry.is_packaged:
+        return "any machine"
+    alone = row.entry.minimum_memory_bytes()
+    if alone is None:
+        return None
+    answer = f"{format_bytes(alone)} on one host"
+    if row.hosts_needed is not None and row.hosts_needed > 1:
+        together = row.entry.minimum_memory_bytes(row.hosts_needed) or 0
+        answer += f", {format_bytes(together / row.hosts_needed)} on each of {row.hosts_needed}"
+    return answer
+
+
+def _sampling_in_words(values: SamplingValues | None) -> str | None:
+    return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.given().items())
+
+
+def _machine_in_words(machine: Machine) -> str:
+    """Such as `this Mac of 512.0 GiB, of which the GPU may use 384.0`."""
+    kind = "Mac" if machine.is_mac else "machine"
+    limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}"
+    return f"this {kind} of {format_gib(machine.memory_bytes)}" + limit * (machine.gpu_bytes < machine.memory_bytes)
+
+
+def _hosts(machine: Machine) -> str:
+    return "Macs" if machine.is_mac else "hosts"

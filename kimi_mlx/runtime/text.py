@@ -16,7 +16,7 @@ from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
 
 DEFAULT_TEMPERATURE = 0.6
-"""Where the checkpoint has no `generation_config.json` that says otherwise: the value of K2's model cards."""
+"""Where neither `generation_config.json` nor the catalogue says otherwise: the value of K2's model cards."""
 
 AnyMessage = Message | Mapping[str, Any]
 
@@ -28,7 +28,7 @@ class ChatTokenizer:
     Args:
         tokenizer: between plain text and ids.
         template: from messages to a prompt.
-        sampling: what `generation_config.json` recommends.
+        sampling: what is recommended: by `generation_config.json`, else by who loaded it.
     """
 
     tokenizer: Tokenizer
@@ -36,13 +36,17 @@ class ChatTokenizer:
     sampling: Sampling
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTokenizer:
+    def load(cls, folder: Path, defaults: Mapping[str, float] | None = None) -> ChatTokenizer:
         """Read them from a checkpoint's folder.
+
+        Args:
+            folder: the checkpoint's.
+            defaults: values of Sampling, by name, for what `generation_config.json` leaves open.
 
         Raises:
             TextError: a file is missing or broken.
         """
-        return cls(Tokenizer.load(folder), ChatTemplate.load(folder), _default_sampling(folder))
+        return cls(Tokenizer.load(folder), ChatTemplate.load(folder), _default_sampling(folder, defaults or {}))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -71,7 +75,7 @@ class ChatTokenizer:
         return OutputParser(self.tokenizer, starts_in_reasoning(self.tokenizer, prompt))
 
 
-def _default_sampling(folder: Path) -> Sampling:
+def _default_sampling(folder: Path, defaults: Mapping[str, float]) -> Sampling:
     path = folder / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
     if raw.get("do_sample") is False:
@@ -79,6 +83,6 @@ def _default_sampling(folder: Path) -> Sampling:
     names = ("temperature", "top_p", "top_k", "min_p")
     known = {name: raw[name] for name in names if raw.get(name) is not None}
     try:
-        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **known})
+        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **defaults, **known})
     except UsageError as error:
         raise TextError(f"`{path}`: {error.message}", hint="correct the file, or fetch it again") from error

@@ -1,87 +1,155 @@
-"""Known models and where they lie: aliases, the folder inside the package, folders, hub repositories."""
+"""Known models: what they are called, where they come from, what they need.
+
+The facts are data, in `catalogue.json`; each one has its source there, and those that nobody has verified say so.
+"""
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from kimi_mlx.errors import UsageError
-from kimi_mlx.weights.hub import fetch, find_local
+from kimi_mlx.units import GB
+
+OVERHEAD = 0.1
+"""Memory beside the weights, as a part of them: temporaries of prefill, what every rank holds, fragments."""
+CONTEXT_TOKENS = 8192
+"""Tokens of context that the minimum memory has room for, on every host."""
+SYSTEM_BYTES = 8 * GB
+"""What macOS and other programs take, on every host."""
+MAX_HOSTS = 8
+"""More hosts than this for one model are not suggested."""
+
+
+@dataclass(frozen=True)
+class SamplingValues:
+    """Recommended sampling; None where nothing is recommended."""
+
+    temperature: float | None
+    top_p: float | None
+    min_p: float | None
+
+    def given(self) -> dict[str, float]:
+        """The values that are recommended, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The licence of the weights.
+
+    Args:
+        name: as its file calls it.
+        url: of its text.
+        display: the name that large products must show; None if they need not.
+    """
+
+    name: str
+    url: str
+    display: str | None
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A model that has a short name.
+    """A model that has a short name; None where it has no such thing, or we refuse the model.
 
     Args:
         alias: the short name.
-        repository: on the hub; None if it comes with the package.
-        size_bytes: of the repository's files; None if it comes with the package.
+        title: the full one.
+        repository: what to fetch from the hub; None if the model comes with the package.
+        original_repository: of its makers; the same where no suitable MLX repository is known.
+        format: of the weights, in words.
+        size_bytes: of the download.
+        weights_bytes: in memory: more than the download for INT4, whose biases are made here.
+        kv_bytes_per_token: of the cache in bfloat16, on every host.
+        context_tokens: at most.
+        sampling: recommended.
+        instant_sampling: recommended without thinking, for models that can be told not to think.
+        licence: of the weights.
         about: one line.
+        refused: why kimi-mlx does not run it; None if it does.
+        source: where each fact is from, by its name.
     """
 
     alias: str
+    title: str
     repository: str | None
+    original_repository: str | None
+    format: str
     size_bytes: int | None
+    weights_bytes: int | None
+    kv_bytes_per_token: int | None
+    context_tokens: int
+    sampling: SamplingValues | None
+    instant_sampling: SamplingValues | None
+    licence: Licence
     about: str
+    refused: str | None
+    source: Mapping[str, str]
 
-    def local_folder(self) -> Path | None:
-        """Where it lies on this machine, None if it does not."""
-        if self.repository is None:
-            folder = Path(str(resources.files("kimi_mlx"))) / "models" / self.alias
-            return folder if (folder / "config.json").is_file() else None
-        return find_local(self.repository)
+    @property
+    def is_packaged(self) -> bool:
+        """Whether it comes with kimi-mlx."""
+        return self.repository is None and self.refused is None
+
+    def default_sampling(self) -> dict[str, float]:
+        """Recommended values by name, for what the checkpoint itself leaves open."""
+        return self.sampling.given() if self.sampling else {}
+
+    def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
+        """Memory over all hosts: weights and a tenth, and on each host a cache of 8k tokens and 8 GB for the system.
+
+        None for the model inside the package, which runs anywhere, and for refused ones.
+        """
+        if self.weights_bytes is None or self.kv_bytes_per_token is None:
+            return None
+        each = CONTEXT_TOKENS * self.kv_bytes_per_token + SYSTEM_BYTES
+        return round(self.weights_bytes * (1 + OVERHEAD)) + hosts * each
+
+    def hosts_needed(self, memory_bytes: int, gpu_bytes: int) -> int | None:
+        """How many equal hosts hold the model in even shares, None if more than MAX_HOSTS or it is refused.
+
+        Args:
+            memory_bytes: of each host.
+            gpu_bytes: what its GPU may wire of that.
+        """
+        if self.is_packaged:
+            return 1
+        for hosts in range(1, MAX_HOSTS + 1):
+            needed = self.minimum_memory_bytes(hosts)
+            if needed is not None and needed / hosts <= min(memory_bytes, gpu_bytes + SYSTEM_BYTES):
+                return hosts
+        return None
+
+    def packaged_folder(self) -> Path | None:
+        """Where it lies inside the package, None if it does not come with it."""
+        return Path(str(resources.files("kimi_mlx"))) / "models" / self.alias if self.is_packaged else None
 
 
 @cache
 def catalogue() -> tuple[CatalogueEntry, ...]:
-    """All known models, the smallest first."""
+    """All known models, the oldest first of each size; refused ones at the end."""
     text = resources.files("kimi_mlx.weights").joinpath("catalogue.json").read_text(encoding="utf-8")
-    return tuple(CatalogueEntry(**entry) for entry in json.loads(text)["models"])
+    return tuple(parse_entry(raw) for raw in json.loads(text)["models"])
 
 
-def resolve(name: str) -> Path:
-    """The folder of a model, fetched from the hub if it is not on this machine.
+def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
+    """An entry of `catalogue.json`; TypeError for a field that is missing or unknown."""
+    nested = {
+        name: SamplingValues(**raw[name]) for name in ("sampling", "instant_sampling") if raw.get(name) is not None
+    }
+    return CatalogueEntry(**{**raw, **nested, "licence": Licence(**raw.get("licence", {}))})
 
-    Args:
-        name: an alias, a folder, or a repository `owner/name`.
 
-    Raises:
-        UsageError: no such thing; the message has the nearest known names.
-        WeightsError: the repository cannot be fetched.
-    """
+def find_entry(name: str) -> CatalogueEntry | None:
+    """The entry of an alias or of a repository, be it the one we fetch or its makers'; case does not matter."""
+    wanted = name.lower()
     for entry in catalogue():
-        if name == entry.alias:
-            folder = entry.local_folder()
-            if folder is not None:
-                return folder
-            if entry.repository is None:
-                raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
-            return fetch(entry.repository)
-    folder = os.path.expanduser(name)
-    if os.path.isdir(folder):  # unlike Path.is_dir, false for whatever is no path at all
-        return Path(folder)
-    if "k3" in name.lower().replace("_", "-").split("/")[-1].split("-"):
-        raise UsageError(
-            f"`{name}` is of Kimi K3: another architecture (2.8 T parameters, linear attention), not supported",
-            hint="use a model of the K2 family: `kimi-mlx models` lists them",
-        )
-    is_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/"))
-    if is_repository:
-        return find_local(name) or fetch(name)
-    raise _unknown(name)
-
-
-def _unknown(name: str) -> UsageError:
-    known = [entry.alias for entry in catalogue()]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
-    names = ", ".join(f"`{alias}`" for alias in near)
-    return UsageError(
-        f"there is no model `{name}`",
-        hint=f"did you mean {names}? A folder or `owner/name` on the hub works too; a question goes after -p",
-    )
+        names = (entry.alias, entry.repository, entry.original_repository)
+        if any(known is not None and known.lower() == wanted for known in names):
+            return entry
+    return None

@@ -1,19 +1,159 @@
-"""Names of models."""
+"""Known models: names, facts, memory."""
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
-from kimi_mlx.weights.catalogue import catalogue, resolve
+from kimi_mlx.model.config import load_config
+from kimi_mlx.units import GB, GIB
+from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry, parse_entry
+from kimi_mlx.weights.locate import presence, resolve
+
+ALIASES = [
+    "kimi-mini",
+    "moonlight",
+    "kimi-k2",
+    "kimi-k2-0905",
+    "kimi-k2-thinking",
+    "kimi-k2.5",
+    "kimi-k2.6",
+    "kimi-k2.7-code",
+    "kimi-k3",
+]
+SERVED = [alias for alias in ALIASES if alias not in ("kimi-mini", "kimi-k3")]
+FACTS = ("repository", "size_bytes", "weights_bytes", "kv_bytes_per_token", "context_tokens", "sampling", "refused")
+
+
+def entry_of(alias: str) -> CatalogueEntry:
+    entry = find_entry(alias)
+    assert entry is not None
+    return entry
+
+
+def raw_entry() -> dict[str, Any]:
+    text = resources.files("kimi_mlx.weights").joinpath("catalogue.json").read_text(encoding="utf-8")
+    return next(raw for raw in json.loads(text)["models"] if raw["alias"] == "kimi-k2.5")
 
 
 def test_aliases_are_unique_and_the_default_comes_with_the_package() -> None:
-    aliases = [entry.alias for entry in catalogue()]
-    assert len(set(aliases)) == len(aliases)
+    assert [entry.alias for entry in catalogue()] == ALIASES
     assert (resolve("kimi-mini") / "config.json").is_file()
+
+
+def test_unknown_and_missing_fields_are_errors() -> None:
+    assert parse_entry(raw_entry()) == entry_of("kimi-k2.5")
+    with pytest.raises(TypeError, match="colour"):
+        parse_entry({**raw_entry(), "colour": "blue"})
+    with pytest.raises(TypeError, match="top_k"):
+        parse_entry({**raw_entry(), "sampling": {**raw_entry()["sampling"], "top_k": 1}})
+    for name in raw_entry():
+        with pytest.raises(TypeError):
+            parse_entry({key: value for key, value in raw_entry().items() if key != name})
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_fact_has_its_source(alias: str) -> None:
+    entry = entry_of(alias)
+    known = {name for name in FACTS if getattr(entry, name) is not None}
+    if entry.original_repository is not None:
+        known.add("repository")
+    assert set(entry.source) == {*known, "licence"}
+    assert all(entry.source.values())
+    assert len(entry.about) <= 59, "longer than the table's column at 120 columns"
+    assert len(entry.format) <= 19, "longer than the table's column at 80 columns"
+
+
+def test_sizes_agree_with_the_design() -> None:
+    """design.md: 578 GB at 4 bits, 658 GB for the native INT4 in MLX's form; K2.x at 3.3 bits fits 470 GB."""
+    weights = {alias: (entry_of(alias).weights_bytes or 0) / GB for alias in SERVED}
+    assert weights["kimi-k2"] == pytest.approx(578, abs=1)
+    for alias in ("kimi-k2-thinking", "kimi-k2.5", "kimi-k2.6"):
+        assert weights[alias] == pytest.approx(658, abs=1)
+    parameters = 1.0264e12
+    for alias in SERVED[1:]:
+        assert 3 < weights[alias] * GB * 8 / parameters < 5.2, "bits a weight"
+    for alias in SERVED:
+        entry = entry_of(alias)
+        assert entry.size_bytes is not None
+        assert entry.weights_bytes is not None
+        assert entry.size_bytes <= entry.weights_bytes
+
+
+def test_the_cache_is_70_kb_a_token_for_k2() -> None:
+    for alias in SERVED[1:]:
+        assert entry_of(alias).kv_bytes_per_token == (512 + 64) * 61 * 2
+
+
+def test_minimum_memory_is_weights_and_a_tenth_and_for_each_host_8k_tokens_and_8_gb() -> None:
+    entry = entry_of("kimi-k2")
+    each = 8192 * 70_272 + 8 * GB
+    assert entry.minimum_memory_bytes() == pytest.approx(577.6 * GB * 1.1 + each, abs=1)
+    assert entry.minimum_memory_bytes(2) == pytest.approx(577.6 * GB * 1.1 + 2 * each, abs=1)
+    assert entry_of("kimi-mini").minimum_memory_bytes() is None
+    assert entry_of("kimi-k3").minimum_memory_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("alias", "memory_gib", "gpu_part", "hosts"),
+    [
+        ("kimi-mini", 4, 0.75, 1),
+        ("moonlight", 16, 0.75, 2),
+        ("moonlight", 24, 0.75, 1),
+        ("kimi-k2", 512, 0.75, 2),
+        ("kimi-k2.5", 512, 0.75, 2),
+        ("kimi-k2-0905", 512, 0.75, 2),
+        ("kimi-k2-0905", 512, 0.98, 1),
+        ("kimi-k2.5", 256, 0.75, 4),
+        ("kimi-k2.5", 16, 0.75, None),
+        ("kimi-k3", 512, 1.0, None),
+    ],
+)
+def test_hosts_needed(alias: str, memory_gib: int, gpu_part: float, hosts: int | None) -> None:
+    memory = memory_gib * GIB
+    assert entry_of(alias).hosts_needed(memory, int(memory * gpu_part)) == hosts
+
+
+def test_facts_of_the_packaged_model_are_those_of_its_files() -> None:
+    entry, config = entry_of("kimi-mini"), load_config(resolve("kimi-mini"))
+    assert entry.context_tokens == config.max_position_embeddings
+    assert presence(entry) == ("package", resolve("kimi-mini"))
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("kimi-k2.5", "kimi-k2.5"),
+        ("Kimi-K2.5", "kimi-k2.5"),
+        ("mlx-community/kimi-k2.5", "kimi-k2.5"),
+        ("moonshotai/Kimi-K2.5", "kimi-k2.5"),
+        ("moonshotai/Kimi-K2.6", "kimi-k2.6"),
+        ("MOONSHOTAI/KIMI-K3", "kimi-k3"),
+    ],
+)
+def test_find_entry_by_alias_and_by_either_repository(name: str, alias: str) -> None:
+    assert entry_of(name).alias == alias
+
+
+@pytest.mark.parametrize("name", ["", "kimi", "./kimi-k2", "mlx-community/Kimi-K2.5-3bit"])
+def test_find_entry_finds_nothing_else(name: str) -> None:
+    assert find_entry(name) is None
+
+
+def test_a_download_that_was_broken_off_is_partly_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    entry = entry_of("moonlight")
+    assert presence(entry) == ("no", None)
+    folder = tmp_path / "models--mlx-community--Moonlight-16B-A3B-Instruct-4-bit"
+    (folder / "blobs").mkdir(parents=True)
+    assert presence(entry) == ("no", None)
+    (folder / "blobs" / "0123.incomplete").write_bytes(b"1")
+    assert presence(entry) == ("partly", folder)
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -37,7 +177,7 @@ def test_an_unknown_name_gets_the_nearest_known_ones(name: str, near: str) -> No
     assert near in raised.value.hint
 
 
-@pytest.mark.parametrize("name", ["kimi-k3", "moonshotai/Kimi-K3", "mlx-community/Kimi_K3_4bit"])
+@pytest.mark.parametrize("name", ["kimi-k3", "Kimi-K3", "moonshotai/Kimi-K3", "mlx-community/Kimi_K3_4bit"])
 def test_kimi_k3_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(UsageError, match="another architecture"):
         resolve(name)

@@ -1,0 +1,163 @@
+"""`kimi-mlx models`: table, details, JSON; and the sampling that chat takes from the catalogue."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from kimi_mlx.cli.app import app
+from kimi_mlx.cli.chat import _sampling
+from kimi_mlx.cli.models import details, footnotes, see, table
+from kimi_mlx.cluster.machine import Machine
+from kimi_mlx.engine.request import Sampling
+from kimi_mlx.errors import UsageError
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.units import GIB
+from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry
+from tests.fakes import KIMI_MINI
+
+STUDIO = Machine("Apple M3 Ultra", 512 * GIB, 384 * GIB, is_mac=True)
+LAPTOP = Machine("Apple M4", 24 * GIB, 18 * GIB, is_mac=True)
+
+
+@pytest.fixture(autouse=True)
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without downloads."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("kimi_mlx.weights.catalogue.find_local", lambda repository: None)
+
+
+def entry_of(alias: str) -> CatalogueEntry:
+    entry = find_entry(alias)
+    assert entry is not None
+    return entry
+
+
+def lines(width: int, machine: Machine = STUDIO) -> list[str]:
+    rows = [see(entry, machine) for entry in catalogue()]
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table(rows, machine, width))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def in_words(alias: str, machine: Machine = STUDIO) -> str:
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(details(see(entry_of(alias), machine), machine))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run(*arguments: str, width: int = 80) -> Result:
+    return CliRunner().invoke(app, ["models", *arguments], env={"COLUMNS": str(width)})
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_row_is_a_line_and_nothing_is_cut(width: int) -> None:
+    header, *rows = lines(width)
+    assert [row.split()[0] for row in rows] == [entry.alias for entry in catalogue()]
+    for line in (header, *rows):
+        assert len(line) <= width
+        assert "…" not in line
+    for row, entry in zip(rows, catalogue(), strict=True):
+        if width == 80:
+            assert row.rstrip().endswith("not supported" if entry.refused else entry.format)
+        if width == 120:
+            assert row.rstrip().endswith(entry.about)
+
+
+@pytest.mark.parametrize(
+    ("machine", "fits"),
+    [
+        (STUDIO, "yes|yes|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|no"),
+        (LAPTOP, "yes|yes|no|no|no|no|no|no|no"),
+        (Machine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
+    ],
+)
+def test_fits_compares_with_the_machine(machine: Machine, fits: str) -> None:
+    header, *rows = lines(60, machine)
+    column = header.index("fits")
+    assert "|".join(row[column:].strip() for row in rows) == fits
+
+
+def test_why_kimi_k3_is_not_supported_is_said_below_the_table() -> None:
+    notes = footnotes([see(entry, STUDIO) for entry in catalogue()], STUDIO)
+    assert any("kimi-k3 is not supported: another architecture (2.8 T parameters" in note for note in notes)
+
+
+def test_one_model_in_detail() -> None:
+    text = in_words("kimi-k2.6")
+    for words in (
+        "595.1 GB (554.3 GiB)",
+        "657.6 GB",
+        "262,144 tokens",
+        "temperature 1, top_p 0.95, min_p 0.01",
+        "temperature 0.6, top_p 0.95, min_p 0.01",
+        '"Kimi K2.6"',
+        "needs 2 Macs of this size",
+        "`kimi-mlx chat kimi-k2.6` fetches",
+    ):
+        assert words in text
+    assert "comes with the package, in " in in_words("kimi-mini")
+    assert "not supported: another architecture" in in_words("kimi-k3")
+
+
+def test_a_raised_limit_of_the_gpu_is_advised_where_it_saves_a_mac() -> None:
+    assert "1 if the GPU may wire more" in in_words("kimi-k2-0905")
+    assert f"iogpu.wired_limit_mb={(512 * GIB - 8 * 10**9) // 1024**2}`" in in_words("kimi-k2-0905")
+    assert "wired_limit" not in in_words("kimi-k2.5")
+
+
+def test_json_has_all_fields() -> None:
+    listed = json.loads(run("--json").stdout)
+    names = {item.name for item in fields(CatalogueEntry)}
+    computed = {"minimum_memory_bytes", "on_this_machine", "folder", "hosts_needed"}
+    for entry in listed:
+        assert set(entry) == names | computed
+    by_alias = {entry["alias"]: entry for entry in listed}
+    assert by_alias["kimi-mini"]["on_this_machine"] == "package"
+    assert by_alias["kimi-mini"]["size_bytes"] > 10**6
+    assert by_alias["kimi-k3"]["refused"]
+    assert json.loads(run("moonlight", "--json").stdout) == by_alias["moonlight"]
+
+
+def test_the_command_prints_table_and_details() -> None:
+    assert "kimi-k2.7-code" in run().stdout
+    assert all(len(line) <= 80 for line in run().stdout.splitlines())
+    detail = run("mlx-community/Kimi-K2.5").stdout
+    assert detail.startswith("Kimi K2.5 (text part): ")
+    assert isinstance(run("kimi-k2.55").exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("config", "no_thinking", "options", "expected"),
+    [
+        ({}, False, {}, Sampling(1.0, 0.95, min_p=0.01)),
+        ({"temperature": 0.8}, False, {}, Sampling(0.8, 0.95, min_p=0.01)),
+        ({"top_p": 0.5, "top_k": 7}, False, {"top_p": 0.7}, Sampling(1.0, 0.7, 7, 0.01)),
+        ({"temperature": 0.8, "top_k": 7}, True, {}, Sampling(0.6, 0.95, 7, 0.01)),
+        ({}, True, {"temperature": 0.0, "seed": 5}, Sampling(0.0, 0.95, min_p=0.01, seed=5)),
+        ({"do_sample": False}, False, {"top_p": None}, Sampling(0.0)),
+    ],
+)
+def test_options_come_before_instant_values_before_the_checkpoint_before_the_catalogue(
+    tmp_path: Path, config: dict[str, Any], no_thinking: bool, options: dict[str, Any], expected: Sampling
+) -> None:
+    for file in KIMI_MINI.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    entry = entry_of("kimi-k2.5")
+    recommended = ChatTokenizer.load(tmp_path, defaults=entry.default_sampling()).sampling
+    assert _sampling(recommended, entry if no_thinking else None, options) == expected
+
+
+def test_a_model_without_a_switch_keeps_its_values() -> None:
+    assert _sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), {}) == Sampling(1.0)
