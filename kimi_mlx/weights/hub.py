@@ -1,72 +1,216 @@
-"""Repositories on the Hugging Face hub, by huggingface_hub; its cache and environment variables apply."""
+"""Models on the Hugging Face hub: what a repository holds, and all of it into the hub's cache.
+
+Repositories, transfer and cache each have a file of their own; what other packages need is to be had here.
+huggingface_hub is imported inside functions only, for it takes half a second.
+"""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.weights.index import checkpoint_files
+from kimi_mlx.units import format_bytes
+from kimi_mlx.weights.fetch import fetch_file, has_right_bytes, read_range
+from kimi_mlx.weights.hub_cache import (
+    blob_path,
+    cached_bytes,
+    cached_file,
+    find_local,
+    is_complete,
+    link,
+    remember,
+    remove_cached,
+    snapshot_folder,
+)
+from kimi_mlx.weights.hub_errors import SPACE_HINT, explain_disk
+from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
+from kimi_mlx.weights.part import Progress, ignore_progress
+from kimi_mlx.weights.repository import FILES, Repository, RepositoryFile, is_wanted, needed_files
+from kimi_mlx.weights.retries import MAX_FAILURES_OF_LOOK_UP, Retries, with_retries
+from kimi_mlx.weights.threads import for_each
 
-FILES = ["*.json", "model*.safetensors", "tiktoken.model", "*.jinja"]
-"""What a model needs of a repository: never its Python code."""
+__all__ = [
+    "FILES",
+    "Progress",
+    "Repository",
+    "RepositoryFile",
+    "cached_file",
+    "fetch",
+    "fetch_checkpoint",
+    "fetch_file",
+    "fetch_to_cache",
+    "find_local",
+    "is_complete",
+    "look_up",
+    "needed_files",
+    "read_range",
+    "remove_cached",
+    "verify_checkpoint",
+]
 
 
-def find_local(repository: str) -> Path | None:
-    """The folder of a repository in the hub's cache, None if it is not there as a whole."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def look_up(name: str, revision: str | None = None) -> Repository:
+    """Ask the hub what a repository holds.
 
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return folder if is_complete(folder) else None
+    Args:
+        name: `owner/name`.
+        revision: a branch, a tag or a commit; the main branch if None.
+
+    Raises:
+        WeightsError: there is no such thing, or the hub is out of reach.
+    """
+    from huggingface_hub import HfApi, constants, utils
+
+    utils.logging.set_verbosity_error()  # its word on each retry; what counts is in our error
+    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    api = HfApi(library_name="kimi-mlx")
+    retries = Retries(name, threading.Event(), MAX_FAILURES_OF_LOOK_UP)
+    info = with_retries(
+        lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
+    )
+    wanted = [sibling for sibling in info.siblings or [] if is_wanted(sibling.rfilename)]
+    if info.sha is None or any(sibling.size is None for sibling in wanted):
+        raise WeightsError(
+            f"`{constants.ENDPOINT}` does not say how large the files of `{name}` are",
+            hint="ask the hub itself: `unset HF_ENDPOINT`",
+        )
+    files = [
+        RepositoryFile(each.rfilename, each.lfs.size, sha256=each.lfs.sha256)
+        if each.lfs
+        else RepositoryFile(each.rfilename, each.size or 0, blob_id=each.blob_id)
+        for each in wanted
+    ]
+    return Repository(name, info.sha, tuple(sorted(files, key=lambda file: file.name)), revision or "main")
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder has all that a model needs; a download that was broken off leaves some of it."""
-    try:
-        checkpoint_files(folder)
-    except KimiMlxError:
-        return False
-    has_tokenizer = any((folder / name).is_file() for name in ("tiktoken.model", "tokenizer.json"))
-    return has_tokenizer and (folder / "config.json").is_file()
+def fetch(name: str) -> Path:
+    """Download a repository into the hub's cache.
 
+    Args:
+        name: `owner/name`.
 
-def fetch(repository: str) -> Path:
-    """Download a repository into the hub's cache; the configuration first, so that a foreign model costs nothing.
+    Returns:
+        Its folder.
 
     Raises:
         ConfigError: a model that we do not have.
         WeightsError: the repository cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download, utils
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    return fetch_checkpoint(look_up(name))
 
-    utils.logging.set_verbosity_error()  # its word on each retry; what counts is in our error
+
+def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progress, workers: int = 4) -> Path:
+    """Download what a model needs; the configuration first, so that a foreign model costs nothing.
+
+    Args:
+        repository: what to fetch.
+        progress: told the bytes as they come, and those that are there already; never twice at a time.
+        workers: how many files at a time.
+
+    Returns:
+        The folder in the hub's cache.
+
+    Raises:
+        ConfigError: a model that we do not have.
+        WeightsError: the repository cannot be fetched, or the disk is too small.
+    """
+    folder, lock, never = snapshot_folder(repository), threading.Lock(), threading.Event()
+
+    def report(count: int) -> None:
+        with lock:
+            progress(count)
+
+    def fetch_one(file: RepositoryFile, stop: threading.Event) -> None:
+        fetch_to_cache(repository, file, report, stop)
+
     try:
-        load_config(Path(hf_hub_download(repository, "config.json")).parent)
-        return Path(snapshot_download(repository, allow_patterns=FILES))
-    except GatedRepoError as error:
+        fetch_one(repository.file("config.json"), never)
+        load_config(folder)
+        first = [file for file in repository.files if file.name == INDEX_NAME]
+        for file in first:
+            fetch_one(file, never)
+        rest = [file for file in _needed_files(repository) if file.name not in ("config.json", INDEX_NAME)]
+        _require_space(repository, rest)
+        rest.sort(key=lambda file: file.name.endswith(".safetensors"))  # a snapshot with weights has all the rest
+        for_each(fetch_one, rest, workers)
+        remember(repository)
+    except OSError as error:
+        raise explain_disk(error, folder) from error
+    return folder
+
+
+def fetch_to_cache(
+    repository: Repository,
+    file: RepositoryFile,
+    progress: Progress = ignore_progress,
+    stop: threading.Event | None = None,
+) -> Path:
+    """Download one file into the hub's cache, as fetch_file does; its path there under its name."""
+    path = snapshot_folder(repository) / file.name
+    if cached_file(repository, file):
+        progress(file.size_bytes)
+        return path
+    fetch_file(repository, file, blob_path(repository, file), progress, stop)
+    try:
+        link(repository, file)
+    except OSError as error:
+        raise explain_disk(error, path) from error
+    return path
+
+
+def verify_checkpoint(
+    repository: Repository, progress: Progress = ignore_progress, workers: int = 4
+) -> list[RepositoryFile]:
+    """The files in the hub's cache that are missing, cut short or wrong by their checksum.
+
+    Args:
+        repository: what should be there; files that the model does not need are left out.
+        progress: told the bytes as they are read; never twice at a time.
+        workers: how many files at a time.
+    """
+    lock, broken = threading.Lock(), list[RepositoryFile]()
+
+    def report(count: int) -> None:
+        with lock:
+            progress(count)
+
+    def verify(file: RepositoryFile, stop: threading.Event) -> None:
+        path = cached_file(repository, file)
+        if path is None or not _is_right(path, file, stop, report):
+            broken.append(file)
+
+    try:
+        files = _needed_files(repository)
+    except KimiMlxError:  # the index itself is broken, and among the files
+        files = repository.files
+    for_each(verify, files, workers)
+    return sorted(broken, key=lambda file: file.name)
+
+
+def _is_right(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress) -> bool:
+    try:
+        return has_right_bytes(path, file, stop, progress)
+    except OSError:  # the disk cannot read it
+        return False
+
+
+def _needed_files(repository: Repository) -> tuple[RepositoryFile, ...]:
+    """By the index in the cache, if the repository has one."""
+    has_index = any(file.name == INDEX_NAME for file in repository.files)
+    weight_map = read_weight_map(snapshot_folder(repository) / INDEX_NAME) if has_index else None
+    return needed_files(repository, weight_map)
+
+
+def _require_space(repository: Repository, files: list[RepositoryFile]) -> None:
+    missing_bytes = sum(file.size_bytes - cached_bytes(repository, file) for file in files)
+    folder = snapshot_folder(repository)
+    free_bytes = shutil.disk_usage(folder).free
+    if missing_bytes > free_bytes:
         raise WeightsError(
-            f"`{repository}` asks for your consent on the hub",
-            hint=f"accept its terms at https://huggingface.co/{repository}, then `hf auth login`",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise WeightsError(
-            f"there is no repository `{repository}` on the hub, or it is private",
-            hint="check the spelling, or `hf auth login`; `kimi-mlx models` lists known models",
-        ) from error
-    except KimiMlxError:
-        raise
-    except Exception as error:  # the hub's client lets its transport's errors through, and those have many names
-        words = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"`{repository}` cannot be fetched: {words}",
-            hint="check the network and try again; what has been fetched so far is kept",
-        ) from error
+            f"`{repository.name}` needs {format_bytes(missing_bytes)} more, and the disk of `{folder}` has "
+            f"{format_bytes(free_bytes)} free",
+            hint=SPACE_HINT,
+        )

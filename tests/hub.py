@@ -1,0 +1,368 @@
+"""A hub on loopback: repositories from folders, by the protocol that huggingface_hub speaks, with faults on demand.
+
+    with Hub({"owner/model": folder}) as hub:
+        hub.fail("drop", "*.safetensors", after_bytes=1000, times=2)
+        ... HF_ENDPOINT=hub.url ...
+        assert hub.sent["owner/model/model.safetensors"] == size
+
+Large-file storage (`*.safetensors`, `tiktoken.model`) answers with 302 to `/cdn/...` under another host name, as the
+real hub does: the client reads size and checksum from the redirect, and must not send its token further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+COMMIT = "a" * 40
+ALWAYS = 10**9
+LARGE = ("*.safetensors", "tiktoken.model")
+PIECE_BYTES = 1 << 14
+SEND_BUFFER_BYTES = 1 << 16
+"""Of each connection, so that what a killed client has not read is little."""
+
+Kind = Literal["drop", "corrupt", "status", "slow", "stall", "missing", "ignore_range", "wrong_size"]
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong.
+
+    Args:
+        kind: `drop` (the connection ends), `corrupt` (a byte is changed), `status` (another status), `slow`, `stall`
+            (nothing more comes), `missing` (404), `ignore_range` (200 with the whole file), `wrong_size` (of the body).
+        path: for which paths, as a pattern; those of bodies are `/cdn/owner/name/file` for large files and
+            `/owner/name/resolve/revision/file` for others.
+        times: how often.
+        after_bytes: of the body, for `drop`, `stall` and `corrupt`.
+        status: for `status`.
+        headers: for `status`, such as Retry-After.
+        bytes_per_s: for `slow`.
+    """
+
+    kind: Kind
+    path: str
+    times: int = ALWAYS
+    after_bytes: int = 0
+    status: int = 503
+    headers: Mapping[str, str] | None = None
+    bytes_per_s: int = 0
+
+
+class Hub:
+    """The hub; a context manager that starts and stops it.
+
+    Args:
+        folders: from `owner/name` to the files.
+
+    Attributes:
+        commits: from `owner/name` to the commit that is `main`.
+        gated: names of repositories that want consent.
+        token: if set, the only one that is accepted; any, or none, if None.
+        xet: pattern of files that are kept in Xet storage.
+        sent: bytes of files' bodies, by `owner/name/file`.
+        asked: paths asked for, with method: `GET /api/models/owner/name`.
+        authorized: paths that were asked with a token.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]):
+        self.folders = dict(folders)
+        self.commits = dict.fromkeys(folders, COMMIT)
+        self.gated: set[str] = set()
+        self.token: str | None = None
+        self.xet = ""
+        self.sent: Counter[str] = Counter()
+        self.asked: list[str] = []
+        self.authorized: list[str] = []
+        self._faults: list[Fault] = []
+        self._lock = threading.Lock()
+        self.is_closing = threading.Event()
+        self._server = _Server(self)
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.is_closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        """What HF_ENDPOINT is to be."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def cdn_url(self) -> str:
+        """The same server by another name."""
+        return f"http://localhost:{self._server.server_port}"
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of all files' bodies, without the API's answers."""
+        with self._lock:
+            return sum(self.sent.values())
+
+    def forget(self) -> None:
+        """Count from zero."""
+        with self._lock:
+            self.sent.clear()
+            self.asked.clear()
+            self.authorized.clear()
+
+    def fail(self, kind: Kind, path: str = "*", **details: int | Mapping[str, str]) -> None:
+        """Plan a fault; see Fault for the details."""
+        with self._lock:
+            self._faults.append(Fault(kind, path, **details))  # pyright: ignore[reportArgumentType]
+
+    def mend(self) -> None:
+        """No more faults."""
+        with self._lock:
+            self._faults.clear()
+
+    def take(self, kind: Kind, path: str) -> Fault | None:
+        """The fault that is due for an answer, counted as done."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.kind == kind and fault.times > 0 and fnmatchcase(path, fault.path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def note(self, asked: str, is_authorized: bool) -> None:
+        """Remember a question."""
+        with self._lock:
+            self.asked.append(asked)
+            if is_authorized:
+                self.authorized.append(asked)
+
+    def count(self, file: str, count: int) -> None:
+        """Remember bytes sent."""
+        with self._lock:
+            self.sent[file] += count
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, hub: Hub):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        super().setup()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub, path = self.server.hub, unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        hub.note(f"{self.command} {path}", token is not None)
+        fault = hub.take("status", path) if self.command == "GET" else None
+        if fault:
+            self._send(b"{}", fault.status, fault.headers)
+        elif path.startswith("/cdn/"):
+            owner, name, file = path.removeprefix("/cdn/").split("/", 2)
+            self._send_file(f"{owner}/{name}", file, path)
+        elif token and hub.token and token != f"Bearer {hub.token}":
+            self._refuse(401, None, "Invalid credentials in Authorization header")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path):
+            self._send_api(match[1], match[2], match[3])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._resolve(match[1], match[2], match[3], path)
+        else:
+            self._refuse(404, None, "no such address")
+
+    def _is_known(self, repository: str, revision: str | None) -> bool:
+        hub = self.server.hub
+        if repository not in hub.folders:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+        elif revision not in (None, "main", hub.commits[repository]):
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        else:
+            return True
+        return False
+
+    def _send_api(self, repository: str, kind: str | None, revision: str | None) -> None:
+        if not self._is_known(repository, revision):
+            return
+        hub, folder = self.server.hub, self.server.hub.folders[repository]
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        if kind == "tree":
+            answer: object = [_tree_entry(folder, name) for name in names]
+        else:
+            has_sizes = "blobs=" in self.path
+            siblings = [_sibling(folder, name) if has_sizes else {"rfilename": name} for name in names]
+            answer = {"id": repository, "sha": hub.commits[repository], "siblings": siblings, "tags": []}
+            answer |= {"private": False, "gated": "manual" if repository in hub.gated else False}
+        self._send(json.dumps(answer).encode(), headers={"Content-Type": "application/json"})
+
+    def _resolve(self, repository: str, revision: str, file: str, path: str) -> None:
+        hub = self.server.hub
+        if not self._is_known(repository, revision):
+            return
+        on_disk = hub.folders[repository] / file
+        commit = {"X-Repo-Commit": hub.commits[repository]}
+        if not on_disk.is_file() or hub.take("missing", path):
+            self._refuse(404, "EntryNotFound", "Entry not found", commit)
+        elif repository in hub.gated:
+            self._refuse(403, "GatedRepo", f"Access to model {repository} is restricted")
+        elif _is_large(file):
+            linked = {"X-Linked-Etag": f'"{_sha256(on_disk)}"', "X-Linked-Size": str(on_disk.stat().st_size)}
+            if hub.xet and fnmatchcase(file, hub.xet):
+                linked |= {"X-Xet-Hash": _sha256(on_disk), "X-Xet-Refresh-Route": f"{hub.url}/xet-token"}
+            place = {"Location": f"{hub.cdn_url}/cdn/{repository}/{file}?signature=secret"}
+            self._send(b"Found", 302, {**commit, **linked, **place})
+        else:
+            self._send_file(repository, file, path, commit)
+
+    def _send_file(self, repository: str, file: str, path: str, headers: Mapping[str, str] | None = None) -> None:
+        hub, on_disk = self.server.hub, self.server.hub.folders[repository] / file
+        body, status = on_disk.read_bytes(), 200
+        fields = {**(headers or {}), "ETag": f'"{_sha256(on_disk) if _is_large(file) else _blob_id(on_disk)}"'}
+        fields["Accept-Ranges"] = "bytes"
+        if self.command == "GET" and (fault := hub.take("wrong_size", path)):
+            body = body[: fault.after_bytes]
+        if self.command == "GET" and (fault := hub.take("corrupt", path)):
+            at = fault.after_bytes
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and not hub.take("ignore_range", path):
+            start, end = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
+            if start >= len(body):
+                self._send(b"", 416, {"Content-Range": f"bytes */{len(body)}"})
+                return
+            fields["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+            body, status = body[start:end], 206
+        self._send(body, status, fields, count_as=f"{repository}/{file}", path=path)
+
+    def _refuse(self, status: int, code: str | None, message: str, headers: Mapping[str, str] | None = None) -> None:
+        fields = {**(headers or {}), "X-Error-Message": message}
+        if code:
+            fields["X-Error-Code"] = code
+        self._send(json.dumps({"error": message}).encode(), status, fields)
+
+    def _send(
+        self,
+        body: bytes,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        count_as: str = "",
+        path: str = "",
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if count_as:
+            self._send_counted(body, count_as, path)
+        else:
+            self.wfile.write(body)
+
+    def _send_counted(self, body: bytes, name: str, path: str) -> None:
+        hub = self.server.hub
+        stall, drop, slow = hub.take("stall", path), hub.take("drop", path), hub.take("slow", path)
+        end = min([len(body), *(fault.after_bytes for fault in (stall, drop) if fault)])
+        began_s, position = time.monotonic(), 0
+        while position < end and not hub.is_closing.is_set():
+            piece = body[position : min(position + PIECE_BYTES, end)]
+            self.wfile.write(piece)
+            position += len(piece)
+            hub.count(name, len(piece))
+            if slow:
+                hub.is_closing.wait(max(0.0, began_s + position / slow.bytes_per_s - time.monotonic()))
+        if stall:
+            hub.is_closing.wait(600)
+        self.close_connection = self.close_connection or end < len(body)
+
+
+def _is_large(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in LARGE)
+
+
+def _sibling(folder: Path, name: str) -> dict[str, object]:
+    path = folder / name
+    about: dict[str, object] = {"rfilename": name, "size": path.stat().st_size, "blobId": _blob_id(path)}
+    if _is_large(name):
+        about["blobId"] = "f" * 40  # of the pointer that git has in place of the file
+        about["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 134}
+    return about
+
+
+def _tree_entry(folder: Path, name: str) -> dict[str, object]:
+    about = _sibling(folder, name)
+    entry: dict[str, object] = {"type": "file", "path": name, "size": about["size"], "oid": about["blobId"]}
+    if _is_large(name):
+        entry["lfs"] = {"oid": _sha256(folder / name), "size": about["size"], "pointerSize": 134}
+    return entry
+
+
+def _sha256(path: Path) -> str:
+    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns, True)
+
+
+def _blob_id(path: Path) -> str:
+    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns, False)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int, is_large: bool) -> str:
+    data = path.read_bytes()
+    return hashlib.sha256(data).hexdigest() if is_large else hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """The variables with which another process uses the hub, and a cache of its own."""
+    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return variables | {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+def use(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for this process, where huggingface_hub may have read its environment already."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    values = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DOWNLOAD_TIMEOUT": 5}
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    values |= {"HF_HUB_CACHE": str(home / "hub"), "HF_TOKEN_PATH": str(home / "token")}
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
