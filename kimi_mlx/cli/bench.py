@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_rate
-from kimi_mlx.weights.catalogue import resolve
+from kimi_mlx.weights.locate import understand
 
 if TYPE_CHECKING:
     from kimi_mlx.bench.measure import Plan, Run
@@ -56,7 +57,7 @@ def bench(
     from kimi_mlx.model.config import load_config
 
     plan = Plan(_sizes(prompt_tokens), generation_tokens, warmup, repeat, seed)
-    folder = _folder(model, synthetic, json)
+    folder = _folder(model, synthetic, ranks, json)
     options = SessionOptions(folder, ranks, dtype)
     config = load_config(folder)
     plan.check_context(config.max_position_embeddings)
@@ -89,10 +90,10 @@ def _sizes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _folder(model: str | None, synthetic: str | None, is_quiet: bool) -> Path:
+def _folder(model: str | None, synthetic: str | None, ranks: int, is_quiet: bool) -> Path:
     """The checkpoint to measure."""
     if synthetic is None:
-        return resolve(model or Settings.from_environment().model)
+        return obtain(understand(model or Settings.from_environment().model), ranks, is_quiet)
     if model is not None:
         raise UsageError(f"`{model}` and --synthetic exclude each other", hint="leave one of them out")
     from kimi_mlx.bench.workloads import synthetic_checkpoint

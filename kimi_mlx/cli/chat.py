@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
+from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
-from kimi_mlx.engine.request import Finished
+from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat import ChatOptions, Conversation
@@ -22,7 +24,8 @@ from kimi_mlx.runtime.session import Session, SessionOptions, open_session
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.settings import Settings
 from kimi_mlx.text.messages import Delta
-from kimi_mlx.weights.catalogue import resolve
+from kimi_mlx.weights.catalogue import CatalogueEntry
+from kimi_mlx.weights.locate import understand
 
 
 def chat(
@@ -59,12 +62,15 @@ def chat(
     json: JsonOption = False,
 ) -> None:
     """Talk to a model: a conversation in the terminal, or with --prompt one answer."""
-    folder = resolve(model or Settings.from_environment().model)
+    name = model or Settings.from_environment().model
+    target = understand(name)
     question = _question(prompt, json)
+    folder = obtain(target, ranks, is_quiet=json)
     load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
-    tokenizer = ChatTokenizer.load(folder)
+    entry = target.entry
+    tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    sampling = replace(tokenizer.sampling, **{name: value for name, value in given.items() if value is not None})
+    sampling = _sampling(tokenizer.sampling, entry if thinking is False else None, given)
     options = ChatOptions(max_tokens, sampling, None, {} if thinking is None else {"thinking": thinking})
     with closing(_open(SessionOptions(folder, ranks, dtype, samples=sampling.temperature > 0), json)) as session:
         conversation = Conversation(session, tokenizer, options, system)
@@ -74,6 +80,21 @@ def chat(
             raise typer.Exit(run_repl(conversation, model_name=model or folder.name))
         answer = _answer_json if json else _answer
         answer(conversation, question)
+
+
+def _sampling(
+    recommended: Sampling, instant: CatalogueEntry | None, given: Mapping[str, float | int | None]
+) -> Sampling:
+    """How to sample: options first, then what is recommended without thinking, then what is in general.
+
+    Args:
+        recommended: by the checkpoint and the catalogue.
+        instant: the model, if it shall not think.
+        given: the options; None where there is none.
+    """
+    without_thinking = instant.instant_sampling.given() if instant and instant.instant_sampling else {}
+    options = {name: value for name, value in given.items() if value is not None}
+    return replace(recommended, **{**without_thinking, **options})
 
 
 def _question(prompt: str | None, is_json: bool) -> str | None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from kimi_mlx.engine.sampling import samplers
-from kimi_mlx.errors import UsageError
-from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement, plan_hybrid
 from kimi_mlx.runtime.text import ChatTokenizer
-from kimi_mlx.weights.assemble import Progress, load_model, placement_units
-from kimi_mlx.weights.catalogue import resolve
+from kimi_mlx.weights.assemble import Progress, load_model
+from kimi_mlx.weights.catalogue import find_entry
+from kimi_mlx.weights.locate import resolve
+from kimi_mlx.weights.manifest import Manifest
+from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.reader import open_checkpoint
+from kimi_mlx.weights.store import load_store, open_manifest, stored_ranks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -40,8 +47,9 @@ def load(
     Raises:
         KimiMlxError: no such model, or files that are missing or broken.
     """
-    folder = resolve(os.fspath(name))
-    tokenizer = ChatTokenizer.load(folder)
+    folder = resolve(os.fspath(name), group.size if group is not None else 1, strategy)
+    entry = find_entry(os.fspath(name))
+    tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)
     model = load_share(folder, load_config(folder), dtype, group, strategy=strategy)
     return model, tokenizer
 
@@ -58,16 +66,52 @@ def load_share(
     if strategy != "hybrid":
         raise UsageError(f"there is no strategy `{strategy}`", hint="the strategy of this version is `hybrid`")
     compute_dtype = compute_type(dtype, config)
-    if group is None or group.size == 1:
+    rank, world_size = (0, 1) if group is None else (group.rank, group.size)
+    if stored_ranks(folder):
+        manifest = open_manifest(folder, rank, world_size, strategy)
+        if group is None or world_size == 1:
+            return load_store(folder, manifest, config, compute_dtype, progress=progress)
+        _refuse_different_stores(group, manifest)
+        exchange = GroupExchange(group, manifest.placement)
+        return load_store(folder, manifest, config, compute_dtype, exchange, progress)
+    if group is None or world_size == 1:
         return load_model(folder, config, compute_dtype, progress=progress)
-    placement = place(folder, config, group.size)
+    placement = _place(folder, config, world_size)
     exchange = GroupExchange(group, placement)
-    return load_model(folder, config, compute_dtype, placement.shares[group.rank], exchange, progress)
+    return load_model(folder, config, compute_dtype, placement.shares[rank], exchange, progress)
 
 
-def place(folder: Path, config: ModelConfig, world_size: int) -> Placement:
-    """Who holds what of the model in `folder`; PlacementError if it cannot be divided so often."""
-    return plan_hybrid(config, world_size, placement_units(folder, config))
+def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:
+    """Whether the model in `folder` can be shared so; before any process is started.
+
+    Raises:
+        PlacementError: it cannot be divided so often.
+        WeightsError: a store of another placement, or one that is not whole.
+    """
+    if ranks := stored_ranks(folder):
+        for rank in sorted({*ranks, *range(world_size)}):
+            open_manifest(folder, rank, world_size, strategy)
+    else:
+        _place(folder, config, world_size)
+
+
+def _place(folder: Path, config: ModelConfig, world_size: int) -> Placement:
+    return plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
+
+
+def _refuse_different_stores(group: Group, manifest: Manifest) -> None:
+    """All ranks must hold the same commit in the same placement."""
+    text = f"{manifest.origin.repository} {manifest.origin.commit} {manifest.placement.digest}"
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    rows = np.array(group.gather(mx.array(digest)))
+    for rank, row in enumerate(rows):
+        if not np.array_equal(row, rows[0]):
+            raise WeightsError(
+                f"rank {rank} holds another revision or placement of the model than rank 0; rank {group.rank} has "
+                f"{manifest.origin.repository} at {manifest.origin.commit[:12]}",
+                hint=f"type `kimi-mlx download {manifest.origin.repository}` on all hosts",
+                rank=rank,
+            )
 
 
 def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:
@@ -76,7 +120,7 @@ def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:
         dtype = config.dtype if mx.default_device().type == mx.DeviceType.gpu else "float32"
     if dtype not in DTYPES:
         raise UsageError(f"there is no dtype `{dtype}`", hint=f"use one of {', '.join(DTYPES)}")
-    is_float = config.quantization is None
+    is_float = config.quantization is None and not isinstance(config.compression, PackedInts)
     if is_float and dtype != "float32" and mx.default_device().type == mx.DeviceType.cpu:
         raise UsageError(
             f"an unquantized checkpoint cannot run in {dtype} on the CPU: MLX has experts there in float32 only",

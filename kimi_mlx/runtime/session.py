@@ -110,9 +110,10 @@ class RingSession:
         silence_limit_s: float = SILENCE_LIMIT_S,
     ):
         from kimi_mlx.model.config import load_config
-        from kimi_mlx.runtime.load import place
+        from kimi_mlx.runtime.load import check_ranks
 
-        place(options.folder, load_config(options.folder), options.ranks)  # fails before anything is started
+        # fails before anything is started
+        check_ranks(options.folder, load_config(options.folder), options.ranks, options.strategy)
         self._ring = LocalRing(options.ranks, silence_limit_s)
         self._number = 0
         self._waiting: set[int] = set()  # ranks that have not finished the request

@@ -1,0 +1,241 @@
+"""`kimi-mlx download`: a model from the hub, verified; with --ranks as shard stores."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kimi_mlx.cli.obtain import byte_bars, byte_progress, tell_licence
+from kimi_mlx.cli.options import JsonOption, ModelArgument
+from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.runtime.download import StoreOptions, build, join_group, open_job
+from kimi_mlx.settings import Settings
+from kimi_mlx.units import format_bytes, format_gib, format_seconds
+from kimi_mlx.weights.build import Job, Progress
+from kimi_mlx.weights.hub import (
+    Repository,
+    fetch_checkpoint,
+    find_local,
+    look_up,
+    remove_cached,
+    verify_checkpoint,
+)
+from kimi_mlx.weights.hub_cache import cached_bytes, repository_folder
+from kimi_mlx.weights.locate import Target, find_store, stores_root, understand
+from kimi_mlx.weights.manifest import read_manifest
+from kimi_mlx.weights.sources import Contents, read_contents
+from kimi_mlx.weights.store import FoundStore, broken_files, rank_folder, stored_ranks
+
+Result = dict[str, Any]
+
+
+def download(
+    model: ModelArgument = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            min=1,
+            max=64,
+            help="Build the shard stores of so many ranks; each source file is removed once it is worked up. "
+            "Default: the checkpoint as it is, in the hub's cache.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="A branch, tag or commit. Default: what is here, else the main branch."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the files, what each host will hold, and the disk needed.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check all checksums of what is here, and fetch what is broken.")
+    ] = False,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="With --ranks: keep the source files, in the hub's cache.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Fetch a model, verify it, and cut it into one store a rank."""
+    started = time.monotonic()
+    target = understand(model or Settings.from_environment().model)
+    group = join_group()
+    is_quiet = json or group.rank > 0
+    if group.size > 1:
+        if ranks not in (None, group.size):
+            raise UsageError(f"--ranks is {ranks}, but there are {group.size} hosts", hint="leave --ranks out")
+        ranks = group.size
+    if ranks is None:
+        if keep_source:
+            raise UsageError("--keep-source is for --ranks", hint="without --ranks the files are kept anyway")
+        result = _checkpoint(target, revision, dry_run, verify, is_quiet)
+    else:
+        options = StoreOptions(target.source, stores_root(), ranks, revision=revision, keep_source=keep_source)
+        result = _stores(target, options, group, dry_run, verify, is_quiet)
+    if group.rank == 0:
+        result["seconds"] = round(time.monotonic() - started, 3)
+        if json:
+            print_json(result)
+        else:
+            _print(result)
+
+
+def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:
+    """All of the repository into the hub's cache."""
+    if target.repository is None:
+        return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
+    local = find_local(target.repository, revision)
+    if local is not None and not is_dry and not is_check:
+        return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
+    pinned = local.name if local is not None and revision is None else revision
+    repository = look_up(target.repository, pinned)
+    total = sum(file.size_bytes for file in repository.files)
+    if is_dry:
+        contents = read_contents(repository)
+        left = {name: cached_bytes(repository, repository.file(name)) for name in contents.sizes}
+        missing = sum(contents.sizes.values()) - sum(left.values())
+        return _dry(target, contents, {}, missing, repository_folder(repository.name))
+    broken: list[str] = []
+    if is_check:
+        with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
+            for file in verify_checkpoint(repository, advance):
+                remove_cached(repository, file)
+                broken.append(file.name)
+    tell_licence(target, is_quiet)
+    with byte_progress(f"fetching {target.name}", total, is_quiet) as advance:
+        folder = fetch_checkpoint(repository, advance)
+    return {**_about(target, repository), "folder": str(folder), "state": _state(is_check, broken), "broken": broken}
+
+
+def _stores(
+    target: Target, options: StoreOptions, group: Group, is_dry: bool, is_check: bool, is_quiet: bool
+) -> Result:
+    """The stores of all ranks, or of this host's."""
+    broken: Mapping[int, Sequence[str]] = {}
+    found = find_store(str(target.source), options.ranks, options.strategy, options.revision)
+    if found is not None and group.size == 1 and not is_dry:
+        if is_check:
+            broken = _broken(found.folder, found.ranks, is_quiet)
+        if not any(broken.values()):
+            return _stored(target, found, "is whole" if is_check else "is on this machine")
+        options = replace(options, revision=found.origin.commit)
+    job = open_job(options, group)
+    if is_dry:
+        holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
+        return _dry(target, job.sources.contents, holdings, _disk_bytes(job, holdings), options.stores)
+    if is_check and group.size > 1:
+        broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank == group.rank], is_quiet)
+    tell_licence(target, is_quiet)
+    if not is_quiet and job.checkpoint.vision_bytes:
+        stderr.print(f"the vision part ({format_bytes(job.checkpoint.vision_bytes)}) is left out: text only")
+    with byte_bars(is_quiet) as bars:
+        fetching = bars.add_task(f"fetching {target.name}", total=None)
+        storing = bars.add_task("storing", total=None)
+
+        def report(progress: Progress) -> None:
+            bars.update(fetching, completed=progress.fetched_bytes, total=progress.total_bytes)
+            bars.update(storing, completed=progress.stored_bytes, total=progress.total_bytes)
+
+        manifests = build(options, job, group, report, broken)
+    contents, names = job.sources.contents, sorted({name for each in broken.values() for name in each})
+    return {
+        "model": target.name,
+        "repository": contents.origin.repository,
+        "commit": contents.origin.commit,
+        "folder": str(job.folder),
+        "state": _state(is_check, names),
+        "broken": names,
+        "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
+    }
+
+
+def _broken(folder: Path, ranks: Sequence[int], is_quiet: bool) -> Mapping[int, Sequence[str]]:
+    """The broken files of stores, by their checksums."""
+    manifests = [read_manifest(rank_folder(folder, rank)) for rank in ranks]
+    total = sum(manifest.size_bytes for manifest in manifests)
+    with byte_progress("checking", total, is_quiet) as advance:
+        return {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
+
+
+def _disk_bytes(job: Job, holdings: Mapping[int, int]) -> int:
+    return sum(holdings.values()) + job.sources.extra_bytes(job.files)
+
+
+def _state(is_check: bool, broken: list[str]) -> str:
+    if broken:
+        return f"is repaired ({len(broken)} broken files)"
+    return "is whole" if is_check else "is fetched and verified"
+
+
+def _about(target: Target, repository: Repository) -> Result:
+    return {"model": target.name, "repository": repository.name, "commit": repository.commit}
+
+
+def _stored(target: Target, found: FoundStore, state: str) -> Result:
+    manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in found.ranks]
+    return {
+        "model": target.name,
+        "repository": found.origin.repository,
+        "commit": found.origin.commit,
+        "folder": str(found.folder),
+        "state": state,
+        "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
+    }
+
+
+def _dry(target: Target, contents: Contents, holdings: Mapping[int, int], disk_bytes: int, folder: Path) -> Result:
+    """What would be done."""
+    while not folder.exists():
+        folder = folder.parent
+    return {
+        "model": target.name,
+        "repository": contents.origin.repository,
+        "commit": contents.origin.commit,
+        "files": [{"name": name, "size_bytes": size} for name, size in sorted(contents.sizes.items())],
+        "small_bytes": sum(map(len, contents.small.values())),
+        "ranks": [{"rank": rank, "size_bytes": size} for rank, size in holdings.items()],
+        "disk_needed_bytes": disk_bytes,
+        "disk_free_bytes": shutil.disk_usage(folder).free,
+    }
+
+
+def _print(result: Result) -> None:
+    if "files" in result:
+        _print_dry(result)
+        return
+    seconds = format_seconds(result["seconds"])
+    stderr.print(f"{result['model']} {result['state']}, {seconds}", markup=False, style="dim")
+    for item in result.get("ranks", []):
+        stderr.print(f"rank {item['rank']} holds {format_bytes(item['size_bytes'])}", style="dim")
+    stdout.print(result["folder"], markup=False)
+
+
+def _print_dry(result: Result) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{result['repository']} at {result['commit'][:12]}", overflow="fold")
+    for unit in ("GB", "GiB"):
+        table.add_column(unit, justify="right")
+    total = sum(file["size_bytes"] for file in result["files"]) + result["small_bytes"]
+    rows = [(file["name"], file["size_bytes"]) for file in result["files"]]
+    rows += [("configuration and tokenizer", result["small_bytes"]), ("to fetch in all", total)]
+    rows += [(f"host {item['rank']} will hold", item["size_bytes"]) for item in result["ranks"]]
+    rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
+    for name, size in rows:
+        table.add_row(name, f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
+    stdout.print(table, soft_wrap=False)
+    if result["disk_needed_bytes"] > result["disk_free_bytes"]:
+        missing = result["disk_needed_bytes"] - result["disk_free_bytes"]
+        raise WeightsError(
+            f"the disk is {format_bytes(missing)} ({format_gib(missing)}) too small",
+            hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
+        )

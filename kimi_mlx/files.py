@@ -1,0 +1,46 @@
+"""Files that are there as a whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+PIECE_BYTES = 1 << 22
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path`, flush to the disk and rename; a reader sees the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    rename_durably(part, path)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename, and flush the folder, so that the new name survives a power cut."""
+    os.replace(source, target)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda delta: None) -> str:
+    """The checksum of a file, in hexadecimal; `progress` gets the bytes read since its last call."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that there is no more space (or quota)."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

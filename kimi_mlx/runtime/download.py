@@ -1,0 +1,155 @@
+"""From a repository to shard stores: on this machine for all ranks, or over a group for this host's rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.errors import KimiMlxError, RingError, UsageError, WeightsError
+from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
+from kimi_mlx.parallel.placement import plan_hybrid
+from kimi_mlx.weights.build import Job, Progress, build_stores
+from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.hub import look_up
+from kimi_mlx.weights.manifest import Manifest
+from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.sources import (
+    FolderSources,
+    HubSources,
+    Sources,
+    decode_contents,
+    encode_contents,
+    read_contents,
+)
+from kimi_mlx.weights.store import repository_folder
+from kimi_mlx.weights.writer import begun_commit
+
+STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""What FP8 becomes in a store, by the type that the model computes in."""
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What to build.
+
+    Args:
+        source: a checkpoint's folder, or a repository `owner/name` on the hub.
+        stores: where stores are kept.
+        ranks: how many share the model.
+        strategy: how.
+        revision: of the repository: a branch, a tag or a commit; None is the main branch.
+        keep_source: whether the fetched files go to the hub's cache and stay.
+    """
+
+    source: Path | str
+    stores: Path
+    ranks: int
+    strategy: str = "hybrid"
+    revision: str | None = None
+    keep_source: bool = False
+
+
+def join_group() -> Group:
+    """The group that MLX's variables tell of (`mlx.launch` sets them), or this process alone.
+
+    Raises:
+        RingError: the others cannot be reached.
+    """
+    if "MLX_RANK" not in os.environ:
+        return SingleGroup()
+    try:
+        return MlxGroup(mx.distributed.init(strict=True))
+    except RuntimeError as error:
+        raise RingError(
+            f"the group of hosts cannot be joined: {error}", hint="check the hostfile and that all hosts were started"
+        ) from error
+
+
+def open_job(options: StoreOptions, group: Group) -> Job:
+    """Read what decides the build: configuration and headers. The leader asks the hub and tells the others.
+
+    Raises:
+        ConfigError: a model that we do not have.
+        WeightsError: a repository that cannot be fetched, or a checkpoint with missing or unknown tensors.
+        PlacementError: it cannot be divided so often.
+    """
+    if options.strategy != "hybrid":
+        raise UsageError(f"there is no strategy `{options.strategy}`", hint="the strategy of this version is `hybrid`")
+    sources = _open_sources(options, group)
+    contents = sources.contents
+    config = contents.config()
+    checkpoint = Checkpoint(config, contents.table, contents.origin.repository, STORED_FLOATS[config.dtype])
+    checkpoint.check_names()
+    placement = plan_hybrid(config, options.ranks, placement_units(checkpoint))
+    return Job(sources, checkpoint, placement, options.stores)
+
+
+def build(
+    options: StoreOptions,
+    job: Job,
+    group: Group,
+    report: Callable[[Progress], None] = lambda progress: None,
+    discard: Mapping[int, Sequence[str]] | None = None,
+) -> list[Manifest]:
+    """Build the stores: of all ranks if the group is this process alone, else the one of its number.
+
+    Args:
+        options: as given to open_job.
+        job: from open_job.
+        group: the hosts.
+        report: called now and then.
+        discard: for each rank of this process the files of its store that are broken.
+
+    Raises:
+        WeightsError: a full disk, a file that cannot be fetched, a folder in use; of any host.
+    """
+    if group.size not in (1, options.ranks):
+        raise UsageError(f"{options.ranks} ranks over {group.size} hosts", hint=f"use `--ranks {group.size}`")
+    ranks = range(options.ranks) if group.size == 1 else [group.rank]
+    return build_stores(job, ranks, group, report, discard)
+
+
+def _open_sources(options: StoreOptions, group: Group) -> Sources:
+    if isinstance(options.source, Path):
+        return FolderSources(options.source)
+    name, revision = options.source, options.revision
+    if revision is None:  # what was begun or is here is not left for a newer revision unasked
+        revision = begun_commit(options.stores, name, options.ranks, options.strategy)
+    if group.size == 1:
+        repository = look_up(name, revision)
+        contents = read_contents(repository)
+    else:
+        repository, contents = decode_contents(_tell(lambda: _read(name, revision), group))
+    folder = repository_folder(options.stores, contents.origin) / "sources"
+    return HubSources(repository, contents, folder / f"host-{group.rank}", options.keep_source)
+
+
+def _read(name: str, revision: str | None) -> bytes:
+    repository = look_up(name, revision)
+    return encode_contents(repository, read_contents(repository))
+
+
+def _tell(read: Callable[[], bytes], group: Group) -> bytes:
+    """What the leader reads, in every process; its error too."""
+    said, failure = b"", None
+    if group.rank == 0:
+        try:
+            said = b"+" + read()
+        except KimiMlxError as error:
+            failure = error
+            said = b"-" + json.dumps([error.message, error.hint]).encode()
+    lengths = np.array(group.gather(mx.array([len(said)], mx.int32)))
+    row = np.frombuffer(said.ljust(int(lengths.max())), np.uint8)
+    told = np.array(group.gather(mx.array(row)))[0].tobytes()
+    if failure is not None:
+        raise failure
+    if told[:1] == b"-":
+        message, hint = json.loads(told[1:])
+        raise WeightsError(f"host 0: {message}", hint, rank=0)
+    return told[1:]

@@ -1,0 +1,448 @@
+"""Building shard stores: source files one by one, each slice to the ranks that need it.
+
+One process builds the stores of all ranks, or each of several processes (a host each) builds its own: then the source
+files are dealt out, and every process sends what the others need over the group. All processes run the same rounds; a
+round tells who has what to say, carries it, and is the barrier after which a source file may be freed.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx.files import write_atomically
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.weights.checkpoint import Checkpoint, is_ignored
+from kimi_mlx.weights.manifest import Manifest
+from kimi_mlx.weights.moves import LayerPlan, plan_layer, plan_top
+from kimi_mlx.weights.parcels import Parcel, parcels_of, pieces
+from kimi_mlx.weights.reader import Reader
+from kimi_mlx.weights.sources import Sources
+from kimi_mlx.weights.store import rank_folder, store_folder
+from kimi_mlx.weights.transfer import Stopped
+from kimi_mlx.weights.writer import RankWriter, check_space, write_error
+
+BATCH_BYTES = 1 << 24
+"""What a process sends in a round."""
+
+ERROR_BYTES = 4096
+IDLE_S = 0.02
+SILENT_S = 0.1
+FILES_AHEAD = 2
+"""Source files of a process that are on the disk at a time: one at work, one on its way."""
+
+IDLE, BATCH, END, DONE, FAILED = range(5)
+"""What a process says in a round: nothing yet, a part of a source file, its end, that it has no more, an error."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a build has come, over all processes.
+
+    Args:
+        fetched_bytes: of the source files.
+        stored_bytes: of the source files, as far as they are worked up.
+        total_bytes: of the source files that are needed.
+    """
+
+    fetched_bytes: int
+    stored_bytes: int
+    total_bytes: int
+
+
+class Job:
+    """What is to be built; pure, and the same in every process.
+
+    Args:
+        sources: where the files come from.
+        checkpoint: their table.
+        placement: of all ranks.
+        stores: where stores are kept.
+    """
+
+    def __init__(self, sources: Sources, checkpoint: Checkpoint, placement: Placement, stores: Path):
+        self.sources, self.checkpoint, self.placement = sources, checkpoint, placement
+        self.folder = store_folder(stores, sources.contents.origin, placement)
+        self.files = sorted(sources.contents.sizes)
+        self.num_layers = checkpoint.config.num_hidden_layers
+        self.plan = lru_cache(maxsize=8 * placement.world_size)(self._plan)
+        self.feeds = self._feeds()
+
+    def size_bytes(self, rank: int) -> int:
+        """What a rank will hold."""
+        return sum(self._plan(rank, file).size_bytes for file in range(self.num_layers + 1))
+
+    def _plan(self, rank: int, file: int) -> LayerPlan:
+        share = self.placement.shares[rank]
+        if file == self.num_layers:
+            return plan_top(self.checkpoint, share)
+        return plan_layer(self.checkpoint, file, share)
+
+    def _feeds(self) -> list[frozenset[int]]:
+        """For each file of a store the numbers of the source files that it is made of."""
+        numbers = {name: number for number, name in enumerate(self.files)}
+        feeds: list[set[int]] = [set() for _ in range(self.num_layers + 1)]
+        for name, info in self.checkpoint.tensors.items():
+            if not is_ignored(name, self.checkpoint.config):
+                parts = name.split(".")
+                layer = int(parts[2]) if parts[:2] == ["model", "layers"] else self.num_layers
+                feeds[layer].add(numbers[info.file.name])
+        return [frozenset(each) for each in feeds]
+
+
+def build_stores(
+    job: Job,
+    ranks: Sequence[int],
+    group: Group,
+    report: Callable[[Progress], None] = lambda progress: None,
+    discard: Mapping[int, Sequence[str]] | None = None,
+) -> list[Manifest]:
+    """Build, or go on building, the stores of `ranks`.
+
+    Args:
+        job: the same in all processes of the group.
+        ranks: whose stores this process builds: all if it is alone, else the one of its number.
+        group: the processes.
+        report: called now and then.
+        discard: for each rank the files of its store that are broken and made anew.
+
+    Raises:
+        WeightsError: in any process: a full disk, a file that cannot be fetched, a folder in use.
+    """
+    with ExitStack() as stack:
+        rounds = _Rounds(job, group, report)
+        try:
+            writers = {rank: stack.enter_context(_writer(job, rank)) for rank in ranks}
+            for rank, names in (discard or {}).items():
+                writers[rank].discard(names)
+            _write_small_files(job)
+        except (KimiMlxError, OSError) as error:
+            rounds.fail(error)
+            writers = {}
+        rounds.run(writers)
+        manifests = [writer.complete() for writer in writers.values()]
+        job.sources.finish()
+        return manifests
+
+
+def _writer(job: Job, rank: int) -> RankWriter:
+    origin = job.sources.contents.origin
+    plan = lambda file: job.plan(rank, file)  # noqa: E731
+    return RankWriter(rank_folder(job.folder, rank), origin, job.placement, rank, plan, job.feeds)
+
+
+def _write_small_files(job: Job) -> None:
+    for name, data in job.sources.contents.small.items():
+        path = job.folder / name
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomically(path, data)
+
+
+def deal(sizes: Mapping[int, int], processes: int) -> list[list[int]]:
+    """Deal files out so that every process gets about as many bytes; each one's in their order."""
+    hands: list[list[int]] = [[] for _ in range(processes)]
+    weights = [0] * processes
+    for number in sorted(sizes, key=lambda number: (-sizes[number], number)):
+        process = weights.index(min(weights))
+        hands[process].append(number)
+        weights[process] += sizes[number]
+    return [sorted(hand) for hand in hands]
+
+
+class _Fetcher:
+    """A thread that fetches this process's files, one ahead of the work."""
+
+    def __init__(self, job: Job, files: Sequence[int]):
+        self.fetched_bytes = 0
+        self._job, self._files = job, files
+        self._slots = threading.Semaphore(FILES_AHEAD)
+        self._ready: queue.SimpleQueue[tuple[int, Path] | KimiMlxError | None] = queue.SimpleQueue()
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def next(self) -> tuple[int, Path] | KimiMlxError | None:
+        """The next file, an error, or None behind the last; raises queue.Empty while there is nothing."""
+        return self._ready.get_nowait()
+
+    def release(self, number: int) -> None:
+        self._job.sources.release(self._job.files[number])
+        self._slots.release()
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+        self._slots.release()
+
+    def _run(self) -> None:
+        try:
+            for number in self._files:
+                self._slots.acquire()
+                if self._is_stopped.is_set():
+                    return
+                path = self._job.sources.fetch(self._job.files[number], self._count, self._is_stopped)
+                self._ready.put((number, path))
+            self._ready.put(None)
+        except Stopped:
+            pass
+        except KimiMlxError as error:
+            self._ready.put(error)
+        except OSError as error:
+            self._ready.put(write_error(self._job.folder, error))
+
+    def _count(self, delta: int) -> None:
+        self.fetched_bytes += delta
+
+
+@dataclass
+class _Saying:
+    """What this process says in a round."""
+
+    kind: int
+    source: int = 0
+    batch: int = 0
+    data: np.ndarray | None = None
+
+
+class _Rounds:
+    """The rounds of one build in one process."""
+
+    def __init__(self, job: Job, group: Group, report: Callable[[Progress], None]):
+        self._job, self._group, self._report = job, group, report
+        self._failure: KimiMlxError | None = None
+        self._writers: dict[int, RankWriter] = {}
+        self._parcels: dict[int, list[Parcel]] = {}
+        self._wanted: dict[int, dict[int, list[int]]] = {}
+        self._total_bytes = self._stored_bytes = 0
+        self._hands: list[list[int]] = []
+
+    def fail(self, error: Exception) -> None:
+        """Tell everybody in the next round."""
+        self._failure = (
+            error if isinstance(error, KimiMlxError) else write_error(self._job.folder, cast(OSError, error))
+        )
+
+    def run(self, writers: dict[int, RankWriter]) -> None:
+        """Until every store is full."""
+        self._writers = writers
+        self._agree()
+        mine = self._hands[self._group.rank]
+        if self._failure is None:
+            self._check_space(mine)
+        fetcher = _Fetcher(self._job, mine)
+        if self._failure is None:
+            fetcher.start()
+        try:
+            self._go_round(fetcher)
+        finally:
+            fetcher.stop()
+
+    def _agree(self) -> None:
+        """Learn what every rank lacks, and deal out the source files."""
+        job, ranks = self._job, self._job.placement.world_size
+        files, sources = job.num_layers + 1, len(job.files)
+        mine = np.zeros((ranks // self._group.size, files + sources), np.uint8)
+        for row, writer in zip(mine, self._writers.values(), strict=False):
+            row[writer.unfinished] = 1
+            row[files:] = [writer.needs(source) for source in range(sources)]
+        states = self._gather(mine).reshape(ranks, files + sources)
+        sizes: dict[int, int] = {}
+        for source in range(sources):
+            wanted = {
+                rank: [file for file in range(files) if states[rank, file] and source in job.feeds[file]]
+                for rank in range(ranks)
+                if states[rank, files + source]
+            }
+            if wanted:
+                self._wanted[source] = wanted
+                sizes[source] = job.sources.contents.sizes[job.files[source]]
+        self._total_bytes = sum(sizes.values())
+        self._hands = deal(sizes, self._group.size)
+
+    def _check_space(self, mine: Sequence[int]) -> None:
+        try:
+            missing = sum(writer.missing_bytes for writer in self._writers.values())
+            extra = self._job.sources.extra_bytes(self._job.files[number] for number in mine)
+            check_space(self._job.folder, missing + extra)
+        except (KimiMlxError, OSError) as error:
+            self.fail(error)
+
+    def _go_round(self, fetcher: _Fetcher) -> None:
+        work = self._work(fetcher)
+        to_release: list[int] = []
+        is_done = False
+        while not is_done:
+            saying = self._say(work)
+            heads = self._gather_heads(saying, fetcher.fetched_bytes)
+            kinds = heads[:, 0]
+            if (kinds == FAILED).any():
+                raise self._shared_failure(kinds)
+            for number in to_release:  # everybody has recorded it: this round was the barrier
+                fetcher.release(number)
+            to_release = [saying.source] if saying.kind == END else []
+            self._report(Progress(int(heads[:, 4].sum()), int(heads[:, 5].sum()), self._total_bytes))
+            try:
+                self._carry(saying, heads)
+            except (KimiMlxError, OSError) as error:
+                self.fail(error)
+            is_done = bool((kinds == DONE).all())
+            if not is_done and not np.isin(kinds, (BATCH, END)).any():
+                time.sleep(IDLE_S)
+
+    def _say(self, work: Iterator[_Saying]) -> _Saying:
+        try:
+            if self._failure is None:
+                return next(work)
+        except (KimiMlxError, OSError) as error:
+            self.fail(error)
+        return _Saying(FAILED)
+
+    def _work(self, fetcher: _Fetcher) -> Iterator[_Saying]:
+        """What this process does with its files, and what it says about it; without end."""
+        while True:
+            try:
+                found = fetcher.next()
+            except queue.Empty:
+                yield _Saying(IDLE)
+                continue
+            if isinstance(found, KimiMlxError):
+                raise found
+            if found is None:
+                break
+            number, path = found
+            yield from self._work_up(number, path)
+            yield _Saying(END, number)
+        while True:
+            yield _Saying(DONE)
+
+    def _work_up(self, number: int, path: Path) -> Iterator[_Saying]:
+        """Write this process's slices of a source file, and hand the others' out in batches."""
+        name = Path(self._job.files[number])
+        reader = Reader(self._job.checkpoint, {name: path}, self._job.sources.read)
+        batches = _Batches(number)
+        parcels = self._parcels_of(number)
+        size, total = self._job.sources.contents.sizes[name.name], sum(parcel.size_bytes for parcel in parcels)
+        before, done, said_at = self._stored_bytes, 0, time.monotonic()
+        for parcel in parcels:
+            own = [(self._writers[rank], place) for rank, place in parcel.targets.items() if rank in self._writers]
+            is_shared = len(own) < len(parcel.targets)
+            for offset, piece in pieces(reader.take(parcel.move)):
+                for writer, place in own:
+                    writer.write(place, offset, piece)
+                if is_shared:
+                    yield from batches.add(piece)
+            done += parcel.size_bytes
+            self._stored_bytes = before + size * done // total
+            if time.monotonic() - said_at > SILENT_S:  # the others wait for a word, and progress is shown
+                yield _Saying(BATCH, number)
+                said_at = time.monotonic()
+        yield from batches.rest()
+
+    def _carry(self, saying: _Saying, heads: np.ndarray) -> None:
+        """Exchange this round's batches, and record the source files that have come to their end."""
+        width = int(heads[:, 3].max())
+        if width:
+            padded = np.zeros(width, np.uint8)
+            if saying.data is not None:
+                padded[: saying.data.size] = saying.data
+            rows = self._gather(padded)
+            for process, (kind, source, batch, length, *_) in enumerate(heads.tolist()):
+                if kind == BATCH and length and process != self._group.rank:
+                    self._take(source, process, batch, rows[process, :length])
+        for kind, source, *_ in heads.tolist():
+            if kind == END:
+                for rank in self._wanted[source]:
+                    if rank in self._writers:
+                        self._writers[rank].commit(source)
+                self._parcels.pop(source, None)
+
+    def _take(self, source: int, process: int, batch: int, data: np.ndarray) -> None:
+        """Write what is for this process's ranks out of a batch of another process."""
+        start, stop = batch * BATCH_BYTES, batch * BATCH_BYTES + data.size
+        begin = 0
+        for parcel in self._parcels_of(source):
+            if not any(rank != process for rank in parcel.targets):
+                continue
+            end = begin + parcel.size_bytes
+            first, last = max(begin, start), min(end, stop)
+            if first < last:
+                for rank, place in parcel.targets.items():
+                    if rank in self._writers:
+                        self._writers[rank].write(place, first - begin, data[first - start : last - start])
+            begin = end
+            if begin >= stop:
+                break
+
+    def _parcels_of(self, source: int) -> list[Parcel]:
+        if source not in self._parcels:
+            name = Path(self._job.files[source])
+            self._parcels[source] = parcels_of(name, self._job.checkpoint, self._job.plan, self._wanted[source])
+        return self._parcels[source]
+
+    def _gather_heads(self, saying: _Saying, fetched_bytes: int) -> np.ndarray:
+        length = 0 if saying.data is None else saying.data.size
+        head = [saying.kind, saying.source, saying.batch, length, fetched_bytes, self._stored_bytes]
+        return self._gather(np.array(head, np.int64))
+
+    def _shared_failure(self, kinds: np.ndarray) -> KimiMlxError:
+        """The error of the process that met it, in every process."""
+        error = self._failure
+        text = json.dumps({"message": error.message, "hint": error.hint}) if error is not None else ""
+        data = text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES)
+        rows = self._gather(np.frombuffer(data, np.uint8).copy())
+        if error is not None:
+            return error
+        process = int(np.flatnonzero(kinds == FAILED)[0])
+        try:
+            told = json.loads(rows[process].tobytes())
+        except ValueError:
+            told = {"message": "has failed", "hint": None}
+        return WeightsError(f"host {process}: {told['message']}", told["hint"], rank=process)
+
+    def _gather(self, row: np.ndarray) -> np.ndarray:
+        """Everybody's row."""
+        return np.array(self._group.gather(mx.array(row)))
+
+
+class _Batches:
+    """Pieces joined into batches of equal size: what goes to other processes out of one source file."""
+
+    def __init__(self, source: int):
+        self._source = source
+        self._parts: list[np.ndarray] = []
+        self._size = self._number = 0
+
+    def add(self, piece: np.ndarray) -> Iterator[_Saying]:
+        """Take a piece in; yields the batches that are full."""
+        while piece.size:
+            room = BATCH_BYTES - self._size
+            self._parts.append(piece[:room])
+            self._size += self._parts[-1].size
+            piece = piece[room:]
+            if self._size == BATCH_BYTES:
+                yield self._batch()
+
+    def rest(self) -> Iterator[_Saying]:
+        """The last batch, if there is something left."""
+        if self._size:
+            yield self._batch()
+
+    def _batch(self) -> _Saying:
+        saying = _Saying(BATCH, self._source, self._number, np.concatenate(self._parts))
+        self._parts, self._size = [], 0
+        self._number += 1
+        return saying

@@ -1,0 +1,174 @@
+"""Where a model lies: in the package, in a folder, in the hub's cache, in shard stores; or on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.folders import stores_folder
+from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry
+from kimi_mlx.weights.hub import fetch_checkpoint, find_local, look_up
+from kimi_mlx.weights.hub_cache import repository_folder
+from kimi_mlx.weights.store import FoundStore, find_stores
+
+Presence = Literal["package", "yes", "store", "partly", "no"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model's name means.
+
+    Args:
+        name: as it was asked for.
+        folder: the folder that it names, or that comes with the package; None if it is on the hub.
+        repository: on the hub; None if it is a folder.
+        entry: of the catalogue, if it is known.
+    """
+
+    name: str
+    folder: Path | None
+    repository: str | None
+    entry: CatalogueEntry | None
+
+    @property
+    def source(self) -> Path | str:
+        """The folder, else the repository."""
+        source = self.folder or self.repository
+        assert source is not None
+        return source
+
+
+def understand(name: str) -> Target:
+    """What a name means; asks nobody.
+
+    Args:
+        name: an alias, a folder, or a repository `owner/name`.
+
+    Raises:
+        UsageError: no such thing (the message has the nearest known names), or a model that we refuse.
+    """
+    for entry in catalogue():
+        if name == entry.alias and entry.refused is None:
+            folder = entry.packaged_folder()
+            if folder is not None and not (folder / "config.json").is_file():
+                raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
+            return Target(name, folder, entry.repository, entry)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # unlike Path.is_dir, false for whatever is no path at all
+        return Target(name, Path(path), None, None)
+    for entry in catalogue():
+        if entry.refused is not None and _is_kind_of(entry, name):
+            raise UsageError(
+                f"`{name}` is of {entry.title}: {entry.refused}, not supported",
+                hint="use a model of the K2 family: `kimi-mlx models` lists them",
+            )
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
+        return Target(name, None, name, find_entry(name))
+    raise unknown_model(name)
+
+
+def unknown_model(name: str) -> UsageError:
+    """The error for a name that nothing has, with the nearest known ones."""
+    known = [entry.alias for entry in catalogue()]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
+    names = ", ".join(f"`{alias}`" for alias in near)
+    return UsageError(
+        f"there is no model `{name}`",
+        hint=f"did you mean {names}? A folder or `owner/name` on the hub works too; a question goes after -p",
+    )
+
+
+def stores_root() -> Path:
+    """Where stores are kept.
+
+    Raises:
+        WeightsError: a user without a home.
+    """
+    folder = stores_folder()
+    if folder is None:
+        raise WeightsError("there is no home folder to keep weights in", hint="set KIMI_MLX_STORES to a folder")
+    return folder
+
+
+def find(target: Target, ranks: int, strategy: str = "hybrid") -> Path | None:
+    """The folder of a model that is on this machine, None if it must be fetched.
+
+    Args:
+        target: the model.
+        ranks: how many will share it.
+        strategy: how.
+
+    Raises:
+        WeightsError: it is here, but as stores for another number of ranks.
+    """
+    if target.repository is None:
+        return target.folder
+    found = find_stores(stores_root(), target.repository)
+    for store in found:
+        if is_whole_store(store, ranks, strategy):
+            return store.folder
+    folder = find_local(target.repository)
+    if folder is None and found:
+        other = found[0].placement
+        raise WeightsError(
+            f"`{target.name}` is on this machine as a store for {other.world_size} ranks, not for {ranks}",
+            hint=f"use `--ranks {other.world_size}`, or `kimi-mlx download {target.name} --ranks {ranks}`",
+        )
+    return folder
+
+
+def find_store(repository: str, ranks: int, strategy: str, revision: str | None = None) -> FoundStore | None:
+    """The newest whole store of a repository (or folder) for so many ranks; of one commit, if it is named."""
+    for store in find_stores(stores_root(), repository):
+        if is_whole_store(store, ranks, strategy) and revision in (None, store.origin.commit):
+            return store
+    return None
+
+
+def is_whole_store(store: FoundStore, ranks: int, strategy: str) -> bool:
+    """Whether a store is of so many ranks, and all of them are here."""
+    placement = store.placement
+    return (placement.world_size, placement.strategy) == (ranks, strategy) and len(store.ranks) == ranks
+
+
+def resolve(name: str, ranks: int = 1, strategy: str = "hybrid") -> Path:
+    """The folder of a model, fetched from the hub if it is not on this machine.
+
+    Raises:
+        UsageError: no such thing, or a model that we refuse.
+        WeightsError: the repository cannot be fetched.
+    """
+    target = understand(name)
+    folder = find(target, ranks, strategy)
+    if folder is not None:
+        return folder
+    assert target.repository is not None
+    return fetch_checkpoint(look_up(target.repository))
+
+
+def presence(entry: CatalogueEntry) -> tuple[Presence, Path | None]:
+    """What of a known model is on this machine, and where; never asks the network."""
+    if entry.is_packaged:
+        return "package", entry.packaged_folder()
+    if entry.repository is None:
+        return "no", None
+    if (folder := find_local(entry.repository)) is not None:
+        return "yes", folder
+    stores = stores_folder()
+    if stores is not None and (found := find_stores(stores, entry.repository)):
+        return "store", found[0].folder
+    begun = repository_folder(entry.repository)
+    try:
+        return ("partly", begun) if any((begun / "blobs").iterdir()) else ("no", None)
+    except OSError:
+        return "no", None
+
+
+def _is_kind_of(entry: CatalogueEntry, name: str) -> bool:
+    """Whether a name, such as `mlx-community/Kimi_K3_4bit`, has the entry's mark between its dashes: `k3`."""
+    mark = entry.alias.split("-")[-1]
+    return mark in name.lower().replace("_", "-").split("/")[-1].split("-")

@@ -1,0 +1,155 @@
+"""The manifest of a shard store: what one rank holds of which repository, file by file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.files import write_atomically
+from kimi_mlx.model.config import Quantization
+from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.weights.moves import LayerPlan
+
+FORMAT = 1
+"""Raised when stores are written otherwise: older ones are then refused."""
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from.
+
+    Args:
+        repository: `owner/name` on the hub, or the path of a folder.
+        commit: 40 hexadecimal digits; of a folder a digest of its headers.
+    """
+
+    repository: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a file: its type in safetensors' words, its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight: its arrays by name (`weight`, `scales`, `biases`), and how it is quantized."""
+
+    arrays: Mapping[str, StoredArray]
+    quantization: Quantization | None
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One layer, or the top.
+
+    Args:
+        name: of the file.
+        size_bytes: of the file.
+        sha256: of the file, in hexadecimal.
+        entries: name in the canonical tree -> the parts of the weight.
+        latent_first: as in kimi_mlx.model.tree.LayerWeights.
+        num_fused_shared: as there.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str
+    entries: Mapping[str, tuple[StoredWeight, ...]]
+    latent_first: bool
+    num_fused_shared: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds; it is written last, so that a store that has one is complete.
+
+    Args:
+        origin: repository and commit.
+        placement: of all ranks.
+        rank: whose store it is.
+        files: the layers in their order, then the top.
+    """
+
+    origin: Origin
+    placement: Placement
+    rank: int
+    files: tuple[StoredFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size_bytes for file in self.files)
+
+    def write(self, folder: Path) -> None:
+        """Write it into the store's folder, whole or not at all."""
+        value = {"format": FORMAT, **asdict(self), "placement": self.placement.to_dict()}
+        write_atomically(folder / MANIFEST_NAME, json.dumps(value, indent=1).encode())
+
+
+def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str) -> StoredFile:
+    """The record of a finished file."""
+    entries = {
+        entry: tuple(
+            StoredWeight({a.name: StoredArray(a.dtype, a.shape) for a in part.arrays}, part.quantization)
+            for part in parts
+        )
+        for entry, parts in plan.entries.items()
+    }
+    return StoredFile(name, size_bytes, sha256, entries, plan.latent_first, plan.num_fused_shared)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a rank's store.
+
+    Raises:
+        WeightsError: none there, or not one of this version.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        value = json.loads(path.read_bytes())
+        if value["format"] != FORMAT:
+            raise WeightsError(
+                f"the store `{folder}` has format {value['format']}, this version reads {FORMAT}",
+                hint="build it again: remove the folder, then `kimi-mlx download`",
+            )
+        files = tuple(_file(item) for item in value["files"])
+        return Manifest(Origin(**value["origin"]), Placement.from_dict(value["placement"]), int(value["rank"]), files)
+    except FileNotFoundError:
+        raise WeightsError(
+            f"there is no complete store in `{folder}`", hint="`kimi-mlx download` builds it, or goes on with it"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"`{path}` cannot be read: {error!r}", hint="repair it with `kimi-mlx download --verify`"
+        ) from error
+
+
+def _file(value: Mapping[str, Any]) -> StoredFile:
+    entries = {name: tuple(_weight(part) for part in parts) for name, parts in value["entries"].items()}
+    return StoredFile(
+        str(value["name"]),
+        int(value["size_bytes"]),
+        str(value["sha256"]),
+        entries,
+        bool(value["latent_first"]),
+        int(value["num_fused_shared"]),
+    )
+
+
+def _weight(value: Mapping[str, Any]) -> StoredWeight:
+    arrays = {
+        name: StoredArray(str(item["dtype"]), tuple(map(int, item["shape"]))) for name, item in value["arrays"].items()
+    }
+    quantization = value["quantization"]
+    return StoredWeight(arrays, None if quantization is None else Quantization(**quantization))

@@ -1,0 +1,276 @@
+"""Where a checkpoint's files come from while stores are built: a folder, or the hub."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config import ModelConfig, parse_config
+from kimi_mlx.weights.hub import (
+    FILES,
+    Repository,
+    RepositoryFile,
+    cached_file,
+    fetch_file,
+    fetch_to_cache,
+    needed_files,
+    read_range,
+)
+from kimi_mlx.weights.hub_cache import remember, snapshot_folder
+from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, parse_header, read_header
+from kimi_mlx.weights.manifest import Origin
+
+HEADER_WORKERS = 8
+"""Headers that are read at the same time."""
+
+Headers = Mapping[str, Mapping[str, TensorInfo]]
+"""File name -> its tensors."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a checkpoint but the tensors themselves.
+
+    Args:
+        origin: repository and commit.
+        sizes: bytes of each file with tensors, by name.
+        headers: their tensors.
+        small: the other files a model needs: configuration, tokenizer, template.
+    """
+
+    origin: Origin
+    sizes: Mapping[str, int]
+    headers: Headers
+    small: Mapping[str, bytes]
+
+    @property
+    def table(self) -> dict[str, TensorInfo]:
+        """All tensors; their files are bare names.
+
+        Raises:
+            WeightsError: a name that occurs twice.
+        """
+        table: dict[str, TensorInfo] = {}
+        for file, header in self.headers.items():
+            for name, info in header.items():
+                if name in table:
+                    raise WeightsError(f"tensor `{name}` is in `{table[name].file.name}` and in `{file}`")
+                table[name] = info
+        return table
+
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        where = f"{self.origin.repository}/config.json"
+        if "config.json" not in self.small:
+            raise WeightsError(f"`{where}` does not exist", hint="give a repository or folder that holds a model")
+        try:
+            return parse_config(cast(dict[str, Any], json.loads(self.small["config.json"])), where)
+        except ValueError as error:
+            raise WeightsError(f"`{where}` is no JSON: {error}", hint="fetch the file again") from error
+
+
+class Sources(Protocol):
+    """The files with tensors, fetched when they are needed."""
+
+    contents: Contents
+
+    def extra_bytes(self, files: Iterable[str]) -> int:
+        """Disk space that fetching these files takes for a while (or for good, if they are kept)."""
+        ...
+
+    def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        """Where the file lies, complete and verified; `progress` gets the bytes as they come, `stop` calls it off."""
+        ...
+
+    def release(self, file: str) -> None:
+        """The file is needed no more."""
+        ...
+
+    def finish(self) -> None:
+        """All is built."""
+        ...
+
+    def read(self, info: TensorInfo) -> bytes:
+        """One small tensor of a file that is not fetched here."""
+        ...
+
+
+class FolderSources:
+    """A checkpoint's folder on this machine; nothing is fetched, nothing removed."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.resolve()
+        files = checkpoint_files(self._folder)
+        headers = {file.name: _bare(read_header(file), file.name) for file in files}
+        small = {
+            path.name: path.read_bytes()
+            for path in sorted(self._folder.iterdir())
+            if path.is_file() and is_small(path.name)
+        }
+        digest = hashlib.sha256(small.get("config.json", b""))
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        origin = Origin(str(self._folder), digest.hexdigest()[:40])
+        self.contents = Contents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
+
+    def extra_bytes(self, files: Iterable[str]) -> int:
+        """None."""
+        return 0
+
+    def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        """It is there."""
+        progress(self.contents.sizes[file])
+        return self._folder / file
+
+    def release(self, file: str) -> None:
+        """It stays."""
+
+    def finish(self) -> None:
+        """Nothing is left over."""
+
+    def read(self, info: TensorInfo) -> bytes:
+        """From the file."""
+        with (self._folder / info.file.name).open("rb") as stream:
+            stream.seek(info.start)
+            return stream.read(info.size_bytes)
+
+
+class HubSources:
+    """A repository on the hub: each file is fetched for a while.
+
+    Args:
+        repository: its files, pinned to a commit.
+        contents: from read_contents, possibly by another process.
+        folder: where files are put while they are needed.
+        keep: whether they go to the hub's cache instead, and stay.
+    """
+
+    def __init__(self, repository: Repository, contents: Contents, folder: Path, keep: bool = False):
+        self.contents = contents
+        self._repository, self._folder, self._keep = repository, folder, keep
+
+    def extra_bytes(self, files: Iterable[str]) -> int:
+        """Two files at a time, the largest ones; all, if they are kept."""
+        sizes = sorted(
+            self.contents.sizes[file]
+            for file in files
+            if cached_file(self._repository, self._repository.file(file)) is None
+        )
+        return sum(sizes if self._keep else sizes[-2:])
+
+    def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        """From the hub's cache if it is there, else from the hub."""
+        item = self._repository.file(file)
+        if (cached := cached_file(self._repository, item)) is not None:
+            progress(item.size_bytes)
+            return cached
+        if not self._keep:
+            fetch_file(self._repository, item, self._folder / file, progress, stop)
+            return self._folder / file
+        fetch_to_cache(self._repository, item, progress, stop)
+        return snapshot_folder(self._repository) / file
+
+    def release(self, file: str) -> None:
+        """Remove what was fetched for a while."""
+        (self._folder / file).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Remove the folder; let other tools find what was kept."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._keep:
+            for file in self._repository.files:
+                if is_small(file.name) or file.name == INDEX_NAME:
+                    fetch_to_cache(self._repository, file, lambda count: None, threading.Event())
+            remember(self._repository)
+
+    def read(self, info: TensorInfo) -> bytes:
+        """By a request for its bytes alone."""
+        return read_range(self._repository, info.file.name, info.start, info.start + info.size_bytes)
+
+
+def read_contents(repository: Repository) -> Contents:
+    """Configuration, tokenizer and headers of a repository: what decides everything else, a few megabytes.
+
+    Raises:
+        WeightsError: the repository cannot be fetched, or is not a checkpoint.
+    """
+    small = {file.name: file for file in repository.files if is_small(file.name)}
+    index = next((file for file in repository.files if file.name == INDEX_NAME), None)
+    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as name, ThreadPoolExecutor(HEADER_WORKERS) as pool:
+        folder = Path(name)
+
+        def read_small(file: RepositoryFile) -> bytes:
+            path = cached_file(repository, file)
+            if path is None:
+                path = folder / file.name
+                fetch_file(repository, file, path)
+            return path.read_bytes()
+
+        def read_tensors(file: RepositoryFile) -> tuple[str, dict[str, TensorInfo]]:
+            header = parse_header(
+                Path(file.name), file.size_bytes, lambda start, stop: read_range(repository, file.name, start, stop)
+            )
+            return file.name, header
+
+        texts = dict(zip(small, pool.map(read_small, small.values()), strict=True))
+        weight_map = None
+        if index is not None:
+            weight_map = json.loads(read_small(index)).get("weight_map")
+        weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
+        if not weights:
+            raise WeightsError(
+                f"`{repository.name}` has no `model*.safetensors`", hint="give a repository that holds a model"
+            )
+        headers = dict(pool.map(read_tensors, weights))
+    sizes = {file.name: file.size_bytes for file in weights}
+    return Contents(Origin(repository.name, repository.commit), sizes, headers, texts)
+
+
+def is_small(name: str) -> bool:
+    """Whether a file goes into a store as it is: what a model needs beside its tensors."""
+    return any(fnmatch(name, pattern) for pattern in FILES) and not name.endswith((".safetensors", ".index.json"))
+
+
+def encode_contents(repository: Repository, contents: Contents) -> bytes:
+    """Both, for another process."""
+    headers = {
+        file: {name: [info.dtype, list(info.shape), info.start] for name, info in header.items()}
+        for file, header in contents.headers.items()
+    }
+    value = {
+        "repository": repository.to_dict(),
+        "sizes": dict(contents.sizes),
+        "headers": headers,
+        "small": {name: base64.b64encode(data).decode() for name, data in contents.small.items()},
+    }
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode_contents(data: bytes) -> tuple[Repository, Contents]:
+    """What encode_contents has made."""
+    value = json.loads(data)
+    headers = {
+        file: {
+            name: TensorInfo(dtype, tuple(shape), Path(file), start) for name, (dtype, shape, start) in header.items()
+        }
+        for file, header in value["headers"].items()
+    }
+    small = {name: base64.b64decode(text) for name, text in value["small"].items()}
+    repository = Repository.from_dict(value["repository"])
+    return repository, Contents(Origin(repository.name, repository.commit), value["sizes"], headers, small)
+
+
+def _bare(header: Mapping[str, TensorInfo], file: str) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(info.dtype, info.shape, Path(file), info.start) for name, info in header.items()}

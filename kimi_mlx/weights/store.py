@@ -1,0 +1,203 @@
+"""Shard stores: one rank's share of a model on disk, in the canonical form, ready to be read.
+
+<stores>/<owner--name>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
+    rank-0/    manifest.json, layer-000.safetensors ... top.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx.files import sha256_of
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.decoder import Exchange, Model
+from kimi_mlx.model.tree import LayerWeights
+from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.weights.assemble import Progress, build_model, make_weight
+from kimi_mlx.weights.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
+from kimi_mlx.weights.moves import array_name
+
+MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+
+
+def file_name(number: int, num_layers: int) -> str:
+    """The file of a layer; the number behind the last one is the top's."""
+    return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
+
+
+def repository_folder(stores: Path, origin: Origin) -> Path:
+    """Where the stores of one commit of a repository lie."""
+    return stores / origin.repository.strip("/").replace("/", "--") / origin.commit[:12]
+
+
+def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
+    """Where the stores of one placement lie."""
+    name = f"{placement.strategy}-{placement.world_size}-{placement.digest}"
+    return repository_folder(stores, origin) / name
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    """Where one rank's store lies."""
+    return folder / f"rank-{rank}"
+
+
+def stored_ranks(folder: Path) -> list[int]:
+    """The ranks whose complete stores are in a folder, none if it is no such folder."""
+    numbers = (manifest.parent.name.removeprefix("rank-") for manifest in folder.glob(f"rank-*/{MANIFEST_NAME}"))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+@dataclass(frozen=True)
+class FoundStore:
+    """Stores of one placement on this machine.
+
+    Args:
+        folder: of the placement.
+        origin: repository and commit.
+        placement: of all ranks.
+        ranks: those whose stores are here and complete.
+    """
+
+    folder: Path
+    origin: Origin
+    placement: Placement
+    ranks: tuple[int, ...]
+
+
+def find_stores(stores: Path, repository: str) -> list[FoundStore]:
+    """All complete stores of a repository, the newest first; broken ones are left out."""
+    found: list[tuple[float, FoundStore]] = []
+    for folder in (stores / repository.strip("/").replace("/", "--")).glob("*/*-*-*"):
+        ranks = stored_ranks(folder)
+        if not ranks or not (folder / "config.json").is_file():
+            continue
+        path = rank_folder(folder, ranks[0])
+        try:
+            manifest = read_manifest(path)
+        except KimiMlxError:
+            continue
+        store = FoundStore(folder, manifest.origin, manifest.placement, tuple(ranks))
+        found.append(((path / MANIFEST_NAME).stat().st_mtime, store))
+    return [store for _, store in sorted(found, key=lambda item: -item[0])]
+
+
+def open_manifest(folder: Path, rank: int, world_size: int, strategy: str) -> Manifest:
+    """Read and check the manifest of one rank of a placement's folder.
+
+    Raises:
+        WeightsError: no store for this rank, another placement, or a file that is missing or has another size.
+    """
+    manifest = read_manifest(rank_folder(folder, rank))
+    placement = manifest.placement
+    if (placement.world_size, placement.strategy, manifest.rank) != (world_size, strategy, rank):
+        raise WeightsError(
+            f"the store `{rank_folder(folder, rank)}` is of rank {manifest.rank} of {placement.world_size} in the "
+            f"placement `{placement.strategy}`, not of rank {rank} of {world_size} in `{strategy}`",
+            hint=f"use `--ranks {placement.world_size}`, or build the other one: `kimi-mlx download "
+            f"{manifest.origin.repository} --ranks {world_size}`",
+        )
+    for file in manifest.files:
+        _check_size(rank_folder(folder, rank), file, manifest)
+    return manifest
+
+
+def load_store(
+    folder: Path,
+    manifest: Manifest,
+    config: ModelConfig,
+    dtype: mx.Dtype,
+    exchange: Exchange | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Model:
+    """Read a rank's share, layer by layer: nothing is cut, joined or kept twice.
+
+    Args:
+        folder: of the placement.
+        manifest: of the rank, from open_manifest.
+        config: the model's configuration.
+        dtype: of the computation.
+        exchange: the rank's link to the others; None without others.
+        progress: called after each layer.
+
+    Raises:
+        WeightsError: a file that is not what the manifest says.
+    """
+
+    def layers() -> Iterator[LayerWeights]:
+        for file in manifest.files:
+            yield _open_layer(rank_folder(folder, manifest.rank), file, dtype, manifest)
+
+    return build_model(config, layers(), exchange, progress)
+
+
+def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:
+    """The files of a rank's store whose size or checksum is not what the manifest says; reads all of them."""
+    broken: list[str] = []
+    for file in manifest.files:
+        path = rank_folder(folder, manifest.rank) / file.name
+        try:
+            is_whole = path.stat().st_size == file.size_bytes and sha256_of(path, progress) == file.sha256
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            broken.append(file.name)
+    return broken
+
+
+def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:
+    path = folder / file.name
+    size = path.stat().st_size if path.is_file() else None
+    if size != file.size_bytes:
+        state = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
+        raise WeightsError(f"the store's file `{path}` {state}", hint=repair_hint(manifest))
+
+
+def repair_hint(manifest: Manifest) -> str:
+    """What repairs a store."""
+    ranks = manifest.placement.world_size
+    return f"repair it with `kimi-mlx download {manifest.origin.repository} --ranks {ranks} --verify`"
+
+
+def _open_layer(folder: Path, file: StoredFile, dtype: mx.Dtype, manifest: Manifest) -> LayerWeights:
+    path = folder / file.name
+    try:
+        arrays = cast(dict[str, mx.array], mx.load(str(path)))  # lazy: read when evaluated
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"the store's file `{path}` cannot be read: {error}", hint=repair_hint(manifest)) from error
+    entries = {
+        entry: [
+            make_weight(
+                _arrays(path, arrays, entry, number, len(parts), part, manifest), part.quantization, entry, dtype
+            )
+            for number, part in enumerate(parts)
+        ]
+        for entry, parts in file.entries.items()
+    }
+    return LayerWeights(entries, file.latent_first, file.num_fused_shared)
+
+
+def _arrays(
+    path: Path,
+    arrays: Mapping[str, mx.array],
+    entry: str,
+    number: int,
+    parts: int,
+    weight: StoredWeight,
+    manifest: Manifest,
+) -> list[mx.array]:
+    """The arrays of a weight, checked against the manifest."""
+    found: list[mx.array] = []
+    for name, expected in weight.arrays.items():
+        array = arrays.get(array_name(entry, number, parts, name))
+        if array is None or array.shape != expected.shape or array.dtype != MLX_TYPES.get(expected.dtype):
+            raise WeightsError(
+                f"the store's file `{path}` has not the `{entry}` that its manifest says", hint=repair_hint(manifest)
+            )
+        found.append(array)
+    return found
