@@ -13,12 +13,15 @@ PIECE_BYTES = 1 << 22
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to the disk and rename; a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_durably(part, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durably(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def rename_durably(source: Path, target: Path) -> None:

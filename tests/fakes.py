@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import mlx.core as mx
+import numpy as np
+
 import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
 from kimi_mlx.runtime.chat import Conversation
@@ -85,6 +88,28 @@ class FixedSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing to free."""
+
+
+class FixedGather:
+    """A group in which the other ranks always say the same.
+
+    Args:
+        rank: this one.
+        size: of the group.
+        others: what each of the others says, in the order of the ranks.
+    """
+
+    def __init__(self, rank: int, size: int, others: Sequence[np.ndarray]):
+        self.rank, self.size, self._others = rank, size, others
+
+    def gather(self, x: mx.array) -> mx.array:
+        """Everybody's."""
+        rows = [mx.array(other) for other in self._others]
+        return mx.stack([*rows[: self.rank], x, *rows[self.rank :]])
+
+    def sum(self, x: mx.array) -> mx.array:
+        """Over all ranks."""
+        return self.gather(x).sum(axis=0)
 
 
 def conversation_of(

@@ -15,6 +15,8 @@ import typer
 from kimi_mlx import __version__
 from kimi_mlx.cli.bench import bench
 from kimi_mlx.cli.chat import chat
+from kimi_mlx.cli.convert import convert
+from kimi_mlx.cli.download import download
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -62,7 +64,16 @@ app.command(
         "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
     )
 )(chat)
-app.command(epilog=examples("kimi-mlx models", "kimi-mlx models --json"))(models)
+app.command(
+    epilog=examples(
+        "kimi-mlx download kimi-k2 --dry-run              what it would fetch, and whether the disk is large enough",
+        "kimi-mlx download moonlight                      into the hub's cache, as it is",
+        "kimi-mlx download kimi-k2 --ranks 2              one store a rank; start with `chat kimi-k2 --ranks 2`",
+        "kimi-mlx download kimi-k2 --ranks 2 --verify     check all files, fetch again what is broken",
+        "mlx.launch --hostfile two.json -- kimi-mlx download kimi-k2    each host fetches and keeps its part",
+    )
+)(download)
+app.command(epilog=examples("kimi-mlx models", "kimi-mlx models kimi-k2.5", "kimi-mlx models --json"))(models)
 app.command(
     epilog=examples(
         "kimi-mlx bench",
@@ -70,6 +81,13 @@ app.command(
         "kimi-mlx bench --synthetic wide --ranks 2 --against mlx-lm",
     )
 )(bench)
+app.command(
+    epilog=examples(
+        "kimi-mlx convert moonshotai/Kimi-K2-Thinking ./thinking-mlx --dry-run",
+        "kimi-mlx convert kimi-k2.6 ./k2.6-mlx           INT4 without loss",
+        "kimi-mlx convert ./Kimi-K2 ./k2-3bit --expert-bits 3",
+    )
+)(convert)
 
 
 def main() -> None:

@@ -123,15 +123,12 @@ class RankWriter:
     def __enter__(self) -> RankWriter:
         """Lock the folder, read the journal, keep what is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise WeightsError(
-                f"another process is building `{self.folder}`", hint="wait for it, or end it, then try again"
-            ) from None
-        self._read_journal()
+            self._lock_folder()
+            self._read_journal()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,6 +137,16 @@ class RankWriter:
             if handle >= 0:
                 os.close(handle)
         self._open.clear()
+        self._journal = self._lock = -1
+
+    def _lock_folder(self) -> None:
+        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WeightsError(
+                f"another process is building `{self.folder}`", hint="wait for it, or end it, then try again"
+            ) from error
 
     @property
     def unfinished(self) -> list[int]:

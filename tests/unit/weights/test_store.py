@@ -1,0 +1,285 @@
+"""Shard stores: they hold each rank's share exactly, go on after any interruption, and notice damage."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.runtime.load import load_share
+from kimi_mlx.weights.assemble import load_model
+from kimi_mlx.weights.build import Job, deal
+from kimi_mlx.weights.manifest import Manifest, read_manifest
+from kimi_mlx.weights.moves import as_box
+from kimi_mlx.weights.parcels import pieces
+from kimi_mlx.weights.store import broken_files, find_stores, open_manifest, rank_folder
+from kimi_mlx.weights.writer import RankWriter, check_space
+from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
+from tests.fakes import KIMI_MINI, FixedGather
+
+
+def build_all(source: Path, stores: Path, ranks: int) -> tuple[Job, list[Manifest]]:
+    options = StoreOptions(source, stores, ranks)
+    job = open_job(options, SingleGroup())
+    return job, build(options, job, SingleGroup())
+
+
+def checksums(manifests: list[Manifest]) -> list[list[str]]:
+    return [[file.sha256 for file in manifest.files] for manifest in manifests]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts and experts quantized in several ways, so that some stay side by side."""
+    folder, golden = tmp_path_factory.mktemp("overrides"), load_golden("k2")
+    own = {
+        "model.layers.1.mlp.shared_experts.gate_proj": {"bits": 8, "group_size": 32},
+        "model.layers.1.self_attn.kv_a_proj_with_mqa": {"bits": 8, "group_size": 64},
+        "lm_head": False,
+    }
+    source = write_checkpoint(folder / "float", golden.config, golden.seed)
+    return quantize_checkpoint(source, folder / "quantized", bits=4, group_size=32, overrides=own)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("mini", 2), ("overrides", 3), ("bf16", 3), ("int4", 2), ("int4-k2.5", 1)])
+def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
+    name: str, ranks: int, overrides: Path, tmp_path: Path
+) -> None:
+    source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
+    job, _ = build_all(source, tmp_path, ranks)
+    config = load_config(source)
+    for rank, share in enumerate(job.placement.shares):
+        stored = dict(tree_flatten(load_stored(job, rank).parameters()))
+        cut = dict(tree_flatten(load_model(source, config, mx.float32, share).parameters()))
+        assert stored.keys() == cut.keys()
+        assert all(stored[key].dtype == cut[key].dtype and mx.array_equal(stored[key], cut[key]) for key in cut)
+
+
+def load_stored(job: Job, rank: int) -> object:
+    from kimi_mlx.weights.store import load_store
+
+    manifest = open_manifest(job.folder, rank, job.placement.world_size, "hybrid")
+    return load_store(job.folder, manifest, load_config(job.folder), mx.float32)
+
+
+def test_fp8_is_stored_as_the_type_the_model_computes_in(tmp_path: Path) -> None:
+    source = FORMATS / "fp8"
+    job, manifests = build_all(source, tmp_path, 2)
+    dtypes = {
+        a.dtype for f in manifests[0].files for parts in f.entries.values() for w in parts for a in w.arrays.values()
+    }
+    assert dtypes == {"BF16", "F32"}  # F32: the router's bias alone
+    stored = dict(tree_flatten(load_stored(job, 0).parameters()))
+    cut = dict(tree_flatten(load_model(source, load_config(source), mx.float32, job.placement.shares[0]).parameters()))
+    for name, exact in cut.items():
+        rounded = exact if name.endswith("e_score_correction_bias") else exact.astype(mx.bfloat16).astype(mx.float32)
+        assert mx.array_equal(stored[name], rounded), name
+
+
+@pytest.mark.parametrize("name", ["mini", "overrides", "fp8", "int4"])
+def test_every_array_is_covered_exactly_once(name: str, overrides: Path, tmp_path: Path) -> None:
+    source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
+    job = open_job(StoreOptions(source, tmp_path, 2), SingleGroup())
+    for file in range(job.num_layers + 1):
+        for rank in range(2):
+            for array_name, array in job.plan(rank, file).arrays():
+                painted = np.zeros(as_box(array.shape), np.uint8)
+                for move in array.moves:
+                    members, rows, columns = move.box
+                    assert columns == painted.shape[2]
+                    painted[move.member : move.member + members, move.row : move.row + rows] += 1
+                assert (painted == 1).all(), array_name
+
+
+class Interrupted(Exception):
+    """What the tests stop a build with."""
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moments=st.lists(st.integers(1, 300), min_size=1, max_size=4))
+def test_a_build_goes_on_after_any_interruption(
+    moments: list[int], overrides: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = tmp_path_factory.mktemp("stores")
+    for moment in moments:
+        steps = itertools.count(1)
+        with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
+            for name in ("write", "commit", "complete", "_create", "_finish", "_record"):
+                patch.setattr(RankWriter, name, interrupted(getattr(RankWriter, name), steps, moment))
+            build_all(overrides, stores, 2)
+    _, resumed = build_all(overrides, stores, 2)
+    _, whole = build_all(overrides, tmp_path_factory.mktemp("whole"), 2)
+    assert checksums(resumed) == checksums(whole)
+
+
+def interrupted(method: Callable[..., object], steps: Iterator[int], moment: int) -> Callable[..., object]:
+    """The method, which ends everything at a step."""
+
+    def call(*arguments: object) -> object:
+        if next(steps) == moment:
+            raise Interrupted
+        return method(*arguments)
+
+    return call
+
+
+def watch_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from kimi_mlx.weights.sources import FolderSources
+
+    fetched: list[str] = []
+    fetch = FolderSources.fetch
+
+    def watched(self: FolderSources, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        fetched.append(file)
+        return fetch(self, file, progress, stop)
+
+    monkeypatch.setattr(FolderSources, "fetch", watched)
+    return fetched
+
+
+def test_repair_makes_only_what_is_broken_anew(
+    overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, before = build_all(overrides, tmp_path, 2)
+    top = rank_folder(job.folder, 1) / "top.safetensors"
+    data = bytearray(top.read_bytes())
+    data[-1] ^= 1
+    top.write_bytes(data)
+    assert [broken_files(job.folder, manifest) for manifest in before] == [[], ["top.safetensors"]]
+    fetched = watch_fetches(monkeypatch)
+    inode = (rank_folder(job.folder, 1) / "layer-000.safetensors").stat().st_ino
+    again = open_job(StoreOptions(overrides, tmp_path, 2), SingleGroup())
+    repaired = build(StoreOptions(overrides, tmp_path, 2), again, SingleGroup(), discard={1: ["top.safetensors"]})
+    assert checksums(repaired) == checksums(before)
+    assert {again.files[number] for number in again.feeds[again.num_layers]} == set(fetched)
+    assert (rank_folder(job.folder, 1) / "layer-000.safetensors").stat().st_ino == inode
+
+
+def test_a_complete_store_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before = build_all(KIMI_MINI, tmp_path, 2)
+    fetched = watch_fetches(monkeypatch)
+    _, after = build_all(KIMI_MINI, tmp_path, 2)
+    assert after == before
+    assert fetched == []
+
+
+def damage_size(folder: Path) -> str:
+    file = folder / "layer-001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return r"layer-001\.safetensors` has \d+ bytes, not \d+"
+
+
+def damage_missing(folder: Path) -> str:
+    (folder / "top.safetensors").unlink()
+    return r"top\.safetensors` is missing"
+
+
+def damage_header(folder: Path) -> str:
+    file = folder / "layer-000.safetensors"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    return r"layer-000\.safetensors` cannot be read"
+
+
+def damage_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return r"manifest\.json` cannot be read"
+
+
+def damage_format(folder: Path) -> str:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    return "has format 99, this version reads 1"
+
+
+def damage_shape(folder: Path) -> str:
+    text = (folder / "manifest.json").read_text()
+    manifest = json.loads(text)
+    manifest["files"][0]["entries"]["self_attn.o_proj"][0]["arrays"]["weight"]["shape"][0] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return "has not the `self_attn.o_proj` that its manifest says"
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_size, damage_missing, damage_header, damage_manifest, damage_format, damage_shape]
+)
+def test_damage_is_named_at_load(damage: Callable[[Path], str], tmp_path: Path) -> None:
+    job, _ = build_all(KIMI_MINI, tmp_path, 1)
+    words = damage(rank_folder(job.folder, 0))
+    with pytest.raises(WeightsError, match=words) as caught:
+        load_share(job.folder, load_config(job.folder))
+    assert "download" in (caught.value.hint or "")
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    job, _ = build_all(KIMI_MINI, tmp_path, 2)
+    with pytest.raises(WeightsError, match=r"is of rank 0 of 2 .* not of rank 0 of 1"):
+        load_share(job.folder, load_config(job.folder))
+
+
+def test_ranks_with_different_revisions_refuse_to_start(tmp_path: Path) -> None:
+    job, _ = build_all(KIMI_MINI, tmp_path, 2)
+    other = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
+    with pytest.raises(WeightsError, match="rank 1 holds another revision or placement"):
+        load_share(job.folder, load_config(job.folder), group=other)
+
+
+def test_two_builds_at_once(tmp_path: Path) -> None:
+    options = StoreOptions(KIMI_MINI, tmp_path, 1)
+    job = open_job(options, SingleGroup())
+    writer = RankWriter(
+        rank_folder(job.folder, 0), job.sources.contents.origin, job.placement, 0, lambda n: job.plan(0, n), job.feeds
+    )
+    with writer, pytest.raises(WeightsError, match="another process is building"):
+        build(options, job, SingleGroup())
+    build(options, job, SingleGroup())
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WeightsError, match=r"needs .* more, but its disk has"):
+        check_space(tmp_path, 2**62)
+    monkeypatch.setattr("kimi_mlx.weights.build.check_space", lambda folder, needed: check_space(folder, 2**62))
+    with pytest.raises(WeightsError, match=r"needs .* more"):
+        build_all(KIMI_MINI, tmp_path, 2)
+    assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def test_stores_are_found_by_repository(tmp_path: Path) -> None:
+    job, manifests = build_all(KIMI_MINI, tmp_path, 2)
+    (store,) = find_stores(tmp_path, str(KIMI_MINI))
+    assert (store.folder, store.ranks, store.origin) == (job.folder, (0, 1), manifests[0].origin)
+    assert read_manifest(rank_folder(store.folder, 1)) == manifests[1]
+    assert find_stores(tmp_path, "owner/other") == []
+
+
+@given(sizes=st.dictionaries(st.integers(0, 100), st.integers(0, 10**10), max_size=40), processes=st.integers(1, 8))
+def test_files_are_dealt_out_evenly(sizes: dict[int, int], processes: int) -> None:
+    hands = deal(sizes, processes)
+    assert sorted(number for hand in hands for number in hand) == sorted(sizes)
+    loads = [sum(sizes[number] for number in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(sizes.values(), default=0)
+
+
+@given(shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 5)), limit=st.integers(1, 200))
+def test_pieces_are_the_bytes_in_order(shape: tuple[int, int, int], limit: int) -> None:
+    wide = np.arange(np.prod(shape) * 2, dtype=np.uint32).reshape(*shape[:2], -1)
+    part = wide[..., : shape[2]]
+    found = b"".join(piece.tobytes() for _, piece in pieces(part, limit))
+    offsets = [offset for offset, _ in pieces(part, limit)]
+    assert found == np.ascontiguousarray(part).tobytes()
+    assert offsets == sorted(set(offsets))
