@@ -33,12 +33,12 @@ from kimi_mlx.weights.checkpoint import Field, Matrix
 from kimi_mlx.weights.convert_plan import (
     ConversionPlan,
     ConvertOptions,
-    FileLayout,
     Output,
     OutputFile,
     converted_config,
     plan_conversion,
 )
+from kimi_mlx.weights.file_layout import FileLayout
 from kimi_mlx.weights.index import INDEX_NAME
 from kimi_mlx.weights.moves import Move, Window
 from kimi_mlx.weights.reader import Reader, open_checkpoint

@@ -6,7 +6,6 @@ K2.5's prefix kept and its vision part left out. Pure: headers and configuration
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.model.config import Quantization
 from kimi_mlx.model.names import TEXT_PREFIX, Entry, Source, layer_entries, top_entries
 from kimi_mlx.weights.checkpoint import Checkpoint, Matrix
+from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.index import DTYPE_BYTES
 
 BFLOAT16_BITS = 16
@@ -118,15 +118,6 @@ class Output:
 
 
 @dataclass(frozen=True)
-class FileLayout:
-    """How a safetensors file begins, where each tensor starts in it, and its size in bytes."""
-
-    header: bytes
-    starts: Mapping[str, int]
-    size_bytes: int
-
-
-@dataclass(frozen=True)
 class OutputFile:
     """One layer, or the top."""
 
@@ -137,17 +128,7 @@ class OutputFile:
         """The layout: large types first, so that each tensor is aligned, then by name."""
         arrays = [array for output in self.outputs for array in output.arrays]
         arrays.sort(key=lambda array: (-DTYPE_BYTES[array.dtype], array.name))
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        offset = 0
-        for array in arrays:
-            end = offset + array.size_bytes
-            header[array.name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        data = 8 + len(text)
-        starts = {array.name: data + header[array.name]["data_offsets"][0] for array in arrays}
-        return FileLayout(len(text).to_bytes(8, "little") + text, starts, data + offset)
+        return lay_out((array.name, array.dtype, array.shape) for array in arrays)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.units import format_bytes
+from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
 from kimi_mlx.weights.moves import LayerPlan, Move, as_box
 from kimi_mlx.weights.store import file_name
 
 JOURNAL_NAME = "journal.jsonl"
-ALIGNMENT = 64
-"""The data of a file starts at a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -46,39 +45,14 @@ class Place:
     member_bytes: int
 
 
-@dataclass(frozen=True)
-class FileLayout:
-    """A file's header, and where each array lies.
-
-    Args:
-        header: its first bytes.
-        starts: first byte of each array, by name.
-        size_bytes: of the whole file.
-    """
-
-    header: bytes
-    starts: dict[str, int]
-    size_bytes: int
-
-
-def lay_out(plan: LayerPlan) -> FileLayout:
-    """The layout of a layer's file in the safetensors format."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    offset = 0
-    for name, array in plan.arrays():
-        end = offset + array.size_bytes
-        header[name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    data = 8 + len(text)
-    starts = {name: data + item["data_offsets"][0] for name, item in header.items() if name != "__metadata__"}
-    return FileLayout(len(text).to_bytes(8, "little") + text, starts, data + offset)
+def layout_of(plan: LayerPlan) -> FileLayout:
+    """The layout of a layer's file."""
+    return lay_out((name, array.dtype, array.shape) for name, array in plan.arrays())
 
 
 def places(plan: LayerPlan, file: int) -> Iterator[tuple[Move, Place]]:
     """Every slice of a layer, and where it goes in its file."""
-    layout = lay_out(plan)
+    layout = layout_of(plan)
     for name, array in plan.arrays():
         _, rows, columns = as_box(array.shape)
         row_bytes = array.size_bytes // max(as_box(array.shape)[0] * rows, 1)
@@ -157,7 +131,7 @@ class RankWriter:
     def missing_bytes(self) -> int:
         """Disk space that the rest still takes."""
         return sum(
-            lay_out(self._plan(number)).size_bytes - _allocated_bytes(self._part(number)) for number in self.unfinished
+            layout_of(self._plan(number)).size_bytes - _allocated_bytes(self._part(number)) for number in self.unfinished
         )
 
     def needs(self, source: int) -> bool:
@@ -236,7 +210,7 @@ class RankWriter:
     def _create(self, number: int) -> int:
         """Open a file's beginning; a new one gets its header and its size."""
         path = self._part(number)
-        layout = lay_out(self._plan(number))
+        layout = layout_of(self._plan(number))
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(handle, layout.size_bytes)
@@ -278,7 +252,7 @@ class RankWriter:
     def _is_whole(self, number: int) -> bool:
         """Whether a finished file is there: only what is full and on the disk gets its name."""
         path = self.folder / file_name(number, self._top)
-        return path.is_file() and path.stat().st_size == lay_out(self._plan(number)).size_bytes
+        return path.is_file() and path.stat().st_size == layout_of(self._plan(number)).size_bytes
 
     def _rewrite_journal(self) -> None:
         if self._journal >= 0:
