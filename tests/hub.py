@@ -53,6 +53,7 @@ class Fault:
         after_bytes: of the body, for `drop`, `stall` and `corrupt`.
         status: for `status`.
         headers: for `status`, such as Retry-After.
+        body: for `status`.
         bytes_per_s: for `slow`.
     """
 
@@ -62,6 +63,7 @@ class Fault:
     after_bytes: int = 0
     status: int = 503
     headers: Mapping[str, str] | None = None
+    body: bytes = b"<html>something is wrong</html>"
     bytes_per_s: int = 0
 
 
@@ -129,7 +131,7 @@ class Hub:
             self.asked.clear()
             self.authorized.clear()
 
-    def fail(self, kind: Kind, path: str = "*", **details: int | Mapping[str, str]) -> None:
+    def fail(self, kind: Kind, path: str = "*", **details: int | bytes | Mapping[str, str]) -> None:
         """Plan a fault; see Fault for the details."""
         with self._lock:
             self._faults.append(Fault(kind, path, **details))  # pyright: ignore[reportArgumentType]
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.note(f"{self.command} {path}", token is not None)
         fault = hub.take("status", path) if self.command == "GET" else None
         if fault:
-            self._send(b"{}", fault.status, fault.headers)
+            self._send(fault.body, fault.status, fault.headers)
         elif path.startswith("/cdn/"):
             owner, name, file = path.removeprefix("/cdn/").split("/", 2)
             self._send_file(f"{owner}/{name}", file, path)
@@ -305,9 +307,9 @@ class _Handler(BaseHTTPRequestHandler):
         began_s, position = time.monotonic(), 0
         while position < end and not hub.is_closing.is_set():
             piece = body[position : min(position + PIECE_BYTES, end)]
+            hub.count(name, len(piece))  # before the client can see them; one piece too many if it is gone
             self.wfile.write(piece)
             position += len(piece)
-            hub.count(name, len(piece))
             if slow:
                 hub.is_closing.wait(max(0.0, began_s + position / slow.bytes_per_s - time.monotonic()))
         if stall:

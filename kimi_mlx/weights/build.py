@@ -30,9 +30,9 @@ from kimi_mlx.weights.manifest import Manifest
 from kimi_mlx.weights.moves import LayerPlan, plan_layer, plan_top
 from kimi_mlx.weights.parcels import Parcel, parcels_of, pieces
 from kimi_mlx.weights.reader import Reader
+from kimi_mlx.weights.retries import Stopped
 from kimi_mlx.weights.sources import Sources
 from kimi_mlx.weights.store import rank_folder, store_folder
-from kimi_mlx.weights.transfer import Stopped
 from kimi_mlx.weights.writer import RankWriter, check_space, write_error
 
 BATCH_BYTES = 1 << 24

@@ -25,7 +25,7 @@ from kimi_mlx.weights.hub_cache import (
     remove_cached,
     snapshot_folder,
 )
-from kimi_mlx.weights.hub_errors import SPACE_HINT, explain_disk
+from kimi_mlx.weights.hub_errors import SPACE_HINT, explain_answer, explain_disk
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 from kimi_mlx.weights.part import Progress, ignore_progress
 from kimi_mlx.weights.repository import FILES, Repository, RepositoryFile, is_wanted, needed_files
@@ -68,15 +68,15 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
     api = HfApi(library_name="kimi-mlx")
     retries = Retries(name, threading.Event(), MAX_FAILURES_OF_LOOK_UP)
-    info = with_retries(
-        lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
-    )
+    try:
+        info = with_retries(
+            lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
+        )
+    except (LookupError, TypeError) as error:  # of the client, which builds its objects from the answer
+        raise explain_answer(name) from error
     wanted = [sibling for sibling in info.siblings or [] if is_wanted(sibling.rfilename)]
     if info.sha is None or any(sibling.size is None for sibling in wanted):
-        raise WeightsError(
-            f"`{constants.ENDPOINT}` does not say how large the files of `{name}` are",
-            hint="ask the hub itself: `unset HF_ENDPOINT`",
-        )
+        raise explain_answer(name)
     files = [
         RepositoryFile(each.rfilename, each.lfs.size, sha256=each.lfs.sha256)
         if each.lfs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from json import JSONDecodeError
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
@@ -73,6 +74,8 @@ def explain(error: Exception, repository: str) -> WeightsError:
             f"`{repository}` cannot be fetched: the hub lists a file that it does not have",
             hint="try again: the repository may just be changing",
         )
+    if isinstance(error, JSONDecodeError):
+        return explain_answer(repository)
     if status_of(error) == 403:
         return WeightsError(
             f"the hub does not let you read `{repository}` (403)",
@@ -81,6 +84,16 @@ def explain(error: Exception, repository: str) -> WeightsError:
     return WeightsError(
         f"`{repository}` cannot be fetched: {words(error)}",
         hint="check the network and try again; what has been fetched so far is kept",
+    )
+
+
+def explain_answer(repository: str) -> WeightsError:
+    """What came is no answer of a hub: a log-in page of the network, or a server that is something else."""
+    from huggingface_hub import constants
+
+    return WeightsError(
+        f"`{constants.ENDPOINT}` answers something else than a hub does, asked for `{repository}`",
+        hint="`unset HF_ENDPOINT`, check proxies, and whether the network wants a log-in",
     )
 
 

@@ -130,9 +130,8 @@ class RankWriter:
     @property
     def missing_bytes(self) -> int:
         """Disk space that the rest still takes."""
-        return sum(
-            layout_of(self._plan(number)).size_bytes - _allocated_bytes(self._part(number)) for number in self.unfinished
-        )
+        sizes = {number: layout_of(self._plan(number)).size_bytes for number in self.unfinished}
+        return sum(size - _allocated_bytes(self._part(number)) for number, size in sizes.items())
 
     def needs(self, source: int) -> bool:
         """Whether a source file has something for this rank that is not written yet."""

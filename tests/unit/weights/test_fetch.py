@@ -235,14 +235,6 @@ def test_a_full_disk(
     assert hub.sent_bytes == SIZE - kept
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_disk_that_really_is_full(repository: Repository, target: Path) -> None:
-    target.parent.mkdir()
-    part.part_path(target).symlink_to("/dev/full")
-    with pytest.raises(WeightsError, match="disk is full"):
-        get(repository, target)
-
-
 def test_a_folder_that_cannot_be(repository: Repository, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError, match="cannot be written") as raised:
