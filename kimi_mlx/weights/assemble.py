@@ -49,6 +49,7 @@ def load_model(
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
             yield _cook(reader, plan_layer(reader.checkpoint, layer, share), dtype)
+            reader.close()  # pages of the files count as memory as long as they are mapped
         yield _cook(reader, plan_top(reader.checkpoint, share), dtype)
 
     return build_model(config, layers(), exchange, progress)

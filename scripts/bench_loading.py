@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""How a model shared by several ranks gets into memory: bytes read, time and peak memory, against mlx-lm.
+
+python scripts/bench_loading.py                3 GB, 2 ranks, against mlx-lm: see docs/benchmark.md
+python scripts/bench_loading.py --size-gb 0.02 --repeat 1 --json
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Processes that the benchmark starts find the package too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from kimi_mlx.bench.loading import LoadingRun, loading_sides, measure_loading  # noqa: E402
+from kimi_mlx.bench.loading_files import Progress as FilesProgress  # noqa: E402
+from kimi_mlx.bench.loading_files import make_files  # noqa: E402
+from kimi_mlx.bench.loading_report import (  # noqa: E402
+    loading_heading,
+    loading_lines,
+    loading_rows,
+    loading_settings,
+    loading_table,
+    loading_to_dict,
+)
+from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
+from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
+from kimi_mlx.model.config import load_config  # noqa: E402
+from kimi_mlx.runtime.load import compute_type  # noqa: E402
+
+
+def main(
+    size_gb: Annotated[float, typer.Option("--size-gb", help="At least so large is the checkpoint.")] = 3.0,
+    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes that share it.")] = 2,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Loads of each side.")] = 3,
+    against: Annotated[bool, typer.Option(help="Load with mlx-lm too, and print the ratios.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Load a synthetic checkpoint of K2's proportions with kimi-mlx and mlx-lm in turns; files are made once."""
+    with _files_bar(json) as report:
+        files = make_files(size_gb, ranks, report)
+    config = load_config(files.copies[0])
+    default_dtype = str(compute_type(None, config)).removeprefix("mlx.core.")
+    settings = {**loading_settings(files, config.dtype), "commit": commit()}
+    sides = loading_sides(files, config.dtype, default_dtype, against)
+    with stderr.status("loading") if not json and stderr.is_terminal else nullcontext() as status:
+
+        def show(run: LoadingRun) -> None:
+            if status is not None:
+                status.update(f"{run.side}: {max(load.seconds for load in run.loads):.2f} s")
+
+        runs = measure_loading(sides, repeat, show)
+    if json:
+        print_json(loading_to_dict(runs, settings))
+        return
+    rows = loading_rows(runs)
+    stdout.print(loading_heading(runs, settings), style="dim", markup=False)
+    stdout.print(loading_table(rows))
+    for line in loading_lines(rows):
+        stdout.print(line, markup=False)
+
+
+@contextmanager
+def _files_bar(is_quiet: bool) -> Generator[FilesProgress]:
+    """A bar on stderr of a terminal while files are made."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    is_hidden = is_quiet or not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=is_hidden) as progress:
+        task = progress.add_task("looking for the files", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def commit() -> str | None:
+    """The commit of this folder, with a `+` if files differ from it; None outside a repository."""
+    try:
+        head, changes = (
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changes else "")
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end ranks in order, as Ctrl-C does
+        signal.signal(number, _end)
+    try:
+        typer.run(main)
+    except KimiMlxError as error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

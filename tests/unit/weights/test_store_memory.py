@@ -1,0 +1,55 @@
+"""Loading a store takes the share's memory and at most a layer's more, in any type."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.bench.loading_files import loading_config
+from kimi_mlx.bench.workloads import write_synthetic
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.runtime.download import StoreOptions, build, open_job
+
+SIZE_GB = 0.3
+
+LOAD = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+from kimi_mlx.bench.loading_rank import measure
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.load import DTYPES
+from kimi_mlx.weights.store import load_store, open_manifest
+folder, dtype, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+manifest = open_manifest(folder, 0, ranks, "hybrid")
+config = load_config(folder)
+mx.eval(mx.array([1.0]) + 1)  # MLX's threads and its allocator are no part of a share
+print(json.dumps(measure(lambda: load_store(folder, manifest, config, DTYPES[dtype]))))
+"""
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of a store, and for how many ranks it is."""
+    folder = tmp_path_factory.mktemp("memory")
+    write_synthetic(folder / "checkpoint", loading_config(SIZE_GB))
+    job = open_job(StoreOptions(folder / "checkpoint", folder / "stores", request.param), SingleGroup())
+    build(StoreOptions(folder / "checkpoint", folder / "stores", request.param), job, SingleGroup())
+    return job.folder, request.param
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where a peak can be told from what was there before")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_the_peak_is_the_share_and_one_layer(store: tuple[Path, int], dtype: str) -> None:
+    folder, ranks = store
+    command = [sys.executable, "-c", LOAD, str(folder), dtype, str(ranks)]
+    load = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    layers = sum(1 for _ in (folder / "rank-0").glob("layer-*.safetensors")) - 1  # the first one is small
+    held = load["held_bytes"]
+    assert load["peak_bytes"] <= 1.1 * (held + held / layers)
+    assert load["mlx_peak_bytes"] <= 1.1 * (held + held / layers)
