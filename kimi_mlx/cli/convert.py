@@ -15,12 +15,14 @@ from rich.table import Table
 from kimi_mlx.cli.obtain import byte_bars, byte_progress, tell_licence
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.model.names import TEXT_PREFIX
 from kimi_mlx.units import format_bytes, format_seconds
 from kimi_mlx.weights.hub import fetch_checkpoint, find_local, look_up
-from kimi_mlx.weights.locate import understand
+from kimi_mlx.weights.locate import Target, understand
 
 if TYPE_CHECKING:
     from kimi_mlx.weights.convert import Conversion, ConversionResult
+    from kimi_mlx.weights.convert_plan import ConversionPlan, ConvertOptions
 
 Bits = Literal["2", "3", "4", "5", "6", "8", "bf16"]
 
@@ -79,11 +81,14 @@ def convert(
     from kimi_mlx.weights.convert_plan import ConvertOptions
 
     options = ConvertOptions(_number(bits), _number(expert_bits), int(group_size) if group_size else None)
-    folder = target.expanduser()
-    conversion = open_conversion(_source_folder(source, json), options)
+    folder, origin = target.expanduser(), understand(source)
+    if dry_run and origin.repository is not None and find_local(origin.repository) is None:
+        _show_plan(_plan_from_afar(origin.repository, options), folder, json)
+        return
+    conversion = open_conversion(_source_folder(origin, json), options)
     check_folder(conversion, folder)
     if dry_run:
-        _show_plan(conversion, folder, json)
+        _show_plan(conversion.plan, folder, json)
         return
     check_space(conversion, folder)
     result = _run(conversion, folder, json)
@@ -97,12 +102,24 @@ def convert(
     )
     if result.files_before:
         stdout.print(f"{result.files_before} of the files were there from an earlier run", markup=False)
-    _print_notes(conversion)
+    _print_notes(conversion.plan)
 
 
-def _source_folder(name: str, is_quiet: bool) -> Path:
+def _plan_from_afar(repository: str, options: ConvertOptions) -> ConversionPlan:
+    """The plan for a repository that is not here, from its headers."""
+    from kimi_mlx.weights.checkpoint import Checkpoint
+    from kimi_mlx.weights.convert_plan import plan_conversion
+    from kimi_mlx.weights.sources import read_contents
+
+    contents = read_contents(look_up(repository))
+    checkpoint = Checkpoint(contents.config(), contents.table, repository)
+    checkpoint.check_names()
+    has_prefix = any(name.startswith(TEXT_PREFIX) for name in contents.table)
+    return plan_conversion(checkpoint, options, has_prefix)
+
+
+def _source_folder(target: Target, is_quiet: bool) -> Path:
     """The folder of the checkpoint itself, never of a shard store; fetched if it is not here."""
-    target = understand(name)
     if target.repository is None:
         assert target.folder is not None
         return target.folder
@@ -111,7 +128,9 @@ def _source_folder(name: str, is_quiet: bool) -> Path:
         return folder
     repository = look_up(target.repository)
     tell_licence(target, is_quiet)
-    with byte_progress(f"fetching {name}", sum(file.size_bytes for file in repository.files), is_quiet) as advance:
+    with byte_progress(
+        f"fetching {target.name}", sum(file.size_bytes for file in repository.files), is_quiet
+    ) as advance:
         return fetch_checkpoint(repository, advance)
 
 
@@ -149,15 +168,14 @@ def _progress(is_quiet: bool) -> Generator[Callable[[int, int], None]]:
         yield show
 
 
-def _show_plan(conversion: Conversion, folder: Path, is_json: bool) -> None:
+def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
     """What would be done."""
-    plan = conversion.plan
     if is_json:
         print_json(
             {
                 "folder": str(folder),
                 "files": len(plan.files),
-                "size_bytes": conversion.size_bytes,
+                "size_bytes": plan.size_bytes,
                 "bits_per_weight": plan.bits_per_weight,
                 "matrices": [asdict(row) for row in plan.summary()],
                 "notes": plan.notes(),
@@ -172,15 +190,15 @@ def _show_plan(conversion: Conversion, folder: Path, is_json: bool) -> None:
         table.add_row(row.kind, row.source, row.target, format_bytes(row.size_bytes))
     stdout.print(table, soft_wrap=False)
     stdout.print(
-        f"{folder}: {len(plan.files)} files, {format_bytes(conversion.size_bytes)}, "
+        f"{folder}: {len(plan.files)} files, {format_bytes(plan.size_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits a weight; nothing has been written",
         markup=False,
     )
-    _print_notes(conversion)
+    _print_notes(plan)
 
 
-def _print_notes(conversion: Conversion) -> None:
-    for note in conversion.plan.notes():
+def _print_notes(plan: ConversionPlan) -> None:
+    for note in plan.notes():
         stderr.print(f"note: {note}", markup=False)
 
 

@@ -84,8 +84,7 @@ class Conversion:
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
-        weights = sum(file.layout().size_bytes for file in self.plan.files)
-        return weights + sum(file.stat().st_size for file in self.small_files)
+        return self.plan.size_bytes + sum(file.stat().st_size for file in self.small_files)
 
     def record(self) -> dict[str, Any]:
         """What must be equal for a conversion to go on."""

@@ -156,6 +156,11 @@ class ConversionPlan:
     vision_bytes: int
 
     @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.layout().size_bytes for file in self.files)
+
+    @property
     def outputs(self) -> list[Output]:
         """All of them, in the order of the files."""
         return [output for file in self.files for output in file.outputs]

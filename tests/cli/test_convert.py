@@ -16,6 +16,7 @@ from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.model.config import Quantization, load_config
 from tests.checkpoints import FORMATS
+from tests.hub import Hub, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 INT4, FP8 = FORMATS / "int4-k2.5", FORMATS / "fp8"
@@ -31,7 +32,7 @@ def run(*arguments: str | Path) -> Result:
 def test_the_result_is_told_in_a_line(tmp_path: Path) -> None:
     result = run(INT4, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.3 kB, 10.62 bits a weight, in ")
+    assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.5 kB, 10.62 bits a weight, in ")
     assert "note: the vision part is left out" in result.stderr
     assert load_config(tmp_path / "out").quantization == Quantization(4, 32)
 
@@ -138,3 +139,23 @@ def test_a_stopped_run_goes_on(number: signal.Signals, code: int, tmp_path: Path
         "model-00001-of-00003.safetensors",
     ]
     assert "1 of the files were there from an earlier run" in run(FP8, tmp_path / "out").stdout
+
+
+@pytest.mark.slow
+def test_a_dry_run_fetches_no_weights(tmp_path: Path) -> None:
+    source = INT4
+    with Hub({"owner/model": source}) as hub:
+        command = [sys.executable, "-m", "kimi_mlx", "convert", "owner/model", str(tmp_path), "--dry-run", "--json"]
+        variables = {**os.environ, **environment(hub, tmp_path / "hf")}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        assert sum(count for name, count in hub.sent.items() if name.endswith(".safetensors")) < size / 2
+    local = subprocess.run(
+        [sys.executable, "-m", "kimi_mlx", "convert", str(source), str(tmp_path / "out"), "--dry-run", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert json.loads(done.stdout)["matrices"] == json.loads(local.stdout)["matrices"]
