@@ -17,7 +17,7 @@ from kimi_mlx.cli.options import JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.runtime.download import StoreOptions, build, join_group, open_job
+from kimi_mlx.runtime.download import StoreOptions, any_host, build, find_built, join_group, open_job
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes, format_gib, format_seconds
 from kimi_mlx.weights.build import Job, Progress
@@ -30,10 +30,11 @@ from kimi_mlx.weights.hub import (
     verify_checkpoint,
 )
 from kimi_mlx.weights.hub_cache import cached_bytes, repository_folder
-from kimi_mlx.weights.locate import Target, find_store, stores_root, understand
-from kimi_mlx.weights.manifest import read_manifest
+from kimi_mlx.weights.locate import Target, stores_root, understand
+from kimi_mlx.weights.manifest import MANIFEST_NAME, Manifest, read_manifest
 from kimi_mlx.weights.sources import Contents, read_contents
 from kimi_mlx.weights.store import FoundStore, broken_files, rank_folder, stored_ranks
+from kimi_mlx.weights.writer import stored_bytes
 
 Result = dict[str, Any]
 
@@ -95,9 +96,11 @@ def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bo
     if target.repository is None:
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, revision)
+    if local is not None and revision not in (None, local.name):  # a branch may have moved on: ask the hub
+        local = None
     if local is not None and not is_dry and not is_check:
         return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
-    pinned = local.name if local is not None and revision is None else revision
+    pinned = revision if local is None else local.name
     repository = look_up(target.repository, pinned)
     total = sum(file.size_bytes for file in repository.files)
     if is_dry:
@@ -122,22 +125,23 @@ def _stores(
 ) -> Result:
     """The stores of all ranks, or of this host's."""
     broken: Mapping[int, Sequence[str]] = {}
-    found = find_store(str(target.source), options.ranks, options.strategy, options.revision)
-    if found is not None and group.size == 1 and not is_dry:
+    ranks = range(options.ranks) if group.size == 1 else [group.rank]
+    found = None if is_dry else find_built(options, group)
+    if found is not None:
         if is_check:
-            broken = _broken(found.folder, found.ranks, is_quiet)
-        if not any(broken.values()):
-            return _stored(target, found, "is whole" if is_check else "is on this machine")
+            broken = _broken(found.folder, ranks, is_quiet)
+        if not any_host(any(broken.values()), group):
+            return _stored(target, found, ranks, "is whole" if is_check else "is on this machine")
         options = replace(options, revision=found.origin.commit)
     job = open_job(options, group)
     if is_dry:
         holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
-        return _dry(target, job.sources.contents, holdings, _disk_bytes(job, holdings), options.stores)
-    if is_check and group.size > 1:
-        broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank == group.rank], is_quiet)
+        return _dry(target, job.sources.contents, holdings, _disk_bytes(job, holdings, ranks), options.stores)
+    if is_check and found is None:
+        broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], is_quiet)
     tell_licence(target, is_quiet)
-    if not is_quiet and job.checkpoint.vision_bytes:
-        stderr.print(f"the vision part ({format_bytes(job.checkpoint.vision_bytes)}) is left out: text only")
+    if not is_quiet and (vision_bytes := job.checkpoint.vision_bytes + job.sources.contents.vision_bytes):
+        stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
     with byte_bars(is_quiet) as bars:
         fetching = bars.add_task(f"fetching {target.name}", total=None)
         storing = bars.add_task("storing", total=None)
@@ -160,15 +164,23 @@ def _stores(
 
 
 def _broken(folder: Path, ranks: Sequence[int], is_quiet: bool) -> Mapping[int, Sequence[str]]:
-    """The broken files of stores, by their checksums."""
-    manifests = [read_manifest(rank_folder(folder, rank)) for rank in ranks]
+    """The broken files of stores, by their checksums; a manifest that cannot be read is one of them."""
+    broken: dict[int, Sequence[str]] = {}
+    manifests: list[Manifest] = []
+    for rank in ranks:
+        try:
+            manifests.append(read_manifest(rank_folder(folder, rank)))
+        except WeightsError:
+            broken[rank] = [MANIFEST_NAME]
     total = sum(manifest.size_bytes for manifest in manifests)
     with byte_progress("checking", total, is_quiet) as advance:
-        return {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
+        return broken | {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
 
 
-def _disk_bytes(job: Job, holdings: Mapping[int, int]) -> int:
-    return sum(holdings.values()) + job.sources.extra_bytes(job.files)
+def _disk_bytes(job: Job, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
+    """What this machine needs in addition to what it has of the stores."""
+    missing = sum(max(0, holdings[rank] - stored_bytes(rank_folder(job.folder, rank))) for rank in ranks)
+    return missing + job.sources.extra_bytes(job.files) if missing else 0
 
 
 def _state(is_check: bool, broken: list[str]) -> str:
@@ -181,8 +193,8 @@ def _about(target: Target, repository: Repository) -> Result:
     return {"model": target.name, "repository": repository.name, "commit": repository.commit}
 
 
-def _stored(target: Target, found: FoundStore, state: str) -> Result:
-    manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in found.ranks]
+def _stored(target: Target, found: FoundStore, ranks: Sequence[int], state: str) -> Result:
+    manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in ranks]
     return {
         "model": target.name,
         "repository": found.origin.repository,

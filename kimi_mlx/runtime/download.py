@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError, WeightsError
-from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
+from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import plan_hybrid
+from kimi_mlx.runtime.checked_group import join_ring
 from kimi_mlx.weights.build import Job, Progress, build_stores
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.hub import look_up
@@ -27,7 +28,7 @@ from kimi_mlx.weights.sources import (
     encode_contents,
     read_contents,
 )
-from kimi_mlx.weights.store import repository_folder
+from kimi_mlx.weights.store import FoundStore, find_stores, repository_folder
 from kimi_mlx.weights.writer import begun_commit
 
 STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -64,11 +65,30 @@ def join_group() -> Group:
     if "MLX_RANK" not in os.environ:
         return SingleGroup()
     try:
-        return MlxGroup(mx.distributed.init(strict=True))
+        return join_ring()
     except RuntimeError as error:
         raise RingError(
             f"the group of hosts cannot be joined: {error}", hint="check the hostfile and that all hosts were started"
         ) from error
+
+
+def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
+    """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
+    ranks = set(range(options.ranks)) if group.size == 1 else {group.rank}
+    for store in find_stores(options.stores, str(options.source)):
+        is_meant = (store.placement.world_size, store.placement.strategy) == (options.ranks, options.strategy)
+        if is_meant and ranks <= set(store.ranks) and options.revision in (None, store.origin.commit):
+            break
+    else:
+        store = None
+    text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
+    rows = np.array(group.gather(mx.array(np.frombuffer(text.encode().ljust(64), np.uint8))))
+    return store if (rows == rows[0]).all() else None
+
+
+def any_host(is_so: bool, group: Group) -> bool:
+    """Whether it is so on any host."""
+    return bool(np.array(group.gather(mx.array([is_so]))).any())
 
 
 def open_job(options: StoreOptions, group: Group) -> Job:
@@ -127,7 +147,8 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
     else:
         repository, contents = decode_contents(_tell(lambda: _read(name, revision), group))
     folder = repository_folder(options.stores, contents.origin) / "sources"
-    return HubSources(repository, contents, folder / f"host-{group.rank}", options.keep_source)
+    name = f"{options.strategy}-{options.ranks}-host-{group.rank}"  # another placement may be built at the same time
+    return HubSources(repository, contents, folder / name, options.keep_source)
 
 
 def _read(name: str, revision: str | None) -> bytes:
@@ -136,7 +157,7 @@ def _read(name: str, revision: str | None) -> bytes:
 
 
 def _tell(read: Callable[[], bytes], group: Group) -> bytes:
-    """What the leader reads, in every process; its error too."""
+    """What the leader reads, in every process; its error too, in the same words."""
     said, failure = b"", None
     if group.rank == 0:
         try:
@@ -147,9 +168,7 @@ def _tell(read: Callable[[], bytes], group: Group) -> bytes:
     lengths = np.array(group.gather(mx.array([len(said)], mx.int32)))
     row = np.frombuffer(said.ljust(int(lengths.max())), np.uint8)
     told = np.array(group.gather(mx.array(row)))[0].tobytes()
-    if failure is not None:
-        raise failure
     if told[:1] == b"-":
         message, hint = json.loads(told[1:])
-        raise WeightsError(f"host 0: {message}", hint, rank=0)
+        raise WeightsError(f"host 0: {message}", hint) from failure
     return told[1:]

@@ -151,15 +151,28 @@ def _write_small_files(job: Job) -> None:
             write_atomically(path, data)
 
 
-def deal(sizes: Mapping[int, int], processes: int) -> list[list[int]]:
-    """Deal files out so that every process gets about as many bytes; each one's in their order."""
+def deal(
+    sizes: Mapping[int, int], processes: int, held: Callable[[int, int], int] = lambda process, number: 0
+) -> list[list[int]]:
+    """Deal files out so that every process gets about as many bytes.
+
+    Args:
+        sizes: of the files, by number.
+        processes: how many there are.
+        held: (process, number) -> bytes of the file that the process has already; the one with most of it gets it.
+
+    Returns:
+        For each process its files: those it has something of, then the others, in their order.
+    """
     hands: list[list[int]] = [[] for _ in range(processes)]
     weights = [0] * processes
-    for number in sorted(sizes, key=lambda number: (-sizes[number], number)):
-        process = weights.index(min(weights))
+    most = {number: max(held(process, number) for process in range(processes)) for number in sizes}
+    for number in sorted(sizes, key=lambda number: (-most[number], -sizes[number], number)):
+        best = [process for process in range(processes) if held(process, number) == most[number]]
+        process = min(best, key=lambda process: weights[process])
         hands[process].append(number)
         weights[process] += sizes[number]
-    return [sorted(hand) for hand in hands]
+    return [sorted(hand, key=lambda number: (-held(process, number), number)) for process, hand in enumerate(hands)]
 
 
 class _Fetcher:
@@ -255,11 +268,14 @@ class _Rounds:
         """Learn what every rank lacks, and deal out the source files."""
         job, ranks = self._job, self._job.placement.world_size
         files, sources = job.num_layers + 1, len(job.files)
-        mine = np.zeros((ranks // self._group.size, files + sources), np.uint8)
+        mine = np.zeros((ranks // self._group.size, files + 2 * sources), np.int64)
+        mine[:, files + sources :] = [job.sources.held_bytes(file) for file in job.files]
         for row, writer in zip(mine, self._writers.values(), strict=False):
             row[writer.unfinished] = 1
-            row[files:] = [writer.needs(source) for source in range(sources)]
-        states = self._gather(mine).reshape(ranks, files + sources)
+            row[files : files + sources] = [writer.needs(source) for source in range(sources)]
+        gathered = self._gather(mine)
+        held = gathered[:, 0, files + sources :]
+        states = gathered.reshape(ranks, files + 2 * sources)
         sizes: dict[int, int] = {}
         for source in range(sources):
             wanted = {
@@ -271,7 +287,7 @@ class _Rounds:
                 self._wanted[source] = wanted
                 sizes[source] = job.sources.contents.sizes[job.files[source]]
         self._total_bytes = sum(sizes.values())
-        self._hands = deal(sizes, self._group.size)
+        self._hands = deal(sizes, self._group.size, lambda process, source: int(held[process, source]))
 
     def _check_space(self, mine: Sequence[int]) -> None:
         try:
@@ -399,19 +415,20 @@ class _Rounds:
         return self._gather(np.array(head, np.int64))
 
     def _shared_failure(self, kinds: np.ndarray) -> KimiMlxError:
-        """The error of the process that met it, in every process."""
+        """The error of the first process that met one, in the same words in every process."""
         error = self._failure
+        if self._group.size == 1:
+            assert error is not None
+            return error
         text = json.dumps({"message": error.message, "hint": error.hint}) if error is not None else ""
         data = text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES)
         rows = self._gather(np.frombuffer(data, np.uint8).copy())
-        if error is not None:
-            return error
         process = int(np.flatnonzero(kinds == FAILED)[0])
         try:
             told = json.loads(rows[process].tobytes())
         except ValueError:
             told = {"message": "has failed", "hint": None}
-        return WeightsError(f"host {process}: {told['message']}", told["hint"], rank=process)
+        return WeightsError(f"host {process}: {told['message']}", told["hint"])
 
     def _gather(self, row: np.ndarray) -> np.ndarray:
         """Everybody's row."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig, parse_config
+from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.weights.hub import (
     FILES,
     Repository,
@@ -27,9 +28,10 @@ from kimi_mlx.weights.hub import (
     needed_files,
     read_range,
 )
-from kimi_mlx.weights.hub_cache import remember, snapshot_folder
+from kimi_mlx.weights.hub_cache import cached_bytes, remember, snapshot_folder
 from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, parse_header, read_header
 from kimi_mlx.weights.manifest import Origin
+from kimi_mlx.weights.part import part_path
 
 HEADER_WORKERS = 8
 """Headers that are read at the same time."""
@@ -47,12 +49,14 @@ class Contents:
         sizes: bytes of each file with tensors, by name.
         headers: their tensors.
         small: the other files a model needs: configuration, tokenizer, template.
+        vision_bytes: of files that hold nothing but vision and are left out.
     """
 
     origin: Origin
     sizes: Mapping[str, int]
     headers: Headers
     small: Mapping[str, bytes]
+    vision_bytes: int = 0
 
     @property
     def table(self) -> dict[str, TensorInfo]:
@@ -84,6 +88,10 @@ class Sources(Protocol):
     """The files with tensors, fetched when they are needed."""
 
     contents: Contents
+
+    def held_bytes(self, file: str) -> int:
+        """How much of a file need not be fetched any more."""
+        ...
 
     def extra_bytes(self, files: Iterable[str]) -> int:
         """Disk space that fetching these files takes for a while (or for good, if they are kept)."""
@@ -125,6 +133,10 @@ class FolderSources:
         origin = Origin(str(self._folder), digest.hexdigest()[:40])
         self.contents = Contents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
 
+    def held_bytes(self, file: str) -> int:
+        """All of it."""
+        return self.contents.sizes[file]
+
     def extra_bytes(self, files: Iterable[str]) -> int:
         """None."""
         return 0
@@ -161,14 +173,18 @@ class HubSources:
         self.contents = contents
         self._repository, self._folder, self._keep = repository, folder, keep
 
+    def held_bytes(self, file: str) -> int:
+        """Of the hub's cache, or of an earlier try."""
+        item, path = self._repository.file(file), self._folder / file
+        if self._keep or cached_file(self._repository, item):
+            return cached_bytes(self._repository, item)
+        return next((each.stat().st_size for each in (path, part_path(path)) if each.is_file()), 0)
+
     def extra_bytes(self, files: Iterable[str]) -> int:
-        """Two files at a time, the largest ones; all, if they are kept."""
-        sizes = sorted(
-            self.contents.sizes[file]
-            for file in files
-            if cached_file(self._repository, self._repository.file(file)) is None
-        )
-        return sum(sizes if self._keep else sizes[-2:])
+        """Two files at a time, the largest ones; all, if they are kept; less what is here already."""
+        missing = [file for file in files if cached_file(self._repository, self._repository.file(file)) is None]
+        sizes = sorted(self.contents.sizes[file] for file in missing)
+        return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.held_bytes, missing)))
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
         """From the hub's cache if it is there, else from the hub."""
@@ -235,7 +251,9 @@ def read_contents(repository: Repository) -> Contents:
             )
         headers = dict(pool.map(read_tensors, weights))
     sizes = {file.name: file.size_bytes for file in weights}
-    return Contents(Origin(repository.name, repository.commit), sizes, headers, texts)
+    vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
+    vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
+    return Contents(Origin(repository.name, repository.commit), sizes, headers, texts, vision_bytes)
 
 
 def is_small(name: str) -> bool:
@@ -254,6 +272,7 @@ def encode_contents(repository: Repository, contents: Contents) -> bytes:
         "sizes": dict(contents.sizes),
         "headers": headers,
         "small": {name: base64.b64encode(data).decode() for name, data in contents.small.items()},
+        "vision_bytes": contents.vision_bytes,
     }
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -269,7 +288,8 @@ def decode_contents(data: bytes) -> tuple[Repository, Contents]:
     }
     small = {name: base64.b64decode(text) for name, text in value["small"].items()}
     repository = Repository.from_dict(value["repository"])
-    return repository, Contents(Origin(repository.name, repository.commit), value["sizes"], headers, small)
+    origin = Origin(repository.name, repository.commit)
+    return repository, Contents(origin, value["sizes"], headers, small, value["vision_bytes"])
 
 
 def _bare(header: Mapping[str, TensorInfo], file: str) -> dict[str, TensorInfo]:

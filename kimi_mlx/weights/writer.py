@@ -100,6 +100,7 @@ class RankWriter:
         try:
             self._lock_folder()
             self._read_journal()
+            self._finish_full_files()  # killed between the last record and the rename
         except BaseException:
             self.__exit__()
             raise
@@ -167,9 +168,7 @@ class RankWriter:
                 os.fsync(handle)
             self._record({"source": source})
             self._applied.add(source)
-            for number in self.unfinished:
-                if self._sources[number] <= self._applied:
-                    self._finish(number)
+            self._finish_full_files()
         except OSError as error:
             raise write_error(self.folder, error) from error
 
@@ -182,12 +181,24 @@ class RankWriter:
         return manifest
 
     def discard(self, names: Sequence[str]) -> None:
-        """Take broken files out of the store, so that the next build makes them anew."""
+        """Take broken files out of the store, so that the next build makes them anew.
+
+        Args:
+            names: of the files; a broken manifest stands for all that are not as the journal says.
+        """
+        if MANIFEST_NAME in names:
+            finished = self._finished.values()
+            names = [file.name for file in finished if sha256_of(self.folder / file.name) != file.sha256]
         (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         for number in [number for number, file in self._finished.items() if file.name in names]:
             (self.folder / self._finished.pop(number).name).unlink(missing_ok=True)
             self._applied -= self._sources[number]
         self._rewrite_journal()
+
+    def _finish_full_files(self) -> None:
+        for number in self.unfinished:
+            if self._sources[number] <= self._applied:
+                self._finish(number)
 
     def _finish(self, number: int) -> None:
         handle = self._open.pop(number, None)
@@ -234,7 +245,10 @@ class RankWriter:
         """Take over what an earlier process has done, as far as its files are still there."""
         lines = _read_lines(self.folder / JOURNAL_NAME)
         known: dict[int, str] = {}
-        if lines and lines[0] == self._identity():
+        if lines and lines[0] != self._identity():  # of another version or commit
+            for path in self.folder.glob("*.safetensors*"):
+                path.unlink()
+        elif lines:
             self._applied = {line["source"] for line in lines if "source" in line}
             known = {line["file"]: line["sha256"] for line in lines if "file" in line}
         for number in range(self._top + 1):
@@ -276,14 +290,26 @@ class RankWriter:
             os.fsync(self._journal)
 
 
+def stored_bytes(folder: Path) -> int:
+    """Disk space that a rank's store takes, complete or not."""
+    return sum(map(_allocated_bytes, folder.glob("*.safetensors*")))
+
+
 def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> str | None:
     """The commit of a repository whose stores for so many ranks were begun here last, finished or not."""
-    folders = (stores / repository.replace("/", "--")).glob(f"*/{strategy}-{ranks}-*/rank-*/{JOURNAL_NAME}")
-    for journal in sorted(folders, key=lambda path: -path.stat().st_mtime):
-        lines = _read_lines(journal)
-        if lines and lines[0].get("repository") == repository:
-            return str(lines[0]["commit"])
+    for folder in begun_stores(stores, repository, ranks, strategy):
+        for journal in folder.glob(f"rank-*/{JOURNAL_NAME}"):
+            lines = _read_lines(journal)
+            if lines and lines[0].get("repository") == repository:
+                return str(lines[0]["commit"])
     return None
+
+
+def begun_stores(stores: Path, repository: str, ranks: int, strategy: str) -> list[Path]:
+    """Folders of placements for so many ranks, whole or not, the one that was worked on last first."""
+    journals = (stores / repository.replace("/", "--")).glob(f"*/{strategy}-{ranks}-*/rank-*/{JOURNAL_NAME}")
+    newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
+    return list(dict.fromkeys(path.parent.parent for path in newest))
 
 
 def write_error(path: Path, error: OSError) -> WeightsError:

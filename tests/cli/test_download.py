@@ -1,0 +1,795 @@
+"""`kimi-mlx download` as a user runs it: real processes and the real hub client against tests/hub.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from tests.checkpoints import FORMATS
+from tests.fakes import KIMI_MINI
+from tests.hub import COMMIT, Hub, environment
+
+NAME = "owner/model"
+HEADER_BYTES = 1.02
+"""What may be served for 1 byte of the repository: headers come twice, alone and in their files."""
+
+IN_FLIGHT_BYTES = 8 << 20
+"""Served, but lost with the process: what the kernel holds for a connection."""
+
+Checksums = dict[int, dict[str, str]]
+"""Rank -> file -> sha256."""
+
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in the background
+from kimi_mlx.cli.app import main
+main()
+"""
+KILLED_AT_A_STEP = """
+import os, signal, sys, tempfile
+steps, last = 0, int(sys.argv.pop())
+def counted(function):
+    def call(*arguments, **options):
+        global steps
+        steps += 1
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+from kimi_mlx.cli.app import main
+for name in ("fsync", "replace", "pwrite", "ftruncate", "unlink"):
+    setattr(os, name, counted(getattr(os, name)))
+try:
+    main()
+finally:
+    print("steps:", steps, file=sys.stderr)
+"""
+
+
+def make_repository(folder: Path, shape: str, **changes: Any) -> Path:
+    """A complete model with random weights, a file a layer and one more."""
+    vocabulary = json.loads((KIMI_MINI / "config.json").read_text())["vocab_size"]
+    write_synthetic(folder, synthetic_config(shape, vocab_size=vocabulary, **changes))
+    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(KIMI_MINI / name, folder)
+    return folder
+
+
+def make_large(folder: Path) -> Path:
+    """68 MB in 8 files."""
+    return make_repository(folder, "wide", num_hidden_layers=7, n_routed_experts=8, num_experts_per_tok=4)
+
+
+def make_small(folder: Path) -> Path:
+    """3 MB in 4 files."""
+    return make_repository(folder, "deep", num_hidden_layers=3)
+
+
+def repository_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@dataclass
+class Host:
+    """A machine: its home, its hub cache, its stores."""
+
+    hub: Hub
+    home: Path
+
+    @property
+    def stores(self) -> Path:
+        return self.home / "stores"
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "hf" / "hub"
+
+    def start(self, *arguments: str, code: str = MAIN, **variables: str) -> subprocess.Popen[str]:
+        self.home.mkdir(parents=True, exist_ok=True)
+        folders = {f"XDG_{kind}_HOME": str(self.home / kind) for kind in ("CACHE", "STATE", "DATA", "CONFIG")}
+        variables = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            **environment(self.hub, self.home / "hf"),
+            **folders,
+            "HOME": str(self.home),
+            "KIMI_MLX_STORES": str(self.stores),
+            **variables,
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, code: str = MAIN, **variables: str) -> subprocess.CompletedProcess[str]:
+        return end(self.start(*arguments, code=code, **variables))
+
+
+def end(process: subprocess.Popen[str], limit_s: float = 120) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    finally:
+        process.kill()
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fail(done: subprocess.CompletedProcess[str], message: str, code: int = 1) -> str:
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    return done.stderr
+
+
+def wait_until(is_so: Callable[[], bool], limit_s: float = 60) -> None:
+    end_s = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+
+
+def wait_until_sent(hub: Hub, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the hub has sent so many bytes, or the process has ended."""
+    wait_until(lambda: hub.sent_bytes > count or process.poll() is not None)
+
+
+def checksums(stores: Path) -> Checksums:
+    """Of all complete stores, as their manifests say; what is on the disk must agree."""
+    found: Checksums = {}
+    for path in stores.rglob("manifest.json"):
+        manifest = json.loads(path.read_bytes())
+        files = {file["name"]: file["sha256"] for file in manifest["files"]}
+        assert {name: sha256((path.parent / name).read_bytes()).hexdigest() for name in files} == files
+        assert {each.name for each in path.parent.glob("*.safetensors*")} == set(files)
+        found[manifest["rank"]] = files
+    return found
+
+
+def built_from_folder(repository: Path, stores: Path, ranks: int) -> Checksums:
+    """What must come out: built in this process, without a hub."""
+    options = StoreOptions(repository, stores, ranks)
+    build(options, open_job(options, SingleGroup()), SingleGroup())
+    return checksums(stores)
+
+
+def files_fetched(hub: Hub) -> set[str]:
+    """Files of weights of which more than the header was served."""
+    return {
+        name.removeprefix(f"{NAME}/") for name, count in hub.sent.items() if "safetensors" in name and count > 30_000
+    }
+
+
+class DiskWatch:
+    """The most that a folder takes on the disk meanwhile, and its `sources` in it; a context manager."""
+
+    def __init__(self, folder: Path):
+        self.most_bytes = self.most_source_bytes = 0
+        self._folder, self._is_over = folder, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> DiskWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_over.wait(0.01):
+            self.most_bytes = max(self.most_bytes, disk_bytes(self._folder))
+            sources = self._folder.rglob("sources")
+            self.most_source_bytes = max([self.most_source_bytes, *map(disk_bytes, sources)])
+
+
+def disk_bytes(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(place) / name).stat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+    return total
+
+
+class HubWithPast(Hub):
+    """A hub that still serves earlier commits, whose files are in other folders."""
+
+    def __init__(self, past: dict[str, Path]):
+        """From commit to folder, the last one is `main`."""
+        super().__init__({NAME: next(reversed(past.values()))})
+        self.past = past
+        self._asked = threading.local()
+        self.folders = _Answers(lambda: past[self._commit()])
+        self.commits = _Answers(self._commit)
+
+    def note(self, asked: str, is_authorized: bool) -> None:
+        super().note(asked, is_authorized)
+        found = re.search(r"/(?:revision|resolve)/([0-9a-f]{40})", asked)
+        self._asked.commit = found[1] if found and found[1] in self.past else next(reversed(self.past))
+
+    def _commit(self) -> str:
+        return self._asked.commit
+
+
+class _Answers(dict[str, Any]):
+    """A mapping of the one repository to what is right for the question at hand."""
+
+    def __init__(self, answer: Callable[[], Any]):
+        super().__init__({NAME: None})
+        self._answer = answer
+
+    def __getitem__(self, name: str) -> Any:
+        return self._answer()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_large(tmp_path_factory.mktemp("large") / "model")
+
+
+@pytest.fixture(scope="session")
+def expected_small(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Checksums:
+    return built_from_folder(small, tmp_path_factory.mktemp("expected"), 2)
+
+
+@pytest.fixture(scope="session")
+def expected_large(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Checksums:
+    return built_from_folder(large, tmp_path_factory.mktemp("expected"), 2)
+
+
+@pytest.fixture
+def hub(small: Path) -> Iterator[Hub]:
+    with Hub({NAME: small}) as server:
+        yield server
+
+
+@pytest.fixture
+def large_hub(large: Path) -> Iterator[Hub]:
+    with Hub({NAME: large}) as server:
+        yield server
+
+
+@pytest.fixture
+def host(hub: Hub, tmp_path: Path) -> Host:
+    return Host(hub, tmp_path / "host")
+
+
+@pytest.fixture
+def large_host(large_hub: Hub, tmp_path: Path) -> Host:
+    return Host(large_hub, tmp_path / "host")
+
+
+@pytest.fixture(scope="session")
+def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A host's home with both stores, to be copied."""
+    home = tmp_path_factory.mktemp("finished") / "host"
+    with Hub({NAME: small}) as hub:
+        succeed(Host(hub, home).run("download", NAME, "--ranks", "2"))
+    return home
+
+
+@pytest.fixture
+def stored(hub: Hub, finished: Path, tmp_path: Path) -> Host:
+    """A host that has both stores."""
+    shutil.copytree(finished, tmp_path / "stored")
+    return Host(hub, tmp_path / "stored")
+
+
+def rank_folder(host: Host, rank: int = 0) -> Path:
+    (folder,) = host.stores.glob(f"*/*/*/rank-{rank}")
+    return folder
+
+
+def test_stores_come_out_of_one_download_and_a_second_run_needs_no_hub(
+    host: Host, small: Path, expected_small: Checksums
+) -> None:
+    folder = succeed(host.run("download", NAME, "--ranks", "2")).strip()
+    assert checksums(Path(folder)) == expected_small
+    assert host.hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
+    assert not [path for path in host.stores.rglob("*") if path.is_file() and "sources" in path.parts]
+    host.hub.forget()
+    assert succeed(host.run("download", NAME, "--ranks", "2", HF_HUB_OFFLINE="1")).strip() == folder
+    assert host.hub.asked == []
+
+
+def test_a_dry_run_shows_sums_and_fetches_only_what_it_must_know(host: Host, small: Path) -> None:
+    result = json.loads(succeed(host.run("download", NAME, "--ranks", "2", "--dry-run", "--json")))
+    assert host.hub.sent_bytes < 0.05 * repository_bytes(small)
+    assert not list(host.stores.rglob("*"))
+    weights = {path.name: path.stat().st_size for path in small.glob("*.safetensors")}
+    assert {file["name"]: file["size_bytes"] for file in result["files"]} == weights
+    held = sum(rank["size_bytes"] for rank in result["ranks"])
+    assert sum(weights.values()) * 0.95 < held < sum(weights.values()) * 1.5  # attention is on both
+    two_files = sum(sorted(weights.values())[-2:])
+    assert result["disk_needed_bytes"] == held + two_files
+    assert 0 < result["disk_free_bytes"] <= shutil.disk_usage(host.home).total
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_a_table_in_both_units(host: Host, small: Path) -> None:
+    shown = succeed(host.run("download", NAME, "--ranks", "2", "--dry-run"))
+    result = json.loads(succeed(host.run("download", NAME, "--ranks", "2", "--dry-run", "--json")))
+    total = sum(file["size_bytes"] for file in result["files"]) + result["small_bytes"]
+    for name, size in {
+        **{file["name"]: file["size_bytes"] for file in result["files"]},
+        "to fetch in all": total,
+        "host 0 will hold": result["ranks"][0]["size_bytes"],
+        "host 1 will hold": result["ranks"][1]["size_bytes"],
+        "disk needed": result["disk_needed_bytes"],
+    }.items():
+        assert re.search(rf"^{name} +{size / 1e9:.3f} +{size / 2**30:.3f}$", shown, re.MULTILINE), shown
+    alone = json.loads(succeed(host.run("download", NAME, "--dry-run", "--json")))
+    assert alone["disk_needed_bytes"] == sum(file["size_bytes"] for file in alone["files"])
+    assert not list(host.cache.rglob("*.safetensors"))
+    succeed(host.run("download", NAME, "--ranks", "2"))
+    done = json.loads(succeed(host.run("download", NAME, "--ranks", "2", "--dry-run", "--json")))
+    assert done["disk_needed_bytes"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [[], ["--ranks", "2"], ["--ranks", "2", "--keep-source"], ["--verify"]])
+def test_json_is_one_document_and_nothing_else(host: Host, mode: list[str]) -> None:
+    for _ in range(2):
+        done = host.run("download", NAME, *mode, "--json")
+        result = json.loads(succeed(done))
+        assert done.stderr == ""
+        assert result["commit"] == COMMIT
+        assert Path(result["folder"]).is_dir()
+        assert [rank["rank"] for rank in result.get("ranks", [])] == ([0, 1] if "--ranks" in mode else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_one_machine_fetches_each_byte_once_and_needs_two_files_of_extra_disk(
+    large_host: Host, large: Path, tmp_path: Path, ranks: int
+) -> None:
+    hub = large_host.hub
+    hub.fail("slow", "/cdn/*", bytes_per_s=40_000_000)
+    with DiskWatch(large_host.stores) as watch:
+        succeed(large_host.run("download", NAME, "--ranks", str(ranks)))
+    assert checksums(large_host.stores) == built_from_folder(large, tmp_path / "expected", ranks)
+    assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large)
+    two_files = sum(sorted(path.stat().st_size for path in large.glob("*.safetensors"))[-2:])
+    assert 0 < watch.most_source_bytes <= two_files + 16384
+    assert watch.most_bytes <= disk_bytes(large_host.stores) + two_files + 65536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp8", "int4", "int4-k2.5"])
+def test_every_format_comes_through_the_hub_as_from_a_folder(name: str, tmp_path: Path) -> None:
+    with Hub({NAME: FORMATS / name}) as hub:
+        host = Host(hub, tmp_path / "host")
+        succeed(host.run("download", NAME, "--ranks", "2"))
+        assert checksums(host.stores) == built_from_folder(FORMATS / name, tmp_path / "expected", 2)
+
+
+@pytest.mark.slow
+def test_kept_sources_make_a_checkpoint_that_needs_no_hub(host: Host, small: Path, expected_small: Checksums) -> None:
+    succeed(host.run("download", NAME, "--ranks", "2", "--keep-source"))
+    assert checksums(host.stores) == expected_small
+    assert host.hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
+    offline = succeed(host.run("download", NAME, HF_HUB_OFFLINE="1"))
+    assert Path(offline.strip()).name == COMMIT
+    host.hub.forget()
+    shutil.rmtree(host.stores)
+    succeed(host.run("download", NAME, "--ranks", "2"))  # out of the cache
+    assert checksums(host.stores) == expected_small
+    assert not files_fetched(host.hub)
+
+
+# killed
+
+
+@pytest.fixture(scope="session")
+def all_steps(small: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many steps on the disk a build takes that is left alone."""
+    with Hub({NAME: small}) as hub:
+        host = Host(hub, tmp_path_factory.mktemp("steps"))
+        done = host.run("download", NAME, "--ranks", "2", "10000000", code=KILLED_AT_A_STEP)
+    return int(re.findall(r"steps: (\d+)", done.stderr)[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
+def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
+    large_host: Host, large: Path, expected_large: Checksums, arguments: list[str]
+) -> None:
+    """Bound: 1.02 of the repository, and for each kill the headers and what the kernel held."""
+    hub, total = large_host.hub, repository_bytes(large)
+    hub.fail("slow", "*", bytes_per_s=30_000_000)
+    process = large_host.start("download", NAME, *arguments)
+    wait_until(lambda: any("model-00002" in asked for asked in hub.asked))  # headers
+    process.kill()
+    end(process)
+    kills = 1
+    for percent in (5, 20, 45, 70, 95):
+        process = large_host.start("download", NAME, *arguments)
+        wait_until_sent(hub, percent * total // 100, process)
+        process.kill()
+        end(process)
+        kills += 1
+    hub.mend()
+    folder = succeed(large_host.run("download", NAME, *arguments)).strip()
+    assert hub.sent_bytes <= HEADER_BYTES * total + kills * (0.005 * total + IN_FLIGHT_BYTES)
+    if arguments:
+        assert checksums(large_host.stores) == expected_large
+    else:
+        for path in large.iterdir():
+            assert (Path(folder) / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, *range(-26, 0)])
+def test_killed_at_any_step_on_the_disk_it_goes_on(
+    host: Host, expected_small: Checksums, all_steps: int, part: float
+) -> None:
+    """Creating, filling, flushing, renaming: a part of all steps, or so many before the end, where all is finished."""
+    last = int(part * all_steps) if part > 0 else all_steps + int(part) + 1
+    killed = host.run("download", NAME, "--ranks", "2", str(last), code=KILLED_AT_A_STEP)
+    assert killed.returncode == -signal.SIGKILL
+    succeed(host.run("download", NAME, "--ranks", "2"))
+    assert checksums(host.stores) == expected_small
+    assert not [path for path in host.stores.rglob("*") if path.is_file() and "sources" in path.parts]
+
+
+@pytest.mark.slow
+def test_killed_every_500_steps_it_still_comes_to_its_end(host: Host, expected_small: Checksums) -> None:
+    for _ in range(8):
+        done = host.run("download", NAME, "--ranks", "2", "500", code=KILLED_AT_A_STEP)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    assert checksums(host.stores) == expected_small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_it_ends_soon_when_told_to_and_goes_on_later(
+    large_host: Host, large: Path, arguments: list[str], number: int, code: int
+) -> None:
+    hub = large_host.hub
+    hub.fail("slow", "/cdn/*", bytes_per_s=3_000_000)
+    process = large_host.start("download", NAME, *arguments)
+    wait_until(lambda: hub.sent_bytes > 4_000_000)
+    told_s = time.monotonic()
+    process.send_signal(number)
+    done = end(process)
+    assert time.monotonic() - told_s < 3
+    assert done.returncode == code
+    hub.mend()
+    succeed(large_host.run("download", NAME, *arguments))
+    assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large) + 4 * IN_FLIGHT_BYTES
+
+
+# two at a time
+
+
+@pytest.mark.slow
+def test_a_second_build_of_the_same_stores_says_so(large_host: Host, expected_large: Checksums) -> None:
+    large_host.hub.fail("slow", "/cdn/*", bytes_per_s=15_000_000)
+    first = large_host.start("download", NAME, "--ranks", "2")
+    wait_until(lambda: large_host.hub.sent_bytes > 10_000_000)
+    fail(large_host.run("download", NAME, "--ranks", "2"), "another process is building")
+    succeed(end(first))
+    assert checksums(large_host.stores) == expected_large
+
+
+@pytest.mark.slow
+def test_two_placements_and_a_checkpoint_at_the_same_time_do_not_disturb_each_other(
+    large_host: Host, large: Path, tmp_path: Path
+) -> None:
+    large_host.hub.fail("slow", "/cdn/*", bytes_per_s=40_000_000)
+    modes = [["--ranks", "2"], ["--ranks", "3"], [], []]
+    for process in [large_host.start("download", NAME, *mode) for mode in modes]:
+        succeed(end(process))
+    for ranks in (2, 3):
+        (folder,) = large_host.stores.glob(f"*/*/hybrid-{ranks}-*")
+        assert checksums(folder) == built_from_folder(large, tmp_path / f"{ranks}", ranks)
+    assert large_host.hub.sent_bytes <= 3 * HEADER_BYTES * repository_bytes(large)
+
+
+# damage
+
+
+def cut_short(folder: Path) -> None:
+    os.truncate(folder / "layer-001.safetensors", 1000)
+
+
+def flip_a_byte(folder: Path) -> None:
+    with (folder / "layer-001.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+def remove_file(folder: Path) -> None:
+    (folder / "layer-001.safetensors").unlink()
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format": 1, "files": [')
+
+
+def break_manifest_and_flip_a_byte(folder: Path) -> None:
+    break_manifest(folder)
+    flip_a_byte(folder)
+
+
+def unknown_format(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+
+
+def break_journal(folder: Path) -> None:
+    (folder / "journal.jsonl").write_text('{"source": ')
+
+
+def remove_journal_and_file(folder: Path) -> None:
+    (folder / "journal.jsonl").unlink()
+    remove_file(folder)
+
+
+LAYER_1 = {"model-00003-of-00004.safetensors"}
+DAMAGES: list[tuple[Callable[[Path], None], str | None, set[str]]] = [
+    (cut_short, "layer-001.safetensors` has 1000 bytes, not ", LAYER_1),
+    (flip_a_byte, None, LAYER_1),
+    (remove_file, "layer-001.safetensors` is missing", LAYER_1),
+    (remove_manifest, "there is no complete store in `.*rank-", set()),
+    (break_manifest, "manifest.json` cannot be read", set()),
+    (break_manifest_and_flip_a_byte, "manifest.json` cannot be read", LAYER_1),
+    (unknown_format, "has format 99, this version reads 1", set()),
+    (break_journal, None, set()),
+    (remove_journal_and_file, "layer-001.safetensors` is missing", LAYER_1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("damage", "message", "fetched"), DAMAGES, ids=[each[0].__name__ for each in DAMAGES])
+def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
+    stored: Host,
+    expected_small: Checksums,
+    damage: Callable[[Path], None],
+    message: str | None,
+    fetched: set[str],
+    rank: int,
+) -> None:
+    damage(rank_folder(stored, rank))
+    if message is not None:
+        fail(stored.run("chat", NAME, "--ranks", "2", "-p", "hi", "--max-tokens", "1"), message)
+        assert stored.hub.asked == []
+    result = json.loads(succeed(stored.run("download", NAME, "--ranks", "2", "--verify", "--json")))
+    assert checksums(stored.stores) == expected_small
+    assert files_fetched(stored.hub) == fetched
+    if message is None and fetched:
+        assert result["state"] == "is repaired (1 broken files)"
+        assert result["broken"] == ["layer-001.safetensors"]
+    stored.hub.forget()
+    again = json.loads(succeed(stored.run("download", NAME, "--ranks", "2", "--verify", "--json")))
+    assert again["state"] == "is whole"
+    assert stored.hub.asked == []
+
+
+@pytest.mark.slow
+def test_a_store_of_another_format_is_not_taken_over(stored: Host, expected_small: Checksums) -> None:
+    """Files of the right size, but written by another version: journal and manifest agree on that."""
+    folder = rank_folder(stored)
+    unknown_format(folder)
+    journal = (folder / "journal.jsonl").read_text().replace('"format": 1', '"format": 99')
+    (folder / "journal.jsonl").write_text(journal)
+    flip_a_byte(folder)
+    succeed(stored.run("download", NAME, "--ranks", "2"))
+    assert checksums(stored.stores) == expected_small
+
+
+@pytest.mark.slow
+def test_a_store_of_another_number_of_ranks_is_refused_without_a_checkpoint(stored: Host) -> None:
+    words = fail(stored.run("chat", NAME, "--ranks", "3", "-p", "hi"), "as a store for 2 ranks, not for 3")
+    assert "--ranks 2" in words
+    assert stored.hub.asked == []
+
+
+@pytest.mark.slow
+def test_a_store_that_is_not_finished_is_refused_and_nothing_is_fetched_beside_it(large_host: Host) -> None:
+    hub = large_host.hub
+    hub.fail("slow", "/cdn/*", bytes_per_s=20_000_000)
+    process = large_host.start("download", NAME, "--ranks", "2")
+    wait_until(lambda: hub.sent_bytes > 10_000_000)
+    process.kill()
+    end(process)
+    hub.forget()
+    fail(large_host.run("chat", NAME, "--ranks", "2", "-p", "hi"), "there is no complete store in")
+    assert hub.asked == []
+
+
+@pytest.mark.slow
+def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, small: Path) -> None:
+    folder = Path(succeed(host.run("download", NAME)).strip())
+    broken = (folder / "model-00002-of-00004.safetensors").resolve()
+    data = bytearray(broken.read_bytes())
+    data[-5] ^= 1
+    broken.write_bytes(data)
+    host.hub.forget()
+    result = json.loads(succeed(host.run("download", NAME, "--verify", "--json")))
+    assert result["broken"] == ["model-00002-of-00004.safetensors"]
+    assert files_fetched(host.hub) == {"model-00002-of-00004.safetensors"}
+    for path in small.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+# what the hub does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "drop", "after_bytes": 300_000, "times": 12},
+        {"kind": "status", "status": 503, "times": 3},
+        {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}, "times": 3},
+        {"kind": "corrupt", "after_bytes": 100_000, "path": "/cdn/*00003*", "times": 1},
+    ],
+    ids=["drop", "503", "429", "corrupt"],
+)
+def test_faults_that_pass_heal(host: Host, expected_small: Checksums, fault: dict[str, Any]) -> None:
+    process = host.start("download", NAME, "--ranks", "2")
+    if fault["kind"] == "corrupt":  # not the answers with headers, which are too short
+        wait_until(lambda: sum("model-00003" in asked and "/cdn/" in asked for asked in host.hub.asked) >= 2)
+    host.hub.fail(**{"path": "/cdn/*", **fault})
+    succeed(end(process))
+    assert checksums(host.stores) == expected_small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
+def test_faults_that_stay_are_said(host: Host, arguments: list[str]) -> None:
+    hub = host.hub
+    fail(host.run("download", "owner/other", *arguments), "there is no repository `owner/other`")
+    fail(host.run("download", NAME, *arguments, "--revision", "nope"), "has no such revision")
+    fail(host.run("download", NAME, *arguments, HF_HUB_OFFLINE="1"), "`HF_HUB_OFFLINE` keeps us from the hub")
+    fail(host.run("download", NAME, *arguments, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to the hub")
+    hub.token = "good"
+    fail(host.run("download", NAME, *arguments, HF_TOKEN="bad"), "refuses your token")
+    hub.token = None
+    hub.gated.add(NAME)
+    fail(host.run("download", NAME, *arguments), "asks for your consent")
+    hub.gated.clear()
+    hub.fail("corrupt", "/cdn/*00003*", after_bytes=500_000)
+    hub.fail("corrupt", "/cdn/*00002*", after_bytes=500_000)
+    fail(host.run("download", NAME, *arguments), "arrives broken: its checksum should be")
+    hub.mend()
+    succeed(host.run("download", NAME, *arguments))
+
+
+# revisions
+
+
+@pytest.fixture
+def history(small: Path, tmp_path: Path) -> Iterator[HubWithPast]:
+    newer = tmp_path / "newer"
+    shutil.copytree(small, newer)
+    (newer / "generation_config.json").write_text('{"temperature": 0.5}')
+    hub = HubWithPast({COMMIT: small, "b" * 40: newer})
+    with hub:
+        yield hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
+def test_what_is_here_stays_at_its_commit_until_main_is_asked_for(
+    history: HubWithPast, tmp_path: Path, arguments: list[str]
+) -> None:
+    host = Host(history, tmp_path / "host")
+
+    def commit(*more: str) -> str:
+        return json.loads(succeed(host.run("download", NAME, *arguments, *more, "--json")))["commit"]
+
+    main = history.past.popitem()
+    assert commit() == COMMIT
+    history.past[main[0]] = main[1]
+    assert commit() == COMMIT
+    assert commit("--verify") == COMMIT
+    history.forget()
+    assert commit("--revision", COMMIT) == COMMIT
+    assert history.sent_bytes == 0
+    assert commit("--revision", "main") == "b" * 40
+    assert commit("--revision", COMMIT) == COMMIT
+
+
+@pytest.mark.slow
+def test_a_half_built_store_goes_on_at_its_commit(
+    history: HubWithPast, small: Path, tmp_path: Path, expected_small: Checksums
+) -> None:
+    host = Host(history, tmp_path / "host")
+    main = history.past.popitem()
+    killed = host.run("download", NAME, "--ranks", "2", "150", code=KILLED_AT_A_STEP)
+    assert killed.returncode == -signal.SIGKILL
+    history.past[main[0]] = main[1]
+    result = json.loads(succeed(host.run("download", NAME, "--ranks", "2", "--json")))
+    assert result["commit"] == COMMIT
+    assert checksums(host.stores) == expected_small
+
+
+# use
+
+
+@pytest.mark.slow
+def test_a_chat_uses_the_store_and_gives_the_text_of_the_checkpoint(tmp_path: Path) -> None:
+    with Hub({NAME: KIMI_MINI}) as hub:
+        host = Host(hub, tmp_path / "host")
+        succeed(host.run("download", NAME, "--ranks", "2"))
+        hub.forget()
+        question = ["-p", "hi", "--temperature", "0", "--max-tokens", "24"]
+        from_store = succeed(host.run("chat", NAME, "--ranks", "2", *question))
+        assert hub.asked == []
+        assert from_store == succeed(host.run("chat", "kimi-mini", *question))
+
+
+# vision
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_own_file", [False, True])
+def test_vision_is_left_out_with_one_note(tmp_path: Path, has_own_file: bool) -> None:
+    folder = tmp_path / "k2.5"
+    shutil.copytree(FORMATS / "int4-k2.5", folder)
+    extra = "model-00003-of-000003.safetensors"
+    if has_own_file:
+        header = json.dumps({"vision_tower.more": {"dtype": "U8", "shape": [500000], "data_offsets": [0, 500000]}})
+        (folder / extra).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(500000))
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not is_vision(name)}
+        index["weight_map"]["vision_tower.more"] = extra
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with Hub({NAME: folder}) as hub:
+        host = Host(hub, tmp_path / "host")
+        done = host.run("download", NAME, "--ranks", "2")
+        succeed(done)
+        assert done.stderr.count("the vision part (") == 1
+        assert "is left out" in done.stderr
+        assert f"{NAME}/{extra}" not in hub.sent
+        if has_own_file:
+            assert "the vision part (5" in done.stderr  # 500 kB and the rest's
+        again = host.run("download", NAME, "--ranks", "2")
+        assert "vision" not in again.stderr
+
+
+def is_vision(name: str) -> bool:
+    return name.startswith(("vision_tower.", "mm_projector."))

@@ -1,0 +1,441 @@
+"""`kimi-mlx download` over a ring: every process is a host with its own folders, as `mlx.launch` starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kimi_mlx.cluster.launch import free_local_addresses, rank_environment, ring_hostfile
+from kimi_mlx.errors import RingError
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.runtime.checked_group import CheckedGroup
+from tests.cli.test_download import (
+    HEADER_BYTES,
+    IN_FLIGHT_BYTES,
+    NAME,
+    Checksums,
+    DiskWatch,
+    Host,
+    built_from_folder,
+    checksums,
+    disk_bytes,
+    end,
+    fail,
+    files_fetched,
+    flip_a_byte,
+    make_large,
+    make_small,
+    rank_folder,
+    repository_bytes,
+    succeed,
+    wait_until,
+)
+from tests.hub import Hub
+
+pytestmark = pytest.mark.ranks
+
+LOST = "another host has ended, or cannot be reached any more"
+
+
+@dataclass
+class Cluster:
+    """Hosts that build together."""
+
+    hosts: Sequence[Host]
+
+    def start(self, *arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
+        hostfile = self.hosts[0].home.parent / "hostfile.json"
+        hostfile.parent.mkdir(parents=True, exist_ok=True)
+        hostfile.write_text(ring_hostfile(free_local_addresses(len(self.hosts))))
+        return [
+            host.start("download", NAME, *arguments, **{**rank_environment({}, rank, str(hostfile)), **variables})
+            for rank, host in enumerate(self.hosts)
+        ]
+
+    def run(self, *arguments: str, **variables: str) -> list[subprocess.CompletedProcess[str]]:
+        return end_all(self.start(*arguments, **variables))
+
+    def build(self, *arguments: str, **variables: str) -> str:
+        """What host 0 prints; the others are silent."""
+        done = self.run(*arguments, **variables)
+        assert [each.returncode for each in done] == [0] * len(done), [each.stderr for each in done]
+        assert [each.stdout + each.stderr for each in done[1:]] == [""] * (len(done) - 1)
+        return done[0].stdout
+
+    def checksums(self) -> Checksums:
+        """Of the one store on each host."""
+        found: Checksums = {}
+        for rank, host in enumerate(self.hosts):
+            own = checksums(host.stores)
+            assert list(own) == [rank]
+            assert not [path for path in host.stores.rglob("*") if path.is_file() and "sources" in path.parts]
+            found |= own
+        return found
+
+
+def end_all(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    try:
+        return [end(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def errors(done: Sequence[subprocess.CompletedProcess[str]]) -> list[str]:
+    """What each one says after `error:`, without MLX's own lines."""
+    return [line for each in done for line in each.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_large(tmp_path_factory.mktemp("large") / "model")
+
+
+@pytest.fixture(scope="session")
+def expected(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Checksums]:
+    """By the number of ranks."""
+    return {ranks: built_from_folder(large, tmp_path_factory.mktemp("expected"), ranks) for ranks in (2, 3)}
+
+
+@pytest.fixture
+def hub(large: Path) -> Iterator[Hub]:
+    with Hub({NAME: large}) as server:
+        yield server
+
+
+def cluster_of(hub: Hub, folder: Path, size: int) -> Cluster:
+    return Cluster([Host(hub, folder / f"host-{rank}") for rank in range(size)])
+
+
+def test_two_hosts_build_the_stores_of_one_and_the_second_time_need_no_hub(small: Path, tmp_path: Path) -> None:
+    with Hub({NAME: small}) as hub:
+        cluster = cluster_of(hub, tmp_path, 2)
+        folder = cluster.build()
+        assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
+        assert cluster.checksums() == built_from_folder(small, tmp_path / "expected", 2)
+        hub.forget()
+        assert cluster.build(HF_HUB_OFFLINE="1") == folder
+        assert hub.asked == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_two_files(
+    hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path, size: int
+) -> None:
+    cluster = cluster_of(hub, tmp_path, size)
+    hub.fail("slow", "/cdn/*", bytes_per_s=20_000_000)
+    watches = [DiskWatch(host.stores) for host in cluster.hosts]
+    for watch in watches:
+        watch.__enter__()
+    cluster.build()
+    for watch in watches:
+        watch.__exit__()
+    assert cluster.checksums() == expected[size]
+    sizes = {path.name: path.stat().st_size for path in large.glob("*.safetensors")}
+    for name, count in sizes.items():
+        assert hub.sent[f"{NAME}/{name}"] <= HEADER_BYTES * count
+    assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large)
+    two_files = sum(sorted(sizes.values())[-2:])
+    for host, watch in zip(cluster.hosts, watches, strict=True):
+        assert 0 < watch.most_source_bytes <= two_files + 16384
+        assert watch.most_bytes <= disk_bytes(host.stores) + two_files + 65536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("percent", [0, 15, 40, 65, 90])
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (3, 1)])
+def test_a_killed_host_ends_all_and_the_same_command_goes_on(
+    hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path, size: int, victim: int, percent: int
+) -> None:
+    """Bound: 1.02 of the repository, the headers once more, and what the kernels held for each host's connection."""
+    cluster, total = cluster_of(hub, tmp_path, size), repository_bytes(large)
+    hub.fail("slow", "/cdn/*", bytes_per_s=15_000_000)
+    processes = cluster.start()
+    if percent:
+        wait_until(lambda: hub.sent_bytes > percent * total / 100)
+    else:
+        wait_until(lambda: any("model-00002" in asked for asked in hub.asked))  # headers
+    processes[victim].kill()
+    killed_s = time.monotonic()
+    done = end_all(processes)
+    assert time.monotonic() - killed_s < 15
+    assert [each.returncode for each in done] == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)]
+    assert errors(done) == [f"error: {LOST}"] * (size - 1)
+    hub.mend()
+    cluster.build()
+    assert cluster.checksums() == expected[size]
+    assert hub.sent_bytes <= (HEADER_BYTES + 0.005) * total + size * IN_FLIGHT_BYTES
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_no_wrong_byte_is_stored(
+    hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path
+) -> None:
+    """What MLX returns for a lost peer is memory of before; it must never reach a file."""
+    cluster, choose = cluster_of(hub, tmp_path, 3), random.Random(1)
+    for _ in range(6):
+        processes = cluster.start()
+        hub.forget()
+        wait_until(lambda: any("resolve" in asked for asked in hub.asked))
+        time.sleep(choose.uniform(0.1, 1.5))
+        choose.choice(processes).kill()
+        end_all(processes)
+    cluster.build()
+    assert cluster.checksums() == expected[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("is_for_all", [True, False])
+def test_it_ends_soon_when_told_to_and_goes_on_later(
+    hub: Hub, expected: dict[int, Checksums], tmp_path: Path, number: int, code: int, is_for_all: bool
+) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+    hub.fail("slow", "/cdn/*", bytes_per_s=3_000_000)
+    processes = cluster.start()
+    wait_until(lambda: hub.sent_bytes > 6_000_000)
+    told_s = time.monotonic()
+    for process in processes if is_for_all else processes[1:]:
+        process.send_signal(number)
+    assert processes[1].wait(3) == code
+    done = end_all(processes)
+    assert time.monotonic() - told_s < 6
+    assert done[0].returncode in ((code, 1) if is_for_all else (1,))
+    hub.mend()
+    cluster.build()
+    assert cluster.checksums() == expected[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "drop", "after_bytes": 2_000_000, "times": 12},
+        {"kind": "status", "status": 503, "times": 4},
+        {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}, "times": 4},
+        {"kind": "corrupt", "after_bytes": 5_000_000, "times": 1},
+    ],
+    ids=["drop", "503", "429", "corrupt"],
+)
+def test_faults_that_pass_heal(hub: Hub, expected: dict[int, Checksums], tmp_path: Path, fault: dict[str, Any]) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+    processes = cluster.start()
+    wait_until(lambda: hub.sent_bytes > 2_000_000)  # headers are over
+    hub.fail(**{"path": "/cdn/*", **fault})
+    done = end_all(processes)
+    assert [each.returncode for each in done] == [0, 0], errors(done)
+    assert cluster.checksums() == expected[2]
+
+
+@pytest.mark.slow
+def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
+    hub: Hub, expected: dict[int, Checksums], tmp_path: Path
+) -> None:
+    cluster = cluster_of(hub, tmp_path, 3)
+    hub.fail("corrupt", "/cdn/*00005*", after_bytes=5_000_000)
+    done = cluster.run()
+    assert [each.returncode for each in done] == [1, 1, 1]
+    said = errors(done)
+    assert len(said) == 3
+    assert len(set(said)) == 1
+    assert said[0].startswith("error: host ")
+    assert "`model-00005-of-00008.safetensors` of `owner/model` arrives broken" in said[0]
+    hub.mend()
+    cluster.build()
+    assert cluster.checksums() == expected[3]
+
+
+@pytest.mark.slow
+def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(hub: Hub, tmp_path: Path) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+
+    def expect(message: str, *arguments: str, **variables: str) -> None:
+        done = cluster.run(*arguments, **variables)
+        for each in done:
+            fail(each, message)
+        assert len(set(errors(done))) == 1
+
+    expect("host 0: `owner/model` has no such revision", "--revision", "nope")
+    expect("host 0: .* `HF_HUB_OFFLINE` keeps us from the hub", HF_HUB_OFFLINE="1")
+    expect("host 0: .* no connection to the hub", HF_ENDPOINT="http://127.0.0.1:1")
+    hub.token = "good"
+    expect("host 0: the hub refuses your token", HF_TOKEN="bad")
+    hub.token = None
+    hub.gated.add(NAME)
+    expect("host 0: `owner/model` asks for your consent")
+    hub.gated.clear()
+    folder = hub.folders.pop(NAME)
+    expect("host 0: there is no repository `owner/model`")
+    hub.folders[NAME] = folder
+    hub.fail("missing", "*00004*")
+    expect("host 0: .* the hub lists a file that it does not have")
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_on_one_host_is_said_by_all(hub: Hub, tmp_path: Path) -> None:
+    hub.fail("slow", "/cdn/*", bytes_per_s=5_000_000)
+    first = cluster_of(hub, tmp_path, 2)
+    running = first.start()
+    wait_until(lambda: hub.sent_bytes > 3_000_000)
+    second = Cluster([Host(hub, tmp_path / "other"), first.hosts[1]])
+    done = second.run()
+    assert len(set(errors(done))) == 1
+    assert all("host 1: another process is building" in each.stderr for each in done)
+    hub.mend()
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    end_all(running)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path, large: Path) -> Iterator[Path]:
+    """A disk of 80 MB, 20 MB more than a host needs; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here: that takes root on Linux")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
+    hub: Hub, expected: dict[int, Checksums], tmp_path: Path, tiny_disk: Path, victim: int
+) -> None:
+    hosts = [Host(hub, tmp_path / "a"), Host(hub, tmp_path / "b")]
+    hosts[victim].home = tiny_disk / "host"
+    cluster = Cluster(hosts)
+    cluster.hosts[0].home.parent.mkdir(exist_ok=True)
+    ballast = tiny_disk / "ballast"
+
+    ballast.write_bytes(bytes(50_000_000))  # too little to begin with
+    done = cluster.run()
+    said = errors(done)
+    assert [each.returncode for each in done] == [1, 1]
+    assert len(set(said)) == 1
+    assert f"error: host {victim}: " in said[0]
+    assert "more, but its disk has" in said[0]
+    ballast.unlink()
+
+    hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
+    hub.forget()
+    processes = cluster.start()
+    wait_until(lambda: hub.sent_bytes > 20_000_000)
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # full meanwhile
+        while file.write(bytes(1 << 16)):
+            pass
+    done = end_all(processes)
+    said = errors(done)
+    assert [each.returncode for each in done] == [1, 1]
+    assert len(set(said)) == 1
+    assert f"error: host {victim}: the disk is full: `{tiny_disk}" in said[0]
+    ballast.unlink()
+    hub.mend()
+    cluster.build()
+    assert cluster.checksums() == expected[2]
+
+
+@pytest.mark.slow
+def test_damage_on_one_host_is_repaired_by_fetching_what_feeds_it(
+    hub: Hub, expected: dict[int, Checksums], tmp_path: Path
+) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+    cluster.build()
+    hub.forget()
+    flip_a_byte(rank_folder(cluster.hosts[1], 1))
+    cluster.build("--verify")
+    assert cluster.checksums() == expected[2]
+    assert files_fetched(hub) == {"model-00003-of-00008.safetensors"}
+    (rank_folder(cluster.hosts[1], 1) / "manifest.json").write_text("{")
+    hub.forget()
+    cluster.build("--verify")
+    assert cluster.checksums() == expected[2]
+    assert not files_fetched(hub)
+    shutil.rmtree(cluster.hosts[0].stores)
+    cluster.build()
+    assert cluster.checksums() == expected[2]
+
+
+@pytest.mark.slow
+def test_a_host_that_has_the_checkpoint_already_gives_from_it(
+    hub: Hub, expected: dict[int, Checksums], tmp_path: Path
+) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+    succeed(cluster.hosts[1].run("download", NAME))
+    hub.forget()
+    cluster.build()
+    assert cluster.checksums() == expected[2]
+    assert not files_fetched(hub)
+
+
+@pytest.mark.slow
+def test_json_and_dry_run_of_a_cluster(hub: Hub, large: Path, tmp_path: Path) -> None:
+    cluster = cluster_of(hub, tmp_path, 2)
+    plan = json.loads(cluster.build("--dry-run", "--json"))
+    assert hub.sent_bytes < 0.01 * repository_bytes(large)
+    assert [item["rank"] for item in plan["ranks"]] == [0, 1]
+    two_files = sum(sorted(file["size_bytes"] for file in plan["files"])[-2:])
+    assert plan["disk_needed_bytes"] == plan["ranks"][0]["size_bytes"] + two_files
+    result = json.loads(cluster.build("--json"))
+    assert result["state"] == "is fetched and verified"
+    assert [item["rank"] for item in result["ranks"]] == [0]
+
+
+class Mailbox:
+    """A group of two in which the other says what it is told to."""
+
+    rank, size = 0, 2
+
+    def __init__(self, *answers: str):
+        self._answers = itertools.cycle(answers)
+
+    def gather(self, x: mx.array) -> mx.array:
+        row = np.array(x)
+        other = {"same": row, "stale": np.roll(row, 1), "memory": np.zeros_like(row)}[next(self._answers)]
+        return mx.array(np.stack([row, other]))
+
+    def sum(self, x: mx.array) -> mx.array:
+        return self.gather(x).sum(axis=0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "bool"])
+def test_a_checked_gather_gives_what_was_sent(dtype: str) -> None:
+    x = np.arange(12).reshape(3, 4).astype(dtype)
+    for group in (CheckedGroup(Mailbox("same")), CheckedGroup(SingleGroup())):
+        rows = np.array(group.gather(mx.array(x)))
+        assert rows.dtype == x.dtype
+        assert (rows == np.stack([x] * group.size)).all()
+
+
+@pytest.mark.parametrize("answer", ["stale", "memory"])
+def test_a_checked_gather_refuses_what_was_not_sent(answer: str) -> None:
+    group = CheckedGroup(Mailbox("same", answer))
+    x = mx.array(np.arange(5, dtype=np.int32))
+    group.gather(x)
+    with pytest.raises(RingError, match=LOST):
+        group.gather(x)
