@@ -20,9 +20,9 @@ from kimi_mlx.files import PIECE_BYTES
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.stores import rank_folder
 from kimi_mlx.units import GB, format_bytes
-from kimi_mlx.weights.manifest import read_manifest
-from kimi_mlx.weights.store import rank_folder
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being made, and how much of how much is done."""

@@ -16,8 +16,8 @@ from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
 from kimi_mlx.settings import Settings
+from kimi_mlx.store.locate import understand
 from kimi_mlx.units import format_rate
-from kimi_mlx.weights.locate import understand
 
 if TYPE_CHECKING:
     from kimi_mlx.bench.measure import Plan, Run

@@ -18,14 +18,14 @@ from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat import ChatOptions, Conversation
 from kimi_mlx.runtime.session import Session, SessionOptions, open_session
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.settings import Settings
+from kimi_mlx.store.locate import understand
 from kimi_mlx.text.messages import Delta
-from kimi_mlx.weights.catalogue import CatalogueEntry
-from kimi_mlx.weights.locate import understand
 
 
 def chat(

@@ -12,13 +12,13 @@ import typer
 from rich.progress import TaskID
 from rich.table import Table
 
-from kimi_mlx.cli.obtain import byte_bars, byte_progress, tell_licence
+from kimi_mlx.cli.obtain import byte_bars, fetch
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
+from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_bytes, format_seconds
-from kimi_mlx.weights.hub import fetch_checkpoint, find_local, look_up
-from kimi_mlx.weights.locate import Target, understand
 
 if TYPE_CHECKING:
     from kimi_mlx.weights.convert import Conversion, ConversionResult
@@ -107,9 +107,9 @@ def convert(
 
 def _plan_from_afar(repository: str, options: ConvertOptions) -> ConversionPlan:
     """The plan for a repository that is not here, from its headers."""
+    from kimi_mlx.store.sources import read_contents
     from kimi_mlx.weights.checkpoint import Checkpoint
     from kimi_mlx.weights.convert_plan import plan_conversion
-    from kimi_mlx.weights.sources import read_contents
 
     contents = read_contents(look_up(repository))
     checkpoint = Checkpoint(contents.config(), contents.table, repository)
@@ -124,14 +124,7 @@ def _source_folder(target: Target, is_quiet: bool) -> Path:
         assert target.folder is not None
         return target.folder
     folder = find_local(target.repository)
-    if folder is not None:
-        return folder
-    repository = look_up(target.repository)
-    tell_licence(target, is_quiet)
-    with byte_progress(
-        f"fetching {target.name}", sum(file.size_bytes for file in repository.files), is_quiet
-    ) as advance:
-        return fetch_checkpoint(repository, advance)
+    return fetch(target, look_up(target.repository), is_quiet) if folder is None else folder
 
 
 def _number(bits: Bits | None) -> int | None:

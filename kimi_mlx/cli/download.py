@@ -12,29 +12,29 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kimi_mlx.cli.obtain import byte_bars, byte_progress, tell_licence
+from kimi_mlx.cli.obtain import byte_bars, byte_progress, fetch, tell_licence
 from kimi_mlx.cli.options import JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.parallel.group import Group
-from kimi_mlx.runtime.download import StoreOptions, any_host, build, find_built, join_group, open_job
-from kimi_mlx.settings import Settings
-from kimi_mlx.units import format_bytes, format_gib, format_seconds
-from kimi_mlx.weights.build import Job, Progress
-from kimi_mlx.weights.hub import (
+from kimi_mlx.hub.cache import cached_bytes, repository_folder
+from kimi_mlx.hub.client import (
     Repository,
-    fetch_checkpoint,
     find_local,
     look_up,
     remove_cached,
     verify_checkpoint,
 )
-from kimi_mlx.weights.hub_cache import cached_bytes, repository_folder
-from kimi_mlx.weights.locate import Target, stores_root, understand
-from kimi_mlx.weights.manifest import MANIFEST_NAME, Manifest, read_manifest
-from kimi_mlx.weights.sources import Contents, read_contents
-from kimi_mlx.weights.store import FoundStore, broken_files, rank_folder, stored_ranks
-from kimi_mlx.weights.writer import stored_bytes
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.runtime.download import StoreOptions, any_host, build, find_built, join_group, open_job
+from kimi_mlx.settings import Settings
+from kimi_mlx.store.build import Job, Progress
+from kimi_mlx.store.locate import Target, stores_root, understand
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from kimi_mlx.store.sources import Contents, read_contents
+from kimi_mlx.store.stores import FoundStore, broken_files, rank_folder, stored_ranks
+from kimi_mlx.store.writer import stored_bytes
+from kimi_mlx.units import format_bytes, format_gib, format_seconds
+from kimi_mlx.weights.checkpoint import vision_bytes_of
 
 Result = dict[str, Any]
 
@@ -114,9 +114,7 @@ def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bo
             for file in verify_checkpoint(repository, advance):
                 remove_cached(repository, file)
                 broken.append(file.name)
-    tell_licence(target, is_quiet)
-    with byte_progress(f"fetching {target.name}", total, is_quiet) as advance:
-        folder = fetch_checkpoint(repository, advance)
+    folder = fetch(target, repository, is_quiet)
     return {**_about(target, repository), "folder": str(folder), "state": _state(is_check, broken), "broken": broken}
 
 
@@ -140,7 +138,7 @@ def _stores(
     if is_check and found is None:
         broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], is_quiet)
     tell_licence(target, is_quiet)
-    if not is_quiet and (vision_bytes := job.checkpoint.vision_bytes + job.sources.contents.vision_bytes):
+    if not is_quiet and (vision_bytes := vision_bytes_of(job.checkpoint.tensors) + job.sources.contents.vision_bytes):
         stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
     with byte_bars(is_quiet) as bars:
         fetching = bars.add_task(f"fetching {target.name}", total=None)

@@ -14,16 +14,16 @@ from rich.text import Text
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cluster.machine import Machine, this_machine
-from kimi_mlx.units import GB, format_bytes, format_context, format_gib
-from kimi_mlx.weights.catalogue import (
+from kimi_mlx.hub.catalogue import (
     SYSTEM_BYTES,
     CatalogueEntry,
     SamplingValues,
     catalogue,
     find_entry,
 )
-from kimi_mlx.weights.licence import notice
-from kimi_mlx.weights.locate import Presence, presence, unknown_model
+from kimi_mlx.hub.licence import notice
+from kimi_mlx.store.locate import Presence, presence, unknown_model
+from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76
 """Columns from which on the table says what a model is; below NARROW it leaves out the format, too."""

@@ -9,13 +9,11 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.hub import fetch_checkpoint, find_local, look_up
-from kimi_mlx.weights.licence import show_once
-from kimi_mlx.weights.locate import Target, find, find_store, stores_root
-from kimi_mlx.weights.manifest import read_manifest
-from kimi_mlx.weights.store import rank_folder
-from kimi_mlx.weights.writer import begun_stores
+from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
+from kimi_mlx.hub.licence import show_once
+from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.store.locate import Target, find
+from kimi_mlx.weights.index import read_index
 
 
 def obtain(target: Target, ranks: int, is_quiet: bool) -> Path:
@@ -29,29 +27,22 @@ def obtain(target: Target, ranks: int, is_quiet: bool) -> Path:
     Raises:
         WeightsError: it cannot be fetched, or is here as a store of another placement.
     """
-    _refuse_incomplete_store(target, ranks)
     folder = find(target, ranks)
     if folder is not None:
         return folder
     assert target.repository is not None
-    repository = look_up(target.repository)
+    return fetch(target, look_up(target.repository), is_quiet)
+
+
+def fetch(target: Target, repository: Repository, is_quiet: bool) -> Path:
+    """The whole checkpoint into the hub's cache."""
     tell_licence(target, is_quiet)
     total = sum(file.size_bytes for file in repository.files)
     with byte_progress(f"fetching {target.name}", total, is_quiet) as advance:
-        return fetch_checkpoint(repository, advance)
-
-
-def _refuse_incomplete_store(target: Target, ranks: int) -> None:
-    """Say what is wrong with a store that was begun, instead of fetching the whole checkpoint beside it."""
-    if target.repository is None or find_local(target.repository) or find_store(target.repository, ranks, "hybrid"):
-        return
-    for folder in begun_stores(stores_root(), target.repository, ranks, "hybrid"):
-        for rank in range(ranks):
-            read_manifest(rank_folder(folder, rank))
-        raise WeightsError(
-            f"the store `{folder}` is not complete",
-            hint=f"`kimi-mlx download {target.name} --ranks {ranks}` repairs it",
-        )
+        folder = fetch_checkpoint(repository, advance)
+    if not is_quiet and any(name.startswith(IGNORED_PREFIXES) for name in read_index(folder)):
+        stderr.print("the vision part is left out: text only", style="dim")
+    return folder
 
 
 def tell_licence(target: Target, is_quiet: bool) -> None:

@@ -12,15 +12,14 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError, WeightsError
+from kimi_mlx.hub.client import look_up
+from kimi_mlx.parallel.checked_group import join_ring
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import plan_hybrid
-from kimi_mlx.runtime.checked_group import join_ring
-from kimi_mlx.weights.build import Job, Progress, build_stores
-from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.hub import look_up
-from kimi_mlx.weights.manifest import Manifest
-from kimi_mlx.weights.moves import placement_units
-from kimi_mlx.weights.sources import (
+from kimi_mlx.store.build import Job, Progress, build_stores
+from kimi_mlx.store.locate import find_store
+from kimi_mlx.store.manifest import Manifest
+from kimi_mlx.store.sources import (
     FolderSources,
     HubSources,
     Sources,
@@ -28,8 +27,10 @@ from kimi_mlx.weights.sources import (
     encode_contents,
     read_contents,
 )
-from kimi_mlx.weights.store import FoundStore, find_stores, repository_folder
-from kimi_mlx.weights.writer import begun_commit
+from kimi_mlx.store.stores import FoundStore, repository_folder
+from kimi_mlx.store.writer import begun_commit
+from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.moves import placement_units
 
 STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What FP8 becomes in a store, by the type that the model computes in."""
@@ -74,13 +75,8 @@ def join_group() -> Group:
 
 def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
     """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
-    ranks = set(range(options.ranks)) if group.size == 1 else {group.rank}
-    for store in find_stores(options.stores, str(options.source)):
-        is_meant = (store.placement.world_size, store.placement.strategy) == (options.ranks, options.strategy)
-        if is_meant and ranks <= set(store.ranks) and options.revision in (None, store.origin.commit):
-            break
-    else:
-        store = None
+    needed = None if group.size == 1 else [group.rank]
+    store = find_store(options.stores, str(options.source), options.ranks, options.strategy, options.revision, needed)
     text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
     rows = np.array(group.gather(mx.array(np.frombuffer(text.encode().ljust(64), np.uint8))))
     return store if (rows == rows[0]).all() else None

@@ -12,19 +12,19 @@ import numpy as np
 
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement, plan_hybrid
 from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.store.locate import resolve
+from kimi_mlx.store.manifest import Manifest
+from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
 from kimi_mlx.weights.assemble import Progress, load_model
-from kimi_mlx.weights.catalogue import find_entry
-from kimi_mlx.weights.locate import resolve
-from kimi_mlx.weights.manifest import Manifest
 from kimi_mlx.weights.moves import placement_units
 from kimi_mlx.weights.reader import open_checkpoint
-from kimi_mlx.weights.store import load_store, open_manifest, stored_ranks
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 

@@ -242,10 +242,10 @@ class Checkpoint:
             entries += layer_entries(self.config, layer, self.layout)
         return entries
 
-    @property
-    def vision_bytes(self) -> int:
-        """Bytes of the vision part, which is left out."""
-        return sum(info.size_bytes for name, info in self.tensors.items() if name.startswith(IGNORED_PREFIXES))
+
+def vision_bytes_of(table: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the vision part, which is left out."""
+    return sum(info.size_bytes for name, info in table.items() if name.startswith(IGNORED_PREFIXES))
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:

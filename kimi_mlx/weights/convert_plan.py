@@ -15,7 +15,7 @@ from typing import Any
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.model.config import Quantization
 from kimi_mlx.model.names import TEXT_PREFIX, Entry, Source, layer_entries, top_entries
-from kimi_mlx.weights.checkpoint import Checkpoint, Matrix
+from kimi_mlx.weights.checkpoint import Checkpoint, Matrix, vision_bytes_of
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.index import DTYPE_BYTES
 
@@ -257,7 +257,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
         )
         for number, part in enumerate(sources, start=1)
     )
-    return ConversionPlan(tuple(files), targets.dtype, checkpoint.vision_bytes)
+    return ConversionPlan(tuple(files), targets.dtype, vision_bytes_of(checkpoint.tensors))
 
 
 def converted_config(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:

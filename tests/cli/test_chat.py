@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.weights.locate import resolve
+from kimi_mlx.store.locate import resolve
 from tests.checkpoints import write_checkpoint
 
 QUESTION = "What are you?"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 IMPATIENT = """
 from kimi_mlx.cli.app import main
-from kimi_mlx.weights import retries
+from kimi_mlx.hub import retries
 retries.FIRST_DELAY_S = 0.01
 main()
 """

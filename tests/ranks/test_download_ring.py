@@ -21,8 +21,8 @@ import pytest
 
 from kimi_mlx.cluster.launch import free_local_addresses, rank_environment, ring_hostfile
 from kimi_mlx.errors import RingError
+from kimi_mlx.parallel.checked_group import CheckedGroup
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.runtime.checked_group import CheckedGroup
 from tests.cli.test_download import (
     HEADER_BYTES,
     IN_FLIGHT_BYTES,

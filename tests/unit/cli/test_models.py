@@ -18,9 +18,9 @@ from kimi_mlx.cli.models import details, footnotes, see, table
 from kimi_mlx.cluster.machine import Machine
 from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.units import GIB
-from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry
 from tests.fakes import KIMI_MINI
 
 STUDIO = Machine("Apple M3 Ultra", 512 * GIB, 384 * GIB, is_mac=True)
@@ -31,7 +31,7 @@ LAPTOP = Machine("Apple M4", 24 * GIB, 18 * GIB, is_mac=True)
 def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without downloads."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("kimi_mlx.weights.catalogue.find_local", lambda repository: None)
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
 
 
 def entry_of(alias: str) -> CatalogueEntry:

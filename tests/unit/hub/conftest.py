@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.weights import retries
+from kimi_mlx.hub import retries
 from kimi_mlx.weights.index import INDEX_NAME
 from tests.fakes import KIMI_MINI
 from tests.hub import Hub, use

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.weights.fetch import has_size
+from kimi_mlx.hub.fetch import has_size
+from kimi_mlx.hub.part import part_path, xet_part_path
+from kimi_mlx.hub.repository import Repository, RepositoryFile
 from kimi_mlx.weights.index import checkpoint_files
-from kimi_mlx.weights.part import part_path, xet_part_path
-from kimi_mlx.weights.repository import Repository, RepositoryFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 SIZE = 4_000_000
 FETCH = """
-from kimi_mlx.weights import hub, retries
+from kimi_mlx.hub import client, retries
 retries.FIRST_DELAY_S = 0.01
-print(hub.find_local("owner/model") or hub.fetch("owner/model"))
+print(client.find_local("owner/model") or client.fetch_checkpoint(client.look_up("owner/model")))
 """
 SNAPSHOT = """
 from huggingface_hub import snapshot_download

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kimi_mlx.folders import state_folder
-from kimi_mlx.weights.catalogue import CatalogueEntry
+from kimi_mlx.hub.catalogue import CatalogueEntry
 
 
 def notice(entry: CatalogueEntry) -> str | None:

@@ -23,17 +23,17 @@ import numpy as np
 
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.files import write_atomically
+from kimi_mlx.hub.retries import Stopped
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.store.manifest import Manifest
+from kimi_mlx.store.parcels import Parcel, parcels_of, pieces
+from kimi_mlx.store.sources import Sources
+from kimi_mlx.store.stores import rank_folder, store_folder
+from kimi_mlx.store.writer import RankWriter, check_space, write_error
 from kimi_mlx.weights.checkpoint import Checkpoint, is_ignored
-from kimi_mlx.weights.manifest import Manifest
 from kimi_mlx.weights.moves import LayerPlan, plan_layer, plan_top
-from kimi_mlx.weights.parcels import Parcel, parcels_of, pieces
 from kimi_mlx.weights.reader import Reader
-from kimi_mlx.weights.retries import Stopped
-from kimi_mlx.weights.sources import Sources
-from kimi_mlx.weights.store import rank_folder, store_folder
-from kimi_mlx.weights.writer import RankWriter, check_space, write_error
 
 BATCH_BYTES = 1 << 24
 """What a process sends in a round."""

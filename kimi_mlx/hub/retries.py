@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.hub_errors import client_errors, explain, status_of, words
+from kimi_mlx.hub.explain import client_errors, explain, status_of, words
 
 Result = TypeVar("Result")
 

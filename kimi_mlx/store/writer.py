@@ -19,11 +19,11 @@ import numpy as np
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
+from kimi_mlx.store.stores import file_name
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
-from kimi_mlx.weights.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
 from kimi_mlx.weights.moves import LayerPlan, Move, as_box
-from kimi_mlx.weights.store import file_name
 
 JOURNAL_NAME = "journal.jsonl"
 

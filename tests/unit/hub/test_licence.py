@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.weights.catalogue import CatalogueEntry, find_entry
-from kimi_mlx.weights.licence import notice, show_once
+from kimi_mlx.hub.catalogue import CatalogueEntry, find_entry
+from kimi_mlx.hub.licence import notice, show_once
 
 
 def entry_of(alias: str) -> CatalogueEntry:
@@ -62,5 +62,5 @@ def test_without_a_place_for_the_mark_it_is_shown_each_time(monkeypatch: pytest.
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # no folder can be made in a file
     assert len(shown("kimi-k2", "kimi-k2")) == 2
-    monkeypatch.setattr("kimi_mlx.weights.licence.state_folder", lambda: None)
+    monkeypatch.setattr("kimi_mlx.hub.licence.state_folder", lambda: None)
     assert len(shown("kimi-k2", "kimi-k2")) == 2

@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.retries import Stopped
+from kimi_mlx.hub.retries import Stopped
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have come; negative when some are thrown away."""

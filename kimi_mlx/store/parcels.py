@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kimi_mlx.store.writer import Place, places
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.moves import LayerPlan, Move
-from kimi_mlx.weights.writer import Place, places
 
 PIECE_BYTES = 1 << 24
 

@@ -23,7 +23,7 @@ import mlx.core as mx
 from kimi_mlx.bench.loading_rank import measure
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import DTYPES
-from kimi_mlx.weights.store import load_store, open_manifest
+from kimi_mlx.store.stores import load_store, open_manifest
 folder, dtype, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 manifest = open_manifest(folder, 0, ranks, "hybrid")
 config = load_config(folder)

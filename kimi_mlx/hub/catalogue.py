@@ -133,7 +133,7 @@ class CatalogueEntry:
 @cache
 def catalogue() -> tuple[CatalogueEntry, ...]:
     """All known models, the oldest first of each size; refused ones at the end."""
-    text = resources.files("kimi_mlx.weights").joinpath("catalogue.json").read_text(encoding="utf-8")
+    text = resources.files("kimi_mlx.hub").joinpath("catalogue.json").read_text(encoding="utf-8")
     return tuple(parse_entry(raw) for raw in json.loads(text)["models"])
 
 

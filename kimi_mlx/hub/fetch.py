@@ -10,12 +10,12 @@ from io import FileIO
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.hub_errors import explain_disk
-from kimi_mlx.weights.part import Meter, Progress, ignore_progress, only_ours, part_path, xet_part_path
-from kimi_mlx.weights.repository import Checksum, Repository, RepositoryFile
-from kimi_mlx.weights.retries import Stopped
-from kimi_mlx.weights.transfer import stream_range
-from kimi_mlx.weights.xet import fetch_by_xet
+from kimi_mlx.hub.explain import explain_disk
+from kimi_mlx.hub.part import Meter, Progress, ignore_progress, only_ours, part_path, xet_part_path
+from kimi_mlx.hub.repository import Checksum, Repository, RepositoryFile
+from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.transfer import stream_range
+from kimi_mlx.hub.xet import fetch_by_xet
 
 CHUNK_BYTES = 1 << 20
 

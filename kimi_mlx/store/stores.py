@@ -19,8 +19,8 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.decoder import Exchange, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
 from kimi_mlx.weights.assemble import Progress, build_model, make_weight
-from kimi_mlx.weights.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
 from kimi_mlx.weights.moves import array_name
 
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}

@@ -15,12 +15,12 @@ import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from kimi_mlx.errors import ConfigError, WeightsError
-from kimi_mlx.weights import hub as hub_module
-from kimi_mlx.weights.hub import (
+from kimi_mlx.hub import client as hub_module
+from kimi_mlx.hub.cache import blob_path
+from kimi_mlx.hub.client import (
     Repository,
     RepositoryFile,
     cached_file,
-    fetch,
     fetch_checkpoint,
     fetch_to_cache,
     find_local,
@@ -31,9 +31,8 @@ from kimi_mlx.weights.hub import (
     remove_cached,
     verify_checkpoint,
 )
-from kimi_mlx.weights.hub_cache import blob_path
+from kimi_mlx.hub.part import part_path
 from kimi_mlx.weights.index import INDEX_NAME, checkpoint_files
-from kimi_mlx.weights.part import part_path
 from tests.hub import COMMIT, Hub
 
 WEIGHTS = [f"model-{number}-of-3.safetensors" for number in (1, 2, 3)]
@@ -112,7 +111,7 @@ def test_we_find_what_the_hubs_own_client_fetched(hub: Hub, repository: Reposito
 def test_the_configuration_comes_first_and_a_foreign_model_costs_nothing(hub: Hub, model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ConfigError):
-        fetch("owner/model")
+        fetch_checkpoint(look_up("owner/model"))
     assert set(hub.sent) == {"owner/model/config.json"}
     assert find_local("owner/model") is None
 
@@ -120,13 +119,13 @@ def test_the_configuration_comes_first_and_a_foreign_model_costs_nothing(hub: Hu
 def test_a_repository_without_a_model(hub: Hub, model: Path) -> None:
     (model / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"has no file `config\.json`"):
-        fetch("owner/model")
+        fetch_checkpoint(look_up("owner/model"))
 
 
 def test_an_index_that_names_a_missing_file(hub: Hub, model: Path) -> None:
     (model / WEIGHTS[1]).unlink()
     with pytest.raises(WeightsError, match=f"1 of 2 files in the index .* first `{WEIGHTS[1]}`"):
-        fetch("owner/model")
+        fetch_checkpoint(look_up("owner/model"))
     assert weight_requests(hub) == []
 
 
@@ -307,7 +306,7 @@ def test_errors_say_what_to_do(
 ) -> None:
     trouble(hub, monkeypatch)
     with pytest.raises(WeightsError, match=message) as raised:
-        fetch("owner/model")
+        fetch_checkpoint(look_up("owner/model"))
     assert raised.value.hint is not None
     assert hint in raised.value.hint
 
@@ -315,7 +314,7 @@ def test_errors_say_what_to_do(
 def test_a_good_token_is_let_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "hf_good"
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    fetch("owner/model")
+    fetch_checkpoint(look_up("owner/model"))
 
 
 def test_a_cache_that_cannot_be_written(

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from kimi_mlx.weights.repository import Repository, RepositoryFile
-from kimi_mlx.weights.retries import Stopped
-from kimi_mlx.weights.transfer import file_metadata, headers
+from kimi_mlx.hub.repository import Repository, RepositoryFile
+from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.transfer import file_metadata, headers
 
 
 def fetch_by_xet(

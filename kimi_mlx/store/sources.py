@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import ModelConfig, parse_config
-from kimi_mlx.model.names import IGNORED_PREFIXES
-from kimi_mlx.weights.hub import (
+from kimi_mlx.hub.cache import cached_bytes, remember, snapshot_folder
+from kimi_mlx.hub.client import (
     FILES,
     Repository,
     RepositoryFile,
@@ -28,10 +27,11 @@ from kimi_mlx.weights.hub import (
     needed_files,
     read_range,
 )
-from kimi_mlx.weights.hub_cache import cached_bytes, remember, snapshot_folder
+from kimi_mlx.hub.part import part_path
+from kimi_mlx.model.config import ModelConfig, parse_config
+from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.store.manifest import Origin
 from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, parse_header, read_header
-from kimi_mlx.weights.manifest import Origin
-from kimi_mlx.weights.part import part_path
 
 HEADER_WORKERS = 8
 """Headers that are read at the same time."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.folders import stores_folder
-from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry
-from kimi_mlx.weights.hub import fetch_checkpoint, find_local, look_up
-from kimi_mlx.weights.hub_cache import repository_folder
-from kimi_mlx.weights.store import FoundStore, find_stores
+from kimi_mlx.hub.cache import repository_folder
+from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
+from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
+from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.stores import FoundStore, find_stores, rank_folder
+from kimi_mlx.store.writer import begun_stores
 
 Presence = Literal["package", "yes", "store", "partly", "no"]
 
@@ -103,36 +106,60 @@ def find(target: Target, ranks: int, strategy: str = "hybrid") -> Path | None:
         strategy: how.
 
     Raises:
-        WeightsError: it is here, but as stores for another number of ranks.
+        WeightsError: it is here, but as a store that is broken, or for another number of ranks.
     """
     if target.repository is None:
         return target.folder
-    found = find_stores(stores_root(), target.repository)
-    for store in found:
-        if is_whole_store(store, ranks, strategy):
-            return store.folder
+    store = find_store(stores_root(), target.repository, ranks, strategy)
+    if store is not None:
+        return store.folder
     folder = find_local(target.repository)
-    if folder is None and found:
-        other = found[0].placement
-        raise WeightsError(
-            f"`{target.name}` is on this machine as a store for {other.world_size} ranks, not for {ranks}",
-            hint=f"use `--ranks {other.world_size}`, or `kimi-mlx download {target.name} --ranks {ranks}`",
-        )
+    if folder is None:
+        _refuse_other_stores(target, target.repository, ranks, strategy)
     return folder
 
 
-def find_store(repository: str, ranks: int, strategy: str, revision: str | None = None) -> FoundStore | None:
-    """The newest whole store of a repository (or folder) for so many ranks; of one commit, if it is named."""
-    for store in find_stores(stores_root(), repository):
-        if is_whole_store(store, ranks, strategy) and revision in (None, store.origin.commit):
+def find_store(
+    stores: Path,
+    repository: str,
+    ranks: int,
+    strategy: str,
+    revision: str | None = None,
+    needed: Collection[int] | None = None,
+) -> FoundStore | None:
+    """The newest store of a repository (or folder) for so many ranks.
+
+    Args:
+        stores: where stores are kept.
+        repository: on the hub, or a folder's path.
+        ranks: how many share the model.
+        strategy: how.
+        revision: the commit; None takes any.
+        needed: the ranks whose stores must be here whole; None is all.
+    """
+    wanted = set(range(ranks) if needed is None else needed)
+    for store in find_stores(stores, repository):
+        is_meant = (store.placement.world_size, store.placement.strategy) == (ranks, strategy)
+        if is_meant and wanted <= set(store.ranks) and revision in (None, store.origin.commit):
             return store
     return None
 
 
-def is_whole_store(store: FoundStore, ranks: int, strategy: str) -> bool:
-    """Whether a store is of so many ranks, and all of them are here."""
-    placement = store.placement
-    return (placement.world_size, placement.strategy) == (ranks, strategy) and len(store.ranks) == ranks
+def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: str) -> None:
+    """Say that there is a broken store, or one of another placement, instead of fetching everything beside it."""
+    for folder in begun_stores(stores_root(), repository, ranks, strategy):
+        for rank in range(ranks):
+            read_manifest(rank_folder(folder, rank))
+        raise WeightsError(
+            f"the store `{folder}` is not complete",
+            hint=f"`kimi-mlx download {target.name} --ranks {ranks}` repairs it",
+        )
+    for store in find_stores(stores_root(), repository):
+        other = store.placement.world_size
+        raise WeightsError(
+            f"`{target.name}` is on this machine as a store for {other} ranks, not for {ranks}",
+            hint=f"use `--ranks {other}`, or `kimi-mlx download {target.name} --ranks {ranks}`",
+        )
 
 
 def resolve(name: str, ranks: int = 1, strategy: str = "hybrid") -> Path:

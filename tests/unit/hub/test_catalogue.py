@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
+from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry, parse_entry
 from kimi_mlx.model.config import load_config
+from kimi_mlx.store.locate import presence, resolve
 from kimi_mlx.units import GB, GIB
-from kimi_mlx.weights.catalogue import CatalogueEntry, catalogue, find_entry, parse_entry
-from kimi_mlx.weights.locate import presence, resolve
 
 ALIASES = [
     "kimi-mini",
@@ -37,7 +37,7 @@ def entry_of(alias: str) -> CatalogueEntry:
 
 
 def raw_entry() -> dict[str, Any]:
-    text = resources.files("kimi_mlx.weights").joinpath("catalogue.json").read_text(encoding="utf-8")
+    text = resources.files("kimi_mlx.hub").joinpath("catalogue.json").read_text(encoding="utf-8")
     return next(raw for raw in json.loads(text)["models"] if raw["alias"] == "kimi-k2.5")
 
 

@@ -18,16 +18,17 @@ from mlx.utils import tree_flatten
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.runtime.download import StoreOptions, build, open_job
 from kimi_mlx.runtime.load import load_share
+from kimi_mlx.store.build import Job, deal
+from kimi_mlx.store.manifest import Manifest, read_manifest
+from kimi_mlx.store.parcels import pieces
+from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
+from kimi_mlx.store.writer import RankWriter, check_space
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.build import Job, deal
-from kimi_mlx.weights.manifest import Manifest, read_manifest
 from kimi_mlx.weights.moves import as_box
-from kimi_mlx.weights.parcels import pieces
-from kimi_mlx.weights.store import broken_files, find_stores, open_manifest, rank_folder
-from kimi_mlx.weights.writer import RankWriter, check_space
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.fakes import KIMI_MINI, FixedGather
 
@@ -69,9 +70,7 @@ def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
         assert all(stored[key].dtype == cut[key].dtype and mx.array_equal(stored[key], cut[key]) for key in cut)
 
 
-def load_stored(job: Job, rank: int) -> object:
-    from kimi_mlx.weights.store import load_store
-
+def load_stored(job: Job, rank: int) -> Model:
     manifest = open_manifest(job.folder, rank, job.placement.world_size, "hybrid")
     return load_store(job.folder, manifest, load_config(job.folder), mx.float32)
 
@@ -138,7 +137,7 @@ def interrupted(method: Callable[..., object], steps: Iterator[int], moment: int
 
 
 def watch_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from kimi_mlx.weights.sources import FolderSources
+    from kimi_mlx.store.sources import FolderSources
 
     fetched: list[str] = []
     fetch = FolderSources.fetch
@@ -253,7 +252,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(WeightsError, match=r"needs .* more, but its disk has"):
         check_space(tmp_path, 2**62)
-    monkeypatch.setattr("kimi_mlx.weights.build.check_space", lambda folder, needed: check_space(folder, 2**62))
+    monkeypatch.setattr("kimi_mlx.store.build.check_space", lambda folder, needed: check_space(folder, 2**62))
     with pytest.raises(WeightsError, match=r"needs .* more"):
         build_all(KIMI_MINI, tmp_path, 2)
     assert not list(tmp_path.rglob("*.safetensors*"))

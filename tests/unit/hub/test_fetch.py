@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights import fetch, part, retries, xet
-from kimi_mlx.weights.fetch import fetch_file, read_range
-from kimi_mlx.weights.hub import look_up
-from kimi_mlx.weights.repository import Repository, RepositoryFile
-from kimi_mlx.weights.retries import Stopped
+from kimi_mlx.hub import fetch, part, retries, xet
+from kimi_mlx.hub.client import look_up
+from kimi_mlx.hub.fetch import fetch_file, read_range
+from kimi_mlx.hub.repository import Repository, RepositoryFile
+from kimi_mlx.hub.retries import Stopped
 from tests.hub import Hub
 
 NAME = "model-1-of-3.safetensors"

@@ -11,10 +11,7 @@ import threading
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError, WeightsError
-from kimi_mlx.model.config import load_config
-from kimi_mlx.units import format_bytes
-from kimi_mlx.weights.fetch import fetch_file, has_right_bytes, read_range
-from kimi_mlx.weights.hub_cache import (
+from kimi_mlx.hub.cache import (
     blob_path,
     cached_bytes,
     cached_file,
@@ -25,12 +22,15 @@ from kimi_mlx.weights.hub_cache import (
     remove_cached,
     snapshot_folder,
 )
-from kimi_mlx.weights.hub_errors import SPACE_HINT, explain_answer, explain_disk
+from kimi_mlx.hub.explain import SPACE_HINT, explain_answer, explain_disk
+from kimi_mlx.hub.fetch import fetch_file, has_right_bytes, read_range
+from kimi_mlx.hub.part import Progress, ignore_progress
+from kimi_mlx.hub.repository import FILES, Repository, RepositoryFile, is_wanted, needed_files
+from kimi_mlx.hub.retries import MAX_FAILURES_OF_LOOK_UP, Retries, with_retries
+from kimi_mlx.hub.threads import for_each
+from kimi_mlx.model.config import load_config
+from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
-from kimi_mlx.weights.part import Progress, ignore_progress
-from kimi_mlx.weights.repository import FILES, Repository, RepositoryFile, is_wanted, needed_files
-from kimi_mlx.weights.retries import MAX_FAILURES_OF_LOOK_UP, Retries, with_retries
-from kimi_mlx.weights.threads import for_each
 
 __all__ = [
     "FILES",
@@ -38,7 +38,6 @@ __all__ = [
     "Repository",
     "RepositoryFile",
     "cached_file",
-    "fetch",
     "fetch_checkpoint",
     "fetch_file",
     "fetch_to_cache",
@@ -84,22 +83,6 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         for each in wanted
     ]
     return Repository(name, info.sha, tuple(sorted(files, key=lambda file: file.name)), revision or "main")
-
-
-def fetch(name: str) -> Path:
-    """Download a repository into the hub's cache.
-
-    Args:
-        name: `owner/name`.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        ConfigError: a model that we do not have.
-        WeightsError: the repository cannot be fetched.
-    """
-    return fetch_checkpoint(look_up(name))
 
 
 def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progress, workers: int = 4) -> Path:

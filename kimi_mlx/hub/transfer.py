@@ -1,7 +1,7 @@
 """Requests to the hub for a file: bytes from any position, again and again until they are there.
 
 All goes through huggingface_hub's session, so that its environment variables, token and proxies apply. Each wait for
-the network ends: connections and reads after HF_HUB_DOWNLOAD_TIMEOUT, tries as kimi_mlx.weights.retries says.
+the network ends: connections and reads after HF_HUB_DOWNLOAD_TIMEOUT, tries as kimi_mlx.hub.retries says.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.hub_errors import client_errors
-from kimi_mlx.weights.repository import Repository, RepositoryFile
-from kimi_mlx.weights.retries import CutShort, Retries, Stopped, with_retries
+from kimi_mlx.hub.explain import client_errors
+from kimi_mlx.hub.repository import Repository, RepositoryFile
+from kimi_mlx.hub.retries import CutShort, Retries, Stopped, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
