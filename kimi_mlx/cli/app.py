@@ -19,7 +19,7 @@ from kimi_mlx.cli.convert import convert
 from kimi_mlx.cli.download import download
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
-from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -103,7 +103,8 @@ def main() -> None:
     except KimiMlxError as error:
         if Settings.from_environment().show_traceback:
             raise
-        print_error(error)
+        if os.environ.get("MLX_RANK", "0") == "0" or isinstance(error, RingError):  # else the leader says it
+            print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption
+from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
@@ -56,6 +56,7 @@ def bench(
     from kimi_mlx.bench.measure import Plan, measure
     from kimi_mlx.model.config import load_config
 
+    refuse_launcher()
     plan = Plan(_sizes(prompt_tokens), generation_tokens, warmup, repeat, seed)
     folder = _folder(model, synthetic, ranks, json)
     options = SessionOptions(folder, ranks, dtype)

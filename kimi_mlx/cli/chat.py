@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption
+from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
@@ -62,6 +62,7 @@ def chat(
     json: JsonOption = False,
 ) -> None:
     """Talk to a model: a conversation in the terminal, or with --prompt one answer."""
+    refuse_launcher()
     name = model or Settings.from_environment().model
     target = understand(name)
     question = _question(prompt, json)
@@ -72,12 +73,13 @@ def chat(
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling = _sampling(tokenizer.sampling, entry if thinking is False else None, given)
     options = ChatOptions(max_tokens, sampling, None, {} if thinking is None else {"thinking": thinking})
-    with closing(_open(SessionOptions(folder, ranks, dtype, samples=sampling.temperature > 0), json)) as session:
+    session_options = SessionOptions(folder, ranks, dtype, samples=sampling.temperature > 0)
+    with closing(_open(session_options, name, json)) as session:
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for one-shot answers
 
-            raise typer.Exit(run_repl(conversation, model_name=model or folder.name))
+            raise typer.Exit(run_repl(conversation, model_name=name))
         answer = _answer_json if json else _answer
         answer(conversation, question)
 
@@ -128,10 +130,10 @@ def _piped() -> str | None:
     return sys.stdin.buffer.read().decode("utf-8", errors="replace")
 
 
-def _open(options: SessionOptions, is_quiet: bool) -> Session:
+def _open(options: SessionOptions, name: str, is_quiet: bool) -> Session:
     """Load the model behind a progress bar."""
     where = f" on {options.ranks} ranks" if options.ranks > 1 else ""
-    with load_progress(f"loading {options.folder.name}{where}", is_quiet) as progress:
+    with load_progress(f"loading {name}{where}", is_quiet) as progress:
         return open_session(options, progress)
 
 

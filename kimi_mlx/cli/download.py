@@ -7,14 +7,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from kimi_mlx.cli.obtain import byte_bars, byte_progress, fetch, tell_licence
+from kimi_mlx.cli.byte_progress import byte_bars, byte_progress
+from kimi_mlx.cli.download_output import Result, print_result
+from kimi_mlx.cli.obtain import fetch, tell_licence
 from kimi_mlx.cli.options import JsonOption, ModelArgument
-from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import (
@@ -31,12 +32,10 @@ from kimi_mlx.store.build import Job, Progress
 from kimi_mlx.store.locate import Target, stores_root, understand
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from kimi_mlx.store.sources import Contents, read_contents
-from kimi_mlx.store.stores import FoundStore, broken_files, rank_folder, stored_ranks
+from kimi_mlx.store.stores import FoundStore, broken_files, rank_folder, stored_ranks, wrong_sizes
 from kimi_mlx.store.writer import stored_bytes
-from kimi_mlx.units import format_bytes, format_gib, format_seconds
+from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.checkpoint import vision_bytes_of
-
-Result = dict[str, Any]
 
 
 def download(
@@ -76,19 +75,24 @@ def download(
         if ranks not in (None, group.size):
             raise UsageError(f"--ranks is {ranks}, but there are {group.size} hosts", hint="leave --ranks out")
         ranks = group.size
-    if ranks is None:
-        if keep_source:
-            raise UsageError("--keep-source is for --ranks", hint="without --ranks the files are kept anyway")
-        result = _checkpoint(target, revision, dry_run, verify, is_quiet)
-    else:
-        options = StoreOptions(target.source, stores_root(), ranks, revision=revision, keep_source=keep_source)
-        result = _stores(target, options, group, dry_run, verify, is_quiet)
+    if ranks is None and keep_source:
+        raise UsageError("--keep-source is for --ranks", hint="without --ranks the files are kept anyway")
+    try:
+        if ranks is None:
+            result = _checkpoint(target, revision, dry_run, verify, is_quiet)
+        else:
+            options = StoreOptions(target.source, stores_root(), ranks, revision=revision, keep_source=keep_source)
+            result = _stores(target, options, group, dry_run, verify, is_quiet)
+    except (KeyboardInterrupt, SystemExit):
+        if not is_quiet:
+            stderr.print("stopped; the same command goes on where it was", markup=False)
+        raise
     if group.rank == 0:
         result["seconds"] = round(time.monotonic() - started, 3)
         if json:
             print_json(result)
         else:
-            _print(result)
+            print_result(result)
 
 
 def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:
@@ -105,9 +109,8 @@ def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bo
     total = sum(file.size_bytes for file in repository.files)
     if is_dry:
         contents = read_contents(repository)
-        left = {name: cached_bytes(repository, repository.file(name)) for name in contents.sizes}
-        missing = sum(contents.sizes.values()) - sum(left.values())
-        return _dry(target, contents, {}, missing, repository_folder(repository.name))
+        missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
+        return _dry(target, contents, {}, missing, missing, repository_folder(repository.name))
     broken: list[str] = []
     if is_check:
         with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
@@ -126,15 +129,16 @@ def _stores(
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
     found = None if is_dry else find_built(options, group)
     if found is not None:
-        if is_check:
-            broken = _broken(found.folder, ranks, is_quiet)
+        broken = _broken(found.folder, ranks, is_quiet) if is_check else _cut_short(found.folder, ranks)
         if not any_host(any(broken.values()), group):
             return _stored(target, found, ranks, "is whole" if is_check else "is on this machine")
         options = replace(options, revision=found.origin.commit)
     job = open_job(options, group)
     if is_dry:
         holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
-        return _dry(target, job.sources.contents, holdings, _disk_bytes(job, holdings, ranks), options.stores)
+        disk_bytes = _disk_bytes(job, holdings, ranks)
+        missing = sum(size - job.sources.held_bytes(name) for name, size in job.sources.contents.sizes.items())
+        return _dry(target, job.sources.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores)
     if is_check and found is None:
         broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], is_quiet)
     tell_licence(target, is_quiet)
@@ -155,8 +159,9 @@ def _stores(
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "folder": str(job.folder),
-        "state": _state(is_check, names),
+        "state": _state(is_check, names, "is fetched and verified" if target.repository else "is built"),
         "broken": names,
+        "kept_bytes": job.sources.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
 
@@ -175,16 +180,22 @@ def _broken(folder: Path, ranks: Sequence[int], is_quiet: bool) -> Mapping[int, 
         return broken | {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
 
 
+def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
+    """The files of stores that are missing or have another size."""
+    manifests = (read_manifest(rank_folder(folder, rank)) for rank in ranks)
+    return {manifest.rank: wrong_sizes(folder, manifest) for manifest in manifests}
+
+
 def _disk_bytes(job: Job, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
     """What this machine needs in addition to what it has of the stores."""
     missing = sum(max(0, holdings[rank] - stored_bytes(rank_folder(job.folder, rank))) for rank in ranks)
     return missing + job.sources.extra_bytes(job.files) if missing else 0
 
 
-def _state(is_check: bool, broken: list[str]) -> str:
+def _state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
     if broken:
-        return f"is repaired ({len(broken)} broken files)"
-    return "is whole" if is_check else "is fetched and verified"
+        return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
+    return "is whole" if is_check else done
 
 
 def _about(target: Target, repository: Repository) -> Result:
@@ -203,10 +214,11 @@ def _stored(target: Target, found: FoundStore, ranks: Sequence[int], state: str)
     }
 
 
-def _dry(target: Target, contents: Contents, holdings: Mapping[int, int], disk_bytes: int, folder: Path) -> Result:
+def _dry(
+    target: Target, contents: Contents, holdings: Mapping[int, int], fetch_bytes: int, disk_bytes: int, folder: Path
+) -> Result:
     """What would be done."""
-    while not folder.exists():
-        folder = folder.parent
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return {
         "model": target.name,
         "repository": contents.origin.repository,
@@ -214,38 +226,8 @@ def _dry(target: Target, contents: Contents, holdings: Mapping[int, int], disk_b
         "files": [{"name": name, "size_bytes": size} for name, size in sorted(contents.sizes.items())],
         "small_bytes": sum(map(len, contents.small.values())),
         "ranks": [{"rank": rank, "size_bytes": size} for rank, size in holdings.items()],
+        "fetch_bytes": fetch_bytes,
+        "folder": str(folder),
         "disk_needed_bytes": disk_bytes,
-        "disk_free_bytes": shutil.disk_usage(folder).free,
+        "disk_free_bytes": shutil.disk_usage(existing).free,
     }
-
-
-def _print(result: Result) -> None:
-    if "files" in result:
-        _print_dry(result)
-        return
-    seconds = format_seconds(result["seconds"])
-    stderr.print(f"{result['model']} {result['state']}, {seconds}", markup=False, style="dim")
-    for item in result.get("ranks", []):
-        stderr.print(f"rank {item['rank']} holds {format_bytes(item['size_bytes'])}", style="dim")
-    stdout.print(result["folder"], markup=False)
-
-
-def _print_dry(result: Result) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column(f"{result['repository']} at {result['commit'][:12]}", overflow="fold")
-    for unit in ("GB", "GiB"):
-        table.add_column(unit, justify="right")
-    total = sum(file["size_bytes"] for file in result["files"]) + result["small_bytes"]
-    rows = [(file["name"], file["size_bytes"]) for file in result["files"]]
-    rows += [("configuration and tokenizer", result["small_bytes"]), ("to fetch in all", total)]
-    rows += [(f"host {item['rank']} will hold", item["size_bytes"]) for item in result["ranks"]]
-    rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
-    for name, size in rows:
-        table.add_row(name, f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
-    stdout.print(table, soft_wrap=False)
-    if result["disk_needed_bytes"] > result["disk_free_bytes"]:
-        missing = result["disk_needed_bytes"] - result["disk_free_bytes"]
-        raise WeightsError(
-            f"the disk is {format_bytes(missing)} ({format_gib(missing)}) too small",
-            hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
-        )

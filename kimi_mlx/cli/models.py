@@ -14,6 +14,7 @@ from rich.text import Text
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cluster.machine import Machine, this_machine
+from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import (
     SYSTEM_BYTES,
     CatalogueEntry,
@@ -22,7 +23,7 @@ from kimi_mlx.hub.catalogue import (
     find_entry,
 )
 from kimi_mlx.hub.licence import notice
-from kimi_mlx.store.locate import Presence, presence, unknown_model
+from kimi_mlx.store.locate import Presence, presence, understand, unknown_model
 from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76
@@ -82,6 +83,10 @@ def models(
         return
     entry = find_entry(model)
     if entry is None:
+        if understand(model).repository is not None:
+            raise UsageError(
+                f"nothing is known of `{model}` here", hint=f"`kimi-mlx download {model} --dry-run` asks the hub"
+            )
         raise unknown_model(model)
     row = see(entry, machine)
     if json:
@@ -208,8 +213,7 @@ def _presence_in_words(row: Row) -> str:
     if row.presence == "package":
         return f"comes with the package, in {row.folder}"
     if row.presence in ("yes", "store"):
-        how = "yes" if row.presence == "yes" else "as a shard store"
-        return f"{how}, in {row.folder}"
+        return f"{'yes' if row.presence == 'yes' else 'as a shard store'}, in {row.folder}"
     begun = f"partly, in {row.folder}" if row.presence == "partly" else "no"
     return f"{begun}; `kimi-mlx download {row.entry.alias}` fetches what is missing"
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+import typer
 
+from kimi_mlx.cli.byte_progress import byte_progress
 from kimi_mlx.cli.output import stderr
+from kimi_mlx.cluster.machine import this_machine
+from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
 from kimi_mlx.hub.licence import show_once
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.store.locate import Target, find
+from kimi_mlx.units import GB, format_bytes
 from kimi_mlx.weights.index import read_index
+
+UNASKED_BYTES = 5 * GB
+"""What a command that needs a model fetches without asking."""
 
 
 def obtain(target: Target, ranks: int, is_quiet: bool) -> Path:
-    """The folder of a model, fetched if it is not here.
+    """The folder of a model, fetched if it is not here; a large one only after a yes.
 
     Args:
         target: the model.
@@ -25,13 +32,16 @@ def obtain(target: Target, ranks: int, is_quiet: bool) -> Path:
         is_quiet: without progress and notices.
 
     Raises:
-        WeightsError: it cannot be fetched, or is here as a store of another placement.
+        UsageError: it is large, and there is nobody to ask.
+        WeightsError: it cannot be fetched, or is here as a store that is broken or of another placement.
     """
     folder = find(target, ranks)
     if folder is not None:
         return folder
     assert target.repository is not None
-    return fetch(target, look_up(target.repository), is_quiet)
+    repository = look_up(target.repository)
+    _ask(target, repository, is_quiet)
+    return fetch(target, repository, is_quiet)
 
 
 def fetch(target: Target, repository: Repository, is_quiet: bool) -> Path:
@@ -51,23 +61,18 @@ def tell_licence(target: Target, is_quiet: bool) -> None:
         show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))
 
 
-@contextmanager
-def byte_progress(what: str, total_bytes: int, is_quiet: bool) -> Generator[Callable[[int], None]]:
-    """A bar of bytes with speed and time left, on stderr of a terminal; yields what to call with more bytes."""
-    with byte_bars(is_quiet) as progress:
-        task = progress.add_task(what, total=total_bytes)
-        yield lambda count: progress.advance(task, count)
-
-
-def byte_bars(is_quiet: bool) -> Progress:
-    """Bars of bytes; a context manager."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=is_quiet or not stderr.is_terminal,
-    )
+def _ask(target: Target, repository: Repository, is_quiet: bool) -> None:
+    """Whether to fetch a large model; what is half here has been agreed to."""
+    sizes = {file.name: file.size_bytes for file in repository.files}
+    missing = sum(sizes.values()) - sum(cached_bytes(repository, file) for file in repository.files)
+    if missing <= UNASKED_BYTES or missing < sum(sizes.values()) / 2:
+        return
+    text = f"`{target.name}` is not here: {format_bytes(missing)} to fetch"
+    needed = target.entry.minimum_memory_bytes() if target.entry is not None else None
+    if needed is not None:
+        text += f"; it needs {format_bytes(needed)} of memory, this machine has "
+        text += format_bytes(this_machine().memory_bytes)
+    if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
+        raise UsageError(text, hint=f"`kimi-mlx download {target.name}` fetches it")
+    if not typer.confirm(f"{text}. Fetch it?", default=False, err=True):
+        raise typer.Exit(1)

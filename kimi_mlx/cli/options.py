@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
+
+from kimi_mlx.errors import UsageError
 
 ModelArgument = Annotated[
     str | None,
@@ -29,3 +32,12 @@ DtypeOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def refuse_launcher() -> None:
+    """Refuse to be one of several processes that somebody else has started."""
+    if "MLX_RANK" in os.environ:
+        raise UsageError(
+            "this command was started by `mlx.launch` (MLX_RANK is set), but starts its ranks itself",
+            hint="type it alone, with `--ranks N`; only `kimi-mlx download` runs under `mlx.launch`",
+        )

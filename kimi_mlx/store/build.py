@@ -42,7 +42,7 @@ ERROR_BYTES = 4096
 IDLE_S = 0.02
 SILENT_S = 0.1
 FILES_AHEAD = 2
-"""Source files of a process that are on the disk at a time: one at work, one on its way."""
+"""Source files of a process that are on the disk at a time, at work or on their way."""
 
 IDLE, BATCH, END, DONE, FAILED = range(5)
 """What a process says in a round: nothing yet, a part of a source file, its end, that it has no more, an error."""
@@ -176,22 +176,33 @@ def deal(
 
 
 class _Fetcher:
-    """A thread that fetches this process's files, one ahead of the work."""
+    """Threads that fetch this process's files: as many at a time as may be on the disk besides those at work."""
 
     def __init__(self, job: Job, files: Sequence[int]):
-        self.fetched_bytes = 0
-        self._job, self._files = job, files
+        self._job, self._left = job, iter(files)
+        self._lock = threading.Lock()
+        self._fetched = 0
         self._slots = threading.Semaphore(FILES_AHEAD)
-        self._ready: queue.SimpleQueue[tuple[int, Path] | KimiMlxError | None] = queue.SimpleQueue()
+        self._missing = len(files)
+        self._ready: queue.SimpleQueue[tuple[int, Path] | KimiMlxError] = queue.SimpleQueue()
         self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Of all files so far."""
+        return self._fetched
 
     def start(self) -> None:
-        self._thread.start()
+        for _ in range(FILES_AHEAD):
+            threading.Thread(target=self._run, daemon=True).start()
 
     def next(self) -> tuple[int, Path] | KimiMlxError | None:
         """The next file, an error, or None behind the last; raises queue.Empty while there is nothing."""
-        return self._ready.get_nowait()
+        if not self._missing:
+            return None
+        found = self._ready.get_nowait()
+        self._missing -= 1
+        return found
 
     def release(self, number: int) -> None:
         self._job.sources.release(self._job.files[number])
@@ -199,17 +210,19 @@ class _Fetcher:
 
     def stop(self) -> None:
         self._is_stopped.set()
-        self._slots.release()
+        for _ in range(FILES_AHEAD):
+            self._slots.release()
 
     def _run(self) -> None:
         try:
-            for number in self._files:
+            while True:
                 self._slots.acquire()
-                if self._is_stopped.is_set():
+                with self._lock:
+                    number = next(self._left, None)
+                if number is None or self._is_stopped.is_set():
                     return
                 path = self._job.sources.fetch(self._job.files[number], self._count, self._is_stopped)
                 self._ready.put((number, path))
-            self._ready.put(None)
         except Stopped:
             pass
         except KimiMlxError as error:
@@ -218,7 +231,8 @@ class _Fetcher:
             self._ready.put(write_error(self._job.folder, error))
 
     def _count(self, delta: int) -> None:
-        self.fetched_bytes += delta
+        with self._lock:
+            self._fetched += delta
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.stores import FoundStore, find_stores, rank_folder
+from kimi_mlx.store.stores import FoundStore, find_stores, rank_folder, stored_ranks
 from kimi_mlx.store.writer import begun_stores
 
 Presence = Literal["package", "yes", "store", "partly", "no"]
@@ -76,6 +76,8 @@ def understand(name: str) -> Target:
 
 def unknown_model(name: str) -> UsageError:
     """The error for a name that nothing has, with the nearest known ones."""
+    if name.startswith((".", "/", "~")):
+        return UsageError(f"there is no folder `{name}`", hint="check the path; `kimi-mlx models` lists known models")
     known = [entry.alias for entry in catalogue()]
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
     names = ", ".join(f"`{alias}`" for alias in near)
@@ -147,12 +149,17 @@ def find_store(
 
 def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: str) -> None:
     """Say that there is a broken store, or one of another placement, instead of fetching everything beside it."""
+    command = f"`kimi-mlx download {target.name} --ranks {ranks}`"
     for folder in begun_stores(stores_root(), repository, ranks, strategy):
-        for rank in range(ranks):
+        here = stored_ranks(folder)
+        missing = [rank for rank in range(ranks) if rank not in here]
+        for rank in here:
             read_manifest(rank_folder(folder, rank))
+        if any(rank_folder(folder, rank).exists() for rank in missing) or not here:
+            raise WeightsError(f"the store `{folder}` is not complete", hint=f"{command} goes on with it")
         raise WeightsError(
-            f"the store `{folder}` is not complete",
-            hint=f"`kimi-mlx download {target.name} --ranks {ranks}` repairs it",
+            f"this machine holds `{target.name}` for rank {_list(here)} of {ranks}, not for rank {_list(missing)}",
+            hint=f"running a model over several machines is still to come; {command} builds the rest here",
         )
     for store in find_stores(stores_root(), repository):
         other = store.placement.world_size
@@ -160,6 +167,10 @@ def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: 
             f"`{target.name}` is on this machine as a store for {other} ranks, not for {ranks}",
             hint=f"use `--ranks {other}`, or `kimi-mlx download {target.name} --ranks {ranks}`",
         )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def resolve(name: str, ranks: int = 1, strategy: str = "hybrid") -> Path:

@@ -127,7 +127,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(Origin(**value["origin"]), Placement.from_dict(value["placement"]), int(value["rank"]), files)
     except FileNotFoundError:
         raise WeightsError(
-            f"there is no complete store in `{folder}`", hint="`kimi-mlx download` builds it, or goes on with it"
+            f"there is no complete store in `{folder}`",
+            hint="type the `kimi-mlx download` command with its `--ranks` again: it goes on where it was",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(

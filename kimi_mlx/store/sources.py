@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.cache import cached_bytes, remember, snapshot_folder
+from kimi_mlx.hub.cache import blob_path, cached_bytes, remember, snapshot_folder
 from kimi_mlx.hub.client import (
     FILES,
     Repository,
@@ -89,6 +91,11 @@ class Sources(Protocol):
 
     contents: Contents
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the source files that are left on this machine at the end, though nobody asked for it."""
+        ...
+
     def held_bytes(self, file: str) -> int:
         """How much of a file need not be fetched any more."""
         ...
@@ -133,6 +140,11 @@ class FolderSources:
         origin = Origin(str(self._folder), digest.hexdigest()[:40])
         self.contents = Contents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
 
+    @property
+    def kept_bytes(self) -> int:
+        """A folder of the user is left alone, and that is no surprise."""
+        return 0
+
     def held_bytes(self, file: str) -> int:
         """All of it."""
         return self.contents.sizes[file]
@@ -173,12 +185,19 @@ class HubSources:
         self.contents = contents
         self._repository, self._folder, self._keep = repository, folder, keep
 
+    @property
+    def kept_bytes(self) -> int:
+        """What was in the hub's cache before stays there."""
+        items = (self._repository.file(name) for name in self.contents.sizes)
+        return 0 if self._keep else sum(item.size_bytes for item in items if cached_file(self._repository, item))
+
     def held_bytes(self, file: str) -> int:
         """Of the hub's cache, or of an earlier try."""
         item, path = self._repository.file(file), self._folder / file
         if self._keep or cached_file(self._repository, item):
             return cached_bytes(self._repository, item)
-        return next((each.stat().st_size for each in (path, part_path(path)) if each.is_file()), 0)
+        own = next((each.stat().st_size for each in (path, part_path(path)) if each.is_file()), 0)
+        return own or cached_bytes(self._repository, item)
 
     def extra_bytes(self, files: Iterable[str]) -> int:
         """Two files at a time, the largest ones; all, if they are kept; less what is here already."""
@@ -193,10 +212,19 @@ class HubSources:
             progress(item.size_bytes)
             return cached
         if not self._keep:
+            self._take_over(item)
             fetch_file(self._repository, item, self._folder / file, progress, stop)
             return self._folder / file
         fetch_to_cache(self._repository, item, progress, stop)
         return snapshot_folder(self._repository) / file
+
+    def _take_over(self, item: RepositoryFile) -> None:
+        """Go on with what a download into the hub's cache has left unfinished."""
+        begun, own = part_path(blob_path(self._repository, item)), part_path(self._folder / item.name)
+        if begun.is_file() and not own.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # on another disk: fetched from the start
+                os.rename(begun, own)
 
     def release(self, file: str) -> None:
         """Remove what was fetched for a while."""

@@ -150,6 +150,13 @@ def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], Non
     return broken
 
 
+def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
+    """The files of a rank's store that are missing, or have another size than the manifest says."""
+    files = {file.name: rank_folder(folder, manifest.rank) / file.name for file in manifest.files}
+    sizes = {name: path.stat().st_size if path.is_file() else None for name, path in files.items()}
+    return [file.name for file in manifest.files if sizes[file.name] != file.size_bytes]
+
+
 def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:
     path = folder / file.name
     size = path.stat().st_size if path.is_file() else None

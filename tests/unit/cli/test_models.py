@@ -102,7 +102,7 @@ def test_one_model_in_detail() -> None:
         "temperature 0.6, top_p 0.95, min_p 0.01",
         '"Kimi K2.6"',
         "needs 2 Macs of this size",
-        "`kimi-mlx chat kimi-k2.6` fetches",
+        "`kimi-mlx download kimi-k2.6` fetches",
     ):
         assert words in text
     assert "comes with the package, in " in in_words("kimi-mini")

@@ -1,0 +1,55 @@
+"""What `kimi-mlx download` prints: where the model is, or what it would fetch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from kimi_mlx.cli.output import stderr, stdout
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.units import format_bytes, format_gib, format_seconds
+
+Result = dict[str, Any]
+"""The JSON document of a download."""
+
+
+def print_result(result: Result) -> None:
+    """The folder alone on stdout; what was done on stderr."""
+    if "files" in result:
+        _print_dry_run(result)
+        return
+    seconds = format_seconds(result["seconds"])
+    stderr.print(f"{result['model']} {result['state']}, {seconds}", markup=False, style="dim")
+    for item in result.get("ranks", []):
+        stderr.print(f"rank {item['rank']} holds {format_bytes(item['size_bytes'])}", style="dim")
+    if kept_bytes := result.get("kept_bytes"):
+        stderr.print(
+            f"{format_bytes(kept_bytes)} of it were in the Hugging Face cache and stay there; "
+            f"`hf cache rm model/{result['repository']}` removes them",
+            style="dim",
+            markup=False,
+        )
+    stdout.print(result["folder"], markup=False)
+
+
+def _print_dry_run(result: Result) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{result['repository']} at {result['commit'][:12]}", overflow="fold")
+    for unit in ("GB", "GiB"):
+        table.add_column(unit, justify="right")
+    rows = [(file["name"], file["size_bytes"]) for file in result["files"]]
+    rows += [("configuration and tokenizer", result["small_bytes"])]
+    rows += [("all files", sum(size for _, size in rows)), ("of these to fetch", result["fetch_bytes"])]
+    rows += [(f"rank {item['rank']} will hold", item["size_bytes"]) for item in result["ranks"]]
+    rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
+    for name, size in rows:
+        table.add_row(name, f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
+    stdout.print(table, soft_wrap=False)
+    missing = result["disk_needed_bytes"] - result["disk_free_bytes"]
+    if missing > 0:
+        raise WeightsError(
+            f"the disk is {format_bytes(missing)} ({format_gib(missing)}) too small",
+            hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
+        )
+    stdout.print(f"the disk of {result['folder']} is large enough; nothing has been fetched", markup=False)
