@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.cli.byte_progress import byte_bars, byte_progress
-from kimi_mlx.cli.download_output import Result, print_result
+from kimi_mlx.cli.download_output import Result, print_result, require_disk
 from kimi_mlx.cli.obtain import fetch, tell_licence
 from kimi_mlx.cli.options import JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stderr
@@ -26,6 +26,7 @@ from kimi_mlx.hub.client import (
     verify_checkpoint,
 )
 from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.together import together
 from kimi_mlx.runtime.download import StoreOptions, any_host, build, find_built, join_group, open_job
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.build import Job, Progress
@@ -68,8 +69,9 @@ def download(
 ) -> None:
     """Fetch a model, verify it, and cut it into one store a rank."""
     started = time.monotonic()
-    target = understand(model or Settings.from_environment().model)
+    name = model or Settings.from_environment().model
     group = join_group()
+    target = together(group, lambda: understand(name))
     is_quiet = json or group.rank > 0
     if group.size > 1:
         if ranks not in (None, group.size):
@@ -93,11 +95,17 @@ def download(
             print_json(result)
         else:
             print_result(result)
+        require_disk(result)
 
 
 def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:
     """All of the repository into the hub's cache."""
     if target.repository is None:
+        if is_check:
+            raise UsageError(
+                f"`{target.name}` is a folder: there are no checksums to compare it with",
+                hint="with `--ranks N` the stores that were built from it are checked",
+            )
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, revision)
     if local is not None and revision not in (None, local.name):  # a branch may have moved on: ask the hub

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.errors import WeightsError
@@ -35,7 +36,7 @@ def print_result(result: Result) -> None:
 
 def _print_dry_run(result: Result) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column(f"{result['repository']} at {result['commit'][:12]}", overflow="fold")
+    table.add_column(Text(f"{result['repository']} at {result['commit'][:12]}"), overflow="fold")
     for unit in ("GB", "GiB"):
         table.add_column(unit, justify="right")
     rows = [(file["name"], file["size_bytes"]) for file in result["files"]]
@@ -44,12 +45,21 @@ def _print_dry_run(result: Result) -> None:
     rows += [(f"rank {item['rank']} will hold", item["size_bytes"]) for item in result["ranks"]]
     rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
     for name, size in rows:
-        table.add_row(name, f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
+        table.add_row(Text(name), f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
     stdout.print(table, soft_wrap=False)
-    missing = result["disk_needed_bytes"] - result["disk_free_bytes"]
+    if result["disk_needed_bytes"] <= result["disk_free_bytes"]:
+        stdout.print(f"the disk of {result['folder']} is large enough; nothing has been fetched", markup=False)
+
+
+def require_disk(result: Result) -> None:
+    """What a dry run has found of the disk.
+
+    Raises:
+        WeightsError: it is too small.
+    """
+    missing = result.get("disk_needed_bytes", 0) - result.get("disk_free_bytes", 0)
     if missing > 0:
         raise WeightsError(
             f"the disk is {format_bytes(missing)} ({format_gib(missing)}) too small",
             hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
         )
-    stdout.print(f"the disk of {result['folder']} is large enough; nothing has been fetched", markup=False)

@@ -97,14 +97,14 @@ def _asked_delay_s(error: Exception) -> float | None:
         return None
     headers = error.response.headers
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if re.fullmatch(r"\d{1,9}", value, re.ASCII):
         return float(value)
     if value:
         try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
+            date = parsedate_to_datetime(value).astimezone(timezone.utc)
+        except (ValueError, OverflowError):
             return None
-        return max(0.0, (date.astimezone(timezone.utc) - datetime.now(timezone.utc)).total_seconds())
+        return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
     limit = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) if limit else None
 

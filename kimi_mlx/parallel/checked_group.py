@@ -11,6 +11,7 @@ import os
 import queue
 import select
 import socket
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -126,9 +127,11 @@ def _connections() -> set[int]:
 
 def _is_connected(number: int) -> bool:
     try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return False
         with socket.socket(fileno=os.dup(number)) as connection:
             connection.getpeername()
-    except OSError:  # a file, a pipe, a socket that listens
+    except OSError:  # a socket that listens
         return False
     return True
 

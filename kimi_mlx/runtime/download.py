@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.errors import KimiMlxError, RingError, UsageError, WeightsError
+from kimi_mlx import __version__
+from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import look_up
 from kimi_mlx.parallel.checked_group import join_ring
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import plan_hybrid
-from kimi_mlx.store.build import Job, Progress, build_stores
+from kimi_mlx.parallel.together import require_equal, together
+from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
 from kimi_mlx.store.locate import find_store
-from kimi_mlx.store.manifest import Manifest
+from kimi_mlx.store.manifest import FORMAT, Manifest
 from kimi_mlx.store.sources import (
     FolderSources,
     HubSources,
@@ -76,7 +77,12 @@ def join_group() -> Group:
 def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
     """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
     needed = None if group.size == 1 else [group.rank]
-    store = find_store(options.stores, str(options.source), options.ranks, options.strategy, options.revision, needed)
+    name, revision = str(options.source), options.revision
+    if isinstance(options.source, Path):  # the folder may have changed since
+        folder = options.source
+        origin = together(group, lambda: FolderSources(folder)).contents.origin
+        name, revision = origin.repository, origin.commit
+    store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
     text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
     rows = np.array(group.gather(mx.array(np.frombuffer(text.encode().ljust(64), np.uint8))))
     return store if (rows == rows[0]).all() else None
@@ -98,12 +104,25 @@ def open_job(options: StoreOptions, group: Group) -> Job:
     if options.strategy != "hybrid":
         raise UsageError(f"there is no strategy `{options.strategy}`", hint="the strategy of this version is `hybrid`")
     sources = _open_sources(options, group)
-    contents = sources.contents
-    config = contents.config()
-    checkpoint = Checkpoint(config, contents.table, contents.origin.repository, STORED_FLOATS[config.dtype])
-    checkpoint.check_names()
-    placement = plan_hybrid(config, options.ranks, placement_units(checkpoint))
-    return Job(sources, checkpoint, placement, options.stores)
+
+    def plan() -> Job:
+        contents = sources.contents
+        config = contents.config()
+        dtype = STORED_FLOATS.get(config.dtype, "F32")
+        checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
+        checkpoint.check_names()
+        placement = plan_hybrid(config, options.ranks, placement_units(checkpoint))
+        return Job(sources, checkpoint, placement, options.stores)
+
+    job = together(group, plan)
+    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {sources.contents.origin.commit}"
+    require_equal(
+        group,
+        identity,
+        "version of kimi-mlx, or another checkpoint,",
+        "bring the same version to all hosts, and start from the same repository or from equal folders",
+    )
+    return job
 
 
 def build(
@@ -133,7 +152,8 @@ def build(
 
 def _open_sources(options: StoreOptions, group: Group) -> Sources:
     if isinstance(options.source, Path):
-        return FolderSources(options.source)
+        folder = options.source
+        return together(group, lambda: FolderSources(folder))
     name, revision = options.source, options.revision
     if revision is None:  # what was begun or is here is not left for a newer revision unasked
         revision = begun_commit(options.stores, name, options.ranks, options.strategy)
@@ -141,10 +161,11 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
         repository = look_up(name, revision)
         contents = read_contents(repository)
     else:
-        repository, contents = decode_contents(_tell(lambda: _read(name, revision), group))
-    folder = repository_folder(options.stores, contents.origin) / "sources"
-    name = f"{options.strategy}-{options.ranks}-host-{group.rank}"  # another placement may be built at the same time
-    return HubSources(repository, contents, folder / name, options.keep_source)
+        said = together(group, lambda: _read(name, revision) if group.rank == 0 else b"")
+        repository, contents = decode_contents(_of_leader(said, group))
+    root = repository_folder(options.stores, contents.origin) / "sources"
+    own = f"{options.strategy}-{options.ranks}-host-{group.rank}"  # another placement may be built at the same time
+    return HubSources(repository, contents, root / own, options.keep_source, options.revision or "main")
 
 
 def _read(name: str, revision: str | None) -> bytes:
@@ -152,19 +173,8 @@ def _read(name: str, revision: str | None) -> bytes:
     return encode_contents(repository, read_contents(repository))
 
 
-def _tell(read: Callable[[], bytes], group: Group) -> bytes:
-    """What the leader reads, in every process; its error too, in the same words."""
-    said, failure = b"", None
-    if group.rank == 0:
-        try:
-            said = b"+" + read()
-        except KimiMlxError as error:
-            failure = error
-            said = b"-" + json.dumps([error.message, error.hint]).encode()
-    lengths = np.array(group.gather(mx.array([len(said)], mx.int32)))
-    row = np.frombuffer(said.ljust(int(lengths.max())), np.uint8)
-    told = np.array(group.gather(mx.array(row)))[0].tobytes()
-    if told[:1] == b"-":
-        message, hint = json.loads(told[1:])
-        raise WeightsError(f"host 0: {message}", hint) from failure
-    return told[1:]
+def _of_leader(said: bytes, group: Group) -> bytes:
+    """What the leader says, in every process."""
+    length = int(np.array(group.gather(mx.array([len(said)], mx.int32))).max())
+    row = np.frombuffer(said.ljust(length), np.uint8)
+    return np.array(group.gather(mx.array(row)))[0].tobytes()

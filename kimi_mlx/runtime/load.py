@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from kimi_mlx.engine.sampling import samplers
-from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement, plan_hybrid
+from kimi_mlx.parallel.together import require_equal
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.store.locate import resolve
-from kimi_mlx.store.manifest import Manifest
 from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
 from kimi_mlx.weights.assemble import Progress, load_model
 from kimi_mlx.weights.moves import placement_units
@@ -47,7 +45,8 @@ def load(
     Raises:
         KimiMlxError: no such model, or files that are missing or broken.
     """
-    folder = resolve(os.fspath(name), group.size if group is not None else 1, strategy)
+    rank, world_size = (None, 1) if group is None else (group.rank, group.size)
+    folder = resolve(os.fspath(name), world_size, strategy, rank)
     entry = find_entry(os.fspath(name))
     tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)
     model = load_share(folder, load_config(folder), dtype, group, strategy=strategy)
@@ -71,7 +70,12 @@ def load_share(
         manifest = open_manifest(folder, rank, world_size, strategy)
         if group is None or world_size == 1:
             return load_store(folder, manifest, config, compute_dtype, progress=progress)
-        _refuse_different_stores(group, manifest)
+        require_equal(
+            group,
+            f"{manifest.origin.commit} {manifest.placement.digest}",
+            "revision or placement of the model",
+            f"type `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
+        )
         exchange = GroupExchange(group, manifest.placement)
         return load_store(folder, manifest, config, compute_dtype, exchange, progress)
     if group is None or world_size == 1:
@@ -97,21 +101,6 @@ def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: st
 
 def _place(folder: Path, config: ModelConfig, world_size: int) -> Placement:
     return plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
-
-
-def _refuse_different_stores(group: Group, manifest: Manifest) -> None:
-    """All ranks must hold the same commit in the same placement."""
-    text = f"{manifest.origin.repository} {manifest.origin.commit} {manifest.placement.digest}"
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    rows = np.array(group.gather(mx.array(digest)))
-    for rank, row in enumerate(rows):
-        if not np.array_equal(row, rows[0]):
-            raise WeightsError(
-                f"rank {rank} holds another revision or placement of the model than rank 0; rank {group.rank} has "
-                f"{manifest.origin.repository} at {manifest.origin.commit[:12]}",
-                hint=f"type `kimi-mlx download {manifest.origin.repository}` on all hosts",
-                rank=rank,
-            )
 
 
 def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:

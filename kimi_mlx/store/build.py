@@ -7,25 +7,26 @@ round tells who has what to say, carries it, and is the barrier after which a so
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.hub.retries import Stopped
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.parallel.together import raise_of_all
 from kimi_mlx.store.manifest import Manifest
 from kimi_mlx.store.parcels import Parcel, parcels_of, pieces
 from kimi_mlx.store.sources import Sources
@@ -38,7 +39,6 @@ from kimi_mlx.weights.reader import Reader
 BATCH_BYTES = 1 << 24
 """What a process sends in a round."""
 
-ERROR_BYTES = 4096
 IDLE_S = 0.02
 SILENT_S = 0.1
 FILES_AHEAD = 2
@@ -184,7 +184,7 @@ class _Fetcher:
         self._fetched = 0
         self._slots = threading.Semaphore(FILES_AHEAD)
         self._missing = len(files)
-        self._ready: queue.SimpleQueue[tuple[int, Path] | KimiMlxError] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[int, Path] | Exception] = queue.SimpleQueue()
         self._is_stopped = threading.Event()
 
     @property
@@ -196,7 +196,7 @@ class _Fetcher:
         for _ in range(FILES_AHEAD):
             threading.Thread(target=self._run, daemon=True).start()
 
-    def next(self) -> tuple[int, Path] | KimiMlxError | None:
+    def next(self) -> tuple[int, Path] | Exception | None:
         """The next file, an error, or None behind the last; raises queue.Empty while there is nothing."""
         if not self._missing:
             return None
@@ -225,10 +225,8 @@ class _Fetcher:
                 self._ready.put((number, path))
         except Stopped:
             pass
-        except KimiMlxError as error:
+        except Exception as error:  # the process that waits for this thread must hear of whatever ended it
             self._ready.put(error)
-        except OSError as error:
-            self._ready.put(write_error(self._job.folder, error))
 
     def _count(self, delta: int) -> None:
         with self._lock:
@@ -253,15 +251,21 @@ class _Rounds:
         self._failure: KimiMlxError | None = None
         self._writers: dict[int, RankWriter] = {}
         self._parcels: dict[int, list[Parcel]] = {}
+        self._begins: dict[tuple[int, int], list[int]] = {}
         self._wanted: dict[int, dict[int, list[int]]] = {}
         self._total_bytes = self._stored_bytes = 0
         self._hands: list[list[int]] = []
 
     def fail(self, error: Exception) -> None:
         """Tell everybody in the next round."""
-        self._failure = (
-            error if isinstance(error, KimiMlxError) else write_error(self._job.folder, cast(OSError, error))
-        )
+        if isinstance(error, KimiMlxError):
+            self._failure = error
+        elif isinstance(error, OSError):
+            self._failure = write_error(self._job.folder, error)
+        else:  # a mistake of ours: nobody may wait for this process for ever
+            failure = WeightsError(f"the build has failed: {error!r}", hint="type the command again; report it")
+            failure.__cause__ = error
+            self._failure = failure
 
     def run(self, writers: dict[int, RankWriter]) -> None:
         """Until every store is full."""
@@ -320,14 +324,16 @@ class _Rounds:
             heads = self._gather_heads(saying, fetcher.fetched_bytes)
             kinds = heads[:, 0]
             if (kinds == FAILED).any():
-                raise self._shared_failure(kinds)
+                raise_of_all(self._group, self._failure)
             for number in to_release:  # everybody has recorded it: this round was the barrier
                 fetcher.release(number)
             to_release = [saying.source] if saying.kind == END else []
             self._report(Progress(int(heads[:, 4].sum()), int(heads[:, 5].sum()), self._total_bytes))
             try:
                 self._carry(saying, heads)
-            except (KimiMlxError, OSError) as error:
+            except RingError:
+                raise
+            except Exception as error:
                 self.fail(error)
             is_done = bool((kinds == DONE).all())
             if not is_done and not np.isin(kinds, (BATCH, END)).any():
@@ -337,7 +343,7 @@ class _Rounds:
         try:
             if self._failure is None:
                 return next(work)
-        except (KimiMlxError, OSError) as error:
+        except Exception as error:
             self.fail(error)
         return _Saying(FAILED)
 
@@ -349,7 +355,7 @@ class _Rounds:
             except queue.Empty:
                 yield _Saying(IDLE)
                 continue
-            if isinstance(found, KimiMlxError):
+            if isinstance(found, Exception):
                 raise found
             if found is None:
                 break
@@ -403,19 +409,16 @@ class _Rounds:
     def _take(self, source: int, process: int, batch: int, data: np.ndarray) -> None:
         """Write what is for this process's ranks out of a batch of another process."""
         start, stop = batch * BATCH_BYTES, batch * BATCH_BYTES + data.size
-        begin = 0
-        for parcel in self._parcels_of(source):
-            if not any(rank != process for rank in parcel.targets):
-                continue
-            end = begin + parcel.size_bytes
-            first, last = max(begin, start), min(end, stop)
-            if first < last:
-                for rank, place in parcel.targets.items():
-                    if rank in self._writers:
-                        self._writers[rank].write(place, first - begin, data[first - start : last - start])
-            begin = end
+        parcels = [parcel for parcel in self._parcels_of(source) if parcel.targets.keys() - {process}]
+        begins = self._begins.setdefault((source, process), [0, *accumulate(parcel.size_bytes for parcel in parcels)])
+        for index in range(bisect_right(begins, start) - 1, len(parcels)):
+            parcel, begin = parcels[index], begins[index]
             if begin >= stop:
                 break
+            first, last = max(begin, start), min(begin + parcel.size_bytes, stop)
+            for rank, place in parcel.targets.items():
+                if rank in self._writers:
+                    self._writers[rank].write(place, first - begin, data[first - start : last - start])
 
     def _parcels_of(self, source: int) -> list[Parcel]:
         if source not in self._parcels:
@@ -427,22 +430,6 @@ class _Rounds:
         length = 0 if saying.data is None else saying.data.size
         head = [saying.kind, saying.source, saying.batch, length, fetched_bytes, self._stored_bytes]
         return self._gather(np.array(head, np.int64))
-
-    def _shared_failure(self, kinds: np.ndarray) -> KimiMlxError:
-        """The error of the first process that met one, in the same words in every process."""
-        error = self._failure
-        if self._group.size == 1:
-            assert error is not None
-            return error
-        text = json.dumps({"message": error.message, "hint": error.hint}) if error is not None else ""
-        data = text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES)
-        rows = self._gather(np.frombuffer(data, np.uint8).copy())
-        process = int(np.flatnonzero(kinds == FAILED)[0])
-        try:
-            told = json.loads(rows[process].tobytes())
-        except ValueError:
-            told = {"message": "has failed", "hint": None}
-        return WeightsError(f"host {process}: {told['message']}", told["hint"])
 
     def _gather(self, row: np.ndarray) -> np.ndarray:
         """Everybody's row."""

@@ -15,6 +15,7 @@ from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.sources import FolderSources
 from kimi_mlx.store.stores import FoundStore, find_stores, rank_folder, stored_ranks
 from kimi_mlx.store.writer import begun_stores
 
@@ -99,26 +100,39 @@ def stores_root() -> Path:
     return folder
 
 
-def find(target: Target, ranks: int, strategy: str = "hybrid") -> Path | None:
+def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
     """The folder of a model that is on this machine, None if it must be fetched.
 
     Args:
         target: the model.
         ranks: how many will share it.
         strategy: how.
+        rank: whose store must be here; None is all.
 
     Raises:
         WeightsError: it is here, but as a store that is broken, or for another number of ranks.
     """
-    if target.repository is None:
-        return target.folder
-    store = find_store(stores_root(), target.repository, ranks, strategy)
+    needed = None if rank is None else [rank]
+    if target.folder is not None:
+        return _store_of_folder(target.folder, ranks, strategy, needed) or target.folder
+    assert target.repository is not None
+    store = find_store(stores_root(), target.repository, ranks, strategy, None, needed)
     if store is not None:
         return store.folder
     folder = find_local(target.repository)
     if folder is None:
         _refuse_other_stores(target, target.repository, ranks, strategy)
     return folder
+
+
+def _store_of_folder(folder: Path, ranks: int, strategy: str, needed: Collection[int] | None) -> Path | None:
+    """The store that was built from a folder as it is now, if there is one."""
+    stores, name = stores_folder(), str(folder.resolve())
+    if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
+        return None
+    origin = FolderSources(folder).contents.origin
+    store = find_store(stores, name, ranks, strategy, origin.commit, needed)
+    return None if store is None else store.folder
 
 
 def find_store(
@@ -173,15 +187,15 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def resolve(name: str, ranks: int = 1, strategy: str = "hybrid") -> Path:
-    """The folder of a model, fetched from the hub if it is not on this machine.
+def resolve(name: str, ranks: int = 1, strategy: str = "hybrid", rank: int | None = None) -> Path:
+    """The folder of a model, fetched from the hub if it is not on this machine; see find.
 
     Raises:
         UsageError: no such thing, or a model that we refuse.
         WeightsError: the repository cannot be fetched.
     """
     target = understand(name)
-    folder = find(target, ranks, strategy)
+    folder = find(target, ranks, strategy, rank)
     if folder is not None:
         return folder
     assert target.repository is not None

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,17 +26,23 @@ from kimi_mlx.hub.client import (
     cached_file,
     fetch_file,
     fetch_to_cache,
+    find_local,
     needed_files,
     read_range,
+    remove_cached,
 )
+from kimi_mlx.hub.fetch import has_right_bytes
 from kimi_mlx.hub.part import part_path
 from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.store.manifest import Origin
-from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, parse_header, read_header
+from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, parse_header, read_header, read_weight_map
 
 HEADER_WORKERS = 8
 """Headers that are read at the same time."""
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""What of each file of a folder tells it from another one with the same headers."""
 
 Headers = Mapping[str, Mapping[str, TensorInfo]]
 """File name -> its tensors."""
@@ -81,9 +87,12 @@ class Contents:
         if "config.json" not in self.small:
             raise WeightsError(f"`{where}` does not exist", hint="give a repository or folder that holds a model")
         try:
-            return parse_config(cast(dict[str, Any], json.loads(self.small["config.json"])), where)
+            raw = json.loads(self.small["config.json"])
         except ValueError as error:
             raise WeightsError(f"`{where}` is no JSON: {error}", hint="fetch the file again") from error
+        if not isinstance(raw, dict):
+            raise WeightsError(f"`{where}` holds {type(raw).__name__}, not an object", hint="fetch the file again")
+        return parse_config(cast(dict[str, Any], raw), where)
 
 
 class Sources(Protocol):
@@ -135,8 +144,7 @@ class FolderSources:
         }
         digest = hashlib.sha256(small.get("config.json", b""))
         for file in files:
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            _sample(file, digest)
         origin = Origin(str(self._folder), digest.hexdigest()[:40])
         self.contents = Contents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
 
@@ -171,6 +179,16 @@ class FolderSources:
             return stream.read(info.size_bytes)
 
 
+def _sample(file: Path, digest: hashlib._Hash) -> None:
+    """Take a file into a digest: name, size, and pieces from all over it; the same for a copy on another host."""
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}\n".encode())
+    with file.open("rb") as stream:
+        for number in range(SAMPLES):
+            stream.seek(max(0, (size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
+            digest.update(stream.read(SAMPLE_BYTES))
+
+
 class HubSources:
     """A repository on the hub: each file is fetched for a while.
 
@@ -179,11 +197,14 @@ class HubSources:
         contents: from read_contents, possibly by another process.
         folder: where files are put while they are needed.
         keep: whether they go to the hub's cache instead, and stay.
+        branch: under which other tools shall find what was kept.
     """
 
-    def __init__(self, repository: Repository, contents: Contents, folder: Path, keep: bool = False):
+    def __init__(
+        self, repository: Repository, contents: Contents, folder: Path, keep: bool = False, branch: str = "main"
+    ):
         self.contents = contents
-        self._repository, self._folder, self._keep = repository, folder, keep
+        self._repository, self._folder, self._keep, self._branch = repository, folder, keep, branch
 
     @property
     def kept_bytes(self) -> int:
@@ -208,9 +229,12 @@ class HubSources:
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
         """From the hub's cache if it is there, else from the hub."""
         item = self._repository.file(file)
-        if (cached := cached_file(self._repository, item)) is not None:
+        cached = cached_file(self._repository, item)
+        if cached is not None and has_right_bytes(cached, item, stop):
             progress(item.size_bytes)
             return cached
+        if cached is not None:
+            remove_cached(self._repository, item)
         if not self._keep:
             self._take_over(item)
             fetch_file(self._repository, item, self._folder / file, progress, stop)
@@ -237,7 +261,8 @@ class HubSources:
             for file in self._repository.files:
                 if is_small(file.name) or file.name == INDEX_NAME:
                     fetch_to_cache(self._repository, file, lambda count: None, threading.Event())
-            remember(self._repository)
+            if find_local(self._repository.name) is None:  # never an older commit in place of a newer one
+                remember(replace(self._repository, revision=self._branch))
 
     def read(self, info: TensorInfo) -> bytes:
         """By a request for its bytes alone."""
@@ -271,7 +296,8 @@ def read_contents(repository: Repository) -> Contents:
         texts = dict(zip(small, pool.map(read_small, small.values()), strict=True))
         weight_map = None
         if index is not None:
-            weight_map = json.loads(read_small(index)).get("weight_map")
+            (folder / INDEX_NAME).write_bytes(read_small(index))
+            weight_map = read_weight_map(folder / INDEX_NAME)
         weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
         if not weights:
             raise WeightsError(

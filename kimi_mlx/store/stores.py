@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile,
 from kimi_mlx.weights.assemble import Progress, build_model, make_weight
 from kimi_mlx.weights.moves import array_name
 
+MAX_NAME_BYTES = 200
+"""Of a folder's name; file systems allow 255."""
+
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 
@@ -31,9 +35,17 @@ def file_name(number: int, num_layers: int) -> str:
     return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
 
 
+def stores_of(stores: Path, repository: str) -> Path:
+    """Where all stores of a repository lie, or of a folder, whose path may be longer than a name."""
+    name = repository.strip("/").replace("/", "--")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        name = name[-64:] + "-" + hashlib.sha256(repository.encode()).hexdigest()[:12]
+    return stores / name
+
+
 def repository_folder(stores: Path, origin: Origin) -> Path:
     """Where the stores of one commit of a repository lie."""
-    return stores / origin.repository.strip("/").replace("/", "--") / origin.commit[:12]
+    return stores_of(stores, origin.repository) / origin.commit[:12]
 
 
 def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
@@ -73,7 +85,7 @@ class FoundStore:
 def find_stores(stores: Path, repository: str) -> list[FoundStore]:
     """All complete stores of a repository, the newest first; broken ones are left out."""
     found: list[tuple[float, FoundStore]] = []
-    for folder in (stores / repository.strip("/").replace("/", "--")).glob("*/*-*-*"):
+    for folder in stores_of(stores, repository).glob("*/*-*-*"):
         ranks = stored_ranks(folder)
         if not ranks or not (folder / "config.json").is_file():
             continue

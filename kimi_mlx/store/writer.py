@@ -20,12 +20,14 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
-from kimi_mlx.store.stores import file_name
+from kimi_mlx.store.stores import file_name, stores_of
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.moves import LayerPlan, Move, as_box
 
 JOURNAL_NAME = "journal.jsonl"
+MAX_OPEN_FILES = 16
+"""Of one rank at a time."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class RankWriter:
         self._sources = sources
         self._top = len(sources) - 1
         self._open: dict[int, int] = {}
+        self._unsynced: set[int] = set()
         self._finished: dict[int, StoredFile] = {}
         self._applied: set[int] = set()
         self._lock = self._journal = -1
@@ -122,6 +125,8 @@ class RankWriter:
             raise WeightsError(
                 f"another process is building `{self.folder}`", hint="wait for it, or end it, then try again"
             ) from error
+        except OSError:  # a disk without locks
+            return
 
     @property
     def unfinished(self) -> list[int]:
@@ -164,8 +169,9 @@ class RankWriter:
     def commit(self, source: int) -> None:
         """Record that everything of a source file is written; finish the files that are full."""
         try:
-            for handle in self._open.values():
-                os.fsync(handle)
+            for number in sorted(self._unsynced):
+                os.fsync(self._handle(number))
+            self._unsynced.clear()
             self._record({"source": source})
             self._applied.add(source)
             self._finish_full_files()
@@ -201,11 +207,9 @@ class RankWriter:
                 self._finish(number)
 
     def _finish(self, number: int) -> None:
-        handle = self._open.pop(number, None)
-        if handle is None:
-            handle = self._create(number)
-        os.fsync(handle)
-        os.close(handle)
+        os.fsync(self._handle(number))
+        os.close(self._open.pop(number))
+        self._unsynced.discard(number)
         part, plan = self._part(number), self._plan(number)
         file = stored_file(plan, file_name(number, self._top), part.stat().st_size, sha256_of(part))
         rename_durably(part, self.folder / file.name)
@@ -213,9 +217,15 @@ class RankWriter:
         self._finished[number] = file
 
     def _handle(self, number: int) -> int:
-        if number not in self._open:
-            self._open[number] = self._create(number)
-        return self._open[number]
+        """The open file, among those used last: there may be hundreds, and systems allow 256."""
+        handle = self._open.pop(number, None)
+        if handle is None:
+            while len(self._open) >= MAX_OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            handle = self._create(number)
+        self._open[number] = handle
+        self._unsynced.add(number)
+        return handle
 
     def _create(self, number: int) -> int:
         """Open a file's beginning; a new one gets its header and its size."""
@@ -307,7 +317,7 @@ def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> st
 
 def begun_stores(stores: Path, repository: str, ranks: int, strategy: str) -> list[Path]:
     """Folders of placements for so many ranks, whole or not, the one that was worked on last first."""
-    journals = (stores / repository.replace("/", "--")).glob(f"*/{strategy}-{ranks}-*/rank-*/{JOURNAL_NAME}")
+    journals = stores_of(stores, repository).glob(f"*/{strategy}-{ranks}-*/rank-*/{JOURNAL_NAME}")
     newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
     return list(dict.fromkeys(path.parent.parent for path in newest))
 
@@ -348,7 +358,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):
             try:
-                lines.append(cast(dict[str, Any], json.loads(line)))
+                value = json.loads(line)
             except ValueError:
                 break
+            if isinstance(value, dict):
+                lines.append(cast(dict[str, Any], value))
     return lines

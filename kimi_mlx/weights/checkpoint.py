@@ -7,6 +7,7 @@ Four forms are known, told apart by the tensors that are there: floats (`weight`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from kimi_mlx.weights.index import TensorInfo
 
 FLOATS = ("F32", "F16", "BF16")
 """Types in which scales, norms and unquantized matrices may be stored."""
+
+EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 
 BELONG_HINT = "config.json and weights do not belong together: fetch both again"
 
@@ -98,6 +101,8 @@ class Checkpoint:
         if f"{path}.scales" not in self.tensors:
             return None
         quantization = self.config.quantization_of(path)
+        if path not in self.config.quantization_overrides:  # said of the stack, stored one by one
+            quantization = self.config.quantization_of(EXPERT.sub(".mlp.switch_mlp.", path))
         if quantization is None:
             raise WeightsError(
                 f"`{path}` has scales, but `config.json` has no `quantization`", hint="fetch `config.json` again"

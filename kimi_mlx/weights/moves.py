@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -231,11 +232,14 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     row = members = rank = columns = 0
     for part in parts:
         member = height = 0
-        for source, matrix in part:
-            move = _plan_move(checkpoint, source, matrix.fields[number], share, member, row)
-            moves.append(move)
-            member += move.box[0]
-            _, height, columns = move.box
+        for source, matrices in groupby(part, key=lambda item: item[0]):  # all of a source have one shape
+            fields = [matrix.fields[number] for _, matrix in matrices]
+            window = Window(source, _span(source, share), fields[0].per, fields[0].values)
+            move_box = window.box(checkpoint.tensors[fields[0].tensors[0]].shape)
+            for own in fields:
+                moves.append(Move(own, window, move_box, member, row))
+                member += move_box[0]
+            _, height, columns = move_box
             rank = max(rank, _num_axes(source))
         members = member
         row += height
@@ -244,13 +248,8 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
 
 
-def _plan_move(
-    checkpoint: Checkpoint, source: Source, field: Field, share: Share | None, member: int, row: int
-) -> Move:
-    span = share.span(source.cut.share) if share is not None and source.cut is not None else None
-    window = Window(source, span, field.per, field.values)
-    box = window.box(checkpoint.tensors[field.tensors[0]].shape)
-    return Move(field, window, box, member, row)
+def _span(source: Source, share: Share | None) -> Span | None:
+    return share.span(source.cut.share) if share is not None and source.cut is not None else None
 
 
 def _num_axes(source: Source) -> int:

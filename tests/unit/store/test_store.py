@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,14 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.parallel.together import ERROR_BYTES, require_equal, together
+from kimi_mlx.runtime.download import StoreOptions, build, find_built, open_job
 from kimi_mlx.runtime.load import load_share
 from kimi_mlx.store.build import Job, deal
+from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.manifest import Manifest, read_manifest
 from kimi_mlx.store.parcels import pieces
+from kimi_mlx.store.sources import FolderSources
 from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
 from kimi_mlx.store.writer import RankWriter, check_space
 from kimi_mlx.weights.assemble import load_model
@@ -104,7 +108,7 @@ def test_every_array_is_covered_exactly_once(name: str, overrides: Path, tmp_pat
                 assert (painted == 1).all(), array_name
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """What the tests stop a build with."""
 
 
@@ -137,8 +141,6 @@ def interrupted(method: Callable[..., object], steps: Iterator[int], moment: int
 
 
 def watch_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from kimi_mlx.store.sources import FolderSources
-
     fetched: list[str] = []
     fetch = FolderSources.fetch
 
@@ -232,7 +234,7 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
 def test_ranks_with_different_revisions_refuse_to_start(tmp_path: Path) -> None:
     job, _ = build_all(KIMI_MINI, tmp_path, 2)
     other = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
-    with pytest.raises(WeightsError, match="rank 1 holds another revision or placement"):
+    with pytest.raises(WeightsError, match="rank 1 has another revision or placement"):
         load_share(job.folder, load_config(job.folder), group=other)
 
 
@@ -282,3 +284,57 @@ def test_pieces_are_the_bytes_in_order(shape: tuple[int, int, int], limit: int) 
     offsets = [offset for offset, _ in pieces(part, limit)]
     assert found == np.ascontiguousarray(part).tobytes()
     assert offsets == sorted(set(offsets))
+
+
+def test_a_store_of_a_folder_is_found_as_long_as_the_folder_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
+    folder = shutil.copytree(FORMATS / "bf16", tmp_path / "model")
+    job, _ = build_all(folder, tmp_path / "stores", 2)
+    target = understand(str(folder))
+    assert find(target, 2) == job.folder
+    assert find(target, 3) == folder
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    assert open_job(StoreOptions(copy, tmp_path, 2), SingleGroup()).sources.contents.origin.commit == commit_of(job)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1234.0}))
+    assert find(target, 2) == folder
+    assert find_built(StoreOptions(folder, tmp_path / "stores", 2), SingleGroup()) is None
+
+
+def commit_of(job: Job) -> str:
+    return job.sources.contents.origin.commit
+
+
+def test_an_unexpected_error_ends_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object) -> Path:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(FolderSources, "fetch", fetch)
+    with pytest.raises(WeightsError, match="the build has failed: MemoryError"):
+        build_all(KIMI_MINI, tmp_path, 2)
+
+
+def test_few_files_are_open_at_a_time(overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = build_all(overrides, tmp_path / "whole", 2)
+    monkeypatch.setattr("kimi_mlx.store.writer.MAX_OPEN_FILES", 1)
+    _, manifests = build_all(overrides, tmp_path / "one", 2)
+    assert checksums(manifests) == checksums(whole)
+
+
+@pytest.mark.parametrize("rows", [("", ""), ('{"message": "m", "hint": "h"}', ""), ("{", "")])
+def test_a_failure_of_one_host_is_raised_by_all(rows: tuple[str, str]) -> None:
+    others = [np.frombuffer(row.encode().ljust(ERROR_BYTES), np.uint8) for row in rows]
+    group = FixedGather(rank=1, size=3, others=others)
+    if not any(rows):
+        assert together(group, lambda: 5) == 5
+        return
+    with pytest.raises(WeightsError, match=r"host 0: (m|has failed)"):
+        together(group, lambda: 5)
+
+
+def test_hosts_that_differ_refuse_to_work_together() -> None:
+    group = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
+    with pytest.raises(WeightsError, match="rank 1 has another version than rank 0"):
+        require_equal(group, "0.1.0", "version", "mend it")

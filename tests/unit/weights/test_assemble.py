@@ -144,3 +144,23 @@ def test_a_rank_holds_exactly_its_share(folder: Path, world_size: int) -> None:
     divided = [name for name, full in whole.items() if parts[0][name].shape != full.shape]
     assert any("lm_head" in name for name in divided)
     assert any("mlp.down_proj" in name for name in divided)
+
+
+def test_an_override_of_the_stack_counts_for_experts_one_by_one(tmp_path: Path) -> None:
+    path = "model.layers.1.mlp.switch_mlp.up_proj"
+    source = write_checkpoint(tmp_path / "float", GOLDEN.config, GOLDEN.seed)
+    stacks = {
+        is_stacked: quantize_checkpoint(
+            source,
+            tmp_path / str(is_stacked),
+            bits=4,
+            group_size=32,
+            overrides={path: {"bits": 6, "group_size": 32}},
+            stack_experts=is_stacked,
+        )
+        for is_stacked in (True, False)
+    }
+    parameters = [
+        dict(tree_flatten(load_model(each, load_config(each), mx.float32).parameters())) for each in stacks.values()
+    ]
+    assert all(mx.array_equal(value, parameters[1][name]) for name, value in parameters[0].items())
