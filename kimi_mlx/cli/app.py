@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Annotated
 
@@ -92,6 +94,25 @@ app.command(
 
 def main() -> None:
     """Run the command line; exit codes are 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    if "MLX_RANK" not in os.environ:
+        run()
+        return
+    code = EXIT_FAILED
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else EXIT_FAILED
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)  # a thread that is still in a collective makes MLX abort a process that ends in order
+
+
+def run() -> None:
+    """Run a command inside the one error boundary."""
     # SIGTERM and SIGHUP end ranks in order, as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)

@@ -450,7 +450,7 @@ def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, *range(-26, 0)])
+@pytest.mark.parametrize("part", [0.02, 0.25, 0.55, 0.85, *range(-26, 0, 4)])
 def test_killed_at_any_step_on_the_disk_it_goes_on(
     host: Host, expected_small: Checksums, all_steps: int, part: float
 ) -> None:
@@ -581,7 +581,6 @@ DAMAGES: list[tuple[Callable[[Path], None], str | None, set[str]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("damage", "message", "fetched"), DAMAGES, ids=[each[0].__name__ for each in DAMAGES])
 def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
     stored: Host,
@@ -589,9 +588,8 @@ def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
     damage: Callable[[Path], None],
     message: str | None,
     fetched: set[str],
-    rank: int,
 ) -> None:
-    damage(rank_folder(stored, rank))
+    damage(rank_folder(stored, 1))
     if message is not None:
         fail(stored.run("chat", NAME, "--ranks", "2", "-p", "hi", "--max-tokens", "1"), message)
         assert stored.hub.asked == []
@@ -599,7 +597,7 @@ def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
     assert checksums(stored.stores) == expected_small
     assert files_fetched(stored.hub) == fetched
     if message is None and fetched:
-        assert result["state"] == "is repaired (1 broken files)"
+        assert result["state"] == "is repaired (1 broken file)"
         assert result["broken"] == ["layer-001.safetensors"]
     stored.hub.forget()
     again = json.loads(succeed(stored.run("download", NAME, "--ranks", "2", "--verify", "--json")))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,6 @@ from tests.cli.test_download import (
     checksums,
     disk_bytes,
     end,
-    fail,
     files_fetched,
     flip_a_byte,
     make_large,
@@ -97,8 +97,16 @@ def end_all(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.Compl
 
 
 def errors(done: Sequence[subprocess.CompletedProcess[str]]) -> list[str]:
-    """What each one says after `error:`, without MLX's own lines."""
+    """What is said after `error:`, without MLX's own lines."""
     return [line for each in done for line in each.stderr.splitlines() if line.startswith("error: ")]
+
+
+def error_of(done: Sequence[subprocess.CompletedProcess[str]]) -> str:
+    """What the leader alone says when all hosts fail."""
+    assert not [each for each in done if each.returncode not in (1, 2) or "Traceback" in each.stderr]
+    (said,) = errors(done)
+    assert said in done[0].stderr
+    return said
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +171,7 @@ def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_tw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("percent", [0, 15, 40, 65, 90])
+@pytest.mark.parametrize("percent", [0, 40, 90])
 @pytest.mark.parametrize(("size", "victim"), [(2, 0), (2, 1), (3, 1)])
 def test_a_killed_host_ends_all_and_the_same_command_goes_on(
     hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path, size: int, victim: int, percent: int
@@ -256,11 +264,9 @@ def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
     hub.fail("corrupt", "/cdn/*00005*", after_bytes=5_000_000)
     done = cluster.run()
     assert [each.returncode for each in done] == [1, 1, 1]
-    said = errors(done)
-    assert len(said) == 3
-    assert len(set(said)) == 1
-    assert said[0].startswith("error: host ")
-    assert "`model-00005-of-00008.safetensors` of `owner/model` arrives broken" in said[0]
+    said = error_of(done)
+    assert said.startswith("error: host ")
+    assert "`model-00005-of-00008.safetensors` of `owner/model` arrives broken" in said
     hub.mend()
     cluster.build()
     assert cluster.checksums() == expected[3]
@@ -272,9 +278,7 @@ def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(hub: Hub, tmp_p
 
     def expect(message: str, *arguments: str, **variables: str) -> None:
         done = cluster.run(*arguments, **variables)
-        for each in done:
-            fail(each, message)
-        assert len(set(errors(done))) == 1
+        assert re.search(message, error_of(done))
 
     expect("host 0: `owner/model` has no such revision", "--revision", "nope")
     expect("host 0: .* `HF_HUB_OFFLINE` keeps us from the hub", HF_HUB_OFFLINE="1")
@@ -293,6 +297,25 @@ def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(hub: Hub, tmp_p
 
 
 @pytest.mark.slow
+def test_hosts_with_other_files_or_another_version_do_not_mix_them(small: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(small, tmp_path / "other")
+    for file in other.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-4096:] = bytes(4096)
+        file.write_bytes(data)
+    with Hub({NAME: small}) as hub:
+        hosts = [Host(hub, tmp_path / name) for name in ("a", "b")]
+        hostfile = tmp_path / "hostfile.json"
+        hostfile.write_text(ring_hostfile(free_local_addresses(2)))
+        processes = [
+            host.start("download", str(folder), **rank_environment({}, rank, str(hostfile)))
+            for rank, (host, folder) in enumerate(zip(hosts, (small, other), strict=True))
+        ]
+        assert "rank 1 has another version of kimi-mlx, or another checkpoint" in error_of(end_all(processes))
+        assert not list(tmp_path.rglob("layer-*"))
+
+
+@pytest.mark.slow
 def test_a_folder_in_use_on_one_host_is_said_by_all(hub: Hub, tmp_path: Path) -> None:
     hub.fail("slow", "/cdn/*", bytes_per_s=5_000_000)
     first = cluster_of(hub, tmp_path, 2)
@@ -300,8 +323,7 @@ def test_a_folder_in_use_on_one_host_is_said_by_all(hub: Hub, tmp_path: Path) ->
     wait_until(lambda: hub.sent_bytes > 3_000_000)
     second = Cluster([Host(hub, tmp_path / "other"), first.hosts[1]])
     done = second.run()
-    assert len(set(errors(done))) == 1
-    assert all("host 1: another process is building" in each.stderr for each in done)
+    assert "host 1: another process is building" in error_of(done)
     hub.mend()
     for process in running:
         process.send_signal(signal.SIGTERM)
@@ -335,11 +357,9 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
 
     ballast.write_bytes(bytes(50_000_000))  # too little to begin with
     done = cluster.run()
-    said = errors(done)
-    assert [each.returncode for each in done] == [1, 1]
-    assert len(set(said)) == 1
-    assert f"error: host {victim}: " in said[0]
-    assert "more, but its disk has" in said[0]
+    said = error_of(done)
+    assert f"error: host {victim}: " in said
+    assert "more, but its disk has" in said
     ballast.unlink()
 
     hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
@@ -350,10 +370,7 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
         while file.write(bytes(1 << 16)):
             pass
     done = end_all(processes)
-    said = errors(done)
-    assert [each.returncode for each in done] == [1, 1]
-    assert len(set(said)) == 1
-    assert f"error: host {victim}: the disk is full: `{tiny_disk}" in said[0]
+    assert f"error: host {victim}: the disk is full: `{tiny_disk}" in error_of(done)
     ballast.unlink()
     hub.mend()
     cluster.build()

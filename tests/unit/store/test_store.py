@@ -24,6 +24,7 @@ from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.together import ERROR_BYTES, require_equal, together
 from kimi_mlx.runtime.download import StoreOptions, build, find_built, open_job
 from kimi_mlx.runtime.load import load_share
+from kimi_mlx.store import writer
 from kimi_mlx.store.build import Job, deal
 from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.manifest import Manifest, read_manifest
@@ -123,6 +124,8 @@ def test_a_build_goes_on_after_any_interruption(
         with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
             for name in ("write", "commit", "complete", "_create", "_finish", "_record"):
                 patch.setattr(RankWriter, name, interrupted(getattr(RankWriter, name), steps, moment))
+            rename = interrupted(writer.rename_durably, steps, moment)
+            patch.setattr(writer, "rename_durably", rename)
             build_all(overrides, stores, 2)
     _, resumed = build_all(overrides, stores, 2)
     _, whole = build_all(overrides, tmp_path_factory.mktemp("whole"), 2)
@@ -241,10 +244,10 @@ def test_ranks_with_different_revisions_refuse_to_start(tmp_path: Path) -> None:
 def test_two_builds_at_once(tmp_path: Path) -> None:
     options = StoreOptions(KIMI_MINI, tmp_path, 1)
     job = open_job(options, SingleGroup())
-    writer = RankWriter(
+    other = RankWriter(
         rank_folder(job.folder, 0), job.sources.contents.origin, job.placement, 0, lambda n: job.plan(0, n), job.feeds
     )
-    with writer, pytest.raises(WeightsError, match="another process is building"):
+    with other, pytest.raises(WeightsError, match="another process is building"):
         build(options, job, SingleGroup())
     build(options, job, SingleGroup())
 
