@@ -85,9 +85,12 @@ def link(repository: Repository, file: RepositoryFile) -> None:
     if constants.HF_HUB_DISABLE_SYMLINKS:
         os.replace(blob, pointer)
         return
+    aim = os.path.relpath(blob, pointer.parent)
+    if pointer.is_symlink() and os.readlink(pointer) == aim:  # another process may be reading it
+        return
     pointer.unlink(missing_ok=True)
     try:
-        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+        pointer.symlink_to(aim)
     except FileExistsError:  # another process did it meanwhile
         return
     except OSError:

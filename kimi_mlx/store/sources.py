@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -247,7 +248,9 @@ class HubSources:
         begun, own = part_path(blob_path(self._repository, item)), part_path(self._folder / item.name)
         if begun.is_file() and not own.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # on another disk: fetched from the start
+            # another process is at it, or it is on another disk: then the file is fetched from the start
+            with contextlib.suppress(OSError), begun.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.rename(begun, own)
 
     def release(self, file: str) -> None:

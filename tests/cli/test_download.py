@@ -343,9 +343,10 @@ def test_a_dry_run_is_a_table_in_both_units(host: Host, small: Path) -> None:
     total = sum(file["size_bytes"] for file in result["files"]) + result["small_bytes"]
     for name, size in {
         **{file["name"]: file["size_bytes"] for file in result["files"]},
-        "to fetch in all": total,
-        "host 0 will hold": result["ranks"][0]["size_bytes"],
-        "host 1 will hold": result["ranks"][1]["size_bytes"],
+        "all files": total,
+        "of these to fetch": total - result["small_bytes"],
+        "rank 0 will hold": result["ranks"][0]["size_bytes"],
+        "rank 1 will hold": result["ranks"][1]["size_bytes"],
         "disk needed": result["disk_needed_bytes"],
     }.items():
         assert re.search(rf"^{name} +{size / 1e9:.3f} +{size / 2**30:.3f}$", shown, re.MULTILINE), shown
@@ -571,7 +572,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str | None, set[str]]] = [
     (cut_short, "layer-001.safetensors` has 1000 bytes, not ", LAYER_1),
     (flip_a_byte, None, LAYER_1),
     (remove_file, "layer-001.safetensors` is missing", LAYER_1),
-    (remove_manifest, "there is no complete store in `.*rank-", set()),
+    (remove_manifest, "the store `.*` is not complete", set()),
     (break_manifest, "manifest.json` cannot be read", set()),
     (break_manifest_and_flip_a_byte, "manifest.json` cannot be read", LAYER_1),
     (unknown_format, "has format 99, this version reads 1", set()),
@@ -633,7 +634,7 @@ def test_a_store_that_is_not_finished_is_refused_and_nothing_is_fetched_beside_i
     process.kill()
     end(process)
     hub.forget()
-    fail(large_host.run("chat", NAME, "--ranks", "2", "-p", "hi"), "there is no complete store in")
+    fail(large_host.run("chat", NAME, "--ranks", "2", "-p", "hi"), "the store `.*` is not complete")
     assert hub.asked == []
 
 
