@@ -451,7 +451,7 @@ def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0.02, 0.25, 0.55, 0.85, *range(-26, 0, 4)])
+@pytest.mark.parametrize("part", [0.02, 0.55, -22, -13, -6, -1])
 def test_killed_at_any_step_on_the_disk_it_goes_on(
     host: Host, expected_small: Checksums, all_steps: int, part: float
 ) -> None:
