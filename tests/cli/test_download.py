@@ -421,7 +421,7 @@ def all_steps(small: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     return int(re.findall(r"steps: (\d+)", done.stderr)[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
 def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
     large_host: Host, large: Path, expected_large: Checksums, arguments: list[str]
@@ -464,7 +464,7 @@ def test_killed_at_any_step_on_the_disk_it_goes_on(
     assert not [path for path in host.stores.rglob("*") if path.is_file() and "sources" in path.parts]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_killed_every_500_steps_it_still_comes_to_its_end(host: Host, expected_small: Checksums) -> None:
     for _ in range(8):
         done = host.run("download", NAME, "--ranks", "2", "500", code=KILLED_AT_A_STEP)

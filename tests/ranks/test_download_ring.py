@@ -195,7 +195,7 @@ def test_a_killed_host_ends_all_and_the_same_command_goes_on(
     assert hub.sent_bytes <= (HEADER_BYTES + 0.005) * total + size * IN_FLIGHT_BYTES
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_killed_again_and_again_no_wrong_byte_is_stored(
     hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path
 ) -> None:
