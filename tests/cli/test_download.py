@@ -676,7 +676,7 @@ def test_faults_that_pass_heal(host: Host, expected_small: Checksums, fault: dic
     assert checksums(host.stores) == expected_small
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
 def test_faults_that_stay_are_said(host: Host, arguments: list[str]) -> None:
     hub = host.hub

@@ -270,7 +270,7 @@ def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
     assert cluster.checksums() == expected[3]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(hub: Hub, tmp_path: Path) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
 
