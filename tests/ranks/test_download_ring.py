@@ -212,7 +212,7 @@ def test_killed_again_and_again_no_wrong_byte_is_stored(
     assert cluster.checksums() == expected[3]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("number", "code", "is_for_all"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
 def test_it_ends_soon_when_told_to_and_goes_on_later(
     hub: Hub, expected: dict[int, Checksums], tmp_path: Path, number: int, code: int, is_for_all: bool

@@ -106,7 +106,9 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in WIDE)])
+@pytest.mark.parametrize(
+    ("name", "options"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.sweep) for case in WIDE)]
+)
 def test_mlx_lm_and_we_compute_the_same(
     name: str, options: ConvertOptions, sources: dict[str, Path], tmp_path: Path
 ) -> None:
