@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,17 +18,21 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with part.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         rename_durably(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Rename, and flush the folder, so that the new name survives a power cut."""
+    """Flush a file, rename it, and flush the folder, so that the new name survives a power cut with all of the file."""
+    _flush(source)
     os.replace(source, target)
-    handle = os.open(target.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some file systems cannot do this for folders
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.files import rename_durably
 from kimi_mlx.hub.explain import explain_disk
 from kimi_mlx.hub.part import Meter, Progress, ignore_progress, only_ours, part_path, xet_part_path
 from kimi_mlx.hub.repository import Checksum, Repository, RepositoryFile
@@ -87,7 +87,7 @@ def _fetch(
         and fetch_by_xet(repository, file, xet_part, meter.advance, stop)
         and has_right_bytes(xet_part, file, stop)
     ):
-        _put_in_place(xet_part, target)
+        rename_durably(xet_part, target)
         part.unlink()
         return
     xet_part.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def _fetch(
         _throw_away(stream, meter)
         checksum = _fill(repository, file, stream, meter, stop)
     if checksum.is_right:
-        _put_in_place(part, target)
+        rename_durably(part, target)
         return
     _throw_away(stream, meter)
     part.unlink()
@@ -160,19 +160,3 @@ def _write_all(stream: FileIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[stream.write(rest) :]
-
-
-def _put_in_place(part: Path, target: Path) -> None:
-    """Rename, so that neither a kill nor a loss of power leaves a target that is not whole."""
-    _sync(part)
-    os.replace(part, target)
-    with suppress(OSError):  # some file systems cannot do this for folders
-        _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,13 +21,11 @@ from kimi_mlx.model.decoder import Exchange, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
-from kimi_mlx.weights.assemble import Progress, build_model, make_weight
+from kimi_mlx.weights.assemble import MLX_TYPES, Progress, build_model, make_weight
 from kimi_mlx.weights.moves import array_name
 
 MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
-
-MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 
 def file_name(number: int, num_layers: int) -> str:

@@ -19,6 +19,8 @@ from kimi_mlx.parallel.placement import Share
 from kimi_mlx.weights.moves import ArrayPlan, LayerPlan, plan_layer, plan_top
 from kimi_mlx.weights.reader import Reader, open_checkpoint
 
+MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+
 Progress = Callable[[int, int], None]
 """Called with layers done and layers in all."""
 

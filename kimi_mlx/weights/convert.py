@@ -29,6 +29,7 @@ from kimi_mlx.model.config import parse_config, read_json
 from kimi_mlx.model.names import Cut, Source
 from kimi_mlx.parallel.placement import Span
 from kimi_mlx.units import format_bytes
+from kimi_mlx.weights.assemble import MLX_TYPES
 from kimi_mlx.weights.checkpoint import Field, Matrix
 from kimi_mlx.weights.convert_plan import (
     ConversionPlan,
@@ -52,8 +53,6 @@ RECORD_FORMAT = 1
 
 SMALL_FILES = ("*.json", "*.jinja", "tiktoken.model", "tokenizer*", "LICENSE*", "THIRD_PARTY_NOTICES*")
 """Copied from the source, apart from its `config.json` and indices; never Python code."""
-
-MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
