@@ -15,6 +15,7 @@ import typer
 from kimi_mlx import __version__
 from kimi_mlx.cli.bench import bench
 from kimi_mlx.cli.chat import chat
+from kimi_mlx.cli.doctor import doctor
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -70,6 +71,13 @@ app.command(
         "kimi-mlx bench --synthetic wide --ranks 2 --against mlx-lm",
     )
 )(bench)
+app.command(
+    epilog=examples(
+        "kimi-mlx doctor                        this machine",
+        "kimi-mlx doctor kimi-k2 --hosts mac-a,mac-b --save two.json",
+        "kimi-mlx doctor --hostfile two.json --quick --json",
+    )
+)(doctor)
 
 
 def main() -> None:

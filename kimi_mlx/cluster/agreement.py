@@ -30,6 +30,36 @@ def check_versions(hosts: Sequence[Facts]) -> list[Finding]:
     return findings
 
 
+def check_front(front: Facts, hosts: Sequence[Facts]) -> list[Finding]:
+    """Hosts whose kimi-mlx is not that of this machine, which starts their ranks; it need not be the same otherwise."""
+    if front.python is None or front.python.code is None:
+        return []
+    ours = (front.python.packages.get("kimi-mlx"), front.python.code)
+    findings: list[Finding] = []
+    for facts in hosts:
+        python = facts.python
+        if python is None or "kimi-mlx" not in python.packages:
+            continue
+        theirs = (python.packages["kimi-mlx"], python.code)
+        if theirs != ours:
+            message = f"kimi-mlx {theirs[0]} (code {theirs[1]}), but this machine has {ours[0]} (code {ours[1]})"
+            findings.append(Finding(facts.host, "versions", "trouble", message, INSTALL))
+    return findings
+
+
+def check_different(hosts: Sequence[Facts], addresses: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """Hosts that are the same computer under two names: the same host name, and an address in common."""
+    findings: list[Finding] = []
+    for number, facts in enumerate(hosts):
+        for other in hosts[:number]:
+            shared = set(addresses.get(facts.host, ())) & set(addresses.get(other.host, ()))
+            if facts.hostname == other.hostname and shared:
+                message = f"it is the same computer as `{other.host}`, `{facts.hostname}`"
+                remedy = "name each computer once; several ranks on one: `--ranks N`, or hostfiles/two-local.json"
+                findings.append(Finding(facts.host, "host", "trouble", message, remedy))
+    return findings
+
+
 def _versions(facts: Facts) -> dict[str, str]:
     assert facts.python is not None
     packages = {name: facts.python.packages.get(name, "missing") for name in PACKAGES}

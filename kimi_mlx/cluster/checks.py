@@ -37,9 +37,17 @@ def check_complete(facts: Facts) -> Finding:
     return Finding(facts.host, "facts", "warning", "a command hung there: not all facts are known", "try again")
 
 
-def check_python(facts: Facts) -> Finding:
-    """Whether it has a Python with kimi-mlx and MLX, for its own processor."""
+def check_python(facts: Facts, asked: str | None = None) -> Finding:
+    """Whether it has a Python with kimi-mlx and MLX, for its own processor.
+
+    Args:
+        facts: of the host.
+        asked: the one interpreter that was looked for; None if any will do.
+    """
     python = facts.python
+    if python is None and asked is not None and not facts.broken_interpreters:
+        remedy = "give a path that is there on every host, or leave `--python` out"
+        return Finding(facts.host, "python", "trouble", f"there is no `{asked}`", remedy)
     if python is None:
         broken = "".join(f"; `{path}` does not run" for path in facts.broken_interpreters)
         return Finding(facts.host, "python", "trouble", f"no Python was found{broken}", INSTALL)
@@ -65,13 +73,17 @@ def check_chip(facts: Facts) -> Finding:
     return Finding(facts.host, "chip", "ok", message)
 
 
-def check_memory(facts: Facts, need_bytes: int) -> Finding:
+def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
     """Whether a rank's part fits, and fits now.
 
     Args:
         facts: of the host.
-        need_bytes: weights, caches and work space of the host's ranks.
+        need_bytes: weights, caches and work space of the host's ranks; None if unknown.
     """
+    if need_bytes is None:
+        free = "unknown" if facts.free_bytes is None else format_gib(facts.free_bytes)
+        message = f"{free} free; what the model needs is known only once it was looked up"
+        return Finding(facts.host, "memory", "ok", message)
     total, free, need = facts.memory_bytes, facts.free_bytes, format_gib(need_bytes)
     if total is None:
         return Finding(facts.host, "memory", "warning", f"its memory is unknown; {need} are needed", "try again")
@@ -91,15 +103,17 @@ def check_memory(facts: Facts, need_bytes: int) -> Finding:
     return Finding(facts.host, "memory", "ok", f"{need} are needed{now}")
 
 
-def check_wired_limit(facts: Facts, need_bytes: int) -> Finding:
+def check_wired_limit(facts: Facts, need_bytes: int | None) -> Finding:
     """Whether macOS lets the GPU have a rank's part; never changes it, only prints the command.
 
     Args:
         facts: of the host.
-        need_bytes: weights, caches and work space of the host's ranks.
+        need_bytes: weights, caches and work space of the host's ranks; None if unknown.
     """
     if not facts.is_mac:
         return Finding(facts.host, "wired limit", "ok", "there is none")
+    if need_bytes is None:
+        return Finding(facts.host, "wired limit", "ok", "what the model needs is unknown")
     if facts.memory_bytes is None:
         return Finding(facts.host, "wired limit", "warning", "its memory is unknown", "try again")
     set_mb = facts.wired_limit_mb
@@ -117,11 +131,14 @@ def check_wired_limit(facts: Facts, need_bytes: int) -> Finding:
     return Finding(facts.host, "wired limit", "trouble", numbers, remedy)
 
 
-def check_disk(facts: Facts, need_bytes: int) -> Finding:
-    """Whether there is room for what has still to be stored (0: all is there)."""
+def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
+    """Whether there is room for what has still to be stored (0: all is there; None: nobody knows how much that is)."""
     free, place = facts.disk_free_bytes, facts.stores_folder
     if free is None:
         return Finding(facts.host, "disk", "warning", f"the room for `{place}` is unknown", f"`df -h {_quoted(place)}`")
+    if not need_bytes:
+        wanted = "no more" if need_bytes == 0 else "an unknown size"
+        return Finding(facts.host, "disk", "ok", f"{wanted} is needed, {format_bytes(free)} are free for `{place}`")
     message = f"{format_bytes(need_bytes)} are needed, {format_bytes(free)} are free for `{place}`"
     if need_bytes > free:
         remedy = "make room, or keep stores on another disk: `export KIMI_MLX_STORES=/Volumes/...`"

@@ -64,6 +64,7 @@ class HeldStore:
         placement: such as `hybrid-2-a1b2c3`: strategy, ranks, digest.
         rank: whose it is.
         folder: its place below the stores folder.
+        size_bytes: on the disk, and so nearly in memory; None if not told.
     """
 
     repository: str
@@ -71,6 +72,7 @@ class HeldStore:
     placement: str
     rank: int
     folder: str
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,16 @@ def _interpreter(line: str) -> Interpreter | None:
 
 def _store(line: str) -> HeldStore | None:
     """From `owner--name/<commit>/<placement>/rank-<n>`, repository and commit; the manifest's words count for more."""
-    folder, _, origin = line.partition("\t")
-    repository, _, commit = origin.partition("\t")
+    folder, repository, commit, kilobytes = [*line.split("\t"), "", "", ""][:4]
     parts = folder.split("/")
     if len(parts) != 4 or (rank := probes.number(parts[3].removeprefix("rank-"))) is None:
         return None
-    return HeldStore(repository or parts[0].replace("--", "/", 1), commit or parts[1], parts[2], rank, folder)
+    size = probes.number(kilobytes)
+    return HeldStore(
+        repository or parts[0].replace("--", "/", 1),
+        commit or parts[1],
+        parts[2],
+        rank,
+        folder,
+        None if size is None else size * 1024,
+    )

@@ -79,14 +79,15 @@ folders() {
   limit 5 df -Pk "${place:-/}" | sed -n '$p' | lines disk
 }
 
-# A line for each complete store: its place, a tab, repository, a tab, commit (both as in JSON).
+# A line for each complete store: its place, repository, commit (both as in JSON), kilobytes; tabs between them.
 stores() {
   for manifest in "$stores"/*/*/*/rank-*/manifest.json; do
     [ -f "$manifest" ] || continue
     store=${manifest#"$stores"/}
     head=$(limit 5 dd if="$manifest" bs=4096 count=1)
     value() { printf '%s\n' "$head" | sed -n "s/^.*\"$1\": *\"\\([^\"]*\\)\".*\$/\\1/p" | sed -n 1p; }
-    printf 'store=%s\t%s\t%s\n' "${store%/manifest.json}" "$(value repository)" "$(value commit)"
+    size=$(limit 5 du -sk "${manifest%/manifest.json}" | sed 's/[^0-9].*//')
+    printf 'store=%s\t%s\t%s\t%s\n' "${store%/manifest.json}" "$(value repository)" "$(value commit)" "$size"
   done
 }
 

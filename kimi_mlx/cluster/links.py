@@ -5,13 +5,11 @@ Thunderbolt before Ethernet before Wi-Fi, but what is measured decides.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
 from itertools import islice, product
-from typing import cast
 
 from kimi_mlx.cluster.interfaces import Interface, Kind
 from kimi_mlx.cluster.thunderbolt import Cable
@@ -162,20 +160,18 @@ def _cabled_end(hosts: Sequence[Sequence[Interface]], host: int, peer: int, cabl
     return next(iter([*told, *(end for end in ours if end[1].network in subnets)]), None)
 
 
-def parse_measured(text: str) -> Measured:
-    """The last line that the client of `measure` printed.
+def to_measured(message: Mapping[str, object]) -> Measured:
+    """The figures of the client of `measure`.
 
     Raises:
-        LinkError: it tells of an error, or is none of its lines.
+        LinkError: the message tells of an error, or is none of its.
     """
-    line = (text.strip().splitlines() or [""])[-1]
     try:
-        fields = cast("dict[str, object]", json.loads(line))
-        if "error" in fields:
-            raise LinkError(f"the link could not be measured: {fields['error']}")
-        return Measured(float(str(fields["round_trip_s"])), float(str(fields["bytes_per_s"])))
-    except (ValueError, TypeError, KeyError):
-        raise LinkError(f"the link could not be measured: it printed {line[:200]!r}") from None
+        if "error" in message:
+            raise LinkError(str(message["error"]))
+        return Measured(float(str(message["round_trip_s"])), float(str(message["bytes_per_s"])))
+    except (ValueError, KeyError):
+        raise LinkError(f"its figures cannot be read: {str(message)[:200]}") from None
 
 
 def slowest(measured: Iterable[Measured]) -> Measured:

@@ -1,10 +1,10 @@
 """The link between two hosts, measured: small messages there and back, then bytes for a second.
 
 A program of one file and the standard library alone (Python 3.8 is enough), so that it also runs on a host that has
-nothing of ours: `program` is what to send to `ssh HOST python3 - serve --address A`. The secret is never on a command
-line: it is the first line of standard input, or inside the program that is sent. One process listens, as MLX's ring
-does, on the address to be measured, and prints a line of JSON with its port; the other connects, as MLX's ring does,
-and prints a line of JSON with the figures. Every wait ends at the time limit.
+nothing of ours: `command` is what to run there. The secret is never on a command line: it is the first line of standard
+input. One process listens, as MLX's ring does, on the address to be measured, and prints a message with its port; the
+other connects, as MLX's ring does, and prints a message with the figures. Both end at the time limit, and when their
+input ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,18 +102,15 @@ def measure(address: str, port: int, token: str, limit_s: float) -> dict[str, fl
     }
 
 
-def program(token: str) -> str:
-    """This program as text for `python3 - ARGUMENTS`, the secret inside."""
+def command(python: str, role: str, address: str, port: int = 0, limit_s: float = LIMIT_S) -> list[str]:
+    """What runs one side, `serve` or `measure`, with any Python."""
     source = Path(__file__).read_text(encoding="utf-8")
-    return (
-        "import io, sys\n"
-        f"sys.stdin = io.StringIO({token + os.linesep!r})\n"
-        f"exec(compile({source!r}, 'measure', 'exec'), {{'__name__': '__main__'}})\n"
-    )
+    side = [role, "--address", address, "--port", str(port), "--limit", str(limit_s)]
+    return [python, "-I", "-u", "-c", source, *side]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run either side; the exit code is 1, and the line of JSON has an `error`, if it came to nothing."""
+    """Run either side; the exit code is 1, and the message one of an error, if it came to nothing."""
     parser = argparse.ArgumentParser(description="Measure the link between two hosts; the secret comes on stdin.")
     parser.add_argument("role", choices=["serve", "measure"])
     parser.add_argument("--address", required=True, help="IPv4; where to listen, or whom to ask")
@@ -125,13 +123,15 @@ def main(arguments: list[str] | None = None) -> int:
         token = sys.stdin.readline().strip()
         if not token:
             raise MeasureError("no secret on standard input")
+        threading.Thread(target=_end_with_input, daemon=True).start()
         if options.role == "serve":
-            serve(options.address, options.port, token, options.limit, lambda port: _print({"port": port}))
+            serve(options.address, options.port, token, options.limit, lambda port: _print("listening", port=port))
         else:
-            _print(measure(options.address, options.port, token, options.limit))
+            _print("measured", **measure(options.address, options.port, token, options.limit))
     except (MeasureError, OSError) as error:
         is_late = isinstance(error, socket.timeout)
-        _print({"error": f"no answer within {options.limit:g} s" if is_late else str(error)})
+        reason = getattr(error, "strerror", None) or str(error)
+        _print("error", error=f"no answer within {options.limit:g} s" if is_late else reason)
         return 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -247,11 +247,17 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _print(value: object) -> None:
-    print(json.dumps(value), flush=True)
+def _print(kind: str, **fields: object) -> None:
+    print(json.dumps({"kind": kind, **fields}), flush=True)
 
 
 def _end_at_once(number: int, frame: object) -> None:
+    os._exit(1)
+
+
+def _end_with_input() -> None:
+    while os.read(0, 4096):
+        pass
     os._exit(1)
 
 

@@ -20,13 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-LINKS = {"lan": ("en0", 77), "tb": ("bridge0", 78)}
+LINKS = {"lan": ("en0", 77), "tb": ("thunderbolt0", 78)}
 """Link -> its interface on a host, the second part of its addresses."""
+
+ROOT = Path(__file__).parents[2]
+"""Hosts run the kimi-mlx that is tested, whatever is installed."""
 
 LIMIT_S = 15.0
 """For any one step."""
 
-TOOLS = ("ip", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "sshd")
+TOOLS = ("ip", "tc", "ps", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "sshd")
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _PLAIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -114,6 +117,30 @@ class Hosts:
         """The home folder of root on a host, as seen here and there."""
         return self.folder / name / "home"
 
+    def packages(self, name: str) -> Path:
+        """What a host's Python looks into first; empty."""
+        return self.folder / name / "packages"
+
+    def left(self, name: str) -> list[str]:
+        """The command lines of processes of ours on a host, and what is left in its folder for temporary files."""
+        if self._processes[name].poll() is not None:
+            return []
+        lines = self._in(name, "ps", "-A", "-o", "args=").splitlines()
+        marks = ("kimi_mlx", "--limit")  # ranks and their guards, measurements
+        return [
+            *(line for line in lines if any(mark in line for mark in marks)),
+            *os.listdir(self.folder / name / "tmp"),
+        ]
+
+    def slow_down(self, name: str, link: str, rate: str) -> None:
+        """Let a host send no faster than this, such as `50mbit`."""
+        self._in(name, "tc", *f"qdisc add dev {LINKS[link][0]} root tbf rate {rate} burst 64kb latency 100ms".split())
+
+    def drop_answers(self, name: str) -> None:
+        """A firewall: whoever connects to a port above 1023 of this host over Thunderbolt never hears of it."""
+        rule = f"rule add pref 100 to 10.78.{self._subnet}.0/24 ipproto tcp sport 1024-65534 blackhole"
+        self._in(name, "ip", *rule.split())
+
     def run(self, name: str, *command: str) -> str:
         """Run a command on a host without ssh; its standard output."""
         return self._in(name, *command)
@@ -146,8 +173,15 @@ class Hosts:
             if self._processes[name].poll() is not None:
                 self._boot(name)
                 continue
-            for link in LINKS:
+            for link, (interface, _) in LINKS.items():
                 self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    self._in(name, "tc", "qdisc", "del", "dev", interface, "root")
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self._in(name, "ip", "rule", "del", "pref", "100")
+            for folder in (self.packages(name), self.home(name) / ".local"):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.packages(name).mkdir()
             if not self._listens(name):
                 self._start_sshd(name)
         self._write_known_hosts()
@@ -243,7 +277,7 @@ class Hosts:
 
     def _write_host(self, name: str, public: str, names: Sequence[str]) -> None:
         place = self.folder / name
-        for each in (place / "home" / ".ssh", place / "tmp"):
+        for each in (place / "home" / ".ssh", place / "tmp", place / "packages"):
             each.mkdir(parents=True)
         (place / "home" / ".ssh").chmod(0o700)
         (place / "home" / ".ssh" / "config").write_text(f"Include {self.folder}/ssh_config\n")
@@ -257,7 +291,7 @@ class Hosts:
             f"Port 22\nListenAddress 0.0.0.0\nHostKey {place}/host_key\nPidFile {place}/sshd.pid\n"
             "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "UsePAM no\nStrictModes no\nUseDNS no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 100\n"
-            f"SetEnv PATH=/usr/bin:/bin:/usr/sbin:/sbin TMPDIR={place}/tmp\n"
+            f"SetEnv PATH=/usr/bin:/bin:/usr/sbin:/sbin TMPDIR={place}/tmp PYTHONPATH={place}/packages:{ROOT}\n"
         )
 
     def _write_known_hosts(self) -> None:

@@ -16,9 +16,9 @@ from kimi_mlx.cluster.links import (
     bridge_conflicts,
     candidates,
     choose,
-    parse_measured,
     slow_because,
     slowest,
+    to_measured,
 )
 from kimi_mlx.cluster.thunderbolt import Cable
 from kimi_mlx.errors import LinkError
@@ -175,14 +175,13 @@ def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, 
 
 
 def test_figures_are_read_and_the_slowest_pair_counts() -> None:
-    line = 'Warning: Permanently added\n{"round_trip_s": 0.0004, "bytes_per_s": 6e9, "messages": 200, "bytes": 1}\n'
-    assert parse_measured(line) == GOOD
+    assert to_measured({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
     assert slowest([GOOD, Measured(0.0003, 1e9)]) == Measured(0.0004, 1e9)
     with pytest.raises(LinkError, match="Connection refused"):
-        parse_measured('{"error": "[Errno 111] Connection refused"}')
-    for text in ("", "zsh: command not found: python3", "[]", "{}", "3", '{"round_trip_s": "x", "bytes_per_s": 1}'):
-        with pytest.raises(LinkError, match="could not be measured"):
-            parse_measured(text)
+        to_measured({"kind": "error", "error": "Connection refused"})
+    for message in ({}, {"round_trip_s": "x", "bytes_per_s": 1}):
+        with pytest.raises(LinkError, match="cannot be read"):
+            to_measured(message)
 
 
 def test_a_thunderbolt_bridge_that_is_on_is_in_the_way_of_rdma() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cluster import measure as module
-from kimi_mlx.cluster.links import parse_measured
-from kimi_mlx.cluster.measure import MeasureError, measure, program, serve
+from kimi_mlx.cluster.links import to_measured
+from kimi_mlx.cluster.measure import MeasureError, command, measure, serve
 
 SECRET = "s3cret 'quoted'"
 
@@ -119,49 +119,66 @@ def test_a_client_that_goes_away_ends_the_listener(monkeypatch: pytest.MonkeyPat
     assert "closed the connection" in str(errors[0])
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """The program as a bare Python on another host gets it: over standard input, with nothing of ours to import."""
+def start(*arguments: str | int) -> subprocess.Popen[str]:
+    """The program as a bare Python on another host gets it: with nothing of ours to import, the secret on its input."""
+    python, *options = command(sys.executable, *arguments)  # pyright: ignore[reportArgumentType]
+    options = [each.replace("BULK_S = 1.0", "BULK_S = 0.1") for each in options]
     process = subprocess.Popen(
-        [sys.executable, "-I", "-", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+        [python, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", bufsize=1
     )
     assert process.stdin is not None
-    process.stdin.write(program(SECRET).replace("BULK_S = 1.0", "BULK_S = 0.1"))
-    process.stdin.close()
-    process.stdin = None
+    process.stdin.write(f"{SECRET}\n")
     return process
 
 
-def test_the_program_is_sent_over_standard_input() -> None:
-    with start("serve", "--address", "127.0.0.1", "--limit", "10") as server:
-        assert server.stdout is not None
-        port = json.loads(server.stdout.readline())["port"]
-        with start("measure", "--address", "127.0.0.1", "--port", str(port), "--limit", "10") as client:
-            printed, _ = client.communicate(timeout=20)
+def said(process: subprocess.Popen[str]) -> dict[str, object]:
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())
+
+
+def test_the_program_needs_nothing_but_a_python() -> None:
+    with start("serve", "127.0.0.1") as server:
+        listening = said(server)
+        with start("measure", "127.0.0.1", int(str(listening["port"]))) as client:
+            measured = said(client)
+            assert client.wait(10) == 0
         assert server.wait(10) == 0
-    assert client.returncode == 0
-    assert len(printed.splitlines()) == 1
-    assert parse_measured(printed).bytes_per_s > 1e6
+    assert (listening["kind"], measured["kind"]) == ("listening", "measured")
+    assert to_measured(measured).bytes_per_s > 1e6
+    assert SECRET not in " ".join(command("python3", "serve", "127.0.0.1"))
 
 
-def run(*arguments: str, secret: str = SECRET) -> tuple[int, dict[str, str]]:
-    done = subprocess.run(
-        [sys.executable, module.__file__, *arguments], input=f"{secret}\n", capture_output=True, text=True, timeout=20
-    )
-    return done.returncode, json.loads(done.stdout)
+def test_it_ends_with_its_input() -> None:
+    with start("serve", "127.0.0.1") as server:
+        said(server)
+        assert server.stdin is not None
+        server.stdin.close()
+        assert server.wait(5) == 1
+
+
+def run(*arguments: str, secret: str = SECRET) -> tuple[int, dict[str, object]]:
+    with subprocess.Popen(
+        [sys.executable, module.__file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"{secret}\n")
+        process.stdin.flush()
+        message = said(process)
+        return process.wait(20), message
 
 
 def test_an_error_is_a_line_of_json_and_an_exit_code() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = str(mute.getsockname()[1])
         code, printed = run("measure", "--address", "127.0.0.1", "--port", port, "--limit", "0.3")
-    assert (code, printed) == (1, {"error": "no answer within 0.3 s"})
+    assert (code, printed) == (1, {"kind": "error", "error": "no answer within 0.3 s"})
     code, printed = run("measure", "--address", "127.0.0.1", "--port", port)
-    assert "refused" in printed["error"]
+    assert "refused" in str(printed["error"])
     code, printed = run("serve", "--address", "127.0.0.1", secret="")
-    assert (code, printed) == (1, {"error": "no secret on standard input"})
+    assert (code, printed) == (1, {"kind": "error", "error": "no secret on standard input"})
     code, printed = run("serve", "--address", "203.0.113.1")
     assert code == 1
-    assert "assign" in printed["error"]
+    assert "assign" in str(printed["error"])
 
 
 def test_it_ends_even_if_its_input_never_does() -> None:
