@@ -7,6 +7,9 @@ KimiMlxError
 ├── TextError        tokenizer, chat template, messages
 ├── PlacementError   a model that cannot be divided as asked
 ├── EngineError      generation: request too long, cache misuse
+├── HostfileError    a hostfile, or a list of hosts, that cannot be meant that way
+├── LinkError        hosts with no network between them, or only one that is too slow
+├── SshError         a host that ssh does not reach, or that does not do what it is told
 └── RingError        ranks that do not start, die or fall silent
 
 Each one says what failed and where, with both numbers where there are two, and carries a hint: what to type next.
@@ -57,6 +60,18 @@ class PlacementError(KimiMlxError):
 
 class EngineError(KimiMlxError):
     """A generation request that cannot be served."""
+
+
+class SshError(KimiMlxError):
+    """A host that ssh does not reach, or that does not do what it is told."""
+
+
+class HostfileError(KimiMlxError):
+    """A hostfile, or a list of hosts, that cannot be meant that way."""
+
+
+class LinkError(KimiMlxError):
+    """Hosts with no network between them, or only one that is too slow."""
 
 
 class RingError(KimiMlxError):

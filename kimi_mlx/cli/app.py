@@ -18,6 +18,7 @@ from kimi_mlx import __version__
 from kimi_mlx.cli.bench import bench
 from kimi_mlx.cli.chat import chat
 from kimi_mlx.cli.convert import convert
+from kimi_mlx.cli.doctor import doctor
 from kimi_mlx.cli.download import download
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
@@ -90,6 +91,13 @@ app.command(
         "kimi-mlx convert ./Kimi-K2 ./k2-3bit --expert-bits 3",
     )
 )(convert)
+app.command(
+    epilog=examples(
+        "kimi-mlx doctor                        this machine",
+        "kimi-mlx doctor kimi-k2 --hosts mac-a,mac-b --save two.json",
+        "kimi-mlx doctor --hostfile two.json --quick --json",
+    )
+)(doctor)
 
 
 def main() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -32,6 +34,23 @@ def print_error(error: KimiMlxError) -> None:
     stderr.print(Text("error: ", style="bold red") + Text(error.message + rank, style="default"))
     if error.hint:
         stderr.print(Text("hint: ", style="bold") + Text(error.hint))
+
+
+@contextmanager
+def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
+    """Words on stderr of a terminal for what takes over two seconds; yields what to call with them."""
+    status = stderr.status("")
+    timer = threading.Timer(PROGRESS_AFTER_S, status.start)
+    timer.daemon = True
+    if stderr.is_terminal and not is_quiet:
+        timer.start()
+    try:
+        yield lambda text: status.update(escape(text))
+    finally:
+        timer.cancel()
+        if timer.ident is not None:
+            timer.join()
+        status.stop()
 
 
 @contextmanager

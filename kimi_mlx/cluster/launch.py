@@ -22,11 +22,20 @@ def rank_command(module: str, python: str = sys.executable) -> list[str]:
 
 def rank_environment(base: Mapping[str, str], rank: int, hostfile: str) -> dict[str, str]:
     """The environment of a rank of a ring: `base` without another ring's variables, and MLX's own two."""
-    kept = {name: value for name, value in base.items() if name not in _MLX_VARIABLES}
-    return {**kept, "MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile}
+    return {**without_ring(base), "MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile}
 
 
-_MLX_VARIABLES = frozenset({"MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_JACCL_COORDINATOR", "MLX_IBV_DEVICES"})
+RING_VARIABLES = frozenset(
+    {"MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_JACCL_COORDINATOR", "MLX_IBV_DEVICES", "MLX_JACCL_RING"}
+    # JACCL's own names, which it reads before MLX's
+    | {"JACCL_RANK", "JACCL_COORDINATOR", "JACCL_IBV_DEVICES", "JACCL_RING"}
+)
+"""What makes a process a rank of a ring; only the launcher sets them."""
+
+
+def without_ring(base: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the variables of another ring."""
+    return {name: value for name, value in base.items() if name not in RING_VARIABLES}
 
 
 def ring_hostfile(addresses: Sequence[str]) -> str:

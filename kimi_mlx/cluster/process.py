@@ -26,6 +26,8 @@ class RankProcess:
         command: what to run.
         environment: its variables.
         deliver: called from a thread with (rank, message) for each message, and (rank, None) when it has ended.
+        preamble: what its input begins with, such as the script for the shell of a host. A login shell there may
+            print a greeting: lines before the first message are then kept as its words.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RankProcess:
         command: Sequence[str],
         environment: Mapping[str, str],
         deliver: Callable[[int, Message | None], None],
+        preamble: bytes = b"",
     ):
         self.rank = rank
         self.last_heard = time.monotonic()
@@ -48,7 +51,9 @@ class RankProcess:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self._is_greeting = bool(preamble)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox.put(preamble)
         work = (self._listen, self._keep_words, self._write)
         self._threads = [threading.Thread(target=each, daemon=True) for each in work]
         for thread in self._threads:
@@ -93,6 +98,11 @@ class RankProcess:
         """Whether a signal ended it."""
         return (self._process.poll() or 0) < 0
 
+    @property
+    def words(self) -> str:
+        """Its last lines of standard error."""
+        return "\n".join(self._words)
+
     def how_it_ended(self) -> str:
         """In words: the signal or the exit code, and its last lines."""
         if not self.has_ended(1):
@@ -108,8 +118,13 @@ class RankProcess:
         for line in self._process.stdout:
             self.last_heard = time.monotonic()
             try:
-                self._deliver(self.rank, decode(line))
+                message = decode(line)
+                self._is_greeting = False
+                self._deliver(self.rank, message)
             except KimiMlxError as error:
+                if self._is_greeting:
+                    self._words.append(line.decode(errors="replace").rstrip())
+                    continue
                 self._words.append(error.message)
                 break
         self._deliver(self.rank, None)

@@ -1,0 +1,243 @@
+"""What the doctor has found, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kimi_mlx.cluster.doctor import Diagnosis
+from kimi_mlx.cluster.facts import Facts
+from kimi_mlx.cluster.findings import Finding, State
+from kimi_mlx.cluster.hostfile import to_json
+from kimi_mlx.cluster.need import ModelNeed
+from kimi_mlx.cluster.self_test import SelfTest, Timing
+from kimi_mlx.cluster.survey import Link
+from kimi_mlx.settings import Settings
+from kimi_mlx.units import format_bytes
+
+SYMBOLS: dict[State, str] = {"ok": "✓ ok", "warning": "! warning", "trouble": "✗ trouble"}
+STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "trouble": "bold red"}
+
+STATE_WIDTH, CHECK_WIDTH = 10, 12
+"""Columns; what is left is for the message."""
+
+
+def report(
+    diagnosis: Diagnosis, need: ModelNeed, option: str, width: int, is_verbose: bool = False
+) -> Iterator[RenderableType]:
+    """All of it, part by part; a part that is plain text is not to be wrapped.
+
+    Args:
+        diagnosis: what was found.
+        need: of the model.
+        option: how the hosts are given to the next command, such as `--hosts a,b`; empty for this machine alone.
+        width: of the terminal.
+        is_verbose: show each check that is well, and each size of the self-test.
+    """
+    for host in _groups(diagnosis):
+        yield Text("this machine" if not option else host, style="bold")
+        yield from _group([finding for finding in diagnosis.findings if finding.host == host], width, is_verbose)
+        yield ""
+    if diagnosis.links:
+        yield link_table(diagnosis)
+        yield ""
+    if diagnosis.self_test is not None and diagnosis.self_test.timings and len(diagnosis.facts) > 1:
+        yield timing_table(diagnosis.self_test) if is_verbose else Text(timing_line(diagnosis.self_test))
+        yield ""
+    what, command = next_step(diagnosis, need, option)
+    yield Text(what, style="bold")
+    if command:
+        yield f"  {command}"
+
+
+def _groups(diagnosis: Diagnosis) -> list[str]:
+    """The hosts in their order, then what concerns several."""
+    named = {finding.host for finding in diagnosis.findings}
+    several = [host for host in dict.fromkeys(f.host for f in diagnosis.findings) if host not in diagnosis.hosts]
+    return [*(host for host in diagnosis.hosts if host in named), *several]
+
+
+def _group(findings: Sequence[Finding], width: int, is_verbose: bool) -> Iterator[RenderableType]:
+    """The findings of one host, those that are well in a line."""
+    for is_ok, part in groupby(sorted(findings, key=lambda f: f.state == "ok"), key=lambda f: f.state == "ok"):
+        some = list(part)
+        if is_ok and not is_verbose and len(some) > 1:
+            checks = ", ".join(dict.fromkeys(finding.check for finding in some))
+            yield _row("ok", f"{len(some)} checks", checks)
+            continue
+        for finding in some:
+            yield _row(finding.state, finding.check, finding.message)
+            yield from remedy_lines(finding.remedy or "", width)
+
+
+def _row(state: State, check: str, message: str) -> Table:
+    row = Table.grid(expand=True)
+    row.add_column(width=STATE_WIDTH, no_wrap=True)
+    row.add_column(width=CHECK_WIDTH, no_wrap=True)
+    row.add_column(ratio=1, overflow="fold")
+    row.add_row(Text(SYMBOLS[state], style=STYLES[state]), check, Text(message))
+    return row
+
+
+def remedy_lines(text: str, width: int) -> list[str]:
+    """A remedy, wrapped; a command that is too long for a line stands alone and whole, so that it can be copied."""
+    indent = "  "
+    pieces = re.split(r"(`[^`]+`)", text)
+    lines: list[str] = []
+    for is_long, part in groupby(pieces, key=lambda piece: piece.startswith("`") and len(piece) + len(indent) > width):
+        if is_long:
+            lines += [piece.strip("`") for piece in part]
+            continue
+        words = "".join(part).strip(" ;,")
+        # blanks within a command do not part lines
+        kept = re.sub(r"`[^`]+`", lambda found: found[0].replace(" ", "\0"), words)
+        wrapped = textwrap.wrap(
+            kept,
+            width,
+            initial_indent=indent if lines else f"{indent}→ ",
+            subsequent_indent=indent * 2,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += [line.replace("\0", " ") for line in wrapped]
+    return lines
+
+
+def link_table(diagnosis: Diagnosis) -> Table:
+    """The networks that were measured."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("network", overflow="fold")
+    for header in ("round trip", "Gbit/s", "sum"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    one_token = _timing(diagnosis.self_test, "sum", 1)
+    for link in diagnosis.links:
+        is_chosen = link.network == diagnosis.network
+        table.add_row(
+            str(link.network),
+            _milliseconds(link.measured.round_trip_s) if link.measured else "-",
+            f"{link.measured.bytes_per_s * 8e-9:.2f}" if link.measured else "-",
+            _milliseconds(one_token.median_s) if is_chosen and one_token else "-",
+            "chosen" if is_chosen else "no answer" if link.measured is None else "",
+        )
+    return table
+
+
+def timing_line(test: SelfTest) -> str:
+    """How long the sums of the self-test took, in a line."""
+    one, many = _timing(test, "sum", 1), max(test.timings, key=lambda timing: timing.payload.size_bytes)
+    assert one is not None
+    return (
+        f"Sum of one token (bfloat16): {_milliseconds(one.median_s)}, 99 of 100 below {_milliseconds(one.p99_s)}; "
+        f"of {many.payload.tokens} tokens ({many.payload.dtype}): {_milliseconds(many.median_s)}, "
+        f"{format_bytes(many.bytes_per_s)}/s."
+    )
+
+
+def timing_table(test: SelfTest) -> Table:
+    """Every size of the self-test."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("self-test")
+    for header in ("bytes", "median", "99 %", "rate"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for timing in sorted(test.timings, key=lambda each: (each.payload.kind, each.payload.dtype, each.payload.tokens)):
+        table.add_row(
+            timing.payload.name,
+            str(timing.payload.size_bytes),
+            _milliseconds(timing.median_s),
+            _milliseconds(timing.p99_s),
+            f"{format_bytes(timing.bytes_per_s)}/s",
+        )
+    return table
+
+
+def _timing(test: SelfTest | None, kind: str, tokens: int) -> Timing | None:
+    found = (
+        timing
+        for timing in (test.timings if test else ())
+        if (timing.payload.kind, timing.payload.tokens, timing.payload.dtype) == (kind, tokens, "bfloat16")
+    )
+    return next(found, None)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, str]:
+    """What to do now, and the command for it, if there is one."""
+    trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("trouble", "warning"))
+    if trouble:
+        things = "1 thing stands" if trouble == 1 else f"{trouble} things stand"
+        return f"{things} in the way: mend from the top, then run the doctor again.", ""
+    model = "" if need.name == Settings().model else f" {need.name}"
+    command = f"kimi-mlx chat{model}"
+    if option:
+        command = f"kimi-mlx launch {option}" + (f" chat{model}" if model else "")
+    but = "" if not warnings else " (1 warning)" if warnings == 1 else f" ({warnings} warnings)"
+    return f"Nothing stands in the way{but}. Next:", command
+
+
+def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
+    """All of it as JSON."""
+    hostfile = diagnosis.hostfile
+    return {
+        "ok": not diagnosis.has_trouble,
+        "model": need.name,
+        "backend": diagnosis.backend,
+        "hosts": {host: _host(diagnosis.facts.get(host)) for host in diagnosis.hosts},
+        "findings": [asdict(finding) for finding in diagnosis.findings],
+        "links": [_link(link) for link in diagnosis.links],
+        "network": None if diagnosis.network is None else asdict(diagnosis.network),
+        "hostfile": None if hostfile is None else json.loads(to_json(hostfile)),
+        "self_test": None if diagnosis.self_test is None else _self_test(diagnosis.self_test),
+    }
+
+
+SUMMARY = (
+    "hostname",
+    "system",
+    "machine",
+    "macos_version",
+    "macos_build",
+    "chip",
+    "memory_bytes",
+    "free_bytes",
+    "wired_bytes",
+    "wired_limit_mb",
+    "stores_folder",
+    "disk_free_bytes",
+    "rdma_status",
+    "firewall",
+)
+"""The facts that JSON has."""
+
+
+def _host(facts: Facts | None) -> dict[str, Any] | None:
+    """A host that answered."""
+    if facts is None:
+        return None
+    python = None if facts.python is None else asdict(facts.python)
+    return {**{name: getattr(facts, name) for name in SUMMARY}, "python": python}
+
+
+def _link(link: Link) -> dict[str, Any]:
+    measured = None if link.measured is None else asdict(link.measured)
+    return {**asdict(link.network), "measured": measured, "problems": list(link.problems)}
+
+
+def _self_test(test: SelfTest) -> dict[str, Any]:
+    timings = [
+        {**asdict(timing), "size_bytes": timing.payload.size_bytes, "bytes_per_s": timing.bytes_per_s}
+        for timing in test.timings
+    ]
+    return {"device": test.device, "timings": timings}

@@ -1,0 +1,68 @@
+"""The hosts of a cluster as MLX's hostfile describes them: how to log in, addresses, RDMA devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Backend = Literal["ring", "jaccl", "jaccl-ring"]
+"""How the ranks talk: over TCP, over RDMA with a cable between every two hosts, or over RDMA in a circle."""
+
+Devices = tuple[str, ...]
+"""RDMA devices from one host to another, such as `("rdma_en5",)`; none where there is no cable."""
+
+Matrix = Sequence[Sequence[Devices]]
+"""Devices by the host they belong to and the host they lead to."""
+
+MESH_LIMIT = 8
+"""Hosts in a JACCL mesh (MESH_MAX_PEERS in mlx 0.32)."""
+
+WIRE_LIMIT = 4
+"""Cables between two neighbours of a JACCL ring (RING_MAX_CONNS in mlx 0.32)."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A computer of the cluster, or one of the ranks on it.
+
+    Args:
+        ssh: what `ssh` is told to reach it: `mac-b`, `me@mac-b.local`.
+        ips: IPv4 addresses. Ring: where its neighbour of the rank before reaches it. JACCL: of rank 0, for everybody.
+        rdma: its devices to each rank, in the order of ranks, none to itself; empty without RDMA.
+    """
+
+    ssh: str
+    ips: tuple[str, ...] = ()
+    rdma: tuple[Devices, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hostfile:
+    """Hosts in the order of ranks.
+
+    Args:
+        hosts: one a rank.
+        backend: how they talk; None leaves it to the command line, and to `ring` in the end.
+        envs: `NAME=value` for every rank.
+    """
+
+    hosts: tuple[Host, ...]
+    backend: Backend | None = None
+    envs: tuple[str, ...] = ()
+
+
+def is_mesh(rdma: Matrix) -> bool:
+    """Whether a cable joins every two hosts."""
+    count = len(rdma)
+    return count > 1 and all(rdma[i][j] for i in range(count) for j in range(count) if i != j)
+
+
+def ring_wires(rdma: Matrix) -> int:
+    """How many cables join each host to the next and the last to the first; 0 if that differs or one has none.
+
+    Source: Config::is_valid_ring of mlx 0.32.
+    """
+    count = len(rdma)
+    wires = {len(rdma[i][j]) for i in range(count) for j in ((i + 1) % count, i - 1)}
+    return wires.pop() if count > 1 and len(wires) == 1 else 0

@@ -1,0 +1,332 @@
+"""Two computers on this one, for tests of what runs over ssh. Linux, as root.
+
+Each host is a set of namespaces (network, mounts, processes, name) round a first process, with an SSH server, a home
+and a host key of its own; files, processors and memory are this machine's. A third network namespace is the switch: it
+holds two bridges, `lan` (ssh goes here) and `tb` (the Thunderbolt cable), that each host and this machine are plugged
+into. No namespace has a name, so that everything, cables included, is gone with the processes that hold it; and these
+end with the test's own process, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+LINKS = {"lan": ("en0", 77), "tb": ("thunderbolt0", 78)}
+"""Link -> its interface on a host, the second part of its addresses."""
+
+ROOT = Path(__file__).parents[2]
+"""Hosts run the kimi-mlx that is tested, whatever is installed."""
+
+LIMIT_S = 15.0
+"""For any one step."""
+
+TOOLS = ("ip", "tc", "ps", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "sshd")
+
+_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+_PLAIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_FIRST_PROCESS = """
+mount -t sysfs sysfs /sys && mount -t tmpfs tmpfs /run && mkdir -m 755 /run/sshd && mount -t tmpfs tmpfs /dev/shm &&
+mount --bind "$1/passwd" /etc/passwd && mount --bind "$1/etc_hosts" /etc/hosts && hostname "$2" && : >"$1/ready"
+while :; do sleep 1000 & wait $!; done
+"""
+
+
+def why_not() -> str | None:
+    """Why this machine cannot hold test hosts; None if it can."""
+    if sys.platform != "linux":
+        return "test hosts need Linux' namespaces"
+    if os.geteuid() != 0:
+        return "test hosts need root"
+    if missing := [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]:
+        return f"test hosts need {', '.join(missing)}"
+    probe = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork"]
+    probe += [
+        "sh",
+        "-c",
+        "mount --make-rprivate / && ip link add x1 type bridge && ip link add x2 type veth peer name x3",
+    ]
+    done = subprocess.run(probe, capture_output=True, text=True, env={"PATH": _PATH}, timeout=LIMIT_S, check=False)
+    return f"namespaces are not possible here: {done.stderr.strip()}" if done.returncode else None
+
+
+class Hosts:
+    """Hosts `mac-a`, `mac-b` ...; a context manager: leaving it removes them.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int = 2):
+        self.names = [f"mac-{letter}" for letter in "abcdefgh"[:count]]
+        # Not below pytest's folder, which is nobody else's to enter: sshd wants to read keys as anybody.
+        self.folder = Path(tempfile.mkdtemp(prefix="kimi-hosts-"))
+        self._id = f"{os.getpid() % 0xFFFFF:05x}{id(self) >> 4 & 0xFFF:03x}"
+        self._subnet = _free_subnet()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Hosts:
+        """Make the switch, the hosts and their SSH servers."""
+        try:
+            self._write_files()
+            self._start("switch", ["sh", "-c", ': >"$1"; exec sleep infinity', "switch", str(self._ready("switch"))])
+            for link, (_, second) in LINKS.items():
+                self._in("switch", "ip", "link", "add", link, "type", "bridge")
+                self._in("switch", "ip", "link", "set", link, "up")
+                self._plug("this", link, os.getpid(), f"k{self._id}{link[0]}", f"10.{second}.{self._subnet}.1/24")
+            for name in self.names:
+                self._boot(name)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove everything."""
+        self.close()
+
+    def close(self) -> None:
+        """End all processes, with which the namespaces and cables go, and remove the files."""
+        for name in [*self.names, "switch"]:
+            self._end(name)
+        _wait(lambda: not list(Path("/sys/class/net").glob(f"k{self._id}*")), "the end of the cables")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def path(self) -> str:
+        """A PATH in which `ssh` knows the hosts; the user's own ~/.ssh is left alone."""
+        return f"{self.folder}/bin:{_PATH}"
+
+    def address(self, name: str, link: str = "tb") -> str:
+        """The address of a host on a link; of this machine for `this`."""
+        last = 1 if name == "this" else 11 + self.names.index(name)
+        return f"10.{LINKS[link][1]}.{self._subnet}.{last}"
+
+    def home(self, name: str) -> Path:
+        """The home folder of root on a host, as seen here and there."""
+        return self.folder / name / "home"
+
+    def packages(self, name: str) -> Path:
+        """What a host's Python looks into first; empty."""
+        return self.folder / name / "packages"
+
+    def left(self, name: str) -> list[str]:
+        """The command lines of processes of ours on a host, and what is left in its folder for temporary files."""
+        if self._processes[name].poll() is not None:
+            return []
+        lines = self._in(name, "ps", "-A", "-o", "args=").splitlines()
+        marks = ("kimi_mlx", "--limit")  # ranks and their guards, measurements
+        return [
+            *(line for line in lines if any(mark in line for mark in marks)),
+            *os.listdir(self.folder / name / "tmp"),
+        ]
+
+    def slow_down(self, name: str, link: str, rate: str) -> None:
+        """Let a host send no faster than this, such as `50mbit`."""
+        self._in(name, "tc", *f"qdisc add dev {LINKS[link][0]} root tbf rate {rate} burst 64kb latency 100ms".split())
+
+    def drop_answers(self, name: str) -> None:
+        """A firewall: whoever connects to a port above 1023 of this host over Thunderbolt never hears of it."""
+        rule = f"rule add pref 100 to 10.78.{self._subnet}.0/24 ipproto tcp sport 1024-65534 blackhole"
+        self._in(name, "ip", *rule.split())
+
+    def run(self, name: str, *command: str) -> str:
+        """Run a command on a host without ssh; its standard output."""
+        return self._in(name, *command)
+
+    def cut(self, name: str, *links: str) -> None:
+        """Pull cables out (all, if none is named): packets vanish, addresses stay."""
+        for link in links or LINKS:
+            self._in("switch", "ip", "link", "set", f"{link}-{name}", "down")
+
+    def stop_sshd(self, name: str) -> None:
+        """End the SSH server; sessions go on."""
+        pid = (self.folder / name / "sshd.pid").read_text().strip()
+        self._in(name, "sh", "-c", f"kill {pid}")
+        _wait(lambda: not self._listens(name), f"the end of sshd on {name}")
+
+    def change_host_key(self, name: str) -> None:
+        """Another host key, as after a new installation."""
+        self.stop_sshd(name)
+        _make_key(self.folder / name / "host_key", name)
+        self._start_sshd(name)
+
+    def power_off(self, name: str) -> None:
+        """Switch a host off without a word to its peers."""
+        self.cut(name)
+        self._end(name)
+
+    def heal(self) -> None:
+        """Undo whatever was done to the hosts."""
+        for name in self.names:
+            if self._processes[name].poll() is not None:
+                self._boot(name)
+                continue
+            for link, (interface, _) in LINKS.items():
+                self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    self._in(name, "tc", "qdisc", "del", "dev", interface, "root")
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self._in(name, "ip", "rule", "del", "pref", "100")
+            for folder in (self.packages(name), self.home(name) / ".local"):
+                shutil.rmtree(folder, ignore_errors=True)
+            self.packages(name).mkdir()
+            if not self._listens(name):
+                self._start_sshd(name)
+        self._write_known_hosts()
+
+    def _ready(self, name: str) -> Path:
+        return self.folder / name / "ready"
+
+    def _boot(self, name: str) -> None:
+        command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        self._start(name, [*command, "bash", "-c", _FIRST_PROCESS, "init", str(self.folder / name), name])
+        pid = self._processes[name].pid
+        _run("nsenter", "-t", str(pid), "-n", "ip", "link", "set", "lo", "up")
+        for link, (interface, _) in LINKS.items():
+            self._plug(name, link, pid, interface, f"{self.address(name, link)}/24")
+        self._start_sshd(name)
+
+    def _start(self, name: str, command: Sequence[str]) -> None:
+        """Start the process that holds a network namespace; it ends when ours does."""
+        ready = self._ready(name)
+        ready.unlink(missing_ok=True)
+        with (self.folder / name / "log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={"PATH": _PLAIN, "LANG": "C.UTF-8"},
+                start_new_session=True,
+            )
+        _wait(ready.exists, f"{name}; see {self.folder / name / 'log'}")
+
+    def _end(self, name: str) -> None:
+        process = self._processes.get(name)
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait(LIMIT_S)
+
+    def _plug(self, name: str, link: str, pid: int, interface: str, address: str) -> None:
+        """A cable from the switch to a network namespace."""
+        port = f"{link}-{name}"
+        switch = str(self._processes["switch"].pid)
+        inside = ("nsenter", "-t", str(pid), "-n", "ip")
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._in("switch", "ip", "link", "del", port)  # of a host that was switched off
+        numbers = [int(each) for each in address.partition("/")[0].split(".")]
+        mac = "02:4b:" + ":".join(f"{each:02x}" for each in numbers)  # a computer keeps its own, and peers remember it
+        ours = ("link", "add", interface, "address", mac, "netns", str(pid))
+        _run("ip", *ours, "type", "veth", "peer", "name", port, "netns", switch)
+        _run(*inside, "addr", "add", address, "dev", interface)
+        _run(*inside, "link", "set", interface, "up")
+        self._in("switch", "ip", "link", "set", port, "master", link, "up")
+
+    def _in(self, name: str, *command: str) -> str:
+        """Run a command in the namespaces of the switch or a host."""
+        pid = self._processes[name].pid
+        if name == "switch":
+            return _run("nsenter", "-t", str(pid), "-n", *command)
+        first = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+        environment = ["env", "-i", f"PATH={_PLAIN}", f"HOME={self.home(name)}", f"TMPDIR={self.folder / name / 'tmp'}"]
+        return _run("nsenter", "-t", first, "-m", "-u", "-i", "-n", "-p", *environment, *command)
+
+    def _listens(self, name: str) -> bool:
+        return ":0016 00000000:0000 0A" in self._in(name, "cat", "/proc/net/tcp")
+
+    def _start_sshd(self, name: str) -> None:
+        self._in(name, "/usr/sbin/sshd", "-f", f"{self.folder}/{name}/sshd_config", "-E", f"{self.folder}/{name}/log")
+        _wait(lambda: self._listens(name), f"sshd on {name}; see {self.folder / name / 'log'}")
+
+    def _write_files(self) -> None:
+        self.folder.chmod(0o755)
+        (self.folder / "switch").mkdir()
+        _make_key(self.folder / "id", "tests")
+        public = (self.folder / "id.pub").read_text()
+        lines = [
+            f"Host {name} {self.address(name, 'lan')} {self.address(name)}\n  HostName {self.address(name, 'lan')}"
+            for name in self.names
+        ]
+        lines += [
+            f"Host mac-? 10.77.{self._subnet}.* 10.78.{self._subnet}.*",
+            f"  User root\n  IdentityFile {self.folder}/id\n  IdentitiesOnly yes\n  IdentityAgent none",
+            f"  UserKnownHostsFile {self.folder}/known_hosts\n  GlobalKnownHostsFile /dev/null",
+            "  StrictHostKeyChecking yes\n  UpdateHostKeys no",
+        ]
+        (self.folder / "ssh_config").write_text("\n".join(lines) + "\n")
+        (self.folder / "bin").mkdir()
+        shim = self.folder / "bin" / "ssh"
+        shim.write_text(f'#!/bin/sh\nexec {shutil.which("ssh", path=_PATH)} -F {self.folder}/ssh_config "$@"\n')
+        shim.chmod(0o755)
+        names = [f"{self.address(name, 'lan')} {name} {name}.local" for name in self.names]
+        for name in self.names:
+            self._write_host(name, public, names)
+        self._write_known_hosts()
+
+    def _write_host(self, name: str, public: str, names: Sequence[str]) -> None:
+        place = self.folder / name
+        for each in (place / "home" / ".ssh", place / "tmp", place / "packages"):
+            each.mkdir(parents=True)
+        (place / "home" / ".ssh").chmod(0o700)
+        (place / "home" / ".ssh" / "config").write_text(f"Include {self.folder}/ssh_config\n")
+        (place / "home" / ".ssh" / "authorized_keys").write_text(public)
+        (place / "etc_hosts").write_text("127.0.0.1 localhost\n" + "\n".join(names) + "\n")
+        users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+        roots = [[*user[:5], str(self.home(name)), "/bin/bash"] if user[0] == "root" else user for user in users]
+        (place / "passwd").write_text("".join(":".join(user) + "\n" for user in roots))
+        _make_key(place / "host_key", name)
+        (place / "sshd_config").write_text(
+            f"Port 22\nListenAddress 0.0.0.0\nHostKey {place}/host_key\nPidFile {place}/sshd.pid\n"
+            "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            "UsePAM no\nStrictModes no\nUseDNS no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 100\n"
+            f"SetEnv PATH=/usr/bin:/bin:/usr/sbin:/sbin TMPDIR={place}/tmp PYTHONPATH={place}/packages:{ROOT}\n"
+        )
+
+    def _write_known_hosts(self) -> None:
+        keys = {name: (self.folder / name / "host_key.pub").read_text() for name in self.names}
+        lines = [f"{name},{self.address(name, 'lan')},{self.address(name)} {key}" for name, key in keys.items()]
+        (self.folder / "known_hosts").write_text("".join(lines))
+
+
+def _free_subnet() -> int:
+    """A number n for 10.77.n.0/24 and 10.78.n.0/24 that no route touches."""
+    routes = _run("ip", "-4", "route", "show", "table", "all")
+    start = os.getpid() % 254
+    numbers = ((start + i) % 254 + 1 for i in range(254))
+    return next(n for n in numbers if all(f"10.{second}.{n}." not in routes for _, second in LINKS.values()))
+
+
+def _make_key(path: Path, comment: str) -> None:
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".pub").unlink(missing_ok=True)
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path))
+
+
+def _run(*command: str) -> str:
+    environment = {"PATH": _PATH}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=LIMIT_S, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    return done.stdout
+
+
+def _wait(is_done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not is_done():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {LIMIT_S:.0f} s for {what}")
+        time.sleep(0.02)

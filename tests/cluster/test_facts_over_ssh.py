@@ -1,0 +1,108 @@
+"""Facts and faults over real ssh, on two hosts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kimi_mlx.cluster.checks import check_clock, check_reachable
+from kimi_mlx.cluster.facts import FACTS_LIMIT_S, facts_script, parse_facts
+from kimi_mlx.cluster.ssh import run_everywhere, run_script, ssh_command
+from kimi_mlx.cluster.ssh_errors import explain_ssh
+from tests.cluster.hosts import Hosts
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_hosts_tell_their_facts_in_one_trip(hosts: Hosts) -> None:
+    script = facts_script([sys.executable], [22, 23])
+    begin = time.monotonic()
+    answers = run_everywhere(["localhost", *hosts.names], script, FACTS_LIMIT_S)
+    assert time.monotonic() - begin < 20
+    for name in hosts.names:
+        assert answers[name].stderr == ""
+        facts = parse_facts(name, answers[name].stdout)
+        assert facts.is_complete
+        assert (facts.hostname, facts.system, facts.busy_ports) == (name, "Linux", (22,))
+        assert facts.home == str(hosts.home(name))
+        assert facts.python is not None
+        assert facts.python.path == sys.executable
+        assert hosts.address(name) in (facts.ip_addr or "")
+        assert "thunderbolt0" in (facts.linux_hints or "")
+        assert check_clock(facts, answers[name]).state == "ok"
+
+
+def test_what_is_sent_to_a_host_arrives(hosts: Hosts) -> None:
+    words = ["", "-x", "it's", "a\nb", '$(id) `id` "$HOME"', "a;b\\", "é *"]
+    sent = ssh_command("mac-a", ["printf", "%s\\0", *words])
+    done = subprocess.run(sent, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=20)
+    assert [word.decode() for word in done.stdout.split(b"\0")[:-1]] == words
+    data = bytes(range(256)) * 4000
+    answer = run_script("mac-a", "cat >~/x; cksum <~/x", 20, stdin_extra=data)
+    assert answer.is_ok
+    assert (hosts.home("mac-a") / "x").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "hint"),
+    [
+        ("stop_sshd", "refuses connections", "sudo systemsetup -setremotelogin on"),
+        ("change_host_key", "another host key", "ssh-keygen -R"),
+    ],
+)
+def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: str) -> None:
+    getattr(hosts, fault)("mac-b")
+    begin = time.monotonic()
+    answers = run_everywhere(hosts.names, "hostname", 30)
+    assert time.monotonic() - begin < 10
+    assert answers["mac-a"].stdout == "mac-a\n"
+    finding = check_reachable(answers["mac-b"])
+    assert finding.state == "trouble"
+    assert message in finding.message
+    assert hint in (finding.remedy or "")
+    hosts.heal()
+    assert run_script("mac-b", "hostname", 20).stdout == "mac-b\n"
+
+
+def test_a_pulled_cable_and_a_host_that_is_off(hosts: Hosts) -> None:
+    hosts.cut("mac-a", "lan")
+    hosts.power_off("mac-b")
+    begin = time.monotonic()
+    answers = run_everywhere(hosts.names, "hostname", 30)
+    assert time.monotonic() - begin < 14
+    for name in hosts.names:
+        assert f"`{name}` cannot be reached" in check_reachable(answers[name]).message
+    hosts.heal()
+    assert [each.stdout for each in run_everywhere(hosts.names, "hostname", 20).values()] == ["mac-a\n", "mac-b\n"]
+
+
+def test_an_unknown_host_and_a_foreign_key(hosts: Hosts) -> None:
+    known = hosts.folder / "known_hosts"
+    lines = known.read_text().splitlines(keepends=True)
+    known.write_text(lines[0])
+    assert "not known to ssh yet" in explain_ssh(run_script("mac-b", "true", 20)).message
+    authorized = hosts.home("mac-a") / ".ssh/authorized_keys"
+    kept = authorized.read_text()
+    authorized.write_text("")
+    try:
+        assert "does not let us in" in explain_ssh(run_script("mac-a", "true", 20)).message
+    finally:
+        authorized.write_text(kept)
+
+
+def test_a_host_that_vanishes_during_the_work_is_given_up(hosts: Hosts) -> None:
+    answers = run_everywhere(["mac-a"], "echo begun; sleep 1", 20)
+    assert answers["mac-a"].stdout == "begun\n"
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        ssh_command("mac-a", ["sleep", "100"], alive_interval_s=1), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    time.sleep(1)
+    hosts.cut("mac-a")
+    _, words = process.communicate(timeout=20)
+    assert process.returncode == 255
+    assert b"not responding" in words
+    assert time.monotonic() - begin < 8

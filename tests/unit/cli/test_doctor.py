@@ -1,0 +1,157 @@
+"""`kimi-mlx doctor`: what it prints at several widths, as JSON, and wrong usage."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from kimi_mlx.cli.app import app
+from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
+from kimi_mlx.cli.need import need_of
+from kimi_mlx.cluster.doctor import Diagnosis
+from kimi_mlx.cluster.findings import Finding
+from kimi_mlx.cluster.hosts import Host, Hostfile
+from kimi_mlx.cluster.links import Measured, Network
+from kimi_mlx.cluster.payloads import all_payloads
+from kimi_mlx.cluster.self_test import SelfTest, Timing
+from kimi_mlx.cluster.survey import Link
+from kimi_mlx.errors import ConfigError, HostfileError, UsageError
+from tests.unit.cluster.test_checks import MAC, OTHER
+
+TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
+LAN = Network("ethernet", ("10.77.1.11", "10.77.1.12"), ("en0", "en0"))
+LONG = 'sudo networksetup -setnetworkserviceenabled "Thunderbolt Bridge" off && sudo ifconfig bridge0 deletem en1'
+BOTH = "mac-a, mac-b"
+MINI = need_of("kimi-mini")
+K2 = need_of("kimi-k2")
+
+TIMINGS = tuple(Timing(each, 0.0003, 0.0008, 100) for each in all_payloads(7168, 163840, 2, 512))
+GOOD = Diagnosis(
+    ("mac-a", "mac-b"),
+    {"mac-a": MAC, "mac-b": OTHER},
+    (
+        Finding("mac-a", "reachable", "ok", "answered in 400 ms"),
+        Finding("mac-a", "disk", "ok", "800 GB are free"),
+        Finding("mac-b", "versions", "ok", "as on `mac-a`"),
+        Finding(BOTH, "link", "ok", "Thunderbolt"),
+    ),
+    (Link(TB, Measured(0.0004, 6e9)), Link(LAN, None, ("`mac-a` to `mac-b` at 10.77.1.12: refused",))),
+    TB,
+    hostfile=Hostfile((Host("mac-a", ("10.78.1.11",)), Host("mac-b", ("10.78.1.12",))), "ring"),
+    self_test=SelfTest((), TIMINGS, "gpu"),
+)
+BAD = Diagnosis(
+    ("mac-a", "mac-b"),
+    {"mac-a": MAC},
+    (
+        Finding("mac-a", "bridge", "trouble", "the Thunderbolt Bridge is on, " * 4, f"on `mac-a` type: `{LONG}`"),
+        Finding("mac-a", "clock", "warning", "7.00 s ahead", "`sudo sntp -sS time.apple.com`"),
+        Finding("mac-a", "disk", "ok", "800 GB are free"),
+        Finding("mac-b", "reachable", "trouble", "`mac-b` refuses connections\n  ssh: refused", "Remote Login"),
+    ),
+)
+
+
+def printed(diagnosis: Diagnosis, width: int, is_verbose: bool = False, option: str = "--hosts mac-a,mac-b") -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    for part in report(diagnosis, MINI, option, width, is_verbose):
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("diagnosis", [GOOD, BAD])
+def test_no_line_is_wider_than_the_terminal_but_commands_are_whole(diagnosis: Diagnosis, width: int) -> None:
+    lines = printed(diagnosis, width).splitlines()
+    assert [line for line in lines if len(line) > width] == ([LONG] if diagnosis is BAD and width < 107 else [])
+    assert diagnosis is GOOD or any(LONG in line for line in lines)
+
+
+def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
+    text = printed(GOOD, 80)
+    assert "✓ ok      2 checks    reachable, disk" in text
+    assert "answered in 400 ms" not in text
+    assert "answered in 400 ms" in printed(GOOD, 80, is_verbose=True)
+    assert "Thunderbolt (10.78.1.11, 10.78.1.12)     0.40 ms   48.00  0.30 ms  chosen" in text
+    assert "no answer" in text
+    assert "Sum of one token (bfloat16): 0.30 ms, 99 of 100 below 0.80 ms" in text
+    assert text.endswith("Nothing stands in the way. Next:\n  kimi-mlx launch --hosts mac-a,mac-b\n")
+    assert "gather of 8 tokens, float32" in printed(GOOD, 80, is_verbose=True)
+    text = printed(BAD, 80)
+    assert "✗ trouble reachable   `mac-b` refuses connections" in text
+    assert "! warning clock       7.00 s ahead" in text
+    assert "  → `sudo sntp -sS time.apple.com`" in text
+    assert "2 things stand in the way: mend from the top, then run the doctor again." in text
+    assert text.index("mac-a\n") < text.index("mac-b\n")
+
+
+def test_the_next_step() -> None:
+    assert next_step(GOOD, K2, "--hosts a,b")[1] == "kimi-mlx launch --hosts a,b chat kimi-k2"
+    assert next_step(GOOD, K2, "")[1] == "kimi-mlx chat kimi-k2"
+    one = Diagnosis(("a",), {}, (Finding("a", "x", "warning", "m", "r"),))
+    assert next_step(one, MINI, "") == ("Nothing stands in the way (1 warning). Next:", "kimi-mlx chat")
+
+
+def test_a_remedy_is_wrapped_between_commands() -> None:
+    assert remedy_lines("", 80) == []
+    assert remedy_lines("type `a b c d e f g h`, then `second command`", 30) == [
+        "  → type `a b c d e f g h`,",
+        "    then `second command`",
+    ]
+    assert remedy_lines(f"first `{LONG}`, then `x`", 60) == ["  → first", LONG, "  then `x`"]
+
+
+def test_json_has_all_of_it() -> None:
+    document = json.loads(json.dumps(to_dict(GOOD, K2)))
+    assert (document["ok"], document["model"], document["backend"]) == (True, "kimi-k2", "ring")
+    assert document["hosts"]["mac-b"]["python"]["packages"]["mlx"] == "0.32.2"
+    assert document["network"]["addresses"] == ["10.78.1.11", "10.78.1.12"]
+    assert document["hostfile"]["hosts"][0] == {"ssh": "mac-a", "ips": ["10.78.1.11"]}
+    assert document["links"][1] == {**document["links"][1], "measured": None}
+    assert len(document["self_test"]["timings"]) == 18
+    bad = to_dict(BAD, K2)
+    assert (bad["ok"], bad["hosts"]["mac-b"], bad["self_test"]) == (False, None, None)
+    assert bad["findings"][0]["remedy"].endswith(f"`{LONG}`")
+
+
+def test_what_models_need() -> None:
+    assert (MINI.repository, MINI.is_here) == (None, True)
+    assert 10**6 < (MINI.weights_bytes or 0) < 10**8
+    assert (K2.weights_bytes, K2.hidden_size, K2.cache_bytes) == (577_600_000_000, 7168, 8192 * 70272)
+
+
+def run(*arguments: str) -> BaseException | None:
+    return CliRunner().invoke(app, ["doctor", *arguments]).exception
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    for arguments in (["--hosts", "a,b", "--hostfile", "f"], ["--save", "f"], ["--python", "python3"], ["no-model"]):
+        assert isinstance(run(*arguments), UsageError)
+    assert isinstance(run("--hosts", "a,a"), HostfileError)
+    assert isinstance(run(str(tmp_path)), ConfigError)
+    file = tmp_path / "two.json"
+    file.write_text('[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "b", "ips": ["10.0.0.2"]}]')
+    error = run("--hostfile", str(file), "--backend", "jaccl")
+    assert isinstance(error, HostfileError)
+    assert "has no `rdma` devices" in error.message
+
+
+@pytest.mark.slow
+def test_this_machine_is_well_and_two_local_ranks_are(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0, document
+    assert [each["check"] for each in document["findings"]] == [
+        *("python", "chip", "memory", "disk", "model", "self-test"),
+    ] or document["hosts"]["localhost"]["system"] == "Darwin"
+    file = tmp_path / "local.json"
+    file.write_text(json.dumps([{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 2))
+    result = CliRunner().invoke(app, ["doctor", "--hostfile", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "self-test" in result.output

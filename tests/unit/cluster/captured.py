@@ -1,0 +1,134 @@
+"""What commands of macOS print, as others have captured and published it; host names and addresses changed.
+
+VM_STAT: a transcript of a Mac with 16 GB. IBV_DEVICES: MLX's documentation, an M3 Ultra. IBV_DEVINFO: Apple's TN3205
+and mlx#3467. SW_VERS and RDMA_CTL: mlx#3777. IFCONFIG, HARDWARE_PORTS: several, an M3 Ultra's ports by MLX's example.
+THUNDERBOLT: the keys that MLX's own `distributed_config` reads, values of mlx#3777 and exo#1390.
+"""
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                                4518.
+Pages active:                            194947.
+Pages inactive:                          191193.
+Pages speculative:                         3014.
+Pages throttled:                              0.
+Pages wired down:                        159117.
+Pages purgeable:                            630.
+"Translation faults":                 574921966.
+Pages copy-on-write:                   38671927.
+Pages zero filled:                    320571840.
+Pages reactivated:                     75978152.
+Pages purged:                          16666917.
+File-backed pages:                       141843.
+Anonymous pages:                         247311.
+Pages stored in compressor:             1022243.
+Pages occupied by compressor:            454496.
+Decompressions:                        73011127.
+Compressions:                          92304380.
+Pageins:                                7854456.
+Pageouts:                                320741.
+Swapins:                                 470789.
+Swapouts:                                929703.
+"""
+
+IBV_DEVICES = """\
+    device          	   node GUID
+    ------          	----------------
+    rdma_en2        	8096a9d9edbaac05
+    rdma_en3        	8196a9d9edbaac05
+    rdma_en5        	8396a9d9edbaac05
+"""
+
+IBV_DEVINFO = """\
+hca_id:	rdma_en2
+	transport:			Thunderbolt (100)
+	fw_ver:				1.0.0
+	node_guid:			8096:a9d9:edba:ac05
+	phys_port_cnt:			1
+		port:	1
+			state:			PORT_DOWN (1)
+			max_mtu:		4096 (5)
+			link_layer:		Thunderbolt
+
+hca_id:	rdma_en5
+	transport:			Thunderbolt (100)
+	phys_port_cnt:			1
+		port:	1
+			state:			PORT_ACTIVE (4)
+			link_layer:		Thunderbolt
+"""
+
+IFCONFIG = """\
+lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
+	inet 127.0.0.1 netmask 0xff000000
+en5: flags=8963<UP,BROADCAST,SMART,RUNNING,PROMISC,SIMPLEX,MULTICAST> mtu 1500
+	options=460<TSO4,TSO6,CHANNEL_IO>
+	ether 36:10:0f:92:66:40
+	media: autoselect <full-duplex>
+	status: active
+bridge0: flags=8863<UP,BROADCAST,SMART,RUNNING,SIMPLEX,MULTICAST> mtu 1500
+	inet 169.254.56.135 netmask 0xffff0000 broadcast 169.254.255.255
+	member: en5 flags=3<LEARNING,DISCOVER>
+	status: active
+"""
+
+HARDWARE_PORTS = """\
+
+Hardware Port: Thunderbolt Bridge
+Device: bridge0
+Ethernet Address: 36:10:0f:92:66:40
+
+Hardware Port: Thunderbolt 4
+Device: en5
+Ethernet Address: 36:10:0f:92:66:40
+"""
+
+THUNDERBOLT = """\
+{
+  "SPThunderboltDataType" : [
+    {
+      "_items" : [ { "device_name_key" : "Mac15,14", "domain_uuid_key" : "88F10ACA-5CAA-4F5D-8361-03EED54ACB5A" } ],
+      "device_name_key" : "Mac Studio",
+      "domain_uuid_key" : "7F158861-C131-4D0D-83B6-CA50EF76C32B",
+      "receptacle_1_tag" : { "current_speed_key" : "80 Gb/s", "receptacle_id_key" : "4" }
+    }
+  ]
+}
+"""
+
+NETSTAT = """\
+Active Internet connections (including servers)
+Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
+tcp4       0      0  *.5000                 *.*                    LISTEN
+tcp6       0      0  *.32323                *.*                    LISTEN
+tcp4       0      0  192.168.1.20.49152     192.168.1.10.22        ESTABLISHED
+"""
+
+DF = """\
+Filesystem     1024-blocks      Used Available Capacity  Mounted on
+/dev/disk3s5    1942700360 900000000 987654321    48%    /System/Volumes/Data
+"""
+
+COMMANDS = {
+    "uname": "case $1 in -s) echo Darwin;; -n) echo mac-b.local;; -r) echo 25.5.0;; -m) echo arm64;; esac",
+    "sw_vers": "case $1 in -productVersion) echo 26.5.1;; -buildVersion) echo 25F80;; esac",
+    "sysctl": 'case $2 in machdep.cpu.brand_string) echo "Apple M3 Ultra";; hw.memsize) echo 549755813888;; '
+    "iogpu.wired_limit_mb) echo 0;; esac",
+    "date": "echo 1795330360.N",  # of macOS before it knew %N
+    "perl": "printf 1795330360.25",
+    "xcode-select": "exit 2",
+    "rdma_ctl": "echo enabled",
+}
+"""Commands of a Mac that are more than their output: name -> a script."""
+
+OUTPUTS = {
+    "vm_stat": VM_STAT,
+    "ibv_devices": IBV_DEVICES,
+    "ibv_devinfo": IBV_DEVINFO,
+    "ifconfig": IFCONFIG,
+    "networksetup": HARDWARE_PORTS,
+    "system_profiler": THUNDERBOLT,
+    "netstat": NETSTAT,
+    "df": DF,
+}
+"""Commands of a Mac: name -> what they print."""

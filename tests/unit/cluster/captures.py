@@ -1,0 +1,28 @@
+"""What the commands of macOS and Linux print; captures/README.md says where it is from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kimi_mlx.cluster.interfaces import Interface, linux_interfaces, macos_interfaces
+from kimi_mlx.cluster.thunderbolt import ThunderboltPort, thunderbolt_ports
+
+
+def capture(name: str) -> str:
+    """A file of `captures/`."""
+    return (Path(__file__).parent / "captures" / name).read_text()
+
+
+def mac(name: str, ports_of: str = "") -> tuple[Interface, ...]:
+    """The interfaces of `studio`, `studio-rdma` or `macbook`."""
+    return macos_interfaces(capture(f"{name}-ifconfig.txt"), capture(f"{ports_of or name}-hardware-ports.txt"))
+
+
+def linux() -> tuple[Interface, ...]:
+    """The interfaces of the Linux host."""
+    return linux_interfaces(capture("linux-ip-addr.json"), capture("linux-hints.txt"))
+
+
+def ports(name: str) -> tuple[ThunderboltPort, ...]:
+    """The Thunderbolt ports of `studio` or `macbook`."""
+    return thunderbolt_ports(capture(f"{name}-thunderbolt.json"), capture(f"{name}-hardware-ports.txt"))
