@@ -7,6 +7,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
@@ -69,6 +70,7 @@ class Ring:
         self._module = module
         self._is_over = is_over or threading.Event()
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._early: deque[tuple[int, Message]] = deque()  # what fast ranks say while slow ones still join
         self._ranks: list[RankProcess] = []
         self._pids: list[int | None] = []
         self._logs = open_logs(cluster.size)
@@ -84,6 +86,7 @@ class Ring:
         """
         self._tag = secrets.token_hex(8)
         self._inbox = queue.SimpleQueue()  # what an earlier start may still say is not heard
+        self._early.clear()
         self._pids = [None] * self.world_size
         try:
             for rank in range(self.world_size):
@@ -122,6 +125,8 @@ class Ring:
         while self._ranks:
             if self._is_over.is_set():
                 return
+            while self._early:
+                yield self._early.popleft()
             try:
                 rank, message = self._inbox.get(timeout=LOOK_EVERY_S)
             except queue.Empty:
@@ -234,6 +239,8 @@ class Ring:
                 raise self._ended(rank, decode_error(message))
             if message["kind"] == kind:
                 found[rank] = message
+            elif message["kind"] != "alive":
+                self._early.append((rank, message))
         return found
 
     def _look(self) -> None:

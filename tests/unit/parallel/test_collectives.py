@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from kimi_mlx.engine.generate import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.request import Event, Request, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.collectives import GroupExchange
@@ -85,6 +86,12 @@ class StaleGroup(CountingGroup):
         return rows
 
 
+def _noted(events: Iterator[Event], seen: list[Event]) -> Iterator[Event]:
+    for event in events:
+        seen.append(event)
+        yield from ()
+
+
 def test_a_gather_that_brings_old_memory_gives_no_token(tmp_path: Path) -> None:
     golden = load_golden("k2")
     folder = write_checkpoint(tmp_path / "k2", golden.config, golden.seed)
@@ -97,11 +104,10 @@ def test_a_gather_that_brings_old_memory_gives_no_token(tmp_path: Path) -> None:
     for stale_from, tokens in ((2, 0), (3, 1), (6, 4)):  # the first gather is of a chunk of the prompt
         engine.cache.clear()
         group.gathers, group.stale_from = 0, stale_from
-        seen: list[int] = []
+        seen: list[Event] = []
         with pytest.raises(RingError, match="not of this step"):
-            for event in engine.generate(Request((1, 2, 3), max_tokens=9)):
-                seen += [event.id] if isinstance(event, Token) else []
-        assert seen == expected[:tokens]
+            seen.extend(_noted(engine.generate(Request((1, 2, 3), max_tokens=9)), seen))
+        assert [event.id for event in seen if isinstance(event, Token)] == expected[:tokens]
         group.stale_from = 10**9
 
 
