@@ -20,7 +20,7 @@ from kimi_mlx.cluster.messages import Message
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
 from kimi_mlx.runtime.channel import Channel, run_rank
-from kimi_mlx.runtime.joining import join_mlx
+from kimi_mlx.runtime.joining import join_several
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 Loader = Callable[[], nn.Module]
@@ -43,8 +43,7 @@ def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
 
     def serve(channel: Channel, start: Message) -> None:
         prepare_device(samples=False)
-        group = join_mlx(channel, start)
-        assert group is not None
+        group = join_several(channel, start)
         load = open_loader(start, group)
         channel.send("ready")
         channel.commands.get()

@@ -17,9 +17,11 @@ import typer
 from kimi_mlx import __version__
 from kimi_mlx.cli.bench import bench
 from kimi_mlx.cli.chat import chat
+from kimi_mlx.cli.check import check
 from kimi_mlx.cli.convert import convert
 from kimi_mlx.cli.doctor import doctor
 from kimi_mlx.cli.download import download
+from kimi_mlx.cli.launch import launch
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
@@ -91,6 +93,18 @@ app.command(
         "kimi-mlx convert ./Kimi-K2 ./k2-3bit --expert-bits 3",
     )
 )(convert)
+app.command(
+    # what follows COMMAND is its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog=examples(
+        "kimi-mlx launch --hosts mac-a,mac-b --install              bring kimi-mlx to both, then chat",
+        "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host fetches its part, once in all",
+        'kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 -p "Hi"',
+        "kimi-mlx launch --hosts mac-a,mac-b --save two.json check kimi-k2",
+        "kimi-mlx launch --hostfile two.json bench kimi-k2 --prompt-tokens 128,1024",
+    ),
+)(launch)
+app.command(hidden=True)(check)
 app.command(
     epilog=examples(
         "kimi-mlx doctor                        this machine",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kimi_mlx.cli.launched import launched_of, open_launched, refuse_ranks
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def bench(
+    context: typer.Context,
     model: ModelArgument = None,
     synthetic: Annotated[
         Literal["wide", "deep"] | None,
@@ -54,23 +56,37 @@ def bench(
     """Measure a model: prefill and decode tok/s, time to first token, peak memory."""
     from kimi_mlx.bench import report
     from kimi_mlx.bench.measure import Plan, measure
+    from kimi_mlx.bench.sides import SessionSide
     from kimi_mlx.model.config import load_config
 
     refuse_launcher()
     plan = Plan(_sizes(prompt_tokens), generation_tokens, warmup, repeat, seed)
-    folder = _folder(model, synthetic, ranks, json)
-    options = SessionOptions(folder, ranks, dtype)
-    config = load_config(folder)
-    plan.check_context(config.max_position_embeddings)
-    settings = {
-        "model": synthetic or model or folder.name,
-        "ranks": ranks,
-        "dtype": _dtype_name(dtype, folder),
-        "machine": report.machine(),
-        "versions": report.versions(),
-    }
-    with _open_sides(options, against, json) as sides, _run_progress(sides, plan, json) as advance:
-        runs = measure(sides, plan, config.vocab_size, advance)
+    launched = launched_of(context)
+    with ExitStack() as stack:
+        if launched is not None:
+            refuse_ranks(ranks)
+            if against is not None or synthetic is not None:
+                raise UsageError("--against and --synthetic measure on this machine", hint="leave out --hosts")
+            target = understand(model or Settings.from_environment().model)
+            session = stack.enter_context(closing(open_launched(launched, target, dtype, False, json)))
+            folder, sides = session.text_folder, [SessionSide("kimi-mlx", session)]
+            ranks = launched.cluster.size
+        else:
+            folder = _folder(model, synthetic, ranks, json)
+            plan.check_context(load_config(folder).max_position_embeddings)
+            sides = stack.enter_context(_open_sides(SessionOptions(folder, ranks, dtype), against, json))
+        config = load_config(folder)
+        plan.check_context(config.max_position_embeddings)
+        settings = {
+            "model": synthetic or model or Settings.from_environment().model,
+            "ranks": ranks,
+            "hosts": None if launched is None else launched.cluster.names,
+            "dtype": _dtype_name(dtype, folder),
+            "machine": report.machine(),
+            "versions": report.versions(),
+        }
+        with _run_progress(sides, plan, json) as advance:
+            runs = measure(sides, plan, config.vocab_size, advance)
     if json:
         print_json(report.to_dict(runs, plan, settings))
         return

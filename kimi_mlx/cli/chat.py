@@ -6,12 +6,14 @@ import os
 import stat
 import sys
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kimi_mlx.cli.launched import launched_of, open_launched, refuse_ranks
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
@@ -24,11 +26,12 @@ from kimi_mlx.runtime.chat import ChatOptions, Conversation
 from kimi_mlx.runtime.session import Session, SessionOptions, open_session
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.settings import Settings
-from kimi_mlx.store.locate import understand
+from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.text.messages import Delta
 
 
 def chat(
+    context: typer.Context,
     model: ModelArgument = None,
     prompt: Annotated[
         str | None,
@@ -66,15 +69,23 @@ def chat(
     name = model or Settings.from_environment().model
     target = understand(name)
     question = _question(prompt, json)
-    folder = obtain(target, ranks, is_quiet=json)
-    load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
-    entry = target.entry
-    tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
+    launched = launched_of(context)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    sampling = _sampling(tokenizer.sampling, entry if thinking is False else None, given)
-    options = ChatOptions(max_tokens, sampling, None, {} if thinking is None else {"thinking": thinking})
-    session_options = SessionOptions(folder, ranks, dtype, samples=sampling.temperature > 0)
-    with closing(_open(session_options, name, json)) as session:
+    asking = _Asking(target, thinking, given)
+    with ExitStack() as stack:
+        session: Session
+        if launched is not None:
+            refuse_ranks(ranks)
+            ring = stack.enter_context(closing(open_launched(launched, target, dtype, temperature != 0, json)))
+            tokenizer, options = asking.read(ring.text_folder, max_tokens)
+            session = ring
+        else:
+            folder = obtain(target, ranks, is_quiet=json)
+            load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
+            tokenizer, options = asking.read(folder, max_tokens)
+            samples = options.sampling is not None and options.sampling.temperature > 0
+            session = _open(SessionOptions(folder, ranks, dtype, samples=samples), name, json)
+            stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for one-shot answers
@@ -82,6 +93,29 @@ def chat(
             raise typer.Exit(run_repl(conversation, model_name=name))
         answer = _answer_json if json else _answer
         answer(conversation, question)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How the user wants to be answered.
+
+    Args:
+        target: the model.
+        thinking: whether it reasons first; None leaves it to the model.
+        given: options of the sampling; None where there is none.
+    """
+
+    target: Target
+    thinking: bool | None
+    given: Mapping[str, float | int | None]
+
+    def read(self, folder: Path, max_tokens: int | None) -> tuple[ChatTokenizer, ChatOptions]:
+        """The text side of the checkpoint in a folder, and how to ask it."""
+        entry = self.target.entry
+        tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
+        sampling = _sampling(tokenizer.sampling, entry if self.thinking is False else None, self.given)
+        template = {} if self.thinking is None else {"thinking": self.thinking}
+        return tokenizer, ChatOptions(max_tokens, sampling, None, template)
 
 
 def _sampling(

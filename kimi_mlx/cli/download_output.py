@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.runtime.stores import Result
 from kimi_mlx.units import format_bytes, format_gib, format_seconds
-
-Result = dict[str, Any]
-"""The JSON document of a download."""
 
 
 def print_result(result: Result) -> None:

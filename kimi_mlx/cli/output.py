@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,8 +54,12 @@ def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
 
 
 @contextmanager
-def load_progress(what: str, is_quiet: bool = False) -> Generator[Callable[[int, int], None]]:
-    """A bar of layers loaded, on stderr of a terminal; yields what to call with (done, total)."""
+def load_progress(what: str | Sequence[str], is_quiet: bool = False) -> Generator[Callable[..., None]]:
+    """A bar of layers loaded, or one for each of several ranks, on stderr of a terminal.
+
+    Yields:
+        What to call with (done, total), or (done, total, rank).
+    """
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -67,5 +71,9 @@ def load_progress(what: str, is_quiet: bool = False) -> Generator[Callable[[int,
         disable=is_quiet or not stderr.is_terminal,
     )
     with progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        tasks = [progress.add_task(each, total=None) for each in ([what] if isinstance(what, str) else what)]
+
+        def update(done: int, total: int, rank: int = 0) -> None:
+            progress.update(tasks[rank], completed=done, total=total)
+
+        yield update

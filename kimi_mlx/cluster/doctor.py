@@ -55,6 +55,17 @@ class Diagnosis:
         """Whether anything stands in the way."""
         return has_trouble(self.findings)
 
+    @property
+    def pythons(self) -> dict[str, str]:
+        """Host -> the interpreter to use, of those that have one."""
+        return {host: facts.python.path for host, facts in self.facts.items() if facts.python is not None}
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Where ranks can be started; None if hosts cannot be reached, lack Python, or do not reach each other."""
+        is_whole = self.hostfile is not None and self.pythons.keys() >= set(self.hosts)
+        return Cluster(self.hostfile, self.backend, self.pythons) if self.hostfile and is_whole else None
+
 
 def examine(question: Question, own_python: str, say: Say = lambda text: None) -> Diagnosis:
     """Ask, check, measure, test.
@@ -83,7 +94,7 @@ def _examine(question: Question, own_python: str, say: Say) -> Diagnosis:
     if len(question.names) == 1:
         diagnosis = replace(diagnosis, hostfile=question.hostfile)
     elif not _is_blocked(diagnosis):  # addresses that are not there need no measurement
-        result = join_hosts(question, _pythons(diagnosis), joined, backend, say)
+        result = join_hosts(question, diagnosis.pythons, joined, backend, say)
         diagnosis = replace(
             diagnosis,
             findings=(*diagnosis.findings, *result.findings),
@@ -120,7 +131,7 @@ def _test(question: Question, diagnosis: Diagnosis, say: Say) -> Diagnosis:
     slowest_s = 4 * question.world_size * max(payload.size_bytes for payload in payloads) / (rate or 1e9)
     over = "" if question.world_size == 1 else f" of {question.world_size} ranks over {diagnosis.backend}"
     say(f"self-test{over}")
-    result = self_test(Cluster(hostfile, diagnosis.backend, _pythons(diagnosis)), payloads, slowest_s)
+    result = self_test(Cluster(hostfile, diagnosis.backend, diagnosis.pythons), payloads, slowest_s)
     if result.is_stalled and diagnosis.network is not None:
         say("looking for the dead link")
         result = _with_dead_links(result, diagnosis, [host.ssh for host in hostfile.hosts])
@@ -134,7 +145,7 @@ def _test(question: Question, diagnosis: Diagnosis, say: Say) -> Diagnosis:
 
 def _with_dead_links(result: SelfTest, diagnosis: Diagnosis, hosts: Sequence[str]) -> SelfTest:
     assert diagnosis.network is not None
-    link = measure_network(hosts, diagnosis.network, _pythons(diagnosis), DEAD_LINK_LIMIT_S)
+    link = measure_network(hosts, diagnosis.network, diagnosis.pythons, DEAD_LINK_LIMIT_S)
     found = "; ".join(link.problems) or "all links answer now; the fault has gone, or is in MLX"
     message = f"{result.findings[0].message}\n  {found}"
     return replace(result, findings=(replace(result.findings[0], message=message), *result.findings[1:]))
@@ -156,7 +167,3 @@ def _without_test(question: Question, diagnosis: Diagnosis) -> Diagnosis:
 
 def _is_blocked(diagnosis: Diagnosis) -> bool:
     return any(finding.state == "trouble" and finding.check in BLOCKING for finding in diagnosis.findings)
-
-
-def _pythons(diagnosis: Diagnosis) -> dict[str, str]:
-    return {host: facts.python.path for host, facts in diagnosis.facts.items() if facts.python is not None}

@@ -14,7 +14,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from zlib import crc32
 
 import mlx.core as mx
@@ -109,14 +109,17 @@ class CheckedGroup:
                 self._answered.put(error)
 
 
-def join_ring() -> CheckedGroup:
-    """Join the group that MLX's variables tell of.
+def join_checked(connect: Callable[[], mx.distributed.Group]) -> CheckedGroup:
+    """Join a group.
+
+    Args:
+        connect: makes MLX's connections to the neighbours.
 
     Raises:
         RuntimeError: the others cannot be reached.
     """
     before = _connections()
-    group = MlxGroup(mx.distributed.init(strict=True))
+    group = MlxGroup(connect())
     return CheckedGroup(group, sorted(_connections() - before))
 
 

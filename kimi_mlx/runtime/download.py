@@ -13,7 +13,7 @@ import numpy as np
 from kimi_mlx import __version__
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import look_up
-from kimi_mlx.parallel.checked_group import join_ring
+from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import plan_hybrid
 from kimi_mlx.parallel.together import require_equal, together
@@ -67,7 +67,7 @@ def join_group() -> Group:
     if "MLX_RANK" not in os.environ:
         return SingleGroup()
     try:
-        return join_ring()
+        return join_checked(lambda: mx.distributed.init(strict=True))
     except RuntimeError as error:
         raise RingError(
             f"the group of hosts cannot be joined: {error}", hint="check the hostfile and that all hosts were started"

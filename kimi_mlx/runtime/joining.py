@@ -14,7 +14,7 @@ from kimi_mlx.cluster.backends import backend_variables
 from kimi_mlx.cluster.launch import available_processors, processor_of
 from kimi_mlx.cluster.link_watch import LinkWatch
 from kimi_mlx.cluster.messages import Message
-from kimi_mlx.errors import RingError
+from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
 from kimi_mlx.runtime.channel import Channel
 
@@ -49,6 +49,14 @@ def join_mlx(channel: Channel, start: Message) -> mx.distributed.Group | None:
         links.start(ring["word"].encode(), _neighbours(ring["links"], start["rank"]))
         channel.links = links
     channel.send("joined")
+    return group
+
+
+def join_several(channel: Channel, start: Message) -> mx.distributed.Group:
+    """The same for work that one rank alone has none of."""
+    group = join_mlx(channel, start)
+    if group is None:
+        raise UsageError("there is only one rank", hint="name two hosts or more")
     return group
 
 

@@ -28,7 +28,7 @@ from kimi_mlx.engine.request import (
     Token,
 )
 from kimi_mlx.errors import KimiMlxError, RingError, SshError
-from kimi_mlx.runtime.session import LoadProgress, SessionOptions
+from kimi_mlx.runtime.session import RankProgress, SessionOptions
 
 BACK_OFF_S = (1.0, 10.0, 30.0)
 """Before the first start again, the second, and all later ones."""
@@ -104,7 +104,7 @@ class RingSession:
         KimiMlxError: the ring does not come to stand, or the model cannot be loaded; nothing is left of it then.
     """
 
-    def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
+    def __init__(self, options: SessionOptions, progress: RankProgress = lambda done, total, rank: None):
         self._options = options
         self._cluster = options.cluster or local_cluster(options.ranks)
         if options.folder is not None:
@@ -202,7 +202,7 @@ class RingSession:
         if job.is_cancelled:
             self._cancel(job)
 
-    def _start(self, progress: LoadProgress, *, wants_text: bool) -> None:
+    def _start(self, progress: RankProgress, *, wants_text: bool) -> None:
         """Start the ranks and wait until each has loaded its share."""
         options = self._options
         self._ring.start(
@@ -213,12 +213,10 @@ class RingSession:
             samples=options.samples,
             wants_text=wants_text,
         )
-        loaded = dict.fromkeys(range(self._cluster.size), 0)
-        waiting = set(loaded)
+        waiting = set(range(self._cluster.size))
         for rank, message in self._ring.messages():
             if message["kind"] == "loading":
-                loaded[rank] = message["done"]
-                progress(min(loaded.values()), message["total"])
+                progress(message["done"], message["total"], rank)
             elif message["kind"] == "text":
                 self._keep_text(message["files"])
             elif message["kind"] == "ready":
@@ -257,7 +255,7 @@ class RingSession:
             if self._is_closing.wait(BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]):
                 return error
             try:
-                self._start(lambda done, total: None, wants_text=False)
+                self._start(lambda done, total, rank: None, wants_text=False)
             except (RingError, SshError) as found:
                 error = found
                 continue

@@ -14,7 +14,10 @@ from kimi_mlx.engine.request import Event, Request
 from kimi_mlx.errors import UsageError
 
 LoadProgress = Callable[[int, int], None]
-"""Called with layers loaded and layers in all, of the slowest rank."""
+"""Called with layers loaded and layers in all."""
+
+RankProgress = Callable[[int, int, int], None]
+"""The same, and of which rank."""
 
 MAX_RANKS = 64
 
@@ -115,9 +118,15 @@ class LocalSession:
 
 
 def open_session(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Session:
-    """Load a model in this process, or on a ring if there are several ranks or other hosts."""
-    if options.cluster is None and options.ranks == 1:
+    """Load a model in this process, or on a ring of local ranks if there are several."""
+    if options.ranks == 1:
         return LocalSession(options, progress)
     from kimi_mlx.runtime.ring_session import RingSession
 
-    return RingSession(options, progress)
+    loaded = dict.fromkeys(range(options.ranks), 0)
+
+    def slowest(done: int, total: int, rank: int) -> None:
+        loaded[rank] = done
+        progress(min(loaded.values()), total)
+
+    return RingSession(options, slowest)

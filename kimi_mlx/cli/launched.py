@@ -1,0 +1,72 @@
+"""What `kimi-mlx launch` has prepared for the command that it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import typer
+
+from kimi_mlx.cli.output import load_progress
+from kimi_mlx.cluster.hosts import Cluster
+from kimi_mlx.cluster.watch import Limits
+from kimi_mlx.errors import UsageError
+from kimi_mlx.runtime.ring_session import RingSession
+from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.store.locate import Target
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cluster that is ready.
+
+    Args:
+        cluster: where ranks run.
+        option: how the hosts were named, for hints: `--hosts a,b`.
+        restarts: how often a lost ring is started again.
+        limits: how long things may take on it.
+    """
+
+    cluster: Cluster
+    option: str
+    restarts: int
+    limits: Limits
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"{self.cluster.size} ranks on {', '.join(self.cluster.names)}"
+
+
+def launched_of(context: typer.Context) -> Launched | None:
+    """What a command was launched on; None if it was typed alone."""
+    return context.obj if isinstance(context.obj, Launched) else None
+
+
+def refuse_ranks(ranks: int | None) -> None:
+    """Refuse `--ranks` beside hosts."""
+    if ranks not in (None, 1):
+        raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
+
+
+def open_launched(launched: Launched, target: Target, dtype: str | None, samples: bool, is_quiet: bool) -> RingSession:
+    """Load a model on the cluster, behind a bar for each rank.
+
+    Raises:
+        MissingModelError: a host lacks it.
+        KimiMlxError: it cannot be loaded, or a rank is lost.
+    """
+    options = SessionOptions(
+        folder=None,
+        dtype=dtype,
+        samples=samples,
+        model=str(target.folder.resolve()) if target.repository is None and target.folder else target.name,
+        cluster=launched.cluster,
+        restarts=launched.restarts,
+        limits=launched.limits,
+    )
+    names = [
+        f"loading {target.name} on {host.ssh}" + (f", rank {rank}" if len(launched.cluster.names) == 1 else "")
+        for rank, host in enumerate(launched.cluster.hostfile.hosts)
+    ]
+    with load_progress(names, is_quiet) as progress:
+        return RingSession(options, progress)
