@@ -103,6 +103,16 @@ class RankProcess:
         """Its last lines of standard error."""
         return "\n".join(self._words)
 
+    @property
+    def last_line(self) -> str:
+        """The last one of standard error; empty if there is none."""
+        return self._words[-1] if self._words else ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
     def how_it_ended(self) -> str:
         """In words: the signal or the exit code, and its last lines."""
         if not self.has_ended(1):
