@@ -43,8 +43,7 @@ _FULL = r"no space left|disk quota exceeded|os error 28"
 _DENIED = r"permission denied|read-only file system|not a directory|operation not permitted"
 _NO_NETWORK = (
     r"name resolution|name or service not known|nodename nor servname|failed to establish a new connection|"
-    r"network is unreachable|connection refused|timed out|dns error|error sending request|failed to fetch|"
-    r"from versions: none"
+    r"network is unreachable|connection refused|timed out|dns error|error sending request|failed to fetch"
 )
 _NO_SUCH = r"no matching distribution|no solution found|could not find a version"
 
@@ -103,14 +102,15 @@ def install_error(troubles: Mapping[str, Trouble]) -> InstallError:
 
 def _hint(facts: Facts, words: str) -> str:
     host, folder = shlex.quote(facts.host), shlex.quote(facts.data_folder or "")
+    look = f"`ssh {host} curl -sSI https://pypi.org/simple/`"
     if re.search(_FULL, words, re.IGNORECASE):
         return f"make room there; what is full: `ssh {host} df -h`"
     if re.search(_NO_NETWORK, words, re.IGNORECASE):
-        return f"has it a way to the internet? `ssh {host} curl -sSI https://pypi.org/simple/`"
+        return f"has it a way to the internet? {look}"
     if re.search(_DENIED, words, re.IGNORECASE):
         return f"whose is it? Type there `ls -ld {folder}`"
     if re.search(_NO_SUCH, words, re.IGNORECASE):
-        return "there is no wheel for its system: is its macOS as new as this machine's?"
+        return f"has it a way to the internet ({look}), and a system as new as this machine's?"
     return f"read the lines above; by hand: `ssh {host}`"
 
 
