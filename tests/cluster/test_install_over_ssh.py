@@ -104,7 +104,7 @@ def cut_off(hosts: Hosts, own: Interpreter) -> None:
     """Give up an installation that hangs; it ends on the host, and nothing there is taken for an interpreter."""
     program = hosts.home("mac-a") / ".local/bin/uv"
     program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\n[ "$1" = pip ] || exec python3 -m venv --without-pip "$4"\nsleep 987654\n')
+    program.write_text('#!/bin/sh\n[ "$1" = pip ] || exec mkdir -p "$4"\nsleep 987654\n')
     program.chmod(0o755)
     with pytest.raises(InstallError, match="it was installing kimi-mlx") as caught:
         install(ask(hosts, "mac-a"), own, lambda text: None, 3.0)
