@@ -28,6 +28,8 @@ _WHEEL = f"Wheel-Version: 1.0\nGenerator: kimi-mlx\nRoot-Is-Purelib: true\nTag: 
 def build_wheel(folder: Path) -> Path:
     """Write the wheel of the running kimi-mlx; the same files give the same bytes.
 
+    What it depends on is what its installation says: after a change of pyproject.toml, install it anew.
+
     Args:
         folder: where to, under the name that pip expects.
 
