@@ -4,6 +4,7 @@ KimiMlxError
 ├── UsageError       an option or argument that cannot be meant that way
 ├── ConfigError      a `config.json` (or one like it) that we cannot serve
 ├── WeightsError     checkpoint files: missing, foreign, broken
+│   └── MissingModelError   a model that is not on a host yet
 ├── TextError        tokenizer, chat template, messages
 ├── PlacementError   a model that cannot be divided as asked
 ├── EngineError      generation: request too long, cache misuse
@@ -12,6 +13,7 @@ KimiMlxError
 ├── SshError         a host that ssh does not reach, or that does not do what it is told
 ├── InstallError     kimi-mlx cannot be brought to hosts
 └── RingError        ranks that do not start, die or fall silent
+    └── StallError   ranks that are alive, but come no further
 
 Each one says what failed and where, with both numbers where there are two, and carries a hint: what to type next.
 """
@@ -51,6 +53,10 @@ class WeightsError(KimiMlxError):
     """Checkpoint files that are missing, foreign or broken."""
 
 
+class MissingModelError(WeightsError):
+    """A model that is not on a host yet."""
+
+
 class TextError(KimiMlxError):
     """Tokenizer, chat template or message trouble."""
 
@@ -81,3 +87,7 @@ class LinkError(KimiMlxError):
 
 class RingError(KimiMlxError):
     """Ranks that do not start, die or fall silent."""
+
+
+class StallError(RingError):
+    """Ranks that are alive, but come no further."""

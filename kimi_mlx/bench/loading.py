@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_mlx.bench.loading_files import LoadingFiles, drop_caches
+from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message
-from kimi_mlx.cluster.ring import LocalRing
+from kimi_mlx.cluster.ring import Ring
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def measure_loading(
 
 def run_loading(side: LoadingSide, repetition: int = 0) -> LoadingRun:
     """Load once, in fresh processes, with cold caches where the system allows it."""
-    with closing(LoadingRing(len(side.folders), side.module)) as ring:
+    with closing(Ring(local_cluster(len(side.folders)), module=side.module)) as ring:
         started = time.monotonic()
         ring.start(folders=[str(folder) for folder in side.folders], dtype=side.dtype, mode=side.mode)
         messages = ring.messages()
@@ -130,14 +131,6 @@ def run_loading(side: LoadingSide, repetition: int = 0) -> LoadingRun:
         total_s = ready - started + time.monotonic() - told
     loads = tuple(Load(**found[rank]["load"]) for rank in sorted(found))
     return LoadingRun(side.name, repetition, loads, total_s, caches)
-
-
-class LoadingRing(LocalRing):
-    """Ranks that load."""
-
-    def __init__(self, world_size: int, module: str):
-        super().__init__(world_size)
-        self.module = module
 
 
 def _from_all(messages: Iterator[tuple[int, Message]], kind: str, count: int) -> dict[int, Message]:

@@ -6,11 +6,8 @@ parameters are in memory. The process then waits until its input ends.
 
 from __future__ import annotations
 
-import os
 import resource
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from kimi_mlx.cluster.messages import Message, decode, encode, encode_error
-from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.cluster.messages import Message
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
+from kimi_mlx.runtime.channel import Channel, run_rank
+from kimi_mlx.runtime.joining import join_mlx
 from kimi_mlx.runtime.load import load_share, prepare_device
-from kimi_mlx.runtime.rank import Channel
 
 Loader = Callable[[], nn.Module]
 PROCESS = Path("/proc/self")
@@ -43,27 +40,19 @@ def open_kimi_mlx(start: Message, group: mx.distributed.Group) -> Loader:
 
 def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
     """Get ready, load when told, report; without return."""
-    channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
-    try:
-        start = decode(sys.stdin.buffer.readline())
-        if start["processor"] is not None:
-            os.sched_setaffinity(0, {start["processor"]})
-        channel.serve()
+
+    def serve(channel: Channel, start: Message) -> None:
         prepare_device(samples=False)
-        group = mx.distributed.init(strict=True, backend="ring")
+        group = join_mlx(channel, start)
+        assert group is not None
         load = open_loader(start, group)
-        mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=group))
-        channel.send(encode("ready"))
+        channel.send("ready")
         channel.commands.get()
-        channel.send(encode("measured", load=measure(load)))
+        channel.made_step("load")
+        channel.send("measured", load=measure(load))
         channel.commands.get()
-    except KimiMlxError as error:
-        channel.send(encode_error(error, int(os.environ["MLX_RANK"])))
-    except Exception:  # the front shows the last lines of what is written here
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)  # without waiting for the thread that reads, or for MLX's threads
+
+    run_rank(serve)
 
 
 def measure(load: Loader) -> dict[str, Any]:

@@ -6,8 +6,6 @@ side. It speaks the language of kimi_mlx.cluster.messages.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,49 +18,42 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kimi_mlx.cluster.messages import Message, decode, encode, encode_error
+from kimi_mlx.cluster.messages import Message
 from kimi_mlx.engine.generate import PREFILL_CHUNK
 from kimi_mlx.engine.request import Event, Finished, Request, Statistics, Token
-from kimi_mlx.errors import EngineError, KimiMlxError, WeightsError
+from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.channel import Channel, run_rank
+from kimi_mlx.runtime.joining import join_mlx
 from kimi_mlx.runtime.load import compute_type
-from kimi_mlx.runtime.rank import Channel, encode_event
+from kimi_mlx.runtime.rank import encode_event
 
 
 def main() -> None:
-    """Run a rank; its exit code is 0 if the front ended it, 1 after an error."""
-    channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
-    rank = int(os.environ["MLX_RANK"])
-    start = decode(sys.stdin.buffer.readline())
-    if start["processor"] is not None:
-        os.sched_setaffinity(0, {start["processor"]})
-    channel.serve()
-    try:
-        serve(channel, start, rank)
-    except KimiMlxError as error:
-        channel.send(encode_error(error, rank))
-        sys.exit(1)
+    """Run a rank."""
+    run_rank(serve)
 
 
-def serve(channel: Channel, start: Message, rank: int) -> None:
+def serve(channel: Channel, start: Message) -> None:
     """Load and answer."""
-    group = None if start["mode"] == "single" else mx.distributed.init(strict=True, backend="ring")
+    group = join_mlx(channel, start)
+    rank = start["rank"]
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
-    if group is not None:
-        mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
-    channel.send(encode("ready"))
+    channel.send("ready")
     while True:
         command = channel.commands.get()
+        channel.made_step("prefill")
         ids: list[int] = []
         try:
             for event in generate(model, Request.from_dict(command["request"])):
                 if isinstance(event, Token):
                     ids.append(event.id)
+                    channel.made_step("decode")
                     if group is not None and rank == 0:  # a leader shows its tokens, as kimi-mlx's does
-                        channel.send(encode_event(event))
+                        channel.write(encode_event(command["number"], event))
                 elif isinstance(event, Finished):
-                    channel.send(encode("finished", ids=ids, statistics=event.statistics.to_dict()))
+                    channel.made_step("idle")
+                    channel.send("finished", ids=ids, statistics=event.statistics.to_dict())
         except Exception as error:  # another project's code: it may raise anything
             raise EngineError(
                 f"mlx-lm ({start['mode']}) failed: {_words(error)}",

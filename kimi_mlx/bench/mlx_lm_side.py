@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from kimi_mlx.bench.sides import Answer
+from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message, decode_error
-from kimi_mlx.cluster.ring import LocalRing
+from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.engine.request import Request, Statistics
 from kimi_mlx.errors import RingError
 from kimi_mlx.runtime.session import SessionOptions
@@ -18,38 +17,10 @@ MODES: Mapping[bool, tuple[str, ...]] = {False: ("single",), True: ("tensor", "p
 """How mlx-lm runs a model on one process, and the ways it has to share one among several."""
 
 
-class MlxLmRing(LocalRing):
-    """Ranks that run mlx-lm.
-
-    Each rank has a folder for temporary files of its own: there mx.compile writes what it compiles for the CPU, and
-    two ranks at once would read each other's half-written files.
-    """
-
-    module = "kimi_mlx.bench.mlx_lm_rank"
-
-    def __init__(self, world_size: int):
-        super().__init__(world_size)
-        self._folder = tempfile.TemporaryDirectory(prefix="kimi-mlx-bench-", ignore_cleanup_errors=True)
-
-    def _environment(self, rank: int, hostfile: str) -> dict[str, str]:
-        folder = Path(self._folder.name) / str(rank)
-        folder.mkdir()
-        return {**super()._environment(rank, hostfile), "TMPDIR": str(folder)}
-
-    def close(self) -> None:
-        """End all ranks and remove their files."""
-        super().close()
-        self._folder.cleanup()
-
-    def _lost(self, rank: int, how: str) -> RingError:
-        error = super()._lost(rank, how)
-        return RingError(f"mlx-lm: {error.message}", error.hint, error.rank)
-
-
 class MlxLmSide:
     """mlx-lm on a ring (or in one process) of its own."""
 
-    def __init__(self, mode: str, ring: MlxLmRing):
+    def __init__(self, mode: str, ring: Ring):
         self.name = "mlx-lm" if mode == "single" else f"mlx-lm {mode}"
         self._ring = ring
         self._number = 0
@@ -78,7 +49,7 @@ class MlxLmSide:
     def _answers(self, kind: str) -> Iterator[tuple[int, Message]]:
         """The messages of a kind, one of each rank."""
         waiting = set(range(self._ring.world_size))
-        for rank, message in self._ring.messages():
+        for rank, message in self._messages():
             if message["kind"] == "refused":
                 raise decode_error(message)
             if message["kind"] == kind:
@@ -86,6 +57,12 @@ class MlxLmSide:
                 yield rank, message
             if not waiting:
                 return
+
+    def _messages(self) -> Iterator[tuple[int, Message]]:
+        try:
+            yield from self._ring.messages()
+        except RingError as error:
+            raise RingError(f"mlx-lm: {error.message}", error.hint, error.rank) from error
 
 
 @contextmanager
@@ -99,7 +76,7 @@ def open_mlx_lm(options: SessionOptions, mode: str) -> Iterator[MlxLmSide]:
     Raises:
         KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
     """
-    with closing(MlxLmRing(options.ranks)) as ring:
+    with closing(Ring(local_cluster(options.ranks), module="kimi_mlx.bench.mlx_lm_rank")) as ring:
         ring.start(folder=str(options.folder), dtype=options.dtype, mode=mode)
         side = MlxLmSide(mode, ring)
         side.wait_until_ready()

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.text import Text
 
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
-from kimi_mlx.engine.request import Finished, Prefilled, Statistics
-from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
+from kimi_mlx.engine.request import Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.runtime.chat import Item
+from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 from kimi_mlx.units import format_bytes, format_rate, format_seconds
 
 # CSI sequences (colours, cursor), other escape sequences, then any control character but newline and tab.
@@ -117,8 +119,13 @@ class AnswerPrinter:
         """Whether anything but reasoning could be seen."""
         return self._has_answer
 
-    def show(self, item: Delta | Prefilled | Finished) -> None:
-        """Print the next piece of the answer, or its progress."""
+    def show(self, item: Item) -> None:
+        """Print the next piece of the answer, or how it is getting on."""
+        if isinstance(item, Interrupted | Resumed):
+            self._progress.stop()
+            # Beside the answer, which goes on in the middle of its line.
+            stderr.print(Text(f"\n[{interruption_line(item)}]", style="dim"), soft_wrap=False)
+            return
         if isinstance(item, Prefilled):
             self._progress.update(item.done, item.total)
             return
@@ -186,6 +193,13 @@ def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
     except (ValueError, RecursionError):
         arguments = call.arguments
     return f"tool call {call.name}\n{indent(arguments, '  ')}"
+
+
+def interruption_line(event: Interrupted | Resumed) -> str:
+    """What happened to the ring, in a line or a few."""
+    if isinstance(event, Resumed):
+        return f"the answer goes on after {format_seconds(event.seconds)}"
+    return f"{event.reason}\n starting the ring again, {event.attempt} of {event.attempts}"
 
 
 def statistics_line(statistics: Statistics) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kimi_mlx.cluster.examination import Question, calm, check_hosts, check_together, read_answers, with_hosts
 from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, facts_script, own_interpreter
 from kimi_mlx.cluster.findings import Finding, has_trouble
-from kimi_mlx.cluster.hosts import Backend, Hostfile
+from kimi_mlx.cluster.hosts import Backend, Cluster, Hostfile
 from kimi_mlx.cluster.install import prefer
 from kimi_mlx.cluster.joining import Say, join_hosts
 from kimi_mlx.cluster.links import Network
@@ -122,7 +122,7 @@ def _test(question: Question, diagnosis: Diagnosis, say: Say) -> Diagnosis:
     slowest_s = 4 * question.world_size * max(payload.size_bytes for payload in payloads) / (rate or 1e9)
     over = "" if question.world_size == 1 else f" of {question.world_size} ranks over {diagnosis.backend}"
     say(f"self-test{over}")
-    result = self_test(hostfile, diagnosis.backend, _pythons(diagnosis), payloads, slowest_s)
+    result = self_test(Cluster(hostfile, diagnosis.backend, _pythons(diagnosis)), payloads, slowest_s)
     if result.is_stalled and diagnosis.network is not None:
         say("looking for the dead link")
         result = _with_dead_links(result, diagnosis, [host.ssh for host in hostfile.hosts])

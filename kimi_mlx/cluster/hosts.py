@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,49 @@ class Hostfile:
     hosts: tuple[Host, ...]
     backend: Backend | None = None
     envs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where ranks run and how they talk.
+
+    Args:
+        hostfile: the ranks, with the addresses to use.
+        backend: how they talk.
+        pythons: host -> its interpreter.
+    """
+
+    hostfile: Hostfile
+    backend: Backend
+    pythons: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.hostfile.hosts)
+
+    @property
+    def names(self) -> list[str]:
+        """The hosts, each once."""
+        return list(dict.fromkeys(host.ssh for host in self.hostfile.hosts))
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """Which of the ranks on its host a rank is, and how many these are."""
+        same = [number for number, host in enumerate(self.hostfile.hosts) if host.ssh == self.hostfile.hosts[rank].ssh]
+        return same.index(rank), len(same)
+
+    def addresses(self, rank: int) -> tuple[str, ...]:
+        """Where a rank listens: all of its addresses in a ring; with JACCL rank 0 alone; a rank alone nowhere."""
+        ips = self.hostfile.hosts[rank].ips
+        if self.size == 1:
+            return ()
+        return ips if self.backend == "ring" else ips[: rank == 0]
+
+
+def local_cluster(size: int) -> Cluster:
+    """Ranks on this machine, over loopback."""
+    hosts = (Host("localhost", ("127.0.0.1",)),) * size
+    return Cluster(Hostfile(hosts), "ring", {"localhost": sys.executable})
 
 
 def is_mesh(rdma: Matrix) -> bool:

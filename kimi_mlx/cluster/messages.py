@@ -1,8 +1,10 @@
 """What front and ranks say to each other: one JSON object a line, in both directions.
 
-Front to rank: `start` (once, first), `request` (with its number), `cancel` (the number; to the leader), `reset`.
-Rank to front: `alive` (a heartbeat), `loading`, `ready`, `finished`, `refused` (a request that cannot be served),
-`error` (the rank's last word); from the leader also `prefilled` and `token`.
+Front to rank: `start` (once, first), `join` (where all are), then `request` (with its number), `cancel` (the number;
+to the leader), `reset`; `alive` each second that has nothing else.
+Rank to front: `listening` (its ports), `joined`, `loading`, `ready`, `finished`, `refused` (a request that cannot be
+served), `error` (its last word); `alive` each second, with what it is doing, its steps and its links; from the leader
+also `text` (files of the tokenizer), `prefilled` and `token`.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ def decode(line: bytes) -> Message:
     raise RingError(f"a rank sent a line that is no message: {line[:80]!r}")
 
 
-def encode_error(error: KimiMlxError, rank: int | None, kind: str = "error") -> bytes:
+def encode_error(error: KimiMlxError, rank: int | None, kind: str = "error", **fields: Any) -> bytes:
     """An error as a message, to be raised again by the front."""
-    return encode(kind, type=type(error).__name__, message=error.message, hint=error.hint, rank=rank)
+    return encode(kind, type=type(error).__name__, message=error.message, hint=error.hint, rank=rank, **fields)
 
 
 def decode_error(message: Message) -> KimiMlxError:

@@ -1,4 +1,4 @@
-"""One rank as the front sees it: a child process, its messages, its last words."""
+"""One rank as the front sees it: a child process (here or of ssh), its messages, its last words."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from kimi_mlx.cluster.messages import Message, decode, encode
+from kimi_mlx.cluster.messages import HEARTBEAT_S, Message, decode, encode
+from kimi_mlx.cluster.ssh import SSH_FAILED
 from kimi_mlx.errors import KimiMlxError
 
 LAST_WORDS = 12
@@ -28,6 +30,8 @@ class RankProcess:
         deliver: called from a thread with (rank, message) for each message, and (rank, None) when it has ended.
         preamble: what its input begins with, such as the script for the shell of a host. A login shell there may
             print a greeting: lines before the first message are then kept as its words.
+        beats: whether it is told every second that we are there.
+        log: a file that its standard error is added to.
     """
 
     def __init__(
@@ -37,8 +41,13 @@ class RankProcess:
         environment: Mapping[str, str],
         deliver: Callable[[int, Message | None], None],
         preamble: bytes = b"",
+        *,
+        beats: bool = False,
+        log: Path | None = None,
     ):
         self.rank = rank
+        self._beats = beats
+        self._log = log
         self.last_heard = time.monotonic()
         self._deliver = deliver
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
@@ -94,9 +103,22 @@ class RankProcess:
                 pipe.close()
 
     @property
-    def was_killed(self) -> bool:
-        """Whether a signal ended it."""
-        return (self._process.poll() or 0) < 0
+    def signal_number(self) -> int | None:
+        """The signal that ended it, as its guard tells; None if none did."""
+        code = self._process.poll() or 0
+        number = -code if code < 0 else code - 128
+        return number if number in set(signal.Signals) and code != SSH_FAILED else None
+
+    @property
+    def is_surely_gone(self) -> bool:
+        """Whether its guard (here, or at the other end of ssh) has told its exit code: nothing is left of it then."""
+        code = self._process.poll()
+        return code is not None and 0 <= code != SSH_FAILED
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the process; None while it runs."""
+        return self._process.poll()
 
     @property
     def words(self) -> str:
@@ -108,18 +130,13 @@ class RankProcess:
         """The last one of standard error; empty if there is none."""
         return self._words[-1] if self._words else ""
 
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
-
     def how_it_ended(self) -> str:
         """In words: the signal or the exit code, and its last lines."""
         if not self.has_ended(1):
             return "closed its output but runs on"
-        code = self._process.returncode
         self._threads[1].join(1)
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        number = self.signal_number
+        how = f"exited with code {self.exit_code}" if number is None else f"was ended by {signal.Signals(number).name}"
         words = "\n".join(f"  {line}" for line in self._words)
         return f"{how}; its last lines:\n{words}" if words else how
 
@@ -143,14 +160,23 @@ class RankProcess:
         assert self._process.stdin is not None
         # A rank that is gone is noticed by the end of its output, not here.
         with contextlib.suppress(OSError), self._process.stdin as pipe:
-            while (line := self._outbox.get()) is not None:
+            while (line := self._next_line()) is not None:
                 pipe.write(line)
                 pipe.flush()
+
+    def _next_line(self) -> bytes | None:
+        try:
+            return self._outbox.get(timeout=HEARTBEAT_S if self._beats else None)
+        except queue.Empty:
+            return encode("alive")
 
     def _keep_words(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._words.append(line.decode(errors="replace").rstrip())
+            if self._log is not None:
+                with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk ends no rank
+                    file.write(line)
 
 
 def end_all(processes: Sequence[RankProcess], patience_s: float) -> None:

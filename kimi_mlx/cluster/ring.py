@@ -1,95 +1,109 @@
-"""A ring of ranks on this machine: start, watch, end."""
+"""Ranks on one or several hosts: start, connect, watch, end."""
 
 from __future__ import annotations
 
 import os
 import queue
-import signal
-import tempfile
+import secrets
+import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from kimi_mlx.cluster.launch import (
-    available_processors,
-    free_local_addresses,
-    processor_of,
-    rank_command,
-    rank_environment,
-    ring_hostfile,
-)
+from kimi_mlx.cluster.backends import backend_file, coordinator
+from kimi_mlx.cluster.guard import guard_command
+from kimi_mlx.cluster.hosts import Cluster
+from kimi_mlx.cluster.launch import without_ring
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.process import RankProcess, end_all
-from kimi_mlx.errors import KimiMlxError, RingError
+from kimi_mlx.cluster.rank_log import open_logs
+from kimi_mlx.cluster.rdma import explain_jaccl
+from kimi_mlx.cluster.ssh import SSH_FAILED, Answer, is_local, quote_word, script_command, ssh_command
+from kimi_mlx.cluster.ssh_errors import explain_ssh
+from kimi_mlx.cluster.sweep import sweep
+from kimi_mlx.cluster.watch import JOIN_S, START_S, Limits, Watch
+from kimi_mlx.errors import KimiMlxError, RingError, StallError
 
-SILENCE_LIMIT_S = 10.0
-"""A rank that has sent nothing for so long (it should, every second) is given up."""
+RANK_MODULE = "kimi_mlx.runtime.rank"
+"""What a rank runs, if it is not told otherwise."""
 
-START_LIMIT_S = 60.0
-"""The same until its first word: importing MLX on a busy machine takes its time."""
-
-STALL_LIMIT_S = 300.0
-"""How long a load or a request may go on without a layer, a chunk of the prompt or a token."""
+FRONT_SILENCE_S = 15.0
+"""After which ranks on other hosts take it that the front is gone, and end."""
 
 CAUSE_WAIT_S = 0.5
 """How long to wait, when a rank has ended, for word of another that ended before."""
 
-PAUSE_S = 3.0
-"""A gap in our own checks that shows that this process did not run."""
+LOOK_EVERY_S = 0.25
 
 END_PATIENCE_S = 2.0
 """How long a rank may take to end by itself, and again after SIGTERM."""
 
+LOST_PEER = "connection to a peer was lost"
+"""What MLX's ring says when another rank has ended."""
 
-class LocalRing:
-    """N ranks on this machine, connected by MLX's ring backend over loopback.
+HINT = "start the command again; `kimi-mlx doctor` looks for the cause"
+
+
+class Ring:
+    """The ranks of a cluster, each a process with a channel to this one: JSON lines through pipes, or through ssh.
 
     A context manager: leaving it ends every rank.
 
     Args:
-        world_size: how many ranks.
-        silence_limit_s: after which a silent rank is given up.
+        cluster: where they run.
+        limits: how long things may take.
+        module: what a rank runs.
+        is_over: set by another thread when nobody wants to hear more.
     """
 
-    module = "kimi_mlx.runtime.rank"
-    """What a rank runs."""
-
-    def __init__(self, world_size: int, silence_limit_s: float = SILENCE_LIMIT_S):
-        self.world_size = world_size
-        self._silence_limit_s = silence_limit_s
+    def __init__(
+        self,
+        cluster: Cluster,
+        limits: Limits | None = None,
+        module: str = RANK_MODULE,
+        is_over: threading.Event | None = None,
+    ):
+        self.cluster = cluster
+        self.world_size = cluster.size
+        self._limits = limits or Limits()
+        self._module = module
+        self._is_over = is_over or threading.Event()
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._early: deque[tuple[int, Message]] = deque()  # what fast ranks say while slow ones still join
         self._ranks: list[RankProcess] = []
-        self._spoken: set[int] = set()
-        self._hostfile: Path | None = None
-        self._last_check = self._last_news = time.monotonic()
+        self._pids: list[int | None] = []
+        self._logs = open_logs(cluster.size)
+        self._tag = ""
+        self._watch = Watch(cluster.size, self._limits, time.monotonic())
 
     def start(self, **settings: object) -> None:
-        """Start the ranks; each gets `settings` and its processor in a `start` message.
+        """Start the ranks and wait until all are connected; each gets `settings` in its `start` message.
 
         Raises:
-            RingError: a process cannot be started.
+            RingError: a rank that cannot be started, or that does not find the others.
+            SshError: a host that cannot be reached.
         """
-        handle, name = tempfile.mkstemp(prefix="kimi-mlx-ring-", suffix=".json")
-        self._hostfile = Path(name)
-        with os.fdopen(handle, "w") as file:
-            file.write(ring_hostfile(free_local_addresses(self.world_size)))
-        processors = available_processors()
-        self._last_check = time.monotonic()
-        for rank in range(self.world_size):
-            environment = self._environment(rank, name)
-            try:
-                process = RankProcess(rank, rank_command(self.module), environment, self._deliver)
-            except OSError as error:
-                self.close()
-                raise RingError(f"rank {rank} cannot be started: {error}") from error
-            self._ranks.append(process)
-            process.send("start", processor=processor_of(rank, self.world_size, processors), **settings)
+        self._tag = secrets.token_hex(8)
+        self._inbox = queue.SimpleQueue()  # what an earlier start may still say is not heard
+        self._early.clear()
+        self._pids = [None] * self.world_size
+        try:
+            for rank in range(self.world_size):
+                self._start_rank(rank, settings)
+            listening = self._collect("listening", START_S, "did not start")
+            self._pids = [listening[rank]["pid"] for rank in range(self.world_size)]
+            self._join(listening)
+            self._collect("joined", JOIN_S, "did not find the others")
+        except BaseException:
+            self.close()
+            raise
+        self._watch = Watch(self.world_size, self._limits, time.monotonic())
 
     @property
     def pids(self) -> list[int]:
-        """Process ids by rank."""
-        return [process.pid for process in self._ranks]
+        """Process ids of the ranks, each on its host."""
+        return [pid for pid in self._pids if pid is not None]
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message to every rank."""
@@ -98,47 +112,48 @@ class LocalRing:
 
     def send_leader(self, kind: str, **fields: object) -> None:
         """Send a message to rank 0 alone."""
-        self._ranks[0].send(kind, **fields)
+        for process in self._ranks[:1]:
+            process.send(kind, **fields)
 
     def messages(self) -> Iterator[tuple[int, Message]]:
-        """Yield (rank, message) as they come, heartbeats left out, until the ring ends.
+        """Yield (rank, message) as they come, heartbeats left out, until all is over.
 
         Raises:
-            RingError: a rank has ended or fallen silent; all ranks are ended then.
+            RingError: a rank has ended or fallen silent, a link is dead, or nothing goes on; all ranks are ended then.
             KimiMlxError: a rank reports an error.
         """
-        self._last_news = time.monotonic()
         while self._ranks:
+            if self._is_over.is_set():
+                return
+            while self._early:
+                yield self._early.popleft()
             try:
-                rank, message = self._inbox.get(timeout=0.5)
+                rank, message = self._inbox.get(timeout=LOOK_EVERY_S)
             except queue.Empty:
-                self._check_silence()
+                self._look()
                 continue
             if message is None:
-                raise self._ended(rank)
-            self._spoken.add(rank)
+                raise self._failed(self._ended(rank))
+            self._watch.hear(rank, message, time.monotonic())
             if message["kind"] == "error":
-                raise decode_error(message)
+                raise self._failed(self._ended(rank, decode_error(message)))
             if message["kind"] == "alive":
-                self._check_silence()
-                continue
-            yield rank, message
-            self._last_news = time.monotonic()
-        raise RingError("the ring has ended", hint="start the command again")
+                self._look()
+            else:
+                yield rank, message
+        raise RingError("the ring has ended", hint=HINT)
 
     def close(self) -> None:
-        """End all ranks and remove the hostfile."""
-        self.remove_hostfile()
-        end_all(self._ranks, END_PATIENCE_S)
-        self._ranks = []
+        """End all ranks, on every host, and look that nothing is left; may be called again."""
+        ranks, self._ranks = self._ranks, []
+        end_all(ranks, END_PATIENCE_S)
+        doubtful = {self._host(process.rank) for process in ranks if not process.is_surely_gone}
+        self.unreached = sweep(sorted(doubtful), self._tag) if doubtful else []
 
-    def remove_hostfile(self) -> None:
-        """Remove the hostfile; the ranks read it only while they connect."""
-        if self._hostfile is not None:
-            self._hostfile.unlink(missing_ok=True)
-            self._hostfile = None
+    unreached: Sequence[str] = ()
+    """Hosts that could not be asked whether all ranks have ended; they end there by themselves (FRONT_SILENCE_S)."""
 
-    def __enter__(self) -> LocalRing:
+    def __enter__(self) -> Ring:
         """Nothing yet: see start."""
         return self
 
@@ -148,47 +163,137 @@ class LocalRing:
         """End all ranks."""
         self.close()
 
-    def _environment(self, rank: int, hostfile: str) -> dict[str, str]:
-        return rank_environment(os.environ, rank, hostfile)
+    def _host(self, rank: int) -> str:
+        return self.cluster.hostfile.hosts[rank].ssh
 
-    def _deliver(self, rank: int, message: Message | None) -> None:
-        self._inbox.put((rank, message))
+    def _start_rank(self, rank: int, settings: dict[str, object]) -> None:
+        host = self._host(rank)
+        is_here = is_local(host)
+        silence_s = None if is_here else FRONT_SILENCE_S
+        command = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
+        preamble = b""
+        if not is_here:
+            preamble = f"exec {' '.join(map(quote_word, command))}".encode()
+            command = ssh_command(host, script_command(preamble))
+        try:
+            process = RankProcess(
+                rank,
+                command,
+                without_ring(os.environ),
+                self._delivery(),
+                preamble,
+                beats=True,
+                log=self._logs[rank],
+            )
+        except OSError as error:
+            raise RingError(f"rank {rank} cannot be started: {error}", rank=rank) from error
+        self._ranks.append(process)
+        process.send(
+            "start",
+            rank=rank,
+            size=self.world_size,
+            place=self.cluster.place(rank),
+            addresses=self.cluster.addresses(rank),
+            environment=dict(each.split("=", 1) for each in self.cluster.hostfile.envs),
+            **settings,
+        )
 
-    def _check_silence(self) -> None:
-        now = time.monotonic()
-        was_asleep = now - self._last_check > PAUSE_S
-        self._last_check = now
-        if was_asleep:  # this process was stopped (Ctrl-Z) or the machine slept: everybody gets their time anew
-            self._last_news = now
-            for process in self._ranks:
-                process.last_heard = now
-        if now - self._last_news > STALL_LIMIT_S:
-            stalled = f"has come no further for {STALL_LIMIT_S:.0f} s, though its processes are alive"
-            self.close()
-            raise RingError(f"the ring of {self.world_size} ranks {stalled}", hint="start the command again")
-        for process in self._ranks:
-            limit = self._silence_limit_s if process.rank in self._spoken else max(START_LIMIT_S, self._silence_limit_s)
-            silence = now - process.last_heard
-            if silence > limit:
-                process.signal(signal.SIGKILL)  # it would not hear a kinder word
-                raise self._lost(process.rank, f"has been silent for {silence:.0f} s, the limit is {limit:.0f} s")
+    def _delivery(self) -> Callable[[int, Message | None], None]:
+        inbox = self._inbox
+        return lambda rank, message: inbox.put((rank, message))
 
-    def _ended(self, rank: int) -> KimiMlxError:
-        """Why the ring ended: MLX ends every rank that loses a peer, so the first to go may not be the cause."""
+    def _join(self, listening: dict[int, Message]) -> None:
+        """Tell all ranks where they find each other."""
+        cluster = self.cluster
+        ports = [port for rank in range(cluster.size) for port in listening[rank]["ports"]]
+        is_alone, is_ring = cluster.size == 1, cluster.backend == "ring"
+        self.send(
+            "join",
+            backend=cluster.backend,
+            file="" if is_alone else backend_file(cluster.hostfile, cluster.backend, ports),
+            coordinator="" if is_alone or is_ring else coordinator(cluster.hostfile, ports[0]),
+            word=secrets.token_hex(8),
+            links=[self._link(rank, listening[rank]["link_port"]) for rank in range(cluster.size)],
+        )
+
+    def _link(self, rank: int, port: int | None) -> tuple[str, int] | None:
+        return None if port is None else (self.cluster.hostfile.hosts[rank].ips[0], port)
+
+    def _collect(self, kind: str, limit_s: float, how: str) -> dict[int, Message]:
+        """One message of this kind from each rank, while the ring does not stand yet."""
+        found: dict[int, Message] = {}
+        end = time.monotonic() + limit_s
+        while len(found) < self.world_size:
+            if self._is_over.is_set():
+                raise RingError("the ring has ended", hint=HINT)
+            try:
+                rank, message = self._inbox.get(timeout=LOOK_EVERY_S)
+            except queue.Empty:
+                if time.monotonic() < end:
+                    continue
+                late = next(rank for rank in range(self.world_size) if rank not in found)
+                raise self._lost(late, f"{how} within {limit_s:.0f} s{self._last_words(late)}") from None
+            if message is None:
+                raise self._ended(rank)
+            if message["kind"] == "error":
+                raise self._ended(rank, decode_error(message))
+            if message["kind"] == kind:
+                found[rank] = message
+            elif message["kind"] != "alive":
+                self._early.append((rank, message))
+        return found
+
+    def _look(self) -> None:
+        trouble = self._watch.look(time.monotonic())
+        if trouble is None:
+            return
+        kind = StallError if trouble.is_stall else RingError
+        if trouble.rank is None:
+            raise self._failed(kind(f"the ring of {self.world_size} ranks: {trouble.what}", hint=HINT))
+        raise self._failed(self._lost(trouble.rank, trouble.what, kind))
+
+    def _failed(self, error: KimiMlxError) -> KimiMlxError:
+        """An error that has ended the ring."""
+        self.close()
+        return error
+
+    def _ended(self, rank: int, told: KimiMlxError | None = None) -> KimiMlxError:
+        """Why the ring ended: a rank that loses a peer ends, too, so the first to go may not be the cause.
+
+        Args:
+            rank: that has ended.
+            told: its last word.
+        """
         time.sleep(CAUSE_WAIT_S)
+        said = [] if told is None else [told]
         while not self._inbox.empty():
             _, message = self._inbox.get()
             if message is not None and message["kind"] == "error":
-                return decode_error(message)
-        killed = [process.rank for process in self._ranks if process.was_killed]
-        cause = killed[0] if killed else rank
-        return self._lost(cause, self._ranks[cause].how_it_ended())
+                said.append(decode_error(message))
+        own = [error for error in said if not isinstance(error, RingError)]
+        ended = [process for process in self._ranks if process.has_ended(0)]
+        killed = [process.rank for process in ended if process.signal_number is not None]
+        if own or (said and not killed):
+            return (own or said)[0]
+        causes = [process.rank for process in ended if LOST_PEER not in process.words]
+        cause = next(iter(killed or causes), rank)
+        process = self._ranks[cause]
+        if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):
+            return explain_ssh(Answer(self._host(cause), SSH_FAILED, "", process.words, 0))
+        return self._lost(cause, process.how_it_ended())
 
-    def _lost(self, rank: int, how: str) -> RingError:
-        pid = self._ranks[rank].pid
-        self.close()
-        return RingError(
-            f"rank {rank} of {self.world_size} (process {pid}) {how}",
-            hint="start the command again; if it happens again, try fewer ranks",
+    def _lost(self, rank: int, how: str, kind: type[RingError] = RingError) -> RingError:
+        host = self._host(rank)
+        where = "" if is_local(host) else f"`{host}`, "
+        where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
+        words = "\n".join(process.words for process in self._ranks if process.words)
+        log = "" if self._logs[rank] is None else f"; its log is {self._logs[rank]}"
+        return kind(
+            f"rank {rank} of {self.world_size} ({where}) {how}",
+            hint=(explain_jaccl(words) or HINT) + log,
             rank=rank,
         )
+
+    def _last_words(self, rank: int) -> str:
+        words = self._ranks[rank].words
+        return "".join(f"\n  {line}" for line in words.splitlines())

@@ -5,6 +5,7 @@ Letters: B batch (1 here), L length.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +33,8 @@ from kimi_mlx.parallel.group import Group, SingleGroup
 PREFILL_CHUNK = 512
 """Tokens a prefill step: large enough to keep the machine busy, small enough to show progress and to be stopped."""
 
-CANCEL_EVERY = 4
-"""Decode steps between two looks at the leader's wish to stop; each look costs one small collective."""
+Told = tuple[mx.array, int] | None
+"""What the ranks said in a step (see GroupExchange); None without others."""
 
 
 class Engine:
@@ -53,8 +54,8 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
     ):
         self._model = model
-        exchange = model.exchange
-        self._group: Group = exchange.group if isinstance(exchange, GroupExchange) else SingleGroup()
+        self._exchange = model.exchange if isinstance(model.exchange, GroupExchange) else None
+        self._group: Group = SingleGroup() if self._exchange is None else self._exchange.group
         self._is_cancelled = is_cancelled
         self._prefill_chunk = prefill_chunk
         self.cache = ConversationCache(model)
@@ -71,7 +72,7 @@ class Engine:
         sample = make_sampler(request.sampling, self._model.config.vocab_size)
         started = time.perf_counter()
         mx.reset_peak_memory()
-        self._seed(request.sampling)
+        seed = self._seed(request.sampling)
         cached = self.cache.reuse(request.prompt)
         generated, first_token_at = 0, started
         reason: FinishReason = "length"
@@ -80,7 +81,8 @@ class Engine:
             if logits is None:
                 reason = "cancelled"
             else:
-                for token, is_last in self._decode(logits, sample, max_tokens):
+                drawn = _seeded(sample, seed, len(request.prompt))
+                for token, is_last in self._decode(logits, drawn, max_tokens):
                     generated += 1
                     if generated == 1:
                         first_token_at = time.perf_counter()
@@ -125,14 +127,13 @@ class Engine:
             raise EngineError(f"max_tokens is {wanted}, not at least 1")
         return left if wanted is None else min(wanted, left)
 
-    def _seed(self, sampling: Sampling) -> None:
-        """Seed the random numbers alike on every rank; the leader draws where the request names no seed."""
+    def _seed(self, sampling: Sampling) -> int | None:
+        """The seed of the random numbers, alike on every rank; the leader draws it where the request names none."""
         seed = sampling.seed
         if seed is None and sampling.temperature > 0:
             draw = random.getrandbits(24) if self._group.rank == 0 else 0  # as many bits as a float32 sum keeps
             seed = int(cast(float, self._group.sum(mx.array([float(draw)])).item()))
-        if seed is not None:
-            mx.random.seed(seed)
+        return seed
 
     def _prefill(self, prompt: tuple[int, ...], cached: int) -> Iterator[Prefilled]:
         """Feed the prompt; returns the logits (1, vocab_size) after its last token, None if cancelled."""
@@ -142,38 +143,77 @@ class Engine:
             chunk = prompt[start : start + self._prefill_chunk]
             hidden = self._model.hidden(mx.array([chunk]), self.cache.layers)
             self.cache.tokens.extend(chunk)
-            stop = self._share_cancellation()
-            if start + len(chunk) == total:
+            is_last = start + len(chunk) == total
+            self._wish()
+            if is_last:
                 logits = self._model.logits(hidden[:, -1])
-                mx.async_eval(logits, stop)
-            else:
-                mx.eval([layer.state for layer in self.cache.layers], stop)
-            if stop.item():
+            elif self._exchange is not None:
+                self._exchange.vote()
+            told = self._told()
+            mx.eval(logits if is_last else [layer.state for layer in self.cache.layers], told)
+            if self._is_stopped(told):
                 return None
             yield Prefilled(start + len(chunk), total)
         return logits
 
     def _decode(self, logits: mx.array, sample: Sampler, max_tokens: int) -> Iterator[tuple[int, bool]]:
         """Yield tokens, and with each whether it is the last; the next step is started before a token is read."""
-        stop = mx.array(False)
-        token = sample(logits)
-        mx.async_eval(token)
+        token, told = sample(logits), self._told()
+        mx.async_eval(token, told)
         for step in range(1, max_tokens + 1):
-            following, following_stop = token, stop
+            following, following_told = token, told
             if step < max_tokens:
+                self._wish()
                 following = sample(self._model.logits(self._model.hidden(token[:, None], self.cache.layers)[:, -1]))
-                if step % CANCEL_EVERY == 0:
-                    following_stop = self._share_cancellation()
-                mx.async_eval(following, following_stop)
+                following_told = self._told()
+                mx.async_eval(following, following_told)
             value = int(cast(int, token.item()))
-            is_last = step == max_tokens or bool(stop.item())
+            is_last = self._is_stopped(told) or step == max_tokens
             yield value, is_last
             if is_last:
                 return
             self.cache.tokens.append(value)
-            token, stop = following, following_stop
+            token, told = following, following_told
 
-    def _share_cancellation(self) -> mx.array:
-        """Whether the leader wants to stop, as an array that is the same on all ranks."""
-        wish = self._group.rank == 0 and self._is_cancelled()
-        return self._group.sum(mx.array([float(wish)])) > 0
+    def _wish(self) -> None:
+        """Say with the next gather whether to stop."""
+        if self._exchange is not None:
+            self._exchange.wish = self._group.rank == 0 and self._is_cancelled()
+
+    def _told(self) -> Told:
+        return None if self._exchange is None else self._exchange.told
+
+    def _is_stopped(self, told: Told) -> bool:
+        """Whether to stop, the same on all ranks.
+
+        Raises:
+            RingError: a rank is lost.
+        """
+        if self._exchange is None or told is None:
+            return self._is_cancelled()
+        return self._exchange.is_stopped(told)
+
+
+def _seeded(sample: Sampler, seed: int | None, position: int) -> Sampler:
+    """A sampler whose random numbers depend on nothing but the seed and the position of the token.
+
+    So an answer that is begun anew in the middle goes on as it would have.
+    """
+    if seed is None:
+        return sample
+    positions = itertools.count(position)
+
+    def draw(logits: mx.array) -> mx.array:
+        mx.random.seed(_mixed(seed, next(positions)))
+        return sample(logits)
+
+    return draw
+
+
+def _mixed(seed: int, position: int) -> int:
+    """64 bits from both: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    mask = (1 << 64) - 1
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

@@ -146,4 +146,26 @@ class Finished:
     statistics: Statistics
 
 
-Event = Prefilled | Token | Finished
+@dataclass(frozen=True)
+class Interrupted:
+    """The ring was lost, and is started again; the answer goes on then.
+
+    Args:
+        reason: why, in words.
+        attempt: the how manieth start, from 1.
+        attempts: after how many it is given up.
+    """
+
+    reason: str
+    attempt: int
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The ring stands again, after so many seconds."""
+
+    seconds: float
+
+
+Event = Prefilled | Token | Finished | Interrupted | Resumed

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_mlx.engine.generate import Engine
-from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Sampling, Token
+from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.session import Session
 from kimi_mlx.runtime.text import AnyMessage, ChatTokenizer
 from kimi_mlx.text.messages import Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
+
+Item = Delta | Prefilled | Finished | Interrupted | Resumed
+"""What an answer comes in: its pieces, and how it is getting on."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Conversation:
         self.system = system
         self.messages: list[Message] = []
 
-    def ask(self, text: str) -> Iterator[Delta | Prefilled | Finished]:
+    def ask(self, text: str) -> Iterator[Item]:
         """Add a user's message and stream the answer, which joins the conversation when it ends.
 
         If it is stopped before its first word, the question is taken back.
@@ -134,7 +137,7 @@ def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatO
     )
 
 
-def read(events: Iterator[Event], parser: OutputParser) -> Iterator[Delta | Prefilled | Finished]:
+def read(events: Iterator[Event], parser: OutputParser) -> Iterator[Item]:
     """Turn tokens into deltas; progress and the end pass through."""
     for event in events:
         if isinstance(event, Token):

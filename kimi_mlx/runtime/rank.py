@@ -5,119 +5,98 @@ Started by kimi_mlx.cluster; it reads messages from standard input and writes th
 
 from __future__ import annotations
 
-import os
-import queue
-import sys
-import threading
-import traceback
+import base64
 from pathlib import Path
-from typing import BinaryIO
 
-import mlx.core as mx
-
-from kimi_mlx.cluster.messages import HEARTBEAT_S, Message, decode, encode, encode_error
+from kimi_mlx.cluster.messages import Message, encode, encode_error
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
-from kimi_mlx.errors import EngineError, KimiMlxError
+from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.parallel.group import MlxGroup
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.runtime.channel import Channel, run_rank
+from kimi_mlx.runtime.joining import join
 from kimi_mlx.runtime.load import load_share, prepare_device
-
-
-class Channel:
-    """The rank's two pipes to the front, and the threads that serve them."""
-
-    def __init__(self, source: BinaryIO, sink: BinaryIO):
-        self._source, self._sink = source, sink
-        self._lock = threading.Lock()
-        self.commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.cancelled_number = -1
-
-    def send(self, line: bytes) -> None:
-        """Write a message; without a front there is nothing left to do."""
-        try:
-            with self._lock:
-                self._sink.write(line)
-                self._sink.flush()
-        except OSError:
-            os._exit(0)
-
-    def serve(self) -> None:
-        """Start reading messages and sending heartbeats."""
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._source:
-            message = decode(line)
-            if message["kind"] == "cancel":
-                self.cancelled_number = message["number"]
-            else:
-                self.commands.put(message)
-        # The front has closed our input or is gone. A collective may be waiting for a peer: leave at once.
-        os._exit(0)
-
-    def _beat(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(HEARTBEAT_S):
-            self.send(encode("alive"))
+from kimi_mlx.store.locate import find, understand
+from kimi_mlx.store.sources import is_small
 
 
 def main() -> None:
-    """Run a rank; its exit code is 0 if the front ended it, 1 after an error."""
-    channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
-    try:
-        start = decode(sys.stdin.buffer.readline())
-        if start["processor"] is not None:
-            os.sched_setaffinity(0, {start["processor"]})
-        channel.serve()
-        serve(channel, start)
-    except KimiMlxError as error:
-        channel.send(encode_error(error, int(os.environ["MLX_RANK"])))
-    except Exception:  # the front shows the last lines of what is written here
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)  # without waiting for the thread that reads, or for MLX's threads
+    """Run a rank."""
+    run_rank(serve)
 
 
 def serve(channel: Channel, start: Message) -> None:
     """Load and answer."""
     prepare_device(start["samples"])
-    group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
-    folder = Path(start["folder"])
-    model = load_share(
-        folder,
-        load_config(folder),
-        start["dtype"],
-        group,
-        lambda done, total: channel.send(encode("loading", done=done, total=total)),
-        start["strategy"],
-    )
-    mx.eval(group.sum(mx.array([1.0])))  # the first collective sets up buffers, and shows that all are there
+    group = join(channel, start)
+    folder = _folder(start, group)
+    channel.made_step("load")
+    if start["wants_text"] and group.rank == 0:
+        channel.send("text", files=_text_files(folder))
+
+    def tell(done: int, total: int) -> None:
+        channel.made_step("load")
+        channel.send("loading", done=done, total=total)
+
+    model = load_share(folder, load_config(folder), start["dtype"], group, tell, start["strategy"])
     number = -1
-    engine = Engine(model, is_cancelled=lambda: channel.cancelled_number == number)
-    channel.send(encode("ready"))
+    engine = Engine(model, is_cancelled=lambda: number in channel.cancelled)
+    channel.made_step("idle")
+    channel.send("ready")
     while True:
         command = channel.commands.get()
         if command["kind"] == "reset":
             engine.cache.clear()
             continue
         number = command["number"]
-        try:
-            for event in engine.generate(Request.from_dict(command["request"])):
-                if group.rank == 0 or isinstance(event, Finished):
-                    channel.send(encode_event(event))
-        except EngineError as error:  # every rank refuses alike, before any collective
-            channel.send(encode_error(error, rank=None, kind="refused"))
+        answer(channel, engine, number, Request.from_dict(command["request"]), is_leader=group.rank == 0)
+        channel.cancelled.discard(number)
+        channel.made_step("idle")
 
 
-def encode_event(event: Event) -> bytes:
-    """An event as a message."""
+def answer(channel: Channel, engine: Engine, number: int, request: Request, is_leader: bool) -> None:
+    """Answer a request; the leader alone tells of tokens."""
+    channel.made_step("prefill")
+    tokens = 0
+    try:
+        for event in engine.generate(request):
+            tokens += isinstance(event, Token)
+            channel.made_step("decode" if tokens > 1 else "prefill")
+            if is_leader or isinstance(event, Finished):
+                channel.write(encode_event(number, event))
+    except EngineError as error:  # every rank refuses alike, before any collective
+        channel.write(encode_error(error, rank=None, kind="refused", number=number))
+
+
+def encode_event(number: int, event: Event) -> bytes:
+    """An event of a request as a message."""
     match event:
         case Prefilled(done, total):
-            return encode("prefilled", done=done, total=total)
+            return encode("prefilled", number=number, done=done, total=total)
         case Token(id):
-            return encode("token", id=id)
+            return encode("token", number=number, id=id)
         case Finished(reason, statistics):
-            return encode("finished", reason=reason, statistics=statistics.to_dict())
+            return encode("finished", number=number, reason=reason, statistics=statistics.to_dict())
+        case _:
+            raise TypeError(f"{event} is none of a rank's events")
+
+
+def _folder(start: Message, group: Group) -> Path:
+    """Where this host has the model."""
+    if start["folder"] is not None:
+        return Path(start["folder"])
+    folder = find(understand(start["model"]), group.size, start["strategy"], group.rank)
+    if folder is None:
+        raise MissingModelError(
+            f"`{start['model']}` is not on the host of rank {group.rank}",
+            hint=f"fetch it for all: `kimi-mlx launch --hosts ... download {start['model']}`",
+            rank=group.rank,
+        )
+    return folder
+
+
+def _text_files(folder: Path) -> dict[str, str]:
+    """The checkpoint's configuration, tokenizer and template, for a front that has none of it."""
+    files = [file for file in folder.iterdir() if file.is_file() and is_small(file.name)]
+    return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}

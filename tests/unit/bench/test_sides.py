@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmRing, MlxLmSide, open_mlx_lm
+from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
 from kimi_mlx.bench.sides import Answer, open_kimi_mlx
 from kimi_mlx.bench.workloads import random_prompt
+from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import encode
+from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.runtime.session import SessionOptions
@@ -109,7 +111,7 @@ def test_a_lost_process_of_mlx_lm_ends_the_side(tiny: Path) -> None:
 @pytest.mark.ranks
 def test_mlx_lm_ends_with_its_input(tiny: Path) -> None:
     """What happens when the front is killed: nothing is sent, the pipe just closes."""
-    ring = MlxLmRing(1)
+    ring = Ring(local_cluster(1), module="kimi_mlx.bench.mlx_lm_rank")
     try:
         ring.start(folder=str(tiny), dtype=None, mode="single")
         side = MlxLmSide("single", ring)

@@ -1,9 +1,10 @@
-"""A guarded process ends with its input and with its time, and its files go with it."""
+"""A guarded process ends with its input, and when it hears nothing; its files go with it."""
 
 from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from kimi_mlx.cluster.guard import guard_command
 from kimi_mlx.cluster.messages import Message
 from kimi_mlx.cluster.process import RankProcess, end_all
+from kimi_mlx.cluster.sweep import sweep
 from tests.unit.cluster.test_ssh import is_running
 
 CHILD = """
@@ -39,9 +41,9 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @contextmanager
-def guarded(module: str, limit_s: float = 60) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
+def guarded(module: str, silence_s: float | None = None) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
     """The guard, the child's process id, and its folder for temporary files."""
-    command = guard_command(module, sys.executable, limit_s)
+    command = guard_command(module, sys.executable, "tag123", silence_s)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         tell(process, "hello")
@@ -71,12 +73,30 @@ def test_it_ends_with_its_input(child: str) -> None:
         assert (process.returncode, is_running(pid), folder.exists()) == (1, False, False)
 
 
-def test_it_ends_when_its_time_is_over(child: str) -> None:
-    with guarded(child, 0.3) as (process, pid, folder):
+def test_it_ends_when_it_hears_nothing(child: str) -> None:
+    with guarded(child, 0.5) as (process, pid, folder):
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (False, False)
         assert process.stderr is not None
-        assert "the limit" in process.stderr.read()
+        assert "nothing was heard for" in process.stderr.read()
+
+
+def test_a_child_that_is_stopped_does_not_stop_the_guard(child: str) -> None:
+    with guarded(child) as (process, pid, folder):
+        os.kill(pid, signal.SIGSTOP)
+        tell(process, "x" * (1 << 20))  # more than a pipe holds
+        process.communicate(timeout=10)
+        assert (is_running(pid), folder.exists()) == (False, False)
+
+
+def test_what_a_killed_guard_leaves_is_swept(child: str, tmp_path: Path) -> None:
+    with guarded(child) as (process, pid, folder):
+        os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        process.wait(10)
+        assert (is_running(pid), folder.exists()) == (True, True)
+        assert sweep(["localhost"], "tag123") == []
+        assert (is_running(pid), folder.exists()) == (False, False)
 
 
 def test_it_ends_when_it_is_told_to(child: str) -> None:

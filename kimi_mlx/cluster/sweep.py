@@ -1,0 +1,39 @@
+"""Making sure that nothing is left of ranks on a host: processes and temporary files that carry their tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kimi_mlx.cluster.guard import FOLDER_PREFIX
+from kimi_mlx.cluster.ssh import run_everywhere
+
+SWEEP_LIMIT_S = 8.0
+"""For a host, connecting included."""
+
+_SCRIPT = """
+tag={tag}
+pids() {{ ps -A -ww -o pid=,args= | awk -v tag="$tag" 'index($0, tag) && !/awk/ {{print $1}}'; }}
+for turn in 1 2 3 4 5 6 7 8 9 10; do
+  left=$(pids)
+  [ -n "$left" ] || break
+  kill -9 $left 2>/dev/null
+  sleep 0.1
+done
+rm -rf "${{TMPDIR:-/tmp}}/{prefix}$tag"-*
+[ -z "$(pids)" ]
+"""
+
+
+def sweep(hosts: Iterable[str], tag: str) -> list[str]:
+    """Kill what is left, and look again; all hosts at once.
+
+    Args:
+        hosts: their names.
+        tag: of the ranks: letters and digits.
+
+    Returns:
+        The hosts that could not be asked, or where something is left all the same.
+    """
+    script = _SCRIPT.format(tag=tag, prefix=FOLDER_PREFIX)
+    answers = run_everywhere(hosts, script, SWEEP_LIMIT_S)
+    return [host for host, answer in answers.items() if not answer.is_ok]

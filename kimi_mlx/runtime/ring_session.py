@@ -1,0 +1,317 @@
+"""A session on a ring of ranks that may be lost: it is started again, and unfinished requests go on where they were."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import queue
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kimi_mlx.cluster.hosts import local_cluster
+from kimi_mlx.cluster.messages import Message, decode_error
+from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.engine.request import (
+    Event,
+    Finished,
+    FinishReason,
+    Interrupted,
+    Prefilled,
+    Request,
+    Resumed,
+    Statistics,
+    Token,
+)
+from kimi_mlx.errors import KimiMlxError, RingError, SshError
+from kimi_mlx.runtime.session import LoadProgress, SessionOptions
+
+BACK_OFF_S = (1.0, 10.0, 30.0)
+"""Before the first start again, the second, and all later ones."""
+
+STEADY_S = 600.0
+"""A ring that stood so long is worth all starts again."""
+
+CLOSE_LIMIT_S = 30.0
+"""For ending all ranks, on hosts that do not answer, too."""
+
+
+@dataclass
+class _Job:
+    """A request that is not finished.
+
+    Args:
+        number: of the request.
+        request: as it was asked.
+        events: for whoever asked.
+        sent: the tokens that these hold.
+        waiting: ranks that have not finished it.
+        outcome: what the leader said in the end, held back until all ranks are idle.
+    """
+
+    number: int
+    request: Request
+    events: queue.SimpleQueue[Event | KimiMlxError] = field(default_factory=queue.SimpleQueue)
+    sent: list[int] = field(default_factory=list)
+    waiting: set[int] = field(default_factory=set)
+    outcome: Finished | KimiMlxError | None = None
+    is_cancelled: bool = False
+    was_interrupted: bool = False
+    asked_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+
+    def rest(self) -> Request:
+        """What is still to be asked after the tokens that were sent."""
+        wanted = self.request.max_tokens
+        left = None if wanted is None else wanted - len(self.sent)
+        return replace(self.request, prompt=(*self.request.prompt, *self.sent), max_tokens=left)
+
+    def reason_to_end(self) -> FinishReason | None:
+        """Why there is nothing left to ask, if so: the ring was lost between the last token and the end."""
+        if self.sent and self.sent[-1] in self.request.stop_ids:
+            return "stop"
+        if len(self.sent) == self.request.max_tokens:
+            return "length"
+        return "cancelled" if self.is_cancelled else None
+
+    def finish(self, reason: FinishReason, statistics: Statistics | None = None) -> Finished:
+        """The end, with figures of the whole if parts of it were computed on several rings."""
+        if statistics is not None and not self.was_interrupted:
+            return Finished(reason, statistics)
+        now = time.perf_counter()
+        first = self.first_token_at or now
+        cached, peak = (0, 0) if statistics is None else (statistics.cached_tokens, statistics.peak_memory_bytes)
+        prompt = len(self.request.prompt)
+        figures = Statistics(prompt, min(cached, prompt), len(self.sent), first - self.asked_at, now - first, peak)
+        return Finished(reason, figures)
+
+
+class RingSession:
+    """The engine on a ring; this process only talks to the ranks, and outlives them.
+
+    A thread listens to the ring. When a rank is lost it ends the others, starts all again, and asks anew for what is
+    left of each unfinished request.
+
+    Args:
+        options: what to run, and where.
+        progress: of the first load.
+
+    Raises:
+        KimiMlxError: the ring does not come to stand, or the model cannot be loaded; nothing is left of it then.
+    """
+
+    def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
+        self._options = options
+        self._cluster = options.cluster or local_cluster(options.ranks)
+        if options.folder is not None:
+            from kimi_mlx.model.config import load_config
+            from kimi_mlx.runtime.load import check_ranks
+
+            # fails before anything is started
+            check_ranks(options.folder, load_config(options.folder), self._cluster.size, options.strategy)
+        self._is_closing = threading.Event()
+        self._ring = Ring(self._cluster, options.limits, is_over=self._is_closing)
+        self._numbers = itertools.count(1)
+        self._jobs: dict[int, _Job] = {}
+        self._lock = threading.Lock()
+        self._is_up = False
+        self._up_since = time.monotonic()
+        self._lost = 0
+        self._failure: KimiMlxError | None = None
+        self._text: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            self._start(progress, wants_text=options.folder is None)
+        except BaseException:
+            self._ring.close()
+            self._forget_text()
+            raise
+        self._is_up = True
+        self._thread = threading.Thread(target=self._supervise, daemon=True)
+        self._thread.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, each on its host."""
+        return self._ring.pids
+
+    @property
+    def text_folder(self) -> Path:
+        """Where the checkpoint's configuration and tokenizer are: ours, or what rank 0 has sent of its own."""
+        return self._options.checkpoint if self._text is None else Path(self._text.name)
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer a request; breaking off the iteration cancels it. May be called from several threads.
+
+        Raises:
+            RingError: a rank was lost, and the ring could not be started again.
+            KimiMlxError: the ranks refuse the request.
+        """
+        if request.sampling.temperature > 0 and request.sampling.seed is None:
+            # drawn here, so that an answer goes on alike after a start anew
+            request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
+        job = _Job(next(self._numbers), request)
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._jobs[job.number] = job
+            if self._is_up:
+                self._ask(job)
+        is_over = False
+        try:
+            while not is_over:
+                event = job.events.get()
+                is_over = isinstance(event, Finished | KimiMlxError)
+                if isinstance(event, KimiMlxError):
+                    raise event
+                yield event
+        finally:
+            if not is_over:
+                self._cancel(job)
+
+    def cancel(self) -> None:
+        """Ask the running requests to stop; safe from a signal handler."""
+        for job in list(self._jobs.values()):
+            self._cancel(job)
+
+    def reset(self) -> None:
+        """Forget the conversation's cache on every rank."""
+        self._ring.send("reset")
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._is_closing.set()
+        self._thread.join(CLOSE_LIMIT_S)  # which ends the ranks
+        self._forget_text()
+
+    def _forget_text(self) -> None:
+        if self._text is not None:
+            self._text.cleanup()
+
+    def _cancel(self, job: _Job) -> None:
+        job.is_cancelled = True
+        self._ring.send_leader("cancel", number=job.number)
+
+    def _ask(self, job: _Job) -> None:
+        job.waiting = set(range(self._cluster.size))
+        job.outcome = None
+        self._ring.send("request", number=job.number, request=job.rest().to_dict())
+        if job.is_cancelled:
+            self._cancel(job)
+
+    def _start(self, progress: LoadProgress, *, wants_text: bool) -> None:
+        """Start the ranks and wait until each has loaded its share."""
+        options = self._options
+        self._ring.start(
+            folder=None if options.folder is None else str(options.folder),
+            model=options.model,
+            dtype=options.dtype,
+            strategy=options.strategy,
+            samples=options.samples,
+            wants_text=wants_text,
+        )
+        loaded = dict.fromkeys(range(self._cluster.size), 0)
+        waiting = set(loaded)
+        for rank, message in self._ring.messages():
+            if message["kind"] == "loading":
+                loaded[rank] = message["done"]
+                progress(min(loaded.values()), message["total"])
+            elif message["kind"] == "text":
+                self._keep_text(message["files"])
+            elif message["kind"] == "ready":
+                waiting.discard(rank)
+            if not waiting:
+                return
+
+    def _keep_text(self, files: dict[str, str]) -> None:
+        self._text = tempfile.TemporaryDirectory(prefix="kimi-mlx-text-")
+        for name, text in files.items():
+            (Path(self._text.name) / Path(name).name).write_bytes(base64.b64decode(text))
+
+    def _supervise(self) -> None:
+        """Listen to the ring, and start it again when it is lost, until the session is closed or it is given up."""
+        final: KimiMlxError | None = None
+        while final is None and not self._is_closing.is_set():
+            try:
+                for rank, message in self._ring.messages():
+                    self._hear(rank, message)
+            except (RingError, SshError) as error:
+                final = self._recover(error)
+            except KimiMlxError as error:
+                final = error
+        self._give_up(final or RingError("the session is closed"))
+
+    def _recover(self, error: KimiMlxError) -> KimiMlxError | None:
+        """Start again, several times; the last error if that is of no use."""
+        with self._lock:
+            self._is_up = False
+        lost_at = time.monotonic()
+        if lost_at - self._up_since > STEADY_S:
+            self._lost = 0
+        while self._lost < self._options.restarts:
+            self._lost += 1
+            self._tell(Interrupted(error.message, self._lost, self._options.restarts))
+            if self._is_closing.wait(BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]):
+                return error
+            try:
+                self._start(lambda done, total: None, wants_text=False)
+            except (RingError, SshError) as found:
+                error = found
+                continue
+            except KimiMlxError as found:
+                return found
+            self._resume(time.monotonic() - lost_at)
+            return None
+        return error
+
+    def _resume(self, seconds: float) -> None:
+        self._up_since = time.monotonic()
+        with self._lock:
+            self._is_up = True
+            for job in list(self._jobs.values()):
+                job.was_interrupted = True
+                job.events.put(Resumed(seconds))
+                if (reason := job.reason_to_end()) is not None:
+                    self._end(job, job.finish(reason))
+                else:
+                    self._ask(job)
+
+    def _give_up(self, error: KimiMlxError) -> None:
+        self._ring.close()
+        with self._lock:
+            self._failure = error
+            for job in list(self._jobs.values()):
+                self._end(job, error)
+
+    def _tell(self, event: Event) -> None:
+        for job in list(self._jobs.values()):
+            job.events.put(event)
+
+    def _hear(self, rank: int, message: Message) -> None:
+        job = self._jobs.get(message.get("number", -1))
+        if job is None:
+            return
+        kind = message["kind"]
+        if rank == 0 and kind == "prefilled":
+            job.events.put(Prefilled(message["done"], message["total"]))
+        elif rank == 0 and kind == "token":
+            self._lost = 0  # it goes on; a request that ends the ring again and again would not
+            job.first_token_at = job.first_token_at or time.perf_counter()
+            job.sent.append(message["id"])
+            job.events.put(Token(message["id"]))
+        elif kind in ("finished", "refused"):
+            job.waiting.discard(rank)
+            if rank == 0 and kind == "refused":
+                job.outcome = decode_error(message)
+            elif rank == 0:
+                job.outcome = job.finish(message["reason"], Statistics.from_dict(message["statistics"]))
+            if not job.waiting and job.outcome is not None:
+                with self._lock:
+                    self._end(job, job.outcome)
+
+    def _end(self, job: _Job, outcome: Finished | KimiMlxError) -> None:
+        del self._jobs[job.number]
+        job.events.put(outcome)
