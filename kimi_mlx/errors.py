@@ -11,6 +11,7 @@ KimiMlxError
 ├── HostfileError    a hostfile, or a list of hosts, that cannot be meant that way
 ├── LinkError        hosts with no network between them, or only one that is too slow
 ├── SshError         a host that ssh does not reach, or that does not do what it is told
+├── InstallError     kimi-mlx cannot be brought to hosts
 └── RingError        ranks that do not start, die or fall silent
     └── StallError   ranks that are alive, but come no further
 
@@ -70,6 +71,10 @@ class EngineError(KimiMlxError):
 
 class SshError(KimiMlxError):
     """A host that ssh does not reach, or that does not do what it is told."""
+
+
+class InstallError(KimiMlxError):
+    """kimi-mlx cannot be brought to hosts."""
 
 
 class HostfileError(KimiMlxError):

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kimi_mlx.cluster.checks import INSTALL
-from kimi_mlx.cluster.facts import PACKAGES, Facts, HeldStore
+from kimi_mlx.cluster.facts import Facts, HeldStore
 from kimi_mlx.cluster.findings import Finding
+from kimi_mlx.cluster.versions import PACKAGES
 
 
 def check_versions(hosts: Sequence[Facts]) -> list[Finding]:

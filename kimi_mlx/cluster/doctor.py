@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kimi_mlx.cluster.examination import Question, calm, check_hosts, check_together, read_answers, with_hosts
-from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, facts_script
+from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, facts_script, own_interpreter
 from kimi_mlx.cluster.findings import Finding, has_trouble
 from kimi_mlx.cluster.hosts import Backend, Cluster, Hostfile
+from kimi_mlx.cluster.install import prefer
 from kimi_mlx.cluster.joining import Say, join_hosts
 from kimi_mlx.cluster.links import Network
 from kimi_mlx.cluster.payloads import all_payloads
@@ -113,6 +114,7 @@ def _ask(question: Question, own_python: str, say: Say) -> tuple[dict[str, Facts
     front_name = None if any(map(is_local, names)) else "localhost"
     answers = run_everywhere([*names, *([front_name] if front_name else [])], script, FACTS_LIMIT_S)
     known, reachable = read_answers(answers)
+    known = {host: prefer(facts, own_interpreter()) for host, facts in known.items()}
     front = known.pop(front_name, None) if front_name else None
     reachable = [each for each in reachable if each.host != front_name and not question.is_alone]
     return known, front, [*reachable, *check_hosts(question, known, answers)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,15 +17,13 @@ from typing import TypeVar
 
 from kimi_mlx.cluster import probes
 from kimi_mlx.cluster.interfaces import LINUX_HINTS
+from kimi_mlx.cluster.versions import PACKAGES, describe
 from kimi_mlx.errors import SshError
 
 T = TypeVar("T")
 
 FACTS_LIMIT_S = 45.0
 """For one host, connecting included; usually it takes one or two seconds."""
-
-PACKAGES = ("kimi-mlx", "mlx", "mlx-lm")
-"""Whose versions are asked for."""
 
 VENV_PYTHON = "venv/bin/python"
 """Where the interpreter of `--install` is, below the user's data folder; facts.sh looks there."""
@@ -172,13 +171,27 @@ def facts_script(pythons: Sequence[str] = (), ports: Sequence[int] = (), *, is_s
         "facts_search": str(int(is_search)),
         "facts_ports": " ".join(map(str, ports)),
         "facts_linux_hints": LINUX_HINTS,
+        "facts_versions": source("versions.py"),
     }
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in wanted.items()) + _script()
+    return with_variables(wanted, source("facts.sh"))
+
+
+def with_variables(values: Mapping[str, str], script: str) -> str:
+    """A script of the shell that begins by setting variables, to any text but NUL."""
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()) + script
 
 
 @cache
-def _script() -> str:
-    return files("kimi_mlx.cluster").joinpath("facts.sh").read_text(encoding="utf-8")
+def source(name: str) -> str:
+    """The text of a file beside this one, to be sent to hosts."""
+    return files("kimi_mlx.cluster").joinpath(name).read_text(encoding="utf-8")
+
+
+def own_interpreter() -> Interpreter:
+    """The one that runs this."""
+    found = parse_interpreter(json.dumps(describe(sys.executable)))
+    assert found is not None
+    return found
 
 
 def parse_facts(host: str, text: str) -> Facts:
@@ -216,7 +229,7 @@ def parse_facts(host: str, text: str) -> Facts:
         disk_free_bytes=probes.disk_free(word("disk") or ""),
         clock_start=probes.seconds(word("clock")),
         clock_end=probes.seconds(word("clock_end")),
-        interpreters=_some(map(_interpreter, values.get("interpreter", ()))),
+        interpreters=_some(map(parse_interpreter, values.get("interpreter", ()))),
         broken_interpreters=tuple(values.get("broken_interpreter", ())),
         uv=word("uv"),
         stores=_some(map(_store, values.get("store", ()))),
@@ -251,7 +264,8 @@ def _some(values: Iterable[T | None]) -> tuple[T, ...]:
     return tuple(value for value in values if value is not None)
 
 
-def _interpreter(line: str) -> Interpreter | None:
+def parse_interpreter(line: str) -> Interpreter | None:
+    """Read what kimi_mlx.cluster.versions has found; None if it is something else."""
     try:
         found = {str(key): str(value) for key, value in json.loads(line).items()}
         packages = {name: found[name] for name in PACKAGES if name in found}

@@ -2,6 +2,7 @@
 # Prints lines of KEY=VALUE; a key that comes again adds a line to its value. See facts.py, which sets before:
 #   facts_pythons   interpreters to look at first, one a line        facts_search   1: look for others too
 #   facts_ports     TCP ports, divided by blanks             facts_linux_hints   a script of interfaces.py
+#   facts_versions  versions.py
 export LC_ALL=C
 PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin
 system=$(uname -s)
@@ -91,34 +92,6 @@ stores() {
   done
 }
 
-# Versions by the packages' metadata: importing MLX would cost a second, and may fail.
-versions='
-import sys
-sys.path[:] = [place for place in sys.path if place]
-import json
-found = {"path": sys.argv[1], "python": ".".join(map(str, sys.version_info[:3])), "machine": __import__("platform").machine()}
-try:
-    from importlib.metadata import version
-    for name in ("kimi-mlx", "mlx", "mlx-lm"):
-        try:
-            found[name] = version(name)
-        except Exception:
-            pass
-    import hashlib
-    from importlib.util import find_spec
-    from pathlib import Path
-    spec = find_spec("kimi_mlx")
-    if spec and spec.origin:
-        root = Path(spec.origin).parent
-        digest = hashlib.sha256()
-        for file in sorted(root.rglob("*.py")):
-            data = file.read_bytes()
-            digest.update(("%s %d\n" % (file.relative_to(root).as_posix(), len(data))).encode() + data)
-        found["code"] = digest.hexdigest()[:12]
-except Exception:
-    pass
-print("interpreter=" + json.dumps(found))
-'
 # PATH: looks at an interpreter, if it is one and has not been looked at.
 look_at() {
   [ -n "$1" ] && [ -x "$1" ] && [ ! -d "$1" ] || return 0
@@ -127,7 +100,7 @@ look_at() {
   if [ "$system" = Darwin ] && [ "$1" = /usr/bin/python3 ]; then
     limit 5 xcode-select -p >/dev/null || return 0 # a stub, which would open a window
   fi
-  limit 20 "$1" -c "$versions" "$1" || say broken_interpreter "$1"
+  limit 20 "$1" -c "$facts_versions" "$1" || say broken_interpreter "$1"
 }
 pythons() {
   looked=

@@ -125,6 +125,11 @@ class RankProcess:
         """Its last lines of standard error."""
         return "\n".join(self._words)
 
+    @property
+    def last_line(self) -> str:
+        """The last one of standard error; empty if there is none."""
+        return self._words[-1] if self._words else ""
+
     def how_it_ended(self) -> str:
         """In words: the signal or the exit code, and its last lines."""
         if not self.has_ended(1):

@@ -73,6 +73,7 @@ class Hosts:
         self._id = f"{os.getpid() % 0xFFFFF:05x}{id(self) >> 4 & 0xFFF:03x}"
         self._subnet = _free_subnet()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._without: set[str] = set()
 
     def __enter__(self) -> Hosts:
         """Make the switch, the hosts and their SSH servers."""
@@ -162,6 +163,13 @@ class Hosts:
         _make_key(self.folder / name / "host_key", name)
         self._start_sshd(name)
 
+    def take_kimi_mlx(self, name: str) -> None:
+        """Leave a host's Python without the kimi-mlx that is tested, as a computer is on which nobody installed it."""
+        self._without.add(name)
+        self._write_sshd_config(name)
+        self.stop_sshd(name)
+        self._start_sshd(name)
+
     def power_off(self, name: str) -> None:
         """Switch a host off without a word to its peers."""
         self.cut(name)
@@ -182,6 +190,11 @@ class Hosts:
             for folder in (self.packages(name), self.home(name) / ".local"):
                 shutil.rmtree(folder, ignore_errors=True)
             self.packages(name).mkdir()
+            if name in self._without:
+                self._without.remove(name)
+                self._write_sshd_config(name)
+                if self._listens(name):
+                    self.stop_sshd(name)
             if not self._listens(name):
                 self._start_sshd(name)
         self._write_known_hosts()
@@ -287,11 +300,16 @@ class Hosts:
         roots = [[*user[:5], str(self.home(name)), "/bin/bash"] if user[0] == "root" else user for user in users]
         (place / "passwd").write_text("".join(":".join(user) + "\n" for user in roots))
         _make_key(place / "host_key", name)
+        self._write_sshd_config(name)
+
+    def _write_sshd_config(self, name: str) -> None:
+        place = self.folder / name
+        python_path = "" if name in self._without else f"PYTHONPATH={place}/packages:{ROOT}"
         (place / "sshd_config").write_text(
             f"Port 22\nListenAddress 0.0.0.0\nHostKey {place}/host_key\nPidFile {place}/sshd.pid\n"
             "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             "UsePAM no\nStrictModes no\nUseDNS no\nPrintMotd no\nPrintLastLog no\nMaxStartups 100\nMaxSessions 100\n"
-            f"SetEnv PATH=/usr/bin:/bin:/usr/sbin:/sbin TMPDIR={place}/tmp PYTHONPATH={place}/packages:{ROOT}\n"
+            f"SetEnv PATH=/usr/bin:/bin:/usr/sbin:/sbin TMPDIR={place}/tmp {python_path}\n"
         )
 
     def _write_known_hosts(self) -> None:
