@@ -26,8 +26,11 @@ from kimi_mlx.cli.options import refuse_launcher
 from kimi_mlx.cli.output import slow_status, stderr
 from kimi_mlx.cluster.doctor import Diagnosis, examine
 from kimi_mlx.cluster.examination import Question
+from kimi_mlx.cluster.facts import own_interpreter
 from kimi_mlx.cluster.hostfile import write_hostfile
 from kimi_mlx.cluster.hosts import Cluster, Hostfile
+from kimi_mlx.cluster.install import install as install_on
+from kimi_mlx.cluster.install import needs_install
 from kimi_mlx.cluster.need import ModelNeed
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.errors import MissingModelError, UsageError
@@ -76,6 +79,8 @@ def launch(
     if hosts is None and hostfile is None:
         raise UsageError("launch needs hosts", hint="name them: `kimi-mlx launch --hosts mac-a,mac-b`")
     check_python_option(python)
+    if install and python is not None:
+        raise UsageError("--install brings a Python of its own, --python names another", hint="leave one of them out")
     command = _Command(context, context.args)
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)
@@ -150,9 +155,14 @@ def _with_envs(hostfile: Hostfile, envs: Sequence[str]) -> Hostfile:
 
 def _prepare(question: Question, is_install: bool) -> Diagnosis:
     """Examine the hosts, after bringing them our version if that is wanted."""
+    own = own_interpreter()
     with slow_status() as say:
-        diagnosis = examine(question, sys.executable, say)
-    return diagnosis
+        if is_install:
+            first = examine(replace(question, is_quick=True), sys.executable, say)
+            lacking = {host: facts for host, facts in first.facts.items() if needs_install(facts, own)}
+            if lacking:
+                install_on(lacking, own, say)
+        return examine(question, sys.executable, say)
 
 
 def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, *, is_forced: bool, is_download: bool) -> Cluster:

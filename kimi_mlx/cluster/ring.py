@@ -94,7 +94,7 @@ class Ring:
             listening = self._collect("listening", START_S, "did not start")
             self._pids = [listening[rank]["pid"] for rank in range(self.world_size)]
             self._join(listening)
-            self._collect("joined", JOIN_S, "did not find the others")
+            self._collect("joined", JOIN_S, f"did not find the others{self._others()}")
         except BaseException:
             self.close()
             raise
@@ -119,7 +119,7 @@ class Ring:
         """Yield (rank, message) as they come, heartbeats left out, until all is over.
 
         Raises:
-            RingError: a rank has ended or fallen silent, a link is dead, or nothing goes on; all ranks are ended then.
+            RingError: a rank has ended or fallen silent, a link is dead, or nothing goes on; the ring is to be closed.
             KimiMlxError: a rank reports an error.
         """
         while self._ranks:
@@ -133,10 +133,10 @@ class Ring:
                 self._look()
                 continue
             if message is None:
-                raise self._failed(self._ended(rank))
+                raise self._ended(rank)
             self._watch.hear(rank, message, time.monotonic())
             if message["kind"] == "error":
-                raise self._failed(self._ended(rank, decode_error(message)))
+                raise self._ended(rank, decode_error(message))
             if message["kind"] == "alive":
                 self._look()
             else:
@@ -249,13 +249,8 @@ class Ring:
             return
         kind = StallError if trouble.is_stall else RingError
         if trouble.rank is None:
-            raise self._failed(kind(f"the ring of {self.world_size} ranks: {trouble.what}", hint=HINT))
-        raise self._failed(self._lost(trouble.rank, trouble.what, kind))
-
-    def _failed(self, error: KimiMlxError) -> KimiMlxError:
-        """An error that has ended the ring."""
-        self.close()
-        return error
+            raise kind(f"the ring of {self.world_size} ranks: {trouble.what}", hint=HINT)
+        raise self._lost(trouble.rank, trouble.what, kind)
 
     def _ended(self, rank: int, told: KimiMlxError | None = None) -> KimiMlxError:
         """Why the ring ended: a rank that loses a peer ends, too, so the first to go may not be the cause.
@@ -279,6 +274,8 @@ class Ring:
         cause = next(iter(killed or causes), rank)
         process = self._ranks[cause]
         if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):
+            if self._pids[cause] is not None and not process.words:
+                return self._lost(cause, "was killed, or its ssh session was")
             return explain_ssh(Answer(self._host(cause), SSH_FAILED, "", process.words, 0))
         return self._lost(cause, process.how_it_ended())
 
@@ -293,6 +290,11 @@ class Ring:
             hint=(explain_jaccl(words) or HINT) + log,
             rank=rank,
         )
+
+    def _others(self) -> str:
+        """Where ranks look for each other."""
+        places = dict.fromkeys(address for host in self.cluster.hostfile.hosts for address in host.ips[:1])
+        return f" at {', '.join(places)}"
 
     def _last_words(self, rank: int) -> str:
         words = self._ranks[rank].words

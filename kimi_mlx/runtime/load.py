@@ -81,6 +81,12 @@ def load_share(
     if group is None or world_size == 1:
         return load_model(folder, config, compute_dtype, progress=progress)
     placement = _place(folder, config, world_size)
+    require_equal(
+        group,
+        _identity(folder, placement),
+        "checkpoint",
+        "bring the same files to all hosts, or fetch them once for all: `kimi-mlx launch --hosts ... download MODEL`",
+    )
     exchange = GroupExchange(group, placement)
     return load_model(folder, config, compute_dtype, placement.shares[rank], exchange, progress)
 
@@ -101,6 +107,12 @@ def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: st
 
 def _place(folder: Path, config: ModelConfig, world_size: int) -> Placement:
     return plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
+
+
+def _identity(folder: Path, placement: Placement) -> str:
+    """What tells a checkpoint from another one without reading all of it."""
+    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    return f"{placement.digest} {sizes} {(folder / 'config.json').read_text(encoding='utf-8')}"
 
 
 def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:

@@ -252,6 +252,7 @@ class RingSession:
         while self._lost < self._options.restarts:
             self._lost += 1
             self._tell(Interrupted(error.message, self._lost, self._options.restarts))
+            self._ring.close()
             if self._is_closing.wait(BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]):
                 return error
             try:

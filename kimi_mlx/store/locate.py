@@ -173,7 +173,8 @@ def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: 
             raise WeightsError(f"the store `{folder}` is not complete", hint=f"{command} goes on with it")
         raise WeightsError(
             f"this machine holds `{target.name}` for rank {_list(here)} of {ranks}, not for rank {_list(missing)}",
-            hint=f"running a model over several machines is still to come; {command} builds the rest here",
+            hint=f"run it on the hosts that hold the others: `kimi-mlx launch --hosts ... chat {target.name}`; "
+            f"{command} builds the rest here",
         )
     for store in find_stores(stores_root(), repository):
         other = store.placement.world_size
