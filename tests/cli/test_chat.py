@@ -94,6 +94,7 @@ def test_json_has_text_reasoning_and_figures() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_answer_as_one_process_does() -> None:
     alone, ring = call("chat", "-p", QUESTION), run("chat", "-p", QUESTION, "--ranks", "2")
