@@ -30,8 +30,9 @@ STALL_LIMIT_S = 4.0
 
 MAIN = "from kimi_mlx.cli.app import main; main()"
 IMPATIENT = f"""
-from kimi_mlx.cluster import self_test
+from kimi_mlx.cluster import doctor, self_test
 self_test.STEP_LIMIT_S = {STALL_LIMIT_S}
+doctor.DEAD_LINK_LIMIT_S = 1.5
 {MAIN}
 """
 
