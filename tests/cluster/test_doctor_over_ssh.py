@@ -281,8 +281,15 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     assert trouble["message"] == "`mac-b` exited with code 137; its last lines:\n  ended by SIGKILL"
 
 
-@pytest.mark.parametrize("mark", ["--limit", "runtime.self_test import"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("mark", "number"),
+    [
+        ("--limit", signal.SIGINT),
+        ("runtime.self_test import", signal.SIGKILL),
+        pytest.param("--limit", signal.SIGKILL, marks=pytest.mark.sweep),
+        pytest.param("runtime.self_test import", signal.SIGINT, marks=pytest.mark.sweep),
+    ],
+)
 def test_nothing_outlives_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path))
     wait(lambda: started(hosts, mark), 40)
