@@ -149,6 +149,7 @@ def cluster_of(hub: Hub, folder: Path, size: int) -> Cluster:
     return Cluster([Host(hub, folder / f"host-{rank}") for rank in range(size)])
 
 
+@pytest.mark.slow
 def test_two_hosts_build_the_stores_of_one_and_the_second_time_need_no_hub(
     small_hub: Hub, small: Path, expected_small: dict[int, Checksums], tmp_path: Path
 ) -> None:
@@ -259,7 +260,7 @@ def test_it_ends_soon_when_told_to_and_goes_on_later(
         pytest.param(
             {"kind": "status", "status": 429, "headers": {"Retry-After": "1"}, "times": 4}, marks=pytest.mark.sweep
         ),
-        {"kind": "corrupt", "after_bytes": 5_000_000, "times": 1},
+        pytest.param({"kind": "corrupt", "after_bytes": 5_000_000, "times": 1}, marks=pytest.mark.sweep),
     ],
     ids=["drop", "503", "429", "corrupt"],
 )
