@@ -65,10 +65,11 @@ def logits_of_mlx_lm(folder: Path, ids: mx.array, dtype: mx.Dtype | None = None)
 def test_logits_equal_mlx_lm(name: str, layout: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     folder = quantized(golden, tmp_path, **LAYOUTS[layout])
-    expected = logits_of_mlx_lm(folder, mx.array(golden.input_ids))
+    ids = golden.input_ids[:, :66]
+    expected = logits_of_mlx_lm(folder, mx.array(ids))
     model = load_model(folder, load_config(folder), mx.float32)
     for sizes in ([1000], [50, 1]):
-        assert relative_error(feed(model, golden.input_ids, sizes), expected) < 2e-5
+        assert relative_error(feed(model, ids, sizes), expected) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["k2.5", "moonlight"])
@@ -77,9 +78,10 @@ def test_kv_b_proj_as_a_whole_is_not_quantized_twice(name: str, tmp_path: Path) 
     folder = quantized(golden, tmp_path, bits=4, group_size=32, split_kv_b=False)
     model = load_model(folder, load_config(folder), mx.float32)
     reference = load_model(dequantize(folder, tmp_path / "dequantized"), load_config(folder), mx.float32)
+    ids = golden.input_ids[:, :66]
     for sizes in ([1000], [50, 1]):
-        expected = np.asarray(feed(reference, golden.input_ids, sizes))
-        assert relative_error(feed(model, golden.input_ids, sizes), expected) < 2e-5
+        expected = np.asarray(feed(reference, ids, sizes))
+        assert relative_error(feed(model, ids, sizes), expected) < 2e-5
 
 
 def dequantize(folder: Path, target: Path) -> Path:

@@ -119,7 +119,7 @@ def whole(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
     return checksums(build_all(overrides, tmp_path_factory.mktemp("whole"), 2)[1])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moments=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 def test_a_build_goes_on_after_any_interruption(
     moments: list[int],
