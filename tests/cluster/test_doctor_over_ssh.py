@@ -25,7 +25,7 @@ from tests.command import call
 pytestmark = pytest.mark.slow
 
 HOSTS = ("--hosts", "mac-a,mac-b")
-PAIR_LIMIT_S = 2.5
+PAIR_LIMIT_S = 3.0
 STALL_LIMIT_S = 4.0
 
 MAIN = "from kimi_mlx.cli.app import main; main()"
