@@ -7,6 +7,7 @@ import os
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules anew
 
 import mlx.core as mx
 import pytest

@@ -105,8 +105,8 @@ class PlainInputLine:
         return "\n".join(lines)
 
     def _read_line(self, prompt: str) -> str:
-        print(prompt, end="", file=self._prompts, flush=True)
         try:
+            print(prompt, end="", file=self._prompts, flush=True)
             line = self._source.readline()
             if not line:
                 raise EOFError

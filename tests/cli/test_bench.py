@@ -126,7 +126,10 @@ def wait_for(condition: Callable[[], bool], patience_s: float = 30) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.sweep), (signal.SIGKILL, -9)],
+)
 def test_no_process_outlives_the_command(tiny: Path, number: signal.Signals, code: int) -> None:
     script = str(ROOT / "scripts" / "benchmark.py")
     command = [sys.executable, script, str(tiny), "--against", "mlx-lm", "--ranks", "2", "--repeat", "100000"]

@@ -15,6 +15,7 @@ import pytest
 
 from kimi_mlx.store.locate import resolve
 from tests.checkpoints import write_checkpoint
+from tests.command import call
 
 QUESTION = "What are you?"
 
@@ -23,7 +24,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from kimi_mlx.cli.app import main; main()", *arguments]
 
 
-def run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments),
         input=stdin,
@@ -32,7 +33,6 @@ def run(*arguments: str, stdin: str | None = None, **environment: str) -> subpro
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, **environment},
     )
 
 
@@ -80,29 +80,30 @@ def test_the_answer_alone_is_on_stdout_and_the_figures_on_stderr() -> None:
 
 
 def test_a_prompt_from_a_pipe_is_the_same() -> None:
-    expected = run("chat", "-p", "Who are you?").stdout
+    expected = call("chat", "-p", "Who are you?").stdout
     assert run("chat", stdin="Who are you?").stdout == expected
-    assert run("chat", "-p", "-", stdin="Who are you?").stdout == expected
+    assert call("chat", "-p", "-", stdin="Who are you?").stdout == expected
 
 
 def test_json_has_text_reasoning_and_figures() -> None:
-    done = run("chat", "--json", "-p", "hi", "--max-tokens", "5")
+    done = call("chat", "--json", "-p", "hi", "--max-tokens", "5")
     answer = json.loads(done.stdout)
     assert set(answer) == {"text", "reasoning", "tool_calls", "finish_reason", "statistics"}
     assert answer["statistics"]["generated_tokens"] <= 5
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_answer_as_one_process_does() -> None:
-    alone, ring = run("chat", "-p", QUESTION), run("chat", "-p", QUESTION, "--ranks", "2")
+    alone, ring = call("chat", "-p", QUESTION), run("chat", "-p", QUESTION, "--ranks", "2")
     assert ring.returncode == 0, ring.stderr
     assert ring.stdout == alone.stdout
     assert len(alone.stdout) > 50
 
 
 def test_a_wrong_name_gets_the_nearest_ones() -> None:
-    done = run("chat", "kimi-mni", "-p", "hi")
+    done = call("chat", "kimi-mni", "-p", "hi")
     assert done.returncode == 2
     assert "there is no model `kimi-mni`" in done.stderr
     assert "`kimi-mini`" in done.stderr
@@ -123,15 +124,14 @@ def test_a_wrong_name_gets_the_nearest_ones() -> None:
     ],
 )
 def test_bad_input_gets_a_clear_error(arguments: tuple[str, ...], words: str) -> None:
-    done = run(*arguments)
+    done = call(*arguments)
     assert done.returncode in (1, 2)
     assert words in done.stderr
-    assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
 def test_a_prompt_beyond_the_context_is_an_error_and_not_a_crash() -> None:
-    done = run("chat", stdin="1 " * 70_000)
+    done = call("chat", stdin="1 " * 70_000)
     assert done.returncode == 1
     assert "the context holds 65536" in done.stderr
 
@@ -179,19 +179,20 @@ def test_a_killed_rank_ends_the_command_within_5_s_and_is_named(babbler: Path) -
 
 
 def test_models_lists_what_is_here() -> None:
-    done = run("models")
+    done = call("models")
     assert done.returncode == 0
     assert "kimi-mini" in done.stdout
-    listed = {entry["alias"]: entry for entry in json.loads(run("models", "--json").stdout)}
+    listed = {entry["alias"]: entry for entry in json.loads(call("models", "--json").stdout)}
     assert listed["kimi-mini"]["folder"]
     assert listed["kimi-k2"]["size_bytes"] > 500e9
 
 
 def test_the_model_of_the_environment_is_used() -> None:
-    done = run("chat", "-p", "hi", KIMI_MLX_MODEL="no-such-model")
+    done = call("chat", "-p", "hi", variables={"KIMI_MLX_MODEL": "no-such-model"})
+    assert done.returncode == 2
     assert "`no-such-model`" in done.stderr
 
 
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("kimi-mlx 0.")
-    assert "Examples:" in run("chat", "--help").stdout
+    assert "Examples:" in call("chat", "--help").stdout

@@ -106,7 +106,10 @@ class Hosts:
 
     @property
     def path(self) -> str:
-        """A PATH in which `ssh` knows the hosts; the user's own ~/.ssh is left alone."""
+        """A PATH in which `ssh` knows the hosts; the user's own ~/.ssh is left alone.
+
+        What the variable SSH_OPTIONS holds comes first there, and so overrules what kimi-mlx says.
+        """
         return f"{self.folder}/bin:{_PATH}"
 
     def address(self, name: str, link: str = "tb") -> str:
@@ -132,6 +135,12 @@ class Hosts:
             *(line for line in lines if any(mark in line for mark in marks)),
             *os.listdir(self.folder / name / "tmp"),
         ]
+
+    def is_joined(self, name: str) -> bool:
+        """Whether a host has a connection over Thunderbolt."""
+        number = "".join(f"{int(each):02X}" for each in reversed(self.address(name).split(".")))
+        rows = [line.split() for line in self._in(name, "cat", "/proc/net/tcp").splitlines()]
+        return any(row[1].startswith(number) and row[3] == "01" for row in rows)
 
     def slow_down(self, name: str, link: str, rate: str) -> None:
         """Let a host send no faster than this, such as `50mbit`."""
@@ -281,7 +290,9 @@ class Hosts:
         (self.folder / "ssh_config").write_text("\n".join(lines) + "\n")
         (self.folder / "bin").mkdir()
         shim = self.folder / "bin" / "ssh"
-        shim.write_text(f'#!/bin/sh\nexec {shutil.which("ssh", path=_PATH)} -F {self.folder}/ssh_config "$@"\n')
+        shim.write_text(
+            f'#!/bin/sh\nexec {shutil.which("ssh", path=_PATH)} -F {self.folder}/ssh_config $SSH_OPTIONS "$@"\n'
+        )
         shim.chmod(0o755)
         names = [f"{self.address(name, 'lan')} {name} {name}.local" for name in self.names]
         for name in self.names:

@@ -91,13 +91,15 @@ QUICK = [
     *((bits, 32 if bits % 2 else 64, "mlx-lm") for bits in (2, 3, 4, 5, 6, 8)),
     (4, 32, "as on the hub"),
 ]
-SLOW = [
+ALL = [
     (bits, group_size, layout)
     for bits in (2, 3, 4, 5, 6, 8)
     for group_size in (32, 64)
     for layout in LAYOUTS
     if (bits, group_size, layout) not in QUICK
 ]
+SLOW = [case for case in ALL if case[2] == "mlx-lm" or case[:2] in ((2, 64), (3, 32))]
+SWEEP = [case for case in ALL if case not in SLOW]
 
 
 FloatCheckpoints = Callable[[str], tuple[Golden, Path]]
@@ -129,7 +131,11 @@ def affine_errors(source: tuple[Golden, Path], folder: Path, **options: Any) -> 
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "layout"),
-    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [
+        *QUICK,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+        *(pytest.param(*case, marks=pytest.mark.sweep) for case in SWEEP),
+    ],
 )
 def test_affine_logits_equal_those_of_the_values(
     bits: int, group_size: int, layout: str, floats: FloatCheckpoints, tmp_path: Path

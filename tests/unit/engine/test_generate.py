@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -32,18 +33,28 @@ def run(engine: Engine, request: Request) -> tuple[list[int], Finished]:
     return [event.id for event in events if isinstance(event, Token)], events[-1]
 
 
-def greedy(model: Model, prompt: Sequence[int], count: int) -> list[int]:
-    """The plainest way: the whole sequence anew for each token."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(mx.argmax(model(mx.array([ids]))[0, -1]).tolist())  # pyright: ignore[reportArgumentType]
-    return ids[len(prompt) :]
+Plainest = Callable[[Sequence[int], int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def greedy(model: Model) -> Plainest:
+    """The plainest way: the whole sequence anew for each token. What was computed once is kept."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def answer(prompt: Sequence[int], count: int) -> list[int]:
+        tokens = answers.setdefault(tuple(prompt), [])
+        while len(tokens) < count:
+            ids = mx.array([[*prompt, *tokens]])
+            tokens.append(mx.argmax(model(ids)[0, -1]).tolist())  # pyright: ignore[reportArgumentType]
+        return tokens[:count]
+
+    return answer
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 39, 40, 512])
-def test_greedy_equals_the_plainest_way(model: Model, chunk: int) -> None:
+def test_greedy_equals_the_plainest_way(model: Model, greedy: Plainest, chunk: int) -> None:
     tokens, end = run(Engine(model, prefill_chunk=chunk), Request(PROMPT, max_tokens=12))
-    assert tokens == greedy(model, PROMPT, 12)
+    assert tokens == greedy(PROMPT, 12)
     assert end.reason == "length"
 
 
@@ -54,8 +65,8 @@ def test_progress_covers_the_prompt_in_order(model: Model) -> None:
     ]
 
 
-def test_a_stop_token_ends_the_answer_and_is_reported(model: Model) -> None:
-    expected = greedy(model, PROMPT, 12)
+def test_a_stop_token_ends_the_answer_and_is_reported(model: Model, greedy: Plainest) -> None:
+    expected = greedy(PROMPT, 12)
     stop = expected[5]
     tokens, end = run(Engine(model), Request(PROMPT, stop_ids=frozenset({stop}), max_tokens=12))
     assert tokens == expected[: expected.index(stop) + 1]
@@ -63,16 +74,16 @@ def test_a_stop_token_ends_the_answer_and_is_reported(model: Model) -> None:
     assert end.statistics.generated_tokens == len(tokens)
 
 
-def test_the_cache_lives_on_and_only_new_tokens_are_prefilled(model: Model) -> None:
+def test_the_cache_lives_on_and_only_new_tokens_are_prefilled(model: Model, greedy: Plainest) -> None:
     engine = Engine(model)
-    first, _ = run(engine, Request(PROMPT, max_tokens=8))
+    first, _ = run(engine, Request(PROMPT, max_tokens=4))
     follow_up = (*PROMPT, *first, 5, 6, 7)
-    second, end = run(engine, Request(follow_up, max_tokens=8))
-    assert second == greedy(model, follow_up, 8)
-    assert end.statistics.cached_tokens == len(PROMPT) + 7  # all but the last token, which was never fed
+    second, end = run(engine, Request(follow_up, max_tokens=4))
+    assert second == greedy(follow_up, 4)
+    assert end.statistics.cached_tokens == len(PROMPT) + 3  # all but the last token, which was never fed
     changed = (*PROMPT[:20], 9, 9, *PROMPT[22:])
     third, end = run(engine, Request(changed, max_tokens=4))
-    assert third == greedy(model, changed, 4)
+    assert third == greedy(changed, 4)
     assert end.statistics.cached_tokens == 20
 
 
@@ -85,14 +96,14 @@ def test_the_same_prompt_again_computes_one_token(model: Model) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 6])
-def test_an_iteration_broken_off_anywhere_leaves_a_good_cache(model: Model, after: int) -> None:
+def test_an_iteration_broken_off_anywhere_leaves_a_good_cache(model: Model, greedy: Plainest, after: int) -> None:
     engine = Engine(model, prefill_chunk=16)
     events = engine.generate(Request(PROMPT, max_tokens=10))
     for _ in range(after):
         next(events)
     events.close()  # pyright: ignore[reportAttributeAccessIssue]
     tokens, _ = run(engine, Request(PROMPT, max_tokens=10))
-    assert tokens == greedy(model, PROMPT, 10)
+    assert tokens == greedy(PROMPT, 10)
 
 
 def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
@@ -123,15 +134,15 @@ def test_a_seed_repeats_and_another_differs(model: Model) -> None:
     assert sample(1) != sample(2)
 
 
-def test_top_k_of_one_is_greedy(model: Model) -> None:
+def test_top_k_of_one_is_greedy(model: Model, greedy: Plainest) -> None:
     tokens, _ = run(Engine(model), Request(PROMPT, max_tokens=8, sampling=Sampling(temperature=1.0, top_k=1, seed=3)))
-    assert tokens == greedy(model, PROMPT, 8)
+    assert tokens == greedy(PROMPT, 8)
 
 
-def test_max_tokens_defaults_to_the_rest_of_the_context(model: Model) -> None:
-    context = model.config.max_position_embeddings
-    prompt = (PROMPT * (context // len(PROMPT) + 1))[: context - 3]
-    tokens, end = run(Engine(model), Request(prompt))
+def test_max_tokens_defaults_to_the_rest_of_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = len(PROMPT) + 3
+    monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=context))
+    tokens, end = run(Engine(model), Request(PROMPT))
     assert (len(tokens), end.reason) == (3, "length")
 
 

@@ -127,7 +127,7 @@ def test_a_fault_that_passes_costs_nothing(
 def test_progress_begins_the_count_of_failures_again(
     hub: Hub, repository: Repository, model: Path, target: Path
 ) -> None:
-    hub.fail("drop", "/cdn/*", after_bytes=10_000)
+    hub.fail("drop", "/cdn/*", after_bytes=SIZE // 12)  # more often than would be borne in a row
     get(repository, target)
     assert_right(target, model)
     assert hub.sent_bytes == SIZE

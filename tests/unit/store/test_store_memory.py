@@ -32,13 +32,19 @@ print(json.dumps(measure(lambda: load_store(folder, manifest, config, DTYPES[dty
 """
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory") / "checkpoint"
+    write_synthetic(folder, loading_config(SIZE_GB))
+    return folder
+
+
 @pytest.fixture(scope="module", params=[1, 2])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def store(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Path, int]:
     """The folder of a store, and for how many ranks it is."""
-    folder = tmp_path_factory.mktemp("memory")
-    write_synthetic(folder / "checkpoint", loading_config(SIZE_GB))
-    job = open_job(StoreOptions(folder / "checkpoint", folder / "stores", request.param), SingleGroup())
-    build(StoreOptions(folder / "checkpoint", folder / "stores", request.param), job, SingleGroup())
+    options = StoreOptions(checkpoint, checkpoint.parent / "stores", request.param)
+    job = open_job(options, SingleGroup())
+    build(options, job, SingleGroup())
     return job.folder, request.param
 
 
