@@ -94,7 +94,7 @@ class Ring:
             listening = self._collect("listening", START_S, "did not start")
             self._pids = [listening[rank]["pid"] for rank in range(self.world_size)]
             self._join(listening)
-            self._collect("joined", JOIN_S, f"did not find the others{self._others()}")
+            self._collect("joined", JOIN_S, f"did not find the others{self._others()}", StallError)
         except BaseException:
             self.close()
             raise
@@ -219,8 +219,15 @@ class Ring:
     def _link(self, rank: int, port: int | None) -> tuple[str, int] | None:
         return None if port is None else (self.cluster.hostfile.hosts[rank].ips[0], port)
 
-    def _collect(self, kind: str, limit_s: float, how: str) -> dict[int, Message]:
-        """One message of this kind from each rank, while the ring does not stand yet."""
+    def _collect(self, kind: str, limit_s: float, how: str, late: type[RingError] = RingError) -> dict[int, Message]:
+        """One message of this kind from each rank, while the ring does not stand yet.
+
+        Args:
+            kind: of the message.
+            limit_s: to wait for all of them.
+            how: what is said of a rank that sends none.
+            late: the error for that.
+        """
         found: dict[int, Message] = {}
         end = time.monotonic() + limit_s
         while len(found) < self.world_size:
@@ -231,8 +238,8 @@ class Ring:
             except queue.Empty:
                 if time.monotonic() < end:
                     continue
-                late = next(rank for rank in range(self.world_size) if rank not in found)
-                raise self._lost(late, f"{how} within {limit_s:.0f} s{self._last_words(late)}") from None
+                missing = next(rank for rank in range(self.world_size) if rank not in found)
+                raise self._lost(missing, f"{how} within {limit_s:.0f} s{self._last_words(missing)}", late) from None
             if message is None:
                 raise self._ended(rank)
             if message["kind"] == "error":

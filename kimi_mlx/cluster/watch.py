@@ -17,7 +17,7 @@ PAUSE_S = 3.0
 START_S = 60.0
 """Until a rank's first word: logging in, and importing MLX for the first time."""
 
-JOIN_S = 30.0
+JOIN_S = 20.0
 """Until all ranks are connected."""
 
 
