@@ -95,7 +95,7 @@ app.command(
 )(convert)
 app.command(
     # what follows COMMAND is its own
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog=examples(
         "kimi-mlx launch --hosts mac-a,mac-b --install              bring kimi-mlx to both, then chat",
         "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host fetches its part, once in all",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kimi_mlx.cli.launched import launched_of, open_launched, refuse_ranks
+from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
@@ -64,9 +64,6 @@ def bench(
     launched = launched_of(context)
     with ExitStack() as stack:
         if launched is not None:
-            refuse_ranks(ranks)
-            if against is not None or synthetic is not None:
-                raise UsageError("--against and --synthetic measure on this machine", hint="leave out --hosts")
             target = understand(model or Settings.from_environment().model)
             session = stack.enter_context(closing(open_launched(launched, target, dtype, False, json)))
             folder, sides = session.text_folder, [SessionSide("kimi-mlx", session)]

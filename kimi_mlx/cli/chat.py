@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.launched import launched_of, open_launched, refuse_ranks
+from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
@@ -75,7 +75,6 @@ def chat(
     with ExitStack() as stack:
         session: Session
         if launched is not None:
-            refuse_ranks(ranks)
             ring = stack.enter_context(closing(open_launched(launched, target, dtype, temperature != 0, json)))
             tokenizer, options = asking.read(ring.text_folder, max_tokens)
             session = ring

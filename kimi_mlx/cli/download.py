@@ -9,7 +9,7 @@ import typer
 
 from kimi_mlx.cli.byte_progress import byte_progress
 from kimi_mlx.cli.download_output import print_result, require_disk
-from kimi_mlx.cli.launched import launched_of, refuse_ranks
+from kimi_mlx.cli.launched import launched_of
 from kimi_mlx.cli.obtain import fetch
 from kimi_mlx.cli.options import JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stderr
@@ -64,7 +64,6 @@ def download(
     started = time.monotonic()
     name = model or Settings.from_environment().model
     if (launched := launched_of(context)) is not None:
-        refuse_ranks(ranks)
         from kimi_mlx.cli.launch_download import download_over_hosts
 
         download_over_hosts(launched, understand(name), revision, dry_run, verify, keep_source, is_json=json)

@@ -21,7 +21,7 @@ from kimi_mlx.cli.hosts_options import (
     check_python_option,
     hosts_of,
 )
-from kimi_mlx.cli.launched import Launched
+from kimi_mlx.cli.launched import Launched, refuse_ranks
 from kimi_mlx.cli.options import refuse_launcher
 from kimi_mlx.cli.output import slow_status, stderr
 from kimi_mlx.cluster.doctor import Diagnosis, examine
@@ -46,6 +46,15 @@ BROUGHT_BY_A_DOWNLOAD = ("stores", "memory", "wired limit")
 
 def launch(
     context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="COMMAND",
+            help="`chat` (the default), `bench`, `check` or `download`, with its own arguments and options: "
+            "`kimi-mlx COMMAND --help`.",
+            show_default=False,
+        ),
+    ] = None,
     hosts: HostsOption = None,
     hostfile: HostfileOption = None,
     backend: BackendOption = "auto",
@@ -68,11 +77,7 @@ def launch(
         typer.Option("--limit", min=2, metavar="SECONDS", help="How long a rank may be silent, or a token take."),
     ] = Limits().silence_s,
 ) -> None:
-    """Run a model on several Macs: check them, connect them, then COMMAND.
-
-    COMMAND is `chat` (the default), `bench`, `check` or `download`, with its own arguments and options:
-    `kimi-mlx COMMAND --help`.
-    """
+    """Run a model on several Macs: check them, connect them, then COMMAND."""
     from kimi_mlx.cli.need import need_of
 
     refuse_launcher()
@@ -81,7 +86,7 @@ def launch(
     check_python_option(python)
     if install and python is not None:
         raise UsageError("--install brings a Python of its own, --python names another", hint="leave one of them out")
-    command = _Command(context, context.args)
+    command = _Command(context, words or [])
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)
     need = need_of(command.model)
@@ -113,6 +118,9 @@ class _Command:
 
     def __init__(self, context: typer.Context, words: Sequence[str]):
         self.name = words[0] if words and words[0] in COMMANDS else COMMANDS[0]
+        first = next((word for word in words if not word.startswith("-")), None)
+        if first in COMMANDS and words[0] != first:
+            raise UsageError(f"`{words[0]}` stands before `{first}`", hint=f"options of `{first}` go behind it")
         self._words = list(words[1:] if words and words[0] == self.name else words)
         assert context.parent is not None
         self._parent = context.parent
@@ -120,8 +128,9 @@ class _Command:
         self._command = group.get_command(self._parent, self.name)
         with self._context() as checked:
             self._parameters: dict[str, Any] = dict(checked.params)
-        if self.model.startswith("-"):
-            raise UsageError(f"`{self.model}` is neither a model nor an option of `{self.name}`")
+        refuse_ranks(self._parameters.get("ranks"))
+        if self._parameters.get("against") or self._parameters.get("synthetic"):
+            raise UsageError("--against and --synthetic measure on one machine", hint="leave out the hosts")
 
     @property
     def model(self) -> str:
