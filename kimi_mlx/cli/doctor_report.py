@@ -178,7 +178,7 @@ def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, 
     trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("trouble", "warning"))
     if trouble:
         things = "1 thing stands" if trouble == 1 else f"{trouble} things stand"
-        return f"{things} in the way: mend from the top, then run the doctor again.", ""
+        return f"{things} in the way: mend from the top, then try again.", ""
     model = "" if need.name == Settings().model else f" {need.name}"
     command = f"kimi-mlx chat{model}"
     if option:

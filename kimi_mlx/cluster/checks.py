@@ -89,7 +89,13 @@ def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
         return Finding(facts.host, "memory", "warning", f"its memory is unknown; {need} are needed", "try again")
     if need_bytes > (most := max(total - SYSTEM_RESERVE_BYTES, 0)):
         message = f"{need} are needed, of {format_gib(total)} at most {format_gib(most)} can be used"
-        return Finding(facts.host, "memory", "trouble", message, "add a host, or see what fits with `kimi-mlx plan`")
+        return Finding(
+            facts.host,
+            "memory",
+            "trouble",
+            message,
+            "add a host, or take a smaller model: `kimi-mlx models` says what each needs",
+        )
     wired = "" if facts.wired_bytes is None else f", {format_gib(facts.wired_bytes)} are wired"
     if free is not None and need_bytes > free:
         remedy = (
@@ -125,7 +131,7 @@ def check_wired_limit(facts: Facts, need_bytes: int | None) -> Finding:
     wanted_bytes = -(-need_bytes // GIB) * GIB
     if wanted_bytes > facts.memory_bytes - SYSTEM_RESERVE_BYTES:
         message = f"{numbers}, and {format_gib(SYSTEM_RESERVE_BYTES)} must be left to the system"
-        remedy = "add a host, or see what fits with `kimi-mlx plan`"
+        remedy = "add a host, or take a smaller model: `kimi-mlx models` says what each needs"
         return Finding(facts.host, "wired limit", "trouble", message, remedy)
     remedy = f"until its next restart: `sudo sysctl iogpu.wired_limit_mb={wanted_bytes // 1024**2}`"
     return Finding(facts.host, "wired limit", "trouble", numbers, remedy)

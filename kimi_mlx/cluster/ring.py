@@ -170,7 +170,8 @@ class Ring:
         host = self._host(rank)
         is_here = is_local(host)
         silence_s = None if is_here else FRONT_SILENCE_S
-        command = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
+        guard = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
+        command = ["env", *self.cluster.hostfile.envs, *guard]  # libraries read some of them when they are imported
         preamble = b""
         if not is_here:
             preamble = f"exec {' '.join(map(quote_word, command))}".encode()
@@ -194,7 +195,6 @@ class Ring:
             size=self.world_size,
             place=self.cluster.place(rank),
             addresses=self.cluster.addresses(rank),
-            environment=dict(each.split("=", 1) for each in self.cluster.hostfile.envs),
             **settings,
         )
 

@@ -79,7 +79,6 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
     try:
         start = decode(sys.stdin.buffer.readline())
         rank = start["rank"]
-        os.environ.update(start["environment"])
         channel.serve()
         serve(channel, start)
     except KimiMlxError as error:

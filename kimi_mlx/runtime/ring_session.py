@@ -117,10 +117,11 @@ class RingSession:
         self._ring = Ring(self._cluster, options.limits, is_over=self._is_closing)
         self._numbers = itertools.count(1)
         self._jobs: dict[int, _Job] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may cancel while its thread holds it
         self._is_up = False
         self._up_since = time.monotonic()
         self._lost = 0
+        self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._text: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -160,6 +161,8 @@ class RingSession:
             self._jobs[job.number] = job
             if self._is_up:
                 self._ask(job)
+            elif self._interruption is not None:
+                job.events.put(self._interruption)
         is_over = False
         try:
             while not is_over:
@@ -193,7 +196,11 @@ class RingSession:
 
     def _cancel(self, job: _Job) -> None:
         job.is_cancelled = True
-        self._ring.send_leader("cancel", number=job.number)
+        with self._lock:
+            if self._is_up:
+                self._ring.send_leader("cancel", number=job.number)
+            elif job.number in self._jobs:
+                self._end(job, job.finish("cancelled"))
 
     def _ask(self, job: _Job) -> None:
         job.waiting = set(range(self._cluster.size))
@@ -246,12 +253,16 @@ class RingSession:
         """Start again, several times; the last error if that is of no use."""
         with self._lock:
             self._is_up = False
+            for job in [job for job in self._jobs.values() if job.is_cancelled]:
+                self._end(job, job.finish("cancelled"))
         lost_at = time.monotonic()
         if lost_at - self._up_since > STEADY_S:
             self._lost = 0
         while self._lost < self._options.restarts:
             self._lost += 1
-            self._tell(Interrupted(error.message, self._lost, self._options.restarts))
+            self._interruption = Interrupted(error.message, self._lost, self._options.restarts)
+            for job in list(self._jobs.values()):
+                job.events.put(self._interruption)
             self._ring.close()
             if self._is_closing.wait(BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]):
                 return error
@@ -284,10 +295,6 @@ class RingSession:
             self._failure = error
             for job in list(self._jobs.values()):
                 self._end(job, error)
-
-    def _tell(self, event: Event) -> None:
-        for job in list(self._jobs.values()):
-            job.events.put(event)
 
     def _hear(self, rank: int, message: Message) -> None:
         job = self._jobs.get(message.get("number", -1))

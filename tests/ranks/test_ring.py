@@ -163,6 +163,27 @@ def test_a_stopped_rank_is_given_up(folder: Path) -> None:
     wait_until_gone(pids, 1)
 
 
+def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (3.0,))
+    with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
+        events: list[Event] = []
+        stopped_at = 0.0
+        for event in ring.generate(Request(PROMPT, max_tokens=5000)):
+            if isinstance(event, Token) and not any(isinstance(each, Token) for each in events):
+                os.kill(ring.pids[1], signal.SIGKILL)
+            if isinstance(event, Interrupted):
+                ring.cancel()
+                stopped_at = time.monotonic()
+            events.append(event)
+        assert time.monotonic() - stopped_at < 1
+        assert isinstance(events[-1], Finished)
+        assert events[-1].reason == "cancelled"
+        request = Request(PROMPT, max_tokens=5)
+        seen = list(ring.generate(request))  # asked while the ring is down
+        assert isinstance(seen[0], Interrupted)
+        assert len([event for event in seen if isinstance(event, Token)]) == 5
+
+
 def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
     with closing(RingSession(SessionOptions(folder, ranks=2, restarts=0))) as ring:
         pids = ring.pids

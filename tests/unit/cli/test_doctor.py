@@ -87,7 +87,7 @@ def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
     assert "✗ trouble reachable   `mac-b` refuses connections" in text
     assert "! warning clock       7.00 s ahead" in text
     assert "  → `sudo sntp -sS time.apple.com`" in text
-    assert "2 things stand in the way: mend from the top, then run the doctor again." in text
+    assert "2 things stand in the way: mend from the top, then try again." in text
     assert text.index("mac-a\n") < text.index("mac-b\n")
 
 
