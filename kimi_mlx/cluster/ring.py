@@ -148,7 +148,8 @@ class Ring:
         ranks, self._ranks = self._ranks, []
         end_all(ranks, END_PATIENCE_S)
         doubtful = {self._host(process.rank) for process in ranks if not process.is_surely_gone}
-        self.unreached = sweep(sorted(doubtful), self._tag) if doubtful else []
+        if ranks:
+            self.unreached = sweep(sorted(doubtful), self._tag) if doubtful else []
 
     unreached: Sequence[str] = ()
     """Hosts that could not be asked whether all ranks have ended; they end there by themselves (FRONT_SILENCE_S)."""

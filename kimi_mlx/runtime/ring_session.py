@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message, decode_error
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
     Event,
     Finished,
@@ -291,6 +291,13 @@ class RingSession:
 
     def _give_up(self, error: KimiMlxError) -> None:
         self._ring.close()
+        if unreached := self._ring.unreached:
+            error = type(error)(
+                error.message,
+                f"{error.hint or 'try again'}; {', '.join(unreached)} could not be asked whether all ended there: "
+                f"ranks end by themselves after {FRONT_SILENCE_S:.0f} s without us",
+                error.rank,
+            )
         with self._lock:
             self._failure = error
             for job in list(self._jobs.values()):
