@@ -237,17 +237,25 @@ class RingSession:
             (Path(self._text.name) / Path(name).name).write_bytes(base64.b64decode(text))
 
     def _supervise(self) -> None:
+        """The thread's work: whoever waits for an answer hears of its end, whatever it is."""
+        try:
+            final = self._listen()
+        except Exception as error:  # the end of this thread
+            final = RingError(f"the session failed: {error!r}", hint="this is a mistake of kimi-mlx: please report it")
+        self._give_up(final)
+
+    def _listen(self) -> KimiMlxError:
         """Listen to the ring, and start it again when it is lost, until the session is closed or it is given up."""
-        final: KimiMlxError | None = None
-        while final is None and not self._is_closing.is_set():
+        while not self._is_closing.is_set():
             try:
                 for rank, message in self._ring.messages():
                     self._hear(rank, message)
             except (RingError, SshError) as error:
-                final = self._recover(error)
+                if (final := self._recover(error)) is not None:
+                    return final
             except KimiMlxError as error:
-                final = error
-        self._give_up(final or RingError("the session is closed"))
+                return error
+        return RingError("the session is closed")
 
     def _recover(self, error: KimiMlxError) -> KimiMlxError | None:
         """Start again, several times; the last error if that is of no use."""
