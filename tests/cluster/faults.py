@@ -258,13 +258,13 @@ def front_ends(number: signal.Signals) -> Fault:
 
 
 def front_killed_in_the_dark(name: str) -> Fault:
-    """A host is cut off from the front, which is killed."""
+    """A host is cut off from all others, and the front is killed: nobody can tell it."""
 
     def inflict(front: Front) -> None:
-        front.hosts.cut(name, "lan")
+        front.hosts.cut(name)
         front.process.kill()
 
-    return Fault(f"SIGKILL to the front, {name} cut off from it", inflict, is_noticed=False, ends=True)
+    return Fault(f"SIGKILL to the front, {name} cut off", inflict, is_noticed=False, ends=True)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.cluster import joining, measure, survey
+from kimi_mlx.cluster import doctor, joining, measure, survey
 from kimi_mlx.cluster.hostfile import read_hostfile
+from kimi_mlx.cluster.payloads import all_payloads
 from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.cluster.survey import measure_network
 from tests.cli.test_download import make_small
@@ -96,7 +97,7 @@ def check_noticed(outcome: Outcome, number: int, noticed_s: float, next_text_s: 
     assert effect.noticed_s < noticed_s + DELAY_S
     assert effect.next_text_s is not None
     assert effect.next_text_s < next_text_s + 2 * DELAY_S
-    notes = re.findall(r"\n\[(.*?), \d of 3\]", outcome.errors, re.DOTALL)
+    notes = re.findall(r"\n\[(rank .*?|the ring .*?), \d of \d\]", outcome.errors, re.DOTALL)
     assert re.search(reason, " ".join(notes[number].split())), notes
 
 
@@ -125,23 +126,25 @@ def test_what_was_found_is_saved_and_a_launch_with_it_survives_kill_stop_and_a_s
     assert outcome.effects[2].noticed_s is None
 
 
-def test_a_killed_rank_and_a_cable_that_is_put_back_later(hosts: Hosts, expected: str, where: Where) -> None:
-    outcome = answer(hosts, where, [cable_out("tb", "mac-b", None, "--limit", "3"), signalled(signal.SIGKILL, "mac-b")])
-    check_answer(outcome, expected)
-    check_noticed(outcome, 0, 3, 10, r"has not heard from rank \d for \d s: the link between them is dead|no step of")
-    check_noticed(outcome, 1, 1, 5, r"^rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL")
-
-
-def test_a_host_that_goes_off_for_good(
+def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that_is_off(
     hosts: Hosts, expected: str, where: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
-    outcome = answer(hosts, where, [faults.power_off("mac-b", "--restarts", "1", "--limit", "3")])
+    options = ("--restarts", "1", "--limit", "3")
+    inflicted = [
+        cable_out("tb", "mac-b", None, *options),
+        signalled(signal.SIGKILL, "mac-b"),
+        faults.power_off("mac-b"),
+    ]
+    outcome = answer(hosts, where, inflicted)
+    check_noticed(outcome, 0, 3, 10, r"has not heard from rank \d for \d s: the link between them is dead|no step of")
+    check_noticed(outcome, 1, 1, 5, r"^rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL")
+    assert outcome.effects[2].noticed_s is not None
+    assert outcome.effects[2].noticed_s < 3 + DELAY_S
+    assert outcome.end_s < 30 + DELAY_S
     assert outcome.code == 1
     assert expected.startswith(outcome.text.rstrip("\n"))
-    assert outcome.effects[0].noticed_s is not None
-    assert outcome.effects[0].noticed_s < 3 + DELAY_S
-    assert outcome.end_s < 30 + DELAY_S
+    assert len(outcome.text) >= 3 * faults.MIDDLE
     assert "error: `mac-b` cannot be reached" in outcome.errors
     assert "hint: is it on, awake and on this network? `ping mac-b`" in outcome.errors
     assert outcome.left == []
@@ -310,7 +313,8 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
     assert "hint: fetch it for all" in err
 
 
-def test_check_and_bench_print_one_document(hosts: Hosts, where: Where) -> None:
+def test_check_and_bench_print_one_document(hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "all_payloads", lambda *sizes: all_payloads(*sizes)[:3])
     code, out, err = run(*where, "check", "kimi-mini", "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -320,7 +324,8 @@ def test_check_and_bench_print_one_document(hosts: Hosts, where: Where) -> None:
     code, out, err = run(*where, "bench", "kimi-mini", *sizes, "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert result["settings"]["hosts"] == hosts.names
+    assert (result["hosts"], result["ranks"]) == (hosts.names, 2)
+    assert [each["prompt_tokens"] for each in result["results"]] == [8]
 
 
 @pytest.mark.sweep
