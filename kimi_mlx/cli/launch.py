@@ -21,7 +21,7 @@ from kimi_mlx.cli.hosts_options import (
     check_python_option,
     hosts_of,
 )
-from kimi_mlx.cli.launched import Launched
+from kimi_mlx.cli.launched import Launched, refuse_ranks
 from kimi_mlx.cli.options import refuse_launcher
 from kimi_mlx.cli.output import slow_status, stderr
 from kimi_mlx.cluster.doctor import Diagnosis, examine
@@ -120,6 +120,7 @@ class _Command:
         self._command = group.get_command(self._parent, self.name)
         with self._context() as checked:
             self._parameters: dict[str, Any] = dict(checked.params)
+        refuse_ranks(self._parameters.get("ranks"))
         if self.model.startswith("-"):
             raise UsageError(f"`{self.model}` is neither a model nor an option of `{self.name}`")
 
@@ -168,9 +169,7 @@ def _prepare(question: Question, is_install: bool) -> Diagnosis:
 def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, *, is_forced: bool, is_download: bool) -> Cluster:
     """The cluster that was found, unless something stands in the way; the report of that goes to stderr."""
     # a download brings the stores that are missing
-    wrong = [
-        each for each in diagnosis.findings if not (is_download and each.check in ("stores", "memory", "wired limit"))
-    ]
+    wrong = [each for each in diagnosis.findings if not (is_download and each.check in BROUGHT_BY_A_DOWNLOAD)]
     is_bad = any(each.state == "trouble" for each in wrong)
     cluster = diagnosis.cluster
     if (is_bad and not is_forced) or cluster is None:
