@@ -97,12 +97,12 @@ class Watch:
         return Trouble(f"has been silent for {silence:.0f} s, the limit is {self._limits.silence_s:.0f} s", oldest)
 
     def _silent_link(self, now: float) -> Trouble | None:
-        """A neighbour that talks to us but not to the rank beside it: the cable between them."""
+        """Neighbours that both talk to us but not to each other: the cable between them."""
+        is_here = [now - heard < 2 * HEARTBEAT_S + 1 for heard in self._heard]
         for rank, links in enumerate(self._links):
             for peer, age in links.items():
-                is_peer_here = now - self._heard[peer] < 2 * HEARTBEAT_S + 1
                 silence = age + now - self._heard[rank]
-                if silence >= self._limits.silence_s and is_peer_here:
+                if silence >= self._limits.silence_s and is_here[rank] and is_here[peer]:
                     what = f"has not heard from rank {peer} for {silence:.0f} s: the link between them is dead"
                     return Trouble(what, rank, is_stall=True)
         return None
