@@ -262,6 +262,9 @@ def test_a_port_that_is_taken_before_a_rank_listens_on_it(
     join = Ring._join
 
     def take_port_and_join(ring: Ring, listening: dict[int, Any]) -> None:
+        if pids:  # the second start, with other ports
+            join(ring, listening)
+            return
         [port] = listening[1]["ports"]
         place = f"('{hosts.address('mac-b')}', {port})"
         program = f"import socket, time; s = socket.create_server({place}); time.sleep(60)"
@@ -274,8 +277,7 @@ def test_a_port_that_is_taken_before_a_rank_listens_on_it(
     code, out, err = run(*where, "chat", "kimi-mini", "-p", "hi")
     hosts.run("mac-b", "kill", *pids)
     assert time.monotonic() - begin < 10 + DELAY_S
-    assert (code, out) == (1, "")
-    assert "error: the others are not found: [ring] Couldn't bind socket (error: 98)" in err
+    assert (code, bool(out), "error" in err) == (0, True, False)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_each_rank_has_a_file_in_the_users_state_folder(state: Path) -> None:
     files = open_logs(2)
     assert [file and file.parent for file in files] == [state / "logs"] * 2
     assert [file and file.name.rpartition("-")[2] for file in files] == ["0.log", "1.log"]
-    assert sorted(state.rglob("*.log")) == files
+    assert not list(state.rglob("*.log"))  # nobody has said anything
 
 
 def test_the_oldest_files_go_and_those_of_others_stay(state: Path) -> None:
@@ -30,7 +30,7 @@ def test_the_oldest_files_go_and_those_of_others_stay(state: Path) -> None:
         file.touch()
     new = open_logs(3)
     assert [file for file in old if file.exists()] == old[5:]
-    assert all(file is not None and file.exists() for file in new)
+    assert all(file is not None and file.parent == folder for file in new)
     assert (folder / "notes.txt").exists()
 
 
