@@ -198,7 +198,7 @@ def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
 def interruption_line(event: Interrupted | Resumed) -> str:
     """What happened to the ring, in a line or a few."""
     if isinstance(event, Resumed):
-        return f"the ring stands again after {event.seconds:.0f} s; the answer goes on"
+        return f"the answer goes on after {event.seconds:.0f} s"
     return f"{event.reason}\n starting the ring again in {event.wait_s:.0f} s, {event.attempt} of {event.attempts}"
 
 
