@@ -187,7 +187,7 @@ def test_an_address_that_is_not_of_the_host(hosts: Hosts, tmp_path: Path) -> Non
 
 def test_a_host_that_is_named_twice(hosts: Hosts) -> None:
     found = visit("--hosts", "mac-a,mac-a")
-    assert (found.code, "has `mac-a` twice" in found.document["error"]) == (1, True)
+    assert (found.code, "has `mac-a` twice" in found.document["error"]) == (2, True)
     trouble = visit("--hosts", f"mac-a,{hosts.address('mac-a', 'lan')}").trouble("host")
     assert "same computer as `mac-a`" in trouble["message"]
 
