@@ -36,7 +36,7 @@ def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProces
     )
 
 
-def ranks_of(front: subprocess.Popen[str]) -> list[int]:
+def ranks_of(front: subprocess.Popen[str] | subprocess.Popen[bytes]) -> list[int]:
     """Processes of the ranks that a front has started: children of their guards."""
     guards = _children(front.pid)
     return [rank for guard in guards for rank in _children(guard)]
@@ -171,15 +171,15 @@ def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        bufsize=0,  # nothing but what is asked for is taken out of the pipe
     )
     assert front.stdout is not None
     begin = front.stdout.read(1)
     pids = ranks_of(front)
     os.kill(pids[1], signal.SIGKILL)
     text, errors = front.communicate(timeout=60)
-    assert (front.returncode, begin + text) == (0, expected)
-    said = " ".join(errors.split())
+    assert (front.returncode, (begin + text).decode()) == (0, expected)
+    said = " ".join(errors.decode().split())
     assert f"(process {pids[1]}) was ended by SIGKILL" in said
     assert "starting the ring again in 1 s, 1 of 3" in said
     assert "the answer goes on after" in said

@@ -67,6 +67,7 @@ def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: 
     assert run_script("mac-b", "hostname", 20).stdout == "mac-b\n"
 
 
+@pytest.mark.sweep
 def test_a_pulled_cable_and_a_host_that_is_off(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
     hosts.cut("mac-a", "lan")

@@ -188,7 +188,8 @@ def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_tw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "victim", "percent"), [(2, 0, 40), pytest.param(2, 1, 90, marks=pytest.mark.sweep), (3, 1, 0)]
+    ("size", "victim", "percent"),
+    [(2, 0, 40), pytest.param(2, 1, 90, marks=pytest.mark.sweep), pytest.param(3, 1, 0, marks=pytest.mark.sweep)],
 )
 def test_a_killed_host_ends_all_and_the_same_command_goes_on(
     hub: Hub, large: Path, expected: dict[int, Checksums], tmp_path: Path, size: int, victim: int, percent: int
@@ -274,7 +275,7 @@ def test_faults_that_pass_heal(hub: Hub, expected: dict[int, Checksums], tmp_pat
     assert cluster.checksums() == expected[2]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
     small_hub: Hub, expected_small: dict[int, Checksums], tmp_path: Path
 ) -> None:
