@@ -13,6 +13,9 @@ from kimi_mlx.errors import LinkError, SshError
 from kimi_mlx.planner.links import RDMA, Link, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
 
+ABOUT_LINKS = ("reachable", "python", "addresses", "cables", "bridge", "link")
+"""Checks of the doctor that say why a network could not be measured."""
+
 
 def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
     """What the doctor finds without its self-test.
@@ -51,7 +54,7 @@ def links_of(diagnosis: Diagnosis) -> list[Link]:
     """
     measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
     if not measured:
-        trouble = [finding.message for finding in diagnosis.findings if finding.state == "trouble"]
+        trouble = [each.message for each in diagnosis.findings if each.state == "trouble" and each.check in ABOUT_LINKS]
         raise LinkError(
             f"no network between the hosts could be measured{': ' if trouble else ''}{'; '.join(trouble)}",
             hint="`kimi-mlx doctor` says more; `--link tcp` and `--link rdma` take published figures",

@@ -157,15 +157,17 @@ def backtest_report(comparisons: Sequence[Comparison]) -> Iterator[Part]:
     for header in ("published row", "what", "published", "predicted", "error", ""):
         table.add_column(header, justify="right" if header in ("published", "predicted", "error") else "left")
     for each in comparisons:
-        marks = "fitted" if each.row.fit else ""
+        marks = "fitted" if each.row.fit else "repeats" if each.row.is_repeat else ""
         numbers = (f"{each.published:.1f}", f"{each.predicted:.1f}", f"{100 * each.error:+.0f} %")
         table.add_row(each.row.id, each.metric, *numbers, marks)
     yield table
     yield ""
     others = [each for each in comparisons if not each.row.fit]
+    new = [each for each in comparisons if each.is_new]
     yield (
-        f"Median error {100 * median_error(comparisons):.1f} % of {len(comparisons)}; "
-        f"{100 * median_error(others):.1f} % of the {len(others)} that were not fitted. tok/s."
+        f"Median error {100 * median_error(comparisons):.1f} % of {len(comparisons)}; {100 * median_error(others):.1f} "
+        f"% of the {len(others)} that were not fitted; {100 * median_error(new):.1f} % of the {len(new)} that do not "
+        "repeat the set-up of a fitted one either. tok/s."
     )
     yield (
         f"Fitted: {FITTED.bandwidth_share:g} of the bandwidth, {FITTED.kernel_s * 1e6:g} us a kernel, "

@@ -19,8 +19,8 @@ from kimi_mlx.planner.speed import Setup, decode, prefill
 
 Metric = Literal["decode", "prefill"]
 
-TYPICAL_ERROR = 0.08
-"""The median error of the rows that were not fitted, rounded up; a test compares."""
+TYPICAL_ERROR = 0.10
+"""The median error of the rows that are new, rounded up; a test compares."""
 
 LINKS = {"rdma": RDMA, "tcp": TCP, None: None}
 
@@ -44,6 +44,7 @@ class Row:
         prompt: tokens of the prompt.
         prefill: tok/s, if published.
         fit: whether the constants were fitted on it.
+        is_repeat: whether it repeats the set-up of a row that they were fitted on.
         assumed: what the source does not say.
         source: where it is from.
     """
@@ -62,6 +63,7 @@ class Row:
     prompt: int | None
     prefill: float | None
     fit: bool
+    is_repeat: bool
     assumed: str
     source: str
 
@@ -74,6 +76,11 @@ class Comparison:
     metric: Metric
     published: float
     predicted: float
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing like it was fitted."""
+        return not (self.row.fit or self.row.is_repeat)
 
     @property
     def error(self) -> float:

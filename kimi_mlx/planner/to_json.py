@@ -41,7 +41,7 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
 
 
 def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """All comparisons, and the medians with and without the fitted rows."""
+    """All comparisons, and the medians of all, of those not fitted, and of those with new set-ups."""
     return {
         "version": VERSION,
         "constants": asdict(FITTED),
@@ -57,6 +57,7 @@ def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         ],
         "median_error": median_error(comparisons),
         "median_error_not_fitted": median_error(each for each in comparisons if not each.row.fit),
+        "median_error_new": median_error(each for each in comparisons if each.is_new),
         "left_out": [{"what": what, "why": why} for what, why in left_out()],
     }
 
