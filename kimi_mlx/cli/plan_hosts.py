@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from kimi_mlx.cli.hosts_options import hosts_of
 from kimi_mlx.cli.output import slow_status
 from kimi_mlx.cluster.doctor import Diagnosis, examine
 from kimi_mlx.cluster.examination import Question
+from kimi_mlx.cluster.joining import join_hosts
+from kimi_mlx.cluster.topology import topology
 from kimi_mlx.errors import LinkError, SshError
 from kimi_mlx.planner.links import RDMA, Link, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
 
-ABOUT_LINKS = ("reachable", "python", "addresses", "cables", "bridge", "link")
+ABOUT_LINKS = ("reachable", "python", "addresses", "link")
 """Checks of the doctor that say why a network could not be measured."""
 
 
 def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
-    """What the doctor finds without its self-test.
+    """What the doctor finds without its self-test; the network is measured even if versions differ, or memory is short.
 
     Args:
         hostfile: MLX's.
@@ -28,8 +31,14 @@ def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
     from kimi_mlx.cli.need import need_of
 
     ranks, _ = hosts_of(None, hostfile, None)
+    question = Question(ranks, need_of(model), is_quick=True)
     with slow_status(is_quiet) as say:
-        return examine(Question(ranks, need_of(model), is_quick=True), sys.executable, say)
+        found = examine(question, sys.executable, say)
+        if found.links or len(found.hosts) == 1 or found.pythons.keys() < set(found.hosts):
+            return found
+        joined = join_hosts(question, found.pythons, topology([*found.facts.values()]), found.backend, say)
+        findings = (*found.findings, *joined.findings)
+        return replace(found, findings=findings, links=joined.links, network=joined.network)
 
 
 def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:

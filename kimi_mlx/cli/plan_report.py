@@ -26,6 +26,10 @@ def plan_report(plan: Plan) -> Iterator[Part]:
     names = ", ".join(machine.name for machine in plan.machines)
     yield f"{plan.shape.name}: {format_bytes(plan.shape.weights_bytes)} of weights, {plan.context:,} tokens of context"
     yield f"on {names}{', with the fast fence' if plan.is_fast_sync else ''}"
+    links = dict.fromkeys(option.link for option in plan.options if option.link is not None)
+    if links:
+        figures = [f"{each.name} ({each.hop_s * 1e6:.0f} us a hop, {each.bytes_per_s / GB:.2g} GB/s)" for each in links]
+        yield f"over {', '.join(figures)}"
     yield ""
     shown = shown_options(plan)
     yield _table(plan, shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,10 +52,14 @@ def test_a_checkpoint_in_a_folder() -> None:
 
 
 def test_published_int4_becomes_mlx_with_biases(tmp_path: Path) -> None:
-    reference = Path("/work/shared/reference/kimi-k2.5/config.json")
-    if not reference.is_file():
-        pytest.skip("the reference configuration is not on this machine")
-    (tmp_path / "config.json").write_text(json.dumps(json.loads(reference.read_text())))
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    published = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    text = {**asdict(K2.config), "rope_scaling": None, "quantization_config": published}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
     assert shape_of_folder("k2.5", tmp_path).bytes == known_shape("kimi-k2.5").bytes
 
 
