@@ -2,13 +2,13 @@
 
 KimiMlxError
 ├── UsageError       an option or argument that cannot be meant that way
+│   └── HostfileError       a hostfile, or a list of hosts, that cannot be meant that way
 ├── ConfigError      a `config.json` (or one like it) that we cannot serve
 ├── WeightsError     checkpoint files: missing, foreign, broken
 │   └── MissingModelError   a model that is not on a host yet
 ├── TextError        tokenizer, chat template, messages
 ├── PlacementError   a model that cannot be divided as asked
 ├── EngineError      generation: request too long, cache misuse
-├── HostfileError    a hostfile, or a list of hosts, that cannot be meant that way
 ├── LinkError        hosts with no network between them, or only one that is too slow
 ├── SshError         a host that ssh does not reach, or that does not do what it is told
 ├── InstallError     kimi-mlx cannot be brought to hosts
@@ -77,7 +77,7 @@ class InstallError(KimiMlxError):
     """kimi-mlx cannot be brought to hosts."""
 
 
-class HostfileError(KimiMlxError):
+class HostfileError(UsageError):
     """A hostfile, or a list of hosts, that cannot be meant that way."""
 
 

@@ -72,6 +72,7 @@ class Hub:
 
     Args:
         folders: from `owner/name` to the files.
+        names: two of this machine, for whoever asks: of the hub, and of its storage.
 
     Attributes:
         commits: from `owner/name` to the commit that is `main`.
@@ -83,7 +84,8 @@ class Hub:
         authorized: paths that were asked with a token.
     """
 
-    def __init__(self, folders: Mapping[str, Path]):
+    def __init__(self, folders: Mapping[str, Path], names: tuple[str, str] = ("127.0.0.1", "localhost")):
+        self.names = names
         self.folders = dict(folders)
         self.commits = dict.fromkeys(folders, COMMIT)
         self.gated: set[str] = set()
@@ -111,12 +113,12 @@ class Hub:
     @property
     def url(self) -> str:
         """What HF_ENDPOINT is to be."""
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://{self.names[0]}:{self._server.server_port}"
 
     @property
     def cdn_url(self) -> str:
         """The same server by another name."""
-        return f"http://localhost:{self._server.server_port}"
+        return f"http://{self.names[1]}:{self._server.server_port}"
 
     @property
     def sent_bytes(self) -> int:
@@ -169,7 +171,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, hub: Hub):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1" if hub.names[0] == "127.0.0.1" else "0.0.0.0", 0), _Handler)
         self.hub = hub
 
     def handle_error(self, request: object, client_address: object) -> None:

@@ -193,6 +193,8 @@ def heading(settings: dict[str, Any], plan: Plan) -> str:
     host, packages = settings["machine"], settings["versions"]
     names = ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES))
     ranks = f"{settings['ranks']} rank{'s' if settings['ranks'] > 1 else ''}"
+    if hosts := settings.get("hosts"):
+        ranks += f" on {', '.join(hosts)}"
     return (
         f"{settings['model']}, {settings['dtype']}, {ranks}, {plan.generation_tokens} new tokens; "
         f"median (min-max) of {plan.repeat} after {plan.warmup} warm-up\n"

@@ -132,6 +132,19 @@ def _sampling(
     return replace(recommended, **{**without_thinking, **options})
 
 
+def require_question(prompt: str | None) -> None:
+    """Fail early if there is nobody who could ask anything; reads nothing.
+
+    Raises:
+        UsageError: no prompt, no pipe and no terminal.
+    """
+    has_stdin = sys.stdin is not None  # pyright: ignore[reportUnnecessaryComparison]
+    mode = os.fstat(sys.stdin.fileno()).st_mode if has_stdin else 0
+    is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    if prompt is None and not is_piped and not (has_stdin and sys.stdin.isatty()):
+        raise UsageError("there is neither a terminal nor a prompt", hint='add a question: `-p "Hello"`')
+
+
 def _question(prompt: str | None, is_json: bool) -> str | None:
     """The one question to answer, from --prompt, a pipe, or both; None for a conversation."""
     if prompt == "-":

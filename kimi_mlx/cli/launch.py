@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from kimi_mlx.cli.doctor_report import report
+from kimi_mlx.cli.chat import require_question
+from kimi_mlx.cli.doctor_report import report, to_dict
 from kimi_mlx.cli.hosts_options import (
     BackendOption,
     ForceLinkOption,
     HostfileOption,
-    HostsOption,
     PythonOption,
     SaveOption,
     check_python_option,
@@ -23,11 +23,13 @@ from kimi_mlx.cli.hosts_options import (
 )
 from kimi_mlx.cli.launched import Launched, refuse_ranks
 from kimi_mlx.cli.options import refuse_launcher
-from kimi_mlx.cli.output import slow_status, stderr
+from kimi_mlx.cli.output import print_json, slow_status, stderr
+from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor import Diagnosis, examine
 from kimi_mlx.cluster.examination import Question
 from kimi_mlx.cluster.facts import own_interpreter
 from kimi_mlx.cluster.hostfile import write_hostfile
+from kimi_mlx.cluster.hostfile_check import check_envs
 from kimi_mlx.cluster.hosts import Cluster, Hostfile
 from kimi_mlx.cluster.install import install as install_on
 from kimi_mlx.cluster.install import needs_install
@@ -55,7 +57,9 @@ def launch(
             show_default=False,
         ),
     ] = None,
-    hosts: HostsOption = None,
+    hosts: Annotated[
+        str | None, typer.Option("--hosts", metavar="A,B", help="Names for ssh; each is a rank.", show_default=False)
+    ] = None,
     hostfile: HostfileOption = None,
     backend: BackendOption = "auto",
     python: PythonOption = None,
@@ -81,29 +85,34 @@ def launch(
     from kimi_mlx.cli.need import need_of
 
     refuse_launcher()
+    command = _Command(context, words or [])  # whose help needs no hosts
     if hosts is None and hostfile is None:
         raise UsageError("launch needs hosts", hint="name them: `kimi-mlx launch --hosts mac-a,mac-b`")
     check_python_option(python)
     if install and python is not None:
         raise UsageError("--install brings a Python of its own, --python names another", hint="leave one of them out")
-    command = _Command(context, words or [])
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)
     need = need_of(command.model)
+    if command.name == "download" and need.repository is None:
+        stderr.print(f"`{need.name}` comes with kimi-mlx: there is nothing to fetch", markup=False)
+        return
     question = Question(
         _with_envs(ranks, env or []), need, asked, python, is_link_forced=force_link, is_quick=command.name != "check"
     )
+    command.require_question()
     diagnosis = _prepare(question, install)
-    cluster = _accept(diagnosis, need, option, is_forced=force, is_download=command.name == "download")
+    cluster = _accept(diagnosis, need, option, command, is_forced=force)
     if save is not None:
         write_hostfile(save, replace(cluster.hostfile, backend=cluster.backend))
         stderr.print(f"written: {save}", markup=False)
-    if command.name == "check":
+    if command.name == "check" and not command.is_json:
         for part in report(diagnosis, need, option, stderr.width):
             stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
     elif not command.is_json:
         stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
-    launched = Launched(cluster, option, restarts, Limits(silence_s=limit, step_s=limit))
+    limits = Limits(silence_s=limit, step_s=limit)
+    launched = Launched(cluster, option, restarts, limits, to_dict(diagnosis, need))
     try:
         command.run(launched)
     except MissingModelError as error:
@@ -118,16 +127,21 @@ class _Command:
 
     def __init__(self, context: typer.Context, words: Sequence[str]):
         self.name = words[0] if words and words[0] in COMMANDS else COMMANDS[0]
-        first = next((word for word in words if not word.startswith("-")), None)
-        if first in COMMANDS and words[0] != first:
-            raise UsageError(f"`{words[0]}` stands before `{first}`", hint=f"options of `{first}` go behind it")
-        self._words = list(words[1:] if words and words[0] == self.name else words)
         assert context.parent is not None
         self._parent = context.parent
         group: Any = self._parent.command
+        if words and words[0] not in COMMANDS and words[0] in group.commands:
+            names = ", ".join(f"`{name}`" for name in COMMANDS)
+            raise UsageError(
+                f"launch runs {names}, not `{words[0]}`", hint=f"type `kimi-mlx {words[0]}` without launch"
+            )
+        self._words = list(words[1:] if words and words[0] == self.name else words)
         self._command = group.get_command(self._parent, self.name)
         with self._context() as checked:
             self._parameters: dict[str, Any] = dict(checked.params)
+        if self._parameters.get("model") in COMMANDS:
+            first = self._parameters["model"]
+            raise UsageError(f"`{words[0]}` stands before `{first}`", hint=f"options of `{first}` go behind it")
         refuse_ranks(self._parameters.get("ranks"))
         if self._parameters.get("against") or self._parameters.get("synthetic"):
             raise UsageError("--against and --synthetic measure on one machine", hint="leave out the hosts")
@@ -136,6 +150,11 @@ class _Command:
     def model(self) -> str:
         """Which one it is about."""
         return self._parameters.get("model") or Settings.from_environment().model
+
+    def require_question(self) -> None:
+        """A chat needs a terminal, a pipe or a prompt."""
+        if self.name == "chat":
+            require_question(self._parameters.get("prompt"))
 
     @property
     def is_json(self) -> bool:
@@ -153,13 +172,10 @@ class _Command:
 
 
 def _with_envs(hostfile: Hostfile, envs: Sequence[str]) -> Hostfile:
-    for each in envs:
-        name, sign, _ = each.partition("=")
-        if not sign or not name.isidentifier():
-            raise UsageError(
-                f"--env is `{each}`, not NAME=VALUE", hint="give for example `--env HF_ENDPOINT=https://...`"
-            )
-    return replace(hostfile, envs=(*hostfile.envs, *envs))
+    check_envs(envs, "`--env`")
+    names = {each.partition("=")[0] for each in envs}  # which come before those of the file
+    kept = [each for each in hostfile.envs if each.partition("=")[0] not in names]
+    return replace(hostfile, envs=(*kept, *envs))
 
 
 def _prepare(question: Question, is_install: bool) -> Diagnosis:
@@ -174,16 +190,17 @@ def _prepare(question: Question, is_install: bool) -> Diagnosis:
         return examine(question, sys.executable, say)
 
 
-def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, *, is_forced: bool, is_download: bool) -> Cluster:
+def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, command: _Command, *, is_forced: bool) -> Cluster:
     """The cluster that was found, unless something stands in the way; the report of that goes to stderr."""
-    # a download brings the stores that are missing
-    wrong = [
-        each for each in diagnosis.findings if not (is_download and each.check in ("stores", "memory", "wired limit"))
-    ]
+    passed = BROUGHT_BY_A_DOWNLOAD if command.name == "download" else ()
+    wrong = [each for each in diagnosis.findings if each.check not in passed]
     is_bad = any(each.state == "trouble" for each in wrong)
     cluster = diagnosis.cluster
     if (is_bad and not is_forced) or cluster is None:
         shown = replace(diagnosis, findings=tuple(wrong))
+        if command.is_json:
+            print_json(to_dict(shown, need))
+            raise typer.Exit(1)
         for part in report(shown, need, option, stderr.width):
             stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
         raise typer.Exit(1)
@@ -193,9 +210,11 @@ def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, *, is_forced: bo
 def _heading(diagnosis: Diagnosis, cluster: Cluster) -> str:
     names = ", ".join(cluster.names)
     if diagnosis.network is None:
-        return f"{cluster.size} ranks on {names} over {cluster.backend}"
+        return f"{count(cluster.size, 'rank')} on {names}"
     measured = [str(link.measured) for link in diagnosis.links if link.network == diagnosis.network]
-    return f"{cluster.size} ranks on {names} over {diagnosis.network}{''.join(f': {each}' for each in measured)}"
+    return (
+        f"{count(cluster.size, 'rank')} on {names} over {diagnosis.network}{''.join(f': {each}' for each in measured)}"
+    )
 
 
 def _may_fetch(need: ModelNeed, error: MissingModelError) -> bool:

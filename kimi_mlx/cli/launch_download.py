@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_mlx.cli.byte_progress import byte_bars
 from kimi_mlx.cli.download_output import print_result
-from kimi_mlx.cli.launched import Launched
+from kimi_mlx.cli.launched import Launched, name_for_hosts
 from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cli.store_progress import TerminalListener
 from kimi_mlx.cluster.messages import Message
@@ -42,15 +42,13 @@ def download_over_hosts(
     Raises:
         KimiMlxError: of any host; the same command goes on where it was.
     """
-    if target.entry is not None and target.entry.is_packaged:
-        raise UsageError(f"`{target.name}` comes with kimi-mlx: there is nothing to fetch")
     if launched.cluster.size < 2:
         raise UsageError("there is only one rank", hint="name two hosts or more, or type `kimi-mlx download` alone")
     started = time.monotonic()
     limits = replace(launched.limits, stall_s=STALL_S)
     with closing(Ring(launched.cluster, limits, MODULE)) as ring, _shown(target, is_json) as show:
         ring.start(
-            model=str(target.folder.resolve()) if target.folder else target.name,
+            model=name_for_hosts(target),
             revision=revision,
             is_dry=is_dry,
             is_check=is_check,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
@@ -24,22 +26,31 @@ class Launched:
         option: how the hosts were named, for hints: `--hosts a,b`.
         restarts: how often a lost ring is started again.
         limits: how long things may take on it.
+        doctor: what the checks have found, for JSON.
     """
 
     cluster: Cluster
     option: str
     restarts: int
     limits: Limits
+    doctor: Mapping[str, Any]
 
     @property
     def where(self) -> str:
         """In words."""
-        return f"{self.cluster.size} ranks on {', '.join(self.cluster.names)}"
+        ranks = "1 rank" if self.cluster.size == 1 else f"{self.cluster.size} ranks"
+        return f"{ranks} on {', '.join(self.cluster.names)}"
 
 
 def launched_of(context: typer.Context) -> Launched | None:
     """What a command was launched on; None if it was typed alone."""
     return context.obj if isinstance(context.obj, Launched) else None
+
+
+def name_for_hosts(target: Target) -> str:
+    """What hosts call a model: its name; of a folder the whole path, which must be there on every host."""
+    is_packaged = target.entry is not None and target.entry.is_packaged
+    return target.name if target.folder is None or is_packaged else str(target.folder.resolve())
 
 
 def refuse_ranks(ranks: int | None) -> None:
@@ -59,7 +70,7 @@ def open_launched(launched: Launched, target: Target, dtype: str | None, samples
         folder=None,
         dtype=dtype,
         samples=samples,
-        model=str(target.folder.resolve()) if target.repository is None and target.folder else target.name,
+        model=name_for_hosts(target),
         cluster=launched.cluster,
         restarts=launched.restarts,
         limits=launched.limits,

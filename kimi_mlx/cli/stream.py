@@ -198,8 +198,8 @@ def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
 def interruption_line(event: Interrupted | Resumed) -> str:
     """What happened to the ring, in a line or a few."""
     if isinstance(event, Resumed):
-        return f"the answer goes on after {format_seconds(event.seconds)}"
-    return f"{event.reason}\n starting the ring again, {event.attempt} of {event.attempts}"
+        return f"the answer goes on after {event.seconds:.0f} s"
+    return f"{event.reason}\n starting the ring again in {event.wait_s:.0f} s, {event.attempt} of {event.attempts}"
 
 
 def statistics_line(statistics: Statistics) -> str:

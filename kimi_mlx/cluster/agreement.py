@@ -14,9 +14,9 @@ from kimi_mlx.cluster.versions import PACKAGES
 def check_versions(hosts: Sequence[Facts]) -> list[Finding]:
     """Whether Python's minor version, kimi-mlx (its code too), mlx and mlx-lm are those of the first host.
 
-    Hosts without a Python are left to kimi_mlx.cluster.checks.check_python.
+    Hosts without a Python or without kimi-mlx are left to kimi_mlx.cluster.checks.check_python.
     """
-    known = {facts.host: _versions(facts) for facts in hosts if facts.python is not None}
+    known = {facts.host: _versions(facts) for facts in hosts if facts.python and "kimi-mlx" in facts.python.packages}
     if len(known) < 2:
         return []
     first, *others = known

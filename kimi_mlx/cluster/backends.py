@@ -12,11 +12,6 @@ from kimi_mlx.cluster.hostfile import devices_value
 from kimi_mlx.cluster.hosts import Backend, Hostfile
 
 
-def backend_of(hostfile: Hostfile, asked: Backend | None = None) -> Backend:
-    """What was asked for, else what the hostfile says, else the ring, as with mlx.launch."""
-    return asked or hostfile.backend or "ring"
-
-
 def ring_hosts(hostfile: Hostfile, ports: Iterable[int]) -> list[list[str]]:
     """Where each rank listens, with one port an address in the order of ranks and their addresses.
 

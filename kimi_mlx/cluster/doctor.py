@@ -110,7 +110,8 @@ def _ask(question: Question, own_python: str, say: Say) -> tuple[dict[str, Facts
     """One trip to all hosts: facts, those of this machine if it is none of them, and the checks of each."""
     names = question.names
     say("asking this machine" if question.is_alone else f"asking {', '.join(names)}")
-    script = facts_script([question.python or own_python], is_search=question.python is None)
+    envs = question.hostfile.envs
+    script = facts_script([question.python or own_python], envs=envs, is_search=question.python is None)
     front_name = None if any(map(is_local, names)) else "localhost"
     answers = run_everywhere([*names, *([front_name] if front_name else [])], script, FACTS_LIMIT_S)
     known, reachable = read_answers(answers)

@@ -158,12 +158,15 @@ class Facts:
         return next(fitting, self.interpreters[0] if self.interpreters else None)
 
 
-def facts_script(pythons: Sequence[str] = (), ports: Sequence[int] = (), *, is_search: bool = True) -> str:
+def facts_script(
+    pythons: Sequence[str] = (), ports: Sequence[int] = (), envs: Sequence[str] = (), *, is_search: bool = True
+) -> str:
     """The script that asks for the facts.
 
     Args:
         pythons: absolute paths of interpreters to look at first.
         ports: TCP ports of which to tell whether they are free.
+        envs: `NAME=value` of the hostfile, such as where stores are kept.
         is_search: whether to look for other interpreters: that of `--install`, then `python3`.
     """
     wanted = {
@@ -173,7 +176,8 @@ def facts_script(pythons: Sequence[str] = (), ports: Sequence[int] = (), *, is_s
         "facts_linux_hints": LINUX_HINTS,
         "facts_versions": source("versions.py"),
     }
-    return with_variables(wanted, source("facts.sh"))
+    exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
+    return exports + with_variables(wanted, source("facts.sh"))
 
 
 def with_variables(values: Mapping[str, str], script: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from types import FrameType
 
 from kimi_mlx.cluster.launch import rank_command
@@ -42,7 +44,9 @@ def main() -> None:
     module, tag, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _leave)
-    with tempfile.TemporaryDirectory(prefix=f"{FOLDER_PREFIX}{tag}-", ignore_cleanup_errors=True) as folder:
+    _tidy()
+    prefix = f"{FOLDER_PREFIX}{tag}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         environment = {**os.environ, "TMPDIR": folder}
         child = subprocess.Popen([*rank_command(module), tag], stdin=subprocess.PIPE, env=environment)
         try:
@@ -76,6 +80,17 @@ def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
             except BrokenPipeError:  # it is ending
                 time.sleep(LOOK_EVERY_S)
     return code
+
+
+def _tidy() -> None:
+    """Remove folders of guards that are gone, such as after a power cut."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{'[0-9a-f]' * 16}-*-*"):
+        try:
+            os.kill(int(folder.name.split("-")[3]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OSError):  # not one of ours, or of another user
+            continue
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -41,7 +41,7 @@ def check_hostfile(hostfile: Hostfile, where: str) -> None:
     _check_devices(hostfile.hosts, where)
     if len(hostfile.hosts) > 1:
         _check_backend(hostfile, where)
-    _check_envs(hostfile.envs, where)
+    check_envs(hostfile.envs, f"{where}: `envs`")
 
 
 def check_names(hosts: Sequence[Host], where: str) -> None:
@@ -58,7 +58,9 @@ def check_names(hosts: Sequence[Host], where: str) -> None:
         if not name or is_option or not name.isprintable() or SHELL_CHARACTERS & set(name):
             raise HostfileError(
                 f"{where}: host {rank} cannot be logged in to as {name!r}",
-                hint='`ssh` must be a name as you type it after ssh, such as "mac-b" or "me@mac-b.local"',
+                hint='`ssh` must be a name as you type it after ssh, such as "mac-b" or "me@mac-b.local"'
+                if name
+                else "is there a comma too many?",
             )
 
 
@@ -214,20 +216,29 @@ def _check_mesh(hosts: Sequence[Host], where: str) -> None:
         )
 
 
-def _check_envs(envs: Sequence[str], where: str) -> None:
+def check_envs(envs: Sequence[str], where: str) -> None:
+    """Check variables for the ranks.
+
+    Args:
+        envs: `NAME=value`.
+        where: what to call them in messages.
+
+    Raises:
+        HostfileError: something else, a control character, one of MLX's own, or one twice.
+    """
     names: set[str] = set()
     for text in envs:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise HostfileError(
-                f"{where}: {text!r} in `envs` is not NAME=value", hint='write it like "MLX_METAL_FAST_SYNCH=1"'
+                f"{where} has {text!r}, which is not NAME=value", hint='write it like "MLX_METAL_FAST_SYNCH=1"'
             )
         if any(letter < " " for letter in value):
-            raise HostfileError(f"{where}: the value of `{name}` in `envs` has a control character")
+            raise HostfileError(f"{where}: the value of `{name}` has a control character")
         if name in RING_VARIABLES:
             raise HostfileError(
-                f"{where} sets `{name}` in `envs`, but it differs by rank and is set at the start", hint="remove it"
+                f"{where} sets `{name}`, but it differs by rank and is set at the start", hint="remove it"
             )
         if name in names:
-            raise HostfileError(f"{where} sets `{name}` in `envs` twice", hint="keep one of them")
+            raise HostfileError(f"{where} sets `{name}` twice", hint="keep one of them")
         names.add(name)

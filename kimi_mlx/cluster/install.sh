@@ -114,20 +114,27 @@ printf '%s\n' "$install_pins" >"$place/pins.txt" || fail "no wheel"
 ) <&3 3<&- 4>&- >/dev/null 2>&1 &
 watch=$!
 
+# What pip and uv put aside goes with the environment, whatever is killed.
+own_tmp() { mkdir -p "$place/tmp" && export TMPDIR="$place/tmp" || fail "no folder"; }
+
 if can_renew; then
   mv "$place/$install_wheel" "$place/pins.txt" "$used" && rmdir "$place" || fail "no wheel"
   place=$used
+  own_tmp
   rm -f "$link" || fail "no folder"
   step "renewing kimi-mlx"
   cd "$place" || fail "no folder" # pip takes a path with blanks for something else
   with_pip install --no-deps --force-reinstall "./$install_wheel" || fail "pip"
 else
+  own_tmp
   make_venv
   step "installing kimi-mlx, MLX and what they need"
   cd "$place" || fail "no folder"
 fi
 with_pip install --constraint pins.txt "./$install_wheel" || fail "pip"
 step "looking at what is there now"
+rm -rf "$place/tmp"
+unset TMPDIR
 cd /
 "$place/venv/bin/python" -c 'import mlx.core, kimi_mlx' || fail "no start"
 found=$("$place/venv/bin/python" -c "$install_versions" "$link/bin/python") || fail "no start"

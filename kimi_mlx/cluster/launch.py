@@ -1,16 +1,10 @@
-"""How a rank is started: its command, environment and processor. Pure, by MLX's contract of environment variables.
-
-Source: https://ml-explore.github.io/mlx/build/html/usage/distributed.html (ring backend, hostfile, MLX_RANK).
-"""
+"""How a rank is started: its command and processor, and the variables of MLX's contract that make it one."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 
 def rank_command(module: str, python: str = sys.executable) -> list[str]:
@@ -18,11 +12,6 @@ def rank_command(module: str, python: str = sys.executable) -> list[str]:
     # Not `-m`, which would import from the folder that the user happens to stand in before anything else.
     code = f"import sys; sys.path[:] = filter(None, sys.path); from {module} import main; main()"
     return [python, "-u", "-c", code]
-
-
-def rank_environment(base: Mapping[str, str], rank: int, hostfile: str) -> dict[str, str]:
-    """The environment of a rank of a ring: `base` without another ring's variables, and MLX's own two."""
-    return {**without_ring(base), "MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile}
 
 
 RING_VARIABLES = frozenset(
@@ -36,20 +25,6 @@ RING_VARIABLES = frozenset(
 def without_ring(base: Mapping[str, str]) -> dict[str, str]:
     """An environment without the variables of another ring."""
     return {name: value for name, value in base.items() if name not in RING_VARIABLES}
-
-
-def ring_hostfile(addresses: Sequence[str]) -> str:
-    """What MLX_HOSTFILE's file holds: for each rank the list of addresses on which it listens."""
-    return json.dumps([[address] for address in addresses])
-
-
-def free_local_addresses(count: int) -> list[str]:
-    """Loopback addresses with ports that nobody listens on now; another process may still take one."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
 
 def processor_of(rank: int, world_size: int, available: Sequence[int] | None) -> int | None:

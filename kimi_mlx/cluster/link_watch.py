@@ -27,7 +27,11 @@ class LinkWatch:
 
     def __init__(self, address: str):
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((address, 0))
+        try:
+            self._socket.bind((address, 0))
+        except OSError:
+            self._socket.close()
+            raise
         self._heard: dict[int, float] = {}
 
     @property

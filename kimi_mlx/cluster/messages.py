@@ -36,7 +36,7 @@ def decode(line: bytes) -> Message:
         message = json.loads(line)
         if isinstance(message, dict) and "kind" in message:
             return cast(Message, message)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise RingError(f"a rank sent a line that is no message: {line[:80]!r}")
 

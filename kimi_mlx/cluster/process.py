@@ -16,6 +16,12 @@ from kimi_mlx.cluster.messages import HEARTBEAT_S, Message, decode, encode
 from kimi_mlx.cluster.ssh import SSH_FAILED
 from kimi_mlx.errors import KimiMlxError
 
+LINE_LIMIT_BYTES = 1 << 28
+"""Of a message; the longest has the files of a tokenizer."""
+
+LOG_LIMIT_BYTES = 10 << 20
+"""Of a rank's log."""
+
 LAST_WORDS = 12
 """Lines of a rank's standard error that are kept to be shown."""
 
@@ -96,10 +102,9 @@ class RankProcess:
     def release(self, limit_s: float) -> None:
         """Wait for the end, then close the pipes."""
         self.has_ended(limit_s)
-        for thread in self._threads:
+        for thread, pipe in zip(self._threads, (self._process.stdout, self._process.stderr), strict=False):
             thread.join(limit_s)
-        for pipe in (self._process.stdout, self._process.stderr):
-            if pipe is not None:
+            if pipe is not None and not thread.is_alive():  # whoever still holds the other end is swept away next
                 pipe.close()
 
     @property
@@ -141,8 +146,9 @@ class RankProcess:
         return f"{how}; its last lines:\n{words}" if words else how
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        stdout = self._process.stdout
+        assert stdout is not None
+        for line in iter(lambda: stdout.readline(LINE_LIMIT_BYTES), b""):
             self.last_heard = time.monotonic()
             try:
                 message = decode(line)
@@ -172,9 +178,11 @@ class RankProcess:
 
     def _keep_words(self) -> None:
         assert self._process.stderr is not None
+        logged = 0
         for line in self._process.stderr:
             self._words.append(line.decode(errors="replace").rstrip())
-            if self._log is not None:
+            logged += len(line)
+            if self._log is not None and logged < LOG_LIMIT_BYTES:
                 with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk ends no rank
                     file.write(line)
 

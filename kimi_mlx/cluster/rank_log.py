@@ -13,7 +13,7 @@ KEPT_FILES = 64
 
 
 def open_logs(size: int) -> list[Path | None]:
-    """A file for each rank, `logs/<day>-<time>-<process>-rank-<n>.log` in the user's state folder.
+    """Where each rank's words go, if it has any: `logs/<day>-<time>-<process>-rank-<n>.log` in the user's state folder.
 
     Returns:
         Their paths; None for a user without a home, or one that cannot be written.
@@ -28,9 +28,6 @@ def open_logs(size: int) -> list[Path | None]:
         for old in sorted(folder.glob("*-rank-*.log"), key=lambda file: file.name)[: -KEPT_FILES or None]:
             with contextlib.suppress(FileNotFoundError):  # another front tidies up, too
                 old.unlink()
-        files = [folder / f"{name}-rank-{rank}.log" for rank in range(size)]
-        for file in files:
-            file.touch()
     except OSError:
         return [None] * size
-    return [*files]
+    return [folder / f"{name}-rank-{rank}.log" for rank in range(size)]

@@ -42,6 +42,9 @@ END_PATIENCE_S = 2.0
 LOST_PEER = "connection to a peer was lost"
 """What MLX's ring says when another rank has ended."""
 
+PORT_TAKEN = "Couldn't bind socket"
+"""What it says when another process has taken the port in the moment since it was chosen."""
+
 HINT = "start the command again; `kimi-mlx doctor` looks for the cause"
 
 
@@ -84,6 +87,14 @@ class Ring:
             RingError: a rank that cannot be started, or that does not find the others.
             SshError: a host that cannot be reached.
         """
+        try:
+            self._start(settings)
+        except RingError as error:
+            if PORT_TAKEN not in error.message:
+                raise
+            self._start(settings)  # with other ports
+
+    def _start(self, settings: dict[str, object]) -> None:
         self._tag = secrets.token_hex(8)
         self._inbox = queue.SimpleQueue()  # what an earlier start may still say is not heard
         self._early.clear()
@@ -148,7 +159,8 @@ class Ring:
         ranks, self._ranks = self._ranks, []
         end_all(ranks, END_PATIENCE_S)
         doubtful = {self._host(process.rank) for process in ranks if not process.is_surely_gone}
-        self.unreached = sweep(sorted(doubtful), self._tag) if doubtful else []
+        if ranks:
+            self.unreached = sweep(sorted(doubtful), self._tag, self.cluster.hostfile.envs) if doubtful else []
 
     unreached: Sequence[str] = ()
     """Hosts that could not be asked whether all ranks have ended; they end there by themselves (FRONT_SILENCE_S)."""
@@ -171,7 +183,7 @@ class Ring:
         is_here = is_local(host)
         silence_s = None if is_here else FRONT_SILENCE_S
         guard = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
-        command = ["env", *self.cluster.hostfile.envs, *guard]  # libraries read some of them when they are imported
+        command = _with_envs(self.cluster.hostfile.envs, guard)
         preamble = b""
         if not is_here:
             preamble = f"exec {' '.join(map(quote_word, command))}".encode()
@@ -291,7 +303,8 @@ class Ring:
         where = "" if is_local(host) else f"`{host}`, "
         where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
         words = "\n".join(process.words for process in self._ranks if process.words)
-        log = "" if self._logs[rank] is None else f"; its log is {self._logs[rank]}"
+        path = self._logs[rank]
+        log = f"; its log is {path}" if path is not None and path.exists() else ""
         return kind(
             f"rank {rank} of {self.world_size} ({where}) {how}",
             hint=(explain_jaccl(words) or HINT) + log,
@@ -306,3 +319,8 @@ class Ring:
     def _last_words(self, rank: int) -> str:
         words = self._ranks[rank].words
         return "".join(f"\n  {line}" for line in words.splitlines())
+
+
+def _with_envs(envs: Sequence[str], command: list[str]) -> list[str]:
+    """A command with variables, which libraries may read when they are imported; its path may hold a `=`."""
+    return ["env", *envs, "sh", "-c", 'exec "$@"', "sh", *command] if envs else command

@@ -62,7 +62,8 @@ def _wake_up(host: str, _: str) -> str:
 
 
 def _spell(host: str, _: str) -> str:
-    return f"check the name, or try `{host}.local`, the address, or an entry `Host {host}` in ~/.ssh/config"
+    local = "" if host.endswith(".local") else f"`{host}.local`, "
+    return f"check the name, or try {local}the address, or an entry `Host {host}` in ~/.ssh/config"
 
 
 def _look_there(host: str, _: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 
 from kimi_mlx.cluster.guard import FOLDER_PREFIX
 from kimi_mlx.cluster.ssh import run_everywhere
@@ -24,16 +25,18 @@ rm -rf "${{TMPDIR:-/tmp}}/{prefix}$tag"-*
 """
 
 
-def sweep(hosts: Iterable[str], tag: str) -> list[str]:
+def sweep(hosts: Iterable[str], tag: str, envs: Sequence[str] = ()) -> list[str]:
     """Kill what is left, and look again; all hosts at once.
 
     Args:
         hosts: their names.
         tag: of the ranks: letters and digits.
+        envs: `NAME=value` that they were started with; TMPDIR may be one of them.
 
     Returns:
         The hosts that could not be asked, or where something is left all the same.
     """
-    script = _SCRIPT.format(tag=tag, prefix=FOLDER_PREFIX)
+    exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
+    script = exports + _SCRIPT.format(tag=tag, prefix=FOLDER_PREFIX)
     answers = run_everywhere(hosts, script, SWEEP_LIMIT_S)
     return [host for host, answer in answers.items() if not answer.is_ok]

@@ -14,6 +14,9 @@ from kimi_mlx.cluster.messages import HEARTBEAT_S
 PAUSE_S = 3.0
 """A gap in our own checks that shows that this process did not run."""
 
+JUST_AWAKE_S = 5.0
+"""After such a gap ranks may still tell how long they heard nothing of us."""
+
 START_S = 60.0
 """Until a rank's first word: logging in, and importing MLX for the first time."""
 
@@ -66,7 +69,8 @@ class Watch:
         self._steps = [0] * size
         self._work = ["idle"] * size
         self._links: list[Mapping[int, float]] = [{}] * size
-        self._last_step = self._last_look = now
+        self._deaf = [0.0] * size  # since a rank heard from us, by its own word
+        self._last_step = self._last_look = self._awake = now
 
     def hear(self, rank: int, message: Mapping[str, Any], now: float) -> None:
         """Take note of a message."""
@@ -78,6 +82,7 @@ class Watch:
         if (work, step) != (self._work[rank], self._steps[rank]):
             self._last_step = now
         self._work[rank], self._steps[rank] = work, step
+        self._deaf[rank] = message.get("front", 0.0)
         self._links[rank] = {int(peer): age for peer, age in message.get("links", {}).items()}
 
     def look(self, now: float) -> Trouble | None:
@@ -86,8 +91,8 @@ class Watch:
         self._last_look = now
         if gap > PAUSE_S:  # this process was stopped (Ctrl-Z) or the machine slept: everybody gets their time anew
             self._heard = [now] * len(self._heard)
-            self._last_step = now
-        return self._silent_rank(now) or self._silent_link(now) or self._stall(now)
+            self._last_step = self._awake = now
+        return self._silent_rank(now) or self._deaf_rank(now) or self._silent_link(now) or self._stall(now)
 
     def _silent_rank(self, now: float) -> Trouble | None:
         oldest = min(range(len(self._heard)), key=lambda rank: self._heard[rank])
@@ -96,13 +101,22 @@ class Watch:
             return None
         return Trouble(f"has been silent for {silence:.0f} s, the limit is {self._limits.silence_s:.0f} s", oldest)
 
+    def _deaf_rank(self, now: float) -> Trouble | None:
+        """A rank that does not hear us, though we say a word every second: what lies between is stopped."""
+        if now - self._awake < JUST_AWAKE_S:
+            return None
+        rank = max(range(len(self._deaf)), key=lambda rank: self._deaf[rank])
+        if self._deaf[rank] < self._limits.silence_s:
+            return None
+        return Trouble(f"has not heard from us for {self._deaf[rank]:.0f} s: its guard is stopped", rank)
+
     def _silent_link(self, now: float) -> Trouble | None:
-        """A neighbour that talks to us but not to the rank beside it: the cable between them."""
+        """Neighbours that both talk to us but not to each other: the cable between them."""
+        is_here = [now - heard < 2 * HEARTBEAT_S + 1 for heard in self._heard]
         for rank, links in enumerate(self._links):
             for peer, age in links.items():
-                is_peer_here = now - self._heard[peer] < 2 * HEARTBEAT_S + 1
                 silence = age + now - self._heard[rank]
-                if silence >= self._limits.silence_s and is_peer_here:
+                if silence >= self._limits.silence_s and is_here[rank] and is_here[peer]:
                     what = f"has not heard from rank {peer} for {silence:.0f} s: the link between them is dead"
                     return Trouble(what, rank, is_stall=True)
         return None

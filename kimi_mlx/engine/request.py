@@ -154,16 +154,18 @@ class Interrupted:
         reason: why, in words.
         attempt: the how manieth start, from 1.
         attempts: after how many it is given up.
+        wait_s: how long until then.
     """
 
     reason: str
     attempt: int
     attempts: int
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The ring stands again, after so many seconds."""
+    """The ring stands again, so many seconds after its loss was noticed."""
 
     seconds: float
 

@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import BinaryIO, NoReturn
@@ -22,6 +23,7 @@ class Channel:
         self._source, self._sink = source, sink
         self._lock = threading.Lock()
         self._step, self._work = 0, "idle"
+        self._heard = time.monotonic()
         self.commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
         """Numbers of requests that are to be stopped."""
@@ -53,6 +55,7 @@ class Channel:
     def _read(self) -> None:
         for line in self._source:
             message = decode(line)
+            self._heard = time.monotonic()
             if message["kind"] == "cancel":
                 self.cancelled.add(message["number"])
             elif message["kind"] != "alive":
@@ -64,7 +67,8 @@ class Channel:
         pause = threading.Event()
         while not pause.wait(HEARTBEAT_S):
             ages = {} if self.links is None else self.links.ages()
-            self.send("alive", work=self._work, step=self._step, links=ages)
+            front = time.monotonic() - self._heard
+            self.send("alive", work=self._work, step=self._step, links=ages, front=front)
 
 
 def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:

@@ -43,7 +43,7 @@ def serve(channel: Channel, start: Message) -> None:
     number = -1
     engine = Engine(model, is_cancelled=lambda: number in channel.cancelled)
     channel.made_step("idle")
-    channel.send("ready")
+    channel.send("ready", context=model.config.max_position_embeddings)
     while True:
         command = channel.commands.get()
         if command["kind"] == "reset":

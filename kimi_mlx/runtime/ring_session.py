@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
+import json
 import queue
 import random
 import tempfile
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message, decode_error
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
     Event,
     Finished,
@@ -28,7 +30,10 @@ from kimi_mlx.engine.request import (
     Token,
 )
 from kimi_mlx.errors import KimiMlxError, RingError, SshError
+from kimi_mlx.files import write_atomically
+from kimi_mlx.folders import cache_folder
 from kimi_mlx.runtime.session import RankProgress, SessionOptions
+from kimi_mlx.store.sources import is_small
 
 BACK_OFF_S = (1.0, 10.0, 30.0)
 """Before the first start again, the second, and all later ones."""
@@ -70,11 +75,21 @@ class _Job:
         left = None if wanted is None else wanted - len(self.sent)
         return replace(self.request, prompt=(*self.request.prompt, *self.sent), max_tokens=left)
 
-    def reason_to_end(self) -> FinishReason | None:
-        """Why there is nothing left to ask, if so: the ring was lost between the last token and the end."""
+    def end(self, context: int) -> Finished | KimiMlxError | None:
+        """The end of the answer, if nothing is left to ask: the ring was lost between the last token and the end.
+
+        Args:
+            context: how many tokens the model can hold.
+        """
+        if self.outcome is not None:
+            return self.outcome
+        reason = self._reason_to_end(context)
+        return None if reason is None else self.finish(reason)
+
+    def _reason_to_end(self, context: int) -> FinishReason | None:
         if self.sent and self.sent[-1] in self.request.stop_ids:
             return "stop"
-        if len(self.sent) == self.request.max_tokens:
+        if len(self.sent) == self.request.max_tokens or len(self.request.prompt) + len(self.sent) >= context:
             return "length"
         return "cancelled" if self.is_cancelled else None
 
@@ -119,16 +134,16 @@ class RingSession:
         self._jobs: dict[int, _Job] = {}
         self._lock = threading.RLock()  # a signal handler may cancel while its thread holds it
         self._is_up = False
+        self._context = 0
         self._up_since = time.monotonic()
         self._lost = 0
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
-        self._text: tempfile.TemporaryDirectory[str] | None = None
+        self._text: Path | None = None
         try:
             self._start(progress, wants_text=options.folder is None)
         except BaseException:
             self._ring.close()
-            self._forget_text()
             raise
         self._is_up = True
         self._thread = threading.Thread(target=self._supervise, daemon=True)
@@ -142,7 +157,7 @@ class RingSession:
     @property
     def text_folder(self) -> Path:
         """Where the checkpoint's configuration and tokenizer are: ours, or what rank 0 has sent of its own."""
-        return self._options.checkpoint if self._text is None else Path(self._text.name)
+        return self._options.checkpoint if self._text is None else self._text
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; breaking off the iteration cancels it. May be called from several threads.
@@ -181,18 +196,15 @@ class RingSession:
             self._cancel(job)
 
     def reset(self) -> None:
-        """Forget the conversation's cache on every rank."""
-        self._ring.send("reset")
+        """Forget the conversation's cache on every rank; a ring that is being started has none."""
+        with self._lock:
+            if self._is_up:
+                self._ring.send("reset")
 
     def close(self) -> None:
         """End the ranks."""
         self._is_closing.set()
         self._thread.join(CLOSE_LIMIT_S)  # which ends the ranks
-        self._forget_text()
-
-    def _forget_text(self) -> None:
-        if self._text is not None:
-            self._text.cleanup()
 
     def _cancel(self, job: _Job) -> None:
         job.is_cancelled = True
@@ -227,44 +239,60 @@ class RingSession:
             elif message["kind"] == "text":
                 self._keep_text(message["files"])
             elif message["kind"] == "ready":
+                self._context = int(message["context"])
                 waiting.discard(rank)
             if not waiting:
                 return
 
     def _keep_text(self, files: dict[str, str]) -> None:
-        self._text = tempfile.TemporaryDirectory(prefix="kimi-mlx-text-")
+        """Keep the files of the checkpoint's text side in the user's cache, under their own digest."""
+        digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+        self._text = (cache_folder() or Path(tempfile.gettempdir())) / "text" / digest
+        self._text.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (Path(self._text.name) / Path(name).name).write_bytes(base64.b64decode(text))
+            if Path(name).name != name or not is_small(name):
+                raise RingError(f"rank 0 sent a file with the name {name!r}")
+            write_atomically(self._text / Path(name).name, base64.b64decode(text))
 
     def _supervise(self) -> None:
+        """The thread's work: whoever waits for an answer hears of its end, whatever it is."""
+        try:
+            final = self._listen()
+        except Exception as error:  # the end of this thread
+            final = RingError(f"the session failed: {error!r}", hint="this is a mistake of kimi-mlx: please report it")
+        self._give_up(final)
+
+    def _listen(self) -> KimiMlxError:
         """Listen to the ring, and start it again when it is lost, until the session is closed or it is given up."""
-        final: KimiMlxError | None = None
-        while final is None and not self._is_closing.is_set():
+        while not self._is_closing.is_set():
             try:
                 for rank, message in self._ring.messages():
                     self._hear(rank, message)
             except (RingError, SshError) as error:
-                final = self._recover(error)
+                if (final := self._recover(error)) is not None:
+                    return final
             except KimiMlxError as error:
-                final = error
-        self._give_up(final or RingError("the session is closed"))
+                return error
+        return RingError("the session is closed")
 
     def _recover(self, error: KimiMlxError) -> KimiMlxError | None:
         """Start again, several times; the last error if that is of no use."""
         with self._lock:
             self._is_up = False
-            for job in [job for job in self._jobs.values() if job.is_cancelled]:
-                self._end(job, job.finish("cancelled"))
+            for job in list(self._jobs.values()):
+                if (end := job.end(self._context)) is not None:
+                    self._end(job, end)
         lost_at = time.monotonic()
         if lost_at - self._up_since > STEADY_S:
             self._lost = 0
         while self._lost < self._options.restarts:
             self._lost += 1
-            self._interruption = Interrupted(error.message, self._lost, self._options.restarts)
+            wait_s = BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]
+            self._interruption = Interrupted(error.message, self._lost, self._options.restarts, wait_s)
             for job in list(self._jobs.values()):
                 job.events.put(self._interruption)
             self._ring.close()
-            if self._is_closing.wait(BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]):
+            if self._is_closing.wait(wait_s):
                 return error
             try:
                 self._start(lambda done, total, rank: None, wants_text=False)
@@ -284,13 +312,18 @@ class RingSession:
             for job in list(self._jobs.values()):
                 job.was_interrupted = True
                 job.events.put(Resumed(seconds))
-                if (reason := job.reason_to_end()) is not None:
-                    self._end(job, job.finish(reason))
-                else:
-                    self._ask(job)
+                self._ask(job)
 
     def _give_up(self, error: KimiMlxError) -> None:
         self._ring.close()
+        hint = error.hint
+        if unreached := self._ring.unreached:
+            hint = (
+                f"{hint or 'try again'}; {', '.join(unreached)} could not be asked whether all ended there: "
+                f"ranks end by themselves after {FRONT_SILENCE_S:.0f} s without us"
+            )
+        if isinstance(error, SshError) or unreached:  # in the end it is the ring that is lost, whatever the cause
+            error = RingError(error.message, hint, error.rank)
         with self._lock:
             self._failure = error
             for job in list(self._jobs.values()):

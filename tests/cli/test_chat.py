@@ -181,7 +181,7 @@ def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
     assert (front.returncode, begin + text) == (0, expected)
     said = " ".join(errors.split())
     assert f"(process {pids[1]}) was ended by SIGKILL" in said
-    assert "starting the ring again, 1 of 3" in said
+    assert "starting the ring again in 1 s, 1 of 3" in said
     assert "the answer goes on after" in said
     assert are_gone(pids, 1)
 

@@ -160,6 +160,18 @@ class Hosts:
         for link in links or LINKS:
             self._in("switch", "ip", "link", "set", f"{link}-{name}", "down")
 
+    def plug_in(self, name: str, *links: str) -> None:
+        """Undo `cut`."""
+        for link in links or LINKS:
+            self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
+
+    def boot(self, name: str) -> None:
+        """Switch a host on again, with its files, but for temporary ones."""
+        temporary = self.folder / name / "tmp"
+        shutil.rmtree(temporary)
+        temporary.mkdir()
+        self._boot(name)
+
     def stop_sshd(self, name: str) -> None:
         """End the SSH server; sessions go on."""
         pid = (self.folder / name / "sshd.pid").read_text().strip()
@@ -188,10 +200,10 @@ class Hosts:
         """Undo whatever was done to the hosts."""
         for name in self.names:
             if self._processes[name].poll() is not None:
-                self._boot(name)
+                self.boot(name)
                 continue
-            for link, (interface, _) in LINKS.items():
-                self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
+            self.plug_in(name)
+            for interface, _ in LINKS.values():
                 with contextlib.suppress(subprocess.CalledProcessError):
                     self._in(name, "tc", "qdisc", "del", "dev", interface, "root")
             with contextlib.suppress(subprocess.CalledProcessError):

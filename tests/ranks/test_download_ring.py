@@ -20,7 +20,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.cluster.launch import free_local_addresses, rank_environment, ring_hostfile
 from kimi_mlx.errors import RingError
 from kimi_mlx.parallel.checked_group import CheckedGroup
 from kimi_mlx.parallel.group import SingleGroup
@@ -45,6 +44,7 @@ from tests.cli.test_download import (
     wait_until,
 )
 from tests.hub import Hub
+from tests.mlx_launch import loopback_hostfile, ring_variables
 
 pytestmark = pytest.mark.ranks
 
@@ -60,9 +60,9 @@ class Cluster:
     def start(self, *arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
         hostfile = self.hosts[0].home.parent / "hostfile.json"
         hostfile.parent.mkdir(parents=True, exist_ok=True)
-        hostfile.write_text(ring_hostfile(free_local_addresses(len(self.hosts))))
+        hostfile.write_text(loopback_hostfile(len(self.hosts)))
         return [
-            host.start("download", NAME, *arguments, **{**rank_environment({}, rank, str(hostfile)), **variables})
+            host.start("download", NAME, *arguments, **{**ring_variables(rank, str(hostfile)), **variables})
             for rank, host in enumerate(self.hosts)
         ]
 
@@ -324,9 +324,9 @@ def test_hosts_with_other_files_or_another_version_do_not_mix_them(small: Path, 
     with Hub({NAME: small}) as hub:
         hosts = [Host(hub, tmp_path / name) for name in ("a", "b")]
         hostfile = tmp_path / "hostfile.json"
-        hostfile.write_text(ring_hostfile(free_local_addresses(2)))
+        hostfile.write_text(loopback_hostfile(2))
         processes = [
-            host.start("download", str(folder), **rank_environment({}, rank, str(hostfile)))
+            host.start("download", str(folder), **ring_variables(rank, str(hostfile)))
             for rank, (host, folder) in enumerate(zip(hosts, (small, other), strict=True))
         ]
         assert "rank 1 has another version of kimi-mlx, or another checkpoint" in error_of(end_all(processes))

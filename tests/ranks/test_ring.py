@@ -109,10 +109,9 @@ def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable
     return events
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
+@pytest.mark.parametrize(("lost", "sampling"), [(0, SAMPLED), (1, Sampling())])
 def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampling: Sampling) -> None:
-    request = Request(PROMPT, max_tokens=300, sampling=sampling)
+    request = Request(PROMPT, max_tokens=120, sampling=sampling)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         expected = tokens_of(ring, request)
         ring.reset()
@@ -123,7 +122,7 @@ def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampl
             times.append(time.monotonic())
             os.kill(ring.pids[lost], signal.SIGKILL)
 
-        events = disturbed(ring, request, 100, kill)
+        events = disturbed(ring, request, 40, kill)
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank {lost} of 2 (process {first_pids[lost]}) was ended by SIGKILL" in interrupted.reason
@@ -133,7 +132,7 @@ def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampl
         finished = events[-1]
         assert isinstance(finished, Finished)
         assert finished.reason == "length"
-        assert (finished.statistics.prompt_tokens, finished.statistics.generated_tokens) == (len(PROMPT), 300)
+        assert (finished.statistics.prompt_tokens, finished.statistics.generated_tokens) == (len(PROMPT), 120)
         assert finished.statistics.decode_s > resumed.seconds
         wait_until_gone(first_pids, 1)
         assert tokens_of(ring, replace(request, max_tokens=5)) == expected[:5]
@@ -193,7 +192,7 @@ def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
         with pytest.raises(RingError, match=r"rank 0 of 2 \(process \d+\) was ended by SIGKILL") as raised:
             for _ in events:
                 pass
-        assert "its log is " in str(raised.value.hint)
+        assert "kimi-mlx doctor" in str(raised.value.hint)
         with pytest.raises(RingError, match="SIGKILL"):
             next(ring.generate(Request(PROMPT)))
     wait_until_gone(pids, 1)

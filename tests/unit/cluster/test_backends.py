@@ -7,7 +7,6 @@ import json
 
 from kimi_mlx.cluster.backends import (
     backend_file,
-    backend_of,
     backend_variables,
     coordinator,
     jaccl_devices,
@@ -44,8 +43,3 @@ def test_each_backend_has_its_variables_and_none_of_another_ring() -> None:
     assert backend_variables("jaccl-ring", 0, "/f", "10.0.0.1:1") == {**jaccl, "MLX_JACCL_RING": "1"}
     base = {"PATH": "/bin", "JACCL_RANK": "3", "MLX_JACCL_RING": "1", "MLX_METAL_FAST_SYNCH": "1"}
     assert without_ring(base) == {"PATH": "/bin", "MLX_METAL_FAST_SYNCH": "1"}
-
-
-def test_what_was_asked_comes_before_the_hostfile_and_that_before_the_ring() -> None:
-    jaccl = Hostfile(TWO.hosts, backend="jaccl")
-    assert [backend_of(jaccl, "ring"), backend_of(jaccl), backend_of(TWO)] == ["ring", "jaccl", "ring"]

@@ -123,7 +123,7 @@ def test_memory(facts: Facts, need_gib: int, state: str, words: str) -> None:
         (None, 400 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=409600`"),
         (409600, 400 * GIB, "ok", None),
         (0, 504 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=516096`"),
-        (0, 504 * GIB + 1, "trouble", "kimi-mlx plan"),
+        (0, 504 * GIB + 1, "trouble", "kimi-mlx models"),
         (999999, 504 * GIB + 1, "ok", None),
     ],
 )

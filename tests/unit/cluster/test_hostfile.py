@@ -144,11 +144,11 @@ BAD: list[tuple[object, str]] = [
     ([{**mesh(2)[0], "rdma": [None, "en1"]}, mesh(2)[1]], "the device 'en1'; they are called rdma_en5"),
     ([{**mesh(2)[0], "rdma": [None, 5]}, mesh(2)[1]], "entry 1 of `rdma` holds no list but a number"),
     ([{**mesh(3)[0], "rdma": [None, "rdma_en1", "rdma_en1"]}, *mesh(3)[1:]], "rdma_en1 twice; one port"),
-    ({"hosts": [A], "envs": ["HOME"]}, "'HOME' in `envs` is not NAME=value"),
+    ({"hosts": [A], "envs": ["HOME"]}, "`envs` has 'HOME', which is not NAME=value"),
     ({"hosts": [A], "envs": ["a b=c"]}, "not NAME=value"),
-    ({"hosts": [A], "envs": ["A=b\nC=d"]}, "`A` in `envs` has a control character"),
+    ({"hosts": [A], "envs": ["A=b\nC=d"]}, "the value of `A` has a control character"),
     ({"hosts": [A], "envs": ["MLX_RANK=1"]}, "sets `MLX_RANK`"),
-    ({"hosts": [A], "envs": ["A=1", "A=2"]}, "sets `A` in `envs` twice"),
+    ({"hosts": [A], "envs": ["A=1", "A=2"]}, "`envs` sets `A` twice"),
     ({"hosts": [A], "envs": "A=1"}, "`envs` holds no list"),
 ]  # fmt: skip
 

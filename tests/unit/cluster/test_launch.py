@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import sys
 
 import pytest
 
-from kimi_mlx.cluster.launch import (
-    free_local_addresses,
-    processor_of,
-    rank_command,
-    rank_environment,
-    ring_hostfile,
-)
+from kimi_mlx.cluster.launch import processor_of, rank_command, without_ring
 from kimi_mlx.cluster.messages import decode, decode_error, encode, encode_error
 from kimi_mlx.errors import EngineError, RingError
 
 
-def test_a_rank_gets_its_number_and_the_hostfile_and_no_other_rings_variables() -> None:
+def test_a_rank_gets_no_other_rings_variables() -> None:
     base = {"PATH": "/bin", "MLX_RANK": "7", "MLX_JACCL_COORDINATOR": "a:1", "MLX_WORLD_SIZE": "9"}
-    assert rank_environment(base, 1, "/tmp/hosts.json") == {
-        "PATH": "/bin",
-        "MLX_RANK": "1",
-        "MLX_HOSTFILE": "/tmp/hosts.json",
-    }
-
-
-def test_the_hostfile_is_a_list_of_addresses_by_rank() -> None:
-    assert json.loads(ring_hostfile(["127.0.0.1:5000", "127.0.0.1:5001"])) == [["127.0.0.1:5000"], ["127.0.0.1:5001"]]
+    assert without_ring(base) == {"PATH": "/bin"}
 
 
 def test_the_command_is_this_python() -> None:
@@ -37,14 +21,6 @@ def test_the_command_is_this_python() -> None:
     assert command[:3] == ["/usr/bin/my python", "-u", "-c"]
     assert "from a.module import main; main()" in command[3]
     assert rank_command("a.module")[0] == sys.executable
-
-
-def test_free_addresses_are_different_and_can_be_bound() -> None:
-    addresses = free_local_addresses(8)
-    assert len(set(addresses)) == 8
-    host, port = addresses[0].split(":")
-    with socket.socket() as server:
-        server.bind((host, int(port)))
 
 
 @pytest.mark.parametrize(

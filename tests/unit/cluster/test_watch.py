@@ -72,6 +72,16 @@ def test_a_dead_link_is_told_from_a_dead_rank() -> None:
     assert (trouble.rank, trouble.what[:15]) == (1, "has been silent")
 
 
+def test_a_stopped_rank_is_not_taken_for_a_dead_link() -> None:
+    trouble, at = run(
+        100,
+        lambda now: alive("prefill", 1, r1=max(now - 50, 0.2)),
+        lambda now: alive("prefill", 1, r0=0.9) if now < 50 else None,  # its last word came just before the next one
+    )
+    assert trouble == Trouble("has been silent for 10 s, the limit is 10 s", 1)
+    assert 59 <= at < 60
+
+
 def test_a_front_that_slept_gives_everybody_time_anew() -> None:
     watch = Watch(1, LIMITS, 0)
     watch.hear(0, alive("decode", 1), 0)

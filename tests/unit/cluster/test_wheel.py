@@ -66,7 +66,7 @@ def test_metadata_are_those_of_the_installation(built: Path) -> None:
         packed = PathDistribution(zipfile.Path(archive, f"kimi_mlx-{own.version}.dist-info/"))  # pyright: ignore[reportArgumentType]
         assert packed.requires == own.requires
         assert packed.version == own.version
-        assert [(each.name, each.value) for each in packed.entry_points] == [("kimi-mlx", "kimi_mlx.cli.app:main")]
+        assert [(each.name, each.value) for each in packed.entry_points] == [("kimi-mlx", "kimi_mlx.__main__:main")]
     assert any(each.startswith("mlx[cpu]") and "sys_platform == 'linux'" in each for each in own.requires or [])
 
 
@@ -92,7 +92,7 @@ def test_pip_installs_it(built: Path, tmp_path: Path) -> None:
     own = own_interpreter()
     assert done.stdout.strip() == f"{target}/kimi_mlx/__init__.py {own.packages['kimi-mlx']} {own.code}"
     wrapper = (target / "bin/kimi-mlx").read_text()
-    assert "from kimi_mlx.cli.app import main" in wrapper
+    assert "from kimi_mlx.__main__ import main" in wrapper
 
 
 def test_a_comma_in_a_name(tmp_path: Path) -> None:

@@ -1,0 +1,355 @@
+"""`kimi-mlx launch` on two hosts over real ssh: answers, also when ranks, cables, hosts or the front are lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_mlx.cluster import doctor, joining, measure, survey
+from kimi_mlx.cluster.hostfile import read_hostfile
+from kimi_mlx.cluster.payloads import Payload, all_payloads
+from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
+from kimi_mlx.cluster.survey import measure_network
+from tests.cli.test_download import make_small
+from tests.cluster import faults
+from tests.cluster.faults import Fault, Front, Outcome, answer, cable_out, signalled, undisturbed, wait_until_gone
+from tests.cluster.hosts import ROOT, Hosts
+from tests.command import call
+from tests.hub import Hub
+
+pytestmark = pytest.mark.slow
+
+HOSTS = ("--hosts", "mac-a,mac-b")
+RANK, GUARD = "from kimi_mlx.runtime.rank import main", "cluster.guard"
+DELAY_S = 5.0
+"""For what has a limit, on a machine that is busy."""
+
+Where = tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """The answer of one process."""
+    return undisturbed()
+
+
+@pytest.fixture
+def where(hosts: Hosts, tmp_path: Path) -> Where:
+    """The hosts by a hostfile."""
+    return "--hostfile", faults.write_hostfile(hosts, tmp_path / "two.json")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not on the hosts, and no folder of the front's; its logs go to a folder of the test."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XDG_STATE_HOME", str(hosts.folder / "front/state"))
+    yield
+    assert wait_until_gone(hosts, 3) == []
+    folder = hosts.folder / "front/tmp"
+    left = [path.name for path in folder.glob("*")]
+    shutil.rmtree(folder, ignore_errors=True)
+    assert left == []
+
+
+def run(*arguments: str, limit_s: float = 3.0) -> tuple[int, str, str]:
+    """`launch` without a process of its own, and with less patience for links; exit code, stdout, stderr in a line."""
+    with pytest.MonkeyPatch.context() as patch:
+        impatient = partial(measure_network, limit_s=limit_s)
+        for module in (survey, joining):
+            patch.setattr(module, "measure_network", impatient)
+        patch.setattr(survey, "command", short_command)
+        done = call("launch", *arguments)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, " ".join(done.stderr.split())
+
+
+def short_command(*arguments: Any) -> list[str]:
+    """A measurement that sends for less than a second."""
+    words = measure.command(*arguments)
+    source = words.index(next(word for word in words if "BULK_S = 1.0" in word))
+    words[source] = words[source].replace("BULK_S = 1.0", "BULK_S = 0.2")
+    return words
+
+
+def small_payloads(*sizes: Any) -> list[Payload]:
+    """A self-test that is soon over."""
+    return [each for each in all_payloads(*sizes) if each.size_bytes < 100_000]
+
+
+def check_answer(outcome: Outcome, expected: str) -> None:
+    """As if nothing had happened, on stdout; and nothing is left."""
+    assert outcome.code == 0, outcome.errors
+    assert outcome.text == expected
+    assert outcome.left == []
+    assert outcome.gone_s < 1
+    assert outcome.errors.count(faults.AGAIN) == outcome.errors.count(faults.GOES_ON)
+
+
+def check_noticed(outcome: Outcome, number: int, noticed_s: float, next_text_s: float, reason: str) -> None:
+    """A fault was told within its time, with its reason, and the answer went on within its own."""
+    effect = outcome.effects[number]
+    assert effect.noticed_s is not None
+    assert effect.noticed_s < noticed_s + DELAY_S
+    assert effect.next_text_s is not None
+    assert effect.next_text_s < next_text_s + 2 * DELAY_S
+    notes = re.findall(r"\n\[(rank .*?|the ring .*?), \d of \d\]", outcome.errors, re.DOTALL)
+    assert re.search(reason, " ".join(notes[number].split())), notes
+
+
+def test_what_was_found_is_saved_and_a_launch_with_it_survives_kill_stop_and_a_short_cut(
+    hosts: Hosts, expected: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.json"
+    found = answer(hosts, [*HOSTS, "--save", str(saved)], [], "--max-tokens", "40")
+    assert (found.code, found.left) == (0, [])
+    assert expected.startswith(found.text.rstrip("\n"))
+    assert len(found.text) > 50
+    assert f"written: {saved}" in found.errors
+    assert "2 ranks on mac-a, mac-b over Thunderbolt" in found.errors
+    assert "40 tokens in " in found.errors
+    assert [(host.ssh, host.ips) for host in read_hostfile(saved).hosts] == [
+        (name, (hosts.address(name),)) for name in hosts.names
+    ]
+
+    begins = [signalled(signal.SIGKILL, "mac-a"), signalled(signal.SIGSTOP, "mac-b"), cable_out("tb", "mac-b", 3)]
+    outcome = answer(hosts, ["--hostfile", str(saved)], begins)
+    check_answer(outcome, expected)
+    check_noticed(outcome, 0, 1, 5, r"^rank 0 of 2 \(`mac-a`, process \d+\) was ended by SIGKILL")
+    check_noticed(
+        outcome, 1, 10, 15, r"^rank 1 of 2 \(`mac-b`, process \d+\) has been silent for 1\d s, the limit is 10 s"
+    )
+    assert outcome.effects[2].noticed_s is None
+
+
+def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that_is_off(
+    hosts: Hosts, expected: str, where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
+    options = ("--restarts", "1", "--limit", "3")
+    inflicted = [
+        cable_out("tb", "mac-b", None, *options),
+        signalled(signal.SIGKILL, "mac-b"),
+        faults.power_off("mac-b"),
+    ]
+    outcome = answer(hosts, where, inflicted)
+    check_noticed(outcome, 0, 3, 10, r"has not heard from rank \d for \d s: the link between them is dead|no step of")
+    check_noticed(outcome, 1, 1, 5, r"^rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL")
+    assert outcome.effects[2].noticed_s is not None
+    assert outcome.effects[2].noticed_s < 3 + DELAY_S
+    assert outcome.end_s < 30 + DELAY_S
+    assert outcome.code == 1
+    assert expected.startswith(outcome.text.rstrip("\n"))
+    assert len(outcome.text) >= 3 * faults.MIDDLE
+    assert "error: `mac-b` cannot be reached" in outcome.errors
+    assert "hint: is it on, awake and on this network? `ping mac-b`" in outcome.errors
+    assert outcome.left == []
+
+
+def running(hosts: Hosts, name: str, mark: str, but: str = "\0") -> bool:
+    return any(mark in line and but not in line for line in hosts.left(name))
+
+
+PHASES: dict[str, Callable[[Front], None]] = {
+    "asks the hosts": lambda front: front.wait(lambda: any(map(front.hosts.left, front.hosts.names))),
+    "starts the ranks": lambda front: front.wait(lambda: running(front.hosts, "mac-b", GUARD)),
+    "joins the ranks": lambda front: front.wait(lambda: running(front.hosts, "mac-b", RANK, GUARD)),
+    "answers": lambda front: front.wait_for_text(faults.MIDDLE),
+}
+"""What the front does when it is ended."""
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
+
+
+def ways(*chosen: tuple[str, signal.Signals]) -> list[Any]:
+    """Every phase and signal; only the chosen ones in every run of all tests."""
+    return [
+        pytest.param(phase, number, marks=() if (phase, number) in chosen else pytest.mark.sweep)
+        for phase in PHASES
+        for number in CODES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    ways(("asks the hosts", signal.SIGTERM), ("joins the ranks", signal.SIGKILL), ("answers", signal.SIGINT)),
+)
+def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, number: signal.Signals) -> None:
+    front = Front(hosts, *where, *faults.QUESTION)
+    PHASES[phase](front)
+    front.process.send_signal(number)
+    begin = time.monotonic()
+    assert front.end(20) == CODES[number], front.errors
+    assert time.monotonic() - begin < DELAY_S
+    assert wait_until_gone(hosts, DELAY_S) == []
+    assert "Traceback" not in front.errors
+    assert "error" not in front.errors
+    if number == signal.SIGKILL:  # nobody was there to remove it
+        shutil.rmtree(hosts.folder / "front/tmp")
+
+
+def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(hosts: Hosts, where: Where) -> None:
+    front = Front(hosts, *where, *faults.QUESTION)
+    front.wait_for_text(faults.MIDDLE)
+    begin = time.monotonic()
+    faults.front_killed_in_the_dark("mac-b").inflict(front)
+    front.end()
+    end = time.monotonic() + DELAY_S
+    while hosts.left("mac-a"):
+        assert time.monotonic() < end
+    assert hosts.left("mac-b")  # it cannot know yet
+    assert wait_until_gone(hosts, FRONT_SILENCE_S + DELAY_S) == []
+    assert time.monotonic() - begin < FRONT_SILENCE_S + DELAY_S
+    shutil.rmtree(hosts.folder / "front/tmp")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "hint"),
+    [
+        ("stop_sshd", "`mac-b` refuses connections", "sudo systemsetup -setremotelogin on"),
+        ("change_host_key", "`mac-b` has another host key", "ssh-keygen -R"),
+        ("power_off", "`mac-b` cannot be reached", "is it on, awake"),
+    ],
+)
+def test_a_host_that_ssh_does_not_reach(
+    hosts: Hosts, fault: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
+    getattr(hosts, fault)("mac-b")
+    begin = time.monotonic()
+    code, out, err = run(*HOSTS, "chat", "kimi-mini", "-p", "hi")
+    assert time.monotonic() - begin < 5 + DELAY_S
+    assert (code, out) == (1, "")
+    assert message in err
+    assert hint in err
+
+
+def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
+    question = ("chat", "kimi-mini", "-p", "hi")
+    code, out, err = run(*HOSTS, "--python", "/no/such/python", *question)
+    assert (code, out) == (1, "")
+    assert err.count("there is no `/no/such/python`") == 2
+
+    foreign = tmp_path / "foreign.json"
+    pair = [{"ssh": "mac-a", "ips": [hosts.address("mac-a")]}, {"ssh": "mac-b", "ips": ["10.99.0.7"]}]
+    foreign.write_text(json.dumps(pair))
+    code, out, err = run("--hostfile", str(foreign), *question)
+    assert (code, out) == (1, "")
+    assert f"it has {hosts.address('mac-b', 'lan')}, {hosts.address('mac-b')}" in err
+
+    folder = hosts.packages("mac-b") / "kimi_mlx-0.0.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: kimi-mlx\nVersion: 0.0.9\n")
+    code, out, err = run(*HOSTS, *question)
+    assert (code, out) == (1, "")
+    assert "kimi-mlx 0.0.9 (`mac-a`: 0.1.0)" in err
+    assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in err
+
+
+def test_a_port_that_is_taken_before_a_rank_listens_on_it(
+    hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[str] = []
+    join = Ring._join
+
+    def take_port_and_join(ring: Ring, listening: dict[int, Any]) -> None:
+        if pids:  # the second start, with other ports
+            join(ring, listening)
+            return
+        [port] = listening[1]["ports"]
+        place = f"('{hosts.address('mac-b')}', {port})"
+        program = f"import socket, time; s = socket.create_server({place}); time.sleep(60)"
+        pids.append(hosts.run("mac-b", "sh", "-c", f'python3 -c "{program}" >/dev/null 2>&1 & echo $!').strip())
+        time.sleep(0.5)
+        join(ring, listening)
+
+    monkeypatch.setattr(Ring, "_join", take_port_and_join)
+    begin = time.monotonic()
+    code, out, err = run(*where, "chat", "kimi-mini", "-p", "hi")
+    hosts.run("mac-b", "kill", *pids)
+    assert time.monotonic() - begin < 10 + DELAY_S
+    assert (code, bool(out), "error" in err) == (0, True, False)
+
+
+@pytest.fixture
+def hub(hosts: Hosts, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that the hosts reach."""
+    with Hub(
+        {"owner/model": make_small(tmp_path / "model")}, (hosts.address("this"), hosts.address("this", "lan"))
+    ) as hub:
+        yield hub
+
+
+def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Hosts, where: Where, hub: Hub) -> None:
+    envs = ("--env", f"HF_ENDPOINT={hub.url}", "--env", "HF_HUB_DISABLE_XET=1")
+    code, out, err = run(*where, *envs, "download", "owner/model", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert [each["host"] for each in result["hosts"]] == hosts.names
+    size = sum(path.stat().st_size for path in hub.folders["owner/model"].iterdir())
+    assert hub.sent_bytes < 1.05 * size
+    stores = [hosts.home(name) / ".local/share/kimi-mlx/stores" for name in hosts.names]
+    assert [sorted(path.parent.name for path in each.rglob("manifest.json")) for each in stores] == [
+        ["rank-0"],
+        ["rank-1"],
+    ]
+    hub.forget()
+
+    code, out, err = run(*where, "chat", "owner/model", "-p", "hi", "-t", "0", "--max-tokens", "5", "--json")
+    assert code == 0, err
+    assert json.loads(out)["statistics"]["generated_tokens"] == 5
+    assert hub.asked == []
+
+    shutil.rmtree(stores[1])
+    code, out, err = run(*where, "chat", "owner/model", "-p", "hi")
+    assert (code, out) == (1, "")
+    assert "the store of rank 1 is missing" in err
+    assert re.search(r"`kimi-mlx launch --hosts mac-a,mac-b download owner/model`", err)
+    code, out, err = run(*where, "--force", "chat", "owner/model", "-p", "hi")
+    assert (code, out) == (1, "")
+    assert "error: `owner/model` is not on the host of rank 1" in err
+    assert "hint: fetch it for all" in err
+
+
+def test_check_and_bench_print_one_document(hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "all_payloads", small_payloads)
+    code, out, err = run(*where, "check", "kimi-mini", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["hosts"], result["ranks"], result["backend"]) == (hosts.names, 2, "ring")
+    assert result["statistics"]["generated_tokens"] == 32
+    sizes = ("--prompt-tokens", "8", "--generation-tokens", "4", "--repeat", "1", "--warmup", "0")
+    code, out, err = run(*where, "bench", "kimi-mini", *sizes, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["hosts"], result["ranks"]) == (hosts.names, 2)
+    assert [each["prompt_tokens"] for each in result["results"]] == [8]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("repetition", range(2))
+@pytest.mark.parametrize("fault", [each for each in faults.FAULTS if not each.ends], ids=lambda each: each.name)
+def test_each_fault_by_itself(hosts: Hosts, expected: str, where: Where, fault: Fault, repetition: int) -> None:
+    check_answer(answer(hosts, where, [fault]), expected)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "several",
+    [
+        [signalled(signal.SIGKILL, name) for name in ("mac-a", "mac-b", "mac-a")],
+        [signalled(signal.SIGSTOP, "mac-a", "--limit", "3"), faults.guard_killed("mac-a")],
+    ],
+    ids=["three kills", "stop and guard"],
+)
+def test_faults_one_after_the_other(hosts: Hosts, expected: str, where: Where, several: Sequence[Fault]) -> None:
+    check_answer(answer(hosts, where, several), expected)

@@ -1,0 +1,147 @@
+"""How a ring comes to stand, with small programs as its ranks: fast ones, slow ones, silent ones, broken ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.cluster import ring as ring_module
+from kimi_mlx.cluster.hosts import local_cluster
+from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.errors import MissingModelError, RingError
+from tests.cluster.hosts import ROOT
+from tests.ranks.test_ring import wait_until_gone
+
+pytestmark = pytest.mark.ranks
+
+BEGINNING = """
+import os, sys, time
+from kimi_mlx.cluster.messages import decode, encode
+
+def send(kind, **fields):
+    sys.stdout.buffer.write(encode(kind, **fields))
+    sys.stdout.buffer.flush()
+
+def wait_for(kind):
+    while (message := decode(sys.stdin.buffer.readline()))["kind"] != kind:
+        pass
+    return message
+
+def main():
+    rank = wait_for("start")["rank"]
+    print("process", os.getpid(), file=sys.stderr, flush=True)
+"""
+LISTENING = f"""{BEGINNING}
+    send("listening", pid=os.getpid(), ports=[1], link_port=None)
+    wait_for("join")
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The module that the ranks run; to be written."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    return tmp_path / "rank_of_a_test.py"
+
+
+def make_ring(program: Path, text: str, size: int = 2) -> Ring:
+    program.write_text(text)
+    return Ring(local_cluster(size), module=program.stem)
+
+
+def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program: Path) -> None:
+    text = f"""{LISTENING}
+    if rank == 1:
+        time.sleep(1)
+    send("joined")
+    send("loading", done=1, total=2)
+    send("loading", done=2, total=2)
+    send("ready")
+    sys.stdin.read()
+"""
+    with make_ring(program, text) as ring:
+        ring.start()
+        early = [(rank, message["kind"]) for rank, message in ring._early]
+        assert early == [(0, "loading"), (0, "loading"), (0, "ready")]
+        heard: dict[int, list[str]] = {0: [], 1: []}
+        for rank, message in ring.messages():
+            heard[rank].append(message["kind"] + str(message.get("done", "")))
+            if all(kinds[-1:] == ["ready"] for kinds in heard.values()):
+                break
+        assert heard == {rank: ["loading1", "loading2", "ready"] for rank in (0, 1)}
+        pids = ring.pids
+    wait_until_gone(pids, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{BEGINNING}    time.sleep(100 * (rank == 1))", r"rank 0 of 2 \(not yet started\) exited with code 0"),
+        (
+            f"{BEGINNING}    send('alive')\n    time.sleep(100)",
+            r"rank \d of 2 \(not yet started\) did not start within 2 s",
+        ),
+        (
+            f"{LISTENING}    time.sleep(100)",
+            r"rank \d of 2 \(process \d+\) did not find the others at 127\.0\.0\.1 within 2 s",
+        ),
+    ],
+    ids=["ends", "never says a word", "does not join"],
+)
+def test_a_rank_that_does_not_get_there_is_given_up(
+    program: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_module, "START_S", 2.0)
+    monkeypatch.setattr(ring_module, "JOIN_S", 2.0)
+    ring = make_ring(program, text)
+    begin = time.monotonic()
+    with pytest.raises(RingError, match=message) as raised:
+        ring.start()
+    assert time.monotonic() - begin < 15
+    pids = [int(number) for number in re.findall(r"\n  process (\d+)", raised.value.message)]
+    assert pids  # its last words
+    wait_until_gone(pids, 1)
+    logs = [file.read_text() for file in (program.parent / "kimi-mlx/logs").iterdir()]
+    wait_until_gone([int(log.split()[1]) for log in logs if log], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise OSError('broken on purpose')", "OSError: broken on purpose"),
+        ("def main(): 1 / 0", "ZeroDivisionError"),
+        ("def other(): pass", "cannot import name 'main'"),
+    ],
+)
+def test_a_program_that_fails_at_once_is_told_with_its_last_lines(program: Path, text: str, message: str) -> None:
+    ring = make_ring(program, text)
+    with pytest.raises(
+        RingError, match=r"rank \d of 2 \(not yet started\) exited with code 1; its last lines:"
+    ) as raised:
+        ring.start()
+    assert message in raised.value.message
+    assert re.search(r"its log is \S+-rank-\d\.log$", raised.value.hint or "")
+
+
+def test_an_error_of_a_rank_at_its_start_is_raised_as_it_is(program: Path) -> None:
+    text = """
+from kimi_mlx.errors import MissingModelError
+from kimi_mlx.runtime.channel import run_rank
+
+def serve(channel, start):
+    raise MissingModelError("nothing here", hint="look there", rank=start["rank"])
+
+def main():
+    run_rank(serve)
+"""
+    ring = make_ring(program, text, size=1)
+    with pytest.raises(MissingModelError, match="nothing here") as raised:
+        ring.start()
+    assert (raised.value.hint, raised.value.rank) == ("look there", 0)
+    assert os.environ.get("MLX_RANK") is None
