@@ -24,6 +24,7 @@ from kimi_mlx.cli.download import download
 from kimi_mlx.cli.launch import launch
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
+from kimi_mlx.cli.plan import plan
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 
@@ -79,6 +80,14 @@ app.command(
     )
 )(download)
 app.command(epilog=examples("kimi-mlx models", "kimi-mlx models kimi-k2.5", "kimi-mlx models --json"))(models)
+app.command(
+    epilog=examples(
+        "kimi-mlx plan kimi-k2 --machines m3-ultra-512x2       memory, predicted speed, the choice and why",
+        "kimi-mlx plan kimi-k2.5 --machines m3-ultra-512x2 --cost --subscription 200",
+        "kimi-mlx plan kimi-k2 --hostfile two.json --link measured",
+        "kimi-mlx plan --backtest                              the method against published figures",
+    )
+)(plan)
 app.command(
     epilog=examples(
         "kimi-mlx bench",

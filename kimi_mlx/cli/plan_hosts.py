@@ -1,0 +1,73 @@
+"""What `kimi-mlx plan` asks of real hosts: chip and memory of each, and the network between them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from kimi_mlx.cli.hosts_options import hosts_of
+from kimi_mlx.cli.output import slow_status
+from kimi_mlx.cluster.doctor import Diagnosis, examine
+from kimi_mlx.cluster.examination import Question
+from kimi_mlx.cluster.joining import join_hosts
+from kimi_mlx.cluster.topology import topology
+from kimi_mlx.errors import LinkError, SshError
+from kimi_mlx.planner.links import RDMA, Link, measured_link
+from kimi_mlx.planner.machines import Machine, machine_of_host
+
+ABOUT_LINKS = ("reachable", "python", "addresses", "link")
+"""Checks of the doctor that say why a network could not be measured."""
+
+
+def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
+    """What the doctor finds without its self-test; the network is measured even if versions differ, or memory is short.
+
+    Args:
+        hostfile: MLX's.
+        model: that is to run there.
+        is_quiet: without words on the terminal.
+    """
+    from kimi_mlx.cli.need import need_of
+
+    ranks, _ = hosts_of(None, hostfile, None)
+    question = Question(ranks, need_of(model), is_quick=True)
+    with slow_status(is_quiet) as say:
+        found = examine(question, sys.executable, say)
+        if found.links or len(found.hosts) == 1 or found.pythons.keys() < set(found.hosts):
+            return found
+        joined = join_hosts(question, found.pythons, topology([*found.facts.values()]), found.backend, say)
+        findings = (*found.findings, *joined.findings)
+        return replace(found, findings=findings, links=joined.links, network=joined.network)
+
+
+def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:
+    """The hosts as machines.
+
+    Raises:
+        SshError: one did not answer.
+        UsageError: one is no Mac that the planner knows.
+    """
+    for host in diagnosis.hosts:
+        if host not in diagnosis.facts:
+            raise SshError(f"`{host}` did not answer", hint="`kimi-mlx doctor` says why; or name the `--machines`")
+    known = [diagnosis.facts[host] for host in diagnosis.hosts]
+    return tuple(machine_of_host(each.host, each.chip, each.memory_bytes, each.wired_limit_mb) for each in known)
+
+
+def links_of(diagnosis: Diagnosis) -> list[Link]:
+    """The network that was measured; with RDMA, whose speed only the self-test would tell, the published one, too.
+
+    Raises:
+        LinkError: there is none.
+    """
+    measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
+    if not measured:
+        trouble = [each.message for each in diagnosis.findings if each.state == "trouble" and each.check in ABOUT_LINKS]
+        raise LinkError(
+            f"no network between the hosts could be measured{': ' if trouble else ''}{'; '.join(trouble)}",
+            hint="`kimi-mlx doctor` says more; `--link tcp` and `--link rdma` take published figures",
+        )
+    slowest = max(measured, key=lambda each: each.round_trip_s)
+    links = [measured_link(slowest.round_trip_s, slowest.bytes_per_s)]
+    return [RDMA, *links] if diagnosis.backend != "ring" else links

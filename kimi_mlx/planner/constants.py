@@ -1,0 +1,63 @@
+"""What the predictions rest on beside the tables: three fitted constants, and published ones.
+
+`python -m kimi_mlx.planner.fit` fits the former again, on the rows of `backtest.json` that say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FENCE_S = 180e-6
+"""From the GPU to the CPU's stream and back for a collective (gh:ml-explore/mlx#4438: M3 Ultra, mlx 0.32.2)."""
+
+FAST_FENCE_S = 4e-6
+"""The same with MLX_METAL_FAST_SYNCH=1, which can wedge the GPU (same source; gh:ml-explore/mlx#3142)."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The fitted ones.
+
+    Args:
+        bandwidth_share: of a chip's peak bandwidth, that reading weights gets.
+        kernel_s: between one kernel and the next that needs its result.
+        compute_share: of a chip's peak fp16 rate, that matrix products and attention get.
+    """
+
+    bandwidth_share: float
+    kernel_s: float
+    compute_share: float
+
+
+FITTED = Constants(bandwidth_share=0.76, kernel_s=4.4e-6, compute_share=0.575)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What differs between programs.
+
+    Args:
+        name: of the program.
+        kernels_per_layer: dispatched in decode.
+        prefill_chunk: tokens of a prompt at once.
+        slices_head: whether several ranks share the rows of the vocabulary.
+        gathers: whether small sums are gathered.
+    """
+
+    name: str
+    kernels_per_layer: int
+    prefill_chunk: int
+    slices_head: bool
+    gathers: bool
+
+
+KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True)
+"""28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.generate.PREFILL_CHUNK."""
+
+MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False)
+"""44: design.md. exo and mlx-engine run mlx-lm's model."""
+
+ENGINES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}
+
+Strategy = Literal["single", "pipeline", "tensor", "hybrid", "expert"]

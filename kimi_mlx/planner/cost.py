@@ -1,0 +1,103 @@
+"""What tokens of one's own cost: machines and electricity, a million tokens, break-even against a subscription."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.machines import Machine
+
+DAY_S = 86_400
+DAYS_A_MONTH = 365.25 / 12
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What the user pays and does; money in one currency, that of the prices.
+
+    Args:
+        tokens_a_day: generated.
+        electricity: price of a kWh.
+        years: that the machines last.
+        price: of all machines; None for the table's.
+        watts: of all machines at work; None for the table's.
+        subscription: a month; None for no comparison.
+    """
+
+    tokens_a_day: float
+    electricity: float
+    years: float
+    price: float | None = None
+    watts: float | None = None
+    subscription: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it comes to.
+
+    Args:
+        price: of the machines.
+        watts: at work.
+        watts_idle: otherwise.
+        hours_a_day: at work.
+        electricity_a_month: at work and idle.
+        electricity_per_million: at work only, for a million tokens.
+        per_million: of everything, for a million tokens.
+        break_even_months: until the subscription would have cost as much; None without one, or never.
+        is_possible: whether the day is long enough.
+    """
+
+    price: float
+    watts: float
+    watts_idle: float
+    hours_a_day: float
+    electricity_a_month: float
+    electricity_per_million: float
+    per_million: float
+    break_even_months: float | None
+    is_possible: bool
+
+
+def make_cost(machines: Sequence[Machine], tok_per_s: float, habits: Habits) -> Cost:
+    """Costs at a speed.
+
+    Args:
+        machines: that are bought and powered.
+        tok_per_s: of decode.
+        habits: of the user.
+
+    Raises:
+        UsageError: a price, or watts, that neither the table nor the user tells.
+    """
+    price = _sum_of(machines, [m.price_usd for m in machines], habits.price, "price", "--price 19000")
+    watts = _sum_of(machines, [m.chip.watts_max for m in machines], habits.watts, "watts", "--watts 500")
+    idle = sum(m.chip.watts_idle or 0 for m in machines)
+    hours = habits.tokens_a_day / tok_per_s / 3600
+    energy_a_day = (watts * hours + idle * max(24 - hours, 0)) / 1000
+    a_month = energy_a_day * habits.electricity * DAYS_A_MONTH
+    millions_a_month = habits.tokens_a_day * DAYS_A_MONTH / 1e6
+    saved = None if habits.subscription is None else habits.subscription - a_month
+    return Cost(
+        price=price,
+        watts=watts,
+        watts_idle=idle,
+        hours_a_day=hours,
+        electricity_a_month=a_month,
+        electricity_per_million=1e6 / tok_per_s / 3600 * watts / 1000 * habits.electricity,
+        per_million=(price / (habits.years * 12) + a_month) / millions_a_month,
+        break_even_months=price / saved if saved is not None and saved > 0 else None,
+        is_possible=hours <= 24,
+    )
+
+
+def _sum_of(
+    machines: Sequence[Machine], known: Sequence[float | None], given: float | None, what: str, example: str
+) -> float:
+    if given is not None:
+        return given
+    unknown = [machine.name for machine, value in zip(machines, known, strict=True) if value is None]
+    if unknown:
+        raise UsageError(f"the {what} of `{unknown[0]}` is not known", hint=f"give that of all machines: `{example}`")
+    return sum(value for value in known if value is not None)

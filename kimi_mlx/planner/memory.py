@@ -1,0 +1,88 @@
+"""Memory of a host: its portion of the weights, the cache, the work space of prefill, and what the GPU may wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.planner.constants import Engine
+from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.portions import Portion
+from kimi_mlx.planner.shape import CACHE_VALUE_BYTES, Shape
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What a host needs and has.
+
+    Args:
+        host: its name.
+        weights_bytes: of its portion.
+        cache_bytes: of the context.
+        workspace_bytes: of prefill at the end of the context.
+        gpu_bytes: what its GPU may wire as it is.
+        raised_gpu_bytes: the same after raising `iogpu.wired_limit_mb`.
+    """
+
+    host: str
+    weights_bytes: int
+    cache_bytes: int
+    workspace_bytes: int
+    gpu_bytes: int
+    raised_gpu_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """All three."""
+        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+
+
+def host_memory(machine: Machine, portion: Portion, shape: Shape, engine: Engine, context: int) -> HostMemory:
+    """What a host needs for its portion of a model and a context of so many tokens."""
+    return HostMemory(
+        machine.name,
+        round(portion.held(shape.bytes, shape)),
+        cache_bytes(portion, shape, context),
+        workspace_bytes(portion, shape, engine, context),
+        machine.gpu_bytes,
+        machine.raised_gpu_bytes,
+    )
+
+
+def cache_bytes(portion: Portion, shape: Shape, context: int) -> int:
+    """Of the cache: latents have no heads, so every rank has them all, of its layers."""
+    return context * portion.layers * shape.cache_bytes_per_token
+
+
+def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int) -> int:
+    """Of one layer in the last chunk of a prompt that fills the context.
+
+    Keys and values of all heads, with the parts that they are made of and the values' padding
+    (kimi_mlx.model.attention), and the experts' outputs for a chunk. An estimate: not measured on a Mac.
+    """
+    config = shape.config
+    width = config.qk_nope_head_dim + 2 * config.qk_head_dim + config.v_head_dim
+    attention = context * config.num_attention_heads * portion.heads * width
+    chosen = config.num_experts_per_tok + config.n_shared_experts
+    rows = 3 * config.moe_intermediate_size * portion.expert_rows + config.hidden_size
+    experts = min(engine.prefill_chunk, context) * chosen * rows
+    return round((attention + experts) * CACHE_VALUE_BYTES)
+
+
+def longest_context(
+    machines: Sequence[Machine], portions: Sequence[Portion], shape: Shape, engine: Engine, *, is_raised: bool
+) -> int:
+    """Tokens of context that fit on all hosts, at most what the model was made for; 0 if not even the weights do."""
+
+    def fits(context: int) -> bool:
+        return all(
+            host_memory(machine, portion, shape, engine, context).needed_bytes
+            <= (machine.raised_gpu_bytes if is_raised else machine.gpu_bytes)
+            for machine, portion in zip(machines, portions, strict=True)
+        )
+
+    low, high = 0, shape.context_tokens
+    while low < high:  # the largest context that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

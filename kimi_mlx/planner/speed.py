@@ -1,0 +1,187 @@
+"""Predicted prefill and decode, with the parts that a token's time is made of. See docs/planner.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.planner.constants import Constants, Engine, Strategy
+from kimi_mlx.planner.links import Link
+from kimi_mlx.planner.load import expected_slowest
+from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.memory import cache_bytes
+from kimi_mlx.planner.portions import Portion
+from kimi_mlx.planner.shape import Shape
+
+VALUE_BYTES = 2
+"""Of what ranks exchange: bfloat16."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model on machines.
+
+    Args:
+        shape: of the model.
+        strategy: how it is divided.
+        machines: one a rank.
+        portions: one a rank.
+        link: between them; None for a rank alone.
+        engine: the program.
+        fence_s: what each collective costs beside the link.
+        constants: fitted ones.
+    """
+
+    shape: Shape
+    strategy: Strategy
+    machines: Sequence[Machine]
+    portions: Sequence[Portion]
+    link: Link | None
+    engine: Engine
+    fence_s: float
+    constants: Constants
+
+    @property
+    def ranks(self) -> int:
+        """How many."""
+        return len(self.machines)
+
+    def bandwidth(self, rank: int) -> float:
+        """Bytes a second that a rank reads."""
+        return self.machines[rank].chip.bandwidth_bytes_per_s * self.constants.bandwidth_share
+
+    def flops(self, rank: int) -> float:
+        """Operations a second of a rank."""
+        return self.machines[rank].chip.flops * self.constants.compute_share
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a step is made of, on the ranks that the others wait for.
+
+    Args:
+        read_s: reading weights.
+        compute_s: multiplying, attention included; in decode the attention alone.
+        kernels_s: dispatching kernels.
+        fences_s: stopping the GPU for collectives.
+        link_s: the collectives themselves.
+    """
+
+    read_s: float
+    compute_s: float
+    kernels_s: float
+    fences_s: float
+    link_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of them: none overlaps with another."""
+        return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s
+
+
+def decode(setup: Setup, context: int) -> Seconds:
+    """One token of one sequence, after `context` tokens."""
+    read, attention = _read_and_attend(setup, context)
+    fences, link = _collectives(setup, 1)
+    return Seconds(read, attention, _kernels_s(setup), fences, link)
+
+
+def prefill(setup: Setup, prompt: int) -> Seconds:
+    """A prompt of so many tokens, in the engine's chunks, the cache being empty."""
+    read = compute = kernels = fences = link = 0.0
+    for start in range(0, prompt, setup.engine.prefill_chunk):
+        length = min(setup.engine.prefill_chunk, prompt - start)
+        ranks = range(setup.ranks)
+        reads = [_touched_bytes(setup, rank, length) / setup.bandwidth(rank) for rank in ranks]
+        computes = [_chunk_flops(setup, rank, start, length) / setup.flops(rank) for rank in ranks]
+        slow_read, slow_compute = _joined(setup, reads, computes)
+        fence_s, link_s = _collectives(setup, length)
+        read, compute, kernels = read + slow_read, compute + slow_compute, kernels + _kernels_s(setup)
+        fences, link = fences + fence_s, link + link_s
+    return Seconds(read, compute, kernels, fences, link)
+
+
+def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
+    """How often a token stops for other ranks; the gathering of the head's rows is not counted."""
+    return {"single": 0, "pipeline": ranks, "tensor": 2 * layers, "hybrid": layers, "expert": layers}[strategy]
+
+
+def _joined(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Stages follow each other; other ranks work side by side, and the slowest counts."""
+    if setup.strategy == "pipeline":
+        return sum(reads), sum(others)
+    return max(zip(reads, others, strict=True), key=sum)
+
+
+def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
+    shape, ranks = setup.shape, range(setup.ranks)
+    expert, chosen = shape.bytes.expert, shape.config.num_experts_per_tok
+    fixed = [_fixed_bytes(setup.portions[rank], shape) / setup.bandwidth(rank) for rank in ranks]
+    attention = [_attention_s(setup, rank, context) for rank in ranks]
+    if setup.strategy != "expert":
+        routed = [
+            setup.portions[rank].moe_layers * chosen * setup.portions[rank].expert_rows * expert / setup.bandwidth(rank)
+            for rank in ranks
+        ]
+        return _joined(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
+    waits = [(a + b) / shape.layers for a, b in zip(fixed, attention, strict=True)]
+    held = [round(portion.experts * shape.config.n_routed_experts) for portion in setup.portions]
+    layer_s = expected_slowest(held, chosen, waits, [expert / setup.bandwidth(rank) for rank in ranks])
+    whole = shape.moe_layers * layer_s + (shape.layers - shape.moe_layers) * max(waits)
+    return whole - max(attention), max(attention)
+
+
+def _fixed_bytes(portion: Portion, shape: Shape) -> float:
+    """What a token reads beside routed experts and the cache."""
+    return portion.fixed(shape.bytes) + portion.head * shape.bytes.head
+
+
+def _attention_s(setup: Setup, rank: int, context: int) -> float:
+    """Of a token's queries in the latent space: reading the cache or multiplying, whichever takes longer."""
+    config, portion = setup.shape.config, setup.portions[rank]
+    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    flops = 2 * context * portion.layers * config.num_attention_heads * portion.heads * width
+    read_s = cache_bytes(portion, setup.shape, context) / setup.bandwidth(rank)
+    return max(read_s, flops / setup.flops(rank))
+
+
+def _touched_bytes(setup: Setup, rank: int, tokens: int) -> float:
+    """What so many tokens read at once: nearly all experts, if they are many."""
+    shape, portion = setup.shape, setup.portions[rank]
+    touched = 1 - (1 - shape.config.num_experts_per_tok / shape.config.n_routed_experts) ** tokens
+    routed = shape.config.n_routed_experts * portion.experts * portion.expert_rows * shape.bytes.expert
+    return _fixed_bytes(portion, shape) + portion.moe_layers * touched * routed
+
+
+def _chunk_flops(setup: Setup, rank: int, start: int, length: int) -> float:
+    """Operations for `length` tokens after `start`; the cache is expanded into heads once a chunk."""
+    shape, portion, values = setup.shape, setup.portions[rank], setup.shape.values
+    config = shape.config
+    chosen = config.num_experts_per_tok * portion.experts * portion.expert_rows
+    expansion = portion.layers * portion.heads * values.expansion
+    linear = portion.fixed(values) - expansion + portion.moe_layers * chosen * values.expert
+    pairs = length * (start + length / 2)
+    attention = pairs * portion.layers * config.num_attention_heads * portion.heads
+    attention *= config.qk_head_dim + config.v_head_dim
+    return 2 * (linear * length + expansion * (start + length) + attention)
+
+
+def _kernels_s(setup: Setup) -> float:
+    """All layers are run by every rank, or one after the other by the stages."""
+    return setup.shape.layers * setup.engine.kernels_per_layer * setup.constants.kernel_s
+
+
+def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
+    """Seconds of fences, and on the link, for so many tokens at once."""
+    link, ranks, config = setup.link, setup.ranks, setup.shape.config
+    if link is None:
+        return 0, 0
+    count = collectives_per_token(setup.strategy, setup.shape.layers, ranks)
+    size = tokens * config.hidden_size * VALUE_BYTES
+    if setup.strategy == "pipeline":  # the last one brings the new token back
+        return count * setup.fence_s, (count - 1) * link.hand_over_s(size) + link.hop_s
+    seconds = count * link.sum_s(size, ranks, setup.engine.gathers)
+    if setup.engine.slices_head:
+        count += 1
+        seconds += link.gather_s(config.vocab_size * VALUE_BYTES / ranks, ranks)
+    return count * setup.fence_s, seconds

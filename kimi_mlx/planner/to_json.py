@@ -1,0 +1,96 @@
+"""A plan, its costs and the backtest as JSON. Fields are added, not renamed, while `version` stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kimi_mlx.planner.backtest import Comparison, left_out, median_error
+from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED
+from kimi_mlx.planner.cost import Cost
+from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.reasons import why_lost
+from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
+from kimi_mlx.planner.speed import Seconds
+
+VERSION = 1
+
+
+def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
+    """The whole plan; `choice` is an index into `options`, null if nothing fits."""
+    return {
+        "version": VERSION,
+        "model": {
+            "name": plan.shape.name,
+            "weights_bytes": round(plan.shape.weights_bytes),
+            "cache_bytes_per_token": plan.shape.layers * plan.shape.cache_bytes_per_token,
+            "context_tokens": plan.shape.context_tokens,
+        },
+        "machines": [_machine(machine) for machine in plan.machines],
+        "context": plan.context,
+        "prompt_tokens": PROMPT_TOKENS,
+        "answer_tokens": ANSWER_TOKENS,
+        "is_fast_sync": plan.is_fast_sync,
+        "constants": {**asdict(FITTED), "fence_s": FAST_FENCE_S if plan.is_fast_sync else FENCE_S},
+        "options": [_option(option, plan) for option in plan.options],
+        "choice": None if plan.choice is None else plan.options.index(plan.choice),
+        "notes": list(plan.notes),
+        "cost": None if cost is None else asdict(cost),
+    }
+
+
+def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """All comparisons, and the medians of all, of those not fitted, and of those with new set-ups."""
+    return {
+        "version": VERSION,
+        "constants": asdict(FITTED),
+        "rows": [
+            {
+                **asdict(each.row),
+                "metric": each.metric,
+                "published_tok_per_s": each.published,
+                "predicted_tok_per_s": each.predicted,
+                "error": each.error,
+            }
+            for each in comparisons
+        ],
+        "median_error": median_error(comparisons),
+        "median_error_not_fitted": median_error(each for each in comparisons if not each.row.fit),
+        "median_error_new": median_error(each for each in comparisons if each.is_new),
+        "left_out": [{"what": what, "why": why} for what, why in left_out()],
+    }
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    return {
+        "name": machine.name,
+        "memory_bytes": machine.memory_bytes,
+        "gpu_bytes": machine.gpu_bytes,
+        "raised_gpu_bytes": machine.raised_gpu_bytes,
+        "price_usd": machine.price_usd,
+        "chip": {**asdict(machine.chip), "memory_gb": list(machine.chip.memory_gb)},
+    }
+
+
+def _option(option: Option, plan: Plan) -> dict[str, Any]:
+    return {
+        "strategy": option.strategy,
+        "shares": option.shares,
+        "hosts": list(option.hosts),
+        "backend": None if option.link is None else option.link.backend,
+        "link": None if option.link is None else asdict(option.link),
+        "runs_today": option.runs_today,
+        "fits": option.fits,
+        "memory": [{**asdict(each), "needed_bytes": each.needed_bytes} for each in option.memory],
+        "longest_context": option.longest_context,
+        "longest_context_raised": option.longest_context_raised,
+        "decode": {"tok_per_s": option.decode_tok_per_s, **_seconds(option.decode)},
+        "prefill": {"tok_per_s": option.prefill_tok_per_s, **_seconds(option.prefill)},
+        "exchange_s": option.exchange_s,
+        "why_lost": why_lost(option, plan),
+    }
+
+
+def _seconds(parts: Seconds) -> dict[str, float]:
+    return {**asdict(parts), "total_s": parts.total_s}

@@ -1,0 +1,129 @@
+"""`kimi-mlx plan`: tables in 80 columns, JSON, errors, hosts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import kimi_mlx.cli.plan
+from kimi_mlx.cli.app import app
+from kimi_mlx.cli.plan_hosts import links_of, machines_of
+from kimi_mlx.cluster.doctor import Diagnosis
+from kimi_mlx.cluster.facts import Facts
+from kimi_mlx.cluster.findings import Finding
+from kimi_mlx.cluster.links import Measured, Network
+from kimi_mlx.cluster.survey import Link
+from kimi_mlx.errors import LinkError, SshError, UsageError
+from kimi_mlx.units import GIB
+from tests.fakes import KIMI_MINI
+
+NETWORK = Network("thunderbolt", ("10.0.0.1", "10.0.0.2"), ("en5", "en5"))
+
+
+@pytest.fixture(autouse=True)
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without downloads, and a terminal of 80 columns."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
+    monkeypatch.setattr("kimi_mlx.cli.output.stdout._width", 80)
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *words])
+
+
+def diagnosis(**facts: object) -> Diagnosis:
+    known = {
+        host: Facts(host, True, chip="Apple M3 Ultra", memory_bytes=512 * GIB, wired_limit_mb=0)
+        for host in ("mac-a", "mac-b")
+    }
+    links = (Link(NETWORK, Measured(600e-6, 5e9)),)
+    return Diagnosis(("mac-a", "mac-b"), known, (), links, NETWORK, **facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("kimi-k2", "--machines", "m3-ultra-512x2"),
+        ("kimi-k2", "--machines", "m3-ultra-512,m4-max-128"),
+        ("kimi-k2.5", "--machines", "m3-ultra-512x4", "--fast-sync", "--cost", "--subscription", "200"),
+        ("kimi-k2", "--machines", "m3-ultra-512"),
+        ("--backtest",),
+    ],
+)
+def test_tables_fit_80_columns(words: tuple[str, ...]) -> None:
+    result = call(*words)
+    assert result.exit_code == 0
+    assert all(len(line.rstrip()) <= 80 for line in result.stdout.splitlines())
+    assert "…" not in result.stdout
+
+
+def test_the_choice_is_a_sentence() -> None:
+    shown = call("kimi-k2", "--machines", "m3-ultra-512x2").stdout
+    assert "Choice: hybrid, 2 hosts, jaccl:" in shown
+    assert "later" in shown
+    assert "Why not the others:" in shown
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    shown = call("kimi-k2", "--machines", "m3-ultra-512").stdout
+    assert "Choice: none" in shown
+    assert "would fit on 2" in shown
+    assert "fits" in call("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "3").stdout
+    assert "iogpu.wired_limit_mb=" in call("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "3").stdout
+
+
+def test_json() -> None:
+    value = json.loads(call("kimi-k2", "--machines", "m3-ultra-512x2", "--cost", "--json").stdout)
+    assert value["options"][value["choice"]]["strategy"] == "hybrid"
+    assert value["cost"]["price"] == 18998
+    value = json.loads(call("--backtest", "--json").stdout)
+    assert value["median_error"] < 0.1
+
+
+def test_a_folder_is_planned_by_its_config() -> None:
+    value = json.loads(call(str(KIMI_MINI), "--machines", "m1-8", "--json").stdout)
+    assert value["options"][value["choice"]]["strategy"] == "single"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("kimi-k2", "--machines", "m3-ultra-511"), "no machine"),
+        (("kimi-k2", "--machines", "m3-ultra-512", "--context", "1000000"), "131072"),
+        (("kimi-k2", "--link", "measured"), "needs hosts"),
+        (("someone/else", "--machines", "m3-ultra-512"), "nothing is known"),
+        (("kimi-k", "--machines", "m3-ultra-512"), "no model"),
+        (("kimi-k2", "--machines", "m4-max-128x8", "--cost"), "price"),
+    ],
+)
+def test_errors_are_ours(words: tuple[str, ...], message: str) -> None:
+    result = call(*words)
+    assert isinstance(result.exception, UsageError)
+    assert message in result.exception.message
+    assert result.exception.hint
+
+
+def test_hosts_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kimi_mlx.cli.plan, "ask_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
+    value = json.loads(call("kimi-k2", "--hostfile", "two.json", "--link", "measured", "--json").stdout)
+    option = value["options"][value["choice"]]
+    assert option["hosts"] == ["mac-a", "mac-b"]
+    assert option["link"]["name"] == "measured"
+    assert option["link"]["hop_s"] == 300e-6
+    shown = call("kimi-k2", "--hostfile", "two.json").stdout
+    assert "hybrid, 2 hosts, jaccl" in shown
+
+
+def test_links_that_were_measured() -> None:
+    (ring,) = links_of(diagnosis())
+    assert (ring.backend, ring.bytes_per_s) == ("ring", 5e9)
+    assert [link.backend for link in links_of(diagnosis(backend="jaccl"))] == ["jaccl", "ring"]
+    trouble = Finding("mac-a, mac-b", "link", "trouble", "no answer")
+    with pytest.raises(LinkError, match="no answer"):
+        links_of(Diagnosis(("mac-a", "mac-b"), {}, (trouble,)))
+    with pytest.raises(SshError, match="mac-a"):
+        machines_of(Diagnosis(("mac-a",), {}, ()))

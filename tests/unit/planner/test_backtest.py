@@ -1,0 +1,48 @@
+"""Predictions against published figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.planner.backtest import TYPICAL_ERROR, backtest, left_out, median_error, rows
+from kimi_mlx.planner.constants import FITTED
+from kimi_mlx.planner.fit import fit
+
+DOCS = Path(__file__).parents[3] / "docs" / "planner.md"
+
+
+def test_the_median_error() -> None:
+    comparisons = backtest()
+    others = [each for each in comparisons if not each.row.fit]
+    assert len(others) >= 8
+    new = [each for each in comparisons if each.is_new]
+    assert median_error(comparisons) <= 0.06  # 5.3 %
+    assert median_error(others) <= 0.08  # 7.1 %
+    assert median_error(new) <= TYPICAL_ERROR  # 9.5 %
+    assert median_error(each for each in new if each.metric == "decode") <= 0.06  # 5.7 %
+    assert median_error(each for each in new if each.metric == "prefill") <= 0.11  # 10.7 %
+
+
+def test_few_constants_on_few_rows() -> None:
+    fitted = [row for row in rows() if row.fit]
+    assert 2 * len(fitted) <= len(rows())
+    found = fit()
+    assert found.bandwidth_share == pytest.approx(FITTED.bandwidth_share, rel=0.01)
+    assert found.kernel_s == pytest.approx(FITTED.kernel_s, rel=0.02)
+    assert found.compute_share == pytest.approx(FITTED.compute_share, rel=0.01)
+
+
+def test_every_row_has_a_source() -> None:
+    assert all(row.source and row.assumed for row in rows())
+    assert len({row.id for row in rows()}) == len(rows())
+    assert left_out()
+
+
+def test_the_docs_have_the_table() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for each in backtest():
+        numbers = f"{each.published:.1f} | {each.predicted:.1f} | {100 * each.error:+.0f} %"
+        line = f"| {each.row.id} | {each.metric} | {numbers} |"
+        assert line in text, f"docs/planner.md lacks: {line}"

@@ -1,0 +1,70 @@
+"""Machines as they are written, and the table of chips."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.machines import chips, find_chip, machine_names, machine_of_host, parse_machines
+from kimi_mlx.units import GIB
+
+
+def test_one_machine() -> None:
+    (machine,) = parse_machines("m3-ultra-512")
+    assert machine.name == "m3-ultra-512"
+    assert machine.memory_bytes == 512 * GIB
+    assert machine.gpu_bytes == 384 * GIB
+    assert machine.raised_gpu_bytes == 504 * GIB
+    assert machine.price_usd == 9499
+
+
+def test_several_have_names_of_their_own() -> None:
+    machines = parse_machines(" M3-Ultra-512x2, m4-max-128gb ")
+    assert [machine.name for machine in machines] == ["m3-ultra-512 #1", "m3-ultra-512 #2", "m4-max-128 #3"]
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_machine_of_the_table_can_be_written(name: str) -> None:
+    (machine,) = parse_machines(name)
+    assert 0 < machine.gpu_bytes <= machine.raised_gpu_bytes <= machine.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("m3-ultra-500", "m3-ultra-512"),
+        ("m3-ulta-512", "`m3-ultra-512`"),
+        ("studio", "x2"),
+        ("", "x2"),
+        ("m3-ultra-512x0", "from 1 to 8"),
+        ("m3-ultra-512x9", "from 1 to 8"),
+        ("m3-ultra-512x5,m3-ultra-512x4", "leave some out"),
+    ],
+)
+def test_what_is_no_machine(text: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_machines(text)
+    assert hint in str(caught.value.hint)
+
+
+def test_memory_tells_binned_chips_apart() -> None:
+    assert find_chip("m3-max", 36).bandwidth_gb_per_s == 300
+    assert find_chip("m3-max", 128).bandwidth_gb_per_s == 400
+
+
+def test_hosts_say_what_they_are() -> None:
+    machine = machine_of_host("mac-a", "Apple M3 Ultra", 512 * GIB, 500_000)
+    assert machine.chip.chip == "m3-ultra"
+    assert machine.gpu_bytes == 500_000 * 1024**2
+    for brand, memory in ((None, GIB), ("Apple M3 Ultra", None), ("Intel(R) Xeon(R)", GIB), ("Apple M77", GIB)):
+        with pytest.raises(UsageError):
+            machine_of_host("mac-a", brand, memory, None)
+
+
+def test_every_chip_has_a_source() -> None:
+    assert {chip.chip.split("-")[0] for chip in chips()} == {"m1", "m2", "m3", "m4", "m5"}
+    for chip in chips():
+        assert chip.source
+        assert chip.memory_gb == tuple(sorted(chip.memory_gb))
+        assert 60 <= chip.bandwidth_gb_per_s <= 1000
+        assert (chip.thunderbolt >= 5) == chip.has_rdma

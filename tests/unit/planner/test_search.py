@@ -1,0 +1,137 @@
+"""Which option is chosen, and why the others lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.planner.links import RDMA, TCP, WIFI
+from kimi_mlx.planner.machines import parse_machines
+from kimi_mlx.planner.reasons import why_lost
+from kimi_mlx.planner.search import STRATEGIES, Option, Plan, make_plan
+from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.planner.to_json import plan_to_dict
+
+LINKS = [RDMA, TCP]
+
+
+def plan(model: str, machines: str, context: int = 8192) -> Plan:
+    return make_plan(known_shape(model), parse_machines(machines), LINKS, context)
+
+
+def option_of(found: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
+    return next(
+        each for each in found.options if (each.strategy, len(each.hosts), each.shares) == (strategy, hosts, shares)
+    )
+
+
+def test_k2_at_4_bits_fits_on_two_and_not_on_one() -> None:
+    assert plan("kimi-k2", "m3-ultra-512").choice is None
+    two = plan("kimi-k2", "m3-ultra-512x2")
+    assert two.choice is not None
+    assert (two.choice.strategy, two.choice.fits, two.choice.runs_today) == ("hybrid", "yes", True)
+    assert option_of(two, "single", 1).fits == "no"
+    assert {each.strategy for each in two.options if len(each.hosts) == 2} == set(STRATEGIES)
+
+
+def test_int4_fits_on_two() -> None:
+    choice = plan("kimi-k2.5", "m3-ultra-512x2").choice
+    assert choice is not None
+    assert choice.longest_context == 262144
+
+
+def test_small_models_stay_on_one() -> None:
+    choice = plan("moonlight", "m1-max-64x2").choice
+    assert choice is not None
+    assert choice.strategy == "single"
+
+
+def test_uneven_machines_need_uneven_shares() -> None:
+    found = plan("kimi-k2", "m3-ultra-512,m4-max-128")
+    for strategy in STRATEGIES:
+        assert option_of(found, strategy, 2).fits == "no"
+        assert option_of(found, strategy, 2, "by memory").fits == "raised"
+        assert not option_of(found, strategy, 2, "by memory").runs_today
+    large, small = option_of(found, "hybrid", 2, "by memory").memory
+    assert large.weights_bytes > 2 * small.weights_bytes
+
+
+def test_only_what_is_there_runs_today() -> None:
+    for option in plan("kimi-k2", "m3-ultra-512x3").options:
+        assert option.runs_today == (option.strategy in ("single", "hybrid"))
+
+
+def test_every_loser_has_a_reason() -> None:
+    for machines in ("m3-ultra-512x4", "m3-ultra-512,m4-max-128", "m3-ultra-512"):
+        found = plan("kimi-k2", machines)
+        reasons = [why_lost(option, found) for option in found.options]
+        assert [option for option, why in zip(found.options, reasons, strict=True) if why is None] == (
+            [found.choice] if found.choice else []
+        )
+        assert all(len(why) < 100 for why in reasons if why)
+
+
+def test_rdma_needs_thunderbolt_5_and_ports() -> None:
+    old = plan("moonlight", "m2-ultra-192x2")
+    assert {option.backend for option in old.options} == {"-", "ring"}
+    assert "Thunderbolt 5" in old.notes[0]
+    many = make_plan(known_shape("kimi-k2"), parse_machines("m4-max-128x6"), [RDMA], 1024)
+    assert {len(option.hosts) for option in many.options} == {1, 2, 3, 4, 5}
+    assert "5 ports" in many.notes[0]
+
+
+def test_on_slow_links_a_pipeline_is_faster() -> None:
+    found = make_plan(known_shape("kimi-k2"), parse_machines("m3-ultra-512x2"), [WIFI], 8192)
+    assert option_of(found, "pipeline", 2).decode_tok_per_s > 4 * option_of(found, "hybrid", 2).decode_tok_per_s
+
+
+def test_too_few_heads_are_a_note() -> None:
+    found = plan("moonlight", "m4-max-128x8")
+    assert all(option.decode_tok_per_s > 0 for option in found.options)
+
+
+@pytest.mark.parametrize("context", [1, 8192, 131072])
+def test_memory_adds_up(context: int) -> None:
+    for option in plan("kimi-k2", "m3-ultra-512x2", context).options:
+        for each in option.memory:
+            assert each.needed_bytes == each.weights_bytes + each.cache_bytes + each.workspace_bytes
+        if option.strategy in ("single", "pipeline"):
+            assert sum(each.weights_bytes for each in option.memory) == pytest.approx(577.6e9, rel=0.01)
+
+
+def test_json_is_stable() -> None:
+    value = plan_to_dict(plan("kimi-k2", "m3-ultra-512x2"))
+    assert value["version"] == 1
+    assert list(value) == [
+        "version",
+        "model",
+        "machines",
+        "context",
+        "prompt_tokens",
+        "answer_tokens",
+        "is_fast_sync",
+        "constants",
+        "options",
+        "choice",
+        "notes",
+        "cost",
+    ]
+    option = value["options"][value["choice"]]
+    assert list(option) == [
+        "strategy",
+        "shares",
+        "hosts",
+        "backend",
+        "link",
+        "runs_today",
+        "fits",
+        "memory",
+        "longest_context",
+        "longest_context_raised",
+        "decode",
+        "prefill",
+        "exchange_s",
+        "why_lost",
+    ]
+    seconds = ["tok_per_s", "read_s", "compute_s", "kernels_s", "fences_s", "link_s", "total_s"]
+    assert list(option["decode"]) == list(option["prefill"]) == seconds
+    assert option["why_lost"] is None

@@ -1,0 +1,103 @@
+"""Predicted speed: what must hold whatever the constants are."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_mlx.engine.generate import PREFILL_CHUNK
+from kimi_mlx.parallel import group
+from kimi_mlx.planner import links
+from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Strategy
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
+from kimi_mlx.planner.load import expected_slowest
+from kimi_mlx.planner.machines import Machine, parse_machines
+from kimi_mlx.planner.portions import make_portions
+from kimi_mlx.planner.search import STRATEGIES
+from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.planner.speed import Setup, collectives_per_token, decode, prefill
+
+K2 = known_shape("kimi-k2")
+TWO = parse_machines("m3-ultra-512x2")
+
+
+def setup(strategy: Strategy = "hybrid", machines: tuple[Machine, ...] = TWO, link: Link | None = RDMA) -> Setup:
+    portions = make_portions(strategy, K2, [1.0] * len(machines))
+    return Setup(K2, strategy, machines, portions, link, KIMI_MLX, FENCE_S, FITTED)
+
+
+def faster(machine: Machine, factor: float) -> Machine:
+    chip = machine.chip
+    return replace(machine, chip=replace(chip, bandwidth_gb_per_s=chip.bandwidth_gb_per_s * factor))
+
+
+@given(st.sampled_from(STRATEGIES), st.floats(1, 3), st.integers(0, 1))
+def test_more_bandwidth_is_never_slower(strategy: Strategy, factor: float, rank: int) -> None:
+    mine, better = setup(strategy), list(TWO)
+    better[rank] = faster(better[rank], factor)
+    theirs = replace(mine, machines=better)
+    assert decode(theirs, 4096).total_s <= decode(mine, 4096).total_s * (1 + 1e-9)
+    assert prefill(theirs, 1024).total_s <= prefill(mine, 1024).total_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_slower_links_and_fences_are_slower(strategy: Strategy) -> None:
+    times = [decode(setup(strategy, link=link), 4096).total_s for link in (RDMA, TCP, WIFI)]
+    assert times == sorted(times)
+    assert decode(replace(setup(strategy), fence_s=FAST_FENCE_S), 4096).total_s < times[0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_longer_contexts_are_slower(strategy: Strategy) -> None:
+    mine = setup(strategy)
+    times = [decode(mine, context).total_s for context in (1, 1024, 8192, 131072)]
+    assert times == sorted(times)
+    rates = [size / prefill(mine, size).total_s for size in (2048, 8192, 32768)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_parts_of_one_mac() -> None:
+    (machine,) = parse_machines("m3-ultra-512")
+    alone = replace(setup("single", (machine,), None), link=None)
+    parts = decode(alone, 1024)
+    assert parts.fences_s == parts.link_s == 0
+    read = parts.read_s * 819e9 * FITTED.bandwidth_share
+    assert read == pytest.approx(18.1e9, rel=0.02)  # 32 B active values at 4.5 bits, design.md
+
+
+def test_collectives() -> None:
+    counts = [
+        collectives_per_token(strategy, 61, 4) for strategy in ("single", "pipeline", "tensor", "hybrid", "expert")
+    ]
+    assert counts == [0, 4, 122, 61, 61]
+
+
+def test_sums_on_a_ring_are_gathered_if_small() -> None:
+    assert TCP.sum_s(14336, 4, gathers=True) < TCP.sum_s(14336, 4, gathers=False)
+    assert TCP.sum_s(1e8, 4, gathers=True) == TCP.sum_s(1e8, 4, gathers=False)
+    assert measured_link(TCP.hop_s * 2, TCP.bytes_per_s).sum_s(14336, 2, True) == TCP.sum_s(14336, 2, True)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [([3, 3], 2), ([5, 2, 1], 3), ([4, 4, 4], 4)])
+def test_the_slowest_rank_by_counting(experts: list[int], chosen: int) -> None:
+    owners = [rank for rank, held in enumerate(experts) for _ in range(held)]
+    fixed, each = [0.5 * rank for rank in range(len(experts))], [1.0 + rank for rank in range(len(experts))]
+    times = [
+        max(fixed[rank] + each[rank] * picked.count(rank) for rank in range(len(experts)))
+        for picked in itertools.combinations(owners, chosen)
+    ]
+    assert expected_slowest(experts, chosen, fixed, each) == pytest.approx(sum(times) / len(times))
+
+
+def test_whole_experts_wait_for_the_busiest_rank() -> None:
+    assert decode(setup("expert"), 4096).read_s > decode(setup("hybrid"), 4096).read_s
+
+
+def test_figures_that_other_modules_own() -> None:
+    """The planner may not import them: they come with MLX."""
+    assert KIMI_MLX.prefill_chunk == PREFILL_CHUNK
+    assert links.GATHER_MAX_BYTES == group.GATHER_MAX_BYTES
