@@ -58,7 +58,7 @@ def test_json_is_one_document_on_stdout(tiny: Path) -> None:
     assert report["ratios"] == report["same_tokens"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # tests/unit/bench/test_sides.py has both sides on two ranks
 @pytest.mark.ranks
 def test_against_mlx_lm_on_two_ranks(tiny: Path) -> None:
     report = json.loads(bench(tiny, *QUICK, "--ranks", "2", "--against", "mlx-lm", "--json").stdout)
