@@ -102,7 +102,7 @@ def install_error(troubles: Mapping[str, Trouble]) -> InstallError:
 
 def _hint(facts: Facts, words: str) -> str:
     host, folder = shlex.quote(facts.host), shlex.quote(facts.data_folder or "")
-    look = f"`ssh {host} curl -sSI https://pypi.org/simple/`"
+    look = f"`ssh {host} curl -sSI https://www.python.org`"
     if re.search(_FULL, words, re.IGNORECASE):
         return f"make room there; what is full: `ssh {host} df -h`"
     if re.search(_NO_NETWORK, words, re.IGNORECASE):

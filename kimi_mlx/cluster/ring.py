@@ -19,7 +19,7 @@ from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.process import RankProcess, end_all
 from kimi_mlx.cluster.rank_log import open_logs
 from kimi_mlx.cluster.rdma import explain_jaccl
-from kimi_mlx.cluster.ssh import SSH_FAILED, Answer, is_local, quote_word, script_command, ssh_command
+from kimi_mlx.cluster.ssh import SSH_FAILED, Answer, command_on, is_local
 from kimi_mlx.cluster.ssh_errors import explain_ssh
 from kimi_mlx.cluster.sweep import sweep
 from kimi_mlx.cluster.watch import JOIN_S, START_S, Limits, Watch
@@ -180,14 +180,9 @@ class Ring:
 
     def _start_rank(self, rank: int, settings: dict[str, object]) -> None:
         host = self._host(rank)
-        is_here = is_local(host)
-        silence_s = None if is_here else FRONT_SILENCE_S
+        silence_s = None if is_local(host) else FRONT_SILENCE_S
         guard = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
-        command = _with_envs(self.cluster.hostfile.envs, guard)
-        preamble = b""
-        if not is_here:
-            preamble = f"exec {' '.join(map(quote_word, command))}".encode()
-            command = ssh_command(host, script_command(preamble))
+        command, preamble = command_on(host, _with_envs(self.cluster.hostfile.envs, guard))
         try:
             process = RankProcess(
                 rank,

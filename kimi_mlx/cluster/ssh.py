@@ -126,6 +126,18 @@ def script_command(script: bytes) -> list[str]:
     return ["sh", "-c", f'eval "$(dd bs=1 count={len(script)} 2>/dev/null)"']
 
 
+def command_on(host: str, command: Sequence[str]) -> tuple[list[str], bytes]:
+    """How a command is started on a host, with our pipes as its own.
+
+    Returns:
+        What to run here, and what its input must begin with; the command itself and nothing on this machine.
+    """
+    if is_local(host):
+        return list(command), b""
+    script = f"exec {' '.join(map(quote_word, command))}".encode()
+    return ssh_command(host, script_command(script)), script
+
+
 def is_local(host: str) -> bool:
     """Whether a host is this machine, so that no ssh is needed: by name or address, and as the same user."""
     user, _, name = host.rpartition("@")

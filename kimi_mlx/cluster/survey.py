@@ -13,7 +13,7 @@ from kimi_mlx.cluster.links import Measured, Network, slow_because, slowest, to_
 from kimi_mlx.cluster.measure import command
 from kimi_mlx.cluster.messages import Message
 from kimi_mlx.cluster.process import RankProcess, end_all
-from kimi_mlx.cluster.ssh import is_local, quote_word, script_command, ssh_command
+from kimi_mlx.cluster.ssh import command_on
 from kimi_mlx.errors import LinkError
 
 PAIR_LIMIT_S = 6.0
@@ -158,10 +158,7 @@ class _Sides:
             return error.message
 
     def _start(self, side: int, host: str, role: str, address: str, port: int, limit_s: float) -> None:
-        line, script = command(self._pythons[host], role, address, port, limit_s), b""
-        if not is_local(host):
-            script = f"exec {' '.join(map(quote_word, line))}".encode()
-            line = ssh_command(host, script_command(script))
+        line, script = command_on(host, command(self._pythons[host], role, address, port, limit_s))
         preamble = script + f"{self._secret}\n".encode()
         self._processes[side] = RankProcess(side, line, os.environ, self._deliver, preamble)
 

@@ -76,7 +76,7 @@ def test_a_hardware_port_says_over_what_it_goes(port: str, kind: str) -> None:
 
 @given(st.text(), st.text())
 def test_the_parser_of_macos_takes_any_text(ifconfig: str, ports: str) -> None:
-    macos_interfaces(ifconfig, ports)
+    assert all(interface.name for interface in macos_interfaces(ifconfig, ports))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 32))
