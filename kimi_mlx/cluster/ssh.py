@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kimi_mlx.errors import SshError, UsageError
@@ -165,26 +165,36 @@ def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"
         UsageError: not the name of a host.
         SshError: there is no ssh on this machine.
     """
-    return _finish(_start(host, script), timeout_s, stdin_extra)
+    return _run([host], script, timeout_s, stdin_extra)[host]
 
 
 def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[str, Answer]:
     """Run a script on all hosts at once; one answer a host, in the order of `hosts`."""
-    running: dict[str, _Running] = {}
+    return _run(list(dict.fromkeys(hosts)), script, timeout_s, b"")
+
+
+def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes) -> dict[str, Answer]:
+    starts: list[Future[_Running]] = []
     try:
-        for host in dict.fromkeys(hosts):
-            running[host] = _start(host, script)
-        with ThreadPoolExecutor(max(len(running), 1)) as pool:
-            waiting = {host: pool.submit(_finish, each, timeout_s, b"") for host, each in running.items()}
+        with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
             try:
-                return {host: answer.result() for host, answer in waiting.items()}
+                # In threads, where an interrupt never arrives: it cannot come between a client and our knowing of it.
+                starts += [pool.submit(_start, host, script) for host in hosts]
+                running = [start.result() for start in starts]
+                waiting = [pool.submit(_finish, each, timeout_s, stdin_extra) for each in running]
+                return {host: answer.result() for host, answer in zip(hosts, waiting, strict=True)}
             except BaseException:
-                for each in running.values():
+                for each in _started(starts):
                     _end(each.process)  # before the pool waits for its threads
                 raise
     except BaseException:
-        _end_all(running.values())
+        for each in _started(starts):
+            _close(each.process)
         raise
+
+
+def _started(starts: Iterable[Future[_Running]]) -> list[_Running]:
+    return [start.result() for start in starts if start.exception() is None]
 
 
 @dataclass(frozen=True)
@@ -233,19 +243,15 @@ def _rest(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     try:
         return process.communicate(timeout=END_PATIENCE_S)
     except subprocess.TimeoutExpired as error:
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
+        _close(process)
         return error.stdout or b"", error.stderr or b""
 
 
-def _end_all(running: Iterable[_Running]) -> None:
-    for each in running:
-        _end(each.process)
-        for pipe in (each.process.stdin, each.process.stdout, each.process.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
