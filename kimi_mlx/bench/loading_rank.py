@@ -46,10 +46,10 @@ def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
         group = join_several(channel, start)
         load = open_loader(start, group)
         channel.send("ready")
-        channel.commands.get()
+        channel.next_command()
         channel.made_step("load")
         channel.send("measured", load=measure(load))
-        channel.commands.get()
+        channel.next_command()
 
     run_rank(serve)
 

@@ -41,7 +41,7 @@ def serve(channel: Channel, start: Message) -> None:
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
     channel.send("ready")
     while True:
-        command = channel.commands.get()
+        command = channel.next_command()
         channel.made_step("prefill")
         ids: list[int] = []
         try:

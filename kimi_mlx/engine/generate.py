@@ -1,112 +1,137 @@
-"""Prefill in chunks, then decode with one step in flight while the last token is handed out.
-
-Letters: B batch (1 here), L length.
-"""
+"""The engine: sequences take turns, a step each."""
 
 from __future__ import annotations
 
-import itertools
 import random
-import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import cast
 
 import mlx.core as mx
 
-from kimi_mlx.engine.cache import ConversationCache
-from kimi_mlx.engine.request import (
-    Event,
-    Finished,
-    FinishReason,
-    Prefilled,
-    Request,
-    Sampling,
-    Statistics,
-    Token,
-)
-from kimi_mlx.engine.sampling import Sampler, make_sampler
+from kimi_mlx.engine.cache import CacheShelf
+from kimi_mlx.engine.request import Event, Request, Sampling
+from kimi_mlx.engine.sampling import make_sampler, seeded
+from kimi_mlx.engine.sequence import Sequence, Turns
+from kimi_mlx.engine.steps import Steps
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.collectives import GroupExchange
-from kimi_mlx.parallel.group import Group, SingleGroup
+from kimi_mlx.parallel.exchange import STAMPS, Said
 
 PREFILL_CHUNK = 512
 """Tokens a prefill step: large enough to keep the machine busy, small enough to show progress and to be stopped."""
 
-Told = tuple[mx.array, int] | None
-"""What the ranks said in a step (see GroupExchange); None without others."""
+MAX_SEQUENCES = 8
+"""So many take turns; further requests wait."""
 
 
 class Engine:
-    """One model (or a rank's share of it) and the cache of one conversation.
+    """One model, or a rank's share of it, and the sequences that it is working on.
 
-    On several ranks each one runs the same requests in the same order; only the leader decides to stop early.
+    On several ranks each one is given the same requests in the same order. A turn is one step of one sequence, so all
+    ranks build the same steps; the leader alone decides to stop a sequence early.
 
     Args:
         model: the model; if it holds a rank's share, its exchange says who the other ranks are.
-        is_cancelled: asked on the leader whether the present request should stop.
+        is_cancelled: asked on the leader whether the request of a number should stop.
+        count_commands: asked on the leader how many commands it has been given in all; see `news`.
+        prefill_chunk: tokens a prefill step.
     """
 
     def __init__(
         self,
         model: Model,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        is_cancelled: Callable[[int], bool] = lambda number: False,
+        count_commands: Callable[[], int] = lambda: 0,
         prefill_chunk: int = PREFILL_CHUNK,
     ):
         self._model = model
-        self._exchange = model.exchange if isinstance(model.exchange, GroupExchange) else None
-        self._group: Group = SingleGroup() if self._exchange is None else self._exchange.group
+        self._steps = Steps(model, count_commands)
         self._is_cancelled = is_cancelled
         self._prefill_chunk = prefill_chunk
-        self.cache = ConversationCache(model)
+        self._shelf = CacheShelf(model)
+        self._waiting: deque[tuple[int, Request, int]] = deque()
+        self._turns: deque[tuple[int, Sequence, Turns[None]]] = deque()
+        self._commands = 0
 
-    def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request: Prefilled (several), Token (several), Finished (once, last).
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request."""
+        return not self._turns and not self._waiting
 
-        Breaking off the iteration is allowed on a single rank; the cache keeps what was computed.
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether a prompt is being read: steps take long then."""
+        return any(sequence.is_prefilling for _, sequence, _ in self._turns)
+
+    def add(self, number: int, request: Request) -> None:
+        """Take a request; its events come from `turn`: Prefilled (several), Token (several), Finished (once, last).
 
         Raises:
             EngineError: an empty prompt, a foreign token id, or more tokens than the context holds.
         """
-        max_tokens = self._check(request)
-        sample = make_sampler(request.sampling, self._model.config.vocab_size)
-        started = time.perf_counter()
-        mx.reset_peak_memory()
-        seed = self._seed(request.sampling)
-        cached = self.cache.reuse(request.prompt)
-        generated, first_token_at = 0, started
-        reason: FinishReason = "length"
+        self._waiting.append((number, request, self._check(request)))
+
+    def turn(self) -> Iterator[tuple[int, Event]]:
+        """A step of the sequence whose turn it is; yields events, each with its request's number.
+
+        Raises:
+            RingError: a rank is lost.
+        """
+        while self._waiting and len(self._turns) < MAX_SEQUENCES:
+            number, request, max_tokens = self._waiting.popleft()
+            sequence = self._begin(number, request, max_tokens)
+            self._turns.append((number, sequence, sequence.run(self._shelf)))
+        number, sequence, steps = self._turns.popleft()
+        for event in steps:
+            if event is None:
+                self._turns.append((number, sequence, steps))
+                return
+            yield number, event
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer one request; breaking off is allowed on a single rank, the cache keeps what was computed."""
+        self.add(0, request)
         try:
-            logits = yield from self._prefill(request.prompt, cached)
-            if logits is None:
-                reason = "cancelled"
-            else:
-                drawn = _seeded(sample, seed, len(request.prompt))
-                for token, is_last in self._decode(logits, drawn, max_tokens):
-                    generated += 1
-                    if generated == 1:
-                        first_token_at = time.perf_counter()
-                    yield Token(token)
-                    if token in request.stop_ids:
-                        reason = "stop"
-                        break
-                    if is_last:
-                        reason = "cancelled" if generated < max_tokens else "length"
+            while not self.is_idle:
+                for _, event in self.turn():
+                    yield event
         finally:
-            self.cache.settle()
-        ended = time.perf_counter()
-        first_token_at = first_token_at if generated else ended
-        yield Finished(
-            reason,
-            Statistics(
-                prompt_tokens=len(request.prompt),
-                cached_tokens=cached,
-                generated_tokens=generated,
-                ttft_s=first_token_at - started,
-                decode_s=ended - first_token_at,
-                peak_memory_bytes=mx.get_peak_memory(),
-            ),
+            self._waiting.clear()
+            while self._turns:
+                self._turns.popleft()[2].close()
+
+    def news(self, counted: int) -> int:
+        """How many of the commands that the leader has had are new: the same number on all ranks at the same turn.
+
+        Args:
+            counted: commands that this rank has carried out.
+        """
+        new = (self._commands - counted) % STAMPS
+        return new if new <= STAMPS // 2 else 0  # what an older step says is behind what a newer one has said
+
+    def clear(self) -> None:
+        """Forget what was kept for later requests."""
+        self._shelf.clear()
+
+    def _begin(self, number: int, request: Request, max_tokens: int) -> Sequence:
+        sampler = make_sampler(request.sampling, self._model.config.vocab_size)
+        return Sequence(
+            self._steps,
+            request,
+            max_tokens,
+            seeded(sampler, self._seed(request.sampling), len(request.prompt)),
+            is_cancelled=lambda: self._is_leader and self._is_cancelled(number),
+            hear=self._hear,
+            chunk=self._prefill_chunk,
         )
+
+    @property
+    def _is_leader(self) -> bool:
+        return self._steps.exchange is None or self._steps.exchange.is_leader
+
+    def _hear(self, said: Said) -> None:
+        self._commands = said.commands
 
     def _check(self, request: Request) -> int:
         """Refuse what cannot be served; returns how many tokens may be generated."""
@@ -129,91 +154,10 @@ class Engine:
 
     def _seed(self, sampling: Sampling) -> int | None:
         """The seed of the random numbers, alike on every rank; the leader draws it where the request names none."""
-        seed = sampling.seed
+        seed, exchange = sampling.seed, self._steps.exchange
         if seed is None and sampling.temperature > 0:
-            draw = random.getrandbits(24) if self._group.rank == 0 else 0  # as many bits as a float32 sum keeps
-            seed = int(cast(float, self._group.sum(mx.array([float(draw)])).item()))
+            seed = random.getrandbits(24)  # as many bits as a float32 sum keeps
+            if exchange is not None:
+                mine = mx.array([float(seed if exchange.is_leader else 0)])
+                seed = int(cast(float, exchange.group.sum(mine).item()))
         return seed
-
-    def _prefill(self, prompt: tuple[int, ...], cached: int) -> Iterator[Prefilled]:
-        """Feed the prompt; returns the logits (1, vocab_size) after its last token, None if cancelled."""
-        total, logits = len(prompt), None
-        yield Prefilled(cached, total)
-        for start in range(cached, total, self._prefill_chunk):
-            chunk = prompt[start : start + self._prefill_chunk]
-            hidden = self._model.hidden(mx.array([chunk]), self.cache.layers)
-            self.cache.tokens.extend(chunk)
-            is_last = start + len(chunk) == total
-            self._wish()
-            if is_last:
-                logits = self._model.logits(hidden[:, -1])
-            elif self._exchange is not None:
-                self._exchange.vote()
-            told = self._told()
-            mx.eval(logits if is_last else [layer.state for layer in self.cache.layers], told)
-            if self._is_stopped(told):
-                return None
-            yield Prefilled(start + len(chunk), total)
-        return logits
-
-    def _decode(self, logits: mx.array, sample: Sampler, max_tokens: int) -> Iterator[tuple[int, bool]]:
-        """Yield tokens, and with each whether it is the last; the next step is started before a token is read."""
-        token, told = sample(logits), self._told()
-        mx.async_eval(token, told)
-        for step in range(1, max_tokens + 1):
-            following, following_told = token, told
-            if step < max_tokens:
-                self._wish()
-                following = sample(self._model.logits(self._model.hidden(token[:, None], self.cache.layers)[:, -1]))
-                following_told = self._told()
-                mx.async_eval(following, following_told)
-            value = int(cast(int, token.item()))
-            is_last = self._is_stopped(told) or step == max_tokens
-            yield value, is_last
-            if is_last:
-                return
-            self.cache.tokens.append(value)
-            token, told = following, following_told
-
-    def _wish(self) -> None:
-        """Say with the next gather whether to stop."""
-        if self._exchange is not None:
-            self._exchange.wish = self._group.rank == 0 and self._is_cancelled()
-
-    def _told(self) -> Told:
-        return None if self._exchange is None else self._exchange.told
-
-    def _is_stopped(self, told: Told) -> bool:
-        """Whether to stop, the same on all ranks.
-
-        Raises:
-            RingError: a rank is lost.
-        """
-        if self._exchange is None or told is None:
-            return self._is_cancelled()
-        return self._exchange.is_stopped(told)
-
-
-def _seeded(sample: Sampler, seed: int | None, position: int) -> Sampler:
-    """A sampler whose random numbers depend on nothing but the seed and the position of the token.
-
-    So an answer that is begun anew in the middle goes on as it would have.
-    """
-    if seed is None:
-        return sample
-    positions = itertools.count(position)
-
-    def draw(logits: mx.array) -> mx.array:
-        mx.random.seed(_mixed(seed, next(positions)))
-        return sample(logits)
-
-    return draw
-
-
-def _mixed(seed: int, position: int) -> int:
-    """64 bits from both: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
-    mask = (1 << 64) - 1
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)

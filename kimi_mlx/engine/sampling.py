@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -41,3 +42,28 @@ def make_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
 def samplers() -> ModuleType:
     """mlx-lm's samplers; importing them takes 2 s, so greedy text goes without."""
     return importlib.import_module("mlx_lm.sample_utils")
+
+
+def seeded(sample: Sampler, seed: int | None, position: int) -> Sampler:
+    """A sampler whose random numbers depend on nothing but the seed and the position of the token.
+
+    So an answer that is begun anew in the middle goes on as it would have.
+    """
+    if seed is None:
+        return sample
+    positions = itertools.count(position)
+
+    def draw(logits: mx.array) -> mx.array:
+        mx.random.seed(_mixed(seed, next(positions)))
+        return sample(logits)
+
+    return draw
+
+
+def _mixed(seed: int, position: int) -> int:
+    """64 bits from both: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    mask = (1 << 64) - 1
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

@@ -44,11 +44,12 @@ class KeyProjection(Matrix):
 
 
 class Attention(nn.Module):
-    """One layer's attention over a LatentCache; all heads on every rank."""
+    """One layer's attention over a LatentCache; with some of the heads, that rank's part of the sum over all."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, rope: Rope):
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        key = weights.matrix("self_attn.embed_q")
+        self.num_heads = key.weight.shape[0]
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_dim = config.kv_lora_rank
         self.q_dim = config.q_lora_rank or self.num_heads * config.qk_head_dim
@@ -61,7 +62,6 @@ class Attention(nn.Module):
             self.q_a_layernorm = weights.array("self_attn.q_a_layernorm")
             self.q_b_proj = Linear(weights.matrix("self_attn.q_b_proj"))
         self.kv_a_layernorm = weights.array("self_attn.kv_a_layernorm")
-        key = weights.matrix("self_attn.embed_q")
         self.embed_q = KeyProjection(key, latent_first=weights.latent_first)
         self.unembed_out = Matrix(weights.matrix("self_attn.unembed_out"))
         self.o_proj = Linear(weights.matrix("self_attn.o_proj"))

@@ -22,15 +22,31 @@ from kimi_mlx.model.weight import Embedding, Linear
 class Exchange:
     """What a model that holds only a share of the weights asks of its peers; this one has none.
 
-    kimi_mlx.parallel has the one for several ranks.
+    kimi_mlx.parallel has those for several ranks.
     """
 
     adds_residual = True
-    """Whether this rank's part of a sum carries the residual: true for exactly one rank."""
+    """Whether this rank's part of a sum over the experts carries the residual: true for exactly one rank."""
 
-    def sum(self, x: mx.array) -> mx.array:
-        """Sum of all ranks' x, the same bits on each rank."""
-        return x
+    def add_attention(self, x: mx.array, part: mx.array) -> mx.array:
+        """x + the sum of all ranks' parts of the attention, the same bits on each rank."""
+        return x + part
+
+    def sum_experts(self, part: mx.array) -> mx.array:
+        """Sum of all ranks' parts, the same bits on each rank."""
+        return part
+
+    def receive(self, tokens: mx.array) -> mx.array:
+        """The states (B, L, D) of tokens (B, L), from the rank with the layers before ours."""
+        raise NotImplementedError("only a rank without the embedding receives states")
+
+    def hand_on(self, hidden: mx.array, tokens: mx.array, last: int) -> mx.array:
+        """Give states (B, L, D) to the rank with the layers behind ours; see Model.hidden."""
+        return hidden[:, hidden.shape[1] - last :]
+
+    def take_back(self, hidden: mx.array) -> mx.array:
+        """The states that hand_on has promised: those behind the last layer."""
+        return hidden
 
     def gather_vocabulary(self, logits: mx.array) -> mx.array:
         """Join the ranks' parts of the last dimension: (..., rows here) -> (..., vocab_size)."""
@@ -51,10 +67,11 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, cache: LatentCache) -> mx.array:
         """(B, L, D) -> (B, L, D)."""
-        x = x + self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache)
+        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache)
+        x = self._exchange.add_attention(x, attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         residual = x if self._exchange.adds_residual else None
-        return self._exchange.sum(self.mlp(h, residual))
+        return self._exchange.sum_experts(self.mlp(h, residual))
 
 
 class Model(nn.Module):
@@ -62,8 +79,8 @@ class Model(nn.Module):
 
     Args:
         config: its dimensions.
-        top: the entries `model.embed_tokens`, `model.norm`, `lm_head`.
-        layers: the entries of each layer.
+        top: the entries `model.embed_tokens`, `model.norm`, `lm_head`, as far as they are held.
+        layers: the entries of each layer; none of a layer that is not held.
         exchange: how to add and gather over the ranks.
     """
 
@@ -78,12 +95,21 @@ class Model(nn.Module):
         self.config = config
         self.exchange = exchange or Exchange()
         rope = Rope(config)
-        self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
+        if top.has("model.embed_tokens"):
+            self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
         self.layers = [
-            DecoderLayer(config, index, weights, rope, self.exchange) for index, weights in enumerate(layers)
+            DecoderLayer(config, index, weights, rope, self.exchange)
+            for index, weights in enumerate(layers)
+            if weights.entries
         ]
-        self.norm = top.array("model.norm")
-        self.lm_head = Linear(top.matrix("lm_head"))
+        if top.has("lm_head"):
+            self.norm = top.array("model.norm")
+            self.lm_head = Linear(top.matrix("lm_head"))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether this rank computes logits; the others of a pipeline only hand states on."""
+        return "lm_head" in self
 
     def __call__(self, tokens: mx.array, cache: list[LatentCache] | None = None) -> mx.array:
         """Logits of every position.
@@ -95,18 +121,27 @@ class Model(nn.Module):
         Returns:
             (batch, length, vocab_size) in the compute dtype.
         """
-        return self.logits(self.hidden(tokens, cache or self.make_cache()))
+        return self.logits(self.hidden(tokens, cache or self.make_cache(), last=tokens.shape[1]))
 
-    def hidden(self, tokens: mx.array, cache: list[LatentCache]) -> mx.array:
-        """States before the last norm: (B, L) -> (B, L, D); extends the cache."""
-        x = self.embed_tokens(tokens)
+    def hidden(self, tokens: mx.array, cache: list[LatentCache], last: int = 1) -> mx.array:
+        """States before the last norm: (B, L) -> (B, last, D); extends the cache.
+
+        Args:
+            tokens: (B, L) integers; in a pipeline only rank 0 looks at them.
+            cache: from make_cache.
+            last: of how many positions at the end logits will be asked; 0 if only the cache is wanted.
+
+        Returns:
+            What `logits` takes. On the ranks of a pipeline it is what they hand on, to be evaluated by all of them.
+        """
+        x = self.embed_tokens(tokens) if "embed_tokens" in self else self.exchange.receive(tokens)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
-        return x
+        return self.exchange.hand_on(x, tokens, last)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(..., D) -> (..., vocab_size)."""
-        h = mx.fast.rms_norm(hidden, self["norm"], self.config.rms_norm_eps)
+        """(B, last, D) -> (B, last, vocab_size), in the order of the calls of `hidden`."""
+        h = mx.fast.rms_norm(self.exchange.take_back(hidden), self["norm"], self.config.rms_norm_eps)
         return self.exchange.gather_vocabulary(self.lm_head(h))
 
     def make_cache(self) -> list[LatentCache]:

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.tree import LayerWeights
@@ -126,26 +127,53 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed and shared experts of one layer; on several ranks, this rank's part of their sum."""
+    """Routed and shared experts of one layer; on several ranks, this rank's part of their sum.
+
+    A rank holds some rows of every expert, or all rows of some: `held`.
+    """
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
         super().__init__()
         self.gate = Router(config, weights)
         self.gate_up_proj = linear(weights.matrices("mlp.experts.gate_up_proj"))
         self.down_proj = Matrix(weights.matrix("mlp.experts.down_proj"))
+        num_held = self.down_proj.weight.shape[0] - weights.num_fused_shared
+        self._held = None
+        if num_held < config.n_routed_experts:
+            self._held = (weights.first_expert, weights.first_expert + num_held)
         if weights.has("mlp.shared_experts.down_proj"):
             self.shared_experts = DenseMLP(weights, "mlp.shared_experts")
 
     def __call__(self, x: mx.array, residual: mx.array | None) -> mx.array:
         """Experts of x: (B, L, D), added to residual if given -> (B, L, D)."""
         ids, weights = self.gate(x)
-        outputs = self._experts(x, ids)  # (B, L, K + S, D)
         if "shared_experts" in self:
             residual = self.shared_experts(x, residual)
+        if self._held is not None:
+            return self._held_experts(x, ids, weights, residual)
+        outputs = self._experts(x, ids)  # (B, L, K + S, D)
         weights = weights[..., None, :]  # (B, L, 1, K + S)
         if residual is None:
             return (weights @ outputs).squeeze(-2)
         return mx.addmm(residual[..., None, :], weights, outputs).squeeze(-2)
+
+    def _held_experts(self, x: mx.array, ids: mx.array, weights: mx.array, residual: mx.array | None) -> mx.array:
+        """The part of the experts that this rank holds whole: only they are run.
+
+        How many that are must be known to build the graph, so the router's choice is waited for.
+        """
+        first, end = cast(tuple[int, int], self._held)
+        chosen = np.array(ids).reshape(-1)
+        choices = np.flatnonzero((chosen >= first) & (chosen < end))
+        choices = choices[np.argsort(chosen[choices], kind="stable")].astype(np.uint32)
+        out = mx.zeros_like(x) if residual is None else residual
+        if not choices.size:
+            return out
+        tokens = mx.array(choices // ids.shape[-1])
+        inputs = x.reshape(-1, x.shape[-1])[tokens]
+        outputs = self._run(inputs[:, None], mx.array(chosen[choices] - first)).squeeze(-2)  # (choices, D)
+        outputs = outputs * weights.reshape(-1, 1)[mx.array(choices)]
+        return out.reshape(-1, x.shape[-1]).at[tokens].add(outputs).reshape(x.shape)
 
     def _experts(self, x: mx.array, ids: mx.array) -> mx.array:
         """Each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from kimi_mlx.model.config import ModelConfig, Quantization
 
@@ -24,13 +25,14 @@ class Cut:
     """That a rank holds only a part of an axis of the unquantized matrix.
 
     Args:
-        share: the field of the rank's share that says which part: `expert_rows`, `shared_rows`, `dense_rows`
-            or `vocab_rows`.
-        axis: 0 for rows, 1 for columns.
+        share: the field of the rank's share that says which part, such as `expert_rows` or `heads`.
+        axis: which axis; `stack` is that of experts or heads, also where they are stored one by one.
+        unit: rows or columns for each place of the share: those of a head.
     """
 
     share: str
-    axis: int
+    axis: Literal["stack", "rows", "columns"]
+    unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class Source:
     Args:
         paths: the tensor's name without `.weight`; several when experts are stored one by one.
         shape: of the unquantized tensor; (rows, columns), with the number of experts or heads before them if stacked.
-        cut: which part of an axis a rank takes; all if None.
-        blocks: the shared experts that lie in it one behind the other along the cut axis: it becomes a stack of them.
+        cuts: which part of an axis a rank takes, for each axis that may be divided.
+        blocks: the shared experts that lie in it one behind the other along the first cut's axis: it becomes a stack
+            of them.
         heads: for `kv_b_proj` alone: (heads, first row of each, end row of each): it becomes a stack by heads.
         suffix: what follows the path.
     """
 
     paths: tuple[str, ...]
     shape: tuple[int, ...]
-    cut: Cut | None = None
+    cuts: tuple[Cut, ...] = ()
     blocks: int = 0
     heads: tuple[int, int, int] | None = None
     suffix: str = ".weight"
@@ -85,20 +88,28 @@ def top_entries(config: ModelConfig) -> list[Entry]:
     """Embedding, last norm and head."""
     table = (config.vocab_size, config.hidden_size)
     return [
-        _single("model.embed_tokens", "model.embed_tokens", table),
+        _single("model.embed_tokens", "model.embed_tokens", table, Cut("embed_rows", "rows")),
         _single("model.norm", "model.norm", (config.hidden_size,)),
-        _single("lm_head", "lm_head", table, Cut("vocab_rows", 0)),
+        _single("lm_head", "lm_head", table, Cut("vocab_rows", "rows")),
     ]
 
 
-def layer_entries(config: ModelConfig, layer: int, layout: Layout) -> list[Entry]:
-    """The recipe of one layer, in the layout that the checkpoint has."""
+def layer_entries(config: ModelConfig, layer: int, layout: Layout, fuses_shared: bool = True) -> list[Entry]:
+    """The recipe of one layer, in the layout that the checkpoint has.
+
+    Args:
+        config: the model's dimensions.
+        layer: its number.
+        layout: of the checkpoint.
+        fuses_shared: whether shared experts join the stack of routed ones, if they are quantized alike.
+    """
     prefix = f"model.layers.{layer}."
     norms = ("input_layernorm", "post_attention_layernorm")
     entries = [_single(name, prefix + name, (config.hidden_size,)) for name in norms]
     entries += _attention_entries(config, prefix, layout)
     if config.is_moe_layer(layer):
-        entries += _moe_entries(config, prefix, layout)
+        fused = num_fused_shared(config, layer, layout) if fuses_shared else 0
+        entries += _moe_entries(config, prefix, layout, fused)
     else:
         entries += _mlp_entries(config, prefix, "mlp", config.intermediate_size, "dense_rows")
     return entries
@@ -121,8 +132,8 @@ def is_latent_first(layer: int, layout: Layout) -> bool:
     return layout.has(f"model.layers.{layer}.self_attn.embed_q.weight")
 
 
-def _single(name: str, path: str, shape: tuple[int, ...], cut: Cut | None = None, suffix: str = ".weight") -> Entry:
-    return Entry(name, ((Source((path,), shape, cut, suffix=suffix),),))
+def _single(name: str, path: str, shape: tuple[int, ...], *cuts: Cut, suffix: str = ".weight") -> Entry:
+    return Entry(name, ((Source((path,), shape, cuts, suffix=suffix),),))
 
 
 def _attention_entries(config: ModelConfig, prefix: str, layout: Layout) -> list[Entry]:
@@ -130,21 +141,27 @@ def _attention_entries(config: ModelConfig, prefix: str, layout: Layout) -> list
     path = prefix + "self_attn."
     q_rows = c.num_attention_heads * c.qk_head_dim
     latent_rows = c.kv_lora_rank + c.qk_rope_head_dim
+    by_head = Cut("heads", "rows", c.qk_head_dim)
     kv_a = Source((path + "kv_a_proj_with_mqa",), (latent_rows, hidden))
     if c.q_lora_rank is None:
-        entries, q_a = [], Source((path + "q_proj",), (q_rows, hidden))
+        entries, q_a = [], Source((path + "q_proj",), (q_rows, hidden), (by_head,))
     else:
         q_a = Source((path + "q_a_proj",), (c.q_lora_rank, hidden))
         entries = [
             _single("self_attn.q_a_layernorm", path + "q_a_layernorm", (c.q_lora_rank,)),
-            _single("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank)),
+            _single("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank), by_head),
         ]
     return [
         *entries,
         Entry("self_attn.qkv_a_proj", ((q_a,), (kv_a,))),
         _single("self_attn.kv_a_layernorm", path + "kv_a_layernorm", (c.kv_lora_rank,)),
         *_kv_b_entries(c, path, layout),
-        _single("self_attn.o_proj", path + "o_proj", (hidden, c.num_attention_heads * c.v_head_dim)),
+        _single(
+            "self_attn.o_proj",
+            path + "o_proj",
+            (hidden, c.num_attention_heads * c.v_head_dim),
+            Cut("heads", "columns", c.v_head_dim),
+        ),
     ]
 
 
@@ -152,29 +169,29 @@ def _kv_b_entries(config: ModelConfig, path: str, layout: Layout) -> list[Entry]
     """Keys and values from the latent: split by mlx-lm, or rows of `kv_b_proj` by head."""
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank
+    by_head = Cut("heads", "stack")
     if layout.has(path + "embed_q.weight"):
         return [
-            _single("self_attn.embed_q", path + "embed_q", (heads, latent, nope)),
-            _single("self_attn.unembed_out", path + "unembed_out", (heads, value, latent)),
+            _single("self_attn.embed_q", path + "embed_q", (heads, latent, nope), by_head),
+            _single("self_attn.unembed_out", path + "unembed_out", (heads, value, latent), by_head),
         ]
     shape = (heads * (nope + value), latent)
-    keys = Source((path + "kv_b_proj",), shape, heads=(heads, 0, nope))
-    values = Source((path + "kv_b_proj",), shape, heads=(heads, nope, nope + value))
+    keys = Source((path + "kv_b_proj",), shape, (by_head,), heads=(heads, 0, nope))
+    values = Source((path + "kv_b_proj",), shape, (by_head,), heads=(heads, nope, nope + value))
     return [Entry("self_attn.embed_q", ((keys,),)), Entry("self_attn.unembed_out", ((values,),))]
 
 
 def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share: str) -> list[Entry]:
     path, hidden = f"{prefix}{name}.", config.hidden_size
-    gate, up = (Source((path + projection,), (width, hidden), Cut(share, 0)) for projection in ("gate_proj", "up_proj"))
+    rows = (Cut(share, "rows"),)
+    gate, up = (Source((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
     return [
         Entry(f"{name}.gate_up_proj", ((gate,), (up,))),
-        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), Cut(share, 1)),
+        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), Cut(share, "columns")),
     ]
 
 
-def _moe_entries(config: ModelConfig, prefix: str, layout: Layout) -> list[Entry]:
-    layer = int(prefix.split(".")[2])
-    fused = num_fused_shared(config, layer, layout)
+def _moe_entries(config: ModelConfig, prefix: str, layout: Layout, fused: int) -> list[Entry]:
     gate, up, down = (
         _experts(config, prefix + "mlp.", name, layout, fused) for name in ("gate_proj", "up_proj", "down_proj")
     )
@@ -196,16 +213,16 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: Layout) -> list[Entry
 def _experts(config: ModelConfig, prefix: str, name: str, layout: Layout, fused: int) -> tuple[Source, ...]:
     """One projection of all routed experts, then of the shared ones that are fused with them."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
-    axis = 1 if name == "down_proj" else 0
-    one = (hidden, width) if axis else (width, hidden)
-    cut = Cut("expert_rows", axis)
+    is_down = name == "down_proj"
+    one = (hidden, width) if is_down else (width, hidden)
+    cut = Cut("expert_rows", "columns" if is_down else "rows")
     paths = _expert_paths(config, prefix, name, layout)
     shape = one if len(paths) > 1 else (config.n_routed_experts, *one)
-    routed = Source(paths, shape, cut)
+    routed = Source(paths, shape, (cut, Cut("experts", "stack")))
     if not fused:
         return (routed,)
-    block = (hidden, width * fused) if axis else (width * fused, hidden)
-    return routed, Source((f"{prefix}shared_experts.{name}",), block, cut, blocks=fused)
+    block = (hidden, width * fused) if is_down else (width * fused, hidden)
+    return routed, Source((f"{prefix}shared_experts.{name}",), block, (cut,), blocks=fused)
 
 
 def _expert_paths(config: ModelConfig, prefix: str, name: str, layout: Layout) -> tuple[str, ...]:

@@ -35,11 +35,13 @@ class LayerWeights:
         entries: name -> the parts of the weight; one part, unless parts are quantized differently.
         latent_first: whether self_attn.embed_q is (H, R, N).
         num_fused_shared: shared experts that stand at the end of the stack of experts.
+        first_expert: the number of the first routed expert in the stack, where a rank holds only some.
     """
 
     entries: Mapping[str, Sequence[Weight]]
     latent_first: bool = False
     num_fused_shared: int = 0
+    first_expert: int = 0
 
     def has(self, name: str) -> bool:
         """Whether there is an entry."""

@@ -29,6 +29,18 @@ class Group(Protocol):
         ...
 
 
+class LinkedGroup(Group, Protocol):
+    """A group whose ranks stand in a circle, each with a link to the next."""
+
+    def send(self, x: mx.array) -> mx.array:
+        """Send x to the next rank when it is evaluated; returns x."""
+        ...
+
+    def receive(self, size: int, dtype: mx.Dtype) -> mx.array:
+        """So many elements from the rank before us."""
+        ...
+
+
 class SingleGroup:
     """The group of one process without peers."""
 
@@ -61,6 +73,14 @@ class MlxGroup:
     def gather(self, x: mx.array) -> mx.array:
         """Everybody's x, in the order of the ranks."""
         return mx.distributed.all_gather(x[None], group=self._group)
+
+    def send(self, x: mx.array) -> mx.array:
+        """To the next rank, from the last one to the first."""
+        return mx.distributed.send(x, (self.rank + 1) % self.size, group=self._group)
+
+    def receive(self, size: int, dtype: mx.Dtype) -> mx.array:
+        """From the rank before us."""
+        return mx.distributed.recv((size,), dtype, (self.rank - 1) % self.size, group=self._group)
 
 
 GATHER_MAX_BYTES = 64 * 1024

@@ -24,7 +24,11 @@ class Channel:
         self._lock = threading.Lock()
         self._step, self._work = 0, "idle"
         self._heard = time.monotonic()
-        self.commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.received = 0
+        """How many commands have come so far."""
+        self.taken = 0
+        """How many of them were taken."""
         self.cancelled: set[int] = set()
         """Numbers of requests that are to be stopped."""
         self.links: LinkWatch | None = None
@@ -47,6 +51,12 @@ class Channel:
         self._work = work
         self._step += 1
 
+    def next_command(self) -> Message:
+        """Take the next command, wait for it if there is none."""
+        command = self._commands.get()
+        self.taken += 1
+        return command
+
     def serve(self) -> None:
         """Start reading messages and sending heartbeats."""
         threading.Thread(target=self._read, daemon=True).start()
@@ -59,7 +69,8 @@ class Channel:
             if message["kind"] == "cancel":
                 self.cancelled.add(message["number"])
             elif message["kind"] != "alive":
-                self.commands.put(message)
+                self._commands.put(message)
+                self.received += 1
         # The front has closed our input or is gone. A collective may be waiting for a peer: leave at once.
         os._exit(0)
 

@@ -15,7 +15,7 @@ from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import look_up
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
-from kimi_mlx.parallel.placement import plan_hybrid
+from kimi_mlx.parallel.placement import place
 from kimi_mlx.parallel.together import require_equal, together
 from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
 from kimi_mlx.store.locate import find_store
@@ -101,8 +101,6 @@ def open_job(options: StoreOptions, group: Group) -> Job:
         WeightsError: a repository that cannot be fetched, or a checkpoint with missing or unknown tensors.
         PlacementError: it cannot be divided so often.
     """
-    if options.strategy != "hybrid":
-        raise UsageError(f"there is no strategy `{options.strategy}`", hint="the strategy of this version is `hybrid`")
     sources = _open_sources(options, group)
 
     def plan() -> Job:
@@ -111,7 +109,7 @@ def open_job(options: StoreOptions, group: Group) -> Job:
         dtype = STORED_FLOATS.get(config.dtype, "F32")
         checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
         checkpoint.check_names()
-        placement = plan_hybrid(config, options.ranks, placement_units(checkpoint))
+        placement = place(config, options.strategy, options.ranks, placement_units(checkpoint, options.strategy))
         return Job(sources, checkpoint, placement, options.stores)
 
     job = together(group, plan)

@@ -73,4 +73,4 @@ def serve(channel: Channel, start: Message) -> None:
     )
     channel.made_step("idle")
     channel.send("done", result=result)
-    channel.commands.get()
+    channel.next_command()

@@ -35,7 +35,7 @@ def join_mlx(channel: Channel, start: Message) -> mx.distributed.Group | None:
     links = _watch(start)
     port = None if links is None else links.port
     channel.send("listening", pid=os.getpid(), ports=ports, link_port=port)
-    ring = channel.commands.get()
+    ring = channel.next_command()
     pin(start["place"])
     group = None
     if start["size"] > 1:

@@ -13,9 +13,11 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.collectives import GroupExchange
-from kimi_mlx.parallel.group import Group
-from kimi_mlx.parallel.placement import Placement, plan_hybrid
+from kimi_mlx.parallel.exchange import RankExchange
+from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.pipeline import PipelineExchange
+from kimi_mlx.parallel.placement import Placement, normal_strategy, place
+from kimi_mlx.parallel.sums import SumExchange
 from kimi_mlx.parallel.together import require_equal
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.store.locate import resolve
@@ -40,7 +42,8 @@ def load(
         dtype: of the computation, `float32`, `bfloat16` or `float16`; None is the checkpoint's own on a GPU, and
             float32 on the CPU.
         group: the ranks that share the model; each gets its share.
-        strategy: how it is shared; `hybrid` is the only one so far.
+        strategy: how it is shared: `hybrid`, `tensor`, `expert` or `pipeline`, with weights for uneven shares
+            (`hybrid:3:1`). In a pipeline only rank 0 gets logits.
 
     Raises:
         KimiMlxError: no such model, or files that are missing or broken.
@@ -62,10 +65,9 @@ def load_share(
     strategy: str = "hybrid",
 ) -> Model:
     """Load a rank's share of the model in `folder`, the whole one without a group (or with a group of one)."""
-    if strategy != "hybrid":
-        raise UsageError(f"there is no strategy `{strategy}`", hint="the strategy of this version is `hybrid`")
     compute_dtype = compute_type(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
+    strategy = normal_strategy(strategy, world_size)
     if stored_ranks(folder):
         manifest = open_manifest(folder, rank, world_size, strategy)
         if group is None or world_size == 1:
@@ -76,18 +78,18 @@ def load_share(
             "revision or placement of the model",
             f"type `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
-        exchange = GroupExchange(group, manifest.placement)
+        exchange = _exchange(group, manifest.placement, config, compute_dtype)
         return load_store(folder, manifest, config, compute_dtype, exchange, progress)
     if group is None or world_size == 1:
         return load_model(folder, config, compute_dtype, progress=progress)
-    placement = _place(folder, config, world_size)
+    placement = _place(folder, config, world_size, strategy)
     require_equal(
         group,
         _identity(folder, placement),
         "checkpoint",
         "bring the same files to all hosts, or fetch them once for all: `kimi-mlx launch --hosts ... download MODEL`",
     )
-    exchange = GroupExchange(group, placement)
+    exchange = _exchange(group, placement, config, compute_dtype)
     return load_model(folder, config, compute_dtype, placement.shares[rank], exchange, progress)
 
 
@@ -95,18 +97,27 @@ def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: st
     """Whether the model in `folder` can be shared so; before any process is started.
 
     Raises:
+        UsageError: no such strategy.
         PlacementError: it cannot be divided so often.
         WeightsError: a store of another placement, or one that is not whole.
     """
+    strategy = normal_strategy(strategy, world_size)
     if ranks := stored_ranks(folder):
         for rank in sorted({*ranks, *range(world_size)}):
             open_manifest(folder, rank, world_size, strategy)
     else:
-        _place(folder, config, world_size)
+        _place(folder, config, world_size, strategy)
 
 
-def _place(folder: Path, config: ModelConfig, world_size: int) -> Placement:
-    return plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
+def _place(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> Placement:
+    return place(config, strategy, world_size, placement_units(open_checkpoint(folder, config).checkpoint, strategy))
+
+
+def _exchange(group: Group, placement: Placement, config: ModelConfig, dtype: mx.Dtype) -> RankExchange:
+    if not placement.divides("layers"):
+        return SumExchange(group, placement)
+    assert isinstance(group, MlxGroup)
+    return PipelineExchange(group, config.hidden_size, dtype)
 
 
 def _identity(folder: Path, placement: Placement) -> str:

@@ -40,33 +40,36 @@ def serve(channel: Channel, start: Message) -> None:
         channel.send("loading", done=done, total=total)
 
     model = load_share(folder, load_config(folder), start["dtype"], group, tell, start["strategy"])
-    number = -1
-    engine = Engine(model, is_cancelled=lambda: number in channel.cancelled)
+    engine = Engine(model, lambda number: number in channel.cancelled, lambda: channel.received)
     channel.made_step("idle")
     channel.send("ready", context=model.config.max_position_embeddings)
     while True:
-        command = channel.commands.get()
-        if command["kind"] == "reset":
-            engine.cache.clear()
-            continue
-        number = command["number"]
-        answer(channel, engine, number, Request.from_dict(command["request"]), is_leader=group.rank == 0)
-        channel.cancelled.discard(number)
-        channel.made_step("idle")
+        for _ in range(1 if engine.is_idle else engine.news(channel.taken)):
+            take(channel, engine, channel.next_command())
+        if not engine.is_idle:
+            work(channel, engine, is_leader=group.rank == 0)
 
 
-def answer(channel: Channel, engine: Engine, number: int, request: Request, is_leader: bool) -> None:
-    """Answer a request; the leader alone tells of tokens."""
+def take(channel: Channel, engine: Engine, command: Message) -> None:
+    """Carry out a command of the front; all ranks get the same ones in the same order."""
+    if command["kind"] == "reset":
+        engine.clear()
+        return
     channel.made_step("prefill")
-    tokens = 0
     try:
-        for event in engine.generate(request):
-            tokens += isinstance(event, Token)
-            channel.made_step("decode" if tokens > 1 else "prefill")
-            if is_leader or isinstance(event, Finished):
-                channel.write(encode_event(number, event))
+        engine.add(command["number"], Request.from_dict(command["request"]))
     except EngineError as error:  # every rank refuses alike, before any collective
-        channel.write(encode_error(error, rank=None, kind="refused", number=number))
+        channel.write(encode_error(error, rank=None, kind="refused", number=command["number"]))
+
+
+def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
+    """A turn of the engine; the leader alone tells of tokens."""
+    for number, event in engine.turn():
+        if is_leader or isinstance(event, Finished):
+            channel.write(encode_event(number, event))
+        if isinstance(event, Finished):
+            channel.cancelled.discard(number)
+    channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
 def encode_event(number: int, event: Event) -> bytes:

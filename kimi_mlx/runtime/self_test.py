@@ -37,7 +37,7 @@ def serve(channel: Channel, start: Message) -> None:
     timings = measure(group, payloads, channel)
     channel.made_step("idle")
     channel.send("done", device=device, wrong=wrong, timings=timings)
-    channel.commands.get()
+    channel.next_command()
 
 
 def pattern(payload: Payload, rank: int, turn: int, size: int) -> mx.array:

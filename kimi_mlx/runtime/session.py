@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +63,11 @@ class Session(Protocol):
     """A loaded model; whoever opens one closes it (contextlib.closing)."""
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request; the last event is Finished. One request at a time."""
+        """Answer a request; the last event is Finished. May be called from several threads; breaking off cancels."""
         ...
 
     def cancel(self) -> None:
-        """Ask the running request to stop soon; safe from a signal handler. Its Finished says `cancelled`."""
+        """Ask the running requests to stop soon; safe from a signal handler. Their Finished say `cancelled`."""
         ...
 
     def reset(self) -> None:
@@ -80,46 +79,11 @@ class Session(Protocol):
         ...
 
 
-class LocalSession:
-    """The engine in this process."""
-
-    def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
-        from kimi_mlx.engine.generate import Engine
-        from kimi_mlx.model.config import load_config
-        from kimi_mlx.runtime.load import load_share, prepare_device
-
-        prepare_device(options.samples)
-        model = load_share(
-            options.checkpoint,
-            load_config(options.checkpoint),
-            options.dtype,
-            progress=progress,
-            strategy=options.strategy,
-        )
-        self._cancelled = threading.Event()
-        self._engine = Engine(model, is_cancelled=self._cancelled.is_set)
-
-    def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request."""
-        self._cancelled.clear()
-        yield from self._engine.generate(request)
-
-    def cancel(self) -> None:
-        """Ask the running request to stop."""
-        self._cancelled.set()
-
-    def reset(self) -> None:
-        """Forget the conversation's cache."""
-        self._engine.cache.clear()
-
-    def close(self) -> None:
-        """Free the model."""
-        del self._engine
-
-
 def open_session(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Session:
     """Load a model in this process, or on a ring of local ranks if there are several."""
     if options.ranks == 1:
+        from kimi_mlx.runtime.local_session import LocalSession
+
         return LocalSession(options, progress)
     from kimi_mlx.runtime.ring_session import RingSession
 

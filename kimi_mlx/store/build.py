@@ -44,6 +44,8 @@ SILENT_S = 0.1
 FILES_AHEAD = 2
 """Source files of a process that are on the disk at a time, at work or on their way."""
 
+NOTHING = frozenset[int]()
+
 IDLE, BATCH, END, DONE, FAILED = range(5)
 """What a process says in a round: nothing yet, a part of a source file, its end, that it has no more, an error."""
 
@@ -79,11 +81,19 @@ class Job:
         self.files = sorted(sources.contents.sizes)
         self.num_layers = checkpoint.config.num_hidden_layers
         self.plan = lru_cache(maxsize=8 * placement.world_size)(self._plan)
-        self.feeds = self._feeds()
+        self._feeds = self._find_feeds()
 
     def size_bytes(self, rank: int) -> int:
         """What a rank will hold."""
         return sum(self._plan(rank, file).size_bytes for file in range(self.num_layers + 1))
+
+    def feeds(self, rank: int) -> list[frozenset[int]]:
+        """For each file of a rank's store the numbers of the source files that it is made of."""
+        share = self.placement.shares[rank]
+        held = set(range(share.layers.start, share.layers.stop))
+        if len(share.embed_rows) or len(share.vocab_rows):
+            held.add(self.num_layers)
+        return [feed if file in held else NOTHING for file, feed in enumerate(self._feeds)]
 
     def _plan(self, rank: int, file: int) -> LayerPlan:
         share = self.placement.shares[rank]
@@ -91,8 +101,8 @@ class Job:
             return plan_top(self.checkpoint, share)
         return plan_layer(self.checkpoint, file, share)
 
-    def _feeds(self) -> list[frozenset[int]]:
-        """For each file of a store the numbers of the source files that it is made of."""
+    def _find_feeds(self) -> list[frozenset[int]]:
+        """The same, if all of the model is held."""
         numbers = {name: number for number, name in enumerate(self.files)}
         feeds: list[set[int]] = [set() for _ in range(self.num_layers + 1)]
         for name, info in self.checkpoint.tensors.items():
@@ -141,7 +151,7 @@ def build_stores(
 def _writer(job: Job, rank: int) -> RankWriter:
     origin = job.sources.contents.origin
     plan = lambda file: job.plan(rank, file)  # noqa: E731
-    return RankWriter(rank_folder(job.folder, rank), origin, job.placement, rank, plan, job.feeds)
+    return RankWriter(rank_folder(job.folder, rank), origin, job.placement, rank, plan, job.feeds(rank))
 
 
 def _write_small_files(job: Job) -> None:
@@ -295,9 +305,10 @@ class _Rounds:
         held = gathered[:, 0, files + sources :]
         states = gathered.reshape(ranks, files + 2 * sources)
         sizes: dict[int, int] = {}
+        feeds = [job.feeds(rank) for rank in range(ranks)]
         for source in range(sources):
             wanted = {
-                rank: [file for file in range(files) if states[rank, file] and source in job.feeds[file]]
+                rank: [file for file in range(files) if states[rank, file] and source in feeds[rank][file]]
                 for rank in range(ranks)
                 if states[rank, files + source]
             }

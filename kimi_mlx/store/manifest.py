@@ -14,7 +14,7 @@ from kimi_mlx.model.config import Quantization
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.weights.moves import LayerPlan
 
-FORMAT = 1
+FORMAT = 2
 """Raised when stores are written otherwise: older ones are then refused."""
 
 MANIFEST_NAME = "manifest.json"
@@ -60,6 +60,7 @@ class StoredFile:
         entries: name in the canonical tree -> the parts of the weight.
         latent_first: as in kimi_mlx.model.tree.LayerWeights.
         num_fused_shared: as there.
+        first_expert: as there.
     """
 
     name: str
@@ -68,6 +69,7 @@ class StoredFile:
     entries: Mapping[str, tuple[StoredWeight, ...]]
     latent_first: bool
     num_fused_shared: int
+    first_expert: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str) -> Sto
         )
         for entry, parts in plan.entries.items()
     }
-    return StoredFile(name, size_bytes, sha256, entries, plan.latent_first, plan.num_fused_shared)
+    return StoredFile(name, size_bytes, sha256, entries, plan.latent_first, plan.num_fused_shared, plan.first_expert)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -145,6 +147,7 @@ def _file(value: Mapping[str, Any]) -> StoredFile:
         entries,
         bool(value["latent_first"]),
         int(value["num_fused_shared"]),
+        int(value["first_expert"]),
     )
 
 

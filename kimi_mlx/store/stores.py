@@ -48,8 +48,13 @@ def repository_folder(stores: Path, origin: Origin) -> Path:
 
 def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
     """Where the stores of one placement lie."""
-    name = f"{placement.strategy}-{placement.world_size}-{placement.digest}"
-    return repository_folder(stores, origin) / name
+    prefix = folder_prefix(placement.strategy, placement.world_size)
+    return repository_folder(stores, origin) / f"{prefix}{placement.digest}"
+
+
+def folder_prefix(strategy: str, world_size: int) -> str:
+    """What the names of the folders of a strategy's placements begin with."""
+    return f"{strategy.replace(':', '_')}-{world_size}-"
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
@@ -196,7 +201,7 @@ def _open_layer(folder: Path, file: StoredFile, dtype: mx.Dtype, manifest: Manif
         ]
         for entry, parts in file.entries.items()
     }
-    return LayerWeights(entries, file.latent_first, file.num_fused_shared)
+    return LayerWeights(entries, file.latent_first, file.num_fused_shared, file.first_expert)
 
 
 def _arrays(

@@ -20,7 +20,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
-from kimi_mlx.store.stores import file_name, stores_of
+from kimi_mlx.store.stores import file_name, folder_prefix, stores_of
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.moves import LayerPlan, Move, as_box
@@ -317,7 +317,7 @@ def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> st
 
 def begun_stores(stores: Path, repository: str, ranks: int, strategy: str) -> list[Path]:
     """Folders of placements for so many ranks, whole or not, the one that was worked on last first."""
-    journals = stores_of(stores, repository).glob(f"*/{strategy}-{ranks}-*/rank-*/{JOURNAL_NAME}")
+    journals = stores_of(stores, repository).glob(f"*/{folder_prefix(strategy, ranks)}*/rank-*/{JOURNAL_NAME}")
     newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
     return list(dict.fromkeys(path.parent.parent for path in newest))
 

@@ -100,7 +100,7 @@ def _cook(reader: Reader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
         ]
         for entry, parts in plan.entries.items()
     }
-    return LayerWeights(entries, plan.latent_first, plan.num_fused_shared)
+    return LayerWeights(entries, plan.latent_first, plan.num_fused_shared, plan.first_expert)
 
 
 def _read(reader: Reader, plan: ArrayPlan) -> mx.array:

@@ -26,7 +26,7 @@ import numpy as np
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, write_atomically
 from kimi_mlx.model.config import parse_config, read_json
-from kimi_mlx.model.names import Cut, Source
+from kimi_mlx.model.names import Source
 from kimi_mlx.parallel.placement import Span
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.assemble import MLX_TYPES
@@ -350,8 +350,8 @@ def _cook(reader: Reader, output: Output, piece: _Piece) -> list[np.ndarray]:
 
 def _read(reader: Reader, source: Source, piece: _Piece, field: Field) -> np.ndarray:
     """A field of a piece; bfloat16 as uint16."""
-    by_rows = Source((piece.path,), source.shape, Cut("rows", 0), suffix=source.suffix)
-    window = Window(by_rows, piece.rows, field.per, field.values)
+    matrix = Source((piece.path,), source.shape, suffix=source.suffix)
+    window = Window(matrix, field.per, field.values, rows=piece.rows)
     box = window.box(reader.checkpoint.tensors[field.tensors[0]].shape)
     return reader.take(Move(field, window, box, 0, 0))[piece.member or 0]
 

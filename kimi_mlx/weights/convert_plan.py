@@ -293,7 +293,7 @@ def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
 
 def _distinct_sources(entries: Sequence[Entry]) -> list[Source]:
     """What the entries of the canonical tree are made of, unfused: cuts and blocks are of no concern here."""
-    return [replace(source, cut=None, blocks=0) for entry in entries for part in entry.parts for source in part]
+    return [replace(source, cuts=(), blocks=0) for entry in entries for part in entry.parts for source in part]
 
 
 def _targets(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[Source]) -> Targets:

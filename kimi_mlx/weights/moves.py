@@ -16,7 +16,7 @@ import numpy as np
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import Quantization
 from kimi_mlx.model.names import Entry, Source, is_latent_first, layer_entries, num_fused_shared, top_entries
-from kimi_mlx.parallel.placement import Share, Span, Units
+from kimi_mlx.parallel.placement import DIVIDED, Share, Span, Units, parse_strategy
 from kimi_mlx.weights.checkpoint import Checkpoint, Field, Matrix
 from kimi_mlx.weights.index import DTYPE_BYTES
 
@@ -26,19 +26,23 @@ Box = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """What is taken of a stored matrix.
+    """What is taken of a stored matrix; spans count places of the unquantized one, None takes all.
 
     Args:
-        source: its heads, blocks and cut axis.
-        span: the rows or columns along the cut, of the unquantized matrix; None takes all.
+        source: its heads and blocks.
         per: stored columns per `values` columns.
         values: see `per`.
+        stack: which members, of a matrix that is stored as a stack, or becomes one by heads.
+        rows: which rows.
+        columns: which columns.
     """
 
     source: Source
-    span: Span | None
     per: int
     values: int
+    stack: Span | None = None
+    rows: Span | None = None
+    columns: Span | None = None
 
     def of(self, array: np.ndarray) -> np.ndarray:
         """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
@@ -57,18 +61,21 @@ class Window:
     def _split_blocks(self, array: np.ndarray) -> np.ndarray:
         """Shared experts that lie behind each other become a stack: (S, rows, columns)."""
         source = self.source
-        if not source.blocks or source.cut is None:
+        if not source.blocks:
             return array
-        if source.cut.axis == 0:
+        if source.cuts[0].axis == "rows":
             return array.reshape(source.blocks, -1, array.shape[-1])
         return array.reshape(array.shape[0], source.blocks, -1).swapaxes(0, 1)
 
     def _cut(self, array: np.ndarray) -> np.ndarray:
-        if self.source.cut is None or self.span is None:
-            return array
-        if self.source.cut.axis == 0:
-            return array[..., self.span.start : self.span.stop, :]
-        return array[..., self.span.start * self.per // self.values : self.span.stop * self.per // self.values]
+        if self.stack is not None:
+            array = array[self.stack.start : self.stack.stop]
+        if self.rows is not None:
+            array = array[..., self.rows.start : self.rows.stop, :]
+        if self.columns is not None:
+            start, stop = (bound * self.per // self.values for bound in (self.columns.start, self.columns.stop))
+            array = array[..., start:stop]
+        return array
 
 
 @dataclass(frozen=True)
@@ -128,11 +135,13 @@ class LayerPlan:
         entries: name -> the parts of the weight; one part, unless parts are quantized differently.
         latent_first: as in kimi_mlx.model.tree.LayerWeights.
         num_fused_shared: as there.
+        first_expert: as there.
     """
 
     entries: dict[str, tuple[WeightPlan, ...]]
     latent_first: bool = False
     num_fused_shared: int = 0
+    first_expert: int = 0
 
     def arrays(self) -> Iterator[tuple[str, ArrayPlan]]:
         """All arrays by full name: entry, part if there are several, array."""
@@ -153,35 +162,45 @@ def array_name(entry: str, part: int, parts: int, array: str) -> str:
 
 
 def plan_layer(checkpoint: Checkpoint, layer: int, share: Share | None) -> LayerPlan:
-    """Plan what a rank holds of `layer`; `share` None is all.
+    """Plan what a rank holds of `layer`, which may be nothing; `share` None is all.
 
     Raises:
         WeightsError: missing or wrongly stored tensors.
     """
     config, layout = checkpoint.config, checkpoint.layout
+    if share is not None and layer not in range(share.layers.start, share.layers.stop):
+        return LayerPlan({})
+    fuses_shared = share is None or len(share.experts) == config.n_routed_experts
     return LayerPlan(
-        _plan_entries(checkpoint, layer_entries(config, layer, layout), share),
+        _plan_entries(checkpoint, layer_entries(config, layer, layout, fuses_shared), share),
         latent_first=is_latent_first(layer, layout),
-        num_fused_shared=num_fused_shared(config, layer, layout),
+        num_fused_shared=num_fused_shared(config, layer, layout) if fuses_shared else 0,
+        first_expert=0 if share is None else share.experts.start,
     )
 
 
 def plan_top(checkpoint: Checkpoint, share: Share | None) -> LayerPlan:
     """Plan the embedding, the last norm and the head."""
-    return LayerPlan(_plan_entries(checkpoint, top_entries(checkpoint.config), share))
+    plan = LayerPlan(_plan_entries(checkpoint, top_entries(checkpoint.config), share))
+    if "lm_head" not in plan.entries:
+        plan.entries.pop("model.norm")
+    return plan
 
 
-def placement_units(checkpoint: Checkpoint) -> Units:
-    """The pieces in which this checkpoint's matrices can be divided: its quantization groups."""
-    groups: dict[str, int] = {}
+def placement_units(checkpoint: Checkpoint, strategy: str) -> Units:
+    """The pieces in which this checkpoint's matrices can be divided so that each has whole quantization groups."""
+    fuses_shared = "experts" not in DIVIDED[parse_strategy(strategy)[0]]
+    units: dict[str, int] = {}
     for layer in range(checkpoint.config.num_hidden_layers):
-        for entry in layer_entries(checkpoint.config, layer, checkpoint.layout):
+        for entry in layer_entries(checkpoint.config, layer, checkpoint.layout, fuses_shared):
             for source in (source for part in entry.parts for source in part):
-                if source.cut is not None and source.cut.axis == 1:
-                    quantization = checkpoint.quantization(source.paths[0])
-                    unit = quantization.group_size if quantization is not None else 1
-                    groups[source.cut.share] = math.lcm(groups.get(source.cut.share, 1), unit)
-    return Units(groups.get("expert_rows"), groups.get("shared_rows"), groups.get("dense_rows"))
+                for cut in source.cuts:
+                    if cut.axis == "columns":
+                        quantization = checkpoint.quantization(source.paths[0])
+                        group = quantization.group_size if quantization is not None else 1
+                        unit = group // math.gcd(group, cut.unit)
+                        units[cut.share] = math.lcm(units.get(cut.share, 1), unit)
+    return Units(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
 def as_box(shape: tuple[int, ...]) -> Box:
@@ -193,12 +212,18 @@ def as_box(shape: tuple[int, ...]) -> Box:
 def _plan_entries(
     checkpoint: Checkpoint, entries: list[Entry], share: Share | None
 ) -> dict[str, tuple[WeightPlan, ...]]:
-    return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries}
+    return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries if _holds(share, entry)}
+
+
+def _holds(share: Share | None, entry: Entry) -> bool:
+    """Whether a rank has something of an entry."""
+    cuts = (cut for part in entry.parts for source in part for cut in source.cuts)
+    return share is None or all(len(share.span(cut.share)) for cut in cuts)
 
 
 def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: Share | None) -> tuple[WeightPlan, ...]:
     """Plan an entry; its parts are fused into one weight if they are stored alike."""
-    parts = [_members(checkpoint, part) for part in entry.parts]
+    parts = [_members(checkpoint, part, share) for part in entry.parts]
     for members in parts:
         if len({matrix.kind for _, matrix in members}) > 1:
             stored = " and ".join(sorted({"/".join(matrix.kind[0]) for _, matrix in members}))
@@ -211,11 +236,19 @@ def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: Share | None) -> tu
 Member = tuple[Source, Matrix]
 
 
-def _members(checkpoint: Checkpoint, sources: Sequence[Source]) -> list[Member]:
+def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: Share | None) -> list[Member]:
     """The matrices that are stacked into one part."""
     return [
-        (source, checkpoint.matrix(path, source.suffix, source.shape)) for source in sources for path in source.paths
+        (source, checkpoint.matrix(path, source.suffix, source.shape))
+        for source in sources
+        for path in _held_paths(source, share)
     ]
+
+
+def _held_paths(source: Source, share: Share | None) -> Sequence[str]:
+    """The matrices of a source that a rank holds, where those of a stack are stored one by one."""
+    span = _spans(source, share).get("stack")
+    return source.paths if span is None or len(source.paths) == 1 else source.paths[span.start : span.stop]
 
 
 def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: Share | None) -> WeightPlan:
@@ -234,7 +267,7 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
         member = height = 0
         for source, matrices in groupby(part, key=lambda item: item[0]):  # all of a source have one shape
             fields = [matrix.fields[number] for _, matrix in matrices]
-            window = Window(source, _span(source, share), fields[0].per, fields[0].values)
+            window = _window(source, fields[0], share)
             move_box = window.box(checkpoint.tensors[fields[0].tensors[0]].shape)
             for own in fields:
                 moves.append(Move(own, window, move_box, member, row))
@@ -248,10 +281,21 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
 
 
-def _span(source: Source, share: Share | None) -> Span | None:
-    return share.span(source.cut.share) if share is not None and source.cut is not None else None
+def _window(source: Source, field: Field, share: Share | None) -> Window:
+    spans = _spans(source, share)
+    if len(source.paths) > 1:
+        spans.pop("stack", None)  # chosen by their paths
+    return Window(source, field.per, field.values, **spans)
+
+
+def _spans(source: Source, share: Share | None) -> dict[str, Span]:
+    """What a rank takes of each axis that is cut."""
+    if share is None:
+        return {}
+    spans = ((cut, share.span(cut.share)) for cut in source.cuts)
+    return {cut.axis: Span(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
 
 
 def _num_axes(source: Source) -> int:
     """Axes of what a window takes of a matrix."""
-    return 3 if source.heads is not None or (source.blocks and source.cut is not None) else len(source.shape)
+    return 3 if source.heads is not None or source.blocks else len(source.shape)

@@ -9,6 +9,7 @@ import numpy as np
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts
+from kimi_mlx.parallel.placement import Span
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.index import TensorInfo, read_index
@@ -80,13 +81,11 @@ class Reader:
         assert isinstance(blocks, Fp8Blocks)
         factors = self._stored(move.field.tensors[1])
         block = (blocks.block_rows, blocks.block_columns)
-        source, span = move.window.source, move.window.span
-        if source.cut is not None and span is not None and not source.blocks:
-            window = slice(span.start, span.stop)
-            rows, columns = (window, slice(None)) if source.cut.axis == 0 else (slice(None), window)
-            part = decode_fp8(stored, factors, block, rows, columns)
+        window, source = move.window, move.window.source
+        if source.heads is None and not source.blocks and window.stack is None:
+            part = decode_fp8(stored, factors, block, _slice(window.rows), _slice(window.columns))
         else:
-            part = move.window.of(decode_fp8(stored, factors, block))
+            part = window.of(decode_fp8(stored, factors, block))
         return to_stored_type(part.reshape(move.box), move.field.dtype)
 
     def _stored(self, name: str) -> np.ndarray:
@@ -125,6 +124,10 @@ def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
     words = values.view(np.uint32)
     rounded = ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _slice(span: Span | None) -> slice:
+    return slice(None) if span is None else slice(span.start, span.stop)
 
 
 def _map(path: Path) -> np.ndarray:

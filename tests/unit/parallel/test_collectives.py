@@ -7,12 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from kimi_mlx.parallel.collectives import GroupExchange
 
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Request, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import Placement, Share, Span, plan_hybrid
 from kimi_mlx.weights.assemble import load_model

@@ -1,0 +1,102 @@
+"""What every rank's exchange does: beside the model's data, a few words of the leader travel with each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.errors import RingError
+from kimi_mlx.model.decoder import Exchange
+from kimi_mlx.parallel.group import Group
+
+STAMPS = 251
+"""Numbers of steps and commands go around here: whole numbers up to 256 are exact in bfloat16."""
+
+WORD_SIZE = 3
+"""Step number, whether to stop, commands."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What came with a step, to be evaluated with it.
+
+    Args:
+        words: (rows, WORD_SIZE or more) of the ranks that spoke, the leader's first; tokens may follow.
+        number: of the step that they must be of.
+        earlier: the same of a step before, which is checked with this one.
+    """
+
+    words: mx.array
+    number: int
+    earlier: Told | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the leader said.
+
+    Args:
+        is_stopped: whether the sequence of the step is to end.
+        commands: how many commands the leader had in all when it said so, going around at STAMPS.
+        tokens: the tokens of the step, where a rank does not know them otherwise.
+    """
+
+    is_stopped: bool
+    commands: int
+    tokens: tuple[int, ...] = ()
+
+
+class RankExchange(Exchange):
+    """An exchange over a group of several ranks, whose leader is rank 0.
+
+    When MLX's ring loses a peer (seen in 0.32), one collective may return what happens to be in memory before all
+    later ones hang. So each step carries its number.
+    """
+
+    is_pipeline = False
+    """Whether states go from rank to rank: the leader alone has logits then, and what it says comes before the work."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self._number = 0
+        self._wish, self._commands = False, 0
+        self._told: Told | None = None
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether what this rank says counts."""
+        return self.group.rank == 0
+
+    def say(self, is_stopped: bool, commands: int) -> None:
+        """What goes with the next step; see Said."""
+        self._wish, self._commands = is_stopped, commands % STAMPS
+
+    def close(self, is_last: bool) -> None:
+        """End a step; one that is not the last of its prompt has no logits."""
+
+    @property
+    def told(self) -> Told:
+        """What came with the step that was just built."""
+        assert self._told is not None
+        return self._told
+
+    def read(self, told: Told) -> Said:
+        """What the leader said in a step: the same on all ranks.
+
+        Raises:
+            RingError: what came is not of this step.
+        """
+        if told.earlier is not None:
+            self.read(told.earlier)
+        rows = np.array(told.words.astype(mx.float32))
+        if not (rows[:, 0] == told.number).all():
+            raise RingError("a rank is lost: what came over the ring is not of this step", rank=self.group.rank)
+        digits = rows[0, WORD_SIZE:].astype(np.int64).reshape(-1, 3)
+        tokens = tuple((digits @ (1 << 16, 1 << 8, 1)).tolist())
+        return Said(bool(rows[0, 1] > 0), int(rows[0, 2]), tokens)
+
+    def _next_word(self) -> list[float]:
+        self._number = (self._number + 1) % STAMPS
+        return [float(self._number), float(self._wish), float(self._commands)]

@@ -1,0 +1,118 @@
+"""A session in this process: a thread has the model, and answers whoever asks."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.request import Event, Finished, Request
+from kimi_mlx.errors import EngineError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.load import load_share, prepare_device
+from kimi_mlx.runtime.session import LoadProgress, SessionOptions
+
+CLOSE_LIMIT_S = 30.0
+"""For the step that is being computed."""
+
+Answers = queue.SimpleQueue[Event | BaseException]
+
+
+class LocalSession:
+    """The engine in a thread of this process.
+
+    Raises:
+        KimiMlxError: the model cannot be loaded.
+    """
+
+    def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._answers: dict[int, Answers] = {}
+        self._cancelled: set[int] = set()
+        self._numbers = itertools.count(1)
+        self._failure: BaseException | None = None
+        loaded: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._live, args=(options, progress, loaded), daemon=True)
+        self._thread.start()
+        if (failure := loaded.get()) is not None:
+            raise failure
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Answer a request.
+
+        Raises:
+            EngineError: it cannot be served, or the session is closed.
+        """
+        number, answers = next(self._numbers), Answers()
+        self._answers[number] = answers
+        self._commands.put(lambda engine: self._add(engine, number, request))
+        is_over = False
+        try:
+            while not is_over:
+                event = self._failure if self._failure is not None else answers.get()
+                is_over = isinstance(event, Finished | BaseException)
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            if not is_over:
+                self._cancelled.add(number)
+            del self._answers[number]
+
+    def cancel(self) -> None:
+        """Ask the running requests to stop."""
+        self._cancelled.update(list(self._answers))
+
+    def reset(self) -> None:
+        """Forget the conversations' caches."""
+        self._commands.put(Engine.clear)
+
+    def close(self) -> None:
+        """Free the model."""
+        self.cancel()
+        self._commands.put(None)
+        self._thread.join(CLOSE_LIMIT_S)
+
+    def _live(
+        self, options: SessionOptions, progress: LoadProgress, loaded: queue.SimpleQueue[BaseException | None]
+    ) -> None:
+        """The thread's life: load, then answer until the session is closed."""
+        try:
+            prepare_device(options.samples)
+            folder = options.checkpoint
+            model = load_share(folder, load_config(folder), options.dtype, progress=progress, strategy=options.strategy)
+        except BaseException as error:  # raised again where it was asked for
+            loaded.put(error)
+            return
+        loaded.put(None)
+        try:
+            self._serve(Engine(model, self._cancelled.__contains__))
+            self._fail(EngineError("the session is closed"))
+        except BaseException as error:  # raised again in every generate()
+            self._fail(error)
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            while engine.is_idle or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                command(engine)
+            for number, event in engine.turn():
+                if isinstance(event, Finished):
+                    self._cancelled.discard(number)
+                if (answers := self._answers.get(number)) is not None:
+                    answers.put(event)
+
+    def _add(self, engine: Engine, number: int, request: Request) -> None:
+        try:
+            engine.add(number, request)
+        except EngineError as error:
+            self._answers[number].put(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        for answers in list(self._answers.values()):
+            answers.put(error)
