@@ -36,6 +36,7 @@ class Engine:
         is_cancelled: asked on the leader whether the request of a number should stop.
         count_commands: asked on the leader how many commands it has been given in all; see `news`.
         prefill_chunk: tokens a prefill step.
+        speculate: tokens drafted a step at most, found by prompt lookup; 0 drafts none.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class Engine:
         is_cancelled: Callable[[int], bool] = lambda number: False,
         count_commands: Callable[[], int] = lambda: 0,
         prefill_chunk: int = PREFILL_CHUNK,
+        speculate: int = 0,
     ):
         self._model = model
         self._steps = Steps(model, count_commands)
         self._is_cancelled = is_cancelled
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk, self._speculate = prefill_chunk, speculate
         self._shelf = CacheShelf(model)
         self._waiting: deque[tuple[int, Request, int]] = deque()
         self._turns: deque[tuple[int, Sequence, Turns[None]]] = deque()
@@ -120,10 +122,11 @@ class Engine:
             self._steps,
             request,
             max_tokens,
-            seeded(sampler, self._seed(request.sampling), len(request.prompt)),
+            seeded(sampler, self._seed(request.sampling)),
             is_cancelled=lambda: self._is_leader and self._is_cancelled(number),
             hear=self._hear,
             chunk=self._prefill_chunk,
+            speculate=self._speculate,
         )
 
     @property

@@ -98,6 +98,12 @@ class Statistics:
     ttft_s: float
     decode_s: float
     peak_memory_bytes: int
+    decode_steps: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens after the first a step of decode: above 1 where drafts were right; 0 if there were no steps."""
+        return (self.generated_tokens - 1) / self.decode_steps if self.decode_steps else 0.0
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -115,6 +121,7 @@ class Statistics:
             **asdict(self),
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
+            "tokens_per_step": self.tokens_per_step,
         }
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -12,6 +11,10 @@ import mlx.core as mx
 from kimi_mlx.engine.request import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
+"""From logits (B, vocab_size) to token ids (B)."""
+
+Draw = Callable[[mx.array, int], mx.array]
+"""The same for the token at a position of its sequence."""
 
 
 GREEDY_BELOW = 1e-6
@@ -44,17 +47,16 @@ def samplers() -> ModuleType:
     return importlib.import_module("mlx_lm.sample_utils")
 
 
-def seeded(sample: Sampler, seed: int | None, position: int) -> Sampler:
-    """A sampler whose random numbers depend on nothing but the seed and the position of the token.
+def seeded(sample: Sampler, seed: int | None) -> Draw:
+    """Draw with random numbers that depend on nothing but the seed and the position of the token.
 
-    So an answer that is begun anew in the middle goes on as it would have.
+    So an answer that is begun anew in the middle goes on as it would have, and a token is the same whether it was
+    drawn alone or to check a draft.
     """
-    if seed is None:
-        return sample
-    positions = itertools.count(position)
 
-    def draw(logits: mx.array) -> mx.array:
-        mx.random.seed(_mixed(seed, next(positions)))
+    def draw(logits: mx.array, position: int) -> mx.array:
+        if seed is not None:
+            mx.random.seed(_mixed(seed, position))
         return sample(logits)
 
     return draw

@@ -9,8 +9,9 @@ from typing import TypeVar
 import mlx.core as mx
 
 from kimi_mlx.engine.cache import CacheShelf, ConversationCache
+from kimi_mlx.engine.drafts import PromptLookup, accepted_length
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
-from kimi_mlx.engine.sampling import Sampler
+from kimi_mlx.engine.sampling import Draw
 from kimi_mlx.engine.steps import Step, Steps
 from kimi_mlx.parallel.exchange import Said
 
@@ -27,10 +28,11 @@ class Sequence:
         steps: how this rank makes steps.
         request: what is asked.
         max_tokens: new tokens at most.
-        draw: from logits (1, vocab_size) to a token (1,), called once a token in their order.
+        draw: how tokens are drawn.
         is_cancelled: whether the leader wants to stop; false on other ranks.
         hear: told of everything that the leader says.
         chunk: tokens a prefill step.
+        speculate: tokens drafted a step at most.
     """
 
     def __init__(
@@ -38,20 +40,19 @@ class Sequence:
         steps: Steps,
         request: Request,
         max_tokens: int,
-        draw: Sampler,
+        draw: Draw,
         is_cancelled: Callable[[], bool],
         hear: Callable[[Said], None],
         chunk: int,
+        speculate: int,
     ):
         self._steps, self._request, self._max_tokens = steps, request, max_tokens
         self._draw, self._is_cancelled, self._hear, self._chunk = draw, is_cancelled, hear, chunk
-        self._generated = 0
+        self._speculate = speculate
+        self._generated = self._decode_steps = 0
         self._first_token_at: float | None = None
-
-    @property
-    def is_prefilling(self) -> bool:
-        """Whether there is no token yet."""
-        return not self._generated
+        self.is_prefilling = True
+        """Until the prompt is read."""
 
     def run(self, shelf: CacheShelf) -> Turns[None]:
         """Answer; what was computed stays on the shelf."""
@@ -63,7 +64,9 @@ class Sequence:
             step = yield from self._prefill(cache, cached)
             reason: FinishReason = "cancelled"
             if step is not None:
-                reason = yield from self._decode(step, cache)
+                self.is_prefilling = False
+                decode = self._decode_drafts if self._speculate else self._decode
+                reason = yield from decode(step, cache)
         finally:
             cache.settle()
             shelf.give_back(cache)
@@ -78,6 +81,7 @@ class Sequence:
                 ttft_s=first_token_at - started,
                 decode_s=ended - first_token_at,
                 peak_memory_bytes=mx.get_peak_memory(),
+                decode_steps=self._decode_steps,
             ),
         )
 
@@ -89,7 +93,7 @@ class Sequence:
         for start in range(cached, total, self._chunk):
             chunk = prompt[start : start + self._chunk]
             is_last = start + len(chunk) == total
-            step = self._start(mx.array([chunk]), cache, self._draw if is_last else None)
+            step = self._start(mx.array([chunk]), cache, last=int(is_last))
             cache.tokens.extend(chunk)
             yield None
             self._steps.wait(step, cache.layers)
@@ -101,29 +105,94 @@ class Sequence:
     def _decode(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
         """Draw tokens; the next step is started before a token is read."""
         while True:
-            token = self._steps.draw(step, self._draw)
-            following = None
+            drawn, following = self._steps.draw(step, self._draw), None
             if self._generated + 1 < self._max_tokens:
-                tokens = mx.zeros((1, 1), mx.uint32) if token is None else token[:, None]
-                following = self._start(tokens, cache, self._draw)
+                following = self._start(mx.zeros((1, 1), mx.uint32) if drawn is None else drawn[None], cache, ahead=1)
             yield None
-            value, said = self._steps.read(step, following)
+            tokens, said = self._steps.read(step, following)
             is_stopped = self._is_stopped(said)
-            self._generated += 1
-            self._first_token_at = self._first_token_at or time.perf_counter()
-            if value is not None:
-                yield Token(value)
-            if following is None:
-                return "stop" if value in self._request.stop_ids else "length"
-            assert value is not None
-            if value in self._request.stop_ids or is_stopped:
-                self._steps.give_up(following)
-                return "stop" if value in self._request.stop_ids else "cancelled"
-            cache.tokens.append(value)
+            yield from self._hand_out(tokens)
+            self._generated += not tokens  # the last one, which only the leader knows
+            if following is None or tokens[-1] in self._request.stop_ids or is_stopped:
+                if following is not None:
+                    self._steps.give_up(following)
+                return self._reason(tokens)
+            cache.tokens += tokens
+            self._decode_steps += 1
             step = following
 
-    def _start(self, tokens: mx.array, cache: ConversationCache, draw: Sampler | None) -> Step:
-        return self._steps.start(tokens, cache.layers, self._is_cancelled(), draw)
+    def _decode_drafts(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
+        """Draw tokens, and with each step check a draft of those behind it."""
+        if not self._steps.has_head:
+            return (yield from self._follow(cache))
+        lookup = PromptLookup(self._speculate)
+        lookup.extend(self._request.prompt)
+        self._steps.draw(step, self._draw)
+        yield None
+        fed: list[int] = []
+        draft: tuple[int, ...] = ()
+        while True:
+            tokens, said = self._steps.read(step)
+            accepted = accepted_length(draft, tokens)
+            lookup.judge(len(draft), accepted)
+            tokens = self._until_stop(tokens[: accepted + 1])
+            kept = fed[: len(tokens)]
+            cache.tokens += kept
+            cache.settle()
+            yield from self._hand_out(tokens)
+            lookup.extend(tokens)
+            room = self._max_tokens - self._generated
+            if self._is_stopped(said) or not room or tokens[-1] in self._request.stop_ids:
+                self._steps.lead(0, kept)
+                return self._reason(tokens)
+            draft = lookup.draft(room - 1)
+            fed = [tokens[-1], *draft]
+            self._steps.lead(len(fed), kept)
+            step = self._start(mx.array([fed]), cache, last=len(fed))
+            self._decode_steps += 1
+            self._steps.draw(step, self._draw)
+            yield None
+
+    def _follow(self, cache: ConversationCache) -> Turns[FinishReason]:
+        """What the ranks of a pipeline do that do not draw: the leader says how long each step is."""
+        while True:
+            length, kept = self._steps.follow()
+            cache.tokens += kept
+            cache.settle()
+            if not length:
+                return "stop"
+            step = self._start(mx.zeros((1, length), mx.uint32), cache, last=length)
+            yield None
+            self._is_stopped(self._steps.said(step))
+
+    def _start(self, tokens: mx.array, cache: ConversationCache, last: int = 1, ahead: int = 0) -> Step:
+        """Start a step.
+
+        Args:
+            tokens: (1, L).
+            cache: of the sequence.
+            last: tokens to draw.
+            ahead: tokens that are drawn and not handed out.
+        """
+        position = len(self._request.prompt) + self._generated + ahead
+        return self._steps.start(tokens, cache.layers, self._is_cancelled(), self._draw, last, position)
+
+    def _hand_out(self, tokens: list[int]) -> Turns[None]:
+        for token in tokens:
+            self._generated += 1
+            self._first_token_at = self._first_token_at or time.perf_counter()
+            yield Token(token)
+
+    def _until_stop(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first that ends the answer."""
+        end = next((at for at, token in enumerate(tokens) if token in self._request.stop_ids), len(tokens))
+        return tokens[: end + 1]
+
+    def _reason(self, tokens: list[int]) -> FinishReason:
+        """Why the answer has ended with these tokens."""
+        if tokens and tokens[-1] in self._request.stop_ids:
+            return "stop"
+        return "length" if self._generated == self._max_tokens else "cancelled"
 
     def _is_stopped(self, said: Said) -> bool:
         self._hear(said)

@@ -13,12 +13,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from kimi_mlx.engine.sampling import Sampler
+from kimi_mlx.engine.sampling import Draw
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import RankExchange, Said, Told
-
-QUIET = Said(is_stopped=False, commands=0)
 
 
 @dataclass
@@ -27,13 +25,19 @@ class Step:
 
     Args:
         hidden: what the model has given, to be evaluated.
+        is_stopped: whether the leader wanted the sequence to end; false on other ranks.
         told: what came with it; None without others.
-        token: (1,) the token drawn from its logits; None if it is not drawn yet, or not here.
+        last: how many tokens are drawn from it, behind each of its last positions.
+        position: of the first of them in its sequence.
+        tokens: (last,) drawn; None if they are not yet, or not here.
     """
 
     hidden: mx.array
+    is_stopped: bool
     told: Told | None
-    token: mx.array | None = None
+    last: int
+    position: int
+    tokens: mx.array | None = None
 
 
 class Steps:
@@ -55,12 +59,34 @@ class Steps:
         """The link to the other ranks; None without others."""
         return self._exchange
 
+    @property
+    def has_head(self) -> bool:
+        """Whether this rank draws tokens."""
+        return self._model.has_head
+
+    def lead(self, length: int, kept: Sequence[int]) -> None:
+        """Tell the other ranks of a pipeline how long the next step is; nobody else needs to hear it.
+
+        Args:
+            length: tokens of the step; 0 if there is none.
+            kept: of the tokens of the step before, those that stay in the cache.
+        """
+        if self._is_stage and self._exchange is not None:
+            self._exchange.lead(length, kept)
+
+    def follow(self) -> tuple[int, tuple[int, ...]]:
+        """What the leader has told by `lead`; waits for it."""
+        assert self._exchange is not None
+        return self._exchange.follow()
+
     def start(
         self,
         tokens: mx.array,
         layers: list[LatentCache],
         is_stopped: bool,
-        draw: Sampler | None,
+        draw: Draw,
+        last: int = 1,
+        position: int = 0,
     ) -> Step:
         """Start a step; it is computed while others are built.
 
@@ -68,18 +94,18 @@ class Steps:
             tokens: (1, L) integers.
             layers: the sequence's cache.
             is_stopped: whether the leader wants the sequence to end.
-            draw: how the next token is drawn; None if none is, before the end of a prompt.
+            draw: how tokens are drawn.
+            last: how many: behind so many positions at the end.
+            position: of the first of them.
         """
         if self._exchange is not None:
             self._exchange.say(is_stopped, self._count_commands())
-        hidden = self._model.hidden(tokens, layers, last=0 if draw is None else 1)
-        token = None
-        if draw is not None and not self._is_stage:
-            token = draw(self._model.logits(hidden)[:, -1])
-        if self._exchange is not None and not self._is_stage:
-            self._exchange.close(is_last=draw is not None)
-        told = None if self._exchange is None else self._exchange.told
-        step = Step(hidden, told, token)
+        step = Step(self._model.hidden(tokens, layers, last), is_stopped, None, last, position)
+        if last and not self._is_stage:
+            self._draw(step, draw)
+        if self._exchange is not None:
+            self._exchange.close(is_last=last > 0)
+            step.told = self._exchange.told
         mx.async_eval(self._arrays(step, layers))
         return step
 
@@ -87,41 +113,46 @@ class Steps:
         """Wait until a step is computed, as far as it is computed here."""
         mx.eval(self._arrays(step, layers))
 
-    def draw(self, step: Step, draw: Sampler) -> mx.array | None:
-        """The token (1,) of a step, not waited for; None where it is not known."""
-        if step.token is None and self._model.has_head:
-            step.token = draw(self._model.logits(step.hidden)[:, -1])
+    def draw(self, step: Step, draw: Draw) -> mx.array | None:
+        """The tokens (last,) of a step, not waited for; None where they are not known."""
+        if step.tokens is None and self._model.has_head:
+            self._draw(step, draw)
             step.told = None if self._exchange is None else self._exchange.told
-        return step.token
+        return step.tokens
 
     def give_up(self, step: Step) -> None:
-        """Let a step be computed whose token nobody wants."""
-        if step.token is None and self._model.has_head:
+        """Let a step be computed whose tokens nobody wants."""
+        if step.tokens is None and self._model.has_head:
             mx.async_eval(self._model.logits(step.hidden))
 
-    def read(self, step: Step, following: Step | None) -> tuple[int | None, Said]:
-        """The token of a step, and what the leader said; waits for them.
+    def read(self, step: Step, following: Step | None = None) -> tuple[list[int], Said]:
+        """The tokens of a step, and what the leader said; waits for them.
 
         Args:
-            step: whose token was drawn.
-            following: the step that was started with it.
+            step: whose tokens were drawn.
+            following: the step that was started with them.
 
         Returns:
-            The token, None where it is not known and not needed, and what the leader said.
+            The tokens, none where they are not known and not needed, and what the leader said.
         """
-        # In a pipeline what is said comes before the work, else it comes after it: then the step before is ready.
-        told = following.told if self._is_stage and following is not None else step.told
-        said = QUIET if self._exchange is None or told is None else self._exchange.read(told)
-        if step.token is not None:
-            return int(cast(int, step.token.item())), said
-        return (said.tokens[-1] if said.tokens else None), said
+        # Between ranks that add, what is said comes behind the work: that of the step before is ready.
+        is_ahead = self._exchange is None or self._is_stage
+        said = self.said(following if is_ahead and following is not None else step)
+        return (list(said.tokens) if step.tokens is None else cast(list[int], step.tokens.tolist())), said
 
     def said(self, step: Step) -> Said:
-        """What the leader said with a step that has no token."""
-        return QUIET if self._exchange is None or step.told is None else self._exchange.read(step.told)
+        """What the leader said with a step."""
+        if self._exchange is None or step.told is None:
+            return Said(step.is_stopped, commands=0)
+        return self._exchange.read(step.told)
+
+    def _draw(self, step: Step, draw: Draw) -> None:
+        logits = self._model.logits(step.hidden)
+        drawn = [draw(logits[:, at], step.position + at) for at in range(step.last)]
+        step.tokens = drawn[0] if step.last == 1 else mx.concatenate(drawn)
 
     def _arrays(self, step: Step, layers: Sequence[LatentCache]) -> list[mx.array]:
         told = [] if step.told is None else [step.told.words]
-        if step.token is not None:
-            return [step.token, *told]
+        if step.tokens is not None:
+            return [step.tokens, *told]
         return [step.hidden, *told, *(array for layer in layers for array in layer.state)]

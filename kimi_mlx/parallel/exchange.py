@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -76,6 +77,14 @@ class RankExchange(Exchange):
     def close(self, is_last: bool) -> None:
         """End a step; one that is not the last of its prompt has no logits."""
 
+    def lead(self, length: int, kept: Sequence[int]) -> None:
+        """Tell the other ranks of a pipeline what comes next."""
+        raise NotImplementedError("only a pipeline is led")
+
+    def follow(self) -> tuple[int, tuple[int, ...]]:
+        """Hear it."""
+        raise NotImplementedError("only a pipeline is led")
+
     @property
     def told(self) -> Told:
         """What came with the step that was just built."""
@@ -92,7 +101,7 @@ class RankExchange(Exchange):
             self.read(told.earlier)
         rows = np.array(told.words.astype(mx.float32))
         if not (rows[:, 0] == told.number).all():
-            raise RingError("a rank is lost: what came over the ring is not of this step", rank=self.group.rank)
+            raise lost(self.group.rank)
         digits = rows[0, WORD_SIZE:].astype(np.int64).reshape(-1, 3)
         tokens = tuple((digits @ (1 << 16, 1 << 8, 1)).tolist())
         return Said(bool(rows[0, 1] > 0), int(rows[0, 2]), tokens)
@@ -100,3 +109,8 @@ class RankExchange(Exchange):
     def _next_word(self) -> list[float]:
         self._number = (self._number + 1) % STAMPS
         return [float(self._number), float(self._wish), float(self._commands)]
+
+
+def lost(rank: int) -> RingError:
+    """The error of a rank to which something else came than must."""
+    return RingError("a rank is lost: what came over the ring is not of this step", rank=rank)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
-from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told
+from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told, lost
 from kimi_mlx.parallel.group import LinkedGroup
+
+NOTE_SIZE = 40
+"""Step number, tokens of the next step, how many are kept and which."""
 
 MAX_TOLD_TOKENS = 32
 """Up to this many tokens a message says which they are; longer ones are parts of prompts, which all ranks know."""
@@ -69,6 +73,25 @@ class PipelineExchange(RankExchange):
         states, word = self._receive(hidden.shape[:2], WORD_SIZE)
         self._returned = self._told = Told(word[None], self._awaited.popleft())
         return states
+
+    def lead(self, length: int, kept: Sequence[int]) -> None:
+        """Send ahead how many tokens the next step has, and which of the step before are kept."""
+        note = [self._number, length, len(kept), *kept]
+        mx.async_eval(self._links.send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32)))
+
+    def follow(self) -> tuple[int, tuple[int, ...]]:
+        """Hear it from the rank before us, and tell the next.
+
+        Raises:
+            RingError: what came is not of this step.
+        """
+        note = self._links.receive(NOTE_SIZE, mx.int32)
+        if self.group.rank < self.group.size - 1:
+            note = self._links.send(note)
+        number, length, count, *kept = cast(list[int], note.tolist())
+        if number != self._number or not 0 <= length <= MAX_TOLD_TOKENS or not 0 <= count <= MAX_TOLD_TOKENS:
+            raise lost(self.group.rank)
+        return length, tuple(kept[:count])
 
     def _receive(self, shape: Sequence[int], word_size: int) -> tuple[mx.array, mx.array]:
         """States and word from the rank before us."""

@@ -88,7 +88,7 @@ class LocalSession:
             return
         loaded.put(None)
         try:
-            self._serve(Engine(model, self._cancelled.__contains__))
+            self._serve(Engine(model, self._cancelled.__contains__, speculate=options.speculate))
             self._fail(EngineError("the session is closed"))
         except BaseException as error:  # raised again in every generate()
             self._fail(error)

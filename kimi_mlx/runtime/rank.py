@@ -40,7 +40,12 @@ def serve(channel: Channel, start: Message) -> None:
         channel.send("loading", done=done, total=total)
 
     model = load_share(folder, load_config(folder), start["dtype"], group, tell, start["strategy"])
-    engine = Engine(model, lambda number: number in channel.cancelled, lambda: channel.received)
+    engine = Engine(
+        model,
+        is_cancelled=lambda number: number in channel.cancelled,
+        count_commands=lambda: channel.received,
+        speculate=start["speculate"],
+    )
     channel.made_step("idle")
     channel.send("ready", context=model.config.max_position_embeddings)
     while True:

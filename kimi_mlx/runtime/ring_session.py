@@ -230,6 +230,7 @@ class RingSession:
             dtype=options.dtype,
             strategy=options.strategy,
             samples=options.samples,
+            speculate=options.speculate,
             wants_text=wants_text,
         )
         waiting = set(range(self._cluster.size))

@@ -20,6 +20,9 @@ RankProgress = Callable[[int, int, int], None]
 
 MAX_RANKS = 64
 
+MAX_DRAFT = 16
+"""Tokens a step; more are hardly ever right, and each one that is not costs its share of the step."""
+
 
 @dataclass(frozen=True)
 class SessionOptions:
@@ -35,6 +38,7 @@ class SessionOptions:
         cluster: where the ranks run; None for this machine.
         restarts: how often a lost ring is started again before it is given up.
         limits: how long things may take on a ring.
+        speculate: tokens drafted a step at most; 0 drafts none.
     """
 
     folder: Path | None
@@ -46,11 +50,14 @@ class SessionOptions:
     cluster: Cluster | None = None
     restarts: int = 3
     limits: Limits = field(default_factory=Limits)
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         """Check the number of ranks."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
+        if not 0 <= self.speculate <= MAX_DRAFT:
+            raise UsageError(f"{self.speculate} tokens cannot be drafted a step", hint=f"--speculate 0 to {MAX_DRAFT}")
 
     @property
     def checkpoint(self) -> Path:
