@@ -152,7 +152,7 @@ class Steps:
         step.tokens = drawn[0] if step.last == 1 else mx.concatenate(drawn)
 
     def _arrays(self, step: Step, layers: Sequence[LatentCache]) -> list[mx.array]:
-        told = [] if step.told is None else [step.told.words]
+        told = [] if step.told is None else step.told.arrays
         if step.tokens is not None:
             return [step.tokens, *told]
         return [step.hidden, *told, *(array for layer in layers for array in layer.state)]

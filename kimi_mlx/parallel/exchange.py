@@ -27,11 +27,18 @@ class Told:
         words: (rows, WORD_SIZE or more) of the ranks that spoke, the leader's first; tokens may follow.
         number: of the step that they must be of.
         earlier: the same of a step before, which is checked with this one.
+        digests: (rows, ...) of the same data as several ranks have it, if it is compared in this step.
     """
 
     words: mx.array
     number: int
     earlier: Told | None = None
+    digests: mx.array | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """To be evaluated with the step."""
+        return [self.words] if self.digests is None else [self.words, self.digests]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,9 @@ class RankExchange(Exchange):
     When MLX's ring loses a peer (seen in 0.32), one collective may return what happens to be in memory before all
     later ones hang. So each step carries its number.
     """
+
+    check_every = 0
+    """Compare what ranks have in every step whose number this divides; 0 never compares."""
 
     is_pipeline = False
     """Whether states go from rank to rank: the leader alone has logits then, and what it says comes before the work."""
@@ -99,16 +109,33 @@ class RankExchange(Exchange):
         """
         if told.earlier is not None:
             self.read(told.earlier)
+        if told.digests is not None:
+            self._compare(np.array(told.digests))
         rows = np.array(told.words.astype(mx.float32))
         if not (rows[:, 0] == told.number).all():
             raise lost(self.group.rank)
-        digits = rows[0, WORD_SIZE:].astype(np.int64).reshape(-1, 3)
-        tokens = tuple((digits @ (1 << 16, 1 << 8, 1)).tolist())
+        digits = rows[0, WORD_SIZE:].astype(np.int64).reshape(-1, 4)
+        tokens = tuple((digits @ (1 << 24, 1 << 16, 1 << 8, 1)).tolist())
         return Said(bool(rows[0, 1] > 0), int(rows[0, 2]), tokens)
+
+    def _is_checked(self, number: int) -> bool:
+        """Whether a step is one of those in which data is compared: the same on all ranks."""
+        return self.check_every > 0 and number % self.check_every == 0
+
+    def _compare(self, digests: np.ndarray) -> None:
+        """Raise RingError if the ranks' digests differ."""
+        raise NotImplementedError
 
     def _next_word(self) -> list[float]:
         self._number = (self._number + 1) % STAMPS
         return [float(self._number), float(self._wish), float(self._commands)]
+
+
+def digest(x: mx.array) -> mx.array:
+    """A number (1,) uint32 that changes with any bit of x, and with the order of its elements."""
+    flat = x.reshape(-1)
+    bits = flat.view(mx.uint32 if flat.itemsize == 4 else mx.uint16).astype(mx.uint32)
+    return (bits * (2 * mx.arange(bits.size, dtype=mx.uint32) + 1)).sum(keepdims=True)
 
 
 def lost(rank: int) -> RingError:

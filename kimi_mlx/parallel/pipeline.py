@@ -11,9 +11,14 @@ from collections.abc import Sequence
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
-from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told, lost
+from kimi_mlx.errors import RingError
+from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told, digest, lost
 from kimi_mlx.parallel.group import LinkedGroup
+
+NUM_DIGITS = 4
+"""Of a token, and of a digest, in base 256."""
 
 NOTE_SIZE = 40
 """Step number, tokens of the next step, how many are kept and which."""
@@ -44,8 +49,8 @@ class PipelineExchange(RankExchange):
     def receive(self, tokens: mx.array) -> mx.array:
         """The states behind the layers of the rank before us."""
         self._next_word()
-        states, self._word = self._receive(tokens.shape, WORD_SIZE + _num_digits(tokens))
-        self._told = Told(self._word[None], self._number)
+        states, self._told = self._receive(tokens.shape, WORD_SIZE + _num_digits(tokens), self._number)
+        self._word = self._told.words[0]
         return states
 
     def hand_on(self, hidden: mx.array, tokens: mx.array, last: int) -> mx.array:
@@ -55,7 +60,8 @@ class PipelineExchange(RankExchange):
         """
         kept = hidden[:, hidden.shape[1] - last :]
         if self.is_leader:
-            self._word = mx.concatenate([mx.array(self._next_word()), _digits(tokens)]).astype(self._dtype)
+            told = [_digits(tokens)] if _num_digits(tokens) else []
+            self._word = mx.concatenate([mx.array(self._next_word()), *told]).astype(self._dtype)
             self._told = Told(self._word[None], self._number, self._returned)
             self._returned = None
             if last:
@@ -64,14 +70,17 @@ class PipelineExchange(RankExchange):
         if is_end and not last:
             return kept
         states, word = (kept, self._word[:WORD_SIZE]) if is_end else (hidden, self._word)
-        sent = self._links.send(mx.concatenate([states.reshape(-1), word]))
+        parts = [states.reshape(-1), word]
+        if self._is_checked(self._number):
+            parts.append(_digits(digest(states)).astype(self._dtype))
+        sent = self._links.send(mx.concatenate(parts))
         mx.async_eval(sent)
         return kept if self.is_leader else sent
 
     def take_back(self, hidden: mx.array) -> mx.array:
         """The states behind the last layer, on rank 0; in the order of hand_on."""
-        states, word = self._receive(hidden.shape[:2], WORD_SIZE)
-        self._returned = self._told = Told(word[None], self._awaited.popleft())
+        states, self._told = self._receive(hidden.shape[:2], WORD_SIZE, self._awaited.popleft())
+        self._returned = self._told
         return states
 
     def lead(self, length: int, kept: Sequence[int]) -> None:
@@ -93,21 +102,37 @@ class PipelineExchange(RankExchange):
             raise lost(self.group.rank)
         return length, tuple(kept[:count])
 
-    def _receive(self, shape: Sequence[int], word_size: int) -> tuple[mx.array, mx.array]:
-        """States and word from the rank before us."""
+    def _receive(self, shape: Sequence[int], word_size: int, number: int) -> tuple[mx.array, Told]:
+        """States from the rank before us, and what came with them."""
         B, L = shape
         size = B * L * self._hidden_size
-        message = self._links.receive(size + word_size, self._dtype)
-        return message[:size].reshape(B, L, self._hidden_size), message[size:]
+        is_checked = self._is_checked(number)
+        message = self._links.receive(size + word_size + NUM_DIGITS * is_checked, self._dtype)
+        states, word, sent = mx.split(message, [size, size + word_size])
+        states = states.reshape(B, L, self._hidden_size)
+        digests = mx.stack([sent.astype(mx.float32), _digits(digest(states))]) if is_checked else None
+        return states, Told(word[None], number, digests=digests)
+
+    def _compare(self, digests: np.ndarray) -> None:
+        """Compare the states that were sent with those that came.
+
+        Raises:
+            RingError: they differ.
+        """
+        if (digests[0] != digests[1]).any():
+            before = (self.group.rank - 1) % self.group.size
+            raise RingError(
+                f"what rank {self.group.rank} received is not what rank {before} sent",
+                hint="the link between them is not sound: `kimi-mlx doctor` with the same hosts tests it",
+                rank=self.group.rank,
+            )
 
 
 def _num_digits(tokens: mx.array) -> int:
-    return 3 * tokens.size if tokens.size <= MAX_TOLD_TOKENS else 0
+    return NUM_DIGITS * tokens.size if tokens.size <= MAX_TOLD_TOKENS else 0
 
 
-def _digits(tokens: mx.array) -> mx.array:
-    """Tokens in base 256, which any float type holds exactly."""
-    if not _num_digits(tokens):
-        return mx.zeros((0,))
-    flat = tokens.reshape(-1, 1).astype(mx.uint32)
-    return ((flat >> mx.array([16, 8, 0], mx.uint32)) & 255).reshape(-1).astype(mx.float32)
+def _digits(numbers: mx.array) -> mx.array:
+    """Whole numbers in base 256, whose digits any float type holds exactly; float32."""
+    flat = numbers.reshape(-1, 1).astype(mx.uint32)
+    return ((flat >> mx.array([24, 16, 8, 0], mx.uint32)) & 255).reshape(-1).astype(mx.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
-from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told
+from kimi_mlx.errors import RingError
+from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told, digest
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
 
@@ -35,8 +37,24 @@ class SumExchange(RankExchange):
         tail = mx.broadcast_to(tail, (*logits.shape[:-1], tail.size))
         parts = self.group.gather(mx.concatenate([logits, tail], axis=-1))  # (ranks, ..., widest + WORD_SIZE)
         words = parts.reshape(self.group.size, -1, parts.shape[-1])[:, 0, -WORD_SIZE:]
-        self._told = Told(words, self._number)
-        return mx.concatenate([parts[rank, ..., :width] for rank, width in enumerate(self._widths)], axis=-1)
+        joined = mx.concatenate([parts[rank, ..., :width] for rank, width in enumerate(self._widths)], axis=-1)
+        digests = self.group.gather(digest(joined)) if self._is_checked(self._number) else None
+        self._told = Told(words, self._number, digests=digests)
+        return joined
+
+    def _compare(self, digests: np.ndarray) -> None:
+        """Compare the logits of all ranks.
+
+        Raises:
+            RingError: they differ.
+        """
+        others = [rank for rank, row in enumerate(digests) if (row != digests[0]).any()]
+        if others:
+            raise RingError(
+                f"rank {', '.join(map(str, others))} has other logits than rank 0 in the same step",
+                hint="a link or the memory of a host is not sound: `kimi-mlx doctor` with the same hosts tests them",
+                rank=others[0],
+            )
 
     def close(self, is_last: bool) -> None:
         """Without logits the words take a collective of their own."""

@@ -13,6 +13,7 @@ from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
 from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.runtime.channel import Channel, run_rank
 from kimi_mlx.runtime.joining import join
@@ -40,6 +41,8 @@ def serve(channel: Channel, start: Message) -> None:
         channel.send("loading", done=done, total=total)
 
     model = load_share(folder, load_config(folder), start["dtype"], group, tell, start["strategy"])
+    if isinstance(model.exchange, RankExchange):
+        model.exchange.check_every = start["check_every"]
     engine = Engine(
         model,
         is_cancelled=lambda number: number in channel.cancelled,

@@ -231,6 +231,7 @@ class RingSession:
             strategy=options.strategy,
             samples=options.samples,
             speculate=options.speculate,
+            check_every=options.check_every,
             wants_text=wants_text,
         )
         waiting = set(range(self._cluster.size))

@@ -20,6 +20,9 @@ RankProgress = Callable[[int, int, int], None]
 
 MAX_RANKS = 64
 
+MAX_CHECK_EVERY = 250
+"""Steps are numbered no further."""
+
 MAX_DRAFT = 16
 """Tokens a step; more are hardly ever right, and each one that is not costs its share of the step."""
 
@@ -39,6 +42,7 @@ class SessionOptions:
         restarts: how often a lost ring is started again before it is given up.
         limits: how long things may take on a ring.
         speculate: tokens drafted a step at most; 0 drafts none.
+        check_every: ranks compare what they have every so many steps; 0 never.
     """
 
     folder: Path | None
@@ -51,6 +55,7 @@ class SessionOptions:
     restarts: int = 3
     limits: Limits = field(default_factory=Limits)
     speculate: int = 0
+    check_every: int = 0
 
     def __post_init__(self) -> None:
         """Check the number of ranks."""
@@ -58,6 +63,10 @@ class SessionOptions:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
         if not 0 <= self.speculate <= MAX_DRAFT:
             raise UsageError(f"{self.speculate} tokens cannot be drafted a step", hint=f"--speculate 0 to {MAX_DRAFT}")
+        if not 0 <= self.check_every <= MAX_CHECK_EVERY:
+            raise UsageError(
+                f"ranks cannot compare every {self.check_every} steps", hint=f"--check-every 0 to {MAX_CHECK_EVERY}"
+            )
 
     @property
     def checkpoint(self) -> Path:
