@@ -190,15 +190,6 @@ def check_firewall(facts: Facts) -> Finding:
     return Finding(facts.host, "firewall", "ok", "off" if facts.firewall == 0 else "no application firewall known")
 
 
-def check_ports(facts: Facts) -> Finding:
-    """Whether the ports that ranks will listen on are free."""
-    if facts.busy_ports:
-        names = ", ".join(map(str, facts.busy_ports))
-        who = f"see who: `sudo lsof -nP -iTCP:{names.replace(' ', '')} -sTCP:LISTEN`; end it or choose other ports"
-        return Finding(facts.host, "ports", "trouble", f"somebody listens on {names}", who)
-    return Finding(facts.host, "ports", "ok", f"free: {', '.join(map(str, facts.asked_ports)) or 'none was asked for'}")
-
-
 def check_link(host: str, network: Network, measured: Measured, is_forced: bool = False) -> Finding:
     """Whether the network between the ranks is fast enough.
 
