@@ -15,7 +15,7 @@ from kimi_mlx.cluster.backends import backend_file, coordinator
 from kimi_mlx.cluster.blame import find_wrong
 from kimi_mlx.cluster.guard import guard_command
 from kimi_mlx.cluster.hosts import Cluster
-from kimi_mlx.cluster.launch import without_ring
+from kimi_mlx.cluster.launch import FAST_SYNC, without_ring
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.process import RankProcess, end_all
 from kimi_mlx.cluster.rank_log import open_logs
@@ -326,5 +326,8 @@ class Ring:
 
 
 def _with_envs(envs: Sequence[str], command: list[str]) -> list[str]:
-    """A command with variables, which libraries may read when they are imported; its path may hold a `=`."""
-    return ["env", *envs, "sh", "-c", 'exec "$@"', "sh", *command] if envs else command
+    """A command with variables, which libraries may read when they are imported; its path may hold a `=`.
+
+    The fast fence is off unless they turn it on, whatever the host's own environment says.
+    """
+    return ["env", f"{FAST_SYNC}=0", *envs, "sh", "-c", 'exec "$@"', "sh", *command]

@@ -68,13 +68,16 @@ class SumChoice:
         return f"{self}; measured in {self.seconds:.2f} s: {'; '.join(rows)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """As JSON; without a limit it is null."""
+        limit = None if self.gather_max_bytes == ALWAYS else self.gather_max_bytes
+        return {**asdict(self), "gather_max_bytes": limit}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> SumChoice:
         """Read what to_dict has written."""
-        return cls(**{**value, "timings": tuple(SumTiming(**each) for each in value["timings"])})
+        limit = ALWAYS if value["gather_max_bytes"] is None else value["gather_max_bytes"]
+        timings = tuple(SumTiming(**each) for each in value["timings"])
+        return cls(limit, timings, value["is_same_bits"], value["seconds"])
 
 
 def gather_limit(timings: Sequence[SumTiming], is_complete: bool) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kimi_mlx.cluster.hosts import Cluster
+from kimi_mlx.cluster.hosts import Cluster, local_cluster
+from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.engine.request import Event, Request
 from kimi_mlx.errors import UsageError
@@ -36,6 +38,7 @@ class SessionOptions:
         cluster: where the ranks run; None for this machine.
         restarts: how often a lost ring is started again before it is given up.
         limits: how long things may take on a ring.
+        fast_sync: whether processes on this machine have MLX's fast fence.
     """
 
     folder: Path | None
@@ -47,11 +50,17 @@ class SessionOptions:
     cluster: Cluster | None = None
     restarts: int = 3
     limits: Limits = field(default_factory=Limits)
+    fast_sync: bool = False
 
     def __post_init__(self) -> None:
         """Check the number of ranks."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
+
+    @property
+    def where(self) -> Cluster:
+        """Where the ranks run."""
+        return self.cluster or local_cluster(self.ranks, self.fast_sync)
 
     @property
     def checkpoint(self) -> Path:
@@ -88,6 +97,7 @@ class LocalSession:
         from kimi_mlx.model.config import load_config
         from kimi_mlx.runtime.load import load_share, prepare_device
 
+        os.environ[FAST_SYNC] = str(int(options.fast_sync))  # which MLX reads when it first computes
         prepare_device(options.samples)
         model = load_share(
             options.checkpoint,
