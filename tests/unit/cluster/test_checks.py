@@ -12,6 +12,7 @@ from kimi_mlx.cluster.checks import (
     check_clock,
     check_complete,
     check_disk,
+    check_fast_sync,
     check_firewall,
     check_link,
     check_memory,
@@ -165,6 +166,12 @@ def test_half_of_the_way_is_in_doubt() -> None:
     assert clock_skew(MAC, Answer("mac-a", 0, "", "", 6.0, 998.0)) == (0.0, 2.0)
     assert clock_skew(replace(MAC, clock_end=None), Answer("mac-a", 0, "", "", 6.0, 998.0)) is None
     assert check_clock(replace(MAC, clock_start=None), Answer("mac-a", 0, "", "", 6.0)).state == "warning"
+
+
+def test_the_fast_fence_is_a_warning() -> None:
+    assert check_fast_sync("mac-a, mac-b", is_on=False).state == "ok"
+    on = check_fast_sync("mac-a, mac-b", is_on=True)
+    assert (on.state, "restarted" in on.message, "--fast-sync" in (on.remedy or "")) == ("warning", True, True)
 
 
 def test_the_firewall() -> None:
