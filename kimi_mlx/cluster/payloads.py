@@ -88,7 +88,7 @@ def all_payloads(
 
 
 def quick_payloads() -> tuple[Payload, ...]:
-    """What every start of a ring sends once: small and large in turn, 3 MB on each rank, whatever the model."""
+    """What every start of a ring sends once: small and large in turn, whatever the model."""
     shapes = [(128, 1024), (1, 7), (16, 1024), (3, 333), (1, 7168), (64, 1025)]
     kinds: tuple[Kind, ...] = ("sum", "gather", "message")
     types = [*TYPES] * len(shapes)
