@@ -15,14 +15,14 @@ ALWAYS = 1 << 62
 
 @dataclass(frozen=True)
 class SumTiming:
-    """The median times of a sum, on rank 0.
+    """The times of a sum: medians, of which the mean over the ranks.
 
     Args:
         tokens: at once.
         size_bytes: of a rank's part.
         gather_s: gathered and added here.
         all_sum_s: by MLX's all_sum.
-        rounds: how often each was timed.
+        rounds: how often each was timed, several in a row.
     """
 
     tokens: int

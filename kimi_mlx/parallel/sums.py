@@ -20,8 +20,11 @@ from kimi_mlx.parallel.sum_choice import ALWAYS, SumChoice, SumTiming, gather_li
 TOKENS = (1, 8, 64, 512)
 """In a message: one sequence's decode, some together, and up to a chunk of a prompt."""
 
-ROUNDS, FEW_ROUNDS = 7, 3
-"""How often a size is timed, and how often on a slow link."""
+RUN = 4
+"""Sums in a row are timed together: with one alone a rank that comes later finds all there, and seems to be fast."""
+
+ROUNDS, FEW_ROUNDS = 7, 2
+"""How many such rows a size gets, and how many on a slow link."""
 
 SIZE_S = 0.05
 """From which time on there are fewer rounds."""
@@ -48,7 +51,8 @@ def choose_sums(group: Group, width: int, dtype: mx.Dtype) -> SumChoice | None:
         return None
     _tell(group, 0)  # all are here
     begin = time.perf_counter()
-    timings: list[SumTiming] = []
+    sizes: list[tuple[int, int, int]] = []
+    medians: list[Times] = []
     checksums: list[int] = []
     is_next = True
     for tokens in TOKENS:
@@ -56,12 +60,18 @@ def choose_sums(group: Group, width: int, dtype: mx.Dtype) -> SumChoice | None:
             break
         x = _values(tokens, width, group.rank).astype(dtype)
         checksums.append(_checksum(group.all_sum(x)))
-        warm = _time_both(group, x, 0)
+        warm = _time_both(group, x, 0, 1)
         elapsed_s = time.perf_counter() - begin
         rounds, is_next = _tell(group, *_plan(warm, elapsed_s))
-        times = [_time_both(group, x, turn) for turn in range(rounds)] or [warm]
+        times = [_time_both(group, x, turn, RUN) for turn in range(rounds)] or [warm]
         gather_s, all_sum_s = (statistics.median(each) for each in zip(*times, strict=True))
-        timings.append(SumTiming(tokens, x.nbytes, gather_s, all_sum_s, len(times)))
+        medians.append((gather_s, all_sum_s))
+        sizes.append((tokens, x.nbytes, len(times)))
+    means: list[list[float]] = np.array(group.gather(mx.array(medians))).mean(axis=0).tolist()
+    timings = [
+        SumTiming(tokens, size_bytes, gather_s, all_sum_s, rounds)
+        for (tokens, size_bytes, rounds), (gather_s, all_sum_s) in zip(sizes, means, strict=True)
+    ]
     everybodys = np.array(group.gather(mx.array(checksums, mx.uint32)))
     is_same_bits = bool((everybodys == everybodys[0]).all())
     limit = gather_limit(timings, len(timings) == len(TOKENS)) if is_same_bits else ALWAYS
@@ -76,25 +86,35 @@ def _values(tokens: int, width: int, rank: int) -> mx.array:
     return (numbers * (0.1234567 + 0.7654321 * rank)).reshape(tokens, width)
 
 
-def _time_both(group: MlxGroup, x: mx.array, turn: int) -> Times:
-    """How long each way takes, as a model has it: of what was just computed, and computed with at once."""
+def _time_both(group: MlxGroup, x: mx.array, turn: int, run: int) -> Times:
+    """How long a sum takes in each way, as a model has it: of what was just computed, and computed with at once.
+
+    Args:
+        group: the ranks.
+        x: what to sum.
+        turn: even or odd, by which the order of the two changes.
+        run: how many sums in a row, each of what came of the one before.
+    """
     ways = (group.sum_gathered, group.all_sum)
     seconds = [0.0, 0.0]
     for number in (0, 1) if turn % 2 == 0 else (1, 0):
         begin = time.perf_counter()
-        mx.eval(ways[number](x + 0) + 0)
-        seconds[number] = time.perf_counter() - begin
+        total = x
+        for _ in range(run):
+            total = ways[number](total + 0) * (1 / group.size)
+        mx.eval(total)
+        seconds[number] = (time.perf_counter() - begin) / run
     return seconds[0], seconds[1]
 
 
 def _plan(warm: Times, elapsed_s: float) -> tuple[int, bool]:
     """How many rounds this size gets, and whether the next has a turn: it may take as much longer as it is larger."""
-    round_s = sum(warm)
+    round_s = RUN * sum(warm)
     rounds = min(max(int(SIZE_S / round_s), FEW_ROUNDS), ROUNDS)
     if elapsed_s + rounds * round_s > LIMIT_S:
         return 0, False
     growth = max(after / before for before, after in pairwise(TOKENS))
-    return rounds, elapsed_s + (rounds + 2 * growth) * round_s < LIMIT_S
+    return rounds, elapsed_s + rounds * round_s + 2 * growth * sum(warm) < LIMIT_S
 
 
 def _tell(group: MlxGroup, *numbers: int) -> list[int]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kimi_mlx.parallel.group import MlxGroup, SingleGroup
 from kimi_mlx.parallel.sum_choice import ALWAYS, SumChoice, SumTiming, gather_limit
-from kimi_mlx.parallel.sums import LIMIT_S, TOKENS, choose_sums
+from kimi_mlx.parallel.sums import FEW_ROUNDS, LIMIT_S, TOKENS, choose_sums
 
 SIZES = (1000, 8000, 64000)
 
@@ -87,7 +87,7 @@ def test_the_faster_way_is_chosen(gather_s: float, all_sum_s: float, limit: int)
     choice = chosen(Agreeing(gather_s, all_sum_s))
     assert choice.gather_max_bytes == limit
     assert [each.tokens for each in choice.timings] == list(TOKENS)
-    assert all(each.rounds >= 3 for each in choice.timings)
+    assert all(each.rounds >= FEW_ROUNDS for each in choice.timings)
     assert "1 tokens, 64 B: gathered " in choice.details()
 
 
