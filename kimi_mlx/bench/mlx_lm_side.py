@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 from kimi_mlx.bench.sides import Answer
-from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.engine.request import Request, Statistics
@@ -76,7 +75,7 @@ def open_mlx_lm(options: SessionOptions, mode: str) -> Iterator[MlxLmSide]:
     Raises:
         KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
     """
-    with closing(Ring(local_cluster(options.ranks), module="kimi_mlx.bench.mlx_lm_rank")) as ring:
+    with closing(Ring(options.where, module="kimi_mlx.bench.mlx_lm_rank")) as ring:
         ring.start(folder=str(options.folder), dtype=options.dtype, mode=mode)
         side = MlxLmSide(mode, ring)
         side.wait_until_ready()

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError
+from kimi_mlx.parallel.sum_choice import SumChoice
+from kimi_mlx.runtime.ring_session import RingSession
 from kimi_mlx.runtime.session import LoadProgress, Session, SessionOptions, open_session
 
 
@@ -41,6 +43,11 @@ class SessionSide:
     def __init__(self, name: str, session: Session):
         self.name = name
         self._session = session
+
+    @property
+    def sums(self) -> SumChoice | None:
+        """How its ranks make sums; None for one process."""
+        return self._session.sums if isinstance(self._session, RingSession) else None
 
     def run(self, request: Request) -> Answer:
         """Answer a request, without the conversation's cache."""

@@ -12,7 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
+from kimi_mlx.cli.options import (
+    DtypeOption,
+    FastSyncOption,
+    JsonOption,
+    ModelArgument,
+    RanksOption,
+    refuse_launcher,
+)
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
@@ -46,6 +53,7 @@ def bench(
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 5,
     ranks: RanksOption = 1,
     dtype: DtypeOption = None,
+    fast_sync: FastSyncOption = False,
     against: Annotated[
         Literal["mlx-lm"] | None,
         typer.Option("--against", help="Run mlx-lm on the same checkpoint in turns, and print the ratios."),
@@ -71,7 +79,8 @@ def bench(
         else:
             folder = _folder(model, synthetic, ranks, json)
             plan.check_context(load_config(folder).max_position_embeddings)
-            sides = stack.enter_context(_open_sides(SessionOptions(folder, ranks, dtype), against, json))
+            options = SessionOptions(folder, ranks, dtype, fast_sync=fast_sync)
+            sides = stack.enter_context(_open_sides(options, against, json))
         config = load_config(folder)
         plan.check_context(config.max_position_embeddings)
         settings = {
@@ -79,6 +88,7 @@ def bench(
             "ranks": ranks,
             "hosts": None if launched is None else launched.cluster.names,
             "dtype": _dtype_name(dtype, folder),
+            "sums": next((each.sums.to_dict() for each in sides if isinstance(each, SessionSide) and each.sums), None),
             "machine": report.machine(),
             "versions": report.versions(),
         }

@@ -15,7 +15,14 @@ import typer
 
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
+from kimi_mlx.cli.options import (
+    DtypeOption,
+    FastSyncOption,
+    JsonOption,
+    ModelArgument,
+    RanksOption,
+    refuse_launcher,
+)
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
@@ -62,6 +69,7 @@ def chat(
         typer.Option("--thinking/--no-thinking", help="Whether the model reasons first, if it can."),
     ] = None,
     dtype: DtypeOption = None,
+    fast_sync: FastSyncOption = False,
     json: JsonOption = False,
 ) -> None:
     """Talk to a model: a conversation in the terminal, or with --prompt one answer."""
@@ -83,7 +91,8 @@ def chat(
             load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
-            session = _open(SessionOptions(folder, ranks, dtype, samples=samples), name, json)
+            local = SessionOptions(folder, ranks, dtype, samples=samples, fast_sync=fast_sync)
+            session = _open(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:

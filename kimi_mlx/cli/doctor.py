@@ -19,7 +19,7 @@ from kimi_mlx.cli.hosts_options import (
     check_python_option,
     hosts_of,
 )
-from kimi_mlx.cli.options import JsonOption, ModelArgument
+from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
 from kimi_mlx.cluster.doctor import examine
 from kimi_mlx.cluster.examination import Question
@@ -36,6 +36,7 @@ def doctor(
     python: PythonOption = None,
     save: SaveOption = None,
     force_link: ForceLinkOption = False,
+    fast_sync: FastSyncOption = False,
     quick: Annotated[bool, typer.Option("--quick", help="Without the self-test.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what is well, too.")] = False,
     json: JsonOption = False,
@@ -50,7 +51,7 @@ def doctor(
     check_python_option(python)
     need = need_of(model or Settings.from_environment().model)
     question = Question(
-        ranks,
+        ranks.with_fast_sync(fast_sync),
         need,
         backend=asked,
         python=python,

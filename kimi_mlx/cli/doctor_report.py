@@ -21,6 +21,7 @@ from kimi_mlx.cluster.hostfile import to_json
 from kimi_mlx.cluster.need import ModelNeed
 from kimi_mlx.cluster.self_test import SelfTest, Timing
 from kimi_mlx.cluster.survey import Link
+from kimi_mlx.parallel.sum_choice import SumChoice
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
@@ -52,6 +53,11 @@ def report(
         yield ""
     if diagnosis.self_test is not None and diagnosis.self_test.timings and len(diagnosis.facts) > 1:
         yield timing_table(diagnosis.self_test) if is_verbose else Text(timing_line(diagnosis.self_test))
+        if (sums := diagnosis.self_test.sums) is not None:
+            text = str(sums)
+            yield Text(f"{text[0].upper()}{text[1:]}.")
+            if is_verbose:
+                yield sums_table(sums)
         yield ""
     what, command = next_step(diagnosis, need, option)
     yield Text(what, style="bold")
@@ -160,6 +166,18 @@ def timing_table(test: SelfTest) -> Table:
     return table
 
 
+def sums_table(sums: SumChoice) -> Table:
+    """What the two ways to make a sum take, by size."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("sum of tokens")
+    for header in ("bytes", "gathered", "all_sum"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for each in sums.timings:
+        times = (_milliseconds(each.gather_s), _milliseconds(each.all_sum_s))
+        table.add_row(str(each.tokens), str(each.size_bytes), *times)
+    return table
+
+
 def _timing(test: SelfTest | None, kind: str, tokens: int) -> Timing | None:
     found = (
         timing
@@ -240,4 +258,4 @@ def _self_test(test: SelfTest) -> dict[str, Any]:
         {**asdict(timing), "size_bytes": timing.payload.size_bytes, "bytes_per_s": timing.bytes_per_s}
         for timing in test.timings
     ]
-    return {"device": test.device, "timings": timings}
+    return {"device": test.device, "timings": timings, "sums": test.sums and test.sums.to_dict()}

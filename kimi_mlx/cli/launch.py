@@ -22,7 +22,7 @@ from kimi_mlx.cli.hosts_options import (
     hosts_of,
 )
 from kimi_mlx.cli.launched import Launched, refuse_ranks
-from kimi_mlx.cli.options import refuse_launcher
+from kimi_mlx.cli.options import FastSyncOption, refuse_launcher
 from kimi_mlx.cli.output import print_json, slow_status, stderr
 from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor import Diagnosis, examine
@@ -30,7 +30,7 @@ from kimi_mlx.cluster.examination import Question
 from kimi_mlx.cluster.facts import own_interpreter
 from kimi_mlx.cluster.hostfile import write_hostfile
 from kimi_mlx.cluster.hostfile_check import check_envs
-from kimi_mlx.cluster.hosts import Cluster, Hostfile
+from kimi_mlx.cluster.hosts import Cluster
 from kimi_mlx.cluster.install import install as install_on
 from kimi_mlx.cluster.install import needs_install
 from kimi_mlx.cluster.need import ModelNeed
@@ -67,6 +67,7 @@ def launch(
         list[str] | None,
         typer.Option("--env", metavar="NAME=VALUE", help="Set this for every rank; may be given again."),
     ] = None,
+    fast_sync: FastSyncOption = False,
     save: SaveOption = None,
     install: Annotated[
         bool, typer.Option("--install", help="First bring this version of kimi-mlx to hosts that lack it.")
@@ -97,9 +98,9 @@ def launch(
     if command.name == "download" and need.repository is None:
         stderr.print(f"`{need.name}` comes with kimi-mlx: there is nothing to fetch", markup=False)
         return
-    question = Question(
-        _with_envs(ranks, env or []), need, asked, python, is_link_forced=force_link, is_quick=command.name != "check"
-    )
+    check_envs(env or [], "`--env`")
+    ranks = ranks.with_envs(env or []).with_fast_sync(fast_sync or command.wants_fast_sync)
+    question = Question(ranks, need, asked, python, is_link_forced=force_link, is_quick=command.name != "check")
     command.require_question()
     diagnosis = _prepare(question, install)
     cluster = _accept(diagnosis, need, option, command, is_forced=force)
@@ -161,6 +162,11 @@ class _Command:
         """Whether it prints for programs."""
         return bool(self._parameters.get("json"))
 
+    @property
+    def wants_fast_sync(self) -> bool:
+        """Whether `--fast-sync` stands behind it."""
+        return bool(self._parameters.get("fast_sync"))
+
     def run(self, launched: Launched) -> None:
         """Run it."""
         with self._context() as context:
@@ -169,13 +175,6 @@ class _Command:
 
     def _context(self) -> Any:
         return self._command.make_context(self.name, list(self._words), parent=self._parent)
-
-
-def _with_envs(hostfile: Hostfile, envs: Sequence[str]) -> Hostfile:
-    check_envs(envs, "`--env`")
-    names = {each.partition("=")[0] for each in envs}  # which come before those of the file
-    kept = [each for each in hostfile.envs if each.partition("=")[0] not in names]
-    return replace(hostfile, envs=(*kept, *envs))
 
 
 def _prepare(question: Question, is_install: bool) -> Diagnosis:
@@ -208,7 +207,7 @@ def _accept(diagnosis: Diagnosis, need: ModelNeed, option: str, command: _Comman
 
 
 def _heading(diagnosis: Diagnosis, cluster: Cluster) -> str:
-    names = ", ".join(cluster.names)
+    names = ", ".join(cluster.names) + (", with the fast fence" if cluster.hostfile.has_fast_sync else "")
     if diagnosis.network is None:
         return f"{count(cluster.size, 'rank')} on {names}"
     measured = [str(link.measured) for link in diagnosis.links if link.network == diagnosis.network]

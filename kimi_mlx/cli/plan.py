@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.cli.hosts_options import HostfileOption
-from kimi_mlx.cli.options import JsonOption, ModelArgument
+from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cli.plan_hosts import ask_hosts, links_of, machines_of
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
@@ -62,9 +62,7 @@ def plan(
         int | None,
         typer.Option("--expert-bits", min=2, max=8, help="As if the experts had so many bits.", show_default=False),
     ] = None,
-    fast_sync: Annotated[
-        bool, typer.Option("--fast-sync", help="With MLX_METAL_FAST_SYNCH=1, which can wedge the GPU.")
-    ] = False,
+    fast_sync: FastSyncOption = False,
     with_backtest: Annotated[
         bool, typer.Option("--backtest", help="Show predictions against published figures instead.")
     ] = False,

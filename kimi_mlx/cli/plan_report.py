@@ -18,6 +18,9 @@ from kimi_mlx.units import GB, GIB, format_bytes, format_context
 COLUMNS = ("strategy", "hosts", "backend", "GB/host", "fits", "context", "prefill", "decode", "runs")
 RIGHT = {"hosts", "GB/host", "context", "prefill", "decode"}
 
+NOTEWORTHY = 0.1
+"""The part of a token's time from which on faster fences are worth a word."""
+
 Part = str | Table
 
 
@@ -85,6 +88,8 @@ def choice_lines(plan: Plan) -> Iterator[str]:
         f"{parts.compute_s * 1e3:.1f}, kernels {parts.kernels_s * 1e3:.1f}, fences {parts.fences_s * 1e3:.1f}, "
         f"link {parts.link_s * 1e3:.1f}."
     )
+    if not plan.is_fast_sync and parts.fences_s > NOTEWORTHY * parts.total_s:
+        yield "  `--fast-sync` has faster fences, but can wedge a GPU, so that its Mac must be restarted."
     yield from _memory_lines(choice.memory)
 
 

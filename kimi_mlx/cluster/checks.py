@@ -6,6 +6,7 @@ import shlex
 
 from kimi_mlx.cluster.facts import Facts
 from kimi_mlx.cluster.findings import Finding
+from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.cluster.links import Measured, Network, slow_because
 from kimi_mlx.cluster.machine import gpu_limit
 from kimi_mlx.cluster.ssh import Answer
@@ -59,6 +60,20 @@ def check_python(facts: Facts, asked: str | None = None) -> Finding:
         return Finding(facts.host, "python", "trouble", message, "install a Python for arm64")
     packages = ", ".join(f"{name} {version}" for name, version in python.packages.items())
     return Finding(facts.host, "python", "ok", f"`{python.path}`: Python {python.version}, {packages}")
+
+
+def check_fast_sync(hosts: str, is_on: bool) -> Finding:
+    """Whether the ranks have MLX's fast fence.
+
+    Args:
+        hosts: all of them, in words.
+        is_on: as the hostfile or the user says.
+    """
+    if not is_on:
+        return Finding(hosts, "fence", "ok", "MLX's own; `--fast-sync` has a faster one, which can wedge the GPU")
+    message = f"the fast one is on ({FAST_SYNC}): it can wedge the GPU, so that the Mac must be restarted"
+    remedy = "if answers hang, leave out `--fast-sync`, or remove the line from the hostfile's `envs`"
+    return Finding(hosts, "fence", "warning", message, remedy)
 
 
 def check_chip(facts: Facts) -> Finding:
@@ -188,15 +203,6 @@ def check_firewall(facts: Facts) -> Finding:
         remedy = f"`sudo {_FIREWALL} --add {path} && sudo {_FIREWALL} --unblockapp {path}`"
         return Finding(facts.host, "firewall", "warning", "it is on, and may keep ranks from connecting", remedy)
     return Finding(facts.host, "firewall", "ok", "off" if facts.firewall == 0 else "no application firewall known")
-
-
-def check_ports(facts: Facts) -> Finding:
-    """Whether the ports that ranks will listen on are free."""
-    if facts.busy_ports:
-        names = ", ".join(map(str, facts.busy_ports))
-        who = f"see who: `sudo lsof -nP -iTCP:{names.replace(' ', '')} -sTCP:LISTEN`; end it or choose other ports"
-        return Finding(facts.host, "ports", "trouble", f"somebody listens on {names}", who)
-    return Finding(facts.host, "ports", "ok", f"free: {', '.join(map(str, facts.asked_ports)) or 'none was asked for'}")
 
 
 def check_link(host: str, network: Network, measured: Measured, is_forced: bool = False) -> Finding:

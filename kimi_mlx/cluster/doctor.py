@@ -134,7 +134,8 @@ def _test(question: Question, diagnosis: Diagnosis, say: Say) -> Diagnosis:
     slowest_s = 4 * question.world_size * max(payload.size_bytes for payload in payloads) / (rate or 1e9)
     over = "" if question.world_size == 1 else f" of {question.world_size} ranks over {diagnosis.backend}"
     say(f"self-test{over}")
-    result = self_test(Cluster(hostfile, diagnosis.backend, diagnosis.pythons), payloads, slowest_s)
+    cluster = Cluster(hostfile, diagnosis.backend, diagnosis.pythons)
+    result = self_test(cluster, payloads, need.hidden_size, slowest_s)
     if result.is_stalled and diagnosis.network is not None:
         say("looking for the dead link")
         result = _with_dead_links(result, diagnosis, [host.ssh for host in hostfile.hosts])

@@ -12,6 +12,7 @@ from kimi_mlx.cluster.checks import (
     check_clock,
     check_complete,
     check_disk,
+    check_fast_sync,
     check_firewall,
     check_memory,
     check_python,
@@ -121,8 +122,9 @@ def check_together(
         backend: how the ranks are to talk.
     """
     hosts, need = [*known.values()], question.need
+    fence = check_fast_sync(", ".join(question.names), question.hostfile.has_fast_sync)
     if question.is_alone:
-        return [_check_model(question.names[0], need)]
+        return [_check_model(question.names[0], need), fence]
     findings = check_different(hosts, _addresses(joined))
     versions = check_versions(hosts)
     if front is not None and all(finding.state == "ok" for finding in versions):
@@ -130,7 +132,7 @@ def check_together(
     findings += [*versions, *check_macos(hosts, backend != "ring")]
     if need.repository is not None:
         findings += check_stores(hosts, need.repository, question.ranks)
-    return findings + check_topology(question.hostfile, hosts, backend, joined)
+    return [*findings, *check_topology(question.hostfile, hosts, backend, joined), fence]
 
 
 def _addresses(joined: Topology) -> dict[str, list[str]]:

@@ -104,8 +104,6 @@ class Facts:
         rdma_status: what `rdma_ctl status` says, such as `enabled`.
         rdma_ports: device -> state (`PORT_ACTIVE`), or an empty text where it is not told.
         firewall: macOS' application firewall: 0 off, 1 on, 2 blocks all.
-        asked_ports: that were looked at.
-        busy_ports: of these, on which somebody listens.
         ifconfig: what `ifconfig -a` printed (macOS).
         hardware_ports: what `networksetup -listallhardwareports` printed (macOS).
         thunderbolt: what `system_profiler SPThunderboltDataType -json` printed (macOS).
@@ -138,8 +136,6 @@ class Facts:
     rdma_status: str | None = None
     rdma_ports: Mapping[str, str] | None = None
     firewall: int | None = None
-    asked_ports: tuple[int, ...] = ()
-    busy_ports: tuple[int, ...] = ()
     ifconfig: str | None = None
     hardware_ports: str | None = None
     thunderbolt: str | None = None
@@ -158,21 +154,17 @@ class Facts:
         return next(fitting, self.interpreters[0] if self.interpreters else None)
 
 
-def facts_script(
-    pythons: Sequence[str] = (), ports: Sequence[int] = (), envs: Sequence[str] = (), *, is_search: bool = True
-) -> str:
+def facts_script(pythons: Sequence[str] = (), envs: Sequence[str] = (), *, is_search: bool = True) -> str:
     """The script that asks for the facts.
 
     Args:
         pythons: absolute paths of interpreters to look at first.
-        ports: TCP ports of which to tell whether they are free.
         envs: `NAME=value` of the hostfile, such as where stores are kept.
         is_search: whether to look for other interpreters: that of `--install`, then `python3`.
     """
     wanted = {
         "facts_pythons": "\n".join(pythons),
         "facts_search": str(int(is_search)),
-        "facts_ports": " ".join(map(str, ports)),
         "facts_linux_hints": LINUX_HINTS,
         "facts_versions": source("versions.py"),
     }
@@ -240,8 +232,6 @@ def parse_facts(host: str, text: str) -> Facts:
         rdma_status=word("rdma_ctl"),
         rdma_ports=probes.rdma_ports(raw("ibv_devices"), raw("ibv_devinfo") or ""),
         firewall=probes.firewall(raw("firewall") or ""),
-        asked_ports=_some(map(probes.number, values.get("asked_port", ()))),
-        busy_ports=_some(map(probes.number, values.get("busy_port", ()))),
         ifconfig=raw("ifconfig"),
         hardware_ports=raw("hardware_ports"),
         thunderbolt=raw("thunderbolt"),

@@ -1,8 +1,7 @@
 # What the doctor wants to know of a host, in one trip. POSIX sh: macOS and Linux, no Python needed.
 # Prints lines of KEY=VALUE; a key that comes again adds a line to its value. See facts.py, which sets before:
 #   facts_pythons   interpreters to look at first, one a line        facts_search   1: look for others too
-#   facts_ports     TCP ports, divided by blanks             facts_linux_hints   a script of interfaces.py
-#   facts_versions  versions.py
+#   facts_versions  versions.py                                      facts_linux_hints   a script of interfaces.py
 export LC_ALL=C
 PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin
 system=$(uname -s)
@@ -133,27 +132,6 @@ network() {
   fi
 }
 
-# Which of the ports somebody listens on.
-ports() {
-  if [ "$system" = Darwin ]; then
-    listening=$(limit 5 netstat -an -p tcp | awk '$6 == "LISTEN" {n = split($4, part, "."); print part[n]}')
-  else
-    listening=$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | awk '$4 == "0A" {n = split($2, part, ":"); print part[n]}')
-  fi
-  for port in $facts_ports; do
-    say asked_port "$port"
-    want=$port
-    [ "$system" = Darwin ] || want=$(printf '%04X' "$port")
-    case "
-$listening
-" in
-      *"
-$want
-"*) say busy_port "$port" ;;
-    esac
-  done
-}
-
 printf '\nkimi_mlx_facts=1\n' # what a login shell may have printed comes before
 now clock
 machine
@@ -161,6 +139,5 @@ folders
 stores
 pythons
 network
-ports
 now clock_end
 echo complete=1

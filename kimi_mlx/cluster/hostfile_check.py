@@ -231,7 +231,7 @@ def check_envs(envs: Sequence[str], where: str) -> None:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise HostfileError(
-                f"{where} has {text!r}, which is not NAME=value", hint='write it like "MLX_METAL_FAST_SYNCH=1"'
+                f"{where} has {text!r}, which is not NAME=value", hint='write it like "HF_ENDPOINT=https://example.org"'
             )
         if any(letter < " " for letter in value):
             raise HostfileError(f"{where}: the value of `{name}` has a control character")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from kimi_mlx.cluster.launch import FAST_SYNC
 
 Backend = Literal["ring", "jaccl", "jaccl-ring"]
 """How the ranks talk: over TCP, over RDMA with a cable between every two hosts, or over RDMA in a circle."""
@@ -52,6 +54,22 @@ class Hostfile:
     backend: Backend | None = None
     envs: tuple[str, ...] = ()
 
+    def with_envs(self, envs: Sequence[str]) -> Hostfile:
+        """With these variables, too, which come before those of the same names."""
+        names = {each.partition("=")[0] for each in envs}
+        kept = [each for each in self.envs if each.partition("=")[0] not in names]
+        return replace(self, envs=(*kept, *envs))
+
+    def with_fast_sync(self, is_on: bool) -> Hostfile:
+        """With the fast fence; without leaves it to the variables that are there."""
+        return self.with_envs([f"{FAST_SYNC}=1"]) if is_on else self
+
+    @property
+    def has_fast_sync(self) -> bool:
+        """Whether its ranks have the fast fence."""
+        values = [value for name, _, value in (each.partition("=") for each in self.envs) if name == FAST_SYNC]
+        return values not in ([], ["0"])
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -90,10 +108,10 @@ class Cluster:
         return ips if self.backend == "ring" else ips[: rank == 0]
 
 
-def local_cluster(size: int) -> Cluster:
-    """Ranks on this machine, over loopback."""
+def local_cluster(size: int, fast_sync: bool = False) -> Cluster:
+    """Ranks on this machine, over loopback, with the fast fence or without."""
     hosts = (Host("localhost", ("127.0.0.1",)),) * size
-    return Cluster(Hostfile(hosts), "ring", {"localhost": sys.executable})
+    return Cluster(Hostfile(hosts).with_fast_sync(fast_sync), "ring", {"localhost": sys.executable})
 
 
 def is_mesh(rdma: Matrix) -> bool:

@@ -22,6 +22,11 @@ RING_VARIABLES = frozenset(
 """What makes a process a rank of a ring; only the launcher sets them."""
 
 
+FAST_SYNC = "MLX_METAL_FAST_SYNCH"
+"""MLX's variable of the fast fence between GPU and CPU: 0 is off. It can wedge the GPU, and then the Mac must be
+restarted (gh:ml-explore/mlx#3142, #3830): nobody gets it who has not asked kimi-mlx for it."""
+
+
 def without_ring(base: Mapping[str, str]) -> dict[str, str]:
     """An environment without the variables of another ring."""
     return {name: value for name, value in base.items() if name not in RING_VARIABLES}

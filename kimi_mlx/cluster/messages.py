@@ -2,9 +2,10 @@
 
 Front to rank: `start` (once, first), `join` (where all are), then `request` (with its number), `cancel` (the number;
 to the leader), `reset`; `alive` each second that has nothing else.
-Rank to front: `listening` (its ports), `joined`, `loading`, `ready`, `finished`, `refused` (a request that cannot be
-served), `error` (its last word); `alive` each second, with what it is doing, its steps and its links; from the leader
-also `text` (files of the tokenizer), `prefilled` and `token`.
+Rank to front: `listening` (its ports), `joined`, `tested` (what its links got wrong), `loading`, `ready`, `finished`,
+`refused` (a request that cannot be served), `error` (its last word), `note` (for its log alone); `alive` each second,
+with what it is doing, its steps and its links; from the leader also `text` (files of the tokenizer), `prefilled` and
+`token`.
 """
 
 from __future__ import annotations

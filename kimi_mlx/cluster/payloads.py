@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["sum", "gather"]
+Kind = Literal["sum", "gather", "message"]
 
 BATCHES = (1, 2, 4, 8)
 """Sequences that are decoded together."""
@@ -27,10 +27,11 @@ PAYLOAD_S = 1.0
 
 @dataclass(frozen=True)
 class Payload:
-    """One collective.
+    """One exchange.
 
     Args:
-        kind: of partial results of a layer the sum; of the parts of the vocabulary a gather.
+        kind: of partial results of a layer the sum; of the parts of the vocabulary a gather; from a stage to the
+            next a message, here one to each neighbour.
         tokens: at once.
         width: values a token, on each rank.
         dtype: of the values.
@@ -84,6 +85,16 @@ def all_payloads(
             shapes.append(("gather", *gathers[index]))
     payloads = [Payload(*shape, dtype) for shape in shapes for dtype in TYPES]
     return tuple(replace(each, repeats=repeats(each.size_bytes, bytes_per_s)) for each in payloads)
+
+
+def quick_payloads() -> tuple[Payload, ...]:
+    """What every start of a ring sends once: small and large in turn, whatever the model."""
+    shapes = [(128, 1024), (1, 7), (16, 1024), (3, 333), (1, 7168), (64, 1025)]
+    kinds: tuple[Kind, ...] = ("sum", "gather", "message")
+    types = [*TYPES] * len(shapes)
+    return tuple(
+        Payload(kind, *shape, dtype, repeats=1) for shape, dtype in zip(shapes, types, strict=False) for kind in kinds
+    )
 
 
 def repeats(size_bytes: int, bytes_per_s: float | None) -> int:

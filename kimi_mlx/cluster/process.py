@@ -37,7 +37,7 @@ class RankProcess:
         preamble: what its input begins with, such as the script for the shell of a host. A login shell there may
             print a greeting: lines before the first message are then kept as its words.
         beats: whether it is told every second that we are there.
-        log: a file that its standard error is added to.
+        log: a file that its standard error and its notes are added to.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RankProcess:
     ):
         self.rank = rank
         self._beats = beats
-        self._log = log
+        self._log, self._logged_bytes = log, 0
         self.last_heard = time.monotonic()
         self._deliver = deliver
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
@@ -153,7 +153,10 @@ class RankProcess:
             try:
                 message = decode(line)
                 self._is_greeting = False
-                self._deliver(self.rank, message)
+                if message["kind"] == "note":
+                    self._write_log(f"{message['text']}\n".encode())
+                else:
+                    self._deliver(self.rank, message)
             except KimiMlxError as error:
                 if self._is_greeting:
                     self._words.append(line.decode(errors="replace").rstrip())
@@ -178,13 +181,15 @@ class RankProcess:
 
     def _keep_words(self) -> None:
         assert self._process.stderr is not None
-        logged = 0
         for line in self._process.stderr:
             self._words.append(line.decode(errors="replace").rstrip())
-            logged += len(line)
-            if self._log is not None and logged < LOG_LIMIT_BYTES:
-                with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk ends no rank
-                    file.write(line)
+            self._write_log(line)
+
+    def _write_log(self, line: bytes) -> None:
+        self._logged_bytes += len(line)
+        if self._log is not None and self._logged_bytes < LOG_LIMIT_BYTES:
+            with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk ends no rank
+                file.write(line)
 
 
 def end_all(processes: Sequence[RankProcess], patience_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What ranks write to their standard error, in a file each; those of earlier runs are kept for a while."""
+"""What ranks write to their standard error, and note, in a file each; those of earlier runs are kept for a while."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from kimi_mlx.cluster.backends import backend_file, coordinator
+from kimi_mlx.cluster.blame import find_wrong
 from kimi_mlx.cluster.guard import guard_command
 from kimi_mlx.cluster.hosts import Cluster
-from kimi_mlx.cluster.launch import without_ring
+from kimi_mlx.cluster.launch import FAST_SYNC, without_ring
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.process import RankProcess, end_all
 from kimi_mlx.cluster.rank_log import open_logs
@@ -22,7 +23,7 @@ from kimi_mlx.cluster.rdma import explain_jaccl
 from kimi_mlx.cluster.ssh import SSH_FAILED, Answer, command_on, is_local
 from kimi_mlx.cluster.ssh_errors import explain_ssh
 from kimi_mlx.cluster.sweep import sweep
-from kimi_mlx.cluster.watch import JOIN_S, START_S, Limits, Watch
+from kimi_mlx.cluster.watch import JOIN_S, START_S, TEST_S, Limits, Watch
 from kimi_mlx.errors import KimiMlxError, RingError, StallError
 
 RANK_MODULE = "kimi_mlx.runtime.rank"
@@ -84,7 +85,7 @@ class Ring:
         """Start the ranks and wait until all are connected; each gets `settings` in its `start` message.
 
         Raises:
-            RingError: a rank that cannot be started, or that does not find the others.
+            RingError: a rank that cannot be started, that does not find the others, or gets other data than were sent.
             SshError: a host that cannot be reached.
         """
         try:
@@ -106,6 +107,8 @@ class Ring:
             self._pids = [listening[rank]["pid"] for rank in range(self.world_size)]
             self._join(listening)
             self._collect("joined", JOIN_S, f"did not find the others{self._others()}", StallError)
+            tested = self._collect("tested", TEST_S, "did not get through the test of its links", StallError)
+            self._require_right({rank: message["wrong"] for rank, message in tested.items()})
         except BaseException:
             self.close()
             raise
@@ -235,7 +238,8 @@ class Ring:
             how: what is said of a rank that sends none.
             late: the error for that.
         """
-        found: dict[int, Message] = {}
+        found = {rank: message for rank, message in self._early if message["kind"] == kind}
+        self._early = deque(each for each in self._early if each[1]["kind"] != kind)
         end = time.monotonic() + limit_s
         while len(found) < self.world_size:
             if self._is_over.is_set():
@@ -256,6 +260,11 @@ class Ring:
             elif message["kind"] != "alive":
                 self._early.append((rank, message))
         return found
+
+    def _require_right(self, wrong: dict[int, list[Message]]) -> None:
+        """What all ranks say of the test of their links."""
+        if found := find_wrong(self.cluster, wrong):
+            raise RingError(found[0].message, hint=found[0].hint, rank=found[0].rank)
 
     def _look(self) -> None:
         trouble = self._watch.look(time.monotonic())
@@ -317,5 +326,8 @@ class Ring:
 
 
 def _with_envs(envs: Sequence[str], command: list[str]) -> list[str]:
-    """A command with variables, which libraries may read when they are imported; its path may hold a `=`."""
-    return ["env", *envs, "sh", "-c", 'exec "$@"', "sh", *command] if envs else command
+    """A command with variables, which libraries may read when they are imported; its path may hold a `=`.
+
+    The fast fence is off unless they turn it on, whatever the host's own environment says.
+    """
+    return ["env", f"{FAST_SYNC}=0", *envs, "sh", "-c", 'exec "$@"', "sh", *command]

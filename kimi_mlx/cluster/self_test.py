@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
+from kimi_mlx.cluster.blame import find_wrong
 from kimi_mlx.cluster.findings import Finding
 from kimi_mlx.cluster.hosts import Cluster
 from kimi_mlx.cluster.messages import Message
@@ -19,6 +18,7 @@ from kimi_mlx.cluster.payloads import Payload
 from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.errors import RingError, SshError, StallError
+from kimi_mlx.parallel.sum_choice import SumChoice
 
 MODULE = "kimi_mlx.runtime.self_test"
 
@@ -49,34 +49,42 @@ class SelfTest:
         findings: one in the end, several if several ranks got something wrong.
         timings: of all payloads; none if it came to nothing.
         device: on which the ranks compute, such as `gpu`.
+        sums: how they make sums; None for a rank alone.
         is_stalled: the ranks waited for each other; some link is dead.
     """
 
     findings: tuple[Finding, ...]
     timings: tuple[Timing, ...] = ()
     device: str = ""
+    sums: SumChoice | None = None
     is_stalled: bool = False
 
 
-def self_test(cluster: Cluster, payloads: Sequence[Payload], step_s: float = 0.0) -> SelfTest:
+def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, step_s: float = 0.0) -> SelfTest:
     """Run it; nothing is left of it on any host, whatever happens.
 
     Args:
         cluster: the ranks, with the addresses to use.
         payloads: what they exchange.
+        hidden_size: values that they sum, a token.
         step_s: how long the slowest exchange may take.
     """
     with closing(Ring(cluster, Limits(stall_s=STEP_LIMIT_S + step_s), MODULE)) as ring:
         try:
-            ring.start(payloads=[payload.to_dict() for payload in payloads])
+            ring.start(payloads=[payload.to_dict() for payload in payloads], hidden_size=hidden_size)
             done = _results(ring)
         except (RingError, SshError) as error:
             hosts = cluster.names if error.rank is None else [cluster.hostfile.hosts[error.rank].ssh]
             finding = Finding(", ".join(hosts), "self-test", "trouble", error.message, error.hint)
             return SelfTest((finding,), is_stalled=isinstance(error, StallError))
     timings = tuple(_slowest(payload, number, done) for number, payload in enumerate(payloads))
-    findings = tuple(chain.from_iterable(_wrong(cluster, rank, done[rank]["wrong"]) for rank in sorted(done)))
-    return SelfTest(findings or (_right(cluster, timings),), timings, str(done[0]["device"]))
+    found = find_wrong(cluster, {rank: message["wrong"] for rank, message in done.items()})
+    findings = tuple(
+        Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "trouble", each.message, each.hint)
+        for each in found
+    )
+    sums = done[0]["sums"] and SumChoice.from_dict(done[0]["sums"])
+    return SelfTest(findings or (_right(cluster, timings),), timings, str(done[0]["device"]), sums)
 
 
 def _results(ring: Ring) -> dict[int, Message]:
@@ -89,22 +97,6 @@ def _results(ring: Ring) -> dict[int, Message]:
     return done
 
 
-def _wrong(cluster: Cluster, rank: int, wrong: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    if not wrong:
-        return []
-    size = cluster.size
-    before = f"from {_name(cluster, (rank - 1) % size)}" if cluster.backend == "ring" else "from its peers"
-    sources = sorted({source for each in wrong for source in each["sources"]})
-    of = f"; parts of {', '.join(_name(cluster, source) for source in sources)}" if sources else ""
-    first = wrong[0]
-    message = (
-        f"{_name(cluster, rank)} got wrong results of {len(wrong)} payloads; first, the {first['payload']}: "
-        f"{first['count']} of {first['of']} values; its data come {before}{of}"
-    )
-    remedy = "the link or MLX corrupts data: try another cable or port, `--backend ring`, the newest MLX on all"
-    return [Finding(cluster.hostfile.hosts[rank].ssh, "self-test", "trouble", message, remedy)]
-
-
 def _right(cluster: Cluster, timings: Sequence[Timing]) -> Finding:
     hosts = ", ".join(cluster.names)
     if cluster.size == 1:
@@ -113,11 +105,6 @@ def _right(cluster: Cluster, timings: Sequence[Timing]) -> Finding:
     over = f"{cluster.size} ranks over {cluster.backend}"
     message = f"{over}: {len(timings)} payloads right, {count} timed"
     return Finding(hosts, "self-test", "ok", message)
-
-
-def _name(cluster: Cluster, rank: int) -> str:
-    host = f"`{cluster.hostfile.hosts[rank].ssh}`"
-    return host if len(cluster.names) > 1 else f"rank {rank} on {host}"
 
 
 def _slowest(payload: Payload, number: int, done: Mapping[int, Message]) -> Timing:

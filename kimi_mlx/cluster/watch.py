@@ -23,6 +23,9 @@ START_S = 60.0
 JOIN_S = 20.0
 """Until all ranks are connected."""
 
+TEST_S = 20.0
+"""Then, until they have exchanged what every start exchanges."""
+
 
 @dataclass(frozen=True)
 class Limits:

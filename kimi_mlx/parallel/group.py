@@ -32,12 +32,12 @@ class Group(Protocol):
 class LinkedGroup(Group, Protocol):
     """A group whose ranks stand in a circle, each with a link to the next."""
 
-    def send(self, x: mx.array) -> mx.array:
-        """Send x to the next rank when it is evaluated; returns x."""
+    def send(self, x: mx.array, rank: int) -> mx.array:
+        """Hand x to a neighbour; it leaves when what is returned (x) is evaluated."""
         ...
 
-    def receive(self, size: int, dtype: mx.Dtype) -> mx.array:
-        """So many elements from the rank before us."""
+    def receive(self, like: mx.array, rank: int) -> mx.array:
+        """What a neighbour sends: of the shape and type of `like`."""
         ...
 
 
@@ -59,29 +59,34 @@ class SingleGroup:
 class MlxGroup:
     """A group over `mx.distributed`."""
 
+    gather_max_bytes = 0
+    """Up to this size a sum is gathered and added here; the same on all ranks, see kimi_mlx.parallel.sums."""
+
     def __init__(self, group: mx.distributed.Group):
         self._group = group
         self.rank = group.rank()
         self.size = group.size()
 
     def sum(self, x: mx.array) -> mx.array:
-        """Small messages are gathered and added here: N - 1 hops on a ring, where all_sum takes 2 (N - 1)."""
-        if x.nbytes <= GATHER_MAX_BYTES:
-            return self.gather(x).sum(axis=0)
+        """Sum over the ranks, in the way that was measured to be the faster one for its size."""
+        return self.sum_gathered(x) if x.nbytes <= self.gather_max_bytes else self.all_sum(x)
+
+    def sum_gathered(self, x: mx.array) -> mx.array:
+        """Gather and add here, on all in the order of the ranks: N - 1 hops on a ring."""
+        return self.gather(x).sum(axis=0)
+
+    def all_sum(self, x: mx.array) -> mx.array:
+        """MLX's sum: 2 (N - 1) hops on a ring, each of an N-th of the data."""
         return mx.distributed.all_sum(x, group=self._group)
 
     def gather(self, x: mx.array) -> mx.array:
         """Everybody's x, in the order of the ranks."""
         return mx.distributed.all_gather(x[None], group=self._group)
 
-    def send(self, x: mx.array) -> mx.array:
-        """To the next rank, from the last one to the first."""
-        return mx.distributed.send(x, (self.rank + 1) % self.size, group=self._group)
+    def send(self, x: mx.array, rank: int) -> mx.array:
+        """Hand x to another rank, on a ring a neighbour; it leaves when what is returned (x) is evaluated."""
+        return mx.distributed.send(x, rank, group=self._group)
 
-    def receive(self, size: int, dtype: mx.Dtype) -> mx.array:
-        """From the rank before us."""
-        return mx.distributed.recv((size,), dtype, (self.rank - 1) % self.size, group=self._group)
-
-
-GATHER_MAX_BYTES = 64 * 1024
-"""Up to this size a sum is gathered (measured on loopback: equal for two ranks, half the time for three)."""
+    def receive(self, like: mx.array, rank: int) -> mx.array:
+        """What another rank, on a ring a neighbour, sends: of the shape and type of `like`."""
+        return mx.distributed.recv_like(like, rank, group=self._group)

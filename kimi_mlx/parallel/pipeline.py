@@ -49,7 +49,7 @@ class PipelineExchange(RankExchange):
     def receive(self, tokens: mx.array) -> mx.array:
         """The states behind the layers of the rank before us."""
         self._next_word()
-        states, self._told = self._receive(tokens.shape, WORD_SIZE + _num_digits(tokens), self._number)
+        states, self._told = self._receive_states(tokens.shape, WORD_SIZE + _num_digits(tokens), self._number)
         self._word = self._told.words[0]
         return states
 
@@ -73,20 +73,20 @@ class PipelineExchange(RankExchange):
         parts = [states.reshape(-1), word]
         if self._is_checked(self._number):
             parts.append(_digits(digest(states)).astype(self._dtype))
-        sent = self._links.send(mx.concatenate(parts))
+        sent = self._send(mx.concatenate(parts))
         mx.async_eval(sent)
         return kept if self.is_leader else sent
 
     def take_back(self, hidden: mx.array) -> mx.array:
         """The states behind the last layer, on rank 0; in the order of hand_on."""
-        states, self._told = self._receive(hidden.shape[:2], WORD_SIZE, self._awaited.popleft())
+        states, self._told = self._receive_states(hidden.shape[:2], WORD_SIZE, self._awaited.popleft())
         self._returned = self._told
         return states
 
     def lead(self, length: int, kept: Sequence[int]) -> None:
         """Send ahead how many tokens the next step has, and which of the step before are kept."""
         note = [self._number, length, len(kept), *kept]
-        mx.async_eval(self._links.send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32)))
+        mx.async_eval(self._send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32)))
 
     def follow(self) -> tuple[int, tuple[int, ...]]:
         """Hear it from the rank before us, and tell the next.
@@ -94,24 +94,32 @@ class PipelineExchange(RankExchange):
         Raises:
             RingError: what came is not of this step.
         """
-        note = self._links.receive(NOTE_SIZE, mx.int32)
+        note = self._receive(NOTE_SIZE, mx.int32)
         if self.group.rank < self.group.size - 1:
-            note = self._links.send(note)
+            note = self._send(note)
         number, length, count, *kept = cast(list[int], note.tolist())
         if number != self._number or not 0 <= length <= MAX_TOLD_TOKENS or not 0 <= count <= MAX_TOLD_TOKENS:
             raise lost(self.group.rank)
         return length, tuple(kept[:count])
 
-    def _receive(self, shape: Sequence[int], word_size: int, number: int) -> tuple[mx.array, Told]:
+    def _receive_states(self, shape: Sequence[int], word_size: int, number: int) -> tuple[mx.array, Told]:
         """States from the rank before us, and what came with them."""
         B, L = shape
         size = B * L * self._hidden_size
         is_checked = self._is_checked(number)
-        message = self._links.receive(size + word_size + NUM_DIGITS * is_checked, self._dtype)
+        message = self._receive(size + word_size + NUM_DIGITS * is_checked, self._dtype)
         states, word, sent = mx.split(message, [size, size + word_size])
         states = states.reshape(B, L, self._hidden_size)
         digests = mx.stack([sent.astype(mx.float32), _digits(digest(states))]) if is_checked else None
         return states, Told(word[None], number, digests=digests)
+
+    def _send(self, x: mx.array) -> mx.array:
+        """To the next rank, from the last one to the first."""
+        return self._links.send(x, (self.group.rank + 1) % self.group.size)
+
+    def _receive(self, size: int, dtype: mx.Dtype) -> mx.array:
+        """So many values from the rank before us."""
+        return self._links.receive(mx.zeros((size,), dtype), (self.group.rank - 1) % self.group.size)
 
     def _compare(self, digests: np.ndarray) -> None:
         """Compare the states that were sent with those that came.

@@ -8,9 +8,6 @@ from typing import Literal
 LinkName = Literal["rdma", "tcp", "wifi", "measured"]
 BackendName = Literal["ring", "jaccl"]
 
-GATHER_MAX_BYTES = 64 * 1024
-"""Up to this size kimi-mlx gathers and adds itself (kimi_mlx.parallel.group, which imports MLX)."""
-
 
 @dataclass(frozen=True)
 class Link:
@@ -40,10 +37,12 @@ class Link:
         return hops * self.hop_s + (ranks - 1) * size / self.bytes_per_s
 
     def sum_s(self, size: float, ranks: int, gathers: bool) -> float:
-        """For a sum of `size` bytes: one hop in a mesh, 2 (N - 1) in a ring unless small ones are gathered."""
-        if self.backend == "jaccl" or (gathers and size <= GATHER_MAX_BYTES):
-            return self.gather_s(size, ranks)
-        return 2 * (ranks - 1) * (self.hop_s + size / ranks / self.bytes_per_s)
+        """For a sum of `size` bytes: one hop in a mesh, 2 (N - 1) in a ring unless gathering and adding is faster."""
+        gather_s = self.gather_s(size, ranks)
+        if self.backend == "jaccl":
+            return gather_s
+        all_sum_s = 2 * (ranks - 1) * (self.hop_s + size / ranks / self.bytes_per_s)
+        return min(gather_s, all_sum_s) if gathers else all_sum_s
 
 
 RDMA = Link(

@@ -14,13 +14,15 @@ from kimi_mlx.cluster.backends import backend_variables
 from kimi_mlx.cluster.launch import available_processors, processor_of
 from kimi_mlx.cluster.link_watch import LinkWatch
 from kimi_mlx.cluster.messages import Message
+from kimi_mlx.cluster.payloads import quick_payloads
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
 from kimi_mlx.runtime.channel import Channel
+from kimi_mlx.runtime.link_test import check
 
 
 def join(channel: Channel, start: Message) -> Group:
-    """Join the ranks that the front has started together; says `listening` and `joined`.
+    """Join the ranks that the front has started together; says `listening`, `joined` and `tested`.
 
     Raises:
         RingError: the others are not found, or an address is not of this host.
@@ -49,7 +51,15 @@ def join_mlx(channel: Channel, start: Message) -> mx.distributed.Group | None:
         links.start(ring["word"].encode(), _neighbours(ring["links"], start["rank"]))
         channel.links = links
     channel.send("joined")
+    channel.send("tested", wrong=[] if group is None else _test_links(channel, MlxGroup(group)))
     return group
+
+
+def _test_links(channel: Channel, group: MlxGroup) -> list[dict[str, Any]]:
+    """What arrives otherwise than it was sent; the front, which hears of it from all, finds the link."""
+    wrong = check(group, quick_payloads(), 1, channel.made_step)
+    channel.made_step("idle")
+    return wrong
 
 
 def join_several(channel: Channel, start: Message) -> mx.distributed.Group:

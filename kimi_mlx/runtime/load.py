@@ -17,7 +17,7 @@ from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group, MlxGroup
 from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.placement import Placement, normal_strategy, place
-from kimi_mlx.parallel.sums import SumExchange
+from kimi_mlx.parallel.slices import SumExchange
 from kimi_mlx.parallel.together import require_equal
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.store.locate import resolve

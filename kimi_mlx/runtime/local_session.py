@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 
+from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import EngineError
@@ -80,6 +82,7 @@ class LocalSession:
     ) -> None:
         """The thread's life: load, then answer until the session is closed."""
         try:
+            os.environ[FAST_SYNC] = str(int(options.fast_sync))  # which MLX reads when it first computes
             prepare_device(options.samples)
             folder = options.checkpoint
             model = load_share(folder, load_config(folder), options.dtype, progress=progress, strategy=options.strategy)

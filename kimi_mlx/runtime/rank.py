@@ -15,9 +15,10 @@ from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.runtime.channel import Channel, run_rank
 from kimi_mlx.runtime.joining import join
-from kimi_mlx.runtime.load import load_share, prepare_device
+from kimi_mlx.runtime.load import compute_type, load_share, prepare_device
 from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.sources import is_small
 
@@ -40,9 +41,16 @@ def serve(channel: Channel, start: Message) -> None:
         channel.made_step("load")
         channel.send("loading", done=done, total=total)
 
-    model = load_share(folder, load_config(folder), start["dtype"], group, tell, start["strategy"])
+    config = load_config(folder)
+    model = load_share(folder, config, start["dtype"], group, tell, start["strategy"])
+    channel.made_step("load")
+    choice = None
     if isinstance(model.exchange, RankExchange):
         model.exchange.check_every = start["check_every"]
+        if not model.exchange.is_pipeline:
+            choice = choose_sums(group, config.hidden_size, compute_type(start["dtype"], config))
+    if choice is not None:
+        channel.send("note", text=choice.details())
     engine = Engine(
         model,
         is_cancelled=lambda number: number in channel.cancelled,
@@ -50,7 +58,7 @@ def serve(channel: Channel, start: Message) -> None:
         speculate=start["speculate"],
     )
     channel.made_step("idle")
-    channel.send("ready", context=model.config.max_position_embeddings)
+    channel.send("ready", context=config.max_position_embeddings, sums=None if choice is None else choice.to_dict())
     while True:
         for _ in range(1 if engine.is_idle else engine.news(channel.taken)):
             take(channel, engine, channel.next_command())

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
@@ -32,6 +31,7 @@ from kimi_mlx.engine.request import (
 from kimi_mlx.errors import KimiMlxError, RingError, SshError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
+from kimi_mlx.parallel.sum_choice import SumChoice
 from kimi_mlx.runtime.session import RankProgress, SessionOptions
 from kimi_mlx.store.sources import is_small
 
@@ -121,7 +121,7 @@ class RingSession:
 
     def __init__(self, options: SessionOptions, progress: RankProgress = lambda done, total, rank: None):
         self._options = options
-        self._cluster = options.cluster or local_cluster(options.ranks)
+        self._cluster = options.where
         if options.folder is not None:
             from kimi_mlx.model.config import load_config
             from kimi_mlx.runtime.load import check_ranks
@@ -140,6 +140,8 @@ class RingSession:
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._text: Path | None = None
+        self.sums: SumChoice | None = None
+        """How the ranks make their sums, as they measured when they first started."""
         try:
             self._start(progress, wants_text=options.folder is None)
         except BaseException:
@@ -242,6 +244,7 @@ class RingSession:
                 self._keep_text(message["files"])
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
+                self.sums = self.sums or (message["sums"] and SumChoice.from_dict(message["sums"]))
                 waiting.discard(rank)
             if not waiting:
                 return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kimi_mlx.cluster.hosts import Cluster
+from kimi_mlx.cluster.hosts import Cluster, local_cluster
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.engine.request import Event, Request
 from kimi_mlx.errors import UsageError
@@ -43,6 +43,7 @@ class SessionOptions:
         limits: how long things may take on a ring.
         speculate: tokens drafted a step at most; 0 drafts none.
         check_every: ranks compare what they have every so many steps; 0 never.
+        fast_sync: whether processes on this machine have MLX's fast fence.
     """
 
     folder: Path | None
@@ -56,6 +57,7 @@ class SessionOptions:
     limits: Limits = field(default_factory=Limits)
     speculate: int = 0
     check_every: int = 0
+    fast_sync: bool = False
 
     def __post_init__(self) -> None:
         """Check the number of ranks."""
@@ -67,6 +69,11 @@ class SessionOptions:
             raise UsageError(
                 f"ranks cannot compare every {self.check_every} steps", hint=f"--check-every 0 to {MAX_CHECK_EVERY}"
             )
+
+    @property
+    def where(self) -> Cluster:
+        """Where the ranks run."""
+        return self.cluster or local_cluster(self.ranks, self.fast_sync)
 
     @property
     def checkpoint(self) -> Path:

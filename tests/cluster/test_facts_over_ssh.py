@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_two_hosts_tell_their_facts_in_one_trip(hosts: Hosts) -> None:
-    script = facts_script([sys.executable], [22, 23])
+    script = facts_script([sys.executable])
     begin = time.monotonic()
     answers = run_everywhere(["localhost", *hosts.names], script, FACTS_LIMIT_S)
     assert time.monotonic() - begin < 20
@@ -26,7 +26,7 @@ def test_two_hosts_tell_their_facts_in_one_trip(hosts: Hosts) -> None:
         assert answers[name].stderr == ""
         facts = parse_facts(name, answers[name].stdout)
         assert facts.is_complete
-        assert (facts.hostname, facts.system, facts.busy_ports) == (name, "Linux", (22,))
+        assert (facts.hostname, facts.system) == (name, "Linux")
         assert facts.home == str(hosts.home(name))
         assert facts.python is not None
         assert facts.python.path == sys.executable

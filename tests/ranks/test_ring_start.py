@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kimi_mlx.cluster import ring as ring_module
 from kimi_mlx.cluster.hosts import local_cluster
+from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.errors import MissingModelError, RingError
 from tests.cluster.hosts import ROOT
@@ -60,6 +62,7 @@ def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program:
     if rank == 1:
         time.sleep(1)
     send("joined")
+    send("tested", wrong=[])
     send("loading", done=1, total=2)
     send("loading", done=2, total=2)
     send("ready")
@@ -91,14 +94,19 @@ def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program:
             f"{LISTENING}    time.sleep(100)",
             r"rank \d of 2 \(process \d+\) did not find the others at 127\.0\.0\.1 within 2 s",
         ),
+        (
+            f"{LISTENING}    send('joined')\n    time.sleep(100)",
+            r"rank \d of 2 \(process \d+\) did not get through the test of its links within 2 s",
+        ),
     ],
-    ids=["ends", "never says a word", "does not join"],
+    ids=["ends", "never says a word", "does not join", "is not tested"],
 )
 def test_a_rank_that_does_not_get_there_is_given_up(
     program: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ring_module, "START_S", 2.0)
     monkeypatch.setattr(ring_module, "JOIN_S", 2.0)
+    monkeypatch.setattr(ring_module, "TEST_S", 2.0)
     ring = make_ring(program, text)
     begin = time.monotonic()
     with pytest.raises(RingError, match=message) as raised:
@@ -127,6 +135,39 @@ def test_a_program_that_fails_at_once_is_told_with_its_last_lines(program: Path,
         ring.start()
     assert message in raised.value.message
     assert re.search(r"its log is \S+-rank-\d\.log$", raised.value.hint or "")
+
+
+def test_a_note_is_in_the_log_and_not_among_the_last_words(program: Path) -> None:
+    ring = make_ring(program, f"{LISTENING}    send('note', text='by the way')\n    sys.exit(3)")
+    with pytest.raises(RingError, match="exited with code 3") as raised:
+        ring.start()
+    assert "by the way" not in raised.value.message
+    assert {"by the way" in log.read_text() for log in (program.parent / "kimi-mlx/logs").iterdir()} == {True}
+
+
+@pytest.mark.parametrize(
+    ("envs", "is_asked", "value"), [([], False, "0"), ([], True, "1"), ([f"{FAST_SYNC}=1"], False, "1")]
+)
+def test_only_an_option_or_the_hostfile_turns_on_the_fast_fence(
+    envs: list[str], is_asked: bool, value: str, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAST_SYNC, "1")  # not by kimi-mlx
+    program.write_text(f"""
+import os
+from kimi_mlx.errors import MissingModelError
+from kimi_mlx.runtime.channel import run_rank
+
+def serve(channel, start):
+    raise MissingModelError(os.environ["{FAST_SYNC}"])
+
+def main():
+    run_rank(serve)
+""")
+    cluster = local_cluster(1, is_asked)
+    cluster = replace(cluster, hostfile=cluster.hostfile.with_envs(envs))
+    assert cluster.hostfile.has_fast_sync == (value == "1")
+    with pytest.raises(MissingModelError, match=f"^{value}$"):
+        Ring(cluster, module=program.stem).start()
 
 
 def test_an_error_of_a_rank_at_its_start_is_raised_as_it_is(program: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from kimi_mlx.cluster.payloads import all_payloads
 from kimi_mlx.cluster.self_test import SelfTest, Timing
 from kimi_mlx.cluster.survey import Link
 from kimi_mlx.errors import ConfigError, HostfileError, UsageError
+from kimi_mlx.parallel.sum_choice import SumChoice, SumTiming
 from tests.unit.cluster.test_checks import MAC, OTHER
 
 TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
@@ -31,6 +33,12 @@ MINI = need_of("kimi-mini")
 K2 = need_of("kimi-k2")
 
 TIMINGS = tuple(Timing(each, 0.0003, 0.0008, 100) for each in all_payloads(7168, 163840, 2, 512))
+SUMS = SumChoice(
+    324_000,
+    (SumTiming(8, 114_688, 0.0003, 0.0006, 7), SumTiming(64, 917_504, 0.0021, 0.0012, 7)),
+    is_same_bits=True,
+    seconds=0.12,
+)
 GOOD = Diagnosis(
     ("mac-a", "mac-b"),
     {"mac-a": MAC, "mac-b": OTHER},
@@ -43,7 +51,7 @@ GOOD = Diagnosis(
     (Link(TB, Measured(0.0004, 6e9)), Link(LAN, None, ("`mac-a` to `mac-b` at 10.77.1.12: refused",))),
     TB,
     hostfile=Hostfile((Host("mac-a", ("10.78.1.11",)), Host("mac-b", ("10.78.1.12",))), "ring"),
-    self_test=SelfTest((), TIMINGS, "gpu"),
+    self_test=SelfTest((), TIMINGS, "gpu", SUMS),
 )
 BAD = Diagnosis(
     ("mac-a", "mac-b"),
@@ -82,7 +90,10 @@ def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
     assert "no answer" in text
     assert "Sum of one token (bfloat16): 0.30 ms, 99 of 100 below 0.80 ms" in text
     assert text.endswith("Nothing stands in the way. Next:\n  kimi-mlx launch --hosts mac-a,mac-b\n")
-    assert "gather of 8 tokens, float32" in printed(GOOD, 80, is_verbose=True)
+    assert "Sums up to 324.0 kB are gathered and added, larger ones use all_sum." in " ".join(text.split())
+    verbose = printed(GOOD, 80, is_verbose=True)
+    assert "gather of 8 tokens, float32" in verbose
+    assert re.search(r"64 +917504 +2\.10 ms +1\.20 ms", verbose)
     text = printed(BAD, 80)
     assert "✗ trouble reachable   `mac-b` refuses connections" in text
     assert "! warning clock       7.00 s ahead" in text
@@ -115,6 +126,7 @@ def test_json_has_all_of_it() -> None:
     assert document["hostfile"]["hosts"][0] == {"ssh": "mac-a", "ips": ["10.78.1.11"]}
     assert document["links"][1] == {**document["links"][1], "measured": None}
     assert len(document["self_test"]["timings"]) == 18
+    assert SumChoice.from_dict(document["self_test"]["sums"]) == SUMS
     bad = to_dict(BAD, K2)
     assert (bad["ok"], bad["hosts"]["mac-b"], bad["self_test"]) == (False, None, None)
     assert bad["findings"][0]["remedy"].endswith(f"`{LONG}`")
@@ -148,7 +160,7 @@ def test_this_machine_is_well_and_two_local_ranks_are(tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0, document
     assert [each["check"] for each in document["findings"]] == [
-        *("python", "chip", "memory", "disk", "model", "self-test"),
+        *("python", "chip", "memory", "disk", "model", "fence", "self-test"),
     ] or document["hosts"]["localhost"]["system"] == "Darwin"
     file = tmp_path / "local.json"
     file.write_text(json.dumps([{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 2))

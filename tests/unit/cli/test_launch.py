@@ -69,6 +69,13 @@ def test_which_words_are_the_commands(
     assert not is_install
 
 
+@pytest.mark.parametrize("words", [["--fast-sync", "chat", "-p", "hi"], ["bench", "--fast-sync"]])
+def test_the_fast_fence_may_be_asked_for_before_and_behind_the_command(asked: list[Any], words: list[str]) -> None:
+    done = call("launch", *HOSTS, "--env", "MLX_METAL_FAST_SYNCH=0", *words)
+    assert done.returncode == ASKED, done.stderr
+    assert asked[1].hostfile.envs == ("MLX_METAL_FAST_SYNCH=1",)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

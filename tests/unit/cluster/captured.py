@@ -96,14 +96,6 @@ THUNDERBOLT = """\
 }
 """
 
-NETSTAT = """\
-Active Internet connections (including servers)
-Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
-tcp4       0      0  *.5000                 *.*                    LISTEN
-tcp6       0      0  *.32323                *.*                    LISTEN
-tcp4       0      0  192.168.1.20.49152     192.168.1.10.22        ESTABLISHED
-"""
-
 DF = """\
 Filesystem     1024-blocks      Used Available Capacity  Mounted on
 /dev/disk3s5    1942700360 900000000 987654321    48%    /System/Volumes/Data
@@ -128,7 +120,6 @@ OUTPUTS = {
     "ifconfig": IFCONFIG,
     "networksetup": HARDWARE_PORTS,
     "system_profiler": THUNDERBOLT,
-    "netstat": NETSTAT,
     "df": DF,
 }
 """Commands of a Mac: name -> what they print."""

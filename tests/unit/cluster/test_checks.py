@@ -12,10 +12,10 @@ from kimi_mlx.cluster.checks import (
     check_clock,
     check_complete,
     check_disk,
+    check_fast_sync,
     check_firewall,
     check_link,
     check_memory,
-    check_ports,
     check_python,
     check_reachable,
     check_wired_limit,
@@ -52,7 +52,6 @@ MAC = Facts(
     rdma_status="enabled",
     rdma_ports={"rdma_en2": "PORT_DOWN", "rdma_en5": "PORT_ACTIVE"},
     firewall=0,
-    asked_ports=(5001,),
 )
 OTHER = replace(MAC, host="mac-b")
 LINUX = Facts("box", is_complete=True, system="Linux", machine="x86_64", memory_bytes=24 * GIB, free_bytes=20 * GIB)
@@ -169,15 +168,18 @@ def test_half_of_the_way_is_in_doubt() -> None:
     assert check_clock(replace(MAC, clock_start=None), Answer("mac-a", 0, "", "", 6.0)).state == "warning"
 
 
-def test_firewall_and_ports() -> None:
+def test_the_fast_fence_is_a_warning() -> None:
+    assert check_fast_sync("mac-a, mac-b", is_on=False).state == "ok"
+    on = check_fast_sync("mac-a, mac-b", is_on=True)
+    assert (on.state, "restarted" in on.message, "--fast-sync" in (on.remedy or "")) == ("warning", True, True)
+
+
+def test_the_firewall() -> None:
     assert check_firewall(MAC).state == "ok"
     on = check_firewall(replace(MAC, firewall=1))
     assert (on.state, "--unblockapp /opt/py/bin/python" in (on.remedy or "")) == ("warning", True)
     assert check_firewall(replace(MAC, firewall=2)).state == "trouble"
     assert check_firewall(LINUX).state == "ok"
-    assert check_ports(MAC).message == "free: 5001"
-    busy = check_ports(replace(MAC, asked_ports=(5000, 7000), busy_ports=(5000, 7000)))
-    assert (busy.state, "-iTCP:5000,7000" in (busy.remedy or "")) == ("trouble", True)
 
 
 def test_link() -> None:

@@ -71,10 +71,11 @@ def test_k2_on_one_mac_of_512_gb_is_too_much() -> None:
     found = states(check_hosts(alone, {"localhost": mac}, {"localhost": answer("localhost")}), "localhost")
     assert (found["memory"], found["wired limit"], found["disk"]) == ("trouble", "trouble", "ok")
     assert "clock" not in found
-    [model] = check_together(alone, {"localhost": mac}, None, topology([mac]), "ring")
+    model, _ = check_together(alone, {"localhost": mac}, None, topology([mac]), "ring")
     assert (model.state, model.remedy) == ("warning", "`kimi-mlx download kimi-k2`")
-    [model] = check_together(replace(alone, need=MINI), {"localhost": mac}, None, topology([mac]), "ring")
+    model, fence = check_together(replace(alone, need=MINI), {"localhost": mac}, None, topology([mac]), "ring")
     assert (model.state, model.message) == ("ok", "`kimi-mini` comes with kimi-mlx")
+    assert (fence.check, fence.state) == ("fence", "ok")
 
 
 def test_a_model_of_unknown_size_is_no_trouble() -> None:

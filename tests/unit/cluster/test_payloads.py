@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cluster.payloads import BATCHES, TYPES, Payload, all_payloads, p99, repeats
+from kimi_mlx.cluster.payloads import BATCHES, TYPES, Payload, all_payloads, p99, quick_payloads, repeats
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.runtime.self_test import EXACT_LIMIT, compare, expected, pattern
+from kimi_mlx.runtime.link_test import EXACT_LIMIT, compare, expected, pattern
 
 
 def test_every_size_that_a_model_sends_is_there_and_shapes_alternate() -> None:
@@ -25,6 +25,15 @@ def test_every_size_that_a_model_sends_is_there_and_shapes_alternate() -> None:
     assert max(sizes) == 512 * 7168 * 4
     assert Payload.from_dict(payloads[0].to_dict()) == payloads[0]
     assert payloads[0].name == "sum of 512 tokens, float32"
+
+
+def test_the_quick_form_has_every_kind_in_both_types_and_few_bytes() -> None:
+    payloads = quick_payloads()
+    assert {(each.kind, each.dtype) for each in payloads} == {
+        (kind, dtype) for kind in ("sum", "gather", "message") for dtype in TYPES
+    }
+    assert sum(each.size_bytes for each in payloads) < 3e6
+    assert all(each.repeats == 1 for each in payloads)
 
 
 @given(st.integers(1, 1 << 30), st.one_of(st.none(), st.floats(1e3, 1e11)))
@@ -47,10 +56,10 @@ def test_sums_are_exact_in_every_type_and_differ_from_turn_to_turn(size: int, dt
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    right = expected(payload, 1, size)
+    right = expected(payload, 1, 0, size)
     assert int(right.max().item()) <= EXACT_LIMIT  # pyright: ignore[reportArgumentType]
     assert mx.array_equal(total.astype(mx.int32), right)
-    assert not mx.array_equal(right, expected(payload, 2, size))
+    assert not mx.array_equal(right, expected(payload, 2, 0, size))
 
 
 class Faulty(SingleGroup):
@@ -62,13 +71,20 @@ class Faulty(SingleGroup):
 def test_a_wrong_value_is_seen_and_whose_part_it_is() -> None:
     group = Faulty()
     gather = Payload("gather", 1, 5, "float32")
-    result = expected(gather, 0, 3).astype(mx.float32)
+    result = expected(gather, 0, 0, 3).astype(mx.float32)
     assert compare(group, gather, 0, result) is None
     result[2, 0, 4] += 1
-    wrong = {"payload": "gather of 1 token, float32", "count": 1, "of": 15, "sources": [2]}
+    wrong = {"payload": "gather of 1 token, float32", "kind": "gather", "count": 1, "of": 15, "sources": [2]}
     assert compare(group, gather, 0, result) == wrong
+    message = Payload("message", 1, 5, "float32")
+    result = expected(message, 0, 0, 3).astype(mx.float32)
+    assert compare(group, message, 0, result) is None
+    result[0, 0, 0] = -result[0, 0, 0]  # of rank 2, a bit
+    found = compare(group, message, 0, result)
+    assert found is not None
+    assert (found["count"], found["of"], found["sources"]) == (1, 10, [2])
     total = Payload("sum", 1, 5, "bfloat16")
-    values = expected(total, 0, 3).astype(mx.bfloat16)
+    values = expected(total, 0, 0, 3).astype(mx.bfloat16)
     values[0, 0] = mx.nan
     found = compare(group, total, 0, values)
     assert found is not None

@@ -1,0 +1,101 @@
+"""A link that garbles data is found when a ring starts, by name, and by the doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.cluster import ring as ring_module
+from kimi_mlx.cluster import self_test as self_test_module
+from kimi_mlx.cluster.backends import ring_hosts
+from kimi_mlx.cluster.hosts import Hostfile, local_cluster
+from kimi_mlx.cluster.payloads import quick_payloads
+from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.self_test import self_test
+from kimi_mlx.errors import RingError
+from tests.cluster.hosts import ROOT
+from tests.ranks.test_ring import wait_until_gone
+from tests.relay import garbling_relay
+
+pytestmark = pytest.mark.ranks
+
+MODULE = "rank_behind_a_relay"
+PROGRAM = """
+import json
+from kimi_mlx.runtime import joining
+from kimi_mlx.runtime.self_test import main
+
+connect = joining.connect
+joining.connect = lambda ring, rank: connect({**ring, "file": json.dumps(json.loads(ring["file"])[rank])}, rank)
+"""
+"""Each rank reads a file of its own: it listens at its own port, and finds the next rank at a relay's."""
+
+EVERY_BYTES = 50_000
+
+
+class Cables:
+    """Stands in for backend_file: a file for each rank, in which one rank's next neighbour is behind a relay.
+
+    Args:
+        garbled: the rank from which data go through the relay to the next.
+        every: so many bytes a bit is turned over.
+        stack: closes the relays.
+    """
+
+    def __init__(self, garbled: int, every: int, stack: ExitStack):
+        self._garbled, self._every, self._stack = garbled, every, stack
+
+    def __call__(self, hostfile: Hostfile, backend: str, ports: Sequence[int]) -> str:
+        hosts = ring_hosts(hostfile, ports)
+        behind = (self._garbled + 1) % len(hosts)
+        relay = self._stack.enter_context(garbling_relay(ports[behind], self._every))
+        files = [[list(host) for host in hosts] for _ in hosts]
+        files[self._garbled][behind] = [f"127.0.0.1:{relay}"]
+        return json.dumps(files)
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    (tmp_path / f"{MODULE}.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize(("garbled", "size"), [(0, 2), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_a_start_names_the_link_that_garbles_data(
+    garbled: int, size: int, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring_module, "backend_file", Cables(garbled, EVERY_BYTES, stack))
+    ring = Ring(local_cluster(size), module=MODULE)
+    with pytest.raises(RingError) as raised:
+        ring.start(payloads=[], hidden_size=128)
+    named = rf"the link between rank {garbled} \(`localhost`\) and rank {garbled + 1} \(`localhost`\) garbles data: "
+    assert raised.match(f"^{named}rank {garbled + 1} .* got [1-9].* of .* values of the message of ")
+    assert raised.value.rank == garbled + 1
+    assert "another cable" in (raised.value.hint or "")
+    wait_until_gone(ring.pids, 1)
+
+
+def test_the_doctor_says_it_in_a_finding(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "backend_file", Cables(0, EVERY_BYTES, stack))
+    monkeypatch.setattr(self_test_module, "MODULE", MODULE)
+    found = self_test(local_cluster(2), quick_payloads(), 128)
+    [finding] = found.findings
+    assert (finding.check, finding.state, found.is_stalled) == ("self-test", "trouble", False)
+    assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) garbles data" in finding.message
+
+
+def test_a_relay_that_garbles_nothing_is_no_fault(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring_module, "backend_file", Cables(0, 0, stack))
+    monkeypatch.setattr(self_test_module, "MODULE", MODULE)
+    payloads = [payload for payload in quick_payloads() if payload.kind != "message"]
+    found = self_test(local_cluster(2), payloads, 128)
+    assert [finding.state for finding in found.findings] == ["ok"]
+    assert found.sums is not None
+    assert [each.size_bytes for each in found.sums.timings] == [512 * tokens for tokens in (1, 8, 64, 512)]
