@@ -141,7 +141,7 @@ class Engine:
         yield Prefilled(cached, total)
         for start in range(cached, total, self._prefill_chunk):
             chunk = prompt[start : start + self._prefill_chunk]
-            hidden = self._model.hidden(mx.array([chunk]), self.cache.layers)
+            hidden = self._model.hidden(mx.array([chunk]), self.cache.layers, last=1)
             self.cache.tokens.extend(chunk)
             is_last = start + len(chunk) == total
             self._wish()

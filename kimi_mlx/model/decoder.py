@@ -15,6 +15,7 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
+from kimi_mlx.model.step import Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Embedding, Linear
 
@@ -40,18 +41,19 @@ class Exchange:
 class DecoderLayer(nn.Module):
     """Attention and experts (or a dense MLP), each after a norm and with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, rope: Rope, exchange: Exchange):
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, exchange: Exchange):
         super().__init__()
         self.eps = config.rms_norm_eps
         self._exchange = exchange
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
-        self.self_attn = Attention(config, weights, rope)
+        self.self_attn = Attention(config, weights)
         self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
 
-    def __call__(self, x: mx.array, cache: LatentCache) -> mx.array:
-        """(B, L, D) -> (B, L, D)."""
-        x = x + self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache)
+    def __call__(self, x: mx.array, cache: LatentCache, step: Step, last: int | None = None) -> mx.array:
+        """(B, L, D) -> (B, L, D), or (B, last, D) for the last tokens alone; all L are in the cache then."""
+        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache, step, last)
+        x = attended + (x if last is None else x[:, -last:])
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         residual = x if self._exchange.adds_residual else None
         return self._exchange.sum(self.mlp(h, residual))
@@ -77,11 +79,9 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.exchange = exchange or Exchange()
-        rope = Rope(config)
+        self._rope = Rope(config)
         self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
-        self.layers = [
-            DecoderLayer(config, index, weights, rope, self.exchange) for index, weights in enumerate(layers)
-        ]
+        self.layers = [DecoderLayer(config, index, weights, self.exchange) for index, weights in enumerate(layers)]
         self.norm = top.array("model.norm")
         self.lm_head = Linear(top.matrix("lm_head"))
 
@@ -97,12 +97,22 @@ class Model(nn.Module):
         """
         return self.logits(self.hidden(tokens, cache or self.make_cache()))
 
-    def hidden(self, tokens: mx.array, cache: list[LatentCache]) -> mx.array:
-        """States before the last norm: (B, L) -> (B, L, D); extends the cache."""
+    def hidden(self, tokens: mx.array, cache: list[LatentCache], last: int | None = None) -> mx.array:
+        """States before the last norm; extends the cache.
+
+        Args:
+            tokens: (B, L) integers.
+            cache: of the tokens before.
+            last: how many of the states are wanted; the last layer computes no others. None: all.
+
+        Returns:
+            (B, L, D), or (B, last, D).
+        """
         x = self.embed_tokens(tokens)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, layer_cache)
-        return x
+        step = Step(self._rope, cache[0].offset, tokens.shape[1])
+        for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
+            x = layer(x, layer_cache, step)
+        return self.layers[-1](x, cache[-1], step, last)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., D) -> (..., vocab_size)."""
