@@ -10,6 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from kimi_mlx.model.blockwise import attend, expanded_width, heads_at_once
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.rope import is_gpu
@@ -39,9 +40,9 @@ class KeyProjection(Matrix):
         """Queries into the latent space: (B, H, L, N) -> (B, H, L, R)."""
         return self.matmul(q, transpose=self.latent_first)
 
-    def expand(self, latent: mx.array) -> mx.array:
-        """Latents into keys: (B, 1, T, R) -> (B, H, T, N)."""
-        return self.matmul(latent, transpose=not self.latent_first)
+    def expand(self, latent: mx.array, heads: slice | None = None) -> mx.array:
+        """Latents into keys, of all heads or of some: (B, 1, T, R) -> (B, H, T, N)."""
+        return self.matmul(latent, transpose=not self.latent_first, stack=heads)
 
 
 class Attention(nn.Module):
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         if M <= ABSORB_MAX_LENGTH:
             out = self._absorbed(q_nope, q_rope, keys, asking)
         else:
-            out = self._expanded(q_nope, q_rope, keys)  # (B, H, M, V)
+            out = self._expanded(q_nope, q_rope, keys, asking)  # (B, H, M, V)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, M, -1))
 
     def _absorbed(self, q_nope: mx.array, q_rope: mx.array, keys: mx.array, step: Step) -> mx.array:
@@ -108,17 +109,39 @@ class Attention(nn.Module):
         out = probabilities @ keys[..., : self.latent_dim]  # (B, 1, H * L, R)
         return self.unembed_out.matmul(out.reshape(B, H, L, -1))
 
-    def _expanded(self, q_nope: mx.array, q_rope: mx.array, keys: mx.array) -> mx.array:
-        """Attention by heads, for prefill: where a fused kernel exists, the scores are never stored."""
-        B, H, _, _ = q_nope.shape
-        latent, k_rope = keys[..., : self.latent_dim], keys[..., self.latent_dim :]
-        k_rope = mx.broadcast_to(k_rope, (B, H, *k_rope.shape[2:]))
-        k = mx.concatenate([self.embed_q.expand(latent), k_rope], axis=-1)  # (B, H, T, N + P)
-        v = self.unembed_out.matmul(latent)  # (B, H, T, V)
+    def _expanded(self, q_nope: mx.array, q_rope: mx.array, keys: mx.array, step: Step) -> mx.array:
+        """Attention by heads, for prefill; neither all scores nor, in a long context, all keys are ever there."""
         q = mx.concatenate([q_nope, q_rope], axis=-1)
-        v_dim, q_dim = v.shape[-1], q.shape[-1]
-        is_fused = is_gpu() and q_dim in FUSED_HEAD_DIMS and v_dim <= q_dim
-        if is_fused and v_dim < q_dim:
+        if is_fused(q.shape[-1], self.unembed_out.rows):
+            return self._fused(q, keys)
+        total = keys.shape[2]
+        return attend(q * self.scale, lambda start, stop: self._expand(keys[:, :, start:stop]), total, step.diagonal)
+
+    def _fused(self, q: mx.array, keys: mx.array) -> mx.array:
+        """One kernel that never stores the scores, with the keys of as many heads at once as fit."""
+        H, T, q_dim, v_dim = q.shape[1], keys.shape[2], q.shape[-1], self.unembed_out.rows
+        at_once = heads_at_once(H, T * expanded_width(self.nope_dim, self.rope_dim, v_dim) * q.itemsize)
+        outs: list[mx.array] = []
+        for start in range(0, H, at_once):
+            heads = slice(start, start + at_once)
+            if outs:
+                keys = mx.depends(keys, outs[-1])  # one group of heads after the other
+            k, v = self._expand(keys, heads if at_once < H else None)
             v = mx.pad(v, [(0, 0), (0, 0), (0, 0), (0, q_dim - v_dim)])
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask="causal", force_fused=is_fused)
-        return out[..., :v_dim]
+            out = mx.fast.scaled_dot_product_attention(
+                q[:, heads], k, v, scale=self.scale, mask="causal", force_fused=is_gpu()
+            )
+            outs.append(out[..., :v_dim])
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _expand(self, keys: mx.array, heads: slice | None = None) -> tuple[mx.array, mx.array]:
+        """Keys (B, H, T, N + P) and values (B, H, T, V) of all heads, or of some."""
+        latent, k_rope = keys[..., : self.latent_dim], keys[..., self.latent_dim :]
+        k_nope = self.embed_q.expand(latent, heads)
+        k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
+        return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
+
+
+def is_fused(q_dim: int, v_dim: int) -> bool:
+    """Whether MLX has a kernel for these head widths that never stores the scores."""
+    return is_gpu() and q_dim in FUSED_HEAD_DIMS and v_dim <= q_dim

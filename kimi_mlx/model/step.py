@@ -5,10 +5,11 @@ Letters: H heads, L length, T tokens in the cache with the new ones.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import mlx.core as mx
 
+from kimi_mlx.model.blockwise import QUERY_BLOCK
 from kimi_mlx.model.rope import Rope
 
 
@@ -29,6 +30,11 @@ class Step:
         """The step of the last `count` of the new tokens alone."""
         skipped = self.length - count
         return Step(self._rope, self.offset + skipped, count) if skipped else self
+
+    @cached_property
+    def diagonal(self) -> mx.array:
+        """The mask that kimi_mlx.model.blockwise.attend takes, float32."""
+        return causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, self.length), mx.float32)
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
         """Additive causal mask for scores with the queries of each head in turn: (H * L, T); (1,) if L is 1."""

@@ -43,6 +43,7 @@ def test_a_mask_is_made_once_for_all_layers() -> None:
 
 @pytest.mark.parametrize("last", [1, 8, 9, 40])
 def test_the_last_states_alone_are_the_last_of_all_states(model: Model, last: int) -> None:
+    mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 40))
     all_caches, caches = model.make_cache(), model.make_cache()
     expected, got = model.hidden(tokens, all_caches), model.hidden(tokens, caches, last=last)
