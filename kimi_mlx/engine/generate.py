@@ -14,6 +14,7 @@ from typing import cast
 import mlx.core as mx
 
 from kimi_mlx.engine.cache import ConversationCache
+from kimi_mlx.engine.free_memory import agreed_chunk
 from kimi_mlx.engine.request import (
     Event,
     Finished,
@@ -30,9 +31,6 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.collectives import GroupExchange
 from kimi_mlx.parallel.group import Group, SingleGroup
 
-PREFILL_CHUNK = 512
-"""Tokens a prefill step: large enough to keep the machine busy, small enough to show progress and to be stopped."""
-
 Told = tuple[mx.array, int] | None
 """What the ranks said in a step (see GroupExchange); None without others."""
 
@@ -45,19 +43,20 @@ class Engine:
     Args:
         model: the model; if it holds a rank's share, its exchange says who the other ranks are.
         is_cancelled: asked on the leader whether the present request should stop.
+        prefill_chunk: tokens a prefill step; None: as many as pay and fit, the same on all ranks.
     """
 
     def __init__(
         self,
         model: Model,
         is_cancelled: Callable[[], bool] = lambda: False,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ):
         self._model = model
         self._exchange = model.exchange if isinstance(model.exchange, GroupExchange) else None
         self._group: Group = SingleGroup() if self._exchange is None else self._exchange.group
         self._is_cancelled = is_cancelled
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = prefill_chunk or agreed_chunk(model, self._group)
         self.cache = ConversationCache(model)
 
     def generate(self, request: Request) -> Iterator[Event]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from kimi_mlx.model.blockwise import attend, expanded_width, heads_at_once
+from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.rope import is_gpu
+from kimi_mlx.model.sizes import expanded_width, heads_at_once
 from kimi_mlx.model.step import Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
@@ -114,8 +115,7 @@ class Attention(nn.Module):
         q = mx.concatenate([q_nope, q_rope], axis=-1)
         if is_fused(q.shape[-1], self.unembed_out.rows):
             return self._fused(q, keys)
-        total = keys.shape[2]
-        return attend(q * self.scale, lambda start, stop: self._expand(keys[:, :, start:stop]), total, step.diagonal)
+        return attend(q * self.scale, keys, self._expand, step.diagonal)
 
     def _fused(self, q: mx.array, keys: mx.array) -> mx.array:
         """One kernel that never stores the scores, with the keys of as many heads at once as fit."""

@@ -7,22 +7,15 @@ Source: Rabe and Staats 2021 (https://arxiv.org/abs/2112.05682), Dao et al. 2022
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
-KEY_BLOCK = 512
-"""Cached tokens that are expanded into keys and values at once."""
+from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK
 
-QUERY_BLOCK = 64
-"""Queries that see each other at once: of the scores among new tokens, all but half a block are needed."""
-
-EXPANDED_MAX_BYTES = 2**29
-"""Where a fused kernel takes the keys and values of a whole context, those of so many heads are made at once."""
-
-Expand = Callable[[int, int], tuple[mx.array, mx.array]]
-"""Keys (B, H, n, Q) and values (B, H, n, V) of the n tokens from the first number up to the second."""
+Expand = Callable[[mx.array], tuple[mx.array, mx.array]]
+"""Makes keys (B, H, n, Q) and values (B, H, n, V) of n rows of the cache, (B, 1, n, R + P)."""
 
 
 class Sums(NamedTuple):
@@ -40,32 +33,40 @@ class Sums(NamedTuple):
         return Sums(*(part[:, :, start:stop] for part in self))
 
 
-def attend(q: mx.array, expand: Expand, total: int, mask: mx.array) -> mx.array:
-    """Attention of the last L of `total` tokens, each seeing all up to itself.
+def attend(q: mx.array, rows: mx.array, expand: Expand, mask: mx.array) -> mx.array:
+    """Attention of the last L of T tokens, each seeing all up to itself.
+
+    Each part waits for the one before (mx.depends), else MLX might expand all keys first.
 
     Args:
         q: (B, H, L, Q), already scaled.
-        expand: makes keys and values of some tokens.
-        total: tokens with the new ones.
+        rows: of the cache, (B, 1, T, R + P).
+        expand: makes keys and values of some of them.
         mask: causal and additive, (QUERY_BLOCK, at least L): the last query sees the last key.
 
     Returns:
         (B, H, L, V) in q's dtype.
     """
-    length = q.shape[2]
+    length, total = q.shape[2], rows.shape[2]
     past = total - length
     sums = None
     for start in range(0, past, KEY_BLOCK):
-        sums = _add(sums, q, *expand(start, min(start + KEY_BLOCK, past)))
-    k, v = expand(past, total)
+        block = rows[:, :, start : min(start + KEY_BLOCK, past)]
+        sums = _add(sums, q, *expand(_after(sums, block)))
+    k, v = expand(_after(sums, rows[:, :, past:]))
     done: list[mx.array] = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         before = None if sums is None else sums.rows(start, stop)
-        seen = mask[start - stop :, -stop:]
-        ended = _add(before, q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], seen)
+        queries = _after(done[-1:], q[:, :, start:stop])
+        ended = _add(before, queries, k[:, :, :stop], v[:, :, :stop], mask[start - stop :, -stop:])
         done.append((ended.values / ended.total).astype(q.dtype))
     return done[0] if len(done) == 1 else mx.concatenate(done, axis=2)
+
+
+def _after(first: Sequence[mx.array] | None, then: mx.array) -> mx.array:
+    """`then`, to be computed after `first`, if there is any."""
+    return mx.depends(then, list(first)) if first else then
 
 
 def _add(sums: Sums | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> Sums:
@@ -82,13 +83,3 @@ def _add(sums: Sums | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.arra
         shrink = mx.exp(sums.peak - peak)
         total, values = total + shrink * sums.total, values + shrink * sums.values
     return Sums(peak, total, values)
-
-
-def expanded_width(nope: int, rope: int, value: int) -> int:
-    """Elements a token and head while a fused kernel's input is made: part of the keys, keys, values, padded values."""
-    return nope + (nope + rope) + value + max(nope + rope, value)
-
-
-def heads_at_once(heads: int, head_bytes: int) -> int:
-    """How many heads' keys and values, of `head_bytes` each, are in memory at once."""
-    return max(1, min(heads, EXPANDED_MAX_BYTES // head_bytes))

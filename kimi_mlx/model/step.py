@@ -9,8 +9,8 @@ from functools import cache, cached_property
 
 import mlx.core as mx
 
-from kimi_mlx.model.blockwise import QUERY_BLOCK
 from kimi_mlx.model.rope import Rope
+from kimi_mlx.model.sizes import QUERY_BLOCK
 
 
 class Step:

@@ -57,6 +57,12 @@ class Matrix(nn.Module):
         """Outputs of the matrix (of each one of a stack)."""
         return self["weight"].shape[-2]
 
+    @property
+    def columns(self) -> int:
+        """Inputs of the matrix (of each one of a stack)."""
+        stored = self["weight"].shape[-1]
+        return stored if self.quantization is None else stored * 32 // self.quantization.bits
+
     def matmul(self, x: mx.array, transpose: bool = True, stack: slice | None = None) -> mx.array:
         """x @ weight.T, or x @ weight; leading dimensions are broadcast. `stack`: with some matrices of a stack."""
         weight = self["weight"] if stack is None else self["weight"][stack]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model import attention, blockwise
-from kimi_mlx.model.blockwise import KEY_BLOCK, QUERY_BLOCK, attend, expanded_width, heads_at_once
+from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.sizes import EXPANDED_MAX_BYTES, KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
 from kimi_mlx.model.step import causal_mask
 from kimi_mlx.weights.assemble import load_model
 
@@ -33,17 +34,20 @@ def test_blocks_add_up_to_the_plain_formula(past: int, length: int) -> None:
     random = np.random.default_rng(past + length)
     q = random.normal(size=(2, HEADS, length, Q_DIM)) * 3  # peaks that grow from block to block
     k, v = (random.normal(size=(2, HEADS, past + length, dim)) for dim in (Q_DIM, V_DIM))
-    asked: list[tuple[int, int]] = []
+    asked: list[int] = []
 
-    def expand(start: int, stop: int) -> tuple[mx.array, mx.array]:
-        asked.append((start, stop))
-        return mx.array(k[:, :, start:stop], mx.float32), mx.array(v[:, :, start:stop], mx.float32)
+    def expand(rows: mx.array) -> tuple[mx.array, mx.array]:
+        """Rows hold the numbers of tokens."""
+        tokens = np.array(rows[0, 0, :, 0])
+        asked.extend(tokens.tolist())
+        assert len(tokens) <= max(KEY_BLOCK, length)
+        return mx.array(k[:, :, tokens], mx.float32), mx.array(v[:, :, tokens], mx.float32)
 
     mask = causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, length), mx.float32)
-    got = attend(mx.array(q, mx.float32), expand, past + length, mask)
+    rows = mx.broadcast_to(mx.arange(past + length)[:, None], (2, 1, past + length, 1))
+    got = attend(mx.array(q, mx.float32), rows, expand, mask)
     np.testing.assert_allclose(np.array(got), plain(q, k, v), rtol=1e-4, atol=1e-5)
-    assert [token for start, stop in asked for token in range(start, stop)] == list(range(past + length))
-    assert max(stop - start for start, stop in asked) <= max(KEY_BLOCK, length)
+    assert asked == list(range(past + length))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,6 @@ def test_keys_of_k2_at_128_k_tokens_fit() -> None:
     head_bytes = 131_072 * expanded_width(nope=128, rope=64, value=128) * 2
     assert head_bytes == 167_772_160
     assert heads_at_once(64, head_bytes) == 3
-    assert 3 * head_bytes <= blockwise.EXPANDED_MAX_BYTES
-    assert heads_at_once(64, blockwise.EXPANDED_MAX_BYTES + 1) == 1
+    assert 3 * head_bytes <= EXPANDED_MAX_BYTES
+    assert heads_at_once(64, EXPANDED_MAX_BYTES + 1) == 1
     assert heads_at_once(64, head_bytes // 128) == 64  # 1024 tokens: all at once
