@@ -124,7 +124,7 @@ def test_the_last_chunk_of_64_k_tokens_takes_little_memory(model: Model) -> None
 
 @pytest.mark.sweep
 def test_a_prompt_of_64_k_tokens_takes_little_memory(model: Model) -> None:
-    """Hours with MLX's own BLAS on a CPU, minutes with OpenBLAS preloaded: docs/benchmark.md."""
+    """Long: with MLX's own BLAS on a CPU more than an hour."""
     random.seed(1)
     prompt = tuple(random.randrange(model.config.vocab_size) for _ in range(LONG - 1))
     end = list(Engine(model).generate(Request(prompt, max_tokens=1)))[-1]
