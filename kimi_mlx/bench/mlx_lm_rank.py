@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kimi_mlx.cluster.messages import Message
-from kimi_mlx.engine.generate import PREFILL_CHUNK
+from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.engine.request import Event, Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config

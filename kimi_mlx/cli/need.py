@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_mlx.cluster.need import ModelNeed
-from kimi_mlx.engine.generate import PREFILL_CHUNK
+from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import find_local
 from kimi_mlx.hub.catalogue import CONTEXT_TOKENS, OVERHEAD

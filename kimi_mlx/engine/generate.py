@@ -10,6 +10,7 @@ from typing import cast
 import mlx.core as mx
 
 from kimi_mlx.engine.cache import CacheShelf
+from kimi_mlx.engine.free_memory import agreed_chunk
 from kimi_mlx.engine.request import Event, Request, Sampling
 from kimi_mlx.engine.sampling import make_sampler, seeded
 from kimi_mlx.engine.sequence import Sequence, Turns
@@ -17,9 +18,7 @@ from kimi_mlx.engine.steps import Steps
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import STAMPS, Said
-
-PREFILL_CHUNK = 512
-"""Tokens a prefill step: large enough to keep the machine busy, small enough to show progress and to be stopped."""
+from kimi_mlx.parallel.group import SingleGroup
 
 MAX_SEQUENCES = 8
 """So many take turns; further requests wait."""
@@ -35,7 +34,7 @@ class Engine:
         model: the model; if it holds a rank's share, its exchange says who the other ranks are.
         is_cancelled: asked on the leader whether the request of a number should stop.
         count_commands: asked on the leader how many commands it has been given in all; see `news`.
-        prefill_chunk: tokens a prefill step.
+        prefill_chunk: tokens a prefill step; None: as many as pay and fit, the same on all ranks.
         speculate: tokens drafted a step at most, found by prompt lookup; 0 drafts none.
     """
 
@@ -44,13 +43,17 @@ class Engine:
         model: Model,
         is_cancelled: Callable[[int], bool] = lambda number: False,
         count_commands: Callable[[], int] = lambda: 0,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         speculate: int = 0,
     ):
         self._model = model
         self._steps = Steps(model, count_commands)
         self._is_cancelled = is_cancelled
-        self._prefill_chunk, self._speculate = prefill_chunk, speculate
+        exchange = self._steps.exchange
+        self._prefill_chunk = prefill_chunk or agreed_chunk(
+            model, SingleGroup() if exchange is None else exchange.group
+        )
+        self._speculate = speculate
         self._shelf = CacheShelf(model)
         self._waiting: deque[tuple[int, Request, int]] = deque()
         self._turns: deque[tuple[int, Sequence, Turns[None]]] = deque()

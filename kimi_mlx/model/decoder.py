@@ -15,6 +15,7 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
+from kimi_mlx.model.step import Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Embedding, Linear
 
@@ -27,6 +28,9 @@ class Exchange:
 
     adds_residual = True
     """Whether this rank's part of a sum over the experts carries the residual: true for exactly one rank."""
+
+    is_passed_on = False
+    """Whether another rank has layers behind ours, and needs the states of all tokens."""
 
     def add_attention(self, x: mx.array, part: mx.array) -> mx.array:
         """x + the sum of all ranks' parts of the attention, the same bits on each rank."""
@@ -56,19 +60,19 @@ class Exchange:
 class DecoderLayer(nn.Module):
     """Attention and experts (or a dense MLP), each after a norm and with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, rope: Rope, exchange: Exchange):
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, exchange: Exchange):
         super().__init__()
         self.eps = config.rms_norm_eps
         self._exchange = exchange
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
-        self.self_attn = Attention(config, weights, rope)
+        self.self_attn = Attention(config, weights)
         self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
 
-    def __call__(self, x: mx.array, cache: LatentCache) -> mx.array:
-        """(B, L, D) -> (B, L, D)."""
-        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache)
-        x = self._exchange.add_attention(x, attended)
+    def __call__(self, x: mx.array, cache: LatentCache, step: Step, last: int | None = None) -> mx.array:
+        """(B, L, D) -> (B, L, D), or (B, last, D) for the last tokens alone; all L are in the cache then."""
+        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache, step, last)
+        x = self._exchange.add_attention(x if last is None else x[:, -last:], attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         residual = x if self._exchange.adds_residual else None
         return self._exchange.sum_experts(self.mlp(h, residual))
@@ -94,11 +98,11 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.exchange = exchange or Exchange()
-        rope = Rope(config)
+        self._rope = Rope(config)
         if top.has("model.embed_tokens"):
             self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
         self.layers = [
-            DecoderLayer(config, index, weights, rope, self.exchange)
+            DecoderLayer(config, index, weights, self.exchange)
             for index, weights in enumerate(layers)
             if weights.entries
         ]
@@ -129,14 +133,17 @@ class Model(nn.Module):
         Args:
             tokens: (B, L) integers; in a pipeline only rank 0 looks at them.
             cache: from make_cache.
-            last: of how many positions at the end logits will be asked; 0 if only the cache is wanted.
+            last: of how many positions at the end logits will be asked, the last layer computes no others; 0 if only
+                the cache is wanted.
 
         Returns:
             What `logits` takes. On the ranks of a pipeline it is what they hand on, to be evaluated by all of them.
         """
         x = self.embed_tokens(tokens) if "embed_tokens" in self else self.exchange.receive(tokens)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, layer_cache)
+        step = Step(self._rope, cache[0].offset, tokens.shape[1])
+        for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
+            x = layer(x, layer_cache, step)
+        x = self.layers[-1](x, cache[-1], step, None if self.exchange.is_passed_on else max(last, 1))
         return self.exchange.hand_on(x, tokens, last)
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -28,11 +28,50 @@ class Rope:
             else yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
         )
 
-    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotate x: (B, H, L, P), whose first position is `offset` (one, or one a sequence)."""
-        if self.magnitude != 1.0:
-            x = x * self.magnitude
-        return mx.fast.rope(x, self.dims, traditional=True, base=None, scale=1.0, offset=offset, freqs=self.periods)
+    def at(self, offset: int, length: int) -> Rotation:
+        """The rotation of `length` positions from `offset` on."""
+        return FastRotation(self, offset) if is_gpu() else ComplexRotation(self, offset, length)
+
+
+class FastRotation:
+    """One kernel for each array that is rotated; the angles are computed in it."""
+
+    def __init__(self, rope: Rope, offset: int):
+        self._rope, self._offset = rope, offset
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotate x: (B, H, L, P)."""
+        rope = self._rope
+        if rope.magnitude != 1.0:
+            x = x * rope.magnitude
+        return mx.fast.rope(
+            x, rope.dims, traditional=True, base=None, scale=1.0, offset=self._offset, freqs=rope.periods
+        )
+
+
+class ComplexRotation:
+    """One complex product for each array; cosines and sines are computed once, here.
+
+    On the CPU mx.fast.rope is some twenty kernels, cosines and sines among them, twice a layer.
+    """
+
+    def __init__(self, rope: Rope, offset: int, length: int):
+        positions = mx.arange(offset, offset + length, dtype=mx.float32)
+        angles = positions[:, None] * (1.0 / rope.periods)  # (L, P / 2)
+        self._turns = rope.magnitude * (mx.cos(angles) + 1j * mx.sin(angles))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotate x: (B, H, L, P)."""
+        pairs = x.astype(mx.float32).view(mx.complex64)  # (B, H, L, P / 2)
+        return (pairs * self._turns).view(mx.float32).astype(x.dtype)
+
+
+Rotation = FastRotation | ComplexRotation
+
+
+def is_gpu() -> bool:
+    """Whether the arrays are computed on a GPU, whose `mx.fast` functions are single kernels."""
+    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def wavelengths(dims: int, theta: float, yarn: YarnScaling | None) -> mx.array:

@@ -52,16 +52,28 @@ class Matrix(nn.Module):
             self.biases = source.biases
         self.quantization = source.quantization
 
-    def matmul(self, x: mx.array, transpose: bool = True) -> mx.array:
-        """x @ weight.T, or x @ weight; leading dimensions are broadcast."""
+    @property
+    def rows(self) -> int:
+        """Outputs of the matrix (of each one of a stack)."""
+        return self["weight"].shape[-2]
+
+    @property
+    def columns(self) -> int:
+        """Inputs of the matrix (of each one of a stack)."""
+        stored = self["weight"].shape[-1]
+        return stored if self.quantization is None else stored * 32 // self.quantization.bits
+
+    def matmul(self, x: mx.array, transpose: bool = True, stack: slice | None = None) -> mx.array:
+        """x @ weight.T, or x @ weight; leading dimensions are broadcast. `stack`: with some matrices of a stack."""
+        weight = self["weight"] if stack is None else self["weight"][stack]
         if self.quantization is None:
-            weight = self["weight"]
             return x @ (weight.swapaxes(-1, -2) if transpose else weight)
+        scales, biases = self["scales"], self["biases"]
         return mx.quantized_matmul(
             x,
-            self["weight"],
-            self["scales"],
-            self["biases"],
+            weight,
+            scales if stack is None else scales[stack],
+            biases if stack is None else biases[stack],
             transpose=transpose,
             group_size=self.quantization.group_size,
             bits=self.quantization.bits,

@@ -41,6 +41,7 @@ class PipelineExchange(RankExchange):
     def __init__(self, group: LinkedGroup, hidden_size: int, dtype: mx.Dtype):
         super().__init__(group)
         self._links = group
+        self.is_passed_on = group.rank < group.size - 1
         self._hidden_size, self._dtype = hidden_size, dtype
         self._word = mx.zeros((0,), dtype)
         self._awaited: deque[int] = deque()

@@ -53,7 +53,7 @@ class Engine:
 
 
 KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True)
-"""28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.generate.PREFILL_CHUNK."""
+"""28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.chunking.PREFILL_CHUNK."""
 
 MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False)
 """44: design.md. exo and mlx-engine run mlx-lm's model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kimi_mlx.engine.chunking import Holding, prefill_bytes
 from kimi_mlx.planner.constants import Engine
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.portions import Portion
@@ -55,18 +56,15 @@ def cache_bytes(portion: Portion, shape: Shape, context: int) -> int:
 
 
 def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int) -> int:
-    """Of one layer in the last chunk of a prompt that fills the context.
-
-    Keys and values of all heads, with the parts that they are made of and the values' padding
-    (kimi_mlx.model.attention), and the experts' outputs for a chunk. An estimate: not measured on a Mac.
-    """
+    """Of one layer in the last chunk of a prompt that fills the context. An estimate: not measured on a Mac."""
     config = shape.config
-    width = config.qk_nope_head_dim + 2 * config.qk_head_dim + config.v_head_dim
-    attention = context * config.num_attention_heads * portion.heads * width
-    chosen = config.num_experts_per_tok + config.n_shared_experts
-    rows = 3 * config.moe_intermediate_size * portion.expert_rows + config.hidden_size
-    experts = min(engine.prefill_chunk, context) * chosen * rows
-    return round((attention + experts) * CACHE_VALUE_BYTES)
+    holding = Holding(
+        heads=round(config.num_attention_heads * portion.heads),
+        expert_rows=round(config.moe_intermediate_size * portion.expert_rows),
+        value_bytes=CACHE_VALUE_BYTES,
+        is_fused=True,
+    )
+    return prefill_bytes(config, holding, min(engine.prefill_chunk, context), context)
 
 
 def longest_context(

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kimi_mlx.model import moe
+from kimi_mlx.model import moe, rope
 from kimi_mlx.model.config import load_config
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
@@ -49,6 +49,7 @@ def metal_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count as Metal would run it: fast norms and rotations, compiled elementwise chains."""
     monkeypatch.setattr(mx.fast, "rms_norm", one_kernel)
     monkeypatch.setattr(mx.fast, "rope", one_kernel)
+    monkeypatch.setattr(rope, "is_gpu", lambda: True)
     for name in ("swiglu", "router_scores"):
         monkeypatch.setattr(moe, name, mx.compile(getattr(moe, name)))
     monkeypatch.setattr(moe, "elementwise", mx.compile)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.generate import PREFILL_CHUNK
+from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Strategy
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
 from kimi_mlx.planner.load import expected_slowest
