@@ -69,8 +69,12 @@ class PipelineExchange(RankExchange):
         return kept if self.is_leader else sent
 
     def take_back(self, hidden: mx.array) -> mx.array:
-        """The states behind the last layer, on rank 0; in the order of hand_on."""
+        """The states behind the last layer, on rank 0; in the order of hand_on.
+
+        They are asked for at once: what is built later comes after them, whoever needs it first.
+        """
         states, word = self._receive(hidden.shape[:2], WORD_SIZE)
+        mx.async_eval(states, word)
         self._returned = self._told = Told(word[None], self._awaited.popleft())
         return states
 
