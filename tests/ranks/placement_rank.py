@@ -1,10 +1,11 @@
 """One rank of a ring that answers the same requests in one placement after the other, as MLX's variables say.
 
-Reads a list of cases from standard input, prints the tokens of each case, and a summary of what this rank said.
+Reads a list of cases from standard input, prints the answers to each as a line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,7 +25,9 @@ from kimi_mlx.runtime.load import load_share, prepare_device
 CHUNK = 16
 """Tokens a prefill step: less than a prompt has."""
 
-Answers = dict[str, list[int]]
+STOP_AFTER = 4
+
+Answers = list[list[int]]
 
 
 def main() -> None:
@@ -38,42 +41,39 @@ def main() -> None:
 
 
 def answer(case: dict[str, Any], group: Group | None) -> Answers:
-    """The answers to a case's requests, first one by one, then all at the same time.
+    """The answers to a case's requests: the first one alone, then all at the same time.
 
     Args:
-        case: `folder`, `strategy`, `requests`, and of which of them (by place) are stopped after so many tokens.
+        case: `folder`, `strategy`, `requests`, `speculate`.
         group: None for one process alone.
     """
     folder = Path(case["folder"])
     model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
-    counts: dict[int, int] = {}
-    limits = {int(number): limit for number, limit in case.get("stops", {}).items()}
-    is_cancelled = lambda number: counts.get(number, 0) >= limits.get(number, 1 << 30)  # noqa: E731
-    engine = Engine(model, is_cancelled, prefill_chunk=CHUNK)
-    requests = [Request.from_dict(each) for each in case["requests"]]
-    answers = {f"alone {number}": tokens(engine, {number: request})[number] for number, request in enumerate(requests)}
+    # the request of the highest number is stopped after some tokens, by the leader alone
+    stopped = len(case["requests"]) - 1
+    counts = dict.fromkeys(range(stopped + 1), 0)
+    is_cancelled = lambda number: number == stopped and counts[number] >= STOP_AFTER  # noqa: E731
+    engine = Engine(model, is_cancelled, prefill_chunk=CHUNK, speculate=case["speculate"])
+    requests = dict(enumerate(map(Request.from_dict, case["requests"])))
+    alone = tokens(engine, {0: requests[0]}, counts)[0]
     engine.clear()
-    counts.clear()
-    together = tokens(engine, dict(enumerate(requests)), counts)
-    return answers | {f"together {number}": ids for number, ids in together.items()}
+    return [alone, *tokens(engine, requests, counts).values()]
 
 
-def tokens(engine: Engine, requests: dict[int, Request], counts: dict[int, int] | None = None) -> dict[int, list[int]]:
-    """What each request is answered; one that comes later than the others, too, and a refused one between."""
+def tokens(engine: Engine, requests: dict[int, Request], counts: dict[int, int]) -> dict[int, list[int]]:
+    """What each request is answered, and a mark if it is stopped; one begins a turn after the other."""
     found: dict[int, list[int]] = {number: [] for number in requests}
-    counts = {} if counts is None else counts
+    counts.update(dict.fromkeys(requests, 0))
     waiting = list(requests.items())
     while waiting or not engine.is_idle:
         if waiting:
             engine.add(*waiting.pop(0))
-            try:
+            with contextlib.suppress(EngineError):  # a refused one between them
                 engine.add(-1, Request(()))
-            except EngineError:
-                pass
         for number, event in engine.turn():
             if isinstance(event, Token):
                 found[number].append(event.id)
-                counts[number] = len(found[number])
+                counts[number] += 1
             elif isinstance(event, Finished) and event.reason != "length":
                 found[number].append({"stop": -1, "cancelled": -2}[event.reason])
     return found
