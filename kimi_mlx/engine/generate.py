@@ -163,7 +163,7 @@ class Engine:
         seed, exchange = sampling.seed, self._steps.exchange
         if seed is None and sampling.temperature > 0:
             seed = random.getrandbits(24)  # as many bits as a float32 sum keeps
-            if exchange is not None:
+            if exchange is not None and not exchange.is_pipeline:  # there the leader alone draws
                 mine = mx.array([float(seed if exchange.is_leader else 0)])
                 seed = int(cast(float, exchange.group.sum(mine).item()))
         return seed

@@ -124,14 +124,14 @@ class Sequence:
     def _decode_drafts(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
         """Draw tokens, and with each step check a draft of those behind it."""
         if not self._steps.has_head:
-            return (yield from self._follow(cache))
+            return (yield from self._follow(step, cache))
         lookup = PromptLookup(self._speculate)
         lookup.extend(self._request.prompt)
-        self._steps.draw(step, self._draw)
-        yield None
         fed: list[int] = []
         draft: tuple[int, ...] = ()
         while True:
+            yield None
+            self._steps.draw(step, self._draw)
             tokens, said = self._steps.read(step)
             accepted = accepted_length(draft, tokens)
             lookup.judge(len(draft), accepted)
@@ -150,20 +150,18 @@ class Sequence:
             self._steps.lead(len(fed), kept)
             step = self._start(mx.array([fed]), cache, last=len(fed))
             self._decode_steps += 1
-            self._steps.draw(step, self._draw)
-            yield None
 
-    def _follow(self, cache: ConversationCache) -> Turns[FinishReason]:
-        """What the ranks of a pipeline do that do not draw: the leader says how long each step is."""
+    def _follow(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
+        """What the ranks of a pipeline do that do not draw, in the leader's turns: it says how long each step is."""
         while True:
+            yield None
+            self._is_stopped(self._steps.said(step))
             length, kept = self._steps.follow()
             cache.tokens += kept
             cache.settle()
             if not length:
                 return "stop"
             step = self._start(mx.zeros((1, length), mx.uint32), cache, last=length)
-            yield None
-            self._is_stopped(self._steps.said(step))
 
     def _start(self, tokens: mx.array, cache: ConversationCache, last: int = 1, ahead: int = 0) -> Step:
         """Start a step.

@@ -138,7 +138,9 @@ class Steps:
         # Between ranks that add, what is said comes behind the work: that of the step before is ready.
         is_ahead = self._exchange is None or self._is_stage
         said = self.said(following if is_ahead and following is not None else step)
-        return (list(said.tokens) if step.tokens is None else cast(list[int], step.tokens.tolist())), said
+        if step.tokens is not None:
+            return cast(list[int], step.tokens.tolist()), said
+        return list(said.tokens) if following is not None else [], said
 
     def said(self, step: Step) -> Said:
         """What the leader said with a step."""

@@ -108,7 +108,7 @@ def test_an_iteration_broken_off_anywhere_leaves_a_good_cache(model: Model, gree
 
 def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
     seen: list[int] = []
-    engine = Engine(model, is_cancelled=lambda: len(seen) >= 3)
+    engine = Engine(model, is_cancelled=lambda number: len(seen) >= 3)
     end = None
     for event in engine.generate(Request(PROMPT, max_tokens=100)):
         if isinstance(event, Token):
@@ -122,7 +122,7 @@ def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
 
 
 def test_cancellation_during_prefill(model: Model) -> None:
-    tokens, end = run(Engine(model, is_cancelled=lambda: True, prefill_chunk=16), Request(PROMPT))
+    tokens, end = run(Engine(model, is_cancelled=lambda number: True, prefill_chunk=16), Request(PROMPT))
     assert (tokens, end.reason, end.statistics.generated_tokens) == ([], "cancelled", 0)
 
 

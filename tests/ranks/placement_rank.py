@@ -1,0 +1,83 @@
+"""One rank of a ring that answers the same requests in one placement after the other, as MLX's variables say.
+
+Reads a list of cases from standard input, prints the answers to each as a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.errors import EngineError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.runtime.joining import pin
+from kimi_mlx.runtime.load import load_share, prepare_device
+
+CHUNK = 16
+"""Tokens a prefill step: less than a prompt has."""
+
+STOP_AFTER = 4
+
+Answers = list[list[int]]
+
+
+def main() -> None:
+    """Join, and work through the cases."""
+    cases = json.load(sys.stdin)
+    prepare_device(samples=False)
+    pin((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
+    group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
+    for case in cases:
+        print(json.dumps(answer(case, group)), flush=True)
+
+
+def answer(case: dict[str, Any], group: Group | None) -> Answers:
+    """The answers to a case's requests: the first one alone, then all at the same time.
+
+    Args:
+        case: `folder`, `strategy`, `requests`, `speculate`.
+        group: None for one process alone.
+    """
+    folder = Path(case["folder"])
+    model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
+    # the request of the highest number is stopped after some tokens, by the leader alone
+    stopped = len(case["requests"]) - 1
+    counts = dict.fromkeys(range(stopped + 1), 0)
+    is_cancelled = lambda number: number == stopped and counts[number] >= STOP_AFTER  # noqa: E731
+    engine = Engine(model, is_cancelled, prefill_chunk=CHUNK, speculate=case["speculate"])
+    requests = dict(enumerate(map(Request.from_dict, case["requests"])))
+    alone = tokens(engine, {0: requests[0]}, counts)[0]
+    engine.clear()
+    return [alone, *tokens(engine, requests, counts).values()]
+
+
+def tokens(engine: Engine, requests: dict[int, Request], counts: dict[int, int]) -> dict[int, list[int]]:
+    """What each request is answered, and a mark if it is stopped; one begins a turn after the other."""
+    found: dict[int, list[int]] = {number: [] for number in requests}
+    counts.update(dict.fromkeys(requests, 0))
+    waiting = list(requests.items())
+    while waiting or not engine.is_idle:
+        if waiting:
+            engine.add(*waiting.pop(0))
+            with contextlib.suppress(EngineError):  # a refused one between them
+                engine.add(-1, Request(()))
+        for number, event in engine.turn():
+            if isinstance(event, Token):
+                found[number].append(event.id)
+                counts[number] += 1
+            elif isinstance(event, Finished) and event.reason != "length":
+                found[number].append({"stop": -1, "cancelled": -2}[event.reason])
+    return found
+
+
+if __name__ == "__main__":
+    main()

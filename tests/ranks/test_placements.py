@@ -1,0 +1,152 @@
+"""The proof of the placements: on real rings every strategy, even and uneven, gives the text of one process."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_mlx.engine.request import Request, Sampling
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.parallel.placement import STRATEGIES
+from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from tests.divisible import CONFIGS, make_prompt, write_divisible
+from tests.fakes import KIMI_MINI
+from tests.mlx_launch import loopback_hostfile, ring_variables
+from tests.ranks.placement_rank import STOP_AFTER, Answers, answer
+
+pytestmark = pytest.mark.ranks
+
+ROOT = Path(__file__).parent.parent.parent
+RING_S = 500
+"""For all cases of a ring; ranks spin, and there may be more of them than processors."""
+
+Expected = Callable[[str], Answers]
+
+WEIGHTS = {2: "3:1", 3: "1:3:2", 4: "2:1:1:3"}
+
+REQUESTS = [
+    Request(make_prompt(40, 1), max_tokens=10),  # three prefill steps, then decode
+    Request(make_prompt(21, 2), max_tokens=8, sampling=Sampling(temperature=0.9, top_p=0.9, seed=11)),
+    Request(make_prompt(1, 3), max_tokens=1),
+    Request(make_prompt(5, 4) * 2, max_tokens=14),  # the toy model repeats it, as a draft foretells
+    Request(make_prompt(33, 5), max_tokens=30),  # stopped after STOP_AFTER tokens
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints by name."""
+    root = tmp_path_factory.mktemp("divisible")
+    return {"mini": KIMI_MINI} | {name: write_divisible(root, name, layers=5) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> Callable[[str], Answers]:
+    """What one process answers, by the name of the checkpoint; computed once."""
+    answer_of = functools.cache(lambda name: answer(case(folders[name], "hybrid"), None))
+    greedy = answer_of("k2")[0]
+    assert len(set(greedy)) > len(greedy) // 2  # a text that says something
+    return answer_of
+
+
+def case(folder: Path, strategy: str, speculate: int = 0) -> dict[str, Any]:
+    """See placement_rank.answer."""
+    requests = [request.to_dict() for request in REQUESTS]
+    return {"folder": str(folder), "strategy": strategy, "requests": requests, "speculate": speculate}
+
+
+def assert_equal(said: Answers, expected: Answers) -> None:
+    """The last answer is stopped, a step earlier or later."""
+    *others, stopped = said
+    assert others == expected[:-1]
+    length = len(stopped) - 1
+    assert stopped[-1] == -2
+    assert STOP_AFTER <= length <= STOP_AFTER + 6
+    known = expected[-1][:-1]
+    assert all(mine == theirs for mine, theirs in zip(stopped, known, strict=False) if mine >= 0)
+
+
+def run_ring(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[list[Answers]]:
+    """The answers of each rank to each case; one ring for all."""
+    hostfile = folder / "hostfile.json"
+    hostfile.write_text(loopback_hostfile(size))
+    command = [sys.executable, "-m", "tests.ranks.placement_rank", str(size)]
+    environment = {"PYTHONPATH": f"{ROOT}", "PATH": "/usr/bin:/bin"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**environment, **ring_variables(rank, str(hostfile))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        for each in ranks:
+            assert each.stdin is not None
+            each.stdin.write(json.dumps(cases))
+            each.stdin.close()
+            each.stdin = None
+        said = [each.communicate(timeout=RING_S) for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+            each.wait()
+    assert [each.returncode for each in ranks] == [0] * size, [stderr for _, stderr in said]
+    return [[json.loads(line) for line in stdout.splitlines()] for stdout, _ in said]
+
+
+def check(size: int, cases: Sequence[tuple[str, dict[str, Any]]], expected: Expected, folder: Path) -> None:
+    """Run cases, each with the name of its checkpoint, on one ring and compare."""
+    said = run_ring(size, [each for _, each in cases], folder)
+    for number, (name, each) in enumerate(cases):
+        assert_equal(said[0][number], expected(name))
+        if not each["strategy"].startswith("pipeline"):
+            assert all(answers[number] == said[0][number] for answers in said), each["strategy"]
+
+
+SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_placement_gives_the_text_of_one_process(
+    size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path
+) -> None:
+    strategies = [strategy for name in STRATEGIES for strategy in (name, f"{name}:{WEIGHTS[size]}")]
+    check(size, [("k2", case(folders["k2"], strategy)) for strategy in strategies], expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
+    strategies = [f"{name}:{WEIGHTS[size]}" for name in STRATEGIES]
+    cases = [(name, case(folders[name], strategy)) for name in ("moonlight", "unfused") for strategy in strategies]
+    check(size, cases, expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
+    cases: list[tuple[str, dict[str, Any]]] = []
+    for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):
+        options = StoreOptions(folders[name], tmp_path / "stores", size, strategy)
+        job = open_job(options, SingleGroup())
+        build(options, job, SingleGroup())
+        cases.append((name, case(job.folder, strategy)))
+    check(size, cases, expected, tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_drafts(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
+    names = ("hybrid", "pipeline") if size == 2 else STRATEGIES
+    check(size, [("mini", case(folders["mini"], name, speculate=4)) for name in names], expected, tmp_path)
