@@ -15,13 +15,15 @@ import typer
 
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, refuse_launcher
+from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RanksOption, StrategyOption, refuse_launcher
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
+from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat import ChatOptions, Conversation
 from kimi_mlx.runtime.session import Session, SessionOptions, open_session
 from kimi_mlx.runtime.text import ChatTokenizer
@@ -61,6 +63,7 @@ def chat(
         bool | None,
         typer.Option("--thinking/--no-thinking", help="Whether the model reasons first, if it can."),
     ] = None,
+    strategy: StrategyOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -75,23 +78,28 @@ def chat(
     with ExitStack() as stack:
         session: Session
         if launched is not None:
+            choice = launched.choice
             ring = stack.enter_context(closing(open_launched(launched, target, dtype, temperature != 0, json)))
             tokenizer, options = asking.read(ring.text_folder, max_tokens)
             session = ring
         else:
-            folder = obtain(target, ranks, is_quiet=json)
+            choice = place_here(target, ranks, strategy)
+            folder = obtain(target, ranks, choice.strategy, is_quiet=json)
             load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
-            session = _open(SessionOptions(folder, ranks, dtype, samples=samples), name, json)
+            announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
+            session = _open(SessionOptions(folder, ranks, dtype, choice.strategy, samples), name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for one-shot answers
 
             raise typer.Exit(run_repl(conversation, model_name=name))
-        answer = _answer_json if json else _answer
-        answer(conversation, question)
+        if json:
+            _answer_json(conversation, question, choice)
+        else:
+            _answer(conversation, question)
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ def _answer(conversation: Conversation, question: str) -> None:
                 stderr.print(statistics_line(item.statistics) + cut, style="dim")
 
 
-def _answer_json(conversation: Conversation, question: str) -> None:
+def _answer_json(conversation: Conversation, question: str, choice: Choice) -> None:
     """Print the whole answer as one JSON document."""
     answer = Delta()
     for item in conversation.ask(question):
@@ -207,6 +215,7 @@ def _answer_json(conversation: Conversation, question: str) -> None:
                     "reasoning": answer.reasoning,
                     "tool_calls": [asdict(call) for call in answer.tool_calls],
                     "finish_reason": item.reason,
+                    "placement": choice.to_dict(),
                     "statistics": item.statistics.to_dict(),
                 }
             )

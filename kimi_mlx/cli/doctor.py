@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ from kimi_mlx.cli.hosts_options import (
 )
 from kimi_mlx.cli.options import JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-from kimi_mlx.cluster.doctor import examine
+from kimi_mlx.cluster.doctor import examine, with_need
 from kimi_mlx.cluster.examination import Question
 from kimi_mlx.cluster.hostfile import write_hostfile
 from kimi_mlx.errors import UsageError
@@ -42,6 +43,7 @@ def doctor(
 ) -> None:
     """Say what is wrong with this Mac, or with a cluster, and the command that mends it."""
     from kimi_mlx.cli.need import need_of
+    from kimi_mlx.cli.placing import need_with, place_on
 
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)
@@ -59,6 +61,9 @@ def doctor(
     )
     with slow_status(is_quiet=json) as say:
         diagnosis = examine(question, sys.executable, say)
+    choice = place_on(diagnosis, question, None)
+    need = need_with(need, choice, question.world_size)
+    diagnosis = with_need(diagnosis, replace(question, need=need))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.errors import UsageError
+from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
 
 ModelArgument = Annotated[
     str | None,
@@ -28,6 +29,25 @@ DtypeOption = Annotated[
         "--dtype",
         metavar="float32|bfloat16|float16",
         help="Type to compute in. Default: the checkpoint's on a GPU, float32 on the CPU.",
+        show_default=False,
+    ),
+]
+
+
+def _check_strategy(text: str | None) -> str | None:
+    if text is not None:
+        parse_strategy(text)
+    return text
+
+
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME[:W:W...]",
+        callback=_check_strategy,
+        help=f"How ranks share the model: {', '.join(STRATEGIES)}; with weights for unequal ones, such as "
+        "`pipeline:3:1`. Default: as it is stored, else what the planner finds best.",
         show_default=False,
     ),
 ]

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kimi_mlx.cluster.examination import Question, calm, check_hosts, check_need, check_together, read_answers, with_hosts
+from kimi_mlx.cluster.examination import (
+    Question,
+    calm,
+    check_hosts,
+    check_need,
+    check_together,
+    read_answers,
+    with_hosts,
+)
 from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, facts_script, own_interpreter
 from kimi_mlx.cluster.findings import Finding, has_trouble
 from kimi_mlx.cluster.hosts import Backend, Cluster, Hostfile

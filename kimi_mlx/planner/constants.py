@@ -57,14 +57,10 @@ class Engine:
     overlaps_chunks: bool
 
 
-KIMI_MLX = Engine(
-    "kimi-mlx", 28, 512, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
-)
+KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True)
 """28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.generate.PREFILL_CHUNK."""
 
-MLX_LM = Engine(
-    "mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False
-)
+MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False)
 """44: design.md. exo and mlx-engine run mlx-lm's model."""
 
 ENGINES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}

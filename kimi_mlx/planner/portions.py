@@ -56,7 +56,7 @@ def make_portions(strategy: str, shape: Shape, ranks: int, slices_head: bool = T
     """The portion of each rank, as kimi-mlx places the model.
 
     Args:
-        strategy: as in kimi_mlx.parallel.placement, with weights for uneven shares; a rank alone has all whatever it is.
+        strategy: as in kimi_mlx.parallel.placement, with weights for uneven shares; any for one rank, which has all.
         shape: of the model.
         ranks: how many.
         slices_head: whether ranks share the rows of the vocabulary; if not, each that has some of them has all.

@@ -104,7 +104,9 @@ def prefill(setup: Setup, prompt: int) -> Seconds:
     size = setup.engine.prefill_chunk
     chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
     if setup.strategy == "pipeline":
-        return _through_stages(setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks])
+        return _through_stages(
+            setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks]
+        )
     return sum((_chunk(setup, *chunk) for chunk in chunks), NOTHING)
 
 

@@ -126,6 +126,17 @@ def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None 
     return folder
 
 
+def config_folder(target: Target) -> Path | None:
+    """Where a model's configuration is, if it is on this machine."""
+    if target.repository is None:
+        return target.folder
+    if (folder := find_local(target.repository)) is not None:
+        return folder
+    stores = stores_folder()
+    found = find_stores(stores, target.repository) if stores is not None else []
+    return found[0].folder if found else None
+
+
 def stored_strategy(target: Target, ranks: int) -> str | None:
     """The strategy of the newest store of a model for so many ranks on this machine, the complete ones first.
 
