@@ -24,6 +24,7 @@ from kimi_mlx.cli.hosts_options import (
 from kimi_mlx.cli.launched import Launched, refuse_ranks
 from kimi_mlx.cli.options import refuse_launcher
 from kimi_mlx.cli.output import print_json, slow_status, stderr
+from kimi_mlx.cli.placing import announce, need_with, place_on
 from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor import Diagnosis, examine, with_need
 from kimi_mlx.cluster.examination import Question
@@ -84,7 +85,6 @@ def launch(
 ) -> None:
     """Run a model on several Macs: check them, connect them, then COMMAND."""
     from kimi_mlx.cli.need import need_of
-    from kimi_mlx.cli.placing import announce, need_with, place_on
 
     refuse_launcher()
     command = _Command(context, words or [])  # whose help needs no hosts
