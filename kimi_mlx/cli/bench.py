@@ -18,13 +18,15 @@ from kimi_mlx.cli.options import (
     JsonOption,
     ModelArgument,
     RanksOption,
+    StrategyOption,
     refuse_launcher,
 )
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
+from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
 from kimi_mlx.settings import Settings
-from kimi_mlx.store.locate import understand
+from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def bench(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Repetitions that do not count.")] = 1,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 5,
     ranks: RanksOption = 1,
+    strategy: StrategyOption = None,
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
     against: Annotated[
@@ -75,17 +78,21 @@ def bench(
             target = understand(model or Settings.from_environment().model)
             session = stack.enter_context(closing(open_launched(launched, target, dtype, False, json)))
             folder, sides = session.text_folder, [SessionSide("kimi-mlx", session)]
-            ranks = launched.cluster.size
+            ranks, choice = launched.cluster.size, launched.choice
         else:
-            folder = _folder(model, synthetic, ranks, json)
+            target = _target(model, synthetic)
+            choice = place_here(target, ranks, strategy)
+            folder = _folder(target, synthetic, ranks, choice.strategy, json)
             plan.check_context(load_config(folder).max_position_embeddings)
-            options = SessionOptions(folder, ranks, dtype, fast_sync=fast_sync)
+            announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
+            options = SessionOptions(folder, ranks, dtype, choice.strategy, fast_sync=fast_sync)
             sides = stack.enter_context(_open_sides(options, against, json))
         config = load_config(folder)
         plan.check_context(config.max_position_embeddings)
         settings = {
             "model": synthetic or model or Settings.from_environment().model,
             "ranks": ranks,
+            "placement": choice.to_dict(),
             "hosts": None if launched is None else launched.cluster.names,
             "dtype": _dtype_name(dtype, folder),
             "sums": next((each.sums.to_dict() for each in sides if isinstance(each, SessionSide) and each.sums), None),
@@ -114,12 +121,20 @@ def _sizes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _folder(model: str | None, synthetic: str | None, ranks: int, is_quiet: bool) -> Path:
-    """The checkpoint to measure."""
+def _target(model: str | None, synthetic: str | None) -> Target | None:
+    """The model to measure; None for a synthetic one."""
     if synthetic is None:
-        return obtain(understand(model or Settings.from_environment().model), ranks, is_quiet)
+        return understand(model or Settings.from_environment().model)
     if model is not None:
         raise UsageError(f"`{model}` and --synthetic exclude each other", hint="leave one of them out")
+    return None
+
+
+def _folder(target: Target | None, synthetic: str | None, ranks: int, strategy: str, is_quiet: bool) -> Path:
+    """The checkpoint to measure."""
+    if target is not None:
+        return obtain(target, ranks, strategy, is_quiet)
+    assert synthetic is not None
     from kimi_mlx.bench.workloads import synthetic_checkpoint
 
     with load_progress(f"making the checkpoint `{synthetic}`", is_quiet) as progress:

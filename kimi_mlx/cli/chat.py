@@ -21,14 +21,17 @@ from kimi_mlx.cli.options import (
     JsonOption,
     ModelArgument,
     RanksOption,
+    StrategyOption,
     refuse_launcher,
 )
 from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
+from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat import ChatOptions, Conversation
 from kimi_mlx.runtime.session import Session, SessionOptions, open_session
 from kimi_mlx.runtime.text import ChatTokenizer
@@ -68,6 +71,7 @@ def chat(
         bool | None,
         typer.Option("--thinking/--no-thinking", help="Whether the model reasons first, if it can."),
     ] = None,
+    strategy: StrategyOption = None,
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
     json: JsonOption = False,
@@ -83,15 +87,18 @@ def chat(
     with ExitStack() as stack:
         session: Session
         if launched is not None:
+            choice = launched.choice
             ring = stack.enter_context(closing(open_launched(launched, target, dtype, temperature != 0, json)))
             tokenizer, options = asking.read(ring.text_folder, max_tokens)
             session = ring
         else:
-            folder = obtain(target, ranks, is_quiet=json)
+            choice = place_here(target, ranks, strategy)
+            folder = obtain(target, ranks, choice.strategy, is_quiet=json)
             load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
-            local = SessionOptions(folder, ranks, dtype, samples=samples, fast_sync=fast_sync)
+            announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
+            local = SessionOptions(folder, ranks, dtype, choice.strategy, samples, fast_sync=fast_sync)
             session = _open(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
@@ -99,8 +106,10 @@ def chat(
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for one-shot answers
 
             raise typer.Exit(run_repl(conversation, model_name=name))
-        answer = _answer_json if json else _answer
-        answer(conversation, question)
+        if json:
+            _answer_json(conversation, question, choice)
+        else:
+            _answer(conversation, question)
 
 
 @dataclass(frozen=True)
@@ -203,7 +212,7 @@ def _answer(conversation: Conversation, question: str) -> None:
                 stderr.print(statistics_line(item.statistics) + cut, style="dim")
 
 
-def _answer_json(conversation: Conversation, question: str) -> None:
+def _answer_json(conversation: Conversation, question: str, choice: Choice) -> None:
     """Print the whole answer as one JSON document."""
     answer = Delta()
     for item in conversation.ask(question):
@@ -216,6 +225,7 @@ def _answer_json(conversation: Conversation, question: str) -> None:
                     "reasoning": answer.reasoning,
                     "tool_calls": [asdict(call) for call in answer.tool_calls],
                     "finish_reason": item.reason,
+                    "placement": choice.to_dict(),
                     "statistics": item.statistics.to_dict(),
                 }
             )

@@ -8,7 +8,7 @@ from contextlib import closing
 import typer
 
 from kimi_mlx.cli.launched import launched_of, open_launched
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument
+from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, StrategyOption
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
@@ -23,7 +23,11 @@ PROMPT_TOKENS = 64
 
 
 def check(
-    context: typer.Context, model: ModelArgument = None, dtype: DtypeOption = None, json: JsonOption = False
+    context: typer.Context,
+    model: ModelArgument = None,
+    strategy: StrategyOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Load a model on a cluster and let it answer twice; both answers must be equal."""
     launched = launched_of(context)
@@ -51,6 +55,7 @@ def check(
         "hosts": launched.cluster.names,
         "ranks": launched.cluster.size,
         "backend": launched.cluster.backend,
+        "placement": launched.choice.to_dict(),
         "load_s": round(load_s, 3),
         "answers_equal": True,
         "doctor": launched.doctor,

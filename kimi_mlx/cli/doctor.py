@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -21,7 +22,8 @@ from kimi_mlx.cli.hosts_options import (
 )
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-from kimi_mlx.cluster.doctor import examine
+from kimi_mlx.cli.placing import need_with, place_on
+from kimi_mlx.cluster.doctor import examine, with_need
 from kimi_mlx.cluster.examination import Question
 from kimi_mlx.cluster.hostfile import write_hostfile
 from kimi_mlx.errors import UsageError
@@ -60,6 +62,9 @@ def doctor(
     )
     with slow_status(is_quiet=json) as say:
         diagnosis = examine(question, sys.executable, say)
+    choice = place_on(diagnosis, question, None)
+    need = need_with(need, choice, question.world_size)
+    diagnosis = with_need(diagnosis, replace(question, need=need))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)

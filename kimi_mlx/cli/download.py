@@ -11,8 +11,9 @@ from kimi_mlx.cli.byte_progress import byte_progress
 from kimi_mlx.cli.download_output import print_result, require_disk
 from kimi_mlx.cli.launched import launched_of
 from kimi_mlx.cli.obtain import fetch
-from kimi_mlx.cli.options import JsonOption, ModelArgument
+from kimi_mlx.cli.options import JsonOption, ModelArgument, StrategyOption
 from kimi_mlx.cli.output import print_json, stderr
+from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.cli.store_progress import TerminalListener
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
@@ -23,7 +24,9 @@ from kimi_mlx.hub.client import (
     remove_cached,
     verify_checkpoint,
 )
+from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.parallel.together import together
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.download import StoreOptions, join_group
 from kimi_mlx.runtime.stores import Result, dry_result, provide_stores, state_of
 from kimi_mlx.settings import Settings
@@ -45,6 +48,7 @@ def download(
             show_default=False,
         ),
     ] = None,
+    strategy: StrategyOption = None,
     revision: Annotated[
         str | None,
         typer.Option("--revision", help="A branch, tag or commit. Default: what is here, else the main branch."),
@@ -77,11 +81,15 @@ def download(
         ranks = group.size
     if ranks is None and keep_source:
         raise UsageError("--keep-source is for --ranks", hint="without --ranks the files are kept anyway")
+    if ranks is None and strategy is not None:
+        raise UsageError("--strategy is for --ranks", hint="say how many ranks will share the model: `--ranks 2`")
     try:
         if ranks is None:
             result = _checkpoint(target, revision, dry_run, verify, is_quiet)
         else:
-            options = StoreOptions(target.source, stores_root(), ranks, revision=revision, keep_source=keep_source)
+            choice = place_here(target, ranks, strategy) if group.size == 1 else _place_on_group(ranks, strategy)
+            announce(choice, f"{ranks} ranks", is_quiet)
+            options = StoreOptions(target.source, stores_root(), ranks, choice.strategy, revision, keep_source)
             result = provide_stores(
                 target, options, group, TerminalListener(target, is_quiet), is_dry=dry_run, is_check=verify
             )
@@ -96,6 +104,11 @@ def download(
         else:
             print_result(result)
         require_disk(result)
+
+
+def _place_on_group(ranks: int, strategy: str | None) -> Choice:
+    """Without `launch` hosts do not know of each other what they have: hybrid, unless --strategy says otherwise."""
+    return Choice(normal_strategy(strategy or "hybrid", ranks), "without launch it is what --strategy says, or hybrid")
 
 
 def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:

@@ -24,8 +24,9 @@ from kimi_mlx.cli.hosts_options import (
 from kimi_mlx.cli.launched import Launched, refuse_ranks
 from kimi_mlx.cli.options import FastSyncOption, refuse_launcher
 from kimi_mlx.cli.output import print_json, slow_status, stderr
+from kimi_mlx.cli.placing import announce, need_with, place_on
 from kimi_mlx.cli.stream import count
-from kimi_mlx.cluster.doctor import Diagnosis, examine
+from kimi_mlx.cluster.doctor import Diagnosis, examine, with_need
 from kimi_mlx.cluster.examination import Question
 from kimi_mlx.cluster.facts import own_interpreter
 from kimi_mlx.cluster.hostfile import write_hostfile
@@ -36,6 +37,7 @@ from kimi_mlx.cluster.install import needs_install
 from kimi_mlx.cluster.need import ModelNeed
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.errors import MissingModelError, UsageError
+from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
@@ -94,6 +96,7 @@ def launch(
         raise UsageError("--install brings a Python of its own, --python names another", hint="leave one of them out")
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)
+    command.check_strategy(len(ranks.hosts))
     need = need_of(command.model)
     if command.name == "download" and need.repository is None:
         stderr.print(f"`{need.name}` comes with kimi-mlx: there is nothing to fetch", markup=False)
@@ -103,6 +106,9 @@ def launch(
     question = Question(ranks, need, asked, python, is_link_forced=force_link, is_quick=command.name != "check")
     command.require_question()
     diagnosis = _prepare(question, install)
+    choice = place_on(diagnosis, question, command.strategy)
+    need = need_with(need, choice, len(ranks.hosts))
+    diagnosis = with_need(diagnosis, replace(question, need=need))
     cluster = _accept(diagnosis, need, option, command, is_forced=force)
     if save is not None:
         write_hostfile(save, replace(cluster.hostfile, backend=cluster.backend))
@@ -112,8 +118,9 @@ def launch(
             stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
     elif not command.is_json:
         stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
+    announce(choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"), is_quiet=command.is_json)
     limits = Limits(silence_s=limit, step_s=limit)
-    launched = Launched(cluster, option, restarts, limits, to_dict(diagnosis, need))
+    launched = Launched(cluster, option, restarts, limits, choice, to_dict(diagnosis, need))
     try:
         command.run(launched)
     except MissingModelError as error:
@@ -151,6 +158,16 @@ class _Command:
     def model(self) -> str:
         """Which one it is about."""
         return self._parameters.get("model") or Settings.from_environment().model
+
+    @property
+    def strategy(self) -> str | None:
+        """How the ranks are to share it, if it says so."""
+        return self._parameters.get("strategy")
+
+    def check_strategy(self, ranks: int) -> None:
+        """Whether weights are those of so many ranks."""
+        if self.strategy is not None:
+            normal_strategy(self.strategy, ranks)
 
     def require_question(self) -> None:
         """A chat needs a terminal, a pipe or a prompt."""

@@ -49,6 +49,7 @@ def download_over_hosts(
     with closing(Ring(launched.cluster, limits, MODULE)) as ring, _shown(target, is_json) as show:
         ring.start(
             model=name_for_hosts(target),
+            strategy=launched.choice.strategy,
             revision=revision,
             is_dry=is_dry,
             is_check=is_check,

@@ -12,6 +12,7 @@ from kimi_mlx.cli.output import load_progress
 from kimi_mlx.cluster.hosts import Cluster
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.ring_session import RingSession
 from kimi_mlx.runtime.session import SessionOptions
 from kimi_mlx.store.locate import Target
@@ -26,6 +27,7 @@ class Launched:
         option: how the hosts were named, for hints: `--hosts a,b`.
         restarts: how often a lost ring is started again.
         limits: how long things may take on it.
+        choice: how the ranks share the model.
         doctor: what the checks have found, for JSON.
     """
 
@@ -33,6 +35,7 @@ class Launched:
     option: str
     restarts: int
     limits: Limits
+    choice: Choice
     doctor: Mapping[str, Any]
 
     @property
@@ -69,6 +72,7 @@ def open_launched(launched: Launched, target: Target, dtype: str | None, samples
     options = SessionOptions(
         folder=None,
         dtype=dtype,
+        strategy=launched.choice.strategy,
         samples=samples,
         model=name_for_hosts(target),
         cluster=launched.cluster,

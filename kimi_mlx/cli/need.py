@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from kimi_mlx.cluster.need import ModelNeed
 from kimi_mlx.engine.chunking import PREFILL_CHUNK
-from kimi_mlx.folders import stores_folder
-from kimi_mlx.hub.cache import find_local
 from kimi_mlx.hub.catalogue import CONTEXT_TOKENS, OVERHEAD
 from kimi_mlx.model.config import ModelConfig, load_config
-from kimi_mlx.store.locate import Target, understand
-from kimi_mlx.store.stores import find_stores
+from kimi_mlx.store.locate import Target, config_folder, understand
 
 K2_HIDDEN_SIZE, K2_VOCAB_SIZE, K2_KV_BYTES = 7168, 163840, 70272
 """Of the big models; for one of which not even the configuration is here."""
@@ -30,7 +25,7 @@ def need_of(name: str) -> ModelNeed:
         ConfigError: a configuration that we cannot serve.
     """
     target = understand(name)
-    folder = _folder(target)
+    folder = config_folder(target)
     config = None if folder is None else load_config(folder)
     entry = target.entry
     weights = None if entry is None else entry.weights_bytes
@@ -55,17 +50,6 @@ def _repository(target: Target) -> str | None:
     if target.entry is not None and target.entry.is_packaged:
         return None
     return target.repository or str(target.folder and target.folder.resolve())
-
-
-def _folder(target: Target) -> Path | None:
-    """Where its configuration is, if it is on this machine."""
-    if target.repository is None:
-        return target.folder
-    if (folder := find_local(target.repository)) is not None:
-        return folder
-    stores = stores_folder()
-    found = find_stores(stores, target.repository) if stores is not None else []
-    return found[0].folder if found else None
 
 
 def _kv_bytes(config: ModelConfig | None) -> int:

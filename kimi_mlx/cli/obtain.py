@@ -23,19 +23,20 @@ UNASKED_BYTES = 5 * GB
 """What a command that needs a model fetches without asking."""
 
 
-def obtain(target: Target, ranks: int, is_quiet: bool) -> Path:
+def obtain(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Path:
     """The folder of a model, fetched if it is not here; a large one only after a yes.
 
     Args:
         target: the model.
         ranks: how many will share it.
+        strategy: how.
         is_quiet: without progress and notices.
 
     Raises:
         UsageError: it is large, and there is nobody to ask.
         WeightsError: it cannot be fetched, or is here as a store that is broken or of another placement.
     """
-    folder = find(target, ranks)
+    folder = find(target, ranks, strategy)
     if folder is not None:
         return folder
     assert target.repository is not None

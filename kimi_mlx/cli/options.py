@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.errors import UsageError
+from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
 
 ModelArgument = Annotated[
     str | None,
@@ -37,6 +38,25 @@ FastSyncOption = Annotated[
         "--fast-sync",
         help="With MLX's fast fence (MLX_METAL_FAST_SYNCH=1): about 4 instead of 180 us each time ranks exchange "
         "something. Risky: it can wedge the GPU, so that the Mac must be restarted.",
+    ),
+]
+
+
+def _check_strategy(text: str | None) -> str | None:
+    if text is not None:
+        parse_strategy(text)
+    return text
+
+
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME[:W:W...]",
+        callback=_check_strategy,
+        help=f"How ranks share the model: {', '.join(STRATEGIES)}; with weights for unequal ones, such as "
+        "`pipeline:3:1`. Default: as it is stored, else what the planner finds best.",
+        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

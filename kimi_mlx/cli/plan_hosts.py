@@ -55,19 +55,26 @@ def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:
     return tuple(machine_of_host(each.host, each.chip, each.memory_bytes, each.wired_limit_mb) for each in known)
 
 
+def measured_of(diagnosis: Diagnosis) -> Link | None:
+    """The network that was measured and chosen, if there is one."""
+    measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
+    if not measured:
+        return None
+    slowest = max(measured, key=lambda each: each.round_trip_s)
+    return measured_link(slowest.round_trip_s, slowest.bytes_per_s)
+
+
 def links_of(diagnosis: Diagnosis) -> list[Link]:
     """The network that was measured; with RDMA, whose speed only the self-test would tell, the published one, too.
 
     Raises:
         LinkError: there is none.
     """
-    measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
-    if not measured:
+    measured = measured_of(diagnosis)
+    if measured is None:
         trouble = [each.message for each in diagnosis.findings if each.state == "trouble" and each.check in ABOUT_LINKS]
         raise LinkError(
             f"no network between the hosts could be measured{': ' if trouble else ''}{'; '.join(trouble)}",
             hint="`kimi-mlx doctor` says more; `--link tcp` and `--link rdma` take published figures",
         )
-    slowest = max(measured, key=lambda each: each.round_trip_s)
-    links = [measured_link(slowest.round_trip_s, slowest.bytes_per_s)]
-    return [RDMA, *links] if diagnosis.backend != "ring" else links
+    return [RDMA, measured] if diagnosis.backend != "ring" else [measured]

@@ -15,7 +15,7 @@ from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.units import GB, GIB, format_bytes, format_context
 
-COLUMNS = ("strategy", "hosts", "backend", "GB/host", "fits", "context", "prefill", "decode", "runs")
+COLUMNS = ("strategy", "hosts", "backend", "GB/host", "fits", "context", "prefill", "decode")
 RIGHT = {"hosts", "GB/host", "context", "prefill", "decode"}
 
 NOTEWORTHY = 0.1
@@ -45,7 +45,8 @@ def plan_report(plan: Plan) -> Iterator[Part]:
         yield from (f"  {_name(option)}: {why}" for option, why in lost if why)
     yield from (f"  {note}" for note in plan.notes)
     if any(option.shares != "even" for option in shown):
-        yield "  * shares in proportion to the hosts' memory; the others are even."
+        weights = dict.fromkeys(option.placement for option in shown if option.shares != "even")
+        yield f"  * shares in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; the others are even."
     yield ""
     yield (
         f"Predictions, not measurements. decode: tok/s of one sequence at the end of that context; prefill: tok/s of "
@@ -64,7 +65,7 @@ def shown_options(plan: Plan) -> list[Option]:
     seen = {len(plan.machines)}
     too_large: set[tuple[object, ...]] = set()
     for option in sorted(plan.options, key=lambda option: option.fits == "no"):
-        count, placed = len(option.hosts), (option.strategy, option.shares, option.hosts)
+        count, placed = len(option.hosts), (option.placement, option.hosts)
         is_wanted = count == len(plan.machines) or count not in seen or option is plan.choice
         if is_wanted and placed not in too_large:
             found.append(option)
@@ -80,8 +81,7 @@ def choice_lines(plan: Plan) -> Iterator[str]:
     if choice is None:
         yield "Choice: none, it does not fit."
         return
-    later = "" if choice.runs_today else ", which kimi-mlx does not have yet"
-    yield f"Choice: {_name(choice)}{later}: {choice.decode_tok_per_s:.1f} tok/s."
+    yield f"Choice: {_name(choice)}: {choice.decode_tok_per_s:.1f} tok/s."
     parts = choice.decode
     yield (
         f"  A token takes {parts.total_s * 1e3:.1f} ms: weights {parts.read_s * 1e3:.1f}, attention "
@@ -124,7 +124,6 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             format_context(longest) if longest else "-",
             f"{option.prefill_tok_per_s:.0f}",
             f"{option.decode_tok_per_s:.1f}",
-            "today" if option.runs_today else "later",
         ]
         table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)
     return table

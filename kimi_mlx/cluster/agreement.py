@@ -96,7 +96,11 @@ Choice = tuple[str, str]
 
 
 def check_stores(
-    hosts: Sequence[Facts], repository: str, ranks: Mapping[str, Sequence[int]], wanted: Choice | None = None
+    hosts: Sequence[Facts],
+    repository: str,
+    ranks: Mapping[str, Sequence[int]],
+    wanted: Choice | None = None,
+    prefix: str | None = None,
 ) -> list[Finding]:
     """Whether each host holds the complete stores of its ranks, of the same commit and placement.
 
@@ -105,8 +109,16 @@ def check_stores(
         repository: of the model.
         ranks: host -> its ranks.
         wanted: commit and placement; None for those that most ranks have.
+        prefix: of the placements that count; None for all.
     """
-    held = {facts.host: [store for store in facts.stores if store.repository == repository] for facts in hosts}
+    held = {
+        facts.host: [
+            store
+            for store in facts.stores
+            if store.repository == repository and store.placement.startswith(prefix or "")
+        ]
+        for facts in hosts
+    }
     right = wanted and (wanted[0][:12], wanted[1])
     right = right or _most_common(held, ranks)
     return [_check_store(facts.host, repository, held[facts.host], ranks.get(facts.host, ()), right) for facts in hosts]

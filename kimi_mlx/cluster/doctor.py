@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kimi_mlx.cluster.examination import Question, calm, check_hosts, check_together, read_answers, with_hosts
+from kimi_mlx.cluster.examination import (
+    Question,
+    calm,
+    check_hosts,
+    check_need,
+    check_together,
+    read_answers,
+    with_hosts,
+)
 from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, facts_script, own_interpreter
 from kimi_mlx.cluster.findings import Finding, has_trouble
 from kimi_mlx.cluster.hosts import Backend, Cluster, Hostfile
@@ -81,6 +89,12 @@ def examine(question: Question, own_python: str, say: Say = lambda text: None) -
     """
     diagnosis = _examine(question, own_python, say)
     return replace(diagnosis, findings=tuple(with_hosts(diagnosis.findings, question.names)))
+
+
+def with_need(diagnosis: Diagnosis, question: Question) -> Diagnosis:
+    """The diagnosis for what a model needs with the placement that was chosen, after examine with the same hosts."""
+    findings = check_need(question, diagnosis.facts, diagnosis.findings)
+    return replace(diagnosis, findings=tuple(with_hosts(findings, question.names)))
 
 
 def _examine(question: Question, own_python: str, say: Say) -> Diagnosis:

@@ -92,21 +92,43 @@ def check_hosts(question: Question, known: Mapping[str, Facts], answers: Mapping
     """Each host by itself."""
     findings: list[Finding] = []
     for host, facts in known.items():
-        ranks, size = question.ranks[host], question.world_size
-        memory = question.need.memory_bytes(facts, ranks, size)
         if not facts.is_complete:
             findings.append(check_complete(facts))
         findings += [
             check_python(facts, question.python),
             check_chip(facts),
-            check_memory(facts, memory),
-            *([check_wired_limit(facts, memory)] if facts.is_mac else []),
-            check_disk(facts, 0 if question.is_alone else question.need.disk_bytes(facts, ranks, size)),
+            *_check_room(question, facts),
         ]
         if not question.is_alone:
             findings.append(check_clock(facts, answers[host]))
             findings += [check_firewall(facts)] if facts.is_mac else []
     return findings
+
+
+def _check_room(question: Question, facts: Facts) -> list[Finding]:
+    """Whether a host has the memory and the disk that the model needs there."""
+    ranks, size = question.ranks[facts.host], question.world_size
+    memory = question.need.memory_bytes(facts, ranks, size)
+    return [
+        check_memory(facts, memory),
+        *([check_wired_limit(facts, memory)] if facts.is_mac else []),
+        check_disk(facts, 0 if question.is_alone else question.need.disk_bytes(facts, ranks, size)),
+    ]
+
+
+def check_need(question: Question, known: Mapping[str, Facts], findings: Sequence[Finding]) -> list[Finding]:
+    """Findings with those replaced that depend on what the model needs, which was not known when they were made."""
+    again = [each for facts in known.values() for each in _check_room(question, facts)]
+    again += _check_stores(question, [*known.values()])
+    found = {(each.host, each.check): each for each in again}
+    return [found.get((each.host, each.check), each) for each in findings]
+
+
+def _check_stores(question: Question, hosts: Sequence[Facts]) -> list[Finding]:
+    need = question.need
+    if need.repository is None or question.is_alone:
+        return []
+    return check_stores(hosts, need.repository, question.ranks, prefix=need.store_prefix)
 
 
 def check_together(
@@ -130,8 +152,7 @@ def check_together(
     if front is not None and all(finding.state == "ok" for finding in versions):
         versions = check_front(front, hosts) or versions
     findings += [*versions, *check_macos(hosts, backend != "ring")]
-    if need.repository is not None:
-        findings += check_stores(hosts, need.repository, question.ranks)
+    findings += _check_stores(question, hosts)
     return [*findings, *check_topology(question.hostfile, hosts, backend, joined), fence]
 
 

@@ -100,7 +100,7 @@ class Facts:
         interpreters: that it has, those that were asked for first.
         broken_interpreters: paths of those that do not run.
         uv: path of uv.
-        stores: complete ones.
+        stores: complete ones, the newest first.
         rdma_status: what `rdma_ctl status` says, such as `enabled`.
         rdma_ports: device -> state (`PORT_ACTIVE`), or an empty text where it is not told.
         firewall: macOS' application firewall: 0 off, 1 on, 2 blocks all.

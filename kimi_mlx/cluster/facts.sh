@@ -79,9 +79,9 @@ folders() {
   limit 5 df -Pk "${place:-/}" | sed -n '$p' | lines disk
 }
 
-# A line for each complete store: its place, repository, commit (both as in JSON), kilobytes; tabs between them.
+# A line for each complete store, the newest first: its place, repository, commit (both as in JSON), kilobytes; tabs between them.
 stores() {
-  for manifest in "$stores"/*/*/*/rank-*/manifest.json; do
+  ls -t "$stores"/*/*/*/rank-*/manifest.json 2>/dev/null | while IFS= read -r manifest; do
     [ -f "$manifest" ] || continue
     store=${manifest#"$stores"/}
     head=$(limit 5 dd if="$manifest" bs=4096 count=1)

@@ -79,6 +79,10 @@ class PipelineExchange(RankExchange):
         return kept if self.is_leader else sent
 
     def take_back(self, hidden: mx.array) -> mx.array:
+        """The states behind the last layer, on rank 0; in the order of hand_on.
+
+        They are asked for at once: what is built later comes after them, whoever needs it first.
+        """
         states, self._told = self._receive_states(hidden.shape[:2], WORD_SIZE, self._awaited.popleft())
         mx.async_eval(states, self._told.words)
         self._returned = self._told

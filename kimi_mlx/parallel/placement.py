@@ -133,7 +133,7 @@ class Units:
 
 
 def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
-    """A strategy's name and the weights of its ranks, none if they are equal.
+    """A strategy's name and the weights of its ranks, as far as they are given.
 
     Args:
         text: such as `hybrid`, or `hybrid:512:128` for two ranks of unequal memory.
@@ -149,8 +149,7 @@ def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
             f"`{text}` gives no weight to each rank",
             hint=f"write whole numbers up to {MAX_WEIGHT}, one a rank: `--strategy {name}:3:1`",
         )
-    weights = tuple(map(int, parts))
-    return name, () if len(set(weights)) == 1 else weights
+    return name, tuple(map(int, parts))
 
 
 def normal_strategy(text: str, world_size: int) -> str:
@@ -167,6 +166,8 @@ def normal_strategy(text: str, world_size: int) -> str:
         )
     if world_size == 1:
         return "hybrid"
+    if len(set(weights)) == 1:
+        return name
     factor = math.gcd(*weights)
     return ":".join([name, *(str(weight // factor) for weight in weights)])
 

@@ -108,7 +108,7 @@ def setup_of(row: Row, constants: Constants = FITTED) -> Setup:
     engine = ENGINES[row.engine]
     shape = shape_with_bits(row.dimensions, row.dimensions, row.expert_bits, row.rest_bits)
     machines = parse_machines(row.machines)
-    portions = make_portions(row.strategy, shape, [1.0] * len(machines), engine.slices_head)
+    portions = make_portions(row.strategy, shape, len(machines), engine.slices_head)
     fence_s = FAST_FENCE_S if row.is_fast_sync else FENCE_S
     return Setup(shape, row.strategy, machines, portions, LINKS[row.link], engine, fence_s, constants)
 

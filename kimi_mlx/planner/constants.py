@@ -43,6 +43,9 @@ class Engine:
         prefill_chunk: tokens of a prompt at once.
         slices_head: whether several ranks share the rows of the vocabulary.
         gathers: whether small sums are gathered.
+        returns_states: whether a pipeline's last stage hands states back to the first, which has the head; if not, it
+            has the head itself, and tells the others the token.
+        overlaps_chunks: whether a pipeline's stage goes on with a prompt's next chunk while later stages have this one.
     """
 
     name: str
@@ -50,12 +53,14 @@ class Engine:
     prefill_chunk: int
     slices_head: bool
     gathers: bool
+    returns_states: bool
+    overlaps_chunks: bool
 
 
-KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True)
+KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True)
 """28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.chunking.PREFILL_CHUNK."""
 
-MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False)
+MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False)
 """44: design.md. exo and mlx-engine run mlx-lm's model."""
 
 ENGINES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}

@@ -72,6 +72,9 @@ class Chip:
         return self.thunderbolt >= RDMA_THUNDERBOLT
 
 
+UNKNOWN_CHIP = Chip("unknown", 0, 0, 0, (), 0, 0, None, None, {}, "no Mac of the table", None)
+
+
 @dataclass(frozen=True)
 class Machine:
     """A host of the plan.
@@ -87,6 +90,11 @@ class Machine:
     chip: Chip
     memory_bytes: int
     gpu_bytes: int
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its speed can be predicted."""
+        return self.chip is not UNKNOWN_CHIP
 
     @property
     def raised_gpu_bytes(self) -> int:
@@ -198,3 +206,11 @@ def machine_of_host(name: str, brand: str | None, memory_bytes: int | None, wire
     memory_gb = round(memory_bytes / GIB)
     chip = find_chip(brand.lower().removeprefix("apple ").replace(" ", "-"), memory_gb)
     return make_machine(name, chip, memory_bytes, wired_limit_mb)
+
+
+def any_machine(name: str, brand: str | None, memory_bytes: int, wired_limit_mb: int | None) -> Machine:
+    """The same for any computer: of one that we do not know only the memory counts, all of which it can use."""
+    try:
+        return machine_of_host(name, brand, memory_bytes, wired_limit_mb)
+    except UsageError:
+        return Machine(name, UNKNOWN_CHIP, memory_bytes, max(memory_bytes - SYSTEM_RESERVE_BYTES, 0))

@@ -23,8 +23,8 @@ def why_lost(option: Option, plan: Plan) -> str | None:
         return None
     if option.fits == "no" or choice is None:
         return _too_large(option)
-    if not option.runs_today and option.exchange_s < choice.exchange_s:
-        return f"not there yet; it would take {100 * option.exchange_s / choice.exchange_s:.0f} % of the time"
+    if option.exchange_s < choice.exchange_s and option.strategy == "pipeline":
+        return "hardly faster, and published pipelines are slower than they come out here"
     percent = 100 * (option.exchange_s / choice.exchange_s - 1)
     slower = f"takes {percent:.0f} % longer" if percent >= 1 else "about as fast"
     return f"{slower}: {_largest_difference(option, choice)}"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.hub.catalogue import CONTEXT_TOKENS
+from kimi_mlx.parallel.placement import STRATEGIES, normal_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
 from kimi_mlx.planner.links import Link
 from kimi_mlx.planner.machines import Machine
@@ -21,13 +22,12 @@ Shares = Literal["even", "by memory"]
 Fits = Literal["yes", "raised", "no"]
 """As the hosts are; only with `iogpu.wired_limit_mb` raised; not even then."""
 
-STRATEGIES: tuple[Strategy, ...] = ("hybrid", "pipeline", "tensor", "expert")
-
-RUNS_TODAY = frozenset[tuple[Strategy, Shares]]({("single", "even"), ("hybrid", "even")})
-"""What kimi_mlx.parallel has; the rest are predictions of what is not there yet."""
-
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
 """Of the exchange by whose duration candidates are compared, and the prompt that prefill is told for."""
+
+PIPELINE_MARGIN = 0.1
+"""By so much a pipeline must be faster: published ones on two hosts are a fifth slower than they come out here, and
+nothing else is (docs/planner.md, the misses)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Option:
 
     Args:
         strategy: how it is divided.
-        shares: evenly, or in proportion to memory.
+        placement: the same as `--strategy` takes it, with the weights of uneven shares.
         hosts: that take part, in the order of ranks.
         link: between them; None for one alone.
         memory: of each host.
@@ -47,7 +47,7 @@ class Option:
     """
 
     strategy: Strategy
-    shares: Shares
+    placement: str
     hosts: tuple[str, ...]
     link: Link | None
     memory: tuple[HostMemory, ...]
@@ -57,9 +57,9 @@ class Option:
     prefill: Seconds
 
     @property
-    def runs_today(self) -> bool:
-        """Whether kimi-mlx has it; if not, it is a prediction of what may come."""
-        return (self.strategy, self.shares) in RUNS_TODAY
+    def shares(self) -> Shares:
+        """Evenly, or in proportion to memory."""
+        return "by memory" if ":" in self.placement else "even"
 
     @property
     def fits(self) -> Fits:
@@ -111,9 +111,18 @@ class Plan:
 
     @property
     def choice(self) -> Option | None:
-        """The fastest that fits and runs today; without one the fastest that fits; None if nothing does."""
-        fitting = [option for option in self.options if option.fits != "no"]
-        return next((option for option in fitting if option.runs_today), fitting[0] if fitting else None)
+        """The best of what fits; None if nothing does."""
+        return best_of([option for option in self.options if option.fits != "no"])
+
+
+def best_of(options: Sequence[Option]) -> Option | None:
+    """The fastest; a pipeline only if it is so by PIPELINE_MARGIN."""
+    fastest = min(options, key=lambda option: option.exchange_s, default=None)
+    if fastest is None or fastest.strategy != "pipeline":
+        return fastest
+    others = [option for option in options if option.strategy != "pipeline"]
+    other = min(others, key=lambda option: option.exchange_s, default=fastest)
+    return other if other.exchange_s <= fastest.exchange_s * (1 + PIPELINE_MARGIN) else fastest
 
 
 def make_plan(
@@ -142,14 +151,14 @@ def make_plan(
         if link is not None and (problem := _no_link(hosts, link)) is not None:
             notes[problem] = None
             continue
-        weights = [_free_bytes(machine, strategy, shape) if shares == "by memory" else 1.0 for machine in hosts]
+        placement = strategy_by_memory(strategy, hosts, shape) if shares == "by memory" else strategy
         try:
-            portions = make_portions(strategy, shape, weights, KIMI_MLX.slices_head)
+            portions = make_portions(placement, shape, len(hosts), KIMI_MLX.slices_head)
         except PlacementError as error:
             notes[f"{strategy} on {len(hosts)}: {error.message}"] = None
             continue
         setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants)
-        options.append(_option(setup, shares, context))
+        options.append(_option(setup, placement, context))
     options.sort(key=lambda option: option.exchange_s)
     return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes))
 
@@ -170,6 +179,13 @@ def _candidates(
                     yield strategy, "by memory", hosts, link
 
 
+def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: Shape) -> str:
+    """The strategy with a weight for each machine, so that all become equally full; thousandths in all."""
+    free = [_free_bytes(machine, strategy, shape) for machine in machines]
+    weights = [max(1, round(1000 * each / sum(free))) for each in free]
+    return normal_strategy(":".join([strategy, *map(str, weights)]), len(machines))
+
+
 def _free_bytes(machine: Machine, strategy: Strategy, shape: Shape) -> float:
     """What a host has for its share, after what it needs whatever its share is; at least a little.
 
@@ -179,7 +195,7 @@ def _free_bytes(machine: Machine, strategy: Strategy, shape: Shape) -> float:
         base = Portion(0, 0, embedding=0, head=0)
     else:
         heads = 0 if strategy == "tensor" else 1
-        base = Portion(shape.layers, shape.moe_layers, head=0, heads=heads, expert_rows=0, other_rows=0)
+        base = Portion(shape.layers, shape.moe_layers, head=0, heads=heads, expert_rows=0, shared_rows=0, dense_rows=0)
     taken = host_memory(machine, base, shape, KIMI_MLX, min(CONTEXT_TOKENS, shape.context_tokens)).needed_bytes
     return max(machine.raised_gpu_bytes - taken, 1.0)
 
@@ -197,7 +213,7 @@ def _no_link(hosts: Sequence[Machine], link: Link) -> str | None:
     return None
 
 
-def _option(setup: Setup, shares: Shares, context: int) -> Option:
+def _option(setup: Setup, placement: str, context: int) -> Option:
     pairs = list(zip(setup.machines, setup.portions, strict=True))
     longest = [
         longest_context(setup.machines, setup.portions, setup.shape, setup.engine, is_raised=is_raised)
@@ -205,7 +221,7 @@ def _option(setup: Setup, shares: Shares, context: int) -> Option:
     ]
     return Option(
         setup.strategy,
-        shares,
+        placement,
         tuple(machine.name for machine in setup.machines),
         setup.link,
         tuple(host_memory(machine, portion, setup.shape, setup.engine, context) for machine, portion in pairs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kimi_mlx.planner.constants import Constants, Engine, Strategy
+from kimi_mlx.planner.constants import FENCE_S, Constants, Engine, Strategy
 from kimi_mlx.planner.links import Link
 from kimi_mlx.planner.load import expected_slowest
 from kimi_mlx.planner.machines import Machine
@@ -78,27 +78,64 @@ class Seconds:
         """All of them: none overlaps with another."""
         return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s
 
+    def __add__(self, other: Seconds) -> Seconds:
+        """One after the other."""
+        return Seconds(
+            self.read_s + other.read_s,
+            self.compute_s + other.compute_s,
+            self.kernels_s + other.kernels_s,
+            self.fences_s + other.fences_s,
+            self.link_s + other.link_s,
+        )
+
+
+NOTHING = Seconds(0, 0, 0, 0, 0)
+
 
 def decode(setup: Setup, context: int) -> Seconds:
     """One token of one sequence, after `context` tokens."""
     read, attention = _read_and_attend(setup, context)
-    fences, link = _collectives(setup, 1)
-    return Seconds(read, attention, _kernels_s(setup), fences, link)
+    fences, link = _hand_overs(setup, 1) if setup.strategy == "pipeline" else _collectives(setup, 1)
+    return Seconds(read, attention, _kernels_s(setup, setup.shape.layers), fences, link)
 
 
 def prefill(setup: Setup, prompt: int) -> Seconds:
     """A prompt of so many tokens, in the engine's chunks, the cache being empty."""
-    read = compute = kernels = fences = link = 0.0
-    for start in range(0, prompt, setup.engine.prefill_chunk):
-        length = min(setup.engine.prefill_chunk, prompt - start)
-        ranks = range(setup.ranks)
-        reads = [_touched_bytes(setup, rank, length) / setup.bandwidth(rank) for rank in ranks]
-        computes = [_chunk_flops(setup, rank, start, length) / setup.flops(rank) for rank in ranks]
-        slow_read, slow_compute = _joined(setup, reads, computes)
-        fence_s, link_s = _collectives(setup, length)
-        read, compute, kernels = read + slow_read, compute + slow_compute, kernels + _kernels_s(setup)
-        fences, link = fences + fence_s, link + link_s
-    return Seconds(read, compute, kernels, fences, link)
+    size = setup.engine.prefill_chunk
+    chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
+    if setup.strategy == "pipeline":
+        return _through_stages(
+            setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks]
+        )
+    return sum((_chunk(setup, *chunk) for chunk in chunks), NOTHING)
+
+
+def _chunk(setup: Setup, start: int, length: int) -> Seconds:
+    """`length` tokens of a prompt after `start`, by ranks that work side by side."""
+    slowest = max((_work(setup, rank, start, length) for rank in range(setup.ranks)), key=lambda each: each.total_s)
+    return slowest + Seconds(0, 0, 0, *_collectives(setup, length))
+
+
+def _stage(setup: Setup, rank: int, start: int, length: int) -> Seconds:
+    """The same of a stage of a pipeline, and of handing it on."""
+    return _work(setup, rank, start, length) + Seconds(0, 0, 0, setup.fence_s, _hand_over_s(setup, rank, length))
+
+
+def _work(setup: Setup, rank: int, start: int, length: int) -> Seconds:
+    """Of that, what a rank does by itself."""
+    read = _touched_bytes(setup, rank, length) / setup.bandwidth(rank)
+    compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank)
+    return Seconds(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
+
+
+def _through_stages(setup: Setup, chunks: Sequence[Sequence[Seconds]]) -> Seconds:
+    """Until the last chunk has left the last stage: a stage starts when it has what comes before, and is free."""
+    free = [NOTHING] * setup.ranks
+    for stages in chunks:
+        left = NOTHING if setup.engine.overlaps_chunks else free[-1]
+        for rank, stage in enumerate(stages):
+            left = free[rank] = max(left, free[rank], key=lambda each: each.total_s) + stage
+    return free[-1]
 
 
 def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
@@ -107,7 +144,7 @@ def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
 
 
 def _joined(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Stages follow each other; other ranks work side by side, and the slowest counts."""
+    """Of a token: stages follow each other; other ranks work side by side, and the slowest counts."""
     if setup.strategy == "pipeline":
         return sum(reads), sum(others)
     return max(zip(reads, others, strict=True), key=sum)
@@ -166,9 +203,9 @@ def _chunk_flops(setup: Setup, rank: int, start: int, length: int) -> float:
     return 2 * (linear * length + expansion * (start + length) + attention)
 
 
-def _kernels_s(setup: Setup) -> float:
-    """All layers are run by every rank, or one after the other by the stages."""
-    return setup.shape.layers * setup.engine.kernels_per_layer * setup.constants.kernel_s
+def _kernels_s(setup: Setup, layers: int) -> float:
+    """Of so many layers."""
+    return layers * setup.engine.kernels_per_layer * setup.constants.kernel_s
 
 
 def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
@@ -176,12 +213,30 @@ def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
     link, ranks, config = setup.link, setup.ranks, setup.shape.config
     if link is None:
         return 0, 0
+    waits_s = 0.0
     count = collectives_per_token(setup.strategy, setup.shape.layers, ranks)
-    size = tokens * config.hidden_size * VALUE_BYTES
-    if setup.strategy == "pipeline":  # the last one brings the new token back
-        return count * setup.fence_s, (count - 1) * link.hand_over_s(size) + link.hop_s
-    seconds = count * link.sum_s(size, ranks, setup.engine.gathers)
+    seconds = count * link.sum_s(_states_bytes(setup, tokens), ranks, setup.engine.gathers)
+    if setup.strategy == "expert":  # each layer waits for its router's choice, which no fence makes faster
+        waits_s = setup.shape.moe_layers * FENCE_S
     if setup.engine.slices_head:
         count += 1
         seconds += link.gather_s(config.vocab_size * VALUE_BYTES / ranks, ranks)
-    return count * setup.fence_s, seconds
+    return waits_s + count * setup.fence_s, seconds
+
+
+def _hand_overs(setup: Setup, tokens: int) -> tuple[float, float]:
+    """The same of the stages of a pipeline, the last one's included."""
+    count = collectives_per_token("pipeline", setup.shape.layers, setup.ranks)
+    return count * setup.fence_s, sum(_hand_over_s(setup, rank, tokens) for rank in range(setup.ranks))
+
+
+def _hand_over_s(setup: Setup, rank: int, tokens: int) -> float:
+    """What a stage sends: states; of the last one those of one position, or only the new token."""
+    assert setup.link is not None
+    if rank < setup.ranks - 1:
+        return setup.link.hand_over_s(_states_bytes(setup, tokens))
+    return setup.link.hand_over_s(_states_bytes(setup, 1)) if setup.engine.returns_states else setup.link.hop_s
+
+
+def _states_bytes(setup: Setup, tokens: int) -> int:
+    return tokens * setup.shape.config.hidden_size * VALUE_BYTES

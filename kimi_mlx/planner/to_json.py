@@ -14,7 +14,7 @@ from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.planner.speed import Seconds
 
-VERSION = 1
+VERSION = 2
 
 
 def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def _machine(machine: Machine) -> dict[str, Any]:
 def _option(option: Option, plan: Plan) -> dict[str, Any]:
     return {
         "strategy": option.strategy,
+        "placement": option.placement,
         "shares": option.shares,
         "hosts": list(option.hosts),
         "backend": None if option.link is None else option.link.backend,
         "link": None if option.link is None else asdict(option.link),
-        "runs_today": option.runs_today,
         "fits": option.fits,
         "memory": [{**asdict(each), "needed_bytes": each.needed_bytes} for each in option.memory],
         "longest_context": option.longest_context,

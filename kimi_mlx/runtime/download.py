@@ -15,7 +15,7 @@ from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import look_up
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
-from kimi_mlx.parallel.placement import place
+from kimi_mlx.parallel.placement import normal_strategy, place
 from kimi_mlx.parallel.together import require_equal, together
 from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
 from kimi_mlx.store.locate import find_store
@@ -56,6 +56,10 @@ class StoreOptions:
     strategy: str = "hybrid"
     revision: str | None = None
     keep_source: bool = False
+
+    def __post_init__(self) -> None:
+        """Write the strategy the normal way."""
+        object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
 
 
 def join_group() -> Group:

@@ -65,6 +65,7 @@ def serve(channel: Channel, start: Message) -> None:
         target.source,
         together(group, stores_root),
         group.size,
+        start["strategy"],
         revision=start["revision"],
         keep_source=start["keep_source"],
     )

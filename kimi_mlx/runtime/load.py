@@ -49,6 +49,7 @@ def load(
         KimiMlxError: no such model, or files that are missing or broken.
     """
     rank, world_size = (None, 1) if group is None else (group.rank, group.size)
+    strategy = normal_strategy(strategy, world_size)
     folder = resolve(os.fspath(name), world_size, strategy, rank)
     entry = find_entry(os.fspath(name))
     tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)

@@ -109,7 +109,8 @@ def _folder(start: Message, group: Group) -> Path:
     if folder is None:
         raise MissingModelError(
             f"`{start['model']}` is not on the host of rank {group.rank}",
-            hint=f"fetch it for all: `kimi-mlx launch --hosts ... download {start['model']}`",
+            hint=f"fetch it for all: `kimi-mlx launch --hosts ... download {start['model']} "
+            f"--strategy {start['strategy']}`",
             rank=group.rank,
         )
     return folder

@@ -11,6 +11,7 @@ from kimi_mlx.cluster.hosts import Cluster, local_cluster
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.engine.request import Event, Request
 from kimi_mlx.errors import UsageError
+from kimi_mlx.parallel.placement import normal_strategy
 
 LoadProgress = Callable[[int, int], None]
 """Called with layers loaded and layers in all."""
@@ -60,7 +61,7 @@ class SessionOptions:
     fast_sync: bool = False
 
     def __post_init__(self) -> None:
-        """Check the number of ranks."""
+        """Check the number of ranks and the strategy, which is written the normal way from here on."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
         if not 0 <= self.speculate <= MAX_DRAFT:
@@ -69,6 +70,8 @@ class SessionOptions:
             raise UsageError(
                 f"ranks cannot compare every {self.check_every} steps", hint=f"--check-every 0 to {MAX_CHECK_EVERY}"
             )
+        ranks = self.ranks if self.cluster is None else self.cluster.size
+        object.__setattr__(self, "strategy", normal_strategy(self.strategy, ranks))
 
     @property
     def where(self) -> Cluster:

@@ -16,7 +16,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.sources import FolderSources
-from kimi_mlx.store.stores import FoundStore, find_stores, rank_folder, stored_ranks
+from kimi_mlx.store.stores import FoundStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
 from kimi_mlx.store.writer import begun_stores
 
 Presence = Literal["package", "yes", "store", "partly", "no"]
@@ -114,7 +114,8 @@ def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None 
     """
     needed = None if rank is None else [rank]
     if target.folder is not None:
-        return _store_of_folder(target.folder, ranks, strategy, needed) or target.folder
+        store = _store_of_folder(target.folder, ranks, strategy, needed)
+        return target.folder if store is None else store.folder
     assert target.repository is not None
     store = find_store(stores_root(), target.repository, ranks, strategy, None, needed)
     if store is not None:
@@ -125,21 +126,54 @@ def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None 
     return folder
 
 
-def _store_of_folder(folder: Path, ranks: int, strategy: str, needed: Collection[int] | None) -> Path | None:
+def config_folder(target: Target) -> Path | None:
+    """Where a model's configuration is, if it is on this machine."""
+    if target.repository is None:
+        return target.folder
+    if (folder := find_local(target.repository)) is not None:
+        return folder
+    stores = stores_folder()
+    found = find_stores(stores, target.repository) if stores is not None else []
+    return found[0].folder if found else None
+
+
+def stored_strategy(target: Target, ranks: int) -> str | None:
+    """The strategy of the newest store of a model for so many ranks on this machine, the complete ones first.
+
+    None if there is no store: only then the model can run in any other strategy without being fetched again.
+    """
+    stores = stores_folder()
+    if stores is None:
+        return None
+    if target.folder is not None:
+        store = _store_of_folder(target.folder, ranks, None, None)
+        name = str(target.folder.resolve())
+    else:
+        assert target.repository is not None
+        name = target.repository
+        store = find_store(stores, name, ranks, None)
+    if store is not None:
+        return store.placement.strategy
+    begun = (read_folder_name(folder.name) for folder in begun_stores(stores, name, ranks, None))
+    return next((found[0] for found in begun if found is not None), None)
+
+
+def _store_of_folder(
+    folder: Path, ranks: int, strategy: str | None, needed: Collection[int] | None
+) -> FoundStore | None:
     """The store that was built from a folder as it is now, if there is one."""
     stores, name = stores_folder(), str(folder.resolve())
     if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
         return None
     origin = FolderSources(folder).contents.origin
-    store = find_store(stores, name, ranks, strategy, origin.commit, needed)
-    return None if store is None else store.folder
+    return find_store(stores, name, ranks, strategy, origin.commit, needed)
 
 
 def find_store(
     stores: Path,
     repository: str,
     ranks: int,
-    strategy: str,
+    strategy: str | None,
     revision: str | None = None,
     needed: Collection[int] | None = None,
 ) -> FoundStore | None:
@@ -149,13 +183,13 @@ def find_store(
         stores: where stores are kept.
         repository: on the hub, or a folder's path.
         ranks: how many share the model.
-        strategy: how.
+        strategy: how; None takes any.
         revision: the commit; None takes any.
         needed: the ranks whose stores must be here whole; None is all.
     """
     wanted = set(range(ranks) if needed is None else needed)
     for store in find_stores(stores, repository):
-        is_meant = (store.placement.world_size, store.placement.strategy) == (ranks, strategy)
+        is_meant = store.placement.world_size == ranks and strategy in (None, store.placement.strategy)
         if is_meant and wanted <= set(store.ranks) and revision in (None, store.origin.commit):
             return store
     return None
@@ -163,7 +197,7 @@ def find_store(
 
 def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: str) -> None:
     """Say that there is a broken store, or one of another placement, instead of fetching everything beside it."""
-    command = f"`kimi-mlx download {target.name} --ranks {ranks}`"
+    command = f"`{download_command(target.name, ranks, strategy)}`"
     for folder in begun_stores(stores_root(), repository, ranks, strategy):
         here = stored_ranks(folder)
         missing = [rank for rank in range(ranks) if rank not in here]
@@ -177,10 +211,12 @@ def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: 
             f"{command} builds the rest here",
         )
     for store in find_stores(stores_root(), repository):
-        other = store.placement.world_size
+        other = store.placement
+        is_same = other.world_size == ranks
+        there, here = (other.strategy, strategy) if is_same else (f"{other.world_size} ranks", str(ranks))
         raise WeightsError(
-            f"`{target.name}` is on this machine as a store for {other} ranks, not for {ranks}",
-            hint=f"use `--ranks {other}`, or `kimi-mlx download {target.name} --ranks {ranks}`",
+            f"`{target.name}` is on this machine as a store for {there}, not for {here}",
+            hint=f"use `{f'--strategy {there}' if is_same else f'--ranks {other.world_size}'}`, or {command}",
         )
 
 

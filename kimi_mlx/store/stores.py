@@ -57,6 +57,18 @@ def folder_prefix(strategy: str, world_size: int) -> str:
     return f"{strategy.replace(':', '_')}-{world_size}-"
 
 
+def read_folder_name(name: str) -> tuple[str, int] | None:
+    """Strategy and number of ranks of a placement's folder; None if it is none."""
+    parts = name.rsplit("-", 2)
+    return (parts[0].replace("_", ":"), int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
+
+
+def download_command(name: str, ranks: int, strategy: str) -> str:
+    """What fetches the stores of a placement, or goes on with them."""
+    option = "" if strategy == "hybrid" else f" --strategy {strategy}"
+    return f"kimi-mlx download {name} --ranks {ranks}{option}"
+
+
 def rank_folder(folder: Path, rank: int) -> Path:
     """Where one rank's store lies."""
     return folder / f"rank-{rank}"
@@ -114,8 +126,8 @@ def open_manifest(folder: Path, rank: int, world_size: int, strategy: str) -> Ma
         raise WeightsError(
             f"the store `{rank_folder(folder, rank)}` is of rank {manifest.rank} of {placement.world_size} in the "
             f"placement `{placement.strategy}`, not of rank {rank} of {world_size} in `{strategy}`",
-            hint=f"use `--ranks {placement.world_size}`, or build the other one: `kimi-mlx download "
-            f"{manifest.origin.repository} --ranks {world_size}`",
+            hint=f"use `--ranks {placement.world_size} --strategy {placement.strategy}`, or build the other one: "
+            f"`{download_command(manifest.origin.repository, world_size, strategy)}`",
         )
     for file in manifest.files:
         _check_size(rank_folder(folder, rank), file, manifest)
@@ -182,8 +194,9 @@ def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:
 
 def repair_hint(manifest: Manifest) -> str:
     """What repairs a store."""
-    ranks = manifest.placement.world_size
-    return f"repair it with `kimi-mlx download {manifest.origin.repository} --ranks {ranks} --verify`"
+    placement = manifest.placement
+    command = download_command(manifest.origin.repository, placement.world_size, placement.strategy)
+    return f"repair it with `{command} --verify`"
 
 
 def _open_layer(folder: Path, file: StoredFile, dtype: mx.Dtype, manifest: Manifest) -> LayerWeights:

@@ -315,9 +315,17 @@ def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> st
     return None
 
 
-def begun_stores(stores: Path, repository: str, ranks: int, strategy: str) -> list[Path]:
-    """Folders of placements for so many ranks, whole or not, the one that was worked on last first."""
-    journals = stores_of(stores, repository).glob(f"*/{folder_prefix(strategy, ranks)}*/rank-*/{JOURNAL_NAME}")
+def begun_stores(stores: Path, repository: str, ranks: int, strategy: str | None) -> list[Path]:
+    """Folders of placements for so many ranks, whole or not, the one that was worked on last first.
+
+    Args:
+        stores: where stores are kept.
+        repository: of the model.
+        ranks: how many share it.
+        strategy: how; None for any.
+    """
+    prefix = f"*-{ranks}-" if strategy is None else folder_prefix(strategy, ranks)
+    journals = stores_of(stores, repository).glob(f"*/{prefix}*/rank-*/{JOURNAL_NAME}")
     newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
     return list(dict.fromkeys(path.parent.parent for path in newest))
 

@@ -7,7 +7,7 @@ import pytest
 from kimi_mlx.planner.links import RDMA, TCP, WIFI
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.reasons import why_lost
-from kimi_mlx.planner.search import STRATEGIES, Option, Plan, make_plan
+from kimi_mlx.planner.search import PIPELINE_MARGIN, STRATEGIES, Option, Plan, make_plan
 from kimi_mlx.planner.shape import known_shape
 from kimi_mlx.planner.to_json import plan_to_dict
 
@@ -28,7 +28,7 @@ def test_k2_at_4_bits_fits_on_two_and_not_on_one() -> None:
     assert plan("kimi-k2", "m3-ultra-512").choice is None
     two = plan("kimi-k2", "m3-ultra-512x2")
     assert two.choice is not None
-    assert (two.choice.strategy, two.choice.fits, two.choice.runs_today) == ("hybrid", "yes", True)
+    assert (two.choice.placement, two.choice.fits) == ("hybrid", "yes")
     assert option_of(two, "single", 1).fits == "no"
     assert {each.strategy for each in two.options if len(each.hosts) == 2} == set(STRATEGIES)
 
@@ -50,14 +50,16 @@ def test_uneven_machines_need_uneven_shares() -> None:
     for strategy in STRATEGIES:
         assert option_of(found, strategy, 2).fits == "no"
         assert option_of(found, strategy, 2, "by memory").fits == "raised"
-        assert not option_of(found, strategy, 2, "by memory").runs_today
     large, small = option_of(found, "hybrid", 2, "by memory").memory
     assert large.weights_bytes > 2 * small.weights_bytes
 
 
-def test_only_what_is_there_runs_today() -> None:
-    for option in plan("kimi-k2", "m3-ultra-512x3").options:
-        assert option.runs_today == (option.strategy in ("single", "hybrid"))
+def test_a_pipeline_is_chosen_only_by_a_margin() -> None:
+    found = plan("kimi-k2", "m3-ultra-512x2")
+    assert found.choice is not None
+    pipeline = option_of(found, "pipeline", 2)
+    assert pipeline.exchange_s < found.choice.exchange_s < pipeline.exchange_s * (1 + PIPELINE_MARGIN)
+    assert "published pipelines are slower" in (why_lost(pipeline, found) or "")
 
 
 def test_every_loser_has_a_reason() -> None:
@@ -100,7 +102,7 @@ def test_memory_adds_up(context: int) -> None:
 
 def test_json_is_stable() -> None:
     value = plan_to_dict(plan("kimi-k2", "m3-ultra-512x2"))
-    assert value["version"] == 1
+    assert value["version"] == 2
     assert list(value) == [
         "version",
         "model",
@@ -118,11 +120,11 @@ def test_json_is_stable() -> None:
     option = value["options"][value["choice"]]
     assert list(option) == [
         "strategy",
+        "placement",
         "shares",
         "hosts",
         "backend",
         "link",
-        "runs_today",
         "fits",
         "memory",
         "longest_context",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.chunking import PREFILL_CHUNK
-from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Strategy
+from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, MLX_LM, Strategy
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
 from kimi_mlx.planner.load import expected_slowest
 from kimi_mlx.planner.machines import Machine, parse_machines
@@ -24,7 +24,7 @@ TWO = parse_machines("m3-ultra-512x2")
 
 
 def setup(strategy: Strategy = "hybrid", machines: tuple[Machine, ...] = TWO, link: Link | None = RDMA) -> Setup:
-    portions = make_portions(strategy, K2, [1.0] * len(machines))
+    portions = make_portions(strategy, K2, len(machines))
     return Setup(K2, strategy, machines, portions, link, KIMI_MLX, FENCE_S, FITTED)
 
 
@@ -54,6 +54,8 @@ def test_longer_contexts_are_slower(strategy: Strategy) -> None:
     mine = setup(strategy)
     times = [decode(mine, context).total_s for context in (1, 1024, 8192, 131072)]
     assert times == sorted(times)
+    if strategy == "pipeline":  # the longer the prompt, the longer all stages are at work
+        mine = replace(mine, engine=MLX_LM)
     rates = [size / prefill(mine, size).total_s for size in (2048, 8192, 32768)]
     assert rates == sorted(rates, reverse=True)
 
@@ -72,6 +74,20 @@ def test_collectives() -> None:
         collectives_per_token(strategy, 61, 4) for strategy in ("single", "pipeline", "tensor", "hybrid", "expert")
     ]
     assert counts == [0, 4, 122, 61, 61]
+
+
+def test_a_pipeline_hands_states_on_and_back() -> None:
+    parts = decode(setup("pipeline", link=WIFI), 4096)
+    assert parts.fences_s == 2 * FENCE_S
+    assert parts.link_s == pytest.approx(2 * WIFI.hand_over_s(2 * K2.config.hidden_size))
+
+
+def test_stages_overlap_chunks_of_a_prompt() -> None:
+    mine = setup("pipeline")
+    waiting = replace(mine, engine=replace(KIMI_MLX, overlaps_chunks=False))
+    chunks = 8
+    ratio = prefill(mine, chunks * PREFILL_CHUNK).total_s / prefill(waiting, chunks * PREFILL_CHUNK).total_s
+    assert ratio == pytest.approx((chunks + 1) / (2 * chunks), rel=0.05)
 
 
 def test_sums_on_a_ring_are_gathered_if_small() -> None:

@@ -1,0 +1,128 @@
+"""Which strategy a command runs: the user's, else that of the stores that are there, else the planner's choice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.plan import shape_of
+from kimi_mlx.cli.plan_hosts import measured_of
+from kimi_mlx.cluster.doctor import Diagnosis
+from kimi_mlx.cluster.examination import Question
+from kimi_mlx.cluster.need import ModelNeed, RankNeed
+from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
+from kimi_mlx.planner.links import RDMA, Link
+from kimi_mlx.planner.machines import Machine, any_machine
+from kimi_mlx.planner.shape import Shape
+from kimi_mlx.store.locate import Target, stored_strategy
+from kimi_mlx.store.stores import folder_prefix, read_folder_name
+
+ALONE = Choice("hybrid", "one rank has all of it")
+OVERRIDES = "--strategy overrides the choice"
+FAST_SYNC = "MLX_METAL_FAST_SYNCH=1"
+
+
+def place_here(target: Target | None, ranks: int, asked: str | None, link: Link | None = None) -> Choice:
+    """The strategy of ranks on this machine.
+
+    Args:
+        target: the model; None for one that has no stores.
+        ranks: how many.
+        asked: `--strategy`.
+        link: between the ranks; None for the machine's own, which is fast.
+
+    Raises:
+        UsageError: weights for another number of ranks.
+    """
+    if asked is not None:
+        return Choice(normal_strategy(asked, ranks), OVERRIDES)
+    if ranks == 1:
+        return ALONE
+    if target is not None and (stored := stored_strategy(target, ranks)) is not None:
+        return Choice(stored, "as it is stored on this machine")
+    # The planner's chips have one rank each: it cannot tell what several on one come to.
+    return by_rule(None, (), link, "the ranks share one machine")
+
+
+def place_on(diagnosis: Diagnosis, question: Question, asked: str | None) -> Choice:
+    """The strategy of ranks on hosts.
+
+    Args:
+        diagnosis: of the hosts.
+        question: that it answers.
+        asked: `--strategy`.
+
+    Raises:
+        UsageError: weights for another number of ranks.
+    """
+    size = question.world_size
+    if size == 1:
+        return ALONE
+    shape = _shape(question.need.name)
+    machines = _machines(diagnosis, question)
+    if asked is not None:
+        strategy, why = normal_strategy(asked, size), OVERRIDES
+    elif (stored := _stored_on(diagnosis, question)) is not None:
+        strategy, why = stored, "as it is stored on the hosts"
+    elif not machines:
+        return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
+    else:
+        return choose(shape, machines, _link(diagnosis), is_fast_sync=FAST_SYNC in question.hostfile.envs)
+    return Choice(strategy, why, memory_of(strategy, shape, machines) if machines else ())
+
+
+def need_with(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
+    """What a model needs of each host with the placement that was chosen."""
+    by_rank = tuple(RankNeed(each.weights_bytes, each.cache_bytes + each.workspace_bytes) for each in choice.memory)
+    return replace(need, store_prefix=folder_prefix(choice.strategy, ranks), by_rank=by_rank)
+
+
+def announce(choice: Choice, where: str, is_quiet: bool = False) -> None:
+    """Say what was chosen and why, before anything is loaded."""
+    if choice is not ALONE and not is_quiet:
+        stderr.print(f"{choice.strategy} over {where}: {choice.why}", style="dim", markup=False)
+
+
+def _shape(name: str) -> Shape | None:
+    try:
+        return shape_of(name)
+    except KimiMlxError:  # nothing is known of it here, or its configuration is broken, which is told when it loads
+        return None
+
+
+def _machines(diagnosis: Diagnosis, question: Question) -> Sequence[Machine]:
+    """One a rank, none if a host did not tell its memory; of ranks that share a host no speed is predicted."""
+    machines: list[Machine] = []
+    for host in (each.ssh for each in question.hostfile.hosts):
+        facts, count = diagnosis.facts.get(host), len(question.ranks[host])
+        if facts is None or facts.memory_bytes is None:
+            return ()
+        chip = facts.chip if count == 1 else None
+        machines.append(any_machine(host, chip, facts.memory_bytes // count, facts.wired_limit_mb))
+    return machines
+
+
+def _link(diagnosis: Diagnosis) -> Link | None:
+    """What the ranks will talk over: RDMA at its published speed, TCP as it was measured."""
+    if diagnosis.backend == "ring":
+        return measured_of(diagnosis)
+    return RDMA if diagnosis.backend == "jaccl" else replace(RDMA, backend="ring")
+
+
+def _stored_on(diagnosis: Diagnosis, question: Question) -> str | None:
+    """The strategy of which most ranks have their stores, of equals the newest."""
+    counts = Counter(
+        (store.commit, store.placement)
+        for host, ranks in question.ranks.items()
+        for store in (diagnosis.facts[host].stores if host in diagnosis.facts else ())
+        if store.repository == question.need.repository and store.rank in ranks
+    )
+    for (_, placement), _ in counts.most_common():
+        name = read_folder_name(placement)
+        if name is not None and name[1] == question.world_size:
+            return name[0]
+    return None

@@ -1,0 +1,149 @@
+"""Which strategy a command takes: on real stores of kimi-mini, and on what hosts have told."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.cli.need import need_of
+from kimi_mlx.cli.placing import need_with, place_here, place_on
+from kimi_mlx.cluster.doctor import Diagnosis, with_need
+from kimi_mlx.cluster.examination import Question, check_hosts
+from kimi_mlx.cluster.facts import Facts, HeldStore
+from kimi_mlx.cluster.hosts import Host, Hostfile
+from kimi_mlx.cluster.links import Measured, Network
+from kimi_mlx.cluster.ssh import Answer
+from kimi_mlx.cluster.survey import Link
+from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.links import measured_link
+from kimi_mlx.store.locate import understand
+from kimi_mlx.units import GIB
+from tests.command import call
+
+K2 = "mlx-community/Kimi-K2-Instruct-4bit"
+NETWORK = Network("ethernet", ("10.0.0.1", "10.0.0.2"), ("en0", "en0"))
+
+
+@pytest.fixture(autouse=True)
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
+
+
+def studios(round_trip_s: float = 300e-6, memory_gib: tuple[int, int] = (512, 512)) -> Diagnosis:
+    known = {
+        host: Facts(host, True, system="Darwin", chip="Apple M3 Ultra", memory_bytes=size * GIB, wired_limit_mb=0)
+        for host, size in zip(("mac-a", "mac-b"), memory_gib, strict=True)
+    }
+    link = Link(NETWORK, Measured(round_trip_s, 1e9))
+    return Diagnosis(("mac-a", "mac-b"), known, (), (link,), NETWORK)
+
+
+def question(*envs: str) -> Question:
+    return Question(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), need_of("kimi-k2"))
+
+
+def held(rank: int, placement: str, commit: str = "a" * 40) -> HeldStore:
+    repository = question().need.repository
+    assert repository is not None
+    return HeldStore(repository, commit, placement, rank, "", 10**9)
+
+
+def with_stores(found: Diagnosis, a: list[HeldStore], b: list[HeldStore]) -> Diagnosis:
+    stores = {"mac-a": tuple(a), "mac-b": tuple(b)}
+    return replace(found, facts={host: replace(facts, stores=stores[host]) for host, facts in found.facts.items()})
+
+
+def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
+    target = understand("kimi-mini")
+    assert place_here(target, 2, None).strategy == "hybrid"
+    for strategy in ("tensor", "pipeline:2:2"):
+        done = call("download", "kimi-mini", "--ranks", "2", "--strategy", strategy)
+        assert done.returncode == 0, done.stderr
+    assert place_here(target, 2, None).strategy == "pipeline"  # the newest
+    assert place_here(target, 3, None).strategy == "hybrid"
+    assert place_here(target, 2, "expert").strategy == "expert"
+    (tensor,) = Path(os.environ["KIMI_MLX_STORES"]).glob("*/*/tensor-2-*/rank-0/manifest.json")
+    os.utime(tensor, (4e9, 4e9))
+    assert place_here(target, 2, None).strategy == "tensor"
+    again = call("download", "kimi-mini", "--ranks", "2")
+    assert "kimi-mini is on this machine" in again.stderr
+    assert "tensor over 2 ranks: as it is stored on this machine" in again.stderr
+
+
+@pytest.mark.ranks
+def test_every_answer_says_how_it_was_placed() -> None:
+    words = ("chat", "-p", "Hello", "-t", "0", "--max-tokens", "8", "--json")
+    alone = json.loads(call(*words).stdout)
+    uneven = json.loads(call(*words, "--ranks", "2", "--strategy", "pipeline:6:2").stdout)
+    assert uneven["text"] == alone["text"]
+    assert uneven["placement"] == {"strategy": "pipeline:3:1", "why": "--strategy overrides the choice"}
+    assert alone["placement"]["strategy"] == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("chat", "--strategy", "vertical"), "there is no strategy `vertical`"),
+        (("chat", "--strategy", "tensor:0:1"), "gives no weight to each rank"),
+        (("chat", "--ranks", "2", "--strategy", "tensor:1:2:3", "-p", "x"), "3 ranks, but there are 2"),
+        (("bench", "--ranks", "2", "--strategy", "tensor:1"), "1 ranks, but there are 2"),
+        (("download", "--ranks", "2", "--strategy", "tensor:1:2:3"), "3 ranks, but there are 2"),
+        (("download", "--strategy", "tensor"), "--strategy is for --ranks"),
+        (("launch", "--hosts", "a,b", "check", "--strategy", "tensor:1:2:3"), "3 ranks, but there are 2"),
+        (("launch", "--hosts", "a,b", "download", "--strategy", "none"), "there is no strategy `none`"),
+    ],
+)
+def test_wrong_strategies_are_wrong_usage(words: tuple[str, ...], message: str) -> None:
+    done = call(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.split())
+
+
+def test_a_slow_link_between_local_ranks() -> None:
+    choice = place_here(None, 2, None, measured_link(2e-3, 1e9))
+    assert choice.strategy == "pipeline"
+    assert "1 ms a message" in choice.why
+
+
+def test_hosts_take_what_the_planner_finds_best() -> None:
+    slow = place_on(studios(2.4e-3), question(), None)
+    assert slow.strategy == "pipeline"
+    assert "tok/s predicted, hybrid" in slow.why
+    assert place_on(replace(studios(), backend="jaccl"), question(), None).strategy == "hybrid"
+    assert place_on(replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None).strategy == "tensor"
+    assert place_on(studios(), question(), "expert:4:2").strategy == "expert:2:1"
+    with pytest.raises(UsageError):
+        place_on(studios(), question(), "expert:1:2:3")
+
+
+def test_hosts_take_what_they_have_stored() -> None:
+    uneven = "pipeline_3_1-2-aaaaaa"
+    found = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [held(1, uneven)])
+    assert place_on(found, question(), None).strategy == "pipeline:3:1"
+    newest = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [])
+    assert place_on(newest, question(), None).strategy == "tensor"  # the other host's part is fetched
+    others = with_stores(studios(), [held(0, "tensor-3-bbbbbb")], [held(0, uneven)])
+    assert "stored" not in place_on(others, question(), None).why
+
+
+def test_memory_is_checked_for_the_chosen_placement() -> None:
+    """578 GB do not fit evenly on 512 and 192 GB, and fit by memory; what is stored in another way does not count."""
+    asked, found = question(), studios(2.4e-3, (512, 192))
+    answers = {host: Answer(host, 0, "", "", 0.1) for host in found.hosts}
+    even = check_hosts(asked, found.facts, answers)
+    found = with_stores(replace(found, findings=tuple(even)), [], [held(1, "hybrid-2-aaaaaa")])
+    assert [(each.host, each.state) for each in even if each.check == "memory"] == [
+        ("mac-a", "ok"),
+        ("mac-b", "trouble"),
+    ]
+    for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "trouble"])):
+        choice = place_on(found, asked, strategy)
+        need = need_with(asked.need, choice, 2)
+        after = with_need(found, replace(asked, need=need))
+        assert [each.state for each in after.findings if each.check == "memory"] == states
+        assert len(after.findings) == len(even)

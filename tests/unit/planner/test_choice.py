@@ -1,0 +1,61 @@
+"""What is chosen for hosts, and what is said of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.planner.choice import SLOW_HOP_S, choose, memory_of
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
+from kimi_mlx.planner.machines import any_machine, parse_machines
+from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.units import GIB
+
+K2 = known_shape("kimi-k2")
+SLOW, FAST = measured_link(2.4e-3, 1e8), measured_link(0.2e-3, 1e9)
+LINUX = [any_machine(f"host-{number}", "x86_64", 64 * GIB, None) for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("link", "is_fast_sync", "strategy"),
+    [(RDMA, False, "hybrid"), (RDMA, True, "tensor"), (TCP, False, "pipeline"), (WIFI, False, "pipeline")],
+)
+def test_two_studios(link: Link, is_fast_sync: bool, strategy: str) -> None:
+    assert choose(K2, parse_machines("m3-ultra-512x2"), link, is_fast_sync=is_fast_sync).strategy == strategy
+
+
+def test_the_line_names_link_speed_and_the_next_best() -> None:
+    why = choose(K2, parse_machines("m3-ultra-512x2"), SLOW).why
+    assert why == "TCP at 1.2 ms a message: 22.8 tok/s predicted, hybrid 8.0"
+
+
+def test_unequal_macs_share_by_memory() -> None:
+    choice = choose(K2, parse_machines("m3-ultra-512,m4-max-128"), SLOW)
+    assert choice.strategy.startswith("pipeline:")
+    assert "shares by memory" in choice.why
+    large, small = choice.memory
+    assert large.weights_bytes > 4 * small.weights_bytes
+    assert all(each.needed_bytes <= each.raised_gpu_bytes for each in choice.memory)
+
+
+def test_what_does_not_fit_is_still_placed() -> None:
+    choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA)
+    assert "does not fit" in choice.why
+    assert len(choice.memory) == 2
+
+
+def test_hosts_that_nothing_can_be_predicted_for() -> None:
+    assert choose(K2, LINUX, FAST).strategy == "hybrid"
+    assert "no prediction for `host-0`" in choose(K2, LINUX, FAST).why
+    assert choose(K2, LINUX, SLOW).strategy == "pipeline"
+    assert choose(K2, LINUX, measured_link(2 * SLOW_HOP_S, 1e9)).strategy == "pipeline"
+    small = any_machine("host-2", "x86_64", 32 * GIB, None)
+    assert choose(known_shape("moonlight"), [LINUX[0], small], FAST).strategy.startswith("hybrid:")
+    assert choose(None, [LINUX[0], small], FAST).strategy == "hybrid"
+
+
+def test_memory_of_a_strategy() -> None:
+    first, second = memory_of("pipeline:3:1", K2, parse_machines("m3-ultra-512x2"))
+    assert first.weights_bytes > 2 * second.weights_bytes
+    assert first.weights_bytes + second.weights_bytes == pytest.approx(K2.weights_bytes)
+    assert first.cache_bytes > 2 * second.cache_bytes
+    assert memory_of("tensor", None, LINUX) == ()
