@@ -1,4 +1,8 @@
-"""Less patience than users have, and measurements that are sooner over, for tests of what comes then."""
+"""Less patience than users have, and measurements that are sooner over, for tests of what comes then.
+
+Limits after which something alive is given up stay as users have them, for machines that are busy; a test of such a
+limit shortens it by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kimi_mlx.cluster import doctor, joining, measure, payloads, ring, self_test, survey
+from kimi_mlx.cluster import joining, measure, payloads, survey
 
 PAIR_LIMIT_S = 3.0
-FRONT_SILENCE_S = 6.0
 BACK_OFF_S = 0.5
 
 MAIN = """
@@ -21,7 +24,7 @@ main()
 
 
 def be_impatient(change: Callable[[object, str, object], None] = setattr) -> None:
-    """Shorten all limits of this process.
+    """Shorten what this process waits for.
 
     Args:
         change: how, such as a MonkeyPatch's `setattr`.
@@ -33,9 +36,6 @@ def be_impatient(change: Callable[[object, str, object], None] = setattr) -> Non
         change(module, "measure_network", impatient)
     change(survey, "command", _short_command)
     change(payloads, "PAYLOAD_S", 0.1)
-    change(self_test, "STEP_LIMIT_S", 4.0)
-    change(doctor, "DEAD_LINK_LIMIT_S", 1.5)
-    change(ring, "FRONT_SILENCE_S", FRONT_SILENCE_S)
     change(ring_session, "BACK_OFF_S", (BACK_OFF_S,))
 
 

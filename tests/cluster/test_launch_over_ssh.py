@@ -20,7 +20,7 @@ from kimi_mlx.cluster.ring import Ring
 from tests.cluster import faults, impatience
 from tests.cluster.faults import Fault, Front, Outcome, answer, cable_out, signalled, undisturbed, wait_until_gone
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.impatience import FRONT_SILENCE_S, be_impatient
+from tests.cluster.impatience import be_impatient
 from tests.command import call
 from tests.download.host import make_small
 from tests.hub import Hub
@@ -190,7 +190,9 @@ def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, numb
 
 
 def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(hosts: Hosts, where: Where) -> None:
-    front = Front(hosts, *where, *faults.QUESTION, code=impatience.MAIN)
+    silence_s = 6.0
+    code = f"from kimi_mlx.cluster import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"
+    front = Front(hosts, *where, *faults.QUESTION, code=code)
     front.wait_for_text(faults.MIDDLE)
     begin = time.monotonic()
     faults.front_killed_in_the_dark("mac-b").inflict(front)
@@ -199,8 +201,8 @@ def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(ho
     while hosts.left("mac-a"):
         assert time.monotonic() < end
     assert hosts.left("mac-b")  # it cannot know yet
-    assert wait_until_gone(hosts, FRONT_SILENCE_S + DELAY_S) == []
-    assert time.monotonic() - begin < FRONT_SILENCE_S + DELAY_S
+    assert wait_until_gone(hosts, silence_s + DELAY_S) == []
+    assert time.monotonic() - begin < silence_s + DELAY_S
     shutil.rmtree(hosts.folder / "front/tmp")
 
 
