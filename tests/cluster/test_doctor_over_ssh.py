@@ -54,7 +54,7 @@ def start(*arguments: str, code: str = impatience.MAIN) -> subprocess.Popen[str]
 
 
 def finish(process: subprocess.Popen[str]) -> Visit:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=180)
     assert "Traceback" not in err, err
     return Visit(process.returncode, json.loads(out) if out else {"error": err})
 
@@ -227,8 +227,8 @@ def started(hosts: Hosts, mark: str) -> bool:
 
 def wait_until_they_exchange(hosts: Hosts) -> None:
     """The self-test has begun, and its ranks are joined."""
-    wait(lambda: started(hosts, "runtime.self_test import"), 40)
-    wait(lambda: all(map(hosts.is_joined, hosts.names)), 20)
+    wait(lambda: started(hosts, "runtime.self_test import"), 120)
+    wait(lambda: all(map(hosts.is_joined, hosts.names)), 60)
     time.sleep(0.5)
 
 
@@ -266,7 +266,7 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
 )
 def test_nothing_outlives_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path))
-    wait(lambda: started(hosts, mark), 40)
+    wait(lambda: started(hosts, mark), 120)
     begin = time.monotonic()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
