@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+
+from tests import processes
+
+# ignored where the tests run in the background, and then by all that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # no deadline: a busy machine is not a failure; the same examples in every run of CI, new ones at the desk
 settings.register_profile("kimi-mlx", deadline=None, derandomize="CI" in os.environ)
@@ -41,6 +48,13 @@ def same_mlx_for_every_test(request: pytest.FixtureRequest) -> None:
         mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
     else:
         mx.set_default_device(mx.gpu)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """End what a test has started."""
+    yield
+    processes.end_all()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

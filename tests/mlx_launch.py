@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
-from contextlib import ExitStack
+
+PORTS = range(12000, 32000)
+"""Below those that a system gives to whoever asks for any: nobody takes one before the ring does."""
 
 
 def loopback_hostfile(size: int) -> str:
-    """The text of the file; another process may still take a port."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(size)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return json.dumps([[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets])
+    """The text of the file."""
+    ports = filter(_is_free, random.SystemRandom().sample(PORTS, 100))
+    return json.dumps([[f"127.0.0.1:{next(ports)}"] for _ in range(size)])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def ring_variables(rank: int, hostfile: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.model.config import Quantization, load_config
 from tests.checkpoints import FORMATS
 from tests.hub import Hub, environment
+from tests.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
 INT4, FP8 = FORMATS / "int4-k2.5", FORMATS / "fp8"
@@ -124,14 +125,14 @@ main()
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SLOWLY, "convert", str(FP8), str(tmp_path / "out")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = start(command, cwd=ROOT, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "model-00002-of-00003.safetensors.part").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
     assert error.endswith("\nstopped; the same command goes on where it was\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

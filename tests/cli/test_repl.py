@@ -160,6 +160,7 @@ def test_a_signal_at_the_prompt_leaves_the_terminal_in_order(spawn: Spawn) -> No
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 def test_messages_of_several_lines(spawn: Spawn) -> None:
     terminal = spawn(QUICK)
     terminal.expect("\n> ")
@@ -209,6 +210,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn: Spawn) -> None:
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop(spawn: Spawn) -> None:
     terminal = spawn(STUBBORN)
     terminal.expect("\n> ")
@@ -234,6 +236,7 @@ def test_a_terminal_that_can_do_nothing(spawn: Spawn) -> None:
     assert "arning" not in terminal.text
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_without_a_place_for_history(spawn: Spawn, tmp_path: Path) -> None:
     (tmp_path / "kimi-mlx").write_text("a file where the folder should be")
     terminal = spawn(QUICK, columns=20)

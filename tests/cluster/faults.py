@@ -75,12 +75,13 @@ class Front:
     Args:
         hosts: where `ssh` leads.
         arguments: of `launch`.
+        code: of the process.
     """
 
-    def __init__(self, hosts: Hosts, *arguments: str):
+    def __init__(self, hosts: Hosts, *arguments: str, code: str = MAIN):
         self.hosts = hosts
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "launch", *arguments],
+            [sys.executable, "-c", code, "launch", *arguments],
             env=environment(hosts),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -305,7 +306,7 @@ class Outcome:
     left: list[str]
 
 
-def answer(hosts: Hosts, where: Sequence[str], faults: Sequence[Fault], *options: str) -> Outcome:
+def answer(hosts: Hosts, where: Sequence[str], faults: Sequence[Fault], *options: str, program: str = MAIN) -> Outcome:
     """Run one answer over the hosts, with faults one after the other, each in the midst of it.
 
     Args:
@@ -313,9 +314,10 @@ def answer(hosts: Hosts, where: Sequence[str], faults: Sequence[Fault], *options
         where: options of `launch` that name them.
         faults: each comes when the answer has gone on after the one before.
         options: of `chat`.
+        program: of the front.
     """
     ours = [option for fault in faults for option in fault.options]
-    front = Front(hosts, *where, *ours, *QUESTION, *options)
+    front = Front(hosts, *where, *ours, *QUESTION, *options, code=program)
     begins: list[float] = []
     goes_on, length = 0, 0
     try:

@@ -10,30 +10,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kimi_mlx.cluster import joining, measure, survey
 from kimi_mlx.cluster.hostfile import read_hostfile
-from kimi_mlx.cluster.survey import measure_network
+from tests import processes
+from tests.cluster import faults, impatience
 from tests.cluster.hosts import ROOT, Hosts
+from tests.cluster.impatience import PAIR_LIMIT_S, be_impatient
 from tests.command import call
 
 pytestmark = pytest.mark.slow
 
 HOSTS = ("--hosts", "mac-a,mac-b")
-PAIR_LIMIT_S = 3.0
-STALL_LIMIT_S = 4.0
 
-MAIN = "from kimi_mlx.cli.app import main; main()"
-IMPATIENT = f"""
+SHORT_STEPS = f"""
 from kimi_mlx.cluster import doctor, self_test
-self_test.STEP_LIMIT_S = {STALL_LIMIT_S}
+self_test.STEP_LIMIT_S = 4.0
 doctor.DEAD_LINK_LIMIT_S = 1.5
-{MAIN}
+{impatience.MAIN}
 """
 
 
@@ -43,7 +40,6 @@ class Visit:
 
     code: int
     document: dict[str, Any]
-    seconds: float = 0.0
 
     def trouble(self, check: str) -> dict[str, str]:
         """The one trouble there is, of this check."""
@@ -53,41 +49,23 @@ class Visit:
         return found[0]
 
 
-def start(*arguments: str, code: str = MAIN) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "doctor", *arguments, "--json"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*arguments: str, code: str = impatience.MAIN) -> subprocess.Popen[str]:
+    return processes.start([sys.executable, "-c", code, "doctor", *arguments, "--json"], text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> Visit:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=180)
     assert "Traceback" not in err, err
     return Visit(process.returncode, json.loads(out) if out else {"error": err})
 
 
 def visit(*arguments: str) -> Visit:
     """Without a process of its own, and with less patience for links than the command has."""
-    begin = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        impatient = partial(measure_network, limit_s=PAIR_LIMIT_S)
-        for module in (survey, joining):
-            patch.setattr(module, "measure_network", impatient)
-        patch.setattr(survey, "command", short_command)
+        be_impatient(patch.setattr)
         done = call("doctor", *arguments, "--json")
     document = json.loads(done.stdout) if done.stdout else {"error": done.stderr}
-    return Visit(done.returncode, document, time.monotonic() - begin)
-
-
-def short_command(*arguments: Any) -> list[str]:
-    """A measurement that sends for less than a second."""
-    words = measure.command(*arguments)
-    source = words.index(next(word for word in words if "BULK_S = 1.0" in word))
-    words[source] = words[source].replace("BULK_S = 1.0", "BULK_S = 0.2")
-    return words
+    return Visit(done.returncode, document)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +77,7 @@ def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_left(hosts: Hosts) -> Iterator[None]:
     yield
-    wait(lambda: not any(hosts.left(name) for name in hosts.names), 3, lambda: str(list(map(hosts.left, hosts.names))))
+    wait(lambda: not any(hosts.left(name) for name in hosts.names), 10, lambda: str(list(map(hosts.left, hosts.names))))
 
 
 def wait(is_done: Callable[[], bool], limit_s: float, what: Callable[[], str] = lambda: "") -> None:
@@ -123,7 +101,7 @@ def good(hosts: Hosts, folder: Path) -> str:
 
 def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_path: Path) -> None:
     file = tmp_path / "two.json"
-    found = finish(start(*HOSTS, "--save", str(file)))  # with the limits that users have
+    found = finish(start(*HOSTS, "--save", str(file), code=faults.MAIN))  # with the limits that users have
     assert found.code == 0, found.document
     assert found.document["ok"]
     assert not [each for each in found.document["findings"] if each["state"] != "ok"]
@@ -139,15 +117,16 @@ def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("fault", "message", "remedy", "limit_s"),
+    ("fault", "message", "remedy"),
     [
-        ("stop_sshd", "refuses connections", "sudo systemsetup -setremotelogin on", 10),
-        ("change_host_key", "another host key", "ssh-keygen -R", 10),
-        ("power_off", "cannot be reached", "is it on, awake", 10),
+        ("stop_sshd", "refuses connections", "sudo systemsetup -setremotelogin on"),
+        # every run of all tests has these two with `launch`
+        pytest.param("change_host_key", "another host key", "ssh-keygen -R", marks=pytest.mark.sweep),
+        pytest.param("power_off", "cannot be reached", "is it on, awake", marks=pytest.mark.sweep),
     ],
 )
 def test_a_host_that_ssh_does_not_reach(
-    hosts: Hosts, fault: str, message: str, remedy: str, limit_s: float, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, fault: str, message: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
     getattr(hosts, fault)("mac-b")
@@ -156,7 +135,6 @@ def test_a_host_that_ssh_does_not_reach(
     assert trouble["host"] == "mac-b"
     assert message in trouble["message"]
     assert remedy in trouble["remedy"]
-    assert found.seconds < limit_s
     assert found.document["hosts"]["mac-a"]["hostname"] == "mac-a"
 
 
@@ -197,7 +175,6 @@ def test_a_cable_that_is_out(hosts: Hosts, tmp_path: Path) -> None:
     found = visit("--hostfile", good(hosts, tmp_path))
     trouble = found.trouble("link")
     assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: " in trouble["message"]
-    assert found.seconds < 15
     other = visit(*HOSTS, "--quick")
     assert (other.code, other.document["network"]["kind"]) == (0, "ethernet")
 
@@ -208,7 +185,6 @@ def test_a_firewall(hosts: Hosts, tmp_path: Path) -> None:
     trouble = found.trouble("link")
     assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer within {PAIR_LIMIT_S:g} s" in trouble["message"]
     assert "firewall" in trouble["remedy"]
-    assert found.seconds < 15
 
 
 def test_a_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -> None:
@@ -251,19 +227,17 @@ def started(hosts: Hosts, mark: str) -> bool:
 
 def wait_until_they_exchange(hosts: Hosts) -> None:
     """The self-test has begun, and its ranks are joined."""
-    wait(lambda: started(hosts, "runtime.self_test import"), 40)
-    wait(lambda: all(map(hosts.is_joined, hosts.names)), 20)
+    wait(lambda: started(hosts, "runtime.self_test import"), 120)
+    wait(lambda: all(map(hosts.is_joined, hosts.names)), 60)
     time.sleep(0.5)
 
 
 def test_a_cable_that_is_pulled_during_the_self_test(hosts: Hosts, tmp_path: Path) -> None:
     # of Kimi K2's size, so that it takes a while
-    process = start("--hostfile", good(hosts, tmp_path), "kimi-k2", code=IMPATIENT)
+    process = start("--hostfile", good(hosts, tmp_path), "kimi-k2", code=SHORT_STEPS)
     wait_until_they_exchange(hosts)
     hosts.cut("mac-b", "tb")
-    cut = time.monotonic()
     found = finish(process)
-    assert time.monotonic() - cut < 40
     assert found.code == 1
     [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
     assert trouble["state"] == "trouble"
@@ -292,11 +266,10 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
 )
 def test_nothing_outlives_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path))
-    wait(lambda: started(hosts, mark), 40)
+    wait(lambda: started(hosts, mark), 120)
     begin = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in errors
-    wait(lambda: not any(hosts.left(name) for name in hosts.names), 3)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < 15

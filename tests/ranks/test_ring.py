@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,30 +53,32 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def wait_until_gone(pids: list[int], limit_s: float) -> None:
+def wait_until_gone(pids: list[int], limit_s: float = 10) -> None:
     end = time.monotonic() + limit_s
     while any(is_alive(pid) for pid in pids) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in pids if is_alive(pid)]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_ring_gives_the_text_of_one_process(folder: Path, ranks: int) -> None:
-    greedy = Request(PROMPT, max_tokens=24)
-    follow_up = Request((*PROMPT, 1, 2, 3), max_tokens=8)
-    sampled = Request(PROMPT, max_tokens=12, sampling=SAMPLED)
+@pytest.mark.slow
+def test_a_ring_of_three_gives_the_text_of_one_process(folder: Path) -> None:
+    request = Request(PROMPT, max_tokens=8)
     with closing(LocalSession(SessionOptions(folder))) as alone:
-        expected = [tokens_of(alone, request) for request in (greedy, follow_up, sampled)]
-    with closing(RingSession(SessionOptions(folder, ranks=ranks))) as ring:
-        assert [tokens_of(ring, request) for request in (greedy, follow_up, sampled)] == expected
+        expected = tokens_of(alone, request)
+    with closing(RingSession(SessionOptions(folder, ranks=3))) as ring:
+        assert tokens_of(ring, request) == expected
         pids = ring.pids
-    wait_until_gone(pids, 1)
+    wait_until_gone(pids)
 
 
-def test_a_request_broken_off_or_refused_does_not_harm_the_next(folder: Path) -> None:
+def test_a_ring_gives_the_text_of_one_process_also_after_a_request_broken_off_or_refused(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=10)
+    follow_up = Request((*PROMPT, 1, 2, 3), max_tokens=8)
+    with closing(LocalSession(SessionOptions(folder))) as alone:
+        expected, expected_later = tokens_of(alone, request), tokens_of(alone, follow_up)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
-        expected = tokens_of(ring, request)
+        assert tokens_of(ring, request) == expected
+        assert tokens_of(ring, follow_up) == expected_later
         with pytest.raises(EngineError, match="the context holds") as refused:
             tokens_of(ring, Request((1,) * 300_000))
         assert refused.value.hint is not None
@@ -97,6 +98,8 @@ def test_a_request_broken_off_or_refused_does_not_harm_the_next(folder: Path) ->
         ring.reset()
         first = next(iter(ring.generate(request)))
         assert first == Prefilled(0, len(PROMPT))
+        pids = ring.pids
+    wait_until_gone(pids)
 
 
 def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable[[], None]) -> list[Event]:
@@ -109,12 +112,14 @@ def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable
     return events
 
 
-@pytest.mark.parametrize(("lost", "sampling"), [(0, SAMPLED), (1, Sampling())])
+@pytest.mark.parametrize(
+    ("lost", "sampling"), [pytest.param(0, SAMPLED, marks=pytest.mark.slow), (1, Sampling())], ids=["sampled", "greedy"]
+)
 def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampling: Sampling) -> None:
     request = Request(PROMPT, max_tokens=120, sampling=sampling)
+    with closing(LocalSession(SessionOptions(folder))) as alone:
+        expected = tokens_of(alone, request)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
-        expected = tokens_of(ring, request)
-        ring.reset()
         first_pids = ring.pids
         times: list[float] = []
 
@@ -122,48 +127,50 @@ def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampl
             times.append(time.monotonic())
             os.kill(ring.pids[lost], signal.SIGKILL)
 
-        events = disturbed(ring, request, 40, kill)
+        events = disturbed(ring, request, 10, kill)
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank {lost} of 2 (process {first_pids[lost]}) was ended by SIGKILL" in interrupted.reason
         assert (interrupted.attempt, interrupted.attempts) == (1, 3)
         [resumed] = [event for event in events if isinstance(event, Resumed)]
-        assert resumed.seconds < 20
         finished = events[-1]
         assert isinstance(finished, Finished)
         assert finished.reason == "length"
         assert (finished.statistics.prompt_tokens, finished.statistics.generated_tokens) == (len(PROMPT), 120)
         assert finished.statistics.decode_s > resumed.seconds
-        wait_until_gone(first_pids, 1)
-        assert tokens_of(ring, replace(request, max_tokens=5)) == expected[:5]
+        wait_until_gone(first_pids)
         pids = ring.pids
-    wait_until_gone(pids, 1)
+    wait_until_gone(pids)
 
 
 def test_a_rank_that_is_lost_while_nothing_is_asked(folder: Path) -> None:
-    request = Request(PROMPT, max_tokens=10)
+    request = Request(PROMPT, max_tokens=5)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         expected = tokens_of(ring, request)
-        os.kill(ring.pids[1], signal.SIGKILL)
-        time.sleep(1)  # noticed, and started again, without a request
+        pids = ring.pids
+        os.kill(pids[1], signal.SIGKILL)
+        wait_until_gone(pids)  # noticed without a request
         assert tokens_of(ring, request) == expected
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_given_up(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=120)
+    with closing(LocalSession(SessionOptions(folder))) as alone:
+        expected = tokens_of(alone, request)
     with closing(RingSession(SessionOptions(folder, ranks=2, limits=QUICK))) as ring:
-        expected = tokens_of(ring, request)
-        ring.reset()
         pids = ring.pids
-        events = disturbed(ring, request, 60, lambda: os.kill(pids[1], signal.SIGSTOP))
+        events = disturbed(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
-        assert f"rank 1 of 2 (process {pids[1]}) has been silent for 3 s, the limit is 3 s" in interrupted.reason
-    wait_until_gone(pids, 1)
+        assert f"rank 1 of 2 (process {pids[1]}) has been silent for " in interrupted.reason
+        assert interrupted.reason.endswith(" s, the limit is 3 s")
+    wait_until_gone(pids)
 
 
+@pytest.mark.slow
 def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (3.0,))
+    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (2.0,))
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         events: list[Event] = []
         stopped_at = 0.0
@@ -174,7 +181,7 @@ def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch
                 ring.cancel()
                 stopped_at = time.monotonic()
             events.append(event)
-        assert time.monotonic() - stopped_at < 1
+        assert time.monotonic() - stopped_at < 2
         assert isinstance(events[-1], Finished)
         assert events[-1].reason == "cancelled"
         request = Request(PROMPT, max_tokens=5)
@@ -195,7 +202,7 @@ def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
         assert "kimi-mlx doctor" in str(raised.value.hint)
         with pytest.raises(RingError, match="SIGKILL"):
             next(ring.generate(Request(PROMPT)))
-    wait_until_gone(pids, 1)
+    wait_until_gone(pids)
 
 
 def test_more_ranks_than_pieces_are_refused(folder: Path) -> None:
@@ -218,7 +225,7 @@ time.sleep(60)
         pids = [int(pid) for pid in front.stdout.readline().split()]
         front.kill()
     assert len(pids) == 2
-    wait_until_gone(pids, 5)
+    wait_until_gone(pids)
 
 
 def test_no_file_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,15 +158,19 @@ def test_what_was_used_is_used_until_another_is_complete(here: Facts, uv: Uv) ->
     assert os.access(used / "bin/python", os.X_OK)
 
 
-def test_the_time_is_over_and_the_next_try_begins_anew(here: Facts, uv: Uv, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_time_is_over_and_the_next_try_begins_anew(
+    here: Facts, uv: Uv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "END_PATIENCE_S", 0.2)
     uv.at_install(f'echo "fetching much" >&2; echo $$ >"{tmp_path}/pid"; sleep 100')
     begin = time.monotonic()
     error = failure(here, 2.0)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert "`localhost`: not ready within 2.00 s; it was installing kimi-mlx" in error.message
     assert "\n  fetching much" in error.message
     while Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists():
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 60
         time.sleep(0.05)
     folder = Path(here.data_folder or "") / "installed"
     (left,) = os.listdir(folder)
@@ -175,9 +179,10 @@ def test_the_time_is_over_and_the_next_try_begins_anew(here: Facts, uv: Uv, tmp_
     assert left not in os.listdir(folder)
 
 
+@pytest.mark.slow
 def test_news_keep_coming(here: Facts, uv: Uv, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAY_EVERY_S", 0.5)
-    uv.at_install("echo 'Downloading mlx' >&2; sleep 2.5")
+    monkeypatch.setattr(module, "SAY_EVERY_S", 0.2)
+    uv.at_install("echo 'Downloading mlx' >&2; sleep 1.2")
     assert len([line for line in run(here) if line.endswith("s: Downloading mlx")]) >= 2
 
 

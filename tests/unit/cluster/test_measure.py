@@ -94,7 +94,7 @@ def test_nobody_comes() -> None:
     start = time.monotonic()
     with listening(limit_s=0.3) as (_, errors):
         pass
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 8
     assert isinstance(errors[0], TimeoutError)
 
 
@@ -103,7 +103,7 @@ def test_nobody_answers() -> None:
         start = time.monotonic()
         with pytest.raises(TimeoutError):
             measure("127.0.0.1", mute.getsockname()[1], SECRET, 0.3)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 8
         port = mute.getsockname()[1]
     with pytest.raises(ConnectionRefusedError):
         measure("127.0.0.1", port, SECRET, 1)

@@ -146,7 +146,7 @@ def test_a_script_reaches_a_host_by_its_input(tmp_path: Path, monkeypatch: pytes
         "echo before; sleep 60",
         "echo before; sleep 60 & wait",
         "echo before; trap '' TERM; while :; do sleep 1; done",
-        "echo before; setsid sleep 3 & wait",  # leaves the group and keeps the pipes open
+        "echo before; setsid sleep 9 & wait",  # leaves the group and keeps the pipes open
     ],
 )
 def test_the_time_limit_holds(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_the_time_limit_holds(script: str, monkeypatch: pytest.MonkeyPatch) -> N
     answer = run_script("localhost", script, 0.5)
     assert answer.exit_code is None
     assert answer.stdout == "before\n"
-    assert answer.seconds < 3
+    assert answer.seconds < 8
 
 
 def test_a_silent_ssh_and_what_it_started_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,15 +173,15 @@ def is_running(pid: int) -> bool:
 
 
 def test_hosts_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_ssh(tmp_path, monkeypatch, 'while [ "$1" != -- ]; do shift; done; sleep 0.7; echo "$2"')
-    begin = time.monotonic()
+    (tmp_path / "begun").mkdir()
+    wait = f"cd '{tmp_path}/begun'; : >$$; until [ $(ls | wc -l) = 2 ]; do sleep 0.02; done"
+    put_ssh(tmp_path, monkeypatch, f'while [ "$1" != -- ]; do shift; done; {wait}; echo "$2"')
     answers = run_everywhere(["mac-c", "mac-b", "mac-c", "localhost"], "echo here", 10)
     assert [(host, each.stdout) for host, each in answers.items()] == [
         ("mac-c", "mac-c\n"),
         ("mac-b", "mac-b\n"),
         ("localhost", "here\n"),
     ]
-    assert time.monotonic() - begin < 1.4
 
 
 def test_a_name_that_is_none_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_a_name_that_is_none_stops_all(tmp_path: Path, monkeypatch: pytest.Monke
     begin = time.monotonic()
     with pytest.raises(UsageError):
         run_everywhere(["mac-b", "-x"], "true", 60)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
 
 
 def test_an_interrupt_ends_every_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

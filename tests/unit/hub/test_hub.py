@@ -230,7 +230,7 @@ def test_the_first_error_stops_the_others(hub: Hub, repository: Repository) -> N
     began_s = time.monotonic()
     with pytest.raises(WeightsError, match="does not have"):
         fetch_checkpoint(repository)
-    assert time.monotonic() - began_s < 3
+    assert time.monotonic() - began_s < 10
     sent_bytes = hub.sent_bytes
     time.sleep(1)
     assert hub.sent_bytes < sent_bytes + 100_000  # what was on its way

@@ -31,6 +31,7 @@ from kimi_mlx.weights.fp8 import decode
 from kimi_mlx.weights.index import INDEX_NAME, read_index
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.parity.test_logits import relative_error
+from tests.processes import start
 
 ROOT = Path(__file__).resolve().parents[3]
 IDS = np.arange(40).reshape(2, 20) * 7 % 61
@@ -395,7 +396,7 @@ converter.convert(conversion, Path(sys.argv[2]))
 
 def test_a_killed_process_goes_on(sources: dict[str, Path], finished: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", SLOW_PROCESS, str(sources["fp8"]), str(folder)], cwd=ROOT)
+    process = start([sys.executable, "-c", SLOW_PROCESS, str(sources["fp8"]), str(folder)], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (folder / "model-00002-of-00003.safetensors.part").exists():
         assert process.poll() is None

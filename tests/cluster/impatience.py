@@ -1,0 +1,47 @@
+"""Less patience than users have, and measurements that are sooner over, for tests of what comes then.
+
+Limits after which something alive is given up stay as users have them, for machines that are busy; a test of such a
+limit shortens it by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from kimi_mlx.cluster import joining, measure, payloads, survey
+
+PAIR_LIMIT_S = 3.0
+BACK_OFF_S = 0.5
+
+MAIN = """
+from tests.cluster.impatience import be_impatient
+be_impatient()
+from kimi_mlx.cli.app import main
+main()
+"""
+
+
+def be_impatient(change: Callable[[object, str, object], None] = setattr) -> None:
+    """Shorten what this process waits for.
+
+    Args:
+        change: how, such as a MonkeyPatch's `setattr`.
+    """
+    from kimi_mlx.runtime import ring_session
+
+    impatient = partial(survey.measure_network, limit_s=PAIR_LIMIT_S)
+    for module in (survey, joining):
+        change(module, "measure_network", impatient)
+    change(survey, "command", _short_command)
+    change(payloads, "PAYLOAD_S", 0.1)
+    change(ring_session, "BACK_OFF_S", (BACK_OFF_S,))
+
+
+def _short_command(*arguments: Any) -> list[str]:
+    """A measurement that sends for less than a second."""
+    words = measure.command(*arguments)
+    source = words.index(next(word for word in words if "BULK_S = 1.0" in word))
+    words[source] = words[source].replace("BULK_S = 1.0", "BULK_S = 0.2")
+    return words
