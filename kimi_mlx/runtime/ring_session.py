@@ -140,6 +140,8 @@ class RingSession:
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._text: Path | None = None
+        self.peak_memory_bytes = [0] * self._cluster.size
+        """Of each rank, as MLX counts it, in the last request that it has finished."""
         try:
             self._start(progress, wants_text=options.folder is None)
         except BaseException:
@@ -343,6 +345,8 @@ class RingSession:
             job.events.put(Token(message["id"]))
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
+            if kind == "finished":
+                self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
             if rank == 0 and kind == "refused":
                 job.outcome = decode_error(message)
             elif rank == 0:
