@@ -1,15 +1,37 @@
-"""The sides of a benchmark: each holds a loaded model and runs a request when told, idle in between."""
+"""The sides of a benchmark: each holds a loaded model and runs a batch of requests when told, idle in between."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError
+from kimi_mlx.runtime.ring_session import RingSession
 from kimi_mlx.runtime.session import LoadProgress, Session, SessionOptions, open_session
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are made at the same time.
+
+    Args:
+        requests: at least one.
+        depth: so many first tokens, the same in all of them, are put into the cache before the clock starts.
+    """
+
+    requests: tuple[Request, ...]
+    depth: int = 0
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What is in the cache before."""
+        return self.requests[0].prompt[: self.depth]
 
 
 @dataclass(frozen=True)
@@ -18,20 +40,48 @@ class Answer:
 
     Args:
         ids: the new tokens.
-        statistics: as the side measured them itself; of the leader on several ranks.
+        statistics: by the clock of the side's own (first) process.
+        arrivals_s: when each token reached this process, since the batch was handed over, by this process's clock.
     """
 
     ids: tuple[int, ...]
     statistics: Statistics
+    arrivals_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a side made of a batch.
+
+    Args:
+        answers: in the order of the requests.
+        started_at: when the batch was handed over, by time.perf_counter.
+        peak_memory_bytes: of each rank, as MLX counts it, since then.
+    """
+
+    answers: tuple[Answer, ...]
+    started_at: float
+    peak_memory_bytes: tuple[int, ...]
+
+    @property
+    def wall_s(self) -> float:
+        """Until the last token of all."""
+        return max(answer.arrivals_s[-1] for answer in self.answers)
 
 
 class Side(Protocol):
-    """A loaded model under a name."""
+    """A loaded model under a name.
+
+    Args:
+        name: of the side.
+        turns: why requests of a batch run one after another; None where they run together.
+    """
 
     name: str
+    turns: str | None
 
-    def run(self, request: Request) -> Answer:
-        """Answer a request from an empty cache; returns when all of its ranks are idle."""
+    def run(self, batch: Batch) -> Outcome:
+        """Answer a batch, with nothing in the cache but its prefix; returns when all of its ranks are idle."""
         ...
 
 
@@ -41,21 +91,54 @@ class SessionSide:
     def __init__(self, name: str, session: Session):
         self.name = name
         self._session = session
+        self._ring = session if isinstance(session, RingSession) else None
+        self._turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self.turns: str | None = "its ranks take requests one by one"
+        if self._ring is None:
+            self._turn = threading.Lock()
+            self.turns = "its session takes one request at a time"
 
-    def run(self, request: Request) -> Answer:
-        """Answer a request, without the conversation's cache."""
+    def run(self, batch: Batch) -> Outcome:
+        """Answer a batch: a single request in this thread, several in a thread each."""
         self._session.reset()
+        if batch.depth:
+            self._ask(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
+        started = time.perf_counter()
+        if len(batch.requests) == 1:
+            answers = [self._ask(batch.requests[0], started)]
+        else:
+            answers = self._ask_together(batch.requests, started)
+        alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]
+        return Outcome(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
+
+    def _ask_together(self, requests: Sequence[Request], started: float) -> list[Answer]:
+        is_over = threading.Event()
+        with ThreadPoolExecutor(len(requests)) as pool:
+            try:
+                futures = [pool.submit(self._ask, request, started, is_over.is_set) for request in requests]
+                return [future.result() for future in futures]
+            except BaseException:  # an interrupt, too: the pool waits for its threads
+                is_over.set()
+                self._session.cancel()
+                raise
+
+    def _ask(self, request: Request, started: float, is_over: Callable[[], bool] = lambda: False) -> Answer:
         ids: list[int] = []
-        for event in self._session.generate(request):
-            if isinstance(event, Token):
-                ids.append(event.id)
-            elif isinstance(event, Finished):
-                return Answer(tuple(ids), event.statistics)
+        arrivals: list[float] = []
+        with self._turn:
+            if is_over():
+                raise EngineError("the benchmark is over")
+            for event in self._session.generate(request):
+                if isinstance(event, Token):
+                    ids.append(event.id)
+                    arrivals.append(time.perf_counter() - started)
+                elif isinstance(event, Finished) and ids:
+                    return Answer(tuple(ids), event.statistics, tuple(arrivals))
         raise EngineError("the session ended without a result")
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_kimi_mlx(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Iterator[SessionSide]:
     """Load kimi-mlx's side: in this process, or on a ring."""
-    with closing(open_session(options, progress)) as session:
+    with contextlib.closing(open_session(options, progress)) as session:
         yield SessionSide("kimi-mlx", session)
