@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -92,48 +91,39 @@ class SessionSide:
         self.name = name
         self._session = session
         self._ring = session if isinstance(session, RingSession) else None
-        self._turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        self.turns: str | None = "its ranks take requests one by one"
-        if self._ring is None:
-            self._turn = threading.Lock()
-            self.turns = "its session takes one request at a time"
+        self.turns: str | None = f"its {'session takes' if self._ring is None else 'ranks take'} them one by one"
 
     def run(self, batch: Batch) -> Outcome:
-        """Answer a batch: a single request in this thread, several in a thread each."""
+        """Answer a batch: on a ring several requests in a thread each, else in this one."""
         self._session.reset()
         if batch.depth:
             self._ask(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
         started = time.perf_counter()
-        if len(batch.requests) == 1:
-            answers = [self._ask(batch.requests[0], started)]
+        if self._ring is None or len(batch.requests) == 1:
+            answers = [self._ask(request, started) for request in batch.requests]
         else:
             answers = self._ask_together(batch.requests, started)
         alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]
         return Outcome(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
 
     def _ask_together(self, requests: Sequence[Request], started: float) -> list[Answer]:
-        is_over = threading.Event()
         with ThreadPoolExecutor(len(requests)) as pool:
             try:
-                futures = [pool.submit(self._ask, request, started, is_over.is_set) for request in requests]
+                futures = [pool.submit(self._ask, request, started) for request in requests]
                 return [future.result() for future in futures]
             except BaseException:  # an interrupt, too: the pool waits for its threads
-                is_over.set()
                 self._session.cancel()
                 raise
 
-    def _ask(self, request: Request, started: float, is_over: Callable[[], bool] = lambda: False) -> Answer:
+    def _ask(self, request: Request, started: float) -> Answer:
         ids: list[int] = []
         arrivals: list[float] = []
-        with self._turn:
-            if is_over():
-                raise EngineError("the benchmark is over")
-            for event in self._session.generate(request):
-                if isinstance(event, Token):
-                    ids.append(event.id)
-                    arrivals.append(time.perf_counter() - started)
-                elif isinstance(event, Finished) and ids:
-                    return Answer(tuple(ids), event.statistics, tuple(arrivals))
+        for event in self._session.generate(request):
+            if isinstance(event, Token):
+                ids.append(event.id)
+                arrivals.append(time.perf_counter() - started)
+            elif isinstance(event, Finished) and ids:
+                return Answer(tuple(ids), event.statistics, tuple(arrivals))
         raise EngineError("the session ended without a result")
 
 
