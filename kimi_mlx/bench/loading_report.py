@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from kimi_mlx.bench.figures import Spread
 from kimi_mlx.bench.loading import Load, LoadingRun
 from kimi_mlx.bench.loading_files import LoadingFiles
-from kimi_mlx.bench.report import OURS, Spread, machine, versions
+from kimi_mlx.bench.machine import OURS, machine, versions
 from kimi_mlx.units import format_bytes
 
 FIGURES = ("needed_bytes", "read_bytes", "disk_bytes", "seconds", "held_bytes", "peak_bytes", "mlx_peak_bytes")

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from kimi_mlx.bench.sides import Side
+from kimi_mlx.bench.sides import Answer, Batch, Outcome, Side
 from kimi_mlx.bench.workloads import random_prompt
-from kimi_mlx.engine.request import Request, Sampling, Statistics
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
 
 GREEDY = Sampling(temperature=0.0, seed=0)
 
+MAX_CONCURRENCY = 64
+
+EnergyOf = Callable[[float, float], float | None]
+"""Joules between two times of time.perf_counter, None where they are not known."""
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """What is measured at a time.
+
+    Args:
+        depth: tokens that are in the cache before the clock starts.
+        prompt_tokens: new tokens of each prompt.
+        concurrency: requests at once.
+    """
+
+    depth: int
+    prompt_tokens: int
+    concurrency: int
+
+    def __str__(self) -> str:
+        """In words, such as `prompt 128 after 8192, 4 at once`."""
+        depth = f" after {self.depth}" if self.depth else ""
+        return f"prompt {self.prompt_tokens}{depth}" + (f", {self.concurrency} at once" * (self.concurrency > 1))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """What to measure: every combination of prompt size, depth and concurrency.
 
     Args:
         prompt_tokens: sizes of prompts.
         generation_tokens: new tokens after each prompt; at least 2, since decode is timed after the first.
-        warmup: repetitions that are run and not counted, for each size.
+        warmup: repetitions that are run and not counted, for each case.
         repeat: repetitions that count.
         seed: of the prompts.
+        depth: tokens in the cache before.
+        concurrency: requests at once.
 
     Raises:
         UsageError: a number out of its range.
@@ -34,6 +62,8 @@ class Plan:
     warmup: int = 1
     repeat: int = 5
     seed: int = 0
+    depth: tuple[int, ...] = (0,)
+    concurrency: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -46,76 +76,116 @@ class Plan:
             )
         if self.repeat < 1 or self.warmup < 0 or self.seed < 0:
             raise UsageError("repetitions start at 1, warm-ups and the seed at 0")
+        if not self.depth or min(self.depth) < 0:
+            raise UsageError("a depth is the tokens before the prompt, 0 or more", hint="for example --depth 0,8192")
+        if not self.concurrency or min(self.concurrency) < 1 or max(self.concurrency) > MAX_CONCURRENCY:
+            raise UsageError(
+                f"{','.join(map(str, self.concurrency))} requests at once are not from 1 to {MAX_CONCURRENCY} each",
+                hint="for example --concurrency 1,4",
+            )
 
     def check_context(self, context: int) -> None:
         """Refuse what does not fit into a model's context."""
-        longest = max(self.prompt_tokens) + self.generation_tokens
+        depth, prompt = max(self.depth), max(self.prompt_tokens)
+        longest = depth + prompt + self.generation_tokens
         if longest > context:
             raise UsageError(
-                f"prompt and answer take {longest} tokens, the model's context holds {context}",
-                hint="use smaller --prompt-tokens",
+                f"depth {depth}, prompt {prompt} and answer {self.generation_tokens} take {longest} tokens, "
+                f"the model's context holds {context}",
+                hint="use smaller --prompt-tokens" + " or --depth" * (depth > 0),
             )
 
     @property
+    def cases(self) -> list[Case]:
+        """In the order in which they are measured."""
+        return [Case(*each) for each in itertools.product(self.depth, self.prompt_tokens, self.concurrency)]
+
+    @property
     def total(self) -> int:
-        """Requests a side."""
-        return len(self.prompt_tokens) * (self.warmup + self.repeat)
+        """Batches a side."""
+        return len(self.cases) * (self.warmup + self.repeat)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One request of one side.
+    """One batch of one side.
 
     Args:
         side: its name.
+        case: what was measured.
         repetition: from 0; warm-ups are numbered before them, below 0.
-        statistics: as the side measured them.
-        ids: the new tokens.
+        outcome: what came of it.
+        energy_j: of this machine meanwhile, None where that is not known.
     """
 
     side: str
+    case: Case
     repetition: int
-    statistics: Statistics
-    ids: tuple[int, ...]
+    outcome: Outcome
+    energy_j: float | None = None
 
     @property
     def is_warmup(self) -> bool:
         """Whether it does not count."""
         return self.repetition < 0
 
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """Of the outcome."""
+        return self.outcome.answers
+
+    @property
+    def new_tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(answer.ids) for answer in self.answers)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the ids."""
         return {
             "side": self.side,
+            **asdict(self.case),
             "is_warmup": self.is_warmup,
             "repetition": self.repetition,
-            **self.statistics.to_dict(),
+            "wall_s": self.outcome.wall_s,
+            "peak_memory_bytes": list(self.outcome.peak_memory_bytes),
+            "energy_j": self.energy_j,
+            "requests": [
+                {**answer.statistics.to_dict(), "arrivals_s": [round(each, 6) for each in answer.arrivals_s]}
+                for answer in self.answers
+            ],
         }
 
 
-def measure(
-    sides: Sequence[Side], plan: Plan, vocab_size: int, progress: Callable[[Run], None] = lambda run: None
-) -> list[Run]:
-    """Run the plan on all sides.
+def measure(sides: Sequence[Side], plan: Plan, vocab_size: int, energy_of: EnergyOf | None = None) -> Iterator[Run]:
+    """Run the plan on all sides, and yield what comes of each batch.
 
     Args:
         sides: loaded and idle.
         plan: what to run.
         vocab_size: prompts are random ids below it.
-        progress: called after each run.
+        energy_of: joules of this machine, where they are known.
     """
-    runs: list[Run] = []
-    for length, repetition, turn in _turns(sides, plan):
-        prompt = random_prompt(vocab_size, length, repetition + plan.warmup, plan.seed)
+    for case, repetition, turn in _turns(sides, plan):
+        batch = make_batch(case, repetition + plan.warmup, plan, vocab_size)
         for side in turn:
-            answer = side.run(Request(prompt, plan.generation_tokens, GREEDY))
-            runs.append(Run(side.name, repetition, answer.statistics, answer.ids))
-            progress(runs[-1])
-    return runs
+            outcome = side.run(batch)
+            end = outcome.started_at + outcome.wall_s
+            energy = None if energy_of is None else energy_of(outcome.started_at, end)
+            yield Run(side.name, case, repetition, outcome, energy)
 
 
-def _turns(sides: Sequence[Side], plan: Plan) -> Iterator[tuple[int, int, Sequence[Side]]]:
-    """Prompt size, repetition and order of the sides, which turns around each time so that none profits."""
-    for length in plan.prompt_tokens:
+def make_batch(case: Case, repetition: int, plan: Plan, vocab_size: int) -> Batch:
+    """The requests of one repetition: a random prefix that they share, and a random prompt each."""
+    prefix = random_prompt(vocab_size, case.depth, repetition, plan.seed)
+    prompts = [
+        (*prefix, *random_prompt(vocab_size, case.prompt_tokens, repetition, plan.seed, number))
+        for number in range(1, case.concurrency + 1)
+    ]
+    return Batch(tuple(Request(prompt, plan.generation_tokens, GREEDY) for prompt in prompts), case.depth)
+
+
+def _turns(sides: Sequence[Side], plan: Plan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
+    """Case, repetition and order of the sides, which turns around each time so that none profits."""
+    for case in plan.cases:
         for repetition in range(-plan.warmup, plan.repeat):
-            yield length, repetition, sides if repetition % 2 == 0 else sides[::-1]
+            yield case, repetition, sides if repetition % 2 == 0 else sides[::-1]

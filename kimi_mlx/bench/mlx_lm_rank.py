@@ -1,32 +1,37 @@
-"""A process that runs mlx-lm for a benchmark: loads, then answers requests until its input ends.
+"""A process that runs mlx-lm for a benchmark: loads, then answers batches of requests until its input ends.
 
-Between requests it waits for its input, never in a collective, so that it leaves its processor to the other
-side. It speaks the language of kimi_mlx.cluster.messages.
+Between batches it waits for its input, never in a collective, so that it leaves its processor to the other
+side. It speaks the language of kimi_mlx.cluster.messages: `fill` (a prefix, and how many caches are to hold it) is
+answered with `filled`, `batch` with `token`s of the first rank and `finished`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kimi_mlx.cluster.messages import Message
 from kimi_mlx.engine.chunking import PREFILL_CHUNK
-from kimi_mlx.engine.request import Event, Finished, Request, Statistics, Token
+from kimi_mlx.engine.request import Request, Statistics, Token
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.channel import Channel, run_rank
 from kimi_mlx.runtime.joining import join_mlx
 from kimi_mlx.runtime.load import compute_type
 from kimi_mlx.runtime.rank import encode_event
+
+Cache = list[Any]
+"""mlx-lm's: an object a layer."""
 
 
 def main() -> None:
@@ -40,25 +45,31 @@ def serve(channel: Channel, start: Message) -> None:
     rank = start["rank"]
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
     channel.send("ready")
+    caches: list[Cache] = []
     while True:
         command = channel.next_command()
         channel.made_step("prefill")
-        ids: list[int] = []
         try:
-            for event in generate(model, Request.from_dict(command["request"])):
-                if isinstance(event, Token):
-                    ids.append(event.id)
-                    channel.made_step("decode")
-                    if group is not None and rank == 0:  # a leader shows its tokens, as kimi-mlx's does
-                        channel.write(encode_event(command["number"], event))
-                elif isinstance(event, Finished):
-                    channel.made_step("idle")
-                    channel.send("finished", ids=ids, statistics=event.statistics.to_dict())
+            if command["kind"] == "fill":
+                caches.clear()
+                caches = filled_caches(channel, model, command["prefix"], command["copies"])
+                channel.made_step("idle")
+                channel.send("filled")
+                continue
+            requests = [Request.from_dict(each) for each in command["requests"]]
+            answering = Answering(channel, model, requests, command["depth"], tells=rank == 0)
+            answering.run(caches, is_batched=group is None and len(requests) > 1)
         except Exception as error:  # another project's code: it may raise anything
             raise EngineError(
                 f"mlx-lm ({start['mode']}) failed: {_words(error)}",
                 hint="on the CPU it compiles C++ at run time: is a compiler installed?",
             ) from error
+        channel.made_step("idle")
+        channel.send(
+            "finished",
+            statistics=[each.to_dict() for each in answering.statistics()],
+            peak_memory_bytes=answering.peak_memory_bytes,
+        )
 
 
 def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group | None) -> nn.Module:
@@ -91,39 +102,117 @@ def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group
         ) from error
 
 
-def generate(model: nn.Module, request: Request) -> Iterator[Event]:
-    """Answer a request with mlx-lm's own steps, by the clocks of kimi_mlx.engine.request.Statistics."""
-    streams: Any = [generation_stream]  # a thread's own stream, which mlx-lm's types do not name
-    with wired_limit(model, streams):
-        started = time.perf_counter()
-        mx.reset_peak_memory()
+def filled_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copies: int) -> list[Cache]:
+    """Caches that hold a prefix, each on its own."""
+    with wired_limit(model, _streams()):
         cache = make_prompt_cache(model)
-        steps = generate_step(
-            mx.array(request.prompt),
-            model,
-            max_tokens=request.max_tokens or 1,
-            prompt_cache=cache,
-            prefill_step_size=PREFILL_CHUNK,
-        )
-        generated, first_token_at, ended = 0, started, started
-        for token, _ in steps:
-            ended = time.perf_counter()
-            if not generated:
-                first_token_at = ended
-            generated += 1
-            yield Token(int(token))
-        # mlx-lm has started one step more; it must not run into the other side's turn.
-        mx.eval([layer.state for layer in cache])
-        mx.synchronize(generation_stream)
-        statistics = Statistics(
-            prompt_tokens=len(request.prompt),
-            cached_tokens=0,
-            generated_tokens=generated,
-            ttft_s=first_token_at - started,
-            decode_s=ended - first_token_at,
-            peak_memory_bytes=mx.get_peak_memory(),
-        )
-    yield Finished("length", statistics)
+        if prefix:
+            # as mlx-lm fills a prompt's cache: no token is generated
+            for _ in _steps(channel, model, prefix, 0, cache):
+                pass
+        caches = [cache, *(copy.deepcopy(cache) for _ in range(copies - 1))]
+        if prefix:
+            _settle(caches)
+        return caches
+
+
+class Answering:
+    """The answers to a batch, by the clocks of kimi_mlx.engine.request.Statistics.
+
+    Args:
+        channel: to the front.
+        model: mlx-lm's.
+        requests: the batch.
+        depth: of their prompts' tokens that are in the caches.
+        tells: whether this rank shows its tokens, as kimi-mlx's leader does.
+    """
+
+    def __init__(self, channel: Channel, model: nn.Module, requests: Sequence[Request], depth: int, *, tells: bool):
+        self._channel, self._model, self._requests, self._depth, self._tells = channel, model, requests, depth, tells
+        self._taken = [0.0] * len(requests)
+        self._times: list[list[float]] = [[] for _ in requests]
+        self.peak_memory_bytes = 0
+
+    def run(self, caches: list[Cache], *, is_batched: bool) -> None:
+        """Answer all, together by mlx-lm's batch generator or one after another by its single one."""
+        with wired_limit(self._model, _streams()):
+            mx.reset_peak_memory()
+            self._taken = [time.perf_counter()] * len(self._requests)
+            steps = self._together(caches) if is_batched else self._in_turn(caches)
+            for number, token in steps:
+                self._times[number].append(time.perf_counter())
+                self._channel.made_step("decode" if all(self._times) else "prefill")
+                if self._tells:
+                    self._channel.write(encode_event(number, Token(token)))
+            self.peak_memory_bytes = mx.get_peak_memory()
+
+    def statistics(self) -> list[Statistics]:
+        """One of each request."""
+        return [
+            Statistics(
+                prompt_tokens=len(request.prompt),
+                cached_tokens=self._depth,
+                generated_tokens=len(times),
+                ttft_s=times[0] - taken,
+                decode_s=times[-1] - times[0],
+                peak_memory_bytes=self.peak_memory_bytes,
+            )
+            for request, taken, times in zip(self._requests, self._taken, self._times, strict=True)
+        ]
+
+    def _in_turn(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
+        for number, (request, cache) in enumerate(zip(self._requests, caches, strict=True)):
+            self._taken[number] = time.perf_counter()
+            prompt = request.prompt[self._depth :]
+            for token in _steps(self._channel, self._model, prompt, request.max_tokens or 1, cache):
+                yield number, token
+            # mlx-lm has started one step more; it must not run into the next one's turn
+            _settle([cache])
+
+    def _together(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
+        generator = BatchGenerator(self._model, prefill_step_size=PREFILL_CHUNK)
+        try:
+            uids = generator.insert(
+                [list(request.prompt[self._depth :]) for request in self._requests],
+                [request.max_tokens or 1 for request in self._requests],
+                caches=caches,
+                all_tokens=[list(request.prompt[: self._depth]) for request in self._requests],
+            )
+            left = len(uids)
+            while left:
+                _, responses = generator.next()
+                self._channel.made_step("decode" if all(self._times) else "prefill")
+                for response in responses:
+                    left -= response.finish_reason is not None
+                    yield uids.index(response.uid), response.token
+            mx.synchronize(generation_stream)
+        finally:
+            generator.close()
+
+
+def _steps(channel: Channel, model: nn.Module, prompt: Sequence[int], max_tokens: int, cache: Cache) -> Iterator[int]:
+    """mlx-lm's own steps."""
+    steps = generate_step(
+        mx.array(list(prompt)),
+        model,
+        max_tokens=max_tokens,
+        prompt_cache=cache,
+        prefill_step_size=PREFILL_CHUNK,
+        prompt_progress_callback=lambda done, total: channel.made_step("prefill"),
+    )
+    for token, _ in steps:
+        yield int(token)
+
+
+def _streams() -> Any:
+    """A thread's own stream, which mlx-lm's types do not name."""
+    return [generation_stream]
+
+
+def _settle(caches: Sequence[Cache]) -> None:
+    """Wait for all that was started."""
+    mx.eval([layer.state for cache in caches for layer in cache])
+    mx.synchronize(generation_stream)
 
 
 def _words(error: Exception) -> str:

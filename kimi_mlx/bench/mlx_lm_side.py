@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
-from kimi_mlx.bench.sides import Answer
+from kimi_mlx.bench.sides import Answer, Batch, Outcome
 from kimi_mlx.cluster.messages import Message, decode_error
 from kimi_mlx.cluster.ring import Ring
-from kimi_mlx.engine.request import Request, Statistics
+from kimi_mlx.engine.request import Statistics
 from kimi_mlx.errors import RingError
 from kimi_mlx.runtime.session import SessionOptions
 
@@ -21,8 +22,8 @@ class MlxLmSide:
 
     def __init__(self, mode: str, ring: Ring):
         self.name = "mlx-lm" if mode == "single" else f"mlx-lm {mode}"
+        self.turns = None if mode == "single" else "its batch generator is for one process"
         self._ring = ring
-        self._number = 0
 
     @property
     def pids(self) -> list[int]:
@@ -35,31 +36,44 @@ class MlxLmSide:
         Raises:
             KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
         """
-        for _ in self._answers("ready"):
+        for _ in self._messages("ready"):
             pass
 
-    def run(self, request: Request) -> Answer:
-        """Answer a request; every rank is idle when this returns."""
-        self._number += 1
-        self._ring.send("request", number=self._number, request=request.to_dict())
-        results = dict(self._answers("finished"))
-        return Answer(tuple(results[0]["ids"]), Statistics.from_dict(results[0]["statistics"]))
+    def run(self, batch: Batch) -> Outcome:
+        """Answer a batch; every rank is idle when this returns."""
+        self._ring.send("fill", prefix=batch.prefix, copies=len(batch.requests))
+        for _ in self._messages("filled"):
+            pass
+        ids: list[list[int]] = [[] for _ in batch.requests]
+        arrivals: list[list[float]] = [[] for _ in batch.requests]
+        results: dict[int, Message] = {}
+        started = time.perf_counter()
+        self._ring.send("batch", requests=[request.to_dict() for request in batch.requests], depth=batch.depth)
+        for rank, message in self._messages("finished"):
+            if message["kind"] == "finished":
+                results[rank] = message
+            elif message["kind"] == "token":
+                ids[message["number"]].append(message["id"])
+                arrivals[message["number"]].append(time.perf_counter() - started)
+        answers = [
+            Answer(tuple(tokens), Statistics.from_dict(statistics), tuple(times))
+            for tokens, statistics, times in zip(ids, results[0]["statistics"], arrivals, strict=True)
+        ]
+        peaks = [results[rank]["peak_memory_bytes"] for rank in sorted(results)]
+        return Outcome(tuple(answers), started, tuple(peaks))
 
-    def _answers(self, kind: str) -> Iterator[tuple[int, Message]]:
-        """The messages of a kind, one of each rank."""
+    def _messages(self, last: str) -> Iterator[tuple[int, Message]]:
+        """Rank and message, until each rank has sent one of the kind `last`."""
         waiting = set(range(self._ring.world_size))
-        for rank, message in self._messages():
-            if message["kind"] == "refused":
-                raise decode_error(message)
-            if message["kind"] == kind:
-                waiting.discard(rank)
-                yield rank, message
-            if not waiting:
-                return
-
-    def _messages(self) -> Iterator[tuple[int, Message]]:
         try:
-            yield from self._ring.messages()
+            for rank, message in self._ring.messages():
+                if message["kind"] == "refused":
+                    raise decode_error(message)
+                yield rank, message
+                if message["kind"] == last:
+                    waiting.discard(rank)
+                if not waiting:
+                    return
         except RingError as error:
             raise RingError(f"mlx-lm: {error.message}", error.hint, error.rank) from error
 

@@ -1,244 +1,176 @@
-"""From runs to figures: medians, spread, ratios, whether the texts agree; as a table and as JSON."""
+"""The figures of a benchmark for people and programs: tables, Markdown, sentences, JSON."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from statistics import median
 from typing import Any
 
-import mlx.core as mx
 from rich.table import Table
 
-from kimi_mlx import __version__
-from kimi_mlx.bench.measure import Plan, Run
-from kimi_mlx.engine.request import Statistics
-from kimi_mlx.units import format_bytes, format_seconds
+from kimi_mlx.bench.figures import Percentiles, Ratio, Row, ShareOf, Spread, agreements, notes, ratios, rows
+from kimi_mlx.bench.machine import OURS, PACKAGES
+from kimi_mlx.bench.measure import Case, Plan, Run
+from kimi_mlx.bench.sides import Side
+from kimi_mlx.units import format_bytes
 
-OURS = "kimi-mlx"
-PACKAGES = ("mlx", "mlx-lm")
-
-FIGURES: dict[str, Callable[[Statistics], float]] = {
-    "prefill_tok_per_s": lambda s: s.prefill_tok_per_s,
-    "decode_tok_per_s": lambda s: s.decode_tok_per_s,
-    "ttft_s": lambda s: s.ttft_s,
-    "peak_memory_bytes": lambda s: s.peak_memory_bytes,
+FIGURE_NAMES = {
+    "prefill_tok_per_s": "prefill",
+    "decode_tok_per_s": "decode",
+    "aggregate_tok_per_s": "new tokens over wall time",
 }
-RATES = ("prefill_tok_per_s", "decode_tok_per_s")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of a figure."""
+class Report:
+    """What was measured.
 
-    median: float
-    min: float
-    max: float
+    Args:
+        plan: what was to be run.
+        settings: model, machine, versions and the like: what JSON has at its top.
+        runs: what came of it, all of it or what was done until an interrupt.
+        sides: who ran.
+        share_of: of the roofline.
+    """
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        return cls(median(values), min(values), max(values))
+    plan: Plan
+    settings: dict[str, Any]
+    runs: Sequence[Run]
+    sides: Sequence[Side]
+    share_of: ShareOf | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing."""
+        return len(self.runs) == self.plan.total * len(self.sides)
 
-@dataclass(frozen=True)
-class Row:
-    """The figures of one side for one prompt size; `figures` has the keys of FIGURES."""
-
-    side: str
-    prompt_tokens: int
-    generation_tokens: int
-    figures: dict[str, Spread]
+    @property
+    def rows(self) -> list[Row]:
+        """The figures."""
+        return rows(self.runs, self.share_of)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        spreads = {name: asdict(spread) for name, spread in self.figures.items()}
-        return {"side": self.side, "prompt_tokens": self.prompt_tokens} | {
-            "generation_tokens": self.generation_tokens,
-            **spreads,
+        """The whole report for JSON."""
+        table_rows = self.rows
+        return {
+            **self.settings,
+            "plan": asdict(self.plan),
+            "is_complete": self.is_complete,
+            "results": [row.to_dict() for row in table_rows],
+            "ratios": [ratio.to_dict() for ratio in ratios(table_rows)],
+            "same_tokens": [asdict(agreement) for agreement in agreements(self.runs)],
+            "notes": notes(self.runs, self.sides),
+            "runs": [run.to_dict() for run in self.runs],
         }
 
+    def heading(self) -> list[str]:
+        """What was measured, where, and with which versions."""
+        settings, plan = self.settings, self.plan
+        host, packages = settings["machine"], settings["versions"]
+        names = ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES))
+        ranks = f"{settings['ranks']} rank{'s' if settings['ranks'] > 1 else ''}"
+        if hosts := settings.get("hosts"):
+            ranks += f" on {', '.join(hosts)}"
+        if (delay := settings.get("link_delay_ms")) is not None:
+            ranks += f" {delay:g} ms apart each way"
+        return [
+            f"{settings['model']}, {settings['dtype']}, {ranks}, {plan.generation_tokens} new tokens; "
+            f"median (min-max) of {plan.repeat} after {plan.warmup} warm-up",
+            f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}, "
+            f"load {host['load_average_1min']}; {names}",
+        ]
 
-@dataclass(frozen=True)
-class Ratio:
-    """kimi-mlx against the best other side: quotients of medians of tok/s, above 1 where kimi-mlx is faster.
+    def summary(self) -> list[str]:
+        """The ratios, whether the tokens are the same, notes, and what the roofline is."""
+        lines = _ratio_lines(ratios(self.rows))
+        for agreement in agreements(self.runs):
+            if agreement.first_difference is None:
+                lines.append(f"{agreement.side}: the same tokens as kimi-mlx in all {agreement.answers} answers")
+            else:
+                lines.append(
+                    f"{agreement.side}: the same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
+                    f"answers; they part at token {agreement.first_difference} at the earliest"
+                )
+        lines += notes(self.runs, self.sides)
+        if roofline := self.settings.get("roofline"):
+            lines.append(f"roofline: {roofline['bytes_per_s'] / 1e9:.1f} GB/s ({roofline['source']})")
+        if not self.is_complete:
+            lines.append(f"interrupted: {len(self.runs)} of {self.plan.total * len(self.sides)} runs were made")
+        return lines
 
-    Args:
-        prompt_tokens: for this prompt size.
-        prefill: ratio of prefill_tok_per_s.
-        prefill_against: the side that was the best there.
-        decode: ratio of decode_tok_per_s.
-        decode_against: the side that was the best there.
-    """
+    def tables(self) -> list[Table]:
+        """Speeds, then waiting times."""
+        speeds = [column for column in self._columns() if " ms" not in column[0]]
+        times = [column for column in self._columns() if " tok/s" not in column[0] and column[0] not in RESOURCES]
+        return [_table(columns, self.rows) for columns in (speeds, times)]
 
-    prompt_tokens: int
-    prefill: float
-    prefill_against: str
-    decode: float
-    decode_against: str
+    def markdown(self) -> str:
+        """All of it as Markdown: one table, the sentences around it."""
+        columns = self._columns()
+        lines = [
+            " | ".join(name for name, _ in columns),
+            " | ".join("---" if name == "side" else "--:" for name, _ in columns),
+            *(" | ".join(cell(row) for _, cell in columns) for row in self.rows),
+        ]
+        table = "\n".join(f"| {line} |" for line in lines)
+        bullets = "\n".join(f"- {line}" for line in self.summary())
+        return "\n\n".join(part for part in ("\n".join(self.heading()), table, bullets) if part) + "\n"
 
-
-@dataclass(frozen=True)
-class Agreement:
-    """Whether another side generated the same tokens as kimi-mlx.
-
-    Args:
-        side: the other side.
-        answers: how many were compared, warm-ups included.
-        equal: how many were equal in every token.
-        first_difference: the smallest position of a differing token, None if there is none.
-    """
-
-    side: str
-    answers: int
-    equal: int
-    first_difference: int | None
-
-
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """The figures of each prompt size and side, in the order in which they were first run."""
-    counted: dict[tuple[int, str], list[Statistics]] = {}
-    for run in runs:
-        if not run.is_warmup:
-            counted.setdefault((run.statistics.prompt_tokens, run.side), []).append(run.statistics)
-    order = {name: index for index, name in enumerate(dict.fromkeys([OURS, *(run.side for run in runs)]))}
-    return [
-        Row(
-            side,
-            length,
-            group[0].generated_tokens,
-            {name: Spread.of([figure(each) for each in group]) for name, figure in FIGURES.items()},
-        )
-        for (length, side), group in sorted(counted.items(), key=lambda item: (item[0][0], order[item[0][1]]))
-    ]
-
-
-def ratios(table_rows: Sequence[Row]) -> list[Ratio]:
-    """kimi-mlx against the best of the others, for each prompt size; empty without others."""
-    found: list[Ratio] = []
-    for ours in (row for row in table_rows if row.side == OURS):
-        others = [row for row in table_rows if row.side != OURS and row.prompt_tokens == ours.prompt_tokens]
-        if others:
-            best = {name: max(others, key=lambda row, n=name: row.figures[n].median) for name in RATES}
-            prefill, decode = (
-                ours.figures[name].median / best[name].figures[name].median
-                if best[name].figures[name].median
-                else float("nan")
-                for name in RATES
-            )
-            sides = [best[name].side for name in RATES]
-            found.append(Ratio(ours.prompt_tokens, prefill, sides[0], decode, sides[1]))
-    return found
+    def _columns(self) -> list[Column]:
+        """Those that have something to say in these rows."""
+        table_rows = self.rows
+        wanted = {
+            "depth": any(row.case.depth for row in table_rows),
+            "at once": any(row.case.concurrency > 1 for row in table_rows),
+            "together tok/s": any(row.case.concurrency > 1 for row in table_rows),
+            "J/token": any(row.joules_per_token is not None for row in table_rows),
+            "roofline": any(row.roofline_share is not None for row in table_rows),
+        }
+        return [column for column in COLUMNS if wanted.get(column[0], True)]
 
 
-def agreements(runs: Sequence[Run]) -> list[Agreement]:
-    """Compare the tokens of every other side with those of kimi-mlx, answer by answer."""
-    keys = [(run.statistics.prompt_tokens, run.repetition) for run in runs]
-    ours = {key: run.ids for key, run in zip(keys, runs, strict=True) if run.side == OURS}
-    found: list[Agreement] = []
-    for side in dict.fromkeys(run.side for run in runs if run.side != OURS):
-        pairs = [(ours[key], run.ids) for key, run in zip(keys, runs, strict=True) if run.side == side]
-        positions = [position for pair in pairs if (position := _first_difference(*pair)) is not None]
-        found.append(Agreement(side, len(pairs), len(pairs) - len(positions), min(positions, default=None)))
-    return found
+Column = tuple[str, Callable[[Row], str]]
+"""A heading, and the text of a row below it."""
+
+RESOURCES = ("peak memory a rank", "J/token", "roofline")
+
+COLUMNS: Sequence[Column] = (
+    ("prompt", lambda row: str(row.case.prompt_tokens)),
+    ("depth", lambda row: str(row.case.depth)),
+    ("at once", lambda row: str(row.case.concurrency)),
+    ("side", lambda row: row.side),
+    ("prefill tok/s", lambda row: _rate(row.rates["prefill_tok_per_s"])),
+    ("decode tok/s", lambda row: _rate(row.rates["decode_tok_per_s"])),
+    ("together tok/s", lambda row: _rate(row.rates["aggregate_tok_per_s"])),
+    ("TTFT ms p50/p90/p99", lambda row: _milliseconds(row.ttft_s)),
+    ("between tokens ms p50/p90/p99", lambda row: _milliseconds(row.between_tokens_s)),
+    ("peak memory a rank", lambda row: " + ".join(map(format_bytes, row.peak_memory_bytes))),
+    ("J/token", lambda row: "" if row.joules_per_token is None else f"{row.joules_per_token:.2f}"),
+    ("roofline", lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.1%}"),
+)
 
 
-def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | None:
-    if one == other:
-        return None
-    shared = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(shared) if a != b), min(len(one), len(other)))
-
-
-def machine() -> dict[str, Any]:
-    """The machine and what it does besides: a load average near 0 before the start is a quiet machine."""
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
-        "device": mx.device_info().get("device_name", platform.processor()),
-        "backend": str(mx.default_device().type).removeprefix("DeviceType."),
-        "processors": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average_1min": round(os.getloadavg()[0], 2),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
-    return {
-        "python": platform.python_version(),
-        OURS: __version__,
-        **{name: version(name) for name in PACKAGES},
-    }
-
-
-def to_dict(runs: Sequence[Run], plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
-    """The whole report for JSON; `settings` says what was measured and where."""
-    table_rows = rows(runs)
-    return {
-        **settings,
-        "plan": asdict(plan),
-        "results": [row.to_dict() for row in table_rows],
-        "ratios": [asdict(ratio) for ratio in ratios(table_rows)],
-        "same_tokens": [asdict(agreement) for agreement in agreements(runs)],
-        "runs": [run.to_dict() for run in runs],
-    }
-
-
-def heading(settings: dict[str, Any], plan: Plan) -> str:
-    """What was measured, where, and with which versions, in two lines."""
-    host, packages = settings["machine"], settings["versions"]
-    names = ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES))
-    ranks = f"{settings['ranks']} rank{'s' if settings['ranks'] > 1 else ''}"
-    if hosts := settings.get("hosts"):
-        ranks += f" on {', '.join(hosts)}"
-    return (
-        f"{settings['model']}, {settings['dtype']}, {ranks}, {plan.generation_tokens} new tokens; "
-        f"median (min-max) of {plan.repeat} after {plan.warmup} warm-up\n"
-        f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}; {names}"
-    )
-
-
-def result_table(table_rows: Sequence[Row]) -> Table:
-    """Medians, the smallest and largest value in parentheses."""
+def _table(columns: Sequence[Column], table_rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("prompt", justify="right", no_wrap=True)
-    table.add_column("side", no_wrap=True)
-    for name in ("prefill tok/s", "decode tok/s", "TTFT", "peak memory"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
     for row in table_rows:
-        figures = row.figures
-        table.add_row(
-            str(row.prompt_tokens),
-            row.side,
-            _rate(figures["prefill_tok_per_s"]),
-            _rate(figures["decode_tok_per_s"]),
-            format_seconds(figures["ttft_s"].median),
-            format_bytes(figures["peak_memory_bytes"].median),
-        )
+        table.add_row(*(cell(row) for _, cell in columns))
     return table
 
 
-def summary_lines(runs: Sequence[Run]) -> list[str]:
-    """The ratios, and whether the tokens are the same; nothing if there is one side only."""
-    lines = [
-        f"prompt {ratio.prompt_tokens}: kimi-mlx / mlx-lm = {ratio.prefill:.2f} in prefill "
-        f"(`{ratio.prefill_against}`), {ratio.decode:.2f} in decode (`{ratio.decode_against}`)"
-        for ratio in ratios(rows(runs))
-    ]
-    for agreement in agreements(runs):
-        if agreement.first_difference is None:
-            lines.append(f"{agreement.side}: the same tokens as kimi-mlx in all {agreement.answers} answers")
-        else:
-            lines.append(
-                f"{agreement.side}: the same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
-                f"answers; they part at token {agreement.first_difference} at the earliest"
-            )
-    return lines
+def _ratio_lines(found: Sequence[Ratio]) -> list[str]:
+    """A line a case."""
+    words: dict[Case, list[str]] = {}
+    for ratio in found:
+        text = f"{ratio.ratio:.2f} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
+        words.setdefault(ratio.case, []).append(text)
+    return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in words.items()]
 
 
 def _rate(spread: Spread) -> str:
     return f"{spread.median:.1f} ({spread.min:.1f}-{spread.max:.1f})"
+
+
+def _milliseconds(times: Percentiles) -> str:
+    return " / ".join(f"{each * 1000:.{1 if each < 0.1 else 0}f}" for each in (times.p50, times.p90, times.p99))

@@ -241,7 +241,7 @@ def _matrix(random: np.random.Generator, path: str, *shape: int) -> Tensors:
     }
 
 
-def random_prompt(vocab_size: int, length: int, repetition: int, seed: int = 0) -> tuple[int, ...]:
-    """Token ids, the same ones for the same arguments; another prompt for each repetition."""
-    random = np.random.default_rng([seed, length, repetition])
+def random_prompt(vocab_size: int, length: int, repetition: int, seed: int = 0, number: int = 0) -> tuple[int, ...]:
+    """Token ids, the same ones for the same arguments; others for each repetition, and for each number in it."""
+    random = np.random.default_rng([seed, length, repetition, number])
     return tuple(int(id) for id in random.integers(0, vocab_size, length))

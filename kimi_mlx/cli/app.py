@@ -92,7 +92,8 @@ app.command(
     epilog=examples(
         "kimi-mlx bench",
         "kimi-mlx bench kimi-mini --prompt-tokens 128,512 --repeat 5 --json",
-        "kimi-mlx bench --synthetic wide --ranks 2 --against mlx-lm",
+        "kimi-mlx bench --synthetic wide --ranks 2 --link-delay-ms 4 --against mlx-lm",
+        "kimi-mlx bench kimi-k2 --prompt-tokens 128,8192 --depth 0,8192 --concurrency 1,4 --output r.json --plot r.png",
     )
 )(bench)
 app.command(

@@ -1,15 +1,17 @@
-"""`kimi-mlx bench`: prefill and decode speed, time to first token and memory; alone or against mlx-lm."""
+"""`kimi-mlx bench`: prefill and decode speed, waiting times, memory; alone or against mlx-lm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kimi_mlx.cli.bench_output import Output
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import (
@@ -21,7 +23,7 @@ from kimi_mlx.cli.options import (
     StrategyOption,
     refuse_launcher,
 )
-from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
+from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.runtime.session import SessionOptions
@@ -30,8 +32,12 @@ from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:
-    from kimi_mlx.bench.measure import Plan, Run
+    from kimi_mlx.bench.measure import EnergyOf, Plan, Run
     from kimi_mlx.bench.sides import Side
+    from kimi_mlx.cluster.hosts import Cluster
+    from kimi_mlx.model.config import ModelConfig
+
+MAX_LINK_DELAY_MS = 1000
 
 
 def bench(
@@ -51,10 +57,26 @@ def bench(
     generation_tokens: Annotated[
         int, typer.Option("--generation-tokens", min=2, help="New tokens after each prompt.")
     ] = 64,
+    depth: Annotated[
+        str,
+        typer.Option("--depth", metavar="N,N,...", help="Tokens that are in the cache before the timed prompt."),
+    ] = "0",
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", metavar="N,N,...", help="Requests at the same time.")
+    ] = "1",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Repetitions that do not count.")] = 1,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 5,
     ranks: RanksOption = 1,
     strategy: StrategyOption = None,
+    link_delay_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--link-delay-ms",
+            metavar="MS",
+            help="With --ranks: what one rank says reaches the next so much later, each way.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
     against: Annotated[
@@ -63,62 +85,95 @@ def bench(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the prompts.")] = 0,
     json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON with every run.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG (needs matplotlib).", show_default=False)
+    ] = None,
 ) -> None:
-    """Measure a model: prefill and decode tok/s, time to first token, peak memory."""
-    from kimi_mlx.bench import report
-    from kimi_mlx.bench.measure import Plan, measure
+    """Measure a model: prefill and decode tok/s, time to the first token and between tokens, peak memory."""
+    refuse_launcher()
+    form = Output(json, markdown, output, plot)
+    form.check()
+    launched = launched_of(context)
+    _check_delay(link_delay_ms, ranks if launched is None else 1)
+    from kimi_mlx.bench import machine
+    from kimi_mlx.bench.measure import Plan
+    from kimi_mlx.bench.report import Report
+    from kimi_mlx.bench.roofline import Roofline
     from kimi_mlx.bench.sides import SessionSide
     from kimi_mlx.model.config import load_config
 
-    refuse_launcher()
-    plan = Plan(_sizes(prompt_tokens), generation_tokens, warmup, repeat, seed)
-    launched = launched_of(context)
+    plan = Plan(
+        _numbers("--prompt-tokens", prompt_tokens, "128,512"),
+        generation_tokens,
+        warmup,
+        repeat,
+        seed,
+        _numbers("--depth", depth, "0,8192"),
+        _numbers("--concurrency", concurrency, "1,4"),
+    )
+    roofline = None
     with ExitStack() as stack:
         if launched is not None:
             target = understand(model or Settings.from_environment().model)
             session = stack.enter_context(closing(open_launched(launched, target, dtype, False, json)))
-            folder, sides = session.text_folder, [SessionSide("kimi-mlx", session)]
+            sides: list[Side] = [SessionSide("kimi-mlx", session)]
             ranks, choice = launched.cluster.size, launched.choice
+            config = load_config(session.text_folder)
+            plan.check_context(config.max_position_embeddings)
         else:
             target = _target(model, synthetic)
             choice = place_here(target, ranks, strategy)
             folder = _folder(target, synthetic, ranks, choice.strategy, json)
-            plan.check_context(load_config(folder).max_position_embeddings)
+            config = load_config(folder)
+            plan.check_context(config.max_position_embeddings)
             announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
-            options = SessionOptions(folder, ranks, dtype, choice.strategy, fast_sync=fast_sync)
-            sides = stack.enter_context(_open_sides(options, against, json))
-        config = load_config(folder)
-        plan.check_context(config.max_position_embeddings)
+            roofline = Roofline.of(config, _dtype_name(dtype, config), generation_tokens)
+            cluster = _delayed_cluster(ranks, link_delay_ms, fast_sync, stack)
+            options = SessionOptions(folder, ranks, dtype, choice.strategy, cluster=cluster, fast_sync=fast_sync)
+            sides = _open_sides(options, against, json, stack)
         settings = {
             "model": synthetic or model or Settings.from_environment().model,
             "ranks": ranks,
             "placement": choice.to_dict(),
             "hosts": None if launched is None else launched.cluster.names,
-            "dtype": _dtype_name(dtype, folder),
+            "link_delay_ms": link_delay_ms,
             "sums": next((each.sums.to_dict() for each in sides if isinstance(each, SessionSide) and each.sums), None),
-            "machine": report.machine(),
-            "versions": report.versions(),
+            "dtype": _dtype_name(dtype, config),
+            "date": machine.now(),
+            "machine": machine.machine(),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "roofline": None if roofline is None else roofline.to_dict(),
         }
-        with _run_progress(sides, plan, json) as advance:
-            runs = measure(sides, plan, config.vocab_size, advance)
-    if json:
-        print_json(report.to_dict(runs, plan, settings))
-        return
-    stdout.print(report.heading(settings, plan), style="dim", markup=False)
-    stdout.print(report.result_table(report.rows(runs)))
-    for line in report.summary_lines(runs):
-        stdout.print(line, markup=False)
+        energy_of = _energy(stack) if launched is None else None
+        runs, stop = _collect(sides, plan, config.vocab_size, energy_of, json)
+    form.show(Report(plan, settings, runs, sides, None if roofline is None else roofline.share))
+    if stop is not None:
+        raise stop
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    """Prompt sizes from `128,512`."""
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    """Numbers from `128,512`."""
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(
-            f"--prompt-tokens is `{text}`, not whole numbers with commas between them",
-            hint="use for example --prompt-tokens 128,512",
+            f"{option} is `{text}`, not whole numbers with commas between them",
+            hint=f"use for example {option} {example}",
         ) from None
+
+
+def _check_delay(delay_ms: float | None, ranks: int) -> None:
+    if delay_ms is None:
+        return
+    if not 0 <= delay_ms <= MAX_LINK_DELAY_MS:
+        raise UsageError(f"--link-delay-ms is {delay_ms:g}, not from 0 to {MAX_LINK_DELAY_MS}")
+    if ranks == 1:
+        raise UsageError("--link-delay-ms is for several ranks on this machine", hint="add for example `--ranks 2`")
 
 
 def _target(model: str | None, synthetic: str | None) -> Target | None:
@@ -141,25 +196,39 @@ def _folder(target: Target | None, synthetic: str | None, ranks: int, strategy: 
         return synthetic_checkpoint(synthetic, progress)
 
 
-def _dtype_name(dtype: str | None, folder: Path) -> str:
+def _dtype_name(dtype: str | None, config: ModelConfig) -> str:
     """The type that both sides compute in."""
-    from kimi_mlx.model.config import load_config
     from kimi_mlx.runtime.load import compute_type
 
-    return str(compute_type(dtype, load_config(folder))).removeprefix("mlx.core.")
+    return str(compute_type(dtype, config)).removeprefix("mlx.core.")
 
 
-@contextmanager
-def _open_sides(options: SessionOptions, against: str | None, is_quiet: bool) -> Generator[list[Side]]:
+def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitStack) -> Cluster | None:
+    """Ranks here with a long cable between them; None without a delay."""
+    if delay_ms is None:
+        return None
+    from kimi_mlx.bench.slow_link import slow_links
+    from kimi_mlx.cluster.hosts import local_cluster
+
+    return replace(local_cluster(ranks, fast_sync), detour=stack.enter_context(slow_links(delay_ms)))
+
+
+def _energy(stack: ExitStack) -> EnergyOf | None:
+    """What this machine uses, where it tells."""
+    from kimi_mlx.bench.power import can_measure_power, power_log
+
+    return stack.enter_context(power_log()).energy_j if can_measure_power() else None
+
+
+def _open_sides(options: SessionOptions, against: str | None, is_quiet: bool, stack: ExitStack) -> list[Side]:
     """Load kimi-mlx and, if asked, mlx-lm in each way that it can run the model."""
     from kimi_mlx.bench.sides import open_kimi_mlx
 
-    with ExitStack() as stack:
-        with load_progress("loading kimi-mlx", is_quiet) as progress:
-            sides: list[Side] = [stack.enter_context(open_kimi_mlx(options, progress))]
-        if against is not None:
-            sides += _open_mlx_lm_sides(options, stack)
-        yield sides
+    with load_progress("loading kimi-mlx", is_quiet) as progress:
+        sides: list[Side] = [stack.enter_context(open_kimi_mlx(options, progress))]
+    if against is not None:
+        sides += _open_mlx_lm_sides(options, stack)
+    return sides
 
 
 def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
@@ -180,9 +249,28 @@ def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
     return sides
 
 
+def _collect(
+    sides: Sequence[Side], plan: Plan, vocab_size: int, energy_of: EnergyOf | None, is_quiet: bool
+) -> tuple[list[Run], BaseException | None]:
+    """What was measured, and what stopped it before the end: worth showing once anything has counted."""
+    from kimi_mlx.bench.measure import measure
+
+    runs: list[Run] = []
+    try:
+        with _run_progress(sides, plan, is_quiet) as advance:
+            for run in measure(sides, plan, vocab_size, energy_of):
+                runs.append(run)
+                advance(run)
+    except (KeyboardInterrupt, KimiMlxError) as stop:
+        if all(run.is_warmup for run in runs):
+            raise
+        return runs, stop
+    return runs, None
+
+
 @contextmanager
 def _run_progress(sides: Sequence[Side], plan: Plan, is_quiet: bool) -> Generator[Callable[[Run], None]]:
-    """A bar of requests done, on stderr of a terminal; yields what to call after each."""
+    """A bar of batches done, on stderr of a terminal; yields what to call after each."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -196,8 +284,7 @@ def _run_progress(sides: Sequence[Side], plan: Plan, is_quiet: bool) -> Generato
         task = progress.add_task("measuring", total=plan.total * len(sides))
 
         def advance(run: Run) -> None:
-            statistics = run.statistics
-            speed = format_rate(statistics.decode_tok_per_s)
-            progress.update(task, advance=1, description=f"prompt {statistics.prompt_tokens}, {run.side}: {speed}")
+            speed = format_rate(run.new_tokens / run.outcome.wall_s)
+            progress.update(task, advance=1, description=f"{run.case}, {run.side}: {speed}")
 
         yield advance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,11 +79,14 @@ class Cluster:
         hostfile: the ranks, with the addresses to use.
         backend: how they talk.
         pythons: host -> its interpreter.
+        detour: makes of the ring's file the one of each rank, so that each finds its neighbours where that says;
+            None tells all of them the same.
     """
 
     hostfile: Hostfile
     backend: Backend
     pythons: Mapping[str, str]
+    detour: Callable[[str], Sequence[str]] | None = None
 
     @property
     def size(self) -> int:

@@ -217,14 +217,16 @@ class Ring:
         cluster = self.cluster
         ports = [port for rank in range(cluster.size) for port in listening[rank]["ports"]]
         is_alone, is_ring = cluster.size == 1, cluster.backend == "ring"
-        self.send(
-            "join",
-            backend=cluster.backend,
-            file="" if is_alone else backend_file(cluster.hostfile, cluster.backend, ports),
-            coordinator="" if is_alone or is_ring else coordinator(cluster.hostfile, ports[0]),
-            word=secrets.token_hex(8),
-            links=[self._link(rank, listening[rank]["link_port"]) for rank in range(cluster.size)],
-        )
+        file = "" if is_alone else backend_file(cluster.hostfile, cluster.backend, ports)
+        files = [file] * cluster.size if cluster.detour is None else cluster.detour(file)
+        told = {
+            "backend": cluster.backend,
+            "coordinator": "" if is_alone or is_ring else coordinator(cluster.hostfile, ports[0]),
+            "word": secrets.token_hex(8),
+            "links": [self._link(rank, listening[rank]["link_port"]) for rank in range(cluster.size)],
+        }
+        for process in self._ranks:
+            process.send("join", file=files[process.rank], **told)
 
     def _link(self, rank: int, port: int | None) -> tuple[str, int] | None:
         return None if port is None else (self.cluster.hostfile.hosts[rank].ips[0], port)

@@ -55,6 +55,13 @@ def cache_bytes(portion: Portion, shape: Shape, context: int) -> int:
     return context * portion.layers * shape.cache_bytes_per_token
 
 
+def bytes_per_token(shape: Shape, context: int) -> float:
+    """What decoding one token must read at least, of all hosts together: weights, chosen experts and the cache."""
+    whole = Portion(shape.layers, shape.moe_layers)
+    routed = shape.moe_layers * shape.config.num_experts_per_tok * shape.bytes.expert
+    return whole.fixed(shape.bytes) + shape.bytes.head + routed + cache_bytes(whole, shape, context)
+
+
 def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int) -> int:
     """Of one layer in the last chunk of a prompt that fills the context. An estimate: not measured on a Mac."""
     config = shape.config

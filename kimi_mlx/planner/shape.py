@@ -168,7 +168,11 @@ def shape_of_folder(name: str, folder: Path) -> Shape:
     Raises:
         ConfigError: no such file, or a model that we do not have.
     """
-    config = load_config(folder)
+    return shape_of_config(name, load_config(folder))
+
+
+def shape_of_config(name: str, config: ModelConfig) -> Shape:
+    """The shape of a model with this configuration; scales and floats have the size of its `dtype`."""
     return make_shape(name, config, lambda path: _stored_bits(config, path))
 
 

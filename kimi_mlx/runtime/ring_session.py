@@ -142,6 +142,8 @@ class RingSession:
         self._text: Path | None = None
         self.sums: SumChoice | None = None
         """How the ranks make their sums, as they measured when they first started."""
+        self.peak_memory_bytes = [0] * self._cluster.size
+        """Of each rank, as MLX counts it, in the last request that it has finished."""
         try:
             self._start(progress, wants_text=options.folder is None)
         except BaseException:
@@ -348,6 +350,8 @@ class RingSession:
             job.events.put(Token(message["id"]))
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
+            if kind == "finished":
+                self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
             if rank == 0 and kind == "refused":
                 job.outcome = decode_error(message)
             elif rank == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from kimi_mlx.bench.sides import Batch, Outcome, SessionSide
 from kimi_mlx.bench.workloads import SHAPES
 from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -43,7 +44,9 @@ def test_the_table_has_a_row_for_each_size(tiny: Path) -> None:
     result = bench(tiny, *QUICK)
     assert result.exit_code == 0, result.output
     sizes = re.findall(r"^ *(\d+)  kimi-mlx  +[\d.]+ \(", result.stdout, re.MULTILINE)
-    assert sizes == ["12", "24"]
+    times = re.findall(r"^ *(\d+)  kimi-mlx  +[\d.]+ / ", result.stdout, re.MULTILINE)
+    assert sizes == times == ["12", "24"]
+    assert "…" not in result.stdout  # nothing is cut, however narrow the terminal
     assert "4 new tokens; median (min-max) of 2 after 1 warm-up" in result.stdout
     assert "mlx-lm /" not in result.stdout
 
@@ -55,7 +58,36 @@ def test_json_is_one_document_on_stdout(tiny: Path) -> None:
     assert len(report["runs"]) == 6
     assert sum(run["is_warmup"] for run in report["runs"]) == 2
     assert report["dtype"] == "float32"
-    assert report["ratios"] == report["same_tokens"] == []
+    assert report["ratios"] == report["same_tokens"] == report["notes"] == []
+    assert report["results"][0]["roofline_share"] > 0
+    assert report["roofline"]["bytes_per_s"] > 0
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]", report["date"])
+
+
+def test_depth_and_several_at_once_make_a_case_each(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    cases = ["--prompt-tokens", "12", "--depth", "0,20", "--concurrency", "1,3"]
+    result = bench(tiny, *cases, "--generation-tokens", "4", "--repeat", "1", "--markdown", "--output", file)
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("|")]
+    assert [row[:4] for row in rows[2:]] == [
+        ["12", depth, count, "kimi-mlx"] for depth in ("0", "20") for count in ("1", "3")
+    ]
+    report = json.loads(file.read_text())
+    assert [(row["depth"], row["concurrency"]) for row in report["results"]] == [(0, 1), (0, 3), (20, 1), (20, 3)]
+    assert {request["cached_tokens"] for request in report["runs"][-1]["requests"]} == {20}
+
+
+def test_the_plot_is_drawn(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench(tiny, *QUICK, "--plot", tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 10000
+
+
+def test_without_matplotlib_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs matplotlib") as caught:
+        bench(tiny, "--plot", "out.png")
+    assert caught.value.hint == "type `pip install matplotlib`"
 
 
 @pytest.mark.sweep  # tests/unit/bench/test_sides.py has both sides on two ranks
@@ -86,6 +118,17 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["--prompt-tokens", "0"], "at least 1 token"),
         (["no-such-model"], "no model `no-such-model`"),
         (["--ranks", "65"], "between 1 and 64"),
+        (["--depth", "deep"], "--depth is `deep`, not whole numbers"),
+        (["--depth", "-1"], "0 or more"),
+        (["--depth", "0,"], "not whole numbers"),
+        (["--concurrency", "0"], "not from 1 to 64"),
+        (["--concurrency", "two"], "--concurrency is `two`"),
+        (["--depth", "65000"], "65576 tokens, the model's context holds 65536"),
+        (["--link-delay-ms", "4"], "for several ranks"),
+        (["--link-delay-ms", "nan", "--ranks", "2"], "nan, not from 0 to 1000"),
+        (["--json", "--markdown"], "exclude each other"),
+        (["--output", "/no/such/folder/out.json"], "--output `/no/such/folder/out.json` cannot be written: No such"),
+        (["--output", "."], "cannot be written: Is a directory"),
     ],
 )
 def test_wrong_usage_is_said(arguments: list[str], message: str) -> None:
@@ -95,7 +138,7 @@ def test_wrong_usage_is_said(arguments: list[str], message: str) -> None:
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", max_position_embeddings=64)
-    with pytest.raises(UsageError, match="576 tokens, the model's context holds 64"):
+    with pytest.raises(UsageError, match=r"depth 0, prompt 512 and answer 64 take 576 tokens, .* holds 64"):
         bench(folder)
 
 
@@ -139,6 +182,25 @@ def test_no_process_outlives_the_command(tiny: Path, number: signal.Signals, cod
         process.send_signal(number)
         assert process.wait(20) == code
     wait_for(lambda: not any(map(is_running, ranks)), 10)
+
+
+def test_what_was_measured_is_shown_on_ctrl_c(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, done = SessionSide.run, list[Outcome]()
+
+    def run_or_interrupt(side: SessionSide, batch: Batch) -> Outcome:
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        done.append(run(side, batch))
+        return done[-1]
+
+    monkeypatch.setattr(SessionSide, "run", run_or_interrupt)
+    file = tmp_path / "out.json"
+    result = bench(tiny, "--prompt-tokens", "12", "--generation-tokens", "4", "--concurrency", "2", "--output", file)
+    assert result.exit_code == 130
+    assert "interrupted: 3 of 6 runs were made" in result.stdout
+    report = json.loads(file.read_text())
+    assert report["is_complete"] is False
+    assert len(report["runs"]) == 3
 
 
 def test_the_script_is_the_command() -> None:

@@ -2,62 +2,85 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.bench.measure import Plan, Run, measure
-from kimi_mlx.bench.sides import Answer
-from kimi_mlx.engine.request import Request, Statistics
+from kimi_mlx.bench.measure import Case, Plan, Run, measure
+from kimi_mlx.bench.sides import Answer, Batch, Outcome
+from kimi_mlx.engine.request import Statistics
 from kimi_mlx.errors import UsageError
+
+Log = list[tuple[str, Batch]]
 
 
 class CountingSide:
     """Answers with the prompt's first token and counts on, as often as asked; notes what it was asked."""
 
-    def __init__(self, name: str, log: list[tuple[str, Request]]):
+    def __init__(self, name: str, log: Log):
         self.name = name
+        self.turns: str | None = None
         self._log = log
 
-    def run(self, request: Request) -> Answer:
-        self._log.append((self.name, request))
-        count = request.max_tokens or 0
-        ids = tuple(request.prompt[0] + step for step in range(count))
-        return Answer(ids, Statistics(len(request.prompt), 0, count, 0.5, 1.0, 1000))
+    def run(self, batch: Batch) -> Outcome:
+        self._log.append((self.name, batch))
+        count = batch.requests[0].max_tokens or 0
+        answers = [
+            Answer(
+                tuple(request.prompt[0] + step for step in range(count)),
+                Statistics(len(request.prompt), batch.depth, count, 0.5, 1.0, 1000),
+                tuple(0.5 + step for step in range(count)),
+            )
+            for request in batch.requests
+        ]
+        return Outcome(tuple(answers), 100.0, (1000,))
 
 
-def run_plan(plan: Plan, names: str = "ab") -> tuple[list[Run], list[tuple[str, Request]]]:
-    log: list[tuple[str, Request]] = []
-    return measure([CountingSide(name, log) for name in names], plan, vocab_size=50), log
+def run_plan(plan: Plan, names: str = "ab") -> tuple[list[Run], Log]:
+    log: Log = []
+    return list(measure([CountingSide(name, log) for name in names], plan, vocab_size=50)), log
 
 
 def test_sides_take_turns_with_the_same_prompt_and_turn_around() -> None:
     _, log = run_plan(Plan((4,), 2, warmup=0, repeat=4))
     assert "".join(name for name, _ in log) == "abbaabba"
-    prompts = [request.prompt for _, request in log]
+    prompts = [batch.requests[0].prompt for _, batch in log]
     assert prompts[0::2] == prompts[1::2]
     assert len(set(prompts)) == 4
 
 
-def test_every_size_is_warmed_up() -> None:
-    runs, _ = run_plan(Plan((4, 9), 3, warmup=2, repeat=1), "a")
-    assert [(run.statistics.prompt_tokens, run.is_warmup) for run in runs] == [
-        (4, True),
-        (4, True),
-        (4, False),
-        (9, True),
-        (9, True),
-        (9, False),
+def test_every_case_is_warmed_up() -> None:
+    runs, _ = run_plan(Plan((4, 9), 3, warmup=2, repeat=1, depth=(0, 5), concurrency=(1, 2)), "a")
+    cases = [Case(depth, prompt, count) for depth in (0, 5) for prompt in (4, 9) for count in (1, 2)]
+    assert [(run.case, run.is_warmup) for run in runs] == [
+        (case, is_warmup) for case in cases for is_warmup in (True, True, False)
     ]
+
+
+def test_a_batch_shares_its_prefix_and_nothing_else() -> None:
+    _, log = run_plan(Plan((8,), 3, warmup=0, repeat=2, depth=(20,), concurrency=(3,)), "a")
+    (_, first), (_, second) = log
+    prompts = [request.prompt for request in first.requests]
+    assert {len(prompt) for prompt in prompts} == {28}
+    assert {prompt[:20] for prompt in prompts} == {first.prefix}
+    assert len({prompt[20:] for prompt in prompts}) == 3
+    assert first.prefix != second.prefix
 
 
 def test_generation_is_greedy_and_has_no_stop() -> None:
     _, log = run_plan(Plan((4,), 7, warmup=0, repeat=1), "a")
-    request = log[0][1]
+    request = log[0][1].requests[0]
     assert request.max_tokens == 7
     assert request.sampling.temperature == 0
     assert request.stop_ids == frozenset()
 
 
-def test_the_plan_knows_how_many_requests_it_makes() -> None:
-    plan = Plan((4, 9), 3, warmup=2, repeat=3)
-    assert len(run_plan(plan, "a")[0]) == plan.total == 10
+def test_energy_is_asked_for_the_time_of_the_batch() -> None:
+    side = CountingSide("a", [])
+    plan = Plan((4,), 3, warmup=0, repeat=1)
+    (run,) = measure([side], plan, 50, lambda start, end: end - start)
+    assert run.energy_j == run.outcome.wall_s == 2.5
+
+
+def test_the_plan_knows_how_many_batches_it_makes() -> None:
+    plan = Plan((4, 9), 3, warmup=2, repeat=3, concurrency=(1, 2))
+    assert len(run_plan(plan, "a")[0]) == plan.total == 20
 
 
 @pytest.mark.parametrize(
@@ -68,6 +91,9 @@ def test_the_plan_knows_how_many_requests_it_makes() -> None:
         ({"generation_tokens": 1}, "too few"),
         ({"repeat": 0}, "start at 1"),
         ({"warmup": -1}, "warm-ups"),
+        ({"depth": (-1,)}, "0 or more"),
+        ({"concurrency": (1, 0)}, "1,0 requests at once are not from 1 to 64"),
+        ({"concurrency": (65,)}, "from 1 to 64"),
     ],
 )
 def test_a_senseless_plan_is_refused(arguments: dict[str, object], message: str) -> None:
@@ -76,7 +102,7 @@ def test_a_senseless_plan_is_refused(arguments: dict[str, object], message: str)
 
 
 def test_a_plan_that_exceeds_the_context_is_refused_with_both_numbers() -> None:
-    plan = Plan((128, 512), 64)
-    plan.check_context(576)
-    with pytest.raises(UsageError, match="576 tokens, the model's context holds 575"):
-        plan.check_context(575)
+    plan = Plan((128, 512), 64, depth=(0, 1000))
+    plan.check_context(1576)
+    with pytest.raises(UsageError, match="take 1576 tokens, the model's context holds 1575"):
+        plan.check_context(1575)

@@ -2,79 +2,113 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from kimi_mlx.bench import report
-from kimi_mlx.bench.measure import Plan, Run
-from kimi_mlx.engine.request import Statistics
+from kimi_mlx.bench import machine
+from kimi_mlx.bench.measure import Case, Plan, Run
+from kimi_mlx.bench.report import Report
+from tests.unit.bench.runs import make_run
 
-
-def run(side: str, repetition: int, prefill: float, decode: float, ids: tuple[int, ...] = (1, 2, 3)) -> Run:
-    """A run of 100 prompt tokens and 11 new ones at these rates."""
-    return Run(side, repetition, Statistics(100, 0, 11, 100 / prefill, 10 / decode, 10**9), ids)
-
-
+PLAN = Plan((100,), 11, warmup=1, repeat=3)
 RUNS = [
-    run("kimi-mlx", -1, 1, 1),
-    run("mlx-lm tensor", -1, 1, 1),
-    run("mlx-lm pipeline", -1, 1, 1, ids=(1, 2, 4)),
-    *(run("kimi-mlx", i, 400 + i, 60 + i) for i in range(3)),
-    *(run("mlx-lm tensor", i, 200, 20) for i in range(3)),
-    *(run("mlx-lm pipeline", i, 100, 30, ids=(1, 2)) for i in range(3)),
+    make_run(side, i, *rates, ids=ids)
+    for side, rates, ids in (
+        ("kimi-mlx", (400, 61), tuple(range(11))),
+        ("mlx-lm tensor", (200, 20), tuple(range(11))),
+        ("mlx-lm pipeline", (100, 30), (*range(10), 99)),
+    )
+    for i in range(-1, 3)
 ]
 
 
-def test_medians_and_spread_leave_the_warm_up_out() -> None:
-    ours = report.rows(RUNS)[0]
-    assert (ours.side, ours.prompt_tokens, ours.generation_tokens) == ("kimi-mlx", 100, 11)
-    spread = ours.figures["decode_tok_per_s"]
-    assert [round(value, 6) for value in (spread.median, spread.min, spread.max)] == [61, 60, 62]
+class IdleSide:
+    turns = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def run(self, batch: object) -> object:
+        raise NotImplementedError
 
 
-def test_ratios_are_against_the_best_of_the_others_in_each_figure() -> None:
-    (ratio,) = report.ratios(report.rows(RUNS))
-    assert (round(ratio.prefill, 3), ratio.prefill_against) == (2.005, "mlx-lm tensor")
-    assert (round(ratio.decode, 3), ratio.decode_against) == (2.033, "mlx-lm pipeline")
-
-
-def test_tokens_are_compared_answer_by_answer() -> None:
-    tensor, pipeline = report.agreements(RUNS)
-    assert (tensor.side, tensor.answers, tensor.equal, tensor.first_difference) == (
-        "mlx-lm tensor",
-        4,
-        4,
-        None,
-    )
-    assert (pipeline.answers, pipeline.equal, pipeline.first_difference) == (4, 0, 2)
-
-
-def test_without_another_side_there_are_no_ratios() -> None:
-    alone = [each for each in RUNS if each.side == "kimi-mlx"]
-    assert report.ratios(report.rows(alone)) == []
-    assert report.summary_lines(alone) == []
+def make_report(runs: list[Run] = RUNS, plan: Plan = PLAN) -> Report:
+    settings = {
+        "model": "wide",
+        "ranks": 2,
+        "dtype": "float32",
+        "link_delay_ms": 4.0,
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "roofline": {"bytes_per_s": 2e9, "source": "measured"},
+    }
+    sides = [IdleSide(name) for name in dict.fromkeys(run.side for run in runs)]
+    return Report(plan, settings, runs, sides, lambda case, rate: rate / 1000)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_report_is_json_with_every_raw_run() -> None:
-    settings = {"model": "wide", "machine": report.machine(), "versions": report.versions()}
-    document = json.loads(json.dumps(report.to_dict(RUNS, Plan(), settings), allow_nan=False))
+    document = json.loads(json.dumps(make_report().to_dict(), allow_nan=False))
     assert len(document["runs"]) == len(RUNS)
-    assert document["results"][0]["decode_tok_per_s"]["max"] == document["results"][0]["decode_tok_per_s"]["max"]
+    assert len(document["runs"][0]["requests"][0]["arrivals_s"]) == 11
+    ours = document["results"][0]
+    assert (ours["side"], ours["prompt_tokens"], ours["depth"], ours["concurrency"]) == ("kimi-mlx", 100, 0, 1)
+    assert ours["decode_tok_per_s"]["max"] == pytest.approx(61)
+    assert ours["ttft_s"]["p90"] == pytest.approx(0.25)
+    assert ours["roofline_share"] == pytest.approx(0.061)
     assert document["versions"]["mlx-lm"]
     assert document["machine"]["processors"] >= 1
+    assert document["commit"] is None or len(document["commit"].rstrip("+")) == 40
+    assert document["is_complete"]
 
 
-def test_the_table_shows_each_side() -> None:
-    console = Console(file=io.StringIO(), width=100, color_system=None)
-    console.print(report.result_table(report.rows(RUNS)))
+def test_the_tables_show_each_side() -> None:
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console.print(*make_report().tables())
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "61.0 (60.0-62.0)" in text
-    assert "mlx-lm pipeline" in text
-    assert "1.0 GB" in text
+    for cell in ("61.0 (61.0-61.0)", "mlx-lm pipeline", "1.0 GB + 2.0 GB", "6.1%", "250 / 250 / 250", "16.4 / 16.4"):
+        assert cell in text
+    assert "depth" not in text
+    assert "at once" not in text
+
+
+def test_columns_come_with_what_they_show() -> None:
+    plan = Plan((100,), 11, warmup=0, repeat=1, depth=(50,), concurrency=(2,))
+    text = make_report([make_run("kimi-mlx", 0, 100, 10, case=Case(50, 100, 2), energy_j=44)], plan).markdown()
+    header, rule, row = (line for line in text.splitlines() if line.startswith("|"))
+    cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert (cells["depth"], cells["at once"], cells["J/token"]) == ("50", "2", "2.00")
+    assert cells["together tok/s"] == "5.5 (5.5-5.5)"
+    assert rule.count("---") == 1
+
+
+def test_the_heading_names_all_that_matters() -> None:
+    first, second = make_report().heading()
+    assert first.startswith("wide, float32, 2 ranks 4 ms apart each way, 11 new tokens; median (min-max) of 3")
+    assert "load" in second
 
 
 def test_the_summary_says_who_was_beaten_and_whether_the_texts_agree() -> None:
-    lines = report.summary_lines(RUNS)
-    assert lines[0].startswith("prompt 100: kimi-mlx / mlx-lm = 2.00 in prefill (`mlx-lm tensor`), 2.03 in decode")
-    assert "same tokens as kimi-mlx in all 4" in lines[1]
-    assert "in 0 of 4 answers; they part at token 2" in lines[2]
+    lines = make_report().summary()
+    assert lines == [
+        "prompt 100: kimi-mlx / mlx-lm = 2.00 in prefill (`mlx-lm tensor`), 2.03 in decode (`mlx-lm pipeline`)",
+        "mlx-lm tensor: the same tokens as kimi-mlx in all 4 answers",
+        "mlx-lm pipeline: the same tokens as kimi-mlx in 0 of 4 answers; they part at token 10 at the earliest",
+        "roofline: 2.0 GB/s (measured)",
+    ]
+
+
+def test_an_interrupted_report_says_so() -> None:
+    report = make_report(RUNS[:-1])
+    assert report.summary()[-1] == "interrupted: 11 of 12 runs were made"
+    assert report.to_dict()["is_complete"] is False
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from kimi_mlx.bench.plot import save_plot
+
+    save_plot(make_report(), tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -6,22 +6,26 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kimi_mlx.bench.measure import Case, Plan, make_batch
 from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
-from kimi_mlx.bench.sides import Answer, open_kimi_mlx
-from kimi_mlx.bench.workloads import random_prompt
+from kimi_mlx.bench.sides import Answer, Batch, Side, open_kimi_mlx
+from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.cluster.hosts import local_cluster
 from kimi_mlx.cluster.messages import encode
 from kimi_mlx.cluster.ring import Ring
-from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.runtime.session import SessionOptions
 from tests.unit.bench.tiny import write_tiny
 
-REQUEST = Request(random_prompt(512, 24, 0), max_tokens=6, sampling=Sampling(seed=0))
+PLAN = Plan((24,), 6)
+ALONE = make_batch(Case(0, 24, 1), 0, PLAN, 512)
+DEEP = make_batch(Case(16, 24, 3), 0, PLAN, 512)
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +39,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("bench") / "tiny")
 
 
-def kimi_mlx_answer(folder: Path) -> Answer:
+def kimi_mlx_answers(folder: Path, batch: Batch) -> list[tuple[int, ...]]:
     with open_kimi_mlx(SessionOptions(folder)) as side:
-        return side.run(REQUEST)
+        return ids_of(side.run(batch).answers)
+
+
+def ids_of(answers: Sequence[Answer]) -> list[tuple[int, ...]]:
+    return [answer.ids for answer in answers]
 
 
 def has_ended(pid: int, patience_s: float = 10) -> bool:
@@ -59,24 +67,72 @@ def processor_seconds(pid: int) -> float:
 
 def test_a_side_starts_each_answer_afresh(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
-        first, second = side.run(REQUEST), side.run(REQUEST)
-    assert first.ids == second.ids
-    assert len(first.ids) == 6
-    assert second.statistics.cached_tokens == 0
+        first, second = side.run(ALONE), side.run(ALONE)
+    assert ids_of(first.answers) == ids_of(second.answers)
+    assert len(first.answers[0].ids) == 6
+    assert second.answers[0].statistics.cached_tokens == 0
+    assert second.peak_memory_bytes[0] > 0
+
+
+def test_the_depth_is_in_the_cache_and_every_token_has_its_time(tiny: Path) -> None:
+    with open_kimi_mlx(SessionOptions(tiny)) as side:
+        outcome = side.run(DEEP)
+        alone = [side.run(Batch((request,))) for request in DEEP.requests]
+    assert [answer.statistics.cached_tokens for answer in outcome.answers] == [16, 16, 16]
+    assert ids_of(outcome.answers) == [each.answers[0].ids for each in alone]
+    for answer in outcome.answers:
+        assert len(answer.arrivals_s) == 6
+        assert list(answer.arrivals_s) == sorted(answer.arrivals_s)
+        assert 0 < answer.arrivals_s[-1] <= outcome.wall_s
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_kimi_mlx_on_ranks_keeps_the_depth_and_tells_the_memory_of_each(tiny: Path) -> None:
+    with open_kimi_mlx(SessionOptions(tiny, ranks=2)) as side:
+        outcome = side.run(DEEP)
+    assert ids_of(outcome.answers) == kimi_mlx_answers(tiny, DEEP)
+    assert [answer.statistics.cached_tokens for answer in outcome.answers] == [16, 16, 16]
+    assert len(outcome.peak_memory_bytes) == 2
+    assert all(outcome.peak_memory_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
+    """A token costs hybrid a collective a layer, mlx-lm's tensor mode two."""
+    with slow_links(20) as detour:
+        options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), detour=detour))
+        with open_kimi_mlx(options) as side:
+            assert step_s(side) >= 3 * 0.02
+        with open_mlx_lm(options, "tensor") as side:
+            assert step_s(side) >= 6 * 0.02
+
+
+def step_s(side: Side) -> float:
+    """Seconds for each token after the first."""
+    (answer,) = side.run(ALONE).answers
+    return 1 / answer.statistics.decode_tok_per_s
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_mlx_lm_says_the_same_as_kimi_mlx_and_idles_in_between(tiny: Path, ranks: int) -> None:
-    expected = kimi_mlx_answer(tiny)
+    expected, together = kimi_mlx_answers(tiny, ALONE), kimi_mlx_answers(tiny, DEEP)
     for mode in MODES[ranks > 1]:
         with open_mlx_lm(SessionOptions(tiny, ranks), mode) as side:
-            answer = side.run(REQUEST)
-            assert answer.ids == expected.ids
+            deep = side.run(DEEP)
+            assert ids_of(deep.answers) == together
+            assert [answer.statistics.cached_tokens for answer in deep.answers] == [16, 16, 16]
+            assert (side.turns is None) == (ranks == 1)
+            outcome = side.run(ALONE)
+            (answer,) = outcome.answers
+            assert ids_of(outcome.answers) == expected
             assert answer.statistics.prompt_tokens == 24
-            assert answer.statistics.generated_tokens == 6
+            assert answer.statistics.generated_tokens == len(answer.arrivals_s) == 6
             assert answer.statistics.decode_tok_per_s > 0
+            assert len(outcome.peak_memory_bytes) == ranks
             pids = side.pids
             assert len(pids) == ranks
             if Path("/proc").is_dir():
@@ -104,7 +160,7 @@ def test_a_lost_process_of_mlx_lm_ends_the_side(tiny: Path) -> None:
     with open_mlx_lm(SessionOptions(tiny), "single") as side:
         os.kill(side.pids[0], signal.SIGKILL)
         with pytest.raises(KimiMlxError, match=r"mlx-lm: rank 0 of 1 .* SIGKILL"):
-            side.run(REQUEST)
+            side.run(ALONE)
 
 
 @pytest.mark.slow
@@ -118,7 +174,7 @@ def test_mlx_lm_ends_with_its_input(tiny: Path) -> None:
         side.wait_until_ready()
         (process,) = ring._ranks
         assert process._process.stdin is not None
-        process._process.stdin.write(encode("request", number=1, request=REQUEST.to_dict()))
+        process._process.stdin.write(encode("fill", prefix=ALONE.requests[0].prompt * 20, copies=1))
         process._process.stdin.close()
         assert has_ended(process.pid)
     finally:

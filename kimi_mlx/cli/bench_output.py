@@ -1,0 +1,98 @@
+"""Where the figures of `kimi-mlx bench` go: the terminal, a JSON file, a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from kimi_mlx.cli.output import print_json, stdout
+from kimi_mlx.errors import KimiMlxError, UsageError
+
+if TYPE_CHECKING:
+    from kimi_mlx.bench.report import Report
+
+TABLE_WIDTH = 200
+"""A narrow terminal wraps lines: figures are not cut."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was asked for.
+
+    Args:
+        is_json: JSON on stdout.
+        is_markdown: Markdown on stdout.
+        file: for JSON, too.
+        plot: for a PNG.
+    """
+
+    is_json: bool
+    is_markdown: bool
+    file: Path | None
+    plot: Path | None
+
+    def check(self) -> None:
+        """Before anything is measured: can all of it be written?
+
+        Raises:
+            UsageError: it cannot.
+        """
+        if self.is_json and self.is_markdown:
+            raise UsageError("--json and --markdown exclude each other", hint="--output FILE writes JSON beside either")
+        if self.plot is not None:
+            from kimi_mlx.bench.plot import require_matplotlib
+
+            require_matplotlib()
+        for option, path in (("--output", self.file), ("--plot", self.plot)):
+            if path is not None:
+                _check_writable(option, path)
+
+    def show(self, report: Report) -> None:
+        """Print the figures, and write the files.
+
+        Raises:
+            KimiMlxError: a file cannot be written any more.
+        """
+        if self.is_json:
+            print_json(report.to_dict())
+        elif self.is_markdown:
+            stdout.print(report.markdown(), end="", markup=False)
+        else:
+            _print_tables(report)
+        try:
+            if self.file is not None:
+                self.file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            if self.plot is not None:
+                from kimi_mlx.bench.plot import save_plot
+
+                save_plot(report, self.plot)
+        except OSError as error:
+            raise KimiMlxError(f"`{error.filename}` cannot be written: {error.strerror}") from error
+
+
+def _print_tables(report: Report) -> None:
+    for line in report.heading():
+        stdout.print(line, style="dim", markup=False)
+    for table in report.tables():
+        stdout.print()
+        Console(width=TABLE_WIDTH, highlight=False, soft_wrap=True).print(table)
+    stdout.print()
+    for line in report.summary():
+        stdout.print(line, markup=False)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    is_there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not is_there:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{option} `{path}` cannot be written: {error.strerror}", hint="name a file in a folder that is there"
+        ) from error

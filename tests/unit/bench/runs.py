@@ -1,0 +1,35 @@
+"""Runs with figures that a test chooses."""
+
+from __future__ import annotations
+
+from kimi_mlx.bench.measure import Case, Run
+from kimi_mlx.bench.sides import Answer, Outcome
+from kimi_mlx.engine.request import Statistics
+
+ALONE = Case(0, 100, 1)
+
+
+def make_run(
+    side: str,
+    repetition: int,
+    prefill: float,
+    decode: float,
+    ids: tuple[int, ...] = tuple(range(11)),
+    case: Case = ALONE,
+    cached: int | None = None,
+    energy_j: float | None = None,
+) -> Run:
+    """A run of one case at these rates; the requests of a batch come one after another."""
+    ttft, step = case.prompt_tokens / prefill, 1 / decode
+    cached = case.depth if cached is None else cached
+    prompt = case.depth + case.prompt_tokens
+    decode_s = step * (len(ids) - 1)
+    answers = [
+        Answer(
+            ids,
+            Statistics(prompt, cached, len(ids), ttft, decode_s, 10**9),
+            tuple(number * (ttft + decode_s) + ttft + step * index for index in range(len(ids))),
+        )
+        for number in range(case.concurrency)
+    ]
+    return Run(side, case, repetition, Outcome(tuple(answers), 0.0, (10**9, 2 * 10**9)), energy_j)

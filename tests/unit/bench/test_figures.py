@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.bench.figures import Percentiles, agreements, notes, ratios, rows
+from kimi_mlx.bench.measure import Case
+from tests.unit.bench.runs import make_run
+
+RUNS = [
+    make_run("kimi-mlx", -1, 1, 1),
+    make_run("mlx-lm tensor", -1, 1, 1),
+    make_run("mlx-lm pipeline", -1, 1, 1, ids=(0, 1, 4)),
+    *(make_run("kimi-mlx", i, 400 + i, 60 + i) for i in range(3)),
+    *(make_run("mlx-lm tensor", i, 200, 20) for i in range(3)),
+    *(make_run("mlx-lm pipeline", i, 100, 30, ids=(0, 1)) for i in range(3)),
+]
+
+
+class NamedSide:
+    def __init__(self, name: str, turns: str | None):
+        self.name, self.turns = name, turns
+
+    def run(self, batch: object) -> object:
+        raise NotImplementedError
+
+
+def test_medians_and_spread_leave_the_warm_up_out() -> None:
+    ours = rows(RUNS)[0]
+    assert (ours.side, ours.case.prompt_tokens, ours.generation_tokens) == ("kimi-mlx", 100, 11)
+    spread = ours.rates["decode_tok_per_s"]
+    assert (spread.median, spread.min, spread.max) == pytest.approx((61, 60, 62))
+    assert ours.peak_memory_bytes == (10**9, 2 * 10**9)
+    assert ours.joules_per_token is None
+
+
+def test_percentiles_are_of_all_requests_and_all_gaps() -> None:
+    assert Percentiles.of([1, 2, 3, 4, 5]) == Percentiles(3, 4.6, 4.96)
+    row = rows([make_run("kimi-mlx", 0, 100, 10, case=Case(0, 100, 2))])[0]
+    assert row.ttft_s.p50 == pytest.approx(2.0)  # 1 s, and 3 s behind the first
+    assert row.between_tokens_s.p99 == pytest.approx(0.1)
+
+
+def test_the_aggregate_is_all_tokens_over_the_wall_time() -> None:
+    row = rows([make_run("kimi-mlx", 0, 100, 10, case=Case(0, 100, 2))])[0]
+    assert row.rates["aggregate_tok_per_s"].median == pytest.approx(22 / 4)
+    assert row.rates["decode_tok_per_s"].median == pytest.approx(10)
+
+
+def test_the_depth_is_not_counted_as_prefill() -> None:
+    row = rows([make_run("kimi-mlx", 0, 50, 10, case=Case(4000, 100, 1))])[0]
+    assert row.rates["prefill_tok_per_s"].median == pytest.approx(50)
+
+
+def test_joules_are_for_each_new_token() -> None:
+    runs = [make_run("kimi-mlx", i, 100, 10, energy_j=energy) for i, energy in enumerate([11.0, 33.0, None])]
+    assert rows(runs)[0].joules_per_token == pytest.approx(2)
+
+
+def test_ratios_are_against_the_best_of_the_others_in_each_figure() -> None:
+    prefill, decode = ratios(rows(RUNS))
+    assert (round(prefill.ratio, 3), prefill.against) == (2.005, "mlx-lm tensor")
+    assert (round(decode.ratio, 3), decode.against) == (2.033, "mlx-lm pipeline")
+
+
+def test_cases_are_compared_each_on_its_own_and_several_requests_by_their_aggregate() -> None:
+    alone, together = Case(0, 100, 1), Case(0, 100, 4)
+    runs = [
+        make_run("kimi-mlx", 0, 100, 10, case=alone),
+        make_run("kimi-mlx", 0, 100, 10, case=together),
+        make_run("mlx-lm", 0, 50, 10, case=alone),
+        make_run("mlx-lm", 0, 100, 5, case=together),
+    ]
+    found = ratios(rows(runs))
+    assert [(ratio.case, ratio.figure) for ratio in found] == [
+        (alone, "prefill_tok_per_s"),
+        (alone, "decode_tok_per_s"),
+        (together, "aggregate_tok_per_s"),
+    ]
+    assert found[0].ratio == pytest.approx(2)
+    assert found[2].ratio == pytest.approx(1.5)
+
+
+def test_tokens_are_compared_answer_by_answer() -> None:
+    tensor, pipeline = agreements(RUNS)
+    assert (tensor.side, tensor.answers, tensor.equal, tensor.first_difference) == ("mlx-lm tensor", 4, 4, None)
+    assert (pipeline.answers, pipeline.equal, pipeline.first_difference) == (4, 0, 2)
+
+
+def test_what_was_cut_short_is_compared_as_far_as_it_goes() -> None:
+    assert agreements([make_run("mlx-lm", 0, 1, 1)]) == []
+    assert ratios(rows(RUNS[:4])) == []
+
+
+def test_notes_say_who_took_turns_and_what_was_not_in_the_cache() -> None:
+    sides = [NamedSide("kimi-mlx", None), NamedSide("mlx-lm tensor", "no batches")]
+    runs = [make_run("kimi-mlx", 0, 1, 1, case=Case(50, 100, 2), cached=20)]
+    assert notes(RUNS, sides) == []  # pyright: ignore[reportArgumentType]
+    assert notes(runs, sides) == [  # pyright: ignore[reportArgumentType]
+        "mlx-lm tensor: requests at once ran one after another: no batches",
+        "kimi-mlx: up to 30 tokens of the depth were not in its cache, and were timed",
+    ]

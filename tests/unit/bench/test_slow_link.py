@@ -1,0 +1,84 @@
+"""The relay of --link-delay-ms: round trips really take twice the delay, and pieces do not wait for one another."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kimi_mlx.bench.slow_link import ring_views, slow_links
+
+DELAY_MS = 20
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    """The address of a server that sends everything back."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            near, _ = server.accept()
+            with near:
+                while data := near.recv(1 << 16):
+                    near.sendall(data)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def relay_to(address: str, views: list[str]) -> tuple[str, int]:
+    """Where rank 0 is told to find rank 1."""
+    host, _, port = json.loads(views[0])[1][0].rpartition(":")
+    assert f"{host}:{port}" != address
+    return host, int(port)
+
+
+def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str) -> None:
+    with slow_links(DELAY_MS) as detour:
+        views = detour(json.dumps([["127.0.0.1:1"], [echo]]))
+        with socket.create_connection(relay_to(echo, views)) as near:
+            near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            near.sendall(b"first")  # the way there is made
+            near.recv(8)
+            times: list[float] = []
+            for _ in range(5):
+                start = time.perf_counter()
+                near.sendall(b"ping")
+                assert near.recv(8) == b"ping"
+                times.append(time.perf_counter() - start)
+            assert min(times) >= 2 * DELAY_MS / 1000
+            assert sorted(times)[2] < 2 * DELAY_MS / 1000 + 0.01
+            start = time.perf_counter()
+            for _ in range(10):  # under way at once: a long cable, not a slow relay
+                near.sendall(b"x")
+                time.sleep(0.002)
+            left = 10
+            while left:
+                left -= len(near.recv(10))
+            assert time.perf_counter() - start < 4 * DELAY_MS / 1000
+            near.shutdown(socket.SHUT_WR)
+            assert near.recv(1) == b""
+
+
+def test_a_rank_that_listens_later_is_found() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with slow_links(0) as detour, socket.create_connection(relay_to(address, detour(f'[["a:1"],["{address}"]]'))):
+            time.sleep(0.2)
+            server.listen()
+            server.settimeout(5)
+            server.accept()[0].close()
+
+
+def test_each_rank_keeps_its_own_address_and_sees_the_next_at_the_relay() -> None:
+    views = ring_views([["a:1"], ["b:2"], ["c:3"]], [["r:1"], ["r:2"], ["r:3"]])
+    assert [json.loads(view) for view in views] == [
+        [["a:1"], ["r:2"], ["c:3"]],
+        [["a:1"], ["b:2"], ["r:3"]],
+        [["r:1"], ["b:2"], ["c:3"]],
+    ]
