@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -28,7 +29,7 @@ def agreed_chunk(model: Model, group: Group) -> int:
     holding = holding_of(model)
     values = context * len(model.layers) * (config.kv_lora_rank + config.qk_rope_head_dim)
     chunk = choose_chunk(config, holding, free_bytes() - values * holding.value_bytes, context)
-    return int(group.gather(mx.array([float(chunk)])).min().item())
+    return int(cast(float, group.gather(mx.array([float(chunk)])).min().item()))
 
 
 def holding_of(model: Model) -> Holding:

@@ -50,9 +50,12 @@ def test_a_step_needs_one_sum_a_layer_and_one_gather(rank: int, tmp_path: Path) 
         group.sums = group.gathers = 0
         assert model(mx.array(tokens)).shape == (1, len(tokens[0]), config.vocab_size)
         assert (group.sums, group.gathers) == (config.num_hidden_layers, 1)
+    group.sums = group.gathers = 0
+    engine = Engine(model)
+    assert (group.sums, group.gathers) == (0, 1)  # the smallest prefill chunk of all
     # while generating, the leader's wish to stop rides along
     group.sums = group.gathers = 0
-    list(Engine(model).generate(Request((1, 2, 3), max_tokens=9)))
+    list(engine.generate(Request((1, 2, 3), max_tokens=9)))
     steps = 9
     assert group.gathers == steps
     assert group.sums == steps * config.num_hidden_layers
