@@ -110,6 +110,7 @@ app.command(
         "kimi-mlx launch --hosts mac-a,mac-b --install              bring kimi-mlx to both, then chat",
         "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host fetches its part, once in all",
         'kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 -p "Hi"',
+        "kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 --strategy pipeline:3:1    three layers of four on mac-a",
         "kimi-mlx launch --hosts mac-a,mac-b --save two.json check kimi-k2",
         "kimi-mlx launch --hostfile two.json bench kimi-k2 --prompt-tokens 128,1024",
     ),
