@@ -127,6 +127,7 @@ class Sequence:
             return (yield from self._follow(step, cache))
         lookup = PromptLookup(self._speculate)
         lookup.extend(self._request.prompt)
+        self._steps.draw(step, self._draw)  # in this turn: other sequences draw behind it
         fed: list[int] = []
         draft: tuple[int, ...] = ()
         while True:

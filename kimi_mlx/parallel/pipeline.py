@@ -44,7 +44,7 @@ class PipelineExchange(RankExchange):
         self.is_passed_on = group.rank < group.size - 1
         self._hidden_size, self._dtype = hidden_size, dtype
         self._word = mx.zeros((0,), dtype)
-        self._awaited: deque[int] = deque()
+        self._awaited: deque[tuple[int, mx.array]] = deque()
         self._returned: Told | None = None
 
     def receive(self, tokens: mx.array) -> mx.array:
@@ -66,7 +66,7 @@ class PipelineExchange(RankExchange):
             self._told = Told(self._word[None], self._number, self._returned)
             self._returned = None
             if last:
-                self._awaited.append(self._number)
+                self._awaited.append((self._number, kept))
         is_end = self.group.rank == self.group.size - 1
         if is_end and not last:
             return kept
@@ -83,8 +83,10 @@ class PipelineExchange(RankExchange):
 
         They are asked for at once: what is built later comes after them, whoever needs it first.
         """
-        states, self._told = self._receive_states(hidden.shape[:2], WORD_SIZE, self._awaited.popleft())
-        mx.async_eval(states, self._told.words)
+        number, handed = self._awaited.popleft()
+        assert handed is hidden  # else a sequence would get what is another's
+        states, self._told = self._receive_states(hidden.shape[:2], WORD_SIZE, number)
+        mx.async_eval(states, *self._told.arrays)
         self._returned = self._told
         return states
 

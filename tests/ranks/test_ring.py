@@ -18,8 +18,9 @@ from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.errors import EngineError, PlacementError, RingError
+from kimi_mlx.runtime.local_session import LocalSession
 from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import LocalSession, SessionOptions
+from kimi_mlx.runtime.session import SessionOptions
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -214,6 +215,7 @@ def test_ranks_end_when_the_front_is_killed(folder: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
+from kimi_mlx.runtime.local_session import LocalSession
 from kimi_mlx.runtime.ring_session import RingSession
 from kimi_mlx.runtime.session import SessionOptions
 ring = RingSession(SessionOptions(Path({str(folder)!r}), ranks=2))

@@ -1,48 +1,155 @@
-"""Placements: the shares cover every row once, in whole units."""
+"""Placements: in every strategy the shares cover every row once, in whole units, in proportion to the weights."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.errors import PlacementError
-from kimi_mlx.model.config import parse_config
-from kimi_mlx.parallel.placement import Units, divide, plan_hybrid
+from kimi_mlx.errors import PlacementError, UsageError
+from kimi_mlx.model.config import ModelConfig, parse_config
+from kimi_mlx.parallel.placement import (
+    DIVIDED,
+    STRATEGIES,
+    Placement,
+    Share,
+    Span,
+    Units,
+    divide,
+    normal_strategy,
+    parse_strategy,
+    place,
+)
+from kimi_mlx.planner.shape import known_shape
 from tests.checkpoints import load_golden
 
+K2 = known_shape("kimi-k2").config
+UNITS = Units(heads=1, expert=64, shared=64, dense=64)
+WEIGHTS = st.lists(st.integers(1, 600), min_size=1, max_size=8)
 
-@given(total=st.integers(1, 5000), unit=st.integers(1, 128), world_size=st.integers(1, 8))
-def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, world_size: int) -> None:
+
+@given(total=st.integers(1, 5000), unit=st.integers(1, 128), weights=WEIGHTS)
+def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights: Sequence[int]) -> None:
     pieces = -(-total // unit)
-    if pieces < world_size:
-        with pytest.raises(PlacementError, match=f"{pieces} pieces, too few for {world_size} ranks"):
-            divide(total, unit, world_size, "rows")
+    if pieces < len(weights):
+        with pytest.raises(PlacementError, match=f"{pieces} pieces, too few for {len(weights)} ranks"):
+            divide(total, unit, weights, "rows")
         return
-    spans = divide(total, unit, world_size, "rows")
+    spans = divide(total, unit, weights, "rows")
     assert spans[0].start == 0
     assert spans[-1].stop == total
     assert all(before.stop == after.start for before, after in itertools.pairwise(spans))
     assert all(span.start % unit == 0 for span in spans)
     sizes = [-(-len(span) // unit) for span in spans]
-    assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
+    wanted = [pieces * weight / sum(weights) for weight in weights]
+    if min(wanted) >= 1:
+        assert all(abs(size - exact) <= 1 + 1e-9 for size, exact in zip(sizes, wanted, strict=True))
 
 
-def test_hybrid_divides_experts_dense_rows_and_vocabulary() -> None:
-    config = parse_config(load_golden("moonlight").config)
-    placement = plan_hybrid(config, 2, Units(expert=32, shared=32, dense=32))
-    assert placement.world_size == 2
-    first, second = placement.shares
-    assert len(first.expert_rows) + len(second.expert_rows) == config.moe_intermediate_size
-    assert len(first.shared_rows) + len(second.shared_rows) == config.moe_intermediate_size * config.n_shared_experts
-    assert len(first.vocab_rows) + len(second.vocab_rows) == config.vocab_size
-    assert placement.strategy == "hybrid"
+def test_without_a_unit_there_is_nothing_to_divide() -> None:
+    assert [len(span) for span in divide(100, None, (1, 2), "rows")] == [0, 0]
 
 
-def test_too_many_ranks_are_refused() -> None:
-    config = parse_config(load_golden("k2").config)
-    with pytest.raises(PlacementError, match="expert rows in groups of 32"):
-        plan_hybrid(config, 64, Units(expert=32, shared=32, dense=32))
+def weights_of(size: int) -> str:
+    return ":".join(str(3 + rank * 5 % 4) for rank in range(size))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("is_even", [True, False])
+def test_k2_is_divided_in_what_the_strategy_divides(strategy: str, size: int, is_even: bool) -> None:
+    placement = place(K2, strategy if is_even else f"{strategy}:{weights_of(size)}", size, UNITS)
+    assert placement.world_size == size
+    name, weights = parse_strategy(placement.strategy)
+    assert name == (strategy if size > 1 else "hybrid")
+    totals = {
+        "layers": K2.num_hidden_layers,
+        "heads": K2.num_attention_heads,
+        "experts": K2.n_routed_experts,
+        "expert_rows": K2.moe_intermediate_size,
+        "shared_rows": K2.moe_intermediate_size * K2.n_shared_experts,
+        "dense_rows": K2.intermediate_size,
+        "vocab_rows": K2.vocab_size,
+    }
+    for field, total in totals.items():
+        spans = [share.span(field) for share in placement.shares]
+        if field in DIVIDED[name] and size > 1:
+            assert placement.divides(field)
+            assert (spans[0].start, spans[-1].stop) == (0, total)
+            assert all(before.stop == after.start for before, after in itertools.pairwise(spans))
+            unit = {"expert_rows": 64, "shared_rows": 64, "dense_rows": 64}.get(field, 1)
+            for span, weight in zip(spans, weights or [1] * size, strict=True):
+                assert abs(len(span) - total * weight / (sum(weights) or size)) <= unit
+        elif (field, name) != ("vocab_rows", "pipeline"):
+            assert not placement.divides(field)
+            assert spans[0] == Span(0, total)
+    heads = [len(share.vocab_rows) for share in placement.shares]
+    tables = [len(share.embed_rows) for share in placement.shares]
+    if name == "pipeline":
+        assert heads == tables == [K2.vocab_size] + [0] * (size - 1)
+    else:
+        assert sum(heads) == K2.vocab_size
+        assert tables == [K2.vocab_size] * size
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_placement_survives_json(strategy: str) -> None:
+    placement = place(K2, f"{strategy}:2:1", 2, UNITS)
+    assert Placement.from_dict(placement.to_dict()) == placement
+    assert Placement.from_dict(placement.to_dict()).digest == placement.digest
+    assert place(K2, f"{strategy}:1:2", 2, UNITS).digest != placement.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "normal"),
+    [
+        ("tensor", 2, "tensor"),
+        ("tensor:5:5", 2, "tensor"),
+        ("tensor:512:128", 2, "tensor:4:1"),
+        ("pipeline", 1, "hybrid"),
+        ("expert:7", 1, "hybrid"),
+    ],
+)
+def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> None:
+    assert normal_strategy(text, size) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rings", "no strategy `rings`"),
+        ("", "no strategy ``"),
+        ("hybrid:1:0", "no weight to each rank"),
+        ("hybrid:1:x", "no weight to each rank"),
+        ("hybrid:1:", "no weight to each rank"),
+        ("hybrid:1:1048577", "no weight to each rank"),
+        ("hybrid:1:2:3", "weights to 3 ranks, but there are 2"),
+    ],
+)
+def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        normal_strategy(text, 2)
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [("hybrid", "expert rows in groups of 32"), ("expert", "experts"), ("tensor", "heads"), ("pipeline", "layers")],
+)
+def test_too_many_ranks_are_refused(strategy: str, words: str) -> None:
+    with pytest.raises(PlacementError, match=words):
+        place(small_config(), strategy, 64, Units(heads=2, expert=32, shared=32, dense=32))
+
+
+def small_config() -> ModelConfig:
+    return parse_config(load_golden("k2").config)
+
+
+def test_every_span_is_in_the_table() -> None:
+    names = {field.name for field in fields(Share)}
+    assert set().union(*DIVIDED.values()) <= names

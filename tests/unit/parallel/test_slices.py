@@ -1,4 +1,4 @@
-"""What a rank says to its peers: one sum a layer and one gather for the head, and each joined rightly."""
+"""What a rank says to its peers: one or two sums a layer and one gather for the head, each joined rightly."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from kimi_mlx.parallel.collectives import GroupExchange
 
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Request, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.parallel.placement import Placement, Share, Span, plan_hybrid
+from kimi_mlx.parallel.placement import Placement, Share, Span, place
+from kimi_mlx.parallel.slices import SumExchange
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.moves import placement_units
 from kimi_mlx.weights.reader import open_checkpoint
-from tests.checkpoints import load_golden, write_checkpoint
+from tests.divisible import write_divisible
 
 
 class CountingGroup:
@@ -37,19 +38,28 @@ class CountingGroup:
         return mx.stack([x] * self.size)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_step_needs_one_sum_a_layer_and_one_gather(rank: int, tmp_path: Path) -> None:
-    golden = load_golden("k2")
-    folder = write_checkpoint(tmp_path / "k2", golden.config, golden.seed)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_divisible(tmp_path_factory.mktemp("sums"), "k2", layers=3)
+
+
+def load_rank(folder: Path, strategy: str, group: CountingGroup) -> Model:
+    """One rank's share, with a group that stands for the others."""
     config = load_config(folder)
+    units = placement_units(open_checkpoint(folder, config).checkpoint, strategy)
+    placement = place(config, strategy, group.size, units)
+    return load_model(folder, config, mx.float32, placement.shares[group.rank], SumExchange(group, placement))
+
+
+@pytest.mark.parametrize(("strategy", "sums"), [("hybrid", 1), ("tensor", 2), ("expert", 1)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_needs_so_many_sums_a_layer_and_one_gather(strategy: str, sums: int, rank: int, folder: Path) -> None:
     group = CountingGroup(2, rank)
-    placement = plan_hybrid(config, 2, placement_units(open_checkpoint(folder, config).checkpoint))
-    exchange = GroupExchange(group, placement)
-    model = load_model(folder, config, mx.float32, placement.shares[rank], exchange)
+    model = load_rank(folder, f"{strategy}:2:1", group)
     for tokens in ([[1, 2, 3]], [[4]]):
         group.sums = group.gathers = 0
-        assert model(mx.array(tokens)).shape == (1, len(tokens[0]), config.vocab_size)
-        assert (group.sums, group.gathers) == (config.num_hidden_layers, 1)
+        assert model(mx.array(tokens)).shape == (1, len(tokens[0]), model.config.vocab_size)
+        assert (group.sums, group.gathers) == (sums * model.config.num_hidden_layers, 1)
     group.sums = group.gathers = 0
     engine = Engine(model)
     assert (group.sums, group.gathers) == (0, 1)  # the smallest prefill chunk of all
@@ -58,20 +68,21 @@ def test_a_step_needs_one_sum_a_layer_and_one_gather(rank: int, tmp_path: Path) 
     list(engine.generate(Request((1, 2, 3), max_tokens=9)))
     steps = 9
     assert group.gathers == steps
-    assert group.sums == steps * config.num_hidden_layers
+    assert group.sums == sums * steps * model.config.num_hidden_layers
 
 
 def test_heads_of_unequal_width_are_joined_in_order() -> None:
     rows = Span(0, 1)
-    placement = Placement("hybrid", tuple(Share(rows, rows, rows, span) for span in (Span(0, 3), Span(3, 5))))
+    shares = (Share(*[rows] * 7, vocab_rows=span) for span in (Span(0, 3), Span(3, 5)))
+    placement = Placement("hybrid", tuple(shares))
 
     class TwoRanks(CountingGroup):
         def gather(self, x: mx.array) -> mx.array:
             return mx.stack([x, x + 100])
 
-    joined = GroupExchange(TwoRanks(2), placement).gather_vocabulary(mx.array([[1.0, 2.0, 3.0]]))
+    joined = SumExchange(TwoRanks(2), placement).gather_vocabulary(mx.array([[1.0, 2.0, 3.0]]))
     assert joined.tolist() == [[1, 2, 3, 101, 102]]
-    joined = GroupExchange(TwoRanks(2, 1), placement).gather_vocabulary(mx.array([[1.0, 2.0]]))
+    joined = SumExchange(TwoRanks(2, 1), placement).gather_vocabulary(mx.array([[1.0, 2.0]]))
     assert joined.shape == (1, 5)
 
 
@@ -84,7 +95,7 @@ class StaleGroup(CountingGroup):
     def gather(self, x: mx.array) -> mx.array:
         rows = super().gather(x)
         if self.last is not None and self.gathers >= self.stale_from:
-            return self.last
+            return self.last if self.last.shape == rows.shape else mx.full(rows.shape, 7.0)
         self.last = rows
         return rows
 
@@ -95,17 +106,12 @@ def _noted(events: Iterator[Event], seen: list[Event]) -> Iterator[Event]:
         yield from ()
 
 
-def test_a_gather_that_brings_old_memory_gives_no_token(tmp_path: Path) -> None:
-    golden = load_golden("k2")
-    folder = write_checkpoint(tmp_path / "k2", golden.config, golden.seed)
-    config = load_config(folder)
-    placement = plan_hybrid(config, 2, placement_units(open_checkpoint(folder, config).checkpoint))
+def test_a_gather_that_brings_old_memory_gives_no_token(folder: Path) -> None:
     group = StaleGroup(2)
-    exchange = GroupExchange(group, placement)
-    engine = Engine(load_model(folder, config, mx.float32, placement.shares[0], exchange), prefill_chunk=2)
+    engine = Engine(load_rank(folder, "hybrid", group), prefill_chunk=2)
     expected = [event.id for event in engine.generate(Request((1, 2, 3), max_tokens=9)) if isinstance(event, Token)]
     for stale_from, tokens in ((2, 0), (3, 1), (6, 4)):  # the first gather is of a chunk of the prompt
-        engine.cache.clear()
+        engine.clear()
         group.gathers, group.stale_from = 0, stale_from
         seen: list[Event] = []
         with pytest.raises(RingError, match="not of this step"):

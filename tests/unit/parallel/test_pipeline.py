@@ -1,0 +1,190 @@
+"""A pipeline's messages: one hand-over a rank and no collective, in step whatever the sequences do.
+
+The ranks are threads here, and their links are queues; tests/ranks has real ones.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.request import Finished, Request, Sampling, Token
+from kimi_mlx.errors import EngineError, RingError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.pipeline import PipelineExchange
+from kimi_mlx.parallel.placement import place
+from kimi_mlx.weights.assemble import load_model
+from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.reader import open_checkpoint
+from tests.divisible import make_prompt, write_divisible
+
+PATIENCE_S = 60
+"""For a message."""
+
+Links = list["queue.SimpleQueue[np.ndarray]"]
+
+
+class CountingLinks:
+    """One rank of a circle of queues; has no collective."""
+
+    def __init__(self, rank: int, links: Links):
+        self.rank, self.size = rank, len(links)
+        self._links = links
+        self.sent = self.received = 0
+
+    def send(self, x: mx.array, rank: int) -> mx.array:
+        assert rank == (self.rank + 1) % self.size
+        self.sent += 1
+        self._links[rank].put(np.array(x))
+        return x
+
+    def receive(self, like: mx.array, rank: int) -> mx.array:
+        assert rank == (self.rank - 1) % self.size
+        self.received += 1
+        message = mx.array(self._links[self.rank].get(timeout=PATIENCE_S))
+        assert (message.shape, message.dtype) == (like.shape, like.dtype)
+        return message
+
+    def sum(self, x: mx.array) -> mx.array:
+        raise AssertionError("a pipeline sums nothing")
+
+    def gather(self, x: mx.array) -> mx.array:
+        raise AssertionError("a pipeline gathers nothing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_divisible(tmp_path_factory.mktemp("pipeline"), "k2", layers=4)
+
+
+Found = dict[int, list[int]]
+Work = Callable[[Engine, Found], None]
+
+
+def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list[Found], list[CountingLinks]]:
+    """Do the same on each rank, each in a thread; returns the tokens that each has heard of, and the links."""
+    config = load_config(folder)
+    placement = place(config, "pipeline", size, placement_units(open_checkpoint(folder, config).checkpoint, "pipeline"))
+    queues: Links = [queue.SimpleQueue() for _ in range(size)]
+    links = [CountingLinks(rank, queues) for rank in range(size)]
+    found: list[Found] = [{} for _ in range(size)]
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            exchange = PipelineExchange(links[rank], config.hidden_size, mx.float32)
+            model = load_model(folder, config, mx.float32, placement.shares[rank], exchange)
+            work(Engine(model, prefill_chunk=16, **options), found[rank])
+        except BaseException as error:  # raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    if failures:
+        raise failures[0]
+    return found, links
+
+
+def run_one(folder: Path, work: Work) -> Found:
+    """The same on one process."""
+    found: Found = {}
+    work(Engine(load_model(folder, load_config(folder), mx.float32), prefill_chunk=16), found)
+    return found
+
+
+def answering(requests: Sequence[Request], late: Sequence[Request] = ()) -> Work:
+    """Answer requests, `late` ones from the sixth turn on; -1 stands for a stop, -2 for a cancellation."""
+
+    def work(engine: Engine, found: Found) -> None:
+        for number, request in enumerate(requests):
+            engine.add(number, request)
+        turns = 0
+        while not engine.is_idle:
+            for number, event in engine.turn():
+                if isinstance(event, Token):
+                    found.setdefault(number, []).append(event.id)
+                elif isinstance(event, Finished) and event.reason != "length":
+                    found.setdefault(number, []).append({"stop": -1, "cancelled": -2}[event.reason])
+            turns += 1
+            if turns == 6:
+                with pytest.raises(EngineError):
+                    engine.add(-1, Request(()))
+                for number, request in enumerate(late, start=len(requests)):
+                    engine.add(number, request)
+
+    return work
+
+
+LONG = Request(make_prompt(40, 1), max_tokens=10)
+SHORT = Request(make_prompt(5, 2), max_tokens=1)
+MIDDLE = Request(make_prompt(20, 3), max_tokens=6)
+SAMPLED = Request(make_prompt(3, 4), max_tokens=5, sampling=Sampling(temperature=1.0, seed=3))
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+@pytest.mark.parametrize("size", [2, 4])
+def test_sequences_of_every_length_stay_in_step(folder: Path, size: int, speculate: int) -> None:
+    stopped = run_one(folder, answering([MIDDLE]))[0][3]
+    requests = [SHORT, LONG, replace(MIDDLE, stop_ids=frozenset({stopped})), SHORT]
+    work = answering(requests, late=[SAMPLED, SHORT, MIDDLE])
+    expected = run_one(folder, work)
+    assert expected[2][-1] == -1
+    found, _ = run_ranks(folder, size, work, speculate=speculate)
+    assert found[0] == expected
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_the_leader_alone_stops_a_sequence(folder: Path, speculate: int) -> None:
+    expected = run_one(folder, answering([LONG, MIDDLE, LONG]))
+    asked = threading.local()
+
+    def is_cancelled(number: int) -> bool:
+        """After some steps: in the middle of the prompt of 0, and of the answer of 2."""
+        asked.times = getattr(asked, "times", {0: 0, 1: 0, 2: 0})
+        asked.times[number] += 1
+        return (number, asked.times[number]) in ((0, 2), (2, 6))
+
+    found, _ = run_ranks(folder, 3, answering([LONG, MIDDLE, LONG]), is_cancelled=is_cancelled, speculate=speculate)
+    assert found[0][0] == [-2]
+    assert found[0][1] == expected[1]
+    assert found[0][2][-1] == -2
+    assert 0 < len(found[0][2]) - 1 < len(expected[2])
+    assert found[0][2][:-1] == expected[2][: len(found[0][2]) - 1]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_step_is_one_message_a_rank(folder: Path, size: int) -> None:
+    _, links = run_ranks(folder, size, answering([LONG]))
+    steps = 3 + 9  # chunks of the prompt, then tokens behind the first; what comes back is of the chunk that ends it
+    assert [(each.sent, each.received) for each in links[:-1]] == [(steps, 10), *[(steps, steps)] * (size - 2)]
+    assert (links[-1].sent, links[-1].received) == (10, steps)
+
+
+def test_what_is_not_of_this_step_gives_no_token(folder: Path) -> None:
+    heard: list[np.ndarray] = []
+    receive = CountingLinks.receive
+
+    def stale(self: CountingLinks, like: mx.array, rank: int) -> mx.array:
+        message = receive(self, like, rank)
+        if self.rank == 0:
+            heard.append(np.array(message))
+            return mx.array(heard[2]) if len(heard) == 4 else message
+        return message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CountingLinks, "receive", stale)
+        patch.setattr("tests.unit.parallel.test_pipeline.PATIENCE_S", 2)
+        with pytest.raises(RingError, match="not of this step"):
+            run_ranks(folder, 2, answering([MIDDLE]))
