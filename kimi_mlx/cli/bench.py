@@ -15,17 +15,20 @@ from kimi_mlx.cli.bench_output import Output
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import (
+    CheckEveryOption,
     DtypeOption,
     FastSyncOption,
     JsonOption,
     ModelArgument,
     RanksOption,
+    SpeculateOption,
     StrategyOption,
     refuse_launcher,
 )
 from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.planner.links import Link, measured_link
 from kimi_mlx.runtime.session import SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     from kimi_mlx.model.config import ModelConfig
 
 MAX_LINK_DELAY_MS = 1000
+
+LOOPBACK_BYTES_PER_S = 1e9
+"""About what the relay carries."""
 
 
 def bench(
@@ -68,6 +74,8 @@ def bench(
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 5,
     ranks: RanksOption = 1,
     strategy: StrategyOption = None,
+    speculate: SpeculateOption = 0,
+    check_every: CheckEveryOption = 0,
     link_delay_ms: Annotated[
         float | None,
         typer.Option(
@@ -116,24 +124,25 @@ def bench(
         _numbers("--concurrency", concurrency, "1,4"),
     )
     roofline = None
+    wanted = SessionOptions(None, dtype=dtype, speculate=speculate, check_every=check_every, fast_sync=fast_sync)
     with ExitStack() as stack:
         if launched is not None:
             target = understand(model or Settings.from_environment().model)
-            session = stack.enter_context(closing(open_launched(launched, target, dtype, False, json)))
+            session = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
             sides: list[Side] = [SessionSide("kimi-mlx", session)]
             ranks, choice = launched.cluster.size, launched.choice
             config = load_config(session.text_folder)
             plan.check_context(config.max_position_embeddings)
         else:
             target = _target(model, synthetic)
-            choice = place_here(target, ranks, strategy)
+            choice = place_here(target, ranks, strategy, _delayed_link(link_delay_ms))
             folder = _folder(target, synthetic, ranks, choice.strategy, json)
             config = load_config(folder)
             plan.check_context(config.max_position_embeddings)
             announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
             roofline = Roofline.of(config, _dtype_name(dtype, config), generation_tokens)
             cluster = _delayed_cluster(ranks, link_delay_ms, fast_sync, stack)
-            options = SessionOptions(folder, ranks, dtype, choice.strategy, cluster=cluster, fast_sync=fast_sync)
+            options = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, cluster=cluster)
             sides = _open_sides(options, against, json, stack)
         settings = {
             "model": synthetic or model or Settings.from_environment().model,
@@ -141,6 +150,7 @@ def bench(
             "placement": choice.to_dict(),
             "hosts": None if launched is None else launched.cluster.names,
             "link_delay_ms": link_delay_ms,
+            "speculate": speculate,
             "sums": next((each.sums.to_dict() for each in sides if isinstance(each, SessionSide) and each.sums), None),
             "dtype": _dtype_name(dtype, config),
             "date": machine.now(),
@@ -211,6 +221,11 @@ def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack:
     from kimi_mlx.cluster.hosts import local_cluster
 
     return replace(local_cluster(ranks, fast_sync), detour=stack.enter_context(slow_links(delay_ms)))
+
+
+def _delayed_link(delay_ms: float | None) -> Link | None:
+    """The same as the planner sees it."""
+    return None if not delay_ms else measured_link(2 * delay_ms / 1000, LOOPBACK_BYTES_PER_S)
 
 
 def _energy(stack: ExitStack) -> EnergyOf | None:

@@ -16,11 +16,13 @@ import typer
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.options import (
+    CheckEveryOption,
     DtypeOption,
     FastSyncOption,
     JsonOption,
     ModelArgument,
     RanksOption,
+    SpeculateOption,
     StrategyOption,
     refuse_launcher,
 )
@@ -72,6 +74,8 @@ def chat(
         typer.Option("--thinking/--no-thinking", help="Whether the model reasons first, if it can."),
     ] = None,
     strategy: StrategyOption = None,
+    speculate: SpeculateOption = 0,
+    check_every: CheckEveryOption = 0,
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
     json: JsonOption = False,
@@ -84,11 +88,14 @@ def chat(
     launched = launched_of(context)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     asking = _Asking(target, thinking, given)
+    wanted = SessionOptions(
+        None, dtype=dtype, samples=temperature != 0, speculate=speculate, check_every=check_every, fast_sync=fast_sync
+    )
     with ExitStack() as stack:
         session: Session
         if launched is not None:
             choice = launched.choice
-            ring = stack.enter_context(closing(open_launched(launched, target, dtype, temperature != 0, json)))
+            ring = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
             tokenizer, options = asking.read(ring.text_folder, max_tokens)
             session = ring
         else:
@@ -98,7 +105,7 @@ def chat(
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
             announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
-            local = SessionOptions(folder, ranks, dtype, choice.strategy, samples, fast_sync=fast_sync)
+            local = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, samples=samples)
             session = _open(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)

@@ -13,7 +13,7 @@ from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.session import Session, SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import understand
 from kimi_mlx.units import format_rate, format_seconds
@@ -37,7 +37,7 @@ def check(
         )
     target = understand(model or Settings.from_environment().model)
     begin = time.monotonic()
-    with closing(open_launched(launched, target, dtype, False, json)) as session:
+    with closing(open_launched(launched, target, SessionOptions(None, dtype=dtype), json)) as session:
         load_s = time.monotonic() - begin
         vocab_size = load_config(session.text_folder).vocab_size
         prompt = tuple((7 * number + 3) % vocab_size for number in range(PROMPT_TOKENS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
@@ -62,18 +62,22 @@ def refuse_ranks(ranks: int | None) -> None:
         raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
 
 
-def open_launched(launched: Launched, target: Target, dtype: str | None, samples: bool, is_quiet: bool) -> RingSession:
+def open_launched(launched: Launched, target: Target, wanted: SessionOptions, is_quiet: bool) -> RingSession:
     """Load a model on the cluster, behind a bar for each rank.
+
+    Args:
+        launched: the cluster.
+        target: the model.
+        wanted: how to run it; where and how it is shared comes from the cluster.
+        is_quiet: without bars.
 
     Raises:
         MissingModelError: a host lacks it.
         KimiMlxError: it cannot be loaded, or a rank is lost.
     """
-    options = SessionOptions(
-        folder=None,
-        dtype=dtype,
+    options = replace(
+        wanted,
         strategy=launched.choice.strategy,
-        samples=samples,
         model=name_for_hosts(target),
         cluster=launched.cluster,
         restarts=launched.restarts,

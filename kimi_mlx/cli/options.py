@@ -9,6 +9,7 @@ import typer
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
+from kimi_mlx.runtime.session import MAX_CHECK_EVERY, MAX_DRAFT
 
 ModelArgument = Annotated[
     str | None,
@@ -57,6 +58,28 @@ StrategyOption = Annotated[
         help=f"How ranks share the model: {', '.join(STRATEGIES)}; with weights for unequal ones, such as "
         "`pipeline:3:1`. Default: as it is stored, else what the planner finds best.",
         show_default=False,
+    ),
+]
+SpeculateOption = Annotated[
+    int,
+    typer.Option(
+        "--speculate",
+        min=0,
+        max=MAX_DRAFT,
+        metavar="N",
+        help="Draft up to N tokens a step from what was said before, and check them in one step: quicker where text "
+        "repeats itself (code, quotations). The text stays the same.",
+    ),
+]
+CheckEveryOption = Annotated[
+    int,
+    typer.Option(
+        "--check-every",
+        min=0,
+        max=MAX_CHECK_EVERY,
+        metavar="K",
+        help="With several ranks: every K steps compare a hash of what they have, the logits or what a pipeline hands "
+        "on; 0 never.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -212,6 +212,8 @@ def statistics_line(statistics: Statistics) -> str:
     parts = [decode]
     if statistics.decode_tok_per_s:
         parts.append(format_rate(statistics.decode_tok_per_s))
+    if statistics.tokens_per_step > 1:
+        parts.append(f"{statistics.tokens_per_step:.1f} tokens a step")
     parts += [
         prompt,
         f"first token {format_seconds(statistics.ttft_s)}",
