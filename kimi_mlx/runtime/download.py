@@ -28,7 +28,7 @@ from kimi_mlx.store.sources import (
     encode_contents,
     read_contents,
 )
-from kimi_mlx.store.stores import FoundStore, repository_folder
+from kimi_mlx.store.stores import FoundStore, folder_prefix, repository_folder
 from kimi_mlx.store.writer import begun_commit
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.moves import placement_units
@@ -56,6 +56,10 @@ class StoreOptions:
     strategy: str = "hybrid"
     revision: str | None = None
     keep_source: bool = False
+
+    def __post_init__(self) -> None:
+        """Write the strategy as placements do."""
+        object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
 
     def __post_init__(self) -> None:
         """Write the strategy the normal way."""
@@ -166,7 +170,7 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
         said = together(group, lambda: _read(name, revision) if group.rank == 0 else b"")
         repository, contents = decode_contents(_of_leader(said, group))
     root = repository_folder(options.stores, contents.origin) / "sources"
-    own = f"{options.strategy}-{options.ranks}-host-{group.rank}"  # another placement may be built at the same time
+    own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # another placement may be built at the same time
     return HubSources(repository, contents, root / own, options.keep_source, options.revision or "main")
 
 
