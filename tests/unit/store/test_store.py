@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.parallel.together import ERROR_BYTES, require_equal, together
 from kimi_mlx.runtime.download import StoreOptions, build, find_built, open_job
 from kimi_mlx.runtime.load import load_share
@@ -38,8 +40,8 @@ from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_c
 from tests.fakes import KIMI_MINI, FixedGather
 
 
-def build_all(source: Path, stores: Path, ranks: int) -> tuple[Job, list[Manifest]]:
-    options = StoreOptions(source, stores, ranks)
+def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> tuple[Job, list[Manifest]]:
+    options = StoreOptions(source, stores, ranks, strategy)
     job = open_job(options, SingleGroup())
     return job, build(options, job, SingleGroup())
 
@@ -61,12 +63,28 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize_checkpoint(source, folder / "quantized", bits=4, group_size=32, overrides=own)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("mini", 2), ("overrides", 3), ("bf16", 3), ("int4", 2), ("int4-k2.5", 1)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "strategy"),
+    [
+        ("mini", 2, "hybrid"),
+        ("mini", 3, "pipeline:1:2:1"),
+        ("mini", 3, "expert:2:1:1"),
+        ("overrides", 3, "hybrid"),
+        ("overrides", 2, "expert:3:1"),
+        ("overrides", 2, "tensor"),
+        ("bf16", 3, "hybrid"),
+        ("bf16", 2, "tensor:3:1"),
+        ("int4", 2, "hybrid"),
+        ("int4", 2, "expert"),
+        ("int4-k2.5", 1, "hybrid"),
+        ("int4-k2.5", 2, "pipeline"),
+    ],
+)
 def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
-    name: str, ranks: int, overrides: Path, tmp_path: Path
+    name: str, ranks: int, strategy: str, overrides: Path, tmp_path: Path
 ) -> None:
     source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
-    job, _ = build_all(source, tmp_path, ranks)
+    job, _ = build_all(source, tmp_path, ranks, strategy)
     config = load_config(source)
     for rank, share in enumerate(job.placement.shares):
         stored = dict(tree_flatten(load_stored(job, rank).parameters()))
@@ -76,7 +94,7 @@ def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
 
 
 def load_stored(job: Job, rank: int) -> Model:
-    manifest = open_manifest(job.folder, rank, job.placement.world_size, "hybrid")
+    manifest = open_manifest(job.folder, rank, job.placement.world_size, job.placement.strategy)
     return load_store(job.folder, manifest, load_config(job.folder), mx.float32)
 
 
@@ -94,10 +112,11 @@ def test_fp8_is_stored_as_the_type_the_model_computes_in(tmp_path: Path) -> None
         assert mx.array_equal(stored[name], rounded), name
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", ["mini", "overrides", "fp8", "int4"])
-def test_every_array_is_covered_exactly_once(name: str, overrides: Path, tmp_path: Path) -> None:
+def test_every_array_is_covered_exactly_once(name: str, strategy: str, overrides: Path, tmp_path: Path) -> None:
     source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
-    job = open_job(StoreOptions(source, tmp_path, 2), SingleGroup())
+    job = open_job(StoreOptions(source, tmp_path, 2, strategy), SingleGroup())
     for file in range(job.num_layers + 1):
         for rank in range(2):
             for array_name, array in job.plan(rank, file).arrays():
@@ -107,6 +126,40 @@ def test_every_array_is_covered_exactly_once(name: str, overrides: Path, tmp_pat
                     assert columns == painted.shape[2]
                     painted[move.member : move.member + members, move.row : move.row + rows] += 1
                 assert (painted == 1).all(), array_name
+
+
+@pytest.mark.parametrize("strategy", ["pipeline", "pipeline:1:2"])
+def test_a_store_of_a_pipeline_holds_its_layers_and_needs_no_files_of_others(strategy: str, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    write_synthetic(source, synthetic_config("deep", num_hidden_layers=4))  # a file a layer, and one for the top
+    job, manifests = build_all(source, tmp_path / "stores", 2, strategy)
+    for rank, (share, manifest) in enumerate(zip(job.placement.shares, manifests, strict=True)):
+        layers = range(share.layers.start, share.layers.stop)
+        held = [number for number, file in enumerate(manifest.files) if file.entries]
+        assert held == [*layers, *([job.num_layers] if rank == 0 else [])]
+        sources = {job.files[number] for feed in job.feeds(rank) for number in feed}
+        assert len(sources) == len(held)
+        sizes = {path.name: path.stat().st_size for path in rank_folder(job.folder, rank).glob("*.safetensors")}
+        held_bytes = sum(job.sources.contents.sizes[name] for name in sources)
+        assert sum(sizes.values()) == pytest.approx(held_bytes, rel=0.01)
+        assert broken_files(job.folder, manifest) == []
+
+
+def test_repair_in_a_pipeline_fetches_only_the_files_of_the_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "checkpoint"
+    write_synthetic(source, synthetic_config("deep", num_hidden_layers=4))
+    options = StoreOptions(source, tmp_path / "stores", 2, "pipeline:1:3")
+    job, before = build_all(source, tmp_path / "stores", 2, "pipeline:1:3")
+    broken = rank_folder(job.folder, 1) / "layer-002.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"\xff")
+    assert [broken_files(job.folder, manifest) for manifest in before] == [[], [broken.name]]
+    fetched = watch_fetches(monkeypatch)
+    repaired = build(options, open_job(options, SingleGroup()), SingleGroup(), discard={1: [broken.name]})
+    assert checksums(repaired) == checksums(before)
+    assert fetched == [job.files[number] for number in sorted(job.feeds(1)[2])]
+    assert len(fetched) == 1
 
 
 class Interrupted(BaseException):
@@ -178,7 +231,7 @@ def test_repair_makes_only_what_is_broken_anew(
     again = open_job(StoreOptions(overrides, tmp_path, 2), SingleGroup())
     repaired = build(StoreOptions(overrides, tmp_path, 2), again, SingleGroup(), discard={1: ["top.safetensors"]})
     assert checksums(repaired) == checksums(before)
-    assert {again.files[number] for number in again.feeds[again.num_layers]} == set(fetched)
+    assert {again.files[number] for number in again.feeds(1)[again.num_layers]} == set(fetched)
     assert (rank_folder(job.folder, 1) / "layer-000.safetensors").stat().st_ino == inode
 
 
@@ -214,8 +267,8 @@ def damage_manifest(folder: Path) -> str:
 
 def damage_format(folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    return "has format 99, this version reads 1"
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    return "has format 1, this version reads 2"
 
 
 def damage_shape(folder: Path) -> str:
@@ -237,6 +290,27 @@ def test_damage_is_named_at_load(damage: Callable[[Path], str], tmp_path: Path) 
     assert "download" in (caught.value.hint or "")
 
 
+def test_another_placement_is_refused(tmp_path: Path) -> None:
+    job, _ = build_all(KIMI_MINI, tmp_path, 2, "expert:2:1")
+    for strategy in ("expert", "hybrid", "expert:1:2"):
+        with pytest.raises(WeightsError, match=rf"in the placement `expert:2:1`, not of rank 0 of 2 in `{strategy}`"):
+            open_manifest(job.folder, 0, 2, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["expert:1:1", "expert:6:6", "pipeline:4:2", "hybrid:1:1"])
+def test_a_strategy_is_found_however_it_is_written(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path))
+    job, _ = build_all(KIMI_MINI, tmp_path, 2, strategy)
+    target = understand(str(KIMI_MINI))
+    assert find(target, 2, strategy) == job.folder
+    assert find(target, 2, job.placement.strategy) == job.folder
+    found = find_built(StoreOptions(KIMI_MINI, tmp_path, 2, strategy), SingleGroup())
+    assert found is not None
+    assert found.folder == job.folder
+
+
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     job, _ = build_all(KIMI_MINI, tmp_path, 2)
     with pytest.raises(WeightsError, match=r"is of rank 0 of 2 .* not of rank 0 of 1"):
@@ -254,7 +328,12 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
     options = StoreOptions(KIMI_MINI, tmp_path, 1)
     job = open_job(options, SingleGroup())
     other = RankWriter(
-        rank_folder(job.folder, 0), job.sources.contents.origin, job.placement, 0, lambda n: job.plan(0, n), job.feeds
+        rank_folder(job.folder, 0),
+        job.sources.contents.origin,
+        job.placement,
+        0,
+        lambda n: job.plan(0, n),
+        job.feeds(0),
     )
     with other, pytest.raises(WeightsError, match="another process is building"):
         build(options, job, SingleGroup())

@@ -1,4 +1,4 @@
-"""Loading: what is missing, foreign or broken is named; a rank reads only its share."""
+"""Loading: what is missing, foreign or broken is named."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from mlx.utils import tree_flatten
 
 from kimi_mlx.errors import ConfigError, WeightsError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.parallel.placement import plan_hybrid
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.index import INDEX_NAME, read_index
-from kimi_mlx.weights.moves import placement_units
-from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
 GOLDEN = load_golden("k2")
@@ -120,30 +117,6 @@ def test_scales_without_a_quantization_block(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(kept))
     with pytest.raises(WeightsError, match="no `quantization`"):
         load(folder)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_holds_exactly_its_share(folder: Path, world_size: int) -> None:
-    config = load_config(folder)
-    placement = plan_hybrid(config, world_size, placement_units(open_checkpoint(folder, config).checkpoint))
-    whole = dict(tree_flatten(load_model(folder, config, mx.float32).parameters()))
-    parts = [
-        dict(tree_flatten(load_model(folder, config, mx.float32, share).parameters())) for share in placement.shares
-    ]
-    for name, full in whole.items():
-        shards = [part[name] for part in parts]
-        if all(shard.shape == full.shape for shard in shards):
-            assert all(mx.array_equal(shard, full) for shard in shards), name
-            continue
-        axis = next(i for i, extent in enumerate(full.shape) if shards[0].shape[i] != extent)
-        assert sum(shard.shape[axis] for shard in shards) == full.shape[axis], name
-        if "gate_up_proj" in name:  # each shard holds its rows of gate, then its rows of up
-            halves = [mx.split(shard, 2, axis=axis) for shard in shards]
-            shards = [half[i] for i in (0, 1) for half in halves]
-        assert mx.array_equal(mx.concatenate(shards, axis=axis), full), name
-    divided = [name for name, full in whole.items() if parts[0][name].shape != full.shape]
-    assert any("lm_head" in name for name in divided)
-    assert any("mlp.down_proj" in name for name in divided)
 
 
 def test_an_override_of_the_stack_counts_for_experts_one_by_one(tmp_path: Path) -> None:
