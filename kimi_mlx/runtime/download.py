@@ -58,10 +58,6 @@ class StoreOptions:
     keep_source: bool = False
 
     def __post_init__(self) -> None:
-        """Write the strategy as placements do."""
-        object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
-
-    def __post_init__(self) -> None:
         """Write the strategy the normal way."""
         object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
 
@@ -170,7 +166,7 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
         said = together(group, lambda: _read(name, revision) if group.rank == 0 else b"")
         repository, contents = decode_contents(_of_leader(said, group))
     root = repository_folder(options.stores, contents.origin) / "sources"
-    own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # another placement may be built at the same time
+    own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # others may be built at the same time
     return HubSources(repository, contents, root / own, options.keep_source, options.revision or "main")
 
 
