@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -101,6 +102,34 @@ def test_a_ring_gives_the_text_of_one_process_also_after_a_request_broken_off_or
         assert first == Prefilled(0, len(PROMPT))
         pids = ring.pids
     wait_until_gone(pids)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("hybrid", marks=pytest.mark.slow), "pipeline"])
+def test_requests_of_several_threads_do_not_disturb_each_other(folder: Path, strategy: str) -> None:
+    """Some are broken off, one is refused, all is forgotten in the middle, and two sample without a seed."""
+    requests = [Request(PROMPT[:length], max_tokens=40 - length) for length in (3, 9, 17, 30)]
+    unseeded = Request(PROMPT, max_tokens=20, sampling=Sampling(temperature=1.0))
+    with closing(LocalSession(SessionOptions(folder))) as alone:
+        expected = [tokens_of(alone, request) for request in requests]
+    with closing(RingSession(SessionOptions(folder, ranks=2, strategy=strategy))) as ring:
+
+        def disturb() -> None:
+            for count in (1, 4, 7):
+                events = ring.generate(Request(PROMPT, max_tokens=3000))
+                for _ in range(count):
+                    next(events)
+                events.close()  # pyright: ignore[reportAttributeAccessIssue]
+                ring.reset()
+            with pytest.raises(EngineError):
+                tokens_of(ring, Request((1,) * 300_000))
+
+        with ThreadPoolExecutor(8) as pool:
+            disturbance = pool.submit(disturb)
+            sampled = [pool.submit(tokens_of, ring, unseeded) for _ in range(2)]
+            answers = [pool.submit(tokens_of, ring, request) for request in requests * 2]
+            assert [answer.result(120) for answer in answers] == expected * 2
+            assert [len(answer.result(120)) for answer in sampled] == [20, 20]
+            disturbance.result(120)
 
 
 def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable[[], None]) -> list[Event]:
