@@ -94,7 +94,7 @@ def test_a_prompt_from_a_pipe_is_the_same() -> None:
 def test_json_has_text_reasoning_and_figures() -> None:
     done = call("chat", "--json", "-p", "hi", "--max-tokens", "5")
     answer = json.loads(done.stdout)
-    assert set(answer) == {"text", "reasoning", "tool_calls", "finish_reason", "statistics"}
+    assert set(answer) == {"text", "reasoning", "tool_calls", "finish_reason", "placement", "statistics"}
     assert answer["statistics"]["generated_tokens"] <= 5
     assert done.stderr == ""
 
