@@ -222,9 +222,9 @@ def held(rank: int, commit: str = COMMIT, placement: str = "hybrid-2-aaaaaa", re
     return HeldStore(repository, commit, placement, rank, "")
 
 
-def stores(a: list[HeldStore], b: list[HeldStore], **options: tuple[str, str]) -> list[tuple[str, str]]:
+def stores(a: list[HeldStore], b: list[HeldStore], wanted: tuple[str, str] | None = None) -> list[tuple[str, str]]:
     hosts = [replace(MAC, stores=tuple(a)), replace(OTHER, stores=tuple(b))]
-    findings = check_stores(hosts, "o/n", {"mac-a": [0], "mac-b": [1]}, **options)
+    findings = check_stores(hosts, "o/n", {"mac-a": [0], "mac-b": [1]}, wanted)
     return [(each.state, each.message.partition(": ")[2]) for each in findings]
 
 
