@@ -143,13 +143,20 @@ def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable
 
 
 @pytest.mark.parametrize(
-    ("lost", "sampling"), [pytest.param(0, SAMPLED, marks=pytest.mark.slow), (1, Sampling())], ids=["sampled", "greedy"]
+    ("strategy", "lost", "sampling"),
+    [
+        ("hybrid", 1, Sampling()),
+        ("pipeline", 1, Sampling()),
+        pytest.param("hybrid", 0, SAMPLED, marks=pytest.mark.slow),
+        pytest.param("pipeline", 0, SAMPLED, marks=pytest.mark.slow),
+    ],
+    ids=["greedy", "pipeline", "sampled", "pipeline-sampled"],
 )
-def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, lost: int, sampling: Sampling) -> None:
+def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, strategy: str, lost: int, sampling: Sampling) -> None:
     request = Request(PROMPT, max_tokens=120, sampling=sampling)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
-    with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
+    with closing(RingSession(SessionOptions(folder, ranks=2, strategy=strategy))) as ring:
         first_pids = ring.pids
         times: list[float] = []
 
@@ -184,11 +191,12 @@ def test_a_rank_that_is_lost_while_nothing_is_asked(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_given_up(folder: Path) -> None:
+@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
     request = Request(PROMPT, max_tokens=120)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
-    with closing(RingSession(SessionOptions(folder, ranks=2, limits=QUICK))) as ring:
+    with closing(RingSession(SessionOptions(folder, ranks=2, limits=QUICK, strategy=strategy))) as ring:
         pids = ring.pids
         events = disturbed(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
         assert [event.id for event in events if isinstance(event, Token)] == expected
