@@ -23,7 +23,6 @@ from kimi_mlx.store.stores import folder_prefix, read_folder_name
 
 ALONE = Choice("hybrid", "one rank has all of it")
 OVERRIDES = "--strategy overrides the choice"
-FAST_SYNC = "MLX_METAL_FAST_SYNCH=1"
 
 
 def place_here(target: Target | None, ranks: int, asked: str | None, link: Link | None = None) -> Choice:
@@ -71,7 +70,7 @@ def place_on(diagnosis: Diagnosis, question: Question, asked: str | None) -> Cho
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:
-        return choose(shape, machines, _link(diagnosis), is_fast_sync=FAST_SYNC in question.hostfile.envs)
+        return choose(shape, machines, _link(diagnosis), is_fast_sync=question.hostfile.has_fast_sync)
     return Choice(strategy, why, memory_of(strategy, shape, machines) if machines else ())
 
 
