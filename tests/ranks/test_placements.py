@@ -116,6 +116,10 @@ def check(size: int, cases: Sequence[tuple[str, dict[str, Any]]], expected: Expe
 
 
 SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+LONG_SIZES = [
+    pytest.param(2, marks=pytest.mark.slow),
+    *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4)),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -126,16 +130,14 @@ def test_every_placement_gives_the_text_of_one_process(
     check(size, [("k2", case(folders["k2"], strategy)) for strategy in strategies], expected, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", LONG_SIZES)
 def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     strategies = [f"{name}:{WEIGHTS[size]}" for name in STRATEGIES]
     cases = [(name, case(folders[name], strategy)) for name in ("moonlight", "unfused") for strategy in strategies]
     check(size, cases, expected, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", LONG_SIZES)
 def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
     for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):
