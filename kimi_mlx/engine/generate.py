@@ -20,6 +20,9 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import STAMPS, Said
 from kimi_mlx.parallel.group import SingleGroup
 
+MOST_NEWS = STAMPS // 2
+"""So many new commands can be told of at a time: their numbers go around at STAMPS."""
+
 MAX_SEQUENCES = 8
 """So many take turns; further requests wait."""
 
@@ -113,7 +116,7 @@ class Engine:
             counted: commands that this rank has carried out.
         """
         new = (self._commands - counted) % STAMPS
-        return new if new <= STAMPS // 2 else 0  # what an older step says is behind what a newer one has said
+        return new if new <= MOST_NEWS else 0  # what an older step says is behind what a newer one has said
 
     def clear(self) -> None:
         """Forget what was kept for later requests."""

@@ -104,7 +104,8 @@ class Steps:
         if last and not self._is_stage:
             self._draw(step, draw)
         if self._exchange is not None:
-            self._exchange.close(is_last=last > 0)
+            if not last:
+                self._exchange.close(step.hidden)
             step.told = self._exchange.told
         mx.async_eval(self._arrays(step, layers))
         return step

@@ -123,9 +123,11 @@ class Model(nn.Module):
             cache: from make_cache, extended by the call; none starts afresh.
 
         Returns:
-            (batch, length, vocab_size) in the compute dtype.
+            (batch, length, vocab_size) in the compute dtype; on the ranks of a pipeline without the head what they
+            hand on, to be evaluated by them.
         """
-        return self.logits(self.hidden(tokens, cache or self.make_cache(), last=tokens.shape[1]))
+        hidden = self.hidden(tokens, cache or self.make_cache(), last=tokens.shape[1])
+        return self.logits(hidden) if self.has_head else hidden
 
     def hidden(self, tokens: mx.array, cache: list[LatentCache], last: int = 1) -> mx.array:
         """States before the last norm: (B, L) -> (B, last, D); extends the cache.

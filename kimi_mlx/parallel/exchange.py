@@ -84,8 +84,12 @@ class RankExchange(Exchange):
         """What goes with the next step; see Said."""
         self._wish, self._commands = is_stopped, commands % STAMPS
 
-    def close(self, is_last: bool) -> None:
-        """End a step; one that is not the last of its prompt has no logits."""
+    def close(self, hidden: mx.array) -> None:
+        """End a step without logits.
+
+        Args:
+            hidden: what the step has computed.
+        """
 
     def lead(self, length: int, kept: Sequence[int]) -> None:
         """Tell the other ranks of a pipeline what comes next."""

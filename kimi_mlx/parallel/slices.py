@@ -56,8 +56,7 @@ class SumExchange(RankExchange):
                 rank=others[0],
             )
 
-    def close(self, is_last: bool) -> None:
-        """Without logits the words take a collective of their own."""
-        if not is_last:
-            words = self.group.gather(mx.array(self._next_word()))
-            self._told = Told(words, self._number)
+    def close(self, hidden: mx.array) -> None:
+        """Without logits the words take a collective of their own, behind the sums of the step."""
+        word = mx.depends(mx.array(self._next_word()), hidden)
+        self._told = Told(self.group.gather(word), self._number)

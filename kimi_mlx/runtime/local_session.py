@@ -113,7 +113,8 @@ class LocalSession:
         try:
             engine.add(number, request)
         except EngineError as error:
-            self._answers[number].put(error)
+            if (answers := self._answers.get(number)) is not None:
+                answers.put(error)
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error

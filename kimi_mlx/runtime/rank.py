@@ -9,7 +9,7 @@ import base64
 from pathlib import Path
 
 from kimi_mlx.cluster.messages import Message, encode, encode_error
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.generate import MOST_NEWS, Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
 from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
@@ -54,7 +54,7 @@ def serve(channel: Channel, start: Message) -> None:
     engine = Engine(
         model,
         is_cancelled=lambda number: number in channel.cancelled,
-        count_commands=lambda: channel.received,
+        count_commands=lambda: min(channel.received, channel.taken + MOST_NEWS),
         speculate=start["speculate"],
     )
     channel.made_step("idle")
