@@ -93,7 +93,11 @@ class PipelineExchange(RankExchange):
     def lead(self, length: int, kept: Sequence[int]) -> None:
         """Send ahead how many tokens the next step has, and which of the step before are kept."""
         note = [self._number, length, len(kept), *kept]
-        mx.async_eval(self._send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32)))
+        sent = self._send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32))
+        if length:
+            mx.async_eval(sent)
+        else:  # nothing follows that would be waited for: this process may end
+            mx.eval(sent)
 
     def follow(self) -> tuple[int, tuple[int, ...]]:
         """Hear it from the rank before us, and tell the next.

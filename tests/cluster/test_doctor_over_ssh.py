@@ -170,6 +170,7 @@ def test_a_host_that_is_named_twice(hosts: Hosts) -> None:
     assert "same computer as `mac-a`" in trouble["message"]
 
 
+@pytest.mark.sweep
 def test_a_cable_that_is_out(hosts: Hosts, tmp_path: Path) -> None:
     hosts.cut("mac-b", "tb")
     found = visit("--hostfile", good(hosts, tmp_path))
@@ -232,6 +233,7 @@ def wait_until_they_exchange(hosts: Hosts) -> None:
     time.sleep(0.5)
 
 
+@pytest.mark.sweep
 def test_a_cable_that_is_pulled_during_the_self_test(hosts: Hosts, tmp_path: Path) -> None:
     # of Kimi K2's size, so that it takes a while
     process = start("--hostfile", good(hosts, tmp_path), "kimi-k2", code=SHORT_STEPS)
@@ -255,6 +257,7 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     assert re.fullmatch(r"rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL", trouble["message"])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("mark", "number"),
     [

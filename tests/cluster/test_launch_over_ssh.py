@@ -314,6 +314,7 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
     assert "hint: fetch it for all" in err
 
 
+@pytest.mark.sweep
 def test_check_and_bench_print_one_document(hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "all_payloads", small_payloads)
     code, out, err = run(*where, "check", "kimi-mini", "--json")

@@ -290,7 +290,7 @@ def test_a_second_build_of_the_same_stores_says_so(large_host: Host, expected_la
     assert checksums(large_host.stores) == expected_large(2)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_placements_and_a_checkpoint_at_the_same_time_do_not_disturb_each_other(
     host: Host, small: Path, expected_small: Expected
 ) -> None:
@@ -350,7 +350,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str | None, set[str]]] = [
     (remove_manifest, "the store `.*` is not complete", set()),
     (break_manifest, "manifest.json` cannot be read", set()),
     (break_manifest_and_flip_a_byte, "manifest.json` cannot be read", LAYER_1),
-    (unknown_format, "has format 99, this version reads 1", set()),
+    (unknown_format, "has format 99, this version reads 2", set()),
     (break_journal, None, set()),
     (remove_journal_and_file, "layer-001.safetensors` is missing", LAYER_1),
 ]
@@ -386,7 +386,7 @@ def test_a_store_of_another_format_is_not_taken_over(stored: Host, expected_smal
     """Files of the right size, but written by another version: journal and manifest agree on that."""
     folder = rank_folder(stored)
     unknown_format(folder)
-    journal = (folder / "journal.jsonl").read_text().replace('"format": 1', '"format": 99')
+    journal = (folder / "journal.jsonl").read_text().replace('"format": 2', '"format": 99')
     (folder / "journal.jsonl").write_text(journal)
     flip_a_byte(folder)
     succeed(stored.call("download", NAME, "--ranks", "2"))
