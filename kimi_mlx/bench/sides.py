@@ -103,8 +103,7 @@ class SessionSide:
         """Answer a batch, each request in a thread."""
         self._session.reset()
         if batch.depth:
-            filling = [replace(request, prompt=batch.prefix, max_tokens=1) for request in batch.requests]
-            self._ask_together(filling, time.perf_counter())
+            self._ask(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
         started = time.perf_counter()
         answers = self._ask_together(batch.requests, started)
         alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]

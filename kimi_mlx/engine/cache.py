@@ -33,6 +33,12 @@ class ConversationCache:
         pairs = zip(self.tokens, prompt[:-1], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
+    def copy(self, other: ConversationCache, length: int) -> None:
+        """Hold the first tokens of another cache, instead of what was held."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.copy(theirs, length)
+        self.tokens = other.tokens[:length]
+
     def settle(self) -> None:
         """Forget what was fed to the layers and is not noted."""
         for layer in self.layers:
@@ -42,25 +48,34 @@ class ConversationCache:
 
 
 class CacheShelf:
-    """The caches that are not in use: as many as there were conversations at a time."""
+    """The caches of one model: those in use, and as many idle ones as there were conversations at a time."""
 
     def __init__(self, model: Model):
         self._model = model
         self._idle: list[ConversationCache] = []
+        self._busy: list[ConversationCache] = []
 
     def take(self, prompt: Sequence[int]) -> tuple[ConversationCache, int]:
-        """A cache for a prompt, and how much of it is in it already."""
-        if self._idle:
-            best = max(self._idle, key=lambda cache: cache.common(prompt))
-            self._idle.remove(best)
+        """A cache for a prompt, and how much of it is in it already.
+
+        An idle one goes on where it was; what only a busy one has is copied.
+        """
+        cache = max(self._idle, key=lambda idle: idle.common(prompt), default=None)
+        if cache is None:
+            cache = ConversationCache(self._model)
         else:
-            best = ConversationCache(self._model)
-        return best, best.reuse(prompt)
+            self._idle.remove(cache)
+        source = max(self._busy, key=lambda busy: busy.common(prompt), default=cache)
+        if source.common(prompt) > cache.common(prompt):
+            cache.copy(source, source.common(prompt))
+        self._busy.append(cache)
+        return cache, cache.reuse(prompt)
 
     def give_back(self, cache: ConversationCache) -> None:
         """Keep a cache for later."""
+        self._busy.remove(cache)
         self._idle.append(cache)
 
     def clear(self) -> None:
-        """Forget all, and free the memory."""
+        """Forget what is idle, and free the memory."""
         self._idle.clear()

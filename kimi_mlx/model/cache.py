@@ -35,6 +35,11 @@ class LatentCache:
         fresh = mx.zeros((batch, heads, size - start, width), dtype=rows.dtype)
         self.keys = fresh if self.keys is None else mx.concatenate([self.keys[:, :, :start], fresh], axis=2)
 
+    def copy(self, other: LatentCache, length: int) -> None:
+        """Hold the first tokens of another cache, of which it has as many."""
+        assert other.keys is not None
+        self.keys, self.offset = other.keys[:, :, :length], length
+
     def trim(self, n: int) -> int:
         """Forget the last n tokens; returns how many were forgotten."""
         n = min(self.offset, n)

@@ -174,3 +174,28 @@ def test_requests_and_statistics_survive_json() -> None:
     assert Statistics.from_dict(statistics.to_dict()) == statistics
     assert statistics.prefill_tok_per_s == 12
     assert statistics.decode_tok_per_s == 2
+
+
+def test_requests_at_the_same_time_share_the_beginning_of_their_prompts(model: Model, greedy: Plainest) -> None:
+    engine = Engine(model, prefill_chunk=16)
+    prompts = [(*PROMPT, 5), (*PROMPT, 6), (*PROMPT[:30], 7)]
+    tokens: dict[int, list[int]] = {number: [] for number in range(3)}
+    cached: dict[int, int] = {}
+    for number, prompt in enumerate(prompts):
+        engine.add(number, Request(prompt, max_tokens=4 + number))
+        for _ in range(6):  # the next one comes when this one's prompt is read
+            _take(engine, tokens, cached)
+    while not engine.is_idle:
+        _take(engine, tokens, cached)
+    assert tokens == {number: greedy(prompt, 4 + number) for number, prompt in enumerate(prompts)}
+    assert cached == {0: 0, 1: 40, 2: 30}
+
+
+def _take(engine: Engine, tokens: dict[int, list[int]], cached: dict[int, int]) -> None:
+    if engine.is_idle:
+        return
+    for number, event in engine.turn():
+        if isinstance(event, Token):
+            tokens[number].append(event.id)
+        elif isinstance(event, Finished):
+            cached[number] = event.statistics.cached_tokens

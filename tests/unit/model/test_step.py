@@ -46,7 +46,7 @@ def test_the_last_states_alone_are_the_last_of_all_states(model: Model, last: in
     mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 40))
     all_caches, caches = model.make_cache(), model.make_cache()
-    expected, got = model.hidden(tokens, all_caches), model.hidden(tokens, caches, last=last)
+    expected, got = model.hidden(tokens, all_caches, last=40), model.hidden(tokens, caches, last=last)
     np.testing.assert_allclose(np.array(got), np.array(expected[:, -last:]), rtol=1e-4, atol=1e-4)
     for all_cache, cache in zip(all_caches, caches, strict=True):
         assert cache.offset == 40
