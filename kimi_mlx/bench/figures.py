@@ -194,7 +194,7 @@ def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
     """What a reader must know of these runs: requests that were not run together, prefixes that were not kept."""
     found: list[str] = []
     if any(run.case.concurrency > 1 for run in runs):
-        found += [f"{side.name}: requests at once ran one after another: {side.turns}" for side in sides if side.turns]
+        found += [f"{side.name}: requests at once were no batch: {side.turns}" for side in sides if side.turns]
     for side in sides:
         lost = [
             run.case.depth - answer.statistics.cached_tokens

@@ -127,9 +127,6 @@ app.command(
 
 def main() -> None:
     """Run the command line; exit codes are 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    if "MLX_RANK" not in os.environ:
-        run()
-        return
     code = EXIT_FAILED
     try:
         run()
@@ -141,7 +138,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)  # a thread that is still in a collective makes MLX abort a process that ends in order
+    os._exit(code)  # MLX aborts a process now and then that ends in order, for the sake of its own threads
 
 
 def run() -> None:

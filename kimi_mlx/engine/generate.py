@@ -110,11 +110,15 @@ class Engine:
                 self._turns.popleft()[2].close()
 
     def news(self, counted: int) -> int:
-        """How many of the commands that the leader has had are new: the same number on all ranks at the same turn.
+        """How many new commands to take now: the same number on all ranks at the same turn.
+
+        Who is idle waits for the next one. Else the leader has said how many it has had.
 
         Args:
             counted: commands that this rank has carried out.
         """
+        if self.is_idle:
+            self._commands = counted + 1  # what was said before is out of date
         new = (self._commands - counted) % STAMPS
         return new if new <= MOST_NEWS else 0  # what an older step says is behind what a newer one has said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -62,12 +63,24 @@ class Request:
         max_tokens: at most this many new tokens; None is what is left of the context.
         sampling: how to choose them.
         stop_ids: tokens that end the answer (they are reported too).
+
+    Raises:
+        UsageError: something else than whole numbers.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int | None = None
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Check the types; whole numbers of other kinds (numpy's) become ints."""
+        try:
+            object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
+            if self.max_tokens is not None:
+                object.__setattr__(self, "max_tokens", operator.index(self.max_tokens))
+        except TypeError as error:
+            raise UsageError(f"token ids and max_tokens are whole numbers: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -60,7 +60,7 @@ def serve(channel: Channel, start: Message) -> None:
     channel.made_step("idle")
     channel.send("ready", context=config.max_position_embeddings, sums=None if choice is None else choice.to_dict())
     while True:
-        for _ in range(1 if engine.is_idle else engine.news(channel.taken)):
+        for _ in range(engine.news(channel.taken)):
             take(channel, engine, channel.next_command())
         if not engine.is_idle:
             work(channel, engine, is_leader=group.rank == 0)

@@ -96,6 +96,6 @@ def test_notes_say_who_took_turns_and_what_was_not_in_the_cache() -> None:
     runs = [make_run("kimi-mlx", 0, 1, 1, case=Case(50, 100, 2), cached=20)]
     assert notes(RUNS, sides) == []  # pyright: ignore[reportArgumentType]
     assert notes(runs, sides) == [  # pyright: ignore[reportArgumentType]
-        "mlx-lm tensor: requests at once ran one after another: no batches",
+        "mlx-lm tensor: requests at once were no batch: no batches",
         "kimi-mlx: up to 30 tokens of the depth were not in its cache, and were timed",
     ]

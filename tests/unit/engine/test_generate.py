@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from kimi_mlx.engine.generate import Engine
@@ -199,3 +200,20 @@ def _take(engine: Engine, tokens: dict[int, list[int]], cached: dict[int, int]) 
             tokens[number].append(event.id)
         elif isinstance(event, Finished):
             cached[number] = event.statistics.cached_tokens
+
+
+def test_ids_of_numpy_are_whole_numbers_and_others_are_refused(model: Model, greedy: Plainest) -> None:
+    tokens, _ = run(Engine(model), Request(tuple(np.array(PROMPT)), max_tokens=2))
+    assert tokens == greedy(PROMPT, 2)
+    for wrong in ((1.5,), ("a",)):
+        with pytest.raises(UsageError, match="whole numbers"):
+            Request(wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="whole numbers"):
+        Request((1,), max_tokens="x")  # pyright: ignore[reportArgumentType]
+
+
+def test_commands_taken_while_idle_are_not_awaited_again(model: Model) -> None:
+    engine = Engine(model)
+    assert [engine.news(taken) for taken in range(1, 400)] == [1] * 399
+    engine.add(0, Request(PROMPT, max_tokens=1))
+    assert engine.news(400) == 0
