@@ -127,10 +127,7 @@ def check(
 
 
 SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.sweep)]
-LONG_SIZES = [
-    pytest.param(2, marks=pytest.mark.slow),
-    *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4)),
-]
+LONG_SIZES = [pytest.param(size, marks=pytest.mark.sweep) for size in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -150,7 +147,7 @@ def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expect
     check(size, cases, expected, tmp_path)
 
 
-@pytest.mark.parametrize("size", LONG_SIZES)
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), *LONG_SIZES[1:]])
 def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
     for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):

@@ -112,7 +112,7 @@ def test_the_formula_holds(model: Model, chunk: int, context: int) -> None:
     assert 0.5 < (measured - growth) / prefill_bytes(model.config, holding_of(model), chunk, context) < 1.1
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_last_chunk_of_64_k_tokens_takes_little_memory(model: Model) -> None:
     model.layers = model.layers[1:2]
     cache = fill(model, LONG - PREFILL_CHUNK)
