@@ -74,6 +74,7 @@ def check_installed(hosts: Hosts, name: str, own: Interpreter) -> Facts:
     return facts
 
 
+@pytest.mark.sweep
 def test_cut_off_then_again_with_pip_while_another_host_has_no_network(bare: Hosts, own: Interpreter) -> None:
     cut_off(bare, own)
     facts, said = ask(bare), list[str]()

@@ -190,6 +190,7 @@ def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, numb
         shutil.rmtree(hosts.folder / "front/tmp")
 
 
+@pytest.mark.sweep
 def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(hosts: Hosts, where: Where) -> None:
     silence_s = 6.0
     code = f"from kimi_mlx.cluster import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"

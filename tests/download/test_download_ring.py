@@ -333,7 +333,7 @@ def tiny_disk(tmp_path: Path, large: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
     large_hub: Hub, expected_large: Expected, tmp_path: Path, tiny_disk: Path
 ) -> None:

@@ -190,7 +190,7 @@ def bench(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_script_reads_of_a_store_the_share_and_no_more(tmp_path: Path) -> None:
     document = bench(tmp_path)
     runs = {run["side"]: run["loads"] for run in document["runs"]}
