@@ -50,11 +50,11 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
     return call
-from kimi_mlx.cli.app import main
+from kimi_mlx.cli.app import run
 for name in ("fsync", "replace", "pwrite", "ftruncate", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
 try:
-    main()
+    run()
 finally:
     print("steps:", steps, file=sys.stderr)
 """
