@@ -19,6 +19,7 @@ from kimi_mlx.errors import EngineError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import STAMPS, Said
 from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.parallel.pipeline import PipelineExchange
 
 MOST_NEWS = STAMPS // 2
 """So many new commands can be told of at a time: their numbers go around at STAMPS."""
@@ -170,7 +171,7 @@ class Engine:
         seed, exchange = sampling.seed, self._steps.exchange
         if seed is None and sampling.temperature > 0:
             seed = random.getrandbits(24)  # as many bits as a float32 sum keeps
-            if exchange is not None and not exchange.is_pipeline:  # there the leader alone draws
+            if exchange is not None and not isinstance(exchange, PipelineExchange):  # there the leader alone draws
                 mine = mx.array([float(seed if exchange.is_leader else 0)])
                 seed = int(cast(float, exchange.group.sum(mine).item()))
         return seed

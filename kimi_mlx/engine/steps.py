@@ -17,6 +17,7 @@ from kimi_mlx.engine.sampling import Draw
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import RankExchange, Said, Told
+from kimi_mlx.parallel.pipeline import PipelineExchange
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Steps:
         self._model = model
         self._exchange = model.exchange if isinstance(model.exchange, RankExchange) else None
         self._count_commands = count_commands
-        self._is_stage = self._exchange is not None and self._exchange.is_pipeline
+        self._pipeline = model.exchange if isinstance(model.exchange, PipelineExchange) else None
 
     @property
     def exchange(self) -> RankExchange | None:
@@ -71,13 +72,13 @@ class Steps:
             length: tokens of the step; 0 if there is none.
             kept: of the tokens of the step before, those that stay in the cache.
         """
-        if self._is_stage and self._exchange is not None:
-            self._exchange.lead(length, kept)
+        if self._pipeline is not None:
+            self._pipeline.lead(length, kept)
 
     def follow(self) -> tuple[int, tuple[int, ...]]:
         """What the leader has told by `lead`; waits for it."""
-        assert self._exchange is not None
-        return self._exchange.follow()
+        assert self._pipeline is not None
+        return self._pipeline.follow()
 
     def start(
         self,
@@ -101,7 +102,7 @@ class Steps:
         if self._exchange is not None:
             self._exchange.say(is_stopped, self._count_commands())
         step = Step(self._model.hidden(tokens, layers, last), is_stopped, None, last, position)
-        if last and not self._is_stage:
+        if last and self._pipeline is None:
             self._draw(step, draw)
         if self._exchange is not None:
             if not last:
@@ -137,7 +138,7 @@ class Steps:
             The tokens, none where they are not known and not needed, and what the leader said.
         """
         # Between ranks that add, what is said comes behind the work: that of the step before is ready.
-        is_ahead = self._exchange is None or self._is_stage
+        is_ahead = self._exchange is None or self._pipeline is not None
         said = self.said(following if is_ahead and following is not None else step)
         if step.tokens is not None:
             return cast(list[int], step.tokens.tolist()), said

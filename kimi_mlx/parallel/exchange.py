@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ class Said:
     tokens: tuple[int, ...] = ()
 
 
-class RankExchange(Exchange):
+class RankExchange(Exchange, ABC):
     """An exchange over a group of several ranks, whose leader is rank 0.
 
     When MLX's ring loses a peer (seen in 0.32), one collective may return what happens to be in memory before all
@@ -65,9 +65,6 @@ class RankExchange(Exchange):
 
     check_every = 0
     """Compare what ranks have in every step whose number this divides; 0 never compares."""
-
-    is_pipeline = False
-    """Whether states go from rank to rank: the leader alone has logits then, and what it says comes before the work."""
 
     def __init__(self, group: Group):
         self.group = group
@@ -90,14 +87,6 @@ class RankExchange(Exchange):
         Args:
             hidden: what the step has computed.
         """
-
-    def lead(self, length: int, kept: Sequence[int]) -> None:
-        """Tell the other ranks of a pipeline what comes next."""
-        raise NotImplementedError("only a pipeline is led")
-
-    def follow(self) -> tuple[int, tuple[int, ...]]:
-        """Hear it."""
-        raise NotImplementedError("only a pipeline is led")
 
     @property
     def told(self) -> Told:
@@ -126,9 +115,9 @@ class RankExchange(Exchange):
         """Whether a step is one of those in which data is compared: the same on all ranks."""
         return self.check_every > 0 and number % self.check_every == 0
 
+    @abstractmethod
     def _compare(self, digests: np.ndarray) -> None:
         """Raise RingError if the ranks' digests differ."""
-        raise NotImplementedError
 
     def _next_word(self) -> list[float]:
         self._number = (self._number + 1) % STAMPS

@@ -36,8 +36,6 @@ class PipelineExchange(RankExchange):
         dtype: of the states.
     """
 
-    is_pipeline = True
-
     def __init__(self, group: LinkedGroup, hidden_size: int, dtype: mx.Dtype):
         super().__init__(group)
         self._links = group

@@ -15,6 +15,7 @@ from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.runtime.channel import Channel, run_rank
 from kimi_mlx.runtime.joining import join
@@ -47,7 +48,7 @@ def serve(channel: Channel, start: Message) -> None:
     choice = None
     if isinstance(model.exchange, RankExchange):
         model.exchange.check_every = start["check_every"]
-        if not model.exchange.is_pipeline:
+        if not isinstance(model.exchange, PipelineExchange):
             choice = choose_sums(group, config.hidden_size, compute_type(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())

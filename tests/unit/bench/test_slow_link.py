@@ -68,11 +68,15 @@ def test_a_rank_that_listens_later_is_found() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with slow_links(0) as detour, socket.create_connection(relay_to(address, detour(f'[["a:1"],["{address}"]]'))):
+        with slow_links(0) as detour:
+            near = socket.create_connection(relay_to(address, detour(f'[["a:1"],["{address}"]]')))
             time.sleep(0.2)
             server.listen()
             server.settimeout(5)
-            server.accept()[0].close()
+            far = server.accept()[0]
+            with near, far:
+                near.sendall(b"hello")
+                assert far.recv(5, socket.MSG_WAITALL) == b"hello"
 
 
 def test_each_rank_keeps_its_own_address_and_sees_the_next_at_the_relay() -> None:
