@@ -23,6 +23,15 @@ main()
 """
 
 
+TRUSTING_MAIN = f"""
+from kimi_mlx.cluster import links
+links.PREFERENCE = links.ROUND_TRIP_LIMIT_S = 1000.0
+links.RATE_LIMIT_BYTES_PER_S = 0
+{MAIN}
+"""
+"""The first network that answers is taken: on a machine that is busy each may be found to be the slow one."""
+
+
 def be_impatient(change: Callable[[object, str, object], None] = setattr) -> None:
     """Shorten what this process waits for.
 
