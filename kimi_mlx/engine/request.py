@@ -63,6 +63,9 @@ class Request:
         max_tokens: at most this many new tokens; None is what is left of the context.
         sampling: how to choose them.
         stop_ids: tokens that end the answer (they are reported too).
+        logit_bias: added to the logits of some tokens, as pairs of an id and a number.
+        top_logprobs: with each token its log probability, and so many of the likeliest tokens; None: neither.
+        grammar: what the answer must keep to, as kimi_mlx.text.grammar writes it; None: anything.
 
     Raises:
         UsageError: something else than whole numbers.
@@ -72,6 +75,9 @@ class Request:
     max_tokens: int | None = None
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         """Check the types; whole numbers of other kinds (numpy's) become ints."""
@@ -94,6 +100,9 @@ class Request:
             value["max_tokens"],
             Sampling(**value["sampling"]),
             frozenset(value["stop_ids"]),
+            tuple((id, bias) for id, bias in value["logit_bias"]),
+            value["top_logprobs"],
+            value["grammar"],
         )
 
 
@@ -152,10 +161,29 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of probabilities, of the model's own distribution: before temperature, bias and grammar.
+
+    Args:
+        token: of the token itself.
+        top: the likeliest tokens, as pairs of an id and its logarithm, the likeliest first.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Token:
-    """A new token."""
+    """A new token.
+
+    Args:
+        id: of the token.
+        logprobs: if they were asked for.
+    """
 
     id: int
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import load_share, prepare_device
-from kimi_mlx.runtime.session import LoadProgress, SessionOptions
+from kimi_mlx.runtime.session import Deliver, LoadProgress, SessionOptions, answer
 
 CLOSE_LIMIT_S = 30.0
 """For the step that is being computed."""
-
-Answers = queue.SimpleQueue[Event | BaseException]
 
 
 class LocalSession:
@@ -31,10 +29,11 @@ class LocalSession:
 
     def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
-        self._answers: dict[int, Answers] = {}
+        self._delivers: dict[int, Deliver] = {}
         self._cancelled: set[int] = set()
         self._numbers = itertools.count(1)
         self._failure: BaseException | None = None
+        self._lock = threading.Lock()
         loaded: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._live, args=(options, progress, loaded), daemon=True)
         self._thread.start()
@@ -47,25 +46,27 @@ class LocalSession:
         Raises:
             EngineError: it cannot be served, or the session is closed.
         """
-        number, answers = next(self._numbers), Answers()
-        self._answers[number] = answers
-        self._commands.put(lambda engine: self._add(engine, number, request))
-        is_over = False
-        try:
-            while not is_over:
-                event = self._failure if self._failure is not None else answers.get()
-                is_over = isinstance(event, Finished | BaseException)
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            if not is_over:
-                self._cancelled.add(number)
-            del self._answers[number]
+        return answer(self, request)
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        """Answer a request; returns its number."""
+        number = next(self._numbers)
+        with self._lock:
+            if self._failure is None:
+                self._delivers[number] = deliver
+                self._commands.put(lambda engine: self._add(engine, number, request))
+                return number
+        deliver(self._failure)
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """Ask a request to stop soon."""
+        if number in self._delivers:
+            self._cancelled.add(number)
 
     def cancel(self) -> None:
         """Ask the running requests to stop."""
-        self._cancelled.update(list(self._answers))
+        self._cancelled.update(list(self._delivers))
 
     def reset(self) -> None:
         """Forget the conversations' caches."""
@@ -105,18 +106,24 @@ class LocalSession:
                 command(engine)
             for number, event in engine.turn():
                 if isinstance(event, Finished):
-                    self._cancelled.discard(number)
-                if (answers := self._answers.get(number)) is not None:
-                    answers.put(event)
+                    self._end(number, event)
+                else:
+                    self._delivers[number](event)
 
     def _add(self, engine: Engine, number: int, request: Request) -> None:
         try:
             engine.add(number, request)
         except EngineError as error:
-            if (answers := self._answers.get(number)) is not None:
-                answers.put(error)
+            self._end(number, error)
+
+    def _end(self, number: int, event: Event | BaseException) -> None:
+        deliver = self._delivers.pop(number)
+        self._cancelled.discard(number)
+        deliver(event)
 
     def _fail(self, error: BaseException) -> None:
-        self._failure = error
-        for answers in list(self._answers.values()):
-            answers.put(error)
+        with self._lock:
+            self._failure = error
+            delivers, self._delivers = self._delivers, {}
+        for deliver in delivers.values():
+            deliver(error)

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import itertools
 import json
-import queue
 import random
 import tempfile
 import threading
@@ -32,7 +31,7 @@ from kimi_mlx.errors import KimiMlxError, RingError, SshError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.sum_choice import SumChoice
-from kimi_mlx.runtime.session import RankProgress, SessionOptions
+from kimi_mlx.runtime.session import Deliver, RankProgress, SessionOptions, answer
 from kimi_mlx.store.sources import is_small
 
 BACK_OFF_S = (1.0, 10.0, 30.0)
@@ -52,15 +51,15 @@ class _Job:
     Args:
         number: of the request.
         request: as it was asked.
-        events: for whoever asked.
-        sent: the tokens that these hold.
+        deliver: to whoever asked.
+        sent: the tokens that were delivered.
         waiting: ranks that have not finished it.
         outcome: what the leader said in the end, held back until all ranks are idle.
     """
 
     number: int
     request: Request
-    events: queue.SimpleQueue[Event | KimiMlxError] = field(default_factory=queue.SimpleQueue)
+    deliver: Deliver
     sent: list[int] = field(default_factory=list)
     waiting: set[int] = field(default_factory=set)
     outcome: Finished | KimiMlxError | None = None
@@ -170,29 +169,29 @@ class RingSession:
             RingError: a rank was lost, and the ring could not be started again.
             KimiMlxError: the ranks refuse the request.
         """
+        return answer(self, request)
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        """Answer a request; returns its number."""
         if request.sampling.temperature > 0 and request.sampling.seed is None:
             # drawn here, so that an answer goes on alike after a start anew
             request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
-        job = _Job(next(self._numbers), request)
+        job = _Job(next(self._numbers), request, deliver)
         with self._lock:
             if self._failure is not None:
-                raise self._failure
+                deliver(self._failure)
+                return job.number
             self._jobs[job.number] = job
             if self._is_up:
                 self._ask(job)
             elif self._interruption is not None:
-                job.events.put(self._interruption)
-        is_over = False
-        try:
-            while not is_over:
-                event = job.events.get()
-                is_over = isinstance(event, Finished | KimiMlxError)
-                if isinstance(event, KimiMlxError):
-                    raise event
-                yield event
-        finally:
-            if not is_over:
-                self._cancel(job)
+                deliver(self._interruption)
+        return job.number
+
+    def withdraw(self, number: int) -> None:
+        """Ask a request to stop soon."""
+        if (job := self._jobs.get(number)) is not None:
+            self._cancel(job)
 
     def cancel(self) -> None:
         """Ask the running requests to stop; safe from a signal handler."""
@@ -297,7 +296,7 @@ class RingSession:
             wait_s = BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]
             self._interruption = Interrupted(error.message, self._lost, self._options.restarts, wait_s)
             for job in list(self._jobs.values()):
-                job.events.put(self._interruption)
+                job.deliver(self._interruption)
             self._ring.close()
             if self._is_closing.wait(wait_s):
                 return error
@@ -318,7 +317,7 @@ class RingSession:
             self._is_up = True
             for job in list(self._jobs.values()):
                 job.was_interrupted = True
-                job.events.put(Resumed(seconds))
+                job.deliver(Resumed(seconds))
                 self._ask(job)
 
     def _give_up(self, error: KimiMlxError) -> None:
@@ -342,12 +341,12 @@ class RingSession:
             return
         kind = message["kind"]
         if rank == 0 and kind == "prefilled":
-            job.events.put(Prefilled(message["done"], message["total"]))
+            job.deliver(Prefilled(message["done"], message["total"]))
         elif rank == 0 and kind == "token":
             self._lost = 0  # it goes on; a request that ends the ring again and again would not
             job.first_token_at = job.first_token_at or time.perf_counter()
             job.sent.append(message["id"])
-            job.events.put(Token(message["id"]))
+            job.deliver(Token(message["id"]))
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
             if kind == "finished":
@@ -362,4 +361,4 @@ class RingSession:
 
     def _end(self, job: _Job, outcome: Finished | KimiMlxError) -> None:
         del self._jobs[job.number]
-        job.events.put(outcome)
+        job.deliver(outcome)

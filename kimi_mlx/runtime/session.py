@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from kimi_mlx.cluster.hosts import Cluster, local_cluster
 from kimi_mlx.cluster.watch import Limits
-from kimi_mlx.engine.request import Event, Request
+from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normal_strategy
 
@@ -85,8 +86,20 @@ class SessionOptions:
         return self.folder
 
 
+Deliver = Callable[[Event | BaseException], None]
+"""Given the events of an answer, from another thread; the last is Finished, or the error that ends it."""
+
+
 class Session(Protocol):
     """A loaded model; whoever opens one closes it (contextlib.closing)."""
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        """Answer a request; returns its number at once. An error may be delivered before that."""
+        ...
+
+    def withdraw(self, number: int) -> None:
+        """Ask a request to stop soon; its Finished says `cancelled`. One that has ended is left alone."""
+        ...
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request; the last event is Finished. May be called from several threads; breaking off cancels."""
@@ -103,6 +116,27 @@ class Session(Protocol):
     def close(self) -> None:
         """Free the model and end its processes."""
         ...
+
+
+def answer(session: Session, request: Request) -> Iterator[Event]:
+    """Answer a request where it is asked; breaking off the iteration cancels it.
+
+    Raises:
+        KimiMlxError: it cannot be served, or the session has failed.
+    """
+    events = queue.SimpleQueue[Event | BaseException]()
+    number = session.submit(request, events.put)
+    is_over = False
+    try:
+        while not is_over:
+            event = events.get()
+            is_over = isinstance(event, Finished | BaseException)
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        if not is_over:
+            session.withdraw(number)
 
 
 def open_session(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Session:
