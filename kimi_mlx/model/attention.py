@@ -153,7 +153,7 @@ class Attention(nn.Module):
         return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
 
 
-def _joined(parts: Sequence[mx.array]) -> mx.array:
+def _joined(parts: list[mx.array]) -> mx.array:
     """Parts of the tokens, (B, H, length, ...), one behind the other."""
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
