@@ -170,6 +170,7 @@ class BlockStore:
 
     def _write(self, block: Block, tokens: Sequence[int], rows: mx.array) -> None:
         assert (rows.shape, rows.dtype) == (self.shape.dimensions, self.shape.dtype)
+        rows = mx.contiguous(rows)  # the writer's thread can compute nothing
         is_finite = mx.isfinite(rows).all()
         mx.async_eval(rows, is_finite)
         self._writer.write(Pending(block, tokens, rows, is_finite))

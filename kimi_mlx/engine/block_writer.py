@@ -101,6 +101,8 @@ class BlockWriter:
         except OSError as error:
             reason = "the disk is full" if is_disk_full(error) else error.strerror or str(error)
             self._fail(f"`{self._folder}` cannot be written: {reason}")
+        except RuntimeError as error:  # MLX's
+            self._fail(str(error))
         finally:
             if self._pending.get(pending.block.name) is pending:  # else it has been asked for anew
                 del self._pending[pending.block.name]
