@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kimi_mlx.text.messages import Delta, Message
 
-StopReason = Literal["stop", "length", "tool_calls", "cancelled"]
+StopReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Usage:
     """Tokens of one answer, or of several together.
 
     Args:
-        prompt: of the prompt; counted once for several answers to it.
+        prompt: of the prompt; of several answers to one, it is counted with the first.
         completion: new ones, of which `reasoning` were thought.
         cached: of the prompt, those that were not computed anew.
         reasoning: see `completion`.
@@ -172,11 +172,6 @@ def whole(items: Iterable[Item]) -> list[Answer]:
 
 
 def total_usage(answers: Iterable[End]) -> Usage:
-    """Tokens of several answers to one prompt."""
+    """Tokens of several answers."""
     ends = list(answers)
-    return Usage(
-        max((end.usage.prompt for end in ends), default=0),
-        sum(end.usage.completion for end in ends),
-        max((end.usage.cached for end in ends), default=0),
-        sum(end.usage.reasoning for end in ends),
-    )
+    return Usage(*(sum(getattr(end.usage, name) for end in ends) for name in Usage.__dataclass_fields__))

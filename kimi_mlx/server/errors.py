@@ -14,6 +14,7 @@ class ApiError(KimiMlxError):
         code: the same for programs, such as `context_length_exceeded`; None if the status says it all.
         param: the place in the body, such as `messages.0.content`.
         retry_after_s: when to try again, if that is of use.
+        allow: methods of HTTP that the path takes, if the request's is none of them.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class ApiError(KimiMlxError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ):
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
 
 def api_error(error: BaseException) -> ApiError:
