@@ -1,56 +1,76 @@
-"""The server's process side: its socket, its loop, its end."""
+"""A server, from its parts; how it ends."""
 
 from __future__ import annotations
 
-import errno
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import uvicorn
-from starlette.types import ASGIApp
 
-from kimi_mlx.errors import UsageError
+from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.server.app import build_app
+from kimi_mlx.server.context import Context
+from kimi_mlx.server.metrics import Metrics
+from kimi_mlx.server.prompts import Model
 from kimi_mlx.server.protocol import PatientProtocol
+from kimi_mlx.server.security import Security
+from kimi_mlx.server.served import Served
 from kimi_mlx.server.service import Service
+from kimi_mlx.units import MB
 
 KEEP_ALIVE_S = 75
+"""For connections without a request: longer than clients keep them."""
+
 END_LIMIT_S = 10
-BACKLOG = 512
+"""For clients to take the end of their answers."""
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take an address, before anything is loaded; port 0 takes any.
+@dataclass(frozen=True)
+class ServingOptions:
+    """How to serve.
 
-    Raises:
-        UsageError: it is taken, or not ours.
+    Args:
+        security: who may ask.
+        most_waiting: answers that may wait.
+        most_body_bytes: of a request.
+        log_prompts: whether the log shows bodies.
     """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(f"`{host}` is no address: {error.strerror}", hint="use --host 127.0.0.1") from error
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        if error.errno == errno.EADDRINUSE:
-            message = f"port {port} of `{host}` is taken by another program"
-            raise UsageError(message, hint=f"choose another one: --port {port + 1}") from error
-        message = f"the server cannot have port {port} of `{host}`: {error.strerror}"
-        raise UsageError(message, hint="use --host 127.0.0.1 and a --port above 1023") from error
-    return bound
+
+    security: Security = field(default_factory=Security)
+    most_waiting: int = 64
+    most_body_bytes: int = 32 * MB
+    log_prompts: bool = False
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which ends the answers before it waits for their ends.
+    """Serves a model until it is told to end: `run([socket])`.
 
     Args:
-        app: the application.
-        service: that answers.
+        session: the loaded model.
+        tokenizer: its text side.
+        served: its names.
+        instant_sampling: values of Sampling that are recommended where it does not think.
+        options: how.
     """
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: ChatTokenizer,
+        served: Served,
+        instant_sampling: Mapping[str, float],
+        options: ServingOptions,
+    ):
+        model = Model(tokenizer, served.context_tokens, instant_sampling)
+        self.service = Service(session, model, options.most_waiting, Metrics())
+        app = build_app(
+            Context(self.service, served),
+            options.security,
+            options.most_body_bytes,
+            log_prompts=options.log_prompts,
+        )
         config = uvicorn.Config(
             app,
             http=PatientProtocol,
@@ -60,14 +80,12 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=END_LIMIT_S,
         )
         super().__init__(config)
-        self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End in order."""
-        self._service.close()
+        """End the answers, then wait until their clients have taken the ends."""
+        self.service.close()
         await super().shutdown(sockets)
