@@ -124,11 +124,6 @@ class Ring:
         for process in self._ranks:
             process.send(kind, **fields)
 
-    def send_leader(self, kind: str, **fields: object) -> None:
-        """Send a message to rank 0 alone."""
-        for process in self._ranks[:1]:
-            process.send(kind, **fields)
-
     def messages(self) -> Iterator[tuple[int, Message]]:
         """Yield (rank, message) as they come, heartbeats left out, until all is over.
 

@@ -1,4 +1,4 @@
-"""The engine: sequences take turns, a step each."""
+"""The engine: sequences that run, sequences that wait, and whose turn it is."""
 
 from __future__ import annotations
 
@@ -9,106 +9,135 @@ from typing import cast
 
 import mlx.core as mx
 
+from kimi_mlx.engine.batch import Batch
 from kimi_mlx.engine.cache import CacheShelf
+from kimi_mlx.engine.chooser import Chooser, Constraint
 from kimi_mlx.engine.free_memory import agreed_chunk
-from kimi_mlx.engine.request import Event, Request, Sampling
-from kimi_mlx.engine.sampling import make_sampler, seeded
-from kimi_mlx.engine.sequence import Sequence, Turns
+from kimi_mlx.engine.request import Event, Prefilled, Request
+from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.steps import Steps
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import STAMPS, Said
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.parallel.pipeline import PipelineExchange
 
 MOST_NEWS = STAMPS // 2
 """So many new commands can be told of at a time: their numbers go around at STAMPS."""
 
-MAX_SEQUENCES = 8
-"""So many take turns; further requests wait."""
+MAX_SEQUENCES = 16
+"""So many run at a time; further requests wait."""
+
+RESERVE = 256
+"""Tokens of an answer for which there must be room when it begins."""
+
+WORTH_WAITING = 64
+"""Tokens that another prompt is just about to have read: a request that begins with them waits for it."""
 
 
 class Engine:
     """One model, or a rank's share of it, and the sequences that it is working on.
 
-    On several ranks each one is given the same requests in the same order. A turn is one step of one sequence, so all
-    ranks build the same steps; the leader alone decides to stop a sequence early.
+    On several ranks each one is given the same requests and cancellations in the same order, and so makes the same
+    steps.
 
     Args:
         model: the model; if it holds a rank's share, its exchange says who the other ranks are.
-        is_cancelled: asked on the leader whether the request of a number should stop.
         count_commands: asked on the leader how many commands it has been given in all; see `news`.
-        prefill_chunk: tokens a prefill step; None: as many as pay and fit, the same on all ranks.
-        speculate: tokens drafted a step at most, found by prompt lookup; 0 drafts none.
+        prefill_chunk: tokens of prompts a step; None: as many as pay and fit, the same on all ranks.
+        speculate: tokens drafted a step and sequence at most, found by prompt lookup; 0 drafts none.
+        constrain: makes the constraint of a grammar; None: there are no grammars.
     """
 
     def __init__(
         self,
         model: Model,
-        is_cancelled: Callable[[int], bool] = lambda number: False,
         count_commands: Callable[[], int] = lambda: 0,
         prefill_chunk: int | None = None,
         speculate: int = 0,
+        constrain: Callable[[str], Constraint] | None = None,
     ):
         self._model = model
         self._steps = Steps(model, count_commands)
-        self._is_cancelled = is_cancelled
         exchange = self._steps.exchange
-        self._prefill_chunk = prefill_chunk or agreed_chunk(
-            model, SingleGroup() if exchange is None else exchange.group
-        )
-        self._speculate = speculate
+        chunk = prefill_chunk or agreed_chunk(model, SingleGroup() if exchange is None else exchange.group)
+        self._speculate, self._constrain = speculate, constrain
         self._shelf = CacheShelf(model)
-        self._waiting: deque[tuple[int, Request, int]] = deque()
-        self._turns: deque[tuple[int, Sequence, Turns[None]]] = deque()
+        # In a pipeline as many batches as ranks are on their way at once.
+        num_batches = 1 if self._steps.pipeline is None else self._steps.pipeline.group.size
+        self._batches = deque(Batch(self._steps, self._shelf, self._hear, chunk, speculate) for _ in range(num_batches))
+        self._waiting: deque[Sequence] = deque()
+        self._ended: list[tuple[int, Event]] = []
         self._commands = 0
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no request."""
-        return not self._turns and not self._waiting
+        """Whether there is nothing to do."""
+        return not self._waiting and not self._ended and all(batch.is_idle for batch in self._batches)
 
     @property
     def is_prefilling(self) -> bool:
         """Whether a prompt is being read: steps take long then."""
-        return any(sequence.is_prefilling for _, sequence, _ in self._turns)
+        return any(batch.is_prefilling for batch in self._batches)
 
     def add(self, number: int, request: Request) -> None:
         """Take a request; its events come from `turn`: Prefilled (several), Token (several), Finished (once, last).
 
         Raises:
-            EngineError: an empty prompt, a foreign token id, or more tokens than the context holds.
+            EngineError: an empty prompt, a foreign token id, more tokens than the context holds, or a grammar that is
+                none.
         """
-        self._waiting.append((number, request, self._check(request)))
+        max_tokens = self._check(request)
+        constraint = None
+        if request.grammar is not None and self._steps.has_head:
+            if self._constrain is None:
+                raise EngineError("answers cannot be kept to a grammar here")
+            constraint = self._constrain(request.grammar)
+        chooser = Chooser(request, self._model.config.vocab_size, self._seed(request), constraint)
+        self._waiting.append(Sequence(number, request, max_tokens, chooser, self._speculate))
+
+    def cancel(self, number: int) -> None:
+        """End a request, if it has not ended; its Finished says `cancelled`."""
+        for sequence in self._waiting:
+            if sequence.number == number:
+                self._waiting.remove(sequence)
+                self._ended.append((number, sequence.finished("cancelled", 0)))
+                return
+        for batch in self._batches:
+            for sequence in batch.members:
+                if sequence.number == number:
+                    batch.remove(sequence)
+                    self._ended.append((number, sequence.finished("cancelled", mx.get_peak_memory())))
+                    return
 
     def turn(self) -> Iterator[tuple[int, Event]]:
-        """A step of the sequence whose turn it is; yields events, each with its request's number.
+        """A step of the batch whose turn it is; yields events, each with its request's number. To be read to its end.
 
         Raises:
             RingError: a rank is lost.
         """
-        while self._waiting and len(self._turns) < MAX_SEQUENCES:
-            number, request, max_tokens = self._waiting.popleft()
-            sequence = self._begin(number, request, max_tokens)
-            self._turns.append((number, sequence, sequence.run(self._shelf)))
-        number, sequence, steps = self._turns.popleft()
-        for event in steps:
-            if event is None:
-                self._turns.append((number, sequence, steps))
+        yield from self._admit()
+        while self._ended:
+            yield self._ended.pop(0)
+        for _ in range(len(self._batches)):
+            batch = self._batches[0]
+            self._batches.rotate(-1)
+            if not batch.is_idle:
+                self._make_room(batch)
+                yield from batch.turn()
                 return
-            yield number, event
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer one request; breaking off is allowed on a single rank, the cache keeps what was computed."""
         self.add(0, request)
         try:
             while not self.is_idle:
-                for _, event in self.turn():
+                for _, event in list(self.turn()):
                     yield event
         finally:
             self._waiting.clear()
-            while self._turns:
-                self._turns.popleft()[2].close()
+            self._ended.clear()
+            for batch in self._batches:
+                batch.drop()
 
     def news(self, counted: int) -> int:
         """How many new commands to take now: the same number on all ranks at the same turn.
@@ -127,22 +156,33 @@ class Engine:
         """Forget what was kept for later requests."""
         self._shelf.clear()
 
-    def _begin(self, number: int, request: Request, max_tokens: int) -> Sequence:
-        sampler = make_sampler(request.sampling, self._model.config.vocab_size)
-        return Sequence(
-            self._steps,
-            request,
-            max_tokens,
-            seeded(sampler, self._seed(request.sampling)),
-            is_cancelled=lambda: self._is_leader and self._is_cancelled(number),
-            hear=self._hear,
-            chunk=self._prefill_chunk,
-            speculate=self._speculate,
-        )
-
     @property
-    def _is_leader(self) -> bool:
-        return self._steps.exchange is None or self._steps.exchange.is_leader
+    def _running(self) -> list[Sequence]:
+        return [sequence for batch in self._batches for sequence in batch.members]
+
+    def _admit(self) -> Iterator[tuple[int, Event]]:
+        """Begin what waits, the first first, as long as there is room."""
+        if not self._running and all(batch.is_idle for batch in self._batches):
+            mx.reset_peak_memory()
+        for sequence in list(self._waiting):
+            running = self._running
+            if len(running) >= MAX_SEQUENCES or (running and not self._has_room(sequence)):
+                return
+            if any(_is_about_to_read(other, sequence) for other in running):
+                continue
+            self._waiting.remove(sequence)
+            cache, cached = self._shelf.take(sequence.tokens)
+            sequence.begin(cache, cached)
+            min(self._batches, key=lambda batch: len(batch.members)).members.append(sequence)
+            if not sequence.generated:
+                yield sequence.number, Prefilled(cached, len(sequence.tokens))
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a sequence and the beginning of its answer would fit beside those that run."""
+        return True
+
+    def _make_room(self, batch: Batch) -> None:
+        """Make room for the batch's next step: what is idle goes first, then the youngest sequence is put back."""
 
     def _hear(self, said: Said) -> None:
         self._commands = said.commands
@@ -152,7 +192,8 @@ class Engine:
         config, length = self._model.config, len(request.prompt)
         if not length:
             raise EngineError("the prompt has no tokens")
-        foreign = [id for id in request.prompt if not 0 <= id < config.vocab_size]
+        ids = [*request.prompt, *(id for id, _ in request.logit_bias)]
+        foreign = [id for id in ids if not 0 <= id < config.vocab_size]
         if foreign:
             raise EngineError(f"token id {foreign[0]} is outside the vocabulary of {config.vocab_size}")
         left = config.max_position_embeddings - length
@@ -166,12 +207,21 @@ class Engine:
             raise EngineError(f"max_tokens is {wanted}, not at least 1")
         return left if wanted is None else min(wanted, left)
 
-    def _seed(self, sampling: Sampling) -> int | None:
+    def _seed(self, request: Request) -> int | None:
         """The seed of the random numbers, alike on every rank; the leader draws it where the request names none."""
-        seed, exchange = sampling.seed, self._steps.exchange
-        if seed is None and sampling.temperature > 0:
+        seed, exchange = request.sampling.seed, self._steps.exchange
+        if seed is None and request.sampling.temperature > 0:
             seed = random.getrandbits(24)  # as many bits as a float32 sum keeps
-            if exchange is not None and not isinstance(exchange, PipelineExchange):  # there the leader alone draws
+            if exchange is not None and self._steps.pipeline is None:  # there the leader alone draws
                 mine = mx.array([float(seed if exchange.is_leader else 0)])
                 seed = int(cast(float, exchange.group.sum(mine).item()))
         return seed
+
+
+def _is_about_to_read(other: Sequence, sequence: Sequence) -> bool:
+    """Whether a prompt that is being read has much in common with another one that is not read yet."""
+    unread = len(other.tokens) - other.fed
+    if unread < 1 or len(sequence.tokens) <= other.fed:
+        return False
+    end = other.fed + WORTH_WAITING
+    return other.tokens[:end] == sequence.tokens[:end] and len(other.tokens) >= end

@@ -1,198 +1,142 @@
-"""One sequence: prefill in chunks, then decode with one step in flight while the last token is handed out."""
+"""One sequence: what was asked, what is known of the answer, how far the model has read it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from typing import TypeVar
+from collections.abc import Iterator
 
-import mlx.core as mx
-
-from kimi_mlx.engine.cache import CacheShelf, ConversationCache
+from kimi_mlx.engine.cache import ConversationCache
+from kimi_mlx.engine.chooser import Chooser
 from kimi_mlx.engine.drafts import PromptLookup, accepted_length
-from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
-from kimi_mlx.engine.sampling import Draw
-from kimi_mlx.engine.steps import Step, Steps
-from kimi_mlx.parallel.exchange import Said
-
-Result = TypeVar("Result")
-
-Turns = Generator[Event | None, None, Result]
-"""Events, and None where another sequence may have its turn."""
+from kimi_mlx.engine.request import Finished, FinishReason, Logprobs, Request, Statistics, Token
+from kimi_mlx.model.cache import LatentCache
 
 
 class Sequence:
     """A request that is being answered.
 
     Args:
-        steps: how this rank makes steps.
+        number: of the request.
         request: what is asked.
         max_tokens: new tokens at most.
-        draw: how tokens are drawn.
-        is_cancelled: whether the leader wants to stop; false on other ranks.
-        hear: told of everything that the leader says.
-        chunk: tokens a prefill step.
+        chooser: of its tokens.
         speculate: tokens drafted a step at most.
+
+    Attributes:
+        tokens: the prompt, and what was drawn.
+        fed: how many tokens are in the cache, or on their way there; one more than are known while a step goes on from
+            a token that nobody has read yet.
+        generated: tokens drawn.
+        run: goes up when it begins, is put back and ends: what a step gives belongs to the run in which it was made.
+        draft: what may follow.
     """
 
-    def __init__(
-        self,
-        steps: Steps,
-        request: Request,
-        max_tokens: int,
-        draw: Draw,
-        is_cancelled: Callable[[], bool],
-        hear: Callable[[Said], None],
-        chunk: int,
-        speculate: int,
-    ):
-        self._steps, self._request, self._max_tokens = steps, request, max_tokens
-        self._draw, self._is_cancelled, self._hear, self._chunk = draw, is_cancelled, hear, chunk
-        self._speculate = speculate
-        self._generated = self._decode_steps = 0
-        self._first_token_at: float | None = None
-        self.is_prefilling = True
-        """Until the prompt is read."""
+    def __init__(self, number: int, request: Request, max_tokens: int, chooser: Chooser, speculate: int):
+        self.number, self.request, self.max_tokens, self.chooser = number, request, max_tokens, chooser
+        self.tokens = list(request.prompt)
+        self.fed = self.generated = self.run = 0
+        self.draft: tuple[int, ...] = ()
+        self.cache: ConversationCache | None = None
+        self._lookup = PromptLookup(speculate) if speculate else None
+        if self._lookup is not None:
+            self._lookup.extend(request.prompt)
+        self._cached: int | None = None
+        self._steps = 0
+        self._started = self._first_token_at = 0.0
 
-    def run(self, shelf: CacheShelf) -> Turns[None]:
-        """Answer; what was computed stays on the shelf."""
-        started = time.perf_counter()
-        mx.reset_peak_memory()
-        prompt = self._request.prompt
-        cache, cached = shelf.take(prompt)
-        try:
-            step = yield from self._prefill(cache, cached)
-            reason: FinishReason = "cancelled"
-            if step is not None:
-                self.is_prefilling = False
-                decode = self._decode_drafts if self._speculate else self._decode
-                reason = yield from decode(step, cache)
-        finally:
-            cache.settle()
-            shelf.give_back(cache)
-        ended = time.perf_counter()
-        first_token_at = self._first_token_at or ended
-        yield Finished(
-            reason,
-            Statistics(
-                prompt_tokens=len(prompt),
-                cached_tokens=cached,
-                generated_tokens=self._generated,
-                ttft_s=first_token_at - started,
-                decode_s=ended - first_token_at,
-                peak_memory_bytes=mx.get_peak_memory(),
-                decode_steps=self._decode_steps,
-            ),
-        )
+    @property
+    def layers(self) -> list[LatentCache]:
+        """Its cache, layer by layer."""
+        assert self.cache is not None
+        return self.cache.layers
 
-    def _prefill(self, cache: ConversationCache, cached: int) -> Turns[Step | None]:
-        """Feed the prompt; returns the step of its last chunk, None if stopped before."""
-        prompt, step = self._request.prompt, None
-        total = len(prompt)
-        yield Prefilled(cached, total)
-        for start in range(cached, total, self._chunk):
-            chunk = prompt[start : start + self._chunk]
-            is_last = start + len(chunk) == total
-            step = self._start(mx.array([chunk]), cache, last=int(is_last))
-            cache.tokens.extend(chunk)
-            yield None
-            self._steps.wait(step, cache.layers)
-            if not is_last and self._is_stopped(self._steps.said(step)):
-                return None
-            yield Prefilled(start + len(chunk), total)
-        return step
+    @property
+    def room(self) -> int:
+        """New tokens that may still come."""
+        return self.max_tokens - self.generated
 
-    def _decode(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
-        """Draw tokens; the next step is started before a token is read."""
-        while True:
-            drawn, following = self._steps.draw(step, self._draw), None
-            if self._generated + 1 < self._max_tokens:
-                following = self._start(mx.zeros((1, 1), mx.uint32) if drawn is None else drawn[None], cache, ahead=1)
-            yield None
-            tokens, said = self._steps.read(step, following)
-            is_stopped = self._is_stopped(said)
-            yield from self._hand_out(tokens)
-            self._generated += not tokens  # the last one, which only the leader knows
-            if following is None or tokens[-1] in self._request.stop_ids or is_stopped:
-                if following is not None:
-                    self._steps.give_up(following)
-                return self._reason(tokens)
-            cache.tokens += tokens
-            self._decode_steps += 1
-            step = following
+    def begin(self, cache: ConversationCache, cached: int) -> None:
+        """Go on with a cache that holds the first tokens."""
+        self.cache, self.fed = cache, cached
+        self.run += 1
+        if self._cached is None:
+            self._cached = cached
+            self._started = time.perf_counter()
 
-    def _decode_drafts(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
-        """Draw tokens, and with each step check a draft of those behind it."""
-        if not self._steps.has_head:
-            return (yield from self._follow(step, cache))
-        lookup = PromptLookup(self._speculate)
-        lookup.extend(self._request.prompt)
-        self._steps.draw(step, self._draw)  # in this turn: other sequences draw behind it
-        fed: list[int] = []
-        draft: tuple[int, ...] = ()
-        while True:
-            yield None
-            self._steps.draw(step, self._draw)
-            tokens, said = self._steps.read(step)
-            accepted = accepted_length(draft, tokens)
-            lookup.judge(len(draft), accepted)
-            tokens = self._until_stop(tokens[: accepted + 1])
-            kept = fed[: len(tokens)]
-            cache.tokens += kept
-            cache.settle()
-            yield from self._hand_out(tokens)
-            lookup.extend(tokens)
-            room = self._max_tokens - self._generated
-            if self._is_stopped(said) or not room or tokens[-1] in self._request.stop_ids:
-                self._steps.lead(0, kept)
-                return self._reason(tokens)
-            draft = lookup.draft(room - 1)
-            fed = [tokens[-1], *draft]
-            self._steps.lead(len(fed), kept)
-            step = self._start(mx.array([fed]), cache, last=len(fed))
-            self._decode_steps += 1
+    def end(self) -> ConversationCache:
+        """End its run; returns the cache, with what was computed."""
+        assert self.cache is not None
+        cache, self.cache, self.draft = self.cache, None, ()
+        self.run += 1
+        cache.settle()
+        return cache
 
-    def _follow(self, step: Step, cache: ConversationCache) -> Turns[FinishReason]:
-        """What the ranks of a pipeline do that do not draw, in the leader's turns: it says how long each step is."""
-        while True:
-            yield None
-            self._is_stopped(self._steps.said(step))
-            length, kept = self._steps.follow()
-            cache.tokens += kept
-            cache.settle()
-            if not length:
-                return "stop"
-            step = self._start(mx.zeros((1, length), mx.uint32), cache, last=length)
+    def feed(self, count: int) -> tuple[int, ...]:
+        """The next tokens that are known, so many at most; they count as fed."""
+        assert self.cache is not None
+        chunk = self.tokens[self.fed : self.fed + count]
+        self.cache.tokens += chunk
+        self.fed += len(chunk)
+        return tuple(chunk)
 
-    def _start(self, tokens: mx.array, cache: ConversationCache, last: int = 1, ahead: int = 0) -> Step:
-        """Start a step.
-
-        Args:
-            tokens: (1, L).
-            cache: of the sequence.
-            last: tokens to draw.
-            ahead: tokens that are drawn and not handed out.
-        """
-        position = len(self._request.prompt) + self._generated + ahead
-        return self._steps.start(tokens, cache.layers, self._is_cancelled(), self._draw, last, position)
-
-    def _hand_out(self, tokens: list[int]) -> Turns[None]:
-        for token in tokens:
-            self._generated += 1
-            self._first_token_at = self._first_token_at or time.perf_counter()
-            yield Token(token)
-
-    def _until_stop(self, tokens: list[int]) -> list[int]:
+    def until_stop(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first that ends the answer."""
-        end = next((at for at, token in enumerate(tokens) if token in self._request.stop_ids), len(tokens))
+        stop_ids = self.request.stop_ids
+        end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
         return tokens[: end + 1]
 
-    def _reason(self, tokens: list[int]) -> FinishReason:
-        """Why the answer has ended with these tokens."""
-        if tokens and tokens[-1] in self._request.stop_ids:
-            return "stop"
-        return "length" if self._generated == self._max_tokens else "cancelled"
+    def accept(self, drawn: list[int]) -> list[int]:
+        """Of the tokens behind each one of a draft those that count: up to the first that is not the draft's."""
+        accepted = accepted_length(self.draft, drawn)
+        if self._lookup is not None:
+            self._lookup.judge(len(self.draft), accepted)
+        return self.until_stop(drawn[: accepted + 1])
 
-    def _is_stopped(self, said: Said) -> bool:
-        self._hear(said)
-        return said.is_stopped
+    def settle_draft(self, kept: list[int]) -> None:
+        """Forget what was fed of a draft and is not kept; the last of the kept tokens was not fed."""
+        assert self.cache is not None
+        self.cache.tokens += kept[:-1]
+        self.cache.settle()
+        self.fed = len(self.tokens) + len(kept) - 1
+        self.draft = ()
+
+    def next_draft(self) -> tuple[int, ...]:
+        """What may follow the tokens that are known."""
+        return () if self._lookup is None else self._lookup.draft(self.room - 1)
+
+    def take(self, tokens: list[int], logprobs: list[Logprobs | None]) -> Iterator[Token]:
+        """Tokens were drawn."""
+        self._steps += bool(self.generated)
+        self._first_token_at = self._first_token_at or time.perf_counter()
+        if self._lookup is not None:
+            self._lookup.extend(tokens)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            self.tokens.append(token)
+            self.generated += 1
+            self.chooser.advance(token)
+            yield Token(token, logprob)
+
+    @property
+    def reason(self) -> FinishReason | None:
+        """Why the answer has ended, if it has."""
+        if self.generated and self.tokens[-1] in self.request.stop_ids:
+            return "stop"
+        return None if self.room > 0 else "length"
+
+    def finished(self, reason: FinishReason, peak_memory_bytes: int) -> Finished:
+        """The end, with its figures."""
+        now = time.perf_counter()
+        started = self._started or now
+        first = self._first_token_at or now
+        return Finished(
+            reason,
+            Statistics(
+                prompt_tokens=len(self.request.prompt),
+                cached_tokens=self._cached or 0,
+                generated_tokens=self.generated,
+                ttft_s=first - started,
+                decode_s=now - first,
+                peak_memory_bytes=peak_memory_bytes,
+                decode_steps=self._steps,
+            ),
+        )

@@ -1,21 +1,21 @@
-"""One step of the model on this rank: started early, its token drawn, what the leader said with it read.
+"""One step of the model on this rank: started early, its tokens drawn, what the leader said with it read.
 
 Three kinds of ranks make the same steps. Alone, or with a part of every layer, a rank draws each token itself. In a
-pipeline the leader alone draws: it takes the states of a step back only when it is the sequence's turn again, so that
-the steps of several sequences are on their way at once; the others learn a token from the step that follows.
+pipeline the leader alone draws: it takes the states of a step back only when it is the batch's turn again, so that
+the steps of several batches are on their way at once; the others learn a token from the step that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
 
-from kimi_mlx.engine.sampling import Draw
-from kimi_mlx.model.cache import LatentCache
-from kimi_mlx.model.decoder import Model
+from kimi_mlx.engine.draw import Drawn, draw_rows
+from kimi_mlx.engine.row import Row
+from kimi_mlx.model.decoder import Model, Part
 from kimi_mlx.parallel.exchange import RankExchange, Said, Told
 from kimi_mlx.parallel.pipeline import PipelineExchange
 
@@ -25,20 +25,29 @@ class Step:
     """A step on its way.
 
     Args:
+        rows: what it has of each sequence.
         hidden: what the model has given, to be evaluated.
-        is_stopped: whether the leader wanted the sequence to end; false on other ranks.
+        commands: how many the leader had when it began; not known to other ranks.
         told: what came with it; None without others.
-        last: how many tokens are drawn from it, behind each of its last positions.
-        position: of the first of them in its sequence.
-        tokens: (last,) drawn; None if they are not yet, or not here.
+        drawn: from it; None if nothing is yet, or not here.
     """
 
+    rows: list[Row]
     hidden: mx.array
-    is_stopped: bool
-    told: Told | None
-    last: int
-    position: int
-    tokens: mx.array | None = None
+    commands: int
+    told: Told | None = None
+    drawn: Drawn | None = None
+    asked: int = field(init=False)
+    """Tokens that are drawn from it."""
+
+    def __post_init__(self) -> None:
+        """Count."""
+        self.asked = sum(row.last for row in self.rows)
+
+    @property
+    def length(self) -> int:
+        """Tokens of it."""
+        return sum(row.length for row in self.rows)
 
 
 class Steps:
@@ -61,73 +70,53 @@ class Steps:
         return self._exchange
 
     @property
+    def pipeline(self) -> PipelineExchange | None:
+        """The same, if the ranks have layers one behind the other."""
+        return self._pipeline
+
+    @property
     def has_head(self) -> bool:
         """Whether this rank draws tokens."""
         return self._model.has_head
 
-    def lead(self, length: int, kept: Sequence[int]) -> None:
-        """Tell the other ranks of a pipeline how long the next step is; nobody else needs to hear it.
-
-        Args:
-            length: tokens of the step; 0 if there is none.
-            kept: of the tokens of the step before, those that stay in the cache.
-        """
-        if self._pipeline is not None:
-            self._pipeline.lead(length, kept)
-
-    def follow(self) -> tuple[int, tuple[int, ...]]:
-        """What the leader has told by `lead`; waits for it."""
-        assert self._pipeline is not None
-        return self._pipeline.follow()
-
-    def start(
-        self,
-        tokens: mx.array,
-        layers: list[LatentCache],
-        is_stopped: bool,
-        draw: Draw,
-        last: int = 1,
-        position: int = 0,
-    ) -> Step:
+    def start(self, rows: list[Row], before: Step | None) -> Step:
         """Start a step; it is computed while others are built.
 
         Args:
-            tokens: (1, L) integers.
-            layers: the sequence's cache.
-            is_stopped: whether the leader wants the sequence to end.
-            draw: how tokens are drawn.
-            last: how many: behind so many positions at the end.
-            position: of the first of them.
+            rows: what it has of each sequence; those that go on from a token of the step before come first.
+            before: the step before, if there are such.
         """
+        commands = self._count_commands()
         if self._exchange is not None:
-            self._exchange.say(is_stopped, self._count_commands())
-        step = Step(self._model.hidden(tokens, layers, last), is_stopped, None, last, position)
-        if last and self._pipeline is None:
-            self._draw(step, draw)
+            self._exchange.say(commands, sum(row.source is not None for row in rows))
+        parts = [Part(row.sequence.layers, row.length, row.last) for row in rows]
+        step = Step(rows, self._model.hidden(self._tokens(rows, before), parts), commands)
         if self._exchange is not None:
-            if not last:
+            if not step.asked:
                 self._exchange.close(step.hidden)
-            step.told = self._exchange.told
-        mx.async_eval(self._arrays(step, layers))
+            if not step.asked or self._pipeline is not None:
+                step.told = self._exchange.told
+        mx.async_eval(self._arrays(step))
         return step
 
-    def wait(self, step: Step, layers: list[LatentCache]) -> None:
+    def wait(self, step: Step) -> None:
         """Wait until a step is computed, as far as it is computed here."""
-        mx.eval(self._arrays(step, layers))
+        mx.eval(self._arrays(step))
 
-    def draw(self, step: Step, draw: Draw) -> mx.array | None:
-        """The tokens (last,) of a step, not waited for; None where they are not known."""
-        if step.tokens is None and self._model.has_head:
-            self._draw(step, draw)
-            step.told = None if self._exchange is None else self._exchange.told
-        return step.tokens
+    def draw(self, step: Step) -> None:
+        """Draw the tokens of a step, where they are known; they are not waited for."""
+        if step.drawn is not None or not step.asked or not self._model.has_head:
+            return
+        if self._exchange is not None and self._pipeline is None:
+            self._exchange.say(step.commands, 0)
+        step.drawn = draw_rows(self._model.logits(step.hidden)[0], step.rows)
+        told: list[mx.array] = []
+        if self._exchange is not None:
+            step.told = self._exchange.told
+            told = step.told.arrays
+        mx.async_eval(step.drawn.arrays, *told)
 
-    def give_up(self, step: Step) -> None:
-        """Let a step be computed whose tokens nobody wants."""
-        if step.tokens is None and self._model.has_head:
-            mx.async_eval(self._model.logits(step.hidden))
-
-    def read(self, step: Step, following: Step | None = None) -> tuple[list[int], Said]:
+    def read(self, step: Step, following: Step | None = None) -> tuple[dict[int, list[int]], Said]:
         """The tokens of a step, and what the leader said; waits for them.
 
         Args:
@@ -135,28 +124,38 @@ class Steps:
             following: the step that was started with them.
 
         Returns:
-            The tokens, none where they are not known and not needed, and what the leader said.
+            By number of a row its tokens, none where they are not known and not needed, and what the leader said.
         """
         # Between ranks that add, what is said comes behind the work: that of the step before is ready.
         is_ahead = self._exchange is None or self._pipeline is not None
-        said = self.said(following if is_ahead and following is not None else step)
-        if step.tokens is not None:
-            return cast(list[int], step.tokens.tolist()), said
-        return list(said.tokens) if following is not None else [], said
+        said = self._said(following if is_ahead and following is not None else step)
+        if step.drawn is not None:
+            return step.drawn.read(step.rows), said
+        if not step.asked:
+            self.wait(step)
+        sources = [] if following is None else [row.source for row in following.rows if row.source is not None]
+        return {source: [token] for source, token in zip(sources, said.tokens, strict=False)}, said
 
-    def said(self, step: Step) -> Said:
+    def _tokens(self, rows: list[Row], before: Step | None) -> mx.array:
+        """The tokens of a step, (1, L); those that this rank does not know are 0."""
+        picks = [cast(Step, before).rows[row.source].first for row in rows if row.source is not None]
+        known = [token for row in rows if row.source is None for token in row.tokens]
+        if not picks:
+            return mx.array([known])
+        if before is None or before.drawn is None:
+            return mx.array([[0] * len(picks) + known])
+        drawn = before.drawn.tokens
+        if picks != list(range(drawn.size)):
+            drawn = drawn[mx.array(picks)]
+        return (mx.concatenate([drawn, mx.array(known, drawn.dtype)]) if known else drawn)[None]
+
+    def _said(self, step: Step) -> Said:
         """What the leader said with a step."""
         if self._exchange is None or step.told is None:
-            return Said(step.is_stopped, commands=0)
+            return Said(step.commands)
         return self._exchange.read(step.told)
 
-    def _draw(self, step: Step, draw: Draw) -> None:
-        logits = self._model.logits(step.hidden)
-        drawn = [draw(logits[:, at], step.position + at) for at in range(step.last)]
-        step.tokens = drawn[0] if step.last == 1 else mx.concatenate(drawn)
-
-    def _arrays(self, step: Step, layers: Sequence[LatentCache]) -> list[mx.array]:
+    def _arrays(self, step: Step) -> list[mx.array]:
         told = [] if step.told is None else step.told.arrays
-        if step.tokens is not None:
-            return [step.tokens, *told]
+        layers = [layer for row in step.rows if row.is_alive for layer in row.sequence.layers]
         return [step.hidden, *told, *(array for layer in layers for array in layer.state)]

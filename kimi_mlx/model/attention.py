@@ -7,6 +7,8 @@ Source: DeepSeek-V2 (https://arxiv.org/abs/2405.04434) and DeepSeek-V3 (https://
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -15,12 +17,9 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.rope import is_gpu
 from kimi_mlx.model.sizes import expanded_width, heads_at_once
-from kimi_mlx.model.step import Step
+from kimi_mlx.model.step import Segment, Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
-
-ABSORB_MAX_LENGTH = 8
-"""Up to this many new tokens attend in the latent space: cheaper than expanding T cached tokens into heads."""
 
 FUSED_HEAD_DIMS = frozenset({64, 72, 80, 96, 128, 192, 256})
 """Head widths for which MLX's Metal attention never writes the scores (queries and values of equal width)."""
@@ -47,7 +46,7 @@ class KeyProjection(Matrix):
 
 
 class Attention(nn.Module):
-    """One layer's attention over a LatentCache; with some of the heads, that rank's part of the sum over all."""
+    """One layer's attention over LatentCaches; with some of the heads, that rank's part of the sum over all."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
         super().__init__()
@@ -66,23 +65,21 @@ class Attention(nn.Module):
         self.unembed_out = Matrix(weights.matrix("self_attn.unembed_out"))
         self.o_proj = Linear(weights.matrix("self_attn.o_proj"))
 
-    def __call__(self, x: mx.array, cache: LatentCache, step: Step, last: int | None = None) -> mx.array:
-        """Attention, causal after the tokens already in the cache.
+    def __call__(self, x: mx.array, caches: Sequence[LatentCache], step: Step, asking: Step) -> mx.array:
+        """Attention of each sequence, causal after the tokens already in its cache.
 
         Args:
             x: (B, L, D).
-            cache: gets all L tokens.
-            step: of these L tokens after those in the cache.
-            last: how many of the L tokens ask, the last M; all if None.
+            caches: of each sequence; they get all L tokens.
+            step: of these L tokens after those in the caches.
+            asking: the M of them that ask.
 
         Returns:
             (B, M, D).
         """
-        B, L, _ = x.shape
-        asking = step if last is None else step.last(last)
-        M = asking.length
+        B, M = x.shape[0], asking.length
         qkv = self.qkv_a_proj(x)
-        q = qkv[:, L - M :, : self.q_dim]
+        q = asking.pick(qkv[..., : self.q_dim])
         latent = qkv[..., self.q_dim : self.q_dim + self.latent_dim]
         k_rope = qkv[..., self.q_dim + self.latent_dim :]
         if "q_b_proj" in self:
@@ -92,30 +89,44 @@ class Attention(nn.Module):
         q_rope = asking.rotate(q_rope)
         k_rope = step.rotate(k_rope[:, None])  # (B, 1, L, P)
         latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], NORM_EPS_LATENT)[:, None]  # (B, 1, L, R)
-        keys = cache.update_and_fetch(mx.concatenate([latent, k_rope], axis=-1))  # (B, 1, T, R + P)
-        if M <= ABSORB_MAX_LENGTH:
-            out = self._absorbed(q_nope, q_rope, keys, asking)
-        else:
-            out = self._expanded(q_nope, q_rope, keys, asking)  # (B, H, M, V)
+        rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
+        keys = [
+            cache.update_and_fetch(rows[:, :, segment.start : segment.stop])  # (B, 1, T, R + P)
+            for segment, cache in zip(step.segments, caches, strict=True)
+        ]
+        out = self._attend(q_nope, q_rope, keys, asking)  # (B, H, M, V)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, M, -1))
 
-    def _absorbed(self, q_nope: mx.array, q_rope: mx.array, keys: mx.array, step: Step) -> mx.array:
-        """Attention in the latent space, for a few queries: the cache itself is key and value."""
-        B, H, L, _ = q_nope.shape
-        q = mx.concatenate([self.embed_q.absorb(q_nope), q_rope], axis=-1)  # (B, H, L, R + P)
-        q = q.reshape(B, 1, H * L, -1)
-        # addmm scales and masks within the one matrix product.
-        scores = mx.addmm(step.mask(H, q.dtype), q, keys.swapaxes(-1, -2), alpha=self.scale)  # (B, 1, H * L, T)
-        probabilities = mx.softmax(scores, axis=-1, precise=True)
-        out = probabilities @ keys[..., : self.latent_dim]  # (B, 1, H * L, R)
-        return self.unembed_out.matmul(out.reshape(B, H, L, -1))
+    def _attend(self, q_nope: mx.array, q_rope: mx.array, keys: Sequence[mx.array], step: Step) -> mx.array:
+        """Each segment over its own keys; what needs no keys is done for all short ones at once."""
+        pairs = [(segment, key) for segment, key in zip(step.segments, keys, strict=True) if segment.length]
+        outs: list[mx.array] = []
+        if short := step.short:
+            q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
+            attended = [self._absorbed(q, key, segment) for segment, key in pairs if segment.stop <= short]
+            outs.append(self.unembed_out.matmul(_joined(attended)))
+        if step.length > short:
+            q = mx.concatenate([q_nope, q_rope], axis=-1)
+            outs += [self._expanded(q, key, segment) for segment, key in pairs if segment.stop > short]
+        return _joined(outs)
 
-    def _expanded(self, q_nope: mx.array, q_rope: mx.array, keys: mx.array, step: Step) -> mx.array:
+    def _absorbed(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
+        """Attention in the latent space, for a few queries: the cache itself is key and value; (B, H, length, R)."""
+        q = q[:, :, segment.start : segment.stop]
+        B, H, L, width = q.shape
+        # addmm scales and masks within the one matrix product.
+        scores = mx.addmm(
+            segment.mask(H, q.dtype), q.reshape(B, 1, H * L, width), keys.swapaxes(-1, -2), alpha=self.scale
+        )  # (B, 1, H * L, T)
+        probabilities = mx.softmax(scores, axis=-1, precise=True)
+        return (probabilities @ keys[..., : self.latent_dim]).reshape(B, H, L, -1)
+
+    def _expanded(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
         """Attention by heads, for prefill; neither all scores nor, in a long context, all keys are ever there."""
-        q = mx.concatenate([q_nope, q_rope], axis=-1)
+        q = q[:, :, segment.start : segment.stop]
         if is_fused(q.shape[-1], self.unembed_out.rows):
             return self._fused(q, keys)
-        return attend(q * self.scale, keys, self._expand, step.diagonal)
+        return attend(q * self.scale, keys, self._expand, segment.diagonal)
 
     def _fused(self, q: mx.array, keys: mx.array) -> mx.array:
         """One kernel that never stores the scores, with the keys of as many heads at once as fit."""
@@ -140,6 +151,11 @@ class Attention(nn.Module):
         k_nope = self.embed_q.expand(latent, heads)
         k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
         return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """Parts of the tokens, (B, H, length, ...), one behind the other."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def is_fused(q_dim: int, v_dim: int) -> bool:

@@ -6,6 +6,7 @@ Letters: B batch, L length, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +19,21 @@ from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.step import Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Embedding, Linear
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step has of one sequence.
+
+    Args:
+        cache: of each layer, from make_cache.
+        length: new tokens, at least one.
+        last: of how many of them, at the end, logits will be asked; 0 if only the cache is wanted.
+    """
+
+    cache: list[LatentCache]
+    length: int
+    last: int = 1
 
 
 class Exchange:
@@ -44,9 +60,15 @@ class Exchange:
         """The states (B, L, D) of tokens (B, L), from the rank with the layers before ours."""
         raise NotImplementedError("only a rank without the embedding receives states")
 
-    def hand_on(self, hidden: mx.array, tokens: mx.array, last: int) -> mx.array:
-        """Give states (B, L, D) to the rank with the layers behind ours; see Model.hidden."""
-        return hidden[:, hidden.shape[1] - last :]
+    def hand_on(self, hidden: mx.array, tokens: mx.array, asked: int) -> mx.array:
+        """Give states to the rank with the layers behind ours; see Model.hidden.
+
+        Args:
+            hidden: (B, L, D), or of the asked ones alone if nobody has layers behind ours.
+            tokens: (B, L), whose states they are.
+            asked: of how many logits will be asked.
+        """
+        return hidden[:, :asked]
 
     def take_back(self, hidden: mx.array) -> mx.array:
         """The states that hand_on has promised: those behind the last layer."""
@@ -69,10 +91,10 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, weights)
         self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
 
-    def __call__(self, x: mx.array, cache: LatentCache, step: Step, last: int | None = None) -> mx.array:
-        """(B, L, D) -> (B, L, D), or (B, last, D) for the last tokens alone; all L are in the cache then."""
-        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), cache, step, last)
-        x = self._exchange.add_attention(x if last is None else x[:, -last:], attended)
+    def __call__(self, x: mx.array, caches: Sequence[LatentCache], step: Step, asking: Step) -> mx.array:
+        """(B, L, D) -> (B, M, D), the states of the M tokens that ask; all L are in the caches then."""
+        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), caches, step, asking)
+        x = self._exchange.add_attention(asking.pick(x), attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         residual = x if self._exchange.adds_residual else None
         return self._exchange.sum_experts(self.mlp(h, residual))
@@ -126,30 +148,33 @@ class Model(nn.Module):
             (batch, length, vocab_size) in the compute dtype; on the ranks of a pipeline without the head what they
             hand on, to be evaluated by them.
         """
-        hidden = self.hidden(tokens, cache or self.make_cache(), last=tokens.shape[1])
+        length = tokens.shape[1]
+        hidden = self.hidden(tokens, [Part(cache or self.make_cache(), length, length)])
         return self.logits(hidden) if self.has_head else hidden
 
-    def hidden(self, tokens: mx.array, cache: list[LatentCache], last: int = 1) -> mx.array:
-        """States before the last norm: (B, L) -> (B, last, D); extends the cache.
+    def hidden(self, tokens: mx.array, parts: Sequence[Part]) -> mx.array:
+        """States before the last norm: (B, L) -> (B, M, D); extends the caches.
 
         Args:
-            tokens: (B, L) integers; in a pipeline only rank 0 looks at them.
-            cache: from make_cache.
-            last: of how many positions at the end logits will be asked, the last layer computes no others; 0 if only
-                the cache is wanted.
+            tokens: (B, L) integers, those of each part behind those of the one before; in a pipeline only rank 0
+                looks at them. B is 1 if there are several parts.
+            parts: the sequences whose tokens they are; the last layer computes only the M states that are asked for.
 
         Returns:
             What `logits` takes. On the ranks of a pipeline it is what they hand on, to be evaluated by all of them.
         """
         x = self.embed_tokens(tokens) if "embed_tokens" in self else self.exchange.receive(tokens)
-        step = Step(self._rope, cache[0].offset, tokens.shape[1])
-        for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
-            x = layer(x, layer_cache, step)
-        x = self.layers[-1](x, cache[-1], step, None if self.exchange.is_passed_on else max(last, 1))
-        return self.exchange.hand_on(x, tokens, last)
+        step = Step(self._rope, [(part.cache[0].offset, part.length) for part in parts])
+        caches = list(zip(*(part.cache for part in parts), strict=True))
+        for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):
+            x = layer(x, layer_caches, step, step)
+        asked = [part.last for part in parts]
+        num_asked = sum(asked)
+        asking = step if self.exchange.is_passed_on else step.last(asked if num_asked else [1, *asked[1:]])
+        return self.exchange.hand_on(self.layers[-1](x, caches[-1], step, asking), tokens, num_asked)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(B, last, D) -> (B, last, vocab_size), in the order of the calls of `hidden`."""
+        """(B, M, D) -> (B, M, vocab_size), in the order of the calls of `hidden`."""
         h = mx.fast.rms_norm(self.exchange.take_back(hidden), self["norm"], self.config.rms_norm_eps)
         return self.exchange.gather_vocabulary(self.lm_head(h))
 

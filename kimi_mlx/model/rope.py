@@ -6,8 +6,10 @@ Letters: B batch, H heads, L length, P qk_rope_head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from kimi_mlx.model.config import ModelConfig, YarnScaling, yarn_mscale
 
@@ -28,22 +30,27 @@ class Rope:
             else yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
         )
 
-    def at(self, offset: int, length: int) -> Rotation:
-        """The rotation of `length` positions from `offset` on."""
-        return FastRotation(self, offset) if is_gpu() else ComplexRotation(self, offset, length)
+    def at(self, runs: Sequence[tuple[int, int]]) -> Rotation:
+        """The rotation of runs of positions, one behind the other: (first position, length) of each."""
+        return FastRotation(self, runs) if is_gpu() else ComplexRotation(self, runs)
 
 
 class FastRotation:
     """One kernel for each array that is rotated; the angles are computed in it."""
 
-    def __init__(self, rope: Rope, offset: int):
-        self._rope, self._offset = rope, offset
+    def __init__(self, rope: Rope, runs: Sequence[tuple[int, int]]):
+        self._rope, self._is_run = rope, len(runs) == 1
+        self._offset = runs[0][0] if self._is_run else positions(runs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Rotate x: (B, H, L, P)."""
+        """Rotate x: (B, H, L, P); B is 1 if there are several runs."""
+        if self._rope.magnitude != 1.0:
+            x = x * self._rope.magnitude
+        return self._rotate(x) if self._is_run else self._rotate(x.swapaxes(0, 2)).swapaxes(0, 2)
+
+    def _rotate(self, x: mx.array) -> mx.array:
+        """The kernel takes an offset for each of a batch: so each token of several runs is one of its own there."""
         rope = self._rope
-        if rope.magnitude != 1.0:
-            x = x * rope.magnitude
         return mx.fast.rope(
             x, rope.dims, traditional=True, base=None, scale=1.0, offset=self._offset, freqs=rope.periods
         )
@@ -55,9 +62,8 @@ class ComplexRotation:
     On the CPU mx.fast.rope is some twenty kernels, cosines and sines among them, twice a layer.
     """
 
-    def __init__(self, rope: Rope, offset: int, length: int):
-        positions = mx.arange(offset, offset + length, dtype=mx.float32)
-        angles = positions[:, None] * (1.0 / rope.periods)  # (L, P / 2)
+    def __init__(self, rope: Rope, runs: Sequence[tuple[int, int]]):
+        angles = positions(runs).astype(mx.float32)[:, None] * (1.0 / rope.periods)  # (L, P / 2)
         self._turns = rope.magnitude * (mx.cos(angles) + 1j * mx.sin(angles))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -67,6 +73,14 @@ class ComplexRotation:
 
 
 Rotation = FastRotation | ComplexRotation
+
+
+def positions(runs: Sequence[tuple[int, int]]) -> mx.array:
+    """Runs of positions one behind the other, (L,) int32."""
+    if len(runs) == 1:
+        (start, length), *_ = runs
+        return mx.arange(start, start + length)
+    return mx.array(np.concatenate([np.arange(start, start + length, dtype=np.int32) for start, length in runs]))
 
 
 def is_gpu() -> bool:

@@ -15,8 +15,8 @@ from kimi_mlx.parallel.group import Group
 STAMPS = 251
 """Numbers of steps and commands go around here: whole numbers up to 256 are exact in bfloat16."""
 
-WORD_SIZE = 3
-"""Step number, whether to stop, commands."""
+WORD_SIZE = 2
+"""Step number, commands."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,10 @@ class Said:
     """What the leader said.
 
     Args:
-        is_stopped: whether the sequence of the step is to end.
         commands: how many commands the leader had in all when it said so, going around at STAMPS.
-        tokens: the tokens of the step, where a rank does not know them otherwise.
+        tokens: those of the step that were told, where a rank does not know them otherwise.
     """
 
-    is_stopped: bool
     commands: int
     tokens: tuple[int, ...] = ()
 
@@ -69,7 +67,7 @@ class RankExchange(Exchange, ABC):
     def __init__(self, group: Group):
         self.group = group
         self._number = 0
-        self._wish, self._commands = False, 0
+        self._commands = self._num_told = 0
         self._told: Told | None = None
 
     @property
@@ -77,9 +75,14 @@ class RankExchange(Exchange, ABC):
         """Whether what this rank says counts."""
         return self.group.rank == 0
 
-    def say(self, is_stopped: bool, commands: int) -> None:
-        """What goes with the next step; see Said."""
-        self._wish, self._commands = is_stopped, commands % STAMPS
+    def say(self, commands: int, num_told: int) -> None:
+        """What goes with the next step.
+
+        Args:
+            commands: see Said.
+            num_told: so many of its tokens, the first ones, may be unknown to ranks that do not draw.
+        """
+        self._commands, self._num_told = commands % STAMPS, num_told
 
     def close(self, hidden: mx.array) -> None:
         """End a step without logits.
@@ -109,7 +112,7 @@ class RankExchange(Exchange, ABC):
             raise lost(self.group.rank)
         digits = rows[0, WORD_SIZE:].astype(np.int64).reshape(-1, 4)
         tokens = tuple((digits @ (1 << 24, 1 << 16, 1 << 8, 1)).tolist())
-        return Said(bool(rows[0, 1] > 0), int(rows[0, 2]), tokens)
+        return Said(int(rows[0, 1]), tokens)
 
     def _is_checked(self, number: int) -> bool:
         """Whether a step is one of those in which data is compared: the same on all ranks."""
@@ -121,7 +124,7 @@ class RankExchange(Exchange, ABC):
 
     def _next_word(self) -> list[float]:
         self._number = (self._number + 1) % STAMPS
-        return [float(self._number), float(self._wish), float(self._commands)]
+        return [float(self._number), float(self._commands)]
 
 
 def digest(x: mx.array) -> mx.array:

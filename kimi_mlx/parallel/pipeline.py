@@ -20,12 +20,6 @@ from kimi_mlx.parallel.group import LinkedGroup
 NUM_DIGITS = 4
 """Of a token, and of a digest, in base 256."""
 
-NOTE_SIZE = 40
-"""Step number, tokens of the next step, how many are kept and which."""
-
-MAX_TOLD_TOKENS = 32
-"""Up to this many tokens a message says which they are; longer ones are parts of prompts, which all ranks know."""
-
 
 class PipelineExchange(RankExchange):
     """For `pipeline`.
@@ -48,25 +42,25 @@ class PipelineExchange(RankExchange):
     def receive(self, tokens: mx.array) -> mx.array:
         """The states behind the layers of the rank before us."""
         self._next_word()
-        states, self._told = self._receive_states(tokens.shape, WORD_SIZE + _num_digits(tokens), self._number)
+        states, self._told = self._receive_states(tokens.shape, WORD_SIZE + NUM_DIGITS * self._num_told, self._number)
         self._word = self._told.words[0]
         return states
 
-    def hand_on(self, hidden: mx.array, tokens: mx.array, last: int) -> mx.array:
-        """Send the states to the next rank; the last one sends those of the last positions back to rank 0.
+    def hand_on(self, hidden: mx.array, tokens: mx.array, asked: int) -> mx.array:
+        """Send the states to the next rank; the last one sends those that are asked for back to rank 0.
 
         The message is on its way at once: what is built later comes after it.
         """
-        kept = hidden[:, hidden.shape[1] - last :]
+        kept = hidden[:, :asked]
         if self.is_leader:
-            told = [_digits(tokens)] if _num_digits(tokens) else []
+            told = [_digits(tokens[:, : self._num_told])] if self._num_told else []
             self._word = mx.concatenate([mx.array(self._next_word()), *told]).astype(self._dtype)
             self._told = Told(self._word[None], self._number, self._returned)
             self._returned = None
-            if last:
+            if asked:
                 self._awaited.append((self._number, kept))
         is_end = self.group.rank == self.group.size - 1
-        if is_end and not last:
+        if is_end and not asked:
             return kept
         states, word = (kept, self._word[:WORD_SIZE]) if is_end else (hidden, self._word)
         parts = [states.reshape(-1), word]
@@ -88,28 +82,29 @@ class PipelineExchange(RankExchange):
         self._returned = self._told
         return states
 
-    def lead(self, length: int, kept: Sequence[int]) -> None:
-        """Send ahead how many tokens the next step has, and which of the step before are kept."""
-        note = [self._number, length, len(kept), *kept]
-        sent = self._send(mx.array(note + [0] * (NOTE_SIZE - len(note)), mx.int32))
-        if length:
-            mx.async_eval(sent)
-        else:  # nothing follows that would be waited for: this process may end
-            mx.eval(sent)
+    def lead(self, note: Sequence[int], size: int) -> None:
+        """Send whole numbers ahead of the next step.
 
-    def follow(self) -> tuple[int, tuple[int, ...]]:
-        """Hear it from the rank before us, and tell the next.
+        Args:
+            note: them.
+            size: so many at most; all ranks name the same.
+        """
+        rest = [0] * (size - len(note))
+        mx.async_eval(self._send(mx.array([self._number, len(note), *note, *rest], mx.int32)))
+
+    def follow(self, size: int) -> list[int]:
+        """Hear them from the rank before us, and tell the next.
 
         Raises:
             RingError: what came is not of this step.
         """
-        note = self._receive(NOTE_SIZE, mx.int32)
+        note = self._receive(2 + size, mx.int32)
         if self.group.rank < self.group.size - 1:
             note = self._send(note)
-        number, length, count, *kept = cast(list[int], note.tolist())
-        if number != self._number or not 0 <= length <= MAX_TOLD_TOKENS or not 0 <= count <= MAX_TOLD_TOKENS:
+        number, length, *numbers = cast(list[int], note.tolist())
+        if number != self._number or not 0 <= length <= size:
             raise lost(self.group.rank)
-        return length, tuple(kept[:count])
+        return numbers[:length]
 
     def _receive_states(self, shape: Sequence[int], word_size: int, number: int) -> tuple[mx.array, Told]:
         """States from the rank before us, and what came with them."""
@@ -143,10 +138,6 @@ class PipelineExchange(RankExchange):
                 hint="the link between them is not sound: `kimi-mlx doctor` with the same hosts tests it",
                 rank=self.group.rank,
             )
-
-
-def _num_digits(tokens: mx.array) -> int:
-    return NUM_DIGITS * tokens.size if tokens.size <= MAX_TOLD_TOKENS else 0
 
 
 def _digits(numbers: mx.array) -> mx.array:

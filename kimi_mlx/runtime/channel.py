@@ -29,8 +29,6 @@ class Channel:
         """How many commands have come so far."""
         self.taken = 0
         """How many of them were taken."""
-        self.cancelled: set[int] = set()
-        """Numbers of requests that are to be stopped."""
         self.links: LinkWatch | None = None
 
     def send(self, kind: str, **fields: object) -> None:
@@ -66,9 +64,7 @@ class Channel:
         for line in self._source:
             message = decode(line)
             self._heard = time.monotonic()
-            if message["kind"] == "cancel":
-                self.cancelled.add(message["number"])
-            elif message["kind"] != "alive":
+            if message["kind"] != "alive":
                 self._commands.put(message)
                 self.received += 1
         # The front has closed our input or is gone. A collective may be waiting for a peer: leave at once.

@@ -30,7 +30,6 @@ class LocalSession:
     def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._delivers: dict[int, Deliver] = {}
-        self._cancelled: set[int] = set()
         self._numbers = itertools.count(1)
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -61,12 +60,12 @@ class LocalSession:
 
     def withdraw(self, number: int) -> None:
         """Ask a request to stop soon."""
-        if number in self._delivers:
-            self._cancelled.add(number)
+        self._commands.put(lambda engine: engine.cancel(number))
 
     def cancel(self) -> None:
         """Ask the running requests to stop."""
-        self._cancelled.update(list(self._delivers))
+        for number in list(self._delivers):
+            self.withdraw(number)
 
     def reset(self) -> None:
         """Forget the conversations' caches."""
@@ -92,7 +91,7 @@ class LocalSession:
             return
         loaded.put(None)
         try:
-            self._serve(Engine(model, self._cancelled.__contains__, speculate=options.speculate))
+            self._serve(Engine(model, speculate=options.speculate))
             self._fail(EngineError("the session is closed"))
         except BaseException as error:  # raised again in every generate()
             self._fail(error)
@@ -104,6 +103,8 @@ class LocalSession:
                 if command is None:
                     return
                 command(engine)
+            if engine.is_idle:  # there was nothing to cancel
+                continue
             for number, event in engine.turn():
                 if isinstance(event, Finished):
                     self._end(number, event)
@@ -118,7 +119,6 @@ class LocalSession:
 
     def _end(self, number: int, event: Event | BaseException) -> None:
         deliver = self._delivers.pop(number)
-        self._cancelled.discard(number)
         deliver(event)
 
     def _fail(self, error: BaseException) -> None:

@@ -6,6 +6,7 @@ Started by kimi_mlx.cluster; it reads messages from standard input and writes th
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
 from pathlib import Path
 
 from kimi_mlx.cluster.messages import Message, encode, encode_error
@@ -54,7 +55,6 @@ def serve(channel: Channel, start: Message) -> None:
         channel.send("note", text=choice.details())
     engine = Engine(
         model,
-        is_cancelled=lambda number: number in channel.cancelled,
         count_commands=lambda: min(channel.received, channel.taken + MOST_NEWS),
         speculate=start["speculate"],
     )
@@ -72,6 +72,9 @@ def take(channel: Channel, engine: Engine, command: Message) -> None:
     if command["kind"] == "reset":
         engine.clear()
         return
+    if command["kind"] == "cancel":
+        engine.cancel(command["number"])
+        return
     channel.made_step("prefill")
     try:
         engine.add(command["number"], Request.from_dict(command["request"]))
@@ -84,8 +87,6 @@ def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
     for number, event in engine.turn():
         if is_leader or isinstance(event, Finished):
             channel.write(encode_event(number, event))
-        if isinstance(event, Finished):
-            channel.cancelled.discard(number)
     channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
@@ -94,8 +95,8 @@ def encode_event(number: int, event: Event) -> bytes:
     match event:
         case Prefilled(done, total):
             return encode("prefilled", number=number, done=done, total=total)
-        case Token(id):
-            return encode("token", number=number, id=id)
+        case Token(id, logprobs):
+            return encode("token", number=number, id=id, logprobs=None if logprobs is None else asdict(logprobs))
         case Finished(reason, statistics):
             return encode("finished", number=number, reason=reason, statistics=statistics.to_dict())
         case _:

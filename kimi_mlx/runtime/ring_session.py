@@ -21,6 +21,7 @@ from kimi_mlx.engine.request import (
     Finished,
     FinishReason,
     Interrupted,
+    Logprobs,
     Prefilled,
     Request,
     Resumed,
@@ -213,7 +214,7 @@ class RingSession:
         job.is_cancelled = True
         with self._lock:
             if self._is_up:
-                self._ring.send_leader("cancel", number=job.number)
+                self._ring.send("cancel", number=job.number)
             elif job.number in self._jobs:
                 self._end(job, job.finish("cancelled"))
 
@@ -346,7 +347,9 @@ class RingSession:
             self._lost = 0  # it goes on; a request that ends the ring again and again would not
             job.first_token_at = job.first_token_at or time.perf_counter()
             job.sent.append(message["id"])
-            job.deliver(Token(message["id"]))
+            found = message["logprobs"]
+            logprobs = None if found is None else Logprobs(found["token"], tuple(map(tuple, found["top"])))
+            job.deliver(Token(message["id"], logprobs))
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
             if kind == "finished":

@@ -25,7 +25,8 @@ from kimi_mlx.runtime.load import load_share, prepare_device
 CHUNK = 16
 """Tokens a prefill step: less than a prompt has."""
 
-STOP_AFTER = 4
+CANCEL_AFTER = 20
+"""Turns since the last request began."""
 
 Answers = list[list[int]]
 
@@ -49,21 +50,20 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
     """
     folder = Path(case["folder"])
     model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
-    # the request of the highest number is stopped after some tokens, by the leader alone
-    stopped = len(case["requests"]) - 1
-    counts = dict.fromkeys(range(stopped + 1), 0)
-    is_cancelled = lambda number: number == stopped and counts[number] >= STOP_AFTER  # noqa: E731
-    engine = Engine(model, is_cancelled, prefill_chunk=CHUNK, speculate=case["speculate"])
+    engine = Engine(model, prefill_chunk=CHUNK, speculate=case["speculate"])
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
-    alone = tokens(engine, {0: requests[0]}, counts)[0]
+    alone = tokens(engine, {0: requests[0]})[0]
     engine.clear()
-    return [alone, *tokens(engine, requests, counts).values()]
+    return [alone, *tokens(engine, requests).values()]
 
 
-def tokens(engine: Engine, requests: dict[int, Request], counts: dict[int, int]) -> dict[int, list[int]]:
-    """What each request is answered, and a mark if it is stopped; one begins a turn after the other."""
+def tokens(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:
+    """What each request is answered, and a mark if it is stopped; one begins a turn after the other.
+
+    Of several the one with the highest number is cancelled when it has had some turns.
+    """
     found: dict[int, list[int]] = {number: [] for number in requests}
-    counts.update(dict.fromkeys(requests, 0))
+    cancelled, turns = len(requests) - 1, 0
     waiting = list(requests.items())
     while waiting or not engine.is_idle:
         if waiting:
@@ -73,9 +73,11 @@ def tokens(engine: Engine, requests: dict[int, Request], counts: dict[int, int])
         for number, event in engine.turn():
             if isinstance(event, Token):
                 found[number].append(event.id)
-                counts[number] += 1
             elif isinstance(event, Finished) and event.reason != "length":
                 found[number].append({"stop": -1, "cancelled": -2}[event.reason])
+        turns += not waiting
+        if cancelled and turns == CANCEL_AFTER:
+            engine.cancel(cancelled)
     return found
 
 

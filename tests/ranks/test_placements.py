@@ -20,7 +20,7 @@ from kimi_mlx.runtime.download import StoreOptions, build, open_job
 from tests.divisible import CONFIGS, make_prompt, write_divisible
 from tests.fakes import KIMI_MINI
 from tests.mlx_launch import loopback_hostfile, ring_variables
-from tests.ranks.placement_rank import STOP_AFTER, Answers, answer
+from tests.ranks.placement_rank import Answers, answer
 
 pytestmark = pytest.mark.ranks
 
@@ -37,7 +37,7 @@ REQUESTS = [
     Request(make_prompt(21, 2), max_tokens=8, sampling=Sampling(temperature=0.9, top_p=0.9, seed=11)),
     Request(make_prompt(1, 3), max_tokens=1),
     Request(make_prompt(5, 4) * 2, max_tokens=14),  # the toy model repeats it, as a draft foretells
-    Request(make_prompt(33, 5), max_tokens=30),  # stopped after STOP_AFTER tokens
+    Request(make_prompt(33, 5), max_tokens=90),  # cancelled
 ]
 
 ALL = range(len(REQUESTS))
@@ -68,12 +68,12 @@ def case(folder: Path, strategy: str, speculate: int = 0, chosen: Sequence[int] 
 
 
 def assert_equal(said: Answers, expected: Answers) -> None:
-    """The last answer is stopped, a step earlier or later."""
+    """The last answer is cancelled, a token earlier or later."""
     *others, stopped = said
     assert others == expected[:-1]
     length = len(stopped) - 1
     assert stopped[-1] == -2
-    assert STOP_AFTER <= length <= STOP_AFTER + 6
+    assert 0 < length < 90
     known = expected[-1][:-1]
     assert all(mine == theirs for mine, theirs in zip(stopped, known, strict=False) if mine >= 0)
 

@@ -109,11 +109,13 @@ def test_an_iteration_broken_off_anywhere_leaves_a_good_cache(model: Model, gree
 
 def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
     seen: list[int] = []
-    engine = Engine(model, is_cancelled=lambda number: len(seen) >= 3)
+    engine = Engine(model)
     end = None
     for event in engine.generate(Request(PROMPT, max_tokens=100)):
         if isinstance(event, Token):
             seen.append(event.id)
+        if len(seen) == 3:
+            engine.cancel(0)
         end = event
     assert isinstance(end, Finished)
     assert end.reason == "cancelled"
@@ -123,8 +125,15 @@ def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
 
 
 def test_cancellation_during_prefill(model: Model) -> None:
-    tokens, end = run(Engine(model, is_cancelled=lambda number: True, prefill_chunk=16), Request(PROMPT))
-    assert (tokens, end.reason, end.statistics.generated_tokens) == ([], "cancelled", 0)
+    engine = Engine(model, prefill_chunk=16)
+    for turns in range(3):
+        engine.add(0, Request(PROMPT))
+        for _ in range(turns):
+            list(engine.turn())
+        engine.cancel(0)
+        events = [event for _, event in engine.turn()]
+        assert isinstance(events[-1], Finished)
+        assert (events[-1].reason, events[-1].statistics.generated_tokens) == ("cancelled", 0)
 
 
 def test_a_seed_repeats_and_another_differs(model: Model) -> None:

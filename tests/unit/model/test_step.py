@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.decoder import Model, Part
 from kimi_mlx.model.rope import ComplexRotation, FastRotation, Rope
 from kimi_mlx.model.step import Step
 from kimi_mlx.weights.assemble import load_model
@@ -28,17 +28,50 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
     rope = Rope(load_config(FOLDER))
     rope.magnitude = magnitude
     x = mx.random.normal((2, 3, length, 64))[..., 32:]
-    expected, got = FastRotation(rope, offset)(x), ComplexRotation(rope, offset, length)(x)
+    expected, got = FastRotation(rope, [(offset, length)])(x), ComplexRotation(rope, [(offset, length)])(x)
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-6, atol=1e-6)
-    assert ComplexRotation(rope, offset, length)(x.astype(mx.bfloat16)).dtype == mx.bfloat16
+    assert ComplexRotation(rope, [(offset, length)])(x.astype(mx.bfloat16)).dtype == mx.bfloat16
 
 
 def test_a_mask_is_made_once_for_all_layers() -> None:
-    step = Step(Rope(load_config(FOLDER)), offset=2, length=2)
-    mask = step.mask(heads=3, dtype=mx.float32)
+    step = Step(Rope(load_config(FOLDER)), [(2, 2)])
+    mask = step.segments[0].mask(heads=3, dtype=mx.float32)
     assert mask.tolist() == [[0, 0, 0, -np.inf], [0, 0, 0, 0]] * 3
-    assert step.mask(heads=3, dtype=mx.float32) is mask
-    assert step.last(1).mask(heads=3, dtype=mx.float32).tolist() == [0]
+    assert step.segments[0].mask(heads=3, dtype=mx.float32) is mask
+    assert step.last([1]).segments[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
+
+
+@pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])
+def test_runs_of_positions_are_rotated_as_each_alone(runs: list[tuple[int, int]]) -> None:
+    rope = Rope(load_config(FOLDER))
+    rope.magnitude = 1.25
+    x = mx.random.normal((1, 3, sum(length for _, length in runs), 32))
+    for kind in (FastRotation, ComplexRotation):
+        alone, start = [], 0
+        for run in runs:
+            alone.append(kind(rope, [run])(x[:, :, start : start + run[1]]))
+            start += run[1]
+        expected = np.array(mx.concatenate(alone, axis=2))
+        np.testing.assert_allclose(np.array(kind(rope, runs)(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model) -> None:
+    mx.random.seed(6)
+    lengths = [(3, 1, 1), (30, 4, 2), (0, 20, 0), (9, 12, 1), (300, 2, 2)]  # in the cache, new, asked
+    new, parts, expected = [], [], []
+    for offset, length, last in lengths:
+        tokens = mx.random.randint(0, model.config.vocab_size, (1, offset + length))
+        alone, cache = model.make_cache(), model.make_cache()
+        if offset:
+            model(tokens[:, :offset], alone)
+            model(tokens[:, :offset], cache)
+        states = model.hidden(tokens[:, offset:], [Part(alone, length, length)])
+        expected.append(states[:, length - last :])
+        new.append(tokens[:, offset:])
+        parts.append(Part(cache, length, last))
+    got = model.hidden(mx.concatenate(new, axis=1), parts)
+    np.testing.assert_allclose(np.array(got), np.array(mx.concatenate(expected, axis=1)), rtol=1e-4, atol=1e-4)
+    assert [part.cache[0].offset for part in parts] == [offset + length for offset, length, _ in lengths]
 
 
 @pytest.mark.parametrize("last", [1, 8, 9, 40])
@@ -46,7 +79,7 @@ def test_the_last_states_alone_are_the_last_of_all_states(model: Model, last: in
     mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 40))
     all_caches, caches = model.make_cache(), model.make_cache()
-    expected, got = model.hidden(tokens, all_caches, last=40), model.hidden(tokens, caches, last=last)
+    expected, got = model.hidden(tokens, [Part(all_caches, 40, 40)]), model.hidden(tokens, [Part(caches, 40, last)])
     np.testing.assert_allclose(np.array(got), np.array(expected[:, -last:]), rtol=1e-4, atol=1e-4)
     for all_cache, cache in zip(all_caches, caches, strict=True):
         assert cache.offset == 40

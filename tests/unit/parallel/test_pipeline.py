@@ -104,8 +104,16 @@ def run_one(folder: Path, work: Work) -> Found:
     return found
 
 
-def answering(requests: Sequence[Request], late: Sequence[Request] = ()) -> Work:
-    """Answer requests, `late` ones from the sixth turn on; -1 stands for a stop, -2 for a cancellation."""
+def answering(
+    requests: Sequence[Request], late: Sequence[Request] = (), cancelled: dict[int, int] | None = None
+) -> Work:
+    """Answer requests; -1 stands for a stop, -2 for a cancellation.
+
+    Args:
+        requests: from the start.
+        late: from the sixth turn on.
+        cancelled: after so many turns the request of a number.
+    """
 
     def work(engine: Engine, found: Found) -> None:
         for number, request in enumerate(requests):
@@ -118,6 +126,8 @@ def answering(requests: Sequence[Request], late: Sequence[Request] = ()) -> Work
                 elif isinstance(event, Finished) and event.reason != "length":
                     found.setdefault(number, []).append({"stop": -1, "cancelled": -2}[event.reason])
             turns += 1
+            if cancelled and turns in cancelled:
+                engine.cancel(cancelled[turns])
             if turns == 6:
                 with pytest.raises(EngineError):
                     engine.add(-1, Request(()))
@@ -146,22 +156,17 @@ def test_sequences_of_every_length_stay_in_step(folder: Path, size: int, specula
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
-def test_the_leader_alone_stops_a_sequence(folder: Path, speculate: int) -> None:
-    expected = run_one(folder, answering([LONG, MIDDLE, LONG]))
-    asked = threading.local()
-
-    def is_cancelled(number: int) -> bool:
-        """After some steps: in the middle of the prompt of 0, and of the answer of 2."""
-        asked.times = getattr(asked, "times", {0: 0, 1: 0, 2: 0})
-        asked.times[number] += 1
-        return (number, asked.times[number]) in ((0, 2), (2, 6))
-
-    found, _ = run_ranks(folder, 3, answering([LONG, MIDDLE, LONG]), is_cancelled=is_cancelled, speculate=speculate)
-    assert found[0][0] == [-2]
-    assert found[0][1] == expected[1]
-    assert found[0][2][-1] == -2
-    assert 0 < len(found[0][2]) - 1 < len(expected[2])
-    assert found[0][2][:-1] == expected[2][: len(found[0][2]) - 1]
+@pytest.mark.parametrize("turns", [2, 9, 14, 18])
+def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, turns: int, speculate: int) -> None:
+    requests = [LONG, MIDDLE, replace(LONG, prompt=make_prompt(40, 7))]
+    expected = run_one(folder, answering(requests))
+    for number in (0, 2):
+        found, _ = run_ranks(folder, 3, answering(requests, cancelled={turns: number}), speculate=speculate)
+        *tokens, end = found[0][number]
+        assert end == -2
+        assert len(tokens) < len(expected[number])
+        assert tokens == expected[number][: len(tokens)]
+        assert all(found[0][other] == expected[other] for other in (0, 1, 2) if other != number)
 
 
 @pytest.mark.parametrize("size", [2, 3])
