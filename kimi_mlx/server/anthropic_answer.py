@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kimi_mlx.server.call_steps import CallSteps
 from kimi_mlx.server.conversation import Answer, End, Item, Piece, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
@@ -40,6 +41,7 @@ class MessageTranslation:
     def __init__(self, model: str):
         self._model = model
         self._id = f"msg_{secrets.token_hex(12)}"
+        self._steps = CallSteps()
         self._blocks = 0  # begun
         self._open: str | None = None  # the type of the block that is being filled
 
@@ -93,13 +95,13 @@ class MessageTranslation:
             yield self._fill("thinking_delta", thinking=delta.reasoning)
         if delta.text:
             yield from self._text(delta.text)
-        for part in delta.call_parts:
-            yield from self._call_part(part)
-        for call in delta.tool_calls:
-            if isinstance(call, ToolCall) or call.index is not None:
+        for step in self._steps.of(delta):
+            if isinstance(step, CallPart):
+                yield from self._call_part(step)
+            elif isinstance(step, ToolCall) or step.index is not None:
                 yield from self._close()
             else:
-                yield from self._text(call.raw)
+                yield from self._text(step.raw)
 
     def _text(self, text: str) -> Iterator[StreamEvent]:
         yield from self._go_on_with("text", text="")

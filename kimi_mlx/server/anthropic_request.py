@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
+from kimi_mlx.server.content import FOREIGN, kind_among, not_served, text_as
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Message, ToolCall
@@ -59,19 +60,10 @@ class ForeignBlock(BaseModel):
     type: str
 
 
-def _block_type(value: Any) -> str:
-    kind = cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if kind in ("text", "thinking", "redacted_thinking", "tool_use", "tool_result") else "foreign"
-
-
-def _as_blocks(value: Any) -> Any:
-    """A text is short for a list with one text in it."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
+_as_blocks = text_as(type="text")
 
 ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[ForeignBlock, Tag("foreign")],
-    Discriminator(lambda value: "text" if _block_type(value) == "text" else "foreign"),
+    Annotated[TextBlock, Tag("text")] | Annotated[ForeignBlock, Tag(FOREIGN)], Discriminator(kind_among(("text",)))
 ]
 ResultBlocks = Annotated[list[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])]
 
@@ -91,8 +83,8 @@ Block = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[ForeignBlock, Tag("foreign")],
-    Discriminator(_block_type),
+    | Annotated[ForeignBlock, Tag(FOREIGN)],
+    Discriminator(kind_among(("text", "thinking", "redacted_thinking", "tool_use", "tool_result"))),
 ]
 Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
 TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
@@ -174,7 +166,7 @@ def to_ask(body: CountBody) -> Ask:
         ApiError: it asks for something that is not served.
     """
     if body.mcp_servers:
-        raise _not_served("`mcp_servers` are", "mcp_servers")
+        raise not_served("`mcp_servers` are", "mcp_servers")
     turns, partial = _split_prefill(body.messages)
     system = _join(_without_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
@@ -278,7 +270,7 @@ def _join(texts: Iterator[str] | Sequence[str]) -> str:
 def _tool(tool: Tool, place: str) -> dict[str, Any]:
     """The tool in OpenAI's shape."""
     if tool.type not in (None, "custom"):
-        raise _not_served(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
+        raise not_served(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
     if tool.input_schema is None or not tool.name:
         raise ApiError(400, f"`{place}` has no {'`input_schema`' if tool.name else '`name`'}", param=place)
     function: dict[str, Any] = {
@@ -300,9 +292,5 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:
 
 def _wrong_place(kind: str, role: str, place: str) -> ApiError:
     if kind in ("image", "document"):
-        return _not_served(f"content of type `{kind}` is", place, "this model reads text only")
-    return _not_served(f"content of type `{kind:.60}` in a message of role `{role}` is", place)
-
-
-def _not_served(what: str, place: str, hint: str | None = None) -> ApiError:
-    return ApiError(400, f"{what} not supported" + (f": {hint}" if hint else ""), "unsupported_value", place)
+        return not_served(f"content of type `{kind}` is", place, "this model reads text only")
+    return not_served(f"content of type `{kind:.60}` in a message of role `{role}` is", place)

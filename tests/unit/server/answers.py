@@ -54,5 +54,7 @@ def answer_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: s
 
 def stream(translation: Translation, items: list[Item]) -> list[StreamEvent]:
     """All events."""
-    middle = [event for item in items for event in translation.add(item)]
-    return [*translation.begin(), *middle, *translation.end()]
+    events = list(translation.begin())
+    for item in items:
+        events += translation.add(item)
+    return [*events, *translation.end()]
