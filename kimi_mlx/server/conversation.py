@@ -45,6 +45,7 @@ class Ask(Wish):
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: further variables of the chat template, such as `preserve_thinking`.
         partial: what the assistant has said already, to be gone on from; it is no part of the answer.
+        call_id_prefix: of the ids of new calls where the conversation has none to go by; None: Kimi's own ids.
     """
 
     messages: tuple[Message, ...] = ()
@@ -55,6 +56,7 @@ class Ask(Wish):
     thinking: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str | None = None
+    call_id_prefix: str | None = None
 
 
 @dataclass(frozen=True)
