@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from kimi_mlx.server.errors import ApiError
 
@@ -16,7 +17,7 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
 def parse(kind: type[AnyBody], text: bytes) -> AnyBody:
@@ -31,32 +32,26 @@ def parse(kind: type[AnyBody], text: bytes) -> AnyBody:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":
             raise ApiError(400, f"the body is not JSON: {first['msg']}", "invalid_json") from error
-        raise _mistake(error) from error
+        raise _mistake(error, from_json(text)) from error
 
 
-def _mistake(error: ValidationError) -> ApiError:
+def _mistake(error: ValidationError, body: object) -> ApiError:
     """The mistake that lies deepest: of several kinds that a value may have, the one that it comes nearest to."""
-    found = [(place(each["loc"]), each) for each in error.errors(include_url=False)]
+    found = [(place(each["loc"], body), each) for each in error.errors(include_url=False)]
     param, first = max(found, key=lambda each: each[0].count(".") + each[0].count("["))
     message = first["msg"].removeprefix("Value error, ")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"`{param}`: {message}" if param else message, code, param or None)
 
 
-def place(loc: Sequence[str | int]) -> str:
+def place(loc: Sequence[str | int], body: object) -> str:
     """Where in the body, as OpenAI writes it: `messages[0].content`; names of types, which pydantic adds, left out."""
     text = ""
-    for part in loc:
-        if isinstance(part, int):
+    for at, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(body, list):
             text += f"[{part}]"
-        elif part not in TYPE_NAMES and not part.startswith(("list[", "dict[", "function-", "constrained-")):
-            text += f".{part}" if text else part
+            body = cast("list[object]", body)[part]
+        elif isinstance(body, dict) and (part in body or at == len(loc) - 1):
+            text += f".{part}" if text else str(part)
+            body = cast("dict[str | int, object]", body).get(part)
     return text
-
-
-TYPE_NAMES = frozenset({"str", "int", "float", "bool", "Part", "NamedChoice", "literal['auto','none','required']"})
-
-
-def as_dict(value: object) -> dict[str, Any]:
-    """A value that is known to be an object."""
-    return cast("dict[str, Any]", value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kimi_mlx.text.messages import Delta, Message
+from kimi_mlx.text.messages import Delta, Message, join
 
-StopReason = Literal["stop", "length", "tool_calls"]
+StopReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,21 @@ class Answer:
 
 def whole(items: Iterable[Item]) -> list[Answer]:
     """Put pieces together; answers are in the order of their indices."""
-    deltas: dict[int, Delta] = {}
-    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-    answers: dict[int, Answer] = {}
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+    ends: dict[int, End] = {}
     for item in items:
         if isinstance(item, Piece):
-            deltas[item.index] = deltas.get(item.index, Delta()) + item.delta
-            logprobs[item.index] = logprobs.get(item.index, ()) + item.logprobs
+            pieces[item.index].append(item)
         elif isinstance(item, End):
-            index = item.index
-            answers[index] = Answer(deltas.get(index, Delta()), logprobs.get(index, ()), item)
-    return [answers[index] for index in sorted(answers)]
+            ends[item.index] = item
+    return [
+        Answer(
+            join(piece.delta for piece in pieces[index]),
+            tuple(token for piece in pieces[index] for token in piece.logprobs),
+            ends[index],
+        )
+        for index in sorted(ends)
+    ]
 
 
 def total_usage(answers: Iterable[End]) -> Usage:

@@ -8,7 +8,7 @@ from typing import Any
 from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs, Usage, total_usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
-from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall
 
 DONE = StreamEvent("[DONE]")
 
@@ -29,7 +29,6 @@ class ChatTranslation:
         self._wants_usage, self._wants_logprobs = wants_usage, wants_logprobs
         self._ends: list[End] = []
         self._begun: set[int] = set()
-        self._calls: dict[int, int] = {}
 
     def begin(self) -> Iterable[StreamEvent]:
         """Nothing: each answer begins with its first piece."""
@@ -66,10 +65,11 @@ class ChatTranslation:
         }
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        calls = [call_dict(call) for call in answer.delta.tool_calls]
+        calls = [_call(part) for part in answer.delta.call_parts]
+        text = answer.delta.text + "".join(_nameless(answer.delta))
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if calls and not answer.delta.text else answer.delta.text,
+            "content": None if calls and not text else text,
             "refusal": None,
         }
         if answer.delta.reasoning:
@@ -89,10 +89,11 @@ class ChatTranslation:
             yield self._chunk(piece.index, {"reasoning_content": delta.reasoning})
         if delta.text:
             yield self._chunk(piece.index, {"content": delta.text}, piece.logprobs)
-        for call in delta.tool_calls:
-            at = self._calls.get(piece.index, 0)
-            self._calls[piece.index] = at + 1
-            yield self._chunk(piece.index, {"tool_calls": [{"index": at, **call_dict(call)}]})
+        for part in delta.call_parts:
+            said = _call(part) if part.name else {"function": {"arguments": part.arguments}}
+            yield self._chunk(piece.index, {"tool_calls": [{"index": part.index, **said}]})
+        for raw in _nameless(delta):
+            yield self._chunk(piece.index, {"content": raw})
 
     def _chunk(
         self,
@@ -110,11 +111,14 @@ class ChatTranslation:
         return StreamEvent.of(self._head | {"choices": [choice]} | ({"usage": None} if self._wants_usage else {}))
 
 
-def call_dict(call: ToolCall | UnparsedToolCall) -> dict[str, Any]:
-    """A call; one that could not be read keeps what stood there as its arguments."""
-    if isinstance(call, ToolCall):
-        return call.to_dict()
-    return ToolCall("unparsed", "unparsed", call.raw).to_dict()
+def _call(part: CallPart) -> dict[str, Any]:
+    """A call, or the beginning of one; arguments that are no JSON are told as they were written."""
+    return ToolCall(part.id, part.name, part.arguments).to_dict()
+
+
+def _nameless(delta: Delta) -> list[str]:
+    """What stood in the place of a call and named no tool: all that is left is to show it."""
+    return [call.raw for call in delta.tool_calls if isinstance(call, UnparsedToolCall) and call.index is None]
 
 
 def usage_dict(usage: Usage) -> dict[str, Any]:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.server.call_ids import to_native
 from kimi_mlx.server.constraint import grammar_for
 from kimi_mlx.server.conversation import Ask, Continuation, Wish
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.reading import PlainReader, TokenReader
-from kimi_mlx.text.output import THINK_END, OutputParser, starts_in_reasoning
+from kimi_mlx.server.reading import ChatReader, PlainReader, TokenReader
+from kimi_mlx.text.output import THINK_END, starts_in_reasoning
 
 RESERVED = frozenset({"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"})
 """Variables of the template that are none of a request's options."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What to ask the engine, and how to read its answer.
+
+    Args:
+        request: for the first of several answers.
+        reader: makes what reads one answer.
+    """
+
+    request: Request
+    reader: Callable[[], TokenReader]
 
 
 @dataclass(frozen=True)
@@ -33,14 +48,17 @@ class Model:
     context_tokens: int
     instant_sampling: Mapping[str, float]
 
-    def request(self, wish: Ask | Continuation) -> Request:
-        """The engine's request; takes long for long prompts.
+    def prepare(self, wish: Ask | Continuation) -> Prepared:
+        """What to ask the engine; takes long for long prompts.
 
         Raises:
             ApiError: it can never be served.
             KimiMlxError: the messages make no prompt.
         """
-        prompt = self._conversation(wish) if isinstance(wish, Ask) else self._text(wish)
+        if isinstance(wish, Continuation):
+            prompt, read = self._text(wish), partial(PlainReader, self.tokenizer.tokenizer)
+        else:
+            prompt, read = self._conversation(wish)
         left = self.context_tokens - len(prompt)
         if left < 1:
             raise ApiError(
@@ -49,11 +67,9 @@ class Model:
                 "context_length_exceeded",
                 "messages" if isinstance(wish, Ask) else "prompt",
             )
-        vocabulary = self.tokenizer.tokenizer.vocab_size
         for id, _ in wish.logit_bias:
-            if not 0 <= id < vocabulary:
-                raise ApiError(400, f"token {id} is outside the vocabulary of {vocabulary}", param="logit_bias")
-        return Request(
+            self._check_id(id, "logit_bias")
+        request = Request(
             prompt,
             max_tokens=wish.max_tokens,
             sampling=self._sampling(wish),
@@ -62,38 +78,36 @@ class Model:
             top_logprobs=wish.top_logprobs,
             grammar=grammar_for(wish, starts_in_reasoning(self.tokenizer.tokenizer, prompt)),
         )
+        return Prepared(request, read)
 
-    def reader(self, wish: Ask | Continuation, request: Request) -> TokenReader:
-        """What makes text of its answer."""
-        tokenizer = self.tokenizer.tokenizer
-        if isinstance(wish, Continuation):
-            return PlainReader(tokenizer)
-        return OutputParser(tokenizer, starts_in_reasoning(tokenizer, request.prompt))
-
-    def _conversation(self, ask: Ask) -> tuple[int, ...]:
+    def _conversation(self, ask: Ask) -> tuple[tuple[int, ...], Callable[[], TokenReader]]:
+        messages, ids = to_native(ask.messages, ask.call_id_prefix)
         options: dict[str, Any] = dict(ask.template_kwargs)
         if taken := RESERVED & options.keys():
             raise ApiError(400, f"`{min(taken)}` is no option of the chat template", param="chat_template_kwargs")
         if ask.thinking is not None:
             options["thinking"] = ask.thinking
         tools = None if ask.tool_choice == "none" else list(ask.tools) or None
-        prompt = self.tokenizer.prompt(ask.messages, tools, **options)
+        prompt = self.tokenizer.prompt(messages, tools, **options)
         if ask.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if starts_in_reasoning(tokenizer, prompt):  # it has been thought before the first word was said
                 prompt.append(tokenizer.special_tokens[THINK_END])
             prompt += tokenizer.encode(ask.partial)
-        return tuple(prompt)
+        return tuple(prompt), lambda: ChatReader(self.tokenizer.parser(prompt), ids.answer())
+
+    def _check_id(self, id: int, param: str) -> None:
+        vocabulary = self.tokenizer.tokenizer.vocab_size
+        if not 0 <= id < vocabulary:
+            raise ApiError(400, f"token {id} is outside the vocabulary of {vocabulary}", param=param)
 
     def _text(self, wish: Continuation) -> tuple[int, ...]:
         if isinstance(wish.prompt, str):
             ids = self.tokenizer.encode(wish.prompt)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
             return tuple(ids) if ids or bos is None else (bos,)
-        vocabulary = self.tokenizer.tokenizer.vocab_size
-        foreign = next((id for id in wish.prompt if not 0 <= id < vocabulary), None)
-        if foreign is not None:
-            raise ApiError(400, f"token {foreign} is outside the vocabulary of {vocabulary}", param="prompt")
+        for id in wish.prompt:
+            self._check_id(id, "prompt")
         if not wish.prompt:
             raise ApiError(400, "the prompt has no tokens", param="prompt")
         return wish.prompt

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
+from kimi_mlx.server.call_ids import AnswerIds
 from kimi_mlx.server.conversation import End, Piece, StopReason, TokenLogprobs, Usage
 from kimi_mlx.server.stops import StopTexts
 from kimi_mlx.text.messages import Delta
+from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer
 
 
 class TokenReader(Protocol):
-    """Makes text of tokens: kimi_mlx.text.output.OutputParser, or PlainReader."""
+    """Makes text of tokens."""
 
     def add(self, token_id: int) -> Delta:
         """What a token adds."""
@@ -42,6 +45,21 @@ class PlainReader:
     def finish(self) -> Delta:
         """Half a character, if there is one."""
         return Delta(self._decoder.finish())
+
+
+class ChatReader:
+    """Reasoning, text and calls, whose ids are those of the client's kind."""
+
+    def __init__(self, parser: OutputParser, ids: AnswerIds):
+        self._parser, self._ids = parser, ids
+
+    def add(self, token_id: int) -> Delta:
+        """What a token adds."""
+        return self._ids.restore(self._parser.add(token_id))
+
+    def finish(self) -> Delta:
+        """What is still open."""
+        return self._ids.restore(self._parser.finish())
 
 
 class Reading:
@@ -114,14 +132,14 @@ class Reading:
             self._unassigned = 0
 
     def _piece(self, delta: Delta, shown: str) -> Iterator[Piece]:
-        self._has_calls = self._has_calls or bool(delta.tool_calls)
+        self._has_calls = self._has_calls or bool(delta.call_parts)
         if delta.text:
             self._tokens.place(len(delta.text))
         elif delta:
             self._tokens.drop()
-        shown_delta = Delta(shown, delta.reasoning, delta.tool_calls)
-        if shown_delta:
-            yield Piece(self.index, shown_delta, self._tokens.release(len(shown)))
+        delta = replace(delta, text=shown)
+        if delta:
+            yield Piece(self.index, delta, self._tokens.release(len(shown)))
 
     def _bytes(self, id: int) -> bytes:
         try:

@@ -83,11 +83,11 @@ class Service:
         requests: list[Request] = []
         tokenizer = self.model.tokenizer.tokenizer
         for wish in wishes:
-            request = self.model.request(wish)
+            prepared = self.model.prepare(wish)
             for number in range(wish.n):
-                reader = self.model.reader(wish, request)
+                reader = prepared.reader()
                 readings.append(Reading(len(readings), tokenizer, reader, wish.stop, counts_prompt=number == 0))
-                requests.append(choice_of(request, number))
+                requests.append(choice_of(prepared.request, number))
         return readings, requests
 
     def status(self) -> SessionStatus:
