@@ -12,40 +12,43 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from kimi_mlx.server.content import FOREIGN, kind_among, not_served, text_as
+from kimi_mlx.server.body import Body
+from kimi_mlx.server.content import FOREIGN, kind_among, not_served, possible_choice, text_as
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.openai_body import SMALLEST_TOP_P, StopText, TokenCount
 from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
+MOST_STOP_SEQUENCES = 64
 # Claude Code writes this line, with a number that changes each time, before its system prompt. It says nothing to
 # a model, and with it no request could share its beginning with the one before.
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 
 
-class TextBlock(BaseModel):
+class TextBlock(Body):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(BaseModel):
+class ThinkingBlock(Body):
     """What the model thought; its signature is not looked at."""
 
     type: Literal["thinking"]
     thinking: str
 
 
-class RedactedThinkingBlock(BaseModel):
+class RedactedThinkingBlock(Body):
     """What another model thought, in a form that only its maker can read; it is passed over."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(BaseModel):
+class ToolUseBlock(Body):
     """A call of the model."""
 
     type: Literal["tool_use"]
@@ -54,7 +57,7 @@ class ToolUseBlock(BaseModel):
     input: dict[str, Any]
 
 
-class ForeignBlock(BaseModel):
+class ForeignBlock(Body):
     """Content of a kind that is not served: images, documents, results of Anthropic's own tools."""
 
     type: str
@@ -68,7 +71,7 @@ ResultBlock = Annotated[
 ResultBlocks = Annotated[list[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])]
 
 
-class ToolResultBlock(BaseModel):
+class ToolResultBlock(Body):
     """The result of a call."""
 
     type: Literal["tool_result"]
@@ -90,14 +93,14 @@ Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_ty
 TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
-class Turn(BaseModel):
+class Turn(Body):
     """A message."""
 
     role: Literal["user", "assistant", "system"]
     content: Blocks
 
 
-class Tool(BaseModel):
+class Tool(Body):
     """A tool of the client's, or, with a type of its own and no schema, one of Anthropic's."""
 
     type: str | None = None
@@ -107,7 +110,7 @@ class Tool(BaseModel):
     strict: bool | None = None
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Body):
     """Whether and which tools are to be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -115,26 +118,26 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(BaseModel):
+class Thinking(Body):
     """Whether the model thinks; how much cannot be set."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
-class Format(BaseModel):
+class Format(Body):
     """The form of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
+class OutputConfig(Body):
     """How the answer is to look."""
 
     format: Format | None = None
 
 
-class CountBody(BaseModel):
+class CountBody(Body):
     """What `/v1/messages/count_tokens` is sent."""
 
     model: str
@@ -151,12 +154,12 @@ class CountBody(BaseModel):
 class MessagesBody(CountBody):
     """What `/v1/messages` is sent."""
 
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: TokenCount | None = None
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    stop_sequences: list[StopText] | None = Field(None, max_length=MOST_STOP_SEQUENCES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
 
 
 def to_ask(body: CountBody) -> Ask:
@@ -173,6 +176,7 @@ def to_ask(body: CountBody) -> Ask:
     for index, turn in enumerate(turns):
         messages += _messages(turn, f"messages.{index}.content")
     given = body if isinstance(body, MessagesBody) else None
+    tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
     form = (body.output_config and body.output_config.format) or body.output_format
     return Ask(
@@ -180,8 +184,8 @@ def to_ask(body: CountBody) -> Ask:
         sampling=_sampling(given) if given else {},
         stop=tuple((given and given.stop_sequences) or ()),
         messages=tuple(messages),
-        tools=tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())),
-        tool_choice=_tool_choice(choice) if choice else "auto",
+        tools=tools,
+        tool_choice=possible_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=form.schema_ if form else None,
         # As with Anthropic's models, only who asks for thinking gets it.
@@ -192,12 +196,8 @@ def to_ask(body: CountBody) -> Ask:
 
 
 def _sampling(body: MessagesBody) -> dict[str, float | int | None]:
-    values: dict[str, float | int | None] = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    top_p = None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P)
+    return {"temperature": body.temperature, "top_p": top_p, "top_k": body.top_k}
 
 
 def _split_prefill(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str | None]:

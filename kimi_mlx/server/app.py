@@ -10,6 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from kimi_mlx.server.anthropic_answer import error_body
+from kimi_mlx.server.anthropic_routes import anthropic_routes
 from kimi_mlx.server.boundary import Boundary, ErrorShape
 from kimi_mlx.server.context import Context
 from kimi_mlx.server.health import report, trouble
@@ -18,12 +20,13 @@ from kimi_mlx.server.json_response import JsonResponse
 from kimi_mlx.server.limits import BodyLimit
 from kimi_mlx.server.openai_routes import openai_routes
 from kimi_mlx.server.openapi import document
+from kimi_mlx.server.responses_routes import responses_routes
 from kimi_mlx.server.security import Guard, Security
 
-APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes,)
+APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
 """The APIs that are served, each with its paths."""
 
-SHAPES: Mapping[str, ErrorShape] = {}
+SHAPES: Mapping[str, ErrorShape] = {"/v1/messages": error_body}
 """How they write errors, by the beginning of their paths, where it is not as OpenAI does."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 from kimi_mlx.server.errors import ApiError
@@ -31,6 +31,21 @@ def kind_among(known: Collection[str], default: Callable[[Any], str | None] = la
 def text_as(**part: Any) -> Callable[[Any], Any]:
     """Return a validator for pydantic: a text is short for a list with one part, in which it stands as `text`."""
     return lambda value: [{**part, "text": value}] if isinstance(value, str) else value
+
+
+def possible_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:
+    """Return the choice of an Ask, unless there are no tools that it could mean.
+
+    Raises:
+        ApiError: there are none.
+    """
+    names = {tool["function"]["name"] for tool in tools}
+    if choice == "required" and not names:
+        raise ApiError(400, "a tool must be called, but there are no tools", "invalid_value", "tool_choice")
+    if not isinstance(choice, str) and choice["name"] not in names:
+        message = f"the tool `{choice['name']:.80}` must be called, but it is not among the tools"
+        raise ApiError(400, message, "invalid_value", "tool_choice")
+    return choice
 
 
 def not_served(what: str, place: str, hint: str | None = None) -> ApiError:

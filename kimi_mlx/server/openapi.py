@@ -7,13 +7,18 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from kimi_mlx import __version__
+from kimi_mlx.server.anthropic_request import CountBody, MessagesBody
 from kimi_mlx.server.body import Body
 from kimi_mlx.server.openai_body import ChatBody
 from kimi_mlx.server.openai_completions import CompletionBody
+from kimi_mlx.server.responses_request import ResponsesBody
 
 BODIES: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation"),
     "/v1/completions": (CompletionBody, "Continue plain text"),
+    "/v1/responses": (ResponsesBody, "Answer a conversation, in items"),
+    "/v1/messages": (MessagesBody, "Answer a conversation, as Anthropic's API does"),
+    "/v1/messages/count_tokens": (CountBody, "Count the tokens of a conversation"),
 }
 """What is read by POST, and what it is for."""
 

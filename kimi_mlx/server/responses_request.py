@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from kimi_mlx.server.content import FOREIGN, kind_among, not_served, text_as
+from kimi_mlx.server.body import Body
+from kimi_mlx.server.content import FOREIGN, kind_among, not_served, possible_choice, text_as
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.openai_body import MOST_LOGPROBS, SMALLEST_TOP_P, TokenCount
 from kimi_mlx.text.messages import Message, ToolCall
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-class Part(BaseModel):
+class Part(Body):
     """A part of an item's content; only text is read."""
 
     type: str
@@ -31,7 +33,7 @@ class Part(BaseModel):
 Parts = Annotated[list[Part], BeforeValidator(text_as(type="input_text"), json_schema_input_type=str | list[Part])]
 
 
-class MessageItem(BaseModel):
+class MessageItem(Body):
     """Something said."""
 
     type: Literal["message"] = "message"
@@ -39,7 +41,7 @@ class MessageItem(BaseModel):
     content: Parts
 
 
-class FunctionCallItem(BaseModel):
+class FunctionCallItem(Body):
     """A call of the model."""
 
     type: Literal["function_call"]
@@ -48,7 +50,7 @@ class FunctionCallItem(BaseModel):
     arguments: str
 
 
-class FunctionCallOutputItem(BaseModel):
+class FunctionCallOutputItem(Body):
     """The result of a call."""
 
     type: Literal["function_call_output"]
@@ -56,7 +58,7 @@ class FunctionCallOutputItem(BaseModel):
     output: Parts
 
 
-class ReasoningItem(BaseModel):
+class ReasoningItem(Body):
     """What the model thought: its content, else its summary."""
 
     type: Literal["reasoning"]
@@ -64,7 +66,7 @@ class ReasoningItem(BaseModel):
     summary: list[Part] | None = None
 
 
-class ForeignItem(BaseModel):
+class ForeignItem(Body):
     """An item of a kind that is not served."""
 
     type: str | None = None
@@ -90,7 +92,7 @@ Item = Annotated[
 Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
 
-class Tool(BaseModel):
+class Tool(Body):
     """A function of the client's, or a tool of OpenAI's."""
 
     type: str
@@ -100,21 +102,21 @@ class Tool(BaseModel):
     strict: bool | None = None
 
 
-class NamedTool(BaseModel):
+class NamedTool(Body):
     """The tool that must be called."""
 
     type: str
     name: str | None = None
 
 
-class Reasoning(BaseModel):
+class Reasoning(Body):
     """Whether the model thinks, and whether what it thinks is told as a summary."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class Format(BaseModel):
+class Format(Body):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -124,13 +126,13 @@ class Format(BaseModel):
     strict: bool | None = None
 
 
-class TextConfig(BaseModel):
+class TextConfig(Body):
     """How the answer is to look."""
 
     format: Format | None = None
 
 
-class ResponsesBody(BaseModel):
+class ResponsesBody(Body):
     """What `/v1/responses` is sent."""
 
     model: str
@@ -142,10 +144,10 @@ class ResponsesBody(BaseModel):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    max_output_tokens: TokenCount | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -162,14 +164,15 @@ def to_ask(body: ResponsesBody) -> Ask:
         ApiError: it asks for something that is not served.
     """
     _refuse_state(body)
-    sampling = {"temperature": body.temperature, "top_p": body.top_p}
+    top_p = None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P)
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     return Ask(
         max_tokens=body.max_output_tokens,
-        sampling={name: value for name, value in sampling.items() if value is not None},
+        sampling={"temperature": body.temperature, "top_p": top_p},
         top_logprobs=_top_logprobs(body),
         messages=tuple(_Conversation(body).messages),
-        tools=tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())),
-        tool_choice=_tool_choice(body.tool_choice),
+        tools=tools,
+        tool_choice=possible_choice(_tool_choice(body.tool_choice), tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_schema=_response_schema(body.text and body.text.format),
         thinking=_thinking(body.reasoning and body.reasoning.effort),
@@ -194,7 +197,7 @@ class _Conversation:
         self._text = ""
         self._calls: list[ToolCall] = []
         for index, item in enumerate(body.input):
-            self._add(item, f"input.{index}")
+            self._add(item, f"input[{index}]")
         self._end_turn()
 
     def _add(self, item: Item, place: str) -> None:
@@ -239,7 +242,7 @@ def _text(parts: Sequence[Part], place: str) -> str:
         text = part.text if part.type in TEXT_TYPES else part.refusal
         if text is None:
             what = f"content of type `{part.type:.60}` is"
-            raise not_served(what, f"{place}.{index}", "this model reads text only")
+            raise not_served(what, f"{place}[{index}]", "this model reads text only")
         texts.append(text)
     return "".join(texts)
 

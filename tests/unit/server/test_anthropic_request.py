@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from kimi_mlx.server.anthropic_request import CountBody, MessagesBody, to_ask
+from kimi_mlx.server.body import parse
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Message, ToolCall
@@ -18,12 +19,20 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 
 
 def ask_of(*messages: dict[str, Any], **fields: Any) -> Ask:
-    return to_ask(MessagesBody.model_validate({"model": "claude-x", "max_tokens": 9, "messages": messages, **fields}))
+    body = {"model": "claude-x", "max_tokens": 9, "messages": messages, **fields}
+    return to_ask(parse(MessagesBody, json.dumps(body).encode()))
 
 
 def test_the_least_body():
-    assert ask_of(HI) == Ask(max_tokens=9, messages=(Message("user", "Hi"),), thinking=False, call_id_prefix="toolu_")
-    assert to_ask(CountBody(model="m", messages=[HI])).max_tokens is None  # pyright: ignore[reportArgumentType]
+    assert ask_of(HI) == Ask(
+        max_tokens=9,
+        sampling={"temperature": None, "top_p": None, "top_k": None},
+        messages=(Message("user", "Hi"),),
+        thinking=False,
+        call_id_prefix="toolu_",
+    )
+    body = {"model": "m", "messages": [HI]}
+    assert to_ask(parse(CountBody, json.dumps(body).encode())).messages == (Message("user", "Hi"),)
 
 
 def test_everything_that_has_a_meaning():
@@ -60,7 +69,8 @@ def test_everything_that_has_a_meaning():
 
 @pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
 def test_tool_choices(kind: str, choice: str):
-    assert ask_of(HI, tool_choice={"type": kind}).tool_choice == choice
+    tool = {"name": "f", "input_schema": SCHEMA}
+    assert ask_of(HI, tools=[tool], tool_choice={"type": kind}).tool_choice == choice
 
 
 @pytest.mark.parametrize(("kind", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)])
@@ -140,6 +150,8 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
         ([HI], {"tools": [{"name": "f"}]}, "tools.0", "no `input_schema`"),
         ([HI], {"tools": [{"input_schema": {}}]}, "tools.0", "no `name`"),
         ([HI], {"tool_choice": {"type": "tool"}}, "tool_choice.name", "no `name`"),
+        ([HI], {"tool_choice": {"type": "any"}}, "tool_choice", "there are no tools"),
+        ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f` .* is not among the tools"),
         ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
     ],
 )
@@ -165,5 +177,6 @@ def test_what_is_not_served_is_refused_by_name(
     ],
 )
 def test_wrong_shapes_are_refused(fields: dict[str, Any]):
-    with pytest.raises(ValidationError):
-        MessagesBody.model_validate({"model": "m", "messages": [HI], **fields})
+    with pytest.raises(ApiError) as error:
+        parse(MessagesBody, json.dumps({"model": "m", "messages": [HI], **fields}).encode())
+    assert error.value.status == 400

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
+from kimi_mlx.server.body import parse
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.responses_request import ResponsesBody, to_ask
@@ -17,11 +18,11 @@ IMAGE = {"type": "input_image", "image_url": "data:"}
 
 
 def ask_of(given: str | list[dict[str, Any]] = "Hi", **fields: Any) -> Ask:
-    return to_ask(ResponsesBody.model_validate({"model": "m", "input": given, **fields}))
+    return to_ask(parse(ResponsesBody, json.dumps({"model": "m", "input": given, **fields}).encode()))
 
 
 def test_the_least_body():
-    assert ask_of() == Ask(messages=(Message("user", "Hi"),))
+    assert ask_of() == Ask(sampling={"temperature": None, "top_p": None}, messages=(Message("user", "Hi"),))
 
 
 def test_everything_that_has_a_meaning():
@@ -101,7 +102,7 @@ def test_a_round_of_tools():
         ({"reasoning": {"effort": None}}, "thinking", None),
         ({"text": {"format": {"type": "text"}}}, "response_schema", None),
         ({"text": {"format": {"type": "json_object"}}}, "response_schema", True),
-        ({"tool_choice": "required"}, "tool_choice", "required"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "name": "f"}]}, "tool_choice", "required"),
         ({"top_logprobs": 3}, "top_logprobs", 3),
     ],
 )
@@ -116,14 +117,16 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"conversation": "conv_1"}, "conversation", "not supported"),
         ({"prompt": {"id": "p"}}, "prompt", "not supported"),
         ({"background": True}, "background", "not supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0", "`web_search`"),
-        ({"tools": [{"type": "function"}]}, "tools.0.name", "has no `name`"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]", "`web_search`"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name", "has no `name`"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", "`web_search`"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "`f` .* is not among the tools"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "has no `schema`"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "send the item itself"),
-        ({"input": [{"id": "x"}]}, "input.0", "send the item itself"),
-        ({"input": [{"type": "web_search_call"}]}, "input.0", "`web_search_call`"),
-        ({"input": [{"role": "user", "content": [IMAGE]}]}, "input.0.content.0", "`input_image`.*reads text only"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "send the item itself"),
+        ({"input": [{"id": "x"}]}, "input[0]", "send the item itself"),
+        ({"input": [{"type": "web_search_call"}]}, "input[0]", "`web_search_call`"),
+        ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "`input_image`.*reads text only"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any], place: str, problem: str):
@@ -146,5 +149,6 @@ def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any], place: st
     ],
 )
 def test_wrong_shapes_are_refused(fields: dict[str, Any]):
-    with pytest.raises(ValidationError):
-        ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields})
+    with pytest.raises(ApiError) as error:
+        parse(ResponsesBody, json.dumps({"model": "m", "input": "Hi", **fields}).encode())
+    assert error.value.status == 400
