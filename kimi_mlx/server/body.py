@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 from kimi_mlx.server.errors import ApiError
 
@@ -38,7 +38,7 @@ def parse(kind: type[AnyBody], text: bytes) -> AnyBody:
 def _mistake(error: ValidationError, body: object) -> ApiError:
     """The mistake that lies deepest: of several kinds that a value may have, the one that it comes nearest to."""
     found = [(place(each["loc"], body), each) for each in error.errors(include_url=False)]
-    param, first = max(found, key=lambda each: each[0].count(".") + each[0].count("["))
+    param, first = max(found, key=lambda each: (each[0].count(".") + each[0].count("["), _is_of_right_type(each[1])))
     message = first["msg"].removeprefix("Value error, ")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"`{param}`: {message}" if param else message, code, param or None)
@@ -55,3 +55,7 @@ def place(loc: Sequence[str | int], body: object) -> str:
             text += f".{part}" if text else str(part)
             body = cast("dict[str | int, object]", body).get(part)
     return text
+
+
+def _is_of_right_type(error: ErrorDetails) -> bool:
+    return not error["type"].endswith("_type")
