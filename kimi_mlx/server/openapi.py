@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -44,6 +45,7 @@ ERRORS = {
 }
 
 
+@cache
 def document() -> dict[str, Any]:
     """The document."""
     kinds = [kind for kind, _ in BODIES.values()]

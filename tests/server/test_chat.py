@@ -202,7 +202,7 @@ def test_tokens_come_with_how_likely_they_were(client: openai.OpenAI) -> None:
 def test_tokens_can_be_favoured(client: openai.OpenAI) -> None:
     (favoured,) = client.completions.create(model="default", prompt="a", logit_bias={"300": 100}, max_tokens=3).choices
     assert favoured.text
-    assert len(set(favoured.text[i : i + len(favoured.text) // 3] for i in (0, len(favoured.text) // 3))) == 1
+    assert favoured.text == favoured.text[: len(favoured.text) // 3] * 3
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

@@ -53,5 +53,5 @@ def test_tokens_come_with_how_likely_they_were(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("option", [{"suffix": "x"}, {"best_of": 3}, {"echo": True, "logprobs": 1}])
 def test_what_is_not_supported_is_refused(client: openai.OpenAI, option: dict[str, Any]) -> None:
-    with pytest.raises(openai.BadRequestError, match="not supported|not computed"):
+    with pytest.raises(openai.BadRequestError, match=r"not supported|not computed"):
         complete(client, **option)
