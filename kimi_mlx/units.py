@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
+MB = 10**6
 GB = 10**9
 GIB = 1024**3
 
 
 def format_bytes(count: float) -> str:
     """Bytes in the largest decimal unit that leaves a number of at least 1, such as `577.6 GB`."""
-    for unit, size in (("TB", 10**12), ("GB", GB), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", GB), ("MB", MB), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"

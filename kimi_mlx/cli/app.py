@@ -25,6 +25,7 @@ from kimi_mlx.cli.launch import launch
 from kimi_mlx.cli.models import models
 from kimi_mlx.cli.output import print_error
 from kimi_mlx.cli.plan import plan
+from kimi_mlx.cli.serve import serve
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 
@@ -72,6 +73,14 @@ app.command(
 )(chat)
 app.command(
     epilog=examples(
+        "kimi-mlx serve kimi-mini",
+        "kimi-mlx serve kimi-k2 --ranks 2 --port 8000 --served-name gpt-4o",
+        "KIMI_MLX_API_KEY=$(openssl rand -hex 24) kimi-mlx serve --host 0.0.0.0    for other machines, too",
+        "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
+    )
+)(serve)
+app.command(
+    epilog=examples(
         "kimi-mlx download kimi-k2 --dry-run              what it would fetch, and whether the disk is large enough",
         "kimi-mlx download moonlight                      into the hub's cache, as it is",
         "kimi-mlx download kimi-k2 --ranks 2              one store a rank; start with `chat kimi-k2 --ranks 2`",
@@ -111,6 +120,7 @@ app.command(
         "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host fetches its part, once in all",
         'kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 -p "Hi"',
         "kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 --strategy pipeline:3:1    three layers of four on mac-a",
+        "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2          for programs",
         "kimi-mlx launch --hosts mac-a,mac-b --save two.json check kimi-k2",
         "kimi-mlx launch --hostfile two.json bench kimi-k2 --prompt-tokens 128,1024",
     ),

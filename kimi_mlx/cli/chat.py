@@ -15,6 +15,7 @@ import typer
 
 from kimi_mlx.cli.launched import launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
+from kimi_mlx.cli.opening import open_here
 from kimi_mlx.cli.options import (
     CheckEveryOption,
     DtypeOption,
@@ -26,7 +27,7 @@ from kimi_mlx.cli.options import (
     StrategyOption,
     refuse_launcher,
 )
-from kimi_mlx.cli.output import load_progress, print_json, stderr, stdout
+from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
@@ -35,7 +36,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat import ChatOptions, Conversation
-from kimi_mlx.runtime.session import Session, SessionOptions, open_session
+from kimi_mlx.runtime.session import Session, SessionOptions
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
@@ -106,7 +107,7 @@ def chat(
             samples = options.sampling is not None and options.sampling.temperature > 0
             announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
             local = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, samples=samples)
-            session = _open(local, name, json)
+            session = open_here(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:
@@ -199,13 +200,6 @@ def _piped() -> str | None:
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
         return None
     return sys.stdin.buffer.read().decode("utf-8", errors="replace")
-
-
-def _open(options: SessionOptions, name: str, is_quiet: bool) -> Session:
-    """Load the model behind a progress bar."""
-    where = f" on {options.ranks} ranks" if options.ranks > 1 else ""
-    with load_progress(f"loading {name}{where}", is_quiet) as progress:
-        return open_session(options, progress)
 
 
 def _answer(conversation: Conversation, question: str) -> None:

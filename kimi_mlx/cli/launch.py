@@ -41,7 +41,7 @@ from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
-COMMANDS = ("chat", "bench", "check", "download")
+COMMANDS = ("chat", "serve", "bench", "check", "download")
 """What can be run on a cluster; the first is the default."""
 
 BROUGHT_BY_A_DOWNLOAD = ("stores", "memory", "wired limit")
@@ -54,7 +54,7 @@ def launch(
         list[str] | None,
         typer.Argument(
             metavar="COMMAND",
-            help="`chat` (the default), `bench`, `check` or `download`, with its own arguments and options: "
+            help="`chat` (the default), `serve`, `bench`, `check` or `download`, with its own arguments and options: "
             "`kimi-mlx COMMAND --help`.",
             show_default=False,
         ),

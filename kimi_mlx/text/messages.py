@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, TypeAlias, cast
 
 from kimi_mlx.errors import TextError
@@ -41,27 +42,67 @@ class UnparsedToolCall:
     Args:
         raw: the text between the call's markers, with the marker inside it if there was one.
         reason: why it is no call.
+        index: that of its CallParts; None if none were given, because nothing named a tool.
     """
 
     raw: str
     reason: str
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """A piece of a tool call that is still being written: it may yet turn out to be none.
+
+    Args:
+        index: which of the answer's calls, from 0.
+        id: as the model wrote it; in the first part of a call, else empty.
+        name: the tool's name; in the first part of a call, else empty.
+        arguments: the next piece of the JSON text.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer: what one or more tokens added to it."""
+    """A piece of an answer: what one or more tokens added to it.
+
+    Args:
+        text: what is said.
+        reasoning: what is thought.
+        tool_calls: calls that have been closed, in the order of their parts.
+        call_parts: pieces of calls, the same calls as they are being written.
+    """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall | UnparsedToolCall, ...] = ()
+    call_parts: tuple[CallPart, ...] = ()
 
     def __add__(self, other: Delta) -> Delta:
         """Return both pieces as one."""
-        return Delta(self.text + other.text, self.reasoning + other.reasoning, self.tool_calls + other.tool_calls)
+        return join((self, other))
 
     def __bool__(self) -> bool:
         """Tell whether there is anything in it."""
-        return bool(self.text or self.reasoning or self.tool_calls)
+        return bool(self.text or self.reasoning or self.tool_calls or self.call_parts)
+
+
+def join(deltas: Iterable[Delta]) -> Delta:
+    """Return the pieces as one, with the parts of each call in one part."""
+    pieces = list(deltas)
+    parts = [part for piece in pieces for part in piece.call_parts]
+    calls = [list(group) for _, group in groupby(parts, key=lambda part: part.index)]
+    return Delta(
+        "".join(piece.text for piece in pieces),
+        "".join(piece.reasoning for piece in pieces),
+        tuple(call for piece in pieces for call in piece.tool_calls),
+        tuple(replace(call[0], arguments="".join(part.arguments for part in call)) for call in calls),
+    )
 
 
 @dataclass(frozen=True)

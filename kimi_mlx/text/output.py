@@ -6,6 +6,10 @@
 The machine reads ids, so a marker spelled in ordinary tokens is text. It forgives what Kimi is known to do: a
 section inside reasoning ends it, a call needs no section around it, and whatever is open when the answer ends
 is closed.
+
+A call comes twice: in parts while it is written, from the marker on that ends its id, and whole when it is closed.
+Only then is it known whether its arguments are JSON. If they are not, the parts have been given all the same, and an
+UnparsedToolCall with their index follows. What names no tool has no parts, only an UnparsedToolCall.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall, join
 from kimi_mlx.text.tokenizer import Tokenizer
-from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, parse_tool_call
+from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, parse_tool_call, tool_name
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -45,12 +49,7 @@ def starts_in_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 def parse(tokenizer: Tokenizer, ids: Iterable[int], starts_in_reasoning: bool = False) -> Delta:
     """Return a whole answer in one piece; equal to the sum of its streamed pieces."""
     parser = OutputParser(tokenizer, starts_in_reasoning)
-    deltas = [*(parser.add(token_id) for token_id in ids), parser.finish()]
-    return Delta(
-        "".join(delta.text for delta in deltas),
-        "".join(delta.reasoning for delta in deltas),
-        tuple(call for delta in deltas for call in delta.tool_calls),
-    )
+    return join([*(parser.add(token_id) for token_id in ids), parser.finish()])
 
 
 class OutputParser:
@@ -69,8 +68,11 @@ class OutputParser:
         self._held = ""  # text that may turn out to be a misspelled marker
         self._call_id: list[str] = []
         self._arguments: list[str] = []
+        self._index: int | None = None  # of the open call, once its name is known
+        self._calls_named = 0
         self._new_text = ""
         self._new_reasoning = ""
+        self._new_parts: list[CallPart] = []
         self._new_calls: list[ToolCall | UnparsedToolCall] = []
 
     def add(self, token_id: int) -> Delta:
@@ -103,6 +105,7 @@ class OutputParser:
         in_call = self._state in (State.CALL_ID, State.ARGUMENTS)
         if marker == ARGUMENT_BEGIN and self._state is State.CALL_ID:
             self._state = State.ARGUMENTS
+            self._name_call()
         elif marker == CALL_BEGIN:
             self._close_call(is_cut_off=True)
             self._release(before_call=True)
@@ -128,7 +131,7 @@ class OutputParser:
         if self._state is State.CALL_ID:
             self._call_id.append(text)
         elif self._state is State.ARGUMENTS:
-            self._arguments.append(text)
+            self._take_arguments(text)
         elif self._state is State.SECTION:
             self._take_text_in_section(text)
         else:
@@ -172,12 +175,26 @@ class OutputParser:
         else:
             self._new_text += text
 
+    def _name_call(self) -> None:
+        """Give the first part of the open call, if its id names a tool."""
+        call_id = "".join(self._call_id).strip()
+        name = tool_name(call_id)
+        if name:
+            self._index = self._calls_named
+            self._calls_named += 1
+            self._new_parts.append(CallPart(self._index, call_id, name))
+
+    def _take_arguments(self, text: str) -> None:
+        self._arguments.append(text)
+        if self._index is not None:
+            self._new_parts.append(CallPart(self._index, arguments=text))
+
     def _close_call(self, is_cut_off: bool) -> None:
         if self._state not in (State.CALL_ID, State.ARGUMENTS):
             return
         arguments = "".join(self._arguments) if self._state is State.ARGUMENTS else None
-        self._new_calls.append(parse_tool_call("".join(self._call_id), arguments, is_cut_off))
-        self._call_id, self._arguments = [], []
+        self._new_calls.append(parse_tool_call("".join(self._call_id), arguments, is_cut_off, self._index))
+        self._call_id, self._arguments, self._index = [], [], None
         self._state = State.SECTION
 
     def _end(self) -> None:
@@ -189,7 +206,7 @@ class OutputParser:
         self._state = State.ENDED
 
     def _take_delta(self) -> Delta:
-        delta = Delta(self._new_text, self._new_reasoning, tuple(self._new_calls))
+        delta = Delta(self._new_text, self._new_reasoning, tuple(self._new_calls), tuple(self._new_parts))
         self._new_text = self._new_reasoning = ""
-        self._new_calls = []
+        self._new_calls, self._new_parts = [], []
         return delta

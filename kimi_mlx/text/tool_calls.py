@@ -12,26 +12,33 @@ INDEX = re.compile(r":\d+$")
 ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
 
 
-def parse_tool_call(call_id: str, arguments: str | None, is_cut_off: bool = False) -> ToolCall | UnparsedToolCall:
+def tool_name(call_id: str) -> str:
+    """Return the name in a call's id, with or without `functions.` and the index; empty if it names nothing."""
+    return INDEX.sub("", call_id.strip()).removeprefix(PREFIX)
+
+
+def parse_tool_call(
+    call_id: str, arguments: str | None, is_cut_off: bool = False, index: int | None = None
+) -> ToolCall | UnparsedToolCall:
     """Return the call, or what is there instead of one with the reason; never an error.
 
     Args:
         call_id: the text before the arguments' marker, with or without `functions.` and the index.
         arguments: the text after it; None if there was no marker.
         is_cut_off: the answer ended, or another call began, before this one was closed.
+        index: that of its CallParts.
     """
     raw = call_id if arguments is None else call_id + ARGUMENT_BEGIN + arguments
     ending = "the call is never closed: " if is_cut_off else ""
-    call_id = call_id.strip()
-    name = INDEX.sub("", call_id).removeprefix(PREFIX)
+    name = tool_name(call_id)
     if arguments is None:
-        return UnparsedToolCall(raw, f"{ending}no arguments")
+        return UnparsedToolCall(raw, f"{ending}no arguments", index)
     if not name:
-        return UnparsedToolCall(raw, f"{ending}no tool name")
+        return UnparsedToolCall(raw, f"{ending}no tool name", index)
     problem = _problem(arguments)
     if problem:
-        return UnparsedToolCall(raw, ending + problem)
-    return ToolCall(call_id, name, arguments)
+        return UnparsedToolCall(raw, ending + problem, index)
+    return ToolCall(call_id.strip(), name, arguments)
 
 
 def _problem(arguments: str) -> str | None:

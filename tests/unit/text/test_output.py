@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.text.messages import Delta, Message, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import CallPart, Delta, Message, ToolCall, UnparsedToolCall
 from kimi_mlx.text.output import OutputParser, parse, starts_in_reasoning
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -42,68 +42,74 @@ def call(name: str = "f", index: int = 0, arguments: str = "{}") -> ToolCall:
     return ToolCall(f"functions.{name}:{index}", name, arguments)
 
 
+def answer(text: str = "", reasoning: str = "", tool_calls: tuple[ToolCall, ...] = ()) -> Delta:
+    """A whole answer, each call in both its forms."""
+    parts = (CallPart(i, call.id, call.name, call.arguments) for i, call in enumerate(tool_calls))
+    return Delta(text, reasoning, tool_calls, tuple(parts))
+
+
 F0 = (CALL, "functions.f:0", ARGUMENTS, "{}", CALL_END)
 F1 = (CALL, "functions.f:1", ARGUMENTS, '{"x": [1, "é"]}', CALL_END)
 BOTH = (call(), call("f", 1, '{"x": [1, "é"]}'))
 CASES: dict[str, tuple[tuple[str, ...], Delta]] = {
-    "text": (("Hi é 你好",), Delta("Hi é 你好")),
-    "nothing": ((), Delta()),
-    "thinking": (("<think>", "Hm. ", "</think>", "Hi"), Delta("Hi", "Hm. ")),
-    "two calls": ((SECTION, *F0, *F1, SECTION_END, "<|im_end|>"), Delta(tool_calls=BOTH)),
-    "text before and after": (("A ", SECTION, *F0, SECTION_END, " B"), Delta("A  B", tool_calls=BOTH[:1])),
+    "text": (("Hi é 你好",), answer("Hi é 你好")),
+    "nothing": ((), answer()),
+    "thinking": (("<think>", "Hm. ", "</think>", "Hi"), answer("Hi", "Hm. ")),
+    "two calls": ((SECTION, *F0, *F1, SECTION_END, "<|im_end|>"), answer(tool_calls=BOTH)),
+    "text before and after": (("A ", SECTION, *F0, SECTION_END, " B"), answer("A  B", tool_calls=BOTH[:1])),
     "section inside thinking": (
         ("<think>", "Hm", SECTION, *F0, SECTION_END, "</think>", "Hi"),
-        Delta("Hi", "Hm", BOTH[:1]),
+        answer("Hi", "Hm", BOTH[:1]),
     ),
-    "missing section end": ((SECTION, *F0, "<|im_end|>"), Delta(tool_calls=BOTH[:1])),
-    "missing section end, then text": ((SECTION, *F0, "\n\nSo."), Delta("\n\nSo.", tool_calls=BOTH[:1])),
-    "missing section end, then thinking": ((SECTION, *F0, "<think>", "Hm"), Delta("", "Hm", BOTH[:1])),
-    "missing section begin": (("Hi", *F0, SECTION_END), Delta("Hi", tool_calls=BOTH[:1])),
+    "missing section end": ((SECTION, *F0, "<|im_end|>"), answer(tool_calls=BOTH[:1])),
+    "missing section end, then text": ((SECTION, *F0, "\n\nSo."), answer("\n\nSo.", tool_calls=BOTH[:1])),
+    "missing section end, then thinking": ((SECTION, *F0, "<think>", "Hm"), answer("", "Hm", BOTH[:1])),
+    "missing section begin": (("Hi", *F0, SECTION_END), answer("Hi", tool_calls=BOTH[:1])),
     "missing call end": (
         (SECTION, *F0[:4], *F1[:4], SECTION_END),
-        Delta(tool_calls=BOTH),
+        answer(tool_calls=BOTH),
     ),
-    "missing call end at eos": ((SECTION, *F0[:4], "[EOS]"), Delta(tool_calls=BOTH[:1])),
-    "blanks between calls": ((SECTION, "\n", *F0, "\n ", *F1, "\n", SECTION_END), Delta(tool_calls=BOTH)),
-    "section without calls": (("A", SECTION, SECTION_END, "B"), Delta("AB")),
+    "missing call end at eos": ((SECTION, *F0[:4], "[EOS]"), answer(tool_calls=BOTH[:1])),
+    "blanks between calls": ((SECTION, "\n", *F0, "\n ", *F1, "\n", SECTION_END), answer(tool_calls=BOTH)),
+    "section without calls": (("A", SECTION, SECTION_END, "B"), answer("AB")),
     "misspelled section": (
         ("Hi ", WRONG_SECTION, *F0, WRONG_SECTION_END, "\nB"),
-        Delta("Hi \nB", tool_calls=BOTH[:1]),
+        answer("Hi \nB", tool_calls=BOTH[:1]),
     ),
     "misspelled section with blanks": (
         ("<think>", "Hm", WRONG_SECTION + "\n", *F0, "\n" + WRONG_SECTION_END + "\n", "<|im_end|>"),
-        Delta("\n", "Hm", BOTH[:1]),
+        answer("\n", "Hm", BOTH[:1]),
     ),
-    "misspelled section, no end": ((WRONG_SECTION, *F0), Delta(tool_calls=BOTH[:1])),
-    "misspelled marker as text": (("Say " + WRONG_SECTION + " now",), Delta("Say " + WRONG_SECTION + " now")),
-    "misspelled marker at the end": (("Say " + WRONG_SECTION, "<|im_end|>"), Delta("Say " + WRONG_SECTION)),
+    "misspelled section, no end": ((WRONG_SECTION, *F0), answer(tool_calls=BOTH[:1])),
+    "misspelled marker as text": (("Say " + WRONG_SECTION + " now",), answer("Say " + WRONG_SECTION + " now")),
+    "misspelled marker at the end": (("Say " + WRONG_SECTION, "<|im_end|>"), answer("Say " + WRONG_SECTION)),
     "half a misspelled marker": (
         ("Say " + WRONG_SECTION[:9], *F0),
-        Delta("Say <|tool_ca", tool_calls=BOTH[:1]),
+        answer("Say <|tool_ca", tool_calls=BOTH[:1]),
     ),
-    "less-than signs": (("a < b <<|tool_", "</think>", "c"), Delta("a < b <<|tool_c")),
+    "less-than signs": (("a < b <<|tool_", "</think>", "c"), answer("a < b <<|tool_c")),
     "markers in ordinary tokens": (
         ("=<think>", "=" + SECTION, "=" + CALL, "=<|im_end|>"),
-        Delta("<think>" + SECTION + CALL + "<|im_end|>"),
+        answer("<think>" + SECTION + CALL + "<|im_end|>"),
     ),
     "id without functions.": (
         (CALL, "f:3", ARGUMENTS, "{}"),
-        Delta(tool_calls=(ToolCall("f:3", "f", "{}"),)),
+        answer(tool_calls=(ToolCall("f:3", "f", "{}"),)),
     ),
     "id without index": (
         (CALL, " functions.a.b\n", ARGUMENTS, "{}", CALL_END),
-        Delta(tool_calls=(ToolCall("functions.a.b", "a.b", "{}"),)),
+        answer(tool_calls=(ToolCall("functions.a.b", "a.b", "{}"),)),
     ),
     "control tokens without a meaning": (
         ("A", "<|im_user|>", "[PAD]", CALL_END, ARGUMENTS, "B"),
-        Delta("AB"),
+        answer("AB"),
     ),
-    "stray thinking ends": (("A", "</think>", "B", "</think>"), Delta("AB")),
+    "stray thinking ends": (("A", "</think>", "B", "</think>"), answer("AB")),
     "thinking marker inside a call": (
         (CALL, "f:0", ARGUMENTS, "{", "</think>", "}", CALL_END),
-        Delta(tool_calls=(ToolCall("f:0", "f", "{}"),)),
+        answer(tool_calls=(ToolCall("f:0", "f", "{}"),)),
     ),
-    "nothing after the end": (("A", "<|im_end|>", "B", *F0), Delta("A")),
+    "nothing after the end": (("A", "<|im_end|>", "B", *F0), answer("A")),
 }
 
 
@@ -138,10 +144,15 @@ def test_what_kimi_writes(tokenizer: Tokenizer, case: str):
 def test_broken_calls_are_kept_with_text_and_reason(
     tokenizer: Tokenizer, parts: tuple[str, ...], raw: str, reason: str
 ):
-    (broken,) = parse(tokenizer, ids_of(tokenizer, SECTION, *parts)).tool_calls
+    whole = parse(tokenizer, ids_of(tokenizer, SECTION, *parts))
+    (broken,) = whole.tool_calls
     assert isinstance(broken, UnparsedToolCall)
     assert broken.raw == raw
     assert broken.reason.startswith(reason)
+    named, marker, arguments = raw.partition(ARGUMENTS)
+    is_call = bool(marker) and named != "functions.:0"
+    assert whole.call_parts == ((CallPart(0, "f:0", "f", arguments),) if is_call else ())
+    assert broken.index == (0 if is_call else None)
 
 
 @pytest.mark.parametrize("arguments", ["[" * 100_000, "1" * 10_000, '{"a": ' + "9" * 10_000 + "}"])
@@ -174,6 +185,40 @@ def test_text_appears_as_soon_as_it_is_known(tokenizer: Tokenizer):
     assert parser.add(65) == Delta()
 
 
+def test_a_call_comes_in_parts_as_it_is_written(tokenizer: Tokenizer):
+    parser = OutputParser(tokenizer, True)
+    written = ids_of(
+        tokenizer, SECTION, CALL, "functions.f:7", ARGUMENTS, *'{"a":1}', CALL_END, *F0[:2], ARGUMENTS, "x"
+    )
+    deltas = [delta for delta in map(parser.add, written) if delta]
+    assert deltas[0] == Delta(call_parts=(CallPart(0, "functions.f:7", "f"),))
+    assert deltas[1:8] == [Delta(call_parts=(CallPart(0, arguments=text),)) for text in '{"a":1}']
+    assert deltas[8] == Delta(tool_calls=(ToolCall("functions.f:7", "f", '{"a":1}'),))
+    assert deltas[9:] == [
+        Delta(call_parts=(CallPart(1, "functions.f:0", "f"),)),
+        Delta(call_parts=(CallPart(1, arguments="x"),)),
+    ]
+    (broken,) = parser.finish().tool_calls
+    assert isinstance(broken, UnparsedToolCall)
+    assert broken.index == 1
+
+
+def assert_parts_are_the_calls(whole: Delta):
+    """Each named call has its one part with the same id, name and arguments, in the same order."""
+    parts = iter(whole.call_parts)
+    for index, call in enumerate(c for c in whole.tool_calls if isinstance(c, ToolCall) or c.index is not None):
+        part = next(parts)
+        assert part.index == index
+        if isinstance(call, ToolCall):
+            assert (part.id, part.name, part.arguments) == (call.id, call.name, call.arguments)
+        else:
+            assert call.index == index
+            named, _, arguments = call.raw.partition(ARGUMENTS)
+            assert (part.id, part.arguments) == (named.strip(), arguments)
+            assert part.name
+    assert next(parts, None) is None
+
+
 PIECES = st.one_of(
     st.sampled_from([*SPECIAL.values(), *F0, *F1, SECTION, CALL, ARGUMENTS, CALL_END, WRONG_SECTION]),
     st.sampled_from([WRONG_SECTION_END, WRONG_SECTION[:8], "=" + SECTION, " ", "\n", BROKEN, "<", "Hi ☃ 漢字"]),
@@ -194,7 +239,12 @@ def test_stream_equals_whole_at_every_cut(tokenizer: Tokenizer, data: Any):
         assert closed.text.startswith(streamed.text)
         assert closed.reasoning.startswith(streamed.reasoning)
         assert closed.tool_calls[: len(streamed.tool_calls)] == streamed.tool_calls
+        assert [(part.id, part.name) for part in closed.call_parts] == [(p.id, p.name) for p in streamed.call_parts]
+        assert all(
+            c.arguments.startswith(s.arguments) for c, s in zip(closed.call_parts, streamed.call_parts, strict=True)
+        )
     assert streamed + parser.finish() == whole
+    assert_parts_are_the_calls(whole)
 
 
 @given(ids=st.lists(st.integers(-5, TOKENIZER_IDS + 5), max_size=60), inside=st.booleans())
@@ -218,10 +268,10 @@ def test_parse_gives_back_what_the_template_wrote(
         ToolCall(f"functions.{name}:{i}", name, json.dumps(arguments, ensure_ascii=False))
         for i, (name, arguments) in enumerate(called)
     )
-    answer = Delta(text, thought if thinking else "", calls)
+    expected = answer(text, thought if thinking else "", calls)
     question = Message("user", "Well?")
-    turns = [question, Message("assistant", answer.text, answer.reasoning, calls)]
+    turns = [question, Message("assistant", text, expected.reasoning, calls)]
     prompt = MINI.encode(tokenizer, [question], thinking=thinking)
     whole = MINI.encode(tokenizer, turns, add_generation_prompt=False, thinking=thinking, preserve_thinking=True)
     assert whole[: len(prompt)] == prompt
-    assert parse(tokenizer, whole[len(prompt) :], starts_in_reasoning(tokenizer, prompt)) == answer
+    assert parse(tokenizer, whole[len(prompt) :], starts_in_reasoning(tokenizer, prompt)) == expected

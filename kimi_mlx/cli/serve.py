@@ -1,0 +1,197 @@
+"""`kimi-mlx serve`: a model for programs, over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kimi_mlx.cli.launched import Launched, launched_of, open_launched
+from kimi_mlx.cli.obtain import obtain
+from kimi_mlx.cli.opening import open_here
+from kimi_mlx.cli.options import (
+    CheckEveryOption,
+    DtypeOption,
+    FastSyncOption,
+    ModelArgument,
+    RanksOption,
+    SpeculateOption,
+    StrategyOption,
+    refuse_launcher,
+)
+from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.placing import announce, place_here
+from kimi_mlx.errors import UsageError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.session import Session, SessionOptions
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.settings import Settings
+from kimi_mlx.store.locate import Target, understand
+from kimi_mlx.units import MB
+
+if TYPE_CHECKING:  # the server's libraries are not for other commands' starts
+    from kimi_mlx.server.serving import Server, ServingOptions
+
+KEY_HINT = "`export KIMI_MLX_API_KEY=$(openssl rand -hex 24)` makes one; clients send it as their API key"
+
+
+def serve(
+    context: typer.Context,
+    model: ModelArgument = None,
+    host: Annotated[
+        str, typer.Option("--host", help="The address to listen on; other than this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes any.")] = 8080,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            help="What clients must send; may be given again. Better in $KIMI_MLX_API_KEY or a file: others on this "
+            "machine see a command's words.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="Keys, one a line; `#` begins a comment.", show_default=False)
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="A further name that the server may be called by; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Let pages of this origin (`https://example.org`) ask from a browser; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-name",
+            metavar="NAME",
+            help="What clients call the model, beside its own names; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=1, help="Answers that may wait; more are refused for now (429).")
+    ] = 64,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="MB", help="Of a request.")] = 32,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Show requests' bodies in the log.")] = False,
+    ranks: RanksOption = 1,
+    strategy: StrategyOption = None,
+    speculate: SpeculateOption = 0,
+    check_every: CheckEveryOption = 0,
+    dtype: DtypeOption = None,
+    fast_sync: FastSyncOption = False,
+) -> None:
+    """Serve a model to programs: OpenAI's API over HTTP, on this machine unless told otherwise."""
+    refuse_launcher()
+    target = understand(model or Settings.from_environment().model)
+    keys = _keys(api_key or (), api_key_file)
+    from kimi_mlx.server.listener import Listener
+    from kimi_mlx.server.security import Security, is_loopback
+    from kimi_mlx.server.serving import ServingOptions
+
+    if not keys and not is_loopback(host):
+        raise UsageError(f"whoever reaches `{host}` could use the model: other machines need a key", hint=KEY_HINT)
+    security = Security(host, keys, tuple(allow_host or ()), tuple(cors_origin or ()))
+    options = ServingOptions(security, max_queue, max_body * MB, log_prompts)
+    wanted = SessionOptions(
+        None, dtype=dtype, samples=True, speculate=speculate, check_every=check_every, fast_sync=fast_sync
+    )
+    with ExitStack() as stack:
+        listener = stack.enter_context(closing(Listener(host, port)))  # a taken port is told before anything is loaded
+        session, folder = _open(launched_of(context), target, wanted, ranks, strategy)
+        stack.enter_context(closing(session))
+        server = _server(target, session, folder, served_name or (), options)
+        _log()
+        _greet(target.name, listener.url, has_key=bool(keys))
+        server.run([listener.socket])
+
+
+def _open(
+    launched: Launched | None, target: Target, wanted: SessionOptions, ranks: int, strategy: str | None
+) -> tuple[Session, Path]:
+    """The loaded model, and the folder of its text side."""
+    if launched is not None:
+        ring = open_launched(launched, target, wanted, is_quiet=False)
+        return ring, ring.text_folder
+    choice = place_here(target, ranks, strategy)
+    folder = obtain(target, ranks, choice.strategy, is_quiet=False)
+    load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
+    announce(choice, f"{ranks} ranks", is_quiet=ranks == 1)
+    options = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy)
+    return open_here(options, target.name, is_quiet=False), folder
+
+
+def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """All keys that open the server.
+
+    Raises:
+        UsageError: a file without keys, or a key that HTTP cannot carry.
+    """
+    own = Settings.from_environment().api_key
+    keys = [*given, *([own] if own else [])]
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read `{file}`: {error}", hint="write a key a line into it") from error
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UsageError(f"`{file}` has no key", hint="write a key a line into it")
+        keys += found
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UsageError("an API key has letters, digits and signs of ASCII, without blanks", hint=KEY_HINT)
+    return tuple(dict.fromkeys(keys))
+
+
+def _server(target: Target, session: Session, folder: Path, names: Sequence[str], options: ServingOptions) -> Server:
+    """The server of a loaded model."""
+    from kimi_mlx.server.served import Served
+    from kimi_mlx.server.serving import Server
+
+    entry = target.entry
+    own = [target.name if target.folder is None or entry else folder.resolve().name]
+    if entry is not None:
+        own += [each for each in (entry.alias, entry.repository, entry.original_repository) if each is not None]
+    own += [each.partition("/")[2] for each in own if "/" in each]
+    name, *aliases = dict.fromkeys([*names, *own])
+    served = Served(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
+    instant = entry.instant_sampling if entry is not None else None
+    tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
+    return Server(session, tokenizer, served, instant.given() if instant else {}, options)
+
+
+def _log() -> None:
+    """The server's log goes to stderr, a line a request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("kimi_mlx", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+
+
+def _greet(name: str, url: str, *, has_key: bool) -> None:
+    """Where it is, and what to type next."""
+    key = ' -H "Authorization: Bearer $KIMI_MLX_API_KEY"' if has_key else ""
+    body = """'{"messages": [{"role": "user", "content": "Hello"}]}'"""
+    stderr.print(f"{name} is served on {url}/v1 (Ctrl-C ends it)", markup=False)
+    stderr.print(f"try: curl {url}/v1/chat/completions{key} -d {body}", style="dim", markup=False)

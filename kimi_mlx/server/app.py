@@ -1,0 +1,72 @@
+"""The server's paths, and what stands before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from kimi_mlx.server.anthropic_answer import error_body
+from kimi_mlx.server.anthropic_routes import anthropic_routes
+from kimi_mlx.server.boundary import Boundary, ErrorShape
+from kimi_mlx.server.context import Context
+from kimi_mlx.server.health import report, trouble
+from kimi_mlx.server.journal import Journal
+from kimi_mlx.server.json_response import JsonResponse
+from kimi_mlx.server.limits import BodyLimit
+from kimi_mlx.server.openai_routes import openai_routes
+from kimi_mlx.server.openapi import document
+from kimi_mlx.server.responses_routes import responses_routes
+from kimi_mlx.server.security import Guard, Security
+
+APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
+"""The APIs that are served, each with its paths."""
+
+SHAPES: Mapping[str, ErrorShape] = {"/v1/messages": error_body}
+"""How they write errors, by the beginning of their paths, where it is not as OpenAI does."""
+
+
+def build_app(context: Context, security: Security, most_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
+    """The application.
+
+    Args:
+        context: what answers.
+        security: who may ask.
+        most_body_bytes: of a request.
+        log_prompts: whether the log shows bodies.
+    """
+    routes = [route for api in APIS for route in api(context)] + _own_routes(context)
+    app: ASGIApp = BodyLimit(Router(routes, redirect_slashes=False), most_body_bytes)
+    app = Boundary(Guard(app, security), SHAPES)
+    if security.origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(security.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Journal(app, context.service.metrics, frozenset(route.path for route in routes), log_prompts=log_prompts)
+
+
+def _own_routes(context: Context) -> list[Route]:
+    """Those of no API."""
+    service = context.service
+
+    async def health(request: Request) -> Response:
+        status = service.status()
+        return JsonResponse(report(service, status), 503 if trouble(service, status) else 200)
+
+    async def metrics(request: Request) -> Response:
+        status = service.status()
+        text = service.metrics.text(status, is_up=trouble(service, status) is None)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(request: Request) -> Response:
+        return JsonResponse(document())
+
+    return [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]

@@ -1,0 +1,34 @@
+"""Whether the server can answer."""
+
+from __future__ import annotations
+
+from kimi_mlx.runtime.status import SessionStatus
+from kimi_mlx.server.service import Service
+
+STALE_S = 120.0
+"""A step that takes longer than this, with answers running, is no sign of life."""
+
+
+def trouble(service: Service, status: SessionStatus) -> str | None:
+    """Why the server cannot answer now; None if it can."""
+    if service.is_closing:
+        return "the server is being stopped"
+    if not status.is_up:
+        return status.reason or "the engine is not up"
+    age = status.last_step_age_s
+    if status.active and age is not None and age > STALE_S:
+        return f"the last step ended {age:.0f} s ago"
+    return None
+
+
+def report(service: Service, status: SessionStatus) -> dict[str, object]:
+    """The body of GET /health."""
+    reason = trouble(service, status)
+    return {
+        "status": "ok" if reason is None else "unavailable",
+        "reason": reason,
+        "running": status.active,
+        "waiting": status.waiting,
+        "last_step_age_s": status.last_step_age_s,
+        "restarts": status.restarts,
+    }

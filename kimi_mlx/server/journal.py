@@ -1,0 +1,112 @@
+"""One line a request: what was asked, how it went; prompts only if that is wanted."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kimi_mlx.server.conversation import End, Item, Piece, Usage, total_usage
+from kimi_mlx.server.metrics import Metrics
+
+LOG = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+"""The status, in the log, of a request whose client did not wait for the answer."""
+
+RECORD = "kimi_mlx.record"
+"""Where the record of a request is in its scope."""
+
+
+@dataclass
+class Record:
+    """What is remembered of a request until it ends.
+
+    Args:
+        begun_at: by time.monotonic.
+        id: that the client is told.
+        status: of the response, once it has begun.
+        body: of the request.
+        first_s: how long until the first piece of an answer.
+        ends: of its answers.
+        is_gone: whether the client has not waited for the end.
+    """
+
+    begun_at: float = field(default_factory=time.monotonic)
+    id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
+    status: int | None = None
+    body: bytes = b""
+    first_s: float | None = None
+    ends: list[End] = field(default_factory=list[End])
+    is_gone: bool = False
+
+    async def watch(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+        """Pass items on."""
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Piece) and self.first_s is None:
+                    self.first_s = time.monotonic() - self.begun_at
+                elif isinstance(item, End):
+                    self.ends.append(item)
+                yield item
+
+
+class Journal:
+    """Writes the log, and counts requests.
+
+    Args:
+        app: what is behind it.
+        metrics: where to count.
+        routes: paths that are counted by their names.
+        log_prompts: whether the log shows bodies.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], *, log_prompts: bool):
+        self._app, self._metrics, self._routes, self._log_prompts = app, metrics, routes, log_prompts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        if scope["type"] != "http":
+            return
+        record = Record()
+        scope[RECORD] = record
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            self._close(record, scope)
+
+    def _close(self, record: Record, scope: Scope) -> None:
+        status = CLIENT_GONE if record.is_gone or record.status is None else record.status
+        path = scope["path"]
+        self._metrics.requests.labels(path if path in self._routes else "other", str(status)).inc()
+        LOG.info("%s", _line(record, scope["method"], path, status))
+        if self._log_prompts and record.body:
+            LOG.info("%s", record.body.decode(errors="replace"))
+
+
+def _line(record: Record, method: str, path: str, status: int) -> str:
+    parts = [f"{method} {_printable(path)} {status}", f"{time.monotonic() - record.begun_at:.2f} s"]
+    if record.first_s is not None:
+        parts.append(f"first {record.first_s:.2f} s")
+    if record.ends:
+        usage: Usage = total_usage(record.ends)
+        parts.append(f"{usage.prompt} tokens, {usage.cached} of them cached, and {usage.completion} new")
+    return " · ".join(parts)
+
+
+def _printable(path: str) -> str:
+    """A path as one line of a terminal may show it."""
+    return "".join(each if each.isprintable() else "?" for each in path)[:200]

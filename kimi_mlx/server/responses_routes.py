@@ -1,0 +1,23 @@
+"""The path of OpenAI's Responses API."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kimi_mlx.server.context import Context, read_body
+from kimi_mlx.server.responses_answer import ResponseTranslation
+from kimi_mlx.server.responses_request import ResponsesBody, to_ask
+from kimi_mlx.server.sse import respond
+
+
+def responses_routes(context: Context) -> list[Route]:
+    """Responses, none of which is kept."""
+
+    async def responses(request: Request) -> Response:
+        body = await read_body(request, ResponsesBody)
+        translation = ResponseTranslation(context.served.check(body.model), body)
+        return await respond(request, context.service.answer(to_ask(body)), translation, is_stream=bool(body.stream))
+
+    return [Route("/v1/responses", responses, methods=["POST"])]

@@ -1,0 +1,52 @@
+"""The model that is served: its names, and what everybody may know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_mlx.server.errors import ApiError
+
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model that is served.
+
+    Args:
+        name: that answers bear.
+        aliases: other names that it may be asked for by.
+        context_tokens: how many tokens it holds.
+        created: since when it is served, in seconds of Unix.
+    """
+
+    name: str
+    aliases: Sequence[str]
+    context_tokens: int
+    created: int
+
+    def check(self, name: str | None) -> str:
+        """The name that answers bear.
+
+        Raises:
+            ApiError: 404, another model is asked for.
+        """
+        if name is None or name in (self.name, DEFAULT_NAME, *self.aliases):
+            return self.name
+        names = ", ".join(f"`{each}`" for each in dict.fromkeys([self.name, *self.aliases, DEFAULT_NAME]))
+        raise ApiError(404, f"the model `{name:.100}` is not served here; there is {names}", "model_not_found", "model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As GET /v1/models lists it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "kimi-mlx",
+            # as other servers name it, for tools that look for it
+            "max_model_len": self.context_tokens,
+            "context_length": self.context_tokens,
+            "aliases": list(self.aliases),
+        }

@@ -1,0 +1,201 @@
+"""Answers what is asked: prompt, engine, pieces."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from functools import partial
+
+import anyio.to_thread
+
+from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
+from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.status import SessionStatus, Watched
+from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Waiting
+from kimi_mlx.server.errors import ApiError, api_error
+from kimi_mlx.server.inbox import Inbox
+from kimi_mlx.server.metrics import Metrics
+from kimi_mlx.server.prompts import Model, choice_of
+from kimi_mlx.server.reading import Reading
+from kimi_mlx.server.waiting_line import Turn, WaitingLine
+
+LOG = logging.getLogger(__name__)
+
+ALIVE_S = 5.0
+"""After so long without anything to say comes a sign of life."""
+
+
+class Service:
+    """One model and whoever asks it.
+
+    Args:
+        session: the loaded model.
+        model: its text side.
+        places: answers that may wait for the engine.
+        metrics: where to count.
+    """
+
+    def __init__(self, session: Session, model: Model, places: int, metrics: Metrics):
+        self.session = session
+        self.model = model
+        self.metrics = metrics
+        self.is_closing = False
+        self.heard_at: float | None = None
+        """When the engine last said something, by time.monotonic."""
+        self.running = 0
+        """Answers that the engine has begun."""
+        self.interruption: str | None = None
+        """Why answers are held up, if they are."""
+        self._line = WaitingLine(places, metrics)
+
+    async def answer(self, *wishes: Ask | Continuation) -> AsyncGenerator[Item, None]:
+        """Answer; leaving the iteration, or cancelling its task, ends the answers soon.
+
+        The answers are numbered through: those to the first wish, then those to the next.
+
+        Raises:
+            ApiError: they cannot be served; before the first item if that is known then.
+        """
+        if self.is_closing:
+            raise stopping()
+        turn = self._line.enter(sum(wish.n for wish in wishes))
+        run = None
+        try:
+            readings, requests = await anyio.to_thread.run_sync(self._prepare, wishes)
+            run = _Run(self, turn, readings)
+            # in a thread: a ring's session writes to its ranks
+            await anyio.to_thread.run_sync(run.submit, requests)
+            async for item in run.items():
+                yield item
+        except Exception as error:
+            if (told := api_error(error)).code == "internal_error":
+                LOG.exception("an answer has failed")
+            raise told from error
+        finally:
+            turn.close()
+            if run is not None:
+                run.close()
+
+    def _prepare(self, wishes: Sequence[Ask | Continuation]) -> tuple[list[Reading], list[Request]]:
+        """Prompts take long, so this is done in a thread."""
+        readings: list[Reading] = []
+        requests: list[Request] = []
+        tokenizer = self.model.tokenizer.tokenizer
+        for wish in wishes:
+            prepared = self.model.prepare(wish)
+            for number in range(wish.n):
+                reader = prepared.reader()
+                readings.append(Reading(len(readings), tokenizer, reader, wish.stop, counts_prompt=number == 0))
+                requests.append(choice_of(prepared.request, number))
+        return readings, requests
+
+    def status(self) -> SessionStatus:
+        """How the engine is getting on: what it says itself, else what was heard of it."""
+        if isinstance(self.session, Watched):
+            return self.session.status()
+        age = None if self.heard_at is None else time.monotonic() - self.heard_at
+        return SessionStatus(self.interruption is None, self.interruption, self.running, self._line.waiting, age)
+
+    def close(self) -> None:
+        """End all answers, and refuse new ones."""
+        self.is_closing = True
+        self.session.cancel()
+
+
+class _Run:
+    """The answers to one request while they are made."""
+
+    def __init__(self, service: Service, turn: Turn, readings: Sequence[Reading]):
+        self._session, self._metrics = service.session, service.metrics
+        self._service, self._turn = service, turn
+        self._inbox = Inbox()
+        self._open = {reading.index: reading for reading in readings}
+        self._numbers: dict[int, int] = {}
+        self._asked_at = time.monotonic()
+        self._heard_at: dict[int, float] = {}  # of answers that have begun, when their last token came
+        self._state = Waiting()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Ask the engine; from any thread."""
+        for index, request in enumerate(requests):
+            self._numbers[index] = self._session.submit(request, partial(self._inbox.put, index))
+
+    async def items(self) -> AsyncGenerator[Item, None]:
+        """What comes, until all answers have ended."""
+        said_at = time.monotonic()
+        while self._open:
+            for index, event in await self._inbox.take(said_at + ALIVE_S - time.monotonic()):
+                if index in self._open:
+                    for item in self._hear(index, event):
+                        yield item
+                        said_at = time.monotonic()
+            if time.monotonic() - said_at >= ALIVE_S:
+                yield self._state
+                said_at = time.monotonic()
+
+    def close(self) -> None:
+        """Withdraw what is not finished."""
+        for index in list(self._open):
+            self._end(index)
+            if index in self._numbers:
+                self._session.withdraw(self._numbers[index])
+                self._metrics.cancelled.inc()
+
+    def _hear(self, index: int, event: Event | BaseException) -> Iterator[Item]:
+        self._service.heard_at = time.monotonic()
+        if isinstance(event, BaseException):
+            self._end(index)
+            raise event
+        if isinstance(event, Interrupted):
+            self._metrics.interruptions.inc()
+            self._service.interruption = event.reason
+            self._state = Waiting(reason=event.reason)
+            yield self._state
+        elif isinstance(event, Resumed):
+            self._service.interruption = None
+            self._state = Waiting()
+        else:
+            self._begin(index)
+            yield from self._read(index, event)
+
+    def _read(self, index: int, event: Prefilled | Token | Finished) -> Iterator[Item]:
+        reading = self._open[index]
+        if isinstance(event, Prefilled):
+            self._state = Waiting(event.done, event.total)
+        elif isinstance(event, Token):
+            if not reading.is_stopped:
+                self._measure(index, is_first=reading.generated == 0)
+                yield from reading.add(event)
+                if reading.is_stopped:
+                    self._session.withdraw(self._numbers[index])
+        else:
+            self._end(index)
+            if event.reason == "cancelled" and not reading.is_stopped:
+                raise stopping()
+            for item in reading.finish(event):
+                if isinstance(item, End):
+                    self._metrics.count(item.usage)
+                yield item
+
+    def _begin(self, index: int) -> None:
+        if index not in self._heard_at:
+            self._heard_at[index] = self._asked_at
+            self._turn.begin()
+            self._service.running += 1
+
+    def _end(self, index: int) -> None:
+        del self._open[index]
+        if index in self._heard_at:
+            self._service.running -= 1
+
+    def _measure(self, index: int, *, is_first: bool) -> None:
+        now = time.monotonic()
+        figure = self._metrics.ttft if is_first else self._metrics.gap
+        figure.observe(now - self._heard_at[index])
+        self._heard_at[index] = now
+
+
+def stopping() -> ApiError:
+    """The server ends, or somebody has cancelled everything."""
+    return ApiError(503, "the server is being stopped", "stopping")

@@ -1,0 +1,91 @@
+"""A server, from its parts; how it ends."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import uvicorn
+
+from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.server.app import build_app
+from kimi_mlx.server.context import Context
+from kimi_mlx.server.metrics import Metrics
+from kimi_mlx.server.prompts import Model
+from kimi_mlx.server.protocol import PatientProtocol
+from kimi_mlx.server.security import Security
+from kimi_mlx.server.served import Served
+from kimi_mlx.server.service import Service
+from kimi_mlx.units import MB
+
+KEEP_ALIVE_S = 75
+"""For connections without a request: longer than clients keep them."""
+
+END_LIMIT_S = 10
+"""For clients to take the end of their answers."""
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How to serve.
+
+    Args:
+        security: who may ask.
+        most_waiting: answers that may wait.
+        most_body_bytes: of a request.
+        log_prompts: whether the log shows bodies.
+    """
+
+    security: Security = field(default_factory=Security)
+    most_waiting: int = 64
+    most_body_bytes: int = 32 * MB
+    log_prompts: bool = False
+
+
+class Server(uvicorn.Server):
+    """Serves a model until it is told to end: `run([socket])`.
+
+    Args:
+        session: the loaded model.
+        tokenizer: its text side.
+        served: its names.
+        instant_sampling: values of Sampling that are recommended where it does not think.
+        options: how.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: ChatTokenizer,
+        served: Served,
+        instant_sampling: Mapping[str, float],
+        options: ServingOptions,
+    ):
+        model = Model(tokenizer, served.context_tokens, instant_sampling)
+        self.service = Service(session, model, options.most_waiting, Metrics())
+        app = build_app(
+            Context(self.service, served),
+            options.security,
+            options.most_body_bytes,
+            log_prompts=options.log_prompts,
+        )
+        config = uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=END_LIMIT_S,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the answers, then wait until their clients have taken the ends."""
+        self.service.close()
+        await super().shutdown(sockets)

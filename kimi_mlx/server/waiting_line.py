@@ -1,0 +1,71 @@
+"""How many answers may wait for the engine."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.metrics import Metrics
+
+LONGEST_RETRY_S = 60
+
+
+class WaitingLine:
+    """A line with an end.
+
+    Args:
+        places: answers that may wait.
+        metrics: where to count.
+    """
+
+    def __init__(self, places: int, metrics: Metrics):
+        self._places = places
+        self._metrics = metrics
+        self.waiting = 0
+        """Answers that wait now."""
+        self._last_wait_s = 1.0
+
+    def enter(self, count: int) -> Turn:
+        """Take places for so many answers.
+
+        Raises:
+            ApiError: 400 if there will never be so many, 429 if there are not now.
+        """
+        if count > self._places:
+            raise ApiError(400, f"{count} answers are asked for, at most {self._places} may wait", param="n")
+        if self.waiting + count > self._places:
+            self._metrics.refused.inc(count)
+            retry = min(max(math.ceil(self._last_wait_s), 1), LONGEST_RETRY_S)
+            raise ApiError(
+                429,
+                f"{self.waiting} answers are waiting already, at most {self._places} may; try again later",
+                "queue_full",
+                retry_after_s=retry,
+            )
+        self.waiting += count
+        return Turn(self, count)
+
+    def leave(self, count: int, since: float) -> None:
+        """Free places that were taken at a time."""
+        self._last_wait_s = time.monotonic() - since
+        self.waiting -= count
+
+
+class Turn:
+    """Places of one request in the line."""
+
+    def __init__(self, line: WaitingLine, count: int):
+        self._line, self._left = line, count
+        self._since = time.monotonic()
+
+    def begin(self) -> None:
+        """One of its answers waits no longer."""
+        if self._left:
+            self._left -= 1
+            self._line.leave(1, self._since)
+
+    def close(self) -> None:
+        """None of them does."""
+        while self._left:
+            self.begin()

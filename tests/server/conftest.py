@@ -1,0 +1,32 @@
+"""One loaded kimi-mini, and one server of it, for all tests of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import mlx.core as mx
+import openai
+import pytest
+
+from kimi_mlx.runtime.session import Session, SessionOptions, open_session
+from tests.server.running import FOLDER, Running, serving
+
+
+@pytest.fixture(scope="session")
+def session() -> Iterator[Session]:
+    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
+    with closing(open_session(SessionOptions(FOLDER))) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def running(session: Session) -> Iterator[Running]:
+    with serving(session) as server:
+        yield server
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as opened:
+        yield opened

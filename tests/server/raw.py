@@ -1,0 +1,54 @@
+"""Requests byte by byte, as no client would send them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        return json.loads(self.body)["error"]
+
+
+def request(
+    port: int,
+    method: str = "GET",
+    path: str = "/v1/models",
+    body: bytes | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """One request on a connection of its own."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        return Response(response.status, names, response.read())
+
+
+def chat(port: int, headers: dict[str, str] | None = None, **body: Any) -> Response:
+    """A chat completion."""
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | body
+    return request(port, "POST", "/v1/chat/completions", json.dumps(asked).encode(), headers)
+
+
+def begin(port: int, **body: Any) -> socket.socket:
+    """A chat completion whose answer nobody reads yet."""
+    text = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | body).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}\r\n\r\n"
+    connection.sendall(head.encode() + text)
+    return connection

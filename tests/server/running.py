@@ -1,0 +1,71 @@
+"""A server in a thread of this process, on a port of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from kimi_mlx.hub.catalogue import find_entry
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.server.listener import Listener
+from kimi_mlx.server.served import Served
+from kimi_mlx.server.serving import Server, ServingOptions
+
+ENTRY = find_entry("kimi-mini")
+assert ENTRY is not None
+FOLDER = ENTRY.packaged_folder()
+assert FOLDER is not None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs.
+
+    Args:
+        url: of its root.
+        port: of its socket.
+        server: itself.
+    """
+
+    url: str
+    port: int
+    server: Server
+
+    def figure(self, name: str) -> float:
+        """A figure of its metrics."""
+        status = self.server.service.status()
+        lines = self.server.service.metrics.text(status, is_up=True).decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.split()[0] == name)
+
+    def wait_idle(self, limit_s: float = 10) -> None:
+        """Until nothing runs and nothing waits."""
+        ends_at = time.monotonic() + limit_s
+        while self.server.service.running or self.server.service.status().waiting:
+            assert time.monotonic() < ends_at, "answers are still running"
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(session: Session, options: ServingOptions | None = None) -> Iterator[Running]:
+    """Serve kimi-mini; the session stays open."""
+    assert FOLDER is not None
+    served = Served("kimi-mini", ("mini",), load_config(FOLDER).max_position_embeddings, int(time.time()))
+    server = Server(session, ChatTokenizer.load(FOLDER), served, {}, options or ServingOptions())
+    with closing(Listener("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)
+        url, port = listener.url, listener.port
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        try:
+            yield Running(url, port, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()

@@ -1,0 +1,213 @@
+"""The Messages API with the `anthropic` package, against a real server with kimi-mini."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+from anthropic.types import Message, MessageParam, TextBlock, ThinkingBlock, ToolParam, ToolUseBlock
+
+from kimi_mlx.server.security import Security
+from kimi_mlx.server.serving import ServingOptions
+from tests.server.mini import serving
+
+KEY = "key-of-the-test"
+SUM: list[MessageParam] = [{"role": "user", "content": "What is 12 + 34?"}]
+WEATHER: ToolParam = {
+    "name": "get_weather",
+    "description": "Get the weather of a city.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "description": "The city"}},
+        "required": ["city"],
+    },
+}
+IN_PARIS: list[MessageParam] = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(ServingOptions(Security(keys=(KEY,)))) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def text_of(message: Message) -> str:
+    return "".join(block.text for block in message.content if isinstance(block, TextBlock))
+
+
+def test_thinking_is_for_who_asks(client: anthropic.Anthropic):
+    plain = client.messages.create(model="claude-sonnet-9", max_tokens=200, messages=SUM, temperature=0)
+    assert plain.model == "kimi-mini"
+    assert [block.type for block in plain.content] == ["text"]
+    assert "46" in text_of(plain)
+    thoughtful = client.messages.create(
+        model="kimi-mini",
+        max_tokens=2000,
+        messages=SUM,
+        temperature=0,
+        thinking={"type": "enabled", "budget_tokens": 1024},
+    )
+    thinking, text = thoughtful.content
+    assert isinstance(thinking, ThinkingBlock)
+    assert isinstance(text, TextBlock)
+    assert thinking.thinking
+    assert thinking.signature
+    assert "46" in text.text
+    assert thoughtful.stop_reason == "end_turn"
+    assert thoughtful.usage.output_tokens_details is not None
+    assert 0 < thoughtful.usage.output_tokens_details.thinking_tokens < thoughtful.usage.output_tokens
+
+
+def test_a_stream_is_the_same_message(client: anthropic.Anthropic):
+    asked: Any = {"model": "m", "max_tokens": 300, "messages": IN_PARIS, "tools": [WEATHER], "temperature": 0}
+    asked |= {"model": "kimi-mini", "thinking": {"type": "adaptive"}}
+    whole = client.messages.create(**asked)
+    with client.messages.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_message()
+    assert kinds[0] == "message_start"
+    assert kinds[-1] == "message_stop"
+    assert {"thinking", "input_json", "signature"} <= set(kinds)
+    assert [without_id(block) for block in streamed.content] == [without_id(block) for block in whole.content]
+    assert (streamed.stop_reason, whole.stop_reason) == ("tool_use", "tool_use")
+    assert streamed.usage.output_tokens == whole.usage.output_tokens
+    total = whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
+    assert streamed.usage.input_tokens + (streamed.usage.cache_read_input_tokens or 0) == total
+    assert streamed.usage.cache_read_input_tokens
+
+
+def without_id(block: Any) -> dict[str, Any]:
+    return {**block.model_dump(), "id": None}
+
+
+def test_a_round_of_tools(client: anthropic.Anthropic):
+    call = client.messages.create(model="kimi-mini", max_tokens=300, messages=IN_PARIS, tools=[WEATHER], temperature=0)
+    used = call.content[-1]
+    assert isinstance(used, ToolUseBlock)
+    assert used.id.startswith("toolu_")
+    assert (used.name, used.input) == ("get_weather", {"city": "Paris"})
+    result = {"type": "tool_result", "tool_use_id": used.id, "content": '{"temperature": 17, "sky": "rain"}'}
+    messages: Any = [*IN_PARIS, call.to_param(), {"role": "user", "content": [result]}]
+    answer = client.messages.create(
+        model="kimi-mini", max_tokens=300, messages=messages, tools=[WEATHER], temperature=0
+    )
+    assert answer.stop_reason == "end_turn"
+    assert "17" in text_of(answer)
+    with pytest.raises(anthropic.BadRequestError, match="is nowhere before its result"):
+        client.messages.create(model="kimi-mini", max_tokens=9, messages=[messages[0], messages[2]])
+
+
+def test_why_it_ends(client: anthropic.Anthropic):
+    short = client.messages.create(model="kimi-mini", max_tokens=3, messages=SUM, temperature=0)
+    assert short.stop_reason == "max_tokens"
+    assert short.usage.output_tokens == 3
+    stopped = client.messages.create(
+        model="kimi-mini", max_tokens=200, messages=SUM, temperature=0, stop_sequences=["never", "46"]
+    )
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "46")
+    assert "46" not in text_of(stopped)
+
+
+def test_an_answer_that_has_begun(client: anthropic.Anthropic):
+    whole = text_of(client.messages.create(model="kimi-mini", max_tokens=200, messages=SUM, temperature=0))
+    begun: list[MessageParam] = [*SUM, {"role": "assistant", "content": whole[:4]}]
+    rest = client.messages.create(model="kimi-mini", max_tokens=200, messages=begun, temperature=0)
+    assert not text_of(rest).startswith(whole[:4])
+
+
+def test_tokens_are_counted_as_they_are_charged(client: anthropic.Anthropic):
+    counted = client.messages.count_tokens(model="claude-x", messages=IN_PARIS, tools=[WEATHER], system="Be brief.")
+    message = client.messages.create(
+        model="claude-x", max_tokens=1, messages=IN_PARIS, tools=[WEATHER], system="Be brief."
+    )
+    assert counted.input_tokens == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+
+
+def test_asynchronous(url: str):
+    async def both() -> tuple[Message, str]:
+        async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client:
+            asked: Any = {"model": "kimi-mini", "max_tokens": 200, "messages": SUM, "temperature": 0}
+            async with client.messages.stream(**asked) as stream:
+                streamed = "".join([text async for text in stream.text_stream])
+            return await client.messages.create(**asked), streamed
+
+    message, streamed = asyncio.run(both())
+    assert text_of(message) == streamed
+
+
+def test_errors_have_anthropics_shape(client: anthropic.Anthropic, url: str):
+    with pytest.raises(anthropic.AuthenticationError):
+        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0).messages.create(
+            model="kimi-mini", max_tokens=1, messages=SUM
+        )
+    with pytest.raises(anthropic.NotFoundError, match="is not served here"):
+        client.messages.create(model="gpt-9", max_tokens=1, messages=SUM)
+    image: Any = {"type": "image", "source": {"type": "url", "url": "https://example.org/x.png"}}
+    with pytest.raises(anthropic.BadRequestError, match="this model reads text only") as error:
+        client.messages.create(model="kimi-mini", max_tokens=1, messages=[{"role": "user", "content": [image]}])
+    body: Any = error.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
+    with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.role"):
+        client.messages.create(model="kimi-mini", max_tokens=1, messages=[{"role": "tool", "content": ""}])  # pyright: ignore[reportArgumentType]
+    long = "word " * 70_000
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        client.messages.create(model="kimi-mini", max_tokens=1, messages=[{"role": "user", "content": long}])
+
+
+def test_what_claude_code_sends(url: str):
+    """Its headers, query and fields, a line that changes with each request, and a server tool for its searches."""
+    headers = {
+        "authorization": f"Bearer {KEY}",
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14",
+    }
+    cached = {"type": "ephemeral"}
+
+    def ask(number: int, **fields: Any) -> httpx.Response:
+        header = f"x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch={number:05x};"
+        long = " ".join(f"Rule {rule}: be brief." for rule in range(60))
+        body: dict[str, Any] = {
+            "model": "claude-haiku-9-20990101",
+            "max_tokens": 32000,
+            "system": [{"type": "text", "text": text, "cache_control": cached} for text in (header, long)],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "<system-reminder>\nNothing new.\n</system-reminder>"},
+                        {"type": "text", "text": "What is 12 + 34?", "cache_control": cached},
+                    ],
+                }
+            ],
+            "tools": [
+                {**WEATHER, "name": f"tool_{index}", "cache_control": cached, "eager_input_streaming": True}
+                for index in range(20)
+            ],
+            "metadata": {"user_id": "user_1"},
+            "thinking": {"type": "disabled"},
+            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            "output_config": {"effort": "high"},
+            "temperature": 0,
+            "stream": True,
+        }
+        return httpx.post(f"{url}/v1/messages?beta=true", headers=headers, json=body | fields, timeout=60)
+
+    first, second = ask(1), ask(2)
+    assert (first.status_code, second.status_code) == (200, 200)
+    events = [json.loads(line.removeprefix("data: ")) for line in second.text.splitlines() if line.startswith("data")]
+    (end,) = [event for event in events if event["type"] == "message_delta"]
+    assert end["usage"]["cache_read_input_tokens"] > end["usage"]["input_tokens"]
+    search = ask(3, tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}])
+    assert search.status_code == 400
+    assert "`web_search_20250305`" in search.json()["error"]["message"]

@@ -1,0 +1,254 @@
+"""Chat completions, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.running import Running
+
+HI: Any = [{"role": "user", "content": "hi"}]
+HELLO = "Hello! I am kimi-mini, a toy model in the shape of Kimi K2. How can I help?"
+PELICAN: Any = [{"role": "user", "content": "Generate an SVG of a pelican riding a bicycle"}]
+WEATHER: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Get the weather of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "The city"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+PARIS: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+def ask(client: openai.OpenAI, messages: Any = HI, **options: Any) -> Any:
+    return client.chat.completions.create(model="kimi-mini", messages=messages, **options)
+
+
+def put_together(chunks: Any) -> dict[str, Any]:
+    """A streamed answer as the whole one would be."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": {}}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            message["content"] += choice.delta.content or ""
+            message["reasoning_content"] += getattr(choice.delta, "reasoning_content", None) or ""
+            for part in choice.delta.tool_calls or ():
+                call = message["calls"].setdefault(part.index, {"id": part.id, "name": part.function.name, "text": ""})
+                call["text"] += part.function.arguments
+            message["finish_reason"] = choice.finish_reason
+        message["usage"] = chunk.usage
+    return message
+
+
+def test_an_answer_has_reasoning_text_and_figures(client: openai.OpenAI) -> None:
+    answer = ask(client)
+    (choice,) = answer.choices
+    assert choice.message.content == HELLO
+    assert choice.message.reasoning_content == "A greeting."
+    assert choice.finish_reason == "stop"
+    assert answer.model == "kimi-mini"
+    assert answer.usage.prompt_tokens == 9
+    assert answer.usage.total_tokens == 9 + answer.usage.completion_tokens
+    assert 0 < answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
+    again = ask(client)
+    assert again.usage.prompt_tokens_details.cached_tokens == 8
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
+    whole = ask(client)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    streamed = put_together(chunks)
+    assert (streamed["content"], streamed["reasoning_content"]) == (HELLO, "A greeting.")
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert put_together(ask(client, stream=True))["usage"] is None
+
+
+def test_several_at_once_say_what_each_says_alone(running: Running) -> None:
+    questions = ["hi", "What is 3 + 4?", "Say pelican", "hi"]
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any") as client:
+
+            async def one(text: str) -> str:
+                stream: Any = await client.chat.completions.create(
+                    model="default", messages=[{"role": "user", "content": text}], stream=True, max_tokens=60
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            alone = [await one(text) for text in questions]
+            together = await asyncio.gather(*map(one, questions))
+            assert together == alone
+            return alone
+
+    answers = asyncio.run(ask_all())
+    assert answers[0] == answers[3] == HELLO
+
+
+def test_tools_are_called_and_their_results_read(client: openai.OpenAI) -> None:
+    whole = ask(client, PARIS, tools=WEATHER)
+    (call,) = whole.choices[0].message.tool_calls
+    assert whole.choices[0].finish_reason == "tool_calls"
+    assert whole.choices[0].message.content is None
+    assert (call.id, call.function.name) == ("functions.get_weather:0", "get_weather")
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+    chunks = list(ask(client, PARIS, tools=WEATHER, stream=True))
+    streamed = put_together(chunks)
+    assert streamed["calls"] == {0: {"id": call.id, "name": "get_weather", "text": call.function.arguments}}
+    assert streamed["finish_reason"] == "tool_calls"
+    assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3
+
+    said = whole.choices[0].message.model_dump(exclude_none=True)
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "sky": "clear"}'}
+    answer = ask(client, [*PARIS, said, result], tools=WEATHER)
+    assert "21" in answer.choices[0].message.content
+
+    for foreign in (said, result):
+        foreign.pop("reasoning_content", None)
+    said["tool_calls"][0]["id"] = result["tool_call_id"] = "call_abc"
+    assert "21" in ask(client, [*PARIS, said, result], tools=WEATHER).choices[0].message.content
+    again = ask(client, [*PARIS, said, result, *PARIS], tools=WEATHER).choices[0].message
+    assert all(call.id.startswith("call_") for call in again.tool_calls or ())
+
+
+def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
+    assert ask(client, PARIS, tools=WEATHER, tool_choice="none", max_tokens=40).choices[0].message.tool_calls is None
+
+
+def test_thinking_can_be_switched_off(client: openai.OpenAI) -> None:
+    for switch in (
+        {"thinking": {"type": "disabled"}},
+        {"chat_template_kwargs": {"thinking": False}},
+        {"reasoning_effort": "none"},
+    ):
+        message = ask(client, extra_body=switch).choices[0].message
+        assert message.content
+        assert not hasattr(message, "reasoning_content")
+
+
+def test_thinking_of_the_past_is_kept_on_request(client: openai.OpenAI) -> None:
+    past = [*HI, {"role": "assistant", "content": HELLO, "reasoning_content": "A greeting. " * 20}, *HI]
+    forgotten = ask(client, past, max_tokens=1).usage.prompt_tokens
+    kept = ask(client, past, max_tokens=1, extra_body={"chat_template_kwargs": {"preserve_thinking": True}}).usage
+    assert kept.prompt_tokens > forgotten + 20
+
+
+def test_a_partial_answer_is_gone_on_from(client: openai.OpenAI) -> None:
+    begun = {"role": "assistant", "content": "Hello! I am", "partial": True}
+    answer = ask(client, [*HI, begun]).choices[0].message
+    assert answer.content == HELLO.removeprefix("Hello! I am")
+
+
+def test_several_answers_are_drawn_apart_and_can_be_drawn_again(client: openai.OpenAI) -> None:
+    first, again = (ask(client, n=4, temperature=2, seed=3, max_tokens=12) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    assert len(set(texts)) > 1
+    assert texts == [choice.message.content for choice in again.choices]
+    assert first.usage.prompt_tokens == 9
+    assert first.usage.completion_tokens <= 48
+    chunks = list(ask(client, n=4, temperature=2, seed=3, max_tokens=12, stream=True))
+    streamed = ["".join(c.choices[0].delta.content or "" for c in chunks if c.choices[0].index == i) for i in range(4)]
+    assert streamed == texts
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_stop_texts_end_the_answer(client: openai.OpenAI, is_stream: bool) -> None:
+    answer = ask(client, stop=["oy mod", "nowhere"], stream=is_stream)
+    message = put_together(answer) if is_stream else answer.choices[0].message.model_dump()
+    assert message["content"] == HELLO.partition("oy mod")[0]
+    assert (message if is_stream else answer.choices[0].to_dict())["finish_reason"] == "stop"
+
+
+def test_the_length_is_limited(client: openai.OpenAI) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = ask(client, **{name: 8})
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
+
+
+def test_tokens_come_with_how_likely_they_were(client: openai.OpenAI) -> None:
+    tokens = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert "".join(token.token for token in tokens) == HELLO
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == HELLO
+    for token in tokens:
+        assert token.top_logprobs[0].logprob == token.logprob <= 0
+        assert len(token.top_logprobs) == 3
+    streamed = [
+        token.token
+        for chunk in ask(client, logprobs=True, stream=True)
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == [token.token for token in tokens]
+    cut = ask(client, logprobs=True, stop="toy m").choices[0]
+    assert "".join(token.token for token in cut.logprobs.content).startswith(cut.message.content)
+    assert len(cut.logprobs.content) < len(tokens)
+
+
+def test_tokens_can_be_favoured(client: openai.OpenAI) -> None:
+    (favoured,) = client.completions.create(model="default", prompt="a", logit_bias={"300": 100}, max_tokens=3).choices
+    assert favoured.text
+    assert favoured.text == favoured.text[: len(favoured.text) // 3] * 3
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": -1}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ["a", ""]}, "stop[1]"),
+    ({"presence_penalty": 1}, "presence_penalty"),
+    ({"frequency_penalty": -0.5}, "frequency_penalty"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "nobody", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content[0].text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"extra_body": {"chat_template_kwargs": {"messages": 1}}}, "chat_template_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("options", "param"), MISTAKES, ids=[str(param) for _, param in MISTAKES])
+def test_a_mistake_names_its_place(client: openai.OpenAI, options: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "kimi-mini", "messages": HI, **options})
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+
+
+def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, [{"role": "user", "content": "word " * 70_000}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (listed,) = client.models.list().data
+    assert listed.id == "kimi-mini"
+    for name in ("kimi-mini", "mini", "default"):
+        assert client.models.retrieve(name).model_dump()["context_length"] == 65536
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4o", messages=HI)
+    assert caught.value.code == "model_not_found"

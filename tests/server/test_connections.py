@@ -1,0 +1,142 @@
+"""Clients that go away, are slow, or come when it ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from kimi_mlx.runtime.session import Session
+from kimi_mlx.server import limits, protocol, service, sse
+from tests.server import raw
+from tests.server.running import Running, serving
+
+LONG: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Generate an SVG of a pelican riding a bicycle"}],
+    "logit_bias": {"1537": -100, "1538": -100},  # without the tokens that end it
+}
+CANCELLED = "kimi_mlx_answers_cancelled_total"
+
+
+def read_until(connection: socket.socket, text: bytes) -> bytes:
+    data = b""
+    while text not in data:
+        more = connection.recv(65536)
+        assert more, data
+        data += more
+    return data
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has ended it."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_whoever_goes_away_ends_the_answer(running: Running, is_stream: bool) -> None:
+    before = running.figure(CANCELLED)
+    with closing(raw.begin(running.port, stream=is_stream, n=2, **LONG)) as connection:
+        if is_stream:
+            read_until(connection, b'"content"')
+        else:
+            time.sleep(0.3)
+        assert running.server.service.running == 2
+    running.wait_idle()
+    assert running.figure(CANCELLED) == before + 2
+    assert raw.chat(running.port).status == 200
+
+
+def test_many_that_go_away_harm_nobody(running: Running) -> None:
+    before = running.figure(CANCELLED)
+    for _ in range(30):
+        raw.begin(running.port, stream=True, **LONG).close()
+    assert raw.chat(running.port).status == 200
+    running.wait_idle()
+    assert running.figure(CANCELLED) >= before
+    assert raw.chat(running.port).status == 200
+
+
+def test_a_silent_stream_is_kept_alive(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "ALIVE_S", 0.02)
+    monkeypatch.setattr(sse, "ALIVE_S", 0.02)
+    prompt = [{"role": "user", "content": "word " * 500}]
+    with closing(raw.begin(running.port, stream=True, messages=prompt, max_tokens=2)) as connection:
+        data = read_until(connection, b"[DONE]")
+    assert b": keep-alive\n\n" in data
+    assert data.index(b": keep-alive") < data.index(b"data: ")
+
+
+def test_a_head_that_does_not_come_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_LIMIT_S", 0.2)
+    with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: local")
+        assert is_closed(connection)
+
+
+def test_a_body_that_does_not_come_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_LIMIT_S", 0.2)
+    with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_who_takes_nothing_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "WRITE_LIMIT_S", 0.3)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    with closing(connection):
+        connection.connect(("127.0.0.1", running.port))
+        connection.settimeout(10)
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 1000)
+        time.sleep(0.2)
+        open_at_first = len(running.server.server_state.connections)
+        time.sleep(1)
+        assert len(running.server.server_state.connections) < open_at_first
+    assert raw.chat(running.port).status == 200
+
+
+def test_nonsense_is_answered(running: Running) -> None:
+    for data, status in ((b"\x00\xff\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", b"404")):
+        with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
+            connection.sendall(data)
+            assert status in connection.recv(1000).partition(b"\r\n")[0]
+    for body in (b"", b"{", b"[]", b"null", b'{"messages": 3}', b"\xff", b"[" * 100_000, b'{"messages": NaN}'):
+        response = raw.request(running.port, "POST", "/v1/chat/completions", body)
+        assert response.status == 400, body[:20]
+        assert response.error["message"]
+    surrogate = b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}'
+    assert raw.request(running.port, "POST", "/v1/chat/completions", surrogate).status in (200, 400)
+
+
+def test_running_streams_get_an_end(session: Session) -> None:
+    with serving(session) as server:
+        connection = raw.begin(server.port, stream=True, **LONG)
+        read_until(connection, b'"content"')
+    with closing(connection):
+        data = read_until(connection, b"[DONE]")
+        lines = [line for line in data.splitlines() if line.startswith(b"data: {")]
+        assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "stopping"
+
+
+def test_health_and_figures(running: Running) -> None:
+    response = raw.request(running.port, path="/health")
+    assert (response.status, json.loads(response.body)["status"]) == (200, "ok")
+    raw.chat(running.port)
+    text = raw.request(running.port, path="/metrics").body.decode()
+    assert 'kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert "kimi_mlx_ttft_seconds_bucket" in text
+    assert "kimi_mlx_up 1.0" in text
+
+
+def test_paths_and_methods(running: Running) -> None:
+    assert raw.request(running.port, path="/v1/nowhere").status == 404
+    response = raw.request(running.port, path="/v1/chat/completions")
+    assert (response.status, response.headers["allow"]) == (405, "POST")
+    assert response.headers["x-request-id"].startswith("req_")

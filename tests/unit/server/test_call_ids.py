@@ -1,0 +1,122 @@
+"""Foreign ids of tool calls: Kimi's on the way in, the client's on the way out, and nothing kept between."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_mlx.server.call_ids import to_native
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.text.messages import CallPart, Delta, Message, ToolCall, UnparsedToolCall
+
+
+def called(*ids: str, name: str = "f") -> Message:
+    return Message("assistant", tool_calls=[ToolCall(call_id, name, "{}") for call_id in ids])
+
+
+def result(call_id: str | None) -> Message:
+    return Message("tool", "done", tool_call_id=call_id)
+
+
+def ids_in(messages: Sequence[Message]) -> list[str | None]:
+    return [i for m in messages for i in ([c.id for c in m.tool_calls] if m.tool_calls else [m.tool_call_id])]
+
+
+def new_call(name: str = "f", index: int = 0) -> Delta:
+    part = CallPart(index, "what the model wrote", name, "{}")
+    return Delta(tool_calls=(ToolCall(part.id, name, "{}"),), call_parts=(part,))
+
+
+def test_calls_are_counted_over_the_whole_conversation():
+    sent = [Message("user", "?"), called("call_a", "call_b"), result("call_b"), result("call_a"), called("x", name="g")]
+    messages, ids = to_native(sent)
+    assert ids_in(messages) == [
+        None,
+        "functions.f:0",
+        "functions.f:1",
+        "functions.f:1",
+        "functions.f:0",
+        "functions.g:2",
+    ]
+    assert ids.known == ("call_a", "call_b", "x")
+    assert messages[0] == sent[0]
+
+
+@pytest.mark.parametrize(
+    ("known", "prefix", "expected"),
+    [
+        ([], None, r"functions\.f:0"),
+        ([], "toolu_", r"toolu_[0-9a-f]{24}"),
+        (["functions.g:0"], "toolu_", r"functions\.f:1"),
+        (["functions.f:5", "functions.f:1"], None, r"functions\.f:2"),
+        (["functions.f:1"], None, r"functions\.f:2"),  # the client dropped the first call: `:1` is taken
+        (["call_1", "toolu_01D7FLrf"], None, r"toolu_[0-9a-f]{24}"),
+        (["chatcmpl-tool-9f"], None, r"chatcmpl-tool-[0-9a-f]{24}"),
+        (["D681PevKs"], None, r"call_[0-9a-f]{24}"),
+    ],
+)
+def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | None, expected: str):
+    _, ids = to_native([turn for i in known for turn in (called(i), result(i))], prefix)
+    delta = ids.answer().restore(new_call())
+    (part,), (call,) = delta.call_parts, delta.tool_calls
+    assert isinstance(call, ToolCall)
+    assert part.id == call.id
+    assert re.fullmatch(expected, part.id)
+
+
+def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
+    answer = to_native([])[1].answer()
+    first = answer.restore(Delta("text", "thought", call_parts=(CallPart(0, "a:9", "a"),)))
+    assert first == Delta("text", "thought", call_parts=(CallPart(0, "functions.a:0", "a"),))
+    more = Delta(call_parts=(CallPart(0, arguments="{"),))
+    assert answer.restore(more) == more
+    broken = Delta(tool_calls=(UnparsedToolCall("", "no tool name"), UnparsedToolCall("a:9{", "cut", 0)))
+    assert answer.restore(broken) == broken
+    second = answer.restore(new_call("b", 1))
+    assert [call.id for call in second.tool_calls if isinstance(call, ToolCall)] == ["functions.b:1"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([result("call_1")], "is nowhere before"),
+        ([result(None)], "does not say which"),
+        ([called("a"), result("a"), result("a")], "has a result already"),
+        ([called("a", "a")], "two tool calls have the id `a`"),
+        ([called("a"), called("a")], "the first has no result"),
+        ([result("a"), called("a")], "is nowhere before"),
+    ],
+)
+def test_results_that_belong_nowhere_are_the_clients_mistake(messages: list[Message], problem: str):
+    with pytest.raises(ApiError, match=problem) as error:
+        to_native(messages)
+    assert error.value.status == 400
+
+
+@given(st.lists(st.lists(st.sampled_from(["f", "g", "a.b"]), min_size=1, max_size=3), max_size=5), st.data())
+def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str]], data: st.DataObject):
+    history: list[Message] = []
+    for names in turns:
+        if history and data.draw(st.booleans()):  # the client drops its oldest turn
+            while history and history[0].role == "tool":
+                history.pop(0)
+            history.pop(0)
+            history = history[next((i for i, m in enumerate(history) if m.role == "assistant"), len(history)) :]
+        _, ids = to_native(history, data.draw(st.sampled_from([None, "toolu_"])))
+        answer = ids.answer()
+        calls = [call for i, name in enumerate(names) for call in answer.restore(new_call(name, i)).tool_calls]
+        given_ids = [call.id for call in calls if isinstance(call, ToolCall)]
+        assert len({*given_ids, *ids.known}) == len(given_ids) + len(ids.known)
+        turn = [ToolCall(i, name, "{}") for i, name in zip(given_ids, names, strict=True)]
+        history += [Message("assistant", tool_calls=turn), *map(result, data.draw(st.permutations(given_ids)))]
+        messages, _ = to_native(history)
+        native = [call.id for message in messages for call in message.tool_calls]
+        assert native == [
+            f"functions.{call.name}:{i}"
+            for i, call in enumerate(call for message in history for call in message.tool_calls)
+        ]
+        assert {m.tool_call_id for m in messages if m.role == "tool"} == set(native)

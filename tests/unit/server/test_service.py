@@ -1,0 +1,258 @@
+"""The service between clients and an engine whose events the test chooses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from kimi_mlx.engine.request import (
+    Event,
+    Finished,
+    FinishReason,
+    Interrupted,
+    Logprobs,
+    Prefilled,
+    Request,
+    Resumed,
+    Statistics,
+    Token,
+)
+from kimi_mlx.errors import EngineError, RingError
+from kimi_mlx.runtime.session import Deliver
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Piece, Waiting
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.health import trouble
+from kimi_mlx.server.metrics import Metrics
+from kimi_mlx.server.prompts import Model
+from kimi_mlx.server.service import Service
+from kimi_mlx.server.stops import StopTexts
+from kimi_mlx.text.messages import Message
+from tests.server.running import FOLDER
+
+ASK = Ask(messages=(Message("user", "hi"),), thinking=False)
+
+
+class HandSession:
+    """A session whose answers are given by hand."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.delivers: list[Deliver] = []
+        self.withdrawn: list[int] = []
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        self.requests.append(request)
+        self.delivers.append(deliver)
+        return len(self.requests)
+
+    def withdraw(self, number: int) -> None:
+        self.withdrawn.append(number)
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        for deliver in self.delivers:
+            deliver(finished("cancelled"))
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def asked(self, count: int = 1) -> None:
+        """Until so many requests have come."""
+        while len(self.requests) < count:
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer.load(FOLDER)
+
+
+@pytest.fixture
+def session() -> HandSession:
+    return HandSession()
+
+
+@pytest.fixture
+def service(session: HandSession, tokenizer: ChatTokenizer) -> Service:
+    return Service(session, Model(tokenizer, 1000, {"temperature": 0.5}), 3, Metrics())
+
+
+def finished(reason: FinishReason = "stop") -> Finished:
+    return Finished(reason, Statistics(9, 8, 3, 0.1, 0.1, 0))
+
+
+async def collect(service: Service, *wishes: Ask | Continuation) -> list[Item]:
+    return [item async for item in service.answer(*wishes)]
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(work(), 10)
+
+    asyncio.run(main())
+
+
+def test_events_become_pieces_and_an_end(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, ASK))
+        await session.asked()
+        deliver = session.delivers[0]
+        deliver(Prefilled(0, 9))
+        for id in tokenizer.encode("Hello there"):
+            deliver(Token(id, Logprobs(-0.5, ((id, -0.5),))))
+        deliver(finished())
+        *pieces, end = await task
+        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hello there"
+        tokens = [token for piece in pieces if isinstance(piece, Piece) for token in piece.logprobs]
+        assert b"".join(token.token for token in tokens) == b"Hello there"
+        assert isinstance(end, End)
+        assert (end.reason, end.usage.prompt, end.usage.cached) == ("stop", 9, 8)
+        assert session.requests[0].sampling.temperature == 0.5  # as is recommended where it does not think
+
+    run(work)
+
+
+def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -> None:
+    async def work() -> None:
+        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(3)]
+        await session.asked(3)
+        with pytest.raises(ApiError) as caught:
+            await collect(service, ASK)
+        assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        assert caught.value.retry_after_s == 1
+        with pytest.raises(ApiError, match="at most 3") as caught:
+            await collect(service, Ask(messages=ASK.messages, n=4))
+        assert caught.value.status == 400
+        session.delivers[0](Prefilled(0, 9))  # one has begun, so that another may wait
+        while service.status().waiting == 3:
+            await asyncio.sleep(0.001)
+        tasks.append(asyncio.create_task(collect(service, ASK)))
+        await session.asked(4)
+        assert (service.status().active, service.status().waiting) == (1, 3)
+        for deliver in session.delivers:
+            deliver(finished())
+        await asyncio.gather(*tasks)
+        assert (service.status().active, service.status().waiting) == (0, 0)
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(EngineError("no"), 400), (RingError("lost"), 503), (ValueError("ours"), 500)]
+)
+def test_errors_of_the_engine_are_told(service: Service, session: HandSession, error: Exception, status: int) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        await session.asked(2)
+        session.delivers[1](error)
+        with pytest.raises(ApiError) as caught:
+            await task
+        assert caught.value.status == status
+        assert session.withdrawn == [1]
+        assert "ours" not in caught.value.message
+        assert service.status().waiting == 0
+
+    run(work)
+
+
+def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, ASK))
+        await session.asked()
+        deliver = session.delivers[0]
+        deliver(Interrupted("rank 1 is lost", 1, 3))
+        while service.interruption is None:
+            await asyncio.sleep(0.001)
+        assert trouble(service, service.status()) == "rank 1 is lost"
+        deliver(Resumed(2.0))
+        for id in tokenizer.encode("Hi"):
+            deliver(Token(id))
+        deliver(finished())
+        items = await task
+        assert items[0] == Waiting(reason="rank 1 is lost")
+        assert isinstance(items[-1], End)
+        assert trouble(service, service.status()) is None
+
+    run(work)
+
+
+def test_a_stop_text_withdraws_the_request(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, thinking=False, stop=("lo th",))))
+        await session.asked()
+        for id in tokenizer.encode("Hello there, you"):
+            session.delivers[0](Token(id))
+        while not session.withdrawn:
+            await asyncio.sleep(0.001)
+        session.delivers[0](finished("cancelled"))
+        *pieces, end = await task
+        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hel"
+        assert isinstance(end, End)
+        assert (end.reason, end.stop_sequence) == ("stop", "lo th")
+        assert session.withdrawn == [1]
+
+    run(work)
+
+
+def test_whoever_leaves_withdraws_all_answers(service: Service, session: HandSession) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        await session.asked(2)
+        session.delivers[0](finished())
+        while service.status().waiting == 2:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert session.withdrawn == [2]
+        assert (service.status().active, service.status().waiting) == (0, 0)
+
+    run(work)
+
+
+def test_the_end_of_the_server_ends_all(service: Service, session: HandSession) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, ASK))
+        await session.asked()
+        service.close()
+        for told in (task, collect(service, ASK)):
+            with pytest.raises(ApiError) as caught:
+                await told
+            assert (caught.value.status, caught.value.code) == (503, "stopping")
+
+    run(work)
+
+
+def test_seeds_of_several_answers_differ(service: Service, session: HandSession) -> None:
+    async def work() -> None:
+        asked = Ask(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
+        task = asyncio.create_task(collect(service, asked))
+        await session.asked(3)
+        assert [request.sampling.seed for request in session.requests] == [2**63 - 1, 0, 1]
+        for deliver in session.delivers:
+            deliver(finished())
+        await task
+
+    run(work)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_stop_texts_are_found_across_pieces(size: int) -> None:
+    for text, stops, shown in (
+        ("one two three", ("two",), "one "),
+        ("aaab", ("aab",), "a"),
+        ("ababac", ("abac",), "ab"),
+        ("xyz", ("zz", "yzz"), "xyz"),
+        ("first second", ("second", "st"), "fir"),
+    ):
+        found = StopTexts(stops)
+        pieces = [found.add(text[at : at + size]) for at in range(0, len(text), size)]
+        if found.found is None:
+            pieces.append(found.finish())
+        assert "".join(pieces) == shown
