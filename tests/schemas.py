@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -146,20 +147,24 @@ def random_answer(
         seed: of the random numbers.
         most: tokens.
     """
-    rng = np.random.default_rng(seed)
-    size = tokenizer.vocab_size
-    closes = np.array([tokenizer.token_bytes(i)[:1] in (b'"', b"]", b"}", b"0") for i in range(size)])
-    closes[list(tokenizer.eos_token_ids)] = True
-    closes[[i for text, i in tokenizer.special_tokens.items() if "end" in text or "/" in text]] = True
+    rng, closes = np.random.default_rng(seed), _closes(tokenizer)
     constraint = Constraint(vocabulary, grammar)
     answer: list[int] = []
     while len(answer) < most:
-        allowed = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[:size].astype(bool)
+        allowed = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[: len(closes)].astype(bool)
         assert allowed.any()
-        logits = rng.gumbel(size=size) + closes * (len(answer) / 8)
+        logits = rng.gumbel(size=len(closes)) + closes * (len(answer) / 8)
         token = int(np.where(allowed, logits, -np.inf).argmax())
         constraint.advance(token)
         answer.append(token)
         if constraint.is_finished:
             return answer
     return None
+
+
+@functools.cache
+def _closes(tokenizer: Tokenizer) -> np.ndarray:
+    """Which tokens bring an answer nearer to its end."""
+    closes = [tokenizer.token_bytes(i)[:1] in (b'"', b"]", b"}", b"0") for i in range(tokenizer.vocab_size)]
+    special = {i for text, i in tokenizer.special_tokens.items() if "end" in text or "/" in text}
+    return np.array([is_closing or i in special for i, is_closing in enumerate(closes)])

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from functools import cached_property
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import llguidance
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from kimi_mlx.errors import EngineError
+
+if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
+    import llguidance
 
 Mask: TypeAlias = npt.NDArray[np.uint32]
 
@@ -26,7 +27,7 @@ KEPT_GRAMMARS = 16
 
 
 class Vocabulary:
-    """The tokens as llguidance wants them; half a second of work, done at the first grammar.
+    """The tokens as llguidance wants them; half a second of work for Kimi's, so it is done once a process.
 
     Args:
         tokens: bytes of each token, by id; empty where an id has no token.
@@ -38,10 +39,20 @@ class Vocabulary:
     def __init__(
         self, tokens: Sequence[bytes], special_ids: Collection[int], end_ids: Collection[int], vocab_size: int
     ):
+        import llguidance
+
         self.vocab_size = vocab_size
         self.end_ids = frozenset(end_ids)
-        self._tokens = [*tokens, *[b""] * (vocab_size - len(tokens))]
-        self._special_ids = sorted(special_ids)
+        ends = sorted(self.end_ids)
+        padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
+        wrapped = llguidance.TokenizerWrapper(_Tokens(padded, [i for i in special_ids if i < vocab_size], ends[0]))
+        self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends)
+        self._limits = llguidance.LLParserLimits(
+            max_lexer_states=50_000,  # 100 MB
+            max_items_in_row=10_000,  # more than the default, for objects with 1,000 optional properties
+            step_max_items=200_000,
+            verbose_errors=False,
+        )
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
 
     @property
@@ -55,9 +66,11 @@ class Vocabulary:
         Raises:
             EngineError: it cannot be compiled.
         """
+        import llguidance
+
         compiled = self._compiled.pop(grammar, None)
         if compiled is None:
-            compiled = llguidance.LLMatcher(self._tokenizer, grammar, limits=limits(), log_level=0)
+            compiled = llguidance.LLMatcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
             if compiled.is_error():
                 raise EngineError(f"the grammar cannot be compiled: {_first_line(compiled)}")
         self._compiled[grammar] = compiled
@@ -65,16 +78,14 @@ class Vocabulary:
             self._compiled.popitem(last=False)
         return compiled.deep_copy()
 
-    @cached_property
-    def _tokenizer(self) -> llguidance.LLTokenizer:
-        ends = sorted(self.end_ids)
-        return llguidance.LLTokenizer(_Tokens(self._tokens, self._special_ids, ends[0]), eos_token=ends)
+    def drop(self, grammar: str) -> None:
+        """Forget a compiled grammar: what it has learned of its words in use has become too much."""
+        self._compiled.pop(grammar, None)
 
 
 class _Tokens:
     """What llguidance reads of a tokenizer: its tokens, without a way from text to them."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, tokens: Sequence[bytes], special_token_ids: Sequence[int], eos_token_id: int):
@@ -96,7 +107,7 @@ class Constraint:
     """
 
     def __init__(self, vocabulary: Vocabulary, grammar: str):
-        self._vocabulary = vocabulary
+        self._vocabulary, self._grammar = vocabulary, grammar
         self._matcher = vocabulary.matcher(grammar)
         self.is_finished = False
         """Whether a token has ended the answer."""
@@ -125,7 +136,7 @@ class Constraint:
         masks[0] = self.allowed()
         taken = 0
         for token in draft:
-            if token in self._vocabulary.end_ids or not self._matcher.try_consume_tokens([token]):
+            if token in self._vocabulary.end_ids or not self._take(token):
                 break
             taken += 1
             masks[taken] = self.allowed()
@@ -140,14 +151,19 @@ class Constraint:
             EngineError: the token is not allowed, or the grammar takes too much to go on.
         """
         is_end = token in self._vocabulary.end_ids
-        is_allowed = self._matcher.is_accepting() if is_end else self._matcher.try_consume_tokens([token]) == 1
+        is_allowed = self._matcher.is_accepting() if is_end else self._take(token)
         self._check()
         if self.is_finished or not is_allowed:
             raise EngineError(f"token id {token} is not what the grammar allows")
         self.is_finished = is_end
 
+    def _take(self, token: int) -> bool:
+        """Take a token that ends nothing, if it is allowed."""
+        return 0 <= token < self._vocabulary.vocab_size and self._matcher.try_consume_tokens([token]) == 1
+
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._vocabulary.drop(self._grammar)
             raise EngineError(f"the grammar takes too much: {_first_line(self._matcher)}", hint="simplify the schema")
 
 
@@ -165,11 +181,6 @@ def _masked(logits: mx.array, masks: mx.array) -> mx.array:
 
 masked = mx.compile(_masked) if mx.metal.is_available() else _masked
 """One kernel on Metal; on the CPU mx.compile calls a C++ compiler."""
-
-
-def limits() -> llguidance.LLParserLimits:
-    """How much a grammar may take: 20 ms a token, 100 MB of lexer states; its words stay out of errors."""
-    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 def _first_line(matcher: llguidance.LLMatcher) -> str:

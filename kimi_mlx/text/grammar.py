@@ -75,9 +75,9 @@ def grammar_of(
         GrammarError: answers cannot be made to keep to this; the message begins with the place.
     """
     choice = _choice(tool_choice, tools)
-    functions = _functions(tools, choice)
     is_called_for = choice not in ("auto", "none")
-    matters = tools and (choice == "none" or not parallel_tool_calls or any(f.is_strict for f in functions))
+    is_strict = any(_is_strict(tool["function"]) for tool in tools)
+    matters = tools and (choice == "none" or not parallel_tool_calls or is_strict)
     if response_schema is None and not is_called_for and not matters:
         return None
     response = None
@@ -88,11 +88,12 @@ def grammar_of(
         thinking,
         response,
         is_called_for,
-        [] if choice == "none" else functions,
+        [] if choice == "none" else _functions(tools, choice),
         MOST_CALLS if parallel_tool_calls and choice in CHOICES else 1,
         first_index,
     )
-    _check_whole(answer)
+    if answer.functions:
+        _check_sum(answer)
     return _write(answer, lambda token: _by_id(token, special_tokens))
 
 
@@ -102,7 +103,6 @@ class _Function:
 
     name: str
     arguments: str
-    is_strict: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,10 @@ class _Answer:
 
 def _choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
     """Check the choice against the tools."""
-    names = [_function(tool, i).get("name") for i, tool in enumerate(tools)]
+    for i, tool in enumerate(tools):
+        if not isinstance(tool.get("function"), Mapping):
+            raise GrammarError(f"`tools[{i}].function` is missing")
+    names = [tool["function"].get("name") for tool in tools]
     if isinstance(tool_choice, str):
         if tool_choice not in CHOICES:
             raise GrammarError(f"`tool_choice` is `{tool_choice}`", hint=f"it is {', '.join(CHOICES)}, or names a tool")
@@ -134,24 +137,21 @@ def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
     """The tools that the choice leaves, with the rules of their arguments."""
     functions: list[_Function] = []
     for i, tool in enumerate(tools):
-        function, where = _function(tool, i), f"tools[{i}].function"
-        name, is_strict = function.get("name"), function.get("strict") is True
+        function, where = tool["function"], f"tools[{i}].function"
+        name, is_strict = function.get("name"), _is_strict(function)
         if isinstance(choice, Mapping) and name != choice["name"]:
             continue
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
             raise GrammarError(f"`{where}.name`: `{name}` is no name", hint=f"names are `{TOOL_NAME.pattern}`")
         schema = ANY_OBJECT
-        if is_strict or choice not in ("auto", "none"):
+        if is_strict or choice != "auto":
             schema = _arguments(function, f"{where}.parameters", is_strict)
-        functions.append(_Function(name, embedded(schema), is_strict))
+        functions.append(_Function(name, embedded(schema)))
     return functions
 
 
-def _function(tool: Mapping[str, Any], i: int) -> Mapping[str, Any]:
-    function = tool.get("function")
-    if not isinstance(function, Mapping):
-        raise GrammarError(f"`tools[{i}].function` is missing")
-    return cast("Mapping[str, Any]", function)
+def _is_strict(function: Mapping[str, Any]) -> bool:
+    return function.get("strict") is True
 
 
 def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Schema:
@@ -159,9 +159,11 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
     parameters = function.get("parameters")
     if parameters is None:
         return {**ANY_OBJECT, "additionalProperties": False}
-    schema = {**ANY_OBJECT, **parameters} if isinstance(parameters, dict) else parameters
     try:
-        if isinstance(schema, dict) and schema["type"] != "object":
+        if not isinstance(parameters, dict):
+            raise GrammarError(f"`{where}` is not the schema of an object")
+        schema = {**ANY_OBJECT, **cast("Schema", parameters)}
+        if schema["type"] != "object":
             raise GrammarError(f"`{where}: $.type`: arguments are an object, not `{schema['type']}`")
         return checked(schema, where)
     except GrammarError:
@@ -172,11 +174,13 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
 
 def _by_id(token: str, special_tokens: Ids) -> str:
     if token not in special_tokens:
-        raise GrammarError(f"the model has no `{token}`, so it cannot be made to call tools", hint="choose another model")
+        raise GrammarError(
+            f"the model has no `{token}`, so it cannot be made to call tools", hint="choose another model"
+        )
     return f"<[{special_tokens[token]}]>"
 
 
-def _check_whole(answer: _Answer) -> None:
+def _check_sum(answer: _Answer) -> None:
     """Refuse what is too much in sum, though each schema is not."""
     problem = problem_of(_write(answer, json.dumps))
     if problem:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any, cast
@@ -22,14 +24,14 @@ MAX_CHARS = 200_000
 """Of a schema as JSON."""
 MAX_DEPTH = 32
 """Schemas inside schemas."""
-MAX_PROPERTIES = 2_000
-"""Of all objects in a schema; time to compile grows with their square."""
+MOST = {"patternProperties": 32, "required": 1_000, "properties": 1_000}
+"""Names in all of a schema: compiling an object takes time with their square. Other names count as properties."""
 MAX_EXACT = 2**53
 """Whole numbers up to here are the same as floats, which is what llguidance calculates in."""
 MAX_BOUND = 2**63 - 1024
 """The largest float in 64 bits; bounds beyond it are moved to it."""
-LOCATED = 200
-"""So many schemas inside a schema are tried to find the one that is wrong."""
+LOCATE_S = 1.0
+"""So long the schemas inside a schema are tried to find the one that is wrong."""
 
 WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,64}"
 """Between the parts of JSON: as much as models write. Without a limit a confused one writes nothing else."""
@@ -81,19 +83,17 @@ def embedded(schema: Schema) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def problem_of(grammar: str) -> str | None:
-    """Return why llguidance refuses a grammar, or that nothing satisfies it; None if all is well."""
-    matcher = llguidance.LLMatcher(_bytes(), grammar, limits=limits(), log_level=0)
+    """Return why llguidance refuses a grammar, or that nothing satisfies it; None if all is well.
+
+    At worst, with the limits of llguidance and of this module, it takes about a second.
+    """
+    matcher = llguidance.LLMatcher(_bytes(), grammar, log_level=0)
     if not matcher.is_error():
-        matcher.compute_logit_bias()
+        matcher.compute_bitmask()
         return "nothing satisfies it" if matcher.is_error() else None
     return _reason(matcher.get_error())
-
-
-def limits() -> llguidance.LLParserLimits:
-    """How much a grammar may take: about a second to compile, 20 ms a token, 100 MB of lexer states."""
-    return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 @cache
@@ -120,7 +120,7 @@ class _Cleaner:
 
     def __init__(self, where: str):
         self._where = where
-        self._properties = 0
+        self._counts: Counter[str] = Counter()
 
     def clean(self, schema: Any, path: str, depth: int) -> Schema:
         """Copy what matters of a schema, and of the schemas in it."""
@@ -145,9 +145,12 @@ class _Cleaner:
                 problem = CHECKS[keyword](value)
                 if problem:
                     raise self._wrong(at, problem)
+                self._count(keyword, len(cast("Any", value)) if keyword == "required" else _num_keys(value), at)
                 clean[keyword] = value
         if clean.get("minProperties", 0) - len(set(clean.get("required", ()))) > 1:
-            raise self._wrong(f"{path}.minProperties", "answers are held to one more property than `required`, not to more")
+            raise self._wrong(
+                f"{path}.minProperties", "answers are held to one more property than `required`, not to more"
+            )
         if _has_open_end(clean):
             raise self._wrong(path, "numbers cannot be kept off a whole one that is less than 1 from the other end")
         return _exact(clean)
@@ -164,10 +167,14 @@ class _Cleaner:
         if not isinstance(value, dict):
             raise self._wrong(at, "not an object of schemas")
         table = cast("Schema", value)
-        self._properties += len(table)
-        if self._properties > MAX_PROPERTIES:
-            raise self._wrong(at, f"more than {MAX_PROPERTIES} properties in all")
+        self._count(keyword, len(table), at)
         return {name: self._one(each, f"{at}.{name}", depth) for name, each in table.items()}
+
+    def _count(self, keyword: str, names: int, at: str) -> None:
+        kind = keyword if keyword in MOST else "properties"
+        self._counts[kind] += names
+        if self._counts[kind] > MOST[kind]:
+            raise self._wrong(at, f"{kind} with more than {MOST[kind]} names in all of the schema")
 
     def _wrong(self, path: str, problem: str) -> GrammarError:
         return GrammarError(f"`{self._where}: {path}`: {problem}", hint=HINT)
@@ -213,8 +220,15 @@ def _value(value: Any) -> str | None:
     """Refuse numbers that would come out as others."""
     if _is_number(value) and abs(value) > MAX_EXACT:
         return f"{value} is beyond {MAX_EXACT}, where numbers are no longer exact"
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(_value, cast("Any", inner))), None)
+    inner = list(cast("Schema", value).values()) if isinstance(value, dict) else value
+    return next(filter(None, map(_value, cast("list[Any]", inner))), None) if isinstance(inner, list) else None
+
+
+def _num_keys(value: Any) -> int:
+    """Names in the objects of an `enum` or `const`."""
+    inner = list(cast("Schema", value).values()) if isinstance(value, dict) else value
+    names = len(cast("Schema", value)) if isinstance(value, dict) else 0
+    return names + sum(map(_num_keys, cast("list[Any]", inner))) if isinstance(inner, list) else 0
 
 
 CHECKS: Mapping[str, Callable[[Any], str | None]] = {
@@ -283,7 +297,7 @@ def _target(reference: str, root: Schema) -> Schema | bool | None:
             target = dict(enumerate(cast("list[Any]", target))).get(int(name) if name.isdigit() else -1)
         else:
             target = cast("Schema", target).get(name) if isinstance(target, dict) else None
-    return target if isinstance(target, dict | bool) else None
+    return cast("Schema | bool", target) if isinstance(target, dict | bool) else None
 
 
 def _parts(schema: Schema | bool, path: str) -> Iterator[tuple[str, Schema]]:
@@ -299,16 +313,17 @@ def _parts(schema: Schema | bool, path: str) -> Iterator[tuple[str, Schema]]:
             for i, part in enumerate(cast("list[Any]", value)):
                 yield from _parts(part, f"{at}[{i}]")
         elif keyword in ONE:
-            yield from _parts(value, at)
+            yield from _parts(cast("Schema | bool", value), at)
     yield path, schema
 
 
 def _locate(root: Schema, problem: str) -> str:
-    """Return the path of the innermost schema that has the problem by itself."""
+    """Return the path of the innermost schema that has the problem by itself; that of the whole if it takes long."""
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
-    for count, (path, part) in enumerate(_parts(root, "$")):
-        if count == LOCATED:
-            break
+    until = time.monotonic() + LOCATE_S
+    for path, part in _parts(root, "$"):
         if problem_of(f"start: {embedded({**part, **definitions})}") == problem:
             return path
+        if time.monotonic() > until:
+            break
     return "$"
