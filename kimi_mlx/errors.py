@@ -9,6 +9,7 @@ KimiMlxError
 ├── TextError        tokenizer, chat template, messages
 ├── PlacementError   a model that cannot be divided as asked
 ├── EngineError      generation: request too long, cache misuse
+│   └── CacheError          a block of the prompt cache on disk that cannot be used
 ├── LinkError        hosts with no network between them, or only one that is too slow
 ├── SshError         a host that ssh does not reach, or that does not do what it is told
 ├── InstallError     kimi-mlx cannot be brought to hosts
@@ -67,6 +68,10 @@ class PlacementError(KimiMlxError):
 
 class EngineError(KimiMlxError):
     """A generation request that cannot be served."""
+
+
+class CacheError(EngineError):
+    """A block of the prompt cache on disk that cannot be used."""
 
 
 class SshError(KimiMlxError):

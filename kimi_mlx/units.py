@@ -1,6 +1,8 @@
-"""Bytes, times, tokens and rates as people read them. GB is 10**9 bytes, GiB is 1024**3."""
+"""Bytes, times, tokens and rates as people read and write them. GB is 10**9 bytes, GiB is 1024**3."""
 
 from __future__ import annotations
+
+import re
 
 MB = 10**6
 GB = 10**9
@@ -13,6 +15,18 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes as people write them: `20GB`, `1.5 TB`, `512MiB`; a number alone is bytes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(i?)B?)", text.strip().replace("K", "k"))
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"`{text}` is no size in bytes")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
 
 
 def format_gib(count: float) -> str:

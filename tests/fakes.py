@@ -15,7 +15,7 @@ import numpy as np
 import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
 from kimi_mlx.runtime.chat import Conversation
-from kimi_mlx.runtime.session import Session
+from kimi_mlx.runtime.session import Deliver, Session
 from kimi_mlx.runtime.text import ChatTokenizer
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
@@ -68,6 +68,20 @@ class FixedSession:
                 reason = "length"
                 break
         yield Finished(reason, Statistics(total, 0, generated, ttft_s=0.5, decode_s=2.0, peak_memory_bytes=10**9))
+
+    def submit(self, request: Request, deliver: Deliver) -> int:
+        """The same, from a thread; there is one request at a time."""
+
+        def run() -> None:
+            for event in self.generate(request):
+                deliver(event)
+
+        threading.Thread(target=run, daemon=True).start()
+        return 1
+
+    def withdraw(self, number: int) -> None:
+        """End the answer."""
+        self.cancel()
 
     def cancel(self) -> None:
         """End the answer."""

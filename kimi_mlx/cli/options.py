@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
-from kimi_mlx.runtime.session import MAX_CHECK_EVERY, MAX_DRAFT
+from kimi_mlx.runtime.session import DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT
+from kimi_mlx.units import format_bytes, parse_bytes
 
 ModelArgument = Annotated[
     str | None,
@@ -80,6 +82,52 @@ CheckEveryOption = Annotated[
         metavar="K",
         help="With several ranks: every K steps compare a hash of what they have, the logits or what a pipeline hands "
         "on; 0 never.",
+    ),
+]
+
+
+def _parse_size(text: str | int) -> int:
+    if isinstance(text, int):  # a default, which Typer reads, too
+        return text
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(str(error), hint="write it as `20GB` or `512MiB`") from None
+    if size < 1:
+        raise UsageError(f"a cache of {size} bytes holds nothing", hint="write its size as `20GB` or `512MiB`")
+    return size
+
+
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="DIR",
+        file_okay=False,
+        help="Keep the prompt cache in this folder of each host, too: what was read once is not computed again after a "
+        "restart. Prompts lie in it in the clear, readable by you alone. Default: in memory only.",
+        show_default=False,
+    ),
+]
+CacheDiskOption = Annotated[
+    int,
+    typer.Option(
+        "--cache-disk",
+        parser=_parse_size,
+        metavar="SIZE",
+        help=f"All that may lie in --cache-dir on each host, such as `50GB`; what was used last stays. "
+        f"Default: {format_bytes(DISK_BYTES)}.",
+        show_default=False,
+    ),
+]
+CacheMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-memory",
+        parser=_parse_size,
+        metavar="SIZE",
+        help="Memory of each rank for the caches of all conversations, such as `20GB`. Default: what is free.",
+        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

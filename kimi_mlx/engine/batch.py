@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from kimi_mlx.engine.cache import CacheShelf
+from kimi_mlx.engine.cache import CacheShelf, room_of
 from kimi_mlx.engine.request import Event, FinishReason, Prefilled
 from kimi_mlx.engine.row import Row
 from kimi_mlx.engine.sequence import Sequence
@@ -53,10 +53,10 @@ class Batch:
         return is_long or any(each.fed < len(each.tokens) for each in self.members)
 
     @property
-    def most_tokens(self) -> int:
-        """So many tokens the next step may add to the caches."""
-        unread = sum(len(each.tokens) - each.fed for each in self.members)
-        return len(self.members) * (1 + self._speculate) + min(max(unread, 0), self._chunk)
+    def growth(self) -> int:
+        """So many tokens the caches may take more in the next step; prompts are counted from their beginning."""
+        lengths = [(len(each.tokens), min(2 + self._speculate, each.room)) for each in self.members]
+        return sum(room_of(length + new) - room_of(length) for length, new in lengths)
 
     def remove(self, sequence: Sequence) -> None:
         """End a sequence's run here; what was computed goes to the shelf."""

@@ -10,9 +10,10 @@ from typing import cast
 import mlx.core as mx
 
 from kimi_mlx.engine.batch import Batch
+from kimi_mlx.engine.block_store import BlockStore
 from kimi_mlx.engine.cache import CacheShelf
 from kimi_mlx.engine.chooser import Chooser, Constraint
-from kimi_mlx.engine.free_memory import agreed_chunk
+from kimi_mlx.engine.free_memory import agreed_limits
 from kimi_mlx.engine.request import Event, Prefilled, Request
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.steps import Steps
@@ -46,6 +47,8 @@ class Engine:
         prefill_chunk: tokens of prompts a step; None: as many as pay and fit, the same on all ranks.
         speculate: tokens drafted a step and sequence at most, found by prompt lookup; 0 drafts none.
         constrain: makes the constraint of a grammar; None: there are no grammars.
+        cache_bytes: for the caches of all sequences on each rank; None: most of what is free.
+        blocks: the prompt cache on disk; None: there is none.
     """
 
     def __init__(
@@ -55,16 +58,23 @@ class Engine:
         prefill_chunk: int | None = None,
         speculate: int = 0,
         constrain: Callable[[str], Constraint] | None = None,
+        cache_bytes: int | None = None,
+        blocks: BlockStore | None = None,
     ):
         self._model = model
         self._steps = Steps(model, count_commands)
         exchange = self._steps.exchange
-        chunk = prefill_chunk or agreed_chunk(model, SingleGroup() if exchange is None else exchange.group)
+        group = SingleGroup() if exchange is None else exchange.group
+        limits = agreed_limits(model, group, cache_bytes, prefill_chunk)
         self._speculate, self._constrain = speculate, constrain
-        self._shelf = CacheShelf(model)
+        self._shelf = CacheShelf(model, limits.cache_tokens, blocks)
+        self.context = min(model.config.max_position_embeddings, limits.cache_tokens)
+        """Tokens that a sequence may have."""
         # In a pipeline as many batches as ranks are on their way at once.
         num_batches = 1 if self._steps.pipeline is None else self._steps.pipeline.group.size
-        self._batches = deque(Batch(self._steps, self._shelf, self._hear, chunk, speculate) for _ in range(num_batches))
+        self._batches = deque(
+            Batch(self._steps, self._shelf, self._hear, limits.chunk, speculate) for _ in range(num_batches)
+        )
         self._waiting: deque[Sequence] = deque()
         self._ended: list[tuple[int, Event]] = []
         self._commands = 0
@@ -166,7 +176,8 @@ class Engine:
             mx.reset_peak_memory()
         for sequence in list(self._waiting):
             running = self._running
-            if len(running) >= MAX_SEQUENCES or (running and not self._has_room(sequence)):
+            wanted = len(sequence.tokens) + min(RESERVE, sequence.room)
+            if len(running) >= MAX_SEQUENCES or (running and not self._shelf.has_room(wanted)):
                 return
             if any(_is_about_to_read(other, sequence) for other in running):
                 continue
@@ -177,12 +188,12 @@ class Engine:
             if not sequence.generated:
                 yield sequence.number, Prefilled(cached, len(sequence.tokens))
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether a sequence and the beginning of its answer would fit beside those that run."""
-        return True
-
     def _make_room(self, batch: Batch) -> None:
         """Make room for the batch's next step: what is idle goes first, then the youngest sequence is put back."""
+        while not self._shelf.make_room(batch.growth) and len(self._running) > 1:
+            youngest = max(self._running, key=lambda sequence: sequence.number)
+            next(each for each in self._batches if youngest in each.members).remove(youngest)
+            self._waiting.appendleft(youngest)
 
     def _hear(self, said: Said) -> None:
         self._commands = said.commands
@@ -196,11 +207,13 @@ class Engine:
         foreign = [id for id in ids if not 0 <= id < config.vocab_size]
         if foreign:
             raise EngineError(f"token id {foreign[0]} is outside the vocabulary of {config.vocab_size}")
-        left = config.max_position_embeddings - length
+        left = self.context - length
         if left < 1:
+            is_memory = self.context < config.max_position_embeddings
             raise EngineError(
-                f"the prompt has {length} tokens, the context holds {config.max_position_embeddings}",
-                hint="shorten the prompt, or start a new conversation with /reset",
+                f"the prompt has {length} tokens, {'the memory' if is_memory else 'the context'} holds {self.context}",
+                hint="shorten the prompt, or start a new conversation with /reset"
+                + " (`--cache-memory` sets how much memory there is for it)" * is_memory,
             )
         wanted = request.max_tokens
         if wanted is not None and wanted < 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -108,6 +110,42 @@ def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: st
             open_manifest(folder, rank, world_size, strategy)
     else:
         _place(folder, config, world_size, strategy)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells weights from others without reading all of them.
+
+    Args:
+        common: model, commit and placement: the same on all ranks.
+        here: of the files on this host; another one when they have been written anew.
+    """
+
+    common: str
+    here: str
+
+
+def fingerprint(
+    folder: Path, config: ModelConfig, rank: int = 0, world_size: int = 1, strategy: str = "hybrid"
+) -> Fingerprint:
+    """The fingerprint of what `load_share` loads.
+
+    Raises:
+        KimiMlxError: as load_share.
+    """
+    strategy = normal_strategy(strategy, world_size)
+    if stored_ranks(folder):
+        manifest = open_manifest(folder, rank, world_size, strategy)
+        checksums = " ".join(file.sha256 for file in manifest.files)
+        return Fingerprint(f"{manifest.origin.commit} {manifest.placement.digest}", _digest(checksums))
+    # a file of the hub's cache is a link to one that is named by its content
+    files = [(file.name, file.resolve().name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    here = str([(name, target, status.st_size, status.st_mtime_ns) for name, target, status in files])
+    return Fingerprint(_digest(_identity(folder, _place(folder, config, world_size, strategy))), _digest(here))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _place(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> Placement:

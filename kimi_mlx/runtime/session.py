@@ -28,6 +28,9 @@ MAX_CHECK_EVERY = 250
 MAX_DRAFT = 16
 """Tokens a step; more are hardly ever right, and each one that is not costs its share of the step."""
 
+DISK_BYTES = 20 * 10**9
+"""Of a prompt cache's folder, where nothing else is said: 280 k tokens of K2."""
+
 
 @dataclass(frozen=True)
 class SessionOptions:
@@ -46,6 +49,9 @@ class SessionOptions:
         speculate: tokens drafted a step at most; 0 drafts none.
         check_every: ranks compare what they have every so many steps; 0 never.
         fast_sync: whether processes on this machine have MLX's fast fence.
+        cache_dir: where each host keeps its prompt cache on disk; None keeps it in memory only.
+        cache_disk_bytes: of all that is in it, on each host.
+        cache_memory_bytes: of each rank, for the caches of all conversations; None for what is free.
     """
 
     folder: Path | None
@@ -60,6 +66,9 @@ class SessionOptions:
     speculate: int = 0
     check_every: int = 0
     fast_sync: bool = False
+    cache_dir: Path | None = None
+    cache_disk_bytes: int = DISK_BYTES
+    cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the number of ranks and the strategy, which is written the normal way from here on."""

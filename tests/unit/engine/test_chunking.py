@@ -18,7 +18,7 @@ from kimi_mlx.engine.chunking import (
     choose_chunk,
     prefill_bytes,
 )
-from kimi_mlx.engine.free_memory import agreed_chunk, free_bytes, holding_of
+from kimi_mlx.engine.free_memory import Limits, agreed_limits, free_bytes, holding_of
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Finished, Request
 from kimi_mlx.model.config import load_config
@@ -95,8 +95,8 @@ class Peers(SingleGroup):
 
 
 def test_all_ranks_use_the_smallest_chunk(model: Model) -> None:
-    assert agreed_chunk(model, SingleGroup()) == PREFILL_CHUNK
-    assert agreed_chunk(model, Peers()) == 64
+    assert agreed_limits(model, SingleGroup()).chunk == PREFILL_CHUNK
+    assert agreed_limits(model, Peers()) == Limits(64, 64)
     assert holding_of(model) == Holding(heads=4, expert_rows=96, value_bytes=4, is_fused=False)
     assert free_bytes() > 0
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kimi_mlx.engine import free_memory
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Finished, Prefilled, Request, Sampling, Statistics, Token
 from kimi_mlx.errors import EngineError, UsageError
@@ -226,3 +227,60 @@ def test_commands_taken_while_idle_are_not_awaited_again(model: Model) -> None:
     assert [engine.news(taken) for taken in range(1, 400)] == [1] * 399
     engine.add(0, Request(PROMPT, max_tokens=1))
     assert engine.news(400) == 0
+
+
+def make_prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, 192, length).tolist())
+
+
+def test_alone_and_among_eight_the_text_is_the_same(model: Model) -> None:
+    engine = Engine(model, prefill_chunk=16)
+    prompts = [make_prompt(5 + 7 * number, seed=number) for number in range(8)]
+    tokens: dict[int, list[int]] = {number: [] for number in range(8)}
+    cached: dict[int, int] = {}
+    for number, prompt in enumerate(prompts):
+        engine.add(number, Request(prompt, max_tokens=12))
+        _take(engine, tokens, cached)
+    while not engine.is_idle:
+        _take(engine, tokens, cached)
+    alone = Engine(model)
+    assert tokens == {number: run(alone, Request(prompt, max_tokens=12))[0] for number, prompt in enumerate(prompts)}
+
+
+def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> None:
+    engine = Engine(model, prefill_chunk=16)
+    engine.add(0, Request(make_prompt(3, seed=1), max_tokens=50))
+    list(engine.turn())
+    list(engine.turn())
+    engine.add(1, Request(make_prompt(160, seed=2), max_tokens=1))
+    engine.add(2, Request(make_prompt(10, seed=3), max_tokens=1))
+    seen: list[set[tuple[int, type]]] = []
+    while not engine.is_idle:
+        seen.append({(number, type(event)) for number, event in engine.turn()})
+    reading = [turn for turn in seen if (1, Prefilled) in turn]
+    assert len(reading) >= 9
+    assert all((0, Token) in turn for turn in reading[1:])
+    ends = [next(at for at, turn in enumerate(seen) if (number, Finished) in turn) for number in (2, 1)]
+    assert ends == sorted(ends)  # the short prompt does not wait for the long one
+
+
+def test_what_has_no_room_waits_or_is_put_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "MIN_CACHE_TOKENS", 0)
+    layers, width = len(model.layers), model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    engine = Engine(model, cache_bytes=768 * layers * width * 4)
+    prompts = [make_prompt(250, seed=number) for number in range(5)]
+    tokens: dict[int, list[int]] = {number: [] for number in range(5)}
+    cached: dict[int, int] = {}
+    for number, prompt in enumerate(prompts):
+        engine.add(number, Request(prompt, max_tokens=20))
+    most = 0
+    while not engine.is_idle:
+        _take(engine, tokens, cached)
+        most = max(most, sum(len(batch.members) for batch in engine._batches))
+        assert engine._shelf.busy_tokens + engine._shelf.idle_tokens <= 768
+    assert most == 2  # 256 tokens each at first, 512 in the end
+    assert all(len(found) == 20 for found in tokens.values())
+    alone = Engine(model)
+    assert [run(alone, Request(prompts[number], max_tokens=20))[0] for number in (2, 4)] == [tokens[2], tokens[4]]
+    with pytest.raises(EngineError, match="the memory holds 768"):
+        engine.add(9, Request((1,) * 1024))

@@ -1,0 +1,85 @@
+"""Caches without a model: rows that depend, as real ones do, on every token up to theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.engine.block_file import BlockShape
+from kimi_mlx.engine.block_store import BlockStore
+from kimi_mlx.engine.cache import CacheShelf, ConversationCache
+from kimi_mlx.model.cache import LatentCache
+from kimi_mlx.model.decoder import Model
+
+LAYERS, WIDTH = 2, 3
+SHAPE = BlockShape(LAYERS, WIDTH, mx.float32)
+MEGABYTE = 10**6
+
+
+class RowsModel:
+    """What a shelf asks of a model."""
+
+    config = SimpleNamespace(max_position_embeddings=4096)
+
+    def make_cache(self) -> list[LatentCache]:
+        return [LatentCache() for _ in range(LAYERS)]
+
+
+MODEL = cast(Model, RowsModel())
+
+
+def rows(tokens: Sequence[int]) -> np.ndarray:
+    """(LAYERS, tokens, WIDTH), float32: a running hash, the token, the position; another one in each layer."""
+    running, values = 0, np.zeros((LAYERS, len(tokens), WIDTH), np.float32)
+    for at, token in enumerate(tokens):
+        running = (running * 31 + token) % 65_521
+        values[:, at] = running, token, at
+    return values + np.arange(LAYERS, dtype=np.float32)[:, None, None]
+
+
+def feed(cache: ConversationCache, tokens: Sequence[int]) -> None:
+    """Go on with further tokens, as the engine does."""
+    fresh = mx.array(rows([*cache.tokens, *tokens])[:, len(cache.tokens) :])
+    for layer, layer_rows in zip(cache.layers, fresh, strict=True):
+        layer.update_and_fetch(layer_rows[None, None])
+    cache.tokens.extend(tokens)
+
+
+def check(cache: ConversationCache) -> None:
+    """The rows are those of the tokens."""
+    if cache.tokens:
+        assert np.array_equal(np.array(cache.rows(0, len(cache.tokens))), rows(cache.tokens))
+    assert {layer.offset for layer in cache.layers} == {len(cache.tokens)}
+
+
+def turn(shelf: CacheShelf, prompt: Sequence[int], answer: Sequence[int] = ()) -> int:
+    """A turn of a conversation; how much of the prompt was there."""
+    cache, cached = shelf.take(tuple(prompt))
+    assert cache.tokens == list(prompt[:cached])
+    check(cache)
+    feed(cache, [*prompt[cached:], *answer])
+    shelf.give_back(cache)
+    return cached
+
+
+def open_store(
+    folder: Path,
+    warnings: list[str] | None = None,
+    key: str = "key",
+    share: str = "rank-0",
+    stamp: str = "",
+    shape: BlockShape = SHAPE,
+    max_bytes: int = 100 * MEGABYTE,
+) -> BlockStore:
+    """A store; its warnings go into the list, and without one there must be none."""
+
+    def warn(text: str) -> None:
+        assert warnings is not None, text
+        warnings.append(text)
+
+    return BlockStore(folder, key, share, stamp, shape, max_bytes, warn=warn)

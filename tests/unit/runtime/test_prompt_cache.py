@@ -1,0 +1,59 @@
+"""The prompt cache on disk of a real model: equal answers, and weights that have changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.engine.cache import CacheShelf, shape_of
+from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.load import fingerprint, load
+from kimi_mlx.runtime.prompt_cache import open_blocks
+from tests.fakes import KIMI_MINI
+
+LIMIT = 10**9
+
+
+def ask(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
+    """New tokens, and how many of the prompt's were there."""
+    events = list(engine.generate(Request(tuple(prompt), 8)))
+    end = events[-1]
+    assert isinstance(end, Finished)
+    return [event.id for event in events if isinstance(event, Token)], end.statistics.cached_tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
+    model, text = load("kimi-mini", dtype)
+    prompt = text.encode("A boat, a tide, a harbour and a bell. " * 40)[:300]
+    identity = fingerprint(KIMI_MINI, load_config(KIMI_MINI))
+    expected, cached = ask(Engine(model), prompt)
+    assert cached == 0
+    answers = []
+    for _ in range(2):
+        engine = Engine(model)
+        store = open_blocks(tmp_path, LIMIT, model, identity, warn=pytest.fail)
+        engine._shelf = CacheShelf(model, blocks=store)
+        answers.append(ask(engine, prompt))
+        assert shape_of(model) == store.shape
+        store.close()
+    assert answers == [(expected, 0), (expected, 256)]
+
+
+def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(KIMI_MINI, tmp_path / "model"))
+    config = load_config(folder)
+    before = fingerprint(folder, config)
+    assert fingerprint(folder, config) == before
+    os.utime(folder / "model.safetensors", (0, 0))
+    after = fingerprint(folder, config)
+    assert (after.common, after.here == before.here) == (before.common, False)
+    for strategy in ("pipeline", "pipeline:3:1"):
+        shares = [fingerprint(folder, config, rank, 2, strategy) for rank in range(2)]
+        assert shares[0] == shares[1]
+        assert shares[0].common != before.common
