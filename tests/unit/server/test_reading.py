@@ -28,8 +28,8 @@ def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
     reading = Reading(0, tokenizer, reader, (stop,), counts_prompt=True)
     special = tokenizer.special_tokens
     ids = [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
-    items = [piece for i in ids for piece in reading.add(Token(i))]
-    items += reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
+    end = reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
+    items = [*(piece for i in ids for piece in reading.add(Token(i))), *end]
     return [
         f"{item.delta.text}{[part.name or part.arguments for part in item.delta.call_parts] or ''}"
         if isinstance(item, Piece)
