@@ -101,7 +101,7 @@ def serve(
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
 ) -> None:
-    """Serve a model to programs: OpenAI's API over HTTP, on this machine unless told otherwise."""
+    """Serve a model to programs: OpenAI's and Anthropic's APIs over HTTP, on this machine unless told otherwise."""
     refuse_launcher()
     target = understand(model or Settings.from_environment().model)
     keys = _keys(api_key or (), api_key_file)
