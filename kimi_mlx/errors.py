@@ -2,7 +2,8 @@
 
 KimiMlxError
 ├── UsageError       an option or argument that cannot be meant that way
-│   └── HostfileError       a hostfile, or a list of hosts, that cannot be meant that way
+│   ├── HostfileError       a hostfile, or a list of hosts, that cannot be meant that way
+│   └── GrammarError        a schema, or a choice of tools, that answers cannot be made to keep to
 ├── ConfigError      a `config.json` (or one like it) that we cannot serve
 ├── WeightsError     checkpoint files: missing, foreign, broken
 │   └── MissingModelError   a model that is not on a host yet
@@ -84,6 +85,10 @@ class InstallError(KimiMlxError):
 
 class HostfileError(UsageError):
     """A hostfile, or a list of hosts, that cannot be meant that way."""
+
+
+class GrammarError(UsageError):
+    """A schema, or a choice of tools, that answers cannot be made to keep to; the message begins with the place."""
 
 
 class LinkError(KimiMlxError):

@@ -15,12 +15,13 @@ from kimi_mlx.engine.request import Event, FinishReason, Prefilled
 from kimi_mlx.engine.row import Row
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.steps import Step, Steps
+from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.exchange import Said
 
 LONG_STEP = 64
 """From this many tokens on a step is waited for before the next one is started: its temporary memory is large."""
 
-Events = Iterator[tuple[int, Event]]
+Events = Iterator[tuple[int, Event | EngineError]]
 """Each with the number of its request."""
 
 
@@ -203,9 +204,9 @@ class Batch:
         for token in row.sequence.take(tokens, logprobs):
             yield row.sequence.number, token
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event]:
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | EngineError]:
         self.remove(sequence)
-        return sequence.number, sequence.finished(reason, mx.get_peak_memory())
+        return sequence.number, sequence.chooser.failure or sequence.finished(reason, mx.get_peak_memory())
 
 
 def _progress(row: Row) -> Events:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import mlx.core as mx
 
+from kimi_mlx.engine.constraint import Constraint, masked
 from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import GREEDY_BELOW, make_sampler, seeded
-
-
-class Constraint(Protocol):
-    """What a grammar allows next in one sequence; see kimi_mlx.engine.constraint."""
-
-    def apply(self, logits: mx.array, draft: tuple[int, ...]) -> mx.array:
-        """Logits with -inf where nothing is allowed.
-
-        Args:
-            logits: (n, vocab_size), behind the sequence and behind each token of the draft.
-            draft: n - 1 tokens that may follow.
-        """
-        ...
-
-    def advance(self, token: int) -> None:
-        """A token was drawn."""
-        ...
+from kimi_mlx.errors import EngineError
 
 
 class Chooser:
     """Chooses the tokens of one sequence.
+
+    A grammar that fails in the middle ends the answer by a token, as any answer ends, so that ranks without a grammar
+    do the same; `failure` tells then.
 
     Args:
         request: what is asked.
@@ -39,20 +27,43 @@ class Chooser:
 
     def __init__(self, request: Request, vocab_size: int, seed: int | None, constraint: Constraint | None):
         sampling = request.sampling
-        self._bias = request.logit_bias
+        self._bias, self._stop_ids = request.logit_bias, sorted(request.stop_ids)
         self._constraint = constraint
         self.draw = seeded(make_sampler(sampling, vocab_size), seed)
         self.is_plain = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
         """Whether it takes the likeliest token, nothing else."""
+        self.failure: EngineError | None = None
+        """Why the grammar was given up."""
+        if request.answered:
+            self.advance(request.prompt[-request.answered :])
 
-    def bias(self, logits: mx.array, draft: tuple[int, ...]) -> mx.array:
-        """Logits (n, vocab_size) with the bias added, and -inf where the grammar allows nothing."""
+    def bias(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
+        """Logits with the bias added, and -inf where the grammar allows nothing.
+
+        Args:
+            logits: (n, vocab_size), behind the sequence and behind each token of the draft.
+            draft: n - 1 tokens that may follow.
+        """
         if self._bias:
             ids, values = zip(*self._bias, strict=True)
             logits = logits.at[:, mx.array(ids)].add(mx.array(values, logits.dtype))
-        return logits if self._constraint is None else self._constraint.apply(logits, draft)
+        if self._constraint is None:
+            return logits
+        if self.failure is None:
+            try:
+                return masked(logits, mx.array(self._constraint.allowed_along(draft)))
+            except EngineError as error:
+                self.failure = error
+        ends = mx.full(logits.shape, -mx.inf, logits.dtype)
+        ends[:, mx.array(self._stop_ids)] = 0
+        return ends
 
-    def advance(self, token: int) -> None:
-        """A token was drawn."""
-        if self._constraint is not None:
-            self._constraint.advance(token)
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Tokens were drawn."""
+        if self._constraint is None or self.failure is not None:
+            return
+        try:
+            for token in tokens:
+                self._constraint.advance(token)
+        except EngineError as error:
+            self.failure = error

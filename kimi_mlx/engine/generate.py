@@ -12,7 +12,8 @@ import mlx.core as mx
 from kimi_mlx.engine.batch import Batch
 from kimi_mlx.engine.block_store import BlockStore
 from kimi_mlx.engine.cache import CacheShelf
-from kimi_mlx.engine.chooser import Chooser, Constraint
+from kimi_mlx.engine.chooser import Chooser
+from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.free_memory import agreed_limits
 from kimi_mlx.engine.request import Event, Prefilled, Request
 from kimi_mlx.engine.sequence import Sequence
@@ -76,7 +77,7 @@ class Engine:
             Batch(self._steps, self._shelf, self._hear, limits.chunk, speculate) for _ in range(num_batches)
         )
         self._waiting: deque[Sequence] = deque()
-        self._ended: list[tuple[int, Event]] = []
+        self._ended: list[tuple[int, Event | EngineError]] = []
         self._commands = 0
 
     @property
@@ -91,6 +92,8 @@ class Engine:
 
     def add(self, number: int, request: Request) -> None:
         """Take a request; its events come from `turn`: Prefilled (several), Token (several), Finished (once, last).
+
+        If its grammar fails in the middle, the last one is the error.
 
         Raises:
             EngineError: an empty prompt, a foreign token id, more tokens than the context holds, or a grammar that is
@@ -119,7 +122,7 @@ class Engine:
                     self._ended.append((number, sequence.finished("cancelled", mx.get_peak_memory())))
                     return
 
-    def turn(self) -> Iterator[tuple[int, Event]]:
+    def turn(self) -> Iterator[tuple[int, Event | EngineError]]:
         """A step of the batch whose turn it is; yields events, each with its request's number. To be read to its end.
 
         Raises:
@@ -142,6 +145,8 @@ class Engine:
         try:
             while not self.is_idle:
                 for _, event in list(self.turn()):
+                    if isinstance(event, EngineError):
+                        raise event
                     yield event
         finally:
             self._waiting.clear()

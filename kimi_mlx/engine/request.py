@@ -66,6 +66,7 @@ class Request:
         logit_bias: added to the logits of some tokens, as pairs of an id and a number.
         top_logprobs: with each token its log probability, and so many of the likeliest tokens; None: neither.
         grammar: what the answer must keep to, as kimi_mlx.text.grammar writes it; None: anything.
+        answered: so many tokens at the end of the prompt are the beginning of the answer already.
 
     Raises:
         UsageError: something else than whole numbers.
@@ -78,6 +79,7 @@ class Request:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int | None = None
     grammar: str | None = None
+    answered: int = 0
 
     def __post_init__(self) -> None:
         """Check the types; whole numbers of other kinds (numpy's) become ints."""
@@ -103,6 +105,7 @@ class Request:
             tuple((id, bias) for id, bias in value["logit_bias"]),
             value["top_logprobs"],
             value["grammar"],
+            value["answered"],
         )
 
 

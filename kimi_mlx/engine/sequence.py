@@ -110,10 +110,10 @@ class Sequence:
         self._first_token_at = self._first_token_at or time.perf_counter()
         if self._lookup is not None:
             self._lookup.extend(tokens)
+        self.chooser.advance(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             self.tokens.append(token)
             self.generated += 1
-            self.chooser.advance(token)
             yield Token(token, logprob)
 
     @property

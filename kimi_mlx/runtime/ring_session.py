@@ -73,7 +73,8 @@ class _Job:
         """What is still to be asked after the tokens that were sent."""
         wanted = self.request.max_tokens
         left = None if wanted is None else wanted - len(self.sent)
-        return replace(self.request, prompt=(*self.request.prompt, *self.sent), max_tokens=left)
+        prompt, answered = (*self.request.prompt, *self.sent), self.request.answered + len(self.sent)
+        return replace(self.request, prompt=prompt, max_tokens=left, answered=answered)
 
     def end(self, context: int) -> Finished | KimiMlxError | None:
         """The end of the answer, if nothing is left to ask: the ring was lost between the last token and the end.

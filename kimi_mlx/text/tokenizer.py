@@ -11,7 +11,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,11 +61,26 @@ class Tokenizer:
         Raises:
             TextError: a file is missing or broken.
         """
-        folder = Path(folder)
+        return cls._read(Path(folder), _read_bpe)
+
+    @classmethod
+    def load_decoder(cls, folder: Path) -> Tokenizer:
+        """Read the tokens alone, in a fraction of the time; such a tokenizer decodes, and encodes nothing.
+
+        Raises:
+            TextError: a file is missing or broken.
+        """
+        return cls._read(Path(folder), lambda tokens, path: tokenizers.Tokenizer(tokenizers.models.BPE()))
+
+    @classmethod
+    def _read(cls, folder: Path, read_bpe: Callable[[Sequence[bytes], Path], tokenizers.Tokenizer]) -> Tokenizer:
         added = _added_tokens(folder / "tokenizer_config.json")
         eos_token_ids = _eos_token_ids(folder)
-        if (folder / "tiktoken.model").exists():
-            return cls(*_read_tiktoken(folder / "tiktoken.model", added), eos_token_ids)
+        path = folder / "tiktoken.model"
+        if path.exists():
+            tokens = vocabulary.read_ranks(path)
+            special = _special_tokens(tokens, added, path)
+            return cls(read_bpe(tokens, path), dict(enumerate(tokens)), special, eos_token_ids)
         if (folder / "tokenizer.json").exists():
             return cls(*read_fast_tokenizer(folder / "tokenizer.json", added), eos_token_ids)
         raise TextError(
@@ -100,6 +115,10 @@ class Tokenizer:
         except KeyError:
             message = f"token id {token_id} is not in the vocabulary of {self.vocab_size} ids"
             raise TextError(message, hint="model and tokenizer are not of the same checkpoint") from None
+
+    def tokens(self) -> list[bytes]:
+        """Return the bytes of every token, by id; none where an id has no token."""
+        return [self._tokens.get(i, b"") for i in range(self.vocab_size)]
 
     def detokenizer(self) -> Detokenizer:
         """Return a decoder for one stream of ids."""
@@ -147,10 +166,14 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def _read_tiktoken(
-    path: Path, added: Mapping[int, str]
-) -> tuple[tokenizers.Tokenizer, dict[int, bytes], dict[str, int]]:
-    tokens = vocabulary.read_ranks(path)
+def _read_bpe(tokens: Sequence[bytes], path: Path) -> tokenizers.Tokenizer:
+    """Build the BPE of the tokens in a tiktoken file."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return vocabulary.build(tokens, cached_splits(tokens, digest))
+
+
+def _special_tokens(tokens: Sequence[bytes], added: Mapping[int, str], path: Path) -> dict[str, int]:
+    """Return the ids of the special tokens that follow the ordinary ones, by their texts."""
     size = len(tokens) + NUM_RESERVED_SPECIAL_TOKENS
     foreign = next((i for i in added if not len(tokens) <= i < size), None)
     if foreign is not None:
@@ -161,9 +184,7 @@ def _read_tiktoken(
     special = {added.get(i, f"<|reserved_token_{i}|>"): i for i in range(len(tokens), size)}
     if len(special) != NUM_RESERVED_SPECIAL_TOKENS:
         raise TextError(f"two added tokens beside `{path}` have the same text")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    bpe = vocabulary.build(tokens, cached_splits(tokens, digest))
-    return bpe, dict(enumerate(tokens)), special
+    return special
 
 
 def _added_tokens(path: Path) -> dict[int, str]:

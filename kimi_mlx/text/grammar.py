@@ -1,0 +1,231 @@
+"""The grammar of an answer that must keep to a JSON schema or to a choice of tools, as text for llguidance.
+
+    answer:  reasoning? (JSON | text? section?)         and then a token that ends it, which no grammar names
+    section: section-begin call+ section-end
+    call:    call-begin functions.NAME:INDEX argument-begin JSON call-end
+
+The text is in llguidance's dialect of Lark, with control tokens by their ids; kimi_mlx.engine.constraint reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, cast
+
+from kimi_mlx.errors import GrammarError
+from kimi_mlx.text.json_schema import Schema, checked, embedded, problem_of
+from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
+from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
+
+MOST_CALLS = 16
+"""In one answer that a grammar constrains."""
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+ANY_OBJECT: Schema = {"type": "object"}
+CHOICES = ("auto", "none", "required")
+
+Ids = Mapping[str, int]
+"""Control tokens: text -> id."""
+
+
+class Thinking(Enum):
+    """Whether an answer begins with reasoning."""
+
+    OPEN = auto()
+    """The prompt ends in `<think>`."""
+    POSSIBLE = auto()
+    """The model decides, and writes `<think>` itself."""
+    NONE = auto()
+
+
+def thinking_after(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
+    """Tell how an answer to this prompt may begin."""
+    last = prompt[-1] if prompt else None
+    if THINK_BEGIN not in special_tokens or last == special_tokens.get(THINK_END):
+        return Thinking.NONE
+    return Thinking.OPEN if last == special_tokens[THINK_BEGIN] else Thinking.POSSIBLE
+
+
+def grammar_of(
+    special_tokens: Ids,
+    thinking: Thinking,
+    response_schema: Mapping[str, Any] | bool | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: str | Mapping[str, Any] = "auto",
+    parallel_tool_calls: bool = True,
+    first_index: int = 0,
+) -> str | None:
+    """Return the grammar of an answer; None if there is nothing to keep to.
+
+    A schema of a tool that is not `strict` is kept to as far as that is possible, and only if a call is required.
+
+    Args:
+        special_tokens: of the tokenizer.
+        thinking: see thinking_after.
+        response_schema: JSON schema of an answer without calls; True is any object, None any text.
+        tools: OpenAI-style tools.
+        tool_choice: "auto", "none" (text alone), "required" (calls alone), or {"name": ...} (one call of that tool).
+        parallel_tool_calls: whether there may be several calls.
+        first_index: of the first call; a conversation counts its calls from 0.
+
+    Raises:
+        GrammarError: answers cannot be made to keep to this; the message begins with the place.
+    """
+    choice = _choice(tool_choice, tools)
+    is_called_for = choice not in ("auto", "none")
+    is_strict = any(_is_strict(tool["function"]) for tool in tools)
+    matters = tools and (choice == "none" or not parallel_tool_calls or is_strict)
+    if response_schema is None and not is_called_for and not matters:
+        return None
+    response = None
+    if response_schema is not None and not is_called_for:
+        schema = ANY_OBJECT if response_schema is True else response_schema
+        response = embedded(checked(schema, "response_format"))
+    answer = _Answer(
+        thinking,
+        response,
+        is_called_for,
+        [] if choice == "none" else _functions(tools, choice),
+        MOST_CALLS if parallel_tool_calls and choice in CHOICES else 1,
+        first_index,
+    )
+    if answer.functions:
+        _check_sum(answer)
+    return _write(answer, lambda token: _by_id(token, special_tokens))
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A tool that may be called; arguments: a rule's body."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What an answer may be; response: a rule's body."""
+
+    thinking: Thinking
+    response: str | None
+    is_called_for: bool
+    functions: Sequence[_Function]
+    most_calls: int
+    first_index: int
+
+
+def _choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
+    """Check the choice against the tools."""
+    for i, tool in enumerate(tools):
+        if not isinstance(tool.get("function"), Mapping):
+            raise GrammarError(f"`tools[{i}].function` is missing")
+    names = [tool["function"].get("name") for tool in tools]
+    if isinstance(tool_choice, str):
+        if tool_choice not in CHOICES:
+            raise GrammarError(f"`tool_choice` is `{tool_choice}`", hint=f"it is {', '.join(CHOICES)}, or names a tool")
+        if tool_choice == "required" and not names:
+            raise GrammarError("`tool_choice` is `required`, but there are no tools")
+    elif tool_choice.get("name") not in names:
+        raise GrammarError(f"`tool_choice` names `{tool_choice.get('name')}`, which is none of the tools")
+    return tool_choice
+
+
+def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> list[_Function]:
+    """The tools that the choice leaves, with the rules of their arguments."""
+    functions: list[_Function] = []
+    for i, tool in enumerate(tools):
+        function, where = tool["function"], f"tools[{i}].function"
+        name, is_strict = function.get("name"), _is_strict(function)
+        if isinstance(choice, Mapping) and name != choice["name"]:
+            continue
+        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+            raise GrammarError(f"`{where}.name`: `{name}` is no name", hint=f"names are `{TOOL_NAME.pattern}`")
+        schema = ANY_OBJECT
+        if is_strict or choice != "auto":
+            schema = _arguments(function, f"{where}.parameters", is_strict)
+        functions.append(_Function(name, embedded(schema)))
+    return functions
+
+
+def _is_strict(function: Mapping[str, Any]) -> bool:
+    return function.get("strict") is True
+
+
+def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Schema:
+    """The schema of a tool's arguments; any object where one that is not strict has a schema that cannot be kept to."""
+    parameters = function.get("parameters")
+    if parameters is None:
+        return {**ANY_OBJECT, "additionalProperties": False}
+    try:
+        if not isinstance(parameters, dict):
+            raise GrammarError(f"`{where}` is not the schema of an object")
+        schema = {**ANY_OBJECT, **cast("Schema", parameters)}
+        if schema["type"] != "object":
+            raise GrammarError(f"`{where}: $.type`: arguments are an object, not `{schema['type']}`")
+        return checked(schema, where)
+    except GrammarError:
+        if is_strict:
+            raise
+        return ANY_OBJECT
+
+
+def _by_id(token: str, special_tokens: Ids) -> str:
+    if token not in special_tokens:
+        raise GrammarError(
+            f"the model has no `{token}`, so it cannot be made to call tools", hint="choose another model"
+        )
+    return f"<[{special_tokens[token]}]>"
+
+
+def _check_sum(answer: _Answer) -> None:
+    """Refuse what is too much in sum, though each schema is not."""
+    problem = problem_of(_write(answer, json.dumps))
+    if problem:
+        raise GrammarError(f"`tools`: {problem}", hint="send fewer tools")
+
+
+def _write(answer: _Answer, token: Callable[[str], str]) -> str:
+    """Write the grammar.
+
+    Args:
+        answer: what it may be.
+        token: how a control token is written.
+    """
+    if answer.is_called_for:
+        content = "section"
+    elif answer.response:
+        content = "response | section" if answer.functions else "response"
+    else:
+        content = "TEXT section?" if answer.functions else "TEXT"
+    # Forced text is not tokenized by llguidance: the model picks among the tokens that begin it.
+    rules = ['%llguidance {"no_forcing": true}', f"start: {_reasoning(answer.thinking, token)} answer"]
+    rules += [f"answer: {content}", r"TEXT: /(.|\n)*/"]
+    if answer.response:
+        rules.append(f"response: {answer.response}")
+    if answer.functions:
+        rules += _calls(answer, token)
+    return "\n".join(rules)
+
+
+def _reasoning(thinking: Thinking, token: Callable[[str], str]) -> str:
+    if thinking is Thinking.OPEN:
+        return f"TEXT {token(THINK_END)}"
+    return f"({token(THINK_BEGIN)} TEXT {token(THINK_END)})?" if thinking is Thinking.POSSIBLE else ""
+
+
+def _calls(answer: _Answer, token: Callable[[str], str]) -> list[str]:
+    """Rules of a section and of the calls in it; a call may be followed by the next."""
+    rules = [f"section: {token(SECTION_BEGIN)} call_0 {token(SECTION_END)}"]
+    rules += [f"arguments_{i}: {function.arguments}" for i, function in enumerate(answer.functions)]
+    for number in range(answer.most_calls):
+        index = answer.first_index + number
+        bodies = [
+            f"{json.dumps(f'{PREFIX}{function.name}:{index}')} {token(ARGUMENT_BEGIN)} arguments_{i}"
+            for i, function in enumerate(answer.functions)
+        ]
+        following = f"call_{number + 1}?" if number + 1 < answer.most_calls else ""
+        rules.append(f"call_{number}: {token(CALL_BEGIN)} ({' | '.join(bodies)}) {token(CALL_END)} {following}")
+    return rules

@@ -1,0 +1,87 @@
+"""Schemas from outside: what is refused and where, what is left out, what stays."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from kimi_mlx.errors import GrammarError
+from kimi_mlx.text.json_schema import MAX_DEPTH, checked
+
+STRING = {"type": "string"}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = STRING
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ("words", "`here: $`: not a schema"),
+        (False, "nothing satisfies it"),
+        ({"minimum": float("nan")}, "not plain JSON"),
+        ({"type": "strnig"}, "`here: $.type`: `strnig` is no type"),
+        ({"properties": {"a": {"not": {}}}}, "`here: $.properties.a.not`: answers cannot be held to this"),
+        ({"anyOf": [STRING, {"uniqueItems": True}]}, "`here: $.anyOf[1].uniqueItems`"),
+        ({"anyOf": []}, "`here: $.anyOf`: not a list of schemas"),
+        ({"properties": [STRING]}, "`here: $.properties`: not an object of schemas"),
+        ({"items": 3}, "`here: $.items`: not a schema"),
+        ({"required": "a"}, "`here: $.required`: not a list of names"),
+        ({"enum": []}, "`here: $.enum`: not a list of values"),
+        ({"enum": [{"a": 2**53 + 1}]}, "no longer exact"),
+        ({"minLength": -1}, "`here: $.minLength`: `-1` is no whole number"),
+        ({"maximum": "3"}, "`here: $.maximum`: `3` is no number"),
+        ({"multipleOf": 0}, "`0` is no number above 0"),
+        ({"items": {"pattern": "(a"}}, "`here: $.items`: unclosed group"),
+        ({"pattern": "^(?!a)"}, "look-around"),
+        ({"$ref": "#"}, "nothing satisfies it"),
+        ({"$ref": "#/$defs/a", "$defs": {"b": {}}}, "`here: $.$ref`: there is no schema `#/$defs/a` here"),
+        ({"$ref": "https://example.com/schema"}, "there is no schema"),
+        ({"properties": {"a": {"oneOf": [{"type": "number"}, {"minimum": 3}]}}}, "`here: $.properties.a`: `oneOf`"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater than maximum (2)"),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "less than 1 from the other end"),
+        ({"minProperties": 3, "required": ["a"]}, "`here: $.minProperties`"),
+        ({"$defs": {"a": {"pattern": "("}}, "items": {"$ref": "#/$defs/a"}}, "`here: $.$defs.a`: unclosed group"),
+        (nested(MAX_DEPTH + 1), f"deeper than {MAX_DEPTH}"),
+        ({"properties": {f"p{i}": {} for i in range(1001)}}, "properties with more than 1000 names"),
+        ({"required": [f"p{i}" for i in range(1001)]}, "required with more than 1000 names"),
+        ({"const": [{f"p{i}": 0 for i in range(1001)}]}, "properties with more than 1000 names"),
+        ({"patternProperties": {f"^{i}$": {} for i in range(33)}}, "patternProperties with more than 32 names"),
+        ({"const": "x" * 200_000}, "200013 characters, at most 200000"),
+        ({"type": "integer", "multipleOf": 10**9 + 7}, "fuel"),
+    ],
+)
+def test_refused_with_the_place_and_soon(schema: Any, said: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(GrammarError) as caught:
+        checked(schema, "here")
+    assert said in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+def test_notes_are_left_out() -> None:
+    schema = {"title": "A", "default": 1, "x-guidance": {"lenient": True}, "format": "int32", "uniqueItems": False}
+    assert checked({**schema, "properties": {"format": {"format": "date", "$comment": "x"}}}, "here") == {
+        "properties": {"format": {"format": "date"}}
+    }
+    assert checked(True, "here") == {}
+
+
+def test_bounds_move_inwards_to_what_a_float_can_say() -> None:
+    clean = checked({"maximum": 2**63 - 1, "minimum": 2**53 + 1}, "here")
+    assert clean == {"maximum": 2**63 - 1024, "minimum": 2**53 + 2}
+
+
+def test_a_union_as_pydantic_writes_it() -> None:
+    def animal(kind: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]}
+
+    references = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
+    schema = {"$defs": {"Cat": animal("cat"), "Dog": animal("dog")}, "oneOf": references}
+    assert checked(schema, "here")["oneOf"][0] == {"type": "object", "$ref": "#/$defs/Cat"}
