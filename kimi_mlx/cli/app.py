@@ -75,7 +75,7 @@ app.command(
     epilog=examples(
         "kimi-mlx serve kimi-mini",
         "kimi-mlx serve kimi-k2 --ranks 2 --port 8000 --served-name gpt-4o",
-        "KIMI_MLX_API_KEY=$(openssl rand -hex 24) kimi-mlx serve --host 0.0.0.0    for other machines, too",
+        "kimi-mlx serve --host 0.0.0.0 --api-key-file keys      for other machines, too",
         "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
     )
 )(serve)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,7 +101,7 @@ def serve(
     dtype: DtypeOption = None,
     fast_sync: FastSyncOption = False,
 ) -> None:
-    """Serve a model to programs: OpenAI's API over HTTP, on this machine unless told otherwise."""
+    """Serve a model to programs: OpenAI's and Anthropic's APIs over HTTP, on this machine unless told otherwise."""
     refuse_launcher()
     target = understand(model or Settings.from_environment().model)
     keys = _keys(api_key or (), api_key_file)
@@ -119,9 +120,9 @@ def serve(
         listener = stack.enter_context(closing(Listener(host, port)))  # a taken port is told before anything is loaded
         session, folder = _open(launched_of(context), target, wanted, ranks, strategy)
         stack.enter_context(closing(session))
-        server = _server(target, session, folder, served_name or (), options)
+        greet = partial(_greet, target.name, listener.url, has_key=bool(keys))
+        server = _server(target, session, folder, served_name or (), options, greet)
         _log()
-        _greet(target.name, listener.url, has_key=bool(keys))
         server.run([listener.socket])
 
 
@@ -162,7 +163,14 @@ def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _server(target: Target, session: Session, folder: Path, names: Sequence[str], options: ServingOptions) -> Server:
+def _server(
+    target: Target,
+    session: Session,
+    folder: Path,
+    names: Sequence[str],
+    options: ServingOptions,
+    greet: Callable[[], None],
+) -> Server:
     """The server of a loaded model."""
     from kimi_mlx.server.served import Served
     from kimi_mlx.server.serving import Server
@@ -176,7 +184,7 @@ def _server(target: Target, session: Session, folder: Path, names: Sequence[str]
     served = Served(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
-    return Server(session, tokenizer, served, instant.given() if instant else {}, options)
+    return Server(session, tokenizer, served, instant.given() if instant else {}, options, greet)
 
 
 def _log() -> None:

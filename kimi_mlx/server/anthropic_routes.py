@@ -27,8 +27,8 @@ def anthropic_routes(context: Context) -> list[Route]:
     async def count(request: Request) -> Response:
         body = await read_body(request, CountBody)
         _model(served, body.model)
-        prompt = await anyio.to_thread.run_sync(service.model.prompt, to_ask(body))
-        return JsonResponse({"input_tokens": len(prompt)})
+        tokens = await anyio.to_thread.run_sync(service.model.count, to_ask(body))
+        return JsonResponse({"input_tokens": tokens})
 
     return [
         Route("/v1/messages", messages, methods=["POST"]),

@@ -80,6 +80,14 @@ class Model:
         )
         return Prepared(request, read)
 
+    def count(self, ask: Ask) -> int:
+        """How many tokens its prompt has, more than the context holds or not.
+
+        Raises:
+            KimiMlxError: the messages make no prompt.
+        """
+        return len(self._conversation(ask)[0])
+
     def _conversation(self, ask: Ask) -> tuple[tuple[int, ...], Callable[[], TokenReader]]:
         messages, ids = to_native(ask.messages, ask.call_id_prefix)
         options: dict[str, Any] = dict(ask.template_kwargs)

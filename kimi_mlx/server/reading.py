@@ -133,6 +133,10 @@ class Reading:
 
     def _piece(self, delta: Delta, shown: str) -> Iterator[Piece]:
         self._has_calls = self._has_calls or bool(delta.call_parts)
+        if delta and not delta.text:  # something else begins, and text that was held back stands before it
+            held = self._stops.finish()
+            if held:
+                yield Piece(self.index, Delta(held), self._tokens.release(len(held)))
         if delta.text:
             self._tokens.place(len(delta.text))
         elif delta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -53,6 +53,7 @@ class Server(uvicorn.Server):
         served: its names.
         instant_sampling: values of Sampling that are recommended where it does not think.
         options: how.
+        when_ready: called as soon as it answers.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Server(uvicorn.Server):
         served: Served,
         instant_sampling: Mapping[str, float],
         options: ServingOptions,
+        when_ready: Callable[[], None] = lambda: None,
     ):
+        self._when_ready = when_ready
         model = Model(tokenizer, served.context_tokens, instant_sampling)
         self.service = Service(session, model, options.most_waiting, Metrics())
         app = build_app(
@@ -84,6 +87,11 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=END_LIMIT_S,
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin."""
+        await super().startup(sockets)
+        self._when_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the answers, then wait until their clients have taken the ends."""

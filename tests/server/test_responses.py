@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from openai.types.responses import FunctionToolParam, Response, ResponseFunctionToolCall
 
-from tests.server.mini import serving
+from tests.server.running import Running
 
 SUM = "What is 12 + 34?"
 WEATHER: FunctionToolParam = {
@@ -25,18 +24,6 @@ WEATHER: FunctionToolParam = {
     "strict": False,
 }
 IN_PARIS = "What is the weather in Paris?"
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving() as address:
-        yield f"{address}/v1"
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
-        yield client
 
 
 def test_an_answer(client: openai.OpenAI):
@@ -83,16 +70,20 @@ def test_a_round_of_tools(client: openai.OpenAI):
     call = first.output[-1]
     assert isinstance(call, ResponseFunctionToolCall)
     assert (call.call_id, call.name, call.arguments) == ("functions.get_weather:0", "get_weather", '{"city": "Paris"}')
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": '{"temperature": 17, "sky": "rain"}'}
-    history: Any = [{"role": "user", "content": IN_PARIS}, *first.to_dict()["output"], result]  # pyright: ignore[reportGeneralTypeIssues]
+    result: Any = {
+        "type": "function_call_output",
+        "call_id": call.call_id,
+        "output": '{"temperature": 17, "sky": "rain"}',
+    }
+    history: Any = [{"role": "user", "content": IN_PARIS}, *first.to_dict()["output"], result]
     assert "17" in client.responses.create(input=history, **asked).output_text
     with pytest.raises(openai.BadRequestError, match="is nowhere before its result"):
         client.responses.create(input=[result], **asked)
 
 
-def test_asynchronous(url: str):
+def test_asynchronous(running: Running):
     async def both() -> tuple[Response, str]:
-        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
             events = await client.responses.create(model="kimi-mini", input=SUM, temperature=0, stream=True)
             text = [event.delta async for event in events if event.type == "response.output_text.delta"]
             return await client.responses.create(model="kimi-mini", input=SUM, temperature=0), "".join(text)

@@ -1,0 +1,116 @@
+"""`kimi-mlx serve`, as a process, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+from tests.command import call
+from tests.processes import start
+from tests.server.raw import begin
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60
+
+
+class Serving:
+    """The command, running."""
+
+    def __init__(self, *arguments: str):
+        command = [sys.executable, "-m", "kimi_mlx", "serve", "--port", "0", *arguments]
+        self.process = start(command, cwd=ROOT, text=True)
+        assert self.process.stderr is not None
+        self.greeting = ""
+        while "try:" not in self.greeting:
+            line = self.process.stderr.readline()
+            assert line, self.greeting
+            self.greeting += line
+        self.url = re.findall(r"http://[^ /]+", self.greeting)[0]
+
+    def ask(self, key: str | None = None) -> str:
+        body = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        with urlopen(Request(f"{self.url}/v1/chat/completions", body, headers), timeout=PATIENCE_S) as response:
+            return json.load(response)["choices"][0]["message"]["content"]
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """The exit code, and what it had still said."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, said
+
+
+def test_it_answers_and_ends_in_order() -> None:
+    serving = Serving()
+    assert "curl" in serving.greeting
+    assert serving.ask().startswith("Hello!")
+    long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True}
+    with closing(begin(int(serving.url.rpartition(":")[2]), **long)) as connection:
+        assert connection.recv(100)
+        code, said = serving.end(signal.SIGINT)
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert code == 130
+    assert b'"code":"stopping"' in data
+    assert b"data: [DONE]" in data
+    assert "POST /v1/chat/completions 200" in said
+    assert "Traceback" not in said
+    assert '"content"' not in said
+
+
+@pytest.mark.ranks
+def test_on_ranks_it_leaves_none() -> None:
+    serving = Serving("--ranks", "2", "--api-key", "secret", "--served-name", "gpt-4o")
+    listed = ["ps", "-o", "pid=", "--ppid", str(serving.process.pid)]
+    ranks = subprocess.run(listed, capture_output=True, text=True).stdout.split()
+    assert len(ranks) >= 2
+    assert serving.ask("secret").startswith("Hello!")
+    code, said = serving.end(signal.SIGTERM)
+    assert (code, "Traceback" in said) == (143, False)
+    ends_at = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < ends_at, "a rank is left"
+        time.sleep(0.05)
+
+
+def test_the_network_needs_a_key() -> None:
+    refused = call("serve", "--host", "0.0.0.0")
+    assert refused.returncode == 2
+    assert "need a key" in refused.stderr
+    assert "KIMI_MLX_API_KEY" in refused.stderr
+
+
+def test_keys_must_be_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    for text, said in ((None, "cannot read"), ("# nothing\n\n", "has no key"), ("one two\n", "without blanks")):
+        if text is not None:
+            file.write_text(text)
+        refused = call("serve", "--api-key-file", str(file))
+        assert refused.returncode == 2
+        assert said in refused.stderr
+    assert "without blanks" in call("serve", "--api-key", "").stderr
+
+
+def test_a_taken_port_is_told() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        port = other.getsockname()[1]
+        refused = call("serve", "--port", str(port))
+    assert refused.returncode == 2
+    assert f"port {port} of `127.0.0.1` is taken" in refused.stderr
+    assert f"--port {port + 1}" in refused.stderr
+
+
+def test_addresses_that_are_not_ours_are_told() -> None:
+    for host in ("203.0.113.7", "no.such.host.invalid"):
+        refused = call("serve", "--host", host, "--api-key", "x")
+        assert refused.returncode == 2
+        assert host in refused.stderr

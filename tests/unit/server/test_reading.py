@@ -1,0 +1,50 @@
+"""An answer as it is read: what is held back for a stop text stands where it was said."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.engine.request import Finished, Statistics, Token
+from kimi_mlx.server.call_ids import to_native
+from kimi_mlx.server.conversation import Piece
+from kimi_mlx.server.reading import ChatReader, Reading
+from kimi_mlx.text.output import OutputParser
+from kimi_mlx.text.tokenizer import Tokenizer
+from tests.server.running import FOLDER
+
+CALL = ("<|tool_call_begin|>", "functions.f:0", "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
+NAMELESS = ("<|tool_call_begin|>", ":0", "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    assert FOLDER is not None
+    return Tokenizer.load(FOLDER)
+
+
+def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
+    """What comes, piece by piece, and why it ended."""
+    reader = ChatReader(OutputParser(tokenizer, False), to_native([])[1].answer())
+    reading = Reading(0, tokenizer, reader, (stop,), counts_prompt=True)
+    special = tokenizer.special_tokens
+    ids = [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
+    end = reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
+    items = [*(piece for i in ids for piece in reading.add(Token(i))), *end]
+    return [
+        f"{item.delta.text}{[part.name or part.arguments for part in item.delta.call_parts] or ''}"
+        if isinstance(item, Piece)
+        else item.reason
+        for item in items
+        if not (isinstance(item, Piece) and item.delta.tool_calls)
+    ]
+
+
+def test_held_text_comes_before_a_call_and_before_the_end(tokenizer: Tokenizer):
+    call = ["['f']", *(f"['{tokenizer.decode([i])}']" for i in tokenizer.encode("{}")), "tool_calls"]
+    assert read(tokenizer, "ab", "a", *CALL) == ["a", *call]
+    assert read(tokenizer, "ab", "a") == ["a", "stop"]
+    assert read(tokenizer, "ab", "a", "b", *CALL) == ["stop"]
+
+
+def test_what_names_no_tool_is_no_call(tokenizer: Tokenizer):
+    assert read(tokenizer, "ab", *NAMELESS) == ["stop"]
