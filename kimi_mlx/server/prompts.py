@@ -76,7 +76,7 @@ class Model:
             stop_ids=self.tokenizer.stop_ids,
             logit_bias=wish.logit_bias,
             top_logprobs=wish.top_logprobs,
-            grammar=grammar_for(wish, starts_in_reasoning(self.tokenizer.tokenizer, prompt)),
+            grammar=grammar_for(wish, self.tokenizer.tokenizer.special_tokens, prompt),
         )
         return Prepared(request, read)
 
