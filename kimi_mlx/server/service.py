@@ -97,6 +97,11 @@ class Service:
         age = None if self.heard_at is None else time.monotonic() - self.heard_at
         return SessionStatus(self.interruption is None, self.interruption, self.running, self._line.waiting, age)
 
+    @property
+    def waiting(self) -> int:
+        """Answers that the engine has not begun."""
+        return self._line.waiting
+
     def close(self) -> None:
         """End all answers, and refuse new ones."""
         self.is_closing = True
