@@ -16,6 +16,7 @@ import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
 from kimi_mlx.runtime.chat import Conversation
 from kimi_mlx.runtime.session import Deliver, Session
+from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.runtime.text import ChatTokenizer
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
@@ -82,6 +83,10 @@ class FixedSession:
     def withdraw(self, number: int) -> None:
         """End the answer."""
         self.cancel()
+
+    def status(self) -> SessionStatus:
+        """All is well."""
+        return SessionStatus(True)
 
     def cancel(self) -> None:
         """End the answer."""

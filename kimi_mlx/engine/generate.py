@@ -86,6 +86,21 @@ class Engine:
         return not self._waiting and not self._ended and all(batch.is_idle for batch in self._batches)
 
     @property
+    def num_running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not begun."""
+        return len(self._waiting)
+
+    @property
+    def cached_tokens(self) -> int:
+        """In the caches, of requests that run and of those that are over."""
+        return self._shelf.busy_tokens + self._shelf.idle_tokens
+
+    @property
     def is_prefilling(self) -> bool:
         """Whether a prompt is being read: steps take long then."""
         return any(batch.is_prefilling for batch in self._batches)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from kimi_mlx.cluster.launch import FAST_SYNC
@@ -13,8 +15,13 @@ from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.load import load_share, prepare_device
+from kimi_mlx.runtime.grammars import Grammars
+from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
+from kimi_mlx.runtime.prompt_cache import open_blocks
 from kimi_mlx.runtime.session import Deliver, LoadProgress, SessionOptions, answer
+from kimi_mlx.runtime.status import SessionStatus
+
+LOG = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 30.0
 """For the step that is being computed."""
@@ -32,6 +39,8 @@ class LocalSession:
         self._delivers: dict[int, Deliver] = {}
         self._numbers = itertools.count(1)
         self._failure: BaseException | None = None
+        self._engine: Engine | None = None
+        self._stepped_at: float | None = None
         self._lock = threading.Lock()
         loaded: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._live, args=(options, progress, loaded), daemon=True)
@@ -67,6 +76,20 @@ class LocalSession:
         for number in list(self._delivers):
             self.withdraw(number)
 
+    def status(self) -> SessionStatus:
+        """How it is getting on."""
+        engine, stepped_at = self._engine, self._stepped_at
+        if engine is None or self._failure is not None or not self._thread.is_alive():
+            return SessionStatus(False, str(self._failure or "the model is not loaded"))
+        running = engine.num_running
+        return SessionStatus(
+            True,
+            active=running,
+            waiting=max(len(self._delivers) - running, 0),
+            last_step_age_s=None if stepped_at is None else time.monotonic() - stepped_at,
+            cached_tokens=engine.cached_tokens,
+        )
+
     def reset(self) -> None:
         """Forget the conversations' caches."""
         self._commands.put(Engine.clear)
@@ -84,17 +107,30 @@ class LocalSession:
         try:
             os.environ[FAST_SYNC] = str(int(options.fast_sync))  # which MLX reads when it first computes
             prepare_device(options.samples)
-            folder = options.checkpoint
-            model = load_share(folder, load_config(folder), options.dtype, progress=progress, strategy=options.strategy)
+            folder, config = options.checkpoint, load_config(options.checkpoint)
+            model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
+            blocks = None
+            if options.cache_dir is not None:
+                mark = fingerprint(folder, config)
+                blocks = open_blocks(options.cache_dir, options.cache_disk_bytes, model, mark, warn=LOG.warning)
+            self._engine = Engine(
+                model,
+                speculate=options.speculate,
+                constrain=Grammars(folder, config.vocab_size).constrain,
+                cache_bytes=options.cache_memory_bytes,
+                blocks=blocks,
+            )
         except BaseException as error:  # raised again where it was asked for
             loaded.put(error)
             return
         loaded.put(None)
         try:
-            self._serve(Engine(model, speculate=options.speculate))
+            self._serve(self._engine)
             self._fail(EngineError("the session is closed"))
         except BaseException as error:  # raised again in every generate()
             self._fail(error)
+        if blocks is not None:
+            blocks.close()
 
     def _serve(self, engine: Engine) -> None:
         while True:
@@ -103,10 +139,9 @@ class LocalSession:
                 if command is None:
                     return
                 command(engine)
-            if engine.is_idle:  # there was nothing to cancel
-                continue
             for number, event in engine.turn():
-                if isinstance(event, Finished):
+                self._stepped_at = time.monotonic()
+                if isinstance(event, Finished | EngineError):
                     self._end(number, event)
                 else:
                     self._delivers[number](event)

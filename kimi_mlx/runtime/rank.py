@@ -12,15 +12,17 @@ from pathlib import Path
 from kimi_mlx.cluster.messages import Message, encode, encode_error
 from kimi_mlx.engine.generate import MOST_NEWS, Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
-from kimi_mlx.errors import EngineError, MissingModelError
+from kimi_mlx.errors import EngineError, KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.runtime.channel import Channel, run_rank
+from kimi_mlx.runtime.grammars import Grammars
 from kimi_mlx.runtime.joining import join
-from kimi_mlx.runtime.load import compute_type, load_share, prepare_device
+from kimi_mlx.runtime.load import compute_type, fingerprint, load_share, prepare_device
+from kimi_mlx.runtime.prompt_cache import open_blocks
 from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.sources import is_small
 
@@ -53,13 +55,37 @@ def serve(channel: Channel, start: Message) -> None:
             choice = choose_sums(group, config.hidden_size, compute_type(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())
+    blocks = None
+    if start["cache_dir"] is not None:
+        blocks = open_blocks(
+            Path(start["cache_dir"]),
+            start["cache_disk_bytes"],
+            model,
+            fingerprint(folder, config, group.rank, group.size, start["strategy"]),
+            group.rank,
+            group.size,
+            start["place"][1],
+            lambda text: channel.send("note", text=text),
+        )
     engine = Engine(
         model,
         count_commands=lambda: min(channel.received, channel.taken + MOST_NEWS),
         speculate=start["speculate"],
+        constrain=Grammars(folder, config.vocab_size).constrain,
+        cache_bytes=start["cache_memory_bytes"],
+        blocks=blocks,
     )
     channel.made_step("idle")
-    channel.send("ready", context=config.max_position_embeddings, sums=None if choice is None else choice.to_dict())
+    channel.send(
+        "ready",
+        context=engine.context,
+        sums=None if choice is None else choice.to_dict(),
+        blocks=[] if blocks is None else blocks.names(),
+        capacity=0 if blocks is None else blocks.capacity,
+    )
+    if blocks is not None:
+        agreed = channel.next_command()  # the first one
+        blocks.keep(agreed["names"], agreed["capacity"])
     while True:
         for _ in range(engine.news(channel.taken)):
             take(channel, engine, channel.next_command())
@@ -78,27 +104,30 @@ def take(channel: Channel, engine: Engine, command: Message) -> None:
     channel.made_step("prefill")
     try:
         engine.add(command["number"], Request.from_dict(command["request"]))
-    except EngineError as error:  # every rank refuses alike, before any collective
+    except KimiMlxError as error:  # every rank refuses alike, before any collective
         channel.write(encode_error(error, rank=None, kind="refused", number=command["number"]))
 
 
 def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
     """A turn of the engine; the leader alone tells of tokens."""
     for number, event in engine.turn():
-        if is_leader or isinstance(event, Finished):
-            channel.write(encode_event(number, event))
+        if isinstance(event, EngineError):
+            channel.write(encode_error(event, rank=None, kind="refused", number=number))
+        elif is_leader or isinstance(event, Finished):
+            channel.write(encode_event(number, event, engine.cached_tokens))
     channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(number: int, event: Event) -> bytes:
-    """An event of a request as a message."""
+def encode_event(number: int, event: Event, cached_tokens: int) -> bytes:
+    """An event of a request as a message; with its end goes how full the caches are."""
     match event:
         case Prefilled(done, total):
             return encode("prefilled", number=number, done=done, total=total)
         case Token(id, logprobs):
             return encode("token", number=number, id=id, logprobs=None if logprobs is None else asdict(logprobs))
         case Finished(reason, statistics):
-            return encode("finished", number=number, reason=reason, statistics=statistics.to_dict())
+            figures = statistics.to_dict()
+            return encode("finished", number=number, reason=reason, statistics=figures, cached_tokens=cached_tokens)
         case _:
             raise TypeError(f"{event} is none of a rank's events")
 

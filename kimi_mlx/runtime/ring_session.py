@@ -33,6 +33,7 @@ from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.sum_choice import SumChoice
 from kimi_mlx.runtime.session import Deliver, RankProgress, SessionOptions, answer
+from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.store.sources import is_small
 
 BACK_OFF_S = (1.0, 10.0, 30.0)
@@ -66,6 +67,7 @@ class _Job:
     outcome: Finished | KimiMlxError | None = None
     is_cancelled: bool = False
     was_interrupted: bool = False
+    is_begun: bool = False
     asked_at: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
 
@@ -137,7 +139,8 @@ class RingSession:
         self._is_up = False
         self._context = 0
         self._up_since = time.monotonic()
-        self._lost = 0
+        self._lost = self._restarted = self._cached_tokens = 0
+        self._stepped_at: float | None = None
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._text: Path | None = None
@@ -200,6 +203,18 @@ class RingSession:
         for job in list(self._jobs.values()):
             self._cancel(job)
 
+    def status(self) -> SessionStatus:
+        """How it is getting on."""
+        with self._lock:
+            reason = self._failure.message if self._failure is not None else None
+            if reason is None and not self._is_up and self._interruption is not None:
+                reason = self._interruption.reason
+            begun = sum(job.is_begun for job in self._jobs.values())
+            age = None if self._stepped_at is None else time.monotonic() - self._stepped_at
+            is_up = self._is_up and self._failure is None
+            waiting = len(self._jobs) - begun
+            return SessionStatus(is_up, reason, begun, waiting, age, self._restarted, self._cached_tokens)
+
     def reset(self) -> None:
         """Forget the conversation's cache on every rank; a ring that is being started has none."""
         with self._lock:
@@ -222,6 +237,7 @@ class RingSession:
     def _ask(self, job: _Job) -> None:
         job.waiting = set(range(self._cluster.size))
         job.outcome = None
+        job.is_begun = False
         self._ring.send("request", number=job.number, request=job.rest().to_dict())
         if job.is_cancelled:
             self._cancel(job)
@@ -238,7 +254,11 @@ class RingSession:
             speculate=options.speculate,
             check_every=options.check_every,
             wants_text=wants_text,
+            cache_dir=None if options.cache_dir is None else str(options.cache_dir),
+            cache_disk_bytes=options.cache_disk_bytes,
+            cache_memory_bytes=options.cache_memory_bytes,
         )
+        ready: list[Message] = []
         waiting = set(range(self._cluster.size))
         for rank, message in self._ring.messages():
             if message["kind"] == "loading":
@@ -248,9 +268,14 @@ class RingSession:
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
                 self.sums = self.sums or (message["sums"] and SumChoice.from_dict(message["sums"]))
+                ready.append(message)
                 waiting.discard(rank)
             if not waiting:
-                return
+                break
+        if options.cache_dir is not None:
+            common = set(ready[0]["blocks"]).intersection(*(message["blocks"] for message in ready))
+            names = [name for name in ready[0]["blocks"] if name in common]
+            self._ring.send("blocks", names=names, capacity=min(message["capacity"] for message in ready))
 
     def _keep_text(self, files: dict[str, str]) -> None:
         """Keep the files of the checkpoint's text side in the user's cache, under their own digest."""
@@ -315,6 +340,7 @@ class RingSession:
 
     def _resume(self, seconds: float) -> None:
         self._up_since = time.monotonic()
+        self._restarted += 1
         with self._lock:
             self._is_up = True
             for job in list(self._jobs.values()):
@@ -342,6 +368,7 @@ class RingSession:
         if job is None:
             return
         kind = message["kind"]
+        self._stepped_at, job.is_begun = time.monotonic(), True
         if rank == 0 and kind == "prefilled":
             job.deliver(Prefilled(message["done"], message["total"]))
         elif rank == 0 and kind == "token":
@@ -354,6 +381,7 @@ class RingSession:
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
             if kind == "finished":
+                self._cached_tokens = message["cached_tokens"]
                 self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
             if rank == 0 and kind == "refused":
                 job.outcome = decode_error(message)

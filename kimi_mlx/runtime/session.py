@@ -13,6 +13,7 @@ from kimi_mlx.cluster.watch import Limits
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.runtime.status import SessionStatus
 
 LoadProgress = Callable[[int, int], None]
 """Called with layers loaded and layers in all."""
@@ -116,6 +117,10 @@ class Session(Protocol):
 
     def cancel(self) -> None:
         """Ask the running requests to stop soon; safe from a signal handler. Their Finished say `cancelled`."""
+        ...
+
+    def status(self) -> SessionStatus:
+        """How it is getting on; at once, from any thread."""
         ...
 
     def reset(self) -> None:

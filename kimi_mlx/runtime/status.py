@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,7 @@ class SessionStatus:
         waiting: requests that it has not begun.
         last_step_age_s: how long ago a step ended; None if none has yet.
         restarts: how often the ring was started again.
-        cached_tokens: in the prompt cache.
-        cache_bytes: that it takes.
+        cached_tokens: in the caches of all conversations, as the last answer left them.
     """
 
     is_up: bool
@@ -28,13 +26,3 @@ class SessionStatus:
     last_step_age_s: float | None = None
     restarts: int = 0
     cached_tokens: int = 0
-    cache_bytes: int = 0
-
-
-@runtime_checkable
-class Watched(Protocol):
-    """A session that can say how it is getting on."""
-
-    def status(self) -> SessionStatus:
-        """At once, from any thread."""
-        ...

@@ -33,7 +33,6 @@ class Metrics:
         self._is_up = gauge("kimi_mlx_up", "1 if the engine answers, 0 while its ring is started again.")
         self._restarts = gauge("kimi_mlx_ring_restarts", "How often the ring was started again.")
         self._cache_tokens = gauge("kimi_mlx_cache_tokens", "Tokens in the prompt cache.")
-        self._cache_bytes = gauge("kimi_mlx_cache_bytes", "Memory of the prompt cache.")
 
     def count(self, usage: Usage) -> None:
         """Add the tokens of a finished answer."""
@@ -49,5 +48,4 @@ class Metrics:
         self._waiting.set(status.waiting)
         self._restarts.set(status.restarts)
         self._cache_tokens.set(status.cached_tokens)
-        self._cache_bytes.set(status.cache_bytes)
         return generate_latest(self._registry)

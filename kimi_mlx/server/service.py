@@ -11,7 +11,7 @@ import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.runtime.session import Session
-from kimi_mlx.runtime.status import SessionStatus, Watched
+from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Waiting
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.inbox import Inbox
@@ -91,11 +91,8 @@ class Service:
         return readings, requests
 
     def status(self) -> SessionStatus:
-        """How the engine is getting on: what it says itself, else what was heard of it."""
-        if isinstance(self.session, Watched):
-            return self.session.status()
-        age = None if self.heard_at is None else time.monotonic() - self.heard_at
-        return SessionStatus(self.interruption is None, self.interruption, self.running, self._line.waiting, age)
+        """How the engine is getting on."""
+        return self.session.status()
 
     @property
     def waiting(self) -> int:
