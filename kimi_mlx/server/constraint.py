@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
-from kimi_mlx.server.conversation import Ask, Continuation
+from kimi_mlx.errors import GrammarError
+from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.grammar import grammar_of, thinking_after
 
+PLACE = re.compile(r"`([^`]+)`")
 
-def grammar_for(wish: Ask | Continuation, special_tokens: Mapping[str, int], prompt: Sequence[int]) -> str | None:
+
+def grammar_for(ask: Ask, special_tokens: Mapping[str, int], prompt: Sequence[int], calls_before: int) -> str | None:
     """The grammar of an answer; None if it is free.
 
     Args:
-        wish: what is asked.
+        ask: what is asked.
         special_tokens: of the tokenizer.
-        prompt: that is answered.
+        prompt: that the answer continues.
+        calls_before: how many calls the conversation has already.
 
     Raises:
-        ApiError: an answer that was begun cannot be kept to a grammar.
-        GrammarError: what is wrong with a schema, and where.
+        ApiError: what is wrong with a schema or tool, and where.
     """
-    if not isinstance(wish, Ask):
-        return None
-    grammar = grammar_of(
-        special_tokens,
-        thinking_after(special_tokens, prompt),
-        wish.response_schema,
-        wish.tools,
-        wish.tool_choice,
-        wish.parallel_tool_calls,
-        first_index=sum(len(message.tool_calls) for message in wish.messages),
-    )
-    if grammar is not None and wish.partial is not None:
-        raise ApiError(400, "an answer that was begun cannot be kept to a schema or to tools", param="messages")
-    return grammar
+    if ask.partial is not None and ask.response_schema is not None:
+        raise ApiError(400, "an answer that is begun already cannot be kept to a schema", param="response_format")
+    try:
+        return grammar_of(
+            special_tokens,
+            thinking_after(special_tokens, prompt),
+            ask.response_schema,
+            ask.tools,
+            ask.tool_choice,
+            ask.parallel_tool_calls,
+            calls_before,
+        )
+    except GrammarError as error:
+        place = PLACE.match(error.message)
+        message = error.message if error.hint is None else f"{error.message} ({error.hint})"
+        raise ApiError(400, message, "invalid_schema", place.group(1) if place else None) from error

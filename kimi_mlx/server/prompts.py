@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.runtime.text import ChatTokenizer
-from kimi_mlx.server.call_ids import to_native
+from kimi_mlx.server.call_ids import CallIds, to_native
 from kimi_mlx.server.constraint import grammar_for
 from kimi_mlx.server.conversation import Ask, Continuation, Wish
 from kimi_mlx.server.errors import ApiError
@@ -56,9 +56,11 @@ class Model:
             KimiMlxError: the messages make no prompt.
         """
         if isinstance(wish, Continuation):
-            prompt, read = self._text(wish), partial(PlainReader, self.tokenizer.tokenizer)
+            prompt, read, grammar = self._text(wish), partial(PlainReader, self.tokenizer.tokenizer), None
         else:
-            prompt, read = self._conversation(wish)
+            prompt, ids = self._conversation(wish)
+            read = partial(self._chat_reader, prompt, ids)
+            grammar = grammar_for(wish, self.tokenizer.tokenizer.special_tokens, prompt, len(ids.known))
         left = self.context_tokens - len(prompt)
         if left < 1:
             raise ApiError(
@@ -71,12 +73,12 @@ class Model:
             self._check_id(id, "logit_bias")
         request = Request(
             prompt,
-            max_tokens=wish.max_tokens,
+            max_tokens=left if wish.max_tokens is None else min(wish.max_tokens, left),
             sampling=self._sampling(wish),
             stop_ids=self.tokenizer.stop_ids,
             logit_bias=wish.logit_bias,
             top_logprobs=wish.top_logprobs,
-            grammar=grammar_for(wish, self.tokenizer.tokenizer.special_tokens, prompt),
+            grammar=grammar,
         )
         return Prepared(request, read)
 
@@ -88,7 +90,7 @@ class Model:
         """
         return len(self._conversation(ask)[0])
 
-    def _conversation(self, ask: Ask) -> tuple[tuple[int, ...], Callable[[], TokenReader]]:
+    def _conversation(self, ask: Ask) -> tuple[tuple[int, ...], CallIds]:
         messages, ids = to_native(ask.messages, ask.call_id_prefix)
         options: dict[str, Any] = dict(ask.template_kwargs)
         if taken := RESERVED & options.keys():
@@ -102,7 +104,10 @@ class Model:
             if starts_in_reasoning(tokenizer, prompt):  # it has been thought before the first word was said
                 prompt.append(tokenizer.special_tokens[THINK_END])
             prompt += tokenizer.encode(ask.partial)
-        return tuple(prompt), lambda: ChatReader(self.tokenizer.parser(prompt), ids.answer())
+        return tuple(prompt), ids
+
+    def _chat_reader(self, prompt: Sequence[int], ids: CallIds) -> TokenReader:
+        return ChatReader(self.tokenizer.parser(prompt), ids.answer())
 
     def _check_id(self, id: int, param: str) -> None:
         vocabulary = self.tokenizer.tokenizer.vocab_size

@@ -94,6 +94,11 @@ class Service:
         """How the engine is getting on."""
         return self.session.status()
 
+    @property
+    def waiting(self) -> int:
+        """Answers that the engine has not begun."""
+        return self._line.waiting
+
     def close(self) -> None:
         """End all answers, and refuse new ones."""
         self.is_closing = True

@@ -10,13 +10,14 @@ import openai
 import pytest
 
 from kimi_mlx.runtime.session import Session, SessionOptions, open_session
-from tests.server.running import FOLDER, Running, serving
+from tests.fakes import KIMI_MINI
+from tests.server.running import Running, serving
 
 
 @pytest.fixture(scope="session")
 def session() -> Iterator[Session]:
     mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
-    with closing(open_session(SessionOptions(FOLDER))) as opened:
+    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
         yield opened
 
 

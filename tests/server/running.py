@@ -8,18 +8,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.session import Session
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.server.listener import Listener
 from kimi_mlx.server.served import Served
 from kimi_mlx.server.serving import Server, ServingOptions
-
-ENTRY = find_entry("kimi-mini")
-assert ENTRY is not None
-FOLDER = ENTRY.packaged_folder()
-assert FOLDER is not None
+from tests.fakes import KIMI_MINI
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Running:
     def wait_idle(self, limit_s: float = 10) -> None:
         """Until nothing runs and nothing waits."""
         ends_at = time.monotonic() + limit_s
-        while self.server.service.running or self.server.service.status().waiting:
+        while self.server.service.running or self.server.service.waiting:
             assert time.monotonic() < ends_at, "answers are still running"
             time.sleep(0.01)
 
@@ -53,9 +48,8 @@ class Running:
 @contextmanager
 def serving(session: Session, options: ServingOptions | None = None) -> Iterator[Running]:
     """Serve kimi-mini; the session stays open."""
-    assert FOLDER is not None
-    served = Served("kimi-mini", ("mini",), load_config(FOLDER).max_position_embeddings, int(time.time()))
-    server = Server(session, ChatTokenizer.load(FOLDER), served, {}, options or ServingOptions())
+    served = Served("kimi-mini", ("mini",), load_config(KIMI_MINI).max_position_embeddings, int(time.time()))
+    server = Server(session, ChatTokenizer.load(KIMI_MINI), served, {}, options or ServingOptions())
     with closing(Listener("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)
         url, port = listener.url, listener.port

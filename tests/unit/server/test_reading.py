@@ -10,7 +10,7 @@ from kimi_mlx.server.conversation import Piece
 from kimi_mlx.server.reading import ChatReader, Reading
 from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer
-from tests.server.running import FOLDER
+from tests.fakes import KIMI_MINI
 
 CALL = ("<|tool_call_begin|>", "functions.f:0", "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
 NAMELESS = ("<|tool_call_begin|>", ":0", "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
@@ -18,8 +18,8 @@ NAMELESS = ("<|tool_call_begin|>", ":0", "<|tool_call_argument_begin|>", "{}", "
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    assert FOLDER is not None
-    return Tokenizer.load(FOLDER)
+    assert KIMI_MINI is not None
+    return Tokenizer.load(KIMI_MINI)
 
 
 def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:

@@ -21,6 +21,7 @@ from kimi_mlx.engine.request import (
 )
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.runtime.session import Deliver
+from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Piece, Waiting
 from kimi_mlx.server.errors import ApiError
@@ -30,7 +31,7 @@ from kimi_mlx.server.prompts import Model
 from kimi_mlx.server.service import Service
 from kimi_mlx.server.stops import StopTexts
 from kimi_mlx.text.messages import Message
-from tests.server.running import FOLDER
+from tests.fakes import KIMI_MINI
 
 ASK = Ask(messages=(Message("user", "hi"),), thinking=False)
 
@@ -42,6 +43,7 @@ class HandSession:
         self.requests: list[Request] = []
         self.delivers: list[Deliver] = []
         self.withdrawn: list[int] = []
+        self.state = SessionStatus(is_up=True)
 
     def submit(self, request: Request, deliver: Deliver) -> int:
         self.requests.append(request)
@@ -58,6 +60,9 @@ class HandSession:
         for deliver in self.delivers:
             deliver(finished("cancelled"))
 
+    def status(self) -> SessionStatus:
+        return self.state
+
     def reset(self) -> None: ...
 
     def close(self) -> None: ...
@@ -70,7 +75,7 @@ class HandSession:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> ChatTokenizer:
-    return ChatTokenizer.load(FOLDER)
+    return ChatTokenizer.load(KIMI_MINI)
 
 
 @pytest.fixture
@@ -130,15 +135,15 @@ def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -
             await collect(service, Ask(messages=ASK.messages, n=4))
         assert caught.value.status == 400
         session.delivers[0](Prefilled(0, 9))  # one has begun, so that another may wait
-        while service.status().waiting == 3:
+        while service.waiting == 3:
             await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(collect(service, ASK)))
         await session.asked(4)
-        assert (service.status().active, service.status().waiting) == (1, 3)
+        assert (service.running, service.waiting) == (1, 3)
         for deliver in session.delivers:
             deliver(finished())
         await asyncio.gather(*tasks)
-        assert (service.status().active, service.status().waiting) == (0, 0)
+        assert (service.running, service.waiting) == (0, 0)
 
     run(work)
 
@@ -156,7 +161,7 @@ def test_errors_of_the_engine_are_told(service: Service, session: HandSession, e
         assert caught.value.status == status
         assert session.withdrawn == [1]
         assert "ours" not in caught.value.message
-        assert service.status().waiting == 0
+        assert service.waiting == 0
 
     run(work)
 
@@ -167,9 +172,6 @@ def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession
         await session.asked()
         deliver = session.delivers[0]
         deliver(Interrupted("rank 1 is lost", 1, 3))
-        while service.interruption is None:
-            await asyncio.sleep(0.001)
-        assert trouble(service, service.status()) == "rank 1 is lost"
         deliver(Resumed(2.0))
         for id in tokenizer.encode("Hi"):
             deliver(Token(id))
@@ -177,9 +179,17 @@ def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession
         items = await task
         assert items[0] == Waiting(reason="rank 1 is lost")
         assert isinstance(items[-1], End)
-        assert trouble(service, service.status()) is None
 
     run(work)
+
+
+def test_health_says_what_is_wrong(service: Service) -> None:
+    assert trouble(service, SessionStatus(is_up=True, last_step_age_s=500)) is None  # idle
+    assert trouble(service, SessionStatus(is_up=True, active=1, last_step_age_s=5)) is None
+    assert trouble(service, SessionStatus(is_up=True, active=1, last_step_age_s=500)) == "the last step ended 500 s ago"
+    assert trouble(service, SessionStatus(is_up=False, reason="rank 1 is lost")) == "rank 1 is lost"
+    service.close()
+    assert trouble(service, SessionStatus(is_up=True)) == "the server is being stopped"
 
 
 def test_a_stop_text_withdraws_the_request(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
@@ -205,13 +215,13 @@ def test_whoever_leaves_withdraws_all_answers(service: Service, session: HandSes
         task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
         await session.asked(2)
         session.delivers[0](finished())
-        while service.status().waiting == 2:
+        while service.waiting == 2:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert session.withdrawn == [2]
-        assert (service.status().active, service.status().waiting) == (0, 0)
+        assert (service.running, service.waiting) == (0, 0)
 
     run(work)
 
