@@ -135,6 +135,11 @@ def test_tokens_are_counted_as_they_are_charged(client: anthropic.Anthropic):
     assert counted.input_tokens == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
 
 
+def test_the_model_is_listed(client: anthropic.Anthropic):
+    assert [model.id for model in client.models.list()] == ["kimi-mini"]
+    assert client.models.retrieve("kimi-mini").id == "kimi-mini"
+
+
 def test_asynchronous(url: str):
     async def both() -> tuple[Message, str]:
         async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client:
