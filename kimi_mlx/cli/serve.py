@@ -17,6 +17,9 @@ from kimi_mlx.cli.launched import Launched, launched_of, open_launched
 from kimi_mlx.cli.obtain import obtain
 from kimi_mlx.cli.opening import open_here
 from kimi_mlx.cli.options import (
+    CacheDirOption,
+    CacheDiskOption,
+    CacheMemoryOption,
     CheckEveryOption,
     DtypeOption,
     FastSyncOption,
@@ -30,7 +33,7 @@ from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.session import Session, SessionOptions
+from kimi_mlx.runtime.session import DISK_BYTES, Session, SessionOptions
 from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
@@ -99,6 +102,9 @@ def serve(
     speculate: SpeculateOption = 0,
     check_every: CheckEveryOption = 0,
     dtype: DtypeOption = None,
+    cache_memory: CacheMemoryOption = None,
+    cache_dir: CacheDirOption = None,
+    cache_disk: CacheDiskOption = DISK_BYTES,
     fast_sync: FastSyncOption = False,
 ) -> None:
     """Serve a model to programs: OpenAI's and Anthropic's APIs over HTTP, on this machine unless told otherwise."""
@@ -114,7 +120,15 @@ def serve(
     security = Security(host, keys, tuple(allow_host or ()), tuple(cors_origin or ()))
     options = ServingOptions(security, max_queue, max_body * MB, log_prompts)
     wanted = SessionOptions(
-        None, dtype=dtype, samples=True, speculate=speculate, check_every=check_every, fast_sync=fast_sync
+        None,
+        dtype=dtype,
+        samples=True,
+        speculate=speculate,
+        check_every=check_every,
+        fast_sync=fast_sync,
+        cache_dir=cache_dir,
+        cache_disk_bytes=cache_disk,
+        cache_memory_bytes=cache_memory,
     )
     with ExitStack() as stack:
         listener = stack.enter_context(closing(Listener(host, port)))  # a taken port is told before anything is loaded

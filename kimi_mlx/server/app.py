@@ -66,7 +66,9 @@ def _own_routes(context: Context) -> list[Route]:
         text = service.metrics.text(status, is_up=trouble(service, status) is None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    described = document(context.served.names)
+
     async def openapi(request: Request) -> Response:
-        return JsonResponse(document())
+        return JsonResponse(described)
 
     return [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -45,13 +45,20 @@ ERRORS = {
 }
 
 
-@cache
-def document() -> dict[str, Any]:
-    """The document."""
+def document(model_names: Sequence[str]) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        model_names: that the model may be asked for by.
+    """
     kinds = [kind for kind, _ in BODIES.values()]
     names, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
     )
+    definitions: dict[str, Any] = schemas.get("$defs", {})
+    for kind in kinds:
+        is_needed = kind.model_fields["model"].is_required()
+        definitions[kind.__name__]["properties"]["model"] = {"enum": [*model_names, *([] if is_needed else [None])]}
     posts = {path: {"post": _post(title, names[kind, "validation"]["$ref"])} for path, (kind, title) in BODIES.items()}
     gets = {path: {"get": _get(path, title)} for path, title in READS.items()}
     return {
@@ -59,14 +66,14 @@ def document() -> dict[str, Any]:
         "info": {"title": "kimi-mlx", "version": __version__},
         "paths": posts | gets,
         "components": {
-            "schemas": schemas.get("$defs", {}) | {"Error": ERROR},
+            "schemas": definitions | {"Error": ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
 def _post(title: str, ref: str) -> dict[str, Any]:
-    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+    answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     return {
         "summary": title,
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": ref}}}},

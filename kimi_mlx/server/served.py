@@ -27,15 +27,20 @@ class Served:
     context_tokens: int
     created: int
 
+    @property
+    def names(self) -> list[str]:
+        """All that it may be asked for by."""
+        return list(dict.fromkeys([self.name, *self.aliases, DEFAULT_NAME]))
+
     def check(self, name: str | None) -> str:
         """The name that answers bear.
 
         Raises:
             ApiError: 404, another model is asked for.
         """
-        if name is None or name in (self.name, DEFAULT_NAME, *self.aliases):
+        if name is None or name in self.names:
             return self.name
-        names = ", ".join(f"`{each}`" for each in dict.fromkeys([self.name, *self.aliases, DEFAULT_NAME]))
+        names = ", ".join(f"`{each}`" for each in self.names)
         raise ApiError(404, f"the model `{name:.100}` is not served here; there is {names}", "model_not_found", "model")
 
     def to_dict(self) -> dict[str, Any]:

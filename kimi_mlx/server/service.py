@@ -41,12 +41,8 @@ class Service:
         self.model = model
         self.metrics = metrics
         self.is_closing = False
-        self.heard_at: float | None = None
-        """When the engine last said something, by time.monotonic."""
         self.running = 0
         """Answers that the engine has begun."""
-        self.interruption: str | None = None
-        """Why answers are held up, if they are."""
         self._line = WaitingLine(places, metrics)
 
     async def answer(self, *wishes: Ask | Continuation) -> AsyncGenerator[Item, None]:
@@ -145,17 +141,14 @@ class _Run:
                 self._metrics.cancelled.inc()
 
     def _hear(self, index: int, event: Event | BaseException) -> Iterator[Item]:
-        self._service.heard_at = time.monotonic()
         if isinstance(event, BaseException):
             self._end(index)
             raise event
         if isinstance(event, Interrupted):
             self._metrics.interruptions.inc()
-            self._service.interruption = event.reason
             self._state = Waiting(reason=event.reason)
             yield self._state
         elif isinstance(event, Resumed):
-            self._service.interruption = None
             self._state = Waiting()
         else:
             self._begin(index)

@@ -46,9 +46,12 @@ class Running:
 
 
 @contextmanager
-def serving(session: Session, options: ServingOptions | None = None) -> Iterator[Running]:
-    """Serve kimi-mini; the session stays open."""
-    served = Served("kimi-mini", ("mini",), load_config(KIMI_MINI).max_position_embeddings, int(time.time()))
+def serving(
+    session: Session, options: ServingOptions | None = None, context_tokens: int | None = None
+) -> Iterator[Running]:
+    """Serve kimi-mini, with a shorter context than it has if that is wanted; the session stays open."""
+    context_tokens = context_tokens or load_config(KIMI_MINI).max_position_embeddings
+    served = Served("kimi-mini", ("mini",), context_tokens, int(time.time()))
     server = Server(session, ChatTokenizer.load(KIMI_MINI), served, {}, options or ServingOptions())
     with closing(Listener("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)

@@ -129,6 +129,36 @@ def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
     assert ask(client, PARIS, tools=WEATHER, tool_choice="none", max_tokens=40).choices[0].message.tool_calls is None
 
 
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 10, "maximum": 99}, "kind": {"enum": ["sum", "other"]}},
+    "required": ["sum", "kind"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA, "strict": True}}
+    for options in ({}, {"stream": True}, {"temperature": 1.5, "seed": 1}):
+        answer = ask(client, response_format=form, **options)
+        text = put_together(answer)["content"] if "stream" in options else answer.choices[0].message.content
+        value = json.loads(text)
+        assert value.keys() == {"sum", "kind"}
+        assert 10 <= value["sum"] <= 99
+        assert value["kind"] in ("sum", "other")
+    answer = ask(client, response_format={"type": "json_object"}, max_tokens=200).choices[0]
+    assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
+
+
+def test_tools_can_be_forced(client: openai.OpenAI) -> None:
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        (call,) = (
+            ask(client, HI, tools=WEATHER, tool_choice=choice, parallel_tool_calls=False).choices[0].message.tool_calls
+        )
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments).keys() == {"city"}
+
+
 def test_thinking_can_be_switched_off(client: openai.OpenAI) -> None:
     for switch in (
         {"thinking": {"type": "disabled"}},
@@ -226,6 +256,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
+        "response_format: $.type",
+    ),
     ({"extra_body": {"chat_template_kwargs": {"messages": 1}}}, "chat_template_kwargs"),
 ]
 

@@ -1,0 +1,51 @@
+"""Bodies made up from the server's own description, and bytes made up from nothing: no 500, no hang, no dead engine."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.runtime.session import Session
+from tests.server import raw
+from tests.server.running import Running, serving
+
+# What is valid by its types may still be refused for what it says, such as a tool's answer to no call.
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.mark.sweep
+def test_bodies_made_up_from_the_description(session: Session, tmp_path: Path) -> None:
+    with serving(session, context_tokens=300) as server:
+        command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"]
+        options = ["--checks", CHECKS, "--max-examples", "60", "--request-timeout", "30", "--seed", "1"]
+        result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert result.returncode == 0, result.stdout[-5000:]
+        assert_alive(server)
+
+
+@pytest.mark.slow
+def test_bytes_made_up_from_nothing(running: Running) -> None:
+    draw = random.Random(1)
+    whole = b'POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60\r\n\r\n{"messages": []}'
+    for _ in range(200):
+        data = bytearray(whole * draw.randint(1, 2))
+        for _ in range(draw.randint(0, 20)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
+            connection.sendall(data[: draw.randint(1, len(data))])
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(4096)
+            assert b" 500 " not in answer.partition(b"\r\n")[0]
+    assert_alive(running)
+
+
+def assert_alive(server: Running) -> None:
+    server.wait_idle()
+    assert raw.request(server.port, path="/health").status == 200
+    assert raw.chat(server.port).status == 200
