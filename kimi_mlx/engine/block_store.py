@@ -66,7 +66,8 @@ class BlockStore:
             self._folder, self._lock = open_folder(cache_dir, self._root, share, stamp)
             found = scan(self._folder, shape.block_bytes)
             others = make_way(cache_dir, self._root, max_bytes)
-            room = min(max_bytes - others, self._file_bytes * len(found) + free_bytes(self._folder) - RESERVE_BYTES)
+            free = free_bytes(self._folder) - RESERVE_BYTES
+            room = min((max_bytes - others) // parts, self._file_bytes * len(found) + free // parts)
         except BlockingIOError:
             warn(f"no prompt cache on disk: another process uses `{cache_dir}` with this model; give it its own folder")
             return
@@ -74,7 +75,7 @@ class BlockStore:
             warn(f"no prompt cache on disk: `{error.filename or cache_dir}`: {error.strerror}")
             return
         self._writer = BlockWriter(self._folder, 2 * MAX_NEW_BLOCKS, warn)
-        self.capacity = max(room // parts // self._file_bytes, 0)
+        self.capacity = max(room // self._file_bytes, 0)
         if not self.capacity:
             warn(f"no prompt cache on disk: there is no room in `{cache_dir}` for a block of {self._file_bytes} bytes")
         self._blocks.update((block.name, block) for block in oldest_first(found, self._root))

@@ -1,4 +1,4 @@
-"""The prompt cache on disk of a loaded model: what its blocks depend on."""
+"""The prompt cache on disk of a loaded model: what its blocks depend on, and what all ranks have of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
+
 from kimi_mlx import __version__
+from kimi_mlx.engine.block_file import NAME_BYTES
 from kimi_mlx.engine.block_store import BlockStore
 from kimi_mlx.engine.cache import shape_of
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.runtime.load import Fingerprint
 
 
@@ -18,8 +23,7 @@ def open_blocks(
     max_bytes: int,
     model: Model,
     fingerprint: Fingerprint,
-    rank: int = 0,
-    world_size: int = 1,
+    group: Group | None = None,
     ranks_here: int = 1,
     warn: Callable[[str], None] = lambda text: None,
 ) -> BlockStore:
@@ -30,12 +34,27 @@ def open_blocks(
         max_bytes: of all that is in it.
         model: loaded.
         fingerprint: of its weights, see kimi_mlx.runtime.load.
-        rank: this one.
-        world_size: ranks in all.
+        group: the ranks; all must call this at the same time, and have the same blocks then.
         ranks_here: ranks on this host.
         warn: told what is wrong, from any thread.
     """
+    group = group or SingleGroup()
     shape = shape_of(model)
-    key = json.dumps([__version__, fingerprint.common, str(shape.dtype), world_size])
-    share = f"rank-{rank}-of-{world_size}"
-    return BlockStore(cache_dir.expanduser(), key, share, fingerprint.here, shape, max_bytes, ranks_here, warn)
+    key = json.dumps([__version__, fingerprint.common, str(shape.dtype), group.size])
+    share = f"rank-{group.rank}-of-{group.size}"
+    store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.here, shape, max_bytes, ranks_here, warn)
+    if group.size > 1:
+        agree(store, group)
+    return store
+
+
+def agree(store: BlockStore, group: Group) -> None:
+    """Keep what all ranks have, in the order of rank 0; two gathers."""
+    names = store.names()
+    counts, capacities = np.array(group.gather(mx.array([len(names), store.capacity]))).T
+    table = np.zeros((max(counts.max(), 1), NAME_BYTES), np.uint8)
+    table[: len(names)] = np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, NAME_BYTES)
+    tables = np.array(group.gather(mx.array(table)))
+    told = [[row.tobytes().hex() for row in rows[:count]] for rows, count in zip(tables, counts, strict=True)]
+    common = set.intersection(*map(set, told))
+    store.keep([name for name in told[0] if name in common], int(capacities.min()))

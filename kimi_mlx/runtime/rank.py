@@ -62,8 +62,7 @@ def serve(channel: Channel, start: Message) -> None:
             start["cache_disk_bytes"],
             model,
             fingerprint(folder, config, group.rank, group.size, start["strategy"]),
-            group.rank,
-            group.size,
+            group,
             start["place"][1],
             lambda text: channel.send("note", text=text),
         )
@@ -76,16 +75,7 @@ def serve(channel: Channel, start: Message) -> None:
         blocks=blocks,
     )
     channel.made_step("idle")
-    channel.send(
-        "ready",
-        context=engine.context,
-        sums=None if choice is None else choice.to_dict(),
-        blocks=[] if blocks is None else blocks.names(),
-        capacity=0 if blocks is None else blocks.capacity,
-    )
-    if blocks is not None:
-        agreed = channel.next_command()  # the first one
-        blocks.keep(agreed["names"], agreed["capacity"])
+    channel.send("ready", context=engine.context, sums=None if choice is None else choice.to_dict())
     while True:
         for _ in range(engine.news(channel.taken)):
             take(channel, engine, channel.next_command())
@@ -118,7 +108,7 @@ def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
     channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(number: int, event: Event, cached_tokens: int) -> bytes:
+def encode_event(number: int, event: Event, cached_tokens: int = 0) -> bytes:
     """An event of a request as a message; with its end goes how full the caches are."""
     match event:
         case Prefilled(done, total):

@@ -258,7 +258,6 @@ class RingSession:
             cache_disk_bytes=options.cache_disk_bytes,
             cache_memory_bytes=options.cache_memory_bytes,
         )
-        ready: list[Message] = []
         waiting = set(range(self._cluster.size))
         for rank, message in self._ring.messages():
             if message["kind"] == "loading":
@@ -268,14 +267,9 @@ class RingSession:
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
                 self.sums = self.sums or (message["sums"] and SumChoice.from_dict(message["sums"]))
-                ready.append(message)
                 waiting.discard(rank)
             if not waiting:
-                break
-        if options.cache_dir is not None:
-            common = set(ready[0]["blocks"]).intersection(*(message["blocks"] for message in ready))
-            names = [name for name in ready[0]["blocks"] if name in common]
-            self._ring.send("blocks", names=names, capacity=min(message["capacity"] for message in ready))
+                return
 
     def _keep_text(self, files: dict[str, str]) -> None:
         """Keep the files of the checkpoint's text side in the user's cache, under their own digest."""

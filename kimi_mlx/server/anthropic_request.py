@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -228,10 +228,21 @@ def _assistant(turn: Turn, place: str) -> list[Message]:
         elif isinstance(block, ThinkingBlock):
             thoughts.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
-            calls.append(ToolCall(block.id, block.name, json.dumps(block.input, ensure_ascii=False)))
+            calls.append(ToolCall(block.id, block.name, _arguments(block.input)))
         elif not isinstance(block, RedactedThinkingBlock):
             raise _wrong_place(block.type, turn.role, f"{place}.{index}")
     return [Message("assistant", text, "".join(thoughts) or None, tuple(calls))]
+
+
+def _arguments(value: Mapping[str, Any]) -> str:
+    """The JSON of a call's input; or, where a client has wrapped up what was none, what the model wrote."""
+    match value:
+        case {"__unparsedToolInput": {"raw": str(raw)}} if len(value) == 1:  # Claude Code
+            return raw
+        case {"INVALID_JSON": str(raw)} if len(value) == 1:
+            return raw
+        case _:
+            return json.dumps(value, ensure_ascii=False)
 
 
 def _user(turn: Turn, place: str) -> Iterator[Message]:

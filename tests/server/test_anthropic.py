@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx2
 import pytest
 from anthropic.types import Message, MessageParam, TextBlock, ThinkingBlock, ToolParam, ToolUseBlock
+from pydantic import BaseModel
 
 from kimi_mlx.runtime.session import Session
 from kimi_mlx.server.security import Security
@@ -133,6 +134,33 @@ def test_tokens_are_counted_as_they_are_charged(client: anthropic.Anthropic):
         model="claude-x", max_tokens=1, messages=IN_PARIS, tools=[WEATHER], system="Be brief."
     )
     assert counted.input_tokens == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+
+
+class Verdict(BaseModel):
+    colour: Literal["red", "green"]
+    is_sure: bool
+
+
+def test_answers_keep_to_a_schema_and_calls_can_be_required(client: anthropic.Anthropic):
+    parsed = client.messages.parse(
+        model="kimi-mini", max_tokens=300, messages=SUM, output_format=Verdict, extra_body=GREEDY
+    )
+    assert isinstance(parsed.parsed_output, Verdict)
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
+        asked: Any = {"model": "kimi-mini", "max_tokens": 300, "tools": [WEATHER], "tool_choice": choice}
+        called: Message = client.messages.create(messages=SUM, extra_body=GREEDY, **asked)
+        (use,) = called.content
+        assert isinstance(use, ToolUseBlock)
+        assert "city" in use.input
+        assert called.stop_reason == "tool_use"
+    wrong: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}
+    with pytest.raises(anthropic.BadRequestError, match="`nonsense` is no type"):
+        client.messages.create(model="kimi-mini", max_tokens=9, messages=SUM, extra_body=wrong)
+
+
+def test_the_model_is_listed(client: anthropic.Anthropic):
+    assert [model.id for model in client.models.list()] == ["kimi-mini"]
+    assert client.models.retrieve("kimi-mini").id == "kimi-mini"
 
 
 def test_asynchronous(url: str):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import json
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.responses import FunctionToolParam, Response, ResponseFunctionToolCall
+from pydantic import BaseModel
 
 from tests.server.running import Running
 
@@ -79,6 +81,26 @@ def test_a_round_of_tools(client: openai.OpenAI):
     assert "17" in client.responses.create(input=history, **asked).output_text
     with pytest.raises(openai.BadRequestError, match="is nowhere before its result"):
         client.responses.create(input=[result], **asked)
+
+
+class Verdict(BaseModel):
+    colour: Literal["red", "green"]
+    is_sure: bool
+
+
+def test_answers_keep_to_a_schema_and_calls_can_be_required(client: openai.OpenAI):
+    parsed = client.responses.parse(model="kimi-mini", input=SUM, text_format=Verdict, temperature=0)
+    assert isinstance(parsed.output_parsed, Verdict)
+    asked: Any = {"model": "kimi-mini", "input": SUM, "tools": [WEATHER], "temperature": 0}
+    choices: Any = ("required", {"type": "function", "name": "get_weather"})
+    for choice in choices:
+        called: Response = client.responses.create(tool_choice=choice, parallel_tool_calls=False, **asked)
+        call = called.output[-1]
+        assert isinstance(call, ResponseFunctionToolCall)
+        assert "city" in json.loads(call.arguments)
+    wrong: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError, match="`nonsense` is no type"):
+        client.responses.create(model="kimi-mini", input=SUM, text=wrong)
 
 
 def test_asynchronous(running: Running):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.engine.cache import CacheShelf, shape_of
+from kimi_mlx.engine.cache import shape_of
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.model.config import load_config
@@ -36,10 +36,8 @@ def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
     assert cached == 0
     answers = []
     for _ in range(2):
-        engine = Engine(model)
         store = open_blocks(tmp_path, LIMIT, model, identity, warn=pytest.fail)
-        engine._shelf = CacheShelf(model, blocks=store)
-        answers.append(ask(engine, prompt))
+        answers.append(ask(Engine(model, blocks=store), prompt))
         assert shape_of(model) == store.shape
         store.close()
     assert answers == [(expected, 0), (expected, 256)]

@@ -113,6 +113,20 @@ def test_a_round_of_tools():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ({"INVALID_JSON": "{3"}, "{3"),
+        ({"__unparsedToolInput": {"raw": "{3", "len": 2}}, "{3"),
+        ({"INVALID_JSON": 3}, '{"INVALID_JSON": 3}'),
+        ({"INVALID_JSON": "{3", "x": 1}, '{"INVALID_JSON": "{3", "x": 1}'),
+    ],
+)
+def test_broken_arguments_come_back_as_the_model_wrote_them(given: dict[str, Any], arguments: str):
+    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": given}
+    assert ask_of({"role": "assistant", "content": [call]}, HI).messages[0].tool_calls[0].arguments == arguments
+
+
 def test_the_last_turn_may_be_begun():
     ask = ask_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
     assert ask.messages == (Message("user", "Hi"),)

@@ -1,0 +1,42 @@
+"""One rank of a ring with a prompt cache on disk, as MLX's variables say: prints its answer and what was cached."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.group import MlxGroup
+from kimi_mlx.runtime.joining import pin
+from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
+from kimi_mlx.runtime.prompt_cache import open_blocks
+
+
+def main() -> None:
+    """Join, answer, leave."""
+    case = json.load(sys.stdin)
+    rank = int(os.environ["MLX_RANK"])
+    prepare_device(samples=False)
+    pin((rank, case["ranks"]))
+    group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
+    folder = Path(case["folder"])
+    config = load_config(folder)
+    model = load_share(folder, config, "float32", group, strategy=case["strategy"])
+    identity = fingerprint(folder, config, rank, group.size, case["strategy"])
+    blocks = open_blocks(Path(case["cache_dir"]), 10**9, model, identity, group, case["ranks"], warn=sys.exit)
+    events = list(Engine(model, blocks=blocks).generate(Request(tuple(case["prompt"]), 8)))
+    blocks.close()
+    end = events[-1]
+    assert isinstance(end, Finished)
+    tokens = [event.id for event in events if isinstance(event, Token)]
+    print(json.dumps([tokens, end.statistics.cached_tokens]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
