@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import closing
@@ -15,8 +15,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.cli.test_chat import are_gone, ranks_of
 from tests.command import call
 from tests.processes import start
+from tests.server import raw
 from tests.server.raw import begin
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,16 @@ class Serving:
         with urlopen(Request(f"{self.url}/v1/chat/completions", body, headers), timeout=PATIENCE_S) as response:
             return json.load(response)["choices"][0]["message"]["content"]
 
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def health(self) -> int:
+        return raw.request(self.port, path="/health").status
+
+    def figures(self) -> str:
+        return raw.request(self.port, path="/metrics").body.decode()
+
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """The exit code, and what it had still said."""
         self.process.send_signal(number)
@@ -55,7 +67,7 @@ def test_it_answers_and_ends_in_order() -> None:
     assert "curl" in serving.greeting
     assert serving.ask().startswith("Hello!")
     long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True}
-    with closing(begin(int(serving.url.rpartition(":")[2]), **long)) as connection:
+    with closing(begin(serving.port, **long)) as connection:
         assert connection.recv(100)
         code, said = serving.end(signal.SIGINT)
         data = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -70,16 +82,37 @@ def test_it_answers_and_ends_in_order() -> None:
 @pytest.mark.ranks
 def test_on_ranks_it_leaves_none() -> None:
     serving = Serving("--ranks", "2", "--api-key", "secret", "--served-name", "gpt-4o")
-    listed = ["ps", "-o", "pid=", "--ppid", str(serving.process.pid)]
-    ranks = subprocess.run(listed, capture_output=True, text=True).stdout.split()
-    assert len(ranks) >= 2
+    ranks = ranks_of(serving.process)
+    assert len(ranks) == 2
     assert serving.ask("secret").startswith("Hello!")
     code, said = serving.end(signal.SIGTERM)
     assert (code, "Traceback" in said) == (143, False)
-    ends_at = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < ends_at, "a rank is left"
-        time.sleep(0.05)
+    assert are_gone(ranks, 10)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+def test_a_lost_rank_is_a_pause() -> None:
+    serving = Serving("--ranks", "2")
+    long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True, "max_tokens": 600}
+    with closing(begin(serving.port, **long)) as connection:
+        connection.settimeout(PATIENCE_S)
+        data = connection.recv(65536)
+        while b"reasoning_content" not in data:
+            data += connection.recv(65536)
+        os.kill(ranks_of(serving.process)[1], signal.SIGKILL)
+        states: list[int] = []
+        while 503 not in states or states[-1] != 200:
+            states.append(serving.health())
+            time.sleep(0.05)
+        before = len(data)
+        while b"[DONE]" not in data:
+            data += connection.recv(65536)
+    assert len(data) > before
+    assert b'"finish_reason":"length"' in data
+    assert b'"error"' not in data
+    assert "kimi_mlx_ring_restarts 1.0" in serving.figures()
+    assert serving.end(signal.SIGTERM)[0] == 143
 
 
 def test_the_network_needs_a_key() -> None:
