@@ -103,23 +103,33 @@ class Attention(nn.Module):
         outs: list[mx.array] = []
         if short := step.short:
             q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
+            q = mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)  # a segment's are a piece of it
             attended = [self._absorbed(q, key, segment) for segment, key in pairs if segment.stop <= short]
-            outs.append(self.unembed_out.matmul(_joined(attended)))
+            outs.append(self.unembed_out.matmul(_joined(attended, axis=1).swapaxes(1, 2)))
         if step.length > short:
             q = mx.concatenate([q_nope, q_rope], axis=-1)
             outs += [self._expanded(q, key, segment) for segment, key in pairs if segment.stop > short]
         return _joined(outs)
 
     def _absorbed(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
-        """Attention in the latent space, for a few queries: the cache itself is key and value; (B, H, length, R)."""
-        q = q[:, :, segment.start : segment.stop]
-        B, H, L, width = q.shape
+        """Attention in the latent space, for a few queries: the cache itself is key and value.
+
+        Args:
+            q: (B, L, H, R + P) of all segments.
+            keys: (B, 1, T, R + P).
+            segment: whose they are.
+
+        Returns:
+            (B, length, H, R).
+        """
+        q = q[:, segment.start : segment.stop]
+        B, L, H, width = q.shape
         # addmm scales and masks within the one matrix product.
         scores = mx.addmm(
-            segment.mask(H, q.dtype), q.reshape(B, 1, H * L, width), keys.swapaxes(-1, -2), alpha=self.scale
-        )  # (B, 1, H * L, T)
+            segment.mask(H, q.dtype), q.reshape(B, 1, L * H, width), keys.swapaxes(-1, -2), alpha=self.scale
+        )  # (B, 1, L * H, T)
         probabilities = mx.softmax(scores, axis=-1, precise=True)
-        return (probabilities @ keys[..., : self.latent_dim]).reshape(B, H, L, -1)
+        return (probabilities @ keys[..., : self.latent_dim]).reshape(B, L, H, -1)
 
     def _expanded(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
         """Attention by heads, for prefill; neither all scores nor, in a long context, all keys are ever there."""
@@ -153,9 +163,9 @@ class Attention(nn.Module):
         return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
 
 
-def _joined(parts: list[mx.array]) -> mx.array:
-    """Parts of the tokens, (B, H, length, ...), one behind the other."""
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+def _joined(parts: list[mx.array], axis: int = 2) -> mx.array:
+    """Parts of the tokens, one behind the other on this axis."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
 
 def is_fused(q_dim: int, v_dim: int) -> bool:

@@ -36,12 +36,12 @@ class Segment:
         return causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, self.length), mx.float32)
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
-        """Additive causal mask for scores with the queries of each head in turn: (H * length, T); (1,) for one."""
+        """Additive causal mask for scores with the heads of each query in turn: (length * H, T); (1,) for one."""
         if self.length == 1:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
             mask = causal_mask(self.length, self.offset + self.length, dtype)
-            self._masks[heads, dtype] = mx.tile(mask, (heads, 1))
+            self._masks[heads, dtype] = mx.repeat(mask, heads, axis=0)
         return self._masks[heads, dtype]
 
 

@@ -36,7 +36,7 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
 def test_a_mask_is_made_once_for_all_layers() -> None:
     step = Step(Rope(load_config(FOLDER)), [(2, 2)])
     mask = step.segments[0].mask(heads=3, dtype=mx.float32)
-    assert mask.tolist() == [[0, 0, 0, -np.inf], [0, 0, 0, 0]] * 3
+    assert mask.tolist() == [[0, 0, 0, -np.inf]] * 3 + [[0, 0, 0, 0]] * 3
     assert step.segments[0].mask(heads=3, dtype=mx.float32) is mask
     assert step.last([1]).segments[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
 
