@@ -20,7 +20,7 @@ from kimi_mlx.text.messages import CallPart, Delta, ToolCall
 
 # Clients send thinking back only if it is signed. There is nothing to prove here.
 SIGNATURE = "kimi-mlx"
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "cancelled": "end_turn"}
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",

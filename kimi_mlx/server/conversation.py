@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kimi_mlx.text.messages import Delta, Message, join
 
-StopReason = Literal["stop", "length", "tool_calls", "cancelled"]
+StopReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def judge(schema: Any, text: str) -> None:
     jsonschema.Draft202012Validator({"type": "object"} if schema is True else schema).validate(json.loads(text))
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.sweep)])
 def test_every_answer_to_a_random_schema_is_valid(count: int) -> None:
     rng = random.Random(count)
     unfinished = 0

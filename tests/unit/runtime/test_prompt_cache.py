@@ -27,7 +27,7 @@ def ask(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
     return [event.id for event in events if isinstance(event, Token)], end.statistics.cached_tokens
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.sweep)])
 def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
     model, text = load("kimi-mini", dtype)
     prompt = text.encode("A boat, a tide, a harbour and a bell. " * 40)[:300]

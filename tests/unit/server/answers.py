@@ -36,7 +36,7 @@ ANSWERS: dict[str, tuple[list[Delta], StopReason]] = {
     "all in one piece": ([sum(THOUGHT + TEXT + CALLS, Delta())], "tool_calls"),
     "broken call": (TEXT + BROKEN, "tool_calls"),
     "nameless call": (TEXT + NAMELESS, "stop"),
-    "cut off": (TEXT[:1], "cancelled"),
+    "cut off": (TEXT[:1], "length"),
 }
 
 

@@ -98,16 +98,15 @@ def test_what_is_no_call_is_shown_all_the_same():
 
 
 def test_why_it_ended():
-    reasons = [("stop", None), ("stop", "END"), ("length", None), ("tool_calls", None), ("cancelled", None)]
+    reasons = [("stop", None), ("stop", "END"), ("length", None), ("tool_calls", None)]
     messages = [MessageTranslation("kimi").whole([answer_of(TEXT, *reason)]) for reason in reasons]
     assert [message["stop_reason"] for message in messages] == [
         "end_turn",
         "stop_sequence",
         "max_tokens",
         "tool_use",
-        "end_turn",
     ]
-    assert [message["stop_sequence"] for message in messages] == [None, "END", None, None, None]
+    assert [message["stop_sequence"] for message in messages] == [None, "END", None, None]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
-LAST = {"length": "incomplete", "cancelled": "incomplete"}
+LAST = {"length": "incomplete"}
 
 
 def translation(**fields: Any) -> ResponseTranslation:
