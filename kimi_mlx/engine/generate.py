@@ -116,10 +116,12 @@ class Engine:
         """
         max_tokens = self._check(request)
         constraint = None
-        if request.grammar is not None and self._steps.has_head:
+        if request.grammar is not None:
             if self._constrain is None:
                 raise EngineError("answers cannot be kept to a grammar here")
-            constraint = self._constrain(request.grammar)
+            constraint = self._constrain(request.grammar)  # on ranks that do not draw, too: all refuse alike
+        if not self._steps.has_head:
+            constraint = None
         chooser = Chooser(request, self._model.config.vocab_size, self._seed(request), constraint)
         self._waiting.append(Sequence(number, request, max_tokens, chooser, self._speculate))
 

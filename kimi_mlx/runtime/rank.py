@@ -12,7 +12,7 @@ from pathlib import Path
 from kimi_mlx.cluster.messages import Message, encode, encode_error
 from kimi_mlx.engine.generate import MOST_NEWS, Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
-from kimi_mlx.errors import EngineError, KimiMlxError, MissingModelError
+from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
@@ -94,7 +94,7 @@ def take(channel: Channel, engine: Engine, command: Message) -> None:
     channel.made_step("prefill")
     try:
         engine.add(command["number"], Request.from_dict(command["request"]))
-    except KimiMlxError as error:  # every rank refuses alike, before any collective
+    except EngineError as error:  # every rank refuses alike, before any collective
         channel.write(encode_error(error, rank=None, kind="refused", number=command["number"]))
 
 
