@@ -1,0 +1,135 @@
+"""What a request says of its tokens: grammar, bias, probabilities; on rings, in batches, along drafts, after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from kimi_mlx.engine.request import Logprobs, Request, Sampling, Token
+from kimi_mlx.errors import EngineError
+from kimi_mlx.runtime.local_session import LocalSession
+from kimi_mlx.runtime.ring_session import RingSession
+from kimi_mlx.runtime.session import Session, SessionOptions, answer
+from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.text.grammar import grammar_of, thinking_after
+from tests.fakes import KIMI_MINI
+
+pytestmark = pytest.mark.ranks
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 5},
+    },
+    "required": ["name", "ages"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def text() -> ChatTokenizer:
+    return ChatTokenizer.load(KIMI_MINI)
+
+
+@pytest.fixture(scope="module")
+def requests(text: ChatTokenizer) -> list[Request]:
+    """Free, kept to a schema (greedy, then drawn), with a bias; all with probabilities but the first."""
+    prompt = tuple(text.prompt([{"role": "user", "content": "Invent a dog, please."}]))
+    special = text.tokenizer.special_tokens
+    free = Request(prompt, 40, stop_ids=text.stop_ids)
+    held = replace(
+        free,
+        max_tokens=150,
+        grammar=grammar_of(special, thinking_after(special, prompt), SCHEMA),
+        top_logprobs=2,
+    )
+    drawn = replace(held, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
+    biased = replace(free, logit_bias=((text.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
+    return [free, held, drawn, biased]
+
+
+def tokens_of(session: Session, request: Request) -> list[Token]:
+    return [event for event in answer(session, request) if isinstance(event, Token)]
+
+
+def assert_alike(found: list[Token], expected: list[Token]) -> None:
+    """The same tokens, and nearly the same probabilities."""
+    assert [token.id for token in found] == [token.id for token in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.logprobs is None) == (theirs.logprobs is None)
+        if mine.logprobs is not None and theirs.logprobs is not None:
+            assert _numbers(mine.logprobs) == pytest.approx(_numbers(theirs.logprobs), abs=1e-3)
+
+
+def _numbers(logprobs: Logprobs) -> list[float]:
+    return [logprobs.token, *(value for _, value in logprobs.top)]
+
+
+@pytest.fixture(scope="module")
+def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
+    """Each alone in one process."""
+    with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
+        answers = [tokens_of(session, request) for request in requests]
+        with pytest.raises(EngineError, match="cannot be compiled"):
+            tokens_of(session, replace(requests[0], grammar="start: ("))
+    free, *helds, biased = answers
+    for held in helds:
+        parser = text.parser(requests[1].prompt)
+        deltas = [*(parser.add(token.id) for token in held), parser.finish()]
+        found = json.loads("".join(delta.text for delta in deltas))
+        assert set(found) == {"name", "ages"}
+    for token in helds[0]:
+        assert token.logprobs is not None
+        assert len(token.logprobs.top) == 2
+        assert 0 >= token.logprobs.top[0][1] >= max(token.logprobs.token, token.logprobs.top[1][1])
+    assert all(token.logprobs is None for token in free)
+    assert [token.id for token in biased] == [text.encode("a")[0]] * 5
+    return answers
+
+
+def ask_together(session: Session, requests: list[Request]) -> list[list[Token]]:
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda request: tokens_of(session, request), requests))
+
+
+def test_among_each_other_and_along_drafts(requests: list[Request], expected: list[list[Token]]) -> None:
+    for speculate in (0, 5):
+        with closing(LocalSession(SessionOptions(KIMI_MINI, speculate=speculate))) as session:
+            for found, alone in zip(ask_together(session, requests), expected, strict=True):
+                assert_alike(found, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "speculate"),
+    [("expert", 0), pytest.param("pipeline", 0, marks=pytest.mark.sweep), ("pipeline", 5)],
+)
+def test_on_a_ring_that_is_lost_in_the_middle(
+    requests: list[Request],
+    expected: list[list[Token]],
+    strategy: str,
+    speculate: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (0.1,))
+    options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, speculate=speculate)
+    with closing(RingSession(options)) as session:
+        with pytest.raises(EngineError, match="cannot be compiled"):
+            tokens_of(session, replace(requests[0], grammar="start: ("))
+        for found, alone in zip(ask_together(session, requests), expected, strict=True):
+            assert_alike(found, alone)
+        seen: list[Token] = []
+        for event in answer(session, requests[1]):
+            if isinstance(event, Token):
+                seen.append(event)
+                if len(seen) == 20:
+                    os.kill(session.pids[1], signal.SIGKILL)
+        assert_alike(seen, expected[1])
+        assert session.status().restarts == 1
