@@ -18,6 +18,9 @@ from kimi_mlx.engine.steps import Step, Steps
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.exchange import Said
 
+SHORT_PROMPT = 64
+"""What is left of a prompt is short up to so many tokens; it goes before the chunks of long ones, every other step."""
+
 LONG_STEP = 64
 """From this many tokens on a step is waited for before the next one is started: its temporary memory is large."""
 
@@ -41,6 +44,7 @@ class Batch:
         self._chunk, self._speculate = chunk, speculate
         self.members: list[Sequence] = []
         self._step: Step | None = None
+        self._was_short = False
 
     @property
     def is_idle(self) -> bool:
@@ -117,14 +121,17 @@ class Batch:
         return rows + self._chunks(asked)
 
     def _chunks(self, asked: int) -> list[Row]:
-        """Chunks of prompts; whose turn it was comes last the next time.
+        """Chunks of prompts, half as large while others wait for their next token; whose turn it was comes last then.
 
         Args:
             asked: tokens that rows before these draw.
         """
         rows: list[Row] = []
-        left = self._chunk
-        for sequence in [each for each in self.members if each.fed < len(each.tokens)]:
+        left = max(self._chunk // 2, 1) if asked else self._chunk
+        unread = [each for each in self.members if each.fed < len(each.tokens)]
+        short = [each for each in unread if len(each.tokens) - each.fed <= SHORT_PROMPT]
+        self._was_short = 0 < len(short) < len(unread) and not self._was_short
+        for sequence in short if self._was_short else unread:
             if not left:
                 break
             tokens = sequence.feed(left)
