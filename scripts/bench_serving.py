@@ -2,6 +2,7 @@
 """How a server bears many clients: times, rates, errors, memory; against mlx-lm's own server in the same run.
 
 python scripts/bench_serving.py --against mlx-lm                      kimi-mini, 8 clients: see docs/benchmark.md
+python scripts/bench_serving.py --prompt-tokens 16-112 --answer-tokens 16-112 --against mlx-lm
 python scripts/bench_serving.py --synthetic wide --against mlx-lm     a checkpoint of K2's shape
 python scripts/bench_serving.py --turns 2 --prompt-tokens 256 --later-tokens 32 --answer-tokens 32 --against mlx-lm
 python scripts/bench_serving.py --conversations 10000 --prompt-tokens 16 --answer-tokens 6 --repeat 1 --warmup 0
@@ -33,7 +34,7 @@ from kimi_mlx.bench.serving import Progress as Heard  # noqa: E402
 from kimi_mlx.bench.serving import measure_serving  # noqa: E402
 from kimi_mlx.bench.serving_disturbers import Disturbance  # noqa: E402
 from kimi_mlx.bench.serving_files import served_checkpoint  # noqa: E402
-from kimi_mlx.bench.serving_prompts import Load  # noqa: E402
+from kimi_mlx.bench.serving_prompts import Load, Span  # noqa: E402
 from kimi_mlx.bench.serving_report import ServingReport  # noqa: E402
 from kimi_mlx.bench.serving_servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
@@ -52,11 +53,13 @@ def main(
     clients: Annotated[int, typer.Option("--clients", help="At once; each asks again when it has its answer.")] = 8,
     conversations: Annotated[int, typer.Option("--conversations", help="In all, of each repetition.")] = 32,
     turns: Annotated[int, typer.Option("--turns", help="Requests of a conversation; each repeats what was said.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Said in the first turn.")] = 64,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", help="Said in the first turn; `16-112`: some number between.")
+    ] = "64",
     later_tokens: Annotated[
-        int | None, typer.Option("--later-tokens", help="Said in later turns.", show_default="as many")
+        str | None, typer.Option("--later-tokens", help="Said in later turns.", show_default="as many")
     ] = None,
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", help="Of each answer.")] = 64,
+    answer_tokens: Annotated[str, typer.Option("--answer-tokens", help="Of each answer.")] = "64",
     shared_tokens: Annotated[int, typer.Option("--shared-tokens", help="Of a system prompt that all share.")] = 0,
     stream: Annotated[bool, typer.Option(help="Ask for streams.")] = True,
     aborts: Annotated[int, typer.Option("--aborts", help="Streams that others break off meanwhile.")] = 0,
@@ -70,8 +73,10 @@ def main(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Keep a server busy with many clients and show what each of them got; it is started and ended here."""
-    load = Load(clients, conversations, turns, prompt_tokens, later_tokens, answer_tokens, shared_tokens, stream, seed)
-    disturbance = Disturbance(aborts, slow_readers, prompt_tokens) if aborts or slow_readers else None
+    said, answered = Span.parse(prompt_tokens), Span.parse(answer_tokens)
+    later = None if later_tokens is None else Span.parse(later_tokens)
+    load = Load(clients, conversations, turns, said, later, answered, shared_tokens, stream, seed)
+    disturbance = Disturbance(aborts, slow_readers, said.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
     model = url or synthetic or "kimi-mini"

@@ -121,10 +121,9 @@ async def _client(client: Any, load: Load, repetition: int, numbers: Iterator[in
         if load.shared_tokens:
             chat.append({"role": "system", "content": random_text(load.shared_tokens, load.seed)})
         for turn in range(load.turns):
-            said = random_text(load.said_tokens(turn), load.seed, repetition + 1, number, turn)
+            said, tokens = load.said(repetition, number, turn)
             chat.append({"role": "user", "content": said})
-            body = body_of(chat, load.answer_tokens, stream=load.stream)
-            exchange = await ask(client, body, Exchange(number, turn))
+            exchange = await ask(client, body_of(chat, tokens, stream=load.stream), Exchange(number, turn, tokens))
             ended(exchange)
             if exchange.error is not None:
                 break

@@ -24,6 +24,7 @@ class Exchange:
     Args:
         conversation: its number.
         turn: in it, from 0.
+        asked_tokens: that the answer may have; it has as many unless it ends by itself.
         started_at: the request is about to be sent.
         arrivals: when each piece of text came.
         ended_at: the answer's end came.
@@ -36,6 +37,7 @@ class Exchange:
 
     conversation: int
     turn: int
+    asked_tokens: int
     started_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     ended_at: float = 0.0
@@ -47,8 +49,8 @@ class Exchange:
 
     @property
     def ttft_s(self) -> float:
-        """From the request until the first text."""
-        return self.arrivals[0] - self.started_at
+        """From the request until the first text; until the end of an answer without any."""
+        return (self.arrivals[0] if self.arrivals else self.ended_at) - self.started_at
 
     @property
     def gaps_s(self) -> list[float]:
@@ -98,8 +100,6 @@ async def ask(client: httpx2.AsyncClient, body: dict[str, Any], exchange: Exchan
     except (ValueError, KeyError, TypeError) as error:
         exchange.error = f"an answer that is none ({type(error).__name__})"
     exchange.ended_at = time.perf_counter()
-    if exchange.error is None and not exchange.arrivals:
-        exchange.error = "no text"
     return exchange
 
 

@@ -25,6 +25,7 @@ class ServingRow:
         prompt_tokens: of all prompts, by the server's count.
         cached_tokens: of these, those it had computed before.
         new_tokens: of all answers, by the server's count.
+        asked_tokens: that these answers could have had.
         tok_per_s: all new tokens of a run over its wall time.
         requests_per_s: all requests of a run over its wall time.
         ttft_s: of each turn: from the request until the first text.
@@ -38,6 +39,7 @@ class ServingRow:
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    asked_tokens: int
     tok_per_s: Spread
     requests_per_s: Spread
     ttft_s: tuple[Percentiles | None, ...]
@@ -67,6 +69,7 @@ def _row(runs: Sequence[ServingRun]) -> ServingRow:
         sum(each.prompt_tokens for each in good),
         sum(each.cached_tokens for each in good),
         sum(each.new_tokens for each in good),
+        sum(each.asked_tokens for each in good),
         Spread.of([sum(each.new_tokens for each in run.exchanges) / run.wall_s for run in runs]),
         Spread.of([len(run.exchanges) / run.wall_s for run in runs]),
         tuple(_percentiles([each.ttft_s for each in good if each.turn == turn]) for turn in turns),

@@ -16,6 +16,31 @@ WORD = re.compile(rb" [a-z]{2,}")
 
 
 @dataclass(frozen=True)
+class Span:
+    """A number of tokens between two, both included, each as likely."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """`64`, or `16-112`.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        low, _, high = text.partition("-")
+        try:
+            return cls(int(low), int(high or low))
+        except ValueError:
+            raise UsageError(f"`{text}` is no number of tokens", hint="for example 64, or 16-112") from None
+
+    def __str__(self) -> str:
+        """As it is parsed."""
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
 class Load:
     """What is asked of a server, and by how many.
 
@@ -34,24 +59,34 @@ class Load:
     clients: int = 8
     conversations: int = 32
     turns: int = 1
-    prompt_tokens: int = 64
-    later_tokens: int | None = None
-    answer_tokens: int = 64
+    prompt_tokens: Span = Span(64, 64)
+    later_tokens: Span | None = None
+    answer_tokens: Span = Span(64, 64)
     shared_tokens: int = 0
     stream: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        least = min(self.clients, self.conversations, self.turns, *map(self.said_tokens, (0, 1)))
-        if least < 1 or self.answer_tokens < 2 or min(self.shared_tokens, self.seed) < 0:
+        spans = [self.prompt_tokens, self.later_tokens or self.prompt_tokens, self.answer_tokens]
+        if (
+            min(self.clients, self.conversations, self.turns, *(span.low for span in spans)) < 1
+            or any(span.high < span.low for span in spans)
+            or min(self.shared_tokens, self.seed) < 0
+        ):
             raise UsageError(
-                "clients, conversations, turns and prompt tokens start at 1, answers at 2 tokens, the rest at 0"
+                "clients, conversations, turns and tokens start at 1, shared tokens and the seed at 0",
+                hint="a range goes upwards, as in 16-112",
             )
 
-    def said_tokens(self, turn: int) -> int:
-        """Of what a client says in a turn, from 0."""
-        return self.prompt_tokens if turn == 0 or self.later_tokens is None else self.later_tokens
+    def said(self, repetition: int, number: int, turn: int) -> tuple[str, int]:
+        """What a client says in a turn, and how many tokens it asks for."""
+        key = (self.seed, repetition + 1, number, turn)
+        span = self.prompt_tokens if turn == 0 or self.later_tokens is None else self.later_tokens
+        lengths = np.random.default_rng((*key, 0)).integers(
+            (span.low, self.answer_tokens.low), (span.high + 1, self.answer_tokens.high + 1)
+        )
+        return random_text(int(lengths[0]), *key), int(lengths[1])
 
     @property
     def requests(self) -> int:

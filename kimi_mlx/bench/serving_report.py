@@ -48,7 +48,9 @@ class ServingReport:
         """What was measured, where, and with which versions."""
         load, host, packages = self.load, self.settings["machine"], self.settings["versions"]
         shared = f" after {load.shared_tokens} shared ones" if load.shared_tokens else ""
-        said = " then ".join(dict.fromkeys(str(load.said_tokens(turn)) for turn in range(load.turns)))
+        said = str(load.prompt_tokens)
+        if load.turns > 1:
+            said += f", then {load.later_tokens or load.prompt_tokens}"
         turns = f" of {load.turns} turns" if load.turns > 1 else ""
         return [
             f"{self.settings['model']}: {load.clients} clients, {load.conversations} conversations{turns}, "
@@ -88,9 +90,8 @@ class ServingReport:
             for each in same_texts(self.runs)
         ]
         for row in serving_rows(self.runs):
-            expected = (row.requests - sum(row.errors.values())) * self.load.answer_tokens
-            if row.new_tokens != expected:
-                lines.append(f"{row.side}: {row.new_tokens} new tokens where {expected} were asked for")
+            if row.new_tokens != row.asked_tokens:
+                lines.append(f"{row.side}: {row.new_tokens} new tokens where {row.asked_tokens} were asked for")
             if (growth := growth_bytes(row)) is not None:
                 lines.append(f"{row.side}: memory in the second half of the requests {_change(growth)}")
         for run in self.runs:
