@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""How a server bears many clients: times, rates, errors, memory; against mlx-lm's own server in the same run.
+
+python scripts/bench_serving.py --against mlx-lm                      kimi-mini, 8 clients: see docs/benchmark.md
+python scripts/bench_serving.py --prompt-tokens 16-112 --answer-tokens 16-112 --against mlx-lm
+python scripts/bench_serving.py --synthetic wide --against mlx-lm     a checkpoint of K2's shape
+python scripts/bench_serving.py --turns 2 --prompt-tokens 256 --later-tokens 32 --answer-tokens 32 --against mlx-lm
+python scripts/bench_serving.py --conversations 10000 --prompt-tokens 16 --answer-tokens 6 --repeat 1 --warmup 0
+python scripts/bench_serving.py --aborts 100 --slow-readers 2         others must not mind
+python scripts/bench_serving.py --url http://127.0.0.1:8080           a server that runs already
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Servers that the benchmark starts find the package too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from kimi_mlx.bench.machine import OURS, commit, machine, now, versions  # noqa: E402
+from kimi_mlx.bench.serving import Progress as Heard  # noqa: E402
+from kimi_mlx.bench.serving import measure_serving  # noqa: E402
+from kimi_mlx.bench.serving_disturbers import Disturbance  # noqa: E402
+from kimi_mlx.bench.serving_files import served_checkpoint  # noqa: E402
+from kimi_mlx.bench.serving_prompts import Load, Span  # noqa: E402
+from kimi_mlx.bench.serving_report import ServingReport  # noqa: E402
+from kimi_mlx.bench.serving_servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
+from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
+from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
+
+
+def main(
+    synthetic: Annotated[
+        str | None, typer.Option("--synthetic", metavar="wide|deep", help="A checkpoint of K2's shape, not kimi-mini.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Measure a server that runs already.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="That the server at --url wants.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="mlx-lm", help="Measure mlx-lm's server too, in turns.")
+    ] = None,
+    clients: Annotated[int, typer.Option("--clients", help="At once; each asks again when it has its answer.")] = 8,
+    conversations: Annotated[int, typer.Option("--conversations", help="In all, of each repetition.")] = 32,
+    turns: Annotated[int, typer.Option("--turns", help="Requests of a conversation; each repeats what was said.")] = 1,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", help="Said in the first turn; `16-112`: some number between.")
+    ] = "64",
+    later_tokens: Annotated[
+        str | None, typer.Option("--later-tokens", help="Said in later turns.", show_default="as many")
+    ] = None,
+    answer_tokens: Annotated[str, typer.Option("--answer-tokens", help="Of each answer.")] = "64",
+    shared_tokens: Annotated[int, typer.Option("--shared-tokens", help="Of a system prompt that all share.")] = 0,
+    stream: Annotated[bool, typer.Option(help="Ask for streams.")] = True,
+    aborts: Annotated[int, typer.Option("--aborts", help="Streams that others break off meanwhile.")] = 0,
+    slow_readers: Annotated[int, typer.Option("--slow-readers", help="Streams that others read slowly.")] = 0,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, max=1, help="A repetition that does not count.")] = 1,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the words that are said.")] = 0,
+    serve_options: Annotated[str, typer.Option("--serve-options", help="For `kimi-mlx serve`, in one word.")] = "",
+    mlx_lm_options: Annotated[str, typer.Option("--mlx-lm-options", help="For `mlx_lm server`, in one word.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs, with every time.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Keep a server busy with many clients and show what each of them got; it is started and ended here."""
+    said, answered = Span.parse(prompt_tokens), Span.parse(answer_tokens)
+    later = None if later_tokens is None else Span.parse(later_tokens)
+    load = Load(clients, conversations, turns, said, later, answered, shared_tokens, stream, seed)
+    disturbance = Disturbance(aborts, slow_readers, said.high) if aborts or slow_readers else None
+    if against not in (None, MLX_LM):
+        raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
+    model = url or synthetic or "kimi-mini"
+    settings = {"model": model, "machine": machine(), "versions": versions(), "commit": commit(), "date": now()}
+    with ExitStack() as stack:
+        sides: list[Served] = []
+        if url is not None:
+            sides.append(Served(OURS if against is None else url, url.rstrip("/"), api_key=api_key))
+        else:
+            folder = served_checkpoint(model)
+            ours = our_command(folder, shlex.split(serve_options))
+            sides.append(stack.enter_context(serving(OURS, ours)))
+            if against is not None:
+                theirs = mlx_lm_command(folder, shlex.split(mlx_lm_options))
+                sides.append(stack.enter_context(serving(MLX_LM, theirs)))
+        total = len(sides) * load.requests * (warmup + repeat)
+        with _bar(total, is_quiet=json) as progress:
+            runs = measure_serving(sides, load, warmup, repeat, disturbance, progress)
+        healths = {side.side: side.health() for side in sides}
+    _show(ServingReport(load, settings, runs, healths), is_json=json, is_markdown=markdown)
+    if any(exchange.error for run in runs for exchange in run.exchanges if run.side == OURS):
+        raise typer.Exit(1)
+
+
+def _show(report: ServingReport, *, is_json: bool, is_markdown: bool) -> None:
+    if is_json:
+        print_json(report.to_dict())
+    elif is_markdown:
+        stdout.print(report.markdown(), markup=False, soft_wrap=True)
+    else:
+        for line in report.heading():
+            stdout.print(line, style="dim", markup=False)
+        stdout.print(report.table())
+        for line in report.summary():
+            stdout.print(line, markup=False)
+
+
+@contextmanager
+def _bar(total: int, *, is_quiet: bool) -> Generator[Heard]:
+    """A bar on stderr of a terminal, of requests."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    is_hidden = is_quiet or not stderr.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True, disable=is_hidden) as progress:
+        task = progress.add_task("starting", total=total)
+        yield lambda side, exchange: progress.update(task, description=side, advance=1)
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end servers in order, as Ctrl-C does
+        signal.signal(number, _end)
+    try:
+        typer.run(main)
+    except KimiMlxError as error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

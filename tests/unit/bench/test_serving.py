@@ -1,0 +1,134 @@
+"""The serving benchmark: its statistics, and a small real run with all that disturbs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from kimi_mlx.bench.machine import OURS, machine, versions
+from kimi_mlx.bench.serving import ServingRun, measure_serving
+from kimi_mlx.bench.serving_client import Exchange
+from kimi_mlx.bench.serving_disturbers import Disturbance
+from kimi_mlx.bench.serving_figures import growth_bytes, same_texts, serving_ratios, serving_rows
+from kimi_mlx.bench.serving_files import MINI, served_checkpoint
+from kimi_mlx.bench.serving_prompts import Load, Span, random_text
+from kimi_mlx.bench.serving_report import ServingReport
+from kimi_mlx.bench.serving_servers import Served
+from kimi_mlx.errors import UsageError
+from kimi_mlx.runtime.session import SessionOptions, open_session
+from kimi_mlx.text.tokenizer import Tokenizer
+from tests.server.running import serving
+
+TWO = Span(2, 2)
+
+
+def exchange(number: int, at: float, *, turn: int = 0, text: str = "a", error: str | None = None) -> Exchange:
+    """An answer of 3 tokens, the first after 0.1 s, the others 0.01 and 0.03 s behind."""
+    arrivals = [] if error else [at + 0.1, at + 0.11, at + 0.14]
+    return Exchange(number, turn, 3, at, arrivals, at + 0.15, text, 10, 4, 0 if error else 3, error)
+
+
+def run(side: str, repetition: int, wall_s: float, *exchanges: Exchange) -> ServingRun:
+    return ServingRun(side, repetition, exchanges, wall_s, (100, 150, 150, 151))
+
+
+def test_rates_are_all_tokens_over_wall_time_and_warm_ups_do_not_count() -> None:
+    warmup = run(OURS, -1, 100.0, exchange(0, 0))
+    runs = [warmup, run(OURS, 0, 2.0, exchange(0, 0), exchange(1, 0, error="HTTP 429"), exchange(1, 1))]
+    (row,) = serving_rows(runs)
+    assert (row.requests, row.errors, row.new_tokens) == (3, {"HTTP 429": 1}, 6)
+    assert row.tok_per_s.median == 3.0
+    assert row.requests_per_s.median == 1.5
+    assert row.ttft_s[0] is not None
+    assert row.ttft_s[0].p50 == pytest.approx(0.1)
+    assert row.between_s is not None
+    assert row.between_s.p50 == pytest.approx(0.02)
+    assert growth_bytes(row) == 0
+
+
+def test_ratios_are_of_neighbouring_runs() -> None:
+    runs = [
+        run(OURS, 0, 1.0, exchange(0, 0)),
+        run("mlx-lm", 0, 2.0, exchange(0, 0)),
+        run("mlx-lm", 1, 30.0, exchange(0, 0)),
+        run(OURS, 1, 10.0, exchange(0, 0)),
+    ]
+    rate, ttft = serving_ratios(runs)
+    assert (rate.figure, rate.ratio.min, rate.ratio.max) == ("tok_per_s", 2.0, pytest.approx(3.0))
+    assert (ttft.figure, ttft.ratio.median) == ("ttft_s turn 1", pytest.approx(1.0))
+
+
+def test_texts_of_the_same_question_are_compared() -> None:
+    runs = [run(OURS, 0, 1.0, exchange(0, 0), exchange(1, 0)), run("other", 0, 1.0, exchange(0, 0, text="b"))]
+    (found,) = same_texts(runs)
+    assert (found.side, found.answers, found.equal) == ("other", 1, 0)
+
+
+def test_words_are_tokens() -> None:
+    text = random_text(50, 1, 2)
+    assert text == random_text(50, 1, 2) != random_text(50, 1, 3)
+    assert len(Tokenizer.load(MINI).encode(text)) == 50
+
+
+def test_lengths_are_drawn_from_ranges() -> None:
+    load = Load(prompt_tokens=Span.parse("3-9"), answer_tokens=Span.parse("4"))
+    said = [load.said(0, number, 0) for number in range(50)]
+    assert said == [load.said(0, number, 0) for number in range(50)]
+    assert {len(text.split()) for text, _ in said} == set(range(3, 10))
+    assert {tokens for _, tokens in said} == {4}
+    with pytest.raises(UsageError, match="no number"):
+        Span.parse("few")
+
+
+def test_a_load_of_nobody_is_refused() -> None:
+    with pytest.raises(UsageError, match="start at 1"):
+        Load(clients=0)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """kimi-mini as it is compared with, on a server of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = served_checkpoint("kimi-mini")
+        assert served_checkpoint("kimi-mini") == folder
+    session = open_session(SessionOptions(folder))
+    try:
+        with serving(session) as running:
+            yield Served(OURS, running.url)
+    finally:
+        session.close()
+
+
+def test_two_clients_of_a_real_server(served: Served) -> None:
+    load = Load(
+        clients=2, conversations=3, turns=2, prompt_tokens=Span(15, 25), later_tokens=Span(5, 5), answer_tokens=TWO
+    )
+    heard: list[str] = []
+    runs = measure_serving([served], load, 0, 1, progress=lambda side, exchange: heard.append(side))
+    (row,) = serving_rows(runs)
+    assert (row.requests, row.errors, heard) == (6, {}, [OURS] * 6)
+    assert row.new_tokens == row.asked_tokens == 6 * 2
+    assert len(row.ttft_s) == 2
+    assert row.cached_tokens >= 3 * 15  # the second turns found the first
+    settings = {"model": "kimi-mini", "machine": machine(), "versions": versions()}
+    report = ServingReport(load, settings, runs, {OURS: served.health()})
+    assert json.loads(json.dumps(report.to_dict()))["results"][0]["requests"] == 6
+    assert "running 0, waiting 0" in report.markdown()
+
+
+def test_whole_answers(served: Served) -> None:
+    (run,) = measure_serving([served], Load(2, 2, answer_tokens=TWO, stream=False), 0, 1)
+    assert [each.error for each in run.exchanges] == [None, None]
+    assert all(len(each.arrivals) == 1 and each.new_tokens == 2 for each in run.exchanges)
+
+
+def test_disturbers_leave_no_trace(served: Served) -> None:
+    disturbance = Disturbance(aborts=4, slow_readers=1, prompt_tokens=5, answer_tokens=50, slow_s=0.5)
+    (run,) = measure_serving([served], Load(1, 2, prompt_tokens=Span(10, 10), answer_tokens=TWO), 0, 1, disturbance)
+    assert run.disturbed is not None
+    assert (run.disturbed.aborted, run.disturbed.read_slowly, run.disturbed.errors) == (4, 1, ())
+    assert [each.error for each in run.exchanges] == [None, None]
+    assert served.health()["running"] == 0
