@@ -16,7 +16,7 @@ from kimi_mlx.bench.sides import Batch, Outcome, SessionSide
 from kimi_mlx.bench.workloads import SHAPES
 from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError
-from tests.unit.bench.tiny import TINY, write_tiny
+from tests.bench.tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--prompt-tokens", "12,24", "--generation-tokens", "4", "--repeat", "2"]
@@ -90,7 +90,7 @@ def test_without_matplotlib_nothing_is_measured(tiny: Path, monkeypatch: pytest.
     assert caught.value.hint == "type `pip install matplotlib`"
 
 
-@pytest.mark.sweep  # tests/unit/bench/test_sides.py has both sides on two ranks
+@pytest.mark.sweep  # tests/bench/test_sides.py has both sides on two ranks
 @pytest.mark.ranks
 def test_against_mlx_lm_on_two_ranks(tiny: Path) -> None:
     report = json.loads(bench(tiny, *QUICK, "--ranks", "2", "--against", "mlx-lm", "--json").stdout)

@@ -27,7 +27,7 @@ from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.model.config import parse_config
 from kimi_mlx.units import GB
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_loading.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_loading.py"
 FILES = LoadingFiles((Path("copy-0"), Path("copy-1")), Path("stores"), 2000, 1900, (1010, 1020))
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import Case, Plan, Run
 from kimi_mlx.bench.report import Report
-from tests.unit.bench.runs import make_run
+from tests.bench.runs import make_run
 
 PLAN = Plan((100,), 11, warmup=1, repeat=3)
 RUNS = [

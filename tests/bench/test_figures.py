@@ -4,7 +4,7 @@ import pytest
 
 from kimi_mlx.bench.figures import Percentiles, agreements, notes, ratios, rows
 from kimi_mlx.bench.measure import Case
-from tests.unit.bench.runs import make_run
+from tests.bench.runs import make_run
 
 RUNS = [
     make_run("kimi-mlx", -1, 1, 1),

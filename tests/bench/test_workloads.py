@@ -17,7 +17,7 @@ from kimi_mlx.bench.workloads import (
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.model.config import parse_config
 from kimi_mlx.runtime.load import load_share
-from tests.unit.bench.tiny import TINY, write_tiny
+from tests.bench.tiny import TINY, write_tiny
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kimi_mlx.cluster.messages import encode
 from kimi_mlx.cluster.ring import Ring
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.runtime.session import SessionOptions
-from tests.unit.bench.tiny import write_tiny
+from tests.bench.tiny import write_tiny
 
 PLAN = Plan((24,), 6)
 ALONE = make_batch(Case(0, 24, 1), 0, PLAN, 512)

@@ -9,7 +9,7 @@ from kimi_mlx.bench.measure import Case
 from kimi_mlx.bench.roofline import Bandwidth, Roofline, measured_bandwidth
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.shape import shape_of_config
-from tests.unit.bench.tiny import write_tiny
+from tests.bench.tiny import write_tiny
 
 
 def test_a_token_reads_what_the_model_holds_but_embedding_norms_and_idle_experts(tmp_path: Path) -> None:
