@@ -84,6 +84,8 @@ class FixedSession:
         """End the answer."""
         self.cancel()
 
+    context = 65536
+
     def status(self) -> SessionStatus:
         """All is well."""
         return SessionStatus(True)

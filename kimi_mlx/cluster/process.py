@@ -81,7 +81,11 @@ class RankProcess:
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message; safe from a signal handler, since a thread writes it."""
-        self._outbox.put(encode(kind, **fields))
+        self.write(encode(kind, **fields))
+
+    def write(self, line: bytes) -> None:
+        """Send an encoded message."""
+        self._outbox.put(line)
 
     def close_input(self) -> None:
         """Ask the rank to end: it does when its input ends."""

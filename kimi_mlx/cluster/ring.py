@@ -16,7 +16,7 @@ from kimi_mlx.cluster.blame import find_wrong
 from kimi_mlx.cluster.guard import guard_command
 from kimi_mlx.cluster.hosts import Cluster
 from kimi_mlx.cluster.launch import FAST_SYNC, without_ring
-from kimi_mlx.cluster.messages import Message, decode_error
+from kimi_mlx.cluster.messages import Message, decode_error, encode
 from kimi_mlx.cluster.process import RankProcess, end_all
 from kimi_mlx.cluster.rank_log import open_logs
 from kimi_mlx.cluster.rdma import explain_jaccl
@@ -121,8 +121,12 @@ class Ring:
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message to every rank."""
+        self.write(encode(kind, **fields))
+
+    def write(self, line: bytes) -> None:
+        """Send an encoded message to every rank."""
         for process in self._ranks:
-            process.send(kind, **fields)
+            process.write(line)
 
     def messages(self) -> Iterator[tuple[int, Message]]:
         """Yield (rank, message) as they come, heartbeats left out, until all is over.

@@ -92,7 +92,8 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "prompt": list(self.prompt), "stop_ids": sorted(self.stop_ids)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict would copy each id
+        return {**values, "sampling": asdict(self.sampling), "stop_ids": sorted(self.stop_ids)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Request:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Request
+from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import Grammars
@@ -55,6 +56,12 @@ class LocalSession:
             EngineError: it cannot be served, or the session is closed.
         """
         return answer(self, request)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have."""
+        assert self._engine is not None
+        return self._engine.context
 
     def submit(self, request: Request, deliver: Deliver) -> int:
         """Answer a request; returns its number."""
@@ -113,6 +120,8 @@ class LocalSession:
             if options.cache_dir is not None:
                 mark = fingerprint(folder, config)
                 blocks = open_blocks(options.cache_dir, options.cache_disk_bytes, model, mark, warn=LOG.warning)
+            if options.samples:
+                samplers()
             self._engine = Engine(
                 model,
                 speculate=options.speculate,

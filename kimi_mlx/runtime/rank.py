@@ -12,6 +12,7 @@ from pathlib import Path
 from kimi_mlx.cluster.messages import Message, encode, encode_error
 from kimi_mlx.engine.generate import MOST_NEWS, Engine
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
+from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.exchange import RankExchange
@@ -74,6 +75,8 @@ def serve(channel: Channel, start: Message) -> None:
         cache_bytes=start["cache_memory_bytes"],
         blocks=blocks,
     )
+    if start["samples"]:
+        samplers()  # they have been on their way since the start
     channel.made_step("idle")
     channel.send("ready", context=engine.context, sums=None if choice is None else choice.to_dict())
     while True:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kimi_mlx.cluster.messages import Message, decode_error
+from kimi_mlx.cluster.messages import Message, decode_error, encode
 from kimi_mlx.cluster.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
     Event,
@@ -77,6 +77,10 @@ class _Job:
         left = None if wanted is None else wanted - len(self.sent)
         prompt, answered = (*self.request.prompt, *self.sent), self.request.answered + len(self.sent)
         return replace(self.request, prompt=prompt, max_tokens=left, answered=answered)
+
+    def line(self) -> bytes:
+        """The message that asks for it."""
+        return encode("request", number=self.number, request=self.rest().to_dict())
 
     def end(self, context: int) -> Finished | KimiMlxError | None:
         """The end of the answer, if nothing is left to ask: the ring was lost between the last token and the end.
@@ -163,6 +167,11 @@ class RingSession:
         return self._ring.pids
 
     @property
+    def context(self) -> int:
+        """Tokens that a sequence may have."""
+        return self._context
+
+    @property
     def text_folder(self) -> Path:
         """Where the checkpoint's configuration and tokenizer are: ours, or what rank 0 has sent of its own."""
         return self._options.checkpoint if self._text is None else self._text
@@ -182,13 +191,14 @@ class RingSession:
             # drawn here, so that an answer goes on alike after a start anew
             request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
         job = _Job(next(self._numbers), request, deliver)
+        line = job.line()  # takes long for long prompts: others have the lock meanwhile
         with self._lock:
             if self._failure is not None:
                 deliver(self._failure)
                 return job.number
             self._jobs[job.number] = job
             if self._is_up:
-                self._ask(job)
+                self._ask(job, line)
             elif self._interruption is not None:
                 deliver(self._interruption)
         return job.number
@@ -234,11 +244,11 @@ class RingSession:
             elif job.number in self._jobs:
                 self._end(job, job.finish("cancelled"))
 
-    def _ask(self, job: _Job) -> None:
+    def _ask(self, job: _Job, line: bytes) -> None:
         job.waiting = set(range(self._cluster.size))
         job.outcome = None
         job.is_begun = False
-        self._ring.send("request", number=job.number, request=job.rest().to_dict())
+        self._ring.write(line)
         if job.is_cancelled:
             self._cancel(job)
 
@@ -340,7 +350,7 @@ class RingSession:
             for job in list(self._jobs.values()):
                 job.was_interrupted = True
                 job.deliver(Resumed(seconds))
-                self._ask(job)
+                self._ask(job, job.line())
 
     def _give_up(self, error: KimiMlxError) -> None:
         self._ring.close()

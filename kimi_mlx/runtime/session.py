@@ -103,6 +103,11 @@ Deliver = Callable[[Event | BaseException], None]
 class Session(Protocol):
     """A loaded model; whoever opens one closes it (contextlib.closing)."""
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: what the model, and the memory for its cache, hold."""
+        ...
+
     def submit(self, request: Request, deliver: Deliver) -> int:
         """Answer a request; returns its number at once. An error may be delivered before that."""
         ...

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.errors import ApiError, api_error
@@ -44,7 +45,7 @@ class Boundary:
         scope["app"] = self  # by which starlette's router knows that it may raise
         try:
             await self._app(scope, receive, watched)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             scope[RECORD].is_gone = True
         except Exception as error:
             told = _http_error(error) if isinstance(error, HTTPException) else api_error(error)

@@ -17,7 +17,10 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.reading import ChatReader, PlainReader, TokenReader
 from kimi_mlx.text.output import THINK_END, starts_in_reasoning
 
-RESERVED = frozenset({"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"})
+RESERVED = frozenset(
+    {"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"}
+    | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"}  # its functions
+)
 """Variables of the template that are none of a request's options."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
@@ -44,6 +45,7 @@ class Service:
         self.running = 0
         """Answers that the engine has begun."""
         self._line = WaitingLine(places, metrics)
+        self._runs: set[_Run] = set()
 
     async def answer(self, *wishes: Ask | Continuation) -> AsyncGenerator[Item, None]:
         """Answer; leaving the iteration, or cancelling its task, ends the answers soon.
@@ -60,6 +62,7 @@ class Service:
         try:
             readings, requests = await anyio.to_thread.run_sync(self._prepare, wishes)
             run = _Run(self, turn, readings)
+            self._runs.add(run)
             # in a thread: a ring's session writes to its ranks
             await anyio.to_thread.run_sync(run.submit, requests)
             async for item in run.items():
@@ -71,6 +74,7 @@ class Service:
         finally:
             turn.close()
             if run is not None:
+                self._runs.discard(run)
                 run.close()
 
     def _prepare(self, wishes: Sequence[Ask | Continuation]) -> tuple[list[Reading], list[Request]]:
@@ -96,8 +100,10 @@ class Service:
         return self._line.waiting
 
     def close(self) -> None:
-        """End all answers, and refuse new ones."""
+        """End all answers, and refuse new ones; the engine's step is not waited for."""
         self.is_closing = True
+        for run in list(self._runs):
+            run.stop()
         self.session.cancel()
 
 
@@ -110,14 +116,28 @@ class _Run:
         self._inbox = Inbox()
         self._open = {reading.index: reading for reading in readings}
         self._numbers: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._asked_at = time.monotonic()
         self._heard_at: dict[int, float] = {}  # of answers that have begun, when their last token came
         self._state = Waiting()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Ask the engine; from any thread."""
+        """Ask the engine; in a thread, which may go on when whoever waited for it has gone."""
         for index, request in enumerate(requests):
-            self._numbers[index] = self._session.submit(request, partial(self._inbox.put, index))
+            if self._is_closed:
+                return
+            number = self._session.submit(request, partial(self._inbox.put, index))
+            with self._lock:
+                self._numbers[index] = number
+                is_late = self._is_closed
+            if is_late:
+                self._session.withdraw(number)
+
+    def stop(self) -> None:
+        """Tell whoever reads that the server ends."""
+        for index in list(self._open):
+            self._inbox.put(index, stopping())
 
     async def items(self) -> AsyncGenerator[Item, None]:
         """What comes, until all answers have ended."""
@@ -133,7 +153,9 @@ class _Run:
                 said_at = time.monotonic()
 
     def close(self) -> None:
-        """Withdraw what is not finished."""
+        """Withdraw what is not finished; what is being submitted is withdrawn then."""
+        with self._lock:
+            self._is_closed = True
         for index in list(self._open):
             self._end(index)
             if index in self._numbers:

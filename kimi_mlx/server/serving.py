@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import uvicorn
 
@@ -66,6 +66,7 @@ class Server(uvicorn.Server):
         when_ready: Callable[[], None] = lambda: None,
     ):
         self._when_ready = when_ready
+        served = replace(served, context_tokens=min(served.context_tokens, session.context))
         model = Model(tokenizer, served.context_tokens, instant_sampling)
         self.service = Service(session, model, options.most_waiting, Metrics())
         app = build_app(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -59,6 +60,8 @@ class HandSession:
     def cancel(self) -> None:
         for deliver in self.delivers:
             deliver(finished("cancelled"))
+
+    context = 1000
 
     def status(self) -> SessionStatus:
         return self.state
@@ -266,3 +269,41 @@ def test_stop_texts_are_found_across_pieces(size: int) -> None:
         if found.found is None:
             pieces.append(found.finish())
         assert "".join(pieces) == shown
+
+
+def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Service, session: HandSession) -> None:
+    submit, may_go_on = session.submit, threading.Event()
+
+    def slow(request: Request, deliver: Deliver) -> int:
+        number = submit(request, deliver)
+        may_go_on.wait(5)
+        return number
+
+    session.submit = slow  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=3)))
+        await session.asked()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert service.waiting == 0
+        may_go_on.set()
+        while not session.withdrawn:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert (len(session.requests), session.withdrawn) == (1, [1])
+
+    run(work)
+
+
+def test_a_server_that_ends_does_not_wait_for_the_engine(service: Service, session: HandSession) -> None:
+    session.cancel = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, ASK))
+        await session.asked()
+        service.close()
+        with pytest.raises(ApiError, match="being stopped"):
+            await task
+
+    run(work)
