@@ -112,7 +112,10 @@ def test_a_lost_rank_is_a_pause() -> None:
     assert b'"finish_reason":"length"' in data
     assert b'"error"' not in data
     assert "kimi_mlx_ring_restarts 1.0" in serving.figures()
-    assert serving.end(signal.SIGTERM)[0] == 143
+    code, said = serving.end(signal.SIGTERM)
+    assert code == 143
+    assert said.count("the ring is lost: rank 1") == 1
+    assert said.count("the ring is back after ") == 1
 
 
 def test_the_network_needs_a_key() -> None:
