@@ -11,7 +11,7 @@ import typer
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
 from kimi_mlx.runtime.session import DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT
-from kimi_mlx.units import format_bytes, parse_bytes
+from kimi_mlx.units import MB, format_bytes, parse_bytes
 
 ModelArgument = Annotated[
     str | None,
@@ -93,7 +93,7 @@ def _parse_size(text: str | int) -> int:
         size = parse_bytes(text)
     except ValueError as error:
         raise UsageError(str(error), hint="write it as `20GB` or `512MiB`") from None
-    if size < 1:
+    if size < MB:
         raise UsageError(f"a cache of {size} bytes holds nothing", hint="write its size as `20GB` or `512MiB`")
     return size
 

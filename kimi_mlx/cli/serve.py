@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -40,8 +41,13 @@ from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import MB
 
 if TYPE_CHECKING:  # the server's libraries are not for other commands' starts
+    from kimi_mlx.server.listener import Listener
     from kimi_mlx.server.serving import Server, ServingOptions
 
+COMMENT = re.compile(r"(^|\s)#.*")
+"""In a file of keys; a key may have a `#` inside."""
+
+FILE_HINT = "write a key a line into it: `openssl rand -hex 24 > FILE` makes one"
 KEY_HINT = "`export KIMI_MLX_API_KEY=$(openssl rand -hex 24)` makes one; clients send it as their API key"
 
 
@@ -117,6 +123,8 @@ def serve(
 
     if not keys and not is_loopback(host):
         raise UsageError(f"whoever reaches `{host}` could use the model: other machines need a key", hint=KEY_HINT)
+    if cache_dir is None and cache_disk != DISK_BYTES:
+        raise UsageError("`--cache-disk` limits a folder, and none is named", hint="add --cache-dir DIR")
     security = Security(host, keys, tuple(allow_host or ()), tuple(cors_origin or ()))
     options = ServingOptions(security, max_queue, max_body * MB, log_prompts)
     wanted = SessionOptions(
@@ -134,7 +142,7 @@ def serve(
         listener = stack.enter_context(closing(Listener(host, port)))  # a taken port is told before anything is loaded
         session, folder = _open(launched_of(context), target, wanted, ranks, strategy)
         stack.enter_context(closing(session))
-        greet = partial(_greet, target.name, listener.url, has_key=bool(keys))
+        greet = partial(_greet, target.name, listener, _key_as_typed(keys))
         server = _server(target, session, folder, served_name or (), options, greet)
         _log()
         server.run([listener.socket])
@@ -162,19 +170,31 @@ def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         UsageError: a file without keys, or a key that HTTP cannot carry.
     """
     own = Settings.from_environment().api_key
-    keys = [*given, *([own] if own else [])]
+    found = [("--api-key", key) for key in given] + ([("$KIMI_MLX_API_KEY", own)] if own else [])
     if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read `{file}`: {error}", hint="write a key a line into it") from error
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise UsageError(f"`{file}` has no key", hint="write a key a line into it")
-        keys += found
-    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise UsageError("an API key has letters, digits and signs of ASCII, without blanks", hint=KEY_HINT)
-    return tuple(dict.fromkeys(keys))
+        found += _keys_in(file)
+    for where, key in found:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            message = f"{where}: an API key has letters, digits and signs of ASCII, without blanks"
+            raise UsageError(message, hint=KEY_HINT)
+    return tuple(dict.fromkeys(key for _, key in found))
+
+
+def _keys_in(file: Path) -> list[tuple[str, str]]:
+    """The keys in a file, each after the place where it is."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"cannot read `{file}`: there is no such file", hint=FILE_HINT) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"cannot read `{file}`: it is not text in UTF-8", hint=FILE_HINT) from error
+    except OSError as error:
+        raise UsageError(f"cannot read `{file}`: {error.strerror}", hint=FILE_HINT) from error
+    lines = [COMMENT.sub("", line).strip() for line in text.splitlines()]
+    found = [(f"`{file}`, line {number}", line) for number, line in enumerate(lines, 1) if line]
+    if not found:
+        raise UsageError(f"`{file}` has no key", hint=FILE_HINT)
+    return found
 
 
 def _server(
@@ -204,16 +224,25 @@ def _server(
 def _log() -> None:
     """The server's log goes to stderr, a line a request."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for name, level in (("kimi_mlx", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(level)
 
 
-def _greet(name: str, url: str, *, has_key: bool) -> None:
+def _key_as_typed(keys: Sequence[str]) -> str | None:
+    """How a command names a key: never itself, as terminals are seen by others."""
+    if not keys:
+        return None
+    return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"
+
+
+def _greet(name: str, listener: Listener, key: str | None) -> None:
     """Where it is, and what to type next."""
-    key = ' -H "Authorization: Bearer $KIMI_MLX_API_KEY"' if has_key else ""
+    stderr.print(f"{name} is served on {listener.url}/v1 (Ctrl-C ends it)", markup=False)
+    if others := listener.other_urls:
+        stderr.print(f"other machines find it on {', '.join(f'{each}/v1' for each in others)}", markup=False)
+    header = "" if key is None else f' -H "Authorization: Bearer {key}"'
     body = """'{"messages": [{"role": "user", "content": "Hello"}]}'"""
-    stderr.print(f"{name} is served on {url}/v1 (Ctrl-C ends it)", markup=False)
-    stderr.print(f"try: curl {url}/v1/chat/completions{key} -d {body}", style="dim", markup=False)
+    stderr.print(f"try: curl {listener.url}/v1/chat/completions{header} -d {body}", style="dim", markup=False)

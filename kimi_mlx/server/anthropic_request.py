@@ -140,7 +140,7 @@ class OutputConfig(Body):
 class CountBody(Body):
     """What `/v1/messages/count_tokens` is sent."""
 
-    model: str
+    model: str | None = None
     messages: list[Turn] = Field(min_length=1)
     system: TextBlocks | None = None
     tools: list[Tool] | None = None

@@ -36,6 +36,6 @@ def anthropic_routes(context: Context) -> list[Route]:
     ]
 
 
-def _model(served: Served, name: str) -> str:
+def _model(served: Served, name: str | None) -> str:
     """The name that answers bear. Anthropic's names mean the model that is here: tools ask for them unasked."""
-    return served.name if name.startswith("claude-") else served.check(name)
+    return served.name if name and name.startswith("claude-") else served.check(name)

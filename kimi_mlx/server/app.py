@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_mlx.server.anthropic_answer import error_body
 from kimi_mlx.server.anthropic_routes import anthropic_routes
@@ -30,6 +31,16 @@ SHAPES: Mapping[str, ErrorShape] = {"/v1/messages": error_body}
 """How they write errors, by the beginning of their paths, where it is not as OpenAI does."""
 
 
+class Cors(CORSMiddleware):
+    """Lets named origins ask; all others are refused by what is behind it, in words."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a preflight, or pass on."""
+        origin = Headers(scope=scope).get("origin")
+        is_named = origin is not None and self.is_allowed_origin(origin)
+        await (super().__call__ if is_named else self.app)(scope, receive, send)
+
+
 def build_app(context: Context, security: Security, most_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
     """The application.
 
@@ -41,16 +52,16 @@ def build_app(context: Context, security: Security, most_body_bytes: int, *, log
     """
     routes = [route for api in APIS for route in api(context)] + _own_routes(context)
     app: ASGIApp = BodyLimit(Router(routes, redirect_slashes=False), most_body_bytes)
-    app = Boundary(Guard(app, security), SHAPES)
+    app = Boundary(Guard(app, security), SHAPES, [route.path_format for route in routes])
     if security.origins:
-        app = CORSMiddleware(
+        app = Cors(
             app,
             allow_origins=list(security.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Journal(app, context.service.metrics, frozenset(route.path for route in routes), log_prompts=log_prompts)
+    return Journal(app, context.service.metrics, routes, log_prompts=log_prompts)
 
 
 def _own_routes(context: Context) -> list[Route]:

@@ -39,9 +39,36 @@ def _mistake(error: ValidationError, body: object) -> ApiError:
     """The mistake that lies deepest: of several kinds that a value may have, the one that it comes nearest to."""
     found = [(place(each["loc"], body), each) for each in error.errors(include_url=False)]
     param, first = max(found, key=lambda each: (each[0].count(".") + each[0].count("["), _is_of_right_type(each[1])))
-    message = first["msg"].removeprefix("Value error, ")
+    message = _words(first)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"`{param}`: {message}" if param else message, code, param or None)
+
+
+WORDS = {
+    "missing": "it is missing",
+    "too_long": "it has {actual_length} items, at most {max_length} are taken",
+    "too_short": "it has {actual_length} items, at least {min_length} are needed",
+    "string_too_long": "it is longer than {max_length} characters",
+    "string_too_short": "it is shorter than {min_length} characters",
+    "greater_than": "it must be more than {gt}",
+    "greater_than_equal": "it must be at least {ge}",
+    "less_than": "it must be less than {lt}",
+    "less_than_equal": "it must be at most {le}",
+    "literal_error": "it must be {expected}",
+    "string_type": "it must be a string",
+    "int_type": "it must be an integer",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "list_type": "it must be a list",
+    "dict_type": "it must be an object",
+    "model_type": "it must be an object",
+}
+"""The library's commonest mistakes, in our words."""
+
+
+def _words(error: ErrorDetails) -> str:
+    words = WORDS.get(error["type"])
+    return error["msg"].removeprefix("Value error, ") if words is None else words.format(**error.get("ctx", {}))
 
 
 def place(loc: Sequence[str | int], body: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -28,10 +28,11 @@ class Boundary:
     Args:
         app: what is behind it.
         shapes: of errors, by the beginning of the path; OpenAI's for all others.
+        paths: that there are.
     """
 
-    def __init__(self, app: ASGIApp, shapes: Mapping[str, ErrorShape]):
-        self._app, self._shapes = app, shapes
+    def __init__(self, app: ASGIApp, shapes: Mapping[str, ErrorShape], paths: Sequence[str]):
+        self._app, self._shapes, self._paths = app, shapes, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
@@ -48,7 +49,8 @@ class Boundary:
         except (ClientGoneError, ClientDisconnect):
             scope[RECORD].is_gone = True
         except Exception as error:
-            told = _http_error(error) if isinstance(error, HTTPException) else api_error(error)
+            told = self._http_error(error, scope) if isinstance(error, HTTPException) else api_error(error)
+            scope[RECORD].reason = told.message
             if told.status == 500:
                 LOG.exception("%s %s has failed", scope["method"], scope["path"])
             if not has_begun:
@@ -65,10 +67,13 @@ class Boundary:
             headers["allow"] = error.allow
         return JsonResponse(shape(error), error.status, headers)
 
-
-def _http_error(error: HTTPException) -> ApiError:
-    """The router's errors."""
-    if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow")
-        return ApiError(405, f"this path takes {allow}", "method_not_allowed", allow=allow)
-    return ApiError(error.status_code, "there is no such path", "not_found")
+    def _http_error(self, error: HTTPException, scope: Scope) -> ApiError:
+        """The router's errors."""
+        if error.status_code == 405:
+            allow = (error.headers or {}).get("Allow")
+            return ApiError(405, f"this path takes {allow}", "method_not_allowed", allow=allow)
+        message = (
+            f"there is no path `{scope['path']:.100}`; the base URL of an OpenAI client ends in `/v1`, that of an "
+            f"Anthropic client has no path; there are {', '.join(self._paths)}"
+        )
+        return ApiError(error.status_code, message, "not_found")

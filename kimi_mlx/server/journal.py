@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.conversation import End, Item, Piece, Usage, total_usage
@@ -19,6 +20,9 @@ LOG = logging.getLogger(__name__)
 
 CLIENT_GONE = 499
 """The status, in the log, of a request whose client did not wait for the answer."""
+
+MOST_PATH, MOST_REASON = 200, 100
+"""Characters of a path, and of a reason, in the log."""
 
 RECORD = "kimi_mlx.record"
 """Where the record of a request is in its scope."""
@@ -36,6 +40,7 @@ class Record:
         first_s: how long until the first piece of an answer.
         ends: of its answers.
         is_gone: whether the client has not waited for the end.
+        reason: why it was refused, or ended before its time.
     """
 
     begun_at: float = field(default_factory=time.monotonic)
@@ -45,6 +50,7 @@ class Record:
     first_s: float | None = None
     ends: list[End] = field(default_factory=list[End])
     is_gone: bool = False
+    reason: str | None = None
 
     async def watch(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
         """Pass items on."""
@@ -63,11 +69,11 @@ class Journal:
     Args:
         app: what is behind it.
         metrics: where to count.
-        routes: paths that are counted by their names.
+        routes: that are counted by their paths.
         log_prompts: whether the log shows bodies.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], *, log_prompts: bool):
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], *, log_prompts: bool):
         self._app, self._metrics, self._routes, self._log_prompts = app, metrics, routes, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,22 +97,26 @@ class Journal:
     def _close(self, record: Record, scope: Scope) -> None:
         status = CLIENT_GONE if record.is_gone or record.status is None else record.status
         path = scope["path"]
-        self._metrics.requests.labels(path if path in self._routes else "other", str(status)).inc()
-        LOG.info("%s", _line(record, scope["method"], path, status))
+        label = next((route.path_format for route in self._routes if route.path_regex.match(path)), "other")
+        self._metrics.requests.labels(label, str(status)).inc()
+        client = (scope.get("client") or ("-",))[0]
+        LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MOST_PATH)}", status))
         if self._log_prompts and record.body:
             LOG.info("%s", record.body.decode(errors="replace"))
 
 
-def _line(record: Record, method: str, path: str, status: int) -> str:
-    parts = [f"{method} {_printable(path)} {status}", f"{time.monotonic() - record.begun_at:.2f} s"]
+def _line(record: Record, what: str, status: int) -> str:
+    parts = [f"{what} {status}", f"{time.monotonic() - record.begun_at:.2f} s"]
     if record.first_s is not None:
         parts.append(f"first {record.first_s:.2f} s")
     if record.ends:
         usage: Usage = total_usage(record.ends)
         parts.append(f"{usage.prompt} tokens, {usage.cached} of them cached, and {usage.completion} new")
+    if record.reason is not None:
+        parts.append(_printable(record.reason, MOST_REASON))
     return " · ".join(parts)
 
 
-def _printable(path: str) -> str:
-    """A path as one line of a terminal may show it."""
-    return "".join(each if each.isprintable() else "?" for each in path)[:200]
+def _printable(text: str, most: int) -> str:
+    """A text as one line of a terminal may show it."""
+    return "".join(each if each.isprintable() else "?" for each in text)[:most]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
+from contextlib import suppress
+from ipaddress import ip_address
 
 from kimi_mlx.errors import UsageError
+
+ELSEWHERE: dict[int, str] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+"""Addresses of nobody (RFC 5737, RFC 3849)."""
 
 
 class Listener:
@@ -45,9 +50,30 @@ class Listener:
     @property
     def url(self) -> str:
         """Where programs on this machine find it."""
-        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return self._url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host))
+
+    @property
+    def other_urls(self) -> list[str]:
+        """Where other machines find it, if it listens on all addresses: under this machine's name, and by number."""
+        if self.host not in ("0.0.0.0", "::"):
+            return []
+        numbers = _addresses(self.socket.family)
+        return [self._url(name) for name in (socket.gethostname(), *numbers)]
+
+    def _url(self, name: str) -> str:
         return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
 
     def close(self) -> None:
         """Give it back."""
         self.socket.close()
+
+
+def _addresses(family: int) -> list[str]:
+    """This machine's own, as its name and its route to others tell them."""
+    found: list[str] = []
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((ELSEWHERE[family], 9))  # chooses a route; nothing is sent
+        found.append(probe.getsockname()[0])
+    with suppress(OSError):
+        found += [str(each[4][0]) for each in socket.getaddrinfo(socket.gethostname(), None, family)]
+    return [each for each in dict.fromkeys(found) if not ip_address(each.partition("%")[0]).is_loopback]

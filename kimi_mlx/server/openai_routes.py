@@ -50,7 +50,8 @@ def openai_routes(context: Context) -> list[Route]:
         return await respond(request, service.answer(*wishes), translation, is_stream=bool(body.stream))
 
     async def models(request: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [served.to_dict()]})
+        ends = {"has_more": False, "first_id": served.name, "last_id": served.name}  # as Anthropic's API has it
+        return JsonResponse({"object": "list", "data": [served.to_dict()], **ends})
 
     async def model(request: Request) -> Response:
         served.check(request.path_params["name"])

@@ -57,8 +57,7 @@ def document(model_names: Sequence[str]) -> dict[str, Any]:
     )
     definitions: dict[str, Any] = schemas.get("$defs", {})
     for kind in kinds:
-        is_needed = kind.model_fields["model"].is_required()
-        definitions[kind.__name__]["properties"]["model"] = {"enum": [*model_names, *([] if is_needed else [None])]}
+        definitions[kind.__name__]["properties"]["model"] = {"enum": [*model_names, None]}
     posts = {path: {"post": _post(title, names[kind, "validation"]["$ref"])} for path, (kind, title) in BODIES.items()}
     gets = {path: {"get": _get(path, title)} for path, title in READS.items()}
     return {

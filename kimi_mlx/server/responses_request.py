@@ -135,7 +135,7 @@ class TextConfig(Body):
 class ResponsesBody(Body):
     """What `/v1/responses` is sent."""
 
-    model: str
+    model: str | None = None
     input: Items = Field(min_length=1)
     instructions: str | None = None
     stream: bool | None = None

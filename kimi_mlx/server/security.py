@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kimi_mlx.errors import UsageError
 from kimi_mlx.server.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -28,12 +29,19 @@ class Security:
         keys: that open it; none: everybody may.
         allowed_hosts: further names that it may be called by.
         origins: pages that may ask from a browser; `*` is all of them.
+
+    Raises:
+        UsageError: an origin is none.
     """
 
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()
     allowed_hosts: Collection[str] = ()
     origins: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            check_is_origin(origin)
 
     def check_host(self, header: str | None) -> None:
         """Refuse a name that is not ours: a foreign page whose name was pointed at this machine.
@@ -103,6 +111,18 @@ class Guard:
         if scope["path"] not in OPEN_PATHS:
             self._security.check_key(headers)
         await self._app(scope, receive, send)
+
+
+def check_is_origin(origin: str) -> None:
+    """Refuse what no browser sends as an origin.
+
+    Raises:
+        UsageError: it is more, or less, than a scheme, a name and perhaps a port.
+    """
+    parts = urlsplit(origin if "//" in origin else f"https://{origin}")
+    likely = f"{parts.scheme}://{parts.netloc or 'example.org'}".lower()
+    if origin != "*" and origin != likely:
+        raise UsageError(f"`{origin}` is no origin of pages: scheme, name and port", hint=f"write `{likely}`")
 
 
 def host_name(header: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from kimi_mlx.server.errors import ApiError
@@ -41,7 +42,8 @@ class Served:
         if name is None or name in self.names:
             return self.name
         names = ", ".join(f"`{each}`" for each in self.names)
-        raise ApiError(404, f"the model `{name:.100}` is not served here; there is {names}", "model_not_found", "model")
+        message = f"the model `{name:.100}` is not served here; there is {names} (`--served-name` gives it others)"
+        raise ApiError(404, message, "model_not_found", "model")
 
     def to_dict(self) -> dict[str, Any]:
         """As GET /v1/models lists it."""
@@ -53,5 +55,9 @@ class Served:
             # as other servers name it, for tools that look for it
             "max_model_len": self.context_tokens,
             "context_length": self.context_tokens,
-            "aliases": list(self.aliases),
+            "aliases": self.names[1:],
+            # as Anthropic's API has it, on the same path
+            "type": "model",
+            "display_name": self.name,
+            "created_at": datetime.fromtimestamp(self.created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }

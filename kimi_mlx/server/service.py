@@ -19,6 +19,7 @@ from kimi_mlx.server.inbox import Inbox
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import Model, choice_of
 from kimi_mlx.server.reading import Reading
+from kimi_mlx.server.ring_log import RingLog
 from kimi_mlx.server.waiting_line import Turn, WaitingLine
 
 LOG = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Service:
         self.is_closing = False
         self.running = 0
         """Answers that the engine has begun."""
+        self.ring_log = RingLog()
         self._line = WaitingLine(places, metrics)
         self._runs: set[_Run] = set()
 
@@ -168,9 +170,11 @@ class _Run:
             raise event
         if isinstance(event, Interrupted):
             self._metrics.interruptions.inc()
+            self._service.ring_log.lost(event)
             self._state = Waiting(reason=event.reason)
             yield self._state
         elif isinstance(event, Resumed):
+            self._service.ring_log.back(event)
             self._state = Waiting()
         else:
             self._begin(index)

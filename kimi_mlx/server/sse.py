@@ -74,15 +74,15 @@ class EventStream(Response):
         """Send it."""
         async with aclosing(self._rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await while_connected(receive, self._write(send))
+            await while_connected(receive, self._write(send, scope[RECORD]))
 
-    async def _write(self, send: Send) -> None:
-        async with aclosing(self._encoded()) as chunks:
+    async def _write(self, send: Send, record: Record) -> None:
+        async with aclosing(self._encoded(record)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _encoded(self) -> AsyncGenerator[bytes, None]:
+    async def _encoded(self, record: Record) -> AsyncGenerator[bytes, None]:
         """The bytes of the stream; a comment where there was nothing else for some seconds."""
         translation = self._translation
         try:
@@ -97,6 +97,7 @@ class EventStream(Response):
                     said_at = time.monotonic()
             events = translation.end()
         except ApiError as error:
+            record.reason = f"stopped: {error.message}"
             events = translation.fail(error)
         yield _bytes(*events)
 

@@ -33,7 +33,8 @@ class WaitingLine:
             ApiError: 400 if there will never be so many, 429 if there are not now.
         """
         if count > self._places:
-            raise ApiError(400, f"{count} answers are asked for, at most {self._places} may wait", param="n")
+            message = f"{count} answers are asked for at once, the server lets at most {self._places} wait"
+            raise ApiError(400, f"{message} (its `--max-queue`)", param="n")
         if self.waiting + count > self._places:
             self._metrics.refused.inc(count)
             retry = min(max(math.ceil(self._last_wait_s), 1), LONGEST_RETRY_S)

@@ -74,7 +74,7 @@ def test_it_answers_and_ends_in_order() -> None:
     assert code == 130
     assert b'"code":"stopping"' in data
     assert b"data: [DONE]" in data
-    assert "POST /v1/chat/completions 200" in said
+    assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is being stopped", said)
     assert "Traceback" not in said
     assert '"content"' not in said
 
@@ -112,7 +112,10 @@ def test_a_lost_rank_is_a_pause() -> None:
     assert b'"finish_reason":"length"' in data
     assert b'"error"' not in data
     assert "kimi_mlx_ring_restarts 1.0" in serving.figures()
-    assert serving.end(signal.SIGTERM)[0] == 143
+    code, said = serving.end(signal.SIGTERM)
+    assert code == 143
+    assert said.count("the ring is lost: rank 1") == 1
+    assert said.count("the ring is back after ") == 1
 
 
 def test_the_network_needs_a_key() -> None:
@@ -124,13 +127,47 @@ def test_the_network_needs_a_key() -> None:
 
 def test_keys_must_be_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    for text, said in ((None, "cannot read"), ("# nothing\n\n", "has no key"), ("one two\n", "without blanks")):
+    mistakes = (
+        (None, "there is no such file"),
+        ("# nothing\n\n", "has no key"),
+        ("one # first\none two\n", "line 2: an API key has"),
+    )
+    for text, said in mistakes:
         if text is not None:
             file.write_text(text)
         refused = call("serve", "--api-key-file", str(file))
         assert refused.returncode == 2
         assert said in refused.stderr
     assert "without blanks" in call("serve", "--api-key", "").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--cors-origin", "example.org"), "write `https://example.org`"),
+        (("--cors-origin", "https://example.org/page"), "write `https://example.org`"),
+        (("--cache-disk", "5GB"), "add --cache-dir DIR"),
+        (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes holds nothing"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], said: str) -> None:
+    refused = call("serve", *arguments)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+
+
+def test_other_machines_are_told_where(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("se#cret # of the laptop\n")
+    serving = Serving("--host", "0.0.0.0", "--api-key-file", str(keys))
+    assert f"http://{socket.gethostname()}:{serving.port}/v1" in serving.greeting
+    assert "Bearer KEY" in serving.greeting
+    assert serving.ask("se#cret").startswith("Hello!")
+    assert raw.request(serving.port, "POST", "/chat/completions").status == 401
+    code, said = serving.end(signal.SIGTERM)
+    assert code == 143
+    assert "127.0.0.1 POST /chat/completions 401" in said
+    assert "an API key is needed" in said
 
 
 def test_a_taken_port_is_told() -> None:

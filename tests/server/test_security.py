@@ -65,6 +65,7 @@ def test_a_named_page_may_ask(guarded: Running) -> None:
     assert response.headers["access-control-allow-origin"] == PAGE
     foreign = raw.request(guarded.port, "OPTIONS", "/v1/models", headers=headers | {"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in foreign.headers
+    assert (foreign.status, "--cors-origin" in foreign.error["message"]) == (403, True)
     refused = raw.chat(guarded.port, {"origin": PAGE})
     assert refused.status == 401
     assert refused.headers["access-control-allow-origin"] == PAGE

@@ -186,7 +186,7 @@ def test_what_is_not_served_is_refused_by_name(
         {"messages": [{"role": "user", "content": [{"text": "no type"}]}]},
         {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
         {"max_tokens": 0},
-        {"model": None},
+        {"model": 1},
         {"output_config": {"format": {"type": "json_schema"}}},
     ],
 )

@@ -169,6 +169,25 @@ def test_errors_of_the_engine_are_told(service: Service, session: HandSession, e
     run(work)
 
 
+def test_a_lost_ring_is_in_the_log_once(
+    service: Service, session: HandSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        await session.asked(2)
+        lost = Interrupted("rank 1 is lost", 1, 3)
+        for event in (lost, Resumed(2.0), finished()):
+            for deliver in session.delivers:
+                deliver(event)
+        await task
+
+    run(work)
+    assert [(each.levelname, each.message) for each in caplog.records if "ring" in each.message] == [
+        ("WARNING", "the ring is lost: rank 1 is lost (start 1 of 3)"),
+        ("WARNING", "the ring is back after 2.0 s"),
+    ]
+
+
 def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
