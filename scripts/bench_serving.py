@@ -95,7 +95,7 @@ def main(
         total = len(sides) * load.requests * (warmup + repeat)
         with _bar(total, is_quiet=json) as progress:
             runs = measure_serving(sides, load, warmup, repeat, disturbance, progress)
-        healths = {side.side: side.health() for side in sides}
+        healths = {side.side: side.health_afterwards() for side in sides}
     _show(ServingReport(load, settings, runs, healths), is_json=json, is_markdown=markdown)
     if any(exchange.error for run in runs for exchange in run.exchanges if run.side == OURS):
         raise typer.Exit(1)

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import httpx2
 
 from kimi_mlx.bench.serving_client import Chat, Exchange, ask, body_of, make_client
-from kimi_mlx.bench.serving_disturbers import Disturbance, Disturbed, disturb
+from kimi_mlx.bench.serving_disturbers import Disturbance, Disturbed, Disturbers
 from kimi_mlx.bench.serving_prompts import Load, random_text
 from kimi_mlx.bench.serving_servers import Served
 
@@ -104,8 +105,9 @@ async def _run(
         progress(served.side, exchange)
 
     numbers = iter(range(load.conversations))
+    disturbers = Disturbers(served, disturbance) if disturbance else None
     async with make_client(served.url, served.api_key) as client:
-        others = asyncio.create_task(disturb(served, disturbance)) if disturbance else None
+        others = asyncio.create_task(disturbers.run()) if disturbers else None
         started = time.perf_counter()
         await asyncio.gather(*(_client(client, load, repetition, numbers, ended) for _ in range(load.clients)))
         wall_s = time.perf_counter() - started
@@ -114,7 +116,9 @@ async def _run(
     return ServingRun(served.side, repetition, tuple(exchanges), wall_s, tuple(resident), disturbed)
 
 
-async def _client(client: Any, load: Load, repetition: int, numbers: Iterator[int], ended: Ended) -> None:
+async def _client(
+    client: httpx2.AsyncClient, load: Load, repetition: int, numbers: Iterator[int], ended: Ended
+) -> None:
     """Take conversations until none is left."""
     for number in numbers:
         chat: Chat = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import httpx2
 Chat = list[dict[str, str]]
 """Messages as OpenAI has them."""
 
+CHAT_PATH = "/v1/chat/completions"
 PATIENCE_S = 600.0
 """For anything to come."""
 
@@ -58,18 +60,22 @@ class Exchange:
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
-def make_client(url: str, api_key: str | None = None, transport: httpx2.AsyncHTTPTransport | None = None) -> Any:
-    """A client with as many connections as are needed.
+def make_client(url: str, api_key: str | None = None, *, receive_bytes: int | None = None) -> httpx2.AsyncClient:
+    """A client with as many connections as are needed; making one takes long, so it is made before a clock starts.
 
     Args:
         url: of the server's root.
         api_key: if it wants one.
-        transport: for unusual sockets.
+        receive_bytes: of each connection's buffer; None: the system's choice.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    options = [] if receive_bytes is None else [(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)]
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     return httpx2.AsyncClient(
-        base_url=url, headers=headers, timeout=PATIENCE_S, limits=limits, transport=transport, trust_env=False
+        base_url=url,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=PATIENCE_S,
+        trust_env=False,  # no proxy in between
+        transport=httpx2.AsyncHTTPTransport(limits=limits, socket_options=options, trust_env=False),
     )
 
 
@@ -88,7 +94,7 @@ async def ask(client: httpx2.AsyncClient, body: dict[str, Any], exchange: Exchan
     """Fill in an exchange; errors of any kind become words in it."""
     exchange.started_at = time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        async with client.stream("POST", CHAT_PATH, json=body) as response:
             if response.status_code != 200:
                 exchange.error = f"HTTP {response.status_code}"
             elif "stream" in body:

@@ -57,6 +57,13 @@ class Served:
         except OSError:
             return {}
 
+    def health_afterwards(self, limit_s: float = 10) -> dict[str, Any]:
+        """What it says of itself when nothing runs any more, or after this time; it needs a step to see an abort."""
+        ends_at = time.monotonic() + limit_s
+        while (health := self.health()).get("running") and time.monotonic() < ends_at:
+            time.sleep(0.05)
+        return health
+
     def answers(self) -> bool:
         """Whether it answers a small request."""
         body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "temperature": 0})

@@ -131,4 +131,4 @@ def test_disturbers_leave_no_trace(served: Served) -> None:
     assert run.disturbed is not None
     assert (run.disturbed.aborted, run.disturbed.read_slowly, run.disturbed.errors) == (4, 1, ())
     assert [each.error for each in run.exchanges] == [None, None]
-    assert served.health()["running"] == 0
+    assert served.health_afterwards()["running"] == 0
