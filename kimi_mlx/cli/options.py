@@ -126,7 +126,8 @@ CacheMemoryOption = Annotated[
         "--cache-memory",
         parser=_parse_size,
         metavar="SIZE",
-        help="Memory of each rank for the caches of all conversations, such as `20GB`. Default: what is free.",
+        help="Memory of each rank for the caches of all conversations, such as `20GB`. Default: what is free, "
+        "for 8 full contexts at most.",
         show_default=False,
     ),
 ]

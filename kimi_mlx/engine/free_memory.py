@@ -23,6 +23,9 @@ PLANNED_CONTEXT = 32_768
 CACHE_SHARE = 0.7
 """Of the free memory: MLX keeps freed arrays for the next ones, and a buffer that grows is there twice for a moment."""
 
+CONTEXTS = 8
+"""So many full contexts are enough, where nobody asks for more."""
+
 MIN_CACHE_TOKENS = 4096
 """Where less seems to be free, the estimate may be wrong: that much is tried."""
 
@@ -50,7 +53,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
     Args:
         model: the model.
         group: the ranks.
-        cache_bytes: for the caches on each rank; None: most of what is free.
+        cache_bytes: for the caches on each rank; None: most of what is free, as far as it is of use.
         chunk: None: as many as pay and fit.
     """
     config, holding, free = model.config, holding_of(model), free_bytes()
@@ -59,6 +62,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
     chosen = chunk or choose_chunk(config, holding, free - context * token_bytes, context)
     if cache_bytes is None:
         cache_bytes = int(CACHE_SHARE * (free - prefill_bytes(config, holding, chosen, context)))
+        cache_bytes = min(cache_bytes, CONTEXTS * config.max_position_embeddings * token_bytes)
     tokens = min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MOST_CACHE_TOKENS)
     least = group.gather(mx.array([chosen, tokens], mx.int32)).min(axis=0)
     return Limits(*cast("list[int]", least.tolist()))
