@@ -24,6 +24,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+EXAMPLES = "Examples:\n\n" + "\n\n".join((__doc__ or "").splitlines()[2:])
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 # Servers that the benchmark starts find the package too.
@@ -132,7 +134,9 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):  # end servers in order, as Ctrl-C does
         signal.signal(number, _end)
     try:
-        typer.run(main)
+        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        app.command(epilog=EXAMPLES)(main)
+        app()
     except KimiMlxError as error:
         print_error(error)
         sys.exit(2 if isinstance(error, UsageError) else 1)

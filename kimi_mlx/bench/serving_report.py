@@ -82,7 +82,7 @@ class ServingReport:
     def summary(self) -> list[str]:
         """Ratios, whether texts are the same, what was disturbed, what is left of it."""
         lines = [
-            f"kimi-mlx / {ratio.against} in {ratio.figure.replace('_s', '')}: {_spread(ratio.ratio, 2)}"
+            f"kimi-mlx / {ratio.against} in {_name(ratio.figure)}: {_spread(ratio.ratio, 2)}"
             for ratio in serving_ratios(self.runs)
         ]
         lines += [
@@ -130,6 +130,10 @@ COLUMNS: Sequence[Column] = (
 
 def _ttft_of(turn: int) -> Callable[[ServingRow], str]:
     return lambda row: _milliseconds(row.ttft_s[turn] if turn < len(row.ttft_s) else None)
+
+
+def _name(figure: str) -> str:
+    return figure.replace("tok_per_s", "new tok/s").replace("ttft_s", "p50 of TTFT,")
 
 
 def _spread(spread: Spread, digits: int) -> str:
