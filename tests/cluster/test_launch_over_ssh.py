@@ -123,6 +123,7 @@ def test_what_was_found_is_saved_and_the_answer_survives_kill_stop_and_a_short_c
     assert outcome.effects[2].noticed_s is None
 
 
+@pytest.mark.sweep
 def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that_is_off(
     hosts: Hosts, expected: str, where: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,11 @@ def test_among_each_other_and_along_drafts(requests: list[Request], expected: li
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "speculate"),
-    [("expert", 0), pytest.param("pipeline", 0, marks=pytest.mark.sweep), ("pipeline", 5)],
+    [
+        pytest.param("expert", 0, marks=pytest.mark.sweep),
+        pytest.param("pipeline", 0, marks=pytest.mark.sweep),
+        ("pipeline", 5),
+    ],
 )
 def test_on_a_ring_that_is_lost_in_the_middle(
     requests: list[Request],

@@ -40,7 +40,7 @@ def run_ring(case: dict[str, Any], folder: Path) -> list[tuple[list[int], int]]:
 
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param("hybrid", marks=pytest.mark.sweep), pytest.param("pipeline:3:1", marks=pytest.mark.slow)],
+    [pytest.param("hybrid", marks=pytest.mark.sweep), pytest.param("pipeline:3:1", marks=pytest.mark.sweep)],
 )
 def test_a_ring_finds_what_the_last_one_has_read(tmp_path: Path, strategy: str) -> None:
     case = {"folder": str(KIMI_MINI), "strategy": strategy, "ranks": 2, "cache_dir": str(tmp_path / "cache")}
