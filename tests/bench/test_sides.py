@@ -97,7 +97,7 @@ def test_kimi_mlx_on_ranks_keeps_the_depth_and_tells_the_memory_of_each(tiny: Pa
     assert all(outcome.peak_memory_bytes)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.ranks
 def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
     """A token costs hybrid a collective a layer, mlx-lm's tensor mode two."""

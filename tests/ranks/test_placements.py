@@ -126,7 +126,7 @@ def check(
             assert all(answers[number] == said[0][number] for answers in said), each["strategy"]
 
 
-SIZES = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.sweep)]
+SIZES = [2, *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4))]
 LONG_SIZES = [pytest.param(size, marks=pytest.mark.sweep) for size in (2, 3, 4)]
 
 
