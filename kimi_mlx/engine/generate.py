@@ -91,11 +91,6 @@ class Engine:
         return len(self._running)
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that are not begun."""
-        return len(self._waiting)
-
-    @property
     def cached_tokens(self) -> int:
         """In the caches, of requests that run and of those that are over."""
         return self._shelf.busy_tokens + self._shelf.idle_tokens

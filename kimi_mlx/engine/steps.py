@@ -157,5 +157,6 @@ class Steps:
 
     def _arrays(self, step: Step) -> list[mx.array]:
         told = [] if step.told is None else step.told.arrays
-        layers = [layer for row in step.rows if row.is_alive for layer in row.sequence.layers]
+        # The states of whoever asks come of all layers' caches; of others the last layer's is wanted for itself.
+        layers = [layer for row in step.rows if not row.last and row.is_alive for layer in row.sequence.layers]
         return [step.hidden, *told, *(array for layer in layers for array in layer.state)]

@@ -42,7 +42,8 @@ def home(tmp_path: Path, running: Running) -> Path:
 
 def test_llm_draws_the_pelican(home: Path) -> None:
     drawing = llm(home, "-m", "kimi-mini", PELICAN, "-o", "max_tokens", "2000", "-o", "temperature", "0")
-    parseString(drawing[drawing.index("<svg") : drawing.index("</svg>") + 6])
+    document = parseString(drawing[drawing.index("<svg") : drawing.index("</svg>") + 6])
+    assert document.getElementsByTagName("circle")
 
 
 def test_llm_keeps_to_a_schema(home: Path) -> None:
