@@ -100,18 +100,21 @@ class Batch:
     def _rows_ahead(self, before: Step | None) -> list[Row]:
         """Who goes on from a token that is drawn now, then chunks of prompts."""
         rows: list[Row] = []
-        for at, row in enumerate([] if before is None else before.rows):
-            sequence = row.sequence
-            if row.last and row.is_alive and sequence.room > 1:
-                sequence.fed += 1
-                rows.append(Row(sequence, row.run, 1, 1, sequence.fed, len(rows), source=at))
+        going = [
+            (row.sequence.fed, at, row)
+            for at, row in enumerate([] if before is None else before.rows)
+            if row.last and row.is_alive and row.sequence.room > 1
+        ]
+        for _, at, row in sorted(going, key=lambda each: each[:2]):  # by length: see kimi_mlx.model.step.Stack
+            row.sequence.fed += 1
+            rows.append(Row(row.sequence, row.run, 1, 1, row.sequence.fed, len(rows), source=at))
         return rows + self._chunks(len(rows))
 
     def _rows(self) -> list[Row]:
         """Who goes on from a known token, with a draft of those behind it, then chunks of prompts."""
         rows: list[Row] = []
         asked = 0
-        for sequence in self.members:
+        for sequence in sorted(self.members, key=lambda each: each.fed):
             if sequence.generated and sequence.fed == len(sequence.tokens) - 1:
                 tokens = (*sequence.feed(1), *sequence.draft)
                 sequence.fed += len(sequence.draft)

@@ -104,7 +104,7 @@ class ConversationCache:
         for layer, layer_rows in zip(self.layers, rows, strict=True):
             if layer.keys is None:
                 layer.keys = mx.zeros((1, 1, room_of(room), rows.shape[2]), rows.dtype)
-            layer.update_and_fetch(layer_rows[None, None])
+            layer.append(layer_rows[None, None])
         mx.eval([layer.state for layer in self.layers])  # a block at a time: no second copy of all of them
         self.tokens.extend(tokens)
 

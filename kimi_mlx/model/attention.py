@@ -17,7 +17,7 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.rope import is_gpu
 from kimi_mlx.model.sizes import expanded_width, heads_at_once
-from kimi_mlx.model.step import Segment, Step
+from kimi_mlx.model.step import Segment, Stack, Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
 
@@ -90,50 +90,50 @@ class Attention(nn.Module):
         k_rope = step.rotate(k_rope[:, None])  # (B, 1, L, P)
         latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], NORM_EPS_LATENT)[:, None]  # (B, 1, L, R)
         rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
-        keys = [
-            cache.update_and_fetch(rows[:, :, segment.start : segment.stop])  # (B, 1, T, R + P)
-            for segment, cache in zip(step.segments, caches, strict=True)
-        ]
-        out = self._attend(q_nope, q_rope, keys, asking)  # (B, H, M, V)
+        for segment, cache in zip(step.segments, caches, strict=True):
+            cache.append(rows[:, :, segment.start : segment.stop])
+        out = self._attend(q_nope, q_rope, caches, asking)  # (B, H, M, V)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, M, -1))
 
-    def _attend(self, q_nope: mx.array, q_rope: mx.array, keys: Sequence[mx.array], step: Step) -> mx.array:
+    def _attend(self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], step: Step) -> mx.array:
         """Each segment over its own keys; what needs no keys is done for all short ones at once."""
-        pairs = [(segment, key) for segment, key in zip(step.segments, keys, strict=True) if segment.length]
         outs: list[mx.array] = []
         if short := step.short:
             q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
             q = mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)  # a segment's are a piece of it
-            attended = [self._absorbed(q, key, segment) for segment, key in pairs if segment.stop <= short]
+            attended = [self._absorbed(q, caches, stack) for stack in step.stacks]
             outs.append(self.unembed_out.matmul(_joined(attended, axis=1).swapaxes(1, 2)))
         if step.length > short:
             q = mx.concatenate([q_nope, q_rope], axis=-1)
-            outs += [self._expanded(q, key, segment) for segment, key in pairs if segment.stop > short]
+            pairs = zip(step.segments, caches, strict=True)
+            outs += [self._expanded(q, cache, segment) for segment, cache in pairs if segment.stop > short]
         return _joined(outs)
 
-    def _absorbed(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
+    def _absorbed(self, q: mx.array, caches: Sequence[LatentCache], stack: Stack) -> mx.array:
         """Attention in the latent space, for a few queries: the cache itself is key and value.
 
         Args:
             q: (B, L, H, R + P) of all segments.
-            keys: (B, 1, T, R + P).
-            segment: whose they are.
+            caches: of all sequences.
+            stack: whose they are, N sequences; B is 1 if there are several.
 
         Returns:
-            (B, length, H, R).
+            (B, tokens of the stack, H, R).
         """
-        q = q[:, segment.start : segment.stop]
+        q = q[:, stack.start : stack.stop]
         B, L, H, width = q.shape
+        N = len(stack.numbers)
+        keys = _joined([caches[number].fetch(stack.total) for number in stack.numbers], axis=0)  # (B * N, 1, T, R + P)
         # addmm scales and masks within the one matrix product.
         scores = mx.addmm(
-            segment.mask(H, q.dtype), q.reshape(B, 1, L * H, width), keys.swapaxes(-1, -2), alpha=self.scale
-        )  # (B, 1, L * H, T)
+            stack.mask(H, q.dtype), q.reshape(B * N, 1, -1, width), keys.swapaxes(-1, -2), alpha=self.scale
+        )  # (B * N, 1, L / N * H, T)
         probabilities = mx.softmax(scores, axis=-1, precise=True)
         return (probabilities @ keys[..., : self.latent_dim]).reshape(B, L, H, -1)
 
-    def _expanded(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
+    def _expanded(self, q: mx.array, cache: LatentCache, segment: Segment) -> mx.array:
         """Attention by heads, for prefill; neither all scores nor, in a long context, all keys are ever there."""
-        q = q[:, :, segment.start : segment.stop]
+        q, keys = q[:, :, segment.start : segment.stop], cache.fetch(segment.total)
         if is_fused(q.shape[-1], self.unembed_out.rows):
             return self._fused(q, keys)
         return attend(q * self.scale, keys, self._expand, segment.diagonal)

@@ -19,21 +19,28 @@ class LatentCache:
         self.keys: mx.array | None = None
         self.offset = 0
 
-    def update_and_fetch(self, rows: mx.array) -> mx.array:
-        """Append rows (B, 1, L, R + P) and return all: (B, 1, offset, R + P)."""
+    def append(self, rows: mx.array) -> None:
+        """Take the rows of new tokens, (B, 1, L, R + P)."""
         start, end = self.offset, self.offset + rows.shape[2]
-        if self.keys is None or end > self.keys.shape[2]:
-            self._grow(rows, start, end)
-        assert self.keys is not None
+        if self.keys is None:
+            self.keys = rows[:, :, :0]
+        self._reserve(end)
         self.keys[:, :, start:end] = rows
         self.offset = end
-        return self.keys[:, :, :end]
 
-    def _grow(self, rows: mx.array, start: int, end: int) -> None:
-        size = -(-end // self.step) * self.step
-        batch, heads, _, width = rows.shape
-        fresh = mx.zeros((batch, heads, size - start, width), dtype=rows.dtype)
-        self.keys = fresh if self.keys is None else mx.concatenate([self.keys[:, :, :start], fresh], axis=2)
+    def fetch(self, length: int) -> mx.array:
+        """So many rows from the first on, (B, 1, length, R + P); what lies behind `offset` is finite, and no more."""
+        self._reserve(length)
+        assert self.keys is not None
+        return self.keys[:, :, :length]
+
+    def _reserve(self, end: int) -> None:
+        """Grow the buffer if it is shorter."""
+        assert self.keys is not None
+        batch, heads, size, width = self.keys.shape
+        if end > size:
+            fresh = mx.zeros((batch, heads, -(-end // self.step) * self.step - self.offset, width), self.keys.dtype)
+            self.keys = mx.concatenate([self.keys[:, :, : self.offset], fresh], axis=2)
 
     def copy(self, other: LatentCache, length: int) -> None:
         """Hold the first tokens of another cache, of which it has as many."""

@@ -17,31 +17,69 @@ from kimi_mlx.model.sizes import QUERY_BLOCK
 ABSORB_MAX_LENGTH = 8
 """Up to this many new tokens attend in the latent space: cheaper than expanding T cached tokens into heads."""
 
+STACK_MAX_KEYS = 512
+"""The caches of sequences up to this length are copied side by side: cheaper than a few kernels for each of them."""
+
+STACK_MAX_PADDING = 64
+"""Of sequences whose lengths differ by no more than this."""
+
 
 class Segment:
     """The tokens of one sequence in a step: `length` new ones after `offset` in its cache.
 
     Attributes:
         start, stop: where they are in the step.
+        total: tokens in the cache with the new ones.
     """
 
     def __init__(self, offset: int, length: int, start: int):
-        self.offset, self.length = offset, length
+        self.offset, self.length, self.total = offset, length, offset + length
         self.start, self.stop = start, start + length
-        self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
 
     @cached_property
     def diagonal(self) -> mx.array:
         """The mask that kimi_mlx.model.blockwise.attend takes, float32."""
         return causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, self.length), mx.float32)
 
+
+class Stack:
+    """Neighbouring segments that attend in the latent space at once: N of one token each, or one of some.
+
+    Args:
+        segments: with the numbers of their sequences.
+
+    Attributes:
+        numbers: of the sequences.
+        start, stop: where their tokens are in the step.
+        total: T, of the longest; the others' keys are padded up to it.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, Segment]]):
+        self.numbers = [number for number, _ in segments]
+        self._segments = [segment for _, segment in segments]
+        self.start, self.stop = self._segments[0].start, self._segments[-1].stop
+        self.total = max(segment.total for segment in self._segments)
+        self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
+
+    def fits(self, segment: Segment) -> bool:
+        """Whether the next segment may be one of the stack."""
+        totals = [segment.total, *(each.total for each in self._segments)]
+        is_single = segment.length == self._segments[0].length == 1
+        return is_single and max(totals) <= min(STACK_MAX_KEYS, min(totals) + STACK_MAX_PADDING)
+
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
-        """Additive causal mask for scores with the heads of each query in turn: (length * H, T); (1,) for one."""
-        if self.length == 1:
+        """Additive mask for scores (N, 1, length * H, T) with the heads of each query in turn; (1,) if all see all."""
+        totals = [segment.total for segment in self._segments]
+        length = self._segments[0].length
+        if length == 1 and min(totals) == self.total:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
-            mask = causal_mask(self.length, self.offset + self.length, dtype)
-            self._masks[heads, dtype] = mx.repeat(mask, heads, axis=0)
+            if len(totals) > 1:
+                visible = mx.arange(self.total) < mx.array(totals)[:, None, None, None]
+                mask = additive(visible, dtype)
+            else:
+                mask = mx.repeat(causal_mask(length, self.total, dtype), heads, axis=0)
+            self._masks[heads, dtype] = mask
         return self._masks[heads, dtype]
 
 
@@ -69,6 +107,20 @@ class Step:
             self.length += length
         self.rotate = rope.at([(offset, length) for offset, length in lengths if length])
         self._rope = rope
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """All segments that attend in the latent space; those of one token are the better stacked the more their
+        neighbours are as long."""
+        stacks: list[list[tuple[int, Segment]]] = []
+        for pair in enumerate(self.segments):
+            segment = pair[1]
+            if segment.length and segment.stop <= self.short:
+                if stacks and Stack(stacks[-1]).fits(segment):
+                    stacks[-1].append(pair)
+                else:
+                    stacks.append([pair])
+        return [Stack(pairs) for pairs in stacks]
 
     def last(self, counts: Sequence[int]) -> Asked:
         """The step of the last of the new tokens alone.
@@ -114,5 +166,9 @@ def no_mask(dtype: mx.Dtype) -> mx.array:
 
 def causal_mask(length: int, total: int, dtype: mx.Dtype) -> mx.array:
     """Additive mask (length, total): query i, the one at total - length + i, sees the keys up to itself."""
-    visible = mx.arange(total)[None] <= mx.arange(total - length, total)[:, None]
+    return additive(mx.arange(total)[None] <= mx.arange(total - length, total)[:, None], dtype)
+
+
+def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A mask that is added to scores: 0 where a query sees the key, else -inf."""
     return mx.where(visible, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))

@@ -46,7 +46,7 @@ def feed(cache: ConversationCache, tokens: Sequence[int]) -> None:
     """Go on with further tokens, as the engine does."""
     fresh = mx.array(rows([*cache.tokens, *tokens])[:, len(cache.tokens) :])
     for layer, layer_rows in zip(cache.layers, fresh, strict=True):
-        layer.update_and_fetch(layer_rows[None, None])
+        layer.append(layer_rows[None, None])
     cache.tokens.extend(tokens)
 
 

@@ -54,7 +54,7 @@ def fill(model: Model, tokens: int) -> list:
     cache = model.make_cache()
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     for layer in cache:
-        layer.update_and_fetch(mx.random.normal((1, 1, tokens, width)))
+        layer.append(mx.random.normal((1, 1, tokens, width)))
     mx.eval([layer.state for layer in cache])
     mx.clear_cache()
     return cache

@@ -11,7 +11,7 @@ import pytest
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, Part
 from kimi_mlx.model.rope import ComplexRotation, FastRotation, Rope
-from kimi_mlx.model.step import Step
+from kimi_mlx.model.step import STACK_MAX_KEYS, STACK_MAX_PADDING, Step
 from kimi_mlx.weights.assemble import load_model
 
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
@@ -35,10 +35,27 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
 
 def test_a_mask_is_made_once_for_all_layers() -> None:
     step = Step(Rope(load_config(FOLDER)), [(2, 2)])
-    mask = step.segments[0].mask(heads=3, dtype=mx.float32)
+    mask = step.stacks[0].mask(heads=3, dtype=mx.float32)
     assert mask.tolist() == [[0, 0, 0, -np.inf]] * 3 + [[0, 0, 0, 0]] * 3
-    assert step.segments[0].mask(heads=3, dtype=mx.float32) is mask
-    assert step.last([1]).segments[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
+    assert step.stacks[0].mask(heads=3, dtype=mx.float32) is mask
+    assert step.last([1]).stacks[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "stacks"),
+    [
+        ([(4, 1), (4, 1), (5, 1)], [[0, 1, 2]]),
+        ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),  # several tokens of one sequence stay alone
+        ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # one that has none does not part the others
+        ([(1, 1), (1 + STACK_MAX_PADDING, 1), (2 + STACK_MAX_PADDING, 1)], [[0, 1], [2]]),
+        ([(STACK_MAX_KEYS - 1, 1), (STACK_MAX_KEYS, 1), (STACK_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
+        ([(4, 1), (0, 100), (4, 1)], [[0]]),  # behind a long one all attend by heads
+    ],
+)
+def test_sequences_of_similar_length_with_one_new_token_are_stacked(
+    lengths: list[tuple[int, int]], stacks: list[list[int]]
+) -> None:
+    assert [stack.numbers for stack in Step(Rope(load_config(FOLDER)), lengths).stacks] == stacks
 
 
 @pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])
@@ -55,9 +72,15 @@ def test_runs_of_positions_are_rotated_as_each_alone(runs: list[tuple[int, int]]
         np.testing.assert_allclose(np.array(kind(rope, runs)(x)), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model) -> None:
+@pytest.mark.parametrize(
+    "lengths",  # in the cache, new, asked
+    [
+        [(3, 1, 1), (30, 4, 2), (0, 20, 0), (9, 12, 1), (300, 2, 2)],
+        [(3, 1, 1), (40, 1, 1), (40, 1, 1), (254, 1, 1), (256, 1, 1), (300, 1, 1), (600, 1, 1), (0, 20, 1)],
+    ],
+)
+def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model, lengths: list[tuple[int, int, int]]) -> None:
     mx.random.seed(6)
-    lengths = [(3, 1, 1), (30, 4, 2), (0, 20, 0), (9, 12, 1), (300, 2, 2)]  # in the cache, new, asked
     new, parts, expected = [], [], []
     for offset, length, last in lengths:
         tokens = mx.random.randint(0, model.config.vocab_size, (1, offset + length))
