@@ -11,6 +11,7 @@ KimiMlxError
 ├── PlacementError   a model that cannot be divided as asked
 ├── EngineError      generation: request too long, cache misuse
 │   └── CacheError          a block of the prompt cache on disk that cannot be used
+├── StepError        a step of the model that failed, with all answers that were in it
 ├── LinkError        hosts with no network between them, or only one that is too slow
 ├── SshError         a host that ssh does not reach, or that does not do what it is told
 ├── InstallError     kimi-mlx cannot be brought to hosts
@@ -89,6 +90,10 @@ class HostfileError(UsageError):
 
 class GrammarError(UsageError):
     """A schema, or a choice of tools, that answers cannot be made to keep to; the message begins with the place."""
+
+
+class StepError(KimiMlxError):
+    """A step of the model that failed, with all answers that were in it; the next ones begin afresh."""
 
 
 class LinkError(KimiMlxError):

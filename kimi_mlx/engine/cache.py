@@ -208,6 +208,11 @@ class CacheShelf:
         """Forget what is idle, and free the memory; what is on disk stays."""
         self._idle.clear()
 
+    def abandon(self) -> None:
+        """Forget what is in use, too: a step has failed, and nobody knows what is in it."""
+        self._busy.clear()
+        self._idle.clear()
+
     def _longest(self, wanted: list[int]) -> tuple[ConversationCache | None, int]:
         """The sequence that has most of the tokens, and how many; of equal ones the idle one that was used last."""
         longest, common = None, 0

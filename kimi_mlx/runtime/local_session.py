@@ -14,7 +14,7 @@ from kimi_mlx.cluster.launch import FAST_SYNC
 from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
-from kimi_mlx.errors import EngineError
+from kimi_mlx.errors import EngineError, StepError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import Grammars
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
@@ -40,6 +40,7 @@ class LocalSession:
         self._delivers: dict[int, Deliver] = {}
         self._numbers = itertools.count(1)
         self._failure: BaseException | None = None
+        self._stumble: str | None = None
         self._engine: Engine | None = None
         self._stepped_at: float | None = None
         self._lock = threading.Lock()
@@ -90,7 +91,8 @@ class LocalSession:
             return SessionStatus(False, str(self._failure or "the model is not loaded"))
         running = engine.num_running
         return SessionStatus(
-            True,
+            self._stumble is None,
+            self._stumble,
             active=running,
             waiting=max(len(self._delivers) - running, 0),
             last_step_age_s=None if stepped_at is None else time.monotonic() - stepped_at,
@@ -148,12 +150,27 @@ class LocalSession:
                 if command is None:
                     return
                 command(engine)
-            for number, event in engine.turn():
-                self._stepped_at = time.monotonic()
+            try:
+                events = list(engine.turn())
+            except Exception as error:  # MLX's, such as memory that is not to be had: the next request may fit
+                self._abandon(engine, error)
+                continue
+            self._stepped_at = time.monotonic()
+            self._stumble = None
+            for number, event in events:
                 if isinstance(event, Finished | EngineError):
                     self._end(number, event)
                 else:
                     self._delivers[number](event)
+
+    def _abandon(self, engine: Engine, error: Exception) -> None:
+        """A step has failed: so have all requests that the engine knew, and the caches are gone."""
+        LOG.exception("a step has failed")
+        self._stumble = f"the last step failed: {type(error).__name__}: {error}"
+        for number in engine.abandon():
+            self._end(
+                number, StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
+            )
 
     def _add(self, engine: Engine, number: int, request: Request) -> None:
         try:

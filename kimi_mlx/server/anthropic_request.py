@@ -178,7 +178,8 @@ def to_ask(body: CountBody) -> Ask:
     given = body if isinstance(body, MessagesBody) else None
     tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
-    form = (body.output_config and body.output_config.format) or body.output_format
+    config_form = body.output_config and body.output_config.format
+    form = config_form or body.output_format
     return Ask(
         max_tokens=given and given.max_tokens,
         sampling=_sampling(given) if given else {},
@@ -188,6 +189,7 @@ def to_ask(body: CountBody) -> Ask:
         tool_choice=possible_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=form.schema_ if form else None,
+        response_schema_name="output_config.format" if config_form else "output_format",
         # As with Anthropic's models, only who asks for thinking gets it.
         thinking=body.thinking is not None and body.thinking.type != "disabled",
         partial=partial,

@@ -26,7 +26,9 @@ def grammar_for(ask: Ask, special_tokens: Mapping[str, int], prompt: Sequence[in
         ApiError: what is wrong with a schema or tool, and where.
     """
     if ask.partial is not None and ask.response_schema is not None:
-        raise ApiError(400, "an answer that is begun already cannot be kept to a schema", param="response_format")
+        raise ApiError(
+            400, "an answer that is begun already cannot be kept to a schema", param=ask.response_schema_name
+        )
     try:
         return grammar_of(
             special_tokens,
@@ -36,6 +38,7 @@ def grammar_for(ask: Ask, special_tokens: Mapping[str, int], prompt: Sequence[in
             ask.tool_choice,
             ask.parallel_tool_calls,
             calls_before,
+            ask.response_schema_name,
         )
     except GrammarError as error:
         place = PLACE.match(error.message)

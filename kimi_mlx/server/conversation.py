@@ -43,6 +43,7 @@ class Ask(Wish):
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
         response_schema: JSON schema of the answer; True: any JSON object; None: any text.
+        response_schema_name: where the request has it, for errors.
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: further variables of the chat template, such as `preserve_thinking`.
         partial: what the assistant has said already, to be gone on from; it is no part of the answer.
@@ -54,6 +55,7 @@ class Ask(Wish):
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
     response_schema: Mapping[str, Any] | bool | None = None
+    response_schema_name: str = "response_format"
     thinking: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str | None = None

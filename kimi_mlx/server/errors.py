@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kimi_mlx.errors import EngineError, KimiMlxError, RingError, TextError, UsageError
+from kimi_mlx.errors import EngineError, KimiMlxError, RingError, StepError, TextError, UsageError
 
 
 class ApiError(KimiMlxError):
@@ -43,4 +43,6 @@ def api_error(error: BaseException) -> ApiError:
     message = error.message if error.hint is None else f"{error.message} ({error.hint})"
     if isinstance(error, UsageError | TextError | EngineError):
         return ApiError(400, message, "invalid_value")
+    if isinstance(error, StepError):
+        return ApiError(500, message, "step_failed")
     return ApiError(503, message, "ring_lost" if isinstance(error, RingError) else "unavailable")

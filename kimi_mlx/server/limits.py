@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from starlette.datastructures import Headers
@@ -13,6 +14,10 @@ from kimi_mlx.units import format_bytes
 
 BODY_LIMIT_S = 60.0
 """For a whole body."""
+
+DRAIN_S = 5.0
+"""So long the rest of a body that is too large is read and thrown away: who is cut off while sending may never read
+the answer."""
 
 
 class BodyLimit:
@@ -28,7 +33,13 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on a request whose body is counted as it is read."""
-        self._check(Headers(scope=scope).get("content-length", ""))
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        if length and "transfer-encoding" in headers:
+            raise ApiError(400, "a body has either a `Content-Length` or a `Transfer-Encoding`", "invalid_headers")
+        if length.isdecimal() and int(length) > self._most_bytes:
+            # who waits for `100 Continue` has not begun to send
+            raise self._too_large(int(length)) if "expect" in headers else await self._drained(int(length), receive)
         ends_at = time.monotonic() + BODY_LIMIT_S
         size, is_whole = 0, False
 
@@ -43,15 +54,22 @@ class BodyLimit:
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if size > self._most_bytes:
-                raise self._too_large(size)
+                raise await self._drained(size, receive)
             return message
 
         await self._app(scope, counted, send)
 
-    def _check(self, length: str) -> None:
-        if length.isdecimal() and int(length) > self._most_bytes:
-            raise self._too_large(int(length))
+    async def _drained(self, size: int, receive: Receive) -> ApiError:
+        """The error, when the client has said everything or the time for that is over."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drain(receive), DRAIN_S)
+        return self._too_large(size)
 
     def _too_large(self, size: int) -> ApiError:
         limit = format_bytes(self._most_bytes)
         return ApiError(413, f"the body has {format_bytes(size)} or more, allowed are {limit}", "request_too_large")
+
+
+async def _drain(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        continue

@@ -175,6 +175,7 @@ def to_ask(body: ResponsesBody) -> Ask:
         tool_choice=possible_choice(_tool_choice(body.tool_choice), tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_schema=_response_schema(body.text and body.text.format),
+        response_schema_name="text.format",
         thinking=_thinking(body.reasoning and body.reasoning.effort),
     )
 

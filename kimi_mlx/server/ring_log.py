@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 
 from kimi_mlx.engine.request import Interrupted, Resumed
+from kimi_mlx.errors import RingError
 
 LOG = logging.getLogger(__name__)
 
 
 class RingLog:
-    """Writes a line when the ring is lost, and one when it is back."""
+    """Writes a line when the ring is lost, one when it is back, and one when it is given up."""
 
     def __init__(self) -> None:
-        self._last: Interrupted | None = None
+        self._last: Interrupted | RingError | None = None
         self._is_lost = False
 
     def lost(self, event: Interrupted) -> None:
@@ -21,6 +22,12 @@ class RingLog:
         if event is not self._last:  # all answers are given the same object
             self._last, self._is_lost = event, True
             LOG.warning("the ring is lost: %s (start %d of %d)", event.reason, event.attempt, event.attempts)
+
+    def gone(self, error: RingError) -> None:
+        """An answer was told that the ring is given up."""
+        if error is not self._last:
+            self._last = error
+            LOG.error("the ring is given up: %s", error.message)
 
     def back(self, event: Resumed) -> None:
         """An answer was told that the ring stands again."""

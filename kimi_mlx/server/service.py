@@ -11,6 +11,7 @@ from functools import partial
 import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
+from kimi_mlx.errors import RingError
 from kimi_mlx.runtime.session import Session
 from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Waiting
@@ -167,6 +168,8 @@ class _Run:
     def _hear(self, index: int, event: Event | BaseException) -> Iterator[Item]:
         if isinstance(event, BaseException):
             self._end(index)
+            if isinstance(event, RingError):
+                self._service.ring_log.gone(event)
             raise event
         if isinstance(event, Interrupted):
             self._metrics.interruptions.inc()

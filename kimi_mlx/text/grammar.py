@@ -57,6 +57,7 @@ def grammar_of(
     tool_choice: str | Mapping[str, Any] = "auto",
     parallel_tool_calls: bool = True,
     first_index: int = 0,
+    schema_name: str = "response_format",
 ) -> str | None:
     """Return the grammar of an answer; None if there is nothing to keep to.
 
@@ -70,6 +71,7 @@ def grammar_of(
         tool_choice: "auto", "none" (text alone), "required" (calls alone), or {"name": ...} (one call of that tool).
         parallel_tool_calls: whether there may be several calls.
         first_index: of the first call; a conversation counts its calls from 0.
+        schema_name: what errors call the schema of the answer.
 
     Raises:
         GrammarError: answers cannot be made to keep to this; the message begins with the place.
@@ -83,7 +85,7 @@ def grammar_of(
     response = None
     if response_schema is not None and not is_called_for:
         schema = ANY_OBJECT if response_schema is True else response_schema
-        response = embedded(checked(schema, "response_format"))
+        response = embedded(checked(schema, schema_name))
     answer = _Answer(
         thinking,
         response,

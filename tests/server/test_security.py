@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,23 @@ def test_large_bodies_are_refused(guarded: Running) -> None:
     chunked = key | {"transfer-encoding": "chunked"}
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [body[:1500], body[1500:]]) + b"0\r\n\r\n"
     assert raw.request(guarded.port, "POST", "/v1/chat/completions", body, chunked).status == 413
+
+
+def test_who_sends_a_large_body_first_can_read_the_refusal(guarded: Running) -> None:
+    body = b"x" * 8_000_000
+    head = f"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\nx-api-key: {KEYS[0]}\r\ncontent-length: {len(body)}\r\n"
+    with closing(socket.create_connection(("127.0.0.1", guarded.port), timeout=10)) as connection:
+        connection.sendall(head.encode() + b"\r\n" + body)
+        assert b" 413 " in connection.recv(100)
+    with closing(socket.create_connection(("127.0.0.1", guarded.port), timeout=2)) as connection:
+        connection.sendall(head.encode() + b"expect: 100-continue\r\n\r\n")
+        assert b" 413 " in connection.recv(100)  # at once
+
+
+def test_a_body_has_one_length(running: Running) -> None:
+    headers = {"content-length": "5", "transfer-encoding": "chunked"}
+    told = raw.request(running.port, "POST", "/v1/completions", b"0\r\n\r\n", headers)
+    assert (told.status, told.error["code"]) == (400, "invalid_headers")
 
 
 def test_no_path_or_repository_of_a_request_is_looked_at(running: Running, tmp_path: Path) -> None:

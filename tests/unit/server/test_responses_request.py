@@ -22,7 +22,11 @@ def ask_of(given: str | list[dict[str, Any]] = "Hi", **fields: Any) -> Ask:
 
 
 def test_the_least_body():
-    assert ask_of() == Ask(sampling={"temperature": None, "top_p": None}, messages=(Message("user", "Hi"),))
+    assert ask_of() == Ask(
+        sampling={"temperature": None, "top_p": None},
+        messages=(Message("user", "Hi"),),
+        response_schema_name="text.format",
+    )
 
 
 def test_everything_that_has_a_meaning():

@@ -188,6 +188,23 @@ def test_a_lost_ring_is_in_the_log_once(
     ]
 
 
+def test_a_ring_that_is_given_up_is_logged_once(
+    service: Service, session: HandSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(2)]
+        await session.asked(2)
+        error = RingError("rank 1 is lost, 3 times")
+        for deliver in session.delivers:
+            deliver(error)
+        for told in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(told, ApiError)
+            assert (told.status, told.code) == (503, "ring_lost")
+
+    run(work)
+    assert [each.message for each in caplog.records] == ["the ring is given up: rank 1 is lost, 3 times"]
+
+
 def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
