@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -88,6 +90,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=END_LIMIT_S,
         )
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin."""
@@ -98,3 +101,8 @@ class Server(uvicorn.Server):
         """End the answers, then wait until their clients have taken the ends."""
         self.service.close()
         await super().shutdown(sockets)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line is worth writing: requests that are cut off when the server ends are no mistakes."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -88,6 +89,19 @@ def test_on_ranks_it_leaves_none() -> None:
     code, said = serving.end(signal.SIGTERM)
     assert (code, "Traceback" in said) == (143, False)
     assert are_gone(ranks, 10)
+
+
+def test_a_second_signal_does_not_wait_for_clients() -> None:
+    serving = Serving()
+    with closing(socket.create_connection(("127.0.0.1", serving.port))) as connection:
+        connection.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
+        assert serving.health() == 200  # so that one has been read, too
+        serving.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits for 10 s
+            serving.process.wait(2)
+        code, said = serving.end(signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in said
 
 
 @pytest.mark.ranks

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.cluster.impatience import be_impatient
 from tests.command import call
 from tests.download.host import make_small
 from tests.hub import Hub
+from tests.server import raw
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +148,32 @@ def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that
     assert "error: `mac-b` cannot be reached" in outcome.errors
     assert "hint: is it on, awake and on this network? `ping mac-b`" in outcome.errors
     assert outcome.left == []
+
+
+def test_a_server_of_two_hosts_survives_a_killed_rank_and_leaves_nothing(hosts: Hosts, where: Where) -> None:
+    asked = {"messages": [{"role": "user", "content": "Draw a pelican"}], "temperature": 0}
+    front = Front(hosts, *where, "serve", "kimi-mini", "--port", "0", code=impatience.TRUSTING_MAIN)
+    front.wait_for_word("try:")
+    port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", front.errors)[0])
+    whole = raw.chat(port, **asked, max_tokens=None)
+    assert whole.status == 200
+    expected = json.loads(whole.body)["choices"][0]["message"]["content"]
+    with closing(raw.begin(port, **asked, stream=True)) as connection, connection.makefile("rb") as lines:
+        pieces: list[str] = []
+        for line in lines:
+            if line.startswith(b"data: {"):
+                pieces += [choice["delta"].get("content") or "" for choice in json.loads(line[6:])["choices"]]
+                if len(pieces) == 40:
+                    faults.send(hosts, "mac-b", signal.SIGKILL, faults.rank_pid(hosts, "mac-b"))
+            elif line.startswith(b"data: [DONE]"):
+                break
+    assert "".join(pieces) == expected
+    assert "the ring is back after" in front.errors
+    assert json.loads(raw.request(port, path="/health").body)["restarts"] == 1
+    front.process.send_signal(signal.SIGINT)
+    assert front.end() == 130
+    assert "Traceback" not in front.errors
+    assert wait_until_gone(hosts, DELAY_S) == []
 
 
 def running(hosts: Hosts, name: str, mark: str, but: str = "\0") -> bool:
