@@ -46,7 +46,8 @@ class Stack:
     """Neighbouring segments that attend in the latent space at once: N of one token each, or one of some.
 
     Args:
-        segments: with the numbers of their sequences.
+        number: of the first segment's sequence.
+        segment: the first.
 
     Attributes:
         numbers: of the sequences.
@@ -54,31 +55,31 @@ class Stack:
         total: T, of the longest; the others' keys are padded up to it.
     """
 
-    def __init__(self, segments: Sequence[tuple[int, Segment]]):
-        self.numbers = [number for number, _ in segments]
-        self._segments = [segment for _, segment in segments]
-        self.start, self.stop = self._segments[0].start, self._segments[-1].stop
-        self.total = max(segment.total for segment in self._segments)
+    def __init__(self, number: int, segment: Segment):
+        self.numbers, self._totals = [number], [segment.total]
+        self.start, self.stop, self.total = segment.start, segment.stop, segment.total
+        self._length = segment.length
         self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
 
-    def fits(self, segment: Segment) -> bool:
-        """Whether the next segment may be one of the stack."""
-        totals = [segment.total, *(each.total for each in self._segments)]
-        is_single = segment.length == self._segments[0].length == 1
-        return is_single and max(totals) <= min(STACK_MAX_KEYS, min(totals) + STACK_MAX_PADDING)
+    def add(self, number: int, segment: Segment) -> bool:
+        """Take the next segment; False if it does not fit."""
+        totals = [*self._totals, segment.total]
+        is_single = self._length == segment.length == 1
+        if not is_single or max(totals) > min(STACK_MAX_KEYS, min(totals) + STACK_MAX_PADDING):
+            return False
+        self.numbers.append(number)
+        self._totals, self.stop, self.total = totals, segment.stop, max(totals)
+        return True
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
         """Additive mask for scores (N, 1, length * H, T) with the heads of each query in turn; (1,) if all see all."""
-        totals = [segment.total for segment in self._segments]
-        length = self._segments[0].length
-        if length == 1 and min(totals) == self.total:
+        if self._length == 1 and min(self._totals) == self.total:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
-            if len(totals) > 1:
-                visible = mx.arange(self.total) < mx.array(totals)[:, None, None, None]
-                mask = additive(visible, dtype)
+            if self._length == 1:
+                mask = additive(mx.arange(self.total) < mx.array(self._totals)[:, None, None, None], dtype)
             else:
-                mask = mx.repeat(causal_mask(length, self.total, dtype), heads, axis=0)
+                mask = mx.repeat(causal_mask(self._length, self.total, dtype), heads, axis=0)
             self._masks[heads, dtype] = mask
         return self._masks[heads, dtype]
 
@@ -112,15 +113,12 @@ class Step:
     def stacks(self) -> list[Stack]:
         """All segments that attend in the latent space; those of one token are the better stacked the more their
         neighbours are as long."""
-        stacks: list[list[tuple[int, Segment]]] = []
-        for pair in enumerate(self.segments):
-            segment = pair[1]
-            if segment.length and segment.stop <= self.short:
-                if stacks and Stack(stacks[-1]).fits(segment):
-                    stacks[-1].append(pair)
-                else:
-                    stacks.append([pair])
-        return [Stack(pairs) for pairs in stacks]
+        stacks: list[Stack] = []
+        for number, segment in enumerate(self.segments):
+            is_short = segment.length and segment.stop <= self.short
+            if is_short and not (stacks and stacks[-1].add(number, segment)):
+                stacks.append(Stack(number, segment))
+        return stacks
 
     def last(self, counts: Sequence[int]) -> Asked:
         """The step of the last of the new tokens alone.
