@@ -74,12 +74,10 @@ class Batch:
         while self.members:
             self.remove(self.members[-1])
 
-    def abandon(self) -> list[int]:
-        """Forget everything, the caches too; returns the numbers of the requests."""
-        numbers = [sequence.number for sequence in self.members]
+    def abandon(self) -> None:
+        """Forget everything, the caches too."""
         self._step = None
         self.members.clear()
-        return numbers
 
     def turn(self) -> Events:
         """Make a step; yields what has come of the one before. To be read to its end.

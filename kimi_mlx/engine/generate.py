@@ -179,18 +179,13 @@ class Engine:
         new = (self._commands - counted) % STAMPS
         return new if new <= MOST_NEWS else 0  # what an older step says is behind what a newer one has said
 
-    def abandon(self) -> list[int]:
-        """Forget all requests and all caches, after a step that failed; returns the requests' numbers.
-
-        Allowed where there are no other ranks.
-        """
-        numbers = [number for number, _ in self._ended] + [sequence.number for sequence in self._waiting]
+    def abandon(self) -> None:
+        """Forget all requests and all caches, after a step that failed; allowed where there are no other ranks."""
         for batch in self._batches:
-            numbers += batch.abandon()
+            batch.abandon()
         self._ended.clear()
         self._waiting.clear()
         self._shelf.abandon()
-        return numbers
 
     def clear(self) -> None:
         """Forget what was kept for later requests."""

@@ -39,6 +39,7 @@ class LocalSession:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._delivers: dict[int, Deliver] = {}
         self._numbers = itertools.count(1)
+        self._known: set[int] = set()  # to the engine; others are still in the commands
         self._failure: BaseException | None = None
         self._stumble: str | None = None
         self._engine: Engine | None = None
@@ -167,18 +168,20 @@ class LocalSession:
         """A step has failed: so have all requests that the engine knew, and the caches are gone."""
         LOG.exception("a step has failed")
         self._stumble = f"the last step failed: {type(error).__name__}: {error}"
-        for number in engine.abandon():
-            self._end(
-                number, StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
-            )
+        engine.abandon()
+        told = StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
+        for number in list(self._known):
+            self._end(number, told)
 
     def _add(self, engine: Engine, number: int, request: Request) -> None:
         try:
             engine.add(number, request)
+            self._known.add(number)
         except EngineError as error:
             self._end(number, error)
 
     def _end(self, number: int, event: Event | BaseException) -> None:
+        self._known.discard(number)
         deliver = self._delivers.pop(number)
         deliver(event)
 

@@ -54,7 +54,7 @@ class BodyLimit:
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if size > self._most_bytes:
-                raise await self._drained(size, receive)
+                raise self._too_large(size) if is_whole else await self._drained(size, receive)
             return message
 
         await self._app(scope, counted, send)

@@ -159,7 +159,7 @@ def test_a_signal_ends_the_front_and_all_ranks(babbler: Path, number: signal.Sig
     assert are_gone(pids, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.ranks
 def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
     options = ("chat", str(babbler), "--no-thinking", "-t", "0", "--max-tokens", "150", "-p", "hi")

@@ -279,6 +279,7 @@ def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
     assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in err
 
 
+@pytest.mark.sweep
 def test_a_port_that_is_taken_before_a_rank_listens_on_it(
     hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable
     [
         ("hybrid", 1, Sampling()),
         ("pipeline", 1, Sampling()),
-        pytest.param("hybrid", 0, SAMPLED, marks=pytest.mark.slow),
+        pytest.param("hybrid", 0, SAMPLED, marks=pytest.mark.sweep),
         pytest.param("pipeline", 0, SAMPLED, marks=pytest.mark.slow),
     ],
     ids=["greedy", "pipeline", "sampled", "pipeline-sampled"],
@@ -191,7 +191,7 @@ def test_a_rank_that_is_lost_while_nothing_is_asked(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+@pytest.mark.parametrize("strategy", ["hybrid", pytest.param("pipeline", marks=pytest.mark.sweep)])
 def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
     request = Request(PROMPT, max_tokens=120)
     with closing(LocalSession(SessionOptions(folder))) as alone:

@@ -32,10 +32,10 @@ class Running:
     server: Server
 
     def figure(self, name: str) -> float:
-        """A figure of its metrics."""
+        """A figure of its metrics; 0 if it is not there yet. A request is counted when its answer has been sent."""
         status = self.server.service.status()
         lines = self.server.service.metrics.text(status, is_up=True).decode().splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.split()[0] == name)
+        return next((float(line.split()[-1]) for line in lines if line.split()[0] == name), 0)
 
     def wait_idle(self, limit_s: float = 10) -> None:
         """Until nothing runs and nothing waits."""
