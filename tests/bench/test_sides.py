@@ -117,7 +117,7 @@ def step_s(side: Side) -> float:
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.sweep)])
 def test_mlx_lm_says_the_same_as_kimi_mlx_and_idles_in_between(tiny: Path, ranks: int) -> None:
     expected, together = kimi_mlx_answers(tiny, ALONE), kimi_mlx_answers(tiny, DEEP)
     for mode in MODES[ranks > 1]:

@@ -105,7 +105,7 @@ def test_a_second_signal_does_not_wait_for_clients() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
+@pytest.mark.sweep  # over ssh it is tested always
 def test_a_lost_rank_is_a_pause() -> None:
     serving = Serving("--ranks", "2")
     long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True, "max_tokens": 600}

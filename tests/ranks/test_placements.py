@@ -147,7 +147,7 @@ def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expect
     check(size, cases, expected, tmp_path)
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), *LONG_SIZES[1:]])
+@pytest.mark.parametrize("size", LONG_SIZES)
 def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
     for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):
