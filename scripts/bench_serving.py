@@ -39,6 +39,7 @@ from kimi_mlx.bench.serving_files import served_checkpoint  # noqa: E402
 from kimi_mlx.bench.serving_prompts import Load, Span  # noqa: E402
 from kimi_mlx.bench.serving_report import ServingReport  # noqa: E402
 from kimi_mlx.bench.serving_servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
+from kimi_mlx.bench.workloads import SHAPES  # noqa: E402
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
 from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
 
@@ -81,6 +82,8 @@ def main(
     disturbance = Disturbance(aborts, slow_readers, said.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
+    if synthetic not in (None, *SHAPES):
+        raise UsageError(f"there is no synthetic checkpoint `{synthetic}`", hint=f"use one of {', '.join(SHAPES)}")
     model = url or synthetic or "kimi-mini"
     settings = {"model": model, "machine": machine(), "versions": versions(), "commit": commit(), "date": now()}
     with ExitStack() as stack:

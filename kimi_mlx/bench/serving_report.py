@@ -60,12 +60,14 @@ class ServingReport:
         ]
 
     def table(self) -> Table:
-        """A row a server."""
+        """A column a server."""
+        rows = serving_rows(self.runs)
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name, _ in self._columns():
-            table.add_column(name, justify="left" if name == "server" else "right")
-        for row in serving_rows(self.runs):
-            table.add_row(*(cell(row) for _, cell in self._columns()))
+        table.add_column("")
+        for row in rows:
+            table.add_column(row.side, justify="right")
+        for name, cell in self._columns()[1:]:
+            table.add_row(name, *map(cell, rows))
         return table
 
     def markdown(self) -> str:
@@ -137,6 +139,8 @@ def _name(figure: str) -> str:
 
 
 def _spread(spread: Spread, digits: int) -> str:
+    if spread.min == spread.max:
+        return f"{spread.median:.{digits}f}"
     return f"{spread.median:.{digits}f} ({spread.min:.{digits}f}-{spread.max:.{digits}f})"
 
 

@@ -145,6 +145,7 @@ def serve(
         greet = partial(_greet, target.name, listener, _key_as_typed(keys))
         server = _server(target, session, folder, served_name or (), options, greet)
         _log()
+        listener.listen()
         server.run([listener.socket])
 
 
@@ -240,7 +241,7 @@ def _key_as_typed(keys: Sequence[str]) -> str | None:
 
 def _greet(name: str, listener: Listener, key: str | None) -> None:
     """Where it is, and what to type next."""
-    stderr.print(f"{name} is served on {listener.url}/v1 (Ctrl-C ends it)", markup=False)
+    stderr.print(f"{name} is served; base URL {listener.url}/v1 (Ctrl-C ends it)", markup=False)
     if others := listener.other_urls:
         stderr.print(f"other machines find it on {', '.join(f'{each}/v1' for each in others)}", markup=False)
     header = "" if key is None else f' -H "Authorization: Bearer {key}"'

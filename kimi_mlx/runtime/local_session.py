@@ -28,6 +28,10 @@ CLOSE_LIMIT_S = 30.0
 """For the step that is being computed."""
 
 
+STUMBLE_S = 10.0
+"""So long it counts as not up after a step that failed, if nobody asks: only a request can show that it is."""
+
+
 class LocalSession:
     """The engine in a thread of this process.
 
@@ -41,7 +45,7 @@ class LocalSession:
         self._numbers = itertools.count(1)
         self._known: set[int] = set()  # to the engine; others are still in the commands
         self._failure: BaseException | None = None
-        self._stumble: str | None = None
+        self._stumble: tuple[float, str] | None = None
         self._engine: Engine | None = None
         self._stepped_at: float | None = None
         self._lock = threading.Lock()
@@ -91,9 +95,12 @@ class LocalSession:
         if engine is None or self._failure is not None or not self._thread.is_alive():
             return SessionStatus(False, str(self._failure or "the model is not loaded"))
         running = engine.num_running
+        at, reason = self._stumble or (0.0, None)
+        if engine.is_idle and time.monotonic() - at > STUMBLE_S:
+            reason = None
         return SessionStatus(
-            self._stumble is None,
-            self._stumble,
+            reason is None,
+            reason,
             active=running,
             waiting=max(len(self._delivers) - running, 0),
             last_step_age_s=None if stepped_at is None else time.monotonic() - stepped_at,
@@ -167,7 +174,7 @@ class LocalSession:
     def _abandon(self, engine: Engine, error: Exception) -> None:
         """A step has failed: so have all requests that the engine knew, and the caches are gone."""
         LOG.exception("a step has failed")
-        self._stumble = f"the last step failed: {type(error).__name__}: {error}"
+        self._stumble = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
         engine.abandon()
         told = StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
         for number in list(self._known):

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.journal import RECORD
 from kimi_mlx.server.json_response import JsonResponse
+from kimi_mlx.server.limits import TWO_LENGTHS
 from kimi_mlx.server.openai_chat import openai_error
 from kimi_mlx.server.sse import ClientGoneError
 
@@ -51,7 +52,7 @@ class Boundary:
         except Exception as error:
             told = self._http_error(error, scope) if isinstance(error, HTTPException) else api_error(error)
             scope[RECORD].reason = told.message
-            if told.status == 500:
+            if told.code == "internal_error":
                 LOG.exception("%s %s has failed", scope["method"], scope["path"])
             if not has_begun:
                 await self._response(scope["path"], told)(scope, receive, send)
@@ -59,8 +60,8 @@ class Boundary:
     def _response(self, path: str, error: ApiError) -> JsonResponse:
         shape = next((shape for start, shape in self._shapes.items() if path.startswith(start)), openai_error)
         headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-        if error.status in (408, 413):
-            headers["connection"] = "close"  # the rest of the body is not read
+        if error.status in (408, 413) or error.code == TWO_LENGTHS:
+            headers["connection"] = "close"  # where the next request begins is not known
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         if error.allow is not None:

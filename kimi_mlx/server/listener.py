@@ -13,6 +13,10 @@ ELSEWHERE: dict[int, str] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001
 """Addresses of nobody (RFC 5737, RFC 3849)."""
 
 
+BACKLOG = 2048
+"""Callers that may wait, as uvicorn has it."""
+
+
 class Listener:
     """Takes an address; whoever calls before the server runs is refused.
 
@@ -36,11 +40,18 @@ class Listener:
             self.socket.bind(address)
         except OSError as error:
             self.socket.close()
-            if error.errno == errno.EADDRINUSE:
-                message, hint = f"port {port} of `{host}` is taken by another program", f"--port {port + 1}"
-                raise UsageError(message, hint=f"choose another one: {hint}, or --port 0 for any") from error
-            message = f"the server cannot have port {port} of `{host}`: {error.strerror}"
-            raise UsageError(message, hint="use --host 127.0.0.1 and a --port above 1023") from error
+            raise _refusal(error, host, port) from error
+
+    def listen(self) -> None:
+        """Let callers wait from now on.
+
+        Raises:
+            UsageError: another program was faster: as long as nobody listens, two may have the same address.
+        """
+        try:
+            self.socket.listen(BACKLOG)
+        except OSError as error:
+            raise _refusal(error, self.host, self.port) from error
 
     @property
     def port(self) -> int:
@@ -66,6 +77,14 @@ class Listener:
     def close(self) -> None:
         """Give it back."""
         self.socket.close()
+
+
+def _refusal(error: OSError, host: str, port: int) -> UsageError:
+    if error.errno == errno.EADDRINUSE:
+        message, hint = f"port {port} of `{host}` is taken by another program", f"--port {port + 1}"
+        return UsageError(message, hint=f"choose another one: {hint}, or --port 0 for any")
+    message = f"the server cannot have port {port} of `{host}`: {error.strerror}"
+    return UsageError(message, hint="use --host 127.0.0.1 and a --port above 1023")
 
 
 def _addresses(family: int) -> list[str]:

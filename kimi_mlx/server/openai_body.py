@@ -259,6 +259,9 @@ def _messages(given: list[ChatMessage]) -> tuple[tuple[Message, ...], str | None
 def _message(message: ChatMessage, where: str) -> Message:
     if message.role == "tool" and not message.tool_call_id:
         raise ApiError(400, "a tool's message needs `tool_call_id`", param=f"{where}.tool_call_id")
+    if message.content is None and message.role in ("system", "developer", "user"):
+        param = f"{where}.content"
+        raise ApiError(400, f"`{param}`: it is missing", "missing_required_parameter", param)
     role = "system" if message.role == "developer" else message.role
     calls = tuple(
         ToolCall(call.id, call.function.name, _arguments(call.function.arguments)) for call in message.tool_calls or ()

@@ -60,7 +60,7 @@ class Service:
         """
         if self.is_closing:
             raise stopping()
-        turn = self._line.enter(sum(wish.n for wish in wishes))
+        turn = self._line.enter(sum(wish.n for wish in wishes), self.running)
         run = None
         try:
             readings, requests = await anyio.to_thread.run_sync(self._prepare, wishes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from kimi_mlx.engine.generate import MAX_SEQUENCES
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.metrics import Metrics
 
@@ -15,7 +16,7 @@ class WaitingLine:
     """A line with an end.
 
     Args:
-        places: answers that may wait.
+        places: answers that may wait, beside those that the engine could begin at once.
         metrics: where to count.
     """
 
@@ -26,21 +27,26 @@ class WaitingLine:
         """Answers that wait now."""
         self._last_wait_s = 1.0
 
-    def enter(self, count: int) -> Turn:
+    def enter(self, count: int, running: int) -> Turn:
         """Take places for so many answers.
+
+        Args:
+            count: of answers.
+            running: answers that the engine has begun.
 
         Raises:
             ApiError: 400 if there will never be so many, 429 if there are not now.
         """
-        if count > self._places:
-            message = f"{count} answers are asked for at once, the server lets at most {self._places} wait"
-            raise ApiError(400, f"{message} (its `--max-queue`)", param="n")
-        if self.waiting + count > self._places:
+        most = self._places + MAX_SEQUENCES
+        if count > most:
+            message = f"{count} answers are asked for at once, the server takes at most {most}"
+            raise ApiError(400, f"{message} ({MAX_SEQUENCES} run, its `--max-queue` wait)", "invalid_value", "n")
+        if self.waiting + count > most - min(running, MAX_SEQUENCES):
             self._metrics.refused.inc(count)
             retry = min(max(math.ceil(self._last_wait_s), 1), LONGEST_RETRY_S)
             raise ApiError(
                 429,
-                f"{self.waiting} answers are waiting already, at most {self._places} may; try again later",
+                f"{running} answers run and {self.waiting} are waiting already; try again later",
                 "queue_full",
                 retry_after_s=retry,
             )

@@ -85,7 +85,7 @@ def unknown_model(name: str) -> UsageError:
     names = ", ".join(f"`{alias}`" for alias in near)
     return UsageError(
         f"there is no model `{name}`",
-        hint=f"did you mean {names}? A folder or `owner/name` on the hub works too; a question goes after -p",
+        hint=f"did you mean {names}? A folder or `owner/name` on the hub works too; a question goes after `chat -p`",
     )
 
 

@@ -16,6 +16,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from kimi_mlx.errors import UsageError
+from kimi_mlx.server.listener import Listener
 from tests.cli.test_chat import are_gone, ranks_of
 from tests.command import call
 from tests.processes import start
@@ -191,6 +193,15 @@ def test_a_taken_port_is_told() -> None:
     assert refused.returncode == 2
     assert f"port {port} of `127.0.0.1` is taken" in refused.stderr
     assert f"--port {port + 1}" in refused.stderr
+
+
+def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
+    with closing(Listener("127.0.0.1", 0)) as first:
+        message = f"port {first.port} of `127.0.0.1` is taken"
+        # Linux lets both bind while nobody listens, macOS does not
+        with pytest.raises(UsageError, match=message), closing(Listener("127.0.0.1", first.port)) as second:
+            first.listen()
+            second.listen()
 
 
 def test_addresses_that_are_not_ours_are_told() -> None:

@@ -250,6 +250,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"a": 1}}, "logit_bias.a"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "nobody", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "contents": "hi"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),

@@ -127,7 +127,7 @@ def test_who_sends_a_large_body_first_can_read_the_refusal(guarded: Running) -> 
 def test_a_body_has_one_length(running: Running) -> None:
     headers = {"content-length": "5", "transfer-encoding": "chunked"}
     told = raw.request(running.port, "POST", "/v1/completions", b"0\r\n\r\n", headers)
-    assert (told.status, told.error["code"]) == (400, "invalid_headers")
+    assert (told.status, told.error["code"], told.headers["connection"]) == (400, "invalid_headers", "close")
 
 
 def test_no_path_or_repository_of_a_request_is_looked_at(running: Running, tmp_path: Path) -> None:

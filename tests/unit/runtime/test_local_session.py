@@ -12,6 +12,7 @@ import pytest
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
 from kimi_mlx.errors import StepError
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.runtime import local_session
 from kimi_mlx.runtime.local_session import LocalSession
 from kimi_mlx.runtime.session import SessionOptions
 from tests.fakes import KIMI_MINI
@@ -49,6 +50,9 @@ def test_after_a_step_that_failed_the_next_request_is_answered(
     assert (status.is_up, status.active, status.waiting, status.cached_tokens) == (False, 0, 0, 0)
     assert status.reason is not None
     assert "Unable to allocate" in status.reason
+    with monkeypatch.context() as later:
+        later.setattr(local_session, "STUMBLE_S", 0.0)
+        assert session.status().is_up  # nobody asks
     monkeypatch.undo()
     assert tokens_of(session) == expected
     assert session.status().is_up

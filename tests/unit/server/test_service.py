@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from kimi_mlx.engine.generate import MAX_SEQUENCES
 from kimi_mlx.engine.request import (
     Event,
     Finished,
@@ -127,23 +128,30 @@ def test_events_become_pieces_and_an_end(service: Service, session: HandSession,
 
 
 def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -> None:
+    most = MAX_SEQUENCES + 3  # what the engine could begin does not count as waiting
+
     async def work() -> None:
-        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(3)]
-        await session.asked(3)
+        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(most)]
+        await session.asked(most)
         with pytest.raises(ApiError) as caught:
             await collect(service, ASK)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
-        with pytest.raises(ApiError, match="at most 3") as caught:
-            await collect(service, Ask(messages=ASK.messages, n=4))
+        with pytest.raises(ApiError, match=f"at most {most}") as caught:
+            await collect(service, Ask(messages=ASK.messages, n=most + 1))
         assert caught.value.status == 400
-        session.delivers[0](Prefilled(0, 9))  # one has begun, so that another may wait
-        while service.waiting == 3:
+        session.delivers[0](Prefilled(0, 9))
+        while service.waiting == most:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ApiError, match=r"1 answers run and \d+ are waiting"):  # one has begun: no place more
+            await collect(service, ASK)
+        session.delivers[0](finished())
+        while service.running:
             await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(collect(service, ASK)))
-        await session.asked(4)
-        assert (service.running, service.waiting) == (1, 3)
-        for deliver in session.delivers:
+        await session.asked(most + 1)
+        assert (service.running, service.waiting) == (0, most)
+        for deliver in session.delivers[1:]:
             deliver(finished())
         await asyncio.gather(*tasks)
         assert (service.running, service.waiting) == (0, 0)
