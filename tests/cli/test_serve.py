@@ -196,12 +196,16 @@ def test_a_taken_port_is_told() -> None:
 
 
 def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
-    with closing(Listener("127.0.0.1", 0)) as first:
-        message = f"port {first.port} of `127.0.0.1` is taken"
-        # Linux lets both bind while nobody listens, macOS does not
-        with pytest.raises(UsageError, match=message), closing(Listener("127.0.0.1", first.port)) as second:
+    def take_it_too(first: Listener) -> None:
+        with closing(Listener("127.0.0.1", first.port)) as second:  # on Linux: nobody listens yet
             first.listen()
             second.listen()
+
+    with (
+        closing(Listener("127.0.0.1", 0)) as listener,
+        pytest.raises(UsageError, match=f"port {listener.port} of `127.0.0.1` is taken"),
+    ):
+        take_it_too(listener)
 
 
 def test_addresses_that_are_not_ours_are_told() -> None:
