@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -43,6 +43,14 @@ class Running:
         while self.server.service.running or self.server.service.waiting:
             assert time.monotonic() < ends_at, "answers are still running"
             time.sleep(0.01)
+
+
+def wait_until(is_so: Callable[[], bool], limit_s: float = 20) -> None:
+    """Wait for what comes a moment later."""
+    ends_at = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
 
 
 @contextmanager

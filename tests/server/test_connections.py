@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from kimi_mlx.runtime.session import Session
 from kimi_mlx.server import limits, protocol, service, sse
 from tests.server import raw
-from tests.server.running import Running, serving
+from tests.server.running import Running, serving, wait_until
 
 LONG: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Generate an SVG of a pelican riding a bicycle"}],
@@ -88,13 +87,6 @@ def test_a_body_that_does_not_come_is_not_awaited(running: Running, monkeypatch:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def wait_until(is_so: Callable[[], bool], limit_s: float = 20) -> None:
-    ends_at = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < ends_at
-        time.sleep(0.01)
-
-
 def test_who_takes_nothing_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "WRITE_LIMIT_S", 0.3)
     connection = socket.socket()
@@ -137,6 +129,7 @@ def test_health_and_figures(running: Running) -> None:
     response = raw.request(running.port, path="/health")
     assert (response.status, json.loads(response.body)["status"]) == (200, "ok")
     raw.chat(running.port)
+    wait_until(lambda: running.figure('kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}') >= 1)
     text = raw.request(running.port, path="/metrics").body.decode()
     assert 'kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert "kimi_mlx_ttft_seconds_bucket" in text

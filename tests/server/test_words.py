@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.server import raw
-from tests.server.running import Running
+from tests.server.running import Running, wait_until
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -51,4 +51,4 @@ def test_models_are_listed_for_every_api(running: Running) -> None:
     assert (model["type"], model["display_name"], model["aliases"]) == ("model", "kimi-mini", ["mini", "default"])
     assert model["created_at"].endswith("Z")
     raw.request(running.port, path="/v1/models/mini")
-    assert running.figure('kimi_mlx_requests_total{route="/v1/models/{name}",status="200"}') >= 1
+    wait_until(lambda: running.figure('kimi_mlx_requests_total{route="/v1/models/{name}",status="200"}') >= 1)
