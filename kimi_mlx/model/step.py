@@ -144,7 +144,7 @@ class Asked(Step):
 
     def __init__(self, rope: Rope, segments: Sequence[Segment], counts: Sequence[int]):
         pairs = list(zip(segments, counts, strict=True))
-        super().__init__(rope, [(segment.offset + segment.length - count, count) for segment, count in pairs])
+        super().__init__(rope, [(segment.total - count, count) for segment, count in pairs])
         rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
         is_run = rows[-1] - rows[0] == len(rows) - 1
         self._rows = slice(rows[0], rows[-1] + 1) if is_run else mx.array(rows)
