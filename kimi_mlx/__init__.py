@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from kimi_mlx.runtime.chat import stream
-    from kimi_mlx.runtime.load import load
+from kimi_mlx.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from kimi_mlx.runtime.load import load
+    from kimi_mlx.session.conversation import stream
+
 __all__ = ["__version__", "load", "stream"]
 
 
@@ -25,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "stream":
-        from kimi_mlx.runtime.chat import stream
+        from kimi_mlx.session.conversation import stream
 
         return stream
     raise AttributeError(f"module `kimi_mlx` has no attribute `{name}`")

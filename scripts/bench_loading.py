@@ -24,10 +24,14 @@ sys.path.insert(0, str(ROOT))
 # Processes that the benchmark starts find the package too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
-from kimi_mlx.bench.loading import LoadingRun, loading_sides, measure_loading  # noqa: E402
-from kimi_mlx.bench.loading_files import Progress as FilesProgress  # noqa: E402
-from kimi_mlx.bench.loading_files import make_files  # noqa: E402
-from kimi_mlx.bench.loading_report import (  # noqa: E402
+from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
+from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
+from kimi_mlx.model.config import load_config  # noqa: E402
+from kimi_mlx.runtime.load import compute_type  # noqa: E402
+from scripts.loading.files import Progress as FilesProgress  # noqa: E402
+from scripts.loading.files import make_files  # noqa: E402
+from scripts.loading.measure import LoadingRun, loading_sides, measure_loading  # noqa: E402
+from scripts.loading.report import (  # noqa: E402
     loading_heading,
     loading_lines,
     loading_rows,
@@ -35,10 +39,6 @@ from kimi_mlx.bench.loading_report import (  # noqa: E402
     loading_table,
     loading_to_dict,
 )
-from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
-from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
-from kimi_mlx.model.config import load_config  # noqa: E402
-from kimi_mlx.runtime.load import compute_type  # noqa: E402
 
 
 def main(

@@ -32,16 +32,16 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from kimi_mlx.bench.machine import OURS, commit, machine, now, versions  # noqa: E402
-from kimi_mlx.bench.serving import Progress as Heard  # noqa: E402
-from kimi_mlx.bench.serving import measure_serving  # noqa: E402
-from kimi_mlx.bench.serving_disturbers import Disturbance  # noqa: E402
-from kimi_mlx.bench.serving_files import served_checkpoint  # noqa: E402
-from kimi_mlx.bench.serving_prompts import Load, Span  # noqa: E402
-from kimi_mlx.bench.serving_report import ServingReport  # noqa: E402
-from kimi_mlx.bench.serving_servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
 from kimi_mlx.bench.workloads import SHAPES  # noqa: E402
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
 from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
+from scripts.serving.disturbers import Disturbance  # noqa: E402
+from scripts.serving.files import served_checkpoint  # noqa: E402
+from scripts.serving.load import Progress as Heard  # noqa: E402
+from scripts.serving.load import measure_serving  # noqa: E402
+from scripts.serving.prompts import Load, Span  # noqa: E402
+from scripts.serving.report import ServingReport  # noqa: E402
+from scripts.serving.servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
 
 
 def main(

@@ -14,10 +14,10 @@ import numpy as np
 
 import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
-from kimi_mlx.runtime.chat import Conversation
-from kimi_mlx.runtime.session import Deliver, Session
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.session.session import Deliver, Session
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from kimi_mlx import __version__
+from kimi_mlx.version import __version__
 
 OURS = "kimi-mlx"
 PACKAGES = ("mlx", "mlx-lm")

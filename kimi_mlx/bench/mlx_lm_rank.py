@@ -1,7 +1,7 @@
 """A process that runs mlx-lm for a benchmark: loads, then answers batches of requests until its input ends.
 
 Between batches it waits for its input, never in a collective, so that it leaves its processor to the other
-side. It speaks the language of kimi_mlx.cluster.messages: `fill` (a prefix, and how many caches are to hold it) is
+side. It speaks the language of kimi_mlx.cluster.ring.messages: `fill` (a prefix, and how many caches are to hold it) is
 answered with `filled`, `batch` with `token`s of the first rank and `finished`.
 """
 
@@ -20,15 +20,15 @@ from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wi
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kimi_mlx.cluster.messages import Message
+from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.engine.request import Request, Statistics, Token
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.channel import Channel, run_rank
-from kimi_mlx.runtime.joining import join_mlx
+from kimi_mlx.rank.channel import Channel, run_rank
+from kimi_mlx.rank.main import encode_event
+from kimi_mlx.rank.rendezvous import join_mlx
 from kimi_mlx.runtime.load import compute_type
-from kimi_mlx.runtime.rank import encode_event
 
 Cache = list[Any]
 """mlx-lm's: an object a layer."""

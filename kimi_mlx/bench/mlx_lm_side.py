@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 from kimi_mlx.bench.sides import Answer, Batch, Outcome
-from kimi_mlx.cluster.messages import Message, decode_error
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.ring.messages import Message, decode_error
+from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.engine.request import Statistics
 from kimi_mlx.errors import RingError
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.session import SessionOptions
 
 MODES: Mapping[bool, tuple[str, ...]] = {False: ("single",), True: ("tensor", "pipeline")}
 """How mlx-lm runs a model on one process, and the ways it has to share one among several."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kimi_mlx.bench.measure import Case
-from kimi_mlx.cluster.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.planner.machines import machine_of_host

@@ -12,8 +12,9 @@ from typing import Protocol
 from kimi_mlx.engine.request import Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.sum_choice import SumChoice
-from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import LoadProgress, Session, SessionOptions, open_session
+from kimi_mlx.session.open import open_session
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
 
 
 @dataclass(frozen=True)

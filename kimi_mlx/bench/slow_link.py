@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from kimi_mlx.cluster.launch import rank_command
+from kimi_mlx.cluster.ring.launch import rank_command
 from kimi_mlx.errors import RingError
 
 AGAIN_S = 0.05

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx import __version__
 from kimi_mlx.cli.bench import bench
 from kimi_mlx.cli.chat import chat
 from kimi_mlx.cli.check import check
@@ -28,6 +27,7 @@ from kimi_mlx.cli.plan import plan
 from kimi_mlx.cli.serve import serve
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
+from kimi_mlx.version import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

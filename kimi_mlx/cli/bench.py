@@ -29,7 +29,7 @@ from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.planner.links import Link, measured_link
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_rate
@@ -37,7 +37,7 @@ from kimi_mlx.units import format_rate
 if TYPE_CHECKING:
     from kimi_mlx.bench.measure import EnergyOf, Plan, Run
     from kimi_mlx.bench.sides import Side
-    from kimi_mlx.cluster.hosts import Cluster
+    from kimi_mlx.cluster.hosts.host import Cluster
     from kimi_mlx.model.config import ModelConfig
 
 MAX_LINK_DELAY_MS = 1000
@@ -218,7 +218,7 @@ def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack:
     if delay_ms is None:
         return None
     from kimi_mlx.bench.slow_link import slow_links
-    from kimi_mlx.cluster.hosts import local_cluster
+    from kimi_mlx.cluster.hosts.host import local_cluster
 
     return replace(local_cluster(ranks, fast_sync), detour=stack.enter_context(slow_links(delay_ms)))
 

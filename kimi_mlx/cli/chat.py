@@ -35,9 +35,9 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.runtime.chat import ChatOptions, Conversation
-from kimi_mlx.runtime.session import Session, SessionOptions
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.conversation import ChatOptions, Conversation
+from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.text.messages import Delta

@@ -13,7 +13,7 @@ from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.session import Session, SessionOptions
+from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import understand
 from kimi_mlx.units import format_rate, format_seconds

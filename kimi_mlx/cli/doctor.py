@@ -23,9 +23,9 @@ from kimi_mlx.cli.hosts_options import (
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placing import need_with, place_on
-from kimi_mlx.cluster.doctor import examine, with_need
-from kimi_mlx.cluster.examination import Question
-from kimi_mlx.cluster.hostfile import write_hostfile
+from kimi_mlx.cluster.doctor.doctor import examine, with_need
+from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.errors import UsageError
 from kimi_mlx.settings import Settings
 
@@ -44,7 +44,7 @@ def doctor(
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with this Mac, or with a cluster, and the command that mends it."""
-    from kimi_mlx.cli.need import need_of
+    from kimi_mlx.cli.memory_need import need_of
 
     asked = None if backend == "auto" else backend
     ranks, option = hosts_of(hosts, hostfile, asked)

@@ -14,13 +14,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cluster.doctor import Diagnosis
-from kimi_mlx.cluster.facts import Facts
-from kimi_mlx.cluster.findings import Finding, State
-from kimi_mlx.cluster.hostfile import to_json
-from kimi_mlx.cluster.need import ModelNeed
-from kimi_mlx.cluster.self_test import SelfTest, Timing
-from kimi_mlx.cluster.survey import Link
+from kimi_mlx.cluster.doctor.doctor import Diagnosis
+from kimi_mlx.cluster.doctor.findings import Finding, State
+from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
+from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.cluster.hosts.hostfile import to_json
+from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.parallel.sum_choice import SumChoice
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes

@@ -27,10 +27,10 @@ from kimi_mlx.hub.client import (
 from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.parallel.together import together
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.runtime.download import StoreOptions, join_group
-from kimi_mlx.runtime.stores import Result, dry_result, provide_stores, state_of
 from kimi_mlx.settings import Settings
+from kimi_mlx.store.download import StoreOptions, join_group
 from kimi_mlx.store.locate import Target, stores_root, understand
+from kimi_mlx.store.prepare import Result, dry_result, provide_stores, state_of
 from kimi_mlx.store.sources import read_contents
 
 

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.runtime.stores import Result
+from kimi_mlx.store.prepare import Result
 from kimi_mlx.units import format_bytes, format_gib, format_seconds
 
 

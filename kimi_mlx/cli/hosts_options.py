@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from kimi_mlx.cluster.hostfile import parse_hosts, read_hostfile
-from kimi_mlx.cluster.hostfile_check import check_hostfile
-from kimi_mlx.cluster.hosts import Backend, Host, Hostfile
+from kimi_mlx.cluster.hosts.host import Backend, Host, Hostfile
+from kimi_mlx.cluster.hosts.hostfile import parse_hosts, read_hostfile
+from kimi_mlx.cluster.hosts.hostfile_check import check_hostfile
 from kimi_mlx.errors import UsageError
 
 BackendName = Literal["auto", "ring", "jaccl", "jaccl-ring"]

@@ -26,16 +26,16 @@ from kimi_mlx.cli.options import FastSyncOption, refuse_launcher
 from kimi_mlx.cli.output import print_json, slow_status, stderr
 from kimi_mlx.cli.placing import announce, need_with, place_on
 from kimi_mlx.cli.stream import count
-from kimi_mlx.cluster.doctor import Diagnosis, examine, with_need
-from kimi_mlx.cluster.examination import Question
-from kimi_mlx.cluster.facts import own_interpreter
-from kimi_mlx.cluster.hostfile import write_hostfile
-from kimi_mlx.cluster.hostfile_check import check_envs
-from kimi_mlx.cluster.hosts import Cluster
-from kimi_mlx.cluster.install import install as install_on
-from kimi_mlx.cluster.install import needs_install
-from kimi_mlx.cluster.need import ModelNeed
-from kimi_mlx.cluster.watch import Limits
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine, with_need
+from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.hosts.facts import own_interpreter
+from kimi_mlx.cluster.hosts.host import Cluster
+from kimi_mlx.cluster.hosts.hostfile import write_hostfile
+from kimi_mlx.cluster.hosts.hostfile_check import check_envs
+from kimi_mlx.cluster.install.install import install as install_on
+from kimi_mlx.cluster.install.install import needs_install
+from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import MissingModelError, UsageError
 from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.settings import Settings
@@ -85,7 +85,7 @@ def launch(
     ] = Limits().silence_s,
 ) -> None:
     """Run a model on several Macs: check them, connect them, then COMMAND."""
-    from kimi_mlx.cli.need import need_of
+    from kimi_mlx.cli.memory_need import need_of
 
     refuse_launcher()
     command = _Command(context, words or [])  # whose help needs no hosts

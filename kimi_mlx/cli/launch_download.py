@@ -13,15 +13,15 @@ from kimi_mlx.cli.download_output import print_result
 from kimi_mlx.cli.launched import Launched, name_for_hosts
 from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cli.store_progress import TerminalListener
-from kimi_mlx.cluster.messages import Message
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
-from kimi_mlx.runtime.stores import Result
 from kimi_mlx.store.build import Progress
 from kimi_mlx.store.locate import Target
+from kimi_mlx.store.prepare import Result
 from kimi_mlx.units import format_bytes
 
-MODULE = "kimi_mlx.runtime.download_rank"
+MODULE = "kimi_mlx.rank.download"
 
 STALL_S = 1800.0
 """Without a byte fetched or checked: the hub may ask us to wait for long."""

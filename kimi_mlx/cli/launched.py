@@ -9,12 +9,12 @@ from typing import Any
 import typer
 
 from kimi_mlx.cli.output import load_progress
-from kimi_mlx.cluster.hosts import Cluster
-from kimi_mlx.cluster.watch import Limits
+from kimi_mlx.cluster.hosts.host import Cluster
+from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.store.locate import Target
 
 

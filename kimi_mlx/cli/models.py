@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.cluster.machine import Machine, this_machine
+from kimi_mlx.cluster.hosts.machine import Machine, this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import (
     SYSTEM_BYTES,

@@ -9,7 +9,7 @@ import typer
 
 from kimi_mlx.cli.byte_progress import byte_progress
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.cluster.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up

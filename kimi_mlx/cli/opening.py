@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kimi_mlx.cli.output import load_progress
-from kimi_mlx.runtime.session import Session, SessionOptions, open_session
+from kimi_mlx.session.open import open_session
+from kimi_mlx.session.session import Session, SessionOptions
 
 
 def open_here(options: SessionOptions, name: str, is_quiet: bool) -> Session:

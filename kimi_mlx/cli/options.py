@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
-from kimi_mlx.runtime.session import DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT
+from kimi_mlx.session.session import DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT
 from kimi_mlx.units import MB, format_bytes, parse_bytes
 
 ModelArgument = Annotated[

@@ -9,9 +9,9 @@ from dataclasses import replace
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.plan import shape_of
 from kimi_mlx.cli.plan_hosts import measured_of
-from kimi_mlx.cluster.doctor import Diagnosis
-from kimi_mlx.cluster.examination import Question
-from kimi_mlx.cluster.need import ModelNeed, RankNeed
+from kimi_mlx.cluster.doctor.doctor import Diagnosis
+from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
+from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of

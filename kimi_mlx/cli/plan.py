@@ -13,7 +13,7 @@ from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cli.plan_hosts import ask_hosts, links_of, machines_of
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
-from kimi_mlx.cluster.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CONTEXT_TOKENS
 from kimi_mlx.planner.backtest import backtest

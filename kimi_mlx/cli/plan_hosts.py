@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kimi_mlx.cli.hosts_options import hosts_of
 from kimi_mlx.cli.output import slow_status
-from kimi_mlx.cluster.doctor import Diagnosis, examine
-from kimi_mlx.cluster.examination import Question
-from kimi_mlx.cluster.joining import join_hosts
-from kimi_mlx.cluster.topology import topology
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine
+from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.network.choose import join_hosts
+from kimi_mlx.cluster.network.topology import topology
 from kimi_mlx.errors import LinkError, SshError
 from kimi_mlx.planner.links import RDMA, Link, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
@@ -28,7 +28,7 @@ def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
         model: that is to run there.
         is_quiet: without words on the terminal.
     """
-    from kimi_mlx.cli.need import need_of
+    from kimi_mlx.cli.memory_need import need_of
 
     ranks, _ = hosts_of(None, hostfile, None)
     question = Question(ranks, need_of(model), is_quick=True)

@@ -18,7 +18,7 @@ from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
 from kimi_mlx.engine.request import Finished, FinishReason, Prefilled, Statistics
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
-from kimi_mlx.runtime.chat import Conversation
+from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.units import format_rate, format_seconds
 
 KEYS = {

@@ -34,14 +34,14 @@ from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.session import DISK_BYTES, Session, SessionOptions
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.session import DISK_BYTES, Session, SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import MB
 
 if TYPE_CHECKING:  # the server's libraries are not for other commands' starts
-    from kimi_mlx.server.listener import Listener
+    from kimi_mlx.server.http.listener import Listener
     from kimi_mlx.server.serving import Server, ServingOptions
 
 COMMENT = re.compile(r"(^|\s)#.*")
@@ -117,8 +117,8 @@ def serve(
     refuse_launcher()
     target = understand(model or Settings.from_environment().model)
     keys = _keys(api_key or (), api_key_file)
-    from kimi_mlx.server.listener import Listener
-    from kimi_mlx.server.security import Security, is_loopback
+    from kimi_mlx.server.http.listener import Listener
+    from kimi_mlx.server.http.security import Security, is_loopback
     from kimi_mlx.server.serving import ServingOptions
 
     if not keys and not is_loopback(host):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from kimi_mlx.engine.cache import CacheShelf, room_of
+from kimi_mlx.engine.batch_entry import Row
+from kimi_mlx.engine.kv_cache_pool import CacheShelf, room_of
 from kimi_mlx.engine.request import Event, FinishReason, Prefilled
-from kimi_mlx.engine.row import Row
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.steps import Step, Steps
 from kimi_mlx.errors import EngineError

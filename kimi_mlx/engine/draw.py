@@ -8,8 +8,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from kimi_mlx.engine.batch_entry import Row
 from kimi_mlx.engine.request import Logprobs
-from kimi_mlx.engine.row import Row
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from kimi_mlx.engine.cache import ConversationCache
 from kimi_mlx.engine.chooser import Chooser
 from kimi_mlx.engine.drafts import PromptLookup, accepted_length
+from kimi_mlx.engine.kv_cache_pool import ConversationCache
 from kimi_mlx.engine.request import Finished, FinishReason, Logprobs, Request, Statistics, Token
 from kimi_mlx.model.cache import LatentCache
 

@@ -13,8 +13,8 @@ from typing import cast
 
 import mlx.core as mx
 
+from kimi_mlx.engine.batch_entry import Row
 from kimi_mlx.engine.draw import Drawn, draw_rows
-from kimi_mlx.engine.row import Row
 from kimi_mlx.model.decoder import Model, Part
 from kimi_mlx.parallel.exchange import RankExchange, Said, Told
 from kimi_mlx.parallel.pipeline import PipelineExchange

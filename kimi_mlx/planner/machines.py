@@ -11,8 +11,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from kimi_mlx.cluster.checks import SYSTEM_RESERVE_BYTES
-from kimi_mlx.cluster.machine import gpu_limit
+from kimi_mlx.cluster.doctor.host_checks import SYSTEM_RESERVE_BYTES
+from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.errors import UsageError
 from kimi_mlx.units import GIB
 

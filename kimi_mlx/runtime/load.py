@@ -21,7 +21,7 @@ from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.placement import Placement, normal_strategy, place
 from kimi_mlx.parallel.slices import SumExchange
 from kimi_mlx.parallel.together import require_equal
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.store.locate import resolve
 from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
 from kimi_mlx.weights.assemble import Progress, load_model

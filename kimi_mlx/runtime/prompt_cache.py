@@ -9,13 +9,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx import __version__
-from kimi_mlx.engine.block_file import NAME_BYTES
-from kimi_mlx.engine.block_store import BlockStore
-from kimi_mlx.engine.cache import shape_of
+from kimi_mlx.engine.kv_cache_pool import shape_of
+from kimi_mlx.engine.prompt_cache.block_file import NAME_BYTES
+from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.runtime.load import Fingerprint
+from kimi_mlx.version import __version__
 
 
 def open_blocks(

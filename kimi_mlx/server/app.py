@@ -11,18 +11,18 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kimi_mlx.server.anthropic_answer import error_body
-from kimi_mlx.server.anthropic_routes import anthropic_routes
-from kimi_mlx.server.boundary import Boundary, ErrorShape
-from kimi_mlx.server.context import Context
+from kimi_mlx.server.anthropic.response import error_body
+from kimi_mlx.server.anthropic.routes import anthropic_routes
 from kimi_mlx.server.health import report, trouble
-from kimi_mlx.server.journal import Journal
+from kimi_mlx.server.http.access_log import Journal
+from kimi_mlx.server.http.context import Context
+from kimi_mlx.server.http.errors_middleware import Boundary, ErrorShape
+from kimi_mlx.server.http.limits import BodyLimit
+from kimi_mlx.server.http.security import Guard, Security
 from kimi_mlx.server.json_response import JsonResponse
-from kimi_mlx.server.limits import BodyLimit
-from kimi_mlx.server.openai_routes import openai_routes
+from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import document
 from kimi_mlx.server.responses_routes import responses_routes
-from kimi_mlx.server.security import Guard, Security
 
 APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
 """The APIs that are served, each with its paths."""

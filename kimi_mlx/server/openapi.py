@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from kimi_mlx import __version__
-from kimi_mlx.server.anthropic_request import CountBody, MessagesBody
-from kimi_mlx.server.body import Body
-from kimi_mlx.server.openai_body import ChatBody
-from kimi_mlx.server.openai_completions import CompletionBody
-from kimi_mlx.server.responses_request import ResponsesBody
+from kimi_mlx.server.anthropic.request import CountBody, MessagesBody
+from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.openai.chat_request import ChatBody
+from kimi_mlx.server.openai.completions import CompletionBody
+from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.version import __version__
 
 BODIES: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.call_ids import CallIds, to_native
 from kimi_mlx.server.constraint import grammar_for
 from kimi_mlx.server.conversation import Ask, Continuation, Wish

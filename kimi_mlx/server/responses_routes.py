@@ -6,10 +6,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_mlx.server.context import Context, read_body
-from kimi_mlx.server.responses_answer import ResponseTranslation
-from kimi_mlx.server.responses_request import ResponsesBody, to_ask
-from kimi_mlx.server.sse import respond
+from kimi_mlx.server.http.context import Context, read_body
+from kimi_mlx.server.http.sse import respond
+from kimi_mlx.server.openai.responses_request import ResponsesBody, to_ask
+from kimi_mlx.server.openai.responses_response import ResponseTranslation
 
 
 def responses_routes(context: Context) -> list[Route]:

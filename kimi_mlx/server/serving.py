@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 
 import uvicorn
 
-from kimi_mlx.runtime.session import Session
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.app import build_app
-from kimi_mlx.server.context import Context
+from kimi_mlx.server.http.context import Context
+from kimi_mlx.server.http.protocol import PatientProtocol
+from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import Model
-from kimi_mlx.server.protocol import PatientProtocol
-from kimi_mlx.server.security import Security
 from kimi_mlx.server.served import Served
 from kimi_mlx.server.service import Service
+from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
 
 KEEP_ALIVE_S = 75

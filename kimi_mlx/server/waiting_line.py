@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from kimi_mlx.engine.generate import MAX_SEQUENCES
+from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.metrics import Metrics
 

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kimi_mlx.bench import loading_files, loading_rank
-from kimi_mlx.bench.loading import Load, LoadingRun, loading_sides
-from kimi_mlx.bench.loading_files import LoadingFiles, drop_caches, loading_config, make_files
-from kimi_mlx.bench.loading_report import (
+from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.model.config import parse_config
+from kimi_mlx.units import GB
+from scripts.loading import files as loading_files
+from scripts.loading import rank as loading_rank
+from scripts.loading.files import LoadingFiles, drop_caches, loading_config, make_files
+from scripts.loading.measure import Load, LoadingRun, loading_sides
+from scripts.loading.report import (
     loading_heading,
     loading_lines,
     loading_ratios,
@@ -23,9 +27,6 @@ from kimi_mlx.bench.loading_report import (
     loading_table,
     loading_to_dict,
 )
-from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.model.config import parse_config
-from kimi_mlx.units import GB
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_loading.py"
 FILES = LoadingFiles((Path("copy-0"), Path("copy-1")), Path("stores"), 2000, 1900, (1010, 1020))
@@ -175,7 +176,7 @@ def test_a_system_without_proc_tells_no_bytes(tmp_path: Path, monkeypatch: pytes
 SPARING = """
 import runpy, sys
 from pathlib import Path
-from kimi_mlx.bench import loading_files
+from scripts.loading import files as loading_files
 loading_files.DROP_CACHES = Path("/nowhere")
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,17 +8,18 @@ from collections.abc import Iterator
 import pytest
 
 from kimi_mlx.bench.machine import OURS, machine, versions
-from kimi_mlx.bench.serving import ServingRun, measure_serving
-from kimi_mlx.bench.serving_client import Exchange
-from kimi_mlx.bench.serving_disturbers import Disturbance
-from kimi_mlx.bench.serving_figures import growth_bytes, same_texts, serving_ratios, serving_rows
-from kimi_mlx.bench.serving_files import MINI, served_checkpoint
-from kimi_mlx.bench.serving_prompts import Load, Span, random_text
-from kimi_mlx.bench.serving_report import ServingReport
-from kimi_mlx.bench.serving_servers import Served
 from kimi_mlx.errors import UsageError
-from kimi_mlx.runtime.session import SessionOptions, open_session
+from kimi_mlx.session.open import open_session
+from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.text.tokenizer import Tokenizer
+from scripts.serving.client import Exchange
+from scripts.serving.disturbers import Disturbance
+from scripts.serving.figures import growth_bytes, same_texts, serving_ratios, serving_rows
+from scripts.serving.files import MINI, served_checkpoint
+from scripts.serving.load import ServingRun, measure_serving
+from scripts.serving.prompts import Load, Span, random_text
+from scripts.serving.report import ServingReport
+from scripts.serving.servers import Served
 from tests.server.running import serving
 
 TWO = Span(2, 2)

@@ -16,11 +16,11 @@ from kimi_mlx.bench.measure import Case, Plan, make_batch
 from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
 from kimi_mlx.bench.sides import Answer, Batch, Side, open_kimi_mlx
 from kimi_mlx.bench.slow_link import slow_links
-from kimi_mlx.cluster.hosts import local_cluster
-from kimi_mlx.cluster.messages import encode
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.cluster.ring.messages import encode
+from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import KimiMlxError, WeightsError
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.session import SessionOptions
 from tests.bench.tiny import write_tiny
 
 PLAN = Plan((24,), 6)

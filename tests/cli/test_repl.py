@@ -23,8 +23,8 @@ import pytest
 from kimi_mlx.cli.repl import Repl
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError
-from kimi_mlx.runtime.chat import ChatOptions, Conversation
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.conversation import ChatOptions, Conversation
 from tests.fakes import KIMI_MINI, FixedSession, conversation_of
 
 ROOT = Path(__file__).parents[2]

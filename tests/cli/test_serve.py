@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from kimi_mlx.errors import UsageError
-from kimi_mlx.server.listener import Listener
+from kimi_mlx.server.http.listener import Listener
 from tests.cli.test_chat import are_gone, ranks_of
 from tests.command import call
 from tests.processes import start

@@ -150,10 +150,10 @@ def _listen(pipe: IO[bytes], heard: list[tuple[float, str]]) -> None:
             heard.append((time.monotonic(), piece.decode()))
 
 
-def rank_pid(hosts: Hosts, name: str, module: str = "kimi_mlx.runtime.rank") -> int | None:
+def rank_pid(hosts: Hosts, name: str, module: str = "kimi_mlx.rank.main") -> int | None:
     """The process id of a rank on its host; not of its guard."""
     for line in hosts.run(name, "ps", "-A", "-ww", "-o", "pid=,args=").splitlines():
-        if f"from {module} import main" in line and "cluster.guard" not in line:
+        if f"from {module} import main" in line and "cluster.ring.guard" not in line:
             return int(line.split()[0])
     return None
 
@@ -161,7 +161,7 @@ def rank_pid(hosts: Hosts, name: str, module: str = "kimi_mlx.runtime.rank") -> 
 def guard_pid(hosts: Hosts, name: str) -> int:
     """The process id of a rank's guard on its host."""
     lines = hosts.run(name, "ps", "-A", "-ww", "-o", "pid=,args=").splitlines()
-    return next(int(line.split()[0]) for line in lines if "from kimi_mlx.cluster.guard import main" in line)
+    return next(int(line.split()[0]) for line in lines if "from kimi_mlx.cluster.ring.guard import main" in line)
 
 
 def send(hosts: Hosts, name: str, number: signal.Signals, pid: int | None) -> None:

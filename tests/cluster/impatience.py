@@ -10,7 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kimi_mlx.cluster import joining, measure, payloads, survey
+from kimi_mlx.cluster.doctor import payloads
+from kimi_mlx.cluster.network import choose as joining
+from kimi_mlx.cluster.network import measure, survey
 
 PAIR_LIMIT_S = 3.0
 BACK_OFF_S = 0.5
@@ -24,7 +26,7 @@ main()
 
 
 TRUSTING_MAIN = f"""
-from kimi_mlx.cluster import links
+from kimi_mlx.cluster.network import links
 links.PREFERENCE = links.ROUND_TRIP_LIMIT_S = 1000.0
 links.RATE_LIMIT_BYTES_PER_S = 0
 {MAIN}
@@ -38,7 +40,7 @@ def be_impatient(change: Callable[[object, str, object], None] = setattr) -> Non
     Args:
         change: how, such as a MonkeyPatch's `setattr`.
     """
-    from kimi_mlx.runtime import ring_session
+    from kimi_mlx.session import ring as ring_session
 
     impatient = partial(survey.measure_network, limit_s=PAIR_LIMIT_S)
     for module in (survey, joining):

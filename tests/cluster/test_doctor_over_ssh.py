@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.cluster.hostfile import read_hostfile
+from kimi_mlx.cluster.hosts.hostfile import read_hostfile
 from tests import processes
 from tests.cluster import faults, impatience
 from tests.cluster.hosts import ROOT, Hosts
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 HOSTS = ("--hosts", "mac-a,mac-b")
 
 SHORT_STEPS = f"""
-from kimi_mlx.cluster import doctor, self_test
+from kimi_mlx.cluster.doctor import doctor
+from kimi_mlx.cluster.doctor import self_test
 self_test.STEP_LIMIT_S = 4.0
 doctor.DEAD_LINK_LIMIT_S = 1.5
 {impatience.MAIN}

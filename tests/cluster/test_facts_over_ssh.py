@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from kimi_mlx.cluster.checks import check_clock, check_reachable
-from kimi_mlx.cluster.facts import FACTS_LIMIT_S, facts_script, parse_facts
-from kimi_mlx.cluster.ssh import run_everywhere, run_script, ssh_command
-from kimi_mlx.cluster.ssh_errors import explain_ssh
+from kimi_mlx.cluster.doctor.host_checks import check_clock, check_reachable
+from kimi_mlx.cluster.hosts.facts import FACTS_LIMIT_S, facts_script, parse_facts
+from kimi_mlx.cluster.hosts.ssh import run_everywhere, run_script, ssh_command
+from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
 from tests.cluster.hosts import Hosts
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cluster.facts import FACTS_LIMIT_S, Facts, Interpreter, facts_script, own_interpreter, parse_facts
-from kimi_mlx.cluster.install import can_renew, install, needs_install
-from kimi_mlx.cluster.ssh import run_everywhere, run_script
-from kimi_mlx.cluster.wheel import pack_wheel
+from kimi_mlx.cluster.hosts.facts import FACTS_LIMIT_S, Facts, Interpreter, facts_script, own_interpreter, parse_facts
+from kimi_mlx.cluster.hosts.ssh import run_everywhere, run_script
+from kimi_mlx.cluster.install.install import can_renew, install, needs_install
+from kimi_mlx.cluster.install.wheel import pack_wheel
 from kimi_mlx.errors import InstallError
 from tests.cluster.hosts import Hosts
 
@@ -67,7 +67,7 @@ def check_installed(hosts: Hosts, name: str, own: Interpreter) -> Facts:
     assert can_renew(facts, own)
     assert facts.python is not None
     assert facts.python.path == f"{facts.data_folder}/venv/bin/python"
-    program = "import kimi_mlx.cluster.facts as f; print(f.own_interpreter().code)"
+    program = "import kimi_mlx.cluster.hosts.facts as f; print(f.own_interpreter().code)"
     answer = run_script(name, f"{shlex.quote(facts.python.path)} -c {shlex.quote(program)}", 20)
     assert answer.stdout.strip() == own.code, answer.stderr
     assert hosts.left(name) == []

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.cluster import doctor
-from kimi_mlx.cluster.hostfile import read_hostfile
-from kimi_mlx.cluster.payloads import Payload, all_payloads
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.doctor import doctor
+from kimi_mlx.cluster.doctor.payloads import Payload, all_payloads
+from kimi_mlx.cluster.hosts.hostfile import read_hostfile
+from kimi_mlx.cluster.ring.ring import Ring
 from tests.cluster import faults, impatience
 from tests.cluster.faults import Fault, Front, Outcome, answer, cable_out, signalled, undisturbed, wait_until_gone
 from tests.cluster.hosts import ROOT, Hosts
@@ -30,7 +30,7 @@ from tests.server import raw
 pytestmark = pytest.mark.slow
 
 HOSTS = ("--hosts", "mac-a,mac-b")
-RANK, GUARD = "from kimi_mlx.runtime.rank import main", "cluster.guard"
+RANK, GUARD = "from kimi_mlx.rank.main import main", "cluster.ring.guard"
 DELAY_S = 10.0
 """For what has a limit, on a machine that is busy."""
 
@@ -221,7 +221,7 @@ def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, numb
 @pytest.mark.sweep
 def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(hosts: Hosts, where: Where) -> None:
     silence_s = 6.0
-    code = f"from kimi_mlx.cluster import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"
+    code = f"from kimi_mlx.cluster.ring import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"
     front = Front(hosts, *where, *faults.QUESTION, code=code)
     front.wait_for_text(faults.MIDDLE)
     begin = time.monotonic()

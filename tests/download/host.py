@@ -20,7 +20,7 @@ import pytest
 
 from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_job
 from tests import processes
 from tests.command import call
 from tests.fakes import KIMI_MINI

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
-from kimi_mlx.runtime.joining import pin
+from kimi_mlx.rank.rendezvous import pin
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_blocks
 

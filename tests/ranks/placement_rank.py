@@ -14,12 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import Group, MlxGroup
-from kimi_mlx.runtime.joining import pin
+from kimi_mlx.rank.rendezvous import pin
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 CHUNK = 16

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cluster import ring as ring_module
-from kimi_mlx.cluster import self_test as self_test_module
-from kimi_mlx.cluster.backends import ring_hosts
-from kimi_mlx.cluster.hosts import Hostfile, local_cluster
-from kimi_mlx.cluster.payloads import quick_payloads
-from kimi_mlx.cluster.ring import Ring
-from kimi_mlx.cluster.self_test import self_test
+from kimi_mlx.cluster.doctor import self_test as self_test_module
+from kimi_mlx.cluster.doctor.payloads import quick_payloads
+from kimi_mlx.cluster.doctor.self_test import self_test
+from kimi_mlx.cluster.hosts.host import Hostfile, local_cluster
+from kimi_mlx.cluster.ring import ring as ring_module
+from kimi_mlx.cluster.ring.backends import ring_hosts
+from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError
 from tests.cluster.hosts import ROOT
 from tests.ranks.test_ring import wait_until_gone
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.ranks
 MODULE = "rank_behind_a_relay"
 PROGRAM = """
 import json
-from kimi_mlx.runtime import joining
-from kimi_mlx.runtime.self_test import main
+from kimi_mlx.rank import rendezvous as joining
+from kimi_mlx.rank.self_test import main
 
 connect = joining.connect
 joining.connect = lambda ring, rank: connect({**ring, "file": json.dumps(json.loads(ring["file"])[rank])}, rank)

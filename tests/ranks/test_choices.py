@@ -13,10 +13,10 @@ import pytest
 
 from kimi_mlx.engine.request import Logprobs, Request, Sampling, Token
 from kimi_mlx.errors import EngineError
-from kimi_mlx.runtime.local_session import LocalSession
-from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import Session, SessionOptions, answer
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import Session, SessionOptions, answer
 from kimi_mlx.text.grammar import grammar_of, thinking_after
 from tests.fakes import KIMI_MINI
 
@@ -122,7 +122,7 @@ def test_on_a_ring_that_is_lost_in_the_middle(
     speculate: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (0.1,))
+    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (0.1,))
     options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, speculate=speculate)
     with closing(RingSession(options)) as session:
         with pytest.raises(EngineError, match="cannot be compiled"):

@@ -16,7 +16,7 @@ import pytest
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
-from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_job
 from tests.divisible import CONFIGS, make_prompt, write_divisible
 from tests.fakes import KIMI_MINI
 from tests.mlx_launch import loopback_hostfile, ring_variables

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cluster.hosts import local_cluster
-from kimi_mlx.cluster.ring import Ring
-from kimi_mlx.cluster.watch import Limits
+from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.cluster.ring.ring import Ring
+from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.errors import EngineError, PlacementError, RingError
-from kimi_mlx.runtime.local_session import LocalSession
-from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import SessionOptions
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.ranks
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (0.1,))
+    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (0.1,))
 
 
 def tokens_of(session: LocalSession | RingSession, request: Request) -> list[int]:
@@ -208,7 +208,7 @@ def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
 
 @pytest.mark.slow
 def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.runtime.ring_session.BACK_OFF_S", (2.0,))
+    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (2.0,))
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         events: list[Event] = []
         stopped_at = 0.0
@@ -252,9 +252,9 @@ def test_ranks_end_when_the_front_is_killed(folder: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from kimi_mlx.runtime.local_session import LocalSession
-from kimi_mlx.runtime.ring_session import RingSession
-from kimi_mlx.runtime.session import SessionOptions
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import SessionOptions
 ring = RingSession(SessionOptions(Path({str(folder)!r}), ranks=2))
 print(*ring.pids, flush=True)
 time.sleep(60)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cluster import ring as ring_module
-from kimi_mlx.cluster.hosts import local_cluster
-from kimi_mlx.cluster.launch import FAST_SYNC
-from kimi_mlx.cluster.ring import Ring
+from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.cluster.ring import ring as ring_module
+from kimi_mlx.cluster.ring.launch import FAST_SYNC
+from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import MissingModelError, RingError
 from tests.cluster.hosts import ROOT
 from tests.ranks.test_ring import wait_until_gone
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ranks
 
 BEGINNING = """
 import os, sys, time
-from kimi_mlx.cluster.messages import decode, encode
+from kimi_mlx.cluster.ring.messages import decode, encode
 
 def send(kind, **fields):
     sys.stdout.buffer.write(encode(kind, **fields))
@@ -157,7 +157,7 @@ def test_only_an_option_or_the_hostfile_turns_on_the_fast_fence(
     program.write_text(f"""
 import os
 from kimi_mlx.errors import MissingModelError
-from kimi_mlx.runtime.channel import run_rank
+from kimi_mlx.rank.channel import run_rank
 
 def serve(channel, start):
     raise MissingModelError(os.environ["{FAST_SYNC}"])
@@ -175,7 +175,7 @@ def main():
 def test_an_error_of_a_rank_at_its_start_is_raised_as_it_is(program: Path) -> None:
     text = """
 from kimi_mlx.errors import MissingModelError
-from kimi_mlx.runtime.channel import run_rank
+from kimi_mlx.rank.channel import run_rank
 
 def serve(channel, start):
     raise MissingModelError("nothing here", hint="look there", rank=start["rank"])

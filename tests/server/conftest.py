@@ -9,7 +9,8 @@ import mlx.core as mx
 import openai
 import pytest
 
-from kimi_mlx.runtime.session import Session, SessionOptions, open_session
+from kimi_mlx.session.open import open_session
+from kimi_mlx.session.session import Session, SessionOptions
 from tests.fakes import KIMI_MINI
 from tests.server.running import Running, serving
 

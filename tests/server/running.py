@@ -9,11 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.session import Session
-from kimi_mlx.runtime.text import ChatTokenizer
-from kimi_mlx.server.listener import Listener
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.server.http.listener import Listener
 from kimi_mlx.server.served import Served
 from kimi_mlx.server.serving import Server, ServingOptions
+from kimi_mlx.session.session import Session
 from tests.fakes import KIMI_MINI
 
 

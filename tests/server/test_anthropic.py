@@ -13,9 +13,9 @@ import pytest
 from anthropic.types import Message, MessageParam, TextBlock, ThinkingBlock, ToolParam, ToolUseBlock
 from pydantic import BaseModel
 
-from kimi_mlx.runtime.session import Session
-from kimi_mlx.server.security import Security
+from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.serving import ServingOptions
+from kimi_mlx.session.session import Session
 from tests.server.running import serving
 
 KEY = "key-of-the-test"

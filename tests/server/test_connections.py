@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.runtime.session import Session
-from kimi_mlx.server import limits, protocol, service, sse
+from kimi_mlx.server import service
+from kimi_mlx.server.http import limits, protocol, sse
+from kimi_mlx.session.session import Session
 from tests.server import raw
 from tests.server.running import Running, serving, wait_until
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.runtime.session import Session
+from kimi_mlx.session.session import Session
 from tests.server import raw
 from tests.server.running import Running, serving
 

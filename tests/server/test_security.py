@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.runtime.session import Session
-from kimi_mlx.server.security import Security, host_name, is_loopback
+from kimi_mlx.server.http.security import Security, host_name, is_loopback
 from kimi_mlx.server.serving import ServingOptions
+from kimi_mlx.session.session import Session
 from tests.server import raw
 from tests.server.running import Running, serving
 

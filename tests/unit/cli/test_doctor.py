@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.unit.cluster.test_checks import MAC, OTHER
 from typer.testing import CliRunner
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
-from kimi_mlx.cli.need import need_of
-from kimi_mlx.cluster.doctor import Diagnosis
-from kimi_mlx.cluster.findings import Finding
-from kimi_mlx.cluster.hosts import Host, Hostfile
-from kimi_mlx.cluster.links import Measured, Network
-from kimi_mlx.cluster.payloads import all_payloads
-from kimi_mlx.cluster.self_test import SelfTest, Timing
-from kimi_mlx.cluster.survey import Link
+from kimi_mlx.cli.memory_need import need_of
+from kimi_mlx.cluster.doctor.doctor import Diagnosis
+from kimi_mlx.cluster.doctor.findings import Finding
+from kimi_mlx.cluster.doctor.payloads import all_payloads
+from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
+from kimi_mlx.cluster.hosts.host import Host, Hostfile
+from kimi_mlx.cluster.network.links import Measured, Network
+from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import ConfigError, HostfileError, UsageError
 from kimi_mlx.parallel.sum_choice import SumChoice, SumTiming
-from tests.unit.cluster.test_checks import MAC, OTHER
 
 TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
 LAN = Network("ethernet", ("10.77.1.11", "10.77.1.12"), ("en0", "en0"))

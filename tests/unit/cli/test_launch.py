@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch as module
-from kimi_mlx.cluster.examination import Question
+from kimi_mlx.cluster.doctor.run_checks import Question
 from tests.command import call
 
 ASKED = 77

@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.chat import _sampling
 from kimi_mlx.cli.models import details, footnotes, see, table
-from kimi_mlx.cluster.machine import Machine
+from kimi_mlx.cluster.hosts.machine import Machine
 from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
-from kimi_mlx.runtime.text import ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
 

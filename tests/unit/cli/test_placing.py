@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.need import need_of
+from kimi_mlx.cli.memory_need import need_of
 from kimi_mlx.cli.placing import need_with, place_here, place_on
-from kimi_mlx.cluster.doctor import Diagnosis, with_need
-from kimi_mlx.cluster.examination import Question, check_hosts
-from kimi_mlx.cluster.facts import Facts, HeldStore
-from kimi_mlx.cluster.hosts import Host, Hostfile
-from kimi_mlx.cluster.links import Measured, Network
-from kimi_mlx.cluster.ssh import Answer
-from kimi_mlx.cluster.survey import Link
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_need
+from kimi_mlx.cluster.doctor.run_checks import Question, check_hosts
+from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
+from kimi_mlx.cluster.hosts.host import Host, Hostfile
+from kimi_mlx.cluster.hosts.ssh import Answer
+from kimi_mlx.cluster.network.links import Measured, Network
+from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.links import measured_link
 from kimi_mlx.store.locate import understand

@@ -11,11 +11,11 @@ from typer.testing import CliRunner, Result
 import kimi_mlx.cli.plan
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.plan_hosts import links_of, machines_of
-from kimi_mlx.cluster.doctor import Diagnosis
-from kimi_mlx.cluster.facts import Facts
-from kimi_mlx.cluster.findings import Finding
-from kimi_mlx.cluster.links import Measured, Network
-from kimi_mlx.cluster.survey import Link
+from kimi_mlx.cluster.doctor.doctor import Diagnosis
+from kimi_mlx.cluster.doctor.findings import Finding
+from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.cluster.network.links import Measured, Network
+from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import LinkError, SshError, UsageError
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kimi_mlx.cluster.interfaces import Interface, linux_interfaces, macos_interfaces
-from kimi_mlx.cluster.thunderbolt import ThunderboltPort, thunderbolt_ports
+from kimi_mlx.cluster.network.interfaces import Interface, linux_interfaces, macos_interfaces
+from kimi_mlx.cluster.network.thunderbolt import ThunderboltPort, thunderbolt_ports
 
 
 def capture(name: str) -> str:

@@ -10,9 +10,9 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.engine.block_file import BlockShape
-from kimi_mlx.engine.block_store import BlockStore
-from kimi_mlx.engine.cache import CacheShelf, ConversationCache
+from kimi_mlx.engine.kv_cache_pool import CacheShelf, ConversationCache
+from kimi_mlx.engine.prompt_cache.block_file import BlockShape
+from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
 

@@ -18,8 +18,8 @@ from kimi_mlx.engine.chunking import (
     choose_chunk,
     prefill_bytes,
 )
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.free_memory import Limits, agreed_limits, free_bytes, holding_of
-from kimi_mlx.engine.generate import Engine
 from kimi_mlx.engine.request import Finished, Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, Part

@@ -14,8 +14,8 @@ import pytest
 from kimi_mlx.engine.constraint import Constraint, Vocabulary, masked
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
-from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.runtime.vocabulary import vocabulary_of
 from kimi_mlx.text.grammar import Thinking, grammar_of, thinking_after
 from kimi_mlx.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Request, Sampling, Token
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.model.config import load_config

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Event, Request, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.engine.cache import shape_of
-from kimi_mlx.engine.generate import Engine
+from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.kv_cache_pool import shape_of
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import fingerprint, load

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from kimi_mlx.engine.generate import MAX_SEQUENCES
+from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.engine.request import (
     Event,
     Finished,
@@ -22,9 +22,8 @@ from kimi_mlx.engine.request import (
     Token,
 )
 from kimi_mlx.errors import EngineError, RingError
-from kimi_mlx.runtime.session import Deliver
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.runtime.text import ChatTokenizer
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Piece, Waiting
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.health import trouble
@@ -32,6 +31,7 @@ from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import Model
 from kimi_mlx.server.service import Service
 from kimi_mlx.server.stops import StopTexts
+from kimi_mlx.session.session import Deliver
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
 

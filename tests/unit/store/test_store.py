@@ -24,10 +24,10 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.parallel.together import ERROR_BYTES, require_equal, together
-from kimi_mlx.runtime.download import StoreOptions, build, find_built, open_job
 from kimi_mlx.runtime.load import load_share
 from kimi_mlx.store import writer
 from kimi_mlx.store.build import Job, deal
+from kimi_mlx.store.download import StoreOptions, build, find_built, open_job
 from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.manifest import Manifest, read_manifest
 from kimi_mlx.store.parcels import pieces

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.bench.loading_files import loading_config
 from kimi_mlx.bench.workloads import write_synthetic
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.runtime.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_job
+from scripts.loading.files import loading_config
 
 SIZE_GB = 0.3
 
@@ -20,7 +20,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import mlx.core as mx
-from kimi_mlx.bench.loading_rank import measure
+from scripts.loading.rank import measure
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import DTYPES
 from kimi_mlx.store.stores import load_store, open_manifest

@@ -1,0 +1,1 @@
+"""What is wrong with this machine or a cluster, and the command that fixes it."""

@@ -1,0 +1,1 @@
+"""Hosts: their names, how to reach them, and what they are."""

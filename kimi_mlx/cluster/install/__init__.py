@@ -1,0 +1,1 @@
+"""Put kimi-mlx on hosts that lack it."""

@@ -1,0 +1,1 @@
+"""Networks between hosts: find them, measure them, choose one."""

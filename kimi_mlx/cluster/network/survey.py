@@ -1,0 +1,166 @@
+"""The networks between hosts, measured: from each rank's host to the next, all pairs of a network at once."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.cluster.hosts.ssh import command_on
+from kimi_mlx.cluster.network.links import Measured, Network, slow_because, slowest, to_measured
+from kimi_mlx.cluster.network.measure import command
+from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.ring.process import RankProcess, end_all
+from kimi_mlx.errors import LinkError
+
+PAIR_LIMIT_S = 6.0
+"""For a pair: connect, half a second of small messages, a second of large ones."""
+
+LOGIN_LIMIT_S = 15.0
+"""On top of it, for logging in twice and starting Python."""
+
+END_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A host that connects, the host that it connects to, and at which address."""
+
+    client: str
+    server: str
+    address: str
+
+    def __str__(self) -> str:
+        return f"`{self.client}` to `{self.server}` at {self.address}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network and what it does.
+
+    Args:
+        network: which.
+        measured: over its slowest pair; None if a pair did not answer.
+        problems: of the pairs that did not, in words.
+    """
+
+    network: Network
+    measured: Measured | None
+    problems: tuple[str, ...] = ()
+
+
+def ring_pairs(hosts: Sequence[str], network: Network) -> list[Pair]:
+    """Who connects to whom in a ring: each host to the next, the last to the first."""
+    following = [*range(1, len(hosts)), 0]
+    return [Pair(hosts[i], hosts[j], network.addresses[j]) for i, j in enumerate(following)]
+
+
+def survey(
+    hosts: Sequence[str], networks: Sequence[Network], pythons: Mapping[str, str], say: Callable[[str], None]
+) -> list[Link]:
+    """Measure networks, one after the other; of a kind that has a fast one the rest is left out.
+
+    Args:
+        hosts: in the order of the networks' addresses.
+        networks: from `candidates`.
+        pythons: host -> any interpreter.
+        say: told what is being measured.
+    """
+    links: list[Link] = []
+    fast: set[str] = set()
+    for network in networks:
+        if network.kind in fast:
+            continue
+        say(f"measuring {network}")
+        link = measure_network(hosts, network, pythons)
+        links.append(link)
+        if link.measured is not None and not slow_because(network, link.measured):
+            fast.add(network.kind)
+    return links
+
+
+def measure_network(
+    hosts: Sequence[str], network: Network, pythons: Mapping[str, str], limit_s: float = PAIR_LIMIT_S
+) -> Link:
+    """Measure all pairs of a ring at once, as a ring uses them."""
+    measured, problems = measure_pairs(ring_pairs(hosts, network), pythons, limit_s)
+    return Link(network, None if problems else slowest(measured), tuple(problems))
+
+
+def measure_pairs(
+    pairs: Sequence[Pair], pythons: Mapping[str, str], limit_s: float = PAIR_LIMIT_S
+) -> tuple[list[Measured], list[str]]:
+    """Measure pairs at once; nothing is left of it on any host, whatever happens.
+
+    Returns:
+        The figures of those that answered, and what is wrong with the others, in words.
+    """
+    sides = _Sides(pairs, pythons, limit_s)
+    try:
+        return sides.run()
+    finally:
+        sides.close()
+
+
+class _Sides:
+    """The processes of pairs: number 2 n listens for pair n, number 2 n + 1 connects."""
+
+    def __init__(self, pairs: Sequence[Pair], pythons: Mapping[str, str], limit_s: float):
+        self._pairs = pairs
+        self._pythons = pythons
+        self._limit_s = limit_s
+        self._secret = secrets.token_hex(16)
+        self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._processes: dict[int, RankProcess] = {}
+
+    def run(self) -> tuple[list[Measured], list[str]]:
+        for number, pair in enumerate(self._pairs):
+            # it listens while the client logs in, too
+            self._start(2 * number, pair.server, "serve", pair.address, 0, self._limit_s + LOGIN_LIMIT_S)
+        outcome: dict[int, Measured | str] = {}
+        end = time.monotonic() + self._limit_s + LOGIN_LIMIT_S
+        while len(outcome) < len(self._pairs):
+            try:
+                side, message = self._inbox.get(timeout=max(end - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            number, is_client = divmod(side, 2)
+            if number not in outcome and (found := self._hear(number, bool(is_client), message)) is not None:
+                outcome[number] = found
+        late = f"no answer within {self._limit_s + LOGIN_LIMIT_S:.0f} s"
+        outcomes = [(pair, outcome.get(number, late)) for number, pair in enumerate(self._pairs)]
+        measured = [each for _, each in outcomes if isinstance(each, Measured)]
+        return measured, [f"{pair}: {each}" for pair, each in outcomes if isinstance(each, str)]
+
+    def close(self) -> None:
+        end_all([*self._processes.values()], END_PATIENCE_S)
+
+    def _hear(self, number: int, is_client: bool, message: Message | None) -> Measured | str | None:
+        """What a pair comes to, if a message of one of its sides tells."""
+        pair = self._pairs[number]
+        if message is None:
+            if not is_client and 2 * number + 1 in self._processes:
+                return None  # the client tells more
+            process = self._processes[2 * number + is_client]
+            return f"the measurement on `{pair.client if is_client else pair.server}` {process.how_it_ended()}"
+        if message["kind"] == "listening":
+            port = int(message["port"])
+            self._start(2 * number + 1, pair.client, "measure", pair.address, port, self._limit_s)
+            return None
+        if message["kind"] == "error" and not is_client:
+            return None if 2 * number + 1 in self._processes else f"`{pair.server}`: {message['error']}"
+        try:
+            return to_measured(message)
+        except LinkError as error:
+            return error.message
+
+    def _start(self, side: int, host: str, role: str, address: str, port: int, limit_s: float) -> None:
+        line, script = command_on(host, command(self._pythons[host], role, address, port, limit_s))
+        preamble = script + f"{self._secret}\n".encode()
+        self._processes[side] = RankProcess(side, line, os.environ, self._deliver, preamble)
+
+    def _deliver(self, side: int, message: Message | None) -> None:
+        self._inbox.put((side, message))

@@ -1,0 +1,1 @@
+"""Start, watch and end the rank processes of a cluster."""

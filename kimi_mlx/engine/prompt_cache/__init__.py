@@ -1,0 +1,1 @@
+"""The prompt cache on disk, in blocks of tokens."""

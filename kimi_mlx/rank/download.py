@@ -1,0 +1,77 @@
+"""A rank's process of a download over hosts: joins the others, and builds its store with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.parallel.checked_group import join_checked
+from kimi_mlx.parallel.together import together
+from kimi_mlx.rank.channel import Channel, run_rank
+from kimi_mlx.rank.rendezvous import join_several
+from kimi_mlx.store.build import Progress
+from kimi_mlx.store.download import StoreOptions
+from kimi_mlx.store.locate import stores_root, understand
+from kimi_mlx.store.prepare import provide_stores
+
+
+class ChannelListener:
+    """Tells the front how it is getting on: `beginning`, `checking`, `building`."""
+
+    def __init__(self, channel: Channel):
+        self._channel = channel
+
+    def beginning(self, vision_bytes: int) -> None:
+        """Something will be fetched."""
+        self._channel.send("beginning", vision_bytes=vision_bytes)
+
+    @contextmanager
+    def checking(self, total_bytes: int) -> Generator[Callable[[int], None]]:
+        """Files are checked meanwhile."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._channel.made_step("check")
+            self._channel.send("checking", done=done, total=total_bytes)
+
+        yield advance
+
+    @contextmanager
+    def building(self) -> Generator[Callable[[Progress], None]]:
+        """Stores are built meanwhile."""
+
+        def report(progress: Progress) -> None:
+            self._channel.made_step("download")
+            self._channel.send("building", **asdict(progress))
+
+        yield report
+
+
+def main() -> None:
+    """Run a rank."""
+    run_rank(serve)
+
+
+def serve(channel: Channel, start: Message) -> None:
+    """Build; says `done` with the result, and then waits for the end, so that no peer is lost."""
+    group = join_checked(lambda: join_several(channel, start))
+    channel.made_step("download")
+    target = together(group, lambda: understand(start["model"]))
+    options = StoreOptions(
+        target.source,
+        together(group, stores_root),
+        group.size,
+        start["strategy"],
+        revision=start["revision"],
+        keep_source=start["keep_source"],
+    )
+    result = provide_stores(
+        target, options, group, ChannelListener(channel), is_dry=start["is_dry"], is_check=start["is_check"]
+    )
+    channel.made_step("idle")
+    channel.send("done", result=result)
+    channel.next_command()

@@ -1,0 +1,146 @@
+"""One rank's process: joins the ring, loads its share, answers requests until its input ends.
+
+Started by kimi_mlx.cluster; it reads messages from standard input and writes them to standard output, nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from pathlib import Path
+
+from kimi_mlx.cluster.ring.messages import Message, encode, encode_error
+from kimi_mlx.engine.engine import MOST_NEWS, Engine
+from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
+from kimi_mlx.engine.sampling import samplers
+from kimi_mlx.errors import EngineError, MissingModelError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.exchange import RankExchange
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.pipeline import PipelineExchange
+from kimi_mlx.parallel.sums import choose_sums
+from kimi_mlx.rank.channel import Channel, run_rank
+from kimi_mlx.rank.rendezvous import join
+from kimi_mlx.runtime.grammars import Grammars
+from kimi_mlx.runtime.load import compute_type, fingerprint, load_share, prepare_device
+from kimi_mlx.runtime.prompt_cache import open_blocks
+from kimi_mlx.store.locate import find, understand
+from kimi_mlx.store.sources import is_small
+
+
+def main() -> None:
+    """Run a rank."""
+    run_rank(serve)
+
+
+def serve(channel: Channel, start: Message) -> None:
+    """Load and answer."""
+    prepare_device(start["samples"])
+    group = join(channel, start)
+    folder = _folder(start, group)
+    channel.made_step("load")
+    if start["wants_text"] and group.rank == 0:
+        channel.send("text", files=_text_files(folder))
+
+    def tell(done: int, total: int) -> None:
+        channel.made_step("load")
+        channel.send("loading", done=done, total=total)
+
+    config = load_config(folder)
+    model = load_share(folder, config, start["dtype"], group, tell, start["strategy"])
+    channel.made_step("load")
+    choice = None
+    if isinstance(model.exchange, RankExchange):
+        model.exchange.check_every = start["check_every"]
+        if not isinstance(model.exchange, PipelineExchange):
+            choice = choose_sums(group, config.hidden_size, compute_type(start["dtype"], config))
+    if choice is not None:
+        channel.send("note", text=choice.details())
+    blocks = None
+    if start["cache_dir"] is not None:
+        blocks = open_blocks(
+            Path(start["cache_dir"]),
+            start["cache_disk_bytes"],
+            model,
+            fingerprint(folder, config, group.rank, group.size, start["strategy"]),
+            group,
+            start["place"][1],
+            lambda text: channel.send("note", text=text),
+        )
+    engine = Engine(
+        model,
+        count_commands=lambda: min(channel.received, channel.taken + MOST_NEWS),
+        speculate=start["speculate"],
+        constrain=Grammars(folder, config.vocab_size).constrain,
+        cache_bytes=start["cache_memory_bytes"],
+        blocks=blocks,
+    )
+    if start["samples"]:
+        samplers()  # they have been on their way since the start
+    channel.made_step("idle")
+    channel.send("ready", context=engine.context, sums=None if choice is None else choice.to_dict())
+    while True:
+        for _ in range(engine.news(channel.taken)):
+            take(channel, engine, channel.next_command())
+        if not engine.is_idle:
+            work(channel, engine, is_leader=group.rank == 0)
+
+
+def take(channel: Channel, engine: Engine, command: Message) -> None:
+    """Carry out a command of the front; all ranks get the same ones in the same order."""
+    if command["kind"] == "reset":
+        engine.clear()
+        return
+    if command["kind"] == "cancel":
+        engine.cancel(command["number"])
+        return
+    channel.made_step("prefill")
+    try:
+        engine.add(command["number"], Request.from_dict(command["request"]))
+    except EngineError as error:  # every rank refuses alike, before any collective
+        channel.write(encode_error(error, rank=None, kind="refused", number=command["number"]))
+
+
+def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
+    """A turn of the engine; the leader alone tells of tokens."""
+    for number, event in engine.turn():
+        if isinstance(event, EngineError):
+            channel.write(encode_error(event, rank=None, kind="refused", number=number))
+        elif is_leader or isinstance(event, Finished):
+            channel.write(encode_event(number, event, engine.cached_tokens))
+    channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
+
+
+def encode_event(number: int, event: Event, cached_tokens: int = 0) -> bytes:
+    """An event of a request as a message; with its end goes how full the caches are."""
+    match event:
+        case Prefilled(done, total):
+            return encode("prefilled", number=number, done=done, total=total)
+        case Token(id, logprobs):
+            return encode("token", number=number, id=id, logprobs=None if logprobs is None else asdict(logprobs))
+        case Finished(reason, statistics):
+            figures = statistics.to_dict()
+            return encode("finished", number=number, reason=reason, statistics=figures, cached_tokens=cached_tokens)
+        case _:
+            raise TypeError(f"{event} is none of a rank's events")
+
+
+def _folder(start: Message, group: Group) -> Path:
+    """Where this host has the model."""
+    if start["folder"] is not None:
+        return Path(start["folder"])
+    folder = find(understand(start["model"]), group.size, start["strategy"], group.rank)
+    if folder is None:
+        raise MissingModelError(
+            f"`{start['model']}` is not on the host of rank {group.rank}",
+            hint=f"fetch it for all: `kimi-mlx launch --hosts ... download {start['model']} "
+            f"--strategy {start['strategy']}`",
+            rank=group.rank,
+        )
+    return folder
+
+
+def _text_files(folder: Path) -> dict[str, str]:
+    """The checkpoint's configuration, tokenizer and template, for a front that has none of it."""
+    files = [file for file in folder.iterdir() if file.is_file() and is_small(file.name)]
+    return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}

@@ -1,0 +1,1 @@
+"""HTTP without any API: bodies, streams, limits, access."""

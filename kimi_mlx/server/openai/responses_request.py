@@ -1,0 +1,287 @@
+"""OpenAI's Responses API on the way in: the body of a request, and the Ask that it means.
+
+Source: https://platform.openai.com/docs/api-reference/responses/create. Nothing is kept between requests: a client
+sends the whole conversation each time. What would need something kept, or a tool of OpenAI's own, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from kimi_mlx.server.content import FOREIGN, kind_among, not_served, possible_choice, text_as
+from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.openai.chat_request import MOST_LOGPROBS, SMALLEST_TOP_P, TokenCount
+from kimi_mlx.text.messages import Message, ToolCall
+
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+
+class Part(Body):
+    """A part of an item's content; only text is read."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+Parts = Annotated[list[Part], BeforeValidator(text_as(type="input_text"), json_schema_input_type=str | list[Part])]
+
+
+class MessageItem(Body):
+    """Something said."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Parts
+
+
+class FunctionCallItem(Body):
+    """A call of the model."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionCallOutputItem(Body):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Parts
+
+
+class ReasoningItem(Body):
+    """What the model thought: its content, else its summary."""
+
+    type: Literal["reasoning"]
+    content: list[Part] | None = None
+    summary: list[Part] | None = None
+
+
+class ForeignItem(Body):
+    """An item of a kind that is not served."""
+
+    type: str | None = None
+
+
+def _message_if_said(value: Any) -> str | None:
+    """Messages need not name their type."""
+    return "message" if isinstance(value, dict) and "role" in value else None
+
+
+def _as_items(value: Any) -> Any:
+    return [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ForeignItem, Tag(FOREIGN)],
+    Discriminator(kind_among(ITEM_TYPES, _message_if_said)),
+]
+Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
+
+
+class Tool(Body):
+    """A function of the client's, or a tool of OpenAI's."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: str
+    name: str | None = None
+
+
+class Reasoning(Body):
+    """Whether the model thinks, and whether what it thinks is told as a summary."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class Format(Body):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(Body):
+    """How the answer is to look."""
+
+    format: Format | None = None
+
+
+class ResponsesBody(Body):
+    """What `/v1/responses` is sent."""
+
+    model: str | None = None
+    input: Items = Field(min_length=1)
+    instructions: str | None = None
+    stream: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    max_output_tokens: TokenCount | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def to_ask(body: ResponsesBody) -> Ask:
+    """Return what a body asks for.
+
+    Raises:
+        ApiError: it asks for something that is not served.
+    """
+    _refuse_state(body)
+    top_p = None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P)
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
+    return Ask(
+        max_tokens=body.max_output_tokens,
+        sampling={"temperature": body.temperature, "top_p": top_p},
+        top_logprobs=_top_logprobs(body),
+        messages=tuple(_Conversation(body).messages),
+        tools=tools,
+        tool_choice=possible_choice(_tool_choice(body.tool_choice), tools),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        response_schema=_response_schema(body.text and body.text.format),
+        response_schema_name="text.format",
+        thinking=_thinking(body.reasoning and body.reasoning.effort),
+    )
+
+
+def _refuse_state(body: ResponsesBody) -> None:
+    """Refuse what counts on something that was kept."""
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(body, name) is not None:
+            raise not_served(f"`{name}` is", name, "responses are not kept; send the whole conversation as `input`")
+    if body.background:
+        raise not_served("`background` is", "background", "responses are not kept; wait for the answer, or stream it")
+
+
+class _Conversation:
+    """Items put together to messages: one turn of the assistant's is several items."""
+
+    def __init__(self, body: ResponsesBody):
+        self.messages = [Message("system", body.instructions)] if body.instructions else []
+        self._thoughts: list[str] = []
+        self._text = ""
+        self._calls: list[ToolCall] = []
+        for index, item in enumerate(body.input):
+            self._add(item, f"input[{index}]")
+        self._end_turn()
+
+    def _add(self, item: Item, place: str) -> None:
+        if isinstance(item, ReasoningItem):
+            if self._text or self._calls:
+                self._end_turn()
+            self._thoughts += [part.text or "" for part in item.content or item.summary or ()]
+        elif isinstance(item, FunctionCallItem):
+            self._calls.append(ToolCall(item.call_id, item.name, item.arguments))
+        elif isinstance(item, MessageItem):
+            self._say(item, _text(item.content, f"{place}.content"))
+        elif isinstance(item, FunctionCallOutputItem):
+            self._end_turn()
+            # A picture in a result is only named: to refuse it would end a session for good.
+            parts = (part.text or f"[{part.type}: this model reads text only]" for part in item.output)
+            self.messages.append(Message("tool", "\n\n".join(parts), tool_call_id=item.call_id))
+        elif item.type in ("item_reference", None):
+            raise not_served("references to items are", place, "items are not kept; send the item itself")
+        else:
+            raise not_served(f"items of type `{item.type:.60}` are", place)
+
+    def _say(self, item: MessageItem, text: str) -> None:
+        if item.role != "assistant":
+            self._end_turn()
+            self.messages.append(Message("system" if item.role == "developer" else item.role, text))
+            return
+        if self._text:
+            self._end_turn()
+        self._text = text
+
+    def _end_turn(self) -> None:
+        """What the assistant thought, said and called is a message."""
+        if self._thoughts or self._text or self._calls:
+            thoughts = "".join(self._thoughts) or None
+            self.messages.append(Message("assistant", self._text, thoughts, tuple(self._calls)))
+        self._thoughts, self._text, self._calls = [], "", []
+
+
+def _text(parts: Sequence[Part], place: str) -> str:
+    texts: list[str] = []
+    for index, part in enumerate(parts):
+        text = part.text if part.type in TEXT_TYPES else part.refusal
+        if text is None:
+            what = f"content of type `{part.type:.60}` is"
+            raise not_served(what, f"{place}[{index}]", "this model reads text only")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool(tool: Tool, place: str) -> dict[str, Any]:
+    """The tool in the shape of Chat Completions."""
+    if tool.type != "function":
+        raise not_served(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
+    if not tool.name:
+        raise ApiError(400, f"`{place}` has no `name`", "missing_required_parameter", f"{place}.name")
+    parameters = tool.parameters or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters, "strict": tool.strict}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def _tool_choice(choice: str | NamedTool | None) -> str | dict[str, str]:
+    if not isinstance(choice, NamedTool):
+        return choice or "auto"
+    if choice.type != "function" or not choice.name:
+        raise not_served(f"`tool_choice` of type `{choice.type:.60}` is", "tool_choice", "name a function")
+    return {"name": choice.name}
+
+
+def _response_schema(form: Format | None) -> dict[str, Any] | bool | None:
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return True
+    if form.schema_ is None:
+        raise ApiError(400, "`text.format` has no `schema`", "missing_required_parameter", "text.format.schema")
+    return form.schema_
+
+
+def _thinking(effort: str | None) -> bool | None:
+    """There is only thinking or none; without a word about it, the template decides."""
+    return None if effort is None else effort not in ("none", "minimal")
+
+
+def _top_logprobs(body: ResponsesBody) -> int | None:
+    is_wanted = "message.output_text.logprobs" in (body.include or ())
+    return body.top_logprobs or 0 if is_wanted or body.top_logprobs else None

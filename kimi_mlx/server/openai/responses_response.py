@@ -1,0 +1,236 @@
+"""OpenAI's Responses API on the way out: an answer as a response object or as events.
+
+An answer is a list of items: reasoning, a message, and one for each call. What is thought comes as the content of its
+item, or, if a summary was asked for, as its summary: clients that ask for one show nothing else. A call whose
+arguments turn out to be no JSON object has been streamed as the model wrote it, and its item is `incomplete`. What
+named no tool is told as text.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kimi_mlx.server.call_steps import CallSteps
+from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs, Usage
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.translation import StreamEvent
+from kimi_mlx.text.messages import CallPart, Delta, ToolCall
+
+Value = dict[str, Any]
+
+
+@dataclass
+class _OpenItem:
+    """The item that is being filled.
+
+    Args:
+        item: as it is begun.
+        part: the type of the part that its text goes to; None: a call, which has arguments.
+        text: what it has so far.
+        logprobs: of the tokens of its text.
+    """
+
+    item: Value
+    part: str | None = None
+    text: list[str] = field(default_factory=list[str])
+    logprobs: list[Value] = field(default_factory=list[Value])
+
+
+class ResponseTranslation:
+    """The answer to one request; a `Translation`.
+
+    Args:
+        model: its name, as the answer says it.
+        body: the request, parts of which the answer repeats.
+    """
+
+    def __init__(self, model: str, body: ResponsesBody):
+        self._fields = _repeated(body) | {
+            "id": f"resp_{secrets.token_hex(12)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+        }
+        is_summary = body.reasoning is not None and body.reasoning.summary is not None
+        self._thought = "summary_text" if is_summary else "reasoning_text"
+        self._steps = CallSteps()
+        self._output: list[Value] = []  # whole items
+        self._open: _OpenItem | None = None
+        self._events = 0
+
+    def begin(self) -> Iterator[StreamEvent]:
+        """The response without its items."""
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
+
+    def add(self, item: Item) -> Iterator[StreamEvent]:
+        """The events of a piece, or of the end."""
+        if isinstance(item, Piece):
+            yield from self._piece(item.delta, item.logprobs)
+        elif isinstance(item, End):
+            yield from self._close()
+            response = self._ended(item)
+            yield self._event(f"response.{response['status']}", response=response)
+
+    def end(self) -> Iterator[StreamEvent]:
+        """Nothing more."""
+        return iter(())
+
+    def fail(self, error: ApiError) -> Iterator[StreamEvent]:
+        """The response with its error, in the middle of a stream."""
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        response = self._response("failed", error={"code": code, "message": error.message})
+        yield self._event("response.failed", response=response)
+
+    def whole(self, answers: Sequence[Answer]) -> Value:
+        """The answer as a response object."""
+        (answer,) = answers
+        for _ in (*self._piece(answer.delta, answer.logprobs), *self._close()):
+            pass  # the events fill the list of items
+        return self._ended(answer.end)
+
+    def _ended(self, end: End) -> Value:
+        usage = _usage(end.usage)
+        if end.reason in ("stop", "tool_calls"):
+            return self._response("completed", usage=usage)
+        details = {"reason": "max_output_tokens"} if end.reason == "length" else None
+        return self._response("incomplete", usage=usage, incomplete_details=details)
+
+    def _response(self, status: str, **fields: Any) -> Value:
+        empty: Value = {"error": None, "incomplete_details": None, "usage": None}
+        return {**self._fields, **empty, "status": status, "output": self._output, **fields}
+
+    def _piece(self, delta: Delta, logprobs: Sequence[TokenLogprobs]) -> Iterator[StreamEvent]:
+        if delta.reasoning:
+            yield from self._say(self._thought, delta.reasoning)
+        if delta.text:
+            yield from self._say("output_text", delta.text, [_logprob(token) for token in logprobs])
+        for step in self._steps.of(delta):
+            if isinstance(step, CallPart):
+                yield from self._call_part(step)
+            elif isinstance(step, ToolCall) or step.index is not None:
+                yield from self._close("completed" if isinstance(step, ToolCall) else "incomplete")
+            else:
+                yield from self._say("output_text", step.raw)
+
+    def _say(self, part: str, text: str, logprobs: Sequence[Value] = ()) -> Iterator[StreamEvent]:
+        """Go on with the item whose part this is, or begin it."""
+        if self._open is None or self._open.part != part:
+            yield from self._begin(_empty_item(part), part)
+            yield self._part_event("added", part, "")
+        assert self._open is not None
+        self._open.text.append(text)
+        self._open.logprobs += logprobs
+        fields = {"logprobs": logprobs} if part == "output_text" else {}
+        yield self._text_event("delta", part, delta=text, **fields)
+
+    def _call_part(self, part: CallPart) -> Iterator[StreamEvent]:
+        if part.name:
+            item = {"id": f"fc_{secrets.token_hex(12)}", "call_id": part.id, "name": part.name, "arguments": ""}
+            yield from self._begin({"type": "function_call", **item})
+        if part.arguments and self._open is not None:
+            self._open.text.append(part.arguments)
+            yield self._item_event("response.function_call_arguments.delta", delta=part.arguments)
+
+    def _begin(self, item: Value, part: str | None = None) -> Iterator[StreamEvent]:
+        yield from self._close()
+        self._open = _OpenItem({**item, "status": "in_progress"}, part)
+        yield self._event("response.output_item.added", output_index=len(self._output), item=self._open.item)
+
+    def _close(self, status: str = "completed") -> Iterator[StreamEvent]:
+        """End the open item, if there is one."""
+        if self._open is None:
+            return
+        part, text, item = self._open.part, "".join(self._open.text), {**self._open.item, "status": status}
+        if part is None:
+            item["arguments"] = text
+            yield self._item_event("response.function_call_arguments.done", arguments=text)
+        else:
+            value = _part(part, text, self._open.logprobs)
+            item["summary" if part == "summary_text" else "content"] = [value]
+            fields = {"logprobs": self._open.logprobs} if part == "output_text" else {}
+            yield self._text_event("done", part, text=text, **fields)
+            yield self._part_event("done", part, text, self._open.logprobs)
+        yield self._event("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
+        self._open = None
+
+    def _part_event(self, what: str, part: str, text: str, logprobs: Sequence[Value] = ()) -> StreamEvent:
+        kind, index = ("reasoning_summary", "summary_index") if part == "summary_text" else ("content", "content_index")
+        return self._item_event(f"response.{kind}_part.{what}", part=_part(part, text, logprobs), **{index: 0})
+
+    def _text_event(self, what: str, part: str, **fields: Any) -> StreamEvent:
+        kind, index = ("reasoning_summary_text", "summary_index") if part == "summary_text" else (part, "content_index")
+        return self._item_event(f"response.{kind}.{what}", **fields, **{index: 0})
+
+    def _item_event(self, kind: str, **fields: Any) -> StreamEvent:
+        assert self._open is not None
+        return self._event(kind, item_id=self._open.item["id"], output_index=len(self._output), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> StreamEvent:
+        self._events += 1
+        return StreamEvent.of({"type": kind, "sequence_number": self._events - 1, **fields}, kind)
+
+
+def _empty_item(part: str) -> Value:
+    if part == "output_text":
+        return {"type": "message", "id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []}
+    return {"type": "reasoning", "id": f"rs_{secrets.token_hex(12)}", "summary": [], "content": []}
+
+
+def _part(part: str, text: str, logprobs: Sequence[Value]) -> Value:
+    value: Value = {"type": part, "text": text}
+    return {**value, "annotations": [], "logprobs": logprobs} if part == "output_text" else value
+
+
+def _logprob(token: TokenLogprobs) -> Value:
+    top = [_token(value, logprob) for value, logprob in token.top]
+    return {**_token(token.token, token.logprob), "top_logprobs": top}
+
+
+def _token(value: bytes, logprob: float) -> Value:
+    return {"token": value.decode(errors="replace"), "bytes": list(value), "logprob": logprob}
+
+
+def _usage(usage: Usage) -> Value:
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.prompt + usage.completion,
+    }
+
+
+def _repeated(body: ResponsesBody) -> Value:
+    """What a response repeats of its request."""
+    given = body.model_dump(
+        mode="json",
+        by_alias=True,
+        exclude_none=True,
+        include={"instructions", "max_output_tokens", "metadata", "reasoning", "temperature", "text", "top_p"},
+    )
+    choice, parallel = body.tool_choice, body.parallel_tool_calls
+    return {
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "reasoning": None,
+        "temperature": None,
+        "text": {"format": {"type": "text"}},
+        "top_p": None,
+        **given,
+        "tools": [tool.model_dump(mode="json") for tool in body.tools or ()],
+        "tool_choice": (choice if isinstance(choice, str) else choice.model_dump()) if choice else "auto",
+        "parallel_tool_calls": parallel is not False,
+        "previous_response_id": None,
+        "background": False,
+        "store": False,
+        "truncation": "disabled",
+        "top_logprobs": body.top_logprobs or 0,
+    }

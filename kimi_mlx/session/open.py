@@ -1,0 +1,30 @@
+"""Open a session: in this process, or on a ring of local ranks."""
+
+from __future__ import annotations
+
+from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
+
+
+def open_session(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Session:
+    """Load a model in this process, or on a ring of local ranks if `options.ranks` is more than 1.
+
+    Args:
+        options: the model, and how to run it.
+        progress: called with the layers that the slowest rank has loaded, and the number of layers.
+
+    Raises:
+        KimiMlxError: the model cannot be loaded.
+    """
+    if options.ranks == 1:
+        from kimi_mlx.session.local import LocalSession  # imports MLX, which a front of ranks does without
+
+        return LocalSession(options, progress)
+    from kimi_mlx.session.ring import RingSession
+
+    loaded = dict.fromkeys(range(options.ranks), 0)
+
+    def slowest(done: int, total: int, rank: int) -> None:
+        loaded[rank] = done
+        progress(min(loaded.values()), total)
+
+    return RingSession(options, slowest)

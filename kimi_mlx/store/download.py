@@ -1,0 +1,182 @@
+"""From a repository to shard stores: on this machine for all ranks, or over a group for this host's rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.errors import RingError, UsageError
+from kimi_mlx.hub.client import look_up
+from kimi_mlx.parallel.checked_group import join_checked
+from kimi_mlx.parallel.group import Group, SingleGroup
+from kimi_mlx.parallel.placement import normal_strategy, place
+from kimi_mlx.parallel.together import require_equal, together
+from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
+from kimi_mlx.store.locate import find_store
+from kimi_mlx.store.manifest import FORMAT, Manifest
+from kimi_mlx.store.sources import (
+    FolderSources,
+    HubSources,
+    Sources,
+    decode_contents,
+    encode_contents,
+    read_contents,
+)
+from kimi_mlx.store.stores import FoundStore, folder_prefix, repository_folder
+from kimi_mlx.store.writer import begun_commit
+from kimi_mlx.version import __version__
+from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.moves import placement_units
+
+STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""What FP8 becomes in a store, by the type that the model computes in."""
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """What to build.
+
+    Args:
+        source: a checkpoint's folder, or a repository `owner/name` on the hub.
+        stores: where stores are kept.
+        ranks: how many share the model.
+        strategy: how.
+        revision: of the repository: a branch, a tag or a commit; None is the main branch.
+        keep_source: whether the fetched files go to the hub's cache and stay.
+    """
+
+    source: Path | str
+    stores: Path
+    ranks: int
+    strategy: str = "hybrid"
+    revision: str | None = None
+    keep_source: bool = False
+
+    def __post_init__(self) -> None:
+        """Write the strategy the normal way."""
+        object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
+
+
+def join_group() -> Group:
+    """The group that MLX's variables tell of (`mlx.launch` sets them), or this process alone.
+
+    Raises:
+        RingError: the others cannot be reached.
+    """
+    if "MLX_RANK" not in os.environ:
+        return SingleGroup()
+    try:
+        return join_checked(lambda: mx.distributed.init(strict=True))
+    except RuntimeError as error:
+        raise RingError(
+            f"the group of hosts cannot be joined: {error}", hint="check the hostfile and that all hosts were started"
+        ) from error
+
+
+def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
+    """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
+    needed = None if group.size == 1 else [group.rank]
+    name, revision = str(options.source), options.revision
+    if isinstance(options.source, Path):  # the folder may have changed since
+        folder = options.source
+        origin = together(group, lambda: FolderSources(folder)).contents.origin
+        name, revision = origin.repository, origin.commit
+    store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
+    text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
+    rows = np.array(group.gather(mx.array(np.frombuffer(text.encode().ljust(64), np.uint8))))
+    return store if (rows == rows[0]).all() else None
+
+
+def any_host(is_so: bool, group: Group) -> bool:
+    """Whether it is so on any host."""
+    return bool(np.array(group.gather(mx.array([is_so]))).any())
+
+
+def open_job(options: StoreOptions, group: Group) -> Job:
+    """Read what decides the build: configuration and headers. The leader asks the hub and tells the others.
+
+    Raises:
+        ConfigError: a model that we do not have.
+        WeightsError: a repository that cannot be fetched, or a checkpoint with missing or unknown tensors.
+        PlacementError: it cannot be divided so often.
+    """
+    sources = _open_sources(options, group)
+
+    def plan() -> Job:
+        contents = sources.contents
+        config = contents.config()
+        dtype = STORED_FLOATS.get(config.dtype, "F32")
+        checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
+        checkpoint.check_names()
+        placement = place(config, options.strategy, options.ranks, placement_units(checkpoint, options.strategy))
+        return Job(sources, checkpoint, placement, options.stores)
+
+    job = together(group, plan)
+    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {sources.contents.origin.commit}"
+    require_equal(
+        group,
+        identity,
+        "version of kimi-mlx, or another checkpoint,",
+        "bring the same version to all hosts, and start from the same repository or from equal folders",
+    )
+    return job
+
+
+def build(
+    options: StoreOptions,
+    job: Job,
+    group: Group,
+    report: Callable[[Progress], None] = lambda progress: None,
+    discard: Mapping[int, Sequence[str]] | None = None,
+) -> list[Manifest]:
+    """Build the stores: of all ranks if the group is this process alone, else the one of its number.
+
+    Args:
+        options: as given to open_job.
+        job: from open_job.
+        group: the hosts.
+        report: called now and then.
+        discard: for each rank of this process the files of its store that are broken.
+
+    Raises:
+        WeightsError: a full disk, a file that cannot be fetched, a folder in use; of any host.
+    """
+    if group.size not in (1, options.ranks):
+        raise UsageError(f"{options.ranks} ranks over {group.size} hosts", hint=f"use `--ranks {group.size}`")
+    ranks = range(options.ranks) if group.size == 1 else [group.rank]
+    return build_stores(job, ranks, group, report, discard)
+
+
+def _open_sources(options: StoreOptions, group: Group) -> Sources:
+    if isinstance(options.source, Path):
+        folder = options.source
+        return together(group, lambda: FolderSources(folder))
+    name, revision = options.source, options.revision
+    if revision is None:  # what was begun or is here is not left for a newer revision unasked
+        revision = begun_commit(options.stores, name, options.ranks, options.strategy)
+    if group.size == 1:
+        repository = look_up(name, revision)
+        contents = read_contents(repository)
+    else:
+        said = together(group, lambda: _read(name, revision) if group.rank == 0 else b"")
+        repository, contents = decode_contents(_of_leader(said, group))
+    root = repository_folder(options.stores, contents.origin) / "sources"
+    own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # others may be built at the same time
+    return HubSources(repository, contents, root / own, options.keep_source, options.revision or "main")
+
+
+def _read(name: str, revision: str | None) -> bytes:
+    repository = look_up(name, revision)
+    return encode_contents(repository, read_contents(repository))
+
+
+def _of_leader(said: bytes, group: Group) -> bytes:
+    """What the leader says, in every process."""
+    length = int(np.array(group.gather(mx.array([len(said)], mx.int32))).max())
+    row = np.frombuffer(said.ljust(length), np.uint8)
+    return np.array(group.gather(mx.array(row)))[0].tobytes()

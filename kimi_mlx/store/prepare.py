@@ -1,0 +1,163 @@
+"""Shard stores as a user asks for them: found, checked, mended, built, or only planned; alone or over a group."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.store.build import Job, Progress
+from kimi_mlx.store.download import StoreOptions, any_host, build, find_built, open_job
+from kimi_mlx.store.locate import Target
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from kimi_mlx.store.sources import Contents
+from kimi_mlx.store.stores import FoundStore, broken_files, rank_folder, stored_ranks, wrong_sizes
+from kimi_mlx.store.writer import stored_bytes
+from kimi_mlx.weights.checkpoint import vision_bytes_of
+
+Result = dict[str, Any]
+"""The JSON document of a download."""
+
+
+class Listener(Protocol):
+    """Who is told how it is getting on."""
+
+    def beginning(self, vision_bytes: int) -> None:
+        """Something will be fetched; so much of it is left out, because it is for images."""
+        ...
+
+    def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Files are checked meanwhile; yields what to call with more bytes."""
+        ...
+
+    def building(self) -> AbstractContextManager[Callable[[Progress], None]]:
+        """Stores are built meanwhile; yields what to call now and then."""
+        ...
+
+
+def provide_stores(
+    target: Target,
+    options: StoreOptions,
+    group: Group,
+    listener: Listener,
+    *,
+    is_dry: bool = False,
+    is_check: bool = False,
+) -> Result:
+    """The stores of all ranks, or over a group of this process' rank.
+
+    Args:
+        target: the model.
+        options: what to build.
+        group: the hosts.
+        listener: told how it is getting on.
+        is_dry: only say what would be done.
+        is_check: compare what is here with its checksums, and fetch what is broken.
+
+    Returns:
+        What was done, for JSON.
+
+    Raises:
+        KimiMlxError: of any host.
+    """
+    broken: Mapping[int, Sequence[str]] = {}
+    ranks = range(options.ranks) if group.size == 1 else [group.rank]
+    found = None if is_dry else find_built(options, group)
+    if found is not None:
+        broken = _broken(found.folder, ranks, listener) if is_check else _cut_short(found.folder, ranks)
+        if not any_host(any(broken.values()), group):
+            return _stored(target, found, ranks, "is whole" if is_check else "is on this machine")
+        options = replace(options, revision=found.origin.commit)
+    job = open_job(options, group)
+    if is_dry:
+        holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
+        disk_bytes = _disk_bytes(job, holdings, ranks)
+        missing = sum(size - job.sources.held_bytes(name) for name, size in job.sources.contents.sizes.items())
+        return dry_result(
+            target, job.sources.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores
+        )
+    if is_check and found is None:
+        broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], listener)
+    listener.beginning(vision_bytes_of(job.checkpoint.tensors) + job.sources.contents.vision_bytes)
+    with listener.building() as report:
+        manifests = build(options, job, group, report, broken)
+    contents, names = job.sources.contents, sorted({name for each in broken.values() for name in each})
+    return {
+        "model": target.name,
+        "repository": contents.origin.repository,
+        "commit": contents.origin.commit,
+        "folder": str(job.folder),
+        "state": state_of(is_check, names, "is fetched and verified" if target.repository else "is built"),
+        "broken": names,
+        "kept_bytes": job.sources.kept_bytes,
+        "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
+    }
+
+
+def _broken(folder: Path, ranks: Sequence[int], listener: Listener) -> Mapping[int, Sequence[str]]:
+    """The broken files of stores, by their checksums; a manifest that cannot be read is one of them."""
+    broken: dict[int, Sequence[str]] = {}
+    manifests: list[Manifest] = []
+    for rank in ranks:
+        try:
+            manifests.append(read_manifest(rank_folder(folder, rank)))
+        except WeightsError:
+            broken[rank] = [MANIFEST_NAME]
+    total = sum(manifest.size_bytes for manifest in manifests)
+    with listener.checking(total) as advance:
+        return broken | {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
+
+
+def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
+    """The files of stores that are missing or have another size."""
+    manifests = (read_manifest(rank_folder(folder, rank)) for rank in ranks)
+    return {manifest.rank: wrong_sizes(folder, manifest) for manifest in manifests}
+
+
+def _disk_bytes(job: Job, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
+    """What this machine needs in addition to what it has of the stores."""
+    missing = sum(max(0, holdings[rank] - stored_bytes(rank_folder(job.folder, rank))) for rank in ranks)
+    return missing + job.sources.extra_bytes(job.files) if missing else 0
+
+
+def _stored(target: Target, found: FoundStore, ranks: Sequence[int], state: str) -> Result:
+    manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in ranks]
+    return {
+        "model": target.name,
+        "repository": found.origin.repository,
+        "commit": found.origin.commit,
+        "folder": str(found.folder),
+        "state": state,
+        "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
+    }
+
+
+def dry_result(
+    target: Target, contents: Contents, holdings: Mapping[int, int], fetch_bytes: int, disk_bytes: int, folder: Path
+) -> Result:
+    """What would be done."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    return {
+        "model": target.name,
+        "repository": contents.origin.repository,
+        "commit": contents.origin.commit,
+        "files": [{"name": name, "size_bytes": size} for name, size in sorted(contents.sizes.items())],
+        "small_bytes": sum(map(len, contents.small.values())),
+        "ranks": [{"rank": rank, "size_bytes": size} for rank, size in holdings.items()],
+        "fetch_bytes": fetch_bytes,
+        "folder": str(folder),
+        "disk_needed_bytes": disk_bytes,
+        "disk_free_bytes": shutil.disk_usage(existing).free,
+    }
+
+
+def state_of(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
+    """What became of a model, in words."""
+    if broken:
+        return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
+    return "is whole" if is_check else done

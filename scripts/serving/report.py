@@ -1,0 +1,179 @@
+"""The figures of the serving benchmark for people and programs: tables, Markdown, sentences, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from kimi_mlx.bench.figures import Percentiles, Spread
+from kimi_mlx.bench.machine import OURS, PACKAGES
+from kimi_mlx.units import format_bytes
+from scripts.serving.figures import ServingRow, growth_bytes, same_texts, serving_ratios, serving_rows
+from scripts.serving.load import ServingRun
+from scripts.serving.prompts import Load
+
+
+@dataclass(frozen=True)
+class ServingReport:
+    """What was measured.
+
+    Args:
+        load: what was asked of each server.
+        settings: model, machine, versions and the like: what JSON has at its top.
+        runs: what came of it.
+        healths: what each server said of itself afterwards, by its name.
+    """
+
+    load: Load
+    settings: dict[str, Any]
+    runs: Sequence[ServingRun]
+    healths: dict[str, dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report for JSON."""
+        return {
+            **self.settings,
+            "load": asdict(self.load),
+            "results": [row.to_dict() for row in serving_rows(self.runs)],
+            "ratios": [ratio.to_dict() for ratio in serving_ratios(self.runs)],
+            "same_texts": [asdict(each) for each in same_texts(self.runs)],
+            "health_afterwards": self.healths,
+            "runs": [_run_to_dict(run) for run in self.runs],
+        }
+
+    def heading(self) -> list[str]:
+        """What was measured, where, and with which versions."""
+        load, host, packages = self.load, self.settings["machine"], self.settings["versions"]
+        shared = f" after {load.shared_tokens} shared ones" if load.shared_tokens else ""
+        said = str(load.prompt_tokens)
+        if load.turns > 1:
+            said += f", then {load.later_tokens or load.prompt_tokens}"
+        turns = f" of {load.turns} turns" if load.turns > 1 else ""
+        return [
+            f"{self.settings['model']}: {load.clients} clients, {load.conversations} conversations{turns}, "
+            f"{said} tokens said{shared}, {load.answer_tokens} answered" + (", as streams" if load.stream else ""),
+            f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}, load "
+            f"{host['load_average_1min']}; " + ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES)),
+        ]
+
+    def table(self) -> Table:
+        """A column a server."""
+        rows = serving_rows(self.runs)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        for row in rows:
+            table.add_column(row.side, justify="right")
+        for name, cell in self._columns()[1:]:
+            table.add_row(name, *map(cell, rows))
+        return table
+
+    def markdown(self) -> str:
+        """All of it as Markdown."""
+        columns = self._columns()
+        lines = [
+            " | ".join(name for name, _ in columns),
+            " | ".join("---" if name == "server" else "--:" for name, _ in columns),
+            *(" | ".join(cell(row) for _, cell in columns) for row in serving_rows(self.runs)),
+        ]
+        table = "\n".join(f"| {line} |" for line in lines)
+        return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {each}" for each in self.summary()))) + "\n"
+
+    def summary(self) -> list[str]:
+        """Ratios, whether texts are the same, what was disturbed, what is left of it."""
+        lines = [
+            f"kimi-mlx / {ratio.against} in {_name(ratio.figure)}: {_spread(ratio.ratio, 2)}"
+            for ratio in serving_ratios(self.runs)
+        ]
+        lines += [
+            f"{each.side}: the same text as kimi-mlx in {each.equal} of {each.answers} first answers"
+            for each in same_texts(self.runs)
+        ]
+        for row in serving_rows(self.runs):
+            if row.new_tokens != row.asked_tokens:
+                lines.append(f"{row.side}: {row.new_tokens} new tokens where {row.asked_tokens} were asked for")
+            if (growth := growth_bytes(row)) is not None:
+                lines.append(f"{row.side}: memory in the second half of the requests {_change(growth)}")
+        for run in self.runs:
+            if (what := run.disturbed) is not None and run.repetition >= 0:
+                lines.append(
+                    f"{run.side}: meanwhile {what.aborted} streams were broken off and {what.read_slowly} read slowly, "
+                    f"{len(what.errors)} errors"
+                )
+        for side, health in self.healths.items():
+            shown = ", ".join(f"{name} {health[name]}" for name in ("status", "running", "waiting") if name in health)
+            lines.append(f"{side} afterwards: {shown or 'no answer'}")
+        return lines
+
+    def _columns(self) -> list[Column]:
+        turns: list[Column] = [
+            (f"TTFT{f' of turn {turn + 1}' if self.load.turns > 1 else ''} ms p50/p90/p99", _ttft_of(turn))
+            for turn in range(self.load.turns)
+        ]
+        return [*COLUMNS[:5], *turns, *COLUMNS[5:]]
+
+
+Column = tuple[str, Callable[[ServingRow], str]]
+"""A heading, and the text of a row below it."""
+
+COLUMNS: Sequence[Column] = (
+    ("server", lambda row: row.side),
+    ("requests", lambda row: str(row.requests)),
+    ("errors", lambda row: ", ".join(f"{count} {kind}" for kind, count in row.errors.items()) or "0"),
+    ("requests/s", lambda row: _spread(row.requests_per_s, 2)),
+    ("new tok/s", lambda row: _spread(row.tok_per_s, 1)),
+    ("between pieces ms p50/p90/p99", lambda row: _milliseconds(row.between_s)),
+    ("of prompts cached", lambda row: f"{row.cached_tokens / max(row.prompt_tokens, 1):.0%}"),
+    ("memory first, last", lambda row: _memory(row.resident_bytes)),
+)
+
+
+def _ttft_of(turn: int) -> Callable[[ServingRow], str]:
+    return lambda row: _milliseconds(row.ttft_s[turn] if turn < len(row.ttft_s) else None)
+
+
+def _name(figure: str) -> str:
+    return figure.replace("tok_per_s", "new tok/s").replace("ttft_s", "p50 of TTFT,")
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    if spread.min == spread.max:
+        return f"{spread.median:.{digits}f}"
+    return f"{spread.median:.{digits}f} ({spread.min:.{digits}f}-{spread.max:.{digits}f})"
+
+
+def _milliseconds(times: Percentiles | None) -> str:
+    if times is None:
+        return ""
+    return " / ".join(f"{each * 1000:.{1 if each < 0.1 else 0}f}" for each in (times.p50, times.p90, times.p99))
+
+
+def _memory(resident: Sequence[int]) -> str:
+    return f"{format_bytes(resident[0])}, {format_bytes(resident[-1])}" if resident else ""
+
+
+def _change(growth: int) -> str:
+    return f"{'+' if growth >= 0 else '-'}{format_bytes(abs(growth))}"
+
+
+def _run_to_dict(run: ServingRun) -> dict[str, Any]:
+    """A run without the texts."""
+    values = asdict(run)
+    first = min((each.started_at for each in run.exchanges), default=0.0)
+    values["exchanges"] = [
+        {
+            "conversation": each.conversation,
+            "turn": each.turn,
+            "started_s": each.started_at - first,
+            "arrivals_s": [at - first for at in each.arrivals],
+            "ended_s": each.ended_at - first,
+            "prompt_tokens": each.prompt_tokens,
+            "cached_tokens": each.cached_tokens,
+            "new_tokens": each.new_tokens,
+            "error": each.error,
+        }
+        for each in run.exchanges
+    ]
+    return values

@@ -1,0 +1,308 @@
+"""The doctor's checks: facts in, findings out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kimi_mlx.cluster.doctor.cluster_checks import check_macos, check_stores, check_versions
+from kimi_mlx.cluster.doctor.findings import Finding, has_trouble
+from kimi_mlx.cluster.doctor.host_checks import (
+    check_chip,
+    check_clock,
+    check_complete,
+    check_disk,
+    check_fast_sync,
+    check_firewall,
+    check_link,
+    check_memory,
+    check_python,
+    check_reachable,
+    check_wired_limit,
+    clock_skew,
+)
+from kimi_mlx.cluster.hosts.facts import Facts, HeldStore, Interpreter
+from kimi_mlx.cluster.hosts.ssh import Answer
+from kimi_mlx.cluster.network.links import BridgeConflict, Measured, Network
+from kimi_mlx.cluster.network.rdma import JACCL_ERRORS, check_bridge, check_rdma, explain_jaccl
+from kimi_mlx.units import GB, GIB
+
+PYTHON = Interpreter(
+    "/opt/py/bin/python", "3.12.4", "arm64", {"kimi-mlx": "0.1.0", "mlx": "0.32.2", "mlx-lm": "0.31.3"}, "abc"
+)
+
+MAC = Facts(
+    "mac-a",
+    is_complete=True,
+    system="Darwin",
+    machine="arm64",
+    macos_version="26.5.1",
+    macos_build="25F80",
+    chip="Apple M3 Ultra",
+    memory_bytes=512 * GIB,
+    free_bytes=490 * GIB,
+    wired_bytes=6 * GIB,
+    wired_limit_mb=0,
+    stores_folder="/Users/me/stores",
+    disk_free_bytes=800 * GB,
+    clock_start=1000.0,
+    clock_end=1002.0,
+    interpreters=(PYTHON,),
+    rdma_status="enabled",
+    rdma_ports={"rdma_en2": "PORT_DOWN", "rdma_en5": "PORT_ACTIVE"},
+    firewall=0,
+)
+OTHER = replace(MAC, host="mac-b")
+LINUX = Facts("box", is_complete=True, system="Linux", machine="x86_64", memory_bytes=24 * GIB, free_bytes=20 * GIB)
+
+
+def test_only_trouble_stands_in_the_way() -> None:
+    assert not has_trouble([Finding("a", "b", "ok", "c"), Finding("a", "b", "warning", "c", "d")])
+    assert has_trouble([Finding("a", "b", "trouble", "c", "d")])
+
+
+def test_reachable() -> None:
+    assert check_reachable(Answer("mac-a", 0, "", "", 0.4)).message == "answered in 400 ms"
+    finding = check_reachable(Answer("mac-a", 255, "", "ssh: connect to host mac-a port 22: Connection refused", 0.1))
+    assert finding.state == "trouble"
+    assert "Connection refused" in finding.message
+    assert "setremotelogin" in (finding.remedy or "")
+
+
+def test_complete() -> None:
+    assert check_complete(MAC).state == "ok"
+    assert check_complete(replace(MAC, is_complete=False)).state == "warning"
+
+
+def test_python() -> None:
+    assert check_python(MAC).state == "ok"
+    assert (
+        "`/bin/x` does not run" in check_python(replace(MAC, interpreters=(), broken_interpreters=("/bin/x",))).message
+    )
+    bare = replace(PYTHON, packages={"mlx": "0.32.2"})
+    finding = check_python(replace(MAC, interpreters=(bare,)))
+    assert (finding.state, finding.message) == ("trouble", "`/opt/py/bin/python` has no `kimi-mlx`")
+    assert "--install" in (finding.remedy or "")
+    rosetta = check_python(replace(MAC, interpreters=(replace(PYTHON, machine="x86_64"),)))
+    assert (rosetta.state, "Rosetta" in rosetta.message) == ("trouble", True)
+
+
+def test_chip() -> None:
+    assert check_chip(MAC).message == "Apple M3 Ultra, 512.0 GiB"
+    assert check_chip(replace(MAC, machine="x86_64")).state == "ok"  # a shell under Rosetta
+    assert check_chip(replace(MAC, machine="x86_64", chip="Intel(R) Core(TM) i7")).state == "trouble"
+    assert check_chip(LINUX).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("facts", "need_gib", "state", "words"),
+    [
+        (MAC, 480, "ok", "480.0 GiB are needed, 490.0 GiB are free"),
+        (MAC, 495, "trouble", "495.0 GiB are needed, 490.0 GiB are free, 6.0 GiB are wired"),
+        (MAC, 505, "trouble", "at most 504.0 GiB can be used"),
+        (replace(MAC, free_bytes=80 * GIB, wired_bytes=420 * GIB), 300, "trouble", "420.0 GiB are wired"),
+        (replace(MAC, free_bytes=None, wired_bytes=None), 300, "ok", "300.0 GiB are needed"),
+        (replace(MAC, memory_bytes=None), 300, "warning", "unknown"),
+        (LINUX, 10, "ok", "20.0 GiB are free"),
+    ],
+)
+def test_memory(facts: Facts, need_gib: int, state: str, words: str) -> None:
+    finding = check_memory(facts, need_gib * GIB)
+    assert finding.state == state
+    assert words in finding.message
+    assert (finding.remedy is None) == (state == "ok")
+
+
+@pytest.mark.parametrize(
+    ("limit_mb", "need", "state", "remedy"),
+    [
+        (0, 384 * GIB, "ok", None),
+        (0, 384 * GIB + 1, "trouble", "`sudo sysctl iogpu.wired_limit_mb=394240`"),
+        (None, 400 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=409600`"),
+        (409600, 400 * GIB, "ok", None),
+        (0, 504 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=516096`"),
+        (0, 504 * GIB + 1, "trouble", "kimi-mlx models"),
+        (999999, 504 * GIB + 1, "ok", None),
+    ],
+)
+def test_the_wired_limit_and_the_one_command(limit_mb: int | None, need: int, state: str, remedy: str | None) -> None:
+    finding = check_wired_limit(replace(MAC, wired_limit_mb=limit_mb), need)
+    assert finding.state == state
+    assert (remedy or "") in (finding.remedy or "")
+    assert (finding.remedy is None) == (remedy is None)
+
+
+def test_no_wired_limit_without_a_mac() -> None:
+    assert check_wired_limit(LINUX, 999 * GIB).state == "ok"
+    assert check_wired_limit(replace(MAC, memory_bytes=None), GIB).state == "warning"
+
+
+def test_disk() -> None:
+    assert check_disk(MAC, 300 * GB).state == "ok"
+    finding = check_disk(MAC, 900 * GB)
+    assert finding.message == "900.0 GB are needed, 800.0 GB are free for `/Users/me/stores`"
+    assert finding.state == "trouble"
+    assert check_disk(replace(MAC, disk_free_bytes=None), 1).state == "warning"
+
+
+@pytest.mark.parametrize(
+    ("started", "state", "words"),
+    [
+        (999.5, "ok", "within 500 ms"),  # asked from 999.5 to 1002.5, it ran there from 1000 to 1002
+        (900.0, "warning", "1 min 40 s ahead of"),
+        (1100.0, "warning", "1 min 40 s behind"),
+        (994.1, "ok", "of this machine's"),  # 5.4 s apart, of which 0.5 s may be the way
+        (993.9, "warning", "5.60 s ahead of"),
+    ],
+)
+def test_clock(started: float, state: str, words: str) -> None:
+    finding = check_clock(MAC, Answer("mac-a", 0, "", "", 3.0, started))
+    assert finding.state == state
+    assert words in finding.message
+
+
+def test_half_of_the_way_is_in_doubt() -> None:
+    assert clock_skew(MAC, Answer("mac-a", 0, "", "", 6.0, 998.0)) == (0.0, 2.0)
+    assert clock_skew(replace(MAC, clock_end=None), Answer("mac-a", 0, "", "", 6.0, 998.0)) is None
+    assert check_clock(replace(MAC, clock_start=None), Answer("mac-a", 0, "", "", 6.0)).state == "warning"
+
+
+def test_the_fast_fence_is_a_warning() -> None:
+    assert check_fast_sync("mac-a, mac-b", is_on=False).state == "ok"
+    on = check_fast_sync("mac-a, mac-b", is_on=True)
+    assert (on.state, "restarted" in on.message, "--fast-sync" in (on.remedy or "")) == ("warning", True, True)
+
+
+def test_the_firewall() -> None:
+    assert check_firewall(MAC).state == "ok"
+    on = check_firewall(replace(MAC, firewall=1))
+    assert (on.state, "--unblockapp /opt/py/bin/python" in (on.remedy or "")) == ("warning", True)
+    assert check_firewall(replace(MAC, firewall=2)).state == "trouble"
+    assert check_firewall(LINUX).state == "ok"
+
+
+def test_link() -> None:
+    cable = Network("thunderbolt", ("169.254.1.1", "169.254.1.2"), ("bridge0", "bridge0"))
+    fast, slow = Measured(0.0003, 5e9), Measured(0.009, 5e7)
+    assert check_link("mac-a, mac-b", cable, fast).state == "ok"
+    assert check_link("mac-a, mac-b", cable, slow).state == "trouble"
+    assert check_link("mac-a, mac-b", replace(cable, kind="wifi"), fast, is_forced=True).state == "warning"
+
+
+def test_versions_are_those_of_the_first_host() -> None:
+    python = replace(PYTHON, version="3.13.1", packages={**PYTHON.packages, "mlx": "0.32.4"}, code="abd")
+    odd = replace(MAC, host="mac-c", interpreters=(python,))
+    assert check_versions([MAC]) == []
+    findings = check_versions([MAC, OTHER, odd, replace(MAC, host="mac-d", interpreters=())])
+    assert [(each.host, each.state) for each in findings] == [("mac-b", "ok"), ("mac-c", "trouble")]
+    assert findings[1].message == (
+        "Python 3.13 (`mac-a`: 3.12); mlx 0.32.4 (`mac-a`: 0.32.2); kimi-mlx's code abd (`mac-a`: abc)"
+    )
+    patch = replace(MAC, host="mac-b", interpreters=(replace(PYTHON, version="3.12.9"),))
+    assert check_versions([MAC, patch])[0].state == "ok"
+
+
+def test_macos_builds() -> None:
+    old = replace(MAC, host="mac-b", macos_version="26.4.1", macos_build="25E250")
+    assert check_macos([LINUX, MAC], is_rdma_wanted=True) == []
+    assert check_macos([LINUX, MAC, OTHER], is_rdma_wanted=True)[0].state == "ok"
+    assert check_macos([MAC, old], is_rdma_wanted=False)[0].state == "warning"
+    finding = check_macos([MAC, old], is_rdma_wanted=True)[0]
+    assert (finding.state, finding.message) == (
+        "trouble",
+        "macOS 26.4.1 (25E250), but `mac-a` has 26.5.1 (25F80)",
+    )
+
+
+COMMIT, ELDER = "0" * 40, "1" * 40
+
+
+def held(rank: int, commit: str = COMMIT, placement: str = "hybrid-2-aaaaaa", repository: str = "o/n") -> HeldStore:
+    return HeldStore(repository, commit, placement, rank, "")
+
+
+def stores(a: list[HeldStore], b: list[HeldStore], wanted: tuple[str, str] | None = None) -> list[tuple[str, str]]:
+    hosts = [replace(MAC, stores=tuple(a)), replace(OTHER, stores=tuple(b))]
+    findings = check_stores(hosts, "o/n", {"mac-a": [0], "mac-b": [1]}, wanted)
+    return [(each.state, each.message.partition(": ")[2]) for each in findings]
+
+
+def test_stores_of_one_commit_and_placement() -> None:
+    ok = ("ok", "complete")
+    assert stores([held(0)], [held(1)]) == [ok, ok]
+    assert stores([held(0), held(0, ELDER)], [held(1, ELDER)]) == [ok, ok]  # the elder one is complete
+    assert stores([held(0)], [])[1] == ("trouble", "the store of rank 1 is missing")
+    assert stores([held(0)], [held(0)])[1] == ("trouble", "the store of rank 1 is missing")
+    assert stores([held(0), held(0, ELDER)], [held(1, ELDER)], wanted=(COMMIT, "hybrid-2-aaaaaa")) == [
+        ok,
+        ("trouble", "the store of rank 1 is missing; it has 111111111111, hybrid-2-aaaaaa"),
+    ]
+    assert stores([held(0)], [held(1, placement="hybrid-2-bbbbbb")])[0][0] == "trouble"
+    assert [state for state, _ in stores([held(0, repository="o/x")], [])] == ["warning", "warning"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "remedy"),
+    [
+        ({"system": "Linux"}, "needs a Mac", "--backend ring"),
+        ({"macos_version": "26.1"}, "macOS 26.1 has no RDMA", "update macOS"),
+        ({"macos_version": "15.7.2"}, "has no RDMA", "update macOS"),
+        ({"rdma_status": None}, "no `rdma_ctl`", "update macOS"),
+        ({"rdma_status": "disabled"}, "`rdma_ctl status` says `disabled`", "`rdma_ctl enable` and restart"),
+        ({"rdma_ports": {}}, "lists no device", "Thunderbolt 5"),
+        ({"rdma_ports": None}, "lists no device", "Thunderbolt 5"),
+        ({"rdma_ports": {"rdma_en2": "PORT_DOWN"}}, "no port of RDMA is active", "Thunderbolt Bridge"),
+    ],
+)
+def test_rdma_and_how_to_come_by_it(change: dict[str, object], words: str, remedy: str) -> None:
+    facts = replace(MAC, **change)  # pyright: ignore[reportArgumentType]
+    finding = check_rdma(facts, is_wanted=True)
+    assert finding.state == "trouble"
+    assert words in finding.message
+    assert remedy in (finding.remedy or "")
+    assert check_rdma(facts, is_wanted=False) == Finding("mac-a", "RDMA", "ok", finding.message)
+
+
+def test_rdma_that_is_ready() -> None:
+    assert check_rdma(MAC, is_wanted=True).message == "RDMA is enabled; active: rdma_en5 of rdma_en2, rdma_en5"
+    assert check_rdma(replace(MAC, rdma_ports={"rdma_en2": ""}, macos_version="27"), is_wanted=True).state == "ok"
+
+
+def test_the_bridge_is_in_the_way_of_rdma_alone() -> None:
+    conflict = BridgeConflict("mac-a", "bridge0", ("en5",))
+    assert check_bridge("mac-a", None, is_rdma_wanted=True).state == "ok"
+    assert check_bridge("mac-a", conflict, is_rdma_wanted=False).state == "ok"
+    finding = check_bridge("mac-a", conflict, is_rdma_wanted=True)
+    assert (finding.state, finding.message, finding.remedy) == ("trouble", conflict.message, conflict.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning", "remedy"),
+    [
+        ("[jaccl] Changing queue pair to RTR failed with errno 22", "errno 22", '"Thunderbolt Bridge" off'),
+        ("[jaccl] Changing queue pair to RTR failed with errno 16", "still holds", "pgrep -fl kimi_mlx"),
+        ("[jaccl] Changing queue pair to RTR failed with errno 96", "errno 96", '"Thunderbolt Bridge" off'),
+        ("[jaccl] Changing queue pair to RTR failed with errno 60", "other end", "ibv_devinfo"),
+        ("[jaccl] Changing queue pair to INIT failed with errno 2", "is not there", "ibv_devices"),
+        ("[jaccl] Creating the queue pair failed with 'Resource busy (16)'.", "no queue pair left", "pgrep"),
+        ("RuntimeError: [jaccl] Couldn't connect (error: 60)", "rank 0 does not answer", "first error"),
+        ("RuntimeError: [jaccl] Recv failed with errno=2", "link was lost", "cable"),
+        ("RuntimeError: [jaccl] Recv failed with errno=60", "errno 60", "ibv_devinfo"),
+        ("[jaccl] Send failed with error code 12", "link was lost", "cables"),
+        ("[jaccl] Couldn't allocate protection domain", "used up", "restart that Mac"),
+        ("[jaccl] Could not find device rdma_en4 (6 available)", "is not there", "found anew"),
+        ("[jaccl] No IPv4-mapped GID for this device. Thunderbolt RDMA ports", "no IPv4 address", "169.254"),
+        ("[jaccl] The devices do not form a valid mesh.", "do not fit the cables", "jaccl-ring"),
+    ],
+)
+def test_errors_of_jaccl(text: str, meaning: str, remedy: str) -> None:
+    explained = explain_jaccl(f"Traceback (most recent call last):\n  x\n{text}\n") or ""
+    assert meaning in explained.partition(": ")[0] + explained
+    assert remedy in explained
+
+
+def test_other_errors_are_not_explained() -> None:
+    assert explain_jaccl("[ring] Couldn't connect (error: 60)") is None
+    assert explain_jaccl("[jaccl] Something new with errno 222") is None
+    assert all(error.meaning and error.remedy for error in JACCL_ERRORS)

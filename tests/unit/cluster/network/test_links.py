@@ -1,0 +1,192 @@
+"""Which networks hosts have in common, and which of them is taken."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Interface
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_mlx.cluster.network.interfaces import Interface, Kind
+from kimi_mlx.cluster.network.links import (
+    KINDS,
+    Measured,
+    Network,
+    bridge_conflicts,
+    candidates,
+    choose,
+    slow_because,
+    slowest,
+    to_measured,
+)
+from kimi_mlx.cluster.network.thunderbolt import Cable
+from kimi_mlx.errors import LinkError
+from tests.unit.cluster.captures import linux, mac
+
+
+def interface(name: str, kind: Kind, *addresses: str, is_up: bool = True, members: tuple[str, ...] = ()) -> Interface:
+    return Interface(name, kind, tuple(map(IPv4Interface, addresses)), is_up=is_up, members=members)
+
+
+TB = Network("thunderbolt", ("169.254.1.1", "169.254.1.2"), ("bridge0", "bridge0"))
+LAN = Network("ethernet", ("192.168.1.1", "192.168.1.2"), ("en0", "en0"))
+AIR = Network("wifi", ("192.168.2.1", "192.168.2.2"), ("en1", "en1"))
+GOOD = Measured(0.0004, 6e9)
+
+
+def test_a_mac_studio_and_a_macbook_have_thunderbolt_and_wifi() -> None:
+    found = candidates([mac("studio"), mac("macbook")])
+    assert [(each.kind, each.addresses) for each in found] == [
+        ("thunderbolt", ("169.254.87.12", "169.254.201.7")),
+        ("wifi", ("192.168.1.10", "192.168.1.41")),  # one end is Ethernet, the other is not
+    ]
+
+
+def test_a_linux_host_and_a_mac_meet_in_the_lan() -> None:
+    [network] = candidates([linux(), mac("studio")])
+    assert network == Network("ethernet", ("192.168.1.20", "192.168.1.10"), ("eth0", "en0"))
+
+
+def test_what_is_down_or_loopback_or_the_same_everywhere_is_no_network() -> None:
+    one = [
+        interface("lo0", "loopback", "127.0.0.1/8"),
+        interface("docker0", "other", "172.17.0.1/16"),
+        interface("en0", "ethernet", "10.0.0.1/24", is_up=False),
+        interface("utun0", "other", "10.8.0.1/32"),
+    ]
+    two = [*one[:2], interface("en0", "ethernet", "10.0.0.2/24"), interface("utun0", "other", "10.8.0.2/32")]
+    assert candidates([one, two]) == []
+    assert candidates([one]) == []
+
+
+def test_self_assigned_addresses_are_paired_by_kind_and_the_bridge_first() -> None:
+    hosts = [
+        [
+            interface("en0", "ethernet", f"169.254.{n}.1/16"),
+            interface("en3", "thunderbolt", f"169.254.{n}.2/16"),
+            interface("bridge0", "thunderbolt", f"169.254.{n}.3/16", members=("en4",)),
+        ]
+        for n in (1, 2)
+    ]
+    assert [each.interfaces for each in candidates(hosts)] == [
+        ("bridge0", "bridge0"), ("bridge0", "en3"), ("en3", "bridge0"), ("en3", "en3"), ("en0", "en0"),
+    ]  # fmt: skip
+
+
+def test_a_circle_of_cables_with_a_subnet_each_is_a_network_for_a_ring() -> None:
+    """As mlx.distributed_config sets it up: a /30 for each cable."""
+    hosts = [
+        [
+            interface("en2", "thunderbolt", f"192.168.0.{4 * n + 1}/30"),
+            interface("en3", "thunderbolt", f"192.168.0.{4 * ((n - 1) % 3) + 2}/30"),
+        ]
+        for n in range(3)
+    ]
+    [network] = candidates(hosts)
+    assert not network.is_shared
+    # host 1 is reached by host 0 at its end of their cable, and so on
+    assert network.addresses == ("192.168.0.10", "192.168.0.2", "192.168.0.6")
+
+
+def test_a_circle_of_cables_with_self_assigned_addresses_needs_to_know_the_cables() -> None:
+    hosts = [[interface(f"en{k}", "thunderbolt", f"169.254.{n}.{k}/16") for k in (2, 3)] for n in range(3)]
+    cables = [Cable(n, "en2", (n + 1) % 3, "en3") for n in range(3)]
+    assert not any(not each.is_shared for each in candidates(hosts))
+    circle = next(each for each in candidates(hosts, cables) if not each.is_shared)
+    assert circle.addresses == ("169.254.0.3", "169.254.1.3", "169.254.2.3")
+
+
+kinds = st.sampled_from(KINDS)
+host_interfaces = st.lists(
+    st.builds(
+        lambda kind, subnet, number, up: interface(f"en{number}", kind, f"{subnet}.{number}/16", is_up=up),
+        kinds,
+        st.sampled_from(["169.254.0", "10.0.0", "10.1.0"]),
+        st.integers(1, 9),
+        st.booleans(),
+    ),
+    max_size=5,
+)
+
+
+@given(st.lists(host_interfaces, min_size=2, max_size=4))
+def test_candidates_are_sorted_by_kind_and_of_one_subnet(hosts: list[list[Interface]]) -> None:
+    found = candidates(hosts)
+    order = [KINDS.index(each.kind) for each in found]
+    assert order == sorted(order)
+    assert len(set(found)) == len(found)
+    for network in found:
+        subnets = {IPv4Interface(f"{address}/16").network for address in network.addresses}
+        assert not network.is_shared or len(subnets) == 1
+        assert len(set(network.addresses)) == len(hosts)
+
+
+def test_thunderbolt_is_taken_unless_another_is_clearly_faster() -> None:
+    assert choose([TB, LAN], {TB: GOOD, LAN: GOOD}) is TB
+    assert choose([TB, LAN], {TB: Measured(0.00045, 5e9), LAN: Measured(0.0004, 5e9)}) is TB
+    assert choose([TB, LAN], {TB: Measured(0.002, 2e8), LAN: Measured(0.0003, 1.2e9)}) is LAN
+    assert choose([TB, LAN], {LAN: Measured(0.0003, 1.2e9)}) is LAN
+
+
+@pytest.mark.parametrize(
+    ("network", "measured", "why"),
+    [
+        (AIR, GOOD, "it is Wi-Fi"),
+        (LAN, Measured(0.0051, 6e9), "a round trip takes 5 ms, the limit is 5 ms"),
+        (LAN, Measured(0.012, 6e9), "a round trip takes 12 ms, the limit is 5 ms"),
+        (LAN, Measured(0.001, 117e6), "it carries 0.94 Gbit/s, 1 is the least"),
+    ],
+)
+def test_a_slow_network_is_refused_with_its_figures_unless_forced(
+    network: Network, measured: Measured, why: str
+) -> None:
+    with pytest.raises(LinkError) as caught:
+        choose([network], {network: measured})
+    assert why in caught.value.message
+    assert network.addresses[0] in caught.value.message
+    assert "Gbit/s" in caught.value.message
+    assert "--force-link" in (caught.value.hint or "")
+    assert choose([network], {network: measured}, force=True) is network
+
+
+def test_a_slow_network_is_not_taken_beside_a_fast_one_even_if_forced() -> None:
+    slow = Measured(0.02, 1e7)
+    assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, force=True) is LAN
+
+
+def test_hosts_that_do_not_reach_each_other_have_no_network() -> None:
+    with pytest.raises(LinkError, match=r"over any of: Thunderbolt \(169.254.1.1, 169.254.1.2\)"):
+        choose([TB], {}, force=True)
+    with pytest.raises(LinkError, match="no common network"):
+        choose([], {})
+
+
+measurements = st.builds(Measured, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
+
+
+@given(st.dictionaries(st.sampled_from([TB, LAN, AIR]), measurements))
+def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, Measured]) -> None:
+    fast = [each for each in measured if not slow_because(each, measured[each])]
+    try:
+        assert choose([TB, LAN, AIR], measured) in fast
+    except LinkError:
+        assert not fast
+
+
+def test_figures_are_read_and_the_slowest_pair_counts() -> None:
+    assert to_measured({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
+    assert slowest([GOOD, Measured(0.0003, 1e9)]) == Measured(0.0004, 1e9)
+    with pytest.raises(LinkError, match="Connection refused"):
+        to_measured({"kind": "error", "error": "Connection refused"})
+    for message in ({}, {"round_trip_s": "x", "bytes_per_s": 1}):
+        with pytest.raises(LinkError, match="cannot be read"):
+            to_measured(message)
+
+
+def test_a_thunderbolt_bridge_that_is_on_is_in_the_way_of_rdma() -> None:
+    hosts = {"a": mac("macbook"), "b": mac("studio-rdma", "studio"), "c": linux()}
+    [conflict] = bridge_conflicts(hosts)
+    assert (conflict.host, conflict.interface, conflict.members) == ("a", "bridge0", ("en1", "en2", "en3"))
+    assert "`a`: the Thunderbolt Bridge `bridge0` (en1, en2, en3) is on" in conflict.message
+    assert "sudo ifconfig bridge0 deletem en1 && " in conflict.hint

@@ -1,0 +1,50 @@
+"""How ranks are started, and what they say: pure functions."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from kimi_mlx.cluster.ring.launch import processor_of, rank_command, without_ring
+from kimi_mlx.cluster.ring.messages import decode, decode_error, encode, encode_error
+from kimi_mlx.errors import EngineError, RingError
+
+
+def test_a_rank_gets_no_other_rings_variables() -> None:
+    base = {"PATH": "/bin", "MLX_RANK": "7", "MLX_JACCL_COORDINATOR": "a:1", "MLX_WORLD_SIZE": "9"}
+    assert without_ring(base) == {"PATH": "/bin"}
+
+
+def test_the_command_is_this_python() -> None:
+    command = rank_command("a.module", "/usr/bin/my python")
+    assert command[:3] == ["/usr/bin/my python", "-u", "-c"]
+    assert "from a.module import main; main()" in command[3]
+    assert rank_command("a.module")[0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "available", "expected"),
+    [(0, 2, [0, 1], 0), (1, 2, [5, 3], 5), (2, 3, [0, 1], None), (0, 1, [0, 1], None), (0, 2, None, None)],
+)
+def test_each_rank_stays_on_a_processor_of_its_own(
+    rank: int, world_size: int, available: list[int] | None, expected: int | None
+) -> None:
+    assert processor_of(rank, world_size, available) == expected
+
+
+def test_messages_and_errors_survive_the_way() -> None:
+    assert decode(encode("token", id=5)) == {"kind": "token", "id": 5}
+    error = decode_error(decode(encode_error(EngineError("too long", hint="shorten it"), rank=1)))
+    assert (type(error), error.message, error.hint, error.rank) == (EngineError, "too long", "shorten it", 1)
+
+
+@pytest.mark.parametrize("line", [b"", b"nonsense\n", b"[1]\n", b'{"a": 1}\n', b"\xff\xfe\n"])
+def test_a_line_that_is_no_message_is_an_error(line: bytes) -> None:
+    with pytest.raises(RingError, match="no message"):
+        decode(line)
+
+
+def test_an_unknown_error_class_is_still_an_error_of_ours() -> None:
+    strange = decode(encode("error", type="SystemExit", message="m", hint=None, rank=0))
+    assert type(decode_error(strange)) is RingError

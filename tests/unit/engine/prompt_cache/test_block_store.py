@@ -1,0 +1,365 @@
+"""The prompt cache on disk: restarts, broken files, its size, several ranks and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_mlx.engine.kv_cache_pool import CacheShelf
+from kimi_mlx.engine.prompt_cache import block_folder, block_store, block_writer
+from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS
+from kimi_mlx.engine.prompt_cache.block_store import HEADER_BYTES, BlockStore
+from kimi_mlx.errors import RingError
+from tests.unit.engine.rows import MODEL, SHAPE, open_store, turn
+
+FILE_BYTES = SHAPE.block_bytes + HEADER_BYTES
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_folder, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def said(count: int, seed: int = 1) -> list[int]:
+    """Tokens that no other seed has."""
+    return [seed * 10_000 + at for at in range(count)]
+
+
+def write(folder: Path, tokens: list[int]) -> None:
+    """What a process leaves that has had a conversation."""
+    store = open_store(folder)
+    turn(CacheShelf(MODEL, blocks=store), tokens)
+    store.close()
+
+
+def found(folder: Path, tokens: list[int]) -> int:
+    """How much of a conversation a new process has."""
+    store = open_store(folder)
+    cached = turn(CacheShelf(MODEL, blocks=store), [*tokens, 1])
+    store.close()
+    return cached
+
+
+def files(folder: Path) -> list[Path]:
+    """The blocks, in the order in which they were written."""
+    return sorted(folder.glob("*/*/*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def test_a_restart_finds_whole_blocks(tmp_path: Path) -> None:
+    write(tmp_path, said(1000))
+    assert len(files(tmp_path)) == 3
+    assert found(tmp_path, said(1000)) == 768
+    assert found(tmp_path, [*said(600), 7]) == 512  # blocks are shared; the rest is another one
+    assert found(tmp_path, said(500, 2)) == 0
+    folder = files(tmp_path)[0].parent
+    assert (folder.stat().st_mode | folder.parent.stat().st_mode) & 0o077 == 0  # nobody else reads prompts
+
+
+def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
+    write(tmp_path, said(1000))
+    code = f"""if True:
+        from pathlib import Path
+        from tests.unit.engine.test_block_store import found, said, write
+        assert found(Path({str(tmp_path)!r}), said(1000)) == 768
+        write(Path({str(tmp_path)!r}), [*said(1000), *said(100, 2)])
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert len(files(tmp_path)) == 4  # a turn writes what is new
+    assert found(tmp_path, [*said(1000), *said(100, 2)]) == 1024
+
+
+def test_what_waits_to_be_written_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_slow = [True]
+    monkeypatch.setattr(
+        block_writer, "write_block", lambda *args: [time.sleep(0.01) for _ in iter(lambda: is_slow[0], False)]
+    )
+    store = open_store(tmp_path)
+    shelf = CacheShelf(MODEL, blocks=store)
+    turn(shelf, said(1000))
+    shelf.clear()
+    assert turn(shelf, said(1000)) == 768
+    is_slow.clear()
+    is_slow.append(False)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def garble(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(os.urandom(FILE_BYTES))
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def swap(file: Path) -> None:
+    file.write_bytes(next(other for other in files(file.parents[2]) if other != file).read_bytes())
+
+
+def widen(file: Path) -> None:
+    mx.save_safetensors(str(file), {"rows": mx.zeros((2, BLOCK_TOKENS, 5))})
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("harm", [truncate, garble, overwrite, empty, swap, widen, Path.unlink])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_broken_block_is_a_miss_and_is_written_again(
+    tmp_path: Path, harm: Callable[[Path], None], is_early: bool
+) -> None:
+    write(tmp_path, said(1000))
+    if is_early:
+        harm(files(tmp_path)[1])
+        assert found(tmp_path, said(1000)) == 256
+    else:
+        store = open_store(tmp_path)
+        harm(files(tmp_path)[1])
+        assert turn(CacheShelf(MODEL, blocks=store), said(1000)) == 256
+        store.close()
+    assert found(tmp_path, said(1000)) == 768
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"key": "another model"},
+        {"share": "rank-1"},
+        {"stamp": "written anew"},
+        {"shape": replace(SHAPE, dtype=mx.float16)},
+        {"shape": replace(SHAPE, layers=1)},
+    ],
+)
+def test_what_another_model_has_left_is_not_used(tmp_path: Path, change: dict[str, str]) -> None:
+    write(tmp_path, said(1000))
+    store = open_store(tmp_path, **change)  # pyright: ignore[reportArgumentType]
+    blocks = store.find(said(1000))
+    assert not blocks or "shape" in change
+    for block in blocks[:1]:
+        assert store.shape != SHAPE
+        with pytest.raises(Exception, match="rows are"):
+            store.read(block, said(256))
+    store.close()
+
+
+def test_other_files_are_let_alone_and_unfinished_ones_go(tmp_path: Path) -> None:
+    write(tmp_path, said(1000))
+    folder = files(tmp_path)[0].parent
+    other, part = folder / "notes.txt", folder / f"{files(tmp_path)[0].name}.123.part"
+    for file in (other, part):
+        file.write_text("x")
+    assert found(tmp_path, said(1000)) == 768
+    assert other.exists()
+    assert not part.exists()
+
+
+def test_garbage_among_the_names_is_harmless(tmp_path: Path) -> None:
+    write(tmp_path, said(1000))
+    first = files(tmp_path)[0]
+    name, root = first.stem.split("-")
+    for garbage in (f"{root}-{root}", f"{root}-{name}", f"{'0' * 32}-{'1' * 32}", f"{'1' * 32}-{'0' * 32}"):
+        (first.parent / f"{garbage}.safetensors").write_bytes(b"x" * FILE_BYTES)
+    assert found(tmp_path, said(1000)) == 768
+    assert len(files(tmp_path)) == 3
+
+
+def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_bytes=6 * FILE_BYTES)
+    assert store.capacity == 6
+    shelf = CacheShelf(MODEL, blocks=store)
+    turn(shelf, said(1024, 1))
+    turn(shelf, said(512, 2))
+    turn(shelf, said(1024, 1))  # wanted again: 2 is older
+    turn(shelf, said(300, 3))
+    lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3)}
+    assert lengths == {1: 4, 2: 1, 3: 1}
+    turn(shelf, said(1024, 4))
+    lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3, 4)}
+    assert lengths == {1: 1, 2: 0, 3: 1, 4: 4}
+    turn(shelf, said(10 * 256, 5))  # longer than all there may be
+    assert len(store.find(said(10 * 256, 5))) == len(store) == 6
+    store.close()
+    assert len(files(tmp_path)) == 6
+    assert sum(file.stat().st_size for file in files(tmp_path)) <= 6 * FILE_BYTES
+
+
+def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
+    for number, seed in enumerate((1, 2, 1)):
+        write(tmp_path, said(512, seed))
+        for file in files(tmp_path):  # an hour passes
+            os.utime(file, (0, file.stat().st_mtime - 3600 * (number < 2)))
+    store = open_store(tmp_path, max_bytes=3 * FILE_BYTES)
+    assert [len(store.find(said(512, seed))) for seed in (1, 2)] == [2, 1]
+    store.close()
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_smaller_limit_makes_others_go(tmp_path: Path) -> None:
+    for key in ("old", "new"):
+        store = open_store(tmp_path, key=key)
+        turn(CacheShelf(MODEL, blocks=store), said(1024))
+        store.close()
+        os.utime(files(tmp_path)[-1].parent, (0, time.time() - 3600 * (key == "old")))
+    store = open_store(tmp_path, key="now", max_bytes=10 * FILE_BYTES)
+    assert len(files(tmp_path)) == 4  # half of what may be is left to others
+    assert store.capacity == 6
+    assert len(open_store(tmp_path, key="new").find(said(1024))) == 4
+
+
+def test_what_another_process_uses_stays(tmp_path: Path) -> None:
+    busy = open_store(tmp_path, key="busy")
+    turn(CacheShelf(MODEL, blocks=busy), said(1024))
+    assert busy._writer.flush(10)
+    store = open_store(tmp_path, max_bytes=5 * FILE_BYTES)
+    assert store.capacity == 1
+    busy.close()
+
+
+def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
+    first, warnings = open_store(tmp_path), []
+    second = open_store(tmp_path, warnings)
+    assert second.capacity == 0
+    assert len(warnings) == 1
+    assert "another process" in warnings[0]
+    shelves = [CacheShelf(MODEL, blocks=store) for store in (first, second)]
+    for shelf in shelves:
+        assert turn(shelf, said(1000)) == 0
+        assert turn(shelf, said(1000)) == 999  # in memory all the same
+    for store in (first, second):
+        store.close()
+    assert found(tmp_path, said(1000)) == 768
+
+
+def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    warnings: list[str] = []
+    shelf = CacheShelf(MODEL, blocks=open_store(tmp_path / "file" / "cache", warnings))
+    assert [turn(shelf, said(1000)) for _ in range(2)] == [0, 999]
+    assert len(warnings) == 1
+    assert "Not a directory" in warnings[0]
+
+
+def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    store = open_store(tmp_path, warnings)
+    shelf = CacheShelf(MODEL, blocks=store)
+    turn(shelf, said(512))
+    assert store._writer.flush(10)
+    monkeypatch.setattr(block_writer, "RESERVE_BYTES", 10**18)
+    turn(shelf, said(1000))
+    assert store._writer.flush(10)
+    shelf.clear()
+    assert turn(shelf, said(1000)) == 512
+    turn(shelf, said(1000, 2))
+    store.close()
+    assert len(warnings) == 1
+    monkeypatch.setattr(block_store, "RESERVE_BYTES", 10**18)
+    assert open_store(tmp_path, warnings).capacity == 0
+    assert "no room" in warnings[1]
+
+
+def test_a_disk_that_is_too_slow_does_not_hold_up_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_store, "MAX_NEW_BLOCKS", 2)
+    monkeypatch.setattr(block_writer, "write_block", lambda *args: time.sleep(0.5))
+    warnings: list[str] = []
+    shelf = CacheShelf(MODEL, blocks=open_store(tmp_path, warnings))
+    started = time.monotonic()
+    for seed in range(5):
+        turn(shelf, said(1024, seed))
+    assert time.monotonic() - started < 0.5
+    assert len(warnings) == 1
+    assert "too slow" in warnings[0]
+
+
+def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    rows = mx.zeros((SHAPE.layers, 512, SHAPE.width))
+    rows[1, 300, 1] = mx.nan
+    store.put(said(512), lambda start, stop: rows[:, start:stop])
+    store.close()
+    assert len(files(tmp_path)) == 1
+
+
+def test_ranks_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
+    for share, length in (("rank-0", 1024), ("rank-1", 700)):
+        store = open_store(tmp_path, share=share)
+        turn(CacheShelf(MODEL, blocks=store), said(length))
+        store.close()
+    stores = [open_store(tmp_path, share=share) for share in ("rank-0", "rank-1")]
+    agree(stores, capacity=3)
+    shelves = [CacheShelf(MODEL, blocks=store) for store in stores]
+    assert [turn(shelf, said(1024)) for shelf in shelves] == [512, 512]
+    assert [turn(shelf, said(1024, 2)) for shelf in shelves] == [0, 0]
+    assert stores[0].names() == stores[1].names()
+    for store in stores:
+        store.close()
+    assert len(files(tmp_path)) == 6
+
+
+def agree(stores: list[BlockStore], capacity: int = 100) -> None:
+    """What the front of a ring does."""
+    common = set.intersection(*(set(store.names()) for store in stores))
+    names = [name for name in stores[0].names() if name in common]
+    for store in stores:
+        store.keep(names, min(capacity, *(store.capacity for store in stores)))
+
+
+def test_a_rank_that_has_lost_a_block_ends_the_ring_and_the_next_one_does_without(tmp_path: Path) -> None:
+    write(tmp_path, said(1000))
+    store = open_store(tmp_path)
+    agree([store])
+    garble(files(tmp_path)[1])
+    with pytest.raises(RingError, match="checksum is wrong"):
+        CacheShelf(MODEL, blocks=store).take(said(1000))
+    store.close()
+    assert found(tmp_path, said(1000)) == 256
+
+
+@settings(max_examples=25)
+@given(
+    turns=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3)), max_size=8),
+    capacity=st.integers(1, 6),
+    lost=st.lists(st.integers(0, 20), max_size=2),
+)
+def test_ranks_stay_agreed(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int, int]], capacity: int, lost: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    for _ in range(2):  # and again after a restart
+        stores = [open_store(folder, share=f"rank-{rank}") for rank in range(2)]
+        agree(stores, capacity)
+        shelves = [CacheShelf(MODEL, 2048, store) for store in stores]
+        for seed, common, own in turns:
+            prompt = [*said(common * 200, 9), *said(own * 200, seed), 1]
+            assert len({turn(shelf, prompt) for shelf in shelves}) == 1
+            assert stores[0].names() == stores[1].names()
+            assert len(stores[0]) <= capacity
+        for store in stores:
+            store.close()
+        there = files(folder)
+        for at in lost:
+            if there:
+                there[at % len(there)].unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""What a body of the Messages API means."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_ask
+from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.body import parse
+from kimi_mlx.text.messages import Message, ToolCall
+
+HI = {"role": "user", "content": "Hi"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+
+
+def ask_of(*messages: dict[str, Any], **fields: Any) -> Ask:
+    body = {"model": "claude-x", "max_tokens": 9, "messages": messages, **fields}
+    return to_ask(parse(MessagesBody, json.dumps(body).encode()))
+
+
+def test_the_least_body():
+    assert ask_of(HI) == Ask(
+        max_tokens=9,
+        sampling={"temperature": None, "top_p": None, "top_k": None},
+        messages=(Message("user", "Hi"),),
+        response_schema_name="output_format",
+        thinking=False,
+        call_id_prefix="toolu_",
+    )
+    body = {"model": "m", "messages": [HI]}
+    assert to_ask(parse(CountBody, json.dumps(body).encode())).messages == (Message("user", "Hi"),)
+
+
+def test_everything_that_has_a_meaning():
+    ask = ask_of(
+        HI,
+        system=[
+            {"type": "text", "text": "One.", "cache_control": {"type": "ephemeral"}},
+            {"type": "text", "text": "Two."},
+        ],
+        tools=[
+            {"name": "f", "description": "d", "input_schema": SCHEMA, "strict": True, "eager_input_streaming": True}
+        ],
+        tool_choice={"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+        thinking={"type": "enabled", "budget_tokens": 1024},
+        stop_sequences=["END"],
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        output_config={"effort": "high", "format": {"type": "json_schema", "schema": SCHEMA}},
+        metadata={"user_id": "u"},
+        service_tier="auto",
+        context_management={"edits": []},
+    )
+    assert ask.messages == (Message("system", "One.\n\nTwo."), Message("user", "Hi"))
+    function = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
+    assert ask.tools == ({"type": "function", "function": function},)
+    assert ask.tool_choice == {"name": "f"}
+    assert not ask.parallel_tool_calls
+    assert ask.thinking
+    assert ask.stop == ("END",)
+    assert ask.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
+    assert ask.response_schema == SCHEMA
+
+
+@pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
+def test_tool_choices(kind: str, choice: str):
+    tool = {"name": "f", "input_schema": SCHEMA}
+    assert ask_of(HI, tools=[tool], tool_choice={"type": kind}).tool_choice == choice
+
+
+@pytest.mark.parametrize(("kind", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)])
+def test_thinking(kind: str, thinks: bool):
+    assert ask_of(HI, thinking={"type": kind}).thinking is thinks
+
+
+def test_a_round_of_tools():
+    ask = ask_of(
+        HI,
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": "s"},
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "text", "text": "I look "},
+                {"type": "text", "text": "it up."},
+                {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"city": "Zürich"}},
+                {"type": "tool_use", "id": "toolu_2", "name": "g", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "4"}, IMAGE]},
+                {"type": "tool_result", "tool_use_id": "toolu_2", "content": "no such city", "is_error": True},
+                {"type": "tool_result", "tool_use_id": "toolu_2"},
+                {"type": "text", "text": "And"},
+                {"type": "text", "text": "now?"},
+            ],
+        },
+    )
+    calls = (ToolCall("toolu_1", "f", '{"city": "Zürich"}'), ToolCall("toolu_2", "g", "{}"))
+    assert ask.messages[1:] == (
+        Message("assistant", "I look it up.", "Hm.", calls),
+        Message("tool", "4\n\n[image: this model reads text only]", tool_call_id="toolu_1"),
+        Message("tool", "Error: no such city", tool_call_id="toolu_2"),
+        Message("tool", "", tool_call_id="toolu_2"),
+        Message("user", "And\n\nnow?"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ({"INVALID_JSON": "{3"}, "{3"),
+        ({"__unparsedToolInput": {"raw": "{3", "len": 2}}, "{3"),
+        ({"INVALID_JSON": 3}, '{"INVALID_JSON": 3}'),
+        ({"INVALID_JSON": "{3", "x": 1}, '{"INVALID_JSON": "{3", "x": 1}'),
+    ],
+)
+def test_broken_arguments_come_back_as_the_model_wrote_them(given: dict[str, Any], arguments: str):
+    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": given}
+    assert ask_of({"role": "assistant", "content": [call]}, HI).messages[0].tool_calls[0].arguments == arguments
+
+
+def test_the_last_turn_may_be_begun():
+    ask = ask_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
+    assert ask.messages == (Message("user", "Hi"),)
+    assert ask.partial == "The answer is ("
+
+
+def test_what_changes_with_each_request_is_no_part_of_the_prompt():
+    header = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
+    system = [{"type": "text", "text": header}, {"type": "text", "text": "You are helpful."}]
+    assert ask_of(HI, system=system).messages[0] == Message("system", "You are helpful.")
+    assert ask_of(HI, system=f"{header}\nYou are helpful.").messages[0] == Message("system", "You are helpful.")
+    assert ask_of({"role": "system", "content": system}, HI).messages[0] == Message("system", "You are helpful.")
+    assert ask_of({"role": "user", "content": header}).messages == (Message("user", header),)
+
+
+def said(role: str, **block: Any) -> dict[str, Any]:
+    return {"role": role, "content": [block]}
+
+
+FIRST = "messages.0.content.0"
+RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "x"}
+CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "place", "problem"),
+    [
+        ([said("user", **IMAGE)], {}, FIRST, "`image` is not supported: this model reads text"),
+        ([said("user", type="document")], {}, FIRST, "`document`"),
+        ([said("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
+        ([said("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
+        ([said("system", **RESULT), HI], {}, FIRST, "of role `system`"),
+        ([HI, said("assistant", **CALL)], {}, "messages.1", "results are missing"),
+        ([HI], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0", "`web_search_20250305`"),
+        ([HI], {"tools": [{"name": "f"}]}, "tools.0", "no `input_schema`"),
+        ([HI], {"tools": [{"input_schema": {}}]}, "tools.0", "no `name`"),
+        ([HI], {"tool_choice": {"type": "tool"}}, "tool_choice.name", "no `name`"),
+        ([HI], {"tool_choice": {"type": "any"}}, "tool_choice", "there are no tools"),
+        ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f` .* is not among the tools"),
+        ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(
+    messages: list[dict[str, Any]], fields: dict[str, Any], place: str, problem: str
+):
+    with pytest.raises(ApiError, match=problem) as error:
+        ask_of(*messages, **fields)
+    assert (error.value.status, error.value.param) == (400, place)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user", "content": 1}]},
+        {"messages": [{"role": "user", "content": [{"text": "no type"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
+        {"max_tokens": 0},
+        {"model": 1},
+        {"output_config": {"format": {"type": "json_schema"}}},
+    ],
+)
+def test_wrong_shapes_are_refused(fields: dict[str, Any]):
+    with pytest.raises(ApiError) as error:
+        parse(MessagesBody, json.dumps({"model": "m", "messages": [HI], **fields}).encode())
+    assert error.value.status == 400

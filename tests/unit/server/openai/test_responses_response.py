@@ -1,0 +1,158 @@
+"""Answers in the shapes of the Responses API, read with the `openai` package's own types."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+
+from kimi_mlx.server.conversation import Piece, TokenLogprobs
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_response import ResponseTranslation
+from kimi_mlx.text.messages import Delta
+from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
+
+EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
+LAST = {"length": "incomplete"}
+
+
+def translation(**fields: Any) -> ResponseTranslation:
+    return ResponseTranslation("kimi", ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields}))
+
+
+def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the items together from their deltas, and check each `done` against them."""
+    items: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for event in events:
+        kind = event["type"].removeprefix("response.")
+        if "output_index" in event:
+            assert event["output_index"] == len(items) - (kind != "output_item.added")
+        if kind == "output_item.added":
+            items.append(event["item"])
+            texts = []
+        elif kind.endswith("_part.added"):
+            key = "summary" if "summary" in kind else "content"
+            items[-1][key] = [event["part"]]
+        elif kind.endswith(".delta"):
+            assert event["item_id"] == items[-1]["id"]
+            texts.append(event["delta"])
+        elif kind == "function_call_arguments.done":
+            assert event["arguments"] == "".join(texts)
+        elif kind.endswith("text.done"):
+            assert event["text"] == "".join(texts)
+        elif kind.endswith("_part.done"):
+            assert event["part"]["text"] == "".join(texts)
+        elif kind == "output_item.done":
+            done = event["item"]
+            if done["type"] == "function_call":
+                items[-1]["arguments"] = "".join(texts)
+            else:
+                items[-1]["summary" if done.get("summary") else "content"][0]["text"] = "".join(texts)
+            assert {**items[-1], "status": done["status"]} == done
+            items[-1] = done
+    return items
+
+
+@pytest.mark.parametrize("summary", [None, "auto"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_stream_is_the_response_in_pieces(name: str, summary: str | None):
+    deltas, reason = ANSWERS[name]
+    streamed = translation(reasoning={"summary": summary})
+    sent = stream(streamed, items_of(deltas, reason))
+    events = [json.loads(event.data) for event in sent]
+    assert [event.name for event in sent] == [event["type"] for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    for event in events:
+        EVENT.validate_python(event)
+    last = LAST.get(reason, "completed")
+    assert [events[i]["type"] for i in (0, 1, -1)] == [
+        "response.created",
+        "response.in_progress",
+        f"response.{last}",
+    ]
+    assert events[0]["response"]["status"] == "in_progress"
+    response = events[-1]["response"]
+    assert (response["status"], response["output"]) == (last, assemble(events))
+    whole = translation(reasoning={"summary": summary}).whole([answer_of(deltas, reason)])
+    Response.model_validate(whole)
+    assert without_ids(whole) == without_ids(response)
+
+
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    output = [{**item, "id": ""} for item in response["output"]]
+    return {**response, "id": "", "created_at": 0, "output": output}
+
+
+def output_of(deltas: list[Delta], **fields: Any) -> list[dict[str, Any]]:
+    return [{**item, "id": ""} for item in translation(**fields).whole([answer_of(deltas)])["output"]]
+
+
+def test_items():
+    reasoning, message, first, second = output_of(THOUGHT + TEXT + CALLS)
+    done = {"id": "", "status": "completed"}
+    thought = {"type": "reasoning_text", "text": "Let me see."}
+    assert reasoning == {**done, "type": "reasoning", "summary": [], "content": [thought]}
+    text = {"type": "output_text", "text": "I look it up ☃.", "annotations": [], "logprobs": []}
+    assert message == {**done, "type": "message", "role": "assistant", "content": [text]}
+    call = {**done, "type": "function_call", "name": "f"}
+    assert first == {**call, "call_id": "a", "arguments": '{"x": [1]}'}
+    assert second == {**call, "call_id": "b", "arguments": "{}"}
+    summary, *_ = output_of(THOUGHT, reasoning={"summary": "auto"})
+    assert (summary["summary"], summary["content"]) == ([{**thought, "type": "summary_text"}], [])
+
+
+def test_what_is_no_call_is_shown_all_the_same():
+    broken, whole = output_of([*BROKEN, *CALLS[4:]])
+    assert (broken["arguments"], broken["status"]) == ("{3", "incomplete")
+    assert (whole["arguments"], whole["status"]) == ("{}", "completed")
+    (message,) = output_of(NAMELESS)
+    assert message["content"][0]["text"] == "functions.:0"
+
+
+def test_usage_ends_and_what_is_repeated():
+    tool = {"type": "function", "name": "f", "parameters": {}, "strict": None}
+    form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    asked = translation(
+        tools=[tool],
+        tool_choice={"type": "function", "name": "f"},
+        text={"format": form},
+        metadata={"a": "b"},
+        store=True,
+        instructions="Be brief.",
+        temperature=0.5,
+    )
+    response = asked.whole([answer_of(TEXT, "length")])
+    parsed = Response.model_validate(response)
+    assert parsed.incomplete_details is not None
+    assert parsed.incomplete_details.reason == "max_output_tokens"
+    assert parsed.usage is not None
+    assert (parsed.usage.input_tokens, parsed.usage.output_tokens, parsed.usage.total_tokens) == (20, 9, 29)
+    assert parsed.usage.input_tokens_details.cached_tokens == 16
+    assert parsed.usage.output_tokens_details.reasoning_tokens == 3
+    assert (parsed.metadata, parsed.instructions, parsed.temperature) == ({"a": "b"}, "Be brief.", 0.5)
+    assert response["text"] == {"format": form}
+    assert response["tool_choice"] == {"type": "function", "name": "f"}
+    assert response["tools"] == [{**tool, "description": None}]
+    assert response["store"] is False
+
+
+def test_logprobs():
+    token = TokenLogprobs("☃".encode()[:2], -0.5, ((b"a", -0.5), (b"b", -1.0)))
+    (event,) = [e for e in translation().add(Piece(0, Delta("x"), (token,))) if e.name == "response.output_text.delta"]
+    (logprob,) = json.loads(event.data)["logprobs"]
+    assert (logprob["token"], logprob["bytes"], logprob["logprob"]) == ("\ufffd", [226, 152], -0.5)
+    assert [top["token"] for top in logprob["top_logprobs"]] == ["a", "b"]
+
+
+def test_a_stream_that_fails():
+    for status, code in ((503, "server_error"), (429, "rate_limit_exceeded")):
+        (event,) = translation().fail(ApiError(status, "the ring is lost"))
+        parsed = EVENT.validate_json(event.data)
+        assert parsed.type == "response.failed"
+        assert parsed.response.error is not None
+        assert (parsed.response.error.code, parsed.response.error.message) == (code, "the ring is lost")

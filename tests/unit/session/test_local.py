@@ -1,0 +1,74 @@
+"""A session in this process: a step that fails ends what is in it, and nothing else."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
+from kimi_mlx.errors import StepError
+from kimi_mlx.model.decoder import Model
+from kimi_mlx.session import local as local_session
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.session import SessionOptions
+from tests.fakes import KIMI_MINI
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[LocalSession]:
+    with closing(LocalSession(SessionOptions(KIMI_MINI))) as opened:
+        yield opened
+
+
+def tokens_of(session: LocalSession, length: int = 40) -> list[int]:
+    events = list(session.generate(Request(tuple(range(20, 20 + length)), max_tokens=5)))
+    assert isinstance(events[-1], Finished)
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+def test_after_a_step_that_failed_the_next_request_is_answered(
+    session: LocalSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokens_of(session)
+    forward, calls = Model.hidden, 0
+
+    def failing(self: Model, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # in the middle of an answer
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+        return forward(self, *args)
+
+    monkeypatch.setattr(Model, "hidden", failing)
+    with pytest.raises(StepError, match="Unable to allocate 9 bytes"):
+        tokens_of(session)
+    status = session.status()
+    assert (status.is_up, status.active, status.waiting, status.cached_tokens) == (False, 0, 0, 0)
+    assert status.reason is not None
+    assert "Unable to allocate" in status.reason
+    with monkeypatch.context() as later:
+        later.setattr(local_session, "STUMBLE_S", 0.0)
+        assert session.status().is_up  # nobody asks
+    monkeypatch.undo()
+    assert tokens_of(session) == expected
+    assert session.status().is_up
+
+
+def test_all_requests_of_a_failed_step_are_told(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Model, *args: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Model, "hidden", failing)
+    told: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+    for number in range(20):
+        session.submit(Request((30, 31, number), max_tokens=5), told.put)
+    left = 20
+    while left:
+        event = told.get(timeout=10)
+        left -= isinstance(event, StepError)
+        assert isinstance(event, StepError | Prefilled)
+    assert session.status().waiting == 0
