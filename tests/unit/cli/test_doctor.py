@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.unit.cluster.test_checks import MAC, OTHER
 from typer.testing import CliRunner
 
 from kimi_mlx.cli.app import app
@@ -24,6 +23,7 @@ from kimi_mlx.cluster.network.links import Measured, Network
 from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import ConfigError, HostfileError, UsageError
 from kimi_mlx.parallel.sum_choice import SumChoice, SumTiming
+from tests.unit.cluster.doctor.test_host_checks import MAC, OTHER
 
 TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
 LAN = Network("ethernet", ("10.77.1.11", "10.77.1.12"), ("en0", "en0"))

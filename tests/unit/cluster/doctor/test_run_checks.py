@@ -6,7 +6,6 @@ from dataclasses import replace
 from ipaddress import IPv4Interface
 
 import pytest
-from tests.unit.cluster.test_checks import LINUX, MAC, OTHER
 
 from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
@@ -27,6 +26,7 @@ from kimi_mlx.cluster.network.topology import (
 )
 from kimi_mlx.units import GB
 from tests.unit.cluster.captures import capture
+from tests.unit.cluster.doctor.test_host_checks import LINUX, MAC, OTHER
 
 K2 = ModelNeed("kimi-k2", "mlx-community/Kimi-K2", 578 * GB, 0.1, 576 * 10**6, 7168, 163840, 512, is_here=False)
 MINI = ModelNeed("kimi-mini", None, 7 * 10**6, 0.1, 10**6, 128, 1792, 512, is_here=True)

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.unit.cluster.test_ssh import is_running
 
 from kimi_mlx.cluster.ring.cleanup import sweep
 from kimi_mlx.cluster.ring.guard import guard_command
 from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.process import RankProcess, end_all
+from tests.unit.cluster.hosts.test_ssh import is_running
 
 CHILD = """
 import os, sys, tempfile, time
