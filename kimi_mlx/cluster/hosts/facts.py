@@ -166,7 +166,7 @@ def facts_script(pythons: Sequence[str] = (), envs: Sequence[str] = (), *, is_se
         "facts_pythons": "\n".join(pythons),
         "facts_search": str(int(is_search)),
         "facts_linux_hints": LINUX_HINTS,
-        "facts_versions": source("versions.py"),
+        "facts_versions": source("cluster/hosts/versions.py"),
     }
     exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
     return exports + with_variables(wanted, source("cluster/hosts/facts.sh"))

@@ -95,7 +95,7 @@ def install_script(facts: Facts, own: Interpreter, wheel: Path) -> str:
         "install_wheel": wheel.name,
         "install_bytes": str(wheel.stat().st_size),
         "install_pins": "\n".join(pins),
-        "install_versions": source("versions.py"),
+        "install_versions": source("cluster/hosts/versions.py"),
     }
     return with_variables(wanted, source("cluster/install/install.sh"))
 

@@ -72,7 +72,7 @@ def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
     write(tmp_path, said(1000))
     code = f"""if True:
         from pathlib import Path
-        from tests.unit.engine.test_block_store import found, said, write
+        from tests.unit.engine.prompt_cache.test_block_store import found, said, write
         assert found(Path({str(tmp_path)!r}), said(1000)) == 768
         write(Path({str(tmp_path)!r}), [*said(1000), *said(100, 2)])
     """
