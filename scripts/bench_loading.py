@@ -27,7 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
 from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
 from kimi_mlx.model.config import load_config  # noqa: E402
-from kimi_mlx.runtime.load import compute_type  # noqa: E402
+from kimi_mlx.runtime.load import compute_dtype  # noqa: E402
 from scripts.loading.files import Progress as FilesProgress  # noqa: E402
 from scripts.loading.files import make_files  # noqa: E402
 from scripts.loading.measure import LoadingRun, loading_sides, measure_loading  # noqa: E402
@@ -52,7 +52,7 @@ def main(
     with _files_bar(json) as report:
         files = make_files(size_gb, ranks, report)
     config = load_config(files.copies[0])
-    default_dtype = str(compute_type(None, config)).removeprefix("mlx.core.")
+    default_dtype = str(compute_dtype(None, config)).removeprefix("mlx.core.")
     settings = {**loading_settings(files, config.dtype), "commit": commit()}
     sides = loading_sides(files, config.dtype, default_dtype, against)
     with stderr.status("loading") if not json and stderr.is_terminal else nullcontext() as status:

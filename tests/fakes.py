@@ -17,7 +17,7 @@ from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Re
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.session.session import Deliver, Session
+from kimi_mlx.session.session import EventCallback, Session
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
 
@@ -70,19 +70,19 @@ class FixedSession:
                 break
         yield Finished(reason, Statistics(total, 0, generated, ttft_s=0.5, decode_s=2.0, peak_memory_bytes=10**9))
 
-    def submit(self, request: Request, deliver: Deliver) -> int:
+    def submit(self, request: Request, on_event: EventCallback) -> int:
         """The same, from a thread; there is one request at a time."""
 
         def run() -> None:
             for event in self.generate(request):
-                deliver(event)
+                on_event(event)
 
         threading.Thread(target=run, daemon=True).start()
         return 1
 
-    def withdraw(self, number: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """End the answer."""
-        self.cancel()
+        self.cancel_all()
 
     context = 65536
 
@@ -90,7 +90,7 @@ class FixedSession:
         """All is well."""
         return SessionStatus(True)
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         """End the answer."""
         self._cancelled.set()
 

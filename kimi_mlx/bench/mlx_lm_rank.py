@@ -27,8 +27,8 @@ from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.main import encode_event
-from kimi_mlx.rank.rendezvous import join_mlx
-from kimi_mlx.runtime.load import compute_type
+from kimi_mlx.rank.rendezvous import join_mlx_group
+from kimi_mlx.runtime.load import compute_dtype
 
 Cache = list[Any]
 """mlx-lm's: an object a layer."""
@@ -41,19 +41,19 @@ def main() -> None:
 
 def serve(channel: Channel, start: Message) -> None:
     """Load and answer."""
-    group = join_mlx(channel, start)
+    group = join_mlx_group(channel, start)
     rank = start["rank"]
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
     channel.send("ready")
     caches: list[Cache] = []
     while True:
         command = channel.next_command()
-        channel.made_step("prefill")
+        channel.report_progress("prefill")
         try:
             if command["kind"] == "fill":
                 caches.clear()
                 caches = filled_caches(channel, model, command["prefix"], command["copies"])
-                channel.made_step("idle")
+                channel.report_progress("idle")
                 channel.send("filled")
                 continue
             requests = [Request.from_dict(each) for each in command["requests"]]
@@ -64,7 +64,7 @@ def serve(channel: Channel, start: Message) -> None:
                 f"mlx-lm ({start['mode']}) failed: {_words(error)}",
                 hint="on the CPU it compiles C++ at run time: is a compiler installed?",
             ) from error
-        channel.made_step("idle")
+        channel.report_progress("idle")
         channel.send(
             "finished",
             statistics=[each.to_dict() for each in answering.statistics()],
@@ -78,7 +78,7 @@ def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group
     Raises:
         WeightsError: mlx-lm cannot load it, or cannot share it in this mode.
     """
-    target = compute_type(dtype, load_config(folder))
+    target = compute_dtype(dtype, load_config(folder))
     try:
         model: Any = load_model(folder, lazy=True)[0]
         if mode == "tensor":
@@ -141,7 +141,7 @@ class Answering:
             steps = self._together(caches) if is_batched else self._in_turn(caches)
             for number, token in steps:
                 self._times[number].append(time.perf_counter())
-                self._channel.made_step("decode" if all(self._times) else "prefill")
+                self._channel.report_progress("decode" if all(self._times) else "prefill")
                 if self._tells:
                     self._channel.write(encode_event(number, Token(token)))
             self.peak_memory_bytes = mx.get_peak_memory()
@@ -181,7 +181,7 @@ class Answering:
             left = len(uids)
             while left:
                 _, responses = generator.next()
-                self._channel.made_step("decode" if all(self._times) else "prefill")
+                self._channel.report_progress("decode" if all(self._times) else "prefill")
                 for response in responses:
                     left -= response.finish_reason is not None
                     yield uids.index(response.uid), response.token
@@ -198,7 +198,7 @@ def _steps(channel: Channel, model: nn.Module, prompt: Sequence[int], max_tokens
         max_tokens=max_tokens,
         prompt_cache=cache,
         prefill_step_size=PREFILL_CHUNK,
-        prompt_progress_callback=lambda done, total: channel.made_step("prefill"),
+        prompt_progress_callback=lambda done, total: channel.report_progress("prefill"),
     )
     for token, _ in steps:
         yield int(token)

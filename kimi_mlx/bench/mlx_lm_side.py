@@ -53,8 +53,8 @@ class MlxLmSide:
             if message["kind"] == "finished":
                 results[rank] = message
             elif message["kind"] == "token":
-                ids[message["number"]].append(message["id"])
-                arrivals[message["number"]].append(time.perf_counter() - started)
+                ids[message["request_id"]].append(message["id"])
+                arrivals[message["request_id"]].append(time.perf_counter() - started)
         answers = [
             Answer(tuple(tokens), Statistics.from_dict(statistics), tuple(times))
             for tokens, statistics, times in zip(ids, results[0]["statistics"], arrivals, strict=True)
@@ -89,7 +89,7 @@ def open_mlx_lm(options: SessionOptions, mode: str) -> Iterator[MlxLmSide]:
     Raises:
         KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
     """
-    with closing(Ring(options.where, module="kimi_mlx.bench.mlx_lm_rank")) as ring:
+    with closing(Ring(options.effective_cluster, module="kimi_mlx.bench.mlx_lm_rank")) as ring:
         ring.start(folder=str(options.folder), dtype=options.dtype, mode=mode)
         side = MlxLmSide(mode, ring)
         side.wait_until_ready()

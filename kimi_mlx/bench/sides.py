@@ -98,7 +98,7 @@ class SessionSide:
     @property
     def sums(self) -> SumChoice | None:
         """How its ranks make sums; None for one process."""
-        return None if self._ring is None else self._ring.sums
+        return None if self._ring is None else self._ring.all_reduce
 
     def run(self, batch: Batch) -> Outcome:
         """Answer a batch, each request in a thread."""
@@ -116,7 +116,7 @@ class SessionSide:
                 futures = [pool.submit(self._ask, request, started) for request in requests]
                 return [future.result() for future in futures]
             except BaseException:  # an interrupt, too: the pool waits for its threads
-                self._session.cancel()
+                self._session.cancel_all()
                 raise
 
     def _ask(self, request: Request, started: float) -> Answer:

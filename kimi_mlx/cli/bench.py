@@ -131,7 +131,7 @@ def bench(
             session = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
             sides: list[Side] = [SessionSide("kimi-mlx", session)]
             ranks, choice = launched.cluster.size, launched.choice
-            config = load_config(session.text_folder)
+            config = load_config(session.tokenizer_folder)
             plan.check_context(config.max_position_embeddings)
         else:
             target = _target(model, synthetic)
@@ -208,9 +208,9 @@ def _folder(target: Target | None, synthetic: str | None, ranks: int, strategy: 
 
 def _dtype_name(dtype: str | None, config: ModelConfig) -> str:
     """The type that both sides compute in."""
-    from kimi_mlx.runtime.load import compute_type
+    from kimi_mlx.runtime.load import compute_dtype
 
-    return str(compute_type(dtype, config)).removeprefix("mlx.core.")
+    return str(compute_dtype(dtype, config)).removeprefix("mlx.core.")
 
 
 def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitStack) -> Cluster | None:

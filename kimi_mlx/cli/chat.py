@@ -90,14 +90,19 @@ def chat(
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     asking = _Asking(target, thinking, given)
     wanted = SessionOptions(
-        None, dtype=dtype, samples=temperature != 0, speculate=speculate, check_every=check_every, fast_sync=fast_sync
+        None,
+        dtype=dtype,
+        has_sampling=temperature != 0,
+        speculate=speculate,
+        check_every=check_every,
+        fast_sync=fast_sync,
     )
     with ExitStack() as stack:
         session: Session
         if launched is not None:
             choice = launched.choice
             ring = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
-            tokenizer, options = asking.read(ring.text_folder, max_tokens)
+            tokenizer, options = asking.read(ring.tokenizer_folder, max_tokens)
             session = ring
         else:
             choice = place_here(target, ranks, strategy)
@@ -106,7 +111,7 @@ def chat(
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
             announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
-            local = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, samples=samples)
+            local = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, has_sampling=samples)
             session = open_here(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)

@@ -39,7 +39,7 @@ def check(
     begin = time.monotonic()
     with closing(open_launched(launched, target, SessionOptions(None, dtype=dtype), json)) as session:
         load_s = time.monotonic() - begin
-        vocab_size = load_config(session.text_folder).vocab_size
+        vocab_size = load_config(session.tokenizer_folder).vocab_size
         prompt = tuple((7 * number + 3) % vocab_size for number in range(PROMPT_TOKENS))
         first, finished = _answer(session, prompt)
         session.reset()

@@ -80,8 +80,8 @@ def open_launched(launched: Launched, target: Target, wanted: SessionOptions, is
         strategy=launched.choice.strategy,
         model=name_for_hosts(target),
         cluster=launched.cluster,
-        restarts=launched.restarts,
-        limits=launched.limits,
+        max_restarts=launched.restarts,
+        timeouts=launched.limits,
     )
     names = [
         f"loading {target.name} on {host.ssh}" + (f", rank {rank}" if len(launched.cluster.names) == 1 else "")

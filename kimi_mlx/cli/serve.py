@@ -130,7 +130,7 @@ def serve(
     wanted = SessionOptions(
         None,
         dtype=dtype,
-        samples=True,
+        has_sampling=True,
         speculate=speculate,
         check_every=check_every,
         fast_sync=fast_sync,
@@ -155,7 +155,7 @@ def _open(
     """The loaded model, and the folder of its text side."""
     if launched is not None:
         ring = open_launched(launched, target, wanted, is_quiet=False)
-        return ring, ring.text_folder
+        return ring, ring.tokenizer_folder
     choice = place_here(target, ranks, strategy)
     folder = obtain(target, ranks, choice.strategy, is_quiet=False)
     load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read

@@ -25,9 +25,9 @@ class Channel:
         self._step, self._work = 0, "idle"
         self._heard = time.monotonic()
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.received = 0
+        self.num_received = 0
         """How many commands have come so far."""
-        self.taken = 0
+        self.num_consumed = 0
         """How many of them were taken."""
         self.links: LinkWatch | None = None
 
@@ -44,7 +44,7 @@ class Channel:
         except OSError:
             os._exit(0)
 
-    def made_step(self, work: str) -> None:
+    def report_progress(self, work: str) -> None:
         """Note for the next heartbeat what is being done, and that it goes on."""
         self._work = work
         self._step += 1
@@ -52,10 +52,10 @@ class Channel:
     def next_command(self) -> Message:
         """Take the next command, wait for it if there is none."""
         command = self._commands.get()
-        self.taken += 1
+        self.num_consumed += 1
         return command
 
-    def serve(self) -> None:
+    def start_threads(self) -> None:
         """Start reading messages and sending heartbeats."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -66,7 +66,7 @@ class Channel:
             self._heard = time.monotonic()
             if message["kind"] != "alive":
                 self._commands.put(message)
-                self.received += 1
+                self.num_received += 1
         # The front has closed our input or is gone. A collective may be waiting for a peer: leave at once.
         os._exit(0)
 
@@ -90,7 +90,7 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
     try:
         start = decode(sys.stdin.buffer.readline())
         rank = start["rank"]
-        channel.serve()
+        channel.start_threads()
         serve(channel, start)
     except KimiMlxError as error:
         channel.write(encode_error(error, rank))

@@ -10,7 +10,7 @@ from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.together import together
 from kimi_mlx.rank.channel import Channel, run_rank
-from kimi_mlx.rank.rendezvous import join_several
+from kimi_mlx.rank.rendezvous import join_with_peers
 from kimi_mlx.store.build import Progress
 from kimi_mlx.store.download import StoreOptions
 from kimi_mlx.store.locate import stores_root, understand
@@ -35,7 +35,7 @@ class ChannelListener:
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            self._channel.made_step("check")
+            self._channel.report_progress("check")
             self._channel.send("checking", done=done, total=total_bytes)
 
         yield advance
@@ -45,7 +45,7 @@ class ChannelListener:
         """Stores are built meanwhile."""
 
         def report(progress: Progress) -> None:
-            self._channel.made_step("download")
+            self._channel.report_progress("download")
             self._channel.send("building", **asdict(progress))
 
         yield report
@@ -58,8 +58,8 @@ def main() -> None:
 
 def serve(channel: Channel, start: Message) -> None:
     """Build; says `done` with the result, and then waits for the end, so that no peer is lost."""
-    group = join_checked(lambda: join_several(channel, start))
-    channel.made_step("download")
+    group = join_checked(lambda: join_with_peers(channel, start))
+    channel.report_progress("download")
     target = together(group, lambda: understand(start["model"]))
     options = StoreOptions(
         target.source,
@@ -72,6 +72,6 @@ def serve(channel: Channel, start: Message) -> None:
     result = provide_stores(
         target, options, group, ChannelListener(channel), is_dry=start["is_dry"], is_check=start["is_check"]
     )
-    channel.made_step("idle")
+    channel.report_progress("idle")
     channel.send("done", result=result)
     channel.next_command()

@@ -20,7 +20,7 @@ BITS = {"float32": mx.uint32, "bfloat16": mx.uint16}
 def check(
     group: Group, payloads: Sequence[Payload], rounds: int, tell: Callable[[str], None] = lambda name: None
 ) -> list[dict[str, Any]]:
-    """Every payload in turns; what was wrong, at most once a payload.
+    """Every payload in turns; the mismatches, at most once a payload.
 
     Args:
         group: the ranks.
@@ -28,7 +28,7 @@ def check(
         rounds: how often, if a payload has as many repeats.
         tell: told the name of each before it goes out.
     """
-    wrong: dict[str, dict[str, Any]] = {}
+    mismatches: dict[str, dict[str, Any]] = {}
     for turn in range(rounds):
         for payload in payloads:
             if turn >= payload.repeats:
@@ -38,8 +38,8 @@ def check(
             mx.eval(x)
             found = compare(group, payload, turn, exchange(group, payload, x))
             if found is not None:
-                wrong.setdefault(payload.name, found)
-    return list(wrong.values())
+                mismatches.setdefault(payload.name, found)
+    return list(mismatches.values())
 
 
 def exchange(group: Group, payload: Payload, x: mx.array) -> mx.array:

@@ -21,9 +21,9 @@ from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join
-from kimi_mlx.runtime.grammars import Grammars
-from kimi_mlx.runtime.load import compute_type, fingerprint, load_share, prepare_device
-from kimi_mlx.runtime.prompt_cache import open_blocks
+from kimi_mlx.runtime.grammars import GrammarCompiler
+from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
+from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.store.locate import find, understand
 from kimi_mlx.store.sources import is_small
 
@@ -35,30 +35,30 @@ def main() -> None:
 
 def serve(channel: Channel, start: Message) -> None:
     """Load and answer."""
-    prepare_device(start["samples"])
+    prepare_device(start["has_sampling"])
     group = join(channel, start)
     folder = _folder(start, group)
-    channel.made_step("load")
-    if start["wants_text"] and group.rank == 0:
+    channel.report_progress("load")
+    if start["needs_tokenizer_files"] and group.rank == 0:
         channel.send("text", files=_text_files(folder))
 
     def tell(done: int, total: int) -> None:
-        channel.made_step("load")
+        channel.report_progress("load")
         channel.send("loading", done=done, total=total)
 
     config = load_config(folder)
     model = load_share(folder, config, start["dtype"], group, tell, start["strategy"])
-    channel.made_step("load")
+    channel.report_progress("load")
     choice = None
     if isinstance(model.exchange, RankExchange):
         model.exchange.check_every = start["check_every"]
         if not isinstance(model.exchange, PipelineExchange):
-            choice = choose_sums(group, config.hidden_size, compute_type(start["dtype"], config))
+            choice = choose_sums(group, config.hidden_size, compute_dtype(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())
     blocks = None
     if start["cache_dir"] is not None:
-        blocks = open_blocks(
+        blocks = open_prompt_cache(
             Path(start["cache_dir"]),
             start["cache_disk_bytes"],
             model,
@@ -69,18 +69,18 @@ def serve(channel: Channel, start: Message) -> None:
         )
     engine = Engine(
         model,
-        count_commands=lambda: min(channel.received, channel.taken + MOST_NEWS),
+        count_commands=lambda: min(channel.num_received, channel.num_consumed + MOST_NEWS),
         speculate=start["speculate"],
-        constrain=Grammars(folder, config.vocab_size).constrain,
+        constrain=GrammarCompiler(folder, config.vocab_size).constrain,
         cache_bytes=start["cache_memory_bytes"],
         blocks=blocks,
     )
-    if start["samples"]:
+    if start["has_sampling"]:
         samplers()  # they have been on their way since the start
-    channel.made_step("idle")
-    channel.send("ready", context=engine.context, sums=None if choice is None else choice.to_dict())
+    channel.report_progress("idle")
+    channel.send("ready", context=engine.context, all_reduce=None if choice is None else choice.to_dict())
     while True:
-        for _ in range(engine.news(channel.taken)):
+        for _ in range(engine.news(channel.num_consumed)):
             take(channel, engine, channel.next_command())
         if not engine.is_idle:
             work(channel, engine, is_leader=group.rank == 0)
@@ -92,35 +92,39 @@ def take(channel: Channel, engine: Engine, command: Message) -> None:
         engine.clear()
         return
     if command["kind"] == "cancel":
-        engine.cancel(command["number"])
+        engine.cancel(command["request_id"])
         return
-    channel.made_step("prefill")
+    channel.report_progress("prefill")
     try:
-        engine.add(command["number"], Request.from_dict(command["request"]))
+        engine.add(command["request_id"], Request.from_dict(command["request"]))
     except EngineError as error:  # every rank refuses alike, before any collective
-        channel.write(encode_error(error, rank=None, kind="refused", number=command["number"]))
+        channel.write(encode_error(error, rank=None, kind="refused", request_id=command["request_id"]))
 
 
 def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
     """A turn of the engine; the leader alone tells of tokens."""
-    for number, event in engine.turn():
+    for request_id, event in engine.turn():
         if isinstance(event, EngineError):
-            channel.write(encode_error(event, rank=None, kind="refused", number=number))
+            channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):
-            channel.write(encode_event(number, event, engine.cached_tokens))
-    channel.made_step("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
+            channel.write(encode_event(request_id, event, engine.cached_tokens))
+    channel.report_progress("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(number: int, event: Event, cached_tokens: int = 0) -> bytes:
+def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes:
     """An event of a request as a message; with its end goes how full the caches are."""
     match event:
         case Prefilled(done, total):
-            return encode("prefilled", number=number, done=done, total=total)
+            return encode("prefilled", request_id=request_id, done=done, total=total)
         case Token(id, logprobs):
-            return encode("token", number=number, id=id, logprobs=None if logprobs is None else asdict(logprobs))
+            return encode(
+                "token", request_id=request_id, id=id, logprobs=None if logprobs is None else asdict(logprobs)
+            )
         case Finished(reason, statistics):
             figures = statistics.to_dict()
-            return encode("finished", number=number, reason=reason, statistics=figures, cached_tokens=cached_tokens)
+            return encode(
+                "finished", request_id=request_id, reason=reason, statistics=figures, cached_tokens=cached_tokens
+            )
         case _:
             raise TypeError(f"{event} is none of a rank's events")
 

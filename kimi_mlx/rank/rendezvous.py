@@ -27,18 +27,18 @@ def join(channel: Channel, start: Message) -> Group:
     Raises:
         RingError: the others are not found, or an address is not of this host.
     """
-    group = join_mlx(channel, start)
+    group = join_mlx_group(channel, start)
     return SingleGroup() if group is None else MlxGroup(group)
 
 
-def join_mlx(channel: Channel, start: Message) -> mx.distributed.Group | None:
+def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | None:
     """The same as MLX's own group; None for a rank alone."""
     ports = _ports(start["addresses"], start["rank"])
     links = _watch(start)
     port = None if links is None else links.port
     channel.send("listening", pid=os.getpid(), ports=ports, link_port=port)
     ring = channel.next_command()
-    pin(start["place"])
+    pin_to_cpu(start["place"])
     group = None
     if start["size"] > 1:
         try:
@@ -51,20 +51,20 @@ def join_mlx(channel: Channel, start: Message) -> mx.distributed.Group | None:
         links.start(ring["word"].encode(), _neighbours(ring["links"], start["rank"]))
         channel.links = links
     channel.send("joined")
-    channel.send("tested", wrong=[] if group is None else _test_links(channel, MlxGroup(group)))
+    channel.send("tested", mismatches=[] if group is None else _test_links(channel, MlxGroup(group)))
     return group
 
 
 def _test_links(channel: Channel, group: MlxGroup) -> list[dict[str, Any]]:
     """What arrives otherwise than it was sent; the front, which hears of it from all, finds the link."""
-    wrong = check(group, quick_payloads(), 1, channel.made_step)
-    channel.made_step("idle")
-    return wrong
+    mismatches = check(group, quick_payloads(), 1, channel.report_progress)
+    channel.report_progress("idle")
+    return mismatches
 
 
-def join_several(channel: Channel, start: Message) -> mx.distributed.Group:
+def join_with_peers(channel: Channel, start: Message) -> mx.distributed.Group:
     """The same for work that one rank alone has none of."""
-    group = join_mlx(channel, start)
+    group = join_mlx_group(channel, start)
     if group is None:
         raise UsageError("there is only one rank", hint="name two hosts or more")
     return group
@@ -77,7 +77,7 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
-def pin(place: Sequence[int]) -> None:
+def pin_to_cpu(place: Sequence[int]) -> None:
     """Keep this process on a processor of its own: which of the ranks on this host it is, and of how many."""
     number, count = place
     if (processor := processor_of(number, count, available_processors())) is not None:

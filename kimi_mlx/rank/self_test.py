@@ -29,13 +29,13 @@ def serve(channel: Channel, start: Message) -> None:
     group = join(channel, start)
     device = mx.default_device().type.name
     payloads = [Payload.from_dict(value) for value in start["payloads"]]
-    channel.made_step("choice of sums")
+    channel.report_progress("choice of sums")
     choice = choose_sums(group, start["hidden_size"], DTYPES["bfloat16" if device == "gpu" else "float32"])
-    wrong = check(group, payloads, ROUNDS, channel.made_step)
+    mismatches = check(group, payloads, ROUNDS, channel.report_progress)
     timings = measure(group, payloads, channel)
-    channel.made_step("idle")
+    channel.report_progress("idle")
     sums = None if choice is None else choice.to_dict()
-    channel.send("done", device=device, wrong=wrong, timings=timings, sums=sums)
+    channel.send("done", device=device, mismatches=mismatches, timings=timings, all_reduce=sums)
     channel.next_command()
 
 
@@ -48,7 +48,7 @@ def measure(group: Group, payloads: list[Payload], channel: Channel) -> list[dic
         for payload, x, taken in zip(payloads, inputs, seconds, strict=True):
             if turn >= payload.repeats:
                 continue
-            channel.made_step(payload.name)
+            channel.report_progress(payload.name)
             begin = time.perf_counter()
             exchange(group, payload, x)
             taken.append(time.perf_counter() - begin)

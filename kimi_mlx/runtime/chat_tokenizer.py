@@ -18,7 +18,7 @@ from kimi_mlx.text.tokenizer import Tokenizer
 DEFAULT_TEMPERATURE = 0.6
 """Where neither `generation_config.json` nor the catalogue says otherwise: the value of K2's model cards."""
 
-AnyMessage = Message | Mapping[str, Any]
+MessageLike = Message | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class ChatTokenizer:
         """Text of ids."""
         return self.tokenizer.decode(ids)
 
-    def prompt(
+    def apply_chat_template(
         self,
-        messages: Sequence[AnyMessage],
+        messages: Sequence[MessageLike],
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
         """Ids of a conversation up to where the assistant speaks; template_kwargs such as `thinking`."""
         return self.template.encode(self.tokenizer, messages, tools, **template_kwargs)
 
-    def parser(self, prompt: Sequence[int]) -> OutputParser:
+    def output_parser(self, prompt: Sequence[int]) -> OutputParser:
         """A parser for the answer to a prompt."""
         return OutputParser(self.tokenizer, starts_in_reasoning(self.tokenizer, prompt))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_mlx.engine.constraint import Constraint, Vocabulary
-from kimi_mlx.runtime.vocabulary import vocabulary_of
+from kimi_mlx.runtime.vocabulary import load_token_vocabulary
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes constraints.
 
     Args:
@@ -28,5 +28,5 @@ class Grammars:
             TextError: the tokenizer cannot be read.
         """
         if self._vocabulary is None:
-            self._vocabulary = vocabulary_of(self._folder, self._vocab_size)
+            self._vocabulary = load_token_vocabulary(self._folder, self._vocab_size)
         return Constraint(self._vocabulary, grammar)

@@ -68,7 +68,7 @@ def load_share(
     strategy: str = "hybrid",
 ) -> Model:
     """Load a rank's share of the model in `folder`, the whole one without a group (or with a group of one)."""
-    compute_dtype = compute_type(dtype, config)
+    compute_dtype = compute_dtype(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
     strategy = normal_strategy(strategy, world_size)
     if stored_ranks(folder):
@@ -96,7 +96,7 @@ def load_share(
     return load_model(folder, config, compute_dtype, placement.shares[rank], exchange, progress)
 
 
-def check_ranks(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:
+def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:
     """Whether the model in `folder` can be shared so; before any process is started.
 
     Raises:
@@ -165,7 +165,7 @@ def _identity(folder: Path, placement: Placement) -> str:
     return f"{placement.digest} {sizes} {(folder / 'config.json').read_text(encoding='utf-8')}"
 
 
-def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:
+def compute_dtype(dtype: str | None, config: ModelConfig) -> mx.Dtype:
     """The type to compute in: as asked, else the checkpoint's; float32 on the CPU, where others are 12 times slower."""
     if dtype is None:
         dtype = config.dtype if mx.default_device().type == mx.DeviceType.gpu else "float32"
@@ -180,7 +180,7 @@ def compute_type(dtype: str | None, config: ModelConfig) -> mx.Dtype:
     return DTYPES[dtype]
 
 
-def prepare_device(samples: bool) -> None:
+def prepare_device(has_sampling: bool) -> None:
     """Set up MLX for a process that serves one model.
 
     On Metal the weights are wired into memory, so that macOS does not page them out. On the CPU mx.compile is turned
@@ -189,7 +189,7 @@ def prepare_device(samples: bool) -> None:
     Args:
         samples: whether to import mlx-lm's samplers, in the background.
     """
-    if samples:
+    if has_sampling:
         threading.Thread(target=samplers, daemon=True).start()
     if mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

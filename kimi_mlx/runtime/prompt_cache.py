@@ -18,13 +18,13 @@ from kimi_mlx.runtime.load import Fingerprint
 from kimi_mlx.version import __version__
 
 
-def open_blocks(
+def open_prompt_cache(
     cache_dir: Path,
     max_bytes: int,
     model: Model,
     fingerprint: Fingerprint,
     group: Group | None = None,
-    ranks_here: int = 1,
+    num_local_ranks: int = 1,
     warn: Callable[[str], None] = lambda text: None,
 ) -> BlockStore:
     """Open the blocks of a model, or of a rank's share of it; where that is not possible there are none, with a word.
@@ -35,14 +35,14 @@ def open_blocks(
         model: loaded.
         fingerprint: of its weights, see kimi_mlx.runtime.load.
         group: the ranks; all must call this at the same time, and have the same blocks then.
-        ranks_here: ranks on this host.
+        num_local_ranks: ranks on this host.
         warn: told what is wrong, from any thread.
     """
     group = group or SingleGroup()
     shape = shape_of(model)
     key = json.dumps([__version__, fingerprint.common, str(shape.dtype), group.size])
     share = f"rank-{group.rank}-of-{group.size}"
-    store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.here, shape, max_bytes, ranks_here, warn)
+    store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.here, shape, max_bytes, num_local_ranks, warn)
     if group.size > 1:
         agree(store, group)
     return store

@@ -9,7 +9,7 @@ from kimi_mlx.errors import TextError
 from kimi_mlx.text.tokenizer import Tokenizer
 
 
-def vocabulary_of(folder: Path, vocab_size: int) -> Vocabulary:
+def load_token_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the vocabulary: about a second for Kimi's 163,840 tokens, so not before a grammar asks for it.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.text.messages import CallPart, Delta, Message, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
 
 NATIVE = re.compile(r"functions\..+:\d+")
 PREFIX = re.compile(r"(?:[A-Za-z]+[_-])+")  # `call_`, `toolu_`, `chatcmpl-tool-`
@@ -103,11 +103,11 @@ class AnswerIds:
         """Return the next piece of the answer with the client's ids."""
         return replace(
             delta,
-            call_parts=tuple(self._part(part) for part in delta.call_parts),
+            tool_call_deltas=tuple(self._part(part) for part in delta.tool_call_deltas),
             tool_calls=tuple(self._calls(delta.tool_calls)),
         )
 
-    def _part(self, part: CallPart) -> CallPart:
+    def _part(self, part: ToolCallDelta) -> ToolCallDelta:
         """Name a call with its first part."""
         if part.index < len(self._given):
             return part

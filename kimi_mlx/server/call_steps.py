@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
-Step = CallPart | ToolCall | UnparsedToolCall
+Step = ToolCallDelta | ToolCall | UnparsedToolCall
 """A part of a call; or its end, in which it is whole."""
 
 
@@ -21,7 +21,7 @@ class CallSteps:
 
     def of(self, delta: Delta) -> Iterator[Step]:
         """The steps in the next piece; each call's end comes after its parts and before the next call's."""
-        parts = list(delta.call_parts)
+        parts = list(delta.tool_call_deltas)
         for call in delta.tool_calls:
             if isinstance(call, ToolCall) or call.index is not None:
                 while parts and parts[0].index <= self._ended:

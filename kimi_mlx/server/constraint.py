@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.server.conversation import Ask
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.text.grammar import grammar_of, thinking_after
+from kimi_mlx.text.grammar import build_grammar, detect_thinking
 
 PLACE = re.compile(r"`([^`]+)`")
 
@@ -30,9 +30,9 @@ def grammar_for(ask: Ask, special_tokens: Mapping[str, int], prompt: Sequence[in
             400, "an answer that is begun already cannot be kept to a schema", param=ask.response_schema_name
         )
     try:
-        return grammar_of(
+        return build_grammar(
             special_tokens,
-            thinking_after(special_tokens, prompt),
+            detect_thinking(special_tokens, prompt),
             ask.response_schema,
             ask.tools,
             ask.tool_choice,

@@ -101,7 +101,7 @@ class Model:
         if ask.thinking is not None:
             options["thinking"] = ask.thinking
         tools = None if ask.tool_choice == "none" else list(ask.tools) or None
-        prompt = self.tokenizer.prompt(messages, tools, **options)
+        prompt = self.tokenizer.apply_chat_template(messages, tools, **options)
         if ask.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if starts_in_reasoning(tokenizer, prompt):  # it has been thought before the first word was said
@@ -110,7 +110,7 @@ class Model:
         return tuple(prompt), ids
 
     def _chat_reader(self, prompt: Sequence[int], ids: CallIds) -> TokenReader:
-        return ChatReader(self.tokenizer.parser(prompt), ids.answer())
+        return ChatReader(self.tokenizer.output_parser(prompt), ids.answer())
 
     def _check_id(self, id: int, param: str) -> None:
         vocabulary = self.tokenizer.tokenizer.vocab_size

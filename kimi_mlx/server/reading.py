@@ -132,7 +132,7 @@ class Reading:
             self._unassigned = 0
 
     def _piece(self, delta: Delta, shown: str) -> Iterator[Piece]:
-        self._has_calls = self._has_calls or bool(delta.call_parts)
+        self._has_calls = self._has_calls or bool(delta.tool_call_deltas)
         if delta and not delta.text:  # something else begins, and text that was held back stands before it
             held = self._stops.finish()
             if held:

@@ -107,7 +107,7 @@ class Service:
         self.is_closing = True
         for run in list(self._runs):
             run.stop()
-        self.session.cancel()
+        self.session.cancel_all()
 
 
 class _Run:
@@ -118,7 +118,7 @@ class _Run:
         self._service, self._turn = service, turn
         self._inbox = Inbox()
         self._open = {reading.index: reading for reading in readings}
-        self._numbers: dict[int, int] = {}
+        self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         self._asked_at = time.monotonic()
@@ -130,12 +130,12 @@ class _Run:
         for index, request in enumerate(requests):
             if self._is_closed:
                 return
-            number = self._session.submit(request, partial(self._inbox.put, index))
+            request_id = self._session.submit(request, partial(self._inbox.put, index))
             with self._lock:
-                self._numbers[index] = number
+                self._request_ids[index] = request_id
                 is_late = self._is_closed
             if is_late:
-                self._session.withdraw(number)
+                self._session.cancel(request_id)
 
     def stop(self) -> None:
         """Tell whoever reads that the server ends."""
@@ -161,8 +161,8 @@ class _Run:
             self._is_closed = True
         for index in list(self._open):
             self._end(index)
-            if index in self._numbers:
-                self._session.withdraw(self._numbers[index])
+            if index in self._request_ids:
+                self._session.cancel(self._request_ids[index])
                 self._metrics.cancelled.inc()
 
     def _hear(self, index: int, event: Event | BaseException) -> Iterator[Item]:
@@ -192,7 +192,7 @@ class _Run:
                 self._measure(index, is_first=reading.generated == 0)
                 yield from reading.add(event)
                 if reading.is_stopped:
-                    self._session.withdraw(self._numbers[index])
+                    self._session.cancel(self._request_ids[index])
         else:
             self._end(index)
             if event.reason == "cancelled" and not reading.is_stopped:

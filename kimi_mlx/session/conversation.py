@@ -9,7 +9,7 @@ from typing import Any
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.runtime.chat_tokenizer import AnyMessage, ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer, MessageLike
 from kimi_mlx.session.session import Session
 from kimi_mlx.text.messages import Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
@@ -73,7 +73,7 @@ class Conversation:
         try:
             prompt = self._prompt([*system, *self.messages])
             request = make_request(self._tokenizer, prompt, self.options)
-            for item in read(self._session.generate(request), self._tokenizer.parser(prompt)):
+            for item in read(self._session.generate(request), self._tokenizer.output_parser(prompt)):
                 if isinstance(item, Delta):
                     answer = answer + item
                 elif isinstance(item, Finished) and (answer or item.reason != "cancelled"):
@@ -91,16 +91,18 @@ class Conversation:
 
     def cancel(self) -> None:
         """End the answer that is being streamed; what has come so far stays in the conversation."""
-        self._session.cancel()
+        self._session.cancel_all()
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokenizer.prompt(messages, self.options.tools, **dict(self.options.template_kwargs or {}))
+        return self._tokenizer.apply_chat_template(
+            messages, self.options.tools, **dict(self.options.template_kwargs or {})
+        )
 
 
 def stream(
     model: Model,
     tokenizer: ChatTokenizer,
-    messages: Sequence[AnyMessage],
+    messages: Sequence[MessageLike],
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -120,9 +122,9 @@ def stream(
     Yields:
         Delta, with new text, reasoning or tool calls.
     """
-    prompt = tokenizer.prompt(messages, tools, **template_kwargs)
+    prompt = tokenizer.apply_chat_template(messages, tools, **template_kwargs)
     request = make_request(tokenizer, prompt, ChatOptions(max_tokens, sampling))
-    for item in read(Engine(model).generate(request), tokenizer.parser(prompt)):
+    for item in read(Engine(model).generate(request), tokenizer.output_parser(prompt)):
         if isinstance(item, Delta):
             yield item
 

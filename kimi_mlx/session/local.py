@@ -16,11 +16,11 @@ from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, StepError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.grammars import Grammars
+from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
-from kimi_mlx.runtime.prompt_cache import open_blocks
+from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.session.session import Deliver, LoadProgress, SessionOptions, answer
+from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, stream_events
 
 LOG = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class LocalSession:
 
     def __init__(self, options: SessionOptions, progress: LoadProgress = lambda done, total: None):
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
-        self._delivers: dict[int, Deliver] = {}
-        self._numbers = itertools.count(1)
+        self._callbacks: dict[int, EventCallback] = {}
+        self._request_ids = itertools.count(1)
         self._known: set[int] = set()  # to the engine; others are still in the commands
         self._failure: BaseException | None = None
         self._stumble: tuple[float, str] | None = None
@@ -61,7 +61,7 @@ class LocalSession:
         Raises:
             EngineError: it cannot be served, or the session is closed.
         """
-        return answer(self, request)
+        return stream_events(self, request)
 
     @property
     def context(self) -> int:
@@ -69,25 +69,25 @@ class LocalSession:
         assert self._engine is not None
         return self._engine.context
 
-    def submit(self, request: Request, deliver: Deliver) -> int:
-        """Answer a request; returns its number."""
-        number = next(self._numbers)
+    def submit(self, request: Request, on_event: EventCallback) -> int:
+        """Answer a request; returns its request_id."""
+        request_id = next(self._request_ids)
         with self._lock:
             if self._failure is None:
-                self._delivers[number] = deliver
-                self._commands.put(lambda engine: self._add(engine, number, request))
-                return number
-        deliver(self._failure)
-        return number
+                self._callbacks[request_id] = on_event
+                self._commands.put(lambda engine: self._add(engine, request_id, request))
+                return request_id
+        on_event(self._failure)
+        return request_id
 
-    def withdraw(self, number: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Ask a request to stop soon."""
-        self._commands.put(lambda engine: engine.cancel(number))
+        self._commands.put(lambda engine: engine.cancel(request_id))
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         """Ask the running requests to stop."""
-        for number in list(self._delivers):
-            self.withdraw(number)
+        for request_id in list(self._callbacks):
+            self.cancel(request_id)
 
     def status(self) -> SessionStatus:
         """How it is getting on."""
@@ -102,7 +102,7 @@ class LocalSession:
             reason is None,
             reason,
             active=running,
-            waiting=max(len(self._delivers) - running, 0),
+            waiting=max(len(self._callbacks) - running, 0),
             last_step_age_s=None if stepped_at is None else time.monotonic() - stepped_at,
             cached_tokens=engine.cached_tokens,
         )
@@ -113,7 +113,7 @@ class LocalSession:
 
     def close(self) -> None:
         """Free the model."""
-        self.cancel()
+        self.cancel_all()
         self._commands.put(None)
         self._thread.join(CLOSE_LIMIT_S)
 
@@ -123,19 +123,19 @@ class LocalSession:
         """The thread's life: load, then answer until the session is closed."""
         try:
             os.environ[FAST_SYNC] = str(int(options.fast_sync))  # which MLX reads when it first computes
-            prepare_device(options.samples)
+            prepare_device(options.has_sampling)
             folder, config = options.checkpoint, load_config(options.checkpoint)
             model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
             blocks = None
             if options.cache_dir is not None:
                 mark = fingerprint(folder, config)
-                blocks = open_blocks(options.cache_dir, options.cache_disk_bytes, model, mark, warn=LOG.warning)
-            if options.samples:
+                blocks = open_prompt_cache(options.cache_dir, options.cache_disk_bytes, model, mark, warn=LOG.warning)
+            if options.has_sampling:
                 samplers()
             self._engine = Engine(
                 model,
                 speculate=options.speculate,
-                constrain=Grammars(folder, config.vocab_size).constrain,
+                constrain=GrammarCompiler(folder, config.vocab_size).constrain,
                 cache_bytes=options.cache_memory_bytes,
                 blocks=blocks,
             )
@@ -165,11 +165,11 @@ class LocalSession:
                 continue
             self._stepped_at = time.monotonic()
             self._stumble = None
-            for number, event in events:
+            for request_id, event in events:
                 if isinstance(event, Finished | EngineError):
-                    self._end(number, event)
+                    self._end(request_id, event)
                 else:
-                    self._delivers[number](event)
+                    self._callbacks[request_id](event)
 
     def _abandon(self, engine: Engine, error: Exception) -> None:
         """A step has failed: so have all requests that the engine knew, and the caches are gone."""
@@ -177,24 +177,24 @@ class LocalSession:
         self._stumble = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
         engine.abandon()
         told = StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
-        for number in list(self._known):
-            self._end(number, told)
+        for request_id in list(self._known):
+            self._end(request_id, told)
 
-    def _add(self, engine: Engine, number: int, request: Request) -> None:
+    def _add(self, engine: Engine, request_id: int, request: Request) -> None:
         try:
-            engine.add(number, request)
-            self._known.add(number)
+            engine.add(request_id, request)
+            self._known.add(request_id)
         except EngineError as error:
-            self._end(number, error)
+            self._end(request_id, error)
 
-    def _end(self, number: int, event: Event | BaseException) -> None:
-        self._known.discard(number)
-        deliver = self._delivers.pop(number)
-        deliver(event)
+    def _end(self, request_id: int, event: Event | BaseException) -> None:
+        self._known.discard(request_id)
+        on_event = self._callbacks.pop(request_id)
+        on_event(event)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure = error
-            delivers, self._delivers = self._delivers, {}
-        for deliver in delivers.values():
-            deliver(error)
+            callbacks, self._callbacks = self._callbacks, {}
+        for on_event in callbacks.values():
+            on_event(error)

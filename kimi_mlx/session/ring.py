@@ -33,7 +33,7 @@ from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.sum_choice import SumChoice
 from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.session.session import Deliver, RankProgress, SessionOptions, answer
+from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, stream_events
 from kimi_mlx.store.sources import is_small
 
 BACK_OFF_S = (1.0, 10.0, 30.0)
@@ -51,17 +51,17 @@ class _Job:
     """A request that is not finished.
 
     Args:
-        number: of the request.
+        request_id: of the request.
         request: as it was asked.
-        deliver: to whoever asked.
+        on_event: to whoever asked.
         sent: the tokens that were delivered.
         waiting: ranks that have not finished it.
         outcome: what the leader said in the end, held back until all ranks are idle.
     """
 
-    number: int
+    request_id: int
     request: Request
-    deliver: Deliver
+    on_event: EventCallback
     sent: list[int] = field(default_factory=list)
     waiting: set[int] = field(default_factory=set)
     outcome: Finished | KimiMlxError | None = None
@@ -80,7 +80,7 @@ class _Job:
 
     def line(self) -> bytes:
         """The message that asks for it."""
-        return encode("request", number=self.number, request=self.rest().to_dict())
+        return encode("request", request_id=self.request_id, request=self.rest().to_dict())
 
     def end(self, context: int) -> Finished | KimiMlxError | None:
         """The end of the answer, if nothing is left to ask: the ring was lost between the last token and the end.
@@ -128,16 +128,16 @@ class RingSession:
 
     def __init__(self, options: SessionOptions, progress: RankProgress = lambda done, total, rank: None):
         self._options = options
-        self._cluster = options.where
+        self._cluster = options.effective_cluster
         if options.folder is not None:
             from kimi_mlx.model.config import load_config
-            from kimi_mlx.runtime.load import check_ranks
+            from kimi_mlx.runtime.load import check_placement
 
             # fails before anything is started
-            check_ranks(options.folder, load_config(options.folder), self._cluster.size, options.strategy)
+            check_placement(options.folder, load_config(options.folder), self._cluster.size, options.strategy)
         self._is_closing = threading.Event()
-        self._ring = Ring(self._cluster, options.limits, is_over=self._is_closing)
-        self._numbers = itertools.count(1)
+        self._ring = Ring(self._cluster, options.timeouts, is_over=self._is_closing)
+        self._request_ids = itertools.count(1)
         self._jobs: dict[int, _Job] = {}
         self._lock = threading.RLock()  # a signal handler may cancel while its thread holds it
         self._is_up = False
@@ -148,12 +148,12 @@ class RingSession:
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._text: Path | None = None
-        self.sums: SumChoice | None = None
+        self.all_reduce: SumChoice | None = None
         """How the ranks make their sums, as they measured when they first started."""
         self.peak_memory_bytes = [0] * self._cluster.size
         """Of each rank, as MLX counts it, in the last request that it has finished."""
         try:
-            self._start(progress, wants_text=options.folder is None)
+            self._start(progress, needs_tokenizer_files=options.folder is None)
         except BaseException:
             self._ring.close()
             raise
@@ -172,7 +172,7 @@ class RingSession:
         return self._context
 
     @property
-    def text_folder(self) -> Path:
+    def tokenizer_folder(self) -> Path:
         """Where the checkpoint's configuration and tokenizer are: ours, or what rank 0 has sent of its own."""
         return self._options.checkpoint if self._text is None else self._text
 
@@ -183,32 +183,32 @@ class RingSession:
             RingError: a rank was lost, and the ring could not be started again.
             KimiMlxError: the ranks refuse the request.
         """
-        return answer(self, request)
+        return stream_events(self, request)
 
-    def submit(self, request: Request, deliver: Deliver) -> int:
-        """Answer a request; returns its number."""
+    def submit(self, request: Request, on_event: EventCallback) -> int:
+        """Answer a request; returns its request_id."""
         if request.sampling.temperature > 0 and request.sampling.seed is None:
             # drawn here, so that an answer goes on alike after a start anew
             request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
-        job = _Job(next(self._numbers), request, deliver)
+        job = _Job(next(self._request_ids), request, on_event)
         line = job.line()  # takes long for long prompts: others have the lock meanwhile
         with self._lock:
             if self._failure is not None:
-                deliver(self._failure)
-                return job.number
-            self._jobs[job.number] = job
+                on_event(self._failure)
+                return job.request_id
+            self._jobs[job.request_id] = job
             if self._is_up:
                 self._ask(job, line)
             elif self._interruption is not None:
-                deliver(self._interruption)
-        return job.number
+                on_event(self._interruption)
+        return job.request_id
 
-    def withdraw(self, number: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Ask a request to stop soon."""
-        if (job := self._jobs.get(number)) is not None:
+        if (job := self._jobs.get(request_id)) is not None:
             self._cancel(job)
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         """Ask the running requests to stop; safe from a signal handler."""
         for job in list(self._jobs.values()):
             self._cancel(job)
@@ -240,8 +240,8 @@ class RingSession:
         job.is_cancelled = True
         with self._lock:
             if self._is_up:
-                self._ring.send("cancel", number=job.number)
-            elif job.number in self._jobs:
+                self._ring.send("cancel", request_id=job.request_id)
+            elif job.request_id in self._jobs:
                 self._end(job, job.finish("cancelled"))
 
     def _ask(self, job: _Job, line: bytes) -> None:
@@ -252,7 +252,7 @@ class RingSession:
         if job.is_cancelled:
             self._cancel(job)
 
-    def _start(self, progress: RankProgress, *, wants_text: bool) -> None:
+    def _start(self, progress: RankProgress, *, needs_tokenizer_files: bool) -> None:
         """Start the ranks and wait until each has loaded its share."""
         options = self._options
         self._ring.start(
@@ -260,10 +260,10 @@ class RingSession:
             model=options.model,
             dtype=options.dtype,
             strategy=options.strategy,
-            samples=options.samples,
+            has_sampling=options.has_sampling,
             speculate=options.speculate,
             check_every=options.check_every,
-            wants_text=wants_text,
+            needs_tokenizer_files=needs_tokenizer_files,
             cache_dir=None if options.cache_dir is None else str(options.cache_dir),
             cache_disk_bytes=options.cache_disk_bytes,
             cache_memory_bytes=options.cache_memory_bytes,
@@ -276,7 +276,9 @@ class RingSession:
                 self._keep_text(message["files"])
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
-                self.sums = self.sums or (message["sums"] and SumChoice.from_dict(message["sums"]))
+                self.all_reduce = self.all_reduce or (
+                    message["all_reduce"] and SumChoice.from_dict(message["all_reduce"])
+                )
                 waiting.discard(rank)
             if not waiting:
                 return
@@ -322,17 +324,17 @@ class RingSession:
         lost_at = time.monotonic()
         if lost_at - self._up_since > STEADY_S:
             self._lost = 0
-        while self._lost < self._options.restarts:
+        while self._lost < self._options.max_restarts:
             self._lost += 1
             wait_s = BACK_OFF_S[min(self._lost, len(BACK_OFF_S)) - 1]
-            self._interruption = Interrupted(error.message, self._lost, self._options.restarts, wait_s)
+            self._interruption = Interrupted(error.message, self._lost, self._options.max_restarts, wait_s)
             for job in list(self._jobs.values()):
-                job.deliver(self._interruption)
+                job.on_event(self._interruption)
             self._ring.close()
             if self._is_closing.wait(wait_s):
                 return error
             try:
-                self._start(lambda done, total, rank: None, wants_text=False)
+                self._start(lambda done, total, rank: None, needs_tokenizer_files=False)
             except (RingError, SshError) as found:
                 error = found
                 continue
@@ -349,7 +351,7 @@ class RingSession:
             self._is_up = True
             for job in list(self._jobs.values()):
                 job.was_interrupted = True
-                job.deliver(Resumed(seconds))
+                job.on_event(Resumed(seconds))
                 self._ask(job, job.line())
 
     def _give_up(self, error: KimiMlxError) -> None:
@@ -368,20 +370,20 @@ class RingSession:
                 self._end(job, error)
 
     def _hear(self, rank: int, message: Message) -> None:
-        job = self._jobs.get(message.get("number", -1))
+        job = self._jobs.get(message.get("request_id", -1))
         if job is None:
             return
         kind = message["kind"]
         self._stepped_at, job.is_begun = time.monotonic(), True
         if rank == 0 and kind == "prefilled":
-            job.deliver(Prefilled(message["done"], message["total"]))
+            job.on_event(Prefilled(message["done"], message["total"]))
         elif rank == 0 and kind == "token":
             self._lost = 0  # it goes on; a request that ends the ring again and again would not
             job.first_token_at = job.first_token_at or time.perf_counter()
             job.sent.append(message["id"])
             found = message["logprobs"]
             logprobs = None if found is None else Logprobs(found["token"], tuple(map(tuple, found["top"])))
-            job.deliver(Token(message["id"], logprobs))
+            job.on_event(Token(message["id"], logprobs))
         elif kind in ("finished", "refused"):
             job.waiting.discard(rank)
             if kind == "finished":
@@ -396,5 +398,5 @@ class RingSession:
                     self._end(job, job.outcome)
 
     def _end(self, job: _Job, outcome: Finished | KimiMlxError) -> None:
-        del self._jobs[job.number]
-        job.deliver(outcome)
+        del self._jobs[job.request_id]
+        job.on_event(outcome)

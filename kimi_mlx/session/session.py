@@ -42,11 +42,11 @@ class SessionOptions:
         ranks: processes on this machine; 1 runs in this one.
         dtype: of the computation; None chooses.
         strategy: how ranks share the model.
-        samples: whether answers will be sampled; mlx-lm's samplers are imported then while the weights load.
+        has_sampling: whether answers will be sampled; mlx-lm's samplers are imported then while the weights load.
         model: its name, for hosts.
         cluster: where the ranks run; None for this machine.
-        restarts: how often a lost ring is started again before it is given up.
-        limits: how long things may take on a ring.
+        max_restarts: how often a lost ring is started again before it is given up.
+        timeouts: how long things may take on a ring.
         speculate: tokens drafted a step at most; 0 drafts none.
         check_every: ranks compare what they have every so many steps; 0 never.
         fast_sync: whether processes on this machine have MLX's fast fence.
@@ -59,11 +59,11 @@ class SessionOptions:
     ranks: int = 1
     dtype: str | None = None
     strategy: str = "hybrid"
-    samples: bool = False
+    has_sampling: bool = False
     model: str | None = None
     cluster: Cluster | None = None
-    restarts: int = 3
-    limits: Limits = field(default_factory=Limits)
+    max_restarts: int = 3
+    timeouts: Limits = field(default_factory=Limits)
     speculate: int = 0
     check_every: int = 0
     fast_sync: bool = False
@@ -72,7 +72,7 @@ class SessionOptions:
     cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the number of ranks and the strategy, which is written the normal way from here on."""
+        """Check the request_id of ranks and the strategy, which is written the normal way from here on."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
         if not 0 <= self.speculate <= MAX_DRAFT:
@@ -85,7 +85,7 @@ class SessionOptions:
         object.__setattr__(self, "strategy", normal_strategy(self.strategy, ranks))
 
     @property
-    def where(self) -> Cluster:
+    def effective_cluster(self) -> Cluster:
         """Where the ranks run."""
         return self.cluster or local_cluster(self.ranks, self.fast_sync)
 
@@ -96,7 +96,7 @@ class SessionOptions:
         return self.folder
 
 
-Deliver = Callable[[Event | BaseException], None]
+EventCallback = Callable[[Event | BaseException], None]
 """Given the events of an answer, from another thread; the last is Finished, or the error that ends it."""
 
 
@@ -108,11 +108,11 @@ class Session(Protocol):
         """Tokens that a sequence may have: what the model, and the memory for its cache, hold."""
         ...
 
-    def submit(self, request: Request, deliver: Deliver) -> int:
-        """Answer a request; returns its number at once. An error may be delivered before that."""
+    def submit(self, request: Request, on_event: EventCallback) -> int:
+        """Answer a request; returns its request_id at once. An error may be delivered before that."""
         ...
 
-    def withdraw(self, number: int) -> None:
+    def cancel(self, request_id: int) -> None:
         """Ask a request to stop soon; its Finished says `cancelled`. One that has ended is left alone."""
         ...
 
@@ -120,7 +120,7 @@ class Session(Protocol):
         """Answer a request; the last event is Finished. May be called from several threads; breaking off cancels."""
         ...
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         """Ask the running requests to stop soon; safe from a signal handler. Their Finished say `cancelled`."""
         ...
 
@@ -137,14 +137,14 @@ class Session(Protocol):
         ...
 
 
-def answer(session: Session, request: Request) -> Iterator[Event]:
+def stream_events(session: Session, request: Request) -> Iterator[Event]:
     """Answer a request where it is asked; breaking off the iteration cancels it.
 
     Raises:
         KimiMlxError: it cannot be served, or the session has failed.
     """
     events = queue.SimpleQueue[Event | BaseException]()
-    number = session.submit(request, events.put)
+    request_id = session.submit(request, events.put)
     is_over = False
     try:
         while not is_over:
@@ -155,4 +155,4 @@ def answer(session: Session, request: Request) -> Iterator[Event]:
             yield event
     finally:
         if not is_over:
-            session.withdraw(number)
+            session.cancel(request_id)

@@ -17,11 +17,11 @@ from enum import Enum, auto
 from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import Schema, checked, embedded, problem_of
+from kimi_mlx.text.json_schema import Schema, check_schema, find_problem, to_lark
 from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
-MOST_CALLS = 16
+MAX_CALLS = 16
 """In one answer that a grammar constrains."""
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 ANY_OBJECT: Schema = {"type": "object"}
@@ -41,7 +41,7 @@ class Thinking(Enum):
     NONE = auto()
 
 
-def thinking_after(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
+def detect_thinking(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
     """Tell how an answer to this prompt may begin."""
     last = prompt[-1] if prompt else None
     if THINK_BEGIN not in special_tokens or last == special_tokens.get(THINK_END):
@@ -49,7 +49,7 @@ def thinking_after(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
     return Thinking.OPEN if last == special_tokens[THINK_BEGIN] else Thinking.POSSIBLE
 
 
-def grammar_of(
+def build_grammar(
     special_tokens: Ids,
     thinking: Thinking,
     response_schema: Mapping[str, Any] | bool | None = None,
@@ -65,7 +65,7 @@ def grammar_of(
 
     Args:
         special_tokens: of the tokenizer.
-        thinking: see thinking_after.
+        thinking: see detect_thinking.
         response_schema: JSON schema of an answer without calls; True is any object, None any text.
         tools: OpenAI-style tools.
         tool_choice: "auto", "none" (text alone), "required" (calls alone), or {"name": ...} (one call of that tool).
@@ -85,13 +85,13 @@ def grammar_of(
     response = None
     if response_schema is not None and not is_called_for:
         schema = ANY_OBJECT if response_schema is True else response_schema
-        response = embedded(checked(schema, schema_name))
+        response = to_lark(check_schema(schema, schema_name))
     answer = _Answer(
         thinking,
         response,
         is_called_for,
         [] if choice == "none" else _functions(tools, choice),
-        MOST_CALLS if parallel_tool_calls and choice in CHOICES else 1,
+        MAX_CALLS if parallel_tool_calls and choice in CHOICES else 1,
         first_index,
     )
     if answer.functions:
@@ -148,7 +148,7 @@ def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
         schema = ANY_OBJECT
         if is_strict or choice != "auto":
             schema = _arguments(function, f"{where}.parameters", is_strict)
-        functions.append(_Function(name, embedded(schema)))
+        functions.append(_Function(name, to_lark(schema)))
     return functions
 
 
@@ -167,7 +167,7 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
         schema = {**ANY_OBJECT, **cast("Schema", parameters)}
         if schema["type"] != "object":
             raise GrammarError(f"`{where}: $.type`: arguments are an object, not `{schema['type']}`")
-        return checked(schema, where)
+        return check_schema(schema, where)
     except GrammarError:
         if is_strict:
             raise
@@ -184,7 +184,7 @@ def _by_id(token: str, special_tokens: Ids) -> str:
 
 def _check_sum(answer: _Answer) -> None:
     """Refuse what is too much in sum, though each schema is not."""
-    problem = problem_of(_write(answer, json.dumps))
+    problem = find_problem(_write(answer, json.dumps))
     if problem:
         raise GrammarError(f"`tools`: {problem}", hint="send fewer tools")
 

@@ -51,7 +51,7 @@ UNSUPPORTED = (
 HINT = "docs/structured-output.md lists what is supported"
 
 
-def checked(schema: Any, where: str) -> Schema:
+def check_schema(schema: Any, where: str) -> Schema:
     """Return the part of a schema that answers can be held to, all of what it asks for.
 
     Args:
@@ -72,19 +72,19 @@ def checked(schema: Any, where: str) -> Schema:
     clean = _Cleaner(where).clean(schema, "$", 0)
     for path, part in _parts(clean, "$"):
         _check_reference(part, clean, f"{where}: {path}")
-    problem = problem_of(f"start: {embedded(clean)}")
+    problem = find_problem(f"start: {to_lark(clean)}")
     if problem:
         raise GrammarError(f"`{where}: {_locate(clean, problem)}`: {problem}", hint=HINT)
     return clean
 
 
-def embedded(schema: Schema) -> str:
+def to_lark(schema: Schema) -> str:
     """Return a checked schema as the body of a rule in llguidance's dialect of Lark."""
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
 @lru_cache(maxsize=128)
-def problem_of(grammar: str) -> str | None:
+def find_problem(grammar: str) -> str | None:
     """Return why llguidance refuses a grammar, or that nothing satisfies it; None if all is well.
 
     At worst, with the limits of llguidance and of this module, it takes about a second.
@@ -322,7 +322,7 @@ def _locate(root: Schema, problem: str) -> str:
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
     until = time.monotonic() + LOCATE_S
     for path, part in _parts(root, "$"):
-        if problem_of(f"start: {embedded({**part, **definitions})}") == problem:
+        if find_problem(f"start: {to_lark({**part, **definitions})}") == problem:
             return path
         if time.monotonic() > until:
             break

@@ -42,7 +42,7 @@ class UnparsedToolCall:
     Args:
         raw: the text between the call's markers, with the marker inside it if there was one.
         reason: why it is no call.
-        index: that of its CallParts; None if none were given, because nothing named a tool.
+        index: that of its ToolCallDeltas; None if none were given, because nothing named a tool.
     """
 
     raw: str
@@ -51,7 +51,7 @@ class UnparsedToolCall:
 
 
 @dataclass(frozen=True)
-class CallPart:
+class ToolCallDelta:
     """A piece of a tool call that is still being written: it may yet turn out to be none.
 
     Args:
@@ -75,13 +75,13 @@ class Delta:
         text: what is said.
         reasoning: what is thought.
         tool_calls: calls that have been closed, in the order of their parts.
-        call_parts: pieces of calls, the same calls as they are being written.
+        tool_call_deltas: pieces of calls, the same calls as they are being written.
     """
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall | UnparsedToolCall, ...] = ()
-    call_parts: tuple[CallPart, ...] = ()
+    tool_call_deltas: tuple[ToolCallDelta, ...] = ()
 
     def __add__(self, other: Delta) -> Delta:
         """Return both pieces as one."""
@@ -89,13 +89,13 @@ class Delta:
 
     def __bool__(self) -> bool:
         """Tell whether there is anything in it."""
-        return bool(self.text or self.reasoning or self.tool_calls or self.call_parts)
+        return bool(self.text or self.reasoning or self.tool_calls or self.tool_call_deltas)
 
 
 def join(deltas: Iterable[Delta]) -> Delta:
     """Return the pieces as one, with the parts of each call in one part."""
     pieces = list(deltas)
-    parts = [part for piece in pieces for part in piece.call_parts]
+    parts = [part for piece in pieces for part in piece.tool_call_deltas]
     calls = [list(group) for _, group in groupby(parts, key=lambda part: part.index)]
     return Delta(
         "".join(piece.text for piece in pieces),

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall, join
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall, join
 from kimi_mlx.text.tokenizer import Tokenizer
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, parse_tool_call, tool_name
 
@@ -72,7 +72,7 @@ class OutputParser:
         self._calls_named = 0
         self._new_text = ""
         self._new_reasoning = ""
-        self._new_parts: list[CallPart] = []
+        self._new_parts: list[ToolCallDelta] = []
         self._new_calls: list[ToolCall | UnparsedToolCall] = []
 
     def add(self, token_id: int) -> Delta:
@@ -101,7 +101,7 @@ class OutputParser:
             return self._decoder.finish() + REPLACEMENT
 
     def _take_marker(self, marker: str) -> None:
-        """Change the state. Markers without a meaning here are dropped, they are never text."""
+        """Change the state. ControlTokens without a meaning here are dropped, they are never text."""
         in_call = self._state in (State.CALL_ID, State.ARGUMENTS)
         if marker == ARGUMENT_BEGIN and self._state is State.CALL_ID:
             self._state = State.ARGUMENTS
@@ -182,12 +182,12 @@ class OutputParser:
         if name:
             self._index = self._calls_named
             self._calls_named += 1
-            self._new_parts.append(CallPart(self._index, call_id, name))
+            self._new_parts.append(ToolCallDelta(self._index, call_id, name))
 
     def _take_arguments(self, text: str) -> None:
         self._arguments.append(text)
         if self._index is not None:
-            self._new_parts.append(CallPart(self._index, arguments=text))
+            self._new_parts.append(ToolCallDelta(self._index, arguments=text))
 
     def _close_call(self, is_cut_off: bool) -> None:
         if self._state not in (State.CALL_ID, State.ARGUMENTS):

@@ -18,7 +18,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text.markers import Markers, choose_escape, json_escape, strings_in
+from kimi_mlx.text.control_tokens import ControlTokens, choose_escape, json_escape, strings_in
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.tokenizer import Tokenizer, read_json
 from kimi_mlx.text.tool_declarations import ToolDeclarationError, to_typescript
@@ -100,7 +100,7 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the prompt as token ids; arguments and errors as for `render`."""
         variables = self._variables(messages, tools, add_generation_prompt, template_kwargs)
-        markers = Markers(tokenizer.special_tokens)
+        markers = ControlTokens(tokenizer.special_tokens)
         try:
             escape = choose_escape([self.source, *strings_in(variables)])
             variables = markers.guard(variables, escape)

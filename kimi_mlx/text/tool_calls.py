@@ -26,7 +26,7 @@ def parse_tool_call(
         call_id: the text before the arguments' marker, with or without `functions.` and the index.
         arguments: the text after it; None if there was no marker.
         is_cut_off: the answer ended, or another call began, before this one was closed.
-        index: that of its CallParts.
+        index: that of its ToolCallDeltas.
     """
     raw = call_id if arguments is None else call_id + ARGUMENT_BEGIN + arguments
     ending = "the call is never closed: " if is_cut_off else ""

@@ -20,7 +20,7 @@ from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
 from kimi_mlx.rank.channel import Channel, run_rank
-from kimi_mlx.rank.rendezvous import join_several
+from kimi_mlx.rank.rendezvous import join_with_peers
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 Loader = Callable[[], nn.Module]
@@ -42,12 +42,12 @@ def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
     """Get ready, load when told, report; without return."""
 
     def serve(channel: Channel, start: Message) -> None:
-        prepare_device(samples=False)
-        group = join_several(channel, start)
+        prepare_device(has_sampling=False)
+        group = join_with_peers(channel, start)
         load = open_loader(start, group)
         channel.send("ready")
         channel.next_command()
-        channel.made_step("load")
+        channel.report_progress("load")
         channel.send("measured", load=measure(load))
         channel.next_command()
 

@@ -25,7 +25,7 @@ from kimi_mlx.bench.workloads import FORMAT, SEED, Config, Tensors, synthetic_co
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.load import compute_type
+from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.text.vocabulary import build, find_splits, read_ranks
 
 MINI = Path(__file__).parents[2] / "kimi_mlx" / "models" / "kimi-mini"
@@ -81,7 +81,7 @@ def _make(part: Path, model: str, config: Config) -> None:
     made.mkdir()
     if model != "kimi-mini":
         write_synthetic(source, config)
-    target = compute_type(None, load_config(source))
+    target = compute_dtype(None, load_config(source))
     tokens = read_ranks(MINI / "tiktoken.model")
     for path in sorted(source.glob("*.safetensors")):
         tensors: Tensors = mx.load(str(path))  # pyright: ignore[reportAssignmentType]

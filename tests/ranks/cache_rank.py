@@ -13,23 +13,23 @@ from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
-from kimi_mlx.rank.rendezvous import pin
+from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
-from kimi_mlx.runtime.prompt_cache import open_blocks
+from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 
 
 def main() -> None:
     """Join, answer, leave."""
     case = json.load(sys.stdin)
     rank = int(os.environ["MLX_RANK"])
-    prepare_device(samples=False)
-    pin((rank, case["ranks"]))
+    prepare_device(has_sampling=False)
+    pin_to_cpu((rank, case["ranks"]))
     group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
     folder = Path(case["folder"])
     config = load_config(folder)
     model = load_share(folder, config, "float32", group, strategy=case["strategy"])
     identity = fingerprint(folder, config, rank, group.size, case["strategy"])
-    blocks = open_blocks(Path(case["cache_dir"]), 10**9, model, identity, group, case["ranks"], warn=sys.exit)
+    blocks = open_prompt_cache(Path(case["cache_dir"]), 10**9, model, identity, group, case["ranks"], warn=sys.exit)
     events = list(Engine(model, blocks=blocks).generate(Request(tuple(case["prompt"]), 8)))
     blocks.close()
     end = events[-1]

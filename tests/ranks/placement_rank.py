@@ -19,7 +19,7 @@ from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import Group, MlxGroup
-from kimi_mlx.rank.rendezvous import pin
+from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 CHUNK = 16
@@ -34,8 +34,8 @@ Answers = list[list[int]]
 def main() -> None:
     """Join, and work through the cases."""
     cases = json.load(sys.stdin)
-    prepare_device(samples=False)
-    pin((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
+    prepare_device(has_sampling=False)
+    pin_to_cpu((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
     group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
     for case in cases:
         print(json.dumps(answer(case, group)), flush=True)

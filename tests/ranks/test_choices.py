@@ -16,8 +16,8 @@ from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
-from kimi_mlx.session.session import Session, SessionOptions, answer
-from kimi_mlx.text.grammar import grammar_of, thinking_after
+from kimi_mlx.session.session import Session, SessionOptions, stream_events
+from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from tests.fakes import KIMI_MINI
 
 pytestmark = pytest.mark.ranks
@@ -41,13 +41,13 @@ def text() -> ChatTokenizer:
 @pytest.fixture(scope="module")
 def requests(text: ChatTokenizer) -> list[Request]:
     """Free, kept to a schema (greedy, then drawn), with a bias; all with probabilities but the first."""
-    prompt = tuple(text.prompt([{"role": "user", "content": "Invent a dog, please."}]))
+    prompt = tuple(text.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
     special = text.tokenizer.special_tokens
     free = Request(prompt, 40, stop_ids=text.stop_ids)
     held = replace(
         free,
         max_tokens=150,
-        grammar=grammar_of(special, thinking_after(special, prompt), SCHEMA),
+        grammar=build_grammar(special, detect_thinking(special, prompt), SCHEMA),
         top_logprobs=2,
     )
     drawn = replace(held, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
@@ -56,7 +56,7 @@ def requests(text: ChatTokenizer) -> list[Request]:
 
 
 def tokens_of(session: Session, request: Request) -> list[Token]:
-    return [event for event in answer(session, request) if isinstance(event, Token)]
+    return [event for event in stream_events(session, request) if isinstance(event, Token)]
 
 
 def assert_alike(found: list[Token], expected: list[Token]) -> None:
@@ -81,7 +81,7 @@ def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
             tokens_of(session, replace(requests[0], grammar="start: ("))
     free, *helds, biased = answers
     for held in helds:
-        parser = text.parser(requests[1].prompt)
+        parser = text.output_parser(requests[1].prompt)
         deltas = [*(parser.add(token.id) for token in held), parser.finish()]
         found = json.loads("".join(delta.text for delta in deltas))
         assert set(found) == {"name", "ages"}
@@ -130,7 +130,7 @@ def test_on_a_ring_that_is_lost_in_the_middle(
         for found, alone in zip(ask_together(session, requests), expected, strict=True):
             assert_alike(found, alone)
         seen: list[Token] = []
-        for event in answer(session, requests[1]):
+        for event in stream_events(session, requests[1]):
             if isinstance(event, Token):
                 seen.append(event)
                 if len(seen) == 20:

@@ -92,7 +92,7 @@ def test_a_ring_gives_the_text_of_one_process_also_after_a_request_broken_off_or
         seen = []
         for event in ring.generate(Request(PROMPT, max_tokens=2000)):
             if isinstance(event, Token):
-                ring.cancel()
+                ring.cancel_all()
             seen.append(event)
         assert isinstance(seen[-1], Finished)
         assert seen[-1].reason == "cancelled"
@@ -196,7 +196,7 @@ def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
     request = Request(PROMPT, max_tokens=120)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
-    with closing(RingSession(SessionOptions(folder, ranks=2, limits=QUICK, strategy=strategy))) as ring:
+    with closing(RingSession(SessionOptions(folder, ranks=2, timeouts=QUICK, strategy=strategy))) as ring:
         pids = ring.pids
         events = disturbed(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
         assert [event.id for event in events if isinstance(event, Token)] == expected
@@ -216,7 +216,7 @@ def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch
             if isinstance(event, Token) and not any(isinstance(each, Token) for each in events):
                 os.kill(ring.pids[1], signal.SIGKILL)
             if isinstance(event, Interrupted):
-                ring.cancel()
+                ring.cancel_all()
                 stopped_at = time.monotonic()
             events.append(event)
         assert time.monotonic() - stopped_at < 2
@@ -229,7 +229,7 @@ def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch
 
 
 def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
-    with closing(RingSession(SessionOptions(folder, ranks=2, restarts=0))) as ring:
+    with closing(RingSession(SessionOptions(folder, ranks=2, max_restarts=0))) as ring:
         pids = ring.pids
         events = ring.generate(Request(PROMPT, max_tokens=5000))
         next(events)
@@ -270,7 +270,7 @@ time.sleep(60)
 def test_no_file_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with Ring(local_cluster(2)) as ring:
-        ring.start(folder=str(folder), dtype=None, strategy="hybrid", samples=False, wants_text=False)
+        ring.start(folder=str(folder), dtype=None, strategy="hybrid", has_sampling=False, needs_tokenizer_files=False)
         next(ring.messages())
         assert len(list(tmp_path.iterdir())) == 2
     assert not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program:
     if rank == 1:
         time.sleep(1)
     send("joined")
-    send("tested", wrong=[])
+    send("tested", mismatches=[])
     send("loading", done=1, total=2)
     send("loading", done=2, total=2)
     send("ready")

@@ -78,12 +78,12 @@ def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, s
             finding = Finding(", ".join(hosts), "self-test", "trouble", error.message, error.hint)
             return SelfTest((finding,), is_stalled=isinstance(error, StallError))
     timings = tuple(_slowest(payload, number, done) for number, payload in enumerate(payloads))
-    found = find_wrong(cluster, {rank: message["wrong"] for rank, message in done.items()})
+    found = find_wrong(cluster, {rank: message["mismatches"] for rank, message in done.items()})
     findings = tuple(
         Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "trouble", each.message, each.hint)
         for each in found
     )
-    sums = done[0]["sums"] and SumChoice.from_dict(done[0]["sums"])
+    sums = done[0]["all_reduce"] and SumChoice.from_dict(done[0]["all_reduce"])
     return SelfTest(findings or (_right(cluster, timings),), timings, str(done[0]["device"]), sums)
 
 

@@ -108,7 +108,7 @@ class Ring:
             self._join(listening)
             self._collect("joined", JOIN_S, f"did not find the others{self._others()}", StallError)
             tested = self._collect("tested", TEST_S, "did not get through the test of its links", StallError)
-            self._require_right({rank: message["wrong"] for rank, message in tested.items()})
+            self._require_right({rank: message["mismatches"] for rank, message in tested.items()})
         except BaseException:
             self.close()
             raise

@@ -16,7 +16,7 @@ from kimi_mlx.server.call_steps import CallSteps
 from kimi_mlx.server.conversation import Answer, End, Item, Piece, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
 # Clients send thinking back only if it is signed. There is nothing to prove here.
 SIGNATURE = "kimi-mlx"
@@ -96,7 +96,7 @@ class MessageTranslation:
         if delta.text:
             yield from self._text(delta.text)
         for step in self._steps.of(delta):
-            if isinstance(step, CallPart):
+            if isinstance(step, ToolCallDelta):
                 yield from self._call_part(step)
             elif isinstance(step, ToolCall) or step.index is not None:
                 yield from self._close()
@@ -107,7 +107,7 @@ class MessageTranslation:
         yield from self._go_on_with("text", text="")
         yield self._fill("text_delta", text=text)
 
-    def _call_part(self, part: CallPart) -> Iterator[StreamEvent]:
+    def _call_part(self, part: ToolCallDelta) -> Iterator[StreamEvent]:
         if part.name:
             yield from self._close()
             yield from self._go_on_with("tool_use", id=part.id, name=part.name, input={})
@@ -156,7 +156,7 @@ def _content(delta: Delta) -> Iterator[dict[str, Any]]:
     if text:
         yield {"type": "text", "text": text}
     broken = {call.index for call in delta.tool_calls if not isinstance(call, ToolCall)}
-    for part in delta.call_parts:
+    for part in delta.tool_call_deltas:
         value = {"INVALID_JSON": part.arguments} if part.index in broken else json.loads(part.arguments)
         yield {"type": "tool_use", "id": part.id, "name": part.name, "input": value}
 

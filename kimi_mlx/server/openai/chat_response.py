@@ -8,7 +8,7 @@ from typing import Any
 from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs, Usage, total_usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
 DONE = StreamEvent("[DONE]")
 
@@ -65,7 +65,7 @@ class ChatTranslation:
         }
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        calls = [_call(part) for part in answer.delta.call_parts]
+        calls = [_call(part) for part in answer.delta.tool_call_deltas]
         text = answer.delta.text + "".join(_nameless(answer.delta))
         message: dict[str, Any] = {
             "role": "assistant",
@@ -89,7 +89,7 @@ class ChatTranslation:
             yield self._chunk(piece.index, {"reasoning_content": delta.reasoning})
         if delta.text:
             yield self._chunk(piece.index, {"content": delta.text}, piece.logprobs)
-        for part in delta.call_parts:
+        for part in delta.tool_call_deltas:
             said = _call(part) if part.name else {"function": {"arguments": part.arguments}}
             yield self._chunk(piece.index, {"tool_calls": [{"index": part.index, **said}]})
         for raw in _nameless(delta):
@@ -111,7 +111,7 @@ class ChatTranslation:
         return StreamEvent.of(self._head | {"choices": [choice]} | ({"usage": None} if self._wants_usage else {}))
 
 
-def _call(part: CallPart) -> dict[str, Any]:
+def _call(part: ToolCallDelta) -> dict[str, Any]:
     """A call, or the beginning of one; arguments that are no JSON are told as they were written."""
     return ToolCall(part.id, part.name, part.arguments).to_dict()
 

@@ -19,7 +19,7 @@ from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.server.translation import StreamEvent
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
 Value = dict[str, Any]
 
@@ -111,7 +111,7 @@ class ResponseTranslation:
         if delta.text:
             yield from self._say("output_text", delta.text, [_logprob(token) for token in logprobs])
         for step in self._steps.of(delta):
-            if isinstance(step, CallPart):
+            if isinstance(step, ToolCallDelta):
                 yield from self._call_part(step)
             elif isinstance(step, ToolCall) or step.index is not None:
                 yield from self._close("completed" if isinstance(step, ToolCall) else "incomplete")
@@ -129,7 +129,7 @@ class ResponseTranslation:
         fields = {"logprobs": logprobs} if part == "output_text" else {}
         yield self._text_event("delta", part, delta=text, **fields)
 
-    def _call_part(self, part: CallPart) -> Iterator[StreamEvent]:
+    def _call_part(self, part: ToolCallDelta) -> Iterator[StreamEvent]:
         if part.name:
             item = {"id": f"fc_{secrets.token_hex(12)}", "call_id": part.id, "name": part.name, "arguments": ""}
             yield from self._begin({"type": "function_call", **item})

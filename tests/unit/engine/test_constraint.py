@@ -16,8 +16,8 @@ from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
-from kimi_mlx.runtime.vocabulary import vocabulary_of
-from kimi_mlx.text.grammar import Thinking, grammar_of, thinking_after
+from kimi_mlx.runtime.vocabulary import load_token_vocabulary
+from kimi_mlx.text.grammar import Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
 from tests.schemas import random_answer, random_schema
@@ -26,7 +26,7 @@ TOKENIZER = Tokenizer.load(KIMI_MINI)
 EXTRA = 40
 """The logits have more ids than the tokenizer."""
 SIZE = TOKENIZER.vocab_size + EXTRA
-VOCABULARY = vocabulary_of(KIMI_MINI, SIZE)
+VOCABULARY = load_token_vocabulary(KIMI_MINI, SIZE)
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 0}},
@@ -36,7 +36,7 @@ PERSON = {
 
 
 def grammar_for(schema: Any, thinking: Thinking = Thinking.NONE) -> str:
-    grammar = grammar_of(TOKENIZER.special_tokens, thinking, response_schema=schema)
+    grammar = build_grammar(TOKENIZER.special_tokens, thinking, response_schema=schema)
     assert grammar is not None
     return grammar
 
@@ -61,7 +61,7 @@ def test_masks_along_a_draft_are_those_of_going_along_it() -> None:
         answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed, most=100)
         if answer is None:
             continue
-        one, other = Constraint(VOCABULARY, grammar), Constraint(vocabulary_of(KIMI_MINI, SIZE), grammar)
+        one, other = Constraint(VOCABULARY, grammar), Constraint(load_token_vocabulary(KIMI_MINI, SIZE), grammar)
         at = len(answer) // 3
         for token in answer[:at]:
             assert (one.allowed() == other.allowed()).all()
@@ -162,12 +162,12 @@ def mini() -> tuple[Model, ChatTokenizer]:
 @pytest.mark.parametrize("thinking", [True, False])
 def test_kimi_mini_says_what_it_must(mini: tuple[Model, ChatTokenizer], thinking: bool) -> None:
     model, tokenizer = mini
-    vocabulary = vocabulary_of(KIMI_MINI, model.config.vocab_size)
+    vocabulary = load_token_vocabulary(KIMI_MINI, model.config.vocab_size)
     finished = 0
     rng = random.Random(7)
     for schema in [PERSON, *(random_grammar(rng)[0] for _ in range(5))]:
-        prompt = tokenizer.prompt([{"role": "user", "content": "Who are you?"}], thinking=thinking)
-        how = thinking_after(TOKENIZER.special_tokens, prompt)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], thinking=thinking)
+        how = detect_thinking(TOKENIZER.special_tokens, prompt)
         assert how is (Thinking.OPEN if thinking else Thinking.NONE)
         answer = greedy(model, vocabulary, prompt, grammar_for(schema, how))
         if answer[-1] in TOKENIZER.eos_token_ids:

@@ -13,7 +13,7 @@ from kimi_mlx.engine.kv_cache_pool import shape_of
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import fingerprint, load
-from kimi_mlx.runtime.prompt_cache import open_blocks
+from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from tests.fakes import KIMI_MINI
 
 LIMIT = 10**9
@@ -36,7 +36,7 @@ def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
     assert cached == 0
     answers = []
     for _ in range(2):
-        store = open_blocks(tmp_path, LIMIT, model, identity, warn=pytest.fail)
+        store = open_prompt_cache(tmp_path, LIMIT, model, identity, warn=pytest.fail)
         answers.append(ask(Engine(model, blocks=store), prompt))
         assert shape_of(model) == store.shape
         store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_mlx.server.conversation import Answer, End, Item, Piece, StopReason, Usage, Waiting, whole
 from kimi_mlx.server.translation import StreamEvent, Translation
-from kimi_mlx.text.messages import CallPart, Delta, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
 USAGE = Usage(prompt=20, completion=9, cached=16, reasoning=3)
 THOUGHT = [Delta(reasoning="Let me "), Delta(reasoning="see.")]
@@ -14,8 +14,8 @@ TEXT = [Delta("I look "), Delta("it up ☃.")]
 def call(index: int, call_id: str, *arguments: str) -> list[Delta]:
     """A call in parts, and whole."""
     return [
-        Delta(call_parts=(CallPart(index, call_id, "f"),)),
-        *(Delta(call_parts=(CallPart(index, arguments=text),)) for text in arguments),
+        Delta(tool_call_deltas=(ToolCallDelta(index, call_id, "f"),)),
+        *(Delta(tool_call_deltas=(ToolCallDelta(index, arguments=text),)) for text in arguments),
         Delta(tool_calls=(ToolCall(call_id, "f", "".join(arguments)),)),
     ]
 

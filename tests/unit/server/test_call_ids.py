@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kimi_mlx.server.call_ids import to_native
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.text.messages import CallPart, Delta, Message, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
 
 
 def called(*ids: str, name: str = "f") -> Message:
@@ -27,8 +27,8 @@ def ids_in(messages: Sequence[Message]) -> list[str | None]:
 
 
 def new_call(name: str = "f", index: int = 0) -> Delta:
-    part = CallPart(index, "what the model wrote", name, "{}")
-    return Delta(tool_calls=(ToolCall(part.id, name, "{}"),), call_parts=(part,))
+    part = ToolCallDelta(index, "what the model wrote", name, "{}")
+    return Delta(tool_calls=(ToolCall(part.id, name, "{}"),), tool_call_deltas=(part,))
 
 
 def test_calls_are_counted_over_the_whole_conversation():
@@ -62,7 +62,7 @@ def test_calls_are_counted_over_the_whole_conversation():
 def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | None, expected: str):
     _, ids = to_native([turn for i in known for turn in (called(i), result(i))], prefix)
     delta = ids.answer().restore(new_call())
-    (part,), (call,) = delta.call_parts, delta.tool_calls
+    (part,), (call,) = delta.tool_call_deltas, delta.tool_calls
     assert isinstance(call, ToolCall)
     assert part.id == call.id
     assert re.fullmatch(expected, part.id)
@@ -70,9 +70,9 @@ def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | N
 
 def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
     answer = to_native([])[1].answer()
-    first = answer.restore(Delta("text", "thought", call_parts=(CallPart(0, "a:9", "a"),)))
-    assert first == Delta("text", "thought", call_parts=(CallPart(0, "functions.a:0", "a"),))
-    more = Delta(call_parts=(CallPart(0, arguments="{"),))
+    first = answer.restore(Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "a:9", "a"),)))
+    assert first == Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "functions.a:0", "a"),))
+    more = Delta(tool_call_deltas=(ToolCallDelta(0, arguments="{"),))
     assert answer.restore(more) == more
     broken = Delta(tool_calls=(UnparsedToolCall("", "no tool name"), UnparsedToolCall("a:9{", "cut", 0)))
     assert answer.restore(broken) == broken

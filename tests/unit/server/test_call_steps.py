@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.server.call_steps import CallSteps, Step
-from kimi_mlx.text.messages import CallPart, Delta, join
+from kimi_mlx.text.messages import Delta, ToolCallDelta, join
 from tests.unit.server.answers import BROKEN, CALLS, call
 
 PIECES = [*CALLS, *call(2, "c", "{", "}")]
@@ -22,16 +22,16 @@ def test_the_order_is_the_same_at_every_cut(cuts: list[int]):
     seen: list[Step] = []
     for step in (step for piece in pieces for step in steps.of(piece)):
         last = seen[-1] if seen else None
-        if isinstance(step, CallPart) and isinstance(last, CallPart):
-            seen[-1:] = join([Delta(call_parts=(last,)), Delta(call_parts=(step,))]).call_parts
+        if isinstance(step, ToolCallDelta) and isinstance(last, ToolCallDelta):
+            seen[-1:] = join([Delta(tool_call_deltas=(last,)), Delta(tool_call_deltas=(step,))]).tool_call_deltas
         else:
             seen.append(step)
-    assert seen == [step for index in range(3) for step in (WHOLE.call_parts[index], WHOLE.tool_calls[index])]
+    assert seen == [step for index in range(3) for step in (WHOLE.tool_call_deltas[index], WHOLE.tool_calls[index])]
 
 
 def test_a_broken_call_ends_like_any_other():
     steps = list(CallSteps().of(join([*BROKEN, *CALLS[4:]])))
-    assert [step.index if isinstance(step, CallPart) else type(step).__name__ for step in steps] == [
+    assert [step.index if isinstance(step, ToolCallDelta) else type(step).__name__ for step in steps] == [
         0,
         "UnparsedToolCall",
         1,

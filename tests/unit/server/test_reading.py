@@ -31,7 +31,7 @@ def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
     end = reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
     items = [*(piece for i in ids for piece in reading.add(Token(i))), *end]
     return [
-        f"{item.delta.text}{[part.name or part.arguments for part in item.delta.call_parts] or ''}"
+        f"{item.delta.text}{[part.name or part.arguments for part in item.delta.tool_call_deltas] or ''}"
         if isinstance(item, Piece)
         else item.reason
         for item in items

@@ -31,7 +31,7 @@ from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import Model
 from kimi_mlx.server.service import Service
 from kimi_mlx.server.stops import StopTexts
-from kimi_mlx.session.session import Deliver
+from kimi_mlx.session.session import EventCallback
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
 
@@ -43,24 +43,24 @@ class HandSession:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.delivers: list[Deliver] = []
-        self.withdrawn: list[int] = []
+        self.callbacks: list[EventCallback] = []
+        self.cancelled: list[int] = []
         self.state = SessionStatus(is_up=True)
 
-    def submit(self, request: Request, deliver: Deliver) -> int:
+    def submit(self, request: Request, on_event: EventCallback) -> int:
         self.requests.append(request)
-        self.delivers.append(deliver)
+        self.callbacks.append(on_event)
         return len(self.requests)
 
-    def withdraw(self, number: int) -> None:
-        self.withdrawn.append(number)
+    def cancel(self, request_id: int) -> None:
+        self.cancelled.append(number)
 
     def generate(self, request: Request) -> Iterator[Event]:
         raise NotImplementedError
 
-    def cancel(self) -> None:
-        for deliver in self.delivers:
-            deliver(finished("cancelled"))
+    def cancel_all(self) -> None:
+        for on_event in self.callbacks:
+            on_event(finished("cancelled"))
 
     context = 1000
 
@@ -111,11 +111,11 @@ def test_events_become_pieces_and_an_end(service: Service, session: HandSession,
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
-        deliver = session.delivers[0]
-        deliver(Prefilled(0, 9))
+        on_event = session.callbacks[0]
+        on_event(Prefilled(0, 9))
         for id in tokenizer.encode("Hello there"):
-            deliver(Token(id, Logprobs(-0.5, ((id, -0.5),))))
-        deliver(finished())
+            on_event(Token(id, Logprobs(-0.5, ((id, -0.5),))))
+        on_event(finished())
         *pieces, end = await task
         assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hello there"
         tokens = [token for piece in pieces if isinstance(piece, Piece) for token in piece.logprobs]
@@ -140,19 +140,19 @@ def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -
         with pytest.raises(ApiError, match=f"at most {most}") as caught:
             await collect(service, Ask(messages=ASK.messages, n=most + 1))
         assert caught.value.status == 400
-        session.delivers[0](Prefilled(0, 9))
+        session.callbacks[0](Prefilled(0, 9))
         while service.waiting == most:
             await asyncio.sleep(0.001)
         with pytest.raises(ApiError, match=r"1 answers run and \d+ are waiting"):  # one has begun: no place more
             await collect(service, ASK)
-        session.delivers[0](finished())
+        session.callbacks[0](finished())
         while service.running:
             await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(collect(service, ASK)))
         await session.asked(most + 1)
         assert (service.running, service.waiting) == (0, most)
-        for deliver in session.delivers[1:]:
-            deliver(finished())
+        for on_event in session.callbacks[1:]:
+            on_event(finished())
         await asyncio.gather(*tasks)
         assert (service.running, service.waiting) == (0, 0)
 
@@ -166,11 +166,11 @@ def test_errors_of_the_engine_are_told(service: Service, session: HandSession, e
     async def work() -> None:
         task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
         await session.asked(2)
-        session.delivers[1](error)
+        session.callbacks[1](error)
         with pytest.raises(ApiError) as caught:
             await task
         assert caught.value.status == status
-        assert session.withdrawn == [1]
+        assert session.cancelled == [1]
         assert "ours" not in caught.value.message
         assert service.waiting == 0
 
@@ -185,8 +185,8 @@ def test_a_lost_ring_is_in_the_log_once(
         await session.asked(2)
         lost = Interrupted("rank 1 is lost", 1, 3)
         for event in (lost, Resumed(2.0), finished()):
-            for deliver in session.delivers:
-                deliver(event)
+            for on_event in session.callbacks:
+                on_event(event)
         await task
 
     run(work)
@@ -203,8 +203,8 @@ def test_a_ring_that_is_given_up_is_logged_once(
         tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(2)]
         await session.asked(2)
         error = RingError("rank 1 is lost, 3 times")
-        for deliver in session.delivers:
-            deliver(error)
+        for on_event in session.callbacks:
+            on_event(error)
         for told in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(told, ApiError)
             assert (told.status, told.code) == (503, "ring_lost")
@@ -217,12 +217,12 @@ def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
-        deliver = session.delivers[0]
-        deliver(Interrupted("rank 1 is lost", 1, 3))
-        deliver(Resumed(2.0))
+        on_event = session.callbacks[0]
+        on_event(Interrupted("rank 1 is lost", 1, 3))
+        on_event(Resumed(2.0))
         for id in tokenizer.encode("Hi"):
-            deliver(Token(id))
-        deliver(finished())
+            on_event(Token(id))
+        on_event(finished())
         items = await task
         assert items[0] == Waiting(reason="rank 1 is lost")
         assert isinstance(items[-1], End)
@@ -244,15 +244,15 @@ def test_a_stop_text_withdraws_the_request(service: Service, session: HandSessio
         task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, thinking=False, stop=("lo th",))))
         await session.asked()
         for id in tokenizer.encode("Hello there, you"):
-            session.delivers[0](Token(id))
-        while not session.withdrawn:
+            session.callbacks[0](Token(id))
+        while not session.cancelled:
             await asyncio.sleep(0.001)
-        session.delivers[0](finished("cancelled"))
+        session.callbacks[0](finished("cancelled"))
         *pieces, end = await task
         assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hel"
         assert isinstance(end, End)
         assert (end.reason, end.stop_sequence) == ("stop", "lo th")
-        assert session.withdrawn == [1]
+        assert session.cancelled == [1]
 
     run(work)
 
@@ -261,13 +261,13 @@ def test_whoever_leaves_withdraws_all_answers(service: Service, session: HandSes
     async def work() -> None:
         task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
         await session.asked(2)
-        session.delivers[0](finished())
+        session.callbacks[0](finished())
         while service.waiting == 2:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert session.withdrawn == [2]
+        assert session.cancelled == [2]
         assert (service.running, service.waiting) == (0, 0)
 
     run(work)
@@ -292,8 +292,8 @@ def test_seeds_of_several_answers_differ(service: Service, session: HandSession)
         task = asyncio.create_task(collect(service, asked))
         await session.asked(3)
         assert [request.sampling.seed for request in session.requests] == [2**63 - 1, 0, 1]
-        for deliver in session.delivers:
-            deliver(finished())
+        for on_event in session.callbacks:
+            on_event(finished())
         await task
 
     run(work)
@@ -318,8 +318,8 @@ def test_stop_texts_are_found_across_pieces(size: int) -> None:
 def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Service, session: HandSession) -> None:
     submit, may_go_on = session.submit, threading.Event()
 
-    def slow(request: Request, deliver: Deliver) -> int:
-        number = submit(request, deliver)
+    def slow(request: Request, on_event: EventCallback) -> int:
+        number = submit(request, on_event)
         may_go_on.wait(5)
         return number
 
@@ -332,10 +332,10 @@ def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Ser
         await asyncio.gather(task, return_exceptions=True)
         assert service.waiting == 0
         may_go_on.set()
-        while not session.withdrawn:
+        while not session.cancelled:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
-        assert (len(session.requests), session.withdrawn) == (1, [1])
+        assert (len(session.requests), session.cancelled) == (1, [1])
 
     run(work)
 

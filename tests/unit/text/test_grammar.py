@@ -10,16 +10,16 @@ import pytest
 
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.errors import EngineError, GrammarError
-from kimi_mlx.runtime.vocabulary import vocabulary_of
-from kimi_mlx.text.grammar import MOST_CALLS, Thinking, grammar_of, thinking_after
-from kimi_mlx.text.markers import Markers
+from kimi_mlx.runtime.vocabulary import load_token_vocabulary
+from kimi_mlx.text.control_tokens import ControlTokens
+from kimi_mlx.text.grammar import MAX_CALLS, Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.text.output import parse
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
 
 TOKENIZER = Tokenizer.load(KIMI_MINI)
-VOCABULARY = vocabulary_of(KIMI_MINI, TOKENIZER.vocab_size)
+VOCABULARY = load_token_vocabulary(KIMI_MINI, TOKENIZER.vocab_size)
 SPECIAL = TOKENIZER.special_tokens
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 ODD = {"type": "object", "properties": {"a": {"not": {}}}}
@@ -30,7 +30,7 @@ def tool(name: str, parameters: Any = CITY, strict: bool = False) -> dict[str, A
 
 
 def grammar(thinking: Thinking = Thinking.NONE, **arguments: Any) -> str:
-    text = grammar_of(SPECIAL, thinking, **arguments)
+    text = build_grammar(SPECIAL, thinking, **arguments)
     assert text is not None
     return text
 
@@ -45,7 +45,7 @@ def section(*calls: str) -> str:
 
 def ids_of(text: str) -> list[int]:
     ids: list[int] = []
-    for part in Markers(SPECIAL).split(text):
+    for part in ControlTokens(SPECIAL).split(text):
         ids += [part] if isinstance(part, int) else TOKENIZER.encode(part)
     return ids
 
@@ -139,7 +139,7 @@ def test_what_an_answer_may_be(arguments: dict[str, Any], good: list[str], bad: 
     ],
 )
 def test_without_anything_to_keep_to_there_is_no_grammar(arguments: dict[str, Any]) -> None:
-    assert grammar_of(SPECIAL, Thinking.OPEN, **arguments) is None
+    assert build_grammar(SPECIAL, Thinking.OPEN, **arguments) is None
 
 
 @pytest.mark.parametrize(
@@ -164,17 +164,17 @@ def test_what_cannot_be_kept_to_is_refused_with_the_place(arguments: dict[str, A
 
 def test_a_model_without_calls_cannot_be_made_to_call() -> None:
     with pytest.raises(GrammarError, match="has no `<|tool_calls_section_begin|>`".replace("|", r"\|")):
-        grammar_of({}, Thinking.NONE, tools=[tool("f")], tool_choice="required")
+        build_grammar({}, Thinking.NONE, tools=[tool("f")], tool_choice="required")
 
 
 def test_so_many_calls_and_what_the_parser_makes_of_them() -> None:
     text = grammar(tools=[tool("f", strict=True)])
-    answer = section(*(call("f", i, PARIS) for i in range(MOST_CALLS)))
+    answer = section(*(call("f", i, PARIS) for i in range(MAX_CALLS)))
     assert accepts(text, answer)
-    assert not accepts(text, section(*(call("f", i, PARIS) for i in range(MOST_CALLS + 1))))
+    assert not accepts(text, section(*(call("f", i, PARIS) for i in range(MAX_CALLS + 1))))
     calls = parse(TOKENIZER, ids_of(answer)).tool_calls
     arguments = [json.loads(each.arguments) for each in calls if isinstance(each, ToolCall)]
-    assert arguments == [{"city": "Paris"}] * MOST_CALLS
+    assert arguments == [{"city": "Paris"}] * MAX_CALLS
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_so_many_calls_and_what_the_parser_makes_of_them() -> None:
     ],
 )
 def test_how_an_answer_may_begin(special: Mapping[str, int], prompt: list[int], thinking: Thinking) -> None:
-    assert thinking_after(special, prompt) is thinking
+    assert detect_thinking(special, prompt) is thinking

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import MAX_DEPTH, checked
+from kimi_mlx.text.json_schema import MAX_DEPTH
 
 STRING = {"type": "string"}
 
@@ -60,21 +60,21 @@ def nested(depth: int) -> dict[str, Any]:
 def test_refused_with_the_place_and_soon(schema: Any, said: str) -> None:
     started = time.monotonic()
     with pytest.raises(GrammarError) as caught:
-        checked(schema, "here")
+        check_schema(schema, "here")
     assert said in str(caught.value)
     assert time.monotonic() - started < 5
 
 
 def test_notes_are_left_out() -> None:
     schema = {"title": "A", "default": 1, "x-guidance": {"lenient": True}, "format": "int32", "uniqueItems": False}
-    assert checked({**schema, "properties": {"format": {"format": "date", "$comment": "x"}}}, "here") == {
+    assert check_schema({**schema, "properties": {"format": {"format": "date", "$comment": "x"}}}, "here") == {
         "properties": {"format": {"format": "date"}}
     }
-    assert checked(True, "here") == {}
+    assert check_schema(True, "here") == {}
 
 
 def test_bounds_move_inwards_to_what_a_float_can_say() -> None:
-    clean = checked({"maximum": 2**63 - 1, "minimum": 2**53 + 1}, "here")
+    clean = check_schema({"maximum": 2**63 - 1, "minimum": 2**53 + 1}, "here")
     assert clean == {"maximum": 2**63 - 1024, "minimum": 2**53 + 2}
 
 
@@ -84,4 +84,4 @@ def test_a_union_as_pydantic_writes_it() -> None:
 
     references = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
     schema = {"$defs": {"Cat": animal("cat"), "Dog": animal("dog")}, "oneOf": references}
-    assert checked(schema, "here")["oneOf"][0] == {"type": "object", "$ref": "#/$defs/Cat"}
+    assert check_schema(schema, "here")["oneOf"][0] == {"type": "object", "$ref": "#/$defs/Cat"}

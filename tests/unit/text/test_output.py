@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.text.messages import CallPart, Delta, Message, ToolCall, UnparsedToolCall
+from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
 from kimi_mlx.text.output import OutputParser, parse, starts_in_reasoning
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def call(name: str = "f", index: int = 0, arguments: str = "{}") -> ToolCall:
 
 def answer(text: str = "", reasoning: str = "", tool_calls: tuple[ToolCall, ...] = ()) -> Delta:
     """A whole answer, each call in both its forms."""
-    parts = (CallPart(i, call.id, call.name, call.arguments) for i, call in enumerate(tool_calls))
+    parts = (ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(tool_calls))
     return Delta(text, reasoning, tool_calls, tuple(parts))
 
 
@@ -151,7 +151,7 @@ def test_broken_calls_are_kept_with_text_and_reason(
     assert broken.reason.startswith(reason)
     named, marker, arguments = raw.partition(ARGUMENTS)
     is_call = bool(marker) and named != "functions.:0"
-    assert whole.call_parts == ((CallPart(0, "f:0", "f", arguments),) if is_call else ())
+    assert whole.tool_call_deltas == ((ToolCallDelta(0, "f:0", "f", arguments),) if is_call else ())
     assert broken.index == (0 if is_call else None)
 
 
@@ -191,12 +191,12 @@ def test_a_call_comes_in_parts_as_it_is_written(tokenizer: Tokenizer):
         tokenizer, SECTION, CALL, "functions.f:7", ARGUMENTS, *'{"a":1}', CALL_END, *F0[:2], ARGUMENTS, "x"
     )
     deltas = [delta for delta in map(parser.add, written) if delta]
-    assert deltas[0] == Delta(call_parts=(CallPart(0, "functions.f:7", "f"),))
-    assert deltas[1:8] == [Delta(call_parts=(CallPart(0, arguments=text),)) for text in '{"a":1}']
+    assert deltas[0] == Delta(tool_call_deltas=(ToolCallDelta(0, "functions.f:7", "f"),))
+    assert deltas[1:8] == [Delta(tool_call_deltas=(ToolCallDelta(0, arguments=text),)) for text in '{"a":1}']
     assert deltas[8] == Delta(tool_calls=(ToolCall("functions.f:7", "f", '{"a":1}'),))
     assert deltas[9:] == [
-        Delta(call_parts=(CallPart(1, "functions.f:0", "f"),)),
-        Delta(call_parts=(CallPart(1, arguments="x"),)),
+        Delta(tool_call_deltas=(ToolCallDelta(1, "functions.f:0", "f"),)),
+        Delta(tool_call_deltas=(ToolCallDelta(1, arguments="x"),)),
     ]
     (broken,) = parser.finish().tool_calls
     assert isinstance(broken, UnparsedToolCall)
@@ -205,7 +205,7 @@ def test_a_call_comes_in_parts_as_it_is_written(tokenizer: Tokenizer):
 
 def assert_parts_are_the_calls(whole: Delta):
     """Each named call has its one part with the same id, name and arguments, in the same order."""
-    parts = iter(whole.call_parts)
+    parts = iter(whole.tool_call_deltas)
     for index, call in enumerate(c for c in whole.tool_calls if isinstance(c, ToolCall) or c.index is not None):
         part = next(parts)
         assert part.index == index
@@ -239,9 +239,12 @@ def test_stream_equals_whole_at_every_cut(tokenizer: Tokenizer, data: Any):
         assert closed.text.startswith(streamed.text)
         assert closed.reasoning.startswith(streamed.reasoning)
         assert closed.tool_calls[: len(streamed.tool_calls)] == streamed.tool_calls
-        assert [(part.id, part.name) for part in closed.call_parts] == [(p.id, p.name) for p in streamed.call_parts]
+        assert [(part.id, part.name) for part in closed.tool_call_deltas] == [
+            (p.id, p.name) for p in streamed.tool_call_deltas
+        ]
         assert all(
-            c.arguments.startswith(s.arguments) for c, s in zip(closed.call_parts, streamed.call_parts, strict=True)
+            c.arguments.startswith(s.arguments)
+            for c, s in zip(closed.tool_call_deltas, streamed.tool_call_deltas, strict=True)
         )
     assert streamed + parser.finish() == whole
     assert_parts_are_the_calls(whole)

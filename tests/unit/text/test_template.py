@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text.markers import Markers, choose_escape
+from kimi_mlx.text.control_tokens import ControlTokens, choose_escape
 from kimi_mlx.text.messages import Message, ToolCall
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -224,7 +224,7 @@ def test_halves_in_neighbouring_strings_stay_text(tokenizer: Tokenizer):
 
 def test_escape_is_a_character_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     assert choose_escape(["a", "\ufdd0", "\\ufdd1"]) == "\ufdd2"
-    monkeypatch.setattr("kimi_mlx.text.markers.ESCAPES", ("\ufdd0", "\ufdd1"))
+    monkeypatch.setattr("kimi_mlx.text.control_tokens.ESCAPES", ("\ufdd0", "\ufdd1"))
     with pytest.raises(TextError, match="private-use"):
         choose_escape(["\ufdd0\ufdd1"])
 
@@ -237,9 +237,9 @@ def test_template_may_write_json_in_ascii(tokenizer: Tokenizer):
 
 
 def test_markers_split_prefers_the_longer_token():
-    markers = Markers({"<a>": 1, "<a>b": 2, "": 3})
+    markers = ControlTokens({"<a>": 1, "<a>b": 2, "": 3})
     assert markers.split("x<a>b<a>") == ["x", 2, 1]
-    assert Markers({}).split("x") == ["x"]
+    assert ControlTokens({}).split("x") == ["x"]
 
 
 @pytest.mark.parametrize(

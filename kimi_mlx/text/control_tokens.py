@@ -18,7 +18,7 @@ from kimi_mlx.errors import TextError
 ESCAPES = tuple(map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))))
 
 
-class Markers:
+class ControlTokens:
     """The texts of a tokenizer's control tokens."""
 
     def __init__(self, special_tokens: Mapping[str, int]):
