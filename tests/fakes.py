@@ -15,9 +15,8 @@ import numpy as np
 import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.session.session import EventCallback, Session
+from kimi_mlx.session.session import EventCallback, Session, SessionStatus
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
 

@@ -68,23 +68,23 @@ def load_share(
     strategy: str = "hybrid",
 ) -> Model:
     """Load a rank's share of the model in `folder`, the whole one without a group (or with a group of one)."""
-    compute_dtype = compute_dtype(dtype, config)
+    resolved_dtype = compute_dtype(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
     strategy = normal_strategy(strategy, world_size)
     if stored_ranks(folder):
         manifest = open_manifest(folder, rank, world_size, strategy)
         if group is None or world_size == 1:
-            return load_store(folder, manifest, config, compute_dtype, progress=progress)
+            return load_store(folder, manifest, config, resolved_dtype, progress=progress)
         require_equal(
             group,
             f"{manifest.origin.commit} {manifest.placement.digest}",
             "revision or placement of the model",
             f"type `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
-        exchange = _exchange(group, manifest.placement, config, compute_dtype)
-        return load_store(folder, manifest, config, compute_dtype, exchange, progress)
+        exchange = _exchange(group, manifest.placement, config, resolved_dtype)
+        return load_store(folder, manifest, config, resolved_dtype, exchange, progress)
     if group is None or world_size == 1:
-        return load_model(folder, config, compute_dtype, progress=progress)
+        return load_model(folder, config, resolved_dtype, progress=progress)
     placement = _place(folder, config, world_size, strategy)
     require_equal(
         group,
@@ -92,8 +92,8 @@ def load_share(
         "checkpoint",
         "bring the same files to all hosts, or fetch them once for all: `kimi-mlx launch --hosts ... download MODEL`",
     )
-    exchange = _exchange(group, placement, config, compute_dtype)
-    return load_model(folder, config, compute_dtype, placement.shares[rank], exchange, progress)
+    exchange = _exchange(group, placement, config, resolved_dtype)
+    return load_model(folder, config, resolved_dtype, placement.shares[rank], exchange, progress)
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:

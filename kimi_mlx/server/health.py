@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.server.service import Service
+from kimi_mlx.session.session import SessionStatus
 
 STALE_S = 120.0
 """A step that takes longer than this, with answers running, is no sign of life."""

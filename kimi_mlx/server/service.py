@@ -12,7 +12,6 @@ import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.errors import RingError
-from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Waiting
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.inbox import Inbox
@@ -21,7 +20,7 @@ from kimi_mlx.server.prompts import Model, choice_of
 from kimi_mlx.server.reading import Reading
 from kimi_mlx.server.ring_log import RingLog
 from kimi_mlx.server.waiting_line import Turn, WaitingLine
-from kimi_mlx.session.session import Session
+from kimi_mlx.session.session import Session, SessionStatus
 
 LOG = logging.getLogger(__name__)
 

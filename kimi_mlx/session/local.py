@@ -19,8 +19,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
-from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, stream_events
+from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
 
 LOG = logging.getLogger(__name__)
 

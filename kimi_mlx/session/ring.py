@@ -32,8 +32,7 @@ from kimi_mlx.errors import KimiMlxError, RingError, SshError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.sum_choice import SumChoice
-from kimi_mlx.runtime.status import SessionStatus
-from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, stream_events
+from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
 from kimi_mlx.store.sources import is_small
 
 BACK_OFF_S = (1.0, 10.0, 30.0)

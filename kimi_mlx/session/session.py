@@ -13,7 +13,6 @@ from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normal_strategy
-from kimi_mlx.runtime.status import SessionStatus
 
 LoadProgress = Callable[[int, int], None]
 """Called with layers loaded and layers in all."""
@@ -94,6 +93,29 @@ class SessionOptions:
         """The folder, which is there without a cluster."""
         assert self.folder is not None
         return self.folder
+
+
+@dataclass(frozen=True)
+class SessionStatus:
+    """A session's state.
+
+    Args:
+        is_up: whether requests are being answered, or would be.
+        reason: why not.
+        active: requests in the engine's batch.
+        waiting: requests that it has not begun.
+        last_step_age_s: how long ago a step ended; None if none has yet.
+        restarts: how often the ring was started again.
+        cached_tokens: in the caches of all conversations, as the last answer left them.
+    """
+
+    is_up: bool
+    reason: str | None = None
+    active: int = 0
+    waiting: int = 0
+    last_step_age_s: float | None = None
+    restarts: int = 0
+    cached_tokens: int = 0
 
 
 EventCallback = Callable[[Event | BaseException], None]

@@ -15,8 +15,8 @@ from kimi_mlx.engine.constraint import Constraint, Vocabulary, masked
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.runtime.grammars import load_token_vocabulary
 from kimi_mlx.runtime.load import load
-from kimi_mlx.runtime.vocabulary import load_token_vocabulary
 from kimi_mlx.text.grammar import Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI

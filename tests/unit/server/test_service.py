@@ -23,7 +23,6 @@ from kimi_mlx.engine.request import (
 )
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.runtime.status import SessionStatus
 from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Piece, Waiting
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.health import trouble
@@ -31,7 +30,7 @@ from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import Model
 from kimi_mlx.server.service import Service
 from kimi_mlx.server.stops import StopTexts
-from kimi_mlx.session.session import EventCallback
+from kimi_mlx.session.session import EventCallback, SessionStatus
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
 
@@ -53,7 +52,7 @@ class HandSession:
         return len(self.requests)
 
     def cancel(self, request_id: int) -> None:
-        self.cancelled.append(number)
+        self.cancelled.append(request_id)
 
     def generate(self, request: Request) -> Iterator[Event]:
         raise NotImplementedError

@@ -10,7 +10,7 @@ import pytest
 
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.errors import EngineError, GrammarError
-from kimi_mlx.runtime.vocabulary import load_token_vocabulary
+from kimi_mlx.runtime.grammars import load_token_vocabulary
 from kimi_mlx.text.control_tokens import ControlTokens
 from kimi_mlx.text.grammar import MAX_CALLS, Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.messages import ToolCall

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import MAX_DEPTH
+from kimi_mlx.text.json_schema import MAX_DEPTH, check_schema
 
 STRING = {"type": "string"}
 
