@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
-from kimi_mlx.session.session import DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT
+from kimi_mlx.session.session import DEFAULT_CACHE_DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT_TOKENS
 from kimi_mlx.units import MB, format_bytes, parse_bytes
 
 ModelArgument = Annotated[
@@ -67,7 +67,7 @@ SpeculateOption = Annotated[
     typer.Option(
         "--speculate",
         min=0,
-        max=MAX_DRAFT,
+        max=MAX_DRAFT_TOKENS,
         metavar="N",
         help="Draft up to N tokens a step from what was said before, and check them in one step: quicker where text "
         "repeats itself (code, quotations). The text stays the same.",
@@ -116,7 +116,7 @@ CacheDiskOption = Annotated[
         parser=_parse_size,
         metavar="SIZE",
         help=f"All that may lie in --cache-dir on each host, such as `50GB`; what was used last stays. "
-        f"Default: {format_bytes(DISK_BYTES)}.",
+        f"Default: {format_bytes(DEFAULT_CACHE_DISK_BYTES)}.",
         show_default=False,
     ),
 ]

@@ -35,7 +35,7 @@ from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.session.session import DISK_BYTES, Session, SessionOptions
+from kimi_mlx.session.session import DEFAULT_CACHE_DISK_BYTES, Session, SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import MB
@@ -110,7 +110,7 @@ def serve(
     dtype: DtypeOption = None,
     cache_memory: CacheMemoryOption = None,
     cache_dir: CacheDirOption = None,
-    cache_disk: CacheDiskOption = DISK_BYTES,
+    cache_disk: CacheDiskOption = DEFAULT_CACHE_DISK_BYTES,
     fast_sync: FastSyncOption = False,
 ) -> None:
     """Serve a model to programs: OpenAI's and Anthropic's APIs over HTTP, on this machine unless told otherwise."""
@@ -123,7 +123,7 @@ def serve(
 
     if not keys and not is_loopback(host):
         raise UsageError(f"whoever reaches `{host}` could use the model: other machines need a key", hint=KEY_HINT)
-    if cache_dir is None and cache_disk != DISK_BYTES:
+    if cache_dir is None and cache_disk != DEFAULT_CACHE_DISK_BYTES:
         raise UsageError("`--cache-disk` limits a folder, and none is named", hint="add --cache-dir DIR")
     security = Security(host, keys, tuple(allow_host or ()), tuple(cors_origin or ()))
     options = ServingOptions(security, max_queue, max_body * MB, log_prompts)

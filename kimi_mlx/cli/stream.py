@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
 from kimi_mlx.engine.request import Finished, Interrupted, Prefilled, Resumed, Statistics
-from kimi_mlx.session.conversation import Item
+from kimi_mlx.session.conversation import ChatEvent
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 from kimi_mlx.units import format_bytes, format_rate, format_seconds
 
@@ -119,7 +119,7 @@ class AnswerPrinter:
         """Whether anything but reasoning could be seen."""
         return self._has_answer
 
-    def show(self, item: Item) -> None:
+    def show(self, item: ChatEvent) -> None:
         """Print the next piece of the answer, or how it is getting on."""
         if isinstance(item, Interrupted | Resumed):
             self._progress.stop()

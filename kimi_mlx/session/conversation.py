@@ -14,7 +14,7 @@ from kimi_mlx.session.session import Session
 from kimi_mlx.text.messages import Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
 
-Item = Delta | Prefilled | Finished | Interrupted | Resumed
+ChatEvent = Delta | Prefilled | Finished | Interrupted | Resumed
 """What an answer comes in: its pieces, and how it is getting on."""
 
 
@@ -58,7 +58,7 @@ class Conversation:
         self.system = system
         self.messages: list[Message] = []
 
-    def ask(self, text: str) -> Iterator[Item]:
+    def ask(self, text: str) -> Iterator[ChatEvent]:
         """Add a user's message and stream the answer, which joins the conversation when it ends.
 
         If it is stopped before its first word, the question is taken back.
@@ -139,7 +139,7 @@ def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatO
     )
 
 
-def read(events: Iterator[Event], parser: OutputParser) -> Iterator[Item]:
+def read(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
     """Turn tokens into deltas; progress and the end pass through."""
     for event in events:
         if isinstance(event, Token):

@@ -25,10 +25,10 @@ MAX_RANKS = 64
 MAX_CHECK_EVERY = 250
 """Steps are numbered no further."""
 
-MAX_DRAFT = 16
+MAX_DRAFT_TOKENS = 16
 """Tokens a step; more are hardly ever right, and each one that is not costs its share of the step."""
 
-DISK_BYTES = 20 * 10**9
+DEFAULT_CACHE_DISK_BYTES = 20 * 10**9
 """Of a prompt cache's folder, where nothing else is said: 280 k tokens of K2."""
 
 
@@ -67,15 +67,17 @@ class SessionOptions:
     check_every: int = 0
     fast_sync: bool = False
     cache_dir: Path | None = None
-    cache_disk_bytes: int = DISK_BYTES
+    cache_disk_bytes: int = DEFAULT_CACHE_DISK_BYTES
     cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the request_id of ranks and the strategy, which is written the normal way from here on."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
-        if not 0 <= self.speculate <= MAX_DRAFT:
-            raise UsageError(f"{self.speculate} tokens cannot be drafted a step", hint=f"--speculate 0 to {MAX_DRAFT}")
+        if not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
+            raise UsageError(
+                f"{self.speculate} tokens cannot be drafted a step", hint=f"--speculate 0 to {MAX_DRAFT_TOKENS}"
+            )
         if not 0 <= self.check_every <= MAX_CHECK_EVERY:
             raise UsageError(
                 f"ranks cannot compare every {self.check_every} steps", hint=f"--check-every 0 to {MAX_CHECK_EVERY}"
