@@ -41,8 +41,8 @@ from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import MB
 
 if TYPE_CHECKING:  # the server's libraries are not for other commands' starts
-    from kimi_mlx.server.http.listener import Listener
-    from kimi_mlx.server.serving import Server, ServingOptions
+    from kimi_mlx.server.http.server_socket import ServerSocket
+    from kimi_mlx.server.server import Server, ServingOptions
 
 COMMENT = re.compile(r"(^|\s)#.*")
 """In a file of keys; a key may have a `#` inside."""
@@ -117,9 +117,9 @@ def serve(
     refuse_launcher()
     target = understand(model or Settings.from_environment().model)
     keys = _keys(api_key or (), api_key_file)
-    from kimi_mlx.server.http.listener import Listener
     from kimi_mlx.server.http.security import Security, is_loopback
-    from kimi_mlx.server.serving import ServingOptions
+    from kimi_mlx.server.http.server_socket import ServerSocket
+    from kimi_mlx.server.server import ServingOptions
 
     if not keys and not is_loopback(host):
         raise UsageError(f"whoever reaches `{host}` could use the model: other machines need a key", hint=KEY_HINT)
@@ -139,14 +139,14 @@ def serve(
         cache_memory_bytes=cache_memory,
     )
     with ExitStack() as stack:
-        listener = stack.enter_context(closing(Listener(host, port)))  # a taken port is told before anything is loaded
+        server_socket = stack.enter_context(closing(ServerSocket(host, port)))  # before the model is loaded
         session, folder = _open(launched_of(context), target, wanted, ranks, strategy)
         stack.enter_context(closing(session))
-        greet = partial(_greet, target.name, listener, _key_as_typed(keys))
+        greet = partial(_greet, target.name, server_socket, _key_as_typed(keys))
         server = _server(target, session, folder, served_name or (), options, greet)
         _log()
-        listener.listen()
-        server.run([listener.socket])
+        server_socket.listen()
+        server.run([server_socket.socket])
 
 
 def _open(
@@ -207,8 +207,8 @@ def _server(
     greet: Callable[[], None],
 ) -> Server:
     """The server of a loaded model."""
-    from kimi_mlx.server.served import Served
-    from kimi_mlx.server.serving import Server
+    from kimi_mlx.server.model_info import ModelInfo
+    from kimi_mlx.server.server import Server
 
     entry = target.entry
     own = [target.name if target.folder is None or entry else folder.resolve().name]
@@ -216,10 +216,10 @@ def _server(
         own += [each for each in (entry.alias, entry.repository, entry.original_repository) if each is not None]
     own += [each.partition("/")[2] for each in own if "/" in each]
     name, *aliases = dict.fromkeys([*names, *own])
-    served = Served(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
+    model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
-    return Server(session, tokenizer, served, instant.given() if instant else {}, options, greet)
+    return Server(session, tokenizer, model_info, instant.given() if instant else {}, options, greet)
 
 
 def _log() -> None:
@@ -239,11 +239,11 @@ def _key_as_typed(keys: Sequence[str]) -> str | None:
     return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"
 
 
-def _greet(name: str, listener: Listener, key: str | None) -> None:
+def _greet(name: str, server_socket: ServerSocket, key: str | None) -> None:
     """Where it is, and what to type next."""
-    stderr.print(f"{name} is served; base URL {listener.url}/v1 (Ctrl-C ends it)", markup=False)
-    if others := listener.other_urls:
+    stderr.print(f"{name} is served; base URL {server_socket.url}/v1 (Ctrl-C ends it)", markup=False)
+    if others := server_socket.other_urls:
         stderr.print(f"other machines find it on {', '.join(f'{each}/v1' for each in others)}", markup=False)
     header = "" if key is None else f' -H "Authorization: Bearer {key}"'
     body = """'{"messages": [{"role": "user", "content": "Hello"}]}'"""
-    stderr.print(f"try: curl {listener.url}/v1/chat/completions{header} -d {body}", style="dim", markup=False)
+    stderr.print(f"try: curl {server_socket.url}/v1/chat/completions{header} -d {body}", style="dim", markup=False)

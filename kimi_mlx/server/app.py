@@ -13,12 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_mlx.server.anthropic.response import error_body
 from kimi_mlx.server.anthropic.routes import anthropic_routes
-from kimi_mlx.server.health import report, trouble
-from kimi_mlx.server.http.access_log import Journal
+from kimi_mlx.server.health import health_problem, health_report
+from kimi_mlx.server.http.access_log import AccessLog
 from kimi_mlx.server.http.context import Context
-from kimi_mlx.server.http.errors_middleware import Boundary, ErrorShape
-from kimi_mlx.server.http.limits import BodyLimit
-from kimi_mlx.server.http.security import Guard, Security
+from kimi_mlx.server.http.errors_middleware import ErrorFormat, ErrorMiddleware
+from kimi_mlx.server.http.limits import BodyLimitMiddleware
+from kimi_mlx.server.http.security import AuthMiddleware, Security
 from kimi_mlx.server.json_response import JsonResponse
 from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import document
@@ -27,7 +27,7 @@ from kimi_mlx.server.responses_routes import responses_routes
 APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
 """The APIs that are served, each with its paths."""
 
-SHAPES: Mapping[str, ErrorShape] = {"/v1/messages": error_body}
+SHAPES: Mapping[str, ErrorFormat] = {"/v1/messages": error_body}
 """How they write errors, by the beginning of their paths, where it is not as OpenAI does."""
 
 
@@ -41,18 +41,18 @@ class Cors(CORSMiddleware):
         await (super().__call__ if is_named else self.app)(scope, receive, send)
 
 
-def build_app(context: Context, security: Security, most_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
+def build_app(context: Context, security: Security, max_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
     """The application.
 
     Args:
         context: what answers.
         security: who may ask.
-        most_body_bytes: of a request.
+        max_body_bytes: of a request.
         log_prompts: whether the log shows bodies.
     """
     routes = [route for api in APIS for route in api(context)] + _own_routes(context)
-    app: ASGIApp = BodyLimit(Router(routes, redirect_slashes=False), most_body_bytes)
-    app = Boundary(Guard(app, security), SHAPES, [route.path_format for route in routes])
+    app: ASGIApp = BodyLimitMiddleware(Router(routes, redirect_slashes=False), max_body_bytes)
+    app = ErrorMiddleware(AuthMiddleware(app, security), SHAPES, [route.path_format for route in routes])
     if security.origins:
         app = Cors(
             app,
@@ -61,7 +61,7 @@ def build_app(context: Context, security: Security, most_body_bytes: int, *, log
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Journal(app, context.service.metrics, routes, log_prompts=log_prompts)
+    return AccessLog(app, context.service.metrics, routes, log_prompts=log_prompts)
 
 
 def _own_routes(context: Context) -> list[Route]:
@@ -70,14 +70,14 @@ def _own_routes(context: Context) -> list[Route]:
 
     async def health(request: Request) -> Response:
         status = service.status()
-        return JsonResponse(report(service, status), 503 if trouble(service, status) else 200)
+        return JsonResponse(health_report(service, status), 503 if health_problem(service, status) else 200)
 
     async def metrics(request: Request) -> Response:
         status = service.status()
-        text = service.metrics.text(status, is_up=trouble(service, status) is None)
+        text = service.metrics.text(status, is_up=health_problem(service, status) is None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    described = document(context.served.names)
+    described = document(context.model_info.names)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(described)

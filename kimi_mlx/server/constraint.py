@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
 
 PLACE = re.compile(r"`([^`]+)`")
 
 
-def grammar_for(ask: Ask, special_tokens: Mapping[str, int], prompt: Sequence[int], calls_before: int) -> str | None:
+def grammar_for(
+    ask: ChatRequest, special_tokens: Mapping[str, int], prompt: Sequence[int], calls_before: int
+) -> str | None:
     """The grammar of an answer; None if it is free.
 
     Args:

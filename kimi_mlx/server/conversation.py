@@ -13,7 +13,7 @@ StopReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationParams:
     """How an answer is to be made, whatever it continues.
 
     Args:
@@ -34,7 +34,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Ask(Wish):
+class ChatRequest(GenerationParams):
     """A conversation to be answered.
 
     Args:
@@ -63,7 +63,7 @@ class Ask(Wish):
 
 
 @dataclass(frozen=True)
-class Continuation(Wish):
+class CompletionRequest(GenerationParams):
     """Plain text, or token ids, to be continued as it is."""
 
     prompt: str | tuple[int, ...] = ""
@@ -89,20 +89,20 @@ class Usage:
     """Tokens of one answer, or of several together.
 
     Args:
-        prompt: of the prompt; of several answers to one, it is counted with the first.
-        completion: new ones, of which `reasoning` were thought.
-        cached: of the prompt, those that were not computed anew.
-        reasoning: see `completion`.
+        prompt_tokens: of the prompt; of several answers to one, it is counted with the first.
+        completion_tokens: new ones, of which `reasoning` were thought.
+        cached_tokens: of the prompt, those that were not computed anew.
+        reasoning_tokens: see `completion`.
     """
 
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
-    reasoning: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Waiting:
+class KeepAlive:
     """Nothing to say for some seconds: a sign of life.
 
     Args:
@@ -117,7 +117,7 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Piece:
+class DeltaEvent:
     """What one or more tokens added to an answer.
 
     Args:
@@ -132,7 +132,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class End:
+class FinishEvent:
     """The end of one answer.
 
     Args:
@@ -148,8 +148,8 @@ class End:
     usage: Usage
 
 
-Item = Waiting | Piece | End
-"""What answers come in; those of several answers come mixed, and each answer's last is its End."""
+AnswerEvent = KeepAlive | DeltaEvent | FinishEvent
+"""What answers come in; those of several answers come mixed, and each answer's last is its FinishEvent."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,17 @@ class Answer:
 
     delta: Delta
     logprobs: tuple[TokenLogprobs, ...]
-    end: End
+    end: FinishEvent
 
 
-def whole(items: Iterable[Item]) -> list[Answer]:
+def collect(items: Iterable[AnswerEvent]) -> list[Answer]:
     """Put pieces together; answers are in the order of their indices."""
-    pieces: dict[int, list[Piece]] = defaultdict(list)
-    ends: dict[int, End] = {}
+    pieces: dict[int, list[DeltaEvent]] = defaultdict(list)
+    ends: dict[int, FinishEvent] = {}
     for item in items:
-        if isinstance(item, Piece):
+        if isinstance(item, DeltaEvent):
             pieces[item.index].append(item)
-        elif isinstance(item, End):
+        elif isinstance(item, FinishEvent):
             ends[item.index] = item
     return [
         Answer(
@@ -180,7 +180,7 @@ def whole(items: Iterable[Item]) -> list[Answer]:
     ]
 
 
-def total_usage(answers: Iterable[End]) -> Usage:
+def total_usage(answers: Iterable[FinishEvent]) -> Usage:
     """Tokens of several answers."""
     ends = list(answers)
     return Usage(*(sum(getattr(end.usage, name) for end in ends) for name in Usage.__dataclass_fields__))

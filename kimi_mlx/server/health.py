@@ -9,7 +9,7 @@ STALE_S = 120.0
 """A step that takes longer than this, with answers running, is no sign of life."""
 
 
-def trouble(service: Service, status: SessionStatus) -> str | None:
+def health_problem(service: Service, status: SessionStatus) -> str | None:
     """Why the server cannot answer now; None if it can."""
     if service.is_closing:
         return "the server is being stopped"
@@ -21,9 +21,9 @@ def trouble(service: Service, status: SessionStatus) -> str | None:
     return None
 
 
-def report(service: Service, status: SessionStatus) -> dict[str, object]:
+def health_report(service: Service, status: SessionStatus) -> dict[str, object]:
     """The body of GET /health."""
-    reason = trouble(service, status)
+    reason = health_problem(service, status)
     return {
         "status": "ok" if reason is None else "unavailable",
         "reason": reason,

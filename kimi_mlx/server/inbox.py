@@ -7,16 +7,16 @@ from collections import deque
 
 from kimi_mlx.engine.request import Event
 
-News = tuple[int, "Event | BaseException"]
+EngineEvent = tuple[int, "Event | BaseException"]
 """Which answer, and what the engine says of it."""
 
 
-class Inbox:
+class EventQueue:
     """For one reader in the loop that makes it; writers may be any threads."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._news: deque[News] = deque()
+        self._news: deque[EngineEvent] = deque()
         self._is_woken = False
         self._arrived = asyncio.Event()
 
@@ -30,7 +30,7 @@ class Inbox:
             except RuntimeError:  # the loop has ended, so nobody reads any more
                 self._news.clear()
 
-    async def take(self, wait_s: float) -> list[News]:
+    async def take(self, wait_s: float) -> list[EngineEvent]:
         """All that has come; nothing after so many seconds without news."""
         if not self._news:
             try:

@@ -36,10 +36,10 @@ class Metrics:
 
     def count(self, usage: Usage) -> None:
         """Add the tokens of a finished answer."""
-        self._tokens["prompt"].inc(usage.prompt)
-        self._tokens["cached"].inc(usage.cached)
-        self._tokens["completion"].inc(usage.completion)
-        self._tokens["reasoning"].inc(usage.reasoning)
+        self._tokens["prompt"].inc(usage.prompt_tokens)
+        self._tokens["cached"].inc(usage.cached_tokens)
+        self._tokens["completion"].inc(usage.completion_tokens)
+        self._tokens["reasoning"].inc(usage.reasoning_tokens)
 
     def text(self, status: SessionStatus, *, is_up: bool) -> bytes:
         """All of it, as Prometheus reads it, with what the engine says of itself."""

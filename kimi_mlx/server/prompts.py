@@ -10,11 +10,11 @@ from typing import Any
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.call_ids import CallIds, to_native
 from kimi_mlx.server.constraint import grammar_for
-from kimi_mlx.server.conversation import Ask, Continuation, Wish
+from kimi_mlx.server.conversation import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.reading import ChatReader, PlainReader, TokenReader
+from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
+from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
 from kimi_mlx.text.output import THINK_END, starts_in_reasoning
 
 RESERVED = frozenset(
@@ -25,7 +25,7 @@ RESERVED = frozenset(
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """What to ask the engine, and how to read its answer.
 
     Args:
@@ -38,7 +38,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Model:
+class PromptBuilder:
     """The model that is served, as far as prompts go.
 
     Args:
@@ -51,14 +51,14 @@ class Model:
     context_tokens: int
     instant_sampling: Mapping[str, float]
 
-    def prepare(self, wish: Ask | Continuation) -> Prepared:
+    def prepare(self, wish: ChatRequest | CompletionRequest) -> PreparedRequest:
         """What to ask the engine; takes long for long prompts.
 
         Raises:
             ApiError: it can never be served.
             KimiMlxError: the messages make no prompt.
         """
-        if isinstance(wish, Continuation):
+        if isinstance(wish, CompletionRequest):
             prompt, read, grammar = self._text(wish), partial(PlainReader, self.tokenizer.tokenizer), None
         else:
             prompt, ids = self._conversation(wish)
@@ -70,7 +70,7 @@ class Model:
                 400,
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context_tokens}",
                 "context_length_exceeded",
-                "messages" if isinstance(wish, Ask) else "prompt",
+                "messages" if isinstance(wish, ChatRequest) else "prompt",
             )
         for id, _ in wish.logit_bias:
             self._check_id(id, "logit_bias")
@@ -83,9 +83,9 @@ class Model:
             top_logprobs=wish.top_logprobs,
             grammar=grammar,
         )
-        return Prepared(request, read)
+        return PreparedRequest(request, read)
 
-    def count(self, ask: Ask) -> int:
+    def count(self, ask: ChatRequest) -> int:
         """How many tokens its prompt has, more than the context holds or not.
 
         Raises:
@@ -93,8 +93,8 @@ class Model:
         """
         return len(self._conversation(ask)[0])
 
-    def _conversation(self, ask: Ask) -> tuple[tuple[int, ...], CallIds]:
-        messages, ids = to_native(ask.messages, ask.call_id_prefix)
+    def _conversation(self, ask: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
+        messages, ids = to_kimi_ids(ask.messages, ask.call_id_prefix)
         options: dict[str, Any] = dict(ask.template_kwargs)
         if taken := RESERVED & options.keys():
             raise ApiError(400, f"`{min(taken)}` is no option of the chat template", param="chat_template_kwargs")
@@ -110,14 +110,14 @@ class Model:
         return tuple(prompt), ids
 
     def _chat_reader(self, prompt: Sequence[int], ids: CallIds) -> TokenReader:
-        return ChatReader(self.tokenizer.output_parser(prompt), ids.answer())
+        return ChatReader(self.tokenizer.output_parser(prompt), ids.allocator())
 
     def _check_id(self, id: int, param: str) -> None:
         vocabulary = self.tokenizer.tokenizer.vocab_size
         if not 0 <= id < vocabulary:
             raise ApiError(400, f"token {id} is outside the vocabulary of {vocabulary}", param=param)
 
-    def _text(self, wish: Continuation) -> tuple[int, ...]:
+    def _text(self, wish: CompletionRequest) -> tuple[int, ...]:
         if isinstance(wish.prompt, str):
             ids = self.tokenizer.encode(wish.prompt)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
@@ -128,8 +128,8 @@ class Model:
             raise ApiError(400, "the prompt has no tokens", param="prompt")
         return wish.prompt
 
-    def _sampling(self, wish: Wish) -> Sampling:
-        is_instant = isinstance(wish, Ask) and wish.thinking is False
+    def _sampling(self, wish: GenerationParams) -> Sampling:
+        is_instant = isinstance(wish, ChatRequest) and wish.thinking is False
         recommended = dict(self.instant_sampling) if is_instant else {}
         asked = {name: value for name, value in wish.sampling.items() if value is not None}
         try:
@@ -138,7 +138,7 @@ class Model:
             raise ApiError(400, error.message) from error
 
 
-def choice_of(request: Request, index: int) -> Request:
+def request_for_choice(request: Request, index: int) -> Request:
     """The request for one of several answers: each is drawn with random numbers of its own."""
     seed = request.sampling.seed
     if seed is None or index == 0:

@@ -8,8 +8,8 @@ from starlette.routing import Route
 
 from kimi_mlx.server.http.context import Context, read_body
 from kimi_mlx.server.http.sse import respond
-from kimi_mlx.server.openai.responses_request import ResponsesBody, to_ask
-from kimi_mlx.server.openai.responses_response import ResponseTranslation
+from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
+from kimi_mlx.server.openai.responses_response import ResponseFormatter
 
 
 def responses_routes(context: Context) -> list[Route]:
@@ -17,7 +17,9 @@ def responses_routes(context: Context) -> list[Route]:
 
     async def responses(request: Request) -> Response:
         body = await read_body(request, ResponsesBody)
-        translation = ResponseTranslation(context.served.check(body.model), body)
-        return await respond(request, context.service.answer(to_ask(body)), translation, is_stream=bool(body.stream))
+        formatter = ResponseFormatter(context.model_info.resolve(body.model), body)
+        return await respond(
+            request, context.service.answer(to_chat_request(body)), formatter, is_stream=bool(body.stream)
+        )
 
     return [Route("/v1/responses", responses, methods=["POST"])]

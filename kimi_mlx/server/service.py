@@ -12,19 +12,19 @@ import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.errors import RingError
-from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Waiting
+from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlot
+from kimi_mlx.server.conversation import AnswerEvent, ChatRequest, CompletionRequest, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
-from kimi_mlx.server.inbox import Inbox
+from kimi_mlx.server.inbox import EventQueue
 from kimi_mlx.server.metrics import Metrics
-from kimi_mlx.server.prompts import Model, choice_of
-from kimi_mlx.server.reading import Reading
+from kimi_mlx.server.prompts import PromptBuilder, request_for_choice
+from kimi_mlx.server.response_builder import ResponseBuilder
 from kimi_mlx.server.ring_log import RingLog
-from kimi_mlx.server.waiting_line import Turn, WaitingLine
 from kimi_mlx.session.session import Session, SessionStatus
 
 LOG = logging.getLogger(__name__)
 
-ALIVE_S = 5.0
+KEEP_ALIVE_INTERVAL_S = 5.0
 """After so long without anything to say comes a sign of life."""
 
 
@@ -38,18 +38,18 @@ class Service:
         metrics: where to count.
     """
 
-    def __init__(self, session: Session, model: Model, places: int, metrics: Metrics):
+    def __init__(self, session: Session, model: PromptBuilder, places: int, metrics: Metrics):
         self.session = session
-        self.model = model
+        self.prompt_builder = model
         self.metrics = metrics
         self.is_closing = False
         self.running = 0
         """Answers that the engine has begun."""
         self.ring_log = RingLog()
-        self._line = WaitingLine(places, metrics)
+        self._line = AdmissionQueue(places, metrics)
         self._runs: set[_Run] = set()
 
-    async def answer(self, *wishes: Ask | Continuation) -> AsyncGenerator[Item, None]:
+    async def answer(self, *wishes: ChatRequest | CompletionRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Answer; leaving the iteration, or cancelling its task, ends the answers soon.
 
         The answers are numbered through: those to the first wish, then those to the next.
@@ -79,17 +79,19 @@ class Service:
                 self._runs.discard(run)
                 run.close()
 
-    def _prepare(self, wishes: Sequence[Ask | Continuation]) -> tuple[list[Reading], list[Request]]:
+    def _prepare(
+        self, wishes: Sequence[ChatRequest | CompletionRequest]
+    ) -> tuple[list[ResponseBuilder], list[Request]]:
         """Prompts take long, so this is done in a thread."""
-        readings: list[Reading] = []
+        readings: list[ResponseBuilder] = []
         requests: list[Request] = []
-        tokenizer = self.model.tokenizer.tokenizer
+        tokenizer = self.prompt_builder.tokenizer.tokenizer
         for wish in wishes:
-            prepared = self.model.prepare(wish)
+            prepared = self.prompt_builder.prepare(wish)
             for number in range(wish.n):
                 reader = prepared.reader()
-                readings.append(Reading(len(readings), tokenizer, reader, wish.stop, counts_prompt=number == 0))
-                requests.append(choice_of(prepared.request, number))
+                readings.append(ResponseBuilder(len(readings), tokenizer, reader, wish.stop, counts_prompt=number == 0))
+                requests.append(request_for_choice(prepared.request, number))
         return readings, requests
 
     def status(self) -> SessionStatus:
@@ -112,17 +114,17 @@ class Service:
 class _Run:
     """The answers to one request while they are made."""
 
-    def __init__(self, service: Service, turn: Turn, readings: Sequence[Reading]):
+    def __init__(self, service: Service, turn: QueueSlot, readings: Sequence[ResponseBuilder]):
         self._session, self._metrics = service.session, service.metrics
         self._service, self._turn = service, turn
-        self._inbox = Inbox()
+        self._inbox = EventQueue()
         self._open = {reading.index: reading for reading in readings}
         self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         self._asked_at = time.monotonic()
         self._heard_at: dict[int, float] = {}  # of answers that have begun, when their last token came
-        self._state = Waiting()
+        self._state = KeepAlive()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Ask the engine; in a thread, which may go on when whoever waited for it has gone."""
@@ -141,16 +143,16 @@ class _Run:
         for index in list(self._open):
             self._inbox.put(index, stopping())
 
-    async def items(self) -> AsyncGenerator[Item, None]:
+    async def items(self) -> AsyncGenerator[AnswerEvent, None]:
         """What comes, until all answers have ended."""
         said_at = time.monotonic()
         while self._open:
-            for index, event in await self._inbox.take(said_at + ALIVE_S - time.monotonic()):
+            for index, event in await self._inbox.take(said_at + KEEP_ALIVE_INTERVAL_S - time.monotonic()):
                 if index in self._open:
                     for item in self._hear(index, event):
                         yield item
                         said_at = time.monotonic()
-            if time.monotonic() - said_at >= ALIVE_S:
+            if time.monotonic() - said_at >= KEEP_ALIVE_INTERVAL_S:
                 yield self._state
                 said_at = time.monotonic()
 
@@ -164,7 +166,7 @@ class _Run:
                 self._session.cancel(self._request_ids[index])
                 self._metrics.cancelled.inc()
 
-    def _hear(self, index: int, event: Event | BaseException) -> Iterator[Item]:
+    def _hear(self, index: int, event: Event | BaseException) -> Iterator[AnswerEvent]:
         if isinstance(event, BaseException):
             self._end(index)
             if isinstance(event, RingError):
@@ -173,19 +175,19 @@ class _Run:
         if isinstance(event, Interrupted):
             self._metrics.interruptions.inc()
             self._service.ring_log.lost(event)
-            self._state = Waiting(reason=event.reason)
+            self._state = KeepAlive(reason=event.reason)
             yield self._state
         elif isinstance(event, Resumed):
             self._service.ring_log.back(event)
-            self._state = Waiting()
+            self._state = KeepAlive()
         else:
             self._begin(index)
             yield from self._read(index, event)
 
-    def _read(self, index: int, event: Prefilled | Token | Finished) -> Iterator[Item]:
+    def _read(self, index: int, event: Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
         reading = self._open[index]
         if isinstance(event, Prefilled):
-            self._state = Waiting(event.done, event.total)
+            self._state = KeepAlive(event.done, event.total)
         elif isinstance(event, Token):
             if not reading.is_stopped:
                 self._measure(index, is_first=reading.generated == 0)
@@ -197,7 +199,7 @@ class _Run:
             if event.reason == "cancelled" and not reading.is_stopped:
                 raise stopping()
             for item in reading.finish(event):
-                if isinstance(item, End):
+                if isinstance(item, FinishEvent):
                     self._metrics.count(item.usage)
                 yield item
 

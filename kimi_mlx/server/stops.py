@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class StopTexts:
+class StopSequences:
     """Passes text on, except for what may turn out to begin one of the texts.
 
     Args:

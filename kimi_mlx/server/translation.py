@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kimi_mlx.server.conversation import Answer, Item
+from kimi_mlx.server.conversation import Answer, AnswerEvent
 from kimi_mlx.server.errors import ApiError
 
 
@@ -24,30 +24,30 @@ class StreamEvent:
     name: str | None = None
 
     @classmethod
-    def of(cls, value: Any, name: str | None = None) -> StreamEvent:
+    def from_json(cls, value: Any, name: str | None = None) -> StreamEvent:
         """With JSON as its data."""
         return cls(json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
 
 
-class Translation(Protocol):
+class ApiFormatter(Protocol):
     """How one API says the answers to one request; pure: items in, values out."""
 
     def begin(self) -> Iterable[StreamEvent]:
         """What a stream starts with, before anything is known."""
         ...
 
-    def add(self, item: Item) -> Iterable[StreamEvent]:
+    def add(self, item: AnswerEvent) -> Iterable[StreamEvent]:
         """What an item becomes; where that is nothing for some seconds, a comment keeps the stream alive."""
         ...
 
     def end(self) -> Iterable[StreamEvent]:
-        """What a stream ends with, after the End of every answer."""
+        """What a stream ends with, after the FinishEvent of every answer."""
         ...
 
     def fail(self, error: ApiError) -> Iterable[StreamEvent]:
         """What a stream ends with instead, if it fails in the middle."""
         ...
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The object that is the whole answer."""
         ...

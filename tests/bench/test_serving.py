@@ -20,7 +20,7 @@ from scripts.serving.load import ServingRun, measure_serving
 from scripts.serving.prompts import Load, Span, random_text
 from scripts.serving.report import ServingReport
 from scripts.serving.servers import Served
-from tests.server.running import serving
+from tests.server.running_server import serving
 
 TWO = Span(2, 2)
 

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from kimi_mlx.errors import UsageError
-from kimi_mlx.server.http.listener import Listener
+from kimi_mlx.server.http.server_socket import ServerSocket
 from tests.cli.test_chat import are_gone, ranks_of
 from tests.command import call
 from tests.processes import start
@@ -196,16 +196,16 @@ def test_a_taken_port_is_told() -> None:
 
 
 def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
-    def take_it_too(first: Listener) -> None:
-        with closing(Listener("127.0.0.1", first.port)) as second:  # on Linux: nobody listens yet
+    def take_it_too(first: ServerSocket) -> None:
+        with closing(ServerSocket("127.0.0.1", first.port)) as second:  # on Linux: nobody listens yet
             first.listen()
             second.listen()
 
     with (
-        closing(Listener("127.0.0.1", 0)) as listener,
-        pytest.raises(UsageError, match=f"port {listener.port} of `127.0.0.1` is taken"),
+        closing(ServerSocket("127.0.0.1", 0)) as server_socket,
+        pytest.raises(UsageError, match=f"port {server_socket.port} of `127.0.0.1` is taken"),
     ):
-        take_it_too(listener)
+        take_it_too(server_socket)
 
 
 def test_addresses_that_are_not_ours_are_told() -> None:

@@ -12,7 +12,7 @@ import pytest
 from kimi_mlx.session.open import open_session
 from kimi_mlx.session.session import Session, SessionOptions
 from tests.fakes import KIMI_MINI
-from tests.server.running import Running, serving
+from tests.server.running_server import RunningServer, serving
 
 
 @pytest.fixture(scope="session")
@@ -23,12 +23,12 @@ def session() -> Iterator[Session]:
 
 
 @pytest.fixture(scope="session")
-def running(session: Session) -> Iterator[Running]:
+def running(session: Session) -> Iterator[RunningServer]:
     with serving(session) as server:
         yield server
 
 
 @pytest.fixture
-def client(running: Running) -> Iterator[openai.OpenAI]:
+def client(running: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as opened:
         yield opened

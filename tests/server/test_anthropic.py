@@ -14,9 +14,9 @@ from anthropic.types import Message, MessageParam, TextBlock, ThinkingBlock, Too
 from pydantic import BaseModel
 
 from kimi_mlx.server.http.security import Security
-from kimi_mlx.server.serving import ServingOptions
+from kimi_mlx.server.server import ServingOptions
 from kimi_mlx.session.session import Session
-from tests.server.running import serving
+from tests.server.running_server import serving
 
 KEY = "key-of-the-test"
 GREEDY = {"temperature": 0}  # the package has no argument for it any more

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.running import Running
+from tests.server.running_server import RunningServer
 
 HI: Any = [{"role": "user", "content": "hi"}]
 HELLO = "Hello! I am kimi-mini, a toy model in the shape of Kimi K2. How can I help?"
@@ -77,7 +77,7 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
     assert put_together(ask(client, stream=True))["usage"] is None
 
 
-def test_several_at_once_say_what_each_says_alone(running: Running) -> None:
+def test_several_at_once_say_what_each_says_alone(running: RunningServer) -> None:
     questions = ["hi", "What is 3 + 4?", "Say pelican", "hi"]
 
     async def ask_all() -> list[str]:

@@ -12,7 +12,7 @@ from xml.dom.minidom import parseString
 
 import pytest
 
-from tests.server.running import Running
+from tests.server.running_server import RunningServer
 
 LIMIT_S = 100
 PELICAN = "Generate an SVG of a pelican riding a bicycle"
@@ -35,7 +35,7 @@ def llm(home: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def home(tmp_path: Path, running: Running) -> Path:
+def home(tmp_path: Path, running: RunningServer) -> Path:
     (tmp_path / "extra-openai-models.yaml").write_text(MODELS.format(url=running.url))
     return tmp_path
 
@@ -54,7 +54,7 @@ def test_llm_keeps_to_a_schema(home: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl(running: Running) -> None:
+def test_curl(running: RunningServer) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "stream": True})
     command = ["curl", "-sN", f"{running.url}/v1/chat/completions", "-d", body]
     lines = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout.splitlines()

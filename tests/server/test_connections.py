@@ -14,7 +14,7 @@ from kimi_mlx.server import service
 from kimi_mlx.server.http import limits, protocol, sse
 from kimi_mlx.session.session import Session
 from tests.server import raw
-from tests.server.running import Running, serving, wait_until
+from tests.server.running_server import RunningServer, serving, wait_until
 
 LONG: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Generate an SVG of a pelican riding a bicycle"}],
@@ -41,8 +41,8 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_whoever_goes_away_ends_the_answer(running: Running, is_stream: bool) -> None:
-    before = running.figure(CANCELLED)
+def test_whoever_goes_away_ends_the_answer(running: RunningServer, is_stream: bool) -> None:
+    before = running.metric(CANCELLED)
     with closing(raw.begin(running.port, stream=is_stream, n=2, **LONG)) as connection:
         if is_stream:
             read_until(connection, b'"content"')
@@ -50,23 +50,23 @@ def test_whoever_goes_away_ends_the_answer(running: Running, is_stream: bool) ->
             time.sleep(0.3)
         assert running.server.service.running == 2
     running.wait_idle()
-    assert running.figure(CANCELLED) == before + 2
+    assert running.metric(CANCELLED) == before + 2
     assert raw.chat(running.port).status == 200
 
 
-def test_many_that_go_away_harm_nobody(running: Running) -> None:
-    before = running.figure(CANCELLED)
+def test_many_that_go_away_harm_nobody(running: RunningServer) -> None:
+    before = running.metric(CANCELLED)
     for _ in range(30):
         raw.begin(running.port, stream=True, **LONG).close()
     assert raw.chat(running.port).status == 200
     running.wait_idle()
-    assert running.figure(CANCELLED) >= before
+    assert running.metric(CANCELLED) >= before
     assert raw.chat(running.port).status == 200
 
 
-def test_a_silent_stream_is_kept_alive(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "ALIVE_S", 0.02)
-    monkeypatch.setattr(sse, "ALIVE_S", 0.02)
+def test_a_silent_stream_is_kept_alive(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "KEEP_ALIVE_INTERVAL_S", 0.02)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_INTERVAL_S", 0.02)
     prompt = [{"role": "user", "content": "word " * 500}]
     with closing(raw.begin(running.port, stream=True, messages=prompt, max_tokens=2)) as connection:
         data = read_until(connection, b"[DONE]")
@@ -74,21 +74,21 @@ def test_a_silent_stream_is_kept_alive(running: Running, monkeypatch: pytest.Mon
     assert data.index(b": keep-alive") < data.index(b"data: ")
 
 
-def test_a_head_that_does_not_come_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_does_not_come_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEAD_LIMIT_S", 0.2)
     with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: local")
         assert is_closed(connection)
 
 
-def test_a_body_that_does_not_come_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_come_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_LIMIT_S", 0.2)
     with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_who_takes_nothing_is_not_awaited(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_takes_nothing_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "WRITE_LIMIT_S", 0.3)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -103,7 +103,7 @@ def test_who_takes_nothing_is_not_awaited(running: Running, monkeypatch: pytest.
     assert raw.chat(running.port).status == 200
 
 
-def test_nonsense_is_answered(running: Running) -> None:
+def test_nonsense_is_answered(running: RunningServer) -> None:
     for data, status in ((b"\x00\xff\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", b"404")):
         with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
             connection.sendall(data)
@@ -126,18 +126,18 @@ def test_running_streams_get_an_end(session: Session) -> None:
         assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "stopping"
 
 
-def test_health_and_figures(running: Running) -> None:
+def test_health_and_figures(running: RunningServer) -> None:
     response = raw.request(running.port, path="/health")
     assert (response.status, json.loads(response.body)["status"]) == (200, "ok")
     raw.chat(running.port)
-    wait_until(lambda: running.figure('kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}') >= 1)
+    wait_until(lambda: running.metric('kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}') >= 1)
     text = raw.request(running.port, path="/metrics").body.decode()
     assert 'kimi_mlx_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert "kimi_mlx_ttft_seconds_bucket" in text
     assert "kimi_mlx_up 1.0" in text
 
 
-def test_paths_and_methods(running: Running) -> None:
+def test_paths_and_methods(running: RunningServer) -> None:
     assert raw.request(running.port, path="/v1/nowhere").status == 404
     response = raw.request(running.port, path="/v1/chat/completions")
     assert (response.status, response.headers["allow"]) == (405, "POST")

@@ -13,7 +13,7 @@ import pytest
 
 from kimi_mlx.session.session import Session
 from tests.server import raw
-from tests.server.running import Running, serving
+from tests.server.running_server import RunningServer, serving
 
 # What is valid by its types may still be refused for what it says, such as a tool's answer to no call.
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -30,7 +30,7 @@ def test_bodies_made_up_from_the_description(session: Session, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_bytes_made_up_from_nothing(running: Running) -> None:
+def test_bytes_made_up_from_nothing(running: RunningServer) -> None:
     draw = random.Random(1)
     whole = b'POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60\r\n\r\n{"messages": []}'
     for _ in range(200):
@@ -45,7 +45,7 @@ def test_bytes_made_up_from_nothing(running: Running) -> None:
     assert_alive(running)
 
 
-def assert_alive(server: Running) -> None:
+def assert_alive(server: RunningServer) -> None:
     server.wait_idle()
     assert raw.request(server.port, path="/health").status == 200
     assert raw.chat(server.port).status == 200

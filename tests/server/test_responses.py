@@ -11,7 +11,7 @@ import pytest
 from openai.types.responses import FunctionToolParam, Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
-from tests.server.running import Running
+from tests.server.running_server import RunningServer
 
 SUM = "What is 12 + 34?"
 WEATHER: FunctionToolParam = {
@@ -103,7 +103,7 @@ def test_answers_keep_to_a_schema_and_calls_can_be_required(client: openai.OpenA
         client.responses.create(model="kimi-mini", input=SUM, text=wrong)
 
 
-def test_asynchronous(running: Running):
+def test_asynchronous(running: RunningServer):
     async def both() -> tuple[Response, str]:
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
             events = await client.responses.create(model="kimi-mini", input=SUM, temperature=0, stream=True)

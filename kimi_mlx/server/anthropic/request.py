@@ -1,4 +1,4 @@
-"""Anthropic's Messages API on the way in: the body of a request, and the Ask that it means.
+"""Anthropic's Messages API on the way in: the body of a request, and the ChatRequest that it means.
 
 Source: https://platform.claude.com/docs/en/api/messages. Fields that have no meaning here (`metadata`, `cache_control`,
 `service_tier`, ...) and unknown ones are ignored, since clients send new ones with every release. Unknown kinds of
@@ -14,15 +14,21 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from kimi_mlx.server.content import FOREIGN, kind_among, not_served, possible_choice, text_as
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.openai.chat_request import SMALLEST_TOP_P, StopText, TokenCount
+from kimi_mlx.server.openai.chat_request import MIN_TOP_P, StopText, TokenCount
+from kimi_mlx.server.request_fields import (
+    UNSUPPORTED,
+    check_tool_choice,
+    text_shorthand,
+    type_discriminator,
+    unsupported,
+)
 from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
-MOST_STOP_SEQUENCES = 64
+MAX_STOP_SEQUENCES = 64
 # Claude Code writes this line, with a number that changes each time, before its system prompt. It says nothing to
 # a model, and with it no request could share its beginning with the one before.
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
@@ -57,16 +63,17 @@ class ToolUseBlock(Body):
     input: dict[str, Any]
 
 
-class ForeignBlock(Body):
+class UnsupportedBlock(Body):
     """Content of a kind that is not served: images, documents, results of Anthropic's own tools."""
 
     type: str
 
 
-_as_blocks = text_as(type="text")
+_as_blocks = text_shorthand(type="text")
 
 ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[ForeignBlock, Tag(FOREIGN)], Discriminator(kind_among(("text",)))
+    Annotated[TextBlock, Tag("text")] | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
+    Discriminator(type_discriminator(("text",))),
 ]
 ResultBlocks = Annotated[list[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])]
 
@@ -86,8 +93,8 @@ Block = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[ForeignBlock, Tag(FOREIGN)],
-    Discriminator(kind_among(("text", "thinking", "redacted_thinking", "tool_use", "tool_result"))),
+    | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
+    Discriminator(type_discriminator(("text", "thinking", "redacted_thinking", "tool_use", "tool_result"))),
 ]
 Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
 TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
@@ -156,20 +163,20 @@ class MessagesBody(CountBody):
 
     max_tokens: TokenCount | None = None
     stream: bool | None = None
-    stop_sequences: list[StopText] | None = Field(None, max_length=MOST_STOP_SEQUENCES)
+    stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOP_SEQUENCES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
 
 
-def to_ask(body: CountBody) -> Ask:
+def to_chat_request(body: CountBody) -> ChatRequest:
     """Return what a body asks for.
 
     Raises:
         ApiError: it asks for something that is not served.
     """
     if body.mcp_servers:
-        raise not_served("`mcp_servers` are", "mcp_servers")
+        raise unsupported("`mcp_servers` are", "mcp_servers")
     turns, partial = _split_prefill(body.messages)
     system = _join(_without_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
@@ -180,13 +187,13 @@ def to_ask(body: CountBody) -> Ask:
     choice = body.tool_choice
     config_form = body.output_config and body.output_config.format
     form = config_form or body.output_format
-    return Ask(
+    return ChatRequest(
         max_tokens=given and given.max_tokens,
         sampling=_sampling(given) if given else {},
         stop=tuple((given and given.stop_sequences) or ()),
         messages=tuple(messages),
         tools=tools,
-        tool_choice=possible_choice(_tool_choice(choice) if choice else "auto", tools),
+        tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=form.schema_ if form else None,
         response_schema_name="output_config.format" if config_form else "output_format",
@@ -198,7 +205,7 @@ def to_ask(body: CountBody) -> Ask:
 
 
 def _sampling(body: MessagesBody) -> dict[str, float | int | None]:
-    top_p = None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P)
+    top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
     return {"temperature": body.temperature, "top_p": top_p, "top_k": body.top_k}
 
 
@@ -283,7 +290,7 @@ def _join(texts: Iterator[str] | Sequence[str]) -> str:
 def _tool(tool: Tool, place: str) -> dict[str, Any]:
     """The tool in OpenAI's shape."""
     if tool.type not in (None, "custom"):
-        raise not_served(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
+        raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
     if tool.input_schema is None or not tool.name:
         raise ApiError(400, f"`{place}` has no {'`input_schema`' if tool.name else '`name`'}", param=place)
     function: dict[str, Any] = {
@@ -305,5 +312,5 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:
 
 def _wrong_place(kind: str, role: str, place: str) -> ApiError:
     if kind in ("image", "document"):
-        return not_served(f"content of type `{kind}` is", place, "this model reads text only")
-    return not_served(f"content of type `{kind:.60}` in a message of role `{role}` is", place)
+        return unsupported(f"content of type `{kind}` is", place, "this model reads text only")
+    return unsupported(f"content of type `{kind:.60}` in a message of role `{role}` is", place)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kimi_mlx.server.call_steps import CallSteps
-from kimi_mlx.server.conversation import Answer, End, Item, Piece, Usage
+from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
@@ -31,8 +31,8 @@ ERROR_TYPES = {
 }
 
 
-class MessageTranslation:
-    """The answer to one request; a `Translation`.
+class MessageFormatter:
+    """The answer to one request; a `ApiFormatter`.
 
     Args:
         model: its name, as the answer says it.
@@ -50,11 +50,11 @@ class MessageTranslation:
         message = self._message([], None, None, Usage())
         yield _event("message_start", message=message)
 
-    def add(self, item: Item) -> Iterator[StreamEvent]:
+    def add(self, item: AnswerEvent) -> Iterator[StreamEvent]:
         """The events of a piece; a ping while there is nothing to say."""
-        if isinstance(item, Piece):
+        if isinstance(item, DeltaEvent):
             yield from self._piece(item.delta)
-        elif isinstance(item, End):
+        elif isinstance(item, FinishEvent):
             yield from self._close()
             delta = {"stop_reason": _stop_reason(item), "stop_sequence": item.stop_sequence}
             yield _event("message_delta", delta=delta, usage=_usage(item.usage))
@@ -67,9 +67,9 @@ class MessageTranslation:
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
         """The error, in the middle of a stream."""
-        yield StreamEvent.of(error_body(error), "error")
+        yield StreamEvent.from_json(error_body(error), "error")
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The answer as a message."""
         (answer,) = answers
         end = answer.end
@@ -161,20 +161,20 @@ def _content(delta: Delta) -> Iterator[dict[str, Any]]:
         yield {"type": "tool_use", "id": part.id, "name": part.name, "input": value}
 
 
-def _stop_reason(end: End) -> str:
+def _stop_reason(end: FinishEvent) -> str:
     return "stop_sequence" if end.stop_sequence is not None else STOP_REASONS[end.reason]
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
     """Tokens as Anthropic counts them: what came from the cache is no input."""
     return {
-        "input_tokens": usage.prompt - usage.cached,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached,
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"thinking_tokens": usage.reasoning},
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
     }
 
 
 def _event(kind: str, **fields: Any) -> StreamEvent:
-    return StreamEvent.of({"type": kind, **fields}, kind)
+    return StreamEvent.from_json({"type": kind, **fields}, kind)

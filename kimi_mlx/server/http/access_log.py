@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kimi_mlx.server.conversation import End, Item, Piece, Usage, total_usage
+from kimi_mlx.server.conversation import AnswerEvent, DeltaEvent, FinishEvent, Usage, total_usage
 from kimi_mlx.server.metrics import Metrics
 
 LOG = logging.getLogger(__name__)
@@ -21,15 +21,15 @@ LOG = logging.getLogger(__name__)
 CLIENT_GONE = 499
 """The status, in the log, of a request whose client did not wait for the answer."""
 
-MOST_PATH, MOST_REASON = 200, 100
+MAX_PATH, MAX_REASON = 200, 100
 """Characters of a path, and of a reason, in the log."""
 
-RECORD = "kimi_mlx.record"
+RECORD_KEY = "kimi_mlx.record"
 """Where the record of a request is in its scope."""
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """What is remembered of a request until it ends.
 
     Args:
@@ -48,22 +48,22 @@ class Record:
     status: int | None = None
     body: bytes = b""
     first_s: float | None = None
-    ends: list[End] = field(default_factory=list[End])
+    ends: list[FinishEvent] = field(default_factory=list[FinishEvent])
     is_gone: bool = False
     reason: str | None = None
 
-    async def watch(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+    async def watch(self, items: AsyncGenerator[AnswerEvent, None]) -> AsyncGenerator[AnswerEvent, None]:
         """Pass items on."""
         async with aclosing(items):
             async for item in items:
-                if isinstance(item, Piece) and self.first_s is None:
+                if isinstance(item, DeltaEvent) and self.first_s is None:
                     self.first_s = time.monotonic() - self.begun_at
-                elif isinstance(item, End):
+                elif isinstance(item, FinishEvent):
                     self.ends.append(item)
                 yield item
 
 
-class Journal:
+class AccessLog:
     """Writes the log, and counts requests.
 
     Args:
@@ -80,8 +80,8 @@ class Journal:
         """Pass on."""
         if scope["type"] != "http":
             return
-        record = Record()
-        scope[RECORD] = record
+        record = RequestRecord()
+        scope[RECORD_KEY] = record
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -94,26 +94,28 @@ class Journal:
         finally:
             self._close(record, scope)
 
-    def _close(self, record: Record, scope: Scope) -> None:
+    def _close(self, record: RequestRecord, scope: Scope) -> None:
         status = CLIENT_GONE if record.is_gone or record.status is None else record.status
         path = scope["path"]
         label = next((route.path_format for route in self._routes if route.path_regex.match(path)), "other")
         self._metrics.requests.labels(label, str(status)).inc()
         client = (scope.get("client") or ("-",))[0]
-        LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MOST_PATH)}", status))
+        LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MAX_PATH)}", status))
         if self._log_prompts and record.body:
             LOG.info("%s", record.body.decode(errors="replace"))
 
 
-def _line(record: Record, what: str, status: int) -> str:
+def _line(record: RequestRecord, what: str, status: int) -> str:
     parts = [f"{what} {status}", f"{time.monotonic() - record.begun_at:.2f} s"]
     if record.first_s is not None:
         parts.append(f"first {record.first_s:.2f} s")
     if record.ends:
         usage: Usage = total_usage(record.ends)
-        parts.append(f"{usage.prompt} tokens, {usage.cached} of them cached, and {usage.completion} new")
+        parts.append(
+            f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new"
+        )
     if record.reason is not None:
-        parts.append(_printable(record.reason, MOST_REASON))
+        parts.append(_printable(record.reason, MAX_REASON))
     return " · ".join(parts)
 
 

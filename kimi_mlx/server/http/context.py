@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from kimi_mlx.server.http.access_log import RECORD, Record
+from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
 from kimi_mlx.server.http.body import AnyBody, parse
-from kimi_mlx.server.served import Served
+from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.service import Service
 
 
@@ -22,7 +22,7 @@ class Context:
     """
 
     service: Service
-    served: Served
+    model_info: ModelInfo
 
 
 async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
@@ -32,6 +32,6 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
         ApiError: it is not what it should be.
     """
     text = await request.body()
-    record: Record = request.scope[RECORD]
+    record: RequestRecord = request.scope[RECORD_KEY]
     record.body = text
     return parse(kind, text)

@@ -11,19 +11,19 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.errors import ApiError, api_error
-from kimi_mlx.server.http.access_log import RECORD
-from kimi_mlx.server.http.limits import TWO_LENGTHS
+from kimi_mlx.server.http.access_log import RECORD_KEY
+from kimi_mlx.server.http.limits import AMBIGUOUS_LENGTH
 from kimi_mlx.server.http.sse import ClientGoneError
 from kimi_mlx.server.json_response import JsonResponse
 from kimi_mlx.server.openai.chat_response import openai_error
 
 LOG = logging.getLogger(__name__)
 
-ErrorShape = Callable[[ApiError], dict[str, Any]]
+ErrorFormat = Callable[[ApiError], dict[str, Any]]
 """How an API writes an error."""
 
 
-class Boundary:
+class ErrorMiddleware:
     """Turns what is raised behind it into responses.
 
     Args:
@@ -32,7 +32,7 @@ class Boundary:
         paths: that there are.
     """
 
-    def __init__(self, app: ASGIApp, shapes: Mapping[str, ErrorShape], paths: Sequence[str]):
+    def __init__(self, app: ASGIApp, shapes: Mapping[str, ErrorFormat], paths: Sequence[str]):
         self._app, self._shapes, self._paths = app, shapes, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,10 +48,10 @@ class Boundary:
         try:
             await self._app(scope, receive, watched)
         except (ClientGoneError, ClientDisconnect):
-            scope[RECORD].is_gone = True
+            scope[RECORD_KEY].is_gone = True
         except Exception as error:
             told = self._http_error(error, scope) if isinstance(error, HTTPException) else api_error(error)
-            scope[RECORD].reason = told.message
+            scope[RECORD_KEY].reason = told.message
             if told.code == "internal_error":
                 LOG.exception("%s %s has failed", scope["method"], scope["path"])
             if not has_begun:
@@ -60,7 +60,7 @@ class Boundary:
     def _response(self, path: str, error: ApiError) -> JsonResponse:
         shape = next((shape for start, shape in self._shapes.items() if path.startswith(start)), openai_error)
         headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-        if error.status in (408, 413) or error.code == TWO_LENGTHS:
+        if error.status in (408, 413) or error.code == AMBIGUOUS_LENGTH:
             headers["connection"] = "close"  # where the next request begins is not known
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"

@@ -15,7 +15,7 @@ from kimi_mlx.units import format_bytes
 BODY_LIMIT_S = 60.0
 """For a whole body."""
 
-TWO_LENGTHS = "invalid_headers"
+AMBIGUOUS_LENGTH = "invalid_headers"
 """Code of the error where a body's end could be in two places."""
 
 DRAIN_S = 5.0
@@ -23,7 +23,7 @@ DRAIN_S = 5.0
 the answer."""
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Refuses bodies of more bytes than are allowed, and those that take too long.
 
     Args:
@@ -39,7 +39,7 @@ class BodyLimit:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if length and "transfer-encoding" in headers:
-            raise ApiError(400, "a body has either a `Content-Length` or a `Transfer-Encoding`", TWO_LENGTHS)
+            raise ApiError(400, "a body has either a `Content-Length` or a `Transfer-Encoding`", AMBIGUOUS_LENGTH)
         if length.isdecimal() and int(length) > self._most_bytes:
             # who waits for `100 Continue` has not begun to send
             raise self._too_large(int(length)) if "expect" in headers else await self._drained(int(length), receive)

@@ -14,7 +14,7 @@ WRITE_LIMIT_S = 30.0
 """A client that takes nothing for so long has gone."""
 
 
-class PatientProtocol(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """Ends connections whose client is too slow."""
 
     def __init__(self, *arguments: Any, **named: Any):

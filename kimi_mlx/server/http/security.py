@@ -97,7 +97,7 @@ class Security:
         return is_address(name) or name in (own, f"{own.removesuffix('.local')}.local")
 
 
-class Guard:
+class AuthMiddleware:
     """Checks every request of HTTP before anything else is done with it."""
 
     def __init__(self, app: ASGIApp, security: Security):

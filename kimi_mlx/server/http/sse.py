@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kimi_mlx.server.conversation import Item, whole
+from kimi_mlx.server.conversation import AnswerEvent, collect
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.http.access_log import RECORD, Record
+from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
 from kimi_mlx.server.json_response import JsonResponse
-from kimi_mlx.server.service import ALIVE_S
-from kimi_mlx.server.translation import StreamEvent, Translation
+from kimi_mlx.server.service import KEEP_ALIVE_INTERVAL_S
+from kimi_mlx.server.translation import ApiFormatter, StreamEvent
 
 Result = TypeVar("Result")
 
@@ -27,29 +27,29 @@ class ClientGoneError(Exception):
 
 
 async def respond(
-    request: Request, items: AsyncGenerator[Item, None], translation: Translation, *, is_stream: bool
+    request: Request, items: AsyncGenerator[AnswerEvent, None], formatter: ApiFormatter, *, is_stream: bool
 ) -> Response:
     """The answers to a request, as its API says them.
 
     Args:
         request: whose body has been read.
         items: of the service.
-        translation: of the API.
+        formatter: of the API.
         is_stream: as events, or as one object.
 
     Raises:
         ApiError: it cannot be served.
         ClientGoneError: nobody waits for it any more.
     """
-    record: Record = request.scope[RECORD]
+    record: RequestRecord = request.scope[RECORD_KEY]
     items = record.watch(items)
     if is_stream:
         first = await while_connected(request.receive, anext(items))
-        return EventStream(first, items, translation)
-    return JsonResponse(translation.whole(whole(await while_connected(request.receive, _all(items)))))
+        return EventStream(first, items, formatter)
+    return JsonResponse(formatter.full_response(collect(await while_connected(request.receive, _all(items)))))
 
 
-async def _all(items: AsyncGenerator[Item, None]) -> list[Item]:
+async def _all(items: AsyncGenerator[AnswerEvent, None]) -> list[AnswerEvent]:
     async with aclosing(items):
         return [item async for item in items]
 
@@ -60,45 +60,45 @@ class EventStream(Response):
     Args:
         first: what the answer begins with: by then it is known to be served.
         rest: what follows.
-        translation: into the API's words.
+        formatter: into the API's words.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Item, rest: AsyncGenerator[Item, None], translation: Translation):
+    def __init__(self, first: AnswerEvent, rest: AsyncGenerator[AnswerEvent, None], formatter: ApiFormatter):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._rest, self._translation = first, rest, translation
+        self._first, self._rest, self._formatter = first, rest, formatter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         async with aclosing(self._rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await while_connected(receive, self._write(send, scope[RECORD]))
+            await while_connected(receive, self._write(send, scope[RECORD_KEY]))
 
-    async def _write(self, send: Send, record: Record) -> None:
+    async def _write(self, send: Send, record: RequestRecord) -> None:
         async with aclosing(self._encoded(record)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _encoded(self, record: Record) -> AsyncGenerator[bytes, None]:
+    async def _encoded(self, record: RequestRecord) -> AsyncGenerator[bytes, None]:
         """The bytes of the stream; a comment where there was nothing else for some seconds."""
-        translation = self._translation
+        formatter = self._formatter
         try:
-            yield _bytes(*translation.begin(), *translation.add(self._first))
+            yield _bytes(*formatter.begin(), *formatter.add(self._first))
             said_at = time.monotonic()
             async for item in self._rest:
-                data = _bytes(*translation.add(item))
-                if not data and time.monotonic() - said_at >= ALIVE_S:
+                data = _bytes(*formatter.add(item))
+                if not data and time.monotonic() - said_at >= KEEP_ALIVE_INTERVAL_S:
                     data = b": keep-alive\n\n"
                 if data:
                     yield data
                     said_at = time.monotonic()
-            events = translation.end()
+            events = formatter.end()
         except ApiError as error:
             record.reason = f"stopped: {error.message}"
-            events = translation.fail(error)
+            events = formatter.fail(error)
         yield _bytes(*events)
 
 

@@ -8,19 +8,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.text.messages import Message, ToolCall
 
-MOST_ANSWERS = 128
-MOST_STOPS = 4
-MOST_LOGPROBS = 20
-SMALLEST_TOP_P = 1e-6
+MAX_ANSWERS = 128
+MAX_STOPS = 4
+MAX_LOGPROBS = 20
+MIN_TOP_P = 1e-6
 
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 StopText = Annotated[str, Field(min_length=1)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
@@ -117,7 +117,7 @@ class Thinking(Body):
     type: Literal["enabled", "disabled"]
 
 
-class Wished(Body):
+class GenerationBody(Body):
     """What chat and plain completions have in common."""
 
     model: str | None = None
@@ -128,7 +128,7 @@ class Wished(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | None = None
-    n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     logit_bias: dict[TokenId, Bias] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
@@ -136,8 +136,8 @@ class Wished(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def wish(self) -> dict[str, Any]:
-        """Arguments of a Wish.
+    def generation_params(self) -> dict[str, Any]:
+        """Arguments of a GenerationParams.
 
         Raises:
             ApiError: what we do not have.
@@ -149,7 +149,7 @@ class Wished(Body):
             "max_tokens": self.max_tokens,
             "sampling": {
                 "temperature": self.temperature,
-                "top_p": None if self.top_p is None else max(self.top_p, SMALLEST_TOP_P),
+                "top_p": None if self.top_p is None else max(self.top_p, MIN_TOP_P),
                 "top_k": None if self.top_k is None else max(self.top_k, 0),
                 "min_p": self.min_p,
                 "seed": None if self.seed is None else self.seed % 2**63,
@@ -160,18 +160,18 @@ class Wished(Body):
         }
 
     @property
-    def wants_usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream ends with it."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(Wished):
+class ChatBody(GenerationBody):
     """The body of a chat completion."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -187,7 +187,7 @@ class ChatBody(Wished):
             raise ValueError("`functions` and `function_call` are not supported: use `tools` and `tool_choice`")
         return value  # pyright: ignore[reportUnknownVariableType]
 
-    def ask(self) -> Ask:
+    def to_chat_request(self) -> ChatRequest:
         """What is asked.
 
         Raises:
@@ -197,9 +197,9 @@ class ChatBody(Wished):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
-        wish = self.wish()
+        wish = self.generation_params()
         wish["max_tokens"] = self.max_completion_tokens or self.max_tokens
-        return Ask(
+        return ChatRequest(
             **wish,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             messages=messages,

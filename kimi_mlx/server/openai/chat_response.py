@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs, Usage, total_usage
+from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, TokenLogprobs, Usage, total_usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.translation import StreamEvent
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
@@ -13,50 +13,50 @@ from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolC
 DONE = StreamEvent("[DONE]")
 
 
-class ChatTranslation:
+class ChatFormatter:
     """The answers to one request.
 
     Args:
         id: of the answer.
         model: its name.
         created: when, in seconds of Unix.
-        wants_usage: a stream ends with it.
-        wants_logprobs: with the tokens of the text.
+        include_usage: a stream ends with it.
+        include_logprobs: with the tokens of the text.
     """
 
-    def __init__(self, id: str, model: str, created: int, *, wants_usage: bool, wants_logprobs: bool):
+    def __init__(self, id: str, model: str, created: int, *, include_usage: bool, include_logprobs: bool):
         self._head: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
-        self._wants_usage, self._wants_logprobs = wants_usage, wants_logprobs
-        self._ends: list[End] = []
+        self._include_usage, self._include_logprobs = include_usage, include_logprobs
+        self._ends: list[FinishEvent] = []
         self._begun: set[int] = set()
 
     def begin(self) -> Iterable[StreamEvent]:
         """Nothing: each answer begins with its first piece."""
         return ()
 
-    def add(self, item: Item) -> Iterator[StreamEvent]:
+    def add(self, item: AnswerEvent) -> Iterator[StreamEvent]:
         """Chunks."""
-        if isinstance(item, Piece | End) and item.index not in self._begun:
+        if isinstance(item, DeltaEvent | FinishEvent) and item.index not in self._begun:
             self._begun.add(item.index)
             yield self._chunk(item.index, {"role": "assistant", "content": ""})
-        if isinstance(item, Piece):
+        if isinstance(item, DeltaEvent):
             yield from self._piece(item)
-        elif isinstance(item, End):
+        elif isinstance(item, FinishEvent):
             self._ends.append(item)
             yield self._chunk(item.index, {}, finish_reason=item.reason)
 
     def end(self) -> Iterator[StreamEvent]:
         """The figures, and the end."""
-        if self._wants_usage:
-            yield StreamEvent.of(self._head | {"choices": [], "usage": usage_dict(total_usage(self._ends))})
+        if self._include_usage:
+            yield StreamEvent.from_json(self._head | {"choices": [], "usage": usage_dict(total_usage(self._ends))})
         yield DONE
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
         """The error as a chunk, as OpenAI's clients expect it."""
-        yield StreamEvent.of(openai_error(error))
+        yield StreamEvent.from_json(openai_error(error))
         yield DONE
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The object."""
         return self._head | {
             "object": "chat.completion",
@@ -79,11 +79,11 @@ class ChatTranslation:
         return {
             "index": answer.end.index,
             "message": message,
-            "logprobs": logprobs_dict(answer.logprobs) if self._wants_logprobs else None,
+            "logprobs": logprobs_dict(answer.logprobs) if self._include_logprobs else None,
             "finish_reason": answer.end.reason,
         }
 
-    def _piece(self, piece: Piece) -> Iterator[StreamEvent]:
+    def _piece(self, piece: DeltaEvent) -> Iterator[StreamEvent]:
         delta = piece.delta
         if delta.reasoning:
             yield self._chunk(piece.index, {"reasoning_content": delta.reasoning})
@@ -108,7 +108,9 @@ class ChatTranslation:
             "logprobs": logprobs_dict(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
-        return StreamEvent.of(self._head | {"choices": [choice]} | ({"usage": None} if self._wants_usage else {}))
+        return StreamEvent.from_json(
+            self._head | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})
+        )
 
 
 def _call(part: ToolCallDelta) -> dict[str, Any]:
@@ -124,11 +126,11 @@ def _nameless(delta: Delta) -> list[str]:
 def usage_dict(usage: Usage) -> dict[str, Any]:
     """Tokens as OpenAI counts them: reasoning is part of the completion."""
     return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -147,10 +149,10 @@ def logprobs_dict(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
 
 
 def _token(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(token)}
+    return {"token": token.decode(errors="replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(token)}
 
 
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """As OpenAI writes what has no probability at all: JSON knows no infinity."""
 
 

@@ -7,31 +7,39 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from kimi_mlx.server.conversation import Answer, Continuation, End, Item, Piece, TokenLogprobs, total_usage
+from kimi_mlx.server.conversation import (
+    Answer,
+    AnswerEvent,
+    CompletionRequest,
+    DeltaEvent,
+    FinishEvent,
+    TokenLogprobs,
+    total_usage,
+)
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.openai.chat_request import Wished
-from kimi_mlx.server.openai.chat_response import DONE, LEAST_LOGPROB, openai_error, usage_dict
+from kimi_mlx.server.openai.chat_request import GenerationBody
+from kimi_mlx.server.openai.chat_response import DONE, MIN_LOGPROB, openai_error, usage_dict
 from kimi_mlx.server.translation import StreamEvent
 
-MOST_LOGPROBS = 5
-MOST_PROMPTS = 64
+MAX_LOGPROBS = 5
+MAX_PROMPTS = 64
 
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Ids = Annotated[list[Id], Field(min_length=1)]
-Prompts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
 
 
-class CompletionBody(Wished):
+class CompletionBody(GenerationBody):
     """The body of a plain completion."""
 
     prompt: str | Ids | Prompts | IdPrompts
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     suffix: str | None = Field(None, description="Not supported.")
     best_of: int | None = Field(None, ge=1, le=20, description="Only as many as `n` are supported.")
 
-    def continuations(self) -> list[Continuation]:
+    def to_completion_requests(self) -> list[CompletionRequest]:
         """What is asked, one for each prompt.
 
         Raises:
@@ -44,7 +52,10 @@ class CompletionBody(Wished):
         if self.echo and self.logprobs is not None:
             message = "`logprobs` of the prompt are not computed: leave out `echo`"
             raise ApiError(400, message, "unsupported_parameter", "logprobs")
-        return [Continuation(**self.wish(), top_logprobs=self.logprobs, prompt=prompt) for prompt in self._prompts()]
+        return [
+            CompletionRequest(**self.generation_params(), top_logprobs=self.logprobs, prompt=prompt)
+            for prompt in self._prompts()
+        ]
 
     def _prompts(self) -> list[str | tuple[int, ...]]:
         if isinstance(self.prompt, str):
@@ -54,7 +65,7 @@ class CompletionBody(Wished):
         return [each if isinstance(each, str) else tuple(each) for each in self.prompt if not isinstance(each, int)]
 
 
-class CompletionTranslation:
+class CompletionFormatter:
     """The answers to one request, to several prompts too: then they are numbered through.
 
     Args:
@@ -62,13 +73,13 @@ class CompletionTranslation:
         model: its name.
         created: when, in seconds of Unix.
         echoes: for each answer, what it begins with.
-        wants_usage: a stream ends with it.
+        include_usage: a stream ends with it.
     """
 
-    def __init__(self, id: str, model: str, created: int, echoes: Sequence[str], *, wants_usage: bool):
+    def __init__(self, id: str, model: str, created: int, echoes: Sequence[str], *, include_usage: bool):
         self._head: dict[str, Any] = {"id": id, "object": "text_completion", "created": created, "model": model}
-        self._echoes, self._wants_usage = echoes, wants_usage
-        self._ends: list[End] = []
+        self._echoes, self._include_usage = echoes, include_usage
+        self._ends: list[FinishEvent] = []
         self._lengths = [len(echo) for echo in echoes]
 
     def begin(self) -> Iterator[StreamEvent]:
@@ -77,25 +88,25 @@ class CompletionTranslation:
             if echo:
                 yield self._chunk(index, echo)
 
-    def add(self, item: Item) -> Iterator[StreamEvent]:
+    def add(self, item: AnswerEvent) -> Iterator[StreamEvent]:
         """Chunks."""
-        if isinstance(item, Piece):
+        if isinstance(item, DeltaEvent):
             yield self._chunk(item.index, item.delta.text, item.logprobs)
-        elif isinstance(item, End):
+        elif isinstance(item, FinishEvent):
             self._ends.append(item)
             yield self._chunk(item.index, "", finish_reason=item.reason)
 
     def end(self) -> Iterator[StreamEvent]:
         """The figures, and the end."""
-        if self._wants_usage:
-            yield StreamEvent.of(self._head | {"choices": [], "usage": usage_dict(total_usage(self._ends))})
+        if self._include_usage:
+            yield StreamEvent.from_json(self._head | {"choices": [], "usage": usage_dict(total_usage(self._ends))})
         yield DONE
 
     def fail(self, error: ApiError) -> Iterable[StreamEvent]:
         """The error as a chunk."""
-        return (StreamEvent.of(openai_error(error)), DONE)
+        return (StreamEvent.from_json(openai_error(error)), DONE)
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The object."""
         choices = [
             {
@@ -117,7 +128,9 @@ class CompletionTranslation:
             "logprobs": self._logprobs(index, logprobs),
             "finish_reason": finish_reason,
         }
-        return StreamEvent.of(self._head | {"choices": [choice]} | ({"usage": None} if self._wants_usage else {}))
+        return StreamEvent.from_json(
+            self._head | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})
+        )
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         """In the old shape: parallel lists."""
@@ -130,9 +143,9 @@ class CompletionTranslation:
             self._lengths[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(each.logprob, LEAST_LOGPROB) for each in tokens],
+            "token_logprobs": [max(each.logprob, MIN_LOGPROB) for each in tokens],
             "top_logprobs": [
-                {token.decode(errors="replace"): max(logprob, LEAST_LOGPROB) for token, logprob in each.top}
+                {token.decode(errors="replace"): max(logprob, MIN_LOGPROB) for token, logprob in each.top}
                 for each in tokens
             ],
             "text_offset": offsets,

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API on the way in: the body of a request, and the Ask that it means.
+"""OpenAI's Responses API on the way in: the body of a request, and the ChatRequest that it means.
 
 Source: https://platform.openai.com/docs/api-reference/responses/create. Nothing is kept between requests: a client
 sends the whole conversation each time. What would need something kept, or a tool of OpenAI's own, is refused.
@@ -11,11 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from kimi_mlx.server.content import FOREIGN, kind_among, not_served, possible_choice, text_as
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.openai.chat_request import MOST_LOGPROBS, SMALLEST_TOP_P, TokenCount
+from kimi_mlx.server.openai.chat_request import MAX_LOGPROBS, MIN_TOP_P, TokenCount
+from kimi_mlx.server.request_fields import (
+    UNSUPPORTED,
+    check_tool_choice,
+    text_shorthand,
+    type_discriminator,
+    unsupported,
+)
 from kimi_mlx.text.messages import Message, ToolCall
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -30,7 +36,9 @@ class Part(Body):
     refusal: str | None = None
 
 
-Parts = Annotated[list[Part], BeforeValidator(text_as(type="input_text"), json_schema_input_type=str | list[Part])]
+Parts = Annotated[
+    list[Part], BeforeValidator(text_shorthand(type="input_text"), json_schema_input_type=str | list[Part])
+]
 
 
 class MessageItem(Body):
@@ -66,7 +74,7 @@ class ReasoningItem(Body):
     summary: list[Part] | None = None
 
 
-class ForeignItem(Body):
+class UnsupportedItem(Body):
     """An item of a kind that is not served."""
 
     type: str | None = None
@@ -86,8 +94,8 @@ Item = Annotated[
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[ForeignItem, Tag(FOREIGN)],
-    Discriminator(kind_among(ITEM_TYPES, _message_if_said)),
+    | Annotated[UnsupportedItem, Tag(UNSUPPORTED)],
+    Discriminator(type_discriminator(ITEM_TYPES, _message_if_said)),
 ]
 Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
@@ -147,7 +155,7 @@ class ResponsesBody(Body):
     max_output_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -157,22 +165,22 @@ class ResponsesBody(Body):
     prompt: Any = None
 
 
-def to_ask(body: ResponsesBody) -> Ask:
+def to_chat_request(body: ResponsesBody) -> ChatRequest:
     """Return what a body asks for.
 
     Raises:
         ApiError: it asks for something that is not served.
     """
     _refuse_state(body)
-    top_p = None if body.top_p is None else max(body.top_p, SMALLEST_TOP_P)
+    top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
-    return Ask(
+    return ChatRequest(
         max_tokens=body.max_output_tokens,
         sampling={"temperature": body.temperature, "top_p": top_p},
         top_logprobs=_top_logprobs(body),
         messages=tuple(_Conversation(body).messages),
         tools=tools,
-        tool_choice=possible_choice(_tool_choice(body.tool_choice), tools),
+        tool_choice=check_tool_choice(_tool_choice(body.tool_choice), tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_schema=_response_schema(body.text and body.text.format),
         response_schema_name="text.format",
@@ -184,9 +192,9 @@ def _refuse_state(body: ResponsesBody) -> None:
     """Refuse what counts on something that was kept."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(body, name) is not None:
-            raise not_served(f"`{name}` is", name, "responses are not kept; send the whole conversation as `input`")
+            raise unsupported(f"`{name}` is", name, "responses are not kept; send the whole conversation as `input`")
     if body.background:
-        raise not_served("`background` is", "background", "responses are not kept; wait for the answer, or stream it")
+        raise unsupported("`background` is", "background", "responses are not kept; wait for the answer, or stream it")
 
 
 class _Conversation:
@@ -216,9 +224,9 @@ class _Conversation:
             parts = (part.text or f"[{part.type}: this model reads text only]" for part in item.output)
             self.messages.append(Message("tool", "\n\n".join(parts), tool_call_id=item.call_id))
         elif item.type in ("item_reference", None):
-            raise not_served("references to items are", place, "items are not kept; send the item itself")
+            raise unsupported("references to items are", place, "items are not kept; send the item itself")
         else:
-            raise not_served(f"items of type `{item.type:.60}` are", place)
+            raise unsupported(f"items of type `{item.type:.60}` are", place)
 
     def _say(self, item: MessageItem, text: str) -> None:
         if item.role != "assistant":
@@ -243,7 +251,7 @@ def _text(parts: Sequence[Part], place: str) -> str:
         text = part.text if part.type in TEXT_TYPES else part.refusal
         if text is None:
             what = f"content of type `{part.type:.60}` is"
-            raise not_served(what, f"{place}[{index}]", "this model reads text only")
+            raise unsupported(what, f"{place}[{index}]", "this model reads text only")
         texts.append(text)
     return "".join(texts)
 
@@ -251,7 +259,7 @@ def _text(parts: Sequence[Part], place: str) -> str:
 def _tool(tool: Tool, place: str) -> dict[str, Any]:
     """The tool in the shape of Chat Completions."""
     if tool.type != "function":
-        raise not_served(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
+        raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
     if not tool.name:
         raise ApiError(400, f"`{place}` has no `name`", "missing_required_parameter", f"{place}.name")
     parameters = tool.parameters or {"type": "object", "properties": {}}
@@ -263,7 +271,7 @@ def _tool_choice(choice: str | NamedTool | None) -> str | dict[str, str]:
     if not isinstance(choice, NamedTool):
         return choice or "auto"
     if choice.type != "function" or not choice.name:
-        raise not_served(f"`tool_choice` of type `{choice.type:.60}` is", "tool_choice", "name a function")
+        raise unsupported(f"`tool_choice` of type `{choice.type:.60}` is", "tool_choice", "name a function")
     return {"name": choice.name}
 
 

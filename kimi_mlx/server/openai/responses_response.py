@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_mlx.server.call_steps import CallSteps
-from kimi_mlx.server.conversation import Answer, End, Item, Piece, TokenLogprobs, Usage
+from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.server.translation import StreamEvent
@@ -41,8 +41,8 @@ class _OpenItem:
     logprobs: list[Value] = field(default_factory=list[Value])
 
 
-class ResponseTranslation:
-    """The answer to one request; a `Translation`.
+class ResponseFormatter:
+    """The answer to one request; a `ApiFormatter`.
 
     Args:
         model: its name, as the answer says it.
@@ -68,11 +68,11 @@ class ResponseTranslation:
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
 
-    def add(self, item: Item) -> Iterator[StreamEvent]:
+    def add(self, item: AnswerEvent) -> Iterator[StreamEvent]:
         """The events of a piece, or of the end."""
-        if isinstance(item, Piece):
+        if isinstance(item, DeltaEvent):
             yield from self._piece(item.delta, item.logprobs)
-        elif isinstance(item, End):
+        elif isinstance(item, FinishEvent):
             yield from self._close()
             response = self._ended(item)
             yield self._event(f"response.{response['status']}", response=response)
@@ -87,14 +87,14 @@ class ResponseTranslation:
         response = self._response("failed", error={"code": code, "message": error.message})
         yield self._event("response.failed", response=response)
 
-    def whole(self, answers: Sequence[Answer]) -> Value:
+    def full_response(self, answers: Sequence[Answer]) -> Value:
         """The answer as a response object."""
         (answer,) = answers
         for _ in (*self._piece(answer.delta, answer.logprobs), *self._close()):
             pass  # the events fill the list of items
         return self._ended(answer.end)
 
-    def _ended(self, end: End) -> Value:
+    def _ended(self, end: FinishEvent) -> Value:
         usage = _usage(end.usage)
         if end.reason in ("stop", "tool_calls"):
             return self._response("completed", usage=usage)
@@ -174,7 +174,7 @@ class ResponseTranslation:
 
     def _event(self, kind: str, **fields: Any) -> StreamEvent:
         self._events += 1
-        return StreamEvent.of({"type": kind, "sequence_number": self._events - 1, **fields}, kind)
+        return StreamEvent.from_json({"type": kind, "sequence_number": self._events - 1, **fields}, kind)
 
 
 def _empty_item(part: str) -> Value:
@@ -199,11 +199,11 @@ def _token(value: bytes, logprob: float) -> Value:
 
 def _usage(usage: Usage) -> Value:
     return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.completion,
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
 

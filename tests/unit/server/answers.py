@@ -1,12 +1,21 @@
-"""Answers in pieces, for the tests of every API's translation."""
+"""Answers in pieces, for the tests of every API's formatter."""
 
 from __future__ import annotations
 
-from kimi_mlx.server.conversation import Answer, End, Item, Piece, StopReason, Usage, Waiting, whole
-from kimi_mlx.server.translation import StreamEvent, Translation
+from kimi_mlx.server.conversation import (
+    Answer,
+    AnswerEvent,
+    DeltaEvent,
+    FinishEvent,
+    KeepAlive,
+    StopReason,
+    Usage,
+    collect,
+)
+from kimi_mlx.server.translation import ApiFormatter, StreamEvent
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
-USAGE = Usage(prompt=20, completion=9, cached=16, reasoning=3)
+USAGE = Usage(prompt_tokens=20, completion_tokens=9, cached_tokens=16, reasoning_tokens=3)
 THOUGHT = [Delta(reasoning="Let me "), Delta(reasoning="see.")]
 TEXT = [Delta("I look "), Delta("it up ☃.")]
 
@@ -40,21 +49,21 @@ ANSWERS: dict[str, tuple[list[Delta], StopReason]] = {
 }
 
 
-def items_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: str | None = None) -> list[Item]:
+def items_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: str | None = None) -> list[AnswerEvent]:
     """What the service gives for it."""
-    pieces = [Piece(0, delta) for delta in deltas]
-    return [Waiting(), Waiting(5, 20), *pieces, End(0, reason, stop_sequence, USAGE)]
+    pieces = [DeltaEvent(0, delta) for delta in deltas]
+    return [KeepAlive(), KeepAlive(5, 20), *pieces, FinishEvent(0, reason, stop_sequence, USAGE)]
 
 
 def answer_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: str | None = None) -> Answer:
     """The same, whole."""
-    (answer,) = whole(items_of(deltas, reason, stop_sequence))
+    (answer,) = collect(items_of(deltas, reason, stop_sequence))
     return answer
 
 
-def stream(translation: Translation, items: list[Item]) -> list[StreamEvent]:
+def stream(formatter: ApiFormatter, items: list[AnswerEvent]) -> list[StreamEvent]:
     """All events."""
-    events = list(translation.begin())
+    events = list(formatter.begin())
     for item in items:
-        events += translation.add(item)
-    return [*events, *translation.end()]
+        events += formatter.add(item)
+    return [*events, *formatter.end()]

@@ -23,21 +23,21 @@ from kimi_mlx.engine.request import (
 )
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.conversation import Ask, Continuation, End, Item, Piece, Waiting
+from kimi_mlx.server.conversation import AnswerEvent, ChatRequest, CompletionRequest, DeltaEvent, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.health import trouble
+from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.metrics import Metrics
-from kimi_mlx.server.prompts import Model
+from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.service import Service
-from kimi_mlx.server.stops import StopTexts
+from kimi_mlx.server.stops import StopSequences
 from kimi_mlx.session.session import EventCallback, SessionStatus
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
 
-ASK = Ask(messages=(Message("user", "hi"),), thinking=False)
+ASK = ChatRequest(messages=(Message("user", "hi"),), thinking=False)
 
 
-class HandSession:
+class ScriptedSession:
     """A session whose answers are given by hand."""
 
     def __init__(self) -> None:
@@ -82,20 +82,20 @@ def tokenizer() -> ChatTokenizer:
 
 
 @pytest.fixture
-def session() -> HandSession:
-    return HandSession()
+def session() -> ScriptedSession:
+    return ScriptedSession()
 
 
 @pytest.fixture
-def service(session: HandSession, tokenizer: ChatTokenizer) -> Service:
-    return Service(session, Model(tokenizer, 1000, {"temperature": 0.5}), 3, Metrics())
+def service(session: ScriptedSession, tokenizer: ChatTokenizer) -> Service:
+    return Service(session, PromptBuilder(tokenizer, 1000, {"temperature": 0.5}), 3, Metrics())
 
 
 def finished(reason: FinishReason = "stop") -> Finished:
     return Finished(reason, Statistics(9, 8, 3, 0.1, 0.1, 0))
 
 
-async def collect(service: Service, *wishes: Ask | Continuation) -> list[Item]:
+async def collect(service: Service, *wishes: ChatRequest | CompletionRequest) -> list[AnswerEvent]:
     return [item async for item in service.answer(*wishes)]
 
 
@@ -106,7 +106,7 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_events_become_pieces_and_an_end(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+def test_events_become_pieces_and_an_end(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
@@ -116,17 +116,17 @@ def test_events_become_pieces_and_an_end(service: Service, session: HandSession,
             on_event(Token(id, Logprobs(-0.5, ((id, -0.5),))))
         on_event(finished())
         *pieces, end = await task
-        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hello there"
-        tokens = [token for piece in pieces if isinstance(piece, Piece) for token in piece.logprobs]
+        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, DeltaEvent)) == "Hello there"
+        tokens = [token for piece in pieces if isinstance(piece, DeltaEvent) for token in piece.logprobs]
         assert b"".join(token.token for token in tokens) == b"Hello there"
-        assert isinstance(end, End)
-        assert (end.reason, end.usage.prompt, end.usage.cached) == ("stop", 9, 8)
+        assert isinstance(end, FinishEvent)
+        assert (end.reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 9, 8)
         assert session.requests[0].sampling.temperature == 0.5  # as is recommended where it does not think
 
     run(work)
 
 
-def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -> None:
+def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSession) -> None:
     most = MAX_SEQUENCES + 3  # what the engine could begin does not count as waiting
 
     async def work() -> None:
@@ -137,7 +137,7 @@ def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
         with pytest.raises(ApiError, match=f"at most {most}") as caught:
-            await collect(service, Ask(messages=ASK.messages, n=most + 1))
+            await collect(service, ChatRequest(messages=ASK.messages, n=most + 1))
         assert caught.value.status == 400
         session.callbacks[0](Prefilled(0, 9))
         while service.waiting == most:
@@ -161,9 +161,11 @@ def test_a_full_line_is_told_and_freed(service: Service, session: HandSession) -
 @pytest.mark.parametrize(
     ("error", "status"), [(EngineError("no"), 400), (RingError("lost"), 503), (ValueError("ours"), 500)]
 )
-def test_errors_of_the_engine_are_told(service: Service, session: HandSession, error: Exception, status: int) -> None:
+def test_errors_of_the_engine_are_told(
+    service: Service, session: ScriptedSession, error: Exception, status: int
+) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
         await session.asked(2)
         session.callbacks[1](error)
         with pytest.raises(ApiError) as caught:
@@ -177,10 +179,10 @@ def test_errors_of_the_engine_are_told(service: Service, session: HandSession, e
 
 
 def test_a_lost_ring_is_in_the_log_once(
-    service: Service, session: HandSession, caplog: pytest.LogCaptureFixture
+    service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
         await session.asked(2)
         lost = Interrupted("rank 1 is lost", 1, 3)
         for event in (lost, Resumed(2.0), finished()):
@@ -196,7 +198,7 @@ def test_a_lost_ring_is_in_the_log_once(
 
 
 def test_a_ring_that_is_given_up_is_logged_once(
-    service: Service, session: HandSession, caplog: pytest.LogCaptureFixture
+    service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
         tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(2)]
@@ -212,7 +214,7 @@ def test_a_ring_that_is_given_up_is_logged_once(
     assert [each.message for each in caplog.records] == ["the ring is given up: rank 1 is lost, 3 times"]
 
 
-def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+def test_a_lost_ring_is_told_and_survived(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
@@ -223,24 +225,31 @@ def test_a_lost_ring_is_told_and_survived(service: Service, session: HandSession
             on_event(Token(id))
         on_event(finished())
         items = await task
-        assert items[0] == Waiting(reason="rank 1 is lost")
-        assert isinstance(items[-1], End)
+        assert items[0] == KeepAlive(reason="rank 1 is lost")
+        assert isinstance(items[-1], FinishEvent)
 
     run(work)
 
 
 def test_health_says_what_is_wrong(service: Service) -> None:
-    assert trouble(service, SessionStatus(is_up=True, last_step_age_s=500)) is None  # idle
-    assert trouble(service, SessionStatus(is_up=True, active=1, last_step_age_s=5)) is None
-    assert trouble(service, SessionStatus(is_up=True, active=1, last_step_age_s=500)) == "the last step ended 500 s ago"
-    assert trouble(service, SessionStatus(is_up=False, reason="rank 1 is lost")) == "rank 1 is lost"
+    assert health_problem(service, SessionStatus(is_up=True, last_step_age_s=500)) is None  # idle
+    assert health_problem(service, SessionStatus(is_up=True, active=1, last_step_age_s=5)) is None
+    assert (
+        health_problem(service, SessionStatus(is_up=True, active=1, last_step_age_s=500))
+        == "the last step ended 500 s ago"
+    )
+    assert health_problem(service, SessionStatus(is_up=False, reason="rank 1 is lost")) == "rank 1 is lost"
     service.close()
-    assert trouble(service, SessionStatus(is_up=True)) == "the server is being stopped"
+    assert health_problem(service, SessionStatus(is_up=True)) == "the server is being stopped"
 
 
-def test_a_stop_text_withdraws_the_request(service: Service, session: HandSession, tokenizer: ChatTokenizer) -> None:
+def test_a_stop_text_withdraws_the_request(
+    service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
+) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, thinking=False, stop=("lo th",))))
+        task = asyncio.create_task(
+            collect(service, ChatRequest(messages=ASK.messages, thinking=False, stop=("lo th",)))
+        )
         await session.asked()
         for id in tokenizer.encode("Hello there, you"):
             session.callbacks[0](Token(id))
@@ -248,17 +257,17 @@ def test_a_stop_text_withdraws_the_request(service: Service, session: HandSessio
             await asyncio.sleep(0.001)
         session.callbacks[0](finished("cancelled"))
         *pieces, end = await task
-        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, Piece)) == "Hel"
-        assert isinstance(end, End)
+        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, DeltaEvent)) == "Hel"
+        assert isinstance(end, FinishEvent)
         assert (end.reason, end.stop_sequence) == ("stop", "lo th")
         assert session.cancelled == [1]
 
     run(work)
 
 
-def test_whoever_leaves_withdraws_all_answers(service: Service, session: HandSession) -> None:
+def test_whoever_leaves_withdraws_all_answers(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
         await session.asked(2)
         session.callbacks[0](finished())
         while service.waiting == 2:
@@ -272,7 +281,7 @@ def test_whoever_leaves_withdraws_all_answers(service: Service, session: HandSes
     run(work)
 
 
-def test_the_end_of_the_server_ends_all(service: Service, session: HandSession) -> None:
+def test_the_end_of_the_server_ends_all(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
@@ -285,9 +294,9 @@ def test_the_end_of_the_server_ends_all(service: Service, session: HandSession) 
     run(work)
 
 
-def test_seeds_of_several_answers_differ(service: Service, session: HandSession) -> None:
+def test_seeds_of_several_answers_differ(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        asked = Ask(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
+        asked = ChatRequest(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
         task = asyncio.create_task(collect(service, asked))
         await session.asked(3)
         assert [request.sampling.seed for request in session.requests] == [2**63 - 1, 0, 1]
@@ -307,14 +316,14 @@ def test_stop_texts_are_found_across_pieces(size: int) -> None:
         ("xyz", ("zz", "yzz"), "xyz"),
         ("first second", ("second", "st"), "fir"),
     ):
-        found = StopTexts(stops)
+        found = StopSequences(stops)
         pieces = [found.add(text[at : at + size]) for at in range(0, len(text), size)]
         if found.found is None:
             pieces.append(found.finish())
         assert "".join(pieces) == shown
 
 
-def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Service, session: HandSession) -> None:
+def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Service, session: ScriptedSession) -> None:
     submit, may_go_on = session.submit, threading.Event()
 
     def slow(request: Request, on_event: EventCallback) -> int:
@@ -325,7 +334,7 @@ def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Ser
     session.submit = slow  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
-        task = asyncio.create_task(collect(service, Ask(messages=ASK.messages, n=3)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=3)))
         await session.asked()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -339,7 +348,7 @@ def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Ser
     run(work)
 
 
-def test_a_server_that_ends_does_not_wait_for_the_engine(service: Service, session: HandSession) -> None:
+def test_a_server_that_ends_does_not_wait_for_the_engine(service: Service, session: ScriptedSession) -> None:
     session.cancel = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:

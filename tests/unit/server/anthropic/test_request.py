@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_ask
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_chat_request
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.text.messages import Message, ToolCall
@@ -18,13 +18,13 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 
 
-def ask_of(*messages: dict[str, Any], **fields: Any) -> Ask:
+def request_of(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
     body = {"model": "claude-x", "max_tokens": 9, "messages": messages, **fields}
-    return to_ask(parse(MessagesBody, json.dumps(body).encode()))
+    return to_chat_request(parse(MessagesBody, json.dumps(body).encode()))
 
 
 def test_the_least_body():
-    assert ask_of(HI) == Ask(
+    assert request_of(HI) == ChatRequest(
         max_tokens=9,
         sampling={"temperature": None, "top_p": None, "top_k": None},
         messages=(Message("user", "Hi"),),
@@ -33,11 +33,11 @@ def test_the_least_body():
         call_id_prefix="toolu_",
     )
     body = {"model": "m", "messages": [HI]}
-    assert to_ask(parse(CountBody, json.dumps(body).encode())).messages == (Message("user", "Hi"),)
+    assert to_chat_request(parse(CountBody, json.dumps(body).encode())).messages == (Message("user", "Hi"),)
 
 
 def test_everything_that_has_a_meaning():
-    ask = ask_of(
+    ask = request_of(
         HI,
         system=[
             {"type": "text", "text": "One.", "cache_control": {"type": "ephemeral"}},
@@ -71,16 +71,16 @@ def test_everything_that_has_a_meaning():
 @pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
 def test_tool_choices(kind: str, choice: str):
     tool = {"name": "f", "input_schema": SCHEMA}
-    assert ask_of(HI, tools=[tool], tool_choice={"type": kind}).tool_choice == choice
+    assert request_of(HI, tools=[tool], tool_choice={"type": kind}).tool_choice == choice
 
 
 @pytest.mark.parametrize(("kind", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)])
 def test_thinking(kind: str, thinks: bool):
-    assert ask_of(HI, thinking={"type": kind}).thinking is thinks
+    assert request_of(HI, thinking={"type": kind}).thinking is thinks
 
 
 def test_a_round_of_tools():
-    ask = ask_of(
+    ask = request_of(
         HI,
         {
             "role": "assistant",
@@ -125,11 +125,11 @@ def test_a_round_of_tools():
 )
 def test_broken_arguments_come_back_as_the_model_wrote_them(given: dict[str, Any], arguments: str):
     call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": given}
-    assert ask_of({"role": "assistant", "content": [call]}, HI).messages[0].tool_calls[0].arguments == arguments
+    assert request_of({"role": "assistant", "content": [call]}, HI).messages[0].tool_calls[0].arguments == arguments
 
 
 def test_the_last_turn_may_be_begun():
-    ask = ask_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
+    ask = request_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
     assert ask.messages == (Message("user", "Hi"),)
     assert ask.partial == "The answer is ("
 
@@ -137,10 +137,10 @@ def test_the_last_turn_may_be_begun():
 def test_what_changes_with_each_request_is_no_part_of_the_prompt():
     header = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
     system = [{"type": "text", "text": header}, {"type": "text", "text": "You are helpful."}]
-    assert ask_of(HI, system=system).messages[0] == Message("system", "You are helpful.")
-    assert ask_of(HI, system=f"{header}\nYou are helpful.").messages[0] == Message("system", "You are helpful.")
-    assert ask_of({"role": "system", "content": system}, HI).messages[0] == Message("system", "You are helpful.")
-    assert ask_of({"role": "user", "content": header}).messages == (Message("user", header),)
+    assert request_of(HI, system=system).messages[0] == Message("system", "You are helpful.")
+    assert request_of(HI, system=f"{header}\nYou are helpful.").messages[0] == Message("system", "You are helpful.")
+    assert request_of({"role": "system", "content": system}, HI).messages[0] == Message("system", "You are helpful.")
+    assert request_of({"role": "user", "content": header}).messages == (Message("user", header),)
 
 
 def said(role: str, **block: Any) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def test_what_is_not_served_is_refused_by_name(
     messages: list[dict[str, Any]], fields: dict[str, Any], place: str, problem: str
 ):
     with pytest.raises(ApiError, match=problem) as error:
-        ask_of(*messages, **fields)
+        request_of(*messages, **fields)
     assert (error.value.status, error.value.param) == (400, place)
 
 

@@ -9,7 +9,7 @@ import anthropic.types
 import pytest
 from pydantic import TypeAdapter
 
-from kimi_mlx.server.anthropic.response import SIGNATURE, MessageTranslation, error_body
+from kimi_mlx.server.anthropic.response import SIGNATURE, MessageFormatter, error_body
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
@@ -60,15 +60,15 @@ def as_object(arguments: str) -> Any:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_stream_is_the_message_in_pieces(name: str):
     deltas, reason = ANSWERS[name]
-    translation = MessageTranslation("kimi")
-    sent = stream(translation, items_of(deltas, reason))
+    formatter = MessageFormatter("kimi")
+    sent = stream(formatter, items_of(deltas, reason))
     events = [json.loads(event.data) for event in sent]
     assert [event.name for event in sent] == [event["type"] for event in events]
     assert [event["type"] for event in events[1:3]] == ["ping", "ping"]
     real = [event for event in events if event["type"] != "ping"]
     for event in real:
         EVENT.validate_python(event)
-    message = translation.whole([answer_of(deltas, reason)])
+    message = formatter.full_response([answer_of(deltas, reason)])
     assert assemble(real) == message
     anthropic.types.Message.model_validate(message)
     assert message["usage"] == {
@@ -81,7 +81,7 @@ def test_a_stream_is_the_message_in_pieces(name: str):
 
 
 def content_of(deltas: list[Delta]) -> list[dict[str, Any]]:
-    return MessageTranslation("kimi").whole([answer_of(deltas)])["content"]
+    return MessageFormatter("kimi").full_response([answer_of(deltas)])["content"]
 
 
 def test_blocks():
@@ -99,7 +99,7 @@ def test_what_is_no_call_is_shown_all_the_same():
 
 def test_why_it_ended():
     reasons = [("stop", None), ("stop", "END"), ("length", None), ("tool_calls", None)]
-    messages = [MessageTranslation("kimi").whole([answer_of(TEXT, *reason)]) for reason in reasons]
+    messages = [MessageFormatter("kimi").full_response([answer_of(TEXT, *reason)]) for reason in reasons]
     assert [message["stop_reason"] for message in messages] == [
         "end_turn",
         "stop_sequence",
@@ -125,5 +125,5 @@ def test_why_it_ended():
 )
 def test_errors(error: ApiError, kind: str, message: str):
     assert error_body(error) == {"type": "error", "error": {"type": kind, "message": message}}
-    (event,) = MessageTranslation("kimi").fail(error)
+    (event,) = MessageFormatter("kimi").fail(error)
     assert (event.name, json.loads(event.data)) == ("error", error_body(error))

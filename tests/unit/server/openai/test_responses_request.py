@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.server.conversation import Ask
+from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
-from kimi_mlx.server.openai.responses_request import ResponsesBody, to_ask
+from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
 from kimi_mlx.text.messages import Message, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 IMAGE = {"type": "input_image", "image_url": "data:"}
 
 
-def ask_of(given: str | list[dict[str, Any]] = "Hi", **fields: Any) -> Ask:
-    return to_ask(parse(ResponsesBody, json.dumps({"model": "m", "input": given, **fields}).encode()))
+def request_of(given: str | list[dict[str, Any]] = "Hi", **fields: Any) -> ChatRequest:
+    return to_chat_request(parse(ResponsesBody, json.dumps({"model": "m", "input": given, **fields}).encode()))
 
 
 def test_the_least_body():
-    assert ask_of() == Ask(
+    assert request_of() == ChatRequest(
         sampling={"temperature": None, "top_p": None},
         messages=(Message("user", "Hi"),),
         response_schema_name="text.format",
@@ -31,7 +31,7 @@ def test_the_least_body():
 
 def test_everything_that_has_a_meaning():
     function = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
-    ask = ask_of(
+    ask = request_of(
         instructions="Be brief.",
         tools=[{"type": "function", **function}, {"type": "function", "name": "g", "parameters": None, "strict": None}],
         tool_choice={"type": "function", "name": "f"},
@@ -58,7 +58,7 @@ def test_everything_that_has_a_meaning():
 
 
 def test_a_round_of_tools():
-    ask = ask_of(
+    ask = request_of(
         [
             {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
@@ -111,7 +111,7 @@ def test_a_round_of_tools():
     ],
 )
 def test_fields(fields: dict[str, Any], name: str, value: Any):
-    assert getattr(ask_of(**fields), name) == value
+    assert getattr(request_of(**fields), name) == value
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
 )
 def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any], place: str, problem: str):
     with pytest.raises(ApiError, match=problem) as error:
-        ask_of(**{"given": "Hi"} | ({"given": fields.pop("input")} if "input" in fields else {}) | fields)
+        request_of(**{"given": "Hi"} | ({"given": fields.pop("input")} if "input" in fields else {}) | fields)
     assert (error.value.status, error.value.param) == (400, place)
 
 

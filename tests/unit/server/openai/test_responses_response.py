@@ -9,10 +9,10 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from kimi_mlx.server.conversation import Piece, TokenLogprobs
+from kimi_mlx.server.conversation import DeltaEvent, TokenLogprobs
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_request import ResponsesBody
-from kimi_mlx.server.openai.responses_response import ResponseTranslation
+from kimi_mlx.server.openai.responses_response import ResponseFormatter
 from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
 
@@ -20,8 +20,8 @@ EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 LAST = {"length": "incomplete"}
 
 
-def translation(**fields: Any) -> ResponseTranslation:
-    return ResponseTranslation("kimi", ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields}))
+def formatter(**fields: Any) -> ResponseFormatter:
+    return ResponseFormatter("kimi", ResponsesBody.model_validate({"model": "m", "input": "Hi", **fields}))
 
 
 def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_stream_is_the_response_in_pieces(name: str, summary: str | None):
     deltas, reason = ANSWERS[name]
-    streamed = translation(reasoning={"summary": summary})
+    streamed = formatter(reasoning={"summary": summary})
     sent = stream(streamed, items_of(deltas, reason))
     events = [json.loads(event.data) for event in sent]
     assert [event.name for event in sent] == [event["type"] for event in events]
@@ -78,7 +78,7 @@ def test_a_stream_is_the_response_in_pieces(name: str, summary: str | None):
     assert events[0]["response"]["status"] == "in_progress"
     response = events[-1]["response"]
     assert (response["status"], response["output"]) == (last, assemble(events))
-    whole = translation(reasoning={"summary": summary}).whole([answer_of(deltas, reason)])
+    whole = formatter(reasoning={"summary": summary}).full_response([answer_of(deltas, reason)])
     Response.model_validate(whole)
     assert without_ids(whole) == without_ids(response)
 
@@ -89,7 +89,7 @@ def without_ids(response: dict[str, Any]) -> dict[str, Any]:
 
 
 def output_of(deltas: list[Delta], **fields: Any) -> list[dict[str, Any]]:
-    return [{**item, "id": ""} for item in translation(**fields).whole([answer_of(deltas)])["output"]]
+    return [{**item, "id": ""} for item in formatter(**fields).full_response([answer_of(deltas)])["output"]]
 
 
 def test_items():
@@ -117,7 +117,7 @@ def test_what_is_no_call_is_shown_all_the_same():
 def test_usage_ends_and_what_is_repeated():
     tool = {"type": "function", "name": "f", "parameters": {}, "strict": None}
     form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
-    asked = translation(
+    asked = formatter(
         tools=[tool],
         tool_choice={"type": "function", "name": "f"},
         text={"format": form},
@@ -126,7 +126,7 @@ def test_usage_ends_and_what_is_repeated():
         instructions="Be brief.",
         temperature=0.5,
     )
-    response = asked.whole([answer_of(TEXT, "length")])
+    response = asked.full_response([answer_of(TEXT, "length")])
     parsed = Response.model_validate(response)
     assert parsed.incomplete_details is not None
     assert parsed.incomplete_details.reason == "max_output_tokens"
@@ -143,7 +143,9 @@ def test_usage_ends_and_what_is_repeated():
 
 def test_logprobs():
     token = TokenLogprobs("☃".encode()[:2], -0.5, ((b"a", -0.5), (b"b", -1.0)))
-    (event,) = [e for e in translation().add(Piece(0, Delta("x"), (token,))) if e.name == "response.output_text.delta"]
+    (event,) = [
+        e for e in formatter().add(DeltaEvent(0, Delta("x"), (token,))) if e.name == "response.output_text.delta"
+    ]
     (logprob,) = json.loads(event.data)["logprobs"]
     assert (logprob["token"], logprob["bytes"], logprob["logprob"]) == ("\ufffd", [226, 152], -0.5)
     assert [top["token"] for top in logprob["top_logprobs"]] == ["a", "b"]
@@ -151,7 +153,7 @@ def test_logprobs():
 
 def test_a_stream_that_fails():
     for status, code in ((503, "server_error"), (429, "rate_limit_exceeded")):
-        (event,) = translation().fail(ApiError(status, "the ring is lost"))
+        (event,) = formatter().fail(ApiError(status, "the ring is lost"))
         parsed = EVENT.validate_json(event.data)
         assert parsed.type == "response.failed"
         assert parsed.response.error is not None

@@ -7,11 +7,13 @@ from typing import Any, cast
 
 from kimi_mlx.server.errors import ApiError
 
-FOREIGN = "foreign"
+UNSUPPORTED = "foreign"
 
 
-def kind_among(known: Collection[str], default: Callable[[Any], str | None] = lambda _: None) -> Callable[[Any], str]:
-    """Return a discriminator for pydantic: the `type` of a part, or FOREIGN if it is none of those known.
+def type_discriminator(
+    known: Collection[str], default: Callable[[Any], str | None] = lambda _: None
+) -> Callable[[Any], str]:
+    """Return a discriminator for pydantic: the `type` of a part, or UNSUPPORTED if it is none of those known.
 
     Args:
         known: types that are served.
@@ -23,18 +25,18 @@ def kind_among(known: Collection[str], default: Callable[[Any], str | None] = la
             cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
         )
         kind = kind or default(value)
-        return kind if kind in known else FOREIGN
+        return kind if kind in known else UNSUPPORTED
 
     return kind_of
 
 
-def text_as(**part: Any) -> Callable[[Any], Any]:
+def text_shorthand(**part: Any) -> Callable[[Any], Any]:
     """Return a validator for pydantic: a text is short for a list with one part, in which it stands as `text`."""
     return lambda value: [{**part, "text": value}] if isinstance(value, str) else value
 
 
-def possible_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:
-    """Return the choice of an Ask, unless there are no tools that it could mean.
+def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:
+    """Return the choice of an ChatRequest, unless there are no tools that it could mean.
 
     Raises:
         ApiError: there are none.
@@ -48,6 +50,6 @@ def possible_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, A
     return choice
 
 
-def not_served(what: str, place: str, hint: str | None = None) -> ApiError:
+def unsupported(what: str, place: str, hint: str | None = None) -> ApiError:
     """The error for what an API has and this server has not; `what` ends in `is` or `are`."""
     return ApiError(400, f"{what} not supported" + (f": {hint}" if hint else ""), "unsupported_value", place)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kimi_mlx.engine.request import Finished, Statistics, Token
-from kimi_mlx.server.call_ids import to_native
-from kimi_mlx.server.conversation import Piece
-from kimi_mlx.server.reading import ChatReader, Reading
+from kimi_mlx.server.conversation import DeltaEvent
+from kimi_mlx.server.response_builder import ChatReader, ResponseBuilder
+from kimi_mlx.server.tool_calls import to_kimi_ids
 from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
@@ -24,18 +24,18 @@ def tokenizer() -> Tokenizer:
 
 def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
     """What comes, piece by piece, and why it ended."""
-    reader = ChatReader(OutputParser(tokenizer, False), to_native([])[1].answer())
-    reading = Reading(0, tokenizer, reader, (stop,), counts_prompt=True)
+    reader = ChatReader(OutputParser(tokenizer, False), to_kimi_ids([])[1].allocator())
+    reading = ResponseBuilder(0, tokenizer, reader, (stop,), counts_prompt=True)
     special = tokenizer.special_tokens
     ids = [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
     end = reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
     items = [*(piece for i in ids for piece in reading.add(Token(i))), *end]
     return [
         f"{item.delta.text}{[part.name or part.arguments for part in item.delta.tool_call_deltas] or ''}"
-        if isinstance(item, Piece)
+        if isinstance(item, DeltaEvent)
         else item.reason
         for item in items
-        if not (isinstance(item, Piece) and item.delta.tool_calls)
+        if not (isinstance(item, DeltaEvent) and item.delta.tool_calls)
     ]
 
 

@@ -13,11 +13,11 @@ import uvicorn
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.app import build_app
 from kimi_mlx.server.http.context import Context
-from kimi_mlx.server.http.protocol import PatientProtocol
+from kimi_mlx.server.http.protocol import TimeoutProtocol
 from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.metrics import Metrics
-from kimi_mlx.server.prompts import Model
-from kimi_mlx.server.served import Served
+from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.service import Service
 from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
@@ -35,14 +35,14 @@ class ServingOptions:
 
     Args:
         security: who may ask.
-        most_waiting: answers that may wait.
-        most_body_bytes: of a request.
+        max_queue: answers that may wait.
+        max_body_bytes: of a request.
         log_prompts: whether the log shows bodies.
     """
 
     security: Security = field(default_factory=Security)
-    most_waiting: int = 64
-    most_body_bytes: int = 32 * MB
+    max_queue: int = 64
+    max_body_bytes: int = 32 * MB
     log_prompts: bool = False
 
 
@@ -62,24 +62,24 @@ class Server(uvicorn.Server):
         self,
         session: Session,
         tokenizer: ChatTokenizer,
-        served: Served,
+        model_info: ModelInfo,
         instant_sampling: Mapping[str, float],
         options: ServingOptions,
         when_ready: Callable[[], None] = lambda: None,
     ):
         self._when_ready = when_ready
-        served = replace(served, context_tokens=min(served.context_tokens, session.context))
-        model = Model(tokenizer, served.context_tokens, instant_sampling)
-        self.service = Service(session, model, options.most_waiting, Metrics())
+        model_info = replace(model_info, context_tokens=min(model_info.context_tokens, session.context))
+        model = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling)
+        self.service = Service(session, model, options.max_queue, Metrics())
         app = build_app(
-            Context(self.service, served),
+            Context(self.service, model_info),
             options.security,
-            options.most_body_bytes,
+            options.max_body_bytes,
             log_prompts=options.log_prompts,
         )
         config = uvicorn.Config(
             app,
-            http=PatientProtocol,
+            http=TimeoutProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

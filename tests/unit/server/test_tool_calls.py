@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.server.call_ids import to_native
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.tool_calls import to_kimi_ids
 from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
 
 
@@ -33,7 +33,7 @@ def new_call(name: str = "f", index: int = 0) -> Delta:
 
 def test_calls_are_counted_over_the_whole_conversation():
     sent = [Message("user", "?"), called("call_a", "call_b"), result("call_b"), result("call_a"), called("x", name="g")]
-    messages, ids = to_native(sent)
+    messages, ids = to_kimi_ids(sent)
     assert ids_in(messages) == [
         None,
         "functions.f:0",
@@ -60,8 +60,8 @@ def test_calls_are_counted_over_the_whole_conversation():
     ],
 )
 def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | None, expected: str):
-    _, ids = to_native([turn for i in known for turn in (called(i), result(i))], prefix)
-    delta = ids.answer().restore(new_call())
+    _, ids = to_kimi_ids([turn for i in known for turn in (called(i), result(i))], prefix)
+    delta = ids.allocator().assign(new_call())
     (part,), (call,) = delta.tool_call_deltas, delta.tool_calls
     assert isinstance(call, ToolCall)
     assert part.id == call.id
@@ -69,14 +69,14 @@ def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | N
 
 
 def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
-    answer = to_native([])[1].answer()
-    first = answer.restore(Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "a:9", "a"),)))
+    answer = to_kimi_ids([])[1].allocator()
+    first = answer.assign(Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "a:9", "a"),)))
     assert first == Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "functions.a:0", "a"),))
     more = Delta(tool_call_deltas=(ToolCallDelta(0, arguments="{"),))
-    assert answer.restore(more) == more
+    assert answer.assign(more) == more
     broken = Delta(tool_calls=(UnparsedToolCall("", "no tool name"), UnparsedToolCall("a:9{", "cut", 0)))
-    assert answer.restore(broken) == broken
-    second = answer.restore(new_call("b", 1))
+    assert answer.assign(broken) == broken
+    second = answer.assign(new_call("b", 1))
     assert [call.id for call in second.tool_calls if isinstance(call, ToolCall)] == ["functions.b:1"]
 
 
@@ -93,7 +93,7 @@ def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
 )
 def test_results_that_belong_nowhere_are_the_clients_mistake(messages: list[Message], problem: str):
     with pytest.raises(ApiError, match=problem) as error:
-        to_native(messages)
+        to_kimi_ids(messages)
     assert error.value.status == 400
 
 
@@ -106,14 +106,14 @@ def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str
                 history.pop(0)
             history.pop(0)
             history = history[next((i for i, m in enumerate(history) if m.role == "assistant"), len(history)) :]
-        _, ids = to_native(history, data.draw(st.sampled_from([None, "toolu_"])))
-        answer = ids.answer()
-        calls = [call for i, name in enumerate(names) for call in answer.restore(new_call(name, i)).tool_calls]
+        _, ids = to_kimi_ids(history, data.draw(st.sampled_from([None, "toolu_"])))
+        answer = ids.allocator()
+        calls = [call for i, name in enumerate(names) for call in answer.assign(new_call(name, i)).tool_calls]
         given_ids = [call.id for call in calls if isinstance(call, ToolCall)]
         assert len({*given_ids, *ids.known}) == len(given_ids) + len(ids.known)
         turn = [ToolCall(i, name, "{}") for i, name in zip(given_ids, names, strict=True)]
         history += [Message("assistant", tool_calls=turn), *map(result, data.draw(st.permutations(given_ids)))]
-        messages, _ = to_native(history)
+        messages, _ = to_kimi_ids(history)
         native = [call.id for message in messages for call in message.tool_calls]
         assert native == [
             f"functions.{call.name}:{i}"

@@ -9,10 +9,10 @@ from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.metrics import Metrics
 
-LONGEST_RETRY_S = 60
+MAX_RETRY_S = 60
 
 
-class WaitingLine:
+class AdmissionQueue:
     """A line with an end.
 
     Args:
@@ -27,7 +27,7 @@ class WaitingLine:
         """Answers that wait now."""
         self._last_wait_s = 1.0
 
-    def enter(self, count: int, running: int) -> Turn:
+    def enter(self, count: int, running: int) -> QueueSlot:
         """Take places for so many answers.
 
         Args:
@@ -43,7 +43,7 @@ class WaitingLine:
             raise ApiError(400, f"{message} ({MAX_SEQUENCES} run, its `--max-queue` wait)", "invalid_value", "n")
         if self.waiting + count > most - min(running, MAX_SEQUENCES):
             self._metrics.refused.inc(count)
-            retry = min(max(math.ceil(self._last_wait_s), 1), LONGEST_RETRY_S)
+            retry = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
             raise ApiError(
                 429,
                 f"{running} answers run and {self.waiting} are waiting already; try again later",
@@ -51,7 +51,7 @@ class WaitingLine:
                 retry_after_s=retry,
             )
         self.waiting += count
-        return Turn(self, count)
+        return QueueSlot(self, count)
 
     def leave(self, count: int, since: float) -> None:
         """Free places that were taken at a time."""
@@ -59,10 +59,10 @@ class WaitingLine:
         self.waiting -= count
 
 
-class Turn:
+class QueueSlot:
     """Places of one request in the line."""
 
-    def __init__(self, line: WaitingLine, count: int):
+    def __init__(self, line: AdmissionQueue, count: int):
         self._line, self._left = line, count
         self._since = time.monotonic()
 

@@ -13,7 +13,7 @@ DEFAULT_NAME = "default"
 
 
 @dataclass(frozen=True)
-class Served:
+class ModelInfo:
     """The model that is served.
 
     Args:
@@ -33,7 +33,7 @@ class Served:
         """All that it may be asked for by."""
         return list(dict.fromkeys([self.name, *self.aliases, DEFAULT_NAME]))
 
-    def check(self, name: str | None) -> str:
+    def resolve(self, name: str | None) -> str:
         """The name that answers bear.
 
         Raises:

@@ -32,12 +32,12 @@ class CallIds:
     known: tuple[str, ...] = ()
     prefix: str | None = None
 
-    def answer(self) -> AnswerIds:
+    def allocator(self) -> CallIdAllocator:
         """The ids of one new answer."""
-        return AnswerIds(self)
+        return CallIdAllocator(self)
 
 
-def to_native(messages: Sequence[Message], prefix: str | None = None) -> tuple[tuple[Message, ...], CallIds]:
+def to_kimi_ids(messages: Sequence[Message], prefix: str | None = None) -> tuple[tuple[Message, ...], CallIds]:
     """Return the conversation with Kimi's ids, and what is needed to name the calls of its answer.
 
     Args:
@@ -89,7 +89,7 @@ def _wrong(message: str) -> ApiError:
     return ApiError(400, message, "invalid_tool_call_id")
 
 
-class AnswerIds:
+class CallIdAllocator:
     """Gives the calls of one answer the ids that the client is told."""
 
     def __init__(self, ids: CallIds):
@@ -99,7 +99,7 @@ class AnswerIds:
         self._given: list[str] = []  # by the index of the call
         self._closed = 0
 
-    def restore(self, delta: Delta) -> Delta:
+    def assign(self, delta: Delta) -> Delta:
         """Return the next piece of the answer with the client's ids."""
         return replace(
             delta,

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
-from kimi_mlx.server.call_ids import AnswerIds
-from kimi_mlx.server.conversation import End, Piece, StopReason, TokenLogprobs, Usage
-from kimi_mlx.server.stops import StopTexts
+from kimi_mlx.server.conversation import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
+from kimi_mlx.server.stops import StopSequences
+from kimi_mlx.server.tool_calls import CallIdAllocator
 from kimi_mlx.text.messages import Delta
 from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -50,19 +50,19 @@ class PlainReader:
 class ChatReader:
     """Reasoning, text and calls, whose ids are those of the client's kind."""
 
-    def __init__(self, parser: OutputParser, ids: AnswerIds):
+    def __init__(self, parser: OutputParser, ids: CallIdAllocator):
         self._parser, self._ids = parser, ids
 
     def add(self, token_id: int) -> Delta:
         """What a token adds."""
-        return self._ids.restore(self._parser.add(token_id))
+        return self._ids.assign(self._parser.add(token_id))
 
     def finish(self) -> Delta:
         """What is still open."""
-        return self._ids.restore(self._parser.finish())
+        return self._ids.assign(self._parser.finish())
 
 
-class Reading:
+class ResponseBuilder:
     """One answer as it comes.
 
     Args:
@@ -80,7 +80,7 @@ class Reading:
         self._counts_prompt = counts_prompt
         self._tokenizer = tokenizer
         self._reader = reader
-        self._stops = StopTexts(stop)
+        self._stops = StopSequences(stop)
         self._has_calls = False
         self._tokens = _Tokens()
         self.generated = 0
@@ -93,7 +93,7 @@ class Reading:
         """Whether one of the texts has ended it: the engine is to be told."""
         return self._stops.found is not None
 
-    def add(self, token: Token) -> Iterator[Piece]:
+    def add(self, token: Token) -> Iterator[DeltaEvent]:
         """Take a token; nothing counts after the end."""
         if self.is_stopped:
             return
@@ -105,7 +105,7 @@ class Reading:
         self._count(delta)
         yield from self._piece(delta, self._stops.add(delta.text))
 
-    def finish(self, event: Finished) -> Iterator[Piece | End]:
+    def finish(self, event: Finished) -> Iterator[DeltaEvent | FinishEvent]:
         """The rest, and the end."""
         if not self.is_stopped:
             delta = self._reader.finish()
@@ -113,7 +113,7 @@ class Reading:
             yield from self._piece(delta, self._stops.add(delta.text))
             if not self.is_stopped:
                 yield from self._piece(Delta(), self._stops.finish())
-        yield End(self.index, self._reason(event), self._stops.found, self._usage(event.statistics))
+        yield FinishEvent(self.index, self._reason(event), self._stops.found, self._usage(event.statistics))
 
     def _reason(self, event: Finished) -> StopReason:
         if self.is_stopped or event.reason == "cancelled":
@@ -131,19 +131,19 @@ class Reading:
             self._reasoning += self._unassigned if delta.reasoning else 0
             self._unassigned = 0
 
-    def _piece(self, delta: Delta, shown: str) -> Iterator[Piece]:
+    def _piece(self, delta: Delta, shown: str) -> Iterator[DeltaEvent]:
         self._has_calls = self._has_calls or bool(delta.tool_call_deltas)
         if delta and not delta.text:  # something else begins, and text that was held back stands before it
             held = self._stops.finish()
             if held:
-                yield Piece(self.index, Delta(held), self._tokens.release(len(held)))
+                yield DeltaEvent(self.index, Delta(held), self._tokens.release(len(held)))
         if delta.text:
             self._tokens.place(len(delta.text))
         elif delta:
             self._tokens.drop()
         delta = replace(delta, text=shown)
         if delta:
-            yield Piece(self.index, delta, self._tokens.release(len(shown)))
+            yield DeltaEvent(self.index, delta, self._tokens.release(len(shown)))
 
     def _bytes(self, id: int) -> bytes:
         try:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.http.listener import Listener
-from kimi_mlx.server.served import Served
-from kimi_mlx.server.serving import Server, ServingOptions
+from kimi_mlx.server.http.server_socket import ServerSocket
+from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.server import Server, ServingOptions
 from kimi_mlx.session.session import Session
 from tests.fakes import KIMI_MINI
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningServer:
     """A server that runs.
 
     Args:
@@ -31,7 +31,7 @@ class Running:
     port: int
     server: Server
 
-    def figure(self, name: str) -> float:
+    def metric(self, name: str) -> float:
         """A figure of its metrics; 0 if it is not there yet. A request is counted when its answer has been sent."""
         status = self.server.service.status()
         lines = self.server.service.metrics.text(status, is_up=True).decode().splitlines()
@@ -56,12 +56,12 @@ def wait_until(is_so: Callable[[], bool], limit_s: float = 20) -> None:
 @contextmanager
 def serving(
     session: Session, options: ServingOptions | None = None, context_tokens: int | None = None
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     """Serve kimi-mini, with a shorter context than it has if that is wanted; the session stays open."""
     context_tokens = context_tokens or load_config(KIMI_MINI).max_position_embeddings
-    served = Served("kimi-mini", ("mini",), context_tokens, int(time.time()))
-    server = Server(session, ChatTokenizer.load(KIMI_MINI), served, {}, options or ServingOptions())
-    with closing(Listener("127.0.0.1", 0)) as listener:
+    model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
+    server = Server(session, ChatTokenizer.load(KIMI_MINI), model_info, {}, options or ServingOptions())
+    with closing(ServerSocket("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)
         url, port = listener.url, listener.port
         thread.start()
@@ -69,7 +69,7 @@ def serving(
             assert thread.is_alive()
             time.sleep(0.005)
         try:
-            yield Running(url, port, server)
+            yield RunningServer(url, port, server)
         finally:
             server.should_exit = True
             thread.join(20)

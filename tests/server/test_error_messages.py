@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.server import raw
-from tests.server.running import Running, wait_until
+from tests.server.running_server import RunningServer, wait_until
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -23,12 +23,12 @@ ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
         (ASKED | {"stream": "x"}, "`stream`: it must be true or false"),
     ],
 )
-def test_mistakes_are_told_in_our_words(running: Running, fields: dict[str, Any], message: str) -> None:
+def test_mistakes_are_told_in_our_words(running: RunningServer, fields: dict[str, Any], message: str) -> None:
     body = json.dumps(fields).encode()
     assert raw.request(running.port, "POST", "/v1/chat/completions", body).error["message"] == message
 
 
-def test_a_wrong_base_url_is_told(running: Running) -> None:
+def test_a_wrong_base_url_is_told(running: RunningServer) -> None:
     response = raw.request(running.port, "POST", "/chat/completions", b"{}")
     assert response.status == 404
     assert "ends in `/v1`" in response.error["message"]
@@ -39,16 +39,16 @@ def test_a_wrong_base_url_is_told(running: Running) -> None:
     ("path", "fields"),
     [("/v1/responses", {"input": "hi", "max_output_tokens": 3}), ("/v1/messages", ASKED | {"max_tokens": 3})],
 )
-def test_without_a_name_the_served_model_is_meant(running: Running, path: str, fields: dict[str, Any]) -> None:
+def test_without_a_name_the_served_model_is_meant(running: RunningServer, path: str, fields: dict[str, Any]) -> None:
     response = raw.request(running.port, "POST", path, json.dumps(fields).encode())
     assert (response.status, json.loads(response.body)["model"]) == (200, "kimi-mini")
 
 
-def test_models_are_listed_for_every_api(running: Running) -> None:
+def test_models_are_listed_for_every_api(running: RunningServer) -> None:
     listed = json.loads(raw.request(running.port).body)
     (model,) = listed["data"]
     assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "kimi-mini", "kimi-mini")
     assert (model["type"], model["display_name"], model["aliases"]) == ("model", "kimi-mini", ["mini", "default"])
     assert model["created_at"].endswith("Z")
     raw.request(running.port, path="/v1/models/mini")
-    wait_until(lambda: running.figure('kimi_mlx_requests_total{route="/v1/models/{name}",status="200"}') >= 1)
+    wait_until(lambda: running.metric('kimi_mlx_requests_total{route="/v1/models/{name}",status="200"}') >= 1)

@@ -17,7 +17,7 @@ BACKLOG = 2048
 """Callers that may wait, as uvicorn has it."""
 
 
-class Listener:
+class ServerSocket:
     """Takes an address; whoever calls before the server runs is refused.
 
     Args:
