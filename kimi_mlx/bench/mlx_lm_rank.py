@@ -21,7 +21,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kimi_mlx.cluster.ring.messages import Message
-from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.engine.request import Request, Statistics, Token
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
@@ -29,6 +28,7 @@ from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.main import encode_event
 from kimi_mlx.rank.rendezvous import join_mlx_group
 from kimi_mlx.runtime.load import compute_dtype
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 
 Cache = list[Any]
 """mlx-lm's: an object a layer."""

@@ -14,7 +14,8 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.planner.machines import machine_of_host
 from kimi_mlx.planner.memory import bytes_per_token
-from kimi_mlx.planner.shape import CACHE_VALUE_BYTES, Shape, shape_of_config
+from kimi_mlx.planner.shape import Shape, shape_of_config
+from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 
 COPY_BYTES = 256 << 20
 COPIES = 5
@@ -77,9 +78,9 @@ class Roofline:
     def bytes_per_token(self, case: Case) -> float:
         """What the middle token of an answer must read: weights, chosen experts, and the cache until there."""
         context = case.depth + case.prompt_tokens + self.generation_tokens // 2
-        value_bytes = 4 if self.shape.config.dtype == "float32" else CACHE_VALUE_BYTES
-        cache = bytes_per_token(self.shape, context) - (weights := bytes_per_token(self.shape, 0))
-        return weights + cache * value_bytes / CACHE_VALUE_BYTES
+        value_bytes = 4 if self.shape.config.dtype == "float32" else BFLOAT16_BYTES
+        cache = context * kv_bytes_per_token(self.shape.config, value_bytes=value_bytes)
+        return bytes_per_token(self.shape, 0) + cache
 
     def share(self, case: Case, decode_tok_per_s: float) -> float | None:
         """How much of the bandwidth decode uses; None for several requests, which share what they read."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
-from kimi_mlx.engine.chunking import PREFILL_CHUNK
-from kimi_mlx.hub.catalogue import CONTEXT_TOKENS, OVERHEAD
-from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.model.config import load_config
+from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
+from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 from kimi_mlx.store.locate import Target, config_folder, understand
 
-K2_HIDDEN_SIZE, K2_VOCAB_SIZE, K2_KV_BYTES = 7168, 163840, 70272
-"""Of the big models; for one of which not even the configuration is here."""
-
-KV_VALUE_BYTES = 2
+FALLBACK_MODEL = "kimi-k2"
+"""Model whose dimensions are assumed for a big one whose configuration is not on this machine."""
 
 
 def need_of(name: str) -> ModelNeed:
@@ -26,7 +26,7 @@ def need_of(name: str) -> ModelNeed:
     """
     target = understand(name)
     folder = config_folder(target)
-    config = None if folder is None else load_config(folder)
+    config = known_shape(FALLBACK_MODEL).config if folder is None else load_config(folder)
     entry = target.entry
     weights = None if entry is None else entry.weights_bytes
     if weights is None and folder is not None:
@@ -36,10 +36,9 @@ def need_of(name: str) -> ModelNeed:
         name=name,
         repository=_repository(target),
         weights_bytes=weights,
-        overhead=OVERHEAD,
-        cache_bytes=CONTEXT_TOKENS * (kv_bytes or _kv_bytes(config)),
-        hidden_size=config.hidden_size if config else K2_HIDDEN_SIZE,
-        vocab_size=config.vocab_size if config else K2_VOCAB_SIZE,
+        cache_bytes=CONTEXT_TOKENS * (kv_bytes or kv_bytes_per_token(config)),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
         prefill_chunk=PREFILL_CHUNK,
         is_here=folder is not None,
     )
@@ -50,10 +49,3 @@ def _repository(target: Target) -> str | None:
     if target.entry is not None and target.entry.is_packaged:
         return None
     return target.repository or str(target.folder and target.folder.resolve())
-
-
-def _kv_bytes(config: ModelConfig | None) -> int:
-    """Of the cache, a token."""
-    if config is None:
-        return K2_KV_BYTES
-    return (config.kv_lora_rank + config.qk_rope_head_dim) * config.num_hidden_layers * KV_VALUE_BYTES

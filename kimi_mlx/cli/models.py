@@ -16,13 +16,13 @@ from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cluster.hosts.machine import Machine, this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import (
-    SYSTEM_BYTES,
     CatalogueEntry,
     SamplingValues,
     catalogue,
     find_entry,
 )
 from kimi_mlx.hub.licence import notice
+from kimi_mlx.sizing.hosts import SYSTEM_BYTES
 from kimi_mlx.store.locate import Presence, presence, understand, unknown_model
 from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 

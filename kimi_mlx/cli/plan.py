@@ -15,7 +15,6 @@ from kimi_mlx.cli.plan_hosts import ask_hosts, links_of, machines_of
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
 from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
-from kimi_mlx.hub.catalogue import CONTEXT_TOKENS
 from kimi_mlx.planner.backtest import backtest
 from kimi_mlx.planner.cost import Cost, Habits, make_cost
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, LinkName
@@ -24,6 +23,7 @@ from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.shape import Shape, known_models, known_shape, shape_of_folder, with_expert_bits
 from kimi_mlx.planner.to_json import backtest_to_dict, plan_to_dict
 from kimi_mlx.settings import Settings
+from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.store.locate import config_folder, understand
 
 

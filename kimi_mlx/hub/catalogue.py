@@ -13,16 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kimi_mlx.units import GB
-
-OVERHEAD = 0.1
-"""Memory beside the weights, as a part of them: temporaries of prefill, what every rank holds, fragments."""
-CONTEXT_TOKENS = 8192
-"""Tokens of context that the minimum memory has room for, on every host."""
-SYSTEM_BYTES = 8 * GB
-"""What macOS and other programs take, on every host."""
-MAX_HOSTS = 8
-"""More hosts than this for one model are not suggested."""
+from kimi_mlx.sizing import hosts as sizing
 
 
 @dataclass(frozen=True)
@@ -101,29 +92,26 @@ class CatalogueEntry:
         return self.sampling.given() if self.sampling else {}
 
     def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
-        """Memory over all hosts: weights and a tenth, and on each host a cache of 8k tokens and 8 GB for the system.
+        """Return the memory of all hosts together: weights + 10 %, and on each host an 8k-token cache and 8 GB.
 
-        None for the model inside the package, which runs anywhere, and for refused ones.
+        None for the packaged model, which runs anywhere, and for refused ones.
         """
         if self.weights_bytes is None or self.kv_bytes_per_token is None:
             return None
-        each = CONTEXT_TOKENS * self.kv_bytes_per_token + SYSTEM_BYTES
-        return round(self.weights_bytes * (1 + OVERHEAD)) + hosts * each
+        return sizing.minimum_memory_bytes(self.weights_bytes, self.kv_bytes_per_token, hosts)
 
     def hosts_needed(self, memory_bytes: int, gpu_bytes: int) -> int | None:
-        """How many equal hosts hold the model in even shares, None if more than MAX_HOSTS or it is refused.
+        """Return the number of equal hosts that hold the model; None if above MAX_HOSTS or the model is refused.
 
         Args:
-            memory_bytes: of each host.
-            gpu_bytes: what its GPU may wire of that.
+            memory_bytes: memory of each host.
+            gpu_bytes: part of it that the GPU can use.
         """
         if self.is_packaged:
             return 1
-        for hosts in range(1, MAX_HOSTS + 1):
-            needed = self.minimum_memory_bytes(hosts)
-            if needed is not None and needed / hosts <= min(memory_bytes, gpu_bytes + SYSTEM_BYTES):
-                return hosts
-        return None
+        if self.weights_bytes is None or self.kv_bytes_per_token is None:
+            return None
+        return sizing.hosts_needed(self.weights_bytes, self.kv_bytes_per_token, memory_bytes, gpu_bytes)
 
     def packaged_folder(self) -> Path | None:
         """Where it lies inside the package, None if it does not come with it."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_mlx.errors import PlacementError
-from kimi_mlx.hub.catalogue import CONTEXT_TOKENS
 from kimi_mlx.planner.constants import KIMI_MLX
 from kimi_mlx.planner.links import Link
 from kimi_mlx.planner.machines import Machine
@@ -14,6 +13,7 @@ from kimi_mlx.planner.memory import HostMemory, host_memory
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memory
 from kimi_mlx.planner.shape import Shape
+from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 SLOW_HOP_S = 0.5e-3
 """From here on a link is slow for the plain rule: the 61 sums of a token of K2 then wait longer than a Mac computes."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK
+
 FENCE_S = 180e-6
 """From the GPU to the CPU's stream and back for a collective (gh:ml-explore/mlx#4438: M3 Ultra, mlx 0.32.2)."""
 
@@ -57,8 +59,10 @@ class Engine:
     overlaps_chunks: bool
 
 
-KIMI_MLX = Engine("kimi-mlx", 28, 512, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True)
-"""28: counted on the graph, docs/benchmark.md. 512: kimi_mlx.engine.chunking.PREFILL_CHUNK."""
+KIMI_MLX = Engine(
+    "kimi-mlx", 28, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
+)
+"""28: counted on the graph, docs/benchmark.md."""
 
 MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False)
 """44: design.md. exo and mlx-engine run mlx-lm's model."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kimi_mlx.engine.chunking import Holding, prefill_bytes
 from kimi_mlx.planner.constants import Engine
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.portions import Portion
-from kimi_mlx.planner.shape import CACHE_VALUE_BYTES, Shape
+from kimi_mlx.planner.shape import Shape
+from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
+from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def host_memory(machine: Machine, portion: Portion, shape: Shape, engine: Engine
 
 def cache_bytes(portion: Portion, shape: Shape, context: int) -> int:
     """Of the cache: latents have no heads, so every rank has them all, of its layers."""
-    return context * portion.layers * shape.cache_bytes_per_token
+    return context * kv_bytes_per_token(shape.config, portion.layers)
 
 
 def bytes_per_token(shape: Shape, context: int) -> float:
@@ -65,13 +66,13 @@ def bytes_per_token(shape: Shape, context: int) -> float:
 def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int) -> int:
     """Of one layer in the last chunk of a prompt that fills the context. An estimate: not measured on a Mac."""
     config = shape.config
-    holding = Holding(
+    rank_shape = RankShape(
         heads=round(config.num_attention_heads * portion.heads),
         expert_rows=round(config.moe_intermediate_size * portion.expert_rows),
-        value_bytes=CACHE_VALUE_BYTES,
+        value_bytes=BFLOAT16_BYTES,
         is_fused=True,
     )
-    return prefill_bytes(config, holding, min(engine.prefill_chunk, context), context)
+    return prefill_bytes(config, rank_shape, min(engine.prefill_chunk, context), context)
 
 
 def longest_context(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kimi_mlx.errors import PlacementError
-from kimi_mlx.hub.catalogue import CONTEXT_TOKENS
 from kimi_mlx.parallel.placement import STRATEGIES, normal_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
 from kimi_mlx.planner.links import Link
@@ -16,6 +15,7 @@ from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.planner.shape import Shape
 from kimi_mlx.planner.speed import Seconds, Setup, decode, prefill
+from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 Shares = Literal["even", "by memory"]
 

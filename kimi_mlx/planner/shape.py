@@ -16,9 +16,6 @@ from typing import Any
 
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config, parse_config
 
-CACHE_VALUE_BYTES = 2
-"""bfloat16."""
-
 ROUTER_BITS = 16
 """Routers are never quantized."""
 
@@ -88,11 +85,6 @@ class Shape:
     def weights_bytes(self) -> float:
         """Of the whole model."""
         return total(self.bytes, self)
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Of the cache of one layer."""
-        return (self.config.kv_lora_rank + self.config.qk_rope_head_dim) * CACHE_VALUE_BYTES
 
 
 def total(parts: Parts, shape: Shape) -> float:

@@ -13,6 +13,7 @@ from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.planner.speed import Seconds
+from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 
 VERSION = 2
 
@@ -24,7 +25,7 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
         "model": {
             "name": plan.shape.name,
             "weights_bytes": round(plan.shape.weights_bytes),
-            "cache_bytes_per_token": plan.shape.layers * plan.shape.cache_bytes_per_token,
+            "cache_bytes_per_token": kv_bytes_per_token(plan.shape.config),
             "context_tokens": plan.shape.context_tokens,
         },
         "machines": [_machine(machine) for machine in plan.machines],

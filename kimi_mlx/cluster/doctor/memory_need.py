@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.sizing.hosts import with_overhead
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,6 @@ class ModelNeed:
         name: as it was asked for.
         repository: whose stores the hosts should hold; None if it comes with kimi-mlx.
         weights_bytes: in memory, over all ranks; None if unknown.
-        overhead: memory beside the weights, as a part of them.
         cache_bytes: of a usual context, on each rank.
         hidden_size: values that ranks sum, a token.
         vocab_size: values that ranks gather, a token.
@@ -37,7 +37,6 @@ class ModelNeed:
     name: str
     repository: str | None
     weights_bytes: int | None
-    overhead: float
     cache_bytes: int
     hidden_size: int
     vocab_size: int
@@ -53,7 +52,7 @@ class ModelNeed:
             weights = self._share_bytes(ranks, world_size)
         if weights is not None and self.by_rank:
             return weights + sum(self.by_rank[rank].other_bytes for rank in ranks)
-        return None if weights is None else round(weights * (1 + self.overhead)) + self.cache_bytes * len(ranks)
+        return None if weights is None else with_overhead(weights) + self.cache_bytes * len(ranks)
 
     def disk_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
         """What a host has still to store; None if unknown."""

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine import free_memory
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Prefilled, Request, Sampling, Statistics, Token
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.sizing import engine_limits
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, write_checkpoint
 
@@ -265,7 +265,7 @@ def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> 
 
 
 def test_what_has_no_room_waits_or_is_put_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_memory, "MIN_CACHE_TOKENS", 0)
+    monkeypatch.setattr(engine_limits, "MIN_CACHE_TOKENS", 0)
     layers, width = len(model.layers), model.config.kv_lora_rank + model.config.qk_rope_head_dim
     engine = Engine(model, cache_bytes=768 * layers * width * 4)
     prompts = [make_prompt(250, seed=number) for number in range(5)]

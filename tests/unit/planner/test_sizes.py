@@ -17,6 +17,7 @@ from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.memory import longest_context, workspace_bytes
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.planner.shape import known_models, known_shape, shape_of_folder, with_expert_bits
+from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from tests.fakes import KIMI_MINI
 
 K2 = known_shape("kimi-k2")
@@ -28,7 +29,7 @@ def test_totals_are_the_catalogues(alias: str) -> None:
     entry, shape = find_entry(alias), known_shape(alias)
     assert entry is not None
     assert shape.weights_bytes == pytest.approx(entry.weights_bytes, rel=0.01)
-    assert shape.layers * shape.cache_bytes_per_token == entry.kv_bytes_per_token
+    assert kv_bytes_per_token(shape.config) == entry.kv_bytes_per_token
     assert shape.context_tokens == entry.context_tokens
 
 

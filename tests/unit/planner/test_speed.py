@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.chunking import PREFILL_CHUNK
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, MLX_LM, Strategy
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
 from kimi_mlx.planner.load import expected_slowest
@@ -18,6 +17,7 @@ from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import STRATEGIES
 from kimi_mlx.planner.shape import known_shape
 from kimi_mlx.planner.speed import Setup, collectives_per_token, decode, prefill
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 
 K2 = known_shape("kimi-k2")
 TWO = parse_machines("m3-ultra-512x2")
@@ -111,6 +111,5 @@ def test_whole_experts_wait_for_the_busiest_rank() -> None:
     assert decode(setup("expert"), 4096).read_s > decode(setup("hybrid"), 4096).read_s
 
 
-def test_a_figure_that_another_module_owns() -> None:
-    """The planner may not import it: it comes with MLX."""
+def test_the_planner_predicts_with_the_engines_chunk() -> None:
     assert KIMI_MLX.prefill_chunk == PREFILL_CHUNK

@@ -28,8 +28,8 @@ from kimi_mlx.units import GB
 from tests.unit.cluster.captures import capture
 from tests.unit.cluster.doctor.test_host_checks import LINUX, MAC, OTHER
 
-K2 = ModelNeed("kimi-k2", "mlx-community/Kimi-K2", 578 * GB, 0.1, 576 * 10**6, 7168, 163840, 512, is_here=False)
-MINI = ModelNeed("kimi-mini", None, 7 * 10**6, 0.1, 10**6, 128, 1792, 512, is_here=True)
+K2 = ModelNeed("kimi-k2", "mlx-community/Kimi-K2", 578 * GB, 576 * 10**6, 7168, 163840, 512, is_here=False)
+MINI = ModelNeed("kimi-mini", None, 7 * 10**6, 10**6, 128, 1792, 512, is_here=True)
 TWO = Hostfile((Host("mac-a"), Host("mac-b")))
 STORE = HeldStore("mlx-community/Kimi-K2", "abc", "hybrid-2-a1b2c3", 0, "x", 100 * GB)
 

@@ -1,0 +1,65 @@
+"""Limits of an engine: the prefill chunk and the size of the KV cache that fit in the free memory of a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
+from kimi_mlx.sizing.prefill import RankShape, choose_chunk, prefill_bytes
+
+PLANNED_CONTEXT = 32_768
+"""Tokens of context that the chunk must leave room for; the model's own limit if that is less."""
+
+CACHE_SHARE = 0.7
+"""Share of the free memory for KV caches: MLX keeps freed buffers, and a buffer exists twice while it grows."""
+
+MAX_CONTEXTS = 8
+"""Number of full contexts that the default cache size is capped at."""
+
+MIN_CACHE_TOKENS = 4096
+"""Cache size to try even if less memory seems free, because the estimate may be wrong."""
+
+MAX_CACHE_TOKENS = 2**31 - 1
+"""Largest int32: ranks compare their limits as int32."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the memory of all ranks allows.
+
+    Args:
+        chunk: number of prompt tokens per step.
+        cache_tokens: number of tokens in the KV caches of all sequences together.
+    """
+
+    chunk: int
+    cache_tokens: int
+
+
+def engine_limits(
+    config: ModelConfig,
+    rank_shape: RankShape,
+    num_layers: int,
+    free_bytes: int,
+    *,
+    cache_bytes: int | None = None,
+    chunk: int | None = None,
+) -> EngineLimits:
+    """Return the limits of one rank. All ranks must use the smallest of each.
+
+    Args:
+        config: the model's dimensions.
+        rank_shape: dimensions of the rank's share.
+        num_layers: number of layers on the rank.
+        free_bytes: memory that is free once the weights are loaded.
+        cache_bytes: size of the KV caches; None for most of the free memory, up to MAX_CONTEXTS full contexts.
+        chunk: prefill chunk; None for the largest useful one that fits.
+    """
+    context = min(config.max_position_embeddings, PLANNED_CONTEXT)
+    token_bytes = kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
+    chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context)
+    if cache_bytes is None:
+        cache_bytes = int(CACHE_SHARE * (free_bytes - prefill_bytes(config, rank_shape, chunk, context)))
+        cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)
+    return EngineLimits(chunk, min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS))

@@ -1,0 +1,99 @@
+"""Temporary memory of prefill, and the largest chunk of a prompt that fits in the free memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
+from kimi_mlx.sizing.kv_cache import kv_values_per_token
+
+MIN_CHUNK = 32
+MAX_CHUNK = 2048
+
+PREFILL_CHUNK = 512
+"""Chunk size if memory is no limit: large enough to keep the hardware busy, small enough to show progress and to cancel
+quickly. On the CPU the gain of larger chunks is below the noise (docs/benchmark.md)."""
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RankShape:
+    """Dimensions of a rank's share of the model that determine the memory of prefill.
+
+    Args:
+        heads: number of attention heads on the rank.
+        expert_rows: number of rows of moe_intermediate_size in each expert on the rank.
+        value_bytes: bytes per value in the compute dtype.
+        is_fused: whether MLX's fused attention supports the model's head sizes (kimi_mlx.model.attention.is_fused).
+    """
+
+    heads: int
+    expert_rows: int
+    value_bytes: int
+    is_fused: bool
+
+
+def choose_chunk(
+    config: ModelConfig, rank_shape: RankShape, free_bytes: int, context: int, at_most: int = PREFILL_CHUNK
+) -> int:
+    """Return the largest power of two from MIN_CHUNK to `at_most` (capped at MAX_CHUNK) whose memory fits.
+
+    If not even MIN_CHUNK fits, return MIN_CHUNK. All ranks must use the smallest result of any rank.
+
+    Args:
+        config: the model's dimensions.
+        rank_shape: dimensions of this rank's share.
+        free_bytes: memory left after weights and KV cache.
+        context: number of tokens in the KV cache at the end of the prompt.
+        at_most: upper limit, a power of two.
+    """
+    chunk = min(at_most, MAX_CHUNK)
+    while chunk > MIN_CHUNK and prefill_bytes(config, rank_shape, chunk, context) > free_bytes:
+        chunk //= 2
+    return chunk
+
+
+def prefill_bytes(config: ModelConfig, rank_shape: RankShape, chunk: int, context: int) -> int:
+    """Return the temporary memory of the last chunk of a prompt that fills the context.
+
+    Only one layer counts, since layers run one after the other: the hidden states of the chunk, attention, the experts,
+    and one layer's KV cache while it grows. Weights and the KV caches themselves are not included. Attention and
+    experts are added although they do not run at the same time, because MLX keeps freed buffers for reuse.
+    """
+    states = 4 * chunk * config.hidden_size
+    growth = context * kv_values_per_token(config)
+    values = states + growth + _mlp_values(config, rank_shape, chunk)
+    return values * rank_shape.value_bytes + attention_bytes(config, rank_shape, chunk, context)
+
+
+def attention_bytes(config: ModelConfig, rank_shape: RankShape, chunk: int, context: int) -> int:
+    """Return the memory of queries, outputs, expanded keys and values, and scores.
+
+    With a fused kernel there are no scores; keys and values of the whole context exist for a few heads at a time.
+    Without one, keys and values of one block of tokens (or of the chunk) exist for all heads, and for each query four
+    copies of a block's scores and two copies of three partial sums, in float32 (measured by
+    tests/unit/engine/test_free_memory.py).
+    """
+    heads, value = rank_shape.heads, config.v_head_dim
+    width = expanded_width(config.qk_nope_head_dim, config.qk_rope_head_dim, value)
+    outside = chunk * heads * (3 * config.qk_head_dim + 2 * value) * rank_shape.value_bytes
+    if rank_shape.is_fused:
+        head_bytes = context * width * rank_shape.value_bytes
+        return outside + heads_at_once(heads, head_bytes) * head_bytes
+    past = max(context - chunk, 0)
+    block = max(min(KEY_BLOCK, past), chunk)
+    scores = max(min(KEY_BLOCK, past), min(QUERY_BLOCK, chunk)) * chunk
+    sums = 3 * chunk * value
+    return outside + heads * (block * width * rank_shape.value_bytes + (4 * scores + 2 * sums) * FLOAT32_BYTES)
+
+
+def _mlp_values(config: ModelConfig, rank_shape: RankShape, chunk: int) -> int:
+    """Return the number of values in an MLP, MoE or dense, whichever has more.
+
+    A MoE layer has, for each token and chosen expert, the input, gate and up twice, and the output twice.
+    """
+    chosen = config.num_experts_per_tok + config.n_shared_experts
+    moe = chosen * (3 * config.hidden_size + 4 * rank_shape.expert_rows)
+    return chunk * max(moe, 4 * config.intermediate_size)
