@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kimi_mlx.bench.sides import Answer, Batch, Outcome, Side
+from kimi_mlx.bench.sides import BatchResult, RequestBatch, Side, TimedAnswer
 from kimi_mlx.bench.workloads import random_prompt
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import UsageError
@@ -41,7 +41,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure: every combination of prompt size, depth and concurrency.
 
     Args:
@@ -121,7 +121,7 @@ class Run:
     side: str
     case: Case
     repetition: int
-    outcome: Outcome
+    outcome: BatchResult
     energy_j: float | None = None
 
     @property
@@ -130,7 +130,7 @@ class Run:
         return self.repetition < 0
 
     @property
-    def answers(self) -> tuple[Answer, ...]:
+    def answers(self) -> tuple[TimedAnswer, ...]:
         """Of the outcome."""
         return self.outcome.answers
 
@@ -156,7 +156,9 @@ class Run:
         }
 
 
-def measure(sides: Sequence[Side], plan: Plan, vocab_size: int, energy_of: EnergyOf | None = None) -> Iterator[Run]:
+def measure(
+    sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None = None
+) -> Iterator[Run]:
     """Run the plan on all sides, and yield what comes of each batch.
 
     Args:
@@ -174,17 +176,17 @@ def measure(sides: Sequence[Side], plan: Plan, vocab_size: int, energy_of: Energ
             yield Run(side.name, case, repetition, outcome, energy)
 
 
-def make_batch(case: Case, repetition: int, plan: Plan, vocab_size: int) -> Batch:
+def make_batch(case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int) -> RequestBatch:
     """The requests of one repetition: a random prefix that they share, and a random prompt each."""
     prefix = random_prompt(vocab_size, case.depth, repetition, plan.seed)
     prompts = [
         (*prefix, *random_prompt(vocab_size, case.prompt_tokens, repetition, plan.seed, number))
         for number in range(1, case.concurrency + 1)
     ]
-    return Batch(tuple(Request(prompt, plan.generation_tokens, GREEDY) for prompt in prompts), case.depth)
+    return RequestBatch(tuple(Request(prompt, plan.generation_tokens, GREEDY) for prompt in prompts), case.depth)
 
 
-def _turns(sides: Sequence[Side], plan: Plan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
+def _turns(sides: Sequence[Side], plan: BenchmarkPlan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
     """Case, repetition and order of the sides, which turns around each time so that none profits."""
     for case in plan.cases:
         for repetition in range(-plan.warmup, plan.repeat):

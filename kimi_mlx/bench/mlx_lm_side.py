@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
-from kimi_mlx.bench.sides import Answer, Batch, Outcome
+from kimi_mlx.bench.sides import BatchResult, RequestBatch, TimedAnswer
 from kimi_mlx.cluster.ring.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.engine.request import Statistics
@@ -39,8 +39,8 @@ class MlxLmSide:
         for _ in self._messages("ready"):
             pass
 
-    def run(self, batch: Batch) -> Outcome:
-        """Answer a batch; every rank is idle when this returns."""
+    def run(self, batch: RequestBatch) -> BatchResult:
+        """Run a batch; every rank is idle when this returns."""
         self._ring.send("fill", prefix=batch.prefix, copies=len(batch.requests))
         for _ in self._messages("filled"):
             pass
@@ -56,11 +56,11 @@ class MlxLmSide:
                 ids[message["request_id"]].append(message["id"])
                 arrivals[message["request_id"]].append(time.perf_counter() - started)
         answers = [
-            Answer(tuple(tokens), Statistics.from_dict(statistics), tuple(times))
+            TimedAnswer(tuple(tokens), Statistics.from_dict(statistics), tuple(times))
             for tokens, statistics, times in zip(ids, results[0]["statistics"], arrivals, strict=True)
         ]
         peaks = [results[rank]["peak_memory_bytes"] for rank in sorted(results)]
-        return Outcome(tuple(answers), started, tuple(peaks))
+        return BatchResult(tuple(answers), started, tuple(peaks))
 
     def _messages(self, last: str) -> Iterator[tuple[int, Message]]:
         """Rank and message, until each rank has sent one of the kind `last`."""

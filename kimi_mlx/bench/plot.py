@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kimi_mlx.bench.figures import Percentiles, Row, Spread
 from kimi_mlx.bench.report import Report
+from kimi_mlx.bench.results import Percentiles, ResultRow, Spread
 from kimi_mlx.errors import UsageError
 
 Bar = tuple[float, float, float]
@@ -29,7 +29,7 @@ def save_plot(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     table_rows = report.rows
-    panels: dict[str, Callable[[Row], Bar]] = {
+    panels: dict[str, Callable[[ResultRow], Bar]] = {
         "prefill, tok/s": lambda row: _spread(row.rates["prefill_tok_per_s"]),
         "decode, tok/s": lambda row: _spread(row.rates["decode_tok_per_s"]),
         "first token, ms": lambda row: _times(row.ttft_s),
@@ -48,7 +48,7 @@ def save_plot(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def _draw(axis: Any, title: str, table_rows: Sequence[Row], bar_of: Callable[[Row], Bar]) -> None:
+def _draw(axis: Any, title: str, table_rows: Sequence[ResultRow], bar_of: Callable[[ResultRow], Bar]) -> None:
     cases = list(dict.fromkeys(row.case for row in table_rows))
     sides = list(dict.fromkeys(row.side for row in table_rows))
     width = 0.8 / len(sides)

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from kimi_mlx.bench.figures import Percentiles, Ratio, Row, ShareOf, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.machine import OURS, PACKAGES
-from kimi_mlx.bench.measure import Case, Plan, Run
+from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
+from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.units import format_bytes
 
@@ -33,7 +33,7 @@ class Report:
         share_of: of the roofline.
     """
 
-    plan: Plan
+    plan: BenchmarkPlan
     settings: dict[str, Any]
     runs: Sequence[Run]
     sides: Sequence[Side]
@@ -45,7 +45,7 @@ class Report:
         return len(self.runs) == self.plan.total * len(self.sides)
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         """The figures."""
         return rows(self.runs, self.share_of)
 
@@ -129,7 +129,7 @@ class Report:
         return [column for column in COLUMNS if wanted.get(column[0], True)]
 
 
-Column = tuple[str, Callable[[Row], str]]
+Column = tuple[str, Callable[[ResultRow], str]]
 """A heading, and the text of a row below it."""
 
 RESOURCES = ("peak memory a rank", "J/token", "roofline")
@@ -150,7 +150,7 @@ COLUMNS: Sequence[Column] = (
 )
 
 
-def _table(columns: Sequence[Column], table_rows: Sequence[Row]) -> Table:
+def _table(columns: Sequence[Column], table_rows: Sequence[ResultRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, _ in columns:
         table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
@@ -159,7 +159,7 @@ def _table(columns: Sequence[Column], table_rows: Sequence[Row]) -> Table:
     return table
 
 
-def _ratio_lines(found: Sequence[Ratio]) -> list[str]:
+def _ratio_lines(found: Sequence[SpeedRatio]) -> list[str]:
     """A line a case."""
     words: dict[Case, list[str]] = {}
     for ratio in found:

@@ -14,7 +14,7 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.planner.machines import machine_of_host
 from kimi_mlx.planner.memory import bytes_per_token
-from kimi_mlx.planner.shape import Shape, shape_of_config
+from kimi_mlx.planner.model_shape import ModelShape, shape_of_config
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 
 COPY_BYTES = 256 << 20
@@ -66,7 +66,7 @@ class Roofline:
         generation_tokens: of each answer.
     """
 
-    shape: Shape
+    shape: ModelShape
     bandwidth: Bandwidth
     generation_tokens: int
 

@@ -18,7 +18,7 @@ from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
 
 
 @dataclass(frozen=True)
-class Batch:
+class RequestBatch:
     """Requests that are made at the same time.
 
     Args:
@@ -36,7 +36,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """What a side made of a request.
 
     Args:
@@ -51,7 +51,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchResult:
     """What a side made of a batch.
 
     Args:
@@ -60,7 +60,7 @@ class Outcome:
         peak_memory_bytes: of each rank, as MLX counts it, since then.
     """
 
-    answers: tuple[Answer, ...]
+    answers: tuple[TimedAnswer, ...]
     started_at: float
     peak_memory_bytes: tuple[int, ...]
 
@@ -81,8 +81,8 @@ class Side(Protocol):
     name: str
     turns: str | None
 
-    def run(self, batch: Batch) -> Outcome:
-        """Answer a batch, with nothing in the cache but its prefix; returns when all of its ranks are idle."""
+    def run(self, batch: RequestBatch) -> BatchResult:
+        """Run a batch, with nothing in the cache but its prefix; returns when all of its ranks are idle."""
         ...
 
 
@@ -100,17 +100,17 @@ class SessionSide:
         """How its ranks make sums; None for one process."""
         return None if self._ring is None else self._ring.all_reduce
 
-    def run(self, batch: Batch) -> Outcome:
-        """Answer a batch, each request in a thread."""
+    def run(self, batch: RequestBatch) -> BatchResult:
+        """Run a batch, each request in a thread."""
         self._session.reset()
         if batch.depth:
             self._ask(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
         started = time.perf_counter()
         answers = self._ask_together(batch.requests, started)
         alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]
-        return Outcome(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
+        return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
 
-    def _ask_together(self, requests: Sequence[Request], started: float) -> list[Answer]:
+    def _ask_together(self, requests: Sequence[Request], started: float) -> list[TimedAnswer]:
         with ThreadPoolExecutor(len(requests)) as pool:
             try:
                 futures = [pool.submit(self._ask, request, started) for request in requests]
@@ -119,7 +119,7 @@ class SessionSide:
                 self._session.cancel_all()
                 raise
 
-    def _ask(self, request: Request, started: float) -> Answer:
+    def _ask(self, request: Request, started: float) -> TimedAnswer:
         ids: list[int] = []
         arrivals: list[float] = []
         for event in self._session.generate(request):
@@ -127,7 +127,7 @@ class SessionSide:
                 ids.append(event.id)
                 arrivals.append(time.perf_counter() - started)
             elif isinstance(event, Finished) and ids:
-                return Answer(tuple(ids), event.statistics, tuple(arrivals))
+                return TimedAnswer(tuple(ids), event.statistics, tuple(arrivals))
         raise EngineError("the session ended without a result")
 
 

@@ -28,14 +28,14 @@ from kimi_mlx.cli.options import (
 from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placing import announce, place_here
 from kimi_mlx.errors import KimiMlxError, UsageError
-from kimi_mlx.planner.links import Link, measured_link
+from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:
-    from kimi_mlx.bench.measure import EnergyOf, Plan, Run
+    from kimi_mlx.bench.measure import BenchmarkPlan, EnergyOf, Run
     from kimi_mlx.bench.sides import Side
     from kimi_mlx.cluster.hosts.host import Cluster
     from kimi_mlx.model.config import ModelConfig
@@ -108,13 +108,13 @@ def bench(
     launched = launched_of(context)
     _check_delay(link_delay_ms, ranks if launched is None else 1)
     from kimi_mlx.bench import machine
-    from kimi_mlx.bench.measure import Plan
+    from kimi_mlx.bench.measure import BenchmarkPlan
     from kimi_mlx.bench.report import Report
     from kimi_mlx.bench.roofline import Roofline
     from kimi_mlx.bench.sides import SessionSide
     from kimi_mlx.model.config import load_config
 
-    plan = Plan(
+    plan = BenchmarkPlan(
         _numbers("--prompt-tokens", prompt_tokens, "128,512"),
         generation_tokens,
         warmup,
@@ -223,7 +223,7 @@ def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack:
     return replace(local_cluster(ranks, fast_sync), detour=stack.enter_context(slow_links(delay_ms)))
 
 
-def _delayed_link(delay_ms: float | None) -> Link | None:
+def _delayed_link(delay_ms: float | None) -> LinkProfile | None:
     """The same as the planner sees it."""
     return None if not delay_ms else measured_link(2 * delay_ms / 1000, LOOPBACK_BYTES_PER_S)
 
@@ -265,7 +265,7 @@ def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
 
 
 def _collect(
-    sides: Sequence[Side], plan: Plan, vocab_size: int, energy_of: EnergyOf | None, is_quiet: bool
+    sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None, is_quiet: bool
 ) -> tuple[list[Run], BaseException | None]:
     """What was measured, and what stopped it before the end: worth showing once anything has counted."""
     from kimi_mlx.bench.measure import measure
@@ -284,7 +284,7 @@ def _collect(
 
 
 @contextmanager
-def _run_progress(sides: Sequence[Side], plan: Plan, is_quiet: bool) -> Generator[Callable[[Run], None]]:
+def _run_progress(sides: Sequence[Side], plan: BenchmarkPlan, is_quiet: bool) -> Generator[Callable[[Run], None]]:
     """A bar of batches done, on stderr of a terminal; yields what to call after each."""
     progress = Progress(
         TextColumn("{task.description}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.model.config import load_config
-from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK

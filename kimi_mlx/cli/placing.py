@@ -15,9 +15,9 @@ from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normal_strategy
 from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
-from kimi_mlx.planner.links import RDMA, Link
+from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
-from kimi_mlx.planner.shape import Shape
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.store.locate import Target, stored_strategy
 from kimi_mlx.store.stores import folder_prefix, read_folder_name
 
@@ -25,7 +25,7 @@ ALONE = Choice("hybrid", "one rank has all of it")
 OVERRIDES = "--strategy overrides the choice"
 
 
-def place_here(target: Target | None, ranks: int, asked: str | None, link: Link | None = None) -> Choice:
+def place_here(target: Target | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
     """The strategy of ranks on this machine.
 
     Args:
@@ -86,7 +86,7 @@ def announce(choice: Choice, where: str, is_quiet: bool = False) -> None:
         stderr.print(f"{choice.strategy} over {where}: {choice.why}", style="dim", markup=False)
 
 
-def _shape(name: str) -> Shape | None:
+def _shape(name: str) -> ModelShape | None:
     try:
         return shape_of(name)
     except KimiMlxError:  # nothing is known of it here, or its configuration is broken, which is told when it loads
@@ -105,7 +105,7 @@ def _machines(diagnosis: Diagnosis, question: Question) -> Sequence[Machine]:
     return machines
 
 
-def _link(diagnosis: Diagnosis) -> Link | None:
+def _link(diagnosis: Diagnosis) -> LinkProfile | None:
     """What the ranks will talk over: RDMA at its published speed, TCP as it was measured."""
     if diagnosis.backend == "ring":
         return measured_of(diagnosis)

@@ -16,11 +16,11 @@ from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_rep
 from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.backtest import backtest
-from kimi_mlx.planner.cost import Cost, Habits, make_cost
-from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, LinkName
+from kimi_mlx.planner.cost import Cost, CostAssumptions, make_cost
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkName, LinkProfile
 from kimi_mlx.planner.machines import MAX_MACHINES, Machine, machine_of_host, parse_machines
+from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_folder, with_expert_bits
 from kimi_mlx.planner.search import Plan, make_plan
-from kimi_mlx.planner.shape import Shape, known_models, known_shape, shape_of_folder, with_expert_bits
 from kimi_mlx.planner.to_json import backtest_to_dict, plan_to_dict
 from kimi_mlx.settings import Settings
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
@@ -101,19 +101,19 @@ def plan(
         )
     hosts, links = _where(machines, hostfile, link, name, is_quiet=json)
     found = make_plan(shape, hosts, links, context, is_fast_sync=fast_sync)
-    habits = Habits(tokens_a_day, electricity, years, price, watts, subscription)
-    costs = _cost(found, habits) if cost else None
+    assumptions = CostAssumptions(tokens_a_day, electricity, years, price, watts, subscription)
+    costs = _cost(found, assumptions) if cost else None
     if json:
         print_json(plan_to_dict(found, costs))
         return
     _print(*plan_report(found))
     if costs is not None:
-        _print(*cost_lines(costs, habits))
+        _print(*cost_lines(costs, assumptions))
     if found.choice is None:
         _print(*_would_fit(found, links))
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> ModelShape:
     """A model's dimensions and sizes: of the checkpoint here, else what is known of it.
 
     Raises:
@@ -134,7 +134,7 @@ def shape_of(name: str) -> Shape:
 
 def _where(
     machines: str | None, hostfile: Path | None, link: LinkName | None, model: str, *, is_quiet: bool
-) -> tuple[tuple[Machine, ...], list[Link]]:
+) -> tuple[tuple[Machine, ...], list[LinkProfile]]:
     """The machines and the links between them."""
     if link == "measured" and hostfile is None:
         raise UsageError("--link measured needs hosts", hint="name them: `--hostfile two.json`")
@@ -156,14 +156,14 @@ def _this_machine() -> Machine:
     return Machine(machine.name, machine.chip, here.memory_bytes, here.gpu_bytes)
 
 
-def _cost(found: Plan, habits: Habits) -> Cost | None:
+def _cost(found: Plan, assumptions: CostAssumptions) -> Cost | None:
     if found.choice is None:
         return None
     used = [machine for machine in found.machines if machine.name in found.choice.hosts]
-    return make_cost(used, found.choice.decode_tok_per_s, habits)
+    return make_cost(used, found.choice.decode_tok_per_s, assumptions)
 
 
-def _would_fit(found: Plan, links: list[Link]) -> list[str]:
+def _would_fit(found: Plan, links: list[LinkProfile]) -> list[str]:
     """How many of the largest machine would do."""
     largest = max(found.machines, key=lambda machine: machine.memory_bytes)
     for count in range(2, MAX_MACHINES + 1):

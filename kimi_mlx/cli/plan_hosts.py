@@ -13,7 +13,7 @@ from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.cluster.network.choose import join_hosts
 from kimi_mlx.cluster.network.topology import topology
 from kimi_mlx.errors import LinkError, SshError
-from kimi_mlx.planner.links import RDMA, Link, measured_link
+from kimi_mlx.planner.links import RDMA, LinkProfile, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
 
 ABOUT_LINKS = ("reachable", "python", "addresses", "link")
@@ -55,7 +55,7 @@ def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:
     return tuple(machine_of_host(each.host, each.chip, each.memory_bytes, each.wired_limit_mb) for each in known)
 
 
-def measured_of(diagnosis: Diagnosis) -> Link | None:
+def measured_of(diagnosis: Diagnosis) -> LinkProfile | None:
     """The network that was measured and chosen, if there is one."""
     measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
     if not measured:
@@ -64,7 +64,7 @@ def measured_of(diagnosis: Diagnosis) -> Link | None:
     return measured_link(slowest.round_trip_s, slowest.bytes_per_s)
 
 
-def links_of(diagnosis: Diagnosis) -> list[Link]:
+def links_of(diagnosis: Diagnosis) -> list[LinkProfile]:
     """The network that was measured; with RDMA, whose speed only the self-test would tell, the published one, too.
 
     Raises:

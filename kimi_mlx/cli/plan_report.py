@@ -9,7 +9,7 @@ from rich.table import Table
 
 from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FITTED
-from kimi_mlx.planner.cost import Cost, Habits
+from kimi_mlx.planner.cost import Cost, CostAssumptions
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
@@ -138,24 +138,24 @@ def _mark(option: Option) -> str:
     return "" if option.shares == "even" else "*"
 
 
-def cost_lines(cost: Cost, habits: Habits) -> Iterator[str]:
+def cost_lines(cost: Cost, assumptions: CostAssumptions) -> Iterator[str]:
     """What a million tokens cost."""
     yield ""
     yield (
-        f"Cost: machines {cost.price:,.0f} over {habits.years:g} years, {cost.watts:.0f} W at work, "
-        f"{cost.watts_idle:.0f} W idle, {habits.electricity:g} a kWh."
+        f"Cost: machines {cost.price:,.0f} over {assumptions.years:g} years, {cost.watts:.0f} W at work, "
+        f"{cost.watts_idle:.0f} W idle, {assumptions.electricity:g} a kWh."
     )
     if not cost.is_possible:
-        yield f"  {habits.tokens_a_day:,.0f} tokens would take {cost.hours_a_day:.1f} hours: more than a day has."
+        yield f"  {assumptions.tokens_a_day:,.0f} tokens would take {cost.hours_a_day:.1f} hours: more than a day has."
         return
     yield (
-        f"  {habits.tokens_a_day:,.0f} tokens a day take {cost.hours_a_day:.1f} hours: {cost.per_million:,.2f} a "
+        f"  {assumptions.tokens_a_day:,.0f} tokens a day take {cost.hours_a_day:.1f} hours: {cost.per_million:,.2f} a "
         f"million, of which {cost.electricity_per_million:,.2f} are electricity at work. Electricity a month, idle "
         f"hours included: {cost.electricity_a_month:,.2f}."
     )
-    if habits.subscription is not None:
+    if assumptions.subscription is not None:
         when = "never" if cost.break_even_months is None else f"after {cost.break_even_months:,.0f} months"
-        yield f"  Against a subscription of {habits.subscription:g} a month: break-even {when}."
+        yield f"  Against a subscription of {assumptions.subscription:g} a month: break-even {when}."
     yield "  Prices are the table's, in US dollars, unless --price says otherwise; prompts are not counted."
 
 

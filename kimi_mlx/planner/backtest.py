@@ -10,11 +10,11 @@ from importlib import resources
 from statistics import median
 from typing import Any, Literal
 
-from kimi_mlx.planner.constants import ENGINES, FAST_FENCE_S, FENCE_S, FITTED, Constants, Strategy
+from kimi_mlx.planner.constants import ENGINE_PROFILES, FAST_FENCE_S, FENCE_S, FITTED, Constants, Strategy
 from kimi_mlx.planner.links import RDMA, TCP
 from kimi_mlx.planner.machines import parse_machines
+from kimi_mlx.planner.model_shape import shape_with_bits
 from kimi_mlx.planner.portions import make_portions
-from kimi_mlx.planner.shape import shape_with_bits
 from kimi_mlx.planner.speed import Setup, decode, prefill
 
 Metric = Literal["decode", "prefill"]
@@ -26,7 +26,7 @@ LINKS = {"rdma": RDMA, "tcp": TCP, None: None}
 
 
 @dataclass(frozen=True)
-class Row:
+class BacktestRow:
     """A published measurement, from `backtest.json`; see there.
 
     Args:
@@ -72,7 +72,7 @@ class Row:
 class Comparison:
     """A published figure and the predicted one, in tok/s."""
 
-    row: Row
+    row: BacktestRow
     metric: Metric
     published: float
     predicted: float
@@ -93,9 +93,9 @@ def _data() -> dict[str, Any]:
     return json.loads(resources.files("kimi_mlx.planner").joinpath("backtest.json").read_text(encoding="utf-8"))
 
 
-def rows() -> list[Row]:
+def rows() -> list[BacktestRow]:
     """All rows."""
-    return [Row(**raw) for raw in _data()["rows"]]
+    return [BacktestRow(**raw) for raw in _data()["rows"]]
 
 
 def left_out() -> list[tuple[str, str]]:
@@ -103,9 +103,9 @@ def left_out() -> list[tuple[str, str]]:
     return [(each["what"], each["why"]) for each in _data()["left_out"]]
 
 
-def setup_of(row: Row, constants: Constants = FITTED) -> Setup:
+def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:
     """A row's machines and model; shares are even, as those programs make them."""
-    engine = ENGINES[row.engine]
+    engine = ENGINE_PROFILES[row.engine]
     shape = shape_with_bits(row.dimensions, row.dimensions, row.expert_bits, row.rest_bits)
     machines = parse_machines(row.machines)
     portions = make_portions(row.strategy, shape, len(machines), engine.slices_head)
@@ -113,7 +113,7 @@ def setup_of(row: Row, constants: Constants = FITTED) -> Setup:
     return Setup(shape, row.strategy, machines, portions, LINKS[row.link], engine, fence_s, constants)
 
 
-def compare(row: Row, constants: Constants = FITTED) -> list[Comparison]:
+def compare(row: BacktestRow, constants: Constants = FITTED) -> list[Comparison]:
     """One or two comparisons of a row."""
     setup = setup_of(row, constants)
     found: list[Comparison] = []
@@ -125,7 +125,7 @@ def compare(row: Row, constants: Constants = FITTED) -> list[Comparison]:
     return found
 
 
-def backtest(constants: Constants = FITTED, among: Sequence[Row] | None = None) -> list[Comparison]:
+def backtest(constants: Constants = FITTED, among: Sequence[BacktestRow] | None = None) -> list[Comparison]:
     """All comparisons."""
     return [each for row in (rows() if among is None else among) for each in compare(row, constants)]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.planner.constants import KIMI_MLX
-from kimi_mlx.planner.links import Link
+from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import HostMemory, host_memory
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memory
-from kimi_mlx.planner.shape import Shape
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 SLOW_HOP_S = 0.5e-3
@@ -42,7 +42,7 @@ class Choice:
 
 
 def choose(
-    shape: Shape | None, machines: Sequence[Machine], link: Link | None, *, is_fast_sync: bool = False
+    shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, *, is_fast_sync: bool = False
 ) -> Choice:
     """The best strategy for all of these machines together.
 
@@ -67,7 +67,7 @@ def choose(
     return Choice(choice.placement, _why(choice, best_of(others), link), choice.memory)
 
 
-def by_rule(shape: Shape | None, machines: Sequence[Machine], link: Link | None, why: str) -> Choice:
+def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, why: str) -> Choice:
     """Without predictions: hybrid, which divides nearly all work for one sum a layer; over a slow link a pipeline.
 
     Nothing else is better in general: tensor has twice the sums, and whole experts are never busy evenly.
@@ -82,7 +82,7 @@ def by_rule(shape: Shape | None, machines: Sequence[Machine], link: Link | None,
     return Choice(strategy, f"shares by memory, {words}", memory_of(strategy, shape, machines))
 
 
-def memory_of(strategy: str, shape: Shape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
+def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
     """What each rank needs; nothing if it is not known."""
     if shape is None:
         return ()
@@ -94,13 +94,13 @@ def memory_of(strategy: str, shape: Shape | None, machines: Sequence[Machine]) -
     return tuple(host_memory(machine, portion, shape, KIMI_MLX, _context(shape)) for machine, portion in pairs)
 
 
-def link_words(link: Link) -> str:
+def link_words(link: LinkProfile) -> str:
     """Such as `TCP at 1.2 ms a message`."""
     name = {"rdma": "RDMA", "wifi": "Wi-Fi"}.get(link.name, "TCP")
     return f"{name} at {link.hop_s * 1e3:.2g} ms a message"
 
 
-def _context(shape: Shape) -> int:
+def _context(shape: ModelShape) -> int:
     return min(CONTEXT_TOKENS, shape.context_tokens)
 
 
@@ -112,7 +112,7 @@ def _best(options: Sequence[Option]) -> Option:
     return min(options, key=lambda option: max(each.needed_bytes - each.raised_gpu_bytes for each in option.memory))
 
 
-def _why(choice: Option, other: Option | None, link: Link) -> str:
+def _why(choice: Option, other: Option | None, link: LinkProfile) -> str:
     shares = "shares by memory, " if choice.shares != "even" else ""
     told = f"{shares}{link_words(link)}: {choice.decode_tok_per_s:.1f} tok/s predicted"
     if choice.fits == "no":

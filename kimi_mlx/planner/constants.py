@@ -36,7 +36,7 @@ FITTED = Constants(bandwidth_share=0.76, kernel_s=4.4e-6, compute_share=0.575)
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineProfile:
     """What differs between programs.
 
     Args:
@@ -59,14 +59,16 @@ class Engine:
     overlaps_chunks: bool
 
 
-KIMI_MLX = Engine(
+KIMI_MLX = EngineProfile(
     "kimi-mlx", 28, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
 )
 """28: counted on the graph, docs/benchmark.md."""
 
-MLX_LM = Engine("mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False)
+MLX_LM = EngineProfile(
+    "mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False
+)
 """44: design.md. exo and mlx-engine run mlx-lm's model."""
 
-ENGINES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}
+ENGINE_PROFILES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}
 
 Strategy = Literal["single", "pipeline", "tensor", "hybrid", "expert"]

@@ -13,7 +13,7 @@ DAYS_A_MONTH = 365.25 / 12
 
 
 @dataclass(frozen=True)
-class Habits:
+class CostAssumptions:
     """What the user pays and does; money in one currency, that of the prices.
 
     Args:
@@ -60,33 +60,33 @@ class Cost:
     is_possible: bool
 
 
-def make_cost(machines: Sequence[Machine], tok_per_s: float, habits: Habits) -> Cost:
+def make_cost(machines: Sequence[Machine], tok_per_s: float, assumptions: CostAssumptions) -> Cost:
     """Costs at a speed.
 
     Args:
         machines: that are bought and powered.
         tok_per_s: of decode.
-        habits: of the user.
+        assumptions: of the user.
 
     Raises:
         UsageError: a price, or watts, that neither the table nor the user tells.
     """
-    price = _sum_of(machines, [m.price_usd for m in machines], habits.price, "price", "--price 19000")
-    watts = _sum_of(machines, [m.chip.watts_max for m in machines], habits.watts, "watts", "--watts 500")
+    price = _sum_of(machines, [m.price_usd for m in machines], assumptions.price, "price", "--price 19000")
+    watts = _sum_of(machines, [m.chip.watts_max for m in machines], assumptions.watts, "watts", "--watts 500")
     idle = sum(m.chip.watts_idle or 0 for m in machines)
-    hours = habits.tokens_a_day / tok_per_s / 3600
+    hours = assumptions.tokens_a_day / tok_per_s / 3600
     energy_a_day = (watts * hours + idle * max(24 - hours, 0)) / 1000
-    a_month = energy_a_day * habits.electricity * DAYS_A_MONTH
-    millions_a_month = habits.tokens_a_day * DAYS_A_MONTH / 1e6
-    saved = None if habits.subscription is None else habits.subscription - a_month
+    a_month = energy_a_day * assumptions.electricity * DAYS_A_MONTH
+    millions_a_month = assumptions.tokens_a_day * DAYS_A_MONTH / 1e6
+    saved = None if assumptions.subscription is None else assumptions.subscription - a_month
     return Cost(
         price=price,
         watts=watts,
         watts_idle=idle,
         hours_a_day=hours,
         electricity_a_month=a_month,
-        electricity_per_million=1e6 / tok_per_s / 3600 * watts / 1000 * habits.electricity,
-        per_million=(price / (habits.years * 12) + a_month) / millions_a_month,
+        electricity_per_million=1e6 / tok_per_s / 3600 * watts / 1000 * assumptions.electricity,
+        per_million=(price / (assumptions.years * 12) + a_month) / millions_a_month,
         break_even_months=price / saved if saved is not None and saved > 0 else None,
         is_possible=hours <= 24,
     )

@@ -10,7 +10,7 @@ BackendName = Literal["ring", "jaccl"]
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkProfile:
     """A kind of link.
 
     Args:
@@ -45,23 +45,23 @@ class Link:
         return min(gather_s, all_sum_s) if gathers else all_sum_s
 
 
-RDMA = Link(
+RDMA = LinkProfile(
     "rdma",
     "jaccl",
     28e-6,
     6.5e9,
     "omar-karray/mlx-jaccl-cluster: 25.5 us at 4 KB; gh:jundot/omlx#3118: 27 to 31 us, 6.1 to 6.5 GB/s",
 )
-TCP = Link(
+TCP = LinkProfile(
     "tcp",
     "ring",
     150e-6,
     6.5e9,
     "300 us an exchange, so half of it one way (Geerling, Apple TN3205); 52 Gbit/s (gh:exo-explore/exo#2063)",
 )
-WIFI = Link("wifi", "ring", 2.5e-3, 50e6, "design.md: 5 ms and more there and back; the rate is a guess")
+WIFI = LinkProfile("wifi", "ring", 2.5e-3, 50e6, "design.md: 5 ms and more there and back; the rate is a guess")
 
 
-def measured_link(round_trip_s: float, bytes_per_s: float) -> Link:
+def measured_link(round_trip_s: float, bytes_per_s: float) -> LinkProfile:
     """A network that the hosts have measured between them, over TCP."""
-    return Link("measured", "ring", round_trip_s / 2, bytes_per_s, "measured between the hosts")
+    return LinkProfile("measured", "ring", round_trip_s / 2, bytes_per_s, "measured between the hosts")

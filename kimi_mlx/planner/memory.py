@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kimi_mlx.planner.constants import Engine
+from kimi_mlx.planner.constants import EngineProfile
 from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
-from kimi_mlx.planner.shape import Shape
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
 
@@ -39,7 +39,9 @@ class HostMemory:
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
 
-def host_memory(machine: Machine, portion: Portion, shape: Shape, engine: Engine, context: int) -> HostMemory:
+def host_memory(
+    machine: Machine, portion: Portion, shape: ModelShape, engine: EngineProfile, context: int
+) -> HostMemory:
     """What a host needs for its portion of a model and a context of so many tokens."""
     return HostMemory(
         machine.name,
@@ -51,19 +53,19 @@ def host_memory(machine: Machine, portion: Portion, shape: Shape, engine: Engine
     )
 
 
-def cache_bytes(portion: Portion, shape: Shape, context: int) -> int:
+def cache_bytes(portion: Portion, shape: ModelShape, context: int) -> int:
     """Of the cache: latents have no heads, so every rank has them all, of its layers."""
     return context * kv_bytes_per_token(shape.config, portion.layers)
 
 
-def bytes_per_token(shape: Shape, context: int) -> float:
+def bytes_per_token(shape: ModelShape, context: int) -> float:
     """What decoding one token must read at least, of all hosts together: weights, chosen experts and the cache."""
     whole = Portion(shape.layers, shape.moe_layers)
     routed = shape.moe_layers * shape.config.num_experts_per_tok * shape.bytes.expert
     return whole.fixed(shape.bytes) + shape.bytes.head + routed + cache_bytes(whole, shape, context)
 
 
-def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int) -> int:
+def workspace_bytes(portion: Portion, shape: ModelShape, engine: EngineProfile, context: int) -> int:
     """Of one layer in the last chunk of a prompt that fills the context. An estimate: not measured on a Mac."""
     config = shape.config
     rank_shape = RankShape(
@@ -76,7 +78,12 @@ def workspace_bytes(portion: Portion, shape: Shape, engine: Engine, context: int
 
 
 def longest_context(
-    machines: Sequence[Machine], portions: Sequence[Portion], shape: Shape, engine: Engine, *, is_raised: bool
+    machines: Sequence[Machine],
+    portions: Sequence[Portion],
+    shape: ModelShape,
+    engine: EngineProfile,
+    *,
+    is_raised: bool,
 ) -> int:
     """Tokens of context that fit on all hosts, at most what the model was made for; 0 if not even the weights do."""
 

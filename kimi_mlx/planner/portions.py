@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from kimi_mlx.parallel.placement import Share, Units, place
-from kimi_mlx.planner.shape import Parts, Shape
+from kimi_mlx.planner.model_shape import ModelShape, PartSizes
 
 ROW_GROUP = 64
 """Values in a quantization group, which no rank can have a part of, where the checkpoint is not here to tell."""
@@ -38,12 +38,12 @@ class Portion:
     shared_rows: float = 1
     dense_rows: float = 1
 
-    def held(self, parts: Parts, shape: Shape) -> float:
+    def held(self, parts: PartSizes, shape: ModelShape) -> float:
         """Bytes, or values, of all that it holds."""
         routed = self.moe_layers * shape.config.n_routed_experts * self.experts * self.expert_rows * parts.expert
         return self.embedding * parts.embedding + self.head * parts.head + self.fixed(parts) + routed
 
-    def fixed(self, parts: Parts) -> float:
+    def fixed(self, parts: PartSizes) -> float:
         """Of that, what every token uses: all but embedding, head and routed experts."""
         return (
             self.layers * (parts.latent + self.heads * (parts.heads + parts.expansion))
@@ -52,7 +52,7 @@ class Portion:
         )
 
 
-def make_portions(strategy: str, shape: Shape, ranks: int, slices_head: bool = True) -> list[Portion]:
+def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: bool = True) -> list[Portion]:
     """The portion of each rank, as kimi-mlx places the model.
 
     Args:
@@ -69,7 +69,7 @@ def make_portions(strategy: str, shape: Shape, ranks: int, slices_head: bool = T
     return portions if slices_head else [replace(each, head=math.ceil(each.head)) for each in portions]
 
 
-def _portion(share: Share, shape: Shape) -> Portion:
+def _portion(share: Share, shape: ModelShape) -> Portion:
     config = shape.config
     layers = range(share.layers.start, share.layers.stop)
     return Portion(
@@ -85,7 +85,7 @@ def _portion(share: Share, shape: Shape) -> Portion:
     )
 
 
-def _units(shape: Shape, ranks: int) -> Units:
+def _units(shape: ModelShape, ranks: int) -> Units:
     """Whole groups of the matrices' columns; a model too small for that has smaller groups, too."""
     config = shape.config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kimi_mlx.planner.search import Option, Plan
-from kimi_mlx.planner.speed import Seconds
+from kimi_mlx.planner.speed import TimeBreakdown
 from kimi_mlx.units import GB
 
 WORDS = {
@@ -46,5 +46,5 @@ def _largest_difference(option: Option, choice: Option) -> str:
     return f"a token {WORDS[name].format(f'{decode[name] * 1e3:.1f} ms')}"
 
 
-def _differences(mine: Seconds, other: Seconds) -> dict[str, float]:
+def _differences(mine: TimeBreakdown, other: TimeBreakdown) -> dict[str, float]:
     return {part: getattr(mine, part) - getattr(other, part) for part in WORDS}

@@ -9,12 +9,12 @@ from typing import Literal
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.parallel.placement import STRATEGIES, normal_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
-from kimi_mlx.planner.links import Link
+from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
-from kimi_mlx.planner.shape import Shape
-from kimi_mlx.planner.speed import Seconds, Setup, decode, prefill
+from kimi_mlx.planner.speed import Setup, TimeBreakdown, decode, prefill
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 Shares = Literal["even", "by memory"]
@@ -49,12 +49,12 @@ class Option:
     strategy: Strategy
     placement: str
     hosts: tuple[str, ...]
-    link: Link | None
+    link: LinkProfile | None
     memory: tuple[HostMemory, ...]
     longest_context: int
     longest_context_raised: int
-    decode: Seconds
-    prefill: Seconds
+    decode: TimeBreakdown
+    prefill: TimeBreakdown
 
     @property
     def shares(self) -> Shares:
@@ -102,7 +102,7 @@ class Plan:
         notes: what was not, and why.
     """
 
-    shape: Shape
+    shape: ModelShape
     machines: tuple[Machine, ...]
     context: int
     is_fast_sync: bool
@@ -126,9 +126,9 @@ def best_of(options: Sequence[Option]) -> Option | None:
 
 
 def make_plan(
-    shape: Shape,
+    shape: ModelShape,
     machines: Sequence[Machine],
-    links: Sequence[Link],
+    links: Sequence[LinkProfile],
     context: int,
     *,
     is_fast_sync: bool = False,
@@ -164,8 +164,8 @@ def make_plan(
 
 
 def _candidates(
-    machines: Sequence[Machine], links: Sequence[Link]
-) -> Iterator[tuple[Strategy, Shares, list[Machine], Link | None]]:
+    machines: Sequence[Machine], links: Sequence[LinkProfile]
+) -> Iterator[tuple[Strategy, Shares, list[Machine], LinkProfile | None]]:
     """The largest host alone, then the largest two, and so on, by strategy and link."""
     largest = sorted(machines, key=lambda machine: -machine.raised_gpu_bytes)
     yield "single", "even", largest[:1], None
@@ -179,14 +179,14 @@ def _candidates(
                     yield strategy, "by memory", hosts, link
 
 
-def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: Shape) -> str:
+def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: ModelShape) -> str:
     """The strategy with a weight for each machine, so that all become equally full; thousandths in all."""
     free = [_free_bytes(machine, strategy, shape) for machine in machines]
     weights = [max(1, round(1000 * each / sum(free))) for each in free]
     return normal_strategy(":".join([strategy, *map(str, weights)]), len(machines))
 
 
-def _free_bytes(machine: Machine, strategy: Strategy, shape: Shape) -> float:
+def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> float:
     """What a host has for its share, after what it needs whatever its share is; at least a little.
 
     For CONTEXT_TOKENS, so that shares do not depend on the context that was asked for.
@@ -200,7 +200,7 @@ def _free_bytes(machine: Machine, strategy: Strategy, shape: Shape) -> float:
     return max(machine.raised_gpu_bytes - taken, 1.0)
 
 
-def _no_link(hosts: Sequence[Machine], link: Link) -> str | None:
+def _no_link(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
     """Why these hosts cannot be joined so; None if they can."""
     if link.backend != "jaccl":
         return None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kimi_mlx.planner.constants import FENCE_S, Constants, Engine, Strategy
-from kimi_mlx.planner.links import Link
-from kimi_mlx.planner.load import expected_slowest
+from kimi_mlx.planner.constants import FENCE_S, Constants, EngineProfile, Strategy
+from kimi_mlx.planner.expert_load import expected_slowest
+from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import cache_bytes
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
-from kimi_mlx.planner.shape import Shape
 
 VALUE_BYTES = 2
 """Of what ranks exchange: bfloat16."""
@@ -32,12 +32,12 @@ class Setup:
         constants: fitted ones.
     """
 
-    shape: Shape
+    shape: ModelShape
     strategy: Strategy
     machines: Sequence[Machine]
     portions: Sequence[Portion]
-    link: Link | None
-    engine: Engine
+    link: LinkProfile | None
+    engine: EngineProfile
     fence_s: float
     constants: Constants
 
@@ -56,7 +56,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class TimeBreakdown:
     """What a step is made of, on the ranks that the others wait for.
 
     Args:
@@ -78,9 +78,9 @@ class Seconds:
         """All of them: none overlaps with another."""
         return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s
 
-    def __add__(self, other: Seconds) -> Seconds:
+    def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
         """One after the other."""
-        return Seconds(
+        return TimeBreakdown(
             self.read_s + other.read_s,
             self.compute_s + other.compute_s,
             self.kernels_s + other.kernels_s,
@@ -89,17 +89,17 @@ class Seconds:
         )
 
 
-NOTHING = Seconds(0, 0, 0, 0, 0)
+ZERO_TIME = TimeBreakdown(0, 0, 0, 0, 0)
 
 
-def decode(setup: Setup, context: int) -> Seconds:
+def decode(setup: Setup, context: int) -> TimeBreakdown:
     """One token of one sequence, after `context` tokens."""
     read, attention = _read_and_attend(setup, context)
     fences, link = _hand_overs(setup, 1) if setup.strategy == "pipeline" else _collectives(setup, 1)
-    return Seconds(read, attention, _kernels_s(setup, setup.shape.layers), fences, link)
+    return TimeBreakdown(read, attention, _kernels_s(setup, setup.shape.layers), fences, link)
 
 
-def prefill(setup: Setup, prompt: int) -> Seconds:
+def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
     """A prompt of so many tokens, in the engine's chunks, the cache being empty."""
     size = setup.engine.prefill_chunk
     chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
@@ -107,32 +107,32 @@ def prefill(setup: Setup, prompt: int) -> Seconds:
         return _through_stages(
             setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks]
         )
-    return sum((_chunk(setup, *chunk) for chunk in chunks), NOTHING)
+    return sum((_chunk(setup, *chunk) for chunk in chunks), ZERO_TIME)
 
 
-def _chunk(setup: Setup, start: int, length: int) -> Seconds:
+def _chunk(setup: Setup, start: int, length: int) -> TimeBreakdown:
     """`length` tokens of a prompt after `start`, by ranks that work side by side."""
     slowest = max((_work(setup, rank, start, length) for rank in range(setup.ranks)), key=lambda each: each.total_s)
-    return slowest + Seconds(0, 0, 0, *_collectives(setup, length))
+    return slowest + TimeBreakdown(0, 0, 0, *_collectives(setup, length))
 
 
-def _stage(setup: Setup, rank: int, start: int, length: int) -> Seconds:
+def _stage(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
     """The same of a stage of a pipeline, and of handing it on."""
-    return _work(setup, rank, start, length) + Seconds(0, 0, 0, setup.fence_s, _hand_over_s(setup, rank, length))
+    return _work(setup, rank, start, length) + TimeBreakdown(0, 0, 0, setup.fence_s, _hand_over_s(setup, rank, length))
 
 
-def _work(setup: Setup, rank: int, start: int, length: int) -> Seconds:
+def _work(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
     """Of that, what a rank does by itself."""
     read = _touched_bytes(setup, rank, length) / setup.bandwidth(rank)
     compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank)
-    return Seconds(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
+    return TimeBreakdown(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
 
 
-def _through_stages(setup: Setup, chunks: Sequence[Sequence[Seconds]]) -> Seconds:
+def _through_stages(setup: Setup, chunks: Sequence[Sequence[TimeBreakdown]]) -> TimeBreakdown:
     """Until the last chunk has left the last stage: a stage starts when it has what comes before, and is free."""
-    free = [NOTHING] * setup.ranks
+    free = [ZERO_TIME] * setup.ranks
     for stages in chunks:
-        left = NOTHING if setup.engine.overlaps_chunks else free[-1]
+        left = ZERO_TIME if setup.engine.overlaps_chunks else free[-1]
         for rank, stage in enumerate(stages):
             left = free[rank] = max(left, free[rank], key=lambda each: each.total_s) + stage
     return free[-1]
@@ -168,7 +168,7 @@ def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
     return whole - max(attention), max(attention)
 
 
-def _fixed_bytes(portion: Portion, shape: Shape) -> float:
+def _fixed_bytes(portion: Portion, shape: ModelShape) -> float:
     """What a token reads beside routed experts and the cache."""
     return portion.fixed(shape.bytes) + portion.head * shape.bytes.head
 
@@ -209,7 +209,7 @@ def _kernels_s(setup: Setup, layers: int) -> float:
 
 
 def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
-    """Seconds of fences, and on the link, for so many tokens at once."""
+    """Return the seconds of fences and of the link for a batch of `tokens` tokens."""
     link, ranks, config = setup.link, setup.ranks, setup.shape.config
     if link is None:
         return 0, 0

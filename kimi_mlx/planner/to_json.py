@@ -12,7 +12,7 @@ from kimi_mlx.planner.cost import Cost
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
-from kimi_mlx.planner.speed import Seconds
+from kimi_mlx.planner.speed import TimeBreakdown
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 
 VERSION = 2
@@ -93,5 +93,5 @@ def _option(option: Option, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _seconds(parts: Seconds) -> dict[str, float]:
+def _seconds(parts: TimeBreakdown) -> dict[str, float]:
     return {**asdict(parts), "total_s": parts.total_s}

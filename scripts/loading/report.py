@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from kimi_mlx.bench.figures import Spread
 from kimi_mlx.bench.machine import OURS, machine, versions
+from kimi_mlx.bench.results import Spread
 from kimi_mlx.units import format_bytes
 from scripts.loading.files import LoadingFiles
 from scripts.loading.measure import Load, LoadingRun

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from kimi_mlx.bench.figures import Percentiles, Spread
 from kimi_mlx.bench.machine import OURS
+from kimi_mlx.bench.results import Percentiles, Spread
 from scripts.serving.client import Exchange
 from scripts.serving.load import ServingRun
 

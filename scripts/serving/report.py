@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from kimi_mlx.bench.figures import Percentiles, Spread
 from kimi_mlx.bench.machine import OURS, PACKAGES
+from kimi_mlx.bench.results import Percentiles, Spread
 from kimi_mlx.units import format_bytes
 from scripts.serving.figures import ServingRow, growth_bytes, same_texts, serving_ratios, serving_rows
 from scripts.serving.load import ServingRun

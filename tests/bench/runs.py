@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kimi_mlx.bench.measure import Case, Run
-from kimi_mlx.bench.sides import Answer, Outcome
+from kimi_mlx.bench.sides import BatchResult, TimedAnswer
 from kimi_mlx.engine.request import Statistics
 
 ALONE = Case(0, 100, 1)
@@ -25,11 +25,11 @@ def make_run(
     prompt = case.depth + case.prompt_tokens
     decode_s = step * (len(ids) - 1)
     answers = [
-        Answer(
+        TimedAnswer(
             ids,
             Statistics(prompt, cached, len(ids), ttft, decode_s, 10**9),
             tuple(number * (ttft + decode_s) + ttft + step * index for index in range(len(ids))),
         )
         for number in range(case.concurrency)
     ]
-    return Run(side, case, repetition, Outcome(tuple(answers), 0.0, (10**9, 2 * 10**9)), energy_j)
+    return Run(side, case, repetition, BatchResult(tuple(answers), 0.0, (10**9, 2 * 10**9)), energy_j)

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.bench.measure import Case, Plan, Run, measure
-from kimi_mlx.bench.sides import Answer, Batch, Outcome
+from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run, measure
+from kimi_mlx.bench.sides import BatchResult, RequestBatch, TimedAnswer
 from kimi_mlx.engine.request import Statistics
 from kimi_mlx.errors import UsageError
 
-Log = list[tuple[str, Batch]]
+Log = list[tuple[str, RequestBatch]]
 
 
 class CountingSide:
@@ -18,27 +18,27 @@ class CountingSide:
         self.turns: str | None = None
         self._log = log
 
-    def run(self, batch: Batch) -> Outcome:
+    def run(self, batch: RequestBatch) -> BatchResult:
         self._log.append((self.name, batch))
         count = batch.requests[0].max_tokens or 0
         answers = [
-            Answer(
+            TimedAnswer(
                 tuple(request.prompt[0] + step for step in range(count)),
                 Statistics(len(request.prompt), batch.depth, count, 0.5, 1.0, 1000),
                 tuple(0.5 + step for step in range(count)),
             )
             for request in batch.requests
         ]
-        return Outcome(tuple(answers), 100.0, (1000,))
+        return BatchResult(tuple(answers), 100.0, (1000,))
 
 
-def run_plan(plan: Plan, names: str = "ab") -> tuple[list[Run], Log]:
+def run_plan(plan: BenchmarkPlan, names: str = "ab") -> tuple[list[Run], Log]:
     log: Log = []
     return list(measure([CountingSide(name, log) for name in names], plan, vocab_size=50)), log
 
 
 def test_sides_take_turns_with_the_same_prompt_and_turn_around() -> None:
-    _, log = run_plan(Plan((4,), 2, warmup=0, repeat=4))
+    _, log = run_plan(BenchmarkPlan((4,), 2, warmup=0, repeat=4))
     assert "".join(name for name, _ in log) == "abbaabba"
     prompts = [batch.requests[0].prompt for _, batch in log]
     assert prompts[0::2] == prompts[1::2]
@@ -46,7 +46,7 @@ def test_sides_take_turns_with_the_same_prompt_and_turn_around() -> None:
 
 
 def test_every_case_is_warmed_up() -> None:
-    runs, _ = run_plan(Plan((4, 9), 3, warmup=2, repeat=1, depth=(0, 5), concurrency=(1, 2)), "a")
+    runs, _ = run_plan(BenchmarkPlan((4, 9), 3, warmup=2, repeat=1, depth=(0, 5), concurrency=(1, 2)), "a")
     cases = [Case(depth, prompt, count) for depth in (0, 5) for prompt in (4, 9) for count in (1, 2)]
     assert [(run.case, run.is_warmup) for run in runs] == [
         (case, is_warmup) for case in cases for is_warmup in (True, True, False)
@@ -54,7 +54,7 @@ def test_every_case_is_warmed_up() -> None:
 
 
 def test_a_batch_shares_its_prefix_and_nothing_else() -> None:
-    _, log = run_plan(Plan((8,), 3, warmup=0, repeat=2, depth=(20,), concurrency=(3,)), "a")
+    _, log = run_plan(BenchmarkPlan((8,), 3, warmup=0, repeat=2, depth=(20,), concurrency=(3,)), "a")
     (_, first), (_, second) = log
     prompts = [request.prompt for request in first.requests]
     assert {len(prompt) for prompt in prompts} == {28}
@@ -64,7 +64,7 @@ def test_a_batch_shares_its_prefix_and_nothing_else() -> None:
 
 
 def test_generation_is_greedy_and_has_no_stop() -> None:
-    _, log = run_plan(Plan((4,), 7, warmup=0, repeat=1), "a")
+    _, log = run_plan(BenchmarkPlan((4,), 7, warmup=0, repeat=1), "a")
     request = log[0][1].requests[0]
     assert request.max_tokens == 7
     assert request.sampling.temperature == 0
@@ -73,13 +73,13 @@ def test_generation_is_greedy_and_has_no_stop() -> None:
 
 def test_energy_is_asked_for_the_time_of_the_batch() -> None:
     side = CountingSide("a", [])
-    plan = Plan((4,), 3, warmup=0, repeat=1)
+    plan = BenchmarkPlan((4,), 3, warmup=0, repeat=1)
     (run,) = measure([side], plan, 50, lambda start, end: end - start)
     assert run.energy_j == run.outcome.wall_s == 2.5
 
 
 def test_the_plan_knows_how_many_batches_it_makes() -> None:
-    plan = Plan((4, 9), 3, warmup=2, repeat=3, concurrency=(1, 2))
+    plan = BenchmarkPlan((4, 9), 3, warmup=2, repeat=3, concurrency=(1, 2))
     assert len(run_plan(plan, "a")[0]) == plan.total == 20
 
 
@@ -98,11 +98,11 @@ def test_the_plan_knows_how_many_batches_it_makes() -> None:
 )
 def test_a_senseless_plan_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Plan(**arguments)  # pyright: ignore[reportArgumentType]
+        BenchmarkPlan(**arguments)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_plan_that_exceeds_the_context_is_refused_with_both_numbers() -> None:
-    plan = Plan((128, 512), 64, depth=(0, 1000))
+    plan = BenchmarkPlan((128, 512), 64, depth=(0, 1000))
     plan.check_context(1576)
     with pytest.raises(UsageError, match="take 1576 tokens, the model's context holds 1575"):
         plan.check_context(1575)

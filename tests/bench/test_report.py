@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from kimi_mlx.bench import machine
-from kimi_mlx.bench.measure import Case, Plan, Run
+from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.report import Report
 from tests.bench.runs import make_run
 
-PLAN = Plan((100,), 11, warmup=1, repeat=3)
+PLAN = BenchmarkPlan((100,), 11, warmup=1, repeat=3)
 RUNS = [
     make_run(side, i, *rates, ids=ids)
     for side, rates, ids in (
@@ -34,7 +34,7 @@ class IdleSide:
         raise NotImplementedError
 
 
-def make_report(runs: list[Run] = RUNS, plan: Plan = PLAN) -> Report:
+def make_report(runs: list[Run] = RUNS, plan: BenchmarkPlan = PLAN) -> Report:
     settings = {
         "model": "wide",
         "ranks": 2,
@@ -75,7 +75,7 @@ def test_the_tables_show_each_side() -> None:
 
 
 def test_columns_come_with_what_they_show() -> None:
-    plan = Plan((100,), 11, warmup=0, repeat=1, depth=(50,), concurrency=(2,))
+    plan = BenchmarkPlan((100,), 11, warmup=0, repeat=1, depth=(50,), concurrency=(2,))
     text = make_report([make_run("kimi-mlx", 0, 100, 10, case=Case(50, 100, 2), energy_j=44)], plan).markdown()
     header, rule, row = (line for line in text.splitlines() if line.startswith("|"))
     cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))

@@ -8,7 +8,7 @@ import pytest
 from kimi_mlx.bench.measure import Case
 from kimi_mlx.bench.roofline import Bandwidth, Roofline, measured_bandwidth
 from kimi_mlx.model.config import load_config
-from kimi_mlx.planner.shape import shape_of_config
+from kimi_mlx.planner.model_shape import shape_of_config
 from tests.bench.tiny import write_tiny
 
 

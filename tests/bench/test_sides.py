@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.bench.measure import Case, Plan, make_batch
+from kimi_mlx.bench.measure import BenchmarkPlan, Case, make_batch
 from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
-from kimi_mlx.bench.sides import Answer, Batch, Side, open_kimi_mlx
+from kimi_mlx.bench.sides import RequestBatch, Side, TimedAnswer, open_kimi_mlx
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring.messages import encode
@@ -23,7 +23,7 @@ from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.session.session import SessionOptions
 from tests.bench.tiny import write_tiny
 
-PLAN = Plan((24,), 6)
+PLAN = BenchmarkPlan((24,), 6)
 ALONE = make_batch(Case(0, 24, 1), 0, PLAN, 512)
 DEEP = make_batch(Case(16, 24, 3), 0, PLAN, 512)
 
@@ -39,12 +39,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("bench") / "tiny")
 
 
-def kimi_mlx_answers(folder: Path, batch: Batch) -> list[tuple[int, ...]]:
+def kimi_mlx_answers(folder: Path, batch: RequestBatch) -> list[tuple[int, ...]]:
     with open_kimi_mlx(SessionOptions(folder)) as side:
         return ids_of(side.run(batch).answers)
 
 
-def ids_of(answers: Sequence[Answer]) -> list[tuple[int, ...]]:
+def ids_of(answers: Sequence[TimedAnswer]) -> list[tuple[int, ...]]:
     return [answer.ids for answer in answers]
 
 
@@ -77,7 +77,7 @@ def test_a_side_starts_each_answer_afresh(tiny: Path) -> None:
 def test_the_depth_is_in_the_cache_and_every_token_has_its_time(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
         outcome = side.run(DEEP)
-        alone = [side.run(Batch((request,))) for request in DEEP.requests]
+        alone = [side.run(RequestBatch((request,))) for request in DEEP.requests]
     assert [answer.statistics.cached_tokens for answer in outcome.answers] == [16, 16, 16]
     assert ids_of(outcome.answers) == [each.answers[0].ids for each in alone]
     for answer in outcome.answers:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kimi_mlx.bench.sides import Batch, Outcome, SessionSide
+from kimi_mlx.bench.sides import BatchResult, RequestBatch, SessionSide
 from kimi_mlx.bench.workloads import SHAPES
 from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -185,9 +185,9 @@ def test_no_process_outlives_the_command(tiny: Path, number: signal.Signals, cod
 
 
 def test_what_was_measured_is_shown_on_ctrl_c(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, done = SessionSide.run, list[Outcome]()
+    run, done = SessionSide.run, list[BatchResult]()
 
-    def run_or_interrupt(side: SessionSide, batch: Batch) -> Outcome:
+    def run_or_interrupt(side: SessionSide, batch: RequestBatch) -> BatchResult:
         if len(done) == 3:
             signal.raise_signal(signal.SIGINT)
         done.append(run(side, batch))

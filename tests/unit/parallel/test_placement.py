@@ -24,7 +24,7 @@ from kimi_mlx.parallel.placement import (
     parse_strategy,
     place,
 )
-from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.planner.model_shape import known_shape
 from tests.checkpoints import load_golden
 
 K2 = known_shape("kimi-k2").config

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kimi_mlx.planner.choice import SLOW_HOP_S, choose, memory_of
-from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile, measured_link
 from kimi_mlx.planner.machines import any_machine, parse_machines
-from kimi_mlx.planner.shape import known_shape
+from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.units import GIB
 
 K2 = known_shape("kimi-k2")
@@ -19,7 +19,7 @@ LINUX = [any_machine(f"host-{number}", "x86_64", 64 * GIB, None) for number in r
     ("link", "is_fast_sync", "strategy"),
     [(RDMA, False, "hybrid"), (RDMA, True, "tensor"), (TCP, False, "pipeline"), (WIFI, False, "pipeline")],
 )
-def test_two_studios(link: Link, is_fast_sync: bool, strategy: str) -> None:
+def test_two_studios(link: LinkProfile, is_fast_sync: bool, strategy: str) -> None:
     assert choose(K2, parse_machines("m3-ultra-512x2"), link, is_fast_sync=is_fast_sync).strategy == strategy
 
 

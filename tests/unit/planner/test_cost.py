@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from kimi_mlx.errors import UsageError
-from kimi_mlx.planner.cost import Habits, make_cost
+from kimi_mlx.planner.cost import CostAssumptions, make_cost
 from kimi_mlx.planner.machines import parse_machines
 
 TWO = parse_machines("m3-ultra-512x2")
-HABITS = Habits(tokens_a_day=1e6, electricity=0.30, years=4, subscription=200)
+ASSUMPTIONS = CostAssumptions(tokens_a_day=1e6, electricity=0.30, years=4, subscription=200)
 
 
 def test_by_hand() -> None:
-    cost = make_cost(TWO, 20, HABITS)
+    cost = make_cost(TWO, 20, ASSUMPTIONS)
     assert cost.price == 2 * 9499
     assert cost.hours_a_day == pytest.approx(1e6 / 20 / 3600)
     assert cost.electricity_per_million == pytest.approx(1e6 / 20 / 3600 * 0.5 * 0.30)
@@ -25,19 +25,19 @@ def test_by_hand() -> None:
 
 
 def test_some_subscriptions_are_never_reached() -> None:
-    assert make_cost(TWO, 20, replace(HABITS, subscription=20)).break_even_months is None
-    assert make_cost(TWO, 20, replace(HABITS, subscription=None)).break_even_months is None
+    assert make_cost(TWO, 20, replace(ASSUMPTIONS, subscription=20)).break_even_months is None
+    assert make_cost(TWO, 20, replace(ASSUMPTIONS, subscription=None)).break_even_months is None
 
 
 def test_a_day_has_24_hours() -> None:
-    assert make_cost(TWO, 20, HABITS).is_possible
-    assert not make_cost(TWO, 10, HABITS).is_possible
+    assert make_cost(TWO, 20, ASSUMPTIONS).is_possible
+    assert not make_cost(TWO, 10, ASSUMPTIONS).is_possible
 
 
 def test_what_is_not_known_must_be_told() -> None:
     machines = parse_machines("m4-max-128")
     with pytest.raises(UsageError, match="price"):
-        make_cost(machines, 20, HABITS)
+        make_cost(machines, 20, ASSUMPTIONS)
     with pytest.raises(UsageError, match="watts"):
-        make_cost(machines, 20, replace(HABITS, price=3500))
-    assert make_cost(machines, 20, replace(HABITS, price=3500, watts=150)).watts == 150
+        make_cost(machines, 20, replace(ASSUMPTIONS, price=3500))
+    assert make_cost(machines, 20, replace(ASSUMPTIONS, price=3500, watts=150)).watts == 150

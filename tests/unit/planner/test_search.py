@@ -6,9 +6,9 @@ import pytest
 
 from kimi_mlx.planner.links import RDMA, TCP, WIFI
 from kimi_mlx.planner.machines import parse_machines
+from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.reasons import why_lost
 from kimi_mlx.planner.search import PIPELINE_MARGIN, STRATEGIES, Option, Plan, make_plan
-from kimi_mlx.planner.shape import known_shape
 from kimi_mlx.planner.to_json import plan_to_dict
 
 LINKS = [RDMA, TCP]

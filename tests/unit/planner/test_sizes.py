@@ -15,8 +15,8 @@ from kimi_mlx.parallel.placement import STRATEGIES, StrategyName
 from kimi_mlx.planner.constants import KIMI_MLX
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.memory import longest_context, workspace_bytes
+from kimi_mlx.planner.model_shape import known_models, known_shape, shape_of_folder, with_expert_bits
 from kimi_mlx.planner.portions import Portion, make_portions
-from kimi_mlx.planner.shape import known_models, known_shape, shape_of_folder, with_expert_bits
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from tests.fakes import KIMI_MINI
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, MLX_LM, Strategy
-from kimi_mlx.planner.links import RDMA, TCP, WIFI, Link, measured_link
-from kimi_mlx.planner.load import expected_slowest
+from kimi_mlx.planner.expert_load import expected_slowest
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile, measured_link
 from kimi_mlx.planner.machines import Machine, parse_machines
+from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import STRATEGIES
-from kimi_mlx.planner.shape import known_shape
 from kimi_mlx.planner.speed import Setup, collectives_per_token, decode, prefill
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 
@@ -23,7 +23,7 @@ K2 = known_shape("kimi-k2")
 TWO = parse_machines("m3-ultra-512x2")
 
 
-def setup(strategy: Strategy = "hybrid", machines: tuple[Machine, ...] = TWO, link: Link | None = RDMA) -> Setup:
+def setup(strategy: Strategy = "hybrid", machines: tuple[Machine, ...] = TWO, link: LinkProfile | None = RDMA) -> Setup:
     portions = make_portions(strategy, K2, len(machines))
     return Setup(K2, strategy, machines, portions, link, KIMI_MLX, FENCE_S, FITTED)
 

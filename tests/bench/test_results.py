@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.bench.figures import Percentiles, agreements, notes, ratios, rows
 from kimi_mlx.bench.measure import Case
+from kimi_mlx.bench.results import Percentiles, agreements, notes, ratios, rows
 from tests.bench.runs import make_run
 
 RUNS = [

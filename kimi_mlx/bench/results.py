@@ -48,7 +48,7 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """The figures of one side in one case.
 
     Args:
@@ -81,7 +81,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class SpeedRatio:
     """kimi-mlx against the best other side in one figure: a quotient of medians, above 1 where kimi-mlx is faster.
 
     Args:
@@ -103,7 +103,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TokenAgreement:
     """Whether another side generated the same tokens as kimi-mlx.
 
     Args:
@@ -119,7 +119,7 @@ class Agreement:
     first_difference: int | None
 
 
-def rows(runs: Sequence[Run], share_of: ShareOf | None = None) -> list[Row]:
+def rows(runs: Sequence[Run], share_of: ShareOf | None = None) -> list[ResultRow]:
     """The figures of each case and side, in the order in which they were first run, ours before others."""
     cases = list(dict.fromkeys(run.case for run in runs))
     sides = sorted(dict.fromkeys(run.side for run in runs), key=lambda side: side != OURS)
@@ -131,7 +131,7 @@ def rows(runs: Sequence[Run], share_of: ShareOf | None = None) -> list[Row]:
     return [_row(group, share_of) for group in groups if group]
 
 
-def _row(runs: Sequence[Run], share_of: ShareOf | None) -> Row:
+def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
     answers = [answer for run in runs for answer in run.answers]
     rates = {
         "prefill_tok_per_s": Spread.of([answer.statistics.prefill_tok_per_s for answer in answers]),
@@ -141,7 +141,7 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> Row:
     gaps = [gap for answer in answers for gap in np.diff(answer.arrivals_s)]
     joules = [run.energy_j / run.new_tokens for run in runs if run.energy_j is not None]
     peaks = zip(*(run.outcome.peak_memory_bytes for run in runs), strict=True)
-    return Row(
+    return ResultRow(
         runs[0].side,
         runs[0].case,
         len(answers[0].ids),
@@ -154,22 +154,22 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> Row:
     )
 
 
-def ratios(table_rows: Sequence[Row]) -> list[Ratio]:
+def ratios(table_rows: Sequence[ResultRow]) -> list[SpeedRatio]:
     """kimi-mlx against the best of the others, for each case; empty without others."""
-    found: list[Ratio] = []
+    found: list[SpeedRatio] = []
     for ours in (row for row in table_rows if row.side == OURS):
         others = [row for row in table_rows if row.side != OURS and row.case == ours.case]
         for figure in (RATES[2:] if ours.case.concurrency > 1 else RATES[:2]) if others else ():
             best = max(others, key=lambda row, figure=figure: row.rates[figure].median)
             ratio = ours.rates[figure].median / best.rates[figure].median
-            found.append(Ratio(ours.case, figure, ratio, best.side))
+            found.append(SpeedRatio(ours.case, figure, ratio, best.side))
     return found
 
 
-def agreements(runs: Sequence[Run]) -> list[Agreement]:
+def agreements(runs: Sequence[Run]) -> list[TokenAgreement]:
     """Compare the tokens of every other side with those of kimi-mlx, answer by answer."""
     ours = {(run.case, run.repetition): run.answers for run in runs if run.side == OURS}
-    found: list[Agreement] = []
+    found: list[TokenAgreement] = []
     for side in dict.fromkeys(run.side for run in runs if run.side != OURS):
         pairs = [
             (mine.ids, other.ids)
@@ -179,7 +179,7 @@ def agreements(runs: Sequence[Run]) -> list[Agreement]:
         ]
         positions = [position for pair in pairs if (position := _first_difference(*pair)) is not None]
         if pairs:
-            found.append(Agreement(side, len(pairs), len(pairs) - len(positions), min(positions, default=None)))
+            found.append(TokenAgreement(side, len(pairs), len(pairs) - len(positions), min(positions, default=None)))
     return found
 
 

@@ -27,7 +27,7 @@ BitsOf = Callable[[str], float]
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartSizes:
     """Bytes, or values, of each part.
 
     Args:
@@ -54,7 +54,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model's dimensions and sizes.
 
     Args:
@@ -67,8 +67,8 @@ class Shape:
 
     name: str
     config: ModelConfig
-    values: Parts
-    bytes: Parts
+    values: PartSizes
+    bytes: PartSizes
     context_tokens: int
 
     @property
@@ -87,7 +87,7 @@ class Shape:
         return total(self.bytes, self)
 
 
-def total(parts: Parts, shape: Shape) -> float:
+def total(parts: PartSizes, shape: ModelShape) -> float:
     """All layers and experts of the parts."""
     moe, dense = shape.moe_layers, shape.layers - shape.moe_layers
     return (
@@ -99,9 +99,9 @@ def total(parts: Parts, shape: Shape) -> float:
     )
 
 
-def make_shape(name: str, config: ModelConfig, bits_of: BitsOf, context_tokens: int | None = None) -> Shape:
+def make_shape(name: str, config: ModelConfig, bits_of: BitsOf, context_tokens: int | None = None) -> ModelShape:
     """A shape from dimensions and bits."""
-    return Shape(
+    return ModelShape(
         name,
         config,
         _parts(config, lambda path: 8),
@@ -110,10 +110,13 @@ def make_shape(name: str, config: ModelConfig, bits_of: BitsOf, context_tokens: 
     )
 
 
-def _parts(config: ModelConfig, bits_of: BitsOf) -> Parts:
+def _parts(config: ModelConfig, bits_of: BitsOf) -> PartSizes:
     matrices = _matrices(config)
-    return Parts(
-        **{each.name: sum(values * bits_of(path) / 8 for path, values in matrices[each.name]) for each in fields(Parts)}
+    return PartSizes(
+        **{
+            each.name: sum(values * bits_of(path) / 8 for path, values in matrices[each.name])
+            for each in fields(PartSizes)
+        }
     )
 
 
@@ -154,7 +157,7 @@ def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     }
 
 
-def shape_of_folder(name: str, folder: Path) -> Shape:
+def shape_of_folder(name: str, folder: Path) -> ModelShape:
     """The shape of a checkpoint in a folder, by its `config.json`.
 
     Raises:
@@ -163,7 +166,7 @@ def shape_of_folder(name: str, folder: Path) -> Shape:
     return shape_of_config(name, load_config(folder))
 
 
-def shape_of_config(name: str, config: ModelConfig) -> Shape:
+def shape_of_config(name: str, config: ModelConfig) -> ModelShape:
     """The shape of a model with this configuration; scales and floats have the size of its `dtype`."""
     return make_shape(name, config, lambda path: _stored_bits(config, path))
 
@@ -201,7 +204,7 @@ def known_models() -> tuple[str, ...]:
     return tuple(_known()["models"])
 
 
-def known_shape(alias: str) -> Shape:
+def known_shape(alias: str) -> ModelShape:
     """The shape of a known model; KeyError for an unknown one."""
     facts = _known()["models"][alias]
     return shape_with_bits(
@@ -211,7 +214,7 @@ def known_shape(alias: str) -> Shape:
 
 def shape_with_bits(
     name: str, dimensions: str, expert_bits: float, rest_bits: float, context_tokens: int | None = None
-) -> Shape:
+) -> ModelShape:
     """Dimensions of `models.json` with bits of one's own.
 
     Args:
@@ -231,7 +234,7 @@ def shape_with_bits(
     return make_shape(name, config, bits_of, context_tokens)
 
 
-def with_expert_bits(shape: Shape, bits: int, group_size: int = 64) -> Shape:
+def with_expert_bits(shape: ModelShape, bits: int, group_size: int = 64) -> ModelShape:
     """The same model with its routed experts quantized to so many bits."""
     expert = shape.values.expert * (bits + SCALE_BITS / group_size) / 8
     return replace(shape, bytes=replace(shape.bytes, expert=expert))
