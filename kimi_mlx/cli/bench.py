@@ -12,8 +12,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kimi_mlx.cli.bench_output import Output
-from kimi_mlx.cli.launched import launched_of, open_launched
-from kimi_mlx.cli.obtain import obtain
+from kimi_mlx.cli.open_model import launch_context, open_on_hosts
+from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import (
     CheckEveryOption,
     DtypeOption,
@@ -23,10 +23,10 @@ from kimi_mlx.cli.options import (
     RanksOption,
     SpeculateOption,
     StrategyOption,
-    refuse_launcher,
+    refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import load_progress, stderr
-from kimi_mlx.cli.placing import announce, place_here
+from kimi_mlx.cli.placement import print_placement, choose_placement
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions
@@ -102,10 +102,10 @@ def bench(
     ] = None,
 ) -> None:
     """Measure a model: prefill and decode tok/s, time to the first token and between tokens, peak memory."""
-    refuse_launcher()
+    refuse_mlx_launch()
     form = Output(json, markdown, output, plot)
     form.check()
-    launched = launched_of(context)
+    launched = launch_context(context)
     _check_delay(link_delay_ms, ranks if launched is None else 1)
     from kimi_mlx.bench import machine
     from kimi_mlx.bench.measure import BenchmarkPlan
@@ -128,18 +128,18 @@ def bench(
     with ExitStack() as stack:
         if launched is not None:
             target = understand(model or Settings.from_environment().model)
-            session = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
+            session = stack.enter_context(closing(open_on_hosts(launched, target, wanted, json)))
             sides: list[Side] = [SessionSide("kimi-mlx", session)]
             ranks, choice = launched.cluster.size, launched.choice
             config = load_config(session.tokenizer_folder)
             plan.check_context(config.max_position_embeddings)
         else:
             target = _target(model, synthetic)
-            choice = place_here(target, ranks, strategy, _delayed_link(link_delay_ms))
+            choice = choose_placement(target, ranks, strategy, _delayed_link(link_delay_ms))
             folder = _folder(target, synthetic, ranks, choice.strategy, json)
             config = load_config(folder)
             plan.check_context(config.max_position_embeddings)
-            announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
+            print_placement(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
             roofline = Roofline.of(config, _dtype_name(dtype, config), generation_tokens)
             cluster = _delayed_cluster(ranks, link_delay_ms, fast_sync, stack)
             options = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, cluster=cluster)
@@ -198,7 +198,7 @@ def _target(model: str | None, synthetic: str | None) -> Target | None:
 def _folder(target: Target | None, synthetic: str | None, ranks: int, strategy: str, is_quiet: bool) -> Path:
     """The checkpoint to measure."""
     if target is not None:
-        return obtain(target, ranks, strategy, is_quiet)
+        return fetch_model(target, ranks, strategy, is_quiet)
     assert synthetic is not None
     from kimi_mlx.bench.workloads import synthetic_checkpoint
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.launched import launched_of, open_launched
-from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.opening import open_here
+from kimi_mlx.cli.open_model import launch_context, open_on_hosts
+from kimi_mlx.cli.fetch_model import fetch_model
+from kimi_mlx.cli.open_model import open_on_this_machine
 from kimi_mlx.cli.options import (
     CheckEveryOption,
     DtypeOption,
@@ -25,10 +25,10 @@ from kimi_mlx.cli.options import (
     RanksOption,
     SpeculateOption,
     StrategyOption,
-    refuse_launcher,
+    refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import print_json, stderr, stdout
-from kimi_mlx.cli.placing import announce, place_here
+from kimi_mlx.cli.placement import print_placement, choose_placement
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError
@@ -82,11 +82,11 @@ def chat(
     json: JsonOption = False,
 ) -> None:
     """Talk to a model: a conversation in the terminal, or with --prompt one answer."""
-    refuse_launcher()
+    refuse_mlx_launch()
     name = model or Settings.from_environment().model
     target = understand(name)
     question = _question(prompt, json)
-    launched = launched_of(context)
+    launched = launch_context(context)
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     asking = _Asking(target, thinking, given)
     wanted = SessionOptions(
@@ -101,18 +101,18 @@ def chat(
         session: Session
         if launched is not None:
             choice = launched.choice
-            ring = stack.enter_context(closing(open_launched(launched, target, wanted, json)))
+            ring = stack.enter_context(closing(open_on_hosts(launched, target, wanted, json)))
             tokenizer, options = asking.read(ring.tokenizer_folder, max_tokens)
             session = ring
         else:
-            choice = place_here(target, ranks, strategy)
-            folder = obtain(target, ranks, choice.strategy, is_quiet=json)
+            choice = choose_placement(target, ranks, strategy)
+            folder = fetch_model(target, ranks, choice.strategy, is_quiet=json)
             load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
             tokenizer, options = asking.read(folder, max_tokens)
             samples = options.sampling is not None and options.sampling.temperature > 0
-            announce(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
+            print_placement(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
             local = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, has_sampling=samples)
-            session = open_here(local, name, json)
+            session = open_on_this_machine(local, name, json)
             stack.enter_context(closing(session))
         conversation = Conversation(session, tokenizer, options, system)
         if question is None:
@@ -163,7 +163,7 @@ def _sampling(
     return replace(recommended, **{**without_thinking, **options})
 
 
-def require_question(prompt: str | None) -> None:
+def require_prompt(prompt: str | None) -> None:
     """Fail early if there is nobody who could ask anything; reads nothing.
 
     Raises:

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import typer
 
-from kimi_mlx.cli.launched import launched_of, open_launched
+from kimi_mlx.cli.open_model import launch_context, open_on_hosts
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, StrategyOption
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.engine.request import Finished, Request, Token
@@ -30,14 +30,14 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Load a model on a cluster and let it answer twice; both answers must be equal."""
-    launched = launched_of(context)
+    launched = launch_context(context)
     if launched is None:
         raise UsageError(
             "`check` is for clusters", hint="`kimi-mlx launch --hosts a,b check`; alone: `kimi-mlx doctor`"
         )
     target = understand(model or Settings.from_environment().model)
     begin = time.monotonic()
-    with closing(open_launched(launched, target, SessionOptions(None, dtype=dtype), json)) as session:
+    with closing(open_on_hosts(launched, target, SessionOptions(None, dtype=dtype), json)) as session:
         load_s = time.monotonic() - begin
         vocab_size = load_config(session.tokenizer_folder).vocab_size
         prompt = tuple((7 * number + 3) % vocab_size for number in range(PROMPT_TOKENS))

@@ -12,8 +12,8 @@ import typer
 from rich.progress import TaskID
 from rich.table import Table
 
-from kimi_mlx.cli.byte_progress import byte_bars
-from kimi_mlx.cli.obtain import fetch
+from kimi_mlx.cli.download_progress import byte_bars
+from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.hub.client import find_local, look_up

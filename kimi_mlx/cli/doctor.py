@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.cli.doctor_report import report, to_dict
-from kimi_mlx.cli.hosts_options import (
+from kimi_mlx.cli.host_options import (
     BackendOption,
     ForceLinkOption,
     HostfileOption,
@@ -18,11 +18,11 @@ from kimi_mlx.cli.hosts_options import (
     PythonOption,
     SaveOption,
     check_python_option,
-    hosts_of,
+    read_hosts,
 )
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-from kimi_mlx.cli.placing import need_with, place_on
+from kimi_mlx.cli.placement import with_placement, choose_placement_on_hosts
 from kimi_mlx.cluster.doctor.doctor import examine, with_need
 from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.cluster.hosts.hostfile import write_hostfile
@@ -44,14 +44,14 @@ def doctor(
     json: JsonOption = False,
 ) -> None:
     """Say what is wrong with this Mac, or with a cluster, and the command that mends it."""
-    from kimi_mlx.cli.memory_need import need_of
+    from kimi_mlx.cli.memory_requirement import memory_requirement
 
     asked = None if backend == "auto" else backend
-    ranks, option = hosts_of(hosts, hostfile, asked)
+    ranks, option = read_hosts(hosts, hostfile, asked)
     if save is not None and not option:
         raise UsageError("--save writes a hostfile, and there are no hosts", hint="name them: `--hosts a,b`")
     check_python_option(python)
-    need = need_of(model or Settings.from_environment().model)
+    need = memory_requirement(model or Settings.from_environment().model)
     question = Question(
         ranks.with_fast_sync(fast_sync),
         need,
@@ -62,8 +62,8 @@ def doctor(
     )
     with slow_status(is_quiet=json) as say:
         diagnosis = examine(question, sys.executable, say)
-    choice = place_on(diagnosis, question, None)
-    need = need_with(need, choice, question.world_size)
+    choice = choose_placement_on_hosts(diagnosis, question, None)
+    need = with_placement(need, choice, question.world_size)
     diagnosis = with_need(diagnosis, replace(question, need=need))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.byte_progress import byte_progress
+from kimi_mlx.cli.download_progress import byte_progress
 from kimi_mlx.cli.download_output import print_result, require_disk
-from kimi_mlx.cli.launched import launched_of
-from kimi_mlx.cli.obtain import fetch
+from kimi_mlx.cli.open_model import launch_context
+from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.options import JsonOption, ModelArgument, StrategyOption
 from kimi_mlx.cli.output import print_json, stderr
-from kimi_mlx.cli.placing import announce, place_here
-from kimi_mlx.cli.store_progress import TerminalListener
+from kimi_mlx.cli.placement import print_placement, choose_placement
+from kimi_mlx.cli.download_progress import TerminalObserver
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import (
@@ -67,8 +67,8 @@ def download(
     """Fetch a model, verify it, and cut it into one store a rank."""
     started = time.monotonic()
     name = model or Settings.from_environment().model
-    if (launched := launched_of(context)) is not None:
-        from kimi_mlx.cli.launch_download import download_over_hosts
+    if (launched := launch_context(context)) is not None:
+        from kimi_mlx.cli.download_on_hosts import download_over_hosts
 
         download_over_hosts(launched, understand(name), revision, dry_run, verify, keep_source, is_json=json)
         return
@@ -87,11 +87,11 @@ def download(
         if ranks is None:
             result = _checkpoint(target, revision, dry_run, verify, is_quiet)
         else:
-            choice = place_here(target, ranks, strategy) if group.size == 1 else _place_on_group(ranks, strategy)
-            announce(choice, f"{ranks} ranks", is_quiet)
+            choice = choose_placement(target, ranks, strategy) if group.size == 1 else _place_on_group(ranks, strategy)
+            print_placement(choice, f"{ranks} ranks", is_quiet)
             options = StoreOptions(target.source, stores_root(), ranks, choice.strategy, revision, keep_source)
             result = provide_stores(
-                target, options, group, TerminalListener(target, is_quiet), is_dry=dry_run, is_check=verify
+                target, options, group, TerminalObserver(target, is_quiet), is_dry=dry_run, is_check=verify
             )
     except (KeyboardInterrupt, SystemExit):
         if not is_quiet:

@@ -10,21 +10,21 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from kimi_mlx.cli.chat import require_question
+from kimi_mlx.cli.chat import require_prompt
 from kimi_mlx.cli.doctor_report import report, to_dict
-from kimi_mlx.cli.hosts_options import (
+from kimi_mlx.cli.host_options import (
     BackendOption,
     ForceLinkOption,
     HostfileOption,
     PythonOption,
     SaveOption,
     check_python_option,
-    hosts_of,
+    read_hosts,
 )
-from kimi_mlx.cli.launched import Launched, refuse_ranks
-from kimi_mlx.cli.options import FastSyncOption, refuse_launcher
+from kimi_mlx.cli.open_model import LaunchContext, refuse_ranks
+from kimi_mlx.cli.options import FastSyncOption, refuse_mlx_launch
 from kimi_mlx.cli.output import print_json, slow_status, stderr
-from kimi_mlx.cli.placing import announce, need_with, place_on
+from kimi_mlx.cli.placement import print_placement, with_placement, choose_placement_on_hosts
 from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine, with_need
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
@@ -85,9 +85,9 @@ def launch(
     ] = Limits().silence_s,
 ) -> None:
     """Run a model on several Macs: check them, connect them, then COMMAND."""
-    from kimi_mlx.cli.memory_need import need_of
+    from kimi_mlx.cli.memory_requirement import memory_requirement
 
-    refuse_launcher()
+    refuse_mlx_launch()
     command = _Command(context, words or [])  # whose help needs no hosts
     if hosts is None and hostfile is None:
         raise UsageError("launch needs hosts", hint="name them: `kimi-mlx launch --hosts mac-a,mac-b`")
@@ -95,19 +95,19 @@ def launch(
     if install and python is not None:
         raise UsageError("--install brings a Python of its own, --python names another", hint="leave one of them out")
     asked = None if backend == "auto" else backend
-    ranks, option = hosts_of(hosts, hostfile, asked)
+    ranks, option = read_hosts(hosts, hostfile, asked)
     command.check_strategy(len(ranks.hosts))
-    need = need_of(command.model)
+    need = memory_requirement(command.model)
     if command.name == "download" and need.repository is None:
         stderr.print(f"`{need.name}` comes with kimi-mlx: there is nothing to fetch", markup=False)
         return
     check_envs(env or [], "`--env`")
     ranks = ranks.with_envs(env or []).with_fast_sync(fast_sync or command.wants_fast_sync)
     question = Question(ranks, need, asked, python, is_link_forced=force_link, is_quick=command.name != "check")
-    command.require_question()
+    command.require_prompt()
     diagnosis = _prepare(question, install)
-    choice = place_on(diagnosis, question, command.strategy)
-    need = need_with(need, choice, len(ranks.hosts))
+    choice = choose_placement_on_hosts(diagnosis, question, command.strategy)
+    need = with_placement(need, choice, len(ranks.hosts))
     diagnosis = with_need(diagnosis, replace(question, need=need))
     cluster = _accept(diagnosis, need, option, command, is_forced=force)
     if save is not None:
@@ -118,9 +118,9 @@ def launch(
             stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
     elif not command.is_json:
         stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
-    announce(choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"), is_quiet=command.is_json)
+    print_placement(choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"), is_quiet=command.is_json)
     limits = Limits(silence_s=limit, step_s=limit)
-    launched = Launched(cluster, option, restarts, limits, choice, to_dict(diagnosis, need))
+    launched = LaunchContext(cluster, option, restarts, limits, choice, to_dict(diagnosis, need))
     try:
         command.run(launched)
     except MissingModelError as error:
@@ -169,10 +169,10 @@ class _Command:
         if self.strategy is not None:
             normal_strategy(self.strategy, ranks)
 
-    def require_question(self) -> None:
+    def require_prompt(self) -> None:
         """A chat needs a terminal, a pipe or a prompt."""
         if self.name == "chat":
-            require_question(self._parameters.get("prompt"))
+            require_prompt(self._parameters.get("prompt"))
 
     @property
     def is_json(self) -> bool:
@@ -184,7 +184,7 @@ class _Command:
         """Whether `--fast-sync` stands behind it."""
         return bool(self._parameters.get("fast_sync"))
 
-    def run(self, launched: Launched) -> None:
+    def run(self, launched: LaunchContext) -> None:
         """Run it."""
         with self._context() as context:
             context.obj = launched

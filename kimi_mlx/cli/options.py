@@ -134,7 +134,7 @@ CacheMemoryOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def refuse_launcher() -> None:
+def refuse_mlx_launch() -> None:
     """Refuse to be one of several processes that somebody else has started."""
     if "MLX_RANK" in os.environ:
         raise UsageError(

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.hosts_options import HostfileOption
+from kimi_mlx.cli.host_options import HostfileOption
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.cli.plan_hosts import ask_hosts, links_of, machines_of
+from kimi_mlx.cli.plan_hosts import diagnose_hosts, measured_links, host_machines
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
 from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
@@ -138,13 +138,13 @@ def _where(
     """The machines and the links between them."""
     if link == "measured" and hostfile is None:
         raise UsageError("--link measured needs hosts", hint="name them: `--hostfile two.json`")
-    diagnosis = ask_hosts(hostfile, model, is_quiet) if hostfile is not None else None
+    diagnosis = diagnose_hosts(hostfile, model, is_quiet) if hostfile is not None else None
     if machines is not None:
         hosts = parse_machines(machines)
     else:
-        hosts = machines_of(diagnosis) if diagnosis is not None else (_this_machine(),)
+        hosts = host_machines(diagnosis) if diagnosis is not None else (_this_machine(),)
     if link == "measured" and diagnosis is not None:
-        return hosts, links_of(diagnosis) if len(hosts) > 1 else []
+        return hosts, measured_links(diagnosis) if len(hosts) > 1 else []
     if link is None:
         link = "rdma" if all(machine.chip.has_rdma for machine in hosts) else "tcp"
     return hosts, {"rdma": [RDMA, TCP], "wifi": [WIFI]}.get(link, [TCP])

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kimi_mlx.cli.hosts_options import hosts_of
+from kimi_mlx.cli.host_options import read_hosts
 from kimi_mlx.cli.output import slow_status
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine
 from kimi_mlx.cluster.doctor.run_checks import Question
@@ -20,7 +20,7 @@ ABOUT_LINKS = ("reachable", "python", "addresses", "link")
 """Checks of the doctor that say why a network could not be measured."""
 
 
-def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
+def diagnose_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
     """What the doctor finds without its self-test; the network is measured even if versions differ, or memory is short.
 
     Args:
@@ -28,10 +28,10 @@ def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
         model: that is to run there.
         is_quiet: without words on the terminal.
     """
-    from kimi_mlx.cli.memory_need import need_of
+    from kimi_mlx.cli.memory_requirement import memory_requirement
 
-    ranks, _ = hosts_of(None, hostfile, None)
-    question = Question(ranks, need_of(model), is_quick=True)
+    ranks, _ = read_hosts(None, hostfile, None)
+    question = Question(ranks, memory_requirement(model), is_quick=True)
     with slow_status(is_quiet) as say:
         found = examine(question, sys.executable, say)
         if found.links or len(found.hosts) == 1 or found.pythons.keys() < set(found.hosts):
@@ -41,7 +41,7 @@ def ask_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
         return replace(found, findings=findings, links=joined.links, network=joined.network)
 
 
-def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:
+def host_machines(diagnosis: Diagnosis) -> tuple[Machine, ...]:
     """The hosts as machines.
 
     Raises:
@@ -55,7 +55,7 @@ def machines_of(diagnosis: Diagnosis) -> tuple[Machine, ...]:
     return tuple(machine_of_host(each.host, each.chip, each.memory_bytes, each.wired_limit_mb) for each in known)
 
 
-def measured_of(diagnosis: Diagnosis) -> LinkProfile | None:
+def chosen_link(diagnosis: Diagnosis) -> LinkProfile | None:
     """The network that was measured and chosen, if there is one."""
     measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
     if not measured:
@@ -64,13 +64,13 @@ def measured_of(diagnosis: Diagnosis) -> LinkProfile | None:
     return measured_link(slowest.round_trip_s, slowest.bytes_per_s)
 
 
-def links_of(diagnosis: Diagnosis) -> list[LinkProfile]:
+def measured_links(diagnosis: Diagnosis) -> list[LinkProfile]:
     """The network that was measured; with RDMA, whose speed only the self-test would tell, the published one, too.
 
     Raises:
         LinkError: there is none.
     """
-    measured = measured_of(diagnosis)
+    measured = chosen_link(diagnosis)
     if measured is None:
         trouble = [each.message for each in diagnosis.findings if each.state == "trouble" and each.check in ABOUT_LINKS]
         raise LinkError(

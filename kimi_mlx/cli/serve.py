@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.launched import Launched, launched_of, open_launched
-from kimi_mlx.cli.obtain import obtain
-from kimi_mlx.cli.opening import open_here
+from kimi_mlx.cli.open_model import LaunchContext, launch_context, open_on_hosts
+from kimi_mlx.cli.fetch_model import fetch_model
+from kimi_mlx.cli.open_model import open_on_this_machine
 from kimi_mlx.cli.options import (
     CacheDirOption,
     CacheDiskOption,
@@ -28,10 +28,10 @@ from kimi_mlx.cli.options import (
     RanksOption,
     SpeculateOption,
     StrategyOption,
-    refuse_launcher,
+    refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.cli.placing import announce, place_here
+from kimi_mlx.cli.placement import print_placement, choose_placement
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -114,7 +114,7 @@ def serve(
     fast_sync: FastSyncOption = False,
 ) -> None:
     """Serve a model to programs: OpenAI's and Anthropic's APIs over HTTP, on this machine unless told otherwise."""
-    refuse_launcher()
+    refuse_mlx_launch()
     target = understand(model or Settings.from_environment().model)
     keys = _keys(api_key or (), api_key_file)
     from kimi_mlx.server.http.security import Security, is_loopback
@@ -140,7 +140,7 @@ def serve(
     )
     with ExitStack() as stack:
         server_socket = stack.enter_context(closing(ServerSocket(host, port)))  # before the model is loaded
-        session, folder = _open(launched_of(context), target, wanted, ranks, strategy)
+        session, folder = _open(launch_context(context), target, wanted, ranks, strategy)
         stack.enter_context(closing(session))
         greet = partial(_greet, target.name, server_socket, _key_as_typed(keys))
         server = _server(target, session, folder, served_name or (), options, greet)
@@ -150,18 +150,18 @@ def serve(
 
 
 def _open(
-    launched: Launched | None, target: Target, wanted: SessionOptions, ranks: int, strategy: str | None
+    launched: LaunchContext | None, target: Target, wanted: SessionOptions, ranks: int, strategy: str | None
 ) -> tuple[Session, Path]:
     """The loaded model, and the folder of its text side."""
     if launched is not None:
-        ring = open_launched(launched, target, wanted, is_quiet=False)
+        ring = open_on_hosts(launched, target, wanted, is_quiet=False)
         return ring, ring.tokenizer_folder
-    choice = place_here(target, ranks, strategy)
-    folder = obtain(target, ranks, choice.strategy, is_quiet=False)
+    choice = choose_placement(target, ranks, strategy)
+    folder = fetch_model(target, ranks, choice.strategy, is_quiet=False)
     load_config(folder)  # a foreign or broken checkpoint is refused before anything else is read
-    announce(choice, f"{ranks} ranks", is_quiet=ranks == 1)
+    print_placement(choice, f"{ranks} ranks", is_quiet=ranks == 1)
     options = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy)
-    return open_here(options, target.name, is_quiet=False), folder
+    return open_on_this_machine(options, target.name, is_quiet=False), folder
 
 
 def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:

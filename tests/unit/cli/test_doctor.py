@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
-from kimi_mlx.cli.memory_need import need_of
+from kimi_mlx.cli.memory_requirement import memory_requirement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.payloads import all_payloads
@@ -29,8 +29,8 @@ TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
 LAN = Network("ethernet", ("10.77.1.11", "10.77.1.12"), ("en0", "en0"))
 LONG = 'sudo networksetup -setnetworkserviceenabled "Thunderbolt Bridge" off && sudo ifconfig bridge0 deletem en1'
 BOTH = "mac-a, mac-b"
-MINI = need_of("kimi-mini")
-K2 = need_of("kimi-k2")
+MINI = memory_requirement("kimi-mini")
+K2 = memory_requirement("kimi-k2")
 
 TIMINGS = tuple(Timing(each, 0.0003, 0.0008, 100) for each in all_payloads(7168, 163840, 2, 512))
 SUMS = SumChoice(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 import kimi_mlx.cli.plan
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.plan_hosts import links_of, machines_of
+from kimi_mlx.cli.plan_hosts import measured_links, host_machines
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.hosts.facts import Facts
@@ -107,7 +107,7 @@ def test_errors_are_ours(words: tuple[str, ...], message: str) -> None:
 
 
 def test_hosts_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kimi_mlx.cli.plan, "ask_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
+    monkeypatch.setattr(kimi_mlx.cli.plan, "diagnose_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
     value = json.loads(call("kimi-k2", "--hostfile", "two.json", "--link", "measured", "--json").stdout)
     option = value["options"][value["choice"]]
     assert option["hosts"] == ["mac-a", "mac-b"]
@@ -118,11 +118,11 @@ def test_hosts_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_links_that_were_measured() -> None:
-    (ring,) = links_of(diagnosis())
+    (ring,) = measured_links(diagnosis())
     assert (ring.backend, ring.bytes_per_s) == ("ring", 5e9)
-    assert [link.backend for link in links_of(diagnosis(backend="jaccl"))] == ["jaccl", "ring"]
+    assert [link.backend for link in measured_links(diagnosis(backend="jaccl"))] == ["jaccl", "ring"]
     trouble = Finding("mac-a, mac-b", "link", "trouble", "no answer")
     with pytest.raises(LinkError, match="no answer"):
-        links_of(Diagnosis(("mac-a", "mac-b"), {}, (trouble,)))
+        measured_links(Diagnosis(("mac-a", "mac-b"), {}, (trouble,)))
     with pytest.raises(SshError, match="mac-a"):
-        machines_of(Diagnosis(("mac-a",), {}, ()))
+        host_machines(Diagnosis(("mac-a",), {}, ()))

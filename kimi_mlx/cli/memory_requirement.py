@@ -14,7 +14,7 @@ FALLBACK_MODEL = "kimi-k2"
 """Model whose dimensions are assumed for a big one whose configuration is not on this machine."""
 
 
-def need_of(name: str) -> ModelNeed:
+def memory_requirement(name: str) -> ModelNeed:
     """What a model needs.
 
     Args:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import typer
 
-from kimi_mlx.cli.byte_progress import byte_progress
+from kimi_mlx.cli.download_progress import byte_progress, print_licence_once
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
-from kimi_mlx.hub.licence import show_once
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.store.locate import Target, find
 from kimi_mlx.units import GB, format_bytes
@@ -23,7 +22,7 @@ UNASKED_BYTES = 5 * GB
 """What a command that needs a model fetches without asking."""
 
 
-def obtain(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Path:
+def fetch_model(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Path:
     """The folder of a model, fetched if it is not here; a large one only after a yes.
 
     Args:
@@ -47,19 +46,13 @@ def obtain(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Path:
 
 def fetch(target: Target, repository: Repository, is_quiet: bool) -> Path:
     """The whole checkpoint into the hub's cache."""
-    tell_licence(target, is_quiet)
+    print_licence_once(target, is_quiet)
     total = sum(file.size_bytes for file in repository.files)
     with byte_progress(f"fetching {target.name}", total, is_quiet) as advance:
         folder = fetch_checkpoint(repository, advance)
     if not is_quiet and any(name.startswith(IGNORED_PREFIXES) for name in read_index(folder)):
         stderr.print("the vision part is left out: text only", style="dim")
     return folder
-
-
-def tell_licence(target: Target, is_quiet: bool) -> None:
-    """What the licence of the weights asks of large products, at the first download."""
-    if target.entry is not None and not is_quiet:
-        show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))
 
 
 def _ask(target: Target, repository: Repository, is_quiet: bool) -> None:

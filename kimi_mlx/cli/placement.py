@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.plan import shape_of
-from kimi_mlx.cli.plan_hosts import measured_of
+from kimi_mlx.cli.plan_hosts import chosen_link
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
 from kimi_mlx.cluster.doctor.run_checks import Question
@@ -25,7 +25,7 @@ ALONE = Choice("hybrid", "one rank has all of it")
 OVERRIDES = "--strategy overrides the choice"
 
 
-def place_here(target: Target | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
+def choose_placement(target: Target | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
     """The strategy of ranks on this machine.
 
     Args:
@@ -47,7 +47,7 @@ def place_here(target: Target | None, ranks: int, asked: str | None, link: LinkP
     return by_rule(None, (), link, "the ranks share one machine")
 
 
-def place_on(diagnosis: Diagnosis, question: Question, asked: str | None) -> Choice:
+def choose_placement_on_hosts(diagnosis: Diagnosis, question: Question, asked: str | None) -> Choice:
     """The strategy of ranks on hosts.
 
     Args:
@@ -74,13 +74,13 @@ def place_on(diagnosis: Diagnosis, question: Question, asked: str | None) -> Cho
     return Choice(strategy, why, memory_of(strategy, shape, machines) if machines else ())
 
 
-def need_with(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
+def with_placement(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
     """What a model needs of each host with the placement that was chosen."""
     by_rank = tuple(RankNeed(each.weights_bytes, each.cache_bytes + each.workspace_bytes) for each in choice.memory)
     return replace(need, store_prefix=folder_prefix(choice.strategy, ranks), by_rank=by_rank)
 
 
-def announce(choice: Choice, where: str, is_quiet: bool = False) -> None:
+def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:
     """Say what was chosen and why, before anything is loaded."""
     if choice is not ALONE and not is_quiet:
         stderr.print(f"{choice.strategy} over {where}: {choice.why}", style="dim", markup=False)
@@ -108,7 +108,7 @@ def _machines(diagnosis: Diagnosis, question: Question) -> Sequence[Machine]:
 def _link(diagnosis: Diagnosis) -> LinkProfile | None:
     """What the ranks will talk over: RDMA at its published speed, TCP as it was measured."""
     if diagnosis.backend == "ring":
-        return measured_of(diagnosis)
+        return chosen_link(diagnosis)
     return RDMA if diagnosis.backend == "jaccl" else replace(RDMA, backend="ring")
 
 

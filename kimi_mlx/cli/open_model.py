@@ -13,13 +13,14 @@ from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.choice import Choice
+from kimi_mlx.session.open import open_session
 from kimi_mlx.session.ring import RingSession
-from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.store.locate import Target
 
 
 @dataclass(frozen=True)
-class Launched:
+class LaunchContext:
     """A cluster that is ready.
 
     Args:
@@ -45,9 +46,9 @@ class Launched:
         return f"{ranks} on {', '.join(self.cluster.names)}"
 
 
-def launched_of(context: typer.Context) -> Launched | None:
+def launch_context(context: typer.Context) -> LaunchContext | None:
     """What a command was launched on; None if it was typed alone."""
-    return context.obj if isinstance(context.obj, Launched) else None
+    return context.obj if isinstance(context.obj, LaunchContext) else None
 
 
 def name_for_hosts(target: Target) -> str:
@@ -62,7 +63,7 @@ def refuse_ranks(ranks: int | None) -> None:
         raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
 
 
-def open_launched(launched: Launched, target: Target, wanted: SessionOptions, is_quiet: bool) -> RingSession:
+def open_on_hosts(launched: LaunchContext, target: Target, wanted: SessionOptions, is_quiet: bool) -> RingSession:
     """Load a model on the cluster, behind a bar for each rank.
 
     Args:
@@ -89,3 +90,14 @@ def open_launched(launched: Launched, target: Target, wanted: SessionOptions, is
     ]
     with load_progress(names, is_quiet) as progress:
         return RingSession(options, progress)
+
+
+def open_on_this_machine(options: SessionOptions, name: str, is_quiet: bool) -> Session:
+    """Load it behind a progress bar.
+
+    Raises:
+        KimiMlxError: it cannot be loaded.
+    """
+    where = f" on {options.ranks} ranks" if options.ranks > 1 else ""
+    with load_progress(f"loading {name}{where}", is_quiet) as progress:
+        return open_session(options, progress)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.memory_need import need_of
-from kimi_mlx.cli.placing import need_with, place_here, place_on
+from kimi_mlx.cli.memory_requirement import memory_requirement
+from kimi_mlx.cli.placement import with_placement, choose_placement, choose_placement_on_hosts
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_need
 from kimi_mlx.cluster.doctor.run_checks import Question, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
@@ -44,7 +44,7 @@ def studios(round_trip_s: float = 300e-6, memory_gib: tuple[int, int] = (512, 51
 
 
 def question(*envs: str) -> Question:
-    return Question(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), need_of("kimi-k2"))
+    return Question(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), memory_requirement("kimi-k2"))
 
 
 def held(rank: int, placement: str, commit: str = "a" * 40) -> HeldStore:
@@ -60,16 +60,16 @@ def with_stores(found: Diagnosis, a: list[HeldStore], b: list[HeldStore]) -> Dia
 
 def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
     target = understand("kimi-mini")
-    assert place_here(target, 2, None).strategy == "hybrid"
+    assert choose_placement(target, 2, None).strategy == "hybrid"
     for strategy in ("tensor", "pipeline:2:2"):
         done = call("download", "kimi-mini", "--ranks", "2", "--strategy", strategy)
         assert done.returncode == 0, done.stderr
-    assert place_here(target, 2, None).strategy == "pipeline"  # the newest
-    assert place_here(target, 3, None).strategy == "hybrid"
-    assert place_here(target, 2, "expert").strategy == "expert"
+    assert choose_placement(target, 2, None).strategy == "pipeline"  # the newest
+    assert choose_placement(target, 3, None).strategy == "hybrid"
+    assert choose_placement(target, 2, "expert").strategy == "expert"
     (tensor,) = Path(os.environ["KIMI_MLX_STORES"]).glob("*/*/tensor-2-*/rank-0/manifest.json")
     os.utime(tensor, (4e9, 4e9))
-    assert place_here(target, 2, None).strategy == "tensor"
+    assert choose_placement(target, 2, None).strategy == "tensor"
     again = call("download", "kimi-mini", "--ranks", "2")
     assert "kimi-mini is on this machine" in again.stderr
     assert "tensor over 2 ranks: as it is stored on this machine" in again.stderr
@@ -105,30 +105,30 @@ def test_wrong_strategies_are_wrong_usage(words: tuple[str, ...], message: str) 
 
 
 def test_a_slow_link_between_local_ranks() -> None:
-    choice = place_here(None, 2, None, measured_link(2e-3, 1e9))
+    choice = choose_placement(None, 2, None, measured_link(2e-3, 1e9))
     assert choice.strategy == "pipeline"
     assert "1 ms a message" in choice.why
 
 
 def test_hosts_take_what_the_planner_finds_best() -> None:
-    slow = place_on(studios(2.4e-3), question(), None)
+    slow = choose_placement_on_hosts(studios(2.4e-3), question(), None)
     assert slow.strategy == "pipeline"
     assert "tok/s predicted, hybrid" in slow.why
-    assert place_on(replace(studios(), backend="jaccl"), question(), None).strategy == "hybrid"
-    assert place_on(replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None).strategy == "tensor"
-    assert place_on(studios(), question(), "expert:4:2").strategy == "expert:2:1"
+    assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), question(), None).strategy == "hybrid"
+    assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None).strategy == "tensor"
+    assert choose_placement_on_hosts(studios(), question(), "expert:4:2").strategy == "expert:2:1"
     with pytest.raises(UsageError):
-        place_on(studios(), question(), "expert:1:2:3")
+        choose_placement_on_hosts(studios(), question(), "expert:1:2:3")
 
 
 def test_hosts_take_what_they_have_stored() -> None:
     uneven = "pipeline_3_1-2-aaaaaa"
     found = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [held(1, uneven)])
-    assert place_on(found, question(), None).strategy == "pipeline:3:1"
+    assert choose_placement_on_hosts(found, question(), None).strategy == "pipeline:3:1"
     newest = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [])
-    assert place_on(newest, question(), None).strategy == "tensor"  # the other host's part is fetched
+    assert choose_placement_on_hosts(newest, question(), None).strategy == "tensor"  # the other host's part is fetched
     others = with_stores(studios(), [held(0, "tensor-3-bbbbbb")], [held(0, uneven)])
-    assert "stored" not in place_on(others, question(), None).why
+    assert "stored" not in choose_placement_on_hosts(others, question(), None).why
 
 
 def test_memory_is_checked_for_the_chosen_placement() -> None:
@@ -142,8 +142,8 @@ def test_memory_is_checked_for_the_chosen_placement() -> None:
         ("mac-b", "trouble"),
     ]
     for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "trouble"])):
-        choice = place_on(found, asked, strategy)
-        need = need_with(asked.need, choice, 2)
+        choice = choose_placement_on_hosts(found, asked, strategy)
+        need = with_placement(asked.need, choice, 2)
         after = with_need(found, replace(asked, need=need))
         assert [each.state for each in after.findings if each.check == "memory"] == states
         assert len(after.findings) == len(even)

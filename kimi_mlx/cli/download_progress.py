@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.progress import (
@@ -19,6 +19,9 @@ from rich.progress import (
 )
 
 from kimi_mlx.cli.output import stderr
+from kimi_mlx.hub.licence import show_once
+from kimi_mlx.store.build import Progress as BuildProgress
+from kimi_mlx.store.locate import Target
 from kimi_mlx.units import format_bytes, format_seconds
 
 LINE_EVERY_S = 15.0
@@ -76,3 +79,46 @@ def byte_progress(what: str, total_bytes: int, is_quiet: bool) -> Generator[Call
     with byte_bars(is_quiet) as progress:
         task = progress.add_task(what, total=total_bytes)
         yield lambda count: progress.advance(task, count)
+
+
+class TerminalObserver:
+    """Bars, or lines into a pipe.
+
+    Args:
+        target: the model.
+        is_quiet: says nothing at all.
+    """
+
+    def __init__(self, target: Target, is_quiet: bool):
+        self._target, self._is_quiet = target, is_quiet
+
+    def beginning(self, vision_bytes: int) -> None:
+        """The licence, once, and what is left out."""
+        print_licence_once(self._target, self._is_quiet)
+        if not self._is_quiet and vision_bytes:
+            stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
+
+    def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """One bar."""
+        return byte_progress("checking", total_bytes, self._is_quiet)
+
+    @contextmanager
+    def building(self) -> Generator[Callable[[BuildProgress], None]]:
+        """A bar for what is fetched, and one for what is stored."""
+        with byte_bars(self._is_quiet) as bars:
+            fetching = bars.add_task(f"fetching {self._target.name}", total=None)
+            storing = bars.add_task("storing", total=None)
+
+            def report(progress: BuildProgress) -> None:
+                bars.update(fetching, completed=progress.fetched_bytes, total=progress.total_bytes)
+                bars.update(storing, completed=progress.stored_bytes, total=progress.total_bytes)
+
+            yield report
+
+
+def print_licence_once(target: Target, is_quiet: bool) -> None:
+    """What the licence of the weights asks of large products, at the first download."""
+    if target.entry is not None and not is_quiet:
+        show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))
+
+

@@ -8,11 +8,11 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from kimi_mlx.cli.byte_progress import byte_bars
+from kimi_mlx.cli.download_progress import byte_bars
 from kimi_mlx.cli.download_output import print_result
-from kimi_mlx.cli.launched import Launched, name_for_hosts
+from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
 from kimi_mlx.cli.output import print_json, stderr
-from kimi_mlx.cli.store_progress import TerminalListener
+from kimi_mlx.cli.download_progress import TerminalObserver
 from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
@@ -28,7 +28,7 @@ STALL_S = 1800.0
 
 
 def download_over_hosts(
-    launched: Launched,
+    launched: LaunchContext,
     target: Target,
     revision: str | None,
     is_dry: bool,
@@ -99,7 +99,7 @@ def _shown(target: Target, is_quiet: bool) -> Generator[Any]:
 
         def show(message: Message) -> None:
             if message["kind"] == "beginning":
-                TerminalListener(target, is_quiet).beginning(message["vision_bytes"])
+                TerminalObserver(target, is_quiet).beginning(message["vision_bytes"])
             elif message["kind"] == "checking":
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":

@@ -50,7 +50,7 @@ def check_python_option(python: str | None) -> None:
         raise UsageError(f"--python is `{python}`, no absolute path", hint="give one such as `/opt/py/bin/python3`")
 
 
-def hosts_of(hosts: str | None, hostfile: Path | None, backend: Backend | None) -> tuple[Hostfile, str]:
+def read_hosts(hosts: str | None, hostfile: Path | None, backend: Backend | None) -> tuple[Hostfile, str]:
     """The ranks, and the option that named them; none for this machine alone."""
     if hosts is not None and hostfile is not None:
         raise UsageError("--hosts and --hostfile exclude each other", hint="leave one of them out")
