@@ -12,8 +12,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kimi_mlx.cli.bench_output import Output
-from kimi_mlx.cli.open_model import launch_context, open_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
+from kimi_mlx.cli.open_model import launch_context, open_on_hosts
 from kimi_mlx.cli.options import (
     CheckEveryOption,
     DtypeOption,
@@ -26,7 +26,7 @@ from kimi_mlx.cli.options import (
     refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import load_progress, stderr
-from kimi_mlx.cli.placement import print_placement, choose_placement
+from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions

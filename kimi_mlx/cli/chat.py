@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.open_model import launch_context, open_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
-from kimi_mlx.cli.open_model import open_on_this_machine
+from kimi_mlx.cli.open_model import launch_context, open_on_hosts, open_on_this_machine
 from kimi_mlx.cli.options import (
     CheckEveryOption,
     DtypeOption,
@@ -28,7 +27,7 @@ from kimi_mlx.cli.options import (
     refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import print_json, stderr, stdout
-from kimi_mlx.cli.placement import print_placement, choose_placement
+from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
 from kimi_mlx.engine.request import Finished, Sampling
 from kimi_mlx.errors import UsageError

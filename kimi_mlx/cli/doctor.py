@@ -22,7 +22,7 @@ from kimi_mlx.cli.host_options import (
 )
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-from kimi_mlx.cli.placement import with_placement, choose_placement_on_hosts
+from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
 from kimi_mlx.cluster.doctor.doctor import examine, with_need
 from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.cluster.hosts.hostfile import write_hostfile

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.download_progress import byte_progress
 from kimi_mlx.cli.download_output import print_result, require_disk
-from kimi_mlx.cli.open_model import launch_context
+from kimi_mlx.cli.download_progress import TerminalObserver, byte_progress
 from kimi_mlx.cli.fetch_model import fetch
+from kimi_mlx.cli.open_model import launch_context
 from kimi_mlx.cli.options import JsonOption, ModelArgument, StrategyOption
 from kimi_mlx.cli.output import print_json, stderr
-from kimi_mlx.cli.placement import print_placement, choose_placement
-from kimi_mlx.cli.download_progress import TerminalObserver
+from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import (

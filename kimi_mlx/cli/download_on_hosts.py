@@ -8,11 +8,10 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from kimi_mlx.cli.download_progress import byte_bars
 from kimi_mlx.cli.download_output import print_result
+from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
 from kimi_mlx.cli.output import print_json, stderr
-from kimi_mlx.cli.download_progress import TerminalObserver
 from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError

@@ -120,5 +120,3 @@ def print_licence_once(target: Target, is_quiet: bool) -> None:
     """What the licence of the weights asks of large products, at the first download."""
     if target.entry is not None and not is_quiet:
         show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))
-
-

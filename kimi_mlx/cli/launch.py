@@ -24,7 +24,7 @@ from kimi_mlx.cli.host_options import (
 from kimi_mlx.cli.open_model import LaunchContext, refuse_ranks
 from kimi_mlx.cli.options import FastSyncOption, refuse_mlx_launch
 from kimi_mlx.cli.output import print_json, slow_status, stderr
-from kimi_mlx.cli.placement import print_placement, with_placement, choose_placement_on_hosts
+from kimi_mlx.cli.placement import choose_placement_on_hosts, print_placement, with_placement
 from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine, with_need
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
@@ -118,7 +118,9 @@ def launch(
             stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
     elif not command.is_json:
         stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
-    print_placement(choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"), is_quiet=command.is_json)
+    print_placement(
+        choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"), is_quiet=command.is_json
+    )
     limits = Limits(silence_s=limit, step_s=limit)
     launched = LaunchContext(cluster, option, restarts, limits, choice, to_dict(diagnosis, need))
     try:

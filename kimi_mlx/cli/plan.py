@@ -11,7 +11,7 @@ import typer
 from kimi_mlx.cli.host_options import HostfileOption
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument
 from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.cli.plan_hosts import diagnose_hosts, measured_links, host_machines
+from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_links
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
 from kimi_mlx.cluster.hosts.machine import this_machine
 from kimi_mlx.errors import UsageError

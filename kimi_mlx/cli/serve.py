@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.open_model import LaunchContext, launch_context, open_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
-from kimi_mlx.cli.open_model import open_on_this_machine
+from kimi_mlx.cli.open_model import LaunchContext, launch_context, open_on_hosts, open_on_this_machine
 from kimi_mlx.cli.options import (
     CacheDirOption,
     CacheDiskOption,
@@ -31,7 +30,7 @@ from kimi_mlx.cli.options import (
     refuse_mlx_launch,
 )
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.cli.placement import print_placement, choose_placement
+from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer

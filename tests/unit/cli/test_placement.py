@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cli.memory_requirement import memory_requirement
-from kimi_mlx.cli.placement import with_placement, choose_placement, choose_placement_on_hosts
+from kimi_mlx.cli.placement import choose_placement, choose_placement_on_hosts, with_placement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_need
 from kimi_mlx.cluster.doctor.run_checks import Question, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
@@ -115,7 +115,12 @@ def test_hosts_take_what_the_planner_finds_best() -> None:
     assert slow.strategy == "pipeline"
     assert "tok/s predicted, hybrid" in slow.why
     assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), question(), None).strategy == "hybrid"
-    assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None).strategy == "tensor"
+    assert (
+        choose_placement_on_hosts(
+            replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None
+        ).strategy
+        == "tensor"
+    )
     assert choose_placement_on_hosts(studios(), question(), "expert:4:2").strategy == "expert:2:1"
     with pytest.raises(UsageError):
         choose_placement_on_hosts(studios(), question(), "expert:1:2:3")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 import kimi_mlx.cli.plan
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.plan_hosts import measured_links, host_machines
+from kimi_mlx.cli.plan_hosts import host_machines, measured_links
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.hosts.facts import Facts
