@@ -157,7 +157,7 @@ def _sampling(
         instant: the model, if it shall not think.
         given: the options; None where there is none.
     """
-    without_thinking = instant.instant_sampling.given() if instant and instant.instant_sampling else {}
+    without_thinking = instant.instant_sampling.recommended() if instant and instant.instant_sampling else {}
     options = {name: value for name, value in given.items() if value is not None}
     return replace(recommended, **{**without_thinking, **options})
 

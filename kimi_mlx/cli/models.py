@@ -233,7 +233,7 @@ def _memory_in_words(row: Row) -> str | None:
 
 
 def _sampling_in_words(values: SamplingValues | None) -> str | None:
-    return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.given().items())
+    return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.recommended().items())
 
 
 def _machine_in_words(machine: Machine) -> str:

@@ -218,7 +218,7 @@ def _server(
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
-    return Server(session, tokenizer, model_info, instant.given() if instant else {}, options, greet)
+    return Server(session, tokenizer, model_info, instant.recommended() if instant else {}, options, greet)
 
 
 def _log() -> None:

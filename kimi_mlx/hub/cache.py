@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.hub.fetch import has_size
-from kimi_mlx.hub.part import part_path, xet_part_path
+from kimi_mlx.hub.partial_file import part_path, xet_part_path
 from kimi_mlx.hub.repository import Repository, RepositoryFile
 from kimi_mlx.weights.index import checkpoint_files
 
@@ -76,7 +76,7 @@ def is_complete(folder: Path) -> bool:
     return has_tokenizer and (folder / "config.json").is_file()
 
 
-def link(repository: Repository, file: RepositoryFile) -> None:
+def link_blob(repository: Repository, file: RepositoryFile) -> None:
     """Give a blob its name in the snapshot; on a disk without links, the blob itself moves there."""
     from huggingface_hub import constants
 
@@ -97,7 +97,7 @@ def link(repository: Repository, file: RepositoryFile) -> None:
         os.replace(blob, pointer)
 
 
-def remember(repository: Repository) -> None:
+def write_ref(repository: Repository) -> None:
     """Write down that the branch or tag is at this commit, as the last step: an older snapshot is found until then."""
     if repository.revision == repository.commit:
         return

@@ -24,7 +24,7 @@ class SamplingValues:
     top_p: float | None
     min_p: float | None
 
-    def given(self) -> dict[str, float]:
+    def recommended(self) -> dict[str, float]:
         """The values that are recommended, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -89,7 +89,7 @@ class CatalogueEntry:
 
     def default_sampling(self) -> dict[str, float]:
         """Recommended values by name, for what the checkpoint itself leaves open."""
-        return self.sampling.given() if self.sampling else {}
+        return self.sampling.recommended() if self.sampling else {}
 
     def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
         """Return the memory of all hosts together: weights + 10 %, and on each host an 8k-token cache and 8 GB.

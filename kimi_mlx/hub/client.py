@@ -17,16 +17,16 @@ from kimi_mlx.hub.cache import (
     cached_file,
     find_local,
     is_complete,
-    link,
-    remember,
+    link_blob,
     remove_cached,
     snapshot_folder,
+    write_ref,
 )
-from kimi_mlx.hub.explain import SPACE_HINT, explain_answer, explain_disk
-from kimi_mlx.hub.fetch import fetch_file, has_right_bytes, read_range
-from kimi_mlx.hub.part import Progress, ignore_progress
-from kimi_mlx.hub.repository import FILES, Repository, RepositoryFile, is_wanted, needed_files
-from kimi_mlx.hub.retries import MAX_FAILURES_OF_LOOK_UP, Retries, with_retries
+from kimi_mlx.hub.error_messages import SPACE_HINT, disk_error, not_a_hub_error
+from kimi_mlx.hub.fetch import fetch_file, matches_checksum, read_range
+from kimi_mlx.hub.partial_file import Progress, ignore_progress
+from kimi_mlx.hub.repository import FILES, Repository, RepositoryFile, is_model_file, needed_files
+from kimi_mlx.hub.retries import MAX_LOOKUP_FAILURES, Retries, with_retries
 from kimi_mlx.hub.threads import for_each
 from kimi_mlx.model.config import load_config
 from kimi_mlx.units import format_bytes
@@ -66,16 +66,16 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     utils.logging.set_verbosity_error()  # its word on each retry; what counts is in our error
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
     api = HfApi(library_name="kimi-mlx")
-    retries = Retries(name, threading.Event(), MAX_FAILURES_OF_LOOK_UP)
+    retries = Retries(name, threading.Event(), MAX_LOOKUP_FAILURES)
     try:
         info = with_retries(
             lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
         )
     except (LookupError, TypeError) as error:  # of the client, which builds its objects from the answer
-        raise explain_answer(name) from error
-    wanted = [sibling for sibling in info.siblings or [] if is_wanted(sibling.rfilename)]
+        raise not_a_hub_error(name) from error
+    wanted = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
     if info.sha is None or any(sibling.size is None for sibling in wanted):
-        raise explain_answer(name)
+        raise not_a_hub_error(name)
     files = [
         RepositoryFile(each.rfilename, each.lfs.size, sha256=each.lfs.sha256)
         if each.lfs
@@ -119,9 +119,9 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
         _require_space(repository, rest)
         rest.sort(key=lambda file: file.name.endswith(".safetensors"))  # a snapshot with weights has all the rest
         for_each(fetch_one, rest, workers)
-        remember(repository)
+        write_ref(repository)
     except OSError as error:
-        raise explain_disk(error, folder) from error
+        raise disk_error(error, folder) from error
     return folder
 
 
@@ -138,9 +138,9 @@ def fetch_to_cache(
         return path
     fetch_file(repository, file, blob_path(repository, file), progress, stop)
     try:
-        link(repository, file)
+        link_blob(repository, file)
     except OSError as error:
-        raise explain_disk(error, path) from error
+        raise disk_error(error, path) from error
     return path
 
 
@@ -162,7 +162,7 @@ def verify_checkpoint(
 
     def verify(file: RepositoryFile, stop: threading.Event) -> None:
         path = cached_file(repository, file)
-        if path is None or not _is_right(path, file, stop, report):
+        if path is None or not _is_valid(path, file, stop, report):
             broken.append(file)
 
     try:
@@ -173,9 +173,9 @@ def verify_checkpoint(
     return sorted(broken, key=lambda file: file.name)
 
 
-def _is_right(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress) -> bool:
+def _is_valid(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress) -> bool:
     try:
-        return has_right_bytes(path, file, stop, progress)
+        return matches_checksum(path, file, stop, progress)
     except OSError:  # the disk cannot read it
         return False
 

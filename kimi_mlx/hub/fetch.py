@@ -10,10 +10,17 @@ from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import rename_durably
-from kimi_mlx.hub.explain import explain_disk
-from kimi_mlx.hub.part import Meter, Progress, ignore_progress, only_ours, part_path, xet_part_path
+from kimi_mlx.hub.error_messages import disk_error
+from kimi_mlx.hub.partial_file import (
+    Progress,
+    ProgressMeter,
+    ignore_progress,
+    lock_partial_file,
+    part_path,
+    xet_part_path,
+)
 from kimi_mlx.hub.repository import Checksum, Repository, RepositoryFile
-from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.retries import Cancelled
 from kimi_mlx.hub.transfer import stream_range
 from kimi_mlx.hub.xet import fetch_by_xet
 
@@ -58,25 +65,30 @@ def fetch_file(
 
     Raises:
         WeightsError: it cannot be fetched or written, or is wrong even when it is fetched again.
-        Stopped: the event is set.
+        Cancelled: the event is set.
     """
-    stop, meter = stop or threading.Event(), Meter(progress)
+    stop, meter = stop or threading.Event(), ProgressMeter(progress)
     part = part_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not has_size(target, file):
-            with only_ours(target, meter, stop) as stream:
+            with lock_partial_file(target, meter, stop) as stream:
                 if has_size(target, file):  # another process was faster
                     part.unlink()
                 else:
                     _fetch(repository, file, stream, target, meter, stop)
         meter.move_to(file.size_bytes)
     except OSError as error:
-        raise explain_disk(error, target, file.size_bytes - meter.position) from error
+        raise disk_error(error, target, file.size_bytes - meter.position) from error
 
 
 def _fetch(
-    repository: Repository, file: RepositoryFile, stream: FileIO, target: Path, meter: Meter, stop: threading.Event
+    repository: Repository,
+    file: RepositoryFile,
+    stream: FileIO,
+    target: Path,
+    meter: ProgressMeter,
+    stop: threading.Event,
 ) -> None:
     """Fill the part, which is ours, and make it the target."""
     part, xet_part = part_path(target), xet_part_path(target)
@@ -85,35 +97,35 @@ def _fetch(
     if (
         is_fresh
         and fetch_by_xet(repository, file, xet_part, meter.advance, stop)
-        and has_right_bytes(xet_part, file, stop)
+        and matches_checksum(xet_part, file, stop)
     ):
         rename_durably(xet_part, target)
         part.unlink()
         return
     xet_part.unlink(missing_ok=True)
     checksum = _fill(repository, file, stream, meter, stop)
-    if not checksum.is_right:
-        _throw_away(stream, meter)
+    if not checksum.is_valid:
+        _discard(stream, meter)
         checksum = _fill(repository, file, stream, meter, stop)
-    if checksum.is_right:
+    if checksum.is_valid:
         rename_durably(part, target)
         return
-    _throw_away(stream, meter)
+    _discard(stream, meter)
     part.unlink()
     raise WeightsError(
         f"`{file.name}` of `{repository.name}` arrives broken: its checksum should be {checksum.expected} and is "
-        f"{checksum.found}",
+        f"{checksum.actual}",
         hint="try again later, or over another network",
     )
 
 
-def _throw_away(stream: FileIO, meter: Meter) -> None:
+def _discard(stream: FileIO, meter: ProgressMeter) -> None:
     stream.truncate(0)
     meter.move_to(0)
 
 
 def _fill(
-    repository: Repository, file: RepositoryFile, stream: FileIO, meter: Meter, stop: threading.Event
+    repository: Repository, file: RepositoryFile, stream: FileIO, meter: ProgressMeter, stop: threading.Event
 ) -> Checksum:
     """Append what is missing; the checksum is of all that is there then."""
     position = os.fstat(stream.fileno()).st_size
@@ -130,7 +142,7 @@ def _fill(
     return checksum
 
 
-def has_right_bytes(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress | None = None) -> bool:
+def matches_checksum(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress | None = None) -> bool:
     """Whether a file on the disk is what the hub says: size and checksum."""
     progress = progress or ignore_progress
     if not has_size(path, file):
@@ -143,7 +155,7 @@ def has_right_bytes(path: Path, file: RepositoryFile, stop: threading.Event, pro
 
     with path.open("rb", buffering=0) as stream:
         _read_all(stream, take, stop)
-    return checksum.is_right
+    return checksum.is_valid
 
 
 def _read_all(stream: FileIO, take: Callable[[memoryview], None], stop: threading.Event) -> None:
@@ -151,7 +163,7 @@ def _read_all(stream: FileIO, take: Callable[[memoryview], None], stop: threadin
     stream.seek(0)
     while count := stream.readinto(buffer):
         if stop.is_set():
-            raise Stopped
+            raise Cancelled
         take(buffer[:count])
 
 

@@ -91,17 +91,17 @@ class Checksum:
         self._hash.update(data)
 
     @property
-    def found(self) -> str:
+    def actual(self) -> str:
         """Of the bytes so far."""
         return self._hash.hexdigest()
 
     @property
-    def is_right(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether it is what the hub says; true if the hub says nothing."""
-        return self.expected is None or self.found == self.expected.lower()
+        return self.expected is None or self.actual == self.expected.lower()
 
 
-def is_wanted(name: str) -> bool:
+def is_model_file(name: str) -> bool:
     """Whether a file of a repository, named with its folders, is one of FILES."""
     return "/" not in name and any(fnmatchcase(name, pattern) for pattern in FILES)
 

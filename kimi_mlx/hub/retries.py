@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.explain import client_errors, explain, status_of, words
+from kimi_mlx.hub.error_messages import client_errors, describe, hub_error, status_of
 
 Result = TypeVar("Result")
 
@@ -22,15 +22,15 @@ MAX_RETRY_AFTER_S = 300.0
 """How long the hub may make us wait when it says so itself."""
 MAX_FAILURES = 8
 """In a row, without a new byte."""
-MAX_FAILURES_OF_LOOK_UP = 4
+MAX_LOOKUP_FAILURES = 4
 """Somebody waits for the answer."""
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """The work was called off by its event; nobody needs to be told."""
 
 
-class CutShort(OSError):
+class IncompleteResponse(OSError):
     """An answer that ended before its bytes were there."""
 
 
@@ -58,38 +58,38 @@ class Retries:
 
         Raises:
             WeightsError: it is hopeless, or was tried too often.
-            Stopped: the event is set.
+            Cancelled: the event is set.
         """
-        if not may_pass(error):
-            raise explain(error, self._repository) from error
+        if not is_transient(error):
+            raise hub_error(error, self._repository) from error
         self._failures += 1
         if self._failures >= self._max_failures:
             raise WeightsError(
-                f"`{self._repository}` cannot be fetched: {words(error)}, {self._failures} times in a row",
+                f"`{self._repository}` cannot be fetched: {describe(error)}, {self._failures} times in a row",
                 hint="check the network and try again; what has been fetched so far is kept",
             ) from error
         if self._stop.wait(_delay_s(error, self._failures)):
-            raise Stopped
+            raise Cancelled
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether trying again may help."""
     from huggingface_hub.utils import httpx
 
     if (status := status_of(error)) is not None:
         return status in (408, 429) or status >= 500
     ours = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)  # a token or an address that is no such thing
-    return isinstance(error, (httpx.TransportError, CutShort)) and not isinstance(error, ours)
+    return isinstance(error, (httpx.TransportError, IncompleteResponse)) and not isinstance(error, ours)
 
 
 def _delay_s(error: Exception, failures: int) -> float:
-    if (asked_s := _asked_delay_s(error)) is not None:
+    if (asked_s := _retry_after_s(error)) is not None:
         return min(asked_s, MAX_RETRY_AFTER_S)
     delay_s = min(FIRST_DELAY_S * 2 ** (failures - 1), MAX_DELAY_S)
     return delay_s * random.uniform(0.5, 1.0)  # else all threads come back at once
 
 
-def _asked_delay_s(error: Exception) -> float | None:
+def _retry_after_s(error: Exception) -> float | None:
     """What the hub says in `Retry-After` (seconds or a date) or in its own `RateLimit`."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.explain import client_errors
+from kimi_mlx.hub.error_messages import client_errors
 from kimi_mlx.hub.repository import Repository, RepositoryFile
-from kimi_mlx.hub.retries import CutShort, Retries, Stopped, with_retries
+from kimi_mlx.hub.retries import Cancelled, IncompleteResponse, Retries, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -45,7 +45,7 @@ def stream_range(
 
     Raises:
         WeightsError: they cannot be fetched.
-        Stopped: the event is set.
+        Cancelled: the event is set.
     """
     retries = Retries(repository.name, stop)
     while start < end:
@@ -54,7 +54,7 @@ def stream_range(
                 skipped_bytes = _check_range(response, repository, file, start)
                 for chunk in response.iter_bytes():
                     if stop.is_set():
-                        raise Stopped
+                        raise Cancelled
                     piece = chunk[skipped_bytes:][: end - start]
                     skipped_bytes = max(0, skipped_bytes - len(chunk))
                     if piece:
@@ -63,7 +63,7 @@ def stream_range(
                         yield piece
                     if start == end:
                         return
-            raise CutShort(f"`{file.name}` ends {end - start} bytes too early")
+            raise IncompleteResponse(f"`{file.name}` ends {end - start} bytes too early")
         except client_errors() as error:
             retries.wait_after(error)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kimi_mlx.hub.repository import Repository, RepositoryFile
-from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.retries import Cancelled
 from kimi_mlx.hub.transfer import file_metadata, headers
 
 
@@ -33,7 +33,7 @@ def fetch_by_xet(
         Whether the file is there, not verified; if not, plain HTTP is the way.
 
     Raises:
-        Stopped: the event is set.
+        Cancelled: the event is set.
     """
     from huggingface_hub import constants, file_download
 
@@ -55,7 +55,7 @@ def fetch_by_xet(
         )
     except Exception:  # hf-xet raises many kinds; whatever it is, plain HTTP tries again and finds better words
         if stop.is_set():
-            raise Stopped from None
+            raise Cancelled from None
         return False
     finally:
         ended.set()

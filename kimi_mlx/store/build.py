@@ -23,7 +23,7 @@ import numpy as np
 
 from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
 from kimi_mlx.files import write_atomically
-from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.retries import Cancelled
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.parallel.together import raise_of_all
@@ -233,7 +233,7 @@ class _Fetcher:
                     return
                 path = self._job.sources.fetch(self._job.files[number], self._count, self._is_stopped)
                 self._ready.put((number, path))
-        except Stopped:
+        except Cancelled:
             pass
         except Exception as error:  # the process that waits for this thread must hear of whatever ended it
             self._ready.put(error)

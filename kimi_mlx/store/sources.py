@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.cache import blob_path, cached_bytes, remember, snapshot_folder
+from kimi_mlx.hub.cache import blob_path, cached_bytes, snapshot_folder, write_ref
 from kimi_mlx.hub.client import (
     FILES,
     Repository,
@@ -32,8 +32,8 @@ from kimi_mlx.hub.client import (
     read_range,
     remove_cached,
 )
-from kimi_mlx.hub.fetch import has_right_bytes
-from kimi_mlx.hub.part import part_path
+from kimi_mlx.hub.fetch import matches_checksum
+from kimi_mlx.hub.partial_file import part_path
 from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.store.manifest import Origin
@@ -231,7 +231,7 @@ class HubSources:
         """From the hub's cache if it is there, else from the hub."""
         item = self._repository.file(file)
         cached = cached_file(self._repository, item)
-        if cached is not None and has_right_bytes(cached, item, stop):
+        if cached is not None and matches_checksum(cached, item, stop):
             progress(item.size_bytes)
             return cached
         if cached is not None:
@@ -265,7 +265,7 @@ class HubSources:
                 if is_small(file.name) or file.name == INDEX_NAME:
                     fetch_to_cache(self._repository, file, lambda count: None, threading.Event())
             if find_local(self._repository.name) is None:  # never an older commit in place of a newer one
-                remember(replace(self._repository, revision=self._branch))
+                write_ref(replace(self._repository, revision=self._branch))
 
     def read(self, info: TensorInfo) -> bytes:
         """By a request for its bytes alone."""

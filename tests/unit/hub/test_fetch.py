@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub import fetch, part, retries, xet
+from kimi_mlx.hub import fetch, partial_file, retries, xet
 from kimi_mlx.hub.client import look_up
 from kimi_mlx.hub.fetch import fetch_file, read_range
 from kimi_mlx.hub.repository import Repository, RepositoryFile
-from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.retries import Cancelled
 from tests.hub import Hub
 
 NAME = "model-1-of-3.safetensors"
@@ -71,7 +71,7 @@ def test_an_empty_file(hub: Hub, model: Path, target: Path) -> None:
 
 def test_what_is_there_is_not_fetched_again(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     target.parent.mkdir()
-    part.part_path(target).write_bytes((model / NAME).read_bytes()[:200_000])
+    partial_file.part_path(target).write_bytes((model / NAME).read_bytes()[:200_000])
     told = get(repository, target)
     assert_right(target, model)
     assert told[0] == 200_000
@@ -81,7 +81,7 @@ def test_what_is_there_is_not_fetched_again(hub: Hub, repository: Repository, mo
 
 def test_a_part_that_has_all_is_only_verified(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     target.parent.mkdir()
-    part.part_path(target).write_bytes((model / NAME).read_bytes())
+    partial_file.part_path(target).write_bytes((model / NAME).read_bytes())
     assert sum(get(repository, target)) == SIZE
     assert_right(target, model)
     assert hub.sent_bytes == 0
@@ -90,7 +90,7 @@ def test_a_part_that_has_all_is_only_verified(hub: Hub, repository: Repository, 
 @pytest.mark.parametrize("left", [bytes(SIZE + 1), bytes(SIZE), bytes(1000)], ids=["longer", "full", "begun"])
 def test_a_part_that_is_wrong_is_thrown_away(repository: Repository, model: Path, target: Path, left: bytes) -> None:
     target.parent.mkdir()
-    part.part_path(target).write_bytes(left)
+    partial_file.part_path(target).write_bytes(left)
     assert sum(get(repository, target)) == SIZE
     assert_right(target, model)
 
@@ -146,7 +146,7 @@ def test_a_server_that_never_comes_further_is_given_up(hub: Hub, repository: Rep
     hub.fail("drop", after_bytes=100_000)
     with pytest.raises(WeightsError, match="8 times in a row"):
         get(repository, target)
-    assert part.part_path(target).stat().st_size == 100_000
+    assert partial_file.part_path(target).stat().st_size == 100_000
 
 
 def test_out_of_retries(hub: Hub, repository: Repository, target: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_full_disk(
             get(repository, target)
     assert raised.value.hint is not None
     assert "HF_HOME" in raised.value.hint
-    kept = part.part_path(target).stat().st_size
+    kept = partial_file.part_path(target).stat().st_size
     assert 0 < kept <= 100_000
     hub.forget()
     get(repository, target)
@@ -259,11 +259,11 @@ def test_two_at_a_time_fetch_it_once(hub: Hub, repository: Repository, model: Pa
 def test_another_process_that_has_it_and_does_nothing(
     repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part, "MAX_WAIT_FOR_ANOTHER_S", 0.1)
+    monkeypatch.setattr(partial_file, "MAX_LOCK_WAIT_S", 0.1)
     target.parent.mkdir()
     never = threading.Event()
     with (
-        part.only_ours(target, part.Meter(part.ignore_progress), never),
+        partial_file.lock_partial_file(target, partial_file.ProgressMeter(partial_file.ignore_progress), never),
         pytest.raises(WeightsError, match="another process has"),
     ):
         get(repository, target)
@@ -286,7 +286,7 @@ def test_it_stops_soon(
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
     began_s = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         fetch_file(repository, weights, target, stop=stop)
     assert time.monotonic() - began_s < 10
 
@@ -321,7 +321,7 @@ def test_the_hub_may_say_how_long_to_wait(
 
 def test_delays_grow_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 1.0)
-    delays_s = [retries._delay_s(retries.CutShort(), failures) for failures in range(1, 9)]  # pyright: ignore[reportPrivateUsage]
+    delays_s = [retries._delay_s(retries.IncompleteResponse(), failures) for failures in range(1, 9)]  # pyright: ignore[reportPrivateUsage]
     assert all(low / 2 <= delay <= low for delay, low in zip(delays_s, [1, 2, 4, 8, 16, 32, 60, 60], strict=True))
 
 
@@ -371,7 +371,7 @@ def xet_get(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path
 def test_xet_is_used_where_it_can(hub: Hub, repository: Repository, model: Path, target: Path, xet_get: Any) -> None:
     assert sum(get(repository, target)) == SIZE
     assert_right(target, model)
-    assert xet_get == [part.xet_part_path(target)]
+    assert xet_get == [partial_file.xet_part_path(target)]
     assert hub.sent_bytes == 0
 
 
@@ -379,7 +379,7 @@ def test_xet_is_not_used_for_what_is_begun_or_kept_otherwise(
     hub: Hub, repository: Repository, target: Path, xet_get: Any
 ) -> None:
     target.parent.mkdir()
-    part.part_path(target).write_bytes(b"?")
+    partial_file.part_path(target).write_bytes(b"?")
     get(repository, target)
     get(repository, target.with_name("tokens"), "tiktoken.model")
     assert xet_get == []

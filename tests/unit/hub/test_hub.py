@@ -31,7 +31,7 @@ from kimi_mlx.hub.client import (
     remove_cached,
     verify_checkpoint,
 )
-from kimi_mlx.hub.part import part_path
+from kimi_mlx.hub.partial_file import part_path
 from kimi_mlx.weights.index import INDEX_NAME, checkpoint_files
 from tests.hub import COMMIT, Hub
 

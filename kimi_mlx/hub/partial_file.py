@@ -12,12 +12,12 @@ from io import FileIO
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.retries import Stopped
+from kimi_mlx.hub.retries import Cancelled
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that have come; negative when some are thrown away."""
 
-MAX_WAIT_FOR_ANOTHER_S = 600.0
+MAX_LOCK_WAIT_S = 600.0
 """For another process that has the same file in hand, while its file does not grow."""
 
 
@@ -25,7 +25,7 @@ def ignore_progress(count: int) -> None:
     """Nobody wants to know."""
 
 
-class Meter:
+class ProgressMeter:
     """Tells progress from positions.
 
     Args:
@@ -58,7 +58,7 @@ def xet_part_path(target: Path) -> Path:
 
 
 @contextmanager
-def only_ours(target: Path, meter: Meter, stop: threading.Event) -> Iterator[FileIO]:
+def lock_partial_file(target: Path, meter: ProgressMeter, stop: threading.Event) -> Iterator[FileIO]:
     """Open the part, to read and to append, when no other thread or process has it; the lock ends with the process."""
     part, size, since_s = part_path(target), 0, time.monotonic()
     while True:
@@ -72,13 +72,13 @@ def only_ours(target: Path, meter: Meter, stop: threading.Event) -> Iterator[Fil
         if grown != size:
             size, since_s = grown, time.monotonic()
             meter.move_to(size)
-        if time.monotonic() - since_s > MAX_WAIT_FOR_ANOTHER_S:
+        if time.monotonic() - since_s > MAX_LOCK_WAIT_S:
             raise WeightsError(
-                f"another process has `{part}` in hand and has not written to it for {MAX_WAIT_FOR_ANOTHER_S:.0f} s",
+                f"another process has `{part}` in hand and has not written to it for {MAX_LOCK_WAIT_S:.0f} s",
                 hint=f"end that process: `lsof {part}` shows it",
             )
         if stop.wait(0.2):
-            raise Stopped
+            raise Cancelled
 
 
 def _size(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.units import format_bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 SPACE_HINT = "free some space and try again, or set HF_HOME to a folder on a larger disk; what was fetched is kept"
 
 
@@ -27,7 +27,7 @@ def status_of(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def explain(error: Exception, repository: str) -> WeightsError:
+def hub_error(error: Exception, repository: str) -> WeightsError:
     """An error of `client_errors` that trying again does not mend, for the user.
 
     Args:
@@ -75,19 +75,19 @@ def explain(error: Exception, repository: str) -> WeightsError:
             hint="try again: the repository may just be changing",
         )
     if isinstance(error, JSONDecodeError):
-        return explain_answer(repository)
+        return not_a_hub_error(repository)
     if status_of(error) == 403:
         return WeightsError(
             f"the hub does not let you read `{repository}` (403)",
             hint="`hf auth login` with a token that may read it",
         )
     return WeightsError(
-        f"`{repository}` cannot be fetched: {words(error)}",
+        f"`{repository}` cannot be fetched: {describe(error)}",
         hint="check the network and try again; what has been fetched so far is kept",
     )
 
 
-def explain_answer(repository: str) -> WeightsError:
+def not_a_hub_error(repository: str) -> WeightsError:
     """What came is no answer of a hub: a log-in page of the network, or a server that is something else."""
     from huggingface_hub import constants
 
@@ -97,7 +97,7 @@ def explain_answer(repository: str) -> WeightsError:
     )
 
 
-def words(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """The error in a line; no signed addresses, which fill a screen."""
     from huggingface_hub.utils import httpx
 
@@ -114,7 +114,7 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def explain_disk(error: OSError, path: Path, missing_bytes: int | None = None) -> WeightsError:
+def disk_error(error: OSError, path: Path, missing_bytes: int | None = None) -> WeightsError:
     """An error of the disk, for the user.
 
     Args:
@@ -122,7 +122,7 @@ def explain_disk(error: OSError, path: Path, missing_bytes: int | None = None) -
         path: what was to be written.
         missing_bytes: how much of it is still to come, if that is known.
     """
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         more = "" if missing_bytes is None else f", {format_bytes(missing_bytes)} before its end"
         return WeightsError(f"the disk is full: `{path}` cannot be written{more}", hint=SPACE_HINT)
     return WeightsError(
