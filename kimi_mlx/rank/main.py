@@ -5,7 +5,6 @@ Started by kimi_mlx.cluster; it reads messages from standard input and writes th
 
 from __future__ import annotations
 
-import base64
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from kimi_mlx.rank.rendezvous import join
 from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
+from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
 from kimi_mlx.store.locate import find, understand
-from kimi_mlx.store.sources import is_small
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def serve(channel: Channel, start: Message) -> None:
     folder = _folder(start, group)
     channel.report_progress("load")
     if start["needs_tokenizer_files"] and group.rank == 0:
-        channel.send("text", files=_text_files(folder))
+        channel.send("tokenizer_files", files=pack_tokenizer_files(folder))
 
     def tell(done: int, total: int) -> None:
         channel.report_progress("load")
@@ -142,9 +141,3 @@ def _folder(start: Message, group: Group) -> Path:
             rank=group.rank,
         )
     return folder
-
-
-def _text_files(folder: Path) -> dict[str, str]:
-    """The checkpoint's configuration, tokenizer and template, for a front that has none of it."""
-    files = [file for file in folder.iterdir() if file.is_file() and is_small(file.name)]
-    return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}

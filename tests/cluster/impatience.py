@@ -15,7 +15,7 @@ from kimi_mlx.cluster.network import choose as joining
 from kimi_mlx.cluster.network import measure, survey
 
 PAIR_LIMIT_S = 3.0
-BACK_OFF_S = 0.5
+RESTART_DELAY_S = 0.5
 
 MAIN = """
 from tests.cluster.impatience import be_impatient
@@ -40,14 +40,14 @@ def be_impatient(change: Callable[[object, str, object], None] = setattr) -> Non
     Args:
         change: how, such as a MonkeyPatch's `setattr`.
     """
-    from kimi_mlx.session import ring as ring_session
+    from kimi_mlx.session import restart_policy
 
     impatient = partial(survey.measure_network, limit_s=PAIR_LIMIT_S)
     for module in (survey, joining):
         change(module, "measure_network", impatient)
     change(survey, "command", _short_command)
     change(payloads, "PAYLOAD_S", 0.1)
-    change(ring_session, "BACK_OFF_S", (BACK_OFF_S,))
+    change(restart_policy, "RESTART_DELAYS_S", (RESTART_DELAY_S,))
 
 
 def _short_command(*arguments: Any) -> list[str]:

@@ -122,7 +122,7 @@ def test_on_a_ring_that_is_lost_in_the_middle(
     speculate: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (0.1,))
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
     options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, speculate=speculate)
     with closing(RingSession(options)) as session:
         with pytest.raises(EngineError, match="cannot be compiled"):

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (0.1,))
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
 
 
 def tokens_of(session: LocalSession | RingSession, request: Request) -> list[int]:
@@ -208,7 +208,7 @@ def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
 
 @pytest.mark.slow
 def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.session.ring.BACK_OFF_S", (2.0,))
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (2.0,))
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         events: list[Event] = []
         stopped_at = 0.0

@@ -1,0 +1,40 @@
+"""Send a checkpoint's configuration, tokenizer and chat template from rank 0 to a front that has no copy."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from kimi_mlx.errors import RingError
+from kimi_mlx.files import write_atomically
+from kimi_mlx.folders import cache_folder
+from kimi_mlx.store.sources import is_small
+
+
+def pack_tokenizer_files(folder: Path) -> dict[str, str]:
+    """Return the small files of a checkpoint: their names and their contents in base64."""
+    files = [file for file in folder.iterdir() if file.is_file() and is_small(file.name)]
+    return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}
+
+
+def unpack_tokenizer_files(files: Mapping[str, str]) -> Path:
+    """Write files from `pack_tokenizer_files` to a folder of the user's cache that is named by their digest.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RingError: a name is not that of a tokenizer file.
+    """
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    folder = (cache_folder() or Path(tempfile.gettempdir())) / "text" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if Path(name).name != name or not is_small(name):
+            raise RingError(f"rank 0 sent a file with the unexpected name {name!r}")
+        write_atomically(folder / name, base64.b64decode(content))
+    return folder

@@ -1,0 +1,96 @@
+"""An unfinished request of a ring session: what was sent, what remains, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+from kimi_mlx.cluster.ring.messages import encode
+from kimi_mlx.engine.request import Finished, FinishReason, Request, Statistics
+from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.session.session import EventCallback
+
+
+@dataclass
+class Job:
+    """An unfinished request.
+
+    Args:
+        request_id: id of the request within its session.
+        request: request as submitted.
+        on_event: callback of the caller.
+        sent_ids: ids of the tokens delivered so far.
+        pending_ranks: ranks that have not finished the request.
+        outcome: result of rank 0, held back until all ranks have finished.
+        is_cancelled: True once the caller has cancelled the request.
+        was_interrupted: True if the ring was restarted while the request ran.
+        is_running: True once a rank has reported anything about the request.
+        submitted_at: time of submission, on the clock of time.perf_counter.
+        first_token_at: time of the first token; 0 before it.
+    """
+
+    request_id: int
+    request: Request
+    on_event: EventCallback
+    sent_ids: list[int] = field(default_factory=list)
+    pending_ranks: set[int] = field(default_factory=set)
+    outcome: Finished | KimiMlxError | None = None
+    is_cancelled: bool = False
+    was_interrupted: bool = False
+    is_running: bool = False
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+
+    def remaining_request(self) -> Request:
+        """Return the request that generates the rest of the answer: the tokens already sent join the prompt."""
+        max_tokens = self.request.max_tokens
+        return replace(
+            self.request,
+            prompt=(*self.request.prompt, *self.sent_ids),
+            max_tokens=None if max_tokens is None else max_tokens - len(self.sent_ids),
+            answered=self.request.answered + len(self.sent_ids),
+        )
+
+    def encode(self) -> bytes:
+        """Return the `request` message for the ranks."""
+        return encode("request", request_id=self.request_id, request=self.remaining_request().to_dict())
+
+    def completed(self, context: int) -> Finished | KimiMlxError | None:
+        """Return the outcome if no token is missing, else None.
+
+        The ring can be lost between the last token of an answer and the message that ends it.
+
+        Args:
+            context: maximum number of tokens of a sequence.
+        """
+        if self.outcome is not None:
+            return self.outcome
+        reason = self._finish_reason(context)
+        return None if reason is None else self.finished(reason)
+
+    def finished(self, reason: FinishReason, statistics: Statistics | None = None) -> Finished:
+        """Return the final event.
+
+        Args:
+            reason: reason for the end.
+            statistics: statistics of the last ring. Replaced by our own measurements if the request was interrupted,
+                because they cover only its last part.
+        """
+        if statistics is not None and not self.was_interrupted:
+            return Finished(reason, statistics)
+        now = time.perf_counter()
+        first_token_at = self.first_token_at or now
+        num_prompt = len(self.request.prompt)
+        cached, peak = (0, 0) if statistics is None else (statistics.cached_tokens, statistics.peak_memory_bytes)
+        ttft_s, decode_s = first_token_at - self.submitted_at, now - first_token_at
+        return Finished(
+            reason, Statistics(num_prompt, min(cached, num_prompt), len(self.sent_ids), ttft_s, decode_s, peak)
+        )
+
+    def _finish_reason(self, context: int) -> FinishReason | None:
+        if self.sent_ids and self.sent_ids[-1] in self.request.stop_ids:
+            return "stop"
+        num_tokens = len(self.request.prompt) + len(self.sent_ids)
+        if len(self.sent_ids) == self.request.max_tokens or num_tokens >= context:
+            return "length"
+        return "cancelled" if self.is_cancelled else None

@@ -1,0 +1,54 @@
+"""Decide whether and when a lost ring is restarted. Pure: it starts no processes and reads no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kimi_mlx.engine.request import Interrupted
+from kimi_mlx.errors import RingError, SshError
+
+RESTART_DELAYS_S = (1.0, 10.0, 30.0)
+"""Delay before the first restart, the second, and all later ones."""
+
+STABLE_S = 600.0
+"""A ring that ran for this long gets the full number of restarts again."""
+
+RESTARTABLE = (RingError, SshError)
+"""Errors that a restart may cure. Any other error of a rank, such as a missing model, would only come again."""
+
+
+@dataclass
+class RestartPolicy:
+    """Count the restarts of one ring.
+
+    Args:
+        max_restarts: number of restarts without progress after which the ring is given up.
+        num_attempts: number of restarts since the ring last made progress.
+    """
+
+    max_restarts: int
+    num_attempts: int = 0
+
+    def record_progress(self) -> None:
+        """Start counting from zero: a token was generated.
+
+        Loading alone is not progress: a request that always ends the ring would restart it without end.
+        """
+        self.num_attempts = 0
+
+    def record_loss(self, uptime_s: float) -> None:
+        """Start counting from zero if the ring ran for long enough before it was lost."""
+        if uptime_s > STABLE_S:
+            self.num_attempts = 0
+
+    def next_attempt(self, reason: str) -> Interrupted | None:
+        """Return the next restart as an event for callers; None if the ring is to be given up.
+
+        Args:
+            reason: message of the error that ended the ring.
+        """
+        if self.num_attempts >= self.max_restarts:
+            return None
+        self.num_attempts += 1
+        delay_s = RESTART_DELAYS_S[min(self.num_attempts, len(RESTART_DELAYS_S)) - 1]
+        return Interrupted(reason, self.num_attempts, self.max_restarts, delay_s)

@@ -1,0 +1,56 @@
+"""The rest of an interrupted request, and its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_mlx.cluster.ring.messages import decode
+from kimi_mlx.engine.request import Event, Finished, Request, Statistics
+from kimi_mlx.errors import EngineError
+from kimi_mlx.session.job import Job
+
+REQUEST = Request((1, 2, 3), max_tokens=5, stop_ids=frozenset([9]))
+STATISTICS = Statistics(3, 2, 5, ttft_s=0.5, decode_s=1.0, peak_memory_bytes=7)
+
+
+def make_job(sent_ids: list[int], request: Request = REQUEST) -> Job:
+    events: list[Event | BaseException] = []
+    return Job(4, request, events.append, sent_ids)
+
+
+def test_sent_tokens_join_the_prompt() -> None:
+    remaining = make_job([7, 8]).remaining_request()
+    assert (remaining.prompt, remaining.max_tokens, remaining.answered) == ((1, 2, 3, 7, 8), 3, 2)
+    assert make_job([7], Request((1,))).remaining_request().max_tokens is None
+    message = decode(make_job([7, 8]).encode())
+    assert (message["kind"], message["request_id"]) == ("request", 4)
+    assert Request.from_dict(message["request"]) == remaining
+
+
+@pytest.mark.parametrize(
+    ("sent_ids", "context", "reason"),
+    [([7], 100, None), ([7, 9], 100, "stop"), ([7] * 5, 100, "length"), ([7], 4, "length"), ([], 100, None)],
+)
+def test_an_answer_with_nothing_left_is_completed(sent_ids: list[int], context: int, reason: str | None) -> None:
+    outcome = make_job(sent_ids).completed(context)
+    assert (outcome.reason if isinstance(outcome, Finished) else outcome) == reason
+
+
+def test_a_cancelled_job_is_completed() -> None:
+    job = make_job([7])
+    job.is_cancelled = True
+    outcome = job.completed(100)
+    assert isinstance(outcome, Finished)
+    assert outcome.reason == "cancelled"
+    job.outcome = EngineError("no")
+    assert job.completed(100) is job.outcome
+
+
+def test_an_interrupted_answer_has_statistics_of_the_whole() -> None:
+    job = make_job([7, 8, 9, 10, 11])
+    assert job.finished("stop", STATISTICS) == Finished("stop", STATISTICS)
+    job.was_interrupted = True
+    statistics = job.finished("stop", STATISTICS).statistics
+    assert (statistics.prompt_tokens, statistics.cached_tokens, statistics.generated_tokens) == (3, 2, 5)
+    assert (statistics.peak_memory_bytes, statistics.decode_s) == (7, 0)
+    assert statistics.ttft_s > 0
