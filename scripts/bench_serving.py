@@ -35,13 +35,13 @@ from kimi_mlx.bench.machine import OURS, commit, machine, now, versions  # noqa:
 from kimi_mlx.bench.workloads import SHAPES  # noqa: E402
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
 from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
-from scripts.serving.disturbers import Disturbance  # noqa: E402
-from scripts.serving.files import served_checkpoint  # noqa: E402
-from scripts.serving.load import Progress as Heard  # noqa: E402
+from scripts.serving.bad_clients import BadClientOptions  # noqa: E402
+from scripts.serving.files import serving_checkpoint  # noqa: E402
+from scripts.serving.load import Progress as OnRequestEnd  # noqa: E402
 from scripts.serving.load import measure_serving  # noqa: E402
-from scripts.serving.prompts import Load, Span  # noqa: E402
+from scripts.serving.prompts import TokenRange, Workload  # noqa: E402
 from scripts.serving.report import ServingReport  # noqa: E402
-from scripts.serving.servers import MLX_LM, Served, mlx_lm_command, our_command, serving  # noqa: E402
+from scripts.serving.servers import MLX_LM, ServerUnderTest, mlx_lm_command, our_command, serving  # noqa: E402
 
 
 def main(
@@ -76,10 +76,10 @@ def main(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
     """Keep a server busy with many clients and show what each of them got; it is started and ended here."""
-    said, answered = Span.parse(prompt_tokens), Span.parse(answer_tokens)
-    later = None if later_tokens is None else Span.parse(later_tokens)
-    load = Load(clients, conversations, turns, said, later, answered, shared_tokens, stream, seed)
-    disturbance = Disturbance(aborts, slow_readers, said.high) if aborts or slow_readers else None
+    said, answered = TokenRange.parse(prompt_tokens), TokenRange.parse(answer_tokens)
+    later = None if later_tokens is None else TokenRange.parse(later_tokens)
+    load = Workload(clients, conversations, turns, said, later, answered, shared_tokens, stream, seed)
+    misbehaviour = BadClientOptions(aborts, slow_readers, said.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
     if synthetic not in (None, *SHAPES):
@@ -87,11 +87,11 @@ def main(
     model = url or synthetic or "kimi-mini"
     settings = {"model": model, "machine": machine(), "versions": versions(), "commit": commit(), "date": now()}
     with ExitStack() as stack:
-        sides: list[Served] = []
+        sides: list[ServerUnderTest] = []
         if url is not None:
-            sides.append(Served(OURS if against is None else url, url.rstrip("/"), api_key=api_key))
+            sides.append(ServerUnderTest(OURS if against is None else url, url.rstrip("/"), api_key=api_key))
         else:
-            folder = served_checkpoint(model)
+            folder = serving_checkpoint(model)
             ours = our_command(folder, shlex.split(serve_options))
             sides.append(stack.enter_context(serving(OURS, ours)))
             if against is not None:
@@ -99,10 +99,10 @@ def main(
                 sides.append(stack.enter_context(serving(MLX_LM, theirs)))
         total = len(sides) * load.requests * (warmup + repeat)
         with _bar(total, is_quiet=json) as progress:
-            runs = measure_serving(sides, load, warmup, repeat, disturbance, progress)
-        healths = {side.side: side.health_afterwards() for side in sides}
+            runs = measure_serving(sides, load, warmup, repeat, misbehaviour, progress)
+        healths = {side.side: side.health_when_idle() for side in sides}
     _show(ServingReport(load, settings, runs, healths), is_json=json, is_markdown=markdown)
-    if any(exchange.error for run in runs for exchange in run.exchanges if run.side == OURS):
+    if any(record.error for run in runs for record in run.records if run.side == OURS):
         raise typer.Exit(1)
 
 
@@ -120,13 +120,13 @@ def _show(report: ServingReport, *, is_json: bool, is_markdown: bool) -> None:
 
 
 @contextmanager
-def _bar(total: int, *, is_quiet: bool) -> Generator[Heard]:
+def _bar(total: int, *, is_quiet: bool) -> Generator[OnRequestEnd]:
     """A bar on stderr of a terminal, of requests."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_hidden = is_quiet or not stderr.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True, disable=is_hidden) as progress:
         task = progress.add_task("starting", total=total)
-        yield lambda side, exchange: progress.update(task, description=side, advance=1)
+        yield lambda side, record: progress.update(task, description=side, advance=1)
 
 
 def _end(number: int, frame: object) -> None:

@@ -11,22 +11,22 @@ from typing import Any
 
 import httpx2
 
-Chat = list[dict[str, str]]
+Messages = list[dict[str, str]]
 """Messages as OpenAI has them."""
 
 CHAT_PATH = "/v1/chat/completions"
-PATIENCE_S = 600.0
+TIMEOUT_S = 600.0
 """For anything to come."""
 
 
 @dataclass
-class Exchange:
+class RequestRecord:
     """A request and what came of it; times by time.perf_counter.
 
     Args:
         conversation: its number.
         turn: in it, from 0.
-        asked_tokens: that the answer may have; it has as many unless it ends by itself.
+        requested_tokens: that the answer may have; it has as many unless it ends by itself.
         started_at: the request is about to be sent.
         arrivals: when each piece of text came.
         ended_at: the answer's end came.
@@ -39,7 +39,7 @@ class Exchange:
 
     conversation: int
     turn: int
-    asked_tokens: int
+    requested_tokens: int
     started_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     ended_at: float = 0.0
@@ -73,13 +73,13 @@ def make_client(url: str, api_key: str | None = None, *, receive_bytes: int | No
     return httpx2.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         trust_env=False,  # no proxy in between
         transport=httpx2.AsyncHTTPTransport(limits=limits, socket_options=options, trust_env=False),
     )
 
 
-def body_of(messages: Chat, tokens: int, *, stream: bool) -> dict[str, Any]:
+def make_body(messages: Messages, tokens: int, *, stream: bool) -> dict[str, Any]:
     """A greedy answer of at most so many tokens, without thinking."""
     body: dict[str, Any] = {
         "messages": messages,
@@ -90,31 +90,31 @@ def body_of(messages: Chat, tokens: int, *, stream: bool) -> dict[str, Any]:
     return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
 
 
-async def ask(client: httpx2.AsyncClient, body: dict[str, Any], exchange: Exchange) -> Exchange:
-    """Fill in an exchange; errors of any kind become words in it."""
-    exchange.started_at = time.perf_counter()
+async def send_request(client: httpx2.AsyncClient, body: dict[str, Any], record: RequestRecord) -> RequestRecord:
+    """Fill in an record; errors of any kind become words in it."""
+    record.started_at = time.perf_counter()
     try:
         async with client.stream("POST", CHAT_PATH, json=body) as response:
             if response.status_code != 200:
-                exchange.error = f"HTTP {response.status_code}"
+                record.error = f"HTTP {response.status_code}"
             elif "stream" in body:
-                await _read_stream(response, exchange)
+                await _read_stream(response, record)
             else:
-                _take(json.loads(await response.aread()), "message", exchange)
+                _take(json.loads(await response.aread()), "message", record)
     except httpx2.HTTPError as error:
-        exchange.error = type(error).__name__
+        record.error = type(error).__name__
     except (ValueError, KeyError, TypeError) as error:
-        exchange.error = f"an answer that is none ({type(error).__name__})"
-    exchange.ended_at = time.perf_counter()
-    return exchange
+        record.error = f"an answer that is none ({type(error).__name__})"
+    record.ended_at = time.perf_counter()
+    return record
 
 
-async def _read_stream(response: httpx2.Response, exchange: Exchange) -> None:
+async def _read_stream(response: httpx2.Response, record: RequestRecord) -> None:
     async for data in events(response):
         if data == "[DONE]":
             return
-        _take(json.loads(data), "delta", exchange)
-    exchange.error = exchange.error or "a stream without an end"
+        _take(json.loads(data), "delta", record)
+    record.error = record.error or "a stream without an end"
 
 
 async def events(response: httpx2.Response) -> AsyncIterator[str]:
@@ -124,16 +124,16 @@ async def events(response: httpx2.Response) -> AsyncIterator[str]:
             yield line[6:]
 
 
-def _take(chunk: dict[str, Any], where: str, exchange: Exchange) -> None:
+def _take(chunk: dict[str, Any], where: str, record: RequestRecord) -> None:
     """Add a chunk of a stream, or a whole answer."""
     if "error" in chunk:
-        exchange.error = "an error in the stream"
+        record.error = "an error in the stream"
     for choice in chunk.get("choices") or ():
         said = choice[where]
         text = said.get("content") or said.get("reasoning_content") or said.get("reasoning")
         if text:
-            exchange.arrivals.append(time.perf_counter())
-            exchange.text += text
+            record.arrivals.append(time.perf_counter())
+            record.text += text
     if usage := chunk.get("usage"):
-        exchange.prompt_tokens, exchange.new_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        exchange.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        record.prompt_tokens, record.new_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

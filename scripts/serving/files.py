@@ -40,7 +40,7 @@ LAYOUT = 2
 """Raised when the same name gets other files."""
 
 
-def served_checkpoint(model: str) -> Path:
+def serving_checkpoint(model: str) -> Path:
     """The folder of one of MODELS; made once.
 
     Raises:

@@ -16,14 +16,14 @@ WORD = re.compile(rb" [a-z]{2,}")
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenRange:
     """A number of tokens between two, both included, each as likely."""
 
     low: int
     high: int
 
     @classmethod
-    def parse(cls, text: str) -> Span:
+    def parse(cls, text: str) -> TokenRange:
         """`64`, or `16-112`.
 
         Raises:
@@ -41,7 +41,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of a server, and by how many.
 
     Args:
@@ -59,9 +59,9 @@ class Load:
     clients: int = 8
     conversations: int = 32
     turns: int = 1
-    prompt_tokens: Span = Span(64, 64)
-    later_tokens: Span | None = None
-    answer_tokens: Span = Span(64, 64)
+    prompt_tokens: TokenRange = TokenRange(64, 64)
+    later_tokens: TokenRange | None = None
+    answer_tokens: TokenRange = TokenRange(64, 64)
     shared_tokens: int = 0
     stream: bool = True
     seed: int = 0
@@ -79,7 +79,7 @@ class Load:
                 hint="a range goes upwards, as in 16-112",
             )
 
-    def said(self, repetition: int, number: int, turn: int) -> tuple[str, int]:
+    def user_message(self, repetition: int, number: int, turn: int) -> tuple[str, int]:
         """What a client says in a turn, and how many tokens it asks for."""
         key = (self.seed, repetition + 1, number, turn)
         span = self.prompt_tokens if turn == 0 or self.later_tokens is None else self.later_tokens

@@ -11,9 +11,9 @@ from rich.table import Table
 from kimi_mlx.bench.machine import OURS, PACKAGES
 from kimi_mlx.bench.results import Percentiles, Spread
 from kimi_mlx.units import format_bytes
-from scripts.serving.figures import ServingRow, growth_bytes, same_texts, serving_ratios, serving_rows
 from scripts.serving.load import ServingRun
-from scripts.serving.prompts import Load
+from scripts.serving.prompts import Workload
+from scripts.serving.results import ServingRow, memory_growth_bytes, same_texts, serving_ratios, serving_rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ServingReport:
         healths: what each server said of itself afterwards, by its name.
     """
 
-    load: Load
+    load: Workload
     settings: dict[str, Any]
     runs: Sequence[ServingRun]
     healths: dict[str, dict[str, Any]]
@@ -82,7 +82,7 @@ class ServingReport:
         return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {each}" for each in self.summary()))) + "\n"
 
     def summary(self) -> list[str]:
-        """Ratios, whether texts are the same, what was disturbed, what is left of it."""
+        """Ratios, whether texts are the same, what was bad_client_result, what is left of it."""
         lines = [
             f"kimi-mlx / {ratio.against} in {_name(ratio.figure)}: {_spread(ratio.ratio, 2)}"
             for ratio in serving_ratios(self.runs)
@@ -92,14 +92,14 @@ class ServingReport:
             for each in same_texts(self.runs)
         ]
         for row in serving_rows(self.runs):
-            if row.new_tokens != row.asked_tokens:
-                lines.append(f"{row.side}: {row.new_tokens} new tokens where {row.asked_tokens} were asked for")
-            if (growth := growth_bytes(row)) is not None:
+            if row.new_tokens != row.requested_tokens:
+                lines.append(f"{row.side}: {row.new_tokens} new tokens where {row.requested_tokens} were asked for")
+            if (growth := memory_growth_bytes(row)) is not None:
                 lines.append(f"{row.side}: memory in the second half of the requests {_change(growth)}")
         for run in self.runs:
-            if (what := run.disturbed) is not None and run.repetition >= 0:
+            if (what := run.bad_client_result) is not None and run.repetition >= 0:
                 lines.append(
-                    f"{run.side}: meanwhile {what.aborted} streams were broken off and {what.read_slowly} read slowly, "
+                    f"{run.side}: meanwhile {what.aborted} streams were broken off and {what.slow_reads} read slowly, "
                     f"{len(what.errors)} errors"
                 )
         for side, health in self.healths.items():
@@ -124,7 +124,7 @@ COLUMNS: Sequence[Column] = (
     ("errors", lambda row: ", ".join(f"{count} {kind}" for kind, count in row.errors.items()) or "0"),
     ("requests/s", lambda row: _spread(row.requests_per_s, 2)),
     ("new tok/s", lambda row: _spread(row.tok_per_s, 1)),
-    ("between pieces ms p50/p90/p99", lambda row: _milliseconds(row.between_s)),
+    ("between pieces ms p50/p90/p99", lambda row: _milliseconds(row.inter_token_s)),
     ("of prompts cached", lambda row: f"{row.cached_tokens / max(row.prompt_tokens, 1):.0%}"),
     ("memory first, last", lambda row: _memory(row.resident_bytes)),
 )
@@ -161,8 +161,8 @@ def _change(growth: int) -> str:
 def _run_to_dict(run: ServingRun) -> dict[str, Any]:
     """A run without the texts."""
     values = asdict(run)
-    first = min((each.started_at for each in run.exchanges), default=0.0)
-    values["exchanges"] = [
+    first = min((each.started_at for each in run.records), default=0.0)
+    values["records"] = [
         {
             "conversation": each.conversation,
             "turn": each.turn,
@@ -174,6 +174,6 @@ def _run_to_dict(run: ServingRun) -> dict[str, Any]:
             "new_tokens": each.new_tokens,
             "error": each.error,
         }
-        for each in run.exchanges
+        for each in run.records
     ]
     return values

@@ -25,7 +25,7 @@ END_LIMIT_S = 30
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerUnderTest:
     """A server that answers.
 
     Args:
@@ -57,7 +57,7 @@ class Served:
         except OSError:
             return {}
 
-    def health_afterwards(self, limit_s: float = 10) -> dict[str, Any]:
+    def health_when_idle(self, limit_s: float = 10) -> dict[str, Any]:
         """What it says of itself when nothing runs any more, or after this time; it needs a step to see an abort."""
         ends_at = time.monotonic() + limit_s
         while (health := self.health()).get("running") and time.monotonic() < ends_at:
@@ -86,7 +86,7 @@ def mlx_lm_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
 
 
 @contextmanager
-def serving(side: str, command: Sequence[str]) -> Iterator[Served]:
+def serving(side: str, command: Sequence[str]) -> Iterator[ServerUnderTest]:
     """Start a server, wait until it answers, and end it.
 
     Raises:
@@ -98,7 +98,7 @@ def serving(side: str, command: Sequence[str]) -> Iterator[Served]:
             [*command, "--port", str(port)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            served = Served(side, f"http://127.0.0.1:{port}", process.pid)
+            served = ServerUnderTest(side, f"http://127.0.0.1:{port}", process.pid)
             _wait(served, process, log)
             yield served
         finally:
@@ -110,7 +110,7 @@ def serving(side: str, command: Sequence[str]) -> Iterator[Served]:
                 process.wait()
 
 
-def _wait(served: Served, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
+def _wait(served: ServerUnderTest, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
     """Until it has answered: mlx-lm's says that it is well before it has loaded anything."""
     ends_at = time.monotonic() + START_LIMIT_S
     while process.poll() is None and time.monotonic() < ends_at:

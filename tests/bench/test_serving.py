@@ -1,4 +1,4 @@
-"""The serving benchmark: its statistics, and a small real run with all that disturbs."""
+"""The serving benchmark: its statistics, and a small real run with clients that misbehave."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.session.open import open_session
 from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.text.tokenizer import Tokenizer
-from scripts.serving.client import Exchange
-from scripts.serving.disturbers import Disturbance
-from scripts.serving.figures import growth_bytes, same_texts, serving_ratios, serving_rows
-from scripts.serving.files import MINI, served_checkpoint
+from scripts.serving.bad_clients import BadClientOptions
+from scripts.serving.client import RequestRecord
+from scripts.serving.files import MINI, serving_checkpoint
 from scripts.serving.load import ServingRun, measure_serving
-from scripts.serving.prompts import Load, Span, random_text
+from scripts.serving.prompts import TokenRange, Workload, random_text
 from scripts.serving.report import ServingReport
-from scripts.serving.servers import Served
+from scripts.serving.results import memory_growth_bytes, same_texts, serving_ratios, serving_rows
+from scripts.serving.servers import ServerUnderTest
 from tests.server.running_server import serving
 
-TWO = Span(2, 2)
+TWO = TokenRange(2, 2)
 
 
-def exchange(number: int, at: float, *, turn: int = 0, text: str = "a", error: str | None = None) -> Exchange:
+def record(number: int, at: float, *, turn: int = 0, text: str = "a", error: str | None = None) -> RequestRecord:
     """An answer of 3 tokens, the first after 0.1 s, the others 0.01 and 0.03 s behind."""
     arrivals = [] if error else [at + 0.1, at + 0.11, at + 0.14]
-    return Exchange(number, turn, 3, at, arrivals, at + 0.15, text, 10, 4, 0 if error else 3, error)
+    return RequestRecord(number, turn, 3, at, arrivals, at + 0.15, text, 10, 4, 0 if error else 3, error)
 
 
-def run(side: str, repetition: int, wall_s: float, *exchanges: Exchange) -> ServingRun:
-    return ServingRun(side, repetition, exchanges, wall_s, (100, 150, 150, 151))
+def run(side: str, repetition: int, wall_s: float, *records: RequestRecord) -> ServingRun:
+    return ServingRun(side, repetition, records, wall_s, (100, 150, 150, 151))
 
 
 def test_rates_are_all_tokens_over_wall_time_and_warm_ups_do_not_count() -> None:
-    warmup = run(OURS, -1, 100.0, exchange(0, 0))
-    runs = [warmup, run(OURS, 0, 2.0, exchange(0, 0), exchange(1, 0, error="HTTP 429"), exchange(1, 1))]
+    warmup = run(OURS, -1, 100.0, record(0, 0))
+    runs = [warmup, run(OURS, 0, 2.0, record(0, 0), record(1, 0, error="HTTP 429"), record(1, 1))]
     (row,) = serving_rows(runs)
     assert (row.requests, row.errors, row.new_tokens) == (3, {"HTTP 429": 1}, 6)
     assert row.tok_per_s.median == 3.0
     assert row.requests_per_s.median == 1.5
     assert row.ttft_s[0] is not None
     assert row.ttft_s[0].p50 == pytest.approx(0.1)
-    assert row.between_s is not None
-    assert row.between_s.p50 == pytest.approx(0.02)
-    assert growth_bytes(row) == 0
+    assert row.inter_token_s is not None
+    assert row.inter_token_s.p50 == pytest.approx(0.02)
+    assert memory_growth_bytes(row) == 0
 
 
 def test_ratios_are_of_neighbouring_runs() -> None:
     runs = [
-        run(OURS, 0, 1.0, exchange(0, 0)),
-        run("mlx-lm", 0, 2.0, exchange(0, 0)),
-        run("mlx-lm", 1, 30.0, exchange(0, 0)),
-        run(OURS, 1, 10.0, exchange(0, 0)),
+        run(OURS, 0, 1.0, record(0, 0)),
+        run("mlx-lm", 0, 2.0, record(0, 0)),
+        run("mlx-lm", 1, 30.0, record(0, 0)),
+        run(OURS, 1, 10.0, record(0, 0)),
     ]
     rate, ttft = serving_ratios(runs)
     assert (rate.figure, rate.ratio.min, rate.ratio.max) == ("tok_per_s", 2.0, pytest.approx(3.0))
@@ -62,7 +62,7 @@ def test_ratios_are_of_neighbouring_runs() -> None:
 
 
 def test_texts_of_the_same_question_are_compared() -> None:
-    runs = [run(OURS, 0, 1.0, exchange(0, 0), exchange(1, 0)), run("other", 0, 1.0, exchange(0, 0, text="b"))]
+    runs = [run(OURS, 0, 1.0, record(0, 0), record(1, 0)), run("other", 0, 1.0, record(0, 0, text="b"))]
     (found,) = same_texts(runs)
     assert (found.side, found.answers, found.equal) == ("other", 1, 0)
 
@@ -74,44 +74,49 @@ def test_words_are_tokens() -> None:
 
 
 def test_lengths_are_drawn_from_ranges() -> None:
-    load = Load(prompt_tokens=Span.parse("3-9"), answer_tokens=Span.parse("4"))
-    said = [load.said(0, number, 0) for number in range(50)]
-    assert said == [load.said(0, number, 0) for number in range(50)]
+    load = Workload(prompt_tokens=TokenRange.parse("3-9"), answer_tokens=TokenRange.parse("4"))
+    said = [load.user_message(0, number, 0) for number in range(50)]
+    assert said == [load.user_message(0, number, 0) for number in range(50)]
     assert {len(text.split()) for text, _ in said} == set(range(3, 10))
     assert {tokens for _, tokens in said} == {4}
     with pytest.raises(UsageError, match="no number"):
-        Span.parse("few")
+        TokenRange.parse("few")
 
 
 def test_a_load_of_nobody_is_refused() -> None:
     with pytest.raises(UsageError, match="start at 1"):
-        Load(clients=0)
+        Workload(clients=0)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
     """kimi-mini as it is compared with, on a server of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = served_checkpoint("kimi-mini")
-        assert served_checkpoint("kimi-mini") == folder
+        folder = serving_checkpoint("kimi-mini")
+        assert serving_checkpoint("kimi-mini") == folder
     session = open_session(SessionOptions(folder))
     try:
         with serving(session) as running:
-            yield Served(OURS, running.url)
+            yield ServerUnderTest(OURS, running.url)
     finally:
         session.close()
 
 
-def test_two_clients_of_a_real_server(served: Served) -> None:
-    load = Load(
-        clients=2, conversations=3, turns=2, prompt_tokens=Span(15, 25), later_tokens=Span(5, 5), answer_tokens=TWO
+def test_two_clients_of_a_real_server(served: ServerUnderTest) -> None:
+    load = Workload(
+        clients=2,
+        conversations=3,
+        turns=2,
+        prompt_tokens=TokenRange(15, 25),
+        later_tokens=TokenRange(5, 5),
+        answer_tokens=TWO,
     )
     heard: list[str] = []
-    runs = measure_serving([served], load, 0, 1, progress=lambda side, exchange: heard.append(side))
+    runs = measure_serving([served], load, 0, 1, progress=lambda side, record: heard.append(side))
     (row,) = serving_rows(runs)
     assert (row.requests, row.errors, heard) == (6, {}, [OURS] * 6)
-    assert row.new_tokens == row.asked_tokens == 6 * 2
+    assert row.new_tokens == row.requested_tokens == 6 * 2
     assert len(row.ttft_s) == 2
     assert row.cached_tokens >= 3 * 15  # the second turns found the first
     settings = {"model": "kimi-mini", "machine": machine(), "versions": versions()}
@@ -120,16 +125,18 @@ def test_two_clients_of_a_real_server(served: Served) -> None:
     assert "running 0, waiting 0" in report.markdown()
 
 
-def test_whole_answers(served: Served) -> None:
-    (run,) = measure_serving([served], Load(2, 2, answer_tokens=TWO, stream=False), 0, 1)
-    assert [each.error for each in run.exchanges] == [None, None]
-    assert all(len(each.arrivals) == 1 and each.new_tokens == 2 for each in run.exchanges)
+def test_whole_answers(served: ServerUnderTest) -> None:
+    (run,) = measure_serving([served], Workload(2, 2, answer_tokens=TWO, stream=False), 0, 1)
+    assert [each.error for each in run.records] == [None, None]
+    assert all(len(each.arrivals) == 1 and each.new_tokens == 2 for each in run.records)
 
 
-def test_disturbers_leave_no_trace(served: Served) -> None:
-    disturbance = Disturbance(aborts=4, slow_readers=1, prompt_tokens=5, answer_tokens=50, slow_s=0.5)
-    (run,) = measure_serving([served], Load(1, 2, prompt_tokens=Span(10, 10), answer_tokens=TWO), 0, 1, disturbance)
-    assert run.disturbed is not None
-    assert (run.disturbed.aborted, run.disturbed.read_slowly, run.disturbed.errors) == (4, 1, ())
-    assert [each.error for each in run.exchanges] == [None, None]
-    assert served.health_afterwards()["running"] == 0
+def test_bad_clients_leave_no_trace(served: ServerUnderTest) -> None:
+    misbehaviour = BadClientOptions(aborts=4, slow_readers=1, prompt_tokens=5, answer_tokens=50, slow_s=0.5)
+    (run,) = measure_serving(
+        [served], Workload(1, 2, prompt_tokens=TokenRange(10, 10), answer_tokens=TWO), 0, 1, misbehaviour
+    )
+    assert run.bad_client_result is not None
+    assert (run.bad_client_result.aborted, run.bad_client_result.slow_reads, run.bad_client_result.errors) == (4, 1, ())
+    assert [each.error for each in run.records] == [None, None]
+    assert served.health_when_idle()["running"] == 0

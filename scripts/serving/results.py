@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_mlx.bench.machine import OURS
 from kimi_mlx.bench.results import Percentiles, Spread
-from scripts.serving.client import Exchange
+from scripts.serving.client import RequestRecord
 from scripts.serving.load import ServingRun
 
 
@@ -25,11 +25,11 @@ class ServingRow:
         prompt_tokens: of all prompts, by the server's count.
         cached_tokens: of these, those it had computed before.
         new_tokens: of all answers, by the server's count.
-        asked_tokens: that these answers could have had.
+        requested_tokens: that these answers could have had.
         tok_per_s: all new tokens of a run over its wall time.
         requests_per_s: all requests of a run over its wall time.
         ttft_s: of each turn: from the request until the first text.
-        between_s: from one piece of text to the next; None where answers are no streams.
+        inter_token_s: from one piece of text to the next; None where answers are no streams.
         resident_bytes: before the first run, after each tenth of the requests of each run, and at each run's end.
     """
 
@@ -39,11 +39,11 @@ class ServingRow:
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
-    asked_tokens: int
+    requested_tokens: int
     tok_per_s: Spread
     requests_per_s: Spread
     ttft_s: tuple[Percentiles | None, ...]
-    between_s: Percentiles | None
+    inter_token_s: Percentiles | None
     resident_bytes: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,28 +59,28 @@ def serving_rows(runs: Sequence[ServingRun]) -> list[ServingRow]:
 
 
 def _row(runs: Sequence[ServingRun]) -> ServingRow:
-    exchanges = [each for run in runs for each in run.exchanges]
-    good = [each for each in exchanges if each.error is None]
-    turns = range(1 + max((each.turn for each in exchanges), default=0))
+    records = [each for run in runs for each in run.records]
+    good = [each for each in records if each.error is None]
+    turns = range(1 + max((each.turn for each in records), default=0))
     return ServingRow(
         runs[0].side,
-        len(exchanges),
-        count_errors(exchanges),
+        len(records),
+        count_errors(records),
         sum(each.prompt_tokens for each in good),
         sum(each.cached_tokens for each in good),
         sum(each.new_tokens for each in good),
-        sum(each.asked_tokens for each in good),
-        Spread.of([sum(each.new_tokens for each in run.exchanges) / run.wall_s for run in runs]),
-        Spread.of([len(run.exchanges) / run.wall_s for run in runs]),
+        sum(each.requested_tokens for each in good),
+        Spread.of([sum(each.new_tokens for each in run.records) / run.wall_s for run in runs]),
+        Spread.of([len(run.records) / run.wall_s for run in runs]),
         tuple(_percentiles([each.ttft_s for each in good if each.turn == turn]) for turn in turns),
         _percentiles([gap for each in good for gap in each.gaps_s]),
         tuple(each for run in runs for each in run.resident_bytes),
     )
 
 
-def count_errors(exchanges: Sequence[Exchange]) -> dict[str, int]:
+def count_errors(records: Sequence[RequestRecord]) -> dict[str, int]:
     """How often each thing went wrong."""
-    return dict(Counter(each.error for each in exchanges if each.error is not None))
+    return dict(Counter(each.error for each in records if each.error is not None))
 
 
 def _percentiles(times: Sequence[float]) -> Percentiles | None:
@@ -130,7 +130,7 @@ def serving_ratios(runs: Sequence[ServingRun]) -> list[ServingRatio]:
 
 
 @dataclass(frozen=True)
-class SameTexts:
+class TextAgreement:
     """How many of another server's answers were the same text as ours.
 
     Args:
@@ -144,22 +144,22 @@ class SameTexts:
     equal: int
 
 
-def same_texts(runs: Sequence[ServingRun]) -> list[SameTexts]:
+def same_texts(runs: Sequence[ServingRun]) -> list[TextAgreement]:
     """Compare first turns: later ones repeat the server's own words, and so have other prompts once texts differ."""
     texts = {run.side: {} for run in runs}
     for run in runs:
-        first = [each for each in run.exchanges if each.turn == 0 and each.error is None]
+        first = [each for each in run.records if each.turn == 0 and each.error is None]
         texts[run.side] |= {(run.repetition, each.conversation): each.text for each in first}
     ours = texts.get(OURS, {})
-    found: list[SameTexts] = []
+    found: list[TextAgreement] = []
     for side, theirs in texts.items():
         shared = ours.keys() & theirs.keys()
         if side != OURS and shared:
-            found.append(SameTexts(side, len(shared), sum(ours[key] == theirs[key] for key in shared)))
+            found.append(TextAgreement(side, len(shared), sum(ours[key] == theirs[key] for key in shared)))
     return found
 
 
-def growth_bytes(row: ServingRow) -> int | None:
+def memory_growth_bytes(row: ServingRow) -> int | None:
     """What the memory grew by in the second half of the requests: caches have filled up in the first."""
     seen = row.resident_bytes
     return round(median(seen[-2:]) - median(seen[len(seen) // 2 :][:2])) if len(seen) >= 4 else None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import httpx2
 
-from scripts.serving.client import CHAT_PATH, body_of, events, make_client
+from scripts.serving.client import CHAT_PATH, events, make_body, make_client
 from scripts.serving.prompts import random_text
-from scripts.serving.servers import Served
+from scripts.serving.servers import ServerUnderTest
 
 PIECES_BEFORE_ABORT = 3
 ABORTS_AT_ONCE = 4
@@ -23,7 +23,7 @@ SMALL_BUFFER_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Disturbance:
+class BadClientOptions:
     """What others do to a server.
 
     Args:
@@ -42,38 +42,38 @@ class Disturbance:
 
 
 @dataclass(frozen=True)
-class Disturbed:
+class BadClientResult:
     """What came of it.
 
     Args:
         aborted: streams that were closed by their clients.
-        read_slowly: streams that a slow reader read, to the end or for its time.
+        slow_reads: streams that a slow reader read, to the end or for its time.
         errors: of either kind, that were the server's doing.
     """
 
     aborted: int
-    read_slowly: int
+    slow_reads: int
     errors: tuple[str, ...]
 
 
-class Disturbers:
+class BadClients:
     """Those who disturb a server, on connections of their own."""
 
-    def __init__(self, served: Served, disturbance: Disturbance):
-        self._wanted = disturbance
+    def __init__(self, served: ServerUnderTest, bad_clients: BadClientOptions):
+        self._wanted = bad_client_options
         self._quick = make_client(served.url, served.api_key)
         self._slow = make_client(served.url, served.api_key, receive_bytes=SMALL_BUFFER_BYTES)
 
-    async def run(self) -> Disturbed:
+    async def run(self) -> BadClientResult:
         """Do all of it at the same time."""
         turns = asyncio.Semaphore(ABORTS_AT_ONCE)
         async with self._quick, self._slow:
             aborts = [self._abort(number, turns) for number in range(self._wanted.aborts)]
-            readers = [self._read_slowly(self._wanted.aborts + at) for at in range(self._wanted.slow_readers)]
+            readers = [self._slow_read(self._wanted.aborts + at) for at in range(self._wanted.slow_readers)]
             ends = await asyncio.gather(*aborts, *readers)
         aborted = sum(each is None for each in ends[: len(aborts)])
         errors = tuple(each for each in ends if each is not None)
-        return Disturbed(aborted, len(ends) - len(errors) - aborted, errors)
+        return BadClientResult(aborted, len(ends) - len(errors) - aborted, errors)
 
     async def _abort(self, number: int, turns: asyncio.Semaphore) -> str | None:
         """Begin a stream and close it; what went wrong before that."""
@@ -91,7 +91,7 @@ class Disturbers:
             except httpx2.HTTPError as error:
                 return type(error).__name__
 
-    async def _read_slowly(self, number: int) -> str | None:
+    async def _slow_read(self, number: int) -> str | None:
         """Read a stream a little at a time; what went wrong."""
         ends_at = time.monotonic() + self._wanted.slow_s
         try:
@@ -108,4 +108,4 @@ class Disturbers:
 
     def _body(self, number: int) -> dict[str, object]:
         said = random_text(self._wanted.prompt_tokens, 0, 0, number)
-        return body_of([{"role": "user", "content": said}], self._wanted.answer_tokens, stream=True)
+        return make_body([{"role": "user", "content": said}], self._wanted.answer_tokens, stream=True)
