@@ -1,4 +1,4 @@
-"""Clients that a server must bear: streams that are broken off, and readers that are slow."""
+"""Clients that a server has to tolerate: some abort their streams, others read slowly."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from scripts.serving.client import CHAT_PATH, events, make_body, make_client
 from scripts.serving.prompts import random_text
 from scripts.serving.servers import ServerUnderTest
 
-PIECES_BEFORE_ABORT = 3
-ABORTS_AT_ONCE = 4
+EVENTS_BEFORE_ABORT = 3
+MAX_CONCURRENT_ABORTS = 4
 PAUSE_S = 0.25
-"""Of a slow reader, before each read."""
+"""Pause of a slow reader before each read."""
 
 READ_BYTES = 1024
 SMALL_BUFFER_BYTES = 4096
-"""So small that what a slow reader does not take waits at the server."""
+"""Receive buffer of a slow reader: so small that unread data waits at the server."""
 
 
 @dataclass(frozen=True)
 class BadClientOptions:
-    """What others do to a server.
+    """Number and kind of badly behaved clients.
 
     Args:
-        aborts: streams that are closed by their clients: each second one after its first event, the others after a few.
-        slow_readers: streams that are read slowly.
-        prompt_tokens: of each.
-        answer_tokens: asked for in each.
-        slow_s: so long a slow reader stays, at most.
+        aborts: number of streams that the client closes: every second one after its first event, the others after
+            EVENTS_BEFORE_ABORT events.
+        slow_readers: number of streams that are read slowly.
+        prompt_tokens: number of prompt tokens of each.
+        answer_tokens: `max_tokens` of each.
+        slow_s: time after which a slow reader stops.
     """
 
     aborts: int = 0
@@ -43,12 +44,12 @@ class BadClientOptions:
 
 @dataclass(frozen=True)
 class BadClientResult:
-    """What came of it.
+    """Outcome of the badly behaved clients.
 
     Args:
-        aborted: streams that were closed by their clients.
-        slow_reads: streams that a slow reader read, to the end or for its time.
-        errors: of either kind, that were the server's doing.
+        aborted: number of streams that the client closed.
+        slow_reads: number of streams that were read slowly, to the end or for `slow_s`.
+        errors: errors of both kinds that the server caused.
     """
 
     aborted: int
@@ -57,45 +58,45 @@ class BadClientResult:
 
 
 class BadClients:
-    """Those who disturb a server, on connections of their own."""
+    """Badly behaved clients of one server, on connections of their own."""
 
-    def __init__(self, served: ServerUnderTest, bad_clients: BadClientOptions):
-        self._wanted = bad_client_options
-        self._quick = make_client(served.url, served.api_key)
-        self._slow = make_client(served.url, served.api_key, receive_bytes=SMALL_BUFFER_BYTES)
+    def __init__(self, server: ServerUnderTest, options: BadClientOptions):
+        self._options = options
+        self._fast_client = make_client(server.url, server.api_key)
+        self._slow_client = make_client(server.url, server.api_key, receive_bytes=SMALL_BUFFER_BYTES)
 
     async def run(self) -> BadClientResult:
-        """Do all of it at the same time."""
-        turns = asyncio.Semaphore(ABORTS_AT_ONCE)
-        async with self._quick, self._slow:
-            aborts = [self._abort(number, turns) for number in range(self._wanted.aborts)]
-            readers = [self._slow_read(self._wanted.aborts + at) for at in range(self._wanted.slow_readers)]
-            ends = await asyncio.gather(*aborts, *readers)
-        aborted = sum(each is None for each in ends[: len(aborts)])
-        errors = tuple(each for each in ends if each is not None)
-        return BadClientResult(aborted, len(ends) - len(errors) - aborted, errors)
+        """Run all of them concurrently."""
+        slots = asyncio.Semaphore(MAX_CONCURRENT_ABORTS)
+        async with self._fast_client, self._slow_client:
+            aborts = [self._abort(number, slots) for number in range(self._options.aborts)]
+            readers = [self._slow_read(self._options.aborts + number) for number in range(self._options.slow_readers)]
+            errors = await asyncio.gather(*aborts, *readers)
+        aborted = sum(error is None for error in errors[: len(aborts)])
+        failures = tuple(error for error in errors if error is not None)
+        return BadClientResult(aborted, len(errors) - len(failures) - aborted, failures)
 
-    async def _abort(self, number: int, turns: asyncio.Semaphore) -> str | None:
-        """Begin a stream and close it; what went wrong before that."""
-        async with turns:
+    async def _abort(self, number: int, slots: asyncio.Semaphore) -> str | None:
+        """Start a stream and close it. Return the error, if any came first."""
+        async with slots:
             try:
-                async with self._quick.stream("POST", CHAT_PATH, json=self._body(number)) as response:
+                async with self._fast_client.stream("POST", CHAT_PATH, json=self._body(number)) as response:
                     if response.status_code != 200:
                         return f"HTTP {response.status_code}"
-                    seen = 0
+                    num_events = 0
                     async for _ in events(response):
-                        seen += 1
-                        if number % 2 or seen == PIECES_BEFORE_ABORT:
+                        num_events += 1
+                        if number % 2 or num_events == EVENTS_BEFORE_ABORT:
                             return None
                     return "a stream that ended before it was closed"
             except httpx2.HTTPError as error:
                 return type(error).__name__
 
     async def _slow_read(self, number: int) -> str | None:
-        """Read a stream a little at a time; what went wrong."""
-        ends_at = time.monotonic() + self._wanted.slow_s
+        """Read a stream slowly. Return the error, if there is one."""
+        ends_at = time.monotonic() + self._options.slow_s
         try:
-            async with self._slow.stream("POST", CHAT_PATH, json=self._body(number)) as response:
+            async with self._slow_client.stream("POST", CHAT_PATH, json=self._body(number)) as response:
                 if response.status_code != 200:
                     return f"HTTP {response.status_code}"
                 async for _ in response.aiter_raw(READ_BYTES):
@@ -107,5 +108,5 @@ class BadClients:
             return type(error).__name__
 
     def _body(self, number: int) -> dict[str, object]:
-        said = random_text(self._wanted.prompt_tokens, 0, 0, number)
-        return make_body([{"role": "user", "content": said}], self._wanted.answer_tokens, stream=True)
+        message = random_text(self._options.prompt_tokens, 0, 0, number)
+        return make_body([{"role": "user", "content": message}], self._options.answer_tokens, stream=True)
