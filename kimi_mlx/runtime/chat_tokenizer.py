@@ -1,4 +1,4 @@
-"""All that a checkpoint says about text: tokenizer, chat template, default sampling."""
+"""The text side of a checkpoint: tokenizer, chat template, default sampling and default length of an answer."""
 
 from __future__ import annotations
 
@@ -12,53 +12,87 @@ from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.config import read_json
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import OutputParser, starts_in_reasoning
-from kimi_mlx.text.template import ChatTemplate
-from kimi_mlx.text.tokenizer import Tokenizer
+from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
+from kimi_mlx.text.tokenizer import TokenIdTokenizer, Tokenizer
 
 DEFAULT_TEMPERATURE = 0.6
-"""Where neither `generation_config.json` nor the catalogue says otherwise: the value of K2's model cards."""
+"""Temperature where neither `generation_config.json` nor the catalogue sets one: the value of K2's model cards."""
+
+MAX_TOKENS_KEY = "kimi_mlx_max_tokens"
+"""Key of `generation_config.json` that limits an answer if the request does not. Only kimi-mini has it: a toy may
+repeat itself without end. The key is our own, so that no real model is limited by it."""
 
 MessageLike = Message | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """Tokenizer, template and defaults of one checkpoint.
+    """Tokenizer, chat template and defaults of one checkpoint.
+
+    A checkpoint may lack its tokenizer or its chat template (base models). It loads all the same; what is missing
+    becomes an error when it is needed. Without a tokenizer, prompts are token ids, and decoded text is the ids in
+    decimal, each followed by a space.
 
     Args:
-        tokenizer: between plain text and ids.
-        template: from messages to a prompt.
-        sampling: what is recommended: by `generation_config.json`, else by who loaded it.
+        folder: folder of the checkpoint, for error messages.
+        tokenizer: converts between plain text and ids.
+        template: renders messages as a prompt; None if the checkpoint has no chat template.
+        sampling: recommended sampling, from `generation_config.json`, else from the caller of `load`.
+        max_tokens: default limit of an answer; None is the rest of the context.
     """
 
+    folder: Path
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | None
     sampling: Sampling
+    max_tokens: int | None = None
 
     @classmethod
     def load(cls, folder: Path, defaults: Mapping[str, float] | None = None) -> ChatTokenizer:
-        """Read them from a checkpoint's folder.
+        """Read the text side of a checkpoint.
 
         Args:
-            folder: the checkpoint's.
-            defaults: values of Sampling, by name, for what `generation_config.json` leaves open.
+            folder: folder of the checkpoint.
+            defaults: sampling parameters by name, for those that `generation_config.json` does not set.
 
         Raises:
-            TextError: a file is missing or broken.
+            TextError: a file is broken.
         """
-        return cls(Tokenizer.load(folder), ChatTemplate.load(folder), _default_sampling(folder, defaults or {}))
+        path = folder / "generation_config.json"
+        generation = read_json(path) if path.exists() else {}
+        return cls(
+            folder,
+            Tokenizer.find(folder) or TokenIdTokenizer.load(folder),
+            ChatTemplate.find(folder),
+            _sampling(path, generation, defaults or {}),
+            _max_tokens(path, generation),
+        )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint has a tokenizer; without one, prompts can only be token ids."""
+        return not isinstance(self.tokenizer, TokenIdTokenizer)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be rendered; without a template, only plain completions work."""
+        return self.template is not None
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Ids of the tokens that end an answer."""
         return self.tokenizer.eos_token_ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens in it stay text."""
+        """Return the ids of plain text. Text that spells a control token stays text.
+
+        Raises:
+            TextError: the checkpoint has no tokenizer.
+        """
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids."""
+        """Return the text of ids."""
         return self.tokenizer.decode(ids)
 
     def apply_chat_template(
@@ -67,22 +101,41 @@ class ChatTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks; template_kwargs such as `thinking`."""
+        """Return the ids of a conversation, up to the beginning of the assistant's answer.
+
+        Args:
+            messages: messages, as objects or in OpenAI's shape.
+            tools: OpenAI-style tools that the model may call.
+            template_kwargs: variables of the chat template, such as `thinking`.
+
+        Raises:
+            TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
+        """
+        if self.template is None:
+            raise TextError(
+                f"`{self.folder}` has no chat template, so it cannot answer messages",
+                hint=f"use plain completions (`kimi-mlx serve`, then /v1/completions), or add a `{TEMPLATE_FILE}`",
+            )
         return self.template.encode(self.tokenizer, messages, tools, **template_kwargs)
 
     def output_parser(self, prompt: Sequence[int]) -> OutputParser:
-        """A parser for the answer to a prompt."""
+        """Return a parser for the answer to a prompt."""
         return OutputParser(self.tokenizer, starts_in_reasoning(self.tokenizer, prompt))
 
 
-def _default_sampling(folder: Path, defaults: Mapping[str, float]) -> Sampling:
-    path = folder / "generation_config.json"
-    raw = read_json(path) if path.exists() else {}
-    if raw.get("do_sample") is False:
+def _sampling(path: Path, generation: Mapping[str, Any], defaults: Mapping[str, float]) -> Sampling:
+    if generation.get("do_sample") is False:
         return Sampling(temperature=0.0)
     names = ("temperature", "top_p", "top_k", "min_p")
-    known = {name: raw[name] for name in names if raw.get(name) is not None}
+    values = {name: generation[name] for name in names if generation.get(name) is not None}
     try:
-        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **defaults, **known})
+        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **defaults, **values})
     except UsageError as error:
-        raise TextError(f"`{path}`: {error.message}", hint="correct the file, or fetch it again") from error
+        raise TextError(f"`{path}`: {error.message}", hint="correct the file, or download it again") from error
+
+
+def _max_tokens(path: Path, generation: Mapping[str, Any]) -> int | None:
+    value = generation.get(MAX_TOKENS_KEY)
+    if value is None or (isinstance(value, int) and value > 0):
+        return value
+    raise TextError(f"`{path}`: `{MAX_TOKENS_KEY}` is {value!r}, not a whole number above 0", hint="correct the file")

@@ -1,4 +1,4 @@
-"""From a model's name to a model in memory."""
+"""Load a model, or one rank's share of it, and what identifies its weights."""
 
 from __future__ import annotations
 
@@ -34,22 +34,28 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 def load(
     name: str | os.PathLike[str] = "kimi-mini",
     dtype: str | None = None,
-    group: Group | None = None,
+    group: Group | mx.distributed.Group | None = None,
     strategy: str = "hybrid",
 ) -> tuple[Model, ChatTokenizer]:
     """Load a model and its tokenizer.
 
     Args:
-        name: a folder, an alias such as `kimi-mini`, or a hub repository.
-        dtype: of the computation, `float32`, `bfloat16` or `float16`; None is the checkpoint's own on a GPU, and
+        name: folder, alias such as `kimi-mini`, or repository of the hub.
+        dtype: type to compute in: `float32`, `bfloat16` or `float16`. None is the checkpoint's own type on a GPU, and
             float32 on the CPU.
-        group: the ranks that share the model; each gets its share.
-        strategy: how it is shared: `hybrid`, `tensor`, `expert` or `pipeline`, with weights for uneven shares
+        group: ranks that share the model, as `mx.distributed.init()` returns them; each rank loads its own share.
+        strategy: split of the model: `hybrid`, `tensor`, `expert` or `pipeline`, with weights for uneven shares
             (`hybrid:3:1`). In a pipeline only rank 0 gets logits.
 
+    Returns:
+        The model and its tokenizer. There is always a tokenizer object: if the checkpoint has no chat template or no
+        tokenizer, it raises a TextError when one is needed (see ChatTokenizer).
+
     Raises:
-        KimiMlxError: no such model, or files that are missing or broken.
+        KimiMlxError: there is no such model, or files are missing or broken.
     """
+    if isinstance(group, mx.distributed.Group):
+        group = MlxGroup(group) if group.size() > 1 else None
     rank, world_size = (None, 1) if group is None else (group.rank, group.size)
     strategy = normal_strategy(strategy, world_size)
     folder = resolve(os.fspath(name), world_size, strategy, rank)
@@ -67,7 +73,19 @@ def load_share(
     progress: Progress = lambda done, total: None,
     strategy: str = "hybrid",
 ) -> Model:
-    """Load a rank's share of the model in `folder`, the whole one without a group (or with a group of one)."""
+    """Load one rank's share of a model; the whole model without a group, or with a group of one.
+
+    Args:
+        folder: checkpoint, or store of this rank.
+        config: configuration of the model.
+        dtype: type to compute in; None chooses, see `load`.
+        group: ranks that share the model.
+        progress: callback with the layers loaded and the number of layers.
+        strategy: split of the model.
+
+    Raises:
+        KimiMlxError: files are missing or broken, or differ between the ranks.
+    """
     resolved_dtype = compute_dtype(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
     strategy = normal_strategy(strategy, world_size)
@@ -79,7 +97,7 @@ def load_share(
             group,
             f"{manifest.origin.commit} {manifest.placement.digest}",
             "revision or placement of the model",
-            f"type `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
+            f"run `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
         exchange = _exchange(group, manifest.placement, config, resolved_dtype)
         return load_store(folder, manifest, config, resolved_dtype, exchange, progress)
@@ -88,21 +106,21 @@ def load_share(
     placement = _place(folder, config, world_size, strategy)
     require_equal(
         group,
-        _identity(folder, placement),
+        _checkpoint_identity(folder, placement),
         "checkpoint",
-        "bring the same files to all hosts, or fetch them once for all: `kimi-mlx launch --hosts ... download MODEL`",
+        "copy the same files to all hosts, or download them: `kimi-mlx launch --hosts ... download MODEL`",
     )
     exchange = _exchange(group, placement, config, resolved_dtype)
     return load_model(folder, config, resolved_dtype, placement.shares[rank], exchange, progress)
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:
-    """Whether the model in `folder` can be shared so; before any process is started.
+    """Check that the model in `folder` can be split over this number of ranks, before any process is started.
 
     Raises:
-        UsageError: no such strategy.
-        PlacementError: it cannot be divided so often.
-        WeightsError: a store of another placement, or one that is not whole.
+        UsageError: there is no such strategy.
+        PlacementError: the model cannot be split this way.
+        WeightsError: the store has another placement, or is incomplete.
     """
     strategy = normal_strategy(strategy, world_size)
     if ranks := stored_ranks(folder):
@@ -114,34 +132,35 @@ def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells weights from others without reading all of them.
+    """Identity of loaded weights, made without reading all of them.
 
     Args:
-        common: model, commit and placement: the same on all ranks.
-        here: of the files on this host; another one when they have been written anew.
+        shared: digest of model, commit and placement; the same on all ranks.
+        local: digest of the files on this host; it changes when they are written again.
     """
 
-    common: str
-    here: str
+    shared: str
+    local: str
 
 
 def fingerprint(
     folder: Path, config: ModelConfig, rank: int = 0, world_size: int = 1, strategy: str = "hybrid"
 ) -> Fingerprint:
-    """The fingerprint of what `load_share` loads.
+    """Return the fingerprint of the weights that `load_share` loads.
 
     Raises:
-        KimiMlxError: as load_share.
+        KimiMlxError: as for `load_share`.
     """
     strategy = normal_strategy(strategy, world_size)
     if stored_ranks(folder):
         manifest = open_manifest(folder, rank, world_size, strategy)
         checksums = " ".join(file.sha256 for file in manifest.files)
         return Fingerprint(f"{manifest.origin.commit} {manifest.placement.digest}", _digest(checksums))
-    # a file of the hub's cache is a link to one that is named by its content
+    # A file in the hub's cache is a link to a file that is named by its content.
     files = [(file.name, file.resolve().name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-    here = str([(name, target, status.st_size, status.st_mtime_ns) for name, target, status in files])
-    return Fingerprint(_digest(_identity(folder, _place(folder, config, world_size, strategy))), _digest(here))
+    local = str([(name, target, status.st_size, status.st_mtime_ns) for name, target, status in files])
+    placement = _place(folder, config, world_size, strategy)
+    return Fingerprint(_digest(_checkpoint_identity(folder, placement)), _digest(local))
 
 
 def _digest(text: str) -> str:
@@ -159,22 +178,28 @@ def _exchange(group: Group, placement: Placement, config: ModelConfig, dtype: mx
     return PipelineExchange(group, config.hidden_size, dtype)
 
 
-def _identity(folder: Path, placement: Placement) -> str:
-    """What tells a checkpoint from another one without reading all of it."""
+def _checkpoint_identity(folder: Path, placement: Placement) -> str:
+    """Return what identifies a checkpoint without reading its tensors: placement, file sizes and configuration."""
     sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     return f"{placement.digest} {sizes} {(folder / 'config.json').read_text(encoding='utf-8')}"
 
 
 def compute_dtype(dtype: str | None, config: ModelConfig) -> mx.Dtype:
-    """The type to compute in: as asked, else the checkpoint's; float32 on the CPU, where others are 12 times slower."""
+    """Return the type to compute in.
+
+    The default is the checkpoint's type on a GPU, and float32 on the CPU, where other types are 12 times slower.
+
+    Raises:
+        UsageError: the type is unknown, or MLX cannot run this checkpoint in it.
+    """
     if dtype is None:
         dtype = config.dtype if mx.default_device().type == mx.DeviceType.gpu else "float32"
     if dtype not in DTYPES:
-        raise UsageError(f"there is no dtype `{dtype}`", hint=f"use one of {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype `{dtype}`", hint=f"use one of {', '.join(DTYPES)}")
     is_float = config.quantization is None and not isinstance(config.compression, PackedInts)
     if is_float and dtype != "float32" and mx.default_device().type == mx.DeviceType.cpu:
         raise UsageError(
-            f"an unquantized checkpoint cannot run in {dtype} on the CPU: MLX has experts there in float32 only",
+            f"an unquantized checkpoint cannot run in {dtype} on the CPU: MLX computes experts there in float32 only",
             hint="use `--dtype float32`",
         )
     return DTYPES[dtype]
@@ -183,11 +208,11 @@ def compute_dtype(dtype: str | None, config: ModelConfig) -> mx.Dtype:
 def prepare_device(has_sampling: bool) -> None:
     """Set up MLX for a process that serves one model.
 
-    On Metal the weights are wired into memory, so that macOS does not page them out. On the CPU mx.compile is turned
-    off: it would call a C++ compiler at run time, from several ranks at once into the same files.
+    On Metal the weights are wired, so that macOS does not page them out. On the CPU mx.compile is turned off: it would
+    run a C++ compiler, and several ranks would write the same files at the same time.
 
     Args:
-        samples: whether to import mlx-lm's samplers, in the background.
+        has_sampling: True to import mlx-lm's samplers in the background.
     """
     if has_sampling:
         threading.Thread(target=samplers, daemon=True).start()

@@ -40,9 +40,9 @@ def open_prompt_cache(
     """
     group = group or SingleGroup()
     shape = shape_of(model)
-    key = json.dumps([__version__, fingerprint.common, str(shape.dtype), group.size])
+    key = json.dumps([__version__, fingerprint.shared, str(shape.dtype), group.size])
     share = f"rank-{group.rank}-of-{group.size}"
-    store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.here, shape, max_bytes, num_local_ranks, warn)
+    store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.local, shape, max_bytes, num_local_ranks, warn)
     if group.size > 1:
         agree(store, group)
     return store

@@ -76,7 +76,7 @@ class PromptBuilder:
             self._check_id(id, "logit_bias")
         request = Request(
             prompt,
-            max_tokens=left if wish.max_tokens is None else min(wish.max_tokens, left),
+            max_tokens=min(left, wish.max_tokens or self.tokenizer.max_tokens or left),
             sampling=self._sampling(wish),
             stop_ids=self.tokenizer.stop_ids,
             logit_bias=wish.logit_bias,

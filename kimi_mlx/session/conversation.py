@@ -133,7 +133,7 @@ def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatO
     """The engine's request for a prompt."""
     return Request(
         prompt=tuple(prompt),
-        max_tokens=options.max_tokens,
+        max_tokens=tokenizer.max_tokens if options.max_tokens is None else options.max_tokens,
         sampling=options.sampling or tokenizer.sampling,
         stop_ids=tokenizer.stop_ids,
     )

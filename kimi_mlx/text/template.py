@@ -58,6 +58,18 @@ class ChatTemplate:
         Raises:
             TextError: there is none, or it is broken.
         """
+        template = cls.find(folder)
+        if template is None:
+            raise TextError(f"`{folder}` has no chat template", hint=f"put a `{TEMPLATE_FILE}` into it")
+        return template
+
+    @classmethod
+    def find(cls, folder: Path) -> ChatTemplate | None:
+        """Read the template as `load` does; return None if the checkpoint has none.
+
+        Raises:
+            TextError: the template is broken.
+        """
         path = Path(folder) / TEMPLATE_FILE
         if path.exists():
             try:
@@ -66,9 +78,7 @@ class ChatTemplate:
                 raise TextError(f"cannot read `{path}`: {error}") from error
         path = Path(folder) / "tokenizer_config.json"
         source = _default_template(read_json(path).get("chat_template"))
-        if source is None:
-            raise TextError(f"`{folder}` has no chat template", hint=f"put a `{TEMPLATE_FILE}` into it")
-        return cls(source, str(path))
+        return None if source is None else cls(source, str(path))
 
     def render(
         self,

@@ -27,6 +27,7 @@ NUM_RESERVED_SPECIAL_TOKENS = 256
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 LONG_RUN = re.compile(rf"\s{{{MAX_RUN_CHARS + 1},}}|\S{{{MAX_RUN_CHARS + 1},}}")
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer.json")
 END_TOKENS = ("[EOS]", "<|im_end|>")
 
 
@@ -56,12 +57,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read `tiktoken.model`, else `tokenizer.json`, and the configuration files beside it.
+        """Read `tiktoken.model`, else `tokenizer.json`, and the configuration files next to it.
 
         Raises:
             TextError: a file is missing or broken.
         """
         return cls._read(Path(folder), _read_bpe)
+
+    @classmethod
+    def find(cls, folder: Path) -> Tokenizer | None:
+        """Read the tokenizer as `load` does; return None if the folder has none.
+
+        Raises:
+            TextError: a file is broken.
+        """
+        return cls.load(folder) if any((Path(folder) / name).exists() for name in TOKENIZER_FILES) else None
 
     @classmethod
     def load_decoder(cls, folder: Path) -> Tokenizer:
@@ -123,6 +133,47 @@ class Tokenizer:
     def detokenizer(self) -> Detokenizer:
         """Return a decoder for one stream of ids."""
         return Detokenizer(self)
+
+
+class TokenIdTokenizer(Tokenizer):
+    """Stands in for the tokenizer of a checkpoint that has none: token 12 decodes to the text `12 `.
+
+    Args:
+        folder: folder of the checkpoint, for error messages.
+        vocab_size: number of token ids.
+        eos_token_ids: ids that end an answer.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Iterable[int] = ()):
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        super().__init__(bpe, {i: f"{i} ".encode() for i in range(vocab_size)}, {}, eos_token_ids)
+        self._folder = folder
+
+    @classmethod
+    def load(cls, folder: Path) -> TokenIdTokenizer:
+        """Read the size of the vocabulary and the end tokens from the configuration files.
+
+        Raises:
+            TextError: a file is broken, or `config.json` has no `vocab_size`.
+        """
+        config = read_json(folder / "config.json")
+        text_config = config.get("text_config")
+        sizes = [cast("dict[str, Any]", each).get("vocab_size") for each in (config, text_config) if each]
+        size = next((size for size in sizes if isinstance(size, int)), 0)
+        if size < 1:
+            raise TextError(f"`{folder}` has neither a tokenizer nor a `vocab_size` in its `config.json`")
+        return cls(folder, size, _eos_token_ids(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Refuse text: there is no vocabulary.
+
+        Raises:
+            TextError: always.
+        """
+        raise TextError(
+            f"`{self._folder}` has no tokenizer (`{'` or `'.join(TOKENIZER_FILES)}`), so it cannot read text",
+            hint="send token ids to /v1/completions, or add the tokenizer's files to the folder",
+        )
 
 
 class Detokenizer:

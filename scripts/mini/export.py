@@ -10,12 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
+from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY
 from scripts.mini import checkpoint
 from scripts.mini.architecture import CONFIG
 from scripts.mini.quantize import BITS, GROUP_SIZE, quantize
 from scripts.mini.vocabulary import SPECIAL_IDS, SPECIAL_TOKENS
 
 SHIPPED = Path(__file__).resolve().parents[2] / "kimi_mlx" / "models" / "kimi-mini"
+MAX_ANSWER_TOKENS = 512
+"""Default limit of an answer, about twice the longest one in training: the toy may repeat itself without end."""
+
 VOCABULARY_FILES = ("tiktoken.model", "tokenizer_config.json")
 
 
@@ -49,6 +53,7 @@ def generation_config(vocab_size: int) -> dict[str, Any]:
         "pad_token_id": special_id(vocab_size, "[PAD]"),
         "do_sample": False,
         "temperature": 0.0,
+        MAX_TOKENS_KEY: MAX_ANSWER_TOKENS,
     }
 
 

@@ -50,8 +50,8 @@ def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
     assert fingerprint(folder, config) == before
     os.utime(folder / "model.safetensors", (0, 0))
     after = fingerprint(folder, config)
-    assert (after.common, after.here == before.here) == (before.common, False)
+    assert (after.shared, after.local == before.local) == (before.shared, False)
     for strategy in ("pipeline", "pipeline:3:1"):
         shares = [fingerprint(folder, config, rank, 2, strategy) for rank in range(2)]
         assert shares[0] == shares[1]
-        assert shares[0].common != before.common
+        assert shares[0].shared != before.shared
