@@ -1,4 +1,4 @@
-"""Published figures against what the planner says of the same machines, model and program."""
+"""Compare published measurements with the predictions for the same machines, model and program."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from kimi_mlx.planner.speed import Setup, decode, prefill
 Metric = Literal["decode", "prefill"]
 
 TYPICAL_ERROR = 0.10
-"""The median error of the rows that are new, rounded up; a test compares."""
+"""Median error of the rows with new set-ups, rounded up; a test compares."""
 
 LINKS = {"rdma": RDMA, "tcp": TCP, None: None}
 
 
 @dataclass(frozen=True)
 class BacktestRow:
-    """A published measurement, from `backtest.json`; see there.
+    """A published measurement from `backtest.json`, which describes its fields.
 
     Args:
-        id: a short name.
-        machines: as in `--machines`.
+        id: short name.
+        machines: machines as in `--machines`.
         engine: the program.
-        strategy: how the model was divided.
-        link: between the machines.
-        is_fast_sync: with MLX_METAL_FAST_SYNCH=1.
-        dimensions: of the model, in `models.json`.
-        expert_bits: bits a value of the routed experts.
-        rest_bits: of the rest.
-        context: tokens before the decoded ones.
-        decode: tok/s, if published.
-        prompt: tokens of the prompt.
-        prefill: tok/s, if published.
-        fit: whether the constants were fitted on it.
-        is_repeat: whether it repeats the set-up of a row that they were fitted on.
-        assumed: what the source does not say.
-        source: where it is from.
+        strategy: strategy of the split.
+        link: link between the machines.
+        is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 was set.
+        dimensions: name of the model's dimensions in `models.json`.
+        expert_bits: bits per value of the routed experts.
+        rest_bits: bits per value of everything else.
+        context: number of tokens before the decoded ones.
+        decode: published decode tok/s, if any.
+        prompt: number of prompt tokens.
+        prefill: published prefill tok/s, if any.
+        fit: whether the constants were fitted on this row.
+        is_repeat: whether it has the same set-up as a fitted row.
+        assumed: facts that the source does not state.
+        source: source of the measurement.
     """
 
     id: str
@@ -70,7 +70,7 @@ class BacktestRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published figure and the predicted one, in tok/s."""
+    """A published rate and the predicted one, in tok/s."""
 
     row: BacktestRow
     metric: Metric
@@ -79,12 +79,12 @@ class Comparison:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing like it was fitted."""
+        """Whether no similar set-up was fitted."""
         return not (self.row.fit or self.row.is_repeat)
 
     @property
     def error(self) -> float:
-        """Relative to what was published; positive if the prediction is too fast."""
+        """Relative error; positive if the prediction is too fast."""
         return self.predicted / self.published - 1
 
 
@@ -94,17 +94,17 @@ def _data() -> dict[str, Any]:
 
 
 def rows() -> list[BacktestRow]:
-    """All rows."""
+    """Return all rows."""
     return [BacktestRow(**raw) for raw in _data()["rows"]]
 
 
 def left_out() -> list[tuple[str, str]]:
-    """Published figures that are no rows, and why."""
-    return [(each["what"], each["why"]) for each in _data()["left_out"]]
+    """Return published measurements that were not used, with the reason."""
+    return [(entry["what"], entry["why"]) for entry in _data()["left_out"]]
 
 
 def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:
-    """A row's machines and model; shares are even, as those programs make them."""
+    """Return a row's machines and model. Shares are even, as in the programs that were measured."""
     engine = ENGINE_PROFILES[row.engine]
     shape = shape_with_bits(row.dimensions, row.dimensions, row.expert_bits, row.rest_bits)
     machines = parse_machines(row.machines)
@@ -114,22 +114,22 @@ def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:
 
 
 def compare(row: BacktestRow, constants: Constants = FITTED) -> list[Comparison]:
-    """One or two comparisons of a row."""
+    """Compare decode, prefill, or both of a row."""
     setup = setup_of(row, constants)
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     if row.decode is not None:
-        found.append(Comparison(row, "decode", row.decode, 1 / decode(setup, row.context).total_s))
+        comparisons.append(Comparison(row, "decode", row.decode, 1 / decode(setup, row.context).total_s))
     if row.prefill is not None and row.prompt is not None:
         predicted = row.prompt / prefill(setup, row.prompt).total_s
-        found.append(Comparison(row, "prefill", row.prefill, predicted))
-    return found
+        comparisons.append(Comparison(row, "prefill", row.prefill, predicted))
+    return comparisons
 
 
 def backtest(constants: Constants = FITTED, among: Sequence[BacktestRow] | None = None) -> list[Comparison]:
-    """All comparisons."""
-    return [each for row in (rows() if among is None else among) for each in compare(row, constants)]
+    """Compare all rows, or `among` them."""
+    return [comparison for row in (rows() if among is None else among) for comparison in compare(row, constants)]
 
 
 def median_error(comparisons: Iterable[Comparison]) -> float:
-    """Of the errors' sizes."""
-    return median(abs(each.error) for each in comparisons)
+    """Return the median of the absolute errors."""
+    return median(abs(comparison.error) for comparison in comparisons)

@@ -1,4 +1,4 @@
-"""Which strategy given hosts run, and why, in a line."""
+"""The strategy that given hosts run, and the reason in a line."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memo
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 SLOW_HOP_S = 0.5e-3
-"""From here on a link is slow for the plain rule: the 61 sums of a token of K2 then wait longer than a Mac computes."""
+"""Hop time from which the simple rule treats a link as slow: the 61 sums per token of K2 then take longer than a Mac
+computes."""
 
 UNEVEN = 1.05
-"""Hosts whose memory differs by more get shares by memory in the plain rule."""
+"""Ratio of memory sizes above which the simple rule gives shares by memory."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy that was chosen.
+    """A chosen strategy.
 
     Args:
-        strategy: as `--strategy` takes it.
-        why: in words.
-        memory: what each rank needs with it, if that is known.
+        strategy: strategy as `--strategy` takes it.
+        why: reason, for people.
+        memory: memory that each rank needs, if it is known.
     """
 
     strategy: str
@@ -37,27 +38,27 @@ class Choice:
     memory: tuple[HostMemory, ...] = ()
 
     def to_dict(self) -> dict[str, str]:
-        """As JSON."""
+        """Return the choice for JSON."""
         return {"strategy": self.strategy, "why": self.why}
 
 
 def choose(
     shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, *, is_fast_sync: bool = False
 ) -> Choice:
-    """The best strategy for all of these machines together.
+    """Return the best strategy for all of these machines together.
 
     Args:
-        shape: of the model; None if nothing is known of it.
-        machines: one a rank, two or more, of different names.
-        link: between them; None if it is not known.
-        is_fast_sync: with MLX_METAL_FAST_SYNCH=1.
+        shape: the model; None if its dimensions are not known.
+        machines: one machine per rank, two or more, with different names.
+        link: link between them; None if it is not known.
+        is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
     """
     if shape is None:
-        return by_rule(shape, machines, link, "nothing is known of the model's dimensions")
+        return by_rule(shape, machines, link, "the model's dimensions are not known")
     if unknown := next((machine for machine in machines if not machine.is_known), None):
         return by_rule(shape, machines, link, f"no prediction for `{unknown.name}`")
     if link is None:
-        return by_rule(shape, machines, link, "no link was measured")
+        return by_rule(shape, machines, link, "the link was not measured")
     plan = make_plan(shape, machines, [link], _context(shape), is_fast_sync=is_fast_sync)
     options = [option for option in plan.options if len(option.hosts) == len(machines)]
     if not options:
@@ -68,13 +69,14 @@ def choose(
 
 
 def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, why: str) -> Choice:
-    """Without predictions: hybrid, which divides nearly all work for one sum a layer; over a slow link a pipeline.
+    """Choose without predictions: hybrid, or pipeline over a slow link.
 
-    Nothing else is better in general: tensor has twice the sums, and whole experts are never busy evenly.
+    Hybrid splits nearly all work for one sum per layer. Nothing else is better in general: tensor has twice the sums,
+    and whole experts never give all ranks the same work.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
     name = "pipeline" if is_slow else "hybrid"
-    words = f"{link_words(link)}, {why}" if link is not None else why
+    words = f"{describe_link(link)}, {why}" if link is not None else why
     sizes = [machine.memory_bytes for machine in machines]
     if shape is None or max(sizes) <= UNEVEN * min(sizes):
         return Choice(name, words, memory_of(name, shape, machines))
@@ -83,7 +85,7 @@ def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkPro
 
 
 def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
-    """What each rank needs; nothing if it is not known."""
+    """Return the memory that each rank needs; empty if it is not known."""
     if shape is None:
         return ()
     try:
@@ -94,10 +96,10 @@ def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machin
     return tuple(host_memory(machine, portion, shape, KIMI_MLX, _context(shape)) for machine, portion in pairs)
 
 
-def link_words(link: LinkProfile) -> str:
-    """Such as `TCP at 1.2 ms a message`."""
+def describe_link(link: LinkProfile) -> str:
+    """Describe a link, such as `TCP at 1.2 ms per message`."""
     name = {"rdma": "RDMA", "wifi": "Wi-Fi"}.get(link.name, "TCP")
-    return f"{name} at {link.hop_s * 1e3:.2g} ms a message"
+    return f"{name} at {link.hop_s * 1e3:.2g} ms per message"
 
 
 def _context(shape: ModelShape) -> int:
@@ -105,16 +107,16 @@ def _context(shape: ModelShape) -> int:
 
 
 def _best(options: Sequence[Option]) -> Option:
-    """The best that fits as the hosts are, else with raised limits, else the one that lacks least."""
+    """Return the best option that fits now, else with raised limits, else the one that lacks least memory."""
     for fits in ("yes", "raised"):
         if (choice := best_of([option for option in options if option.fits == fits])) is not None:
             return choice
-    return min(options, key=lambda option: max(each.needed_bytes - each.raised_gpu_bytes for each in option.memory))
+    return min(options, key=lambda option: max(host.needed_bytes - host.raised_gpu_bytes for host in option.memory))
 
 
 def _why(choice: Option, other: Option | None, link: LinkProfile) -> str:
     shares = "shares by memory, " if choice.shares != "even" else ""
-    told = f"{shares}{link_words(link)}: {choice.decode_tok_per_s:.1f} tok/s predicted"
+    prediction = f"{shares}{describe_link(link)}: {choice.decode_tok_per_s:.1f} tok/s predicted"
     if choice.fits == "no":
-        return f"{told}, but it does not fit"
-    return told if other is None else f"{told}, {other.strategy} {other.decode_tok_per_s:.1f}"
+        return f"{prediction}, but it does not fit"
+    return prediction if other is None else f"{prediction}, {other.strategy} {other.decode_tok_per_s:.1f}"

@@ -1,4 +1,4 @@
-"""What tokens of one's own cost: machines and electricity, a million tokens, break-even against a subscription."""
+"""The cost of running a model: machines and electricity, price per million tokens, break-even with a subscription."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DAYS_A_MONTH = 365.25 / 12
 
 @dataclass(frozen=True)
 class CostAssumptions:
-    """What the user pays and does; money in one currency, that of the prices.
+    """The user's prices and usage, in the currency of the prices.
 
     Args:
-        tokens_a_day: generated.
+        tokens_a_day: generated tokens per day.
         electricity: price of a kWh.
-        years: that the machines last.
-        price: of all machines; None for the table's.
-        watts: of all machines at work; None for the table's.
-        subscription: a month; None for no comparison.
+        years: years of use.
+        price: price of all machines; None for the table's.
+        watts: power of all machines at work; None for the table's.
+        subscription: price per month of a subscription to compare with; None for no comparison.
     """
 
     tokens_a_day: float
@@ -35,17 +35,17 @@ class CostAssumptions:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it comes to.
+    """Cost at a given speed.
 
     Args:
-        price: of the machines.
-        watts: at work.
-        watts_idle: otherwise.
-        hours_a_day: at work.
-        electricity_a_month: at work and idle.
-        electricity_per_million: at work only, for a million tokens.
-        per_million: of everything, for a million tokens.
-        break_even_months: until the subscription would have cost as much; None without one, or never.
+        price: price of the machines.
+        watts: power at work.
+        watts_idle: idle power.
+        hours_a_day: working hours per day.
+        electricity_a_month: electricity per month, at work and idle.
+        electricity_per_million: electricity per million tokens, at work only.
+        per_million: total cost per million tokens.
+        break_even_months: months until the subscription would have cost as much; None without one, or for never.
         is_possible: whether the day is long enough.
     """
 
@@ -61,15 +61,15 @@ class Cost:
 
 
 def make_cost(machines: Sequence[Machine], tok_per_s: float, assumptions: CostAssumptions) -> Cost:
-    """Costs at a speed.
+    """Return the cost at a speed.
 
     Args:
-        machines: that are bought and powered.
-        tok_per_s: of decode.
-        assumptions: of the user.
+        machines: machines to buy and power.
+        tok_per_s: decode rate.
+        assumptions: the user's prices and usage.
 
     Raises:
-        UsageError: a price, or watts, that neither the table nor the user tells.
+        UsageError: a price or power that neither the table nor the user gives.
     """
     price = _sum_of(machines, [m.price_usd for m in machines], assumptions.price, "price", "--price 19000")
     watts = _sum_of(machines, [m.chip.watts_max for m in machines], assumptions.watts, "watts", "--watts 500")
@@ -93,11 +93,13 @@ def make_cost(machines: Sequence[Machine], tok_per_s: float, assumptions: CostAs
 
 
 def _sum_of(
-    machines: Sequence[Machine], known: Sequence[float | None], given: float | None, what: str, example: str
+    machines: Sequence[Machine], known: Sequence[float | None], given: float | None, quantity: str, example: str
 ) -> float:
     if given is not None:
         return given
     unknown = [machine.name for machine, value in zip(machines, known, strict=True) if value is None]
     if unknown:
-        raise UsageError(f"the {what} of `{unknown[0]}` is not known", hint=f"give that of all machines: `{example}`")
+        raise UsageError(
+            f"the {quantity} of `{unknown[0]}` is not known", hint=f"give the total for all machines: `{example}`"
+        )
     return sum(value for value in known if value is not None)

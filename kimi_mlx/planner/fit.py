@@ -1,4 +1,4 @@
-"""Fit the three constants to the rows of `backtest.json` that are marked for it: `python -m kimi_mlx.planner.fit`."""
+"""Fit the three constants to the marked rows of `backtest.json`: `python -m kimi_mlx.planner.fit`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from kimi_mlx.planner.backtest import backtest, rows
 from kimi_mlx.planner.constants import Constants
 
 STEP, FINEST = 0.2, 0.001
-"""Of the search, relative to each constant."""
+"""First and last step of the search, relative to each constant."""
 
 
 def fit() -> Constants:
-    """The constants with the smallest sum of squared logarithms of predicted / published; a pattern search."""
+    """Return the constants with the smallest sum of squared logarithms of predicted / published.
+
+    Uses a pattern search.
+    """
     chosen = [row for row in rows() if row.fit]
 
     def loss(values: list[float]) -> float:
         if values[0] > 1 or values[2] > 1:  # shares
             return math.inf
-        return sum(math.log1p(each.error) ** 2 for each in backtest(Constants(*values), chosen))
+        return sum(math.log1p(comparison.error) ** 2 for comparison in backtest(Constants(*values), chosen))
 
     values, step = [0.7, 5e-6, 0.5], STEP
     best = loss(values)
     while step > FINEST:
         tries = [
-            [value * factor if place == index else value for place, value in enumerate(values)]
+            [value * factor if position == index else value for position, value in enumerate(values)]
             for index in range(3)
             for factor in (1 + step, 1 / (1 + step))
         ]
-        losses = [loss(each) for each in tries]
+        losses = [loss(candidate) for candidate in tries]
         if min(losses) < best:
             best, values = min(losses), tries[losses.index(min(losses))]
         else:

@@ -1,4 +1,4 @@
-"""How long ranks take to exchange something over a link."""
+"""The time that ranks need to exchange data over a link."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ BackendName = Literal["ring", "jaccl"]
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """A kind of link.
+    """Speed of a kind of link.
 
     Args:
-        name: as the user calls it.
-        backend: of MLX, that uses it.
-        hop_s: for a small message from one host to the next, without the fence on the GPU.
-        bytes_per_s: one way.
-        source: of these figures.
+        name: the user's name for it.
+        backend: MLX's backend for it.
+        hop_s: time of a small message to the next host, without the fence on the GPU.
+        bytes_per_s: bandwidth in one direction.
+        source: source of these numbers.
     """
 
     name: LinkName
@@ -27,17 +27,20 @@ class LinkProfile:
     bytes_per_s: float
     source: str
 
-    def hand_over_s(self, size: float) -> float:
-        """For a message from one rank to the next."""
+    def send_s(self, size: float) -> float:
+        """Return the time of a message from one rank to the next."""
         return self.hop_s + size / self.bytes_per_s
 
     def gather_s(self, size: float, ranks: int) -> float:
-        """For everybody to have everybody's `size` bytes: one hop in a mesh, N - 1 in a ring."""
+        """Return the time of an all-gather of `size` bytes per rank: one hop in a mesh, N - 1 in a ring."""
         hops = 1 if self.backend == "jaccl" else ranks - 1
         return hops * self.hop_s + (ranks - 1) * size / self.bytes_per_s
 
     def sum_s(self, size: float, ranks: int, gathers: bool) -> float:
-        """For a sum of `size` bytes: one hop in a mesh, 2 (N - 1) in a ring unless gathering and adding is faster."""
+        """Return the time of an all-reduce of `size` bytes.
+
+        One hop in a mesh, 2 (N - 1) hops in a ring, unless gathering and adding is allowed and faster.
+        """
         gather_s = self.gather_s(size, ranks)
         if self.backend == "jaccl":
             return gather_s
@@ -57,11 +60,11 @@ TCP = LinkProfile(
     "ring",
     150e-6,
     6.5e9,
-    "300 us an exchange, so half of it one way (Geerling, Apple TN3205); 52 Gbit/s (gh:exo-explore/exo#2063)",
+    "300 us per round trip, so half of it one way (Geerling, Apple TN3205); 52 Gbit/s (gh:exo-explore/exo#2063)",
 )
-WIFI = LinkProfile("wifi", "ring", 2.5e-3, 50e6, "design.md: 5 ms and more there and back; the rate is a guess")
+WIFI = LinkProfile("wifi", "ring", 2.5e-3, 50e6, "design.md: round trip 5 ms or more; the rate is a guess")
 
 
 def measured_link(round_trip_s: float, bytes_per_s: float) -> LinkProfile:
-    """A network that the hosts have measured between them, over TCP."""
+    """Return the profile of a network that the hosts have measured over TCP."""
     return LinkProfile("measured", "ring", round_trip_s / 2, bytes_per_s, "measured between the hosts")

@@ -1,4 +1,4 @@
-"""Memory of a host: its portion of the weights, the cache, the work space of prefill, and what the GPU may wire."""
+"""Memory of a host: its share of the weights, the KV cache, the workspace of prefill, and what the GPU can use."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What a host needs and has.
+    """Memory that a host needs and has.
 
     Args:
-        host: its name.
-        weights_bytes: of its portion.
-        cache_bytes: of the context.
-        workspace_bytes: of prefill at the end of the context.
-        gpu_bytes: what its GPU may wire as it is.
-        raised_gpu_bytes: the same after raising `iogpu.wired_limit_mb`.
+        host: name of the host.
+        weights_bytes: size of its share of the weights.
+        cache_bytes: size of the KV cache for the context.
+        workspace_bytes: temporary memory of prefill at the end of the context.
+        gpu_bytes: memory that the GPU can use now.
+        raised_gpu_bytes: memory that the GPU can use after raising `iogpu.wired_limit_mb`.
     """
 
     host: str
@@ -35,14 +35,14 @@ class HostMemory:
 
     @property
     def needed_bytes(self) -> int:
-        """All three."""
+        """Sum of weights, cache and workspace."""
         return self.weights_bytes + self.cache_bytes + self.workspace_bytes
 
 
 def host_memory(
     machine: Machine, portion: Portion, shape: ModelShape, engine: EngineProfile, context: int
 ) -> HostMemory:
-    """What a host needs for its portion of a model and a context of so many tokens."""
+    """Return the memory of a host that holds a portion of a model and a context of `context` tokens."""
     return HostMemory(
         machine.name,
         round(portion.held(shape.bytes, shape)),
@@ -54,19 +54,19 @@ def host_memory(
 
 
 def cache_bytes(portion: Portion, shape: ModelShape, context: int) -> int:
-    """Of the cache: latents have no heads, so every rank has them all, of its layers."""
+    """Return the size of the KV cache. Latents have no heads, so every rank has all of them for its layers."""
     return context * kv_bytes_per_token(shape.config, portion.layers)
 
 
 def bytes_per_token(shape: ModelShape, context: int) -> float:
-    """What decoding one token must read at least, of all hosts together: weights, chosen experts and the cache."""
+    """Return the fewest bytes that decoding one token reads on all hosts: weights, chosen experts, KV cache."""
     whole = Portion(shape.layers, shape.moe_layers)
     routed = shape.moe_layers * shape.config.num_experts_per_tok * shape.bytes.expert
     return whole.fixed(shape.bytes) + shape.bytes.head + routed + cache_bytes(whole, shape, context)
 
 
 def workspace_bytes(portion: Portion, shape: ModelShape, engine: EngineProfile, context: int) -> int:
-    """Of one layer in the last chunk of a prompt that fills the context. An estimate: not measured on a Mac."""
+    """Return the temporary memory of the last chunk of a prompt that fills the context. Not measured on a Mac yet."""
     config = shape.config
     rank_shape = RankShape(
         heads=round(config.num_attention_heads * portion.heads),
@@ -85,7 +85,7 @@ def longest_context(
     *,
     is_raised: bool,
 ) -> int:
-    """Tokens of context that fit on all hosts, at most what the model was made for; 0 if not even the weights do."""
+    """Return the longest context that fits on all hosts, up to the model's own limit; 0 if the weights do not fit."""
 
     def fits(context: int) -> bool:
         return all(

@@ -1,6 +1,6 @@
-"""A model as the planner sees it: how many values each part has, and how many bytes.
+"""The size of each part of a model, in values and in bytes.
 
-Letters as in `config.json`: a part is a group of matrices that placements treat alike.
+A part is a group of matrices that every placement treats alike. Field names are those of `config.json`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config, parse_config
 
 ROUTER_BITS = 16
-"""Routers are never quantized."""
+"""Bits per value of routers, which are never quantized."""
 
 SCALE_BITS = 32
-"""MLX's affine form: a scale and a bias of 16 bits for each group (of 32 in a float32 checkpoint)."""
+"""Bits per group in MLX's affine format: a 16-bit scale and a 16-bit bias (32-bit ones in a float32 checkpoint)."""
 
 BitsOf = Callable[[str], float]
-"""Bits a value of the matrix at a path, averaged over the layers that have one."""
+"""Return the bits per value of the matrix at a path, averaged over the layers that have it."""
 
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes, or values, of each part.
+    """Size of each part, in bytes or in values.
 
     Args:
-        embedding: of the tokens.
-        head: the projection onto the vocabulary.
-        latent: of a layer: the projections onto the latents, which have no heads.
-        heads: of a layer: the projections of the heads.
-        expansion: of a layer: from the latent to the keys and values of the heads.
-        router: of a layer with experts.
-        expert: a routed expert.
-        shared: of a layer with experts: the shared ones.
-        dense: of a layer without experts: its MLP.
+        embedding: token embedding.
+        head: projection to the vocabulary.
+        latent: per layer, the projections to the latents, which have no heads.
+        heads: per layer, the projections of the heads.
+        expansion: per layer, the projections from the latent to the keys and values of the heads.
+        router: per MoE layer.
+        expert: one routed expert.
+        shared: per MoE layer, the shared experts.
+        dense: per dense layer, its MLP.
     """
 
     embedding: float
@@ -55,14 +55,14 @@ class PartSizes:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's dimensions and sizes.
+    """Dimensions and sizes of a model.
 
     Args:
-        name: as the user calls it.
+        name: the user's name for the model.
         config: its dimensions.
-        values: how many values each part has.
-        bytes: how many bytes.
-        context_tokens: at most.
+        values: number of values in each part.
+        bytes: number of bytes in each part.
+        context_tokens: largest context.
     """
 
     name: str
@@ -73,22 +73,22 @@ class ModelShape:
 
     @property
     def layers(self) -> int:
-        """All of them."""
+        """Number of layers."""
         return self.config.num_hidden_layers
 
     @property
     def moe_layers(self) -> int:
-        """Those with experts."""
+        """Number of layers with experts."""
         return sum(map(self.config.is_moe_layer, range(self.layers)))
 
     @property
     def weights_bytes(self) -> float:
-        """Of the whole model."""
+        """Size of the whole model."""
         return total(self.bytes, self)
 
 
 def total(parts: PartSizes, shape: ModelShape) -> float:
-    """All layers and experts of the parts."""
+    """Return the sum over all layers and experts."""
     moe, dense = shape.moe_layers, shape.layers - shape.moe_layers
     return (
         parts.embedding
@@ -100,7 +100,7 @@ def total(parts: PartSizes, shape: ModelShape) -> float:
 
 
 def make_shape(name: str, config: ModelConfig, bits_of: BitsOf, context_tokens: int | None = None) -> ModelShape:
-    """A shape from dimensions and bits."""
+    """Return the shape for the given dimensions and bits."""
     return ModelShape(
         name,
         config,
@@ -114,14 +114,14 @@ def _parts(config: ModelConfig, bits_of: BitsOf) -> PartSizes:
     matrices = _matrices(config)
     return PartSizes(
         **{
-            each.name: sum(values * bits_of(path) / 8 for path, values in matrices[each.name])
-            for each in fields(PartSizes)
+            field.name: sum(values * bits_of(path) / 8 for path, values in matrices[field.name])
+            for field in fields(PartSizes)
         }
     )
 
 
 def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
-    """Part -> the path of each matrix, with `{}` for the layer, and its number of values."""
+    """Map each part to its matrices: (path with `{}` for the layer, number of values)."""
     width, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     q_rank, q_width = config.q_lora_rank, heads * config.qk_head_dim
     q_a = [] if q_rank is None else [("q_a_proj", width * q_rank)]
@@ -158,21 +158,21 @@ def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 
 
 def shape_of_folder(name: str, folder: Path) -> ModelShape:
-    """The shape of a checkpoint in a folder, by its `config.json`.
+    """Return the shape of the checkpoint in a folder, from its `config.json`.
 
     Raises:
-        ConfigError: no such file, or a model that we do not have.
+        ConfigError: no such file, or an unsupported model.
     """
     return shape_of_config(name, load_config(folder))
 
 
 def shape_of_config(name: str, config: ModelConfig) -> ModelShape:
-    """The shape of a model with this configuration; scales and floats have the size of its `dtype`."""
+    """Return the shape of a model with this configuration. Scales and floats have the size of its `dtype`."""
     return make_shape(name, config, lambda path: _stored_bits(config, path))
 
 
 def _stored_bits(config: ModelConfig, path: str) -> float:
-    """Bits a value in memory; FP8 is decoded to 16-bit floats, packed integers get MLX's biases."""
+    """Return the bits per value in memory. FP8 is decoded to 16-bit floats, and packed integers get MLX's biases."""
     floats = 32 if config.dtype == "float32" else 16
     if path.endswith("mlp.gate"):
         return floats
@@ -190,8 +190,8 @@ def _stored_bits(config: ModelConfig, path: str) -> float:
 
 
 def _quantized_bits(config: ModelConfig, path: str, floats: int) -> float:
-    found = config.quantization_of(path)
-    return floats if found is None else found.bits + 2 * floats / found.group_size
+    quantization = config.quantization_of(path)
+    return floats if quantization is None else quantization.bits + 2 * floats / quantization.group_size
 
 
 @cache
@@ -200,12 +200,12 @@ def _known() -> dict[str, Any]:
 
 
 def known_models() -> tuple[str, ...]:
-    """Aliases whose dimensions are in `models.json`."""
+    """Return the aliases whose dimensions are in `models.json`."""
     return tuple(_known()["models"])
 
 
 def known_shape(alias: str) -> ModelShape:
-    """The shape of a known model; KeyError for an unknown one."""
+    """Return the shape of a known model. Raises KeyError for an unknown one."""
     facts = _known()["models"][alias]
     return shape_with_bits(
         alias, facts["dimensions"], facts["expert_bits"], facts["rest_bits"], facts["context_tokens"]
@@ -215,14 +215,14 @@ def known_shape(alias: str) -> ModelShape:
 def shape_with_bits(
     name: str, dimensions: str, expert_bits: float, rest_bits: float, context_tokens: int | None = None
 ) -> ModelShape:
-    """Dimensions of `models.json` with bits of one's own.
+    """Return the shape of a model with dimensions from `models.json` and the given bits.
 
     Args:
-        name: what to call it.
-        dimensions: their name there.
-        expert_bits: bits a value of the routed experts, scales and biases included.
-        rest_bits: of all else but the router.
-        context_tokens: at most; None for the dimensions' own.
+        name: name for the model.
+        dimensions: name of the dimensions in `models.json`.
+        expert_bits: bits per value of routed experts, including scales and biases.
+        rest_bits: bits per value of everything else except routers.
+        context_tokens: largest context; None for the one in the dimensions.
     """
     config = parse_config(_known()["dimensions"][dimensions], where=f"models.json, {dimensions}")
 
@@ -235,6 +235,6 @@ def shape_with_bits(
 
 
 def with_expert_bits(shape: ModelShape, bits: int, group_size: int = 64) -> ModelShape:
-    """The same model with its routed experts quantized to so many bits."""
+    """Return the same model with its routed experts quantized to `bits` bits."""
     expert = shape.values.expert * (bits + SCALE_BITS / group_size) / 8
     return replace(shape, bytes=replace(shape.bytes, expert=expert))

@@ -1,4 +1,4 @@
-"""Which part of a model each rank of a placement holds, as fractions."""
+"""Each rank's share of a model, as fractions of its parts."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from kimi_mlx.parallel.placement import Share, Units, place
 from kimi_mlx.planner.model_shape import ModelShape, PartSizes
 
 ROW_GROUP = 64
-"""Values in a quantization group, which no rank can have a part of, where the checkpoint is not here to tell."""
+"""Size of a quantization group, which cannot be split between ranks, if no checkpoint is on this machine to tell."""
 
 
 @dataclass(frozen=True)
 class Portion:
-    """A rank's fractions of each part, of the layers that it has.
+    """A rank's fraction of each part, in the layers that it holds.
 
     Args:
-        layers: how many layers.
-        moe_layers: how many of them have experts.
-        embedding: of the embedding.
-        head: of the head's rows.
-        heads: of the attention heads.
-        expert_rows: of the rows of each routed expert that it holds.
-        experts: of the routed experts, whole ones.
-        shared_rows: of the rows of the shared experts.
-        dense_rows: of the rows of the dense MLPs.
+        layers: number of layers.
+        moe_layers: number of these layers with experts.
+        embedding: fraction of the embedding.
+        head: fraction of the head's rows.
+        heads: fraction of the attention heads.
+        expert_rows: fraction of the rows of each routed expert on the rank.
+        experts: fraction of the routed experts, as whole experts.
+        shared_rows: fraction of the rows of the shared experts.
+        dense_rows: fraction of the rows of the dense MLPs.
     """
 
     layers: int
@@ -39,12 +39,12 @@ class Portion:
     dense_rows: float = 1
 
     def held(self, parts: PartSizes, shape: ModelShape) -> float:
-        """Bytes, or values, of all that it holds."""
+        """Return the bytes, or values, of everything on the rank."""
         routed = self.moe_layers * shape.config.n_routed_experts * self.experts * self.expert_rows * parts.expert
         return self.embedding * parts.embedding + self.head * parts.head + self.fixed(parts) + routed
 
     def fixed(self, parts: PartSizes) -> float:
-        """Of that, what every token uses: all but embedding, head and routed experts."""
+        """Return the part of them that every token uses: all but embedding, head and routed experts."""
         return (
             self.layers * (parts.latent + self.heads * (parts.heads + parts.expansion))
             + self.moe_layers * (parts.router + self.shared_rows * parts.shared)
@@ -53,20 +53,20 @@ class Portion:
 
 
 def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: bool = True) -> list[Portion]:
-    """The portion of each rank, as kimi-mlx places the model.
+    """Return the portion of each rank, as kimi-mlx places the model.
 
     Args:
-        strategy: as in kimi_mlx.parallel.placement, with weights for uneven shares; any for one rank, which has all.
-        shape: of the model.
-        ranks: how many.
-        slices_head: whether ranks share the rows of the vocabulary; if not, each that has some of them has all.
+        strategy: strategy as in kimi_mlx.parallel.placement, with weights for uneven shares; ignored for one rank.
+        shape: the model.
+        ranks: number of ranks.
+        slices_head: whether the rows of the vocabulary are split; if not, a rank with any of them has all.
 
     Raises:
-        PlacementError: more ranks than there is to divide.
+        PlacementError: more ranks than there is to split.
     """
     placement = place(shape.config, "hybrid" if ranks == 1 else strategy, ranks, _units(shape, ranks))
     portions = [_portion(share, shape) for share in placement.shares]
-    return portions if slices_head else [replace(each, head=math.ceil(each.head)) for each in portions]
+    return portions if slices_head else [replace(portion, head=math.ceil(portion.head)) for portion in portions]
 
 
 def _portion(share: Share, shape: ModelShape) -> Portion:
@@ -86,7 +86,7 @@ def _portion(share: Share, shape: ModelShape) -> Portion:
 
 
 def _units(shape: ModelShape, ranks: int) -> Units:
-    """Whole groups of the matrices' columns; a model too small for that has smaller groups, too."""
+    """Return the granularity of a split: whole quantization groups; smaller ones if the model is too small for that."""
     config = shape.config
 
     def unit(total: int, size: int) -> int:

@@ -1,4 +1,4 @@
-"""Candidates for machines and links, what each comes to, which one to take, and why the others lost."""
+"""Compare the ways to run a model on given machines and links, and choose one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 Shares = Literal["even", "by memory"]
 
 Fits = Literal["yes", "raised", "no"]
-"""As the hosts are; only with `iogpu.wired_limit_mb` raised; not even then."""
+"""Fits as the hosts are; only with `iogpu.wired_limit_mb` raised; not even then."""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
-"""Of the exchange by whose duration candidates are compared, and the prompt that prefill is told for."""
+"""Length of the request whose duration ranks the options. Prefill is also predicted for this prompt."""
 
 PIPELINE_MARGIN = 0.1
-"""By so much a pipeline must be faster: published ones on two hosts are a fifth slower than they come out here, and
-nothing else is (docs/planner.md, the misses)."""
+"""Margin by which a pipeline must be faster to be chosen: published pipelines on two hosts are a fifth slower than
+predicted, and nothing else is (docs/planner.md, the misses)."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Option:
     """A way to run the model.
 
     Args:
-        strategy: how it is divided.
-        placement: the same as `--strategy` takes it, with the weights of uneven shares.
-        hosts: that take part, in the order of ranks.
-        link: between them; None for one alone.
-        memory: of each host.
-        longest_context: tokens that fit as the hosts are.
-        longest_context_raised: with the wired limit raised.
-        decode: a token's parts, at the end of the context that was asked for.
-        prefill: the parts of a prompt of PROMPT_TOKENS.
+        strategy: strategy of the split.
+        placement: strategy as `--strategy` takes it, with the weights of uneven shares.
+        hosts: hosts in the order of ranks.
+        link: link between them; None for a single host.
+        memory: memory of each host.
+        longest_context: longest context that fits as the hosts are.
+        longest_context_raised: longest context with the wired limit raised.
+        decode: time of one token at the end of the requested context.
+        prefill: time of a prompt of PROMPT_TOKENS.
     """
 
     strategy: Strategy
@@ -58,48 +58,48 @@ class Option:
 
     @property
     def shares(self) -> Shares:
-        """Evenly, or in proportion to memory."""
+        """Whether shares are even or in proportion to memory."""
         return "by memory" if ":" in self.placement else "even"
 
     @property
     def fits(self) -> Fits:
-        """Whether the context that was asked for fits in memory."""
-        if all(each.needed_bytes <= each.gpu_bytes for each in self.memory):
+        """Whether the requested context fits in memory."""
+        if all(host.needed_bytes <= host.gpu_bytes for host in self.memory):
             return "yes"
-        return "raised" if all(each.needed_bytes <= each.raised_gpu_bytes for each in self.memory) else "no"
+        return "raised" if all(host.needed_bytes <= host.raised_gpu_bytes for host in self.memory) else "no"
 
     @property
     def decode_tok_per_s(self) -> float:
-        """Of one sequence."""
+        """Decode rate of one sequence."""
         return 1 / self.decode.total_s
 
     @property
     def prefill_tok_per_s(self) -> float:
-        """Of a prompt of PROMPT_TOKENS."""
+        """Prefill rate of a prompt of PROMPT_TOKENS."""
         return PROMPT_TOKENS / self.prefill.total_s
 
     @property
     def exchange_s(self) -> float:
-        """A prompt of PROMPT_TOKENS and an answer of ANSWER_TOKENS."""
+        """Duration of a request with PROMPT_TOKENS prompt tokens and ANSWER_TOKENS new tokens."""
         return self.prefill.total_s + ANSWER_TOKENS * self.decode.total_s
 
     @property
     def backend(self) -> str:
-        """Of MLX, or a dash for a host alone."""
+        """MLX's backend, or a dash for a single host."""
         return self.link.backend if self.link else "-"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found.
+    """All options for a model on some machines.
 
     Args:
         shape: the model.
-        machines: all of them.
-        context: tokens that were asked for.
-        is_fast_sync: with the fast fence.
-        options: the ones that can be computed, the fastest first.
-        notes: what was not, and why.
+        machines: all machines.
+        context: requested context, in tokens.
+        is_fast_sync: whether the fast fence is used.
+        options: options that could be predicted, the fastest first.
+        notes: reasons why others could not.
     """
 
     shape: ModelShape
@@ -111,12 +111,12 @@ class Plan:
 
     @property
     def choice(self) -> Option | None:
-        """The best of what fits; None if nothing does."""
+        """The best option that fits; None if none does."""
         return best_of([option for option in self.options if option.fits != "no"])
 
 
 def best_of(options: Sequence[Option]) -> Option | None:
-    """The fastest; a pipeline only if it is so by PIPELINE_MARGIN."""
+    """Return the fastest option; a pipeline only if it is faster by PIPELINE_MARGIN."""
     fastest = min(options, key=lambda option: option.exchange_s, default=None)
     if fastest is None or fastest.strategy != "pipeline":
         return fastest
@@ -134,15 +134,15 @@ def make_plan(
     is_fast_sync: bool = False,
     constants: Constants = FITTED,
 ) -> Plan:
-    """Compare all candidates.
+    """Compare all options.
 
     Args:
-        shape: of the model.
-        machines: the hosts; subsets of them, the largest ones, are candidates, too.
-        links: between them, a candidate each.
-        context: tokens to have room for; decode is predicted at its end.
-        is_fast_sync: with MLX_METAL_FAST_SYNCH=1.
-        constants: fitted ones.
+        shape: the model.
+        machines: the hosts; their largest 1, 2, ... are options too.
+        links: possible links between them.
+        context: number of tokens to have room for; decode is predicted at its end.
+        is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
+        constants: fitted constants.
     """
     notes: dict[str, None] = {}
     options: list[Option] = []
@@ -166,7 +166,7 @@ def make_plan(
 def _candidates(
     machines: Sequence[Machine], links: Sequence[LinkProfile]
 ) -> Iterator[tuple[Strategy, Shares, list[Machine], LinkProfile | None]]:
-    """The largest host alone, then the largest two, and so on, by strategy and link."""
+    """Yield the largest host alone, then the largest two, and so on, for each strategy and link."""
     largest = sorted(machines, key=lambda machine: -machine.raised_gpu_bytes)
     yield "single", "even", largest[:1], None
     for count in range(2, len(largest) + 1):
@@ -180,16 +180,16 @@ def _candidates(
 
 
 def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: ModelShape) -> str:
-    """The strategy with a weight for each machine, so that all become equally full; thousandths in all."""
+    """Return the strategy with a weight per machine (thousandths) that fills all machines equally."""
     free = [_free_bytes(machine, strategy, shape) for machine in machines]
-    weights = [max(1, round(1000 * each / sum(free))) for each in free]
+    weights = [max(1, round(1000 * host_free / sum(free))) for host_free in free]
     return normal_strategy(":".join([strategy, *map(str, weights)]), len(machines))
 
 
 def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> float:
-    """What a host has for its share, after what it needs whatever its share is; at least a little.
+    """Return the memory of a host for its share, after what it needs with any share; at least 1.
 
-    For CONTEXT_TOKENS, so that shares do not depend on the context that was asked for.
+    Uses CONTEXT_TOKENS, so that shares do not depend on the requested context.
     """
     if strategy == "pipeline":
         base = Portion(0, 0, embedding=0, head=0)
@@ -201,7 +201,7 @@ def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> floa
 
 
 def _no_link(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
-    """Why these hosts cannot be joined so; None if they can."""
+    """Return why these hosts cannot use the link; None if they can."""
     if link.backend != "jaccl":
         return None
     old = [machine.name for machine in hosts if not machine.chip.has_rdma]

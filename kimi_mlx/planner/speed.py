@@ -1,4 +1,4 @@
-"""Predicted prefill and decode, with the parts that a token's time is made of. See docs/planner.md."""
+"""Predict prefill and decode, with the parts of the time per token. See docs/planner.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
 
 VALUE_BYTES = 2
-"""Of what ranks exchange: bfloat16."""
+"""Bytes per value in messages between ranks: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Setup:
     """A model on machines.
 
     Args:
-        shape: of the model.
-        strategy: how it is divided.
-        machines: one a rank.
-        portions: one a rank.
-        link: between them; None for a rank alone.
+        shape: the model.
+        strategy: strategy of the split.
+        machines: one machine per rank.
+        portions: one portion per rank.
+        link: link between ranks; None for a single rank.
         engine: the program.
-        fence_s: what each collective costs beside the link.
-        constants: fitted ones.
+        fence_s: time of each collective outside the network.
+        constants: fitted constants.
     """
 
     shape: ModelShape
@@ -43,28 +43,28 @@ class Setup:
 
     @property
     def ranks(self) -> int:
-        """How many."""
+        """Number of ranks."""
         return len(self.machines)
 
     def bandwidth(self, rank: int) -> float:
-        """Bytes a second that a rank reads."""
+        """Return the bytes per second that a rank reads."""
         return self.machines[rank].chip.bandwidth_bytes_per_s * self.constants.bandwidth_share
 
     def flops(self, rank: int) -> float:
-        """Operations a second of a rank."""
+        """Return the operations per second of a rank."""
         return self.machines[rank].chip.flops * self.constants.compute_share
 
 
 @dataclass(frozen=True)
 class TimeBreakdown:
-    """What a step is made of, on the ranks that the others wait for.
+    """The parts of a step's time, on the ranks that the others wait for.
 
     Args:
         read_s: reading weights.
-        compute_s: multiplying, attention included; in decode the attention alone.
+        compute_s: matrix products and attention; in decode only attention.
         kernels_s: dispatching kernels.
         fences_s: stopping the GPU for collectives.
-        link_s: the collectives themselves.
+        link_s: collectives on the network.
     """
 
     read_s: float
@@ -75,11 +75,11 @@ class TimeBreakdown:
 
     @property
     def total_s(self) -> float:
-        """All of them: none overlaps with another."""
+        """Sum of all parts; none overlaps with another."""
         return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s
 
     def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
-        """One after the other."""
+        """Return the time of two steps, one after the other."""
         return TimeBreakdown(
             self.read_s + other.read_s,
             self.compute_s + other.compute_s,
@@ -93,14 +93,14 @@ ZERO_TIME = TimeBreakdown(0, 0, 0, 0, 0)
 
 
 def decode(setup: Setup, context: int) -> TimeBreakdown:
-    """One token of one sequence, after `context` tokens."""
+    """Predict one token of one sequence after `context` tokens."""
     read, attention = _read_and_attend(setup, context)
-    fences, link = _hand_overs(setup, 1) if setup.strategy == "pipeline" else _collectives(setup, 1)
+    fences, link = _pipeline_sends(setup, 1) if setup.strategy == "pipeline" else _collectives(setup, 1)
     return TimeBreakdown(read, attention, _kernels_s(setup, setup.shape.layers), fences, link)
 
 
 def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
-    """A prompt of so many tokens, in the engine's chunks, the cache being empty."""
+    """Predict a prompt of `prompt` tokens in the engine's chunks, starting with an empty cache."""
     size = setup.engine.prefill_chunk
     chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
     if setup.strategy == "pipeline":
@@ -111,40 +111,43 @@ def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
 
 
 def _chunk(setup: Setup, start: int, length: int) -> TimeBreakdown:
-    """`length` tokens of a prompt after `start`, by ranks that work side by side."""
-    slowest = max((_work(setup, rank, start, length) for rank in range(setup.ranks)), key=lambda each: each.total_s)
+    """Predict `length` tokens of a prompt after `start` tokens, on ranks that work in parallel."""
+    slowest = max((_work(setup, rank, start, length) for rank in range(setup.ranks)), key=lambda time: time.total_s)
     return slowest + TimeBreakdown(0, 0, 0, *_collectives(setup, length))
 
 
 def _stage(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
-    """The same of a stage of a pipeline, and of handing it on."""
-    return _work(setup, rank, start, length) + TimeBreakdown(0, 0, 0, setup.fence_s, _hand_over_s(setup, rank, length))
+    """Do the same for one stage of a pipeline, and include sending its result on."""
+    return _work(setup, rank, start, length) + TimeBreakdown(0, 0, 0, setup.fence_s, _send_s(setup, rank, length))
 
 
 def _work(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
-    """Of that, what a rank does by itself."""
+    """Predict the local work of a rank."""
     read = _touched_bytes(setup, rank, length) / setup.bandwidth(rank)
     compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank)
     return TimeBreakdown(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
 
 
 def _through_stages(setup: Setup, chunks: Sequence[Sequence[TimeBreakdown]]) -> TimeBreakdown:
-    """Until the last chunk has left the last stage: a stage starts when it has what comes before, and is free."""
+    """Return the time until the last chunk leaves the last stage.
+
+    A stage starts a chunk when the previous stage has finished it and the stage itself is free.
+    """
     free = [ZERO_TIME] * setup.ranks
     for stages in chunks:
         left = ZERO_TIME if setup.engine.overlaps_chunks else free[-1]
         for rank, stage in enumerate(stages):
-            left = free[rank] = max(left, free[rank], key=lambda each: each.total_s) + stage
+            left = free[rank] = max(left, free[rank], key=lambda time: time.total_s) + stage
     return free[-1]
 
 
 def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
-    """How often a token stops for other ranks; the gathering of the head's rows is not counted."""
+    """Return the number of synchronisations per token, without the all-gather of the head's rows."""
     return {"single": 0, "pipeline": ranks, "tensor": 2 * layers, "hybrid": layers, "expert": layers}[strategy]
 
 
-def _joined(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Of a token: stages follow each other; other ranks work side by side, and the slowest counts."""
+def _combined(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Combine the times of the ranks: pipeline stages add up; otherwise the slowest rank counts."""
     if setup.strategy == "pipeline":
         return sum(reads), sum(others)
     return max(zip(reads, others, strict=True), key=sum)
@@ -160,7 +163,7 @@ def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
             setup.portions[rank].moe_layers * chosen * setup.portions[rank].expert_rows * expert / setup.bandwidth(rank)
             for rank in ranks
         ]
-        return _joined(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
+        return _combined(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
     waits = [(a + b) / shape.layers for a, b in zip(fixed, attention, strict=True)]
     held = [round(portion.experts * shape.config.n_routed_experts) for portion in setup.portions]
     layer_s = expected_slowest(held, chosen, waits, [expert / setup.bandwidth(rank) for rank in ranks])
@@ -169,12 +172,12 @@ def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
 
 
 def _fixed_bytes(portion: Portion, shape: ModelShape) -> float:
-    """What a token reads beside routed experts and the cache."""
+    """Return the bytes that a token reads apart from routed experts and the cache."""
     return portion.fixed(shape.bytes) + portion.head * shape.bytes.head
 
 
 def _attention_s(setup: Setup, rank: int, context: int) -> float:
-    """Of a token's queries in the latent space: reading the cache or multiplying, whichever takes longer."""
+    """Predict attention of one token in latent space: reading the cache or computing, whichever is slower."""
     config, portion = setup.shape.config, setup.portions[rank]
     width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     flops = 2 * context * portion.layers * config.num_attention_heads * portion.heads * width
@@ -183,7 +186,7 @@ def _attention_s(setup: Setup, rank: int, context: int) -> float:
 
 
 def _touched_bytes(setup: Setup, rank: int, tokens: int) -> float:
-    """What so many tokens read at once: nearly all experts, if they are many."""
+    """Return the bytes that a batch of `tokens` tokens reads; with many tokens, nearly all experts."""
     shape, portion = setup.shape, setup.portions[rank]
     touched = 1 - (1 - shape.config.num_experts_per_tok / shape.config.n_routed_experts) ** tokens
     routed = shape.config.n_routed_experts * portion.experts * portion.expert_rows * shape.bytes.expert
@@ -191,7 +194,7 @@ def _touched_bytes(setup: Setup, rank: int, tokens: int) -> float:
 
 
 def _chunk_flops(setup: Setup, rank: int, start: int, length: int) -> float:
-    """Operations for `length` tokens after `start`; the cache is expanded into heads once a chunk."""
+    """Return the operations for `length` tokens after `start`. The cache is expanded into heads once per chunk."""
     shape, portion, values = setup.shape, setup.portions[rank], setup.shape.values
     config = shape.config
     chosen = config.num_experts_per_tok * portion.experts * portion.expert_rows
@@ -204,7 +207,7 @@ def _chunk_flops(setup: Setup, rank: int, start: int, length: int) -> float:
 
 
 def _kernels_s(setup: Setup, layers: int) -> float:
-    """Of so many layers."""
+    """Return the time to dispatch the kernels of `layers` layers."""
     return layers * setup.engine.kernels_per_layer * setup.constants.kernel_s
 
 
@@ -224,18 +227,18 @@ def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
     return waits_s + count * setup.fence_s, seconds
 
 
-def _hand_overs(setup: Setup, tokens: int) -> tuple[float, float]:
-    """The same of the stages of a pipeline, the last one's included."""
+def _pipeline_sends(setup: Setup, tokens: int) -> tuple[float, float]:
+    """Do the same for the messages between the stages of a pipeline, including the last one."""
     count = collectives_per_token("pipeline", setup.shape.layers, setup.ranks)
-    return count * setup.fence_s, sum(_hand_over_s(setup, rank, tokens) for rank in range(setup.ranks))
+    return count * setup.fence_s, sum(_send_s(setup, rank, tokens) for rank in range(setup.ranks))
 
 
-def _hand_over_s(setup: Setup, rank: int, tokens: int) -> float:
-    """What a stage sends: states; of the last one those of one position, or only the new token."""
+def _send_s(setup: Setup, rank: int, tokens: int) -> float:
+    """Return the time of the message of a stage: hidden states; from the last stage, of one position, or the token."""
     assert setup.link is not None
     if rank < setup.ranks - 1:
-        return setup.link.hand_over_s(_states_bytes(setup, tokens))
-    return setup.link.hand_over_s(_states_bytes(setup, 1)) if setup.engine.returns_states else setup.link.hop_s
+        return setup.link.send_s(_states_bytes(setup, tokens))
+    return setup.link.send_s(_states_bytes(setup, 1)) if setup.engine.returns_states else setup.link.hop_s
 
 
 def _states_bytes(setup: Setup, tokens: int) -> int:

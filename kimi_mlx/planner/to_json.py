@@ -1,4 +1,4 @@
-"""A plan, its costs and the backtest as JSON. Fields are added, not renamed, while `version` stays."""
+"""Convert a plan, its cost and the backtest to JSON. While `version` stays, fields are added but not renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = 2
 
 
 def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
-    """The whole plan; `choice` is an index into `options`, null if nothing fits."""
+    """Return the whole plan. `choice` is an index into `options`, null if nothing fits."""
     return {
         "version": VERSION,
         "model": {
@@ -42,7 +42,7 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
 
 
 def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """All comparisons, and the medians of all, of those not fitted, and of those with new set-ups."""
+    """Return all comparisons, and the medians of all, of those not fitted, and of those with new set-ups."""
     return {
         "version": VERSION,
         "constants": asdict(FITTED),

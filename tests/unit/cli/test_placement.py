@@ -107,7 +107,7 @@ def test_wrong_strategies_are_wrong_usage(words: tuple[str, ...], message: str) 
 def test_a_slow_link_between_local_ranks() -> None:
     choice = choose_placement(None, 2, None, measured_link(2e-3, 1e9))
     assert choice.strategy == "pipeline"
-    assert "1 ms a message" in choice.why
+    assert "1 ms per message" in choice.why
 
 
 def test_hosts_take_what_the_planner_finds_best() -> None:

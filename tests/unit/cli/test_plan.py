@@ -91,7 +91,7 @@ def test_a_folder_is_planned_by_its_config() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("kimi-k2", "--machines", "m3-ultra-511"), "no machine"),
+        (("kimi-k2", "--machines", "m3-ultra-511"), "unknown machine"),
         (("kimi-k2", "--machines", "m3-ultra-512", "--context", "1000000"), "131072"),
         (("kimi-k2", "--link", "measured"), "needs hosts"),
         (("someone/else", "--machines", "m3-ultra-512"), "nothing is known"),

@@ -15,23 +15,23 @@ DOCS = Path(__file__).parents[3] / "docs" / "planner.md"
 
 def test_the_median_error() -> None:
     comparisons = backtest()
-    others = [each for each in comparisons if not each.row.fit]
+    others = [comparison for comparison in comparisons if not comparison.row.fit]
     assert len(others) >= 8
-    new = [each for each in comparisons if each.is_new]
+    new = [comparison for comparison in comparisons if comparison.is_new]
     assert median_error(comparisons) <= 0.06  # 5.3 %
     assert median_error(others) <= 0.08  # 7.1 %
     assert median_error(new) <= TYPICAL_ERROR  # 9.5 %
-    assert median_error(each for each in new if each.metric == "decode") <= 0.06  # 5.7 %
-    assert median_error(each for each in new if each.metric == "prefill") <= 0.11  # 10.7 %
+    assert median_error(comparison for comparison in new if comparison.metric == "decode") <= 0.06  # 5.7 %
+    assert median_error(comparison for comparison in new if comparison.metric == "prefill") <= 0.11  # 10.7 %
 
 
 def test_few_constants_on_few_rows() -> None:
     fitted = [row for row in rows() if row.fit]
     assert 2 * len(fitted) <= len(rows())
-    found = fit()
-    assert found.bandwidth_share == pytest.approx(FITTED.bandwidth_share, rel=0.01)
-    assert found.kernel_s == pytest.approx(FITTED.kernel_s, rel=0.02)
-    assert found.compute_share == pytest.approx(FITTED.compute_share, rel=0.01)
+    fitted = fit()
+    assert fitted.bandwidth_share == pytest.approx(FITTED.bandwidth_share, rel=0.01)
+    assert fitted.kernel_s == pytest.approx(FITTED.kernel_s, rel=0.02)
+    assert fitted.compute_share == pytest.approx(FITTED.compute_share, rel=0.01)
 
 
 def test_every_row_has_a_source() -> None:
@@ -42,7 +42,7 @@ def test_every_row_has_a_source() -> None:
 
 def test_the_docs_have_the_table() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    for each in backtest():
-        numbers = f"{each.published:.1f} | {each.predicted:.1f} | {100 * each.error:+.0f} %"
-        line = f"| {each.row.id} | {each.metric} | {numbers} |"
+    for comparison in backtest():
+        numbers = f"{comparison.published:.1f} | {comparison.predicted:.1f} | {100 * comparison.error:+.0f} %"
+        line = f"| {comparison.row.id} | {comparison.metric} | {numbers} |"
         assert line in text, f"docs/planner.md lacks: {line}"

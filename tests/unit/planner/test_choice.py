@@ -19,13 +19,13 @@ LINUX = [any_machine(f"host-{number}", "x86_64", 64 * GIB, None) for number in r
     ("link", "is_fast_sync", "strategy"),
     [(RDMA, False, "hybrid"), (RDMA, True, "tensor"), (TCP, False, "pipeline"), (WIFI, False, "pipeline")],
 )
-def test_two_studios(link: LinkProfile, is_fast_sync: bool, strategy: str) -> None:
+def test_choice_for_two_studios(link: LinkProfile, is_fast_sync: bool, strategy: str) -> None:
     assert choose(K2, parse_machines("m3-ultra-512x2"), link, is_fast_sync=is_fast_sync).strategy == strategy
 
 
 def test_the_line_names_link_speed_and_the_next_best() -> None:
     why = choose(K2, parse_machines("m3-ultra-512x2"), SLOW).why
-    assert why == "TCP at 1.2 ms a message: 22.8 tok/s predicted, hybrid 8.0"
+    assert why == "TCP at 1.2 ms per message: 22.8 tok/s predicted, hybrid 8.0"
 
 
 def test_unequal_macs_share_by_memory() -> None:
@@ -37,13 +37,13 @@ def test_unequal_macs_share_by_memory() -> None:
     assert all(each.needed_bytes <= each.raised_gpu_bytes for each in choice.memory)
 
 
-def test_what_does_not_fit_is_still_placed() -> None:
+def test_a_model_that_does_not_fit_is_still_placed() -> None:
     choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA)
     assert "does not fit" in choice.why
     assert len(choice.memory) == 2
 
 
-def test_hosts_that_nothing_can_be_predicted_for() -> None:
+def test_unknown_hosts_are_chosen_by_rule() -> None:
     assert choose(K2, LINUX, FAST).strategy == "hybrid"
     assert "no prediction for `host-0`" in choose(K2, LINUX, FAST).why
     assert choose(K2, LINUX, SLOW).strategy == "pipeline"

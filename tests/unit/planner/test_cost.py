@@ -14,7 +14,7 @@ TWO = parse_machines("m3-ultra-512x2")
 ASSUMPTIONS = CostAssumptions(tokens_a_day=1e6, electricity=0.30, years=4, subscription=200)
 
 
-def test_by_hand() -> None:
+def test_cost_equals_a_manual_calculation() -> None:
     cost = make_cost(TWO, 20, ASSUMPTIONS)
     assert cost.price == 2 * 9499
     assert cost.hours_a_day == pytest.approx(1e6 / 20 / 3600)
@@ -34,7 +34,7 @@ def test_a_day_has_24_hours() -> None:
     assert not make_cost(TWO, 10, ASSUMPTIONS).is_possible
 
 
-def test_what_is_not_known_must_be_told() -> None:
+def test_unknown_prices_must_be_given() -> None:
     machines = parse_machines("m4-max-128")
     with pytest.raises(UsageError, match="price"):
         make_cost(machines, 20, ASSUMPTIONS)

@@ -9,7 +9,7 @@ from kimi_mlx.planner.machines import chips, find_chip, machine_names, machine_o
 from kimi_mlx.units import GIB
 
 
-def test_one_machine() -> None:
+def test_parse_one_machine() -> None:
     (machine,) = parse_machines("m3-ultra-512")
     assert machine.name == "m3-ultra-512"
     assert machine.memory_bytes == 512 * GIB
@@ -18,13 +18,13 @@ def test_one_machine() -> None:
     assert machine.price_usd == 9499
 
 
-def test_several_have_names_of_their_own() -> None:
+def test_several_machines_get_numbered_names() -> None:
     machines = parse_machines(" M3-Ultra-512x2, m4-max-128gb ")
     assert [machine.name for machine in machines] == ["m3-ultra-512 #1", "m3-ultra-512 #2", "m4-max-128 #3"]
 
 
 @pytest.mark.parametrize("name", machine_names())
-def test_every_machine_of_the_table_can_be_written(name: str) -> None:
+def test_every_machine_of_the_table_is_parsed(name: str) -> None:
     (machine,) = parse_machines(name)
     assert 0 < machine.gpu_bytes <= machine.raised_gpu_bytes <= machine.memory_bytes
 
@@ -36,12 +36,12 @@ def test_every_machine_of_the_table_can_be_written(name: str) -> None:
         ("m3-ulta-512", "`m3-ultra-512`"),
         ("studio", "x2"),
         ("", "x2"),
-        ("m3-ultra-512x0", "from 1 to 8"),
-        ("m3-ultra-512x9", "from 1 to 8"),
-        ("m3-ultra-512x5,m3-ultra-512x4", "leave some out"),
+        ("m3-ultra-512x0", "use 1 to 8"),
+        ("m3-ultra-512x9", "use 1 to 8"),
+        ("m3-ultra-512x5,m3-ultra-512x4", "remove some"),
     ],
 )
-def test_what_is_no_machine(text: str, hint: str) -> None:
+def test_unknown_machines_are_refused(text: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_machines(text)
     assert hint in str(caught.value.hint)
@@ -52,7 +52,7 @@ def test_memory_tells_binned_chips_apart() -> None:
     assert find_chip("m3-max", 128).bandwidth_gb_per_s == 400
 
 
-def test_hosts_say_what_they_are() -> None:
+def test_machine_of_a_hosts_own_description() -> None:
     machine = machine_of_host("mac-a", "Apple M3 Ultra", 512 * GIB, 500_000)
     assert machine.chip.chip == "m3-ultra"
     assert machine.gpu_bytes == 500_000 * 1024**2

@@ -18,9 +18,9 @@ def plan(model: str, machines: str, context: int = 8192) -> Plan:
     return make_plan(known_shape(model), parse_machines(machines), LINKS, context)
 
 
-def option_of(found: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
+def option_of(best_plan: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
     return next(
-        each for each in found.options if (each.strategy, len(each.hosts), each.shares) == (strategy, hosts, shares)
+        each for each in best_plan.options if (each.strategy, len(each.hosts), each.shares) == (strategy, hosts, shares)
     )
 
 
@@ -46,28 +46,28 @@ def test_small_models_stay_on_one() -> None:
 
 
 def test_uneven_machines_need_uneven_shares() -> None:
-    found = plan("kimi-k2", "m3-ultra-512,m4-max-128")
+    best_plan = plan("kimi-k2", "m3-ultra-512,m4-max-128")
     for strategy in STRATEGIES:
-        assert option_of(found, strategy, 2).fits == "no"
-        assert option_of(found, strategy, 2, "by memory").fits == "raised"
-    large, small = option_of(found, "hybrid", 2, "by memory").memory
+        assert option_of(best_plan, strategy, 2).fits == "no"
+        assert option_of(best_plan, strategy, 2, "by memory").fits == "raised"
+    large, small = option_of(best_plan, "hybrid", 2, "by memory").memory
     assert large.weights_bytes > 2 * small.weights_bytes
 
 
 def test_a_pipeline_is_chosen_only_by_a_margin() -> None:
-    found = plan("kimi-k2", "m3-ultra-512x2")
-    assert found.choice is not None
-    pipeline = option_of(found, "pipeline", 2)
-    assert pipeline.exchange_s < found.choice.exchange_s < pipeline.exchange_s * (1 + PIPELINE_MARGIN)
-    assert "published pipelines are slower" in (why_lost(pipeline, found) or "")
+    best_plan = plan("kimi-k2", "m3-ultra-512x2")
+    assert best_plan.choice is not None
+    pipeline = option_of(best_plan, "pipeline", 2)
+    assert pipeline.exchange_s < best_plan.choice.exchange_s < pipeline.exchange_s * (1 + PIPELINE_MARGIN)
+    assert "real pipelines have been slower" in (why_lost(pipeline, best_plan) or "")
 
 
-def test_every_loser_has_a_reason() -> None:
+def test_every_rejected_option_has_a_reason() -> None:
     for machines in ("m3-ultra-512x4", "m3-ultra-512,m4-max-128", "m3-ultra-512"):
-        found = plan("kimi-k2", machines)
-        reasons = [why_lost(option, found) for option in found.options]
-        assert [option for option, why in zip(found.options, reasons, strict=True) if why is None] == (
-            [found.choice] if found.choice else []
+        best_plan = plan("kimi-k2", machines)
+        reasons = [why_lost(option, best_plan) for option in best_plan.options]
+        assert [option for option, why in zip(best_plan.options, reasons, strict=True) if why is None] == (
+            [best_plan.choice] if best_plan.choice else []
         )
         assert all(len(why) < 100 for why in reasons if why)
 
@@ -82,13 +82,13 @@ def test_rdma_needs_thunderbolt_5_and_ports() -> None:
 
 
 def test_on_slow_links_a_pipeline_is_faster() -> None:
-    found = make_plan(known_shape("kimi-k2"), parse_machines("m3-ultra-512x2"), [WIFI], 8192)
-    assert option_of(found, "pipeline", 2).decode_tok_per_s > 4 * option_of(found, "hybrid", 2).decode_tok_per_s
+    best_plan = make_plan(known_shape("kimi-k2"), parse_machines("m3-ultra-512x2"), [WIFI], 8192)
+    assert option_of(best_plan, "pipeline", 2).decode_tok_per_s > 4 * option_of(best_plan, "hybrid", 2).decode_tok_per_s
 
 
 def test_too_few_heads_are_a_note() -> None:
-    found = plan("moonlight", "m4-max-128x8")
-    assert all(option.decode_tok_per_s > 0 for option in found.options)
+    best_plan = plan("moonlight", "m4-max-128x8")
+    assert all(option.decode_tok_per_s > 0 for option in best_plan.options)
 
 
 @pytest.mark.parametrize("context", [1, 8192, 131072])

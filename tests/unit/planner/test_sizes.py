@@ -37,7 +37,7 @@ def test_every_model_that_is_fetched_is_known() -> None:
     assert set(known_models()) == {entry.alias for entry in catalogue() if entry.repository is not None}
 
 
-def test_k2_has_its_parameters() -> None:
+def test_k2_parameter_count() -> None:
     assert sum(portion.held(K2.values, K2) for portion in make_portions("hybrid", K2, 1)) == pytest.approx(
         1.0264e12, rel=1e-3
     )

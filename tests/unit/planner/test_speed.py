@@ -76,10 +76,10 @@ def test_collectives() -> None:
     assert counts == [0, 4, 122, 61, 61]
 
 
-def test_a_pipeline_hands_states_on_and_back() -> None:
+def test_a_pipeline_sends_states_on_and_back() -> None:
     parts = decode(setup("pipeline", link=WIFI), 4096)
     assert parts.fences_s == 2 * FENCE_S
-    assert parts.link_s == pytest.approx(2 * WIFI.hand_over_s(2 * K2.config.hidden_size))
+    assert parts.link_s == pytest.approx(2 * WIFI.send_s(2 * K2.config.hidden_size))
 
 
 def test_stages_overlap_chunks_of_a_prompt() -> None:
