@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -55,12 +56,22 @@ def wait_until(is_so: Callable[[], bool], limit_s: float = 20) -> None:
 
 @contextmanager
 def serving(
-    session: Session, options: ServingOptions | None = None, context_tokens: int | None = None
+    session: Session,
+    options: ServingOptions | None = None,
+    context_tokens: int | None = None,
+    folder: Path = KIMI_MINI,
 ) -> Iterator[RunningServer]:
-    """Serve kimi-mini, with a shorter context than it has if that is wanted; the session stays open."""
-    context_tokens = context_tokens or load_config(KIMI_MINI).max_position_embeddings
+    """Serve kimi-mini. The session stays open.
+
+    Args:
+        session: loaded model.
+        options: options of the server.
+        context_tokens: context to announce; None is the model's own.
+        folder: folder of the tokenizer.
+    """
+    context_tokens = context_tokens or load_config(folder).max_position_embeddings
     model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
-    server = Server(session, ChatTokenizer.load(KIMI_MINI), model_info, {}, options or ServingOptions())
+    server = Server(session, ChatTokenizer.load(folder), model_info, {}, options or ServingOptions())
     with closing(ServerSocket("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)
         url, port = listener.url, listener.port
