@@ -20,7 +20,7 @@ __all__ = ["__version__", "load", "stream"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` and `stream` when they are first used, so that `import kimi_mlx` stays cheap."""
+    """Import `load` and `stream` at their first use, so that `import kimi_mlx` stays cheap."""
     if name == "load":
         from kimi_mlx.runtime.load import load
 

@@ -1,4 +1,4 @@
-"""The command `kimi-mlx`, which is `python -m kimi_mlx`, too."""
+"""Run the command `kimi-mlx`, also as `python -m kimi_mlx`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import signal
 
 
 def main() -> None:
-    """Import the command line, which takes a moment, and run it; Ctrl-C ends it at any time without a traceback."""
-    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_usual:
+    """Import and run the command line. The import takes a moment: Ctrl-C ends it without a traceback."""
+    has_default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if has_default_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from kimi_mlx.cli.app import main as run
 
-    if is_usual:
+    if has_default_handler:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 

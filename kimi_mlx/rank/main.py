@@ -70,7 +70,7 @@ def serve(channel: Channel, start: Message) -> None:
         model,
         count_commands=lambda: min(channel.num_received, channel.num_consumed + MOST_NEWS),
         speculate=start["speculate"],
-        constrain=GrammarCompiler(folder, config.vocab_size).constrain,
+        constrain=GrammarCompiler(folder, config.vocab_size).compile,
         cache_bytes=start["cache_memory_bytes"],
         blocks=blocks,
     )

@@ -1,4 +1,4 @@
-"""The grammars of one model on this rank: its vocabulary is read when the first one is asked for."""
+"""Compile grammars for one model on this rank. The vocabulary is read when the first grammar needs it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from kimi_mlx.text.tokenizer import Tokenizer
 
 
 class GrammarCompiler:
-    """Makes constraints.
+    """Compiles grammars to constraints.
 
     Args:
-        folder: of the checkpoint, or of the rank's store: it has the tokenizer.
-        vocab_size: of the logits.
+        folder: folder of the checkpoint, or store of the rank; both have the tokenizer.
+        vocab_size: number of logits.
     """
 
     def __init__(self, folder: Path, vocab_size: int):
         self._folder, self._vocab_size = folder, vocab_size
         self._vocabulary: Vocabulary | None = None
 
-    def constrain(self, grammar: str) -> Constraint:
-        """The constraint of a grammar.
+    def compile(self, grammar: str) -> Constraint:
+        """Return the constraint of a grammar.
 
         Raises:
-            EngineError: it cannot be compiled.
+            EngineError: the grammar cannot be compiled.
             TextError: the tokenizer cannot be read.
         """
         if self._vocabulary is None:
@@ -34,11 +34,11 @@ class GrammarCompiler:
 
 
 def load_token_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """Read the vocabulary: about a second for Kimi's 163,840 tokens, so not before a grammar asks for it.
+    """Read the tokens of a checkpoint. This takes about a second for Kimi's 163,840 tokens.
 
     Args:
-        folder: of the checkpoint, or of a store: both have the tokenizer's files.
-        vocab_size: of the logits.
+        folder: folder of the checkpoint, or a store; both have the tokenizer's files.
+        vocab_size: number of logits.
 
     Raises:
         TextError: a file is missing or broken, or no token ends an answer.

@@ -1,4 +1,4 @@
-"""The prompt cache on disk of a loaded model: what its blocks depend on, and what all ranks have of them."""
+"""Open the prompt cache on disk for a loaded model: what its blocks depend on, and which blocks all ranks have."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def open_prompt_cache(
     num_local_ranks: int = 1,
     warn: Callable[[str], None] = lambda text: None,
 ) -> BlockStore:
-    """Open the blocks of a model, or of a rank's share of it; where that is not possible there are none, with a word.
+    """Open the blocks of a model, or of one rank's share of it. If that fails, warn and use no blocks.
 
     Args:
-        cache_dir: made if missing.
-        max_bytes: of all that is in it.
-        model: loaded.
-        fingerprint: of its weights, see kimi_mlx.runtime.load.
-        group: the ranks; all must call this at the same time, and have the same blocks then.
-        num_local_ranks: ranks on this host.
-        warn: told what is wrong, from any thread.
+        cache_dir: folder of the cache; created if missing.
+        max_bytes: size limit of the folder.
+        model: loaded model.
+        fingerprint: fingerprint of its weights, see kimi_mlx.runtime.load.
+        group: ranks that share the model. All must call this at the same time; all get the same blocks.
+        num_local_ranks: number of ranks on this host.
+        warn: callback for warnings, called from any thread.
     """
     group = group or SingleGroup()
     shape = shape_of(model)
@@ -44,17 +44,17 @@ def open_prompt_cache(
     share = f"rank-{group.rank}-of-{group.size}"
     store = BlockStore(cache_dir.expanduser(), key, share, fingerprint.local, shape, max_bytes, num_local_ranks, warn)
     if group.size > 1:
-        agree(store, group)
+        keep_common_blocks(store, group)
     return store
 
 
-def agree(store: BlockStore, group: Group) -> None:
-    """Keep what all ranks have, in the order of rank 0; two gathers."""
+def keep_common_blocks(store: BlockStore, group: Group) -> None:
+    """Keep the blocks that all ranks have, in the order of rank 0. Takes two gathers."""
     names = store.names()
     counts, capacities = np.array(group.gather(mx.array([len(names), store.capacity]))).T
     table = np.zeros((max(counts.max(), 1), NAME_BYTES), np.uint8)
     table[: len(names)] = np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, NAME_BYTES)
     tables = np.array(group.gather(mx.array(table)))
-    told = [[row.tobytes().hex() for row in rows[:count]] for rows, count in zip(tables, counts, strict=True)]
-    common = set.intersection(*map(set, told))
-    store.keep([name for name in told[0] if name in common], int(capacities.min()))
+    names_of_ranks = [[row.tobytes().hex() for row in rows[:count]] for rows, count in zip(tables, counts, strict=True)]
+    common = set.intersection(*map(set, names_of_ranks))
+    store.keep([name for name in names_of_ranks[0] if name in common], int(capacities.min()))

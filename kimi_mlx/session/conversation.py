@@ -1,4 +1,4 @@
-"""Conversations: messages in, deltas out. The one place where text and engine meet."""
+"""Conversations: messages in, deltas out. The only place where text and engine meet."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from kimi_mlx.text.messages import Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
 
 ChatEvent = Delta | Prefilled | Finished | Interrupted | Resumed
-"""What an answer comes in: its pieces, and how it is getting on."""
+"""Event of an answer: new text, or progress."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How a conversation is to be answered.
+    """How to answer in a conversation.
 
     Args:
-        max_tokens: at most so many new tokens an answer; None is the rest of the context.
-        sampling: None is what the checkpoint recommends.
+        max_tokens: maximum number of new tokens per answer; None is the checkpoint's default, usually the rest of the
+            context.
+        sampling: how tokens are sampled; None is the checkpoint's recommendation.
         tools: OpenAI-style tools that the model may call.
         template_kwargs: variables of the chat template, such as `thinking`.
     """
@@ -36,13 +37,13 @@ class ChatOptions:
 
 
 class Conversation:
-    """A conversation with one model; only what is new in it is computed.
+    """A conversation with one model. The KV cache is kept between turns, so only new tokens are computed.
 
     Args:
-        session: the loaded model.
-        tokenizer: its text side.
+        session: loaded model.
+        tokenizer: text side of the model.
         options: how to answer.
-        system: the system prompt, none if None.
+        system: system prompt; None for none.
     """
 
     def __init__(
@@ -59,12 +60,12 @@ class Conversation:
         self.messages: list[Message] = []
 
     def ask(self, text: str) -> Iterator[ChatEvent]:
-        """Add a user's message and stream the answer, which joins the conversation when it ends.
+        """Add a user message and stream the answer, which is added to the conversation when it ends.
 
-        If it is stopped before its first word, the question is taken back.
+        If the answer fails, or is cancelled before its first token, the user message is removed again.
 
         Raises:
-            KimiMlxError: the question is taken back then, too.
+            KimiMlxError: the request is refused, or the session has failed.
         """
         self.messages.append(Message("user", text))
         system = [Message("system", self.system)] if self.system else []
@@ -73,30 +74,29 @@ class Conversation:
         try:
             prompt = self._prompt([*system, *self.messages])
             request = make_request(self._tokenizer, prompt, self.options)
-            for item in read(self._session.generate(request), self._tokenizer.output_parser(prompt)):
-                if isinstance(item, Delta):
-                    answer = answer + item
-                elif isinstance(item, Finished) and (answer or item.reason != "cancelled"):
+            for event in parse_events(self._session.generate(request), self._tokenizer.output_parser(prompt)):
+                if isinstance(event, Delta):
+                    answer = answer + event
+                elif isinstance(event, Finished) and (answer or event.reason != "cancelled"):
                     is_answered = True
-                    self.messages.append(_assistant(answer))
-                yield item
+                    self.messages.append(_assistant_message(answer))
+                yield event
         finally:
             if not is_answered:
                 del self.messages[-1]
 
     def reset(self) -> None:
-        """Forget all messages and the cache; the system prompt stays."""
+        """Drop all messages and the KV cache; the system prompt stays."""
         self.messages = []
         self._session.reset()
 
     def cancel(self) -> None:
-        """End the answer that is being streamed; what has come so far stays in the conversation."""
+        """Cancel the answer that is being streamed; the text so far stays in the conversation."""
         self._session.cancel_all()
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            messages, self.options.tools, **dict(self.options.template_kwargs or {})
-        )
+        template_kwargs = dict(self.options.template_kwargs or {})
+        return self._tokenizer.apply_chat_template(messages, self.options.tools, **template_kwargs)
 
 
 def stream(
@@ -111,26 +111,26 @@ def stream(
     """Answer messages with a model from kimi_mlx.load.
 
     Args:
-        model: the model.
-        tokenizer: what load returned with it.
-        messages: in OpenAI's shape: `{"role": ..., "content": ...}`.
-        max_tokens: at most so many new tokens; None is the rest of the context.
-        sampling: None is what the checkpoint recommends.
+        model: model from `load`.
+        tokenizer: tokenizer from `load`.
+        messages: messages in OpenAI's shape: `{"role": ..., "content": ...}`.
+        max_tokens: maximum number of new tokens; None is the checkpoint's default, usually the rest of the context.
+        sampling: how tokens are sampled; None is the checkpoint's recommendation.
         tools: OpenAI-style tools that the model may call.
         template_kwargs: variables of the chat template, such as `thinking=False`.
 
     Yields:
-        Delta, with new text, reasoning or tool calls.
+        Delta: new text, reasoning or tool calls.
     """
     prompt = tokenizer.apply_chat_template(messages, tools, **template_kwargs)
     request = make_request(tokenizer, prompt, ChatOptions(max_tokens, sampling))
-    for item in read(Engine(model).generate(request), tokenizer.output_parser(prompt)):
-        if isinstance(item, Delta):
-            yield item
+    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt)):
+        if isinstance(event, Delta):
+            yield event
 
 
 def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatOptions) -> Request:
-    """The engine's request for a prompt."""
+    """Return the engine's request for a prompt."""
     return Request(
         prompt=tuple(prompt),
         max_tokens=tokenizer.max_tokens if options.max_tokens is None else options.max_tokens,
@@ -139,8 +139,8 @@ def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatO
     )
 
 
-def read(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
-    """Turn tokens into deltas; progress and the end pass through."""
+def parse_events(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
+    """Convert tokens to deltas; all other events pass through."""
     for event in events:
         if isinstance(event, Token):
             delta = parser.add(event.id)
@@ -154,7 +154,7 @@ def read(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
             yield event
 
 
-def _assistant(answer: Delta) -> Message:
-    """The answer as a message; what was no proper tool call cannot be said again, and is left out."""
+def _assistant_message(answer: Delta) -> Message:
+    """Return an answer as a message. Unparsed tool calls are left out: a template cannot render them."""
     calls = tuple(call for call in answer.tool_calls if isinstance(call, ToolCall))
     return Message("assistant", answer.text, answer.reasoning or None, calls)

@@ -1,4 +1,4 @@
-"""A session in this process: a thread has the model, and answers whoever asks."""
+"""A session in this process: one thread owns the engine and answers requests of all other threads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from kimi_mlx.cluster.ring.launch import FAST_SYNC
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, StepError
@@ -24,11 +25,10 @@ from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions
 LOG = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 30.0
-"""For the step that is being computed."""
+"""Time for the current step to end."""
 
-
-STUMBLE_S = 10.0
-"""So long it counts as not up after a step that failed, if nobody asks: only a request can show that it is."""
+FAILED_STEP_DOWN_S = 10.0
+"""Report "down" for this long after a failed step, unless a later request succeeds."""
 
 
 class LocalSession:
@@ -42,34 +42,35 @@ class LocalSession:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._callbacks: dict[int, EventCallback] = {}
         self._request_ids = itertools.count(1)
-        self._known: set[int] = set()  # to the engine; others are still in the commands
+        self._added: set[int] = set()  # requests in the engine; the others are still in the queue of commands
         self._failure: BaseException | None = None
-        self._stumble: tuple[float, str] | None = None
+        self._failed_step: tuple[float, str] | None = None  # time and reason
         self._engine: Engine | None = None
-        self._stepped_at: float | None = None
+        self._blocks: BlockStore | None = None
+        self._last_step_at: float | None = None
         self._lock = threading.Lock()
-        loaded: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._live, args=(options, progress, loaded), daemon=True)
+        load_results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, args=(options, progress, load_results), daemon=True)
         self._thread.start()
-        if (failure := loaded.get()) is not None:
+        if (failure := load_results.get()) is not None:
             raise failure
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request.
+        """Answer a request. Closing the iterator cancels it.
 
         Raises:
-            EngineError: it cannot be served, or the session is closed.
+            EngineError: the request is refused, or the session is closed.
         """
         return stream_events(self, request)
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence may have."""
+        """Maximum number of tokens of a sequence."""
         assert self._engine is not None
         return self._engine.context
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
-        """Answer a request; returns its request_id."""
+        """Start to answer a request; return its id."""
         request_id = next(self._request_ids)
         with self._lock:
             if self._failure is None:
@@ -80,34 +81,34 @@ class LocalSession:
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        """Ask a request to stop soon."""
+        """Cancel a request; it stops within a step."""
         self._commands.put(lambda engine: engine.cancel(request_id))
 
     def cancel_all(self) -> None:
-        """Ask the running requests to stop."""
+        """Cancel all unfinished requests."""
         for request_id in list(self._callbacks):
             self.cancel(request_id)
 
     def status(self) -> SessionStatus:
-        """How it is getting on."""
-        engine, stepped_at = self._engine, self._stepped_at
+        """Return the current status."""
+        engine, last_step_at = self._engine, self._last_step_at
         if engine is None or self._failure is not None or not self._thread.is_alive():
             return SessionStatus(False, str(self._failure or "the model is not loaded"))
-        running = engine.num_running
-        at, reason = self._stumble or (0.0, None)
-        if engine.is_idle and time.monotonic() - at > STUMBLE_S:
+        num_running = engine.num_running
+        failed_at, reason = self._failed_step or (0.0, None)
+        if engine.is_idle and time.monotonic() - failed_at > FAILED_STEP_DOWN_S:
             reason = None
         return SessionStatus(
-            reason is None,
-            reason,
-            active=running,
-            waiting=max(len(self._callbacks) - running, 0),
-            last_step_age_s=None if stepped_at is None else time.monotonic() - stepped_at,
+            is_up=reason is None,
+            reason=reason,
+            active=num_running,
+            waiting=max(len(self._callbacks) - num_running, 0),
+            last_step_age_s=None if last_step_at is None else time.monotonic() - last_step_at,
             cached_tokens=engine.cached_tokens,
         )
 
     def reset(self) -> None:
-        """Forget the conversations' caches."""
+        """Drop the KV caches of finished requests."""
         self._commands.put(Engine.clear)
 
     def close(self) -> None:
@@ -116,41 +117,44 @@ class LocalSession:
         self._commands.put(None)
         self._thread.join(CLOSE_LIMIT_S)
 
-    def _live(
-        self, options: SessionOptions, progress: LoadProgress, loaded: queue.SimpleQueue[BaseException | None]
+    def _run(
+        self, options: SessionOptions, progress: LoadProgress, load_results: queue.SimpleQueue[BaseException | None]
     ) -> None:
-        """The thread's life: load, then answer until the session is closed."""
+        """Run the thread: load the model, then answer until the session is closed."""
         try:
-            os.environ[FAST_SYNC] = str(int(options.fast_sync))  # which MLX reads when it first computes
-            prepare_device(options.has_sampling)
-            folder, config = options.checkpoint, load_config(options.checkpoint)
-            model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
-            blocks = None
-            if options.cache_dir is not None:
-                mark = fingerprint(folder, config)
-                blocks = open_prompt_cache(options.cache_dir, options.cache_disk_bytes, model, mark, warn=LOG.warning)
-            if options.has_sampling:
-                samplers()
-            self._engine = Engine(
-                model,
-                speculate=options.speculate,
-                constrain=GrammarCompiler(folder, config.vocab_size).constrain,
-                cache_bytes=options.cache_memory_bytes,
-                blocks=blocks,
-            )
-        except BaseException as error:  # raised again where it was asked for
-            loaded.put(error)
+            self._engine = self._load(options, progress)
+        except BaseException as error:  # raised again in __init__
+            load_results.put(error)
             return
-        loaded.put(None)
+        load_results.put(None)
         try:
-            self._serve(self._engine)
+            self._answer_requests(self._engine)
             self._fail(EngineError("the session is closed"))
         except BaseException as error:  # raised again in every generate()
             self._fail(error)
-        if blocks is not None:
-            blocks.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
-    def _serve(self, engine: Engine) -> None:
+    def _load(self, options: SessionOptions, progress: LoadProgress) -> Engine:
+        os.environ[FAST_SYNC] = str(int(options.fast_sync))  # MLX reads it when it first computes
+        prepare_device(options.has_sampling)
+        folder, config = options.checkpoint, load_config(options.checkpoint)
+        model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
+        if options.cache_dir is not None:
+            self._blocks = open_prompt_cache(
+                options.cache_dir, options.cache_disk_bytes, model, fingerprint(folder, config), warn=LOG.warning
+            )
+        if options.has_sampling:
+            samplers()
+        return Engine(
+            model,
+            speculate=options.speculate,
+            constrain=GrammarCompiler(folder, config.vocab_size).compile,
+            cache_bytes=options.cache_memory_bytes,
+            blocks=self._blocks,
+        )
+
+    def _answer_requests(self, engine: Engine) -> None:
         while True:
             while engine.is_idle or not self._commands.empty():
                 command = self._commands.get()
@@ -159,39 +163,40 @@ class LocalSession:
                 command(engine)
             try:
                 events = list(engine.turn())
-            except Exception as error:  # MLX's, such as memory that is not to be had: the next request may fit
-                self._abandon(engine, error)
+            except Exception as error:  # an error of MLX, such as too little memory: the next request may succeed
+                self._abandon_requests(engine, error)
                 continue
-            self._stepped_at = time.monotonic()
-            self._stumble = None
+            self._last_step_at = time.monotonic()
+            self._failed_step = None
             for request_id, event in events:
                 if isinstance(event, Finished | EngineError):
                     self._end(request_id, event)
                 else:
                     self._callbacks[request_id](event)
 
-    def _abandon(self, engine: Engine, error: Exception) -> None:
-        """A step has failed: so have all requests that the engine knew, and the caches are gone."""
-        LOG.exception("a step has failed")
-        self._stumble = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
+    def _abandon_requests(self, engine: Engine, error: Exception) -> None:
+        """End all requests of the engine and drop its caches, after a step has failed."""
+        LOG.exception("a step failed")
+        self._failed_step = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
         engine.abandon()
-        told = StepError(f"a step of the model failed: {error}", "ask again; a shorter prompt needs less")
-        for request_id in list(self._known):
-            self._end(request_id, told)
+        step_error = StepError(f"a step of the model failed: {error}", "try again; a shorter prompt needs less memory")
+        for request_id in list(self._added):
+            self._end(request_id, step_error)
 
     def _add(self, engine: Engine, request_id: int, request: Request) -> None:
         try:
             engine.add(request_id, request)
-            self._known.add(request_id)
+            self._added.add(request_id)
         except EngineError as error:
             self._end(request_id, error)
 
     def _end(self, request_id: int, event: Event | BaseException) -> None:
-        self._known.discard(request_id)
+        self._added.discard(request_id)
         on_event = self._callbacks.pop(request_id)
         on_event(event)
 
     def _fail(self, error: BaseException) -> None:
+        """End every request with this error, and refuse new ones."""
         with self._lock:
             self._failure = error
             callbacks, self._callbacks = self._callbacks, {}

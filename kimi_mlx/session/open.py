@@ -9,22 +9,23 @@ def open_session(options: SessionOptions, progress: LoadProgress = lambda done, 
     """Load a model in this process, or on a ring of local ranks if `options.ranks` is more than 1.
 
     Args:
-        options: the model, and how to run it.
-        progress: called with the layers that the slowest rank has loaded, and the number of layers.
+        options: model, and how to run it.
+        progress: callback with the layers that the slowest rank has loaded, and the number of layers.
 
     Raises:
         KimiMlxError: the model cannot be loaded.
     """
+    # Imported here: a front of ranks does not need MLX, which LocalSession imports.
     if options.ranks == 1:
-        from kimi_mlx.session.local import LocalSession  # imports MLX, which a front of ranks does without
+        from kimi_mlx.session.local import LocalSession
 
         return LocalSession(options, progress)
     from kimi_mlx.session.ring import RingSession
 
-    loaded = dict.fromkeys(range(options.ranks), 0)
+    num_loaded = dict.fromkeys(range(options.ranks), 0)
 
-    def slowest(done: int, total: int, rank: int) -> None:
-        loaded[rank] = done
-        progress(min(loaded.values()), total)
+    def report_slowest(done: int, total: int, rank: int) -> None:
+        num_loaded[rank] = done
+        progress(min(num_loaded.values()), total)
 
-    return RingSession(options, slowest)
+    return RingSession(options, report_slowest)

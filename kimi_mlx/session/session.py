@@ -15,21 +15,21 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normal_strategy
 
 LoadProgress = Callable[[int, int], None]
-"""Called with layers loaded and layers in all."""
+"""Callback with the number of layers loaded and the number of layers."""
 
 RankProgress = Callable[[int, int, int], None]
-"""The same, and of which rank."""
+"""Callback with the number of layers loaded, the number of layers, and the rank."""
 
 MAX_RANKS = 64
 
 MAX_CHECK_EVERY = 250
-"""Steps are numbered no further."""
+"""Step numbers wrap around at this value."""
 
 MAX_DRAFT_TOKENS = 16
-"""Tokens a step; more are hardly ever right, and each one that is not costs its share of the step."""
+"""Draft tokens per step. Longer drafts are rarely right, and every wrong token costs its share of the step."""
 
 DEFAULT_CACHE_DISK_BYTES = 20 * 10**9
-"""Of a prompt cache's folder, where nothing else is said: 280 k tokens of K2."""
+"""Default size limit of a prompt cache's folder: 280 k tokens of K2."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class SessionOptions:
     """How to run a model.
 
     Args:
-        folder: the checkpoint; None if each host of the cluster finds it by the model's name.
-        ranks: processes on this machine; 1 runs in this one.
-        dtype: of the computation; None chooses.
-        strategy: how ranks share the model.
-        has_sampling: whether answers will be sampled; mlx-lm's samplers are imported then while the weights load.
-        model: its name, for hosts.
-        cluster: where the ranks run; None for this machine.
-        max_restarts: how often a lost ring is started again before it is given up.
-        timeouts: how long things may take on a ring.
-        speculate: tokens drafted a step at most; 0 drafts none.
-        check_every: ranks compare what they have every so many steps; 0 never.
-        fast_sync: whether processes on this machine have MLX's fast fence.
-        cache_dir: where each host keeps its prompt cache on disk; None keeps it in memory only.
-        cache_disk_bytes: of all that is in it, on each host.
-        cache_memory_bytes: of each rank, for the caches of all conversations; None for what is free.
+        folder: folder of the checkpoint; None if each host of the cluster finds it by the model's name.
+        ranks: number of processes on this machine; 1 runs the model in this process.
+        dtype: type to compute in; None chooses.
+        strategy: split of the model over the ranks.
+        has_sampling: True if answers may be sampled; mlx-lm's samplers are then imported while the weights load.
+        model: name of the model, for the hosts.
+        cluster: hosts of the ranks; None is this machine.
+        max_restarts: number of restarts without progress after which a lost ring is given up.
+        timeouts: timeouts of a ring.
+        speculate: maximum number of draft tokens per step; 0 turns drafts off.
+        check_every: number of steps between comparisons of the ranks' results; 0 turns them off.
+        fast_sync: True to use MLX's fast synchronisation between GPU and network on this machine.
+        cache_dir: folder of each host's prompt cache on disk; None keeps the cache in memory only.
+        cache_disk_bytes: size limit of that folder, per host.
+        cache_memory_bytes: memory limit of the KV caches, per rank; None is the free memory.
     """
 
     folder: Path | None
@@ -71,44 +71,46 @@ class SessionOptions:
     cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the request_id of ranks and the strategy, which is written the normal way from here on."""
+        """Check the numbers, and normalise the strategy."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
         if not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
             raise UsageError(
-                f"{self.speculate} tokens cannot be drafted a step", hint=f"--speculate 0 to {MAX_DRAFT_TOKENS}"
+                f"{self.speculate} draft tokens per step are not between 0 and {MAX_DRAFT_TOKENS}",
+                hint=f"use `--speculate` with 0 to {MAX_DRAFT_TOKENS}",
             )
         if not 0 <= self.check_every <= MAX_CHECK_EVERY:
             raise UsageError(
-                f"ranks cannot compare every {self.check_every} steps", hint=f"--check-every 0 to {MAX_CHECK_EVERY}"
+                f"a check every {self.check_every} steps is not between 0 and {MAX_CHECK_EVERY}",
+                hint=f"use `--check-every` with 0 to {MAX_CHECK_EVERY}",
             )
         ranks = self.ranks if self.cluster is None else self.cluster.size
         object.__setattr__(self, "strategy", normal_strategy(self.strategy, ranks))
 
     @property
     def effective_cluster(self) -> Cluster:
-        """Where the ranks run."""
+        """Hosts of the ranks."""
         return self.cluster or local_cluster(self.ranks, self.fast_sync)
 
     @property
     def checkpoint(self) -> Path:
-        """The folder, which is there without a cluster."""
+        """Folder of the checkpoint, which is set unless the hosts of a cluster find it themselves."""
         assert self.folder is not None
         return self.folder
 
 
 @dataclass(frozen=True)
 class SessionStatus:
-    """A session's state.
+    """Status of a session.
 
     Args:
-        is_up: whether requests are being answered, or would be.
-        reason: why not.
-        active: requests in the engine's batch.
-        waiting: requests that it has not begun.
-        last_step_age_s: how long ago a step ended; None if none has yet.
-        restarts: how often the ring was started again.
-        cached_tokens: in the caches of all conversations, as the last answer left them.
+        is_up: True if requests are being answered, or would be.
+        reason: reason for not being up.
+        active: number of requests in the engine's batch.
+        waiting: number of requests that have not started.
+        last_step_age_s: seconds since the last step ended; None before the first step.
+        restarts: number of restarts of the ring.
+        cached_tokens: number of tokens in all KV caches, after the last answer.
     """
 
     is_up: bool
@@ -121,39 +123,39 @@ class SessionStatus:
 
 
 EventCallback = Callable[[Event | BaseException], None]
-"""Given the events of an answer, from another thread; the last is Finished, or the error that ends it."""
+"""Callback for the events of an answer, called from another thread. The last event is Finished, or an exception."""
 
 
 class Session(Protocol):
-    """A loaded model; whoever opens one closes it (contextlib.closing)."""
+    """A loaded model that answers requests. Close it after use (contextlib.closing)."""
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence may have: what the model, and the memory for its cache, hold."""
+        """Maximum number of tokens of a sequence, limited by the model and by the memory for its KV cache."""
         ...
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
-        """Answer a request; returns its request_id at once. An error may be delivered before that."""
+        """Start to answer a request; return its id at once. An error may be delivered before this returns."""
         ...
 
     def cancel(self, request_id: int) -> None:
-        """Ask a request to stop soon; its Finished says `cancelled`. One that has ended is left alone."""
+        """Cancel a request; its finish reason is `cancelled`. A finished request is left alone."""
         ...
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """Answer a request; the last event is Finished. May be called from several threads; breaking off cancels."""
+        """Answer a request; the last event is Finished. Closing the iterator cancels it. Safe from several threads."""
         ...
 
     def cancel_all(self) -> None:
-        """Ask the running requests to stop soon; safe from a signal handler. Their Finished say `cancelled`."""
+        """Cancel all unfinished requests. Safe in a signal handler."""
         ...
 
     def status(self) -> SessionStatus:
-        """How it is getting on; at once, from any thread."""
+        """Return the current status without waiting, from any thread."""
         ...
 
     def reset(self) -> None:
-        """Forget the conversation's cache."""
+        """Drop the KV caches of finished requests."""
         ...
 
     def close(self) -> None:
@@ -162,21 +164,21 @@ class Session(Protocol):
 
 
 def stream_events(session: Session, request: Request) -> Iterator[Event]:
-    """Answer a request where it is asked; breaking off the iteration cancels it.
+    """Answer a request in the calling thread. Closing the iterator cancels it.
 
     Raises:
-        KimiMlxError: it cannot be served, or the session has failed.
+        KimiMlxError: the request is refused, or the session has failed.
     """
     events = queue.SimpleQueue[Event | BaseException]()
     request_id = session.submit(request, events.put)
-    is_over = False
+    is_finished = False
     try:
-        while not is_over:
+        while not is_finished:
             event = events.get()
-            is_over = isinstance(event, Finished | BaseException)
+            is_finished = isinstance(event, Finished | BaseException)
             if isinstance(event, BaseException):
                 raise event
             yield event
     finally:
-        if not is_over:
+        if not is_finished:
             session.cancel(request_id)

@@ -51,7 +51,7 @@ def test_after_a_step_that_failed_the_next_request_is_answered(
     assert status.reason is not None
     assert "Unable to allocate" in status.reason
     with monkeypatch.context() as later:
-        later.setattr(local_session, "STUMBLE_S", 0.0)
+        later.setattr(local_session, "FAILED_STEP_DOWN_S", 0.0)
         assert session.status().is_up  # nobody asks
     monkeypatch.undo()
     assert tokens_of(session) == expected
