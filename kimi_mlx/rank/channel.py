@@ -1,4 +1,4 @@
-"""A rank's side of the channel to the front; kimi_mlx.cluster.ring.messages says what goes through it."""
+"""A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.ring.messages."""
 
 from __future__ import annotations
 
@@ -17,26 +17,34 @@ from kimi_mlx.errors import KimiMlxError
 
 
 class Channel:
-    """The two pipes, and the threads that serve them."""
+    """The two pipes to the front, and the threads that read messages and send heartbeats.
+
+    Args:
+        source: pipe from the front.
+        sink: pipe to the front.
+
+    Attributes:
+        num_received: number of commands received so far. It may be ahead of the other ranks'.
+        num_consumed: number of commands taken with `next_command`.
+        links: watch over the links to the neighbours, whose ages go into heartbeats; None if there is none.
+    """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO):
         self._source, self._sink = source, sink
         self._lock = threading.Lock()
         self._step, self._work = 0, "idle"
-        self._heard = time.monotonic()
+        self._last_message_at = time.monotonic()
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.num_received = 0
-        """How many commands have come so far."""
         self.num_consumed = 0
-        """How many of them were taken."""
         self.links: LinkWatch | None = None
 
     def send(self, kind: str, **fields: object) -> None:
-        """Write a message."""
+        """Send a message."""
         self.write(encode(kind, **fields))
 
     def write(self, line: bytes) -> None:
-        """Write an encoded message; without a front there is nothing left to do."""
+        """Send an encoded message. If the front is gone, end the process: there is nothing left to do."""
         try:
             with self._lock:
                 self._sink.write(line)
@@ -45,47 +53,51 @@ class Channel:
             os._exit(0)
 
     def report_progress(self, work: str) -> None:
-        """Note for the next heartbeat what is being done, and that it goes on."""
+        """Report progress with the next heartbeat.
+
+        Args:
+            work: current work, such as `load`, `prefill` or `decode`. The front applies its timeouts by it.
+        """
         self._work = work
         self._step += 1
 
     def next_command(self) -> Message:
-        """Take the next command, wait for it if there is none."""
+        """Return the next command; wait until there is one."""
         command = self._commands.get()
         self.num_consumed += 1
         return command
 
     def start_threads(self) -> None:
-        """Start reading messages and sending heartbeats."""
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        """Start the threads that read messages and send heartbeats."""
+        threading.Thread(target=self._read_messages, daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
-    def _read(self) -> None:
+    def _read_messages(self) -> None:
         for line in self._source:
             message = decode(line)
-            self._heard = time.monotonic()
+            self._last_message_at = time.monotonic()
             if message["kind"] != "alive":
                 self._commands.put(message)
                 self.num_received += 1
-        # The front has closed our input or is gone. A collective may be waiting for a peer: leave at once.
+        # The front closed our input or is gone. A collective may be waiting for a peer, so end the process here.
         os._exit(0)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         pause = threading.Event()
         while not pause.wait(HEARTBEAT_S):
             ages = {} if self.links is None else self.links.ages()
-            front = time.monotonic() - self._heard
+            front = time.monotonic() - self._last_message_at
             self.send("alive", work=self._work, step=self._step, links=ages, front=front)
 
 
 def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
-    """The life of a rank's process; its exit code is 0 if the front ended it, 1 after an error.
+    """Run the process of a rank. Its exit code is 0 if the front ended it, and 1 after an error.
 
     Args:
-        serve: gets the channel and the `start` message, and stays until it fails.
+        serve: function of the channel and the `start` message; it returns only by an error.
     """
     channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # whatever a library prints must not get between the messages
+    os.dup2(2, 1)  # keep the output of libraries out of the messages
     rank = None
     try:
         start = decode(sys.stdin.buffer.readline())
@@ -94,7 +106,7 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
         serve(channel, start)
     except KimiMlxError as error:
         channel.write(encode_error(error, rank))
-    except Exception:  # the front shows the last lines of what is written here
+    except Exception:  # the front shows the last lines of our stderr
         traceback.print_exc()
     sys.stderr.flush()
-    os._exit(1)  # without waiting for the thread that reads, or for MLX's threads
+    os._exit(1)  # do not wait for the reading thread or for MLX's threads

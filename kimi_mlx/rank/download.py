@@ -1,4 +1,4 @@
-"""A rank's process of a download over hosts: joins the others, and builds its store with them."""
+"""The process of a rank during a download over several hosts: it builds its own store together with the others."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from kimi_mlx.store.locate import stores_root, understand
 from kimi_mlx.store.prepare import provide_stores
 
 
-class ChannelListener:
-    """Tells the front how it is getting on: `beginning`, `checking`, `building`."""
+class ChannelObserver:
+    """Reports the progress of a download to the front: `beginning`, `checking`, `building`."""
 
     def __init__(self, channel: Channel):
         self._channel = channel
 
     def beginning(self, vision_bytes: int) -> None:
-        """Something will be fetched."""
+        """Report that the download starts."""
         self._channel.send("beginning", vision_bytes=vision_bytes)
 
     @contextmanager
     def checking(self, total_bytes: int) -> Generator[Callable[[int], None]]:
-        """Files are checked meanwhile."""
+        """Report the bytes checked; yields the callback for further bytes."""
         done = 0
 
         def advance(count: int) -> None:
@@ -42,7 +42,7 @@ class ChannelListener:
 
     @contextmanager
     def building(self) -> Generator[Callable[[Progress], None]]:
-        """Stores are built meanwhile."""
+        """Report the building of stores; yields the callback for progress."""
 
         def report(progress: Progress) -> None:
             self._channel.report_progress("download")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Build; says `done` with the result, and then waits for the end, so that no peer is lost."""
+    """Build the store, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
     group = join_checked(lambda: join_with_peers(channel, start))
     channel.report_progress("download")
     target = together(group, lambda: understand(start["model"]))
@@ -70,7 +70,7 @@ def serve(channel: Channel, start: Message) -> None:
         keep_source=start["keep_source"],
     )
     result = provide_stores(
-        target, options, group, ChannelListener(channel), is_dry=start["is_dry"], is_check=start["is_check"]
+        target, options, group, ChannelObserver(channel), is_dry=start["is_dry"], is_check=start["is_check"]
     )
     channel.report_progress("idle")
     channel.send("done", result=result)

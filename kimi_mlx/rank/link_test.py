@@ -1,4 +1,4 @@
-"""Whether what ranks send arrives as it was sent: sums, gathers and messages whose results are known beforehand."""
+"""Test that data arrive as they were sent: sums, gathers and messages whose results are known in advance."""
 
 from __future__ import annotations
 
@@ -11,91 +11,91 @@ from kimi_mlx.cluster.doctor.payloads import Payload
 from kimi_mlx.parallel.group import Group, MlxGroup
 
 EXACT_LIMIT = 256
-"""Whole numbers up to this are exact in bfloat16."""
+"""Integers up to this value are exact in bfloat16."""
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-BITS = {"float32": mx.uint32, "bfloat16": mx.uint16}
+PAYLOAD_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+BITS_DTYPES = {"float32": mx.uint32, "bfloat16": mx.uint16}
 
 
-def check(
-    group: Group, payloads: Sequence[Payload], rounds: int, tell: Callable[[str], None] = lambda name: None
+def check_links(
+    group: Group, payloads: Sequence[Payload], num_rounds: int, on_payload: Callable[[str], None] = lambda name: None
 ) -> list[dict[str, Any]]:
-    """Every payload in turns; the mismatches, at most once a payload.
+    """Exchange every payload in turn; return the mismatches, at most one per payload.
 
     Args:
-        group: the ranks.
-        payloads: what they exchange, the same on all.
-        rounds: how often, if a payload has as many repeats.
-        tell: told the name of each before it goes out.
+        group: ranks that exchange the payloads.
+        payloads: payloads, the same on all ranks.
+        num_rounds: maximum number of rounds; a payload with fewer repeats is exchanged less often.
+        on_payload: callback with the name of each payload before it is sent.
     """
     mismatches: dict[str, dict[str, Any]] = {}
-    for turn in range(rounds):
+    for round_index in range(num_rounds):
         for payload in payloads:
-            if turn >= payload.repeats:
+            if round_index >= payload.repeats:
                 continue
-            tell(payload.name)
-            x = pattern(payload, group.rank, turn, group.size).astype(DTYPES[payload.dtype])
+            on_payload(payload.name)
+            x = pattern(payload, group.rank, round_index, group.size).astype(PAYLOAD_DTYPES[payload.dtype])
             mx.eval(x)
-            found = compare(group, payload, turn, exchange(group, payload, x))
-            if found is not None:
-                mismatches.setdefault(payload.name, found)
+            mismatch = compare(group, payload, round_index, exchange(group, payload, x))
+            if mismatch is not None:
+                mismatches.setdefault(payload.name, mismatch)
     return list(mismatches.values())
 
 
 def exchange(group: Group, payload: Payload, x: mx.array) -> mx.array:
-    """As a model has it: of what was just computed, and computed with at once; evaluated."""
+    """Exchange a payload as a model does: the input was just computed, and the result is used in a computation."""
     if payload.kind == "message":
         assert isinstance(group, MlxGroup)
-        return _to_both_sides(group, x)
+        return _exchange_with_neighbours(group, x)
     result = (group.sum(x + 0) if payload.kind == "sum" else group.gather(x + 0)) + 0
     mx.eval(result)
     return result
 
 
-def _to_both_sides(group: MlxGroup, x: mx.array) -> mx.array:
-    """What comes from the rank before and from the one behind, stacked, while both get x."""
-    before, behind = sides(group.rank, group.size)
-    came: list[mx.array] = []
-    for source, target in ((before, behind), (behind, before)):
-        if group.rank % 2:
-            came.append(group.receive(x, source) + 0)
-            mx.eval(came[-1])
+def _exchange_with_neighbours(group: MlxGroup, x: mx.array) -> mx.array:
+    """Send x to both neighbours; return what they sent, stacked: the previous rank's first."""
+    previous, following = neighbours(group.rank, group.size)
+    received: list[mx.array] = []
+    for source, target in ((previous, following), (following, previous)):
+        if group.rank % 2:  # odd ranks receive first, so that no two ranks wait for each other
+            received.append(group.receive(x, source) + 0)
+            mx.eval(received[-1])
         mx.eval(group.send(x + 0, target))  # waits until most of it has been received
         if not group.rank % 2:
-            came.append(group.receive(x, source) + 0)
-            mx.eval(came[-1])
-    return mx.stack(came)
+            received.append(group.receive(x, source) + 0)
+            mx.eval(received[-1])
+    return mx.stack(received)
 
 
-def sides(rank: int, size: int) -> tuple[int, int]:
-    """The neighbours on the ring: the rank before, and the one behind."""
+def neighbours(rank: int, size: int) -> tuple[int, int]:
+    """Return the previous and the next rank on the ring."""
     return (rank - 1) % size, (rank + 1) % size
 
 
-def pattern(payload: Payload, rank: int, turn: int, size: int) -> mx.array:
-    """What a rank sends: whole numbers, other ones each time, whose sum over the ranks is exact in every type."""
-    most = max(EXACT_LIMIT // size, 2)
-    numbers = mx.arange(payload.tokens * payload.width, dtype=mx.int32)
-    mixed = numbers * (2 * rank + 3) + numbers // 5 * (rank + 1) + 5 * turn
-    return (mixed % most).reshape(payload.tokens, payload.width)
+def pattern(payload: Payload, rank: int, round_index: int, size: int) -> mx.array:
+    """Return what a rank sends: integers that differ by rank and round, and whose sum over all ranks is exact."""
+    limit = max(EXACT_LIMIT // size, 2)
+    indices = mx.arange(payload.tokens * payload.width, dtype=mx.int32)
+    mixed = indices * (2 * rank + 3) + indices // 5 * (rank + 1) + 5 * round_index
+    return (mixed % limit).reshape(payload.tokens, payload.width)
 
 
-def expected(payload: Payload, turn: int, rank: int, size: int) -> mx.array:
-    """What a rank must get, as whole numbers."""
-    ranks = sides(rank, size) if payload.kind == "message" else range(size)
-    stacked = mx.stack([pattern(payload, source, turn, size) for source in ranks])
+def expected(payload: Payload, round_index: int, rank: int, size: int) -> mx.array:
+    """Return what a rank must receive, as integers."""
+    ranks = neighbours(rank, size) if payload.kind == "message" else range(size)
+    stacked = mx.stack([pattern(payload, source, round_index, size) for source in ranks])
     return stacked.sum(axis=0) if payload.kind == "sum" else stacked
 
 
-def compare(group: Group, payload: Payload, turn: int, result: mx.array) -> dict[str, Any] | None:
-    """What is wrong with a result: how many values, and whose part unless it is a sum; None if nothing is."""
-    bits = BITS[payload.dtype]
-    right = expected(payload, turn, group.rank, group.size).astype(DTYPES[payload.dtype])
-    is_wrong = result.view(bits) != right.view(bits)
+def compare(group: Group, payload: Payload, round_index: int, result: mx.array) -> dict[str, Any] | None:
+    """Return the number of wrong values in a result and, unless it is a sum, whose they are; None if all are right."""
+    bits = BITS_DTYPES[payload.dtype]
+    correct = expected(payload, round_index, group.rank, group.size).astype(PAYLOAD_DTYPES[payload.dtype])
+    is_wrong = result.view(bits) != correct.view(bits)
     count = int(cast(int, is_wrong.sum().item()))
     if not count:
         return None
-    rows = cast("list[bool]", is_wrong.any(axis=(1, 2)).tolist()) if payload.kind != "sum" else []
-    sent = sides(group.rank, group.size) if payload.kind == "message" else range(group.size)
-    sources = sorted({rank for rank, row in zip(sent, rows, strict=False) if row})
+    has_wrong = cast("list[bool]", is_wrong.any(axis=(1, 2)).tolist()) if payload.kind != "sum" else []
+    senders = neighbours(group.rank, group.size) if payload.kind == "message" else range(group.size)
+    sources = sorted({rank for rank, row_has_wrong in zip(senders, has_wrong, strict=False) if row_has_wrong})
     return {"payload": payload.name, "kind": payload.kind, "count": count, "of": is_wrong.size, "sources": sources}

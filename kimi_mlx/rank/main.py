@@ -1,6 +1,6 @@
-"""One rank's process: joins the ring, loads its share, answers requests until its input ends.
+"""The process of a rank: join the ring, load a share of the model, answer requests until standard input ends.
 
-Started by kimi_mlx.cluster; it reads messages from standard input and writes them to standard output, nothing else.
+kimi_mlx.cluster starts it. It reads messages from standard input, and writes nothing but messages to standard output.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from pathlib import Path
 
 from kimi_mlx.cluster.ring.messages import Message, encode, encode_error
 from kimi_mlx.engine.engine import MOST_NEWS, Engine
+from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.exchange import RankExchange
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.pipeline import PipelineExchange
 from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.rank.channel import Channel, run_rank
-from kimi_mlx.rank.rendezvous import join
+from kimi_mlx.rank.rendezvous import join_group
 from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
@@ -33,20 +35,31 @@ def main() -> None:
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Load and answer."""
+    """Load the model, then execute commands and steps until the front ends the process."""
     prepare_device(start["has_sampling"])
-    group = join(channel, start)
-    folder = _folder(start, group)
+    group = join_group(channel, start)
+    engine = load_engine(channel, start, group)
+    while True:
+        # All ranks take the same number of commands before the same step: rank 0's count travels in the step header.
+        for _ in range(engine.news(channel.num_consumed)):
+            run_command(channel, engine, channel.next_command())
+        if not engine.is_idle:
+            run_step(channel, engine, is_leader=group.rank == 0)
+
+
+def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
+    """Load this rank's share of the model; sends `loading` and `ready`."""
+    folder = _find_folder(start, group)
     channel.report_progress("load")
     if start["needs_tokenizer_files"] and group.rank == 0:
         channel.send("tokenizer_files", files=pack_tokenizer_files(folder))
 
-    def tell(done: int, total: int) -> None:
+    def report_layers(done: int, total: int) -> None:
         channel.report_progress("load")
         channel.send("loading", done=done, total=total)
 
     config = load_config(folder)
-    model = load_share(folder, config, start["dtype"], group, tell, start["strategy"])
+    model = load_share(folder, config, start["dtype"], group, report_layers, start["strategy"])
     channel.report_progress("load")
     choice = None
     if isinstance(model.exchange, RankExchange):
@@ -55,38 +68,23 @@ def serve(channel: Channel, start: Message) -> None:
             choice = choose_sums(group, config.hidden_size, compute_dtype(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())
-    blocks = None
-    if start["cache_dir"] is not None:
-        blocks = open_prompt_cache(
-            Path(start["cache_dir"]),
-            start["cache_disk_bytes"],
-            model,
-            fingerprint(folder, config, group.rank, group.size, start["strategy"]),
-            group,
-            start["place"][1],
-            lambda text: channel.send("note", text=text),
-        )
     engine = Engine(
         model,
         count_commands=lambda: min(channel.num_received, channel.num_consumed + MOST_NEWS),
         speculate=start["speculate"],
         constrain=GrammarCompiler(folder, config.vocab_size).compile,
         cache_bytes=start["cache_memory_bytes"],
-        blocks=blocks,
+        blocks=_open_blocks(channel, start, group, folder, model),
     )
     if start["has_sampling"]:
-        samplers()  # they have been on their way since the start
+        samplers()  # wait for the import that prepare_device started
     channel.report_progress("idle")
     channel.send("ready", context=engine.context, all_reduce=None if choice is None else choice.to_dict())
-    while True:
-        for _ in range(engine.news(channel.num_consumed)):
-            take(channel, engine, channel.next_command())
-        if not engine.is_idle:
-            work(channel, engine, is_leader=group.rank == 0)
+    return engine
 
 
-def take(channel: Channel, engine: Engine, command: Message) -> None:
-    """Carry out a command of the front; all ranks get the same ones in the same order."""
+def run_command(channel: Channel, engine: Engine, command: Message) -> None:
+    """Execute a command of the front. All ranks get the same commands in the same order."""
     if command["kind"] == "reset":
         engine.clear()
         return
@@ -96,12 +94,12 @@ def take(channel: Channel, engine: Engine, command: Message) -> None:
     channel.report_progress("prefill")
     try:
         engine.add(command["request_id"], Request.from_dict(command["request"]))
-    except EngineError as error:  # every rank refuses alike, before any collective
+    except EngineError as error:  # every rank refuses it too, before any collective
         channel.write(encode_error(error, rank=None, kind="refused", request_id=command["request_id"]))
 
 
-def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
-    """A turn of the engine; the leader alone tells of tokens."""
+def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
+    """Run a step of the engine and send its events; only the leader sends tokens and prefill progress."""
     for request_id, event in engine.turn():
         if isinstance(event, EngineError):
             channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))
@@ -111,33 +109,60 @@ def work(channel: Channel, engine: Engine, is_leader: bool) -> None:
 
 
 def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes:
-    """An event of a request as a message; with its end goes how full the caches are."""
+    """Return an event of a request as a message.
+
+    Args:
+        request_id: id of the request.
+        event: event of the engine.
+        cached_tokens: number of tokens in all KV caches, sent with Finished.
+    """
     match event:
         case Prefilled(done, total):
             return encode("prefilled", request_id=request_id, done=done, total=total)
         case Token(id, logprobs):
-            return encode(
-                "token", request_id=request_id, id=id, logprobs=None if logprobs is None else asdict(logprobs)
-            )
+            values = None if logprobs is None else asdict(logprobs)
+            return encode("token", request_id=request_id, id=id, logprobs=values)
         case Finished(reason, statistics):
-            figures = statistics.to_dict()
             return encode(
-                "finished", request_id=request_id, reason=reason, statistics=figures, cached_tokens=cached_tokens
+                "finished",
+                request_id=request_id,
+                reason=reason,
+                statistics=statistics.to_dict(),
+                cached_tokens=cached_tokens,
             )
         case _:
-            raise TypeError(f"{event} is none of a rank's events")
+            raise TypeError(f"{event} is not an event of a rank")
 
 
-def _folder(start: Message, group: Group) -> Path:
-    """Where this host has the model."""
+def _open_blocks(channel: Channel, start: Message, group: Group, folder: Path, model: Model) -> BlockStore | None:
+    """Open the prompt cache on disk; return None if there is none."""
+    if start["cache_dir"] is None:
+        return None
+    return open_prompt_cache(
+        Path(start["cache_dir"]),
+        start["cache_disk_bytes"],
+        model,
+        fingerprint(folder, model.config, group.rank, group.size, start["strategy"]),
+        group,
+        num_local_ranks=start["place"][1],
+        warn=lambda text: channel.send("note", text=text),
+    )
+
+
+def _find_folder(start: Message, group: Group) -> Path:
+    """Return the folder of the model on this host.
+
+    Raises:
+        MissingModelError: the model is not on this host.
+    """
     if start["folder"] is not None:
         return Path(start["folder"])
     folder = find(understand(start["model"]), group.size, start["strategy"], group.rank)
     if folder is None:
         raise MissingModelError(
             f"`{start['model']}` is not on the host of rank {group.rank}",
-            hint=f"fetch it for all: `kimi-mlx launch --hosts ... download {start['model']} "
-            f"--strategy {start['strategy']}`",
+            hint="download it to all hosts: `kimi-mlx launch --hosts ... download "
+            f"{start['model']} --strategy {start['strategy']}`",
             rank=group.rank,
         )
     return folder

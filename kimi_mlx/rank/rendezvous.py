@@ -1,4 +1,4 @@
-"""How a rank joins the others: it names free ports, is told those of all, and connects with `mx.distributed`."""
+"""Connect a rank to the others: it reports free ports, receives the ports of all, and calls `mx.distributed.init`."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
 from kimi_mlx.rank.channel import Channel
-from kimi_mlx.rank.link_test import check
+from kimi_mlx.rank.link_test import check_links
 
 
-def join(channel: Channel, start: Message) -> Group:
-    """Join the ranks that the front has started together; says `listening`, `joined` and `tested`.
+def join_group(channel: Channel, start: Message) -> Group:
+    """Join the ranks that the front has started; sends `listening`, `joined` and `tested`.
 
     Raises:
-        RingError: the others are not found, or an address is not of this host.
+        RingError: cannot connect to the other ranks, or an address does not belong to this host.
     """
     group = join_mlx_group(channel, start)
     return SingleGroup() if group is None else MlxGroup(group)
 
 
 def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | None:
-    """The same as MLX's own group; None for a rank alone."""
+    """Join as `join_group` does; return MLX's own group, or None for a single rank."""
     ports = _ports(start["addresses"], start["rank"])
-    links = _watch(start)
-    port = None if links is None else links.port
-    channel.send("listening", pid=os.getpid(), ports=ports, link_port=port)
+    links = _open_link_watch(start)
+    link_port = None if links is None else links.port
+    channel.send("listening", pid=os.getpid(), ports=ports, link_port=link_port)
     ring = channel.next_command()
     pin_to_cpu(start["place"])
     group = None
     if start["size"] > 1:
         try:
-            group = connect(ring, start["rank"])
-            # the first collective sets up buffers, and shows that all are there
+            group = init_group(ring, start["rank"])
+            # The first collective allocates buffers, and shows that all ranks have connected.
             mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=group))
         except RuntimeError as error:
-            raise RingError(f"the others are not found: {error}", rank=start["rank"]) from error
+            raise RingError(f"cannot connect to the other ranks: {error}", rank=start["rank"]) from error
     if links is not None:
         links.start(ring["word"].encode(), _neighbours(ring["links"], start["rank"]))
         channel.links = links
@@ -56,45 +56,49 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
 
 
 def _test_links(channel: Channel, group: MlxGroup) -> list[dict[str, Any]]:
-    """What arrives otherwise than it was sent; the front, which hears of it from all, finds the link."""
-    mismatches = check(group, quick_payloads(), 1, channel.report_progress)
+    """Return what arrived changed. The front compares the reports of all ranks to find the faulty link."""
+    mismatches = check_links(group, quick_payloads(), 1, channel.report_progress)
     channel.report_progress("idle")
     return mismatches
 
 
 def join_with_peers(channel: Channel, start: Message) -> mx.distributed.Group:
-    """The same for work that one rank alone has none of."""
+    """Join as `join_mlx_group` does, for work that needs two ranks or more."""
     group = join_mlx_group(channel, start)
     if group is None:
-        raise UsageError("there is only one rank", hint="name two hosts or more")
+        raise UsageError("this needs two ranks or more, but there is one", hint="name two hosts or more")
     return group
 
 
 def free_port(address: str) -> int:
-    """A port of this address that nobody listens on now; another process may still take it."""
+    """Return a free port of this address. Another process may still take it before it is used."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
 
 
 def pin_to_cpu(place: Sequence[int]) -> None:
-    """Keep this process on a processor of its own: which of the ranks on this host it is, and of how many."""
+    """Keep this process on its own processor.
+
+    Args:
+        place: index of this rank among the ranks of its host, and their number.
+    """
     number, count = place
     if (processor := processor_of(number, count, available_processors())) is not None:
         os.sched_setaffinity(0, {processor})
 
 
-def connect(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
-    """MLX's group; the file that it wants is there only while it connects.
+def init_group(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
+    """Return MLX's group. MLX's hostfile exists only while it connects.
 
     Args:
-        ring: `file`, `backend` and `coordinator`, as the front tells them.
-        rank: our number.
+        ring: message of the front with `file`, `backend` and `coordinator`.
+        rank: rank of this process.
 
     Raises:
-        RuntimeError: MLX's, if the others are not found.
+        RuntimeError: MLX cannot connect to the other ranks.
     """
-    handle, name = tempfile.mkstemp(suffix=".json")  # in the guard's folder, which goes with it
+    handle, name = tempfile.mkstemp(suffix=".json")  # TMPDIR is the guard's folder, which is removed with it
     with os.fdopen(handle, "w") as file:
         file.write(ring["file"])
     os.environ.update(backend_variables(ring["backend"], rank, name, ring["coordinator"]))
@@ -112,19 +116,19 @@ def _ports(addresses: Sequence[str], rank: int) -> list[int]:
         except OSError as error:
             raise RingError(
                 f"rank {rank} cannot listen on {address}: {error.strerror}",
-                hint="mend the address in the hostfile, or let it be found: `kimi-mlx doctor --hosts ... --save FILE`",
+                hint="correct the address in the hostfile, or run `kimi-mlx doctor --hosts ... --save FILE` to find it",
                 rank=rank,
             ) from error
     return ports
 
 
-def _watch(start: Message) -> LinkWatch | None:
-    """Our end of the watch over the links, if there are any."""
+def _open_link_watch(start: Message) -> LinkWatch | None:
+    """Return our end of the watch over the links; None on a single host."""
     addresses = start["addresses"]
     return LinkWatch(addresses[0]) if addresses and not addresses[0].startswith("127.") else None
 
 
 def _neighbours(links: Sequence[Sequence[Any] | None], rank: int) -> dict[int, tuple[str, int]]:
     size = len(links)
-    beside = {(rank + 1) % size, (rank - 1) % size}
-    return {peer: (link[0], link[1]) for peer in beside if (link := links[peer]) is not None}
+    peers = {(rank + 1) % size, (rank - 1) % size}
+    return {peer: (link[0], link[1]) for peer in peers if (link := links[peer]) is not None}

@@ -1,4 +1,4 @@
-"""One rank's process of the doctor's self-test: joins the others, sums and gathers what must come out exactly."""
+"""The process of a rank during the doctor's self-test: exchange data whose results are known, and time it."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.rank.channel import Channel, run_rank
-from kimi_mlx.rank.link_test import DTYPES, check, exchange, pattern
-from kimi_mlx.rank.rendezvous import join
+from kimi_mlx.rank.link_test import PAYLOAD_DTYPES, check_links, exchange, pattern
+from kimi_mlx.rank.rendezvous import join_group
 
-ROUNDS = 4
-"""How often each payload is checked, in turns with the others."""
+NUM_ROUNDS = 4
+"""Number of checks per payload."""
 
 
 def main() -> None:
-    """Run the test; then wait until the input ends, so that no peer is lost."""
+    """Run a rank."""
     run_rank(serve)
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Join, check, time; says `done`."""
-    group = join(channel, start)
+    """Join, check and time, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
+    group = join_group(channel, start)
     device = mx.default_device().type.name
     payloads = [Payload.from_dict(value) for value in start["payloads"]]
-    channel.report_progress("choice of sums")
-    choice = choose_sums(group, start["hidden_size"], DTYPES["bfloat16" if device == "gpu" else "float32"])
-    mismatches = check(group, payloads, ROUNDS, channel.report_progress)
+    channel.report_progress("choice of all-reduce")
+    dtype = PAYLOAD_DTYPES["bfloat16" if device == "gpu" else "float32"]
+    choice = choose_sums(group, start["hidden_size"], dtype)
+    mismatches = check_links(group, payloads, NUM_ROUNDS, channel.report_progress)
     timings = measure(group, payloads, channel)
     channel.report_progress("idle")
-    sums = None if choice is None else choice.to_dict()
-    channel.send("done", device=device, mismatches=mismatches, timings=timings, all_reduce=sums)
+    all_reduce = None if choice is None else choice.to_dict()
+    channel.send("done", device=device, mismatches=mismatches, timings=timings, all_reduce=all_reduce)
     channel.next_command()
 
 
 def measure(group: Group, payloads: list[Payload], channel: Channel) -> list[dict[str, float]]:
-    """The median and the 99th percentile of each payload's time, in turns with the others."""
-    inputs = [pattern(each, group.rank, 0, group.size).astype(DTYPES[each.dtype]) for each in payloads]
+    """Return the median and the 99th percentile of each payload's time. The payloads take turns."""
+    inputs = [pattern(each, group.rank, 0, group.size).astype(PAYLOAD_DTYPES[each.dtype]) for each in payloads]
     mx.eval(inputs)
     seconds: list[list[float]] = [[] for _ in payloads]
-    for turn in range(max(each.repeats for each in payloads)):
-        for payload, x, taken in zip(payloads, inputs, seconds, strict=True):
-            if turn >= payload.repeats:
+    for round_index in range(max(each.repeats for each in payloads)):
+        for payload, x, times in zip(payloads, inputs, seconds, strict=True):
+            if round_index >= payload.repeats:
                 continue
             channel.report_progress(payload.name)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             exchange(group, payload, x)
-            taken.append(time.perf_counter() - begin)
-    return [{"median_s": statistics.median(each), "p99_s": p99(each), "count": len(each)} for each in seconds]
+            times.append(time.perf_counter() - start)
+    return [{"median_s": statistics.median(times), "p99_s": p99(times), "count": len(times)} for times in seconds]

@@ -341,7 +341,7 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
     code, out, err = run(*where, "--force", "chat", "owner/model", "-p", "hi")
     assert (code, out) == (1, "")
     assert "error: `owner/model` is not on the host of rank 1" in err
-    assert "hint: fetch it for all" in err
+    assert "hint: download it to all hosts" in err
 
 
 @pytest.mark.sweep

@@ -26,11 +26,17 @@ pytestmark = pytest.mark.ranks
 MODULE = "rank_behind_a_relay"
 PROGRAM = """
 import json
-from kimi_mlx.rank import rendezvous as joining
+from kimi_mlx.rank import rendezvous
 from kimi_mlx.rank.self_test import main
 
-connect = joining.connect
-joining.connect = lambda ring, rank: connect({**ring, "file": json.dumps(json.loads(ring["file"])[rank])}, rank)
+init_group = rendezvous.init_group
+
+
+def init_group_of_own_file(ring, rank):
+    return init_group({**ring, "file": json.dumps(json.loads(ring["file"])[rank])}, rank)
+
+
+rendezvous.init_group = init_group_of_own_file
 """
 """Each rank reads a file of its own: it listens at its own port, and finds the next rank at a relay's."""
 
