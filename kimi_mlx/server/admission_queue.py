@@ -1,4 +1,4 @@
-"""How many answers may wait for the engine."""
+"""Admission of requests: a bounded queue in front of the engine."""
 
 from __future__ import annotations
 
@@ -13,66 +13,67 @@ MAX_RETRY_S = 60
 
 
 class AdmissionQueue:
-    """A line with an end.
+    """Limits the number of answers that wait for the engine.
 
     Args:
-        places: answers that may wait, beside those that the engine could begin at once.
-        metrics: where to count.
+        capacity: answers that may wait, in addition to those that the engine can run at once.
+        metrics: metrics of the server.
     """
 
-    def __init__(self, places: int, metrics: Metrics):
-        self._places = places
+    def __init__(self, capacity: int, metrics: Metrics):
+        self._capacity = capacity
         self._metrics = metrics
         self.waiting = 0
-        """Answers that wait now."""
+        """Number of answers that are waiting now."""
         self._last_wait_s = 1.0
 
     def enter(self, count: int, running: int) -> QueueSlot:
-        """Take places for so many answers.
+        """Reserve room for the answers of one request.
 
         Args:
-            count: of answers.
-            running: answers that the engine has begun.
+            count: number of answers.
+            running: number of answers that the engine has started.
 
         Raises:
-            ApiError: 400 if there will never be so many, 429 if there are not now.
+            ApiError: 400 if the request exceeds the queue, 429 if the queue is full now.
         """
-        most = self._places + MAX_SEQUENCES
-        if count > most:
-            message = f"{count} answers are asked for at once, the server takes at most {most}"
-            raise ApiError(400, f"{message} ({MAX_SEQUENCES} run, its `--max-queue` wait)", "invalid_value", "n")
-        if self.waiting + count > most - min(running, MAX_SEQUENCES):
+        limit = self._capacity + MAX_SEQUENCES
+        if count > limit:
+            message = f"the request asks for {count} answers at once; the limit is {limit}"
+            parts = f"{MAX_SEQUENCES} running and `--max-queue` {self._capacity} waiting"
+            raise ApiError(400, f"{message} ({parts})", "invalid_value", "n")
+        if self.waiting + count > limit - min(running, MAX_SEQUENCES):
             self._metrics.refused.inc(count)
             retry = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
             raise ApiError(
                 429,
-                f"{running} answers run and {self.waiting} are waiting already; try again later",
+                f"the queue is full: {running} answers are running and {self.waiting} are waiting; retry later",
                 "queue_full",
                 retry_after_s=retry,
             )
         self.waiting += count
         return QueueSlot(self, count)
 
-    def leave(self, count: int, since: float) -> None:
-        """Free places that were taken at a time."""
-        self._last_wait_s = time.monotonic() - since
+    def leave(self, count: int, entered_at: float) -> None:
+        """Release room that was reserved at a time."""
+        self._last_wait_s = time.monotonic() - entered_at
         self.waiting -= count
 
 
 class QueueSlot:
-    """Places of one request in the line."""
+    """Room in the queue for the answers of one request."""
 
-    def __init__(self, line: AdmissionQueue, count: int):
-        self._line, self._left = line, count
-        self._since = time.monotonic()
+    def __init__(self, queue: AdmissionQueue, count: int):
+        self._queue, self._remaining = queue, count
+        self._entered_at = time.monotonic()
 
-    def begin(self) -> None:
-        """One of its answers waits no longer."""
-        if self._left:
-            self._left -= 1
-            self._line.leave(1, self._since)
+    def start_one(self) -> None:
+        """Release the room of one answer, which is waiting no longer."""
+        if self._remaining:
+            self._remaining -= 1
+            self._queue.leave(1, self._entered_at)
 
     def close(self) -> None:
-        """None of them does."""
-        while self._left:
-            self.begin()
+        """Release all room that is left."""
+        while self._remaining:
+            self.start_one()

@@ -1,4 +1,4 @@
-"""The server's paths, and what stands before them."""
+"""The ASGI application: routes of all APIs, and the middleware around them."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kimi_mlx.server.anthropic.response import error_body
+from kimi_mlx.server.anthropic.response import anthropic_error
 from kimi_mlx.server.anthropic.routes import anthropic_routes
 from kimi_mlx.server.health import health_problem, health_report
 from kimi_mlx.server.http.access_log import AccessLog
+from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.http.context import Context
 from kimi_mlx.server.http.errors_middleware import ErrorFormat, ErrorMiddleware
 from kimi_mlx.server.http.limits import BodyLimitMiddleware
 from kimi_mlx.server.http.security import AuthMiddleware, Security
-from kimi_mlx.server.json_response import JsonResponse
+from kimi_mlx.server.openai.response_fields import openai_error
 from kimi_mlx.server.openai.routes import openai_routes
-from kimi_mlx.server.openapi import document
-from kimi_mlx.server.responses_routes import responses_routes
+from kimi_mlx.server.openapi import openapi_document
 
-APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
-"""The APIs that are served, each with its paths."""
+APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, anthropic_routes)
 
-SHAPES: Mapping[str, ErrorFormat] = {"/v1/messages": error_body}
-"""How they write errors, by the beginning of their paths, where it is not as OpenAI does."""
+ERROR_FORMATS: Mapping[str, ErrorFormat] = {"/v1/messages": anthropic_error}
+"""Error formats by path prefix; all other paths use OpenAI's."""
 
 
-class Cors(CORSMiddleware):
-    """Lets named origins ask; all others are refused by what is behind it, in words."""
+class CorsMiddleware(CORSMiddleware):
+    """Handles requests from allowed origins; others get a readable error from the middleware behind it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a preflight, or pass on."""
+        """Answer a preflight request, or pass the request on."""
         origin = Headers(scope=scope).get("origin")
-        is_named = origin is not None and self.is_allowed_origin(origin)
-        await (super().__call__ if is_named else self.app)(scope, receive, send)
+        is_allowed = origin is not None and self.is_allowed_origin(origin)
+        await (super().__call__ if is_allowed else self.app)(scope, receive, send)
 
 
 def build_app(context: Context, security: Security, max_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
-    """The application.
+    """Return the application.
 
     Args:
-        context: what answers.
-        security: who may ask.
-        max_body_bytes: of a request.
-        log_prompts: whether the log shows bodies.
+        context: service and model info.
+        security: access rules.
+        max_body_bytes: size limit of a request's body.
+        log_prompts: whether request bodies are logged.
     """
-    routes = [route for api in APIS for route in api(context)] + _own_routes(context)
+    routes = [route for api in APIS for route in api(context)] + _status_routes(context)
+    paths = [route.path_format for route in routes]
     app: ASGIApp = BodyLimitMiddleware(Router(routes, redirect_slashes=False), max_body_bytes)
-    app = ErrorMiddleware(AuthMiddleware(app, security), SHAPES, [route.path_format for route in routes])
+    app = ErrorMiddleware(AuthMiddleware(app, security), ERROR_FORMATS, openai_error, paths)
     if security.origins:
-        app = Cors(
+        app = CorsMiddleware(
             app,
             allow_origins=list(security.origins),
             allow_methods=["GET", "POST"],
@@ -64,8 +64,8 @@ def build_app(context: Context, security: Security, max_body_bytes: int, *, log_
     return AccessLog(app, context.service.metrics, routes, log_prompts=log_prompts)
 
 
-def _own_routes(context: Context) -> list[Route]:
-    """Those of no API."""
+def _status_routes(context: Context) -> list[Route]:
+    """Return the routes that belong to no API: health, metrics and the OpenAPI document."""
     service = context.service
 
     async def health(request: Request) -> Response:
@@ -74,12 +74,12 @@ def _own_routes(context: Context) -> list[Route]:
 
     async def metrics(request: Request) -> Response:
         status = service.status()
-        text = service.metrics.text(status, is_up=health_problem(service, status) is None)
+        text = service.metrics.render(status, is_up=health_problem(service, status) is None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    described = document(context.model_info.names)
+    document = openapi_document(context.model_info.names)
 
     async def openapi(request: Request) -> Response:
-        return JsonResponse(described)
+        return JsonResponse(document)
 
     return [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]

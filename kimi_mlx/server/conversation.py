@@ -1,4 +1,4 @@
-"""What every API's body becomes, and what every API's answer is made of."""
+"""Requests and answers in the form that all APIs share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ StopReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """How an answer is to be made, whatever it continues.
+    """Parameters of generation that every kind of request has.
 
     Args:
-        max_tokens: at most so many new tokens; None is the rest of the context.
-        sampling: values of Sampling by name, for what differs from the checkpoint's recommendation.
-        stop: texts that end the answer, and are no part of it.
-        n: how many answers.
-        top_logprobs: with each token its log probability, and so many of the likeliest; None: neither.
-        logit_bias: added to the logits of some tokens, as pairs of an id and a number.
+        max_tokens: limit on new tokens; None allows the rest of the context.
+        sampling: fields of Sampling by name, where they differ from the checkpoint's recommendation.
+        stop: texts that end the answer and are not part of it.
+        n: number of answers.
+        top_logprobs: number of most likely tokens to report with each token; 0 reports only the token's own log
+            probability, None reports neither.
+        logit_bias: pairs of a token id and a number to add to its logit.
     """
 
     max_tokens: int | None = None
@@ -35,19 +36,19 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class ChatRequest(GenerationParams):
-    """A conversation to be answered.
+    """A conversation to answer.
 
     Args:
-        messages: the conversation; ids of tool calls may be foreign ones.
-        tools: in OpenAI's shape, `{"type": "function", "function": {...}}`.
+        messages: conversation; tool call ids may be of any form.
+        tools: tools in OpenAI's form, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
-        response_schema: JSON schema of the answer; True: any JSON object; None: any text.
-        response_schema_name: where the request has it, for errors.
+        response_schema: JSON schema of the answer; True for any JSON object, None for any text.
+        response_schema_name: name of the field that holds the schema, for error messages.
         thinking: whether the model reasons first; None leaves it to the template.
-        template_kwargs: further variables of the chat template, such as `preserve_thinking`.
-        partial: what the assistant has said already, to be gone on from; it is no part of the answer.
-        call_id_prefix: of the ids of new calls where the conversation has none to go by; None: Kimi's own ids.
+        template_kwargs: other variables of the chat template, such as `preserve_thinking`.
+        partial: beginning of the assistant's message, which the answer continues without repeating it.
+        call_id_prefix: prefix for ids of new tool calls if the conversation has no calls yet; None uses Kimi's ids.
     """
 
     messages: tuple[Message, ...] = ()
@@ -64,19 +65,19 @@ class ChatRequest(GenerationParams):
 
 @dataclass(frozen=True)
 class CompletionRequest(GenerationParams):
-    """Plain text, or token ids, to be continued as it is."""
+    """Plain text, or token ids, to continue without a chat template."""
 
     prompt: str | tuple[int, ...] = ""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token of the answer's text, and how likely it was.
+    """A token of the answer's text with its log probability.
 
     Args:
-        token: its bytes, which need not be whole characters.
+        token: bytes of the token, which may end inside a character.
         logprob: natural logarithm of its probability.
-        top: the likeliest tokens and their logarithms, the likeliest first.
+        top: most likely tokens with their log probabilities, most likely first.
     """
 
     token: bytes
@@ -86,13 +87,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer, or of several together.
+    """Token counts of one answer, or the sum over several.
 
     Args:
-        prompt_tokens: of the prompt; of several answers to one, it is counted with the first.
-        completion_tokens: new ones, of which `reasoning` were thought.
-        cached_tokens: of the prompt, those that were not computed anew.
-        reasoning_tokens: see `completion`.
+        prompt_tokens: tokens of the prompt; with several answers to one prompt, only the first answer counts them.
+        completion_tokens: new tokens, including the reasoning.
+        cached_tokens: prompt tokens that came from the prompt cache.
+        reasoning_tokens: new tokens of the reasoning.
     """
 
     prompt_tokens: int = 0
@@ -103,16 +104,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class KeepAlive:
-    """Nothing to say for some seconds: a sign of life.
+    """Sent when there has been nothing else to send for some seconds.
 
     Args:
-        done: tokens of the prompt that are read, of `total`; 0 while the request waits for its turn.
-        total: see `done`.
-        reason: why it waits, if it is for a ring that is started again.
+        prefilled_tokens: prompt tokens processed so far; 0 while the request is queued.
+        prompt_tokens: tokens of the prompt; 0 while the request is queued.
+        reason: error of the ring that is being restarted, if the request waits for that.
     """
 
-    done: int = 0
-    total: int = 0
+    prefilled_tokens: int = 0
+    prompt_tokens: int = 0
     reason: str | None = None
 
 
@@ -121,9 +122,9 @@ class DeltaEvent:
     """What one or more tokens added to an answer.
 
     Args:
-        index: of the answer, below `n`.
-        delta: what was added.
-        logprobs: of the tokens of its text, if they were asked for.
+        index: index of the answer, below `n`.
+        delta: addition.
+        logprobs: log probabilities of the tokens of its text, if requested.
     """
 
     index: int
@@ -136,10 +137,10 @@ class FinishEvent:
     """The end of one answer.
 
     Args:
-        index: of the answer.
-        reason: why it ended.
-        stop_sequence: the text of `stop` that ended it.
-        usage: its tokens.
+        index: index of the answer.
+        reason: reason for the end.
+        stop_sequence: text of `stop` that ended the answer, if one did.
+        usage: token counts.
     """
 
     index: int
@@ -149,38 +150,38 @@ class FinishEvent:
 
 
 AnswerEvent = KeepAlive | DeltaEvent | FinishEvent
-"""What answers come in; those of several answers come mixed, and each answer's last is its FinishEvent."""
+"""Events of several answers are interleaved; the last event of each answer is its FinishEvent."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One whole answer."""
+    """One complete answer."""
 
     delta: Delta
     logprobs: tuple[TokenLogprobs, ...]
-    end: FinishEvent
+    finish: FinishEvent
 
 
-def collect(items: Iterable[AnswerEvent]) -> list[Answer]:
-    """Put pieces together; answers are in the order of their indices."""
-    pieces: dict[int, list[DeltaEvent]] = defaultdict(list)
-    ends: dict[int, FinishEvent] = {}
-    for item in items:
-        if isinstance(item, DeltaEvent):
-            pieces[item.index].append(item)
-        elif isinstance(item, FinishEvent):
-            ends[item.index] = item
+def collect(events: Iterable[AnswerEvent]) -> list[Answer]:
+    """Assemble complete answers from their events, in the order of their indices."""
+    deltas: dict[int, list[DeltaEvent]] = defaultdict(list)
+    finishes: dict[int, FinishEvent] = {}
+    for event in events:
+        if isinstance(event, DeltaEvent):
+            deltas[event.index].append(event)
+        elif isinstance(event, FinishEvent):
+            finishes[event.index] = event
     return [
         Answer(
-            join(piece.delta for piece in pieces[index]),
-            tuple(token for piece in pieces[index] for token in piece.logprobs),
-            ends[index],
+            join(event.delta for event in deltas[index]),
+            tuple(token for event in deltas[index] for token in event.logprobs),
+            finishes[index],
         )
-        for index in sorted(ends)
+        for index in sorted(finishes)
     ]
 
 
-def total_usage(answers: Iterable[FinishEvent]) -> Usage:
-    """Tokens of several answers."""
-    ends = list(answers)
-    return Usage(*(sum(getattr(end.usage, name) for end in ends) for name in Usage.__dataclass_fields__))
+def total_usage(finishes: Iterable[FinishEvent]) -> Usage:
+    """Add up the token counts of several answers."""
+    usages = [finish.usage for finish in finishes]
+    return Usage(*(sum(getattr(usage, name) for usage in usages) for name in Usage.__dataclass_fields__))

@@ -1,4 +1,4 @@
-"""Errors as APIs tell them; each API has its own shape for them."""
+"""Errors of requests, independent of the form in which each API writes them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from kimi_mlx.errors import EngineError, KimiMlxError, RingError, StepError, Tex
 
 
 class ApiError(KimiMlxError):
-    """A request that is answered with an error.
+    """An error response to a request.
 
     Args:
-        status: of HTTP.
-        message: what is wrong, in words.
-        code: the same for programs, such as `context_length_exceeded`; None if the status says it all.
-        param: the place in the body, such as `messages.0.content`.
-        retry_after_s: when to try again, if that is of use.
-        allow: methods of HTTP that the path takes, if the request's is none of them.
+        status: HTTP status code.
+        message: description for people.
+        code: name for programs, such as `context_length_exceeded`; None if the status is enough.
+        param: place in the body, such as `messages[0].content`.
+        retry_after_s: seconds after which to retry, if a retry makes sense.
+        allow: HTTP methods of the path, if the request used another one.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class ApiError(KimiMlxError):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What an error of any kind is to a client: the request's mistake, the ring's loss, or ours."""
+    """Return the error response for any error: 4xx for the client's mistakes, 5xx for the engine's and our own."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, KimiMlxError):
-        return ApiError(500, "the server has made a mistake; its log has more", "internal_error")
+        return ApiError(500, "internal server error; see the server's log", "internal_error")
     message = error.message if error.hint is None else f"{error.message} ({error.hint})"
     if isinstance(error, UsageError | TextError | EngineError):
         return ApiError(400, message, "invalid_value")

@@ -1,4 +1,4 @@
-"""Whether the server can answer."""
+"""Health of the server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from kimi_mlx.server.service import Service
 from kimi_mlx.session.session import SessionStatus
 
 STALE_S = 120.0
-"""A step that takes longer than this, with answers running, is no sign of life."""
+"""Time without a finished step, while answers are running, after which the server reports itself as unavailable."""
 
 
 def health_problem(service: Service, status: SessionStatus) -> str | None:
-    """Why the server cannot answer now; None if it can."""
+    """Return the reason why the server cannot answer now, or None if it can."""
     if service.is_closing:
-        return "the server is being stopped"
+        return "the server is shutting down"
     if not status.is_up:
         return status.reason or "the engine is not up"
     age = status.last_step_age_s
@@ -22,7 +22,7 @@ def health_problem(service: Service, status: SessionStatus) -> str | None:
 
 
 def health_report(service: Service, status: SessionStatus) -> dict[str, object]:
-    """The body of GET /health."""
+    """Return the body of GET /health."""
     reason = health_problem(service, status)
     return {
         "status": "ok" if reason is None else "unavailable",

@@ -1,4 +1,4 @@
-"""The model that is served: its names, and what everybody may know of it."""
+"""Names and properties of the served model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DEFAULT_NAME = "default"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that is served.
+    """The served model.
 
     Args:
-        name: that answers bear.
-        aliases: other names that it may be asked for by.
-        context_tokens: how many tokens it holds.
-        created: since when it is served, in seconds of Unix.
+        name: name in responses.
+        aliases: other names that requests may use.
+        context_tokens: size of the context.
+        created: start of serving, as a Unix time in seconds.
     """
 
     name: str
@@ -30,33 +30,33 @@ class ModelInfo:
 
     @property
     def names(self) -> list[str]:
-        """All that it may be asked for by."""
+        """All names that requests may use."""
         return list(dict.fromkeys([self.name, *self.aliases, DEFAULT_NAME]))
 
     def resolve(self, name: str | None) -> str:
-        """The name that answers bear.
+        """Return the name for the response to a request that names a model, or none.
 
         Raises:
-            ApiError: 404, another model is asked for.
+            ApiError: 404, the request names another model.
         """
         if name is None or name in self.names:
             return self.name
-        names = ", ".join(f"`{each}`" for each in self.names)
-        message = f"the model `{name:.100}` is not served here; there is {names} (`--served-name` gives it others)"
+        names = ", ".join(f"`{name}`" for name in self.names)
+        message = f"the model `{name:.100}` is not served here; available: {names} (`--served-name` adds names)"
         raise ApiError(404, message, "model_not_found", "model")
 
     def to_dict(self) -> dict[str, Any]:
-        """As GET /v1/models lists it."""
+        """Return the entry of GET /v1/models."""
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "kimi-mlx",
-            # as other servers name it, for tools that look for it
+            # the same field as in vLLM, for tools that look for it
             "max_model_len": self.context_tokens,
             "context_length": self.context_tokens,
             "aliases": self.names[1:],
-            # as Anthropic's API has it, on the same path
+            # fields of Anthropic's API, which has the same path
             "type": "model",
             "display_name": self.name,
             "created_at": datetime.fromtimestamp(self.created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

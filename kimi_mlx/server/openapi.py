@@ -1,4 +1,4 @@
-"""The server's own description: OpenAPI 3.1, made from the bodies that it reads."""
+"""The OpenAPI 3.1 document of the server, generated from its request bodies."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.version import __version__
 
-BODIES: dict[str, tuple[type[Body], str]] = {
+POST_PATHS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation"),
     "/v1/completions": (CompletionBody, "Continue plain text"),
-    "/v1/responses": (ResponsesBody, "Answer a conversation, in items"),
-    "/v1/messages": (MessagesBody, "Answer a conversation, as Anthropic's API does"),
+    "/v1/responses": (ResponsesBody, "Answer a conversation of the Responses API"),
+    "/v1/messages": (MessagesBody, "Answer a conversation of Anthropic's Messages API"),
     "/v1/messages/count_tokens": (CountBody, "Count the tokens of a conversation"),
 }
-"""What is read by POST, and what it is for."""
+"""POST paths, each with the model of its body and a summary."""
 
-READS = {
+GET_PATHS = {
     "/v1/models": "The model",
-    "/v1/models/{name}": "The model, by one of its names",
+    "/v1/models/{name}": "The model, under any of its names",
     "/health": "Whether the server can answer",
-    "/metrics": "Figures for Prometheus",
+    "/metrics": "Prometheus metrics",
     "/openapi.json": "This document",
 }
-"""What is read by GET."""
+"""GET paths, each with a summary."""
 
 ERRORS = {
     "400": "The request cannot be served",
-    "401": "No key, or a wrong one",
-    "403": "A foreign host or origin",
-    "404": "No such model",
-    "408": "The body did not come",
+    "401": "The API key is missing or wrong",
+    "403": "The host or origin is not allowed",
+    "404": "The model is not served here",
+    "408": "The body did not arrive in time",
     "413": "The body is too large",
-    "429": "Too many are waiting",
-    "500": "A mistake of the server",
+    "429": "The queue is full",
+    "500": "Internal server error",
     "503": "The engine is not up",
 }
 
 
-def document(model_names: Sequence[str]) -> dict[str, Any]:
-    """The document.
+def openapi_document(model_names: Sequence[str]) -> dict[str, Any]:
+    """Return the document.
 
     Args:
-        model_names: that the model may be asked for by.
+        model_names: names of the model.
     """
-    kinds = [kind for kind, _ in BODIES.values()]
+    kinds = [kind for kind, _ in POST_PATHS.values()]
     names, schemas = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
     )
     definitions: dict[str, Any] = schemas.get("$defs", {})
     for kind in kinds:
         definitions[kind.__name__]["properties"]["model"] = {"enum": [*model_names, None]}
-    posts = {path: {"post": _post(title, names[kind, "validation"]["$ref"])} for path, (kind, title) in BODIES.items()}
-    gets = {path: {"get": _get(path, title)} for path, title in READS.items()}
+    posts = {
+        path: {"post": _post(title, names[kind, "validation"]["$ref"])} for path, (kind, title) in POST_PATHS.items()
+    }
+    gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kimi-mlx", "version": __version__},
@@ -91,7 +93,7 @@ def _get(path: str, title: str) -> dict[str, Any]:
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
     if path == "/health":
         content = {"application/json": {"schema": {"type": "object"}}}
-        operation["responses"]["503"] = {"description": "It cannot, and why", "content": content}
+        operation["responses"]["503"] = {"description": "The server cannot answer, with the reason", "content": content}
     return operation
 
 

@@ -1,145 +1,186 @@
-"""From what is asked to the engine's request."""
+"""Engine requests made from chat and completion requests: prompt, sampling and grammar."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from kimi_mlx.engine.request import Request, Sampling
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import GrammarError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.constraint import grammar_for
 from kimi_mlx.server.conversation import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
+from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from kimi_mlx.text.output import THINK_END, starts_in_reasoning
 
 RESERVED = frozenset(
     {"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"}
     | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"}  # its functions
 )
-"""Variables of the template that are none of a request's options."""
+"""Variables of the template that a request cannot set."""
+
+LEADING_NAME = re.compile(r"`([^`]+)`")
+"""The place that a grammar error names at its beginning."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What to ask the engine, and how to read its answer.
+    """An engine request, and how to read its tokens.
 
     Args:
-        request: for the first of several answers.
-        reader: makes what reads one answer.
+        request: request for the first of several answers.
+        new_reader: function that returns a reader for one answer.
     """
 
     request: Request
-    reader: Callable[[], TokenReader]
+    new_reader: Callable[[], TokenReader]
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """The model that is served, as far as prompts go.
+    """Prepares requests for the served model.
 
     Args:
-        tokenizer: its text side.
-        context_tokens: how many tokens it holds.
-        instant_sampling: values of Sampling, by name, that are recommended where it does not think.
+        tokenizer: tokenizer with the chat template.
+        context_tokens: size of the context.
+        instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
     """
 
     tokenizer: ChatTokenizer
     context_tokens: int
     instant_sampling: Mapping[str, float]
 
-    def prepare(self, wish: ChatRequest | CompletionRequest) -> PreparedRequest:
-        """What to ask the engine; takes long for long prompts.
+    def prepare(self, request: ChatRequest | CompletionRequest) -> PreparedRequest:
+        """Return the engine request; takes long for long prompts.
 
         Raises:
-            ApiError: it can never be served.
-            KimiMlxError: the messages make no prompt.
+            ApiError: the request can never be served.
+            KimiMlxError: the template cannot render the messages.
         """
-        if isinstance(wish, CompletionRequest):
-            prompt, read, grammar = self._text(wish), partial(PlainReader, self.tokenizer.tokenizer), None
+        if isinstance(request, CompletionRequest):
+            prompt, grammar = self._plain_prompt(request), None
+            new_reader = partial(PlainReader, self.tokenizer.tokenizer)
         else:
-            prompt, ids = self._conversation(wish)
-            read = partial(self._chat_reader, prompt, ids)
-            grammar = grammar_for(wish, self.tokenizer.tokenizer.special_tokens, prompt, len(ids.known))
-        left = self.context_tokens - len(prompt)
-        if left < 1:
+            prompt, ids = self._chat_prompt(request)
+            new_reader = partial(self._chat_reader, prompt, ids)
+            special_tokens = self.tokenizer.tokenizer.special_tokens
+            grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
+        remaining = self.context_tokens - len(prompt)
+        if remaining < 1:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens, the context holds {self.context_tokens}",
+                f"the prompt has {len(prompt)} tokens, but the context is {self.context_tokens} tokens",
                 "context_length_exceeded",
-                "messages" if isinstance(wish, ChatRequest) else "prompt",
+                "messages" if isinstance(request, ChatRequest) else "prompt",
             )
-        for id, _ in wish.logit_bias:
+        for id, _ in request.logit_bias:
             self._check_id(id, "logit_bias")
-        request = Request(
+        engine_request = Request(
             prompt,
-            max_tokens=min(left, wish.max_tokens or self.tokenizer.max_tokens or left),
-            sampling=self._sampling(wish),
+            max_tokens=min(remaining, request.max_tokens or self.tokenizer.max_tokens or remaining),
+            sampling=self._sampling(request),
             stop_ids=self.tokenizer.stop_ids,
-            logit_bias=wish.logit_bias,
-            top_logprobs=wish.top_logprobs,
+            logit_bias=request.logit_bias,
+            top_logprobs=request.top_logprobs,
             grammar=grammar,
         )
-        return PreparedRequest(request, read)
+        return PreparedRequest(engine_request, new_reader)
 
-    def count(self, ask: ChatRequest) -> int:
-        """How many tokens its prompt has, more than the context holds or not.
+    def count_tokens(self, request: ChatRequest) -> int:
+        """Return the number of tokens of the prompt, even if it exceeds the context.
 
         Raises:
-            KimiMlxError: the messages make no prompt.
+            KimiMlxError: the template cannot render the messages.
         """
-        return len(self._conversation(ask)[0])
+        return len(self._chat_prompt(request)[0])
 
-    def _conversation(self, ask: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
-        messages, ids = to_kimi_ids(ask.messages, ask.call_id_prefix)
-        options: dict[str, Any] = dict(ask.template_kwargs)
-        if taken := RESERVED & options.keys():
-            raise ApiError(400, f"`{min(taken)}` is no option of the chat template", param="chat_template_kwargs")
-        if ask.thinking is not None:
-            options["thinking"] = ask.thinking
-        tools = None if ask.tool_choice == "none" else list(ask.tools) or None
-        prompt = self.tokenizer.apply_chat_template(messages, tools, **options)
-        if ask.partial is not None:
+    def _chat_prompt(self, request: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
+        messages, ids = to_kimi_ids(request.messages, request.call_id_prefix)
+        variables: dict[str, Any] = dict(request.template_kwargs)
+        if reserved := RESERVED & variables.keys():
+            message = f"`{min(reserved)}` is reserved and cannot be set as a variable of the chat template"
+            raise ApiError(400, message, param="chat_template_kwargs")
+        if request.thinking is not None:
+            variables["thinking"] = request.thinking
+        tools = None if request.tool_choice == "none" else list(request.tools) or None
+        prompt = self.tokenizer.apply_chat_template(messages, tools, **variables)
+        if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
-            if starts_in_reasoning(tokenizer, prompt):  # it has been thought before the first word was said
+            if starts_in_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
                 prompt.append(tokenizer.special_tokens[THINK_END])
-            prompt += tokenizer.encode(ask.partial)
+            prompt += tokenizer.encode(request.partial)
         return tuple(prompt), ids
 
     def _chat_reader(self, prompt: Sequence[int], ids: CallIds) -> TokenReader:
         return ChatReader(self.tokenizer.output_parser(prompt), ids.allocator())
 
     def _check_id(self, id: int, param: str) -> None:
-        vocabulary = self.tokenizer.tokenizer.vocab_size
-        if not 0 <= id < vocabulary:
-            raise ApiError(400, f"token {id} is outside the vocabulary of {vocabulary}", param=param)
+        vocab_size = self.tokenizer.tokenizer.vocab_size
+        if not 0 <= id < vocab_size:
+            raise ApiError(400, f"token {id} is outside the vocabulary of {vocab_size} tokens", param=param)
 
-    def _text(self, wish: CompletionRequest) -> tuple[int, ...]:
-        if isinstance(wish.prompt, str):
-            ids = self.tokenizer.encode(wish.prompt)
+    def _plain_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
             return tuple(ids) if ids or bos is None else (bos,)
-        for id in wish.prompt:
+        for id in request.prompt:
             self._check_id(id, "prompt")
-        if not wish.prompt:
+        if not request.prompt:
             raise ApiError(400, "the prompt has no tokens", param="prompt")
-        return wish.prompt
+        return request.prompt
 
-    def _sampling(self, wish: GenerationParams) -> Sampling:
-        is_instant = isinstance(wish, ChatRequest) and wish.thinking is False
+    def _sampling(self, request: GenerationParams) -> Sampling:
+        is_instant = isinstance(request, ChatRequest) and request.thinking is False
         recommended = dict(self.instant_sampling) if is_instant else {}
-        asked = {name: value for name, value in wish.sampling.items() if value is not None}
+        requested = {name: value for name, value in request.sampling.items() if value is not None}
         try:
-            return replace(self.tokenizer.sampling, **{**recommended, **asked})
+            return replace(self.tokenizer.sampling, **{**recommended, **requested})
         except UsageError as error:
             raise ApiError(400, error.message) from error
 
 
+def request_grammar(
+    request: ChatRequest, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int
+) -> str | None:
+    """Return the grammar of an answer, or None if the answer is unconstrained.
+
+    Args:
+        request: request.
+        special_tokens: special tokens of the tokenizer.
+        prompt: prompt of the answer.
+        num_calls: number of tool calls in the conversation so far.
+
+    Raises:
+        ApiError: 400, an invalid schema or tool, with its place.
+    """
+    if request.partial is not None and request.response_schema is not None:
+        message = "a partial message cannot be combined with a schema for the answer"
+        raise ApiError(400, message, param=request.response_schema_name)
+    try:
+        return build_grammar(
+            special_tokens,
+            detect_thinking(special_tokens, prompt),
+            request.response_schema,
+            request.tools,
+            request.tool_choice,
+            request.parallel_tool_calls,
+            num_calls,
+            request.response_schema_name,
+        )
+    except GrammarError as error:
+        name = LEADING_NAME.match(error.message)
+        message = error.message if error.hint is None else f"{error.message} ({error.hint})"
+        raise ApiError(400, message, "invalid_schema", name.group(1) if name else None) from error
+
+
 def request_for_choice(request: Request, index: int) -> Request:
-    """The request for one of several answers: each is drawn with random numbers of its own."""
+    """Return the request for one of several answers, with a seed of its own."""
     seed = request.sampling.seed
     if seed is None or index == 0:
         return request

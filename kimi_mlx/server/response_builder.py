@@ -1,4 +1,4 @@
-"""One answer: the engine's events in, pieces and the end out."""
+"""Building one answer: tokens of the engine in, deltas and the end out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Protocol
 from kimi_mlx.engine.request import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
 from kimi_mlx.server.conversation import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
-from kimi_mlx.server.stops import StopSequences
 from kimi_mlx.server.tool_calls import CallIdAllocator
 from kimi_mlx.text.messages import Delta
 from kimi_mlx.text.output import OutputParser
@@ -17,60 +16,101 @@ from kimi_mlx.text.tokenizer import Tokenizer
 
 
 class TokenReader(Protocol):
-    """Makes text of tokens."""
+    """Turns tokens into text."""
 
     def add(self, token_id: int) -> Delta:
-        """What a token adds."""
+        """Return what a token adds."""
         ...
 
     def finish(self) -> Delta:
-        """What is left when no more come."""
+        """Return what is left after the last token."""
         ...
 
 
 class PlainReader:
-    """Text as it is, without reasoning and calls; control tokens are left out."""
+    """Reads plain text, without reasoning and tool calls; drops control tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._decoder = tokenizer.detokenizer()
         self._control = frozenset(tokenizer.special_tokens.values())
 
     def add(self, token_id: int) -> Delta:
-        """What a token adds."""
+        """Return what a token adds."""
         try:
             return Delta() if token_id in self._control else Delta(self._decoder.add(token_id))
-        except TextError:  # an id that the vocabulary does not have
+        except TextError:  # an id that is not in the vocabulary
             return Delta(self._decoder.finish() + "\ufffd")
 
     def finish(self) -> Delta:
-        """Half a character, if there is one."""
+        """Return an incomplete character, if there is one."""
         return Delta(self._decoder.finish())
 
 
 class ChatReader:
-    """Reasoning, text and calls, whose ids are those of the client's kind."""
+    """Reads reasoning, text and tool calls; gives the calls ids of the client's form."""
 
     def __init__(self, parser: OutputParser, ids: CallIdAllocator):
         self._parser, self._ids = parser, ids
 
     def add(self, token_id: int) -> Delta:
-        """What a token adds."""
+        """Return what a token adds."""
         return self._ids.assign(self._parser.add(token_id))
 
     def finish(self) -> Delta:
-        """What is still open."""
+        """Return what is still open."""
         return self._ids.assign(self._parser.finish())
 
 
-class ResponseBuilder:
-    """One answer as it comes.
+class StopSequences:
+    """Finds stop texts across deltas; holds back text that may be the beginning of one.
 
     Args:
-        index: which of several.
-        tokenizer: for the bytes of tokens.
-        reader: of the tokens.
-        stop: texts that end the answer.
-        counts_prompt: whether its prompt is not counted with another answer already.
+        texts: stop texts, none of them empty.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        self._texts = tuple(texts)
+        self._held = ""
+        self.matched: str | None = None
+        """The text that ended the answer."""
+
+    def add(self, text: str) -> str:
+        """Take the next text and return what can be sent; nothing is sent after a match."""
+        if self.matched is not None:
+            return ""
+        if not self._texts:
+            return text
+        text = self._held + text
+        matches = [(at, stop) for stop in self._texts if (at := text.find(stop)) >= 0]
+        if matches:
+            at, self.matched = min(matches, key=lambda match: match[0])
+            self._held = ""
+            return text[:at]
+        num_held = max(_overlap(text, stop) for stop in self._texts)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        held = self._held
+        self._held = ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the number of characters at the end of a text that may be the beginning of a stop text."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class ResponseBuilder:
+    """Builds one answer from the engine's events.
+
+    Args:
+        index: index of the answer.
+        tokenizer: tokenizer, for the bytes of tokens.
+        reader: reader of the tokens.
+        stop: stop texts.
+        counts_prompt: whether this answer's usage includes the prompt; true for one answer per prompt.
     """
 
     def __init__(
@@ -82,68 +122,69 @@ class ResponseBuilder:
         self._reader = reader
         self._stops = StopSequences(stop)
         self._has_calls = False
-        self._tokens = _Tokens()
-        self.generated = 0
-        self._reasoning = 0
-        self._unassigned = 0  # tokens since the last that showed anything
+        self._logprobs = _LogprobBuffer()
+        self.num_tokens = 0
+        self._num_reasoning = 0
+        self._num_unassigned = 0  # tokens since the last one that added something
         self._control = frozenset(tokenizer.special_tokens.values())
 
     @property
     def is_stopped(self) -> bool:
-        """Whether one of the texts has ended it: the engine is to be told."""
-        return self._stops.found is not None
+        """Whether a stop text has ended the answer; its request should then be cancelled."""
+        return self._stops.matched is not None
 
     def add(self, token: Token) -> Iterator[DeltaEvent]:
-        """Take a token; nothing counts after the end."""
+        """Add a token; tokens after a stop text are ignored."""
         if self.is_stopped:
             return
-        self.generated += 1
+        self.num_tokens += 1
         delta = self._reader.add(token.id)
         if token.logprobs is not None and token.id not in self._control:
             top = tuple((self._bytes(id), logprob) for id, logprob in token.logprobs.top)
-            self._tokens.add(TokenLogprobs(self._bytes(token.id), token.logprobs.token, top))
-        self._count(delta)
-        yield from self._piece(delta, self._stops.add(delta.text))
+            self._logprobs.add(TokenLogprobs(self._bytes(token.id), token.logprobs.token, top))
+        self._count_reasoning(delta)
+        yield from self._events(delta, self._stops.add(delta.text))
 
     def finish(self, event: Finished) -> Iterator[DeltaEvent | FinishEvent]:
-        """The rest, and the end."""
+        """Return what is left, and the end."""
         if not self.is_stopped:
             delta = self._reader.finish()
-            self._count(delta)
-            yield from self._piece(delta, self._stops.add(delta.text))
+            self._count_reasoning(delta)
+            yield from self._events(delta, self._stops.add(delta.text))
             if not self.is_stopped:
-                yield from self._piece(Delta(), self._stops.finish())
-        yield FinishEvent(self.index, self._reason(event), self._stops.found, self._usage(event.statistics))
+                yield from self._events(Delta(), self._stops.finish())
+        yield FinishEvent(self.index, self._reason(event), self._stops.matched, self._usage(event.statistics))
 
     def _reason(self, event: Finished) -> StopReason:
         if self.is_stopped or event.reason == "cancelled":
             return "stop"
         return "tool_calls" if self._has_calls and event.reason == "stop" else event.reason
 
-    def _usage(self, figures: Statistics) -> Usage:
-        prompt = (figures.prompt_tokens, figures.cached_tokens) if self._counts_prompt else (0, 0)
-        return Usage(prompt[0], self.generated, prompt[1], self._reasoning)
+    def _usage(self, statistics: Statistics) -> Usage:
+        prompt = (statistics.prompt_tokens, statistics.cached_tokens) if self._counts_prompt else (0, 0)
+        return Usage(prompt[0], self.num_tokens, prompt[1], self._num_reasoning)
 
-    def _count(self, delta: Delta) -> None:
-        """Which tokens were thought: those that showed reasoning, and those before them that showed nothing yet."""
-        self._unassigned += 1
+    def _count_reasoning(self, delta: Delta) -> None:
+        """Count tokens that added reasoning, with the tokens before them that had added nothing yet."""
+        self._num_unassigned += 1
         if delta:
-            self._reasoning += self._unassigned if delta.reasoning else 0
-            self._unassigned = 0
+            self._num_reasoning += self._num_unassigned if delta.reasoning else 0
+            self._num_unassigned = 0
 
-    def _piece(self, delta: Delta, shown: str) -> Iterator[DeltaEvent]:
+    def _events(self, delta: Delta, text: str) -> Iterator[DeltaEvent]:
+        """Yield a delta with the part of its text that can be sent now."""
         self._has_calls = self._has_calls or bool(delta.tool_call_deltas)
-        if delta and not delta.text:  # something else begins, and text that was held back stands before it
+        if delta and not delta.text:  # other content begins: text that was held back comes before it
             held = self._stops.finish()
             if held:
-                yield DeltaEvent(self.index, Delta(held), self._tokens.release(len(held)))
+                yield DeltaEvent(self.index, Delta(held), self._logprobs.release(len(held)))
         if delta.text:
-            self._tokens.place(len(delta.text))
+            self._logprobs.place(len(delta.text))
         elif delta:
-            self._tokens.drop()
-        delta = replace(delta, text=shown)
+            self._logprobs.drop()
+        delta = replace(delta, text=text)
         if delta:
-            yield DeltaEvent(self.index, delta, self._tokens.release(len(shown)))
+            yield DeltaEvent(self.index, delta, self._logprobs.release(len(text)))
 
     def _bytes(self, id: int) -> bytes:
         try:
@@ -152,31 +193,31 @@ class ResponseBuilder:
             return b""
 
 
-class _Tokens:
-    """Log probabilities of tokens that wait until the text is shown that they made."""
+class _LogprobBuffer:
+    """Log probabilities of tokens, kept until the text of the tokens is sent."""
 
     def __init__(self) -> None:
         self._new: list[TokenLogprobs] = []
         self._placed: list[tuple[int, TokenLogprobs]] = []
         self._length = 0
-        self._shown = 0
+        self._sent = 0
 
     def add(self, token: TokenLogprobs) -> None:
         self._new.append(token)
 
     def place(self, length: int) -> None:
-        """The new tokens have made so many characters of text."""
+        """Assign the new tokens to the next `length` characters of text."""
         self._placed += [(self._length, token) for token in self._new]
         self._new = []
         self._length += length
 
     def drop(self) -> None:
-        """They have made something else."""
+        """Discard the new tokens, which are not part of the text."""
         self._new = []
 
     def release(self, length: int) -> tuple[TokenLogprobs, ...]:
-        """Those whose text begins in the next so many characters."""
-        self._shown += length
-        shown = tuple(token for at, token in self._placed if at < self._shown)
-        self._placed = self._placed[len(shown) :]
-        return shown
+        """Return the tokens whose text begins in the next `length` characters that are sent."""
+        self._sent += length
+        released = tuple(token for at, token in self._placed if at < self._sent)
+        self._placed = self._placed[len(released) :]
+        return released

@@ -1,4 +1,4 @@
-"""A server, from its parts; how it ends."""
+"""The HTTP server: assembly, start and shutdown."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from kimi_mlx.server.service import Service
 from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
 
-KEEP_ALIVE_S = 75
-"""For connections without a request: longer than clients keep them."""
+IDLE_CONNECTION_S = 75
+"""Time after which an idle connection is closed; longer than clients keep theirs."""
 
-END_LIMIT_S = 10
-"""For clients to take the end of their answers."""
+SHUTDOWN_S = 10
+"""Time for clients to receive the end of their answers."""
 
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """How to serve.
+    """Options of the server.
 
     Args:
-        security: who may ask.
-        max_queue: answers that may wait.
-        max_body_bytes: of a request.
-        log_prompts: whether the log shows bodies.
+        security: access rules.
+        max_queue: answers that may wait for the engine.
+        max_body_bytes: size limit of a request's body.
+        log_prompts: whether request bodies are logged.
     """
 
     security: Security = field(default_factory=Security)
@@ -47,15 +47,15 @@ class ServingOptions:
 
 
 class Server(uvicorn.Server):
-    """Serves a model until it is told to end: `run([socket])`.
+    """Serves a model until it is told to exit; start it with `run([socket])`.
 
     Args:
-        session: the loaded model.
-        tokenizer: its text side.
-        served: its names.
-        instant_sampling: values of Sampling that are recommended where it does not think.
-        options: how.
-        when_ready: called as soon as it answers.
+        session: session with the loaded model.
+        tokenizer: tokenizer with the chat template.
+        model_info: names and properties of the model.
+        instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
+        options: options of the server.
+        on_ready: callback for the moment from which the server answers.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Server(uvicorn.Server):
         model_info: ModelInfo,
         instant_sampling: Mapping[str, float],
         options: ServingOptions,
-        when_ready: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
     ):
-        self._when_ready = when_ready
+        self._on_ready = on_ready
         model_info = replace(model_info, context_tokens=min(model_info.context_tokens, session.context))
-        model = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling)
-        self.service = Service(session, model, options.max_queue, Metrics())
+        prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling)
+        self.service = Service(session, prompt_builder, options.max_queue, Metrics())
         app = build_app(
             Context(self.service, model_info),
             options.security,
@@ -86,23 +86,23 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=END_LIMIT_S,
+            timeout_keep_alive=IDLE_CONNECTION_S,
+            timeout_graceful_shutdown=SHUTDOWN_S,
         )
         super().__init__(config)
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
+        logging.getLogger("uvicorn.error").addFilter(_is_relevant)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin."""
+        """Start to answer requests."""
         await super().startup(sockets)
-        self._when_ready()
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the answers, then wait until their clients have taken the ends."""
+        """End all answers, then wait until clients have received the ends."""
         self.service.close()
         await super().shutdown(sockets)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line is worth writing: requests that are cut off when the server ends are no mistakes."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Drop log records of requests that the shutdown cancelled."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

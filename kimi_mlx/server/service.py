@@ -1,10 +1,12 @@
-"""Answers what is asked: prompt, engine, pieces."""
+"""The service: answers requests of all APIs with one session."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 
@@ -15,123 +17,124 @@ from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlot
 from kimi_mlx.server.conversation import AnswerEvent, ChatRequest, CompletionRequest, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
-from kimi_mlx.server.inbox import EventQueue
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import PromptBuilder, request_for_choice
 from kimi_mlx.server.response_builder import ResponseBuilder
-from kimi_mlx.server.ring_log import RingLog
 from kimi_mlx.session.session import Session, SessionStatus
 
 LOG = logging.getLogger(__name__)
 
 KEEP_ALIVE_INTERVAL_S = 5.0
-"""After so long without anything to say comes a sign of life."""
+"""Time without other events after which a KeepAlive is sent."""
 
 
 class Service:
-    """One model and whoever asks it.
+    """Answers requests with one session.
 
     Args:
-        session: the loaded model.
-        model: its text side.
-        places: answers that may wait for the engine.
-        metrics: where to count.
+        session: session with the loaded model.
+        prompt_builder: builder of the engine's requests.
+        queue_capacity: answers that may wait for the engine.
+        metrics: metrics of the server.
     """
 
-    def __init__(self, session: Session, model: PromptBuilder, places: int, metrics: Metrics):
+    def __init__(self, session: Session, prompt_builder: PromptBuilder, queue_capacity: int, metrics: Metrics):
         self.session = session
-        self.prompt_builder = model
+        self.prompt_builder = prompt_builder
         self.metrics = metrics
         self.is_closing = False
         self.running = 0
-        """Answers that the engine has begun."""
+        """Number of answers that the engine has started."""
         self.ring_log = RingLog()
-        self._line = AdmissionQueue(places, metrics)
-        self._runs: set[_Run] = set()
+        self._queue = AdmissionQueue(queue_capacity, metrics)
+        self._active: set[_ActiveRequest] = set()
 
-    async def answer(self, *wishes: ChatRequest | CompletionRequest) -> AsyncGenerator[AnswerEvent, None]:
-        """Answer; leaving the iteration, or cancelling its task, ends the answers soon.
+    async def answer(self, *requests: ChatRequest | CompletionRequest) -> AsyncGenerator[AnswerEvent, None]:
+        """Yield the events of all answers; leaving the iteration, or cancelling its task, cancels the answers.
 
-        The answers are numbered through: those to the first wish, then those to the next.
+        Answers are numbered over all requests: first those to the first request, then those to the next.
 
         Raises:
-            ApiError: they cannot be served; before the first item if that is known then.
+            ApiError: the requests cannot be served; raised before the first event if that is known by then.
         """
         if self.is_closing:
-            raise stopping()
-        turn = self._line.enter(sum(wish.n for wish in wishes), self.running)
-        run = None
+            raise shutting_down()
+        slot = self._queue.enter(sum(request.n for request in requests), self.running)
+        active = None
         try:
-            readings, requests = await anyio.to_thread.run_sync(self._prepare, wishes)
-            run = _Run(self, turn, readings)
-            self._runs.add(run)
-            # in a thread: a ring's session writes to its ranks
-            await anyio.to_thread.run_sync(run.submit, requests)
-            async for item in run.items():
-                yield item
+            builders, engine_requests = await anyio.to_thread.run_sync(self._prepare, requests)
+            active = _ActiveRequest(self, slot, builders)
+            self._active.add(active)
+            # in a thread, because the session of a ring writes to its ranks
+            await anyio.to_thread.run_sync(active.submit, engine_requests)
+            async for event in active.events():
+                yield event
         except Exception as error:
-            if (told := api_error(error)).code == "internal_error":
-                LOG.exception("an answer has failed")
-            raise told from error
+            response_error = api_error(error)
+            if response_error.code == "internal_error":
+                LOG.exception("an answer failed")
+            raise response_error from error
         finally:
-            turn.close()
-            if run is not None:
-                self._runs.discard(run)
-                run.close()
+            slot.close()
+            if active is not None:
+                self._active.discard(active)
+                active.close()
 
     def _prepare(
-        self, wishes: Sequence[ChatRequest | CompletionRequest]
+        self, requests: Sequence[ChatRequest | CompletionRequest]
     ) -> tuple[list[ResponseBuilder], list[Request]]:
-        """Prompts take long, so this is done in a thread."""
-        readings: list[ResponseBuilder] = []
-        requests: list[Request] = []
+        """Prepare one builder and one engine request for each answer; runs in a thread, as long prompts take time."""
+        builders: list[ResponseBuilder] = []
+        engine_requests: list[Request] = []
         tokenizer = self.prompt_builder.tokenizer.tokenizer
-        for wish in wishes:
-            prepared = self.prompt_builder.prepare(wish)
-            for number in range(wish.n):
-                reader = prepared.reader()
-                readings.append(ResponseBuilder(len(readings), tokenizer, reader, wish.stop, counts_prompt=number == 0))
-                requests.append(request_for_choice(prepared.request, number))
-        return readings, requests
+        for request in requests:
+            prepared = self.prompt_builder.prepare(request)
+            for choice in range(request.n):
+                reader = prepared.new_reader()
+                builders.append(
+                    ResponseBuilder(len(builders), tokenizer, reader, request.stop, counts_prompt=choice == 0)
+                )
+                engine_requests.append(request_for_choice(prepared.request, choice))
+        return builders, engine_requests
 
     def status(self) -> SessionStatus:
-        """How the engine is getting on."""
+        """Return the status of the session."""
         return self.session.status()
 
     @property
     def waiting(self) -> int:
-        """Answers that the engine has not begun."""
-        return self._line.waiting
+        """Number of answers that the engine has not started."""
+        return self._queue.waiting
 
     def close(self) -> None:
-        """End all answers, and refuse new ones; the engine's step is not waited for."""
+        """End all answers and refuse new requests, without waiting for the engine's current step."""
         self.is_closing = True
-        for run in list(self._runs):
-            run.stop()
+        for active in list(self._active):
+            active.stop()
         self.session.cancel_all()
 
 
-class _Run:
-    """The answers to one request while they are made."""
+class _ActiveRequest:
+    """The answers to one request while they are generated."""
 
-    def __init__(self, service: Service, turn: QueueSlot, readings: Sequence[ResponseBuilder]):
+    def __init__(self, service: Service, slot: QueueSlot, builders: Sequence[ResponseBuilder]):
         self._session, self._metrics = service.session, service.metrics
-        self._service, self._turn = service, turn
-        self._inbox = EventQueue()
-        self._open = {reading.index: reading for reading in readings}
+        self._service, self._slot = service, slot
+        self._queue = EventQueue()
+        self._open = {builder.index: builder for builder in builders}
         self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._is_closed = False
-        self._asked_at = time.monotonic()
-        self._heard_at: dict[int, float] = {}  # of answers that have begun, when their last token came
+        self._created_at = time.monotonic()
+        self._last_token_at: dict[int, float] = {}  # of answers that have started
         self._state = KeepAlive()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Ask the engine; in a thread, which may go on when whoever waited for it has gone."""
+        """Submit the requests to the engine; runs in a thread, which may outlive the client's connection."""
         for index, request in enumerate(requests):
             if self._is_closed:
                 return
-            request_id = self._session.submit(request, partial(self._inbox.put, index))
+            request_id = self._session.submit(request, partial(self._queue.put, index))
             with self._lock:
                 self._request_ids[index] = request_id
                 is_late = self._is_closed
@@ -139,25 +142,25 @@ class _Run:
                 self._session.cancel(request_id)
 
     def stop(self) -> None:
-        """Tell whoever reads that the server ends."""
+        """End all answers because the server is shutting down."""
         for index in list(self._open):
-            self._inbox.put(index, stopping())
+            self._queue.put(index, shutting_down())
 
-    async def items(self) -> AsyncGenerator[AnswerEvent, None]:
-        """What comes, until all answers have ended."""
-        said_at = time.monotonic()
+    async def events(self) -> AsyncGenerator[AnswerEvent, None]:
+        """Yield events until all answers have ended."""
+        sent_at = time.monotonic()
         while self._open:
-            for index, event in await self._inbox.take(said_at + KEEP_ALIVE_INTERVAL_S - time.monotonic()):
+            for index, event in await self._queue.take(sent_at + KEEP_ALIVE_INTERVAL_S - time.monotonic()):
                 if index in self._open:
-                    for item in self._hear(index, event):
-                        yield item
-                        said_at = time.monotonic()
-            if time.monotonic() - said_at >= KEEP_ALIVE_INTERVAL_S:
+                    for answer_event in self._handle(index, event):
+                        yield answer_event
+                        sent_at = time.monotonic()
+            if time.monotonic() - sent_at >= KEEP_ALIVE_INTERVAL_S:
                 yield self._state
-                said_at = time.monotonic()
+                sent_at = time.monotonic()
 
     def close(self) -> None:
-        """Withdraw what is not finished; what is being submitted is withdrawn then."""
+        """Cancel unfinished requests, including those still being submitted."""
         with self._lock:
             self._is_closed = True
         for index in list(self._open):
@@ -166,61 +169,122 @@ class _Run:
                 self._session.cancel(self._request_ids[index])
                 self._metrics.cancelled.inc()
 
-    def _hear(self, index: int, event: Event | BaseException) -> Iterator[AnswerEvent]:
+    def _handle(self, index: int, event: Event | BaseException) -> Iterator[AnswerEvent]:
         if isinstance(event, BaseException):
             self._end(index)
             if isinstance(event, RingError):
-                self._service.ring_log.gone(event)
+                self._service.ring_log.on_failed(event)
             raise event
         if isinstance(event, Interrupted):
             self._metrics.interruptions.inc()
-            self._service.ring_log.lost(event)
+            self._service.ring_log.on_interrupted(event)
             self._state = KeepAlive(reason=event.reason)
             yield self._state
         elif isinstance(event, Resumed):
-            self._service.ring_log.back(event)
+            self._service.ring_log.on_resumed(event)
             self._state = KeepAlive()
         else:
-            self._begin(index)
-            yield from self._read(index, event)
+            self._start(index)
+            yield from self._build(index, event)
 
-    def _read(self, index: int, event: Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
-        reading = self._open[index]
+    def _build(self, index: int, event: Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
+        builder = self._open[index]
         if isinstance(event, Prefilled):
             self._state = KeepAlive(event.done, event.total)
         elif isinstance(event, Token):
-            if not reading.is_stopped:
-                self._measure(index, is_first=reading.generated == 0)
-                yield from reading.add(event)
-                if reading.is_stopped:
+            if not builder.is_stopped:
+                self._observe_latency(index, is_first=builder.num_tokens == 0)
+                yield from builder.add(event)
+                if builder.is_stopped:
                     self._session.cancel(self._request_ids[index])
         else:
             self._end(index)
-            if event.reason == "cancelled" and not reading.is_stopped:
-                raise stopping()
-            for item in reading.finish(event):
-                if isinstance(item, FinishEvent):
-                    self._metrics.count(item.usage)
-                yield item
+            if event.reason == "cancelled" and not builder.is_stopped:
+                raise shutting_down()
+            for answer_event in builder.finish(event):
+                if isinstance(answer_event, FinishEvent):
+                    self._metrics.add_usage(answer_event.usage)
+                yield answer_event
 
-    def _begin(self, index: int) -> None:
-        if index not in self._heard_at:
-            self._heard_at[index] = self._asked_at
-            self._turn.begin()
+    def _start(self, index: int) -> None:
+        if index not in self._last_token_at:
+            self._last_token_at[index] = self._created_at
+            self._slot.start_one()
             self._service.running += 1
 
     def _end(self, index: int) -> None:
         del self._open[index]
-        if index in self._heard_at:
+        if index in self._last_token_at:
             self._service.running -= 1
 
-    def _measure(self, index: int, *, is_first: bool) -> None:
+    def _observe_latency(self, index: int, *, is_first: bool) -> None:
         now = time.monotonic()
-        figure = self._metrics.ttft if is_first else self._metrics.gap
-        figure.observe(now - self._heard_at[index])
-        self._heard_at[index] = now
+        histogram = self._metrics.ttft if is_first else self._metrics.gap
+        histogram.observe(now - self._last_token_at[index])
+        self._last_token_at[index] = now
 
 
-def stopping() -> ApiError:
-    """The server ends, or somebody has cancelled everything."""
-    return ApiError(503, "the server is being stopped", "stopping")
+EngineEvent = tuple[int, "Event | BaseException"]
+"""Index of an answer, and an event or error of the engine."""
+
+
+class EventQueue:
+    """Brings events from the engine's thread to the event loop; one reader, any number of writers."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[EngineEvent] = deque()
+        self._is_woken = False
+        self._arrived = asyncio.Event()
+
+    def put(self, index: int, event: Event | BaseException) -> None:
+        """Append an event and wake the loop (wake-ups are coalesced)."""
+        self._events.append((index, event))
+        if not self._is_woken:
+            self._is_woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._arrived.set)
+            except RuntimeError:  # the loop has ended, so there is no reader
+                self._events.clear()
+
+    async def take(self, timeout_s: float) -> list[EngineEvent]:
+        """Return all events that have arrived; an empty list if none arrives in time."""
+        if not self._events:
+            try:
+                await asyncio.wait_for(self._arrived.wait(), max(timeout_s, 0.001))
+            except asyncio.TimeoutError:
+                return []
+        self._arrived.clear()
+        self._is_woken = False  # before events are taken, so that later ones wake the loop again
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+
+class RingLog:
+    """Logs each loss of the ring once, however many answers it interrupts."""
+
+    def __init__(self) -> None:
+        self._last: Interrupted | RingError | None = None
+        self._is_lost = False
+
+    def on_interrupted(self, event: Interrupted) -> None:
+        """Log that the ring was lost."""
+        if event is not self._last:  # all answers receive the same object
+            self._last, self._is_lost = event, True
+            LOG.warning("lost the ring: %s (restart %d of %d)", event.reason, event.attempt, event.attempts)
+
+    def on_failed(self, error: RingError) -> None:
+        """Log that the ring will not be restarted again."""
+        if error is not self._last:
+            self._last = error
+            LOG.error("the ring failed for good: %s", error.message)
+
+    def on_resumed(self, event: Resumed) -> None:
+        """Log that the ring is up again."""
+        if self._is_lost:
+            self._is_lost = False
+            LOG.warning("the ring is up again after %.1f s", event.seconds)
+
+
+def shutting_down() -> ApiError:
+    """Return the error of requests that end because the server shuts down or all requests were cancelled."""
+    return ApiError(503, "the server is shutting down", "stopping")

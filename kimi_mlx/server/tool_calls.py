@@ -1,8 +1,8 @@
-"""Ids of tool calls: the client's on its side, Kimi's `functions.NAME:INDEX` on the model's.
+"""Tool calls of a conversation: their ids, and the order of their parts in an answer.
 
-Kimi counts calls from 0 over the whole conversation, and does worse if it reads ids of another kind. So every call
-is counted anew on the way in, whatever its id, and a new call is given an id of the client's kind on the way out.
-Nothing needs to be remembered between two requests: what comes back is counted again.
+Kimi numbers the calls of a conversation from 0, as `functions.NAME:INDEX`, and does worse if it reads other ids. So
+every call gets Kimi's id on its way to the model, whatever the client named it, and a new call gets an id of the
+client's form on its way back. Nothing is stored between requests: each request numbers its calls again.
 """
 
 from __future__ import annotations
@@ -15,119 +15,144 @@ from dataclasses import dataclass, replace
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
 
-NATIVE = re.compile(r"functions\..+:\d+")
+KIMI_ID = re.compile(r"functions\..+:\d+")
 PREFIX = re.compile(r"(?:[A-Za-z]+[_-])+")  # `call_`, `toolu_`, `chatcmpl-tool-`
 DEFAULT_PREFIX = "call_"
 
 
 @dataclass(frozen=True)
 class CallIds:
-    """The ids of one conversation.
+    """The tool call ids of one conversation.
 
     Args:
-        known: those that the client sent, in their order.
-        prefix: what ids of new calls begin with; None: they are Kimi's own.
+        client_ids: ids that the client sent, in order.
+        prefix: prefix of the ids of new calls; None uses Kimi's ids.
     """
 
-    known: tuple[str, ...] = ()
+    client_ids: tuple[str, ...] = ()
     prefix: str | None = None
 
     def allocator(self) -> CallIdAllocator:
-        """The ids of one new answer."""
+        """Return an allocator for one new answer."""
         return CallIdAllocator(self)
 
 
 def to_kimi_ids(messages: Sequence[Message], prefix: str | None = None) -> tuple[tuple[Message, ...], CallIds]:
-    """Return the conversation with Kimi's ids, and what is needed to name the calls of its answer.
+    """Return the conversation with Kimi's ids, and the ids that the client used.
 
     Args:
-        messages: with ids of any kind. One that has been answered may be used again.
-        prefix: of the ids of new calls where the conversation has none to go by; None: Kimi's own.
+        messages: conversation with ids of any form; an id may be reused once its call has a result.
+        prefix: prefix for ids of new calls if the conversation has no calls yet; None uses Kimi's ids.
 
     Raises:
-        ApiError: a result of no call, a second result, or two open calls with one id; it is the client's mistake.
+        ApiError: 400 for a result without a call, a second result, or two open calls with one id.
     """
-    known: list[str] = []
+    client_ids: list[str] = []
     open_calls: dict[str, str] = {}
     renamed: list[Message] = []
     for message in messages:
         calls: list[ToolCall] = []
         for call in message.tool_calls:
             if call.id in open_calls:
-                raise _wrong(f"two tool calls have the id `{call.id:.80}`, and the first has no result yet")
-            open_calls[call.id] = f"functions.{call.name}:{len(known)}"
-            known.append(call.id)
+                raise _invalid_id(f"two tool calls have the id `{call.id:.80}`, and the first has no result yet")
+            open_calls[call.id] = f"functions.{call.name}:{len(client_ids)}"
+            client_ids.append(call.id)
             calls.append(replace(call, id=open_calls[call.id]))
-        answered = message.tool_call_id
+        call_id = message.tool_call_id
         if message.role == "tool":
-            answered = _close(answered, open_calls, known)
-        renamed.append(replace(message, tool_calls=tuple(calls), tool_call_id=answered))
-    return tuple(renamed), CallIds(tuple(known), _prefix(known, prefix))
+            call_id = _close(call_id, open_calls, client_ids)
+        renamed.append(replace(message, tool_calls=tuple(calls), tool_call_id=call_id))
+    return tuple(renamed), CallIds(tuple(client_ids), _new_prefix(client_ids, prefix))
 
 
-def _close(answered: str | None, open_calls: dict[str, str], known: Sequence[str]) -> str:
-    """Return Kimi's id of the call that a result belongs to."""
-    if answered is None:
-        raise _wrong("a tool result does not say which call it belongs to")
-    if answered not in open_calls:
-        problem = "has a result already" if answered in known else "is nowhere before its result"
-        raise _wrong(f"the tool call `{answered:.80}` {problem}")
-    return open_calls.pop(answered)
+def _close(call_id: str | None, open_calls: dict[str, str], client_ids: Sequence[str]) -> str:
+    """Close the call that a result belongs to, and return its Kimi id."""
+    if call_id is None:
+        raise _invalid_id("a tool result has no tool call id")
+    if call_id not in open_calls:
+        problem = "already has a result" if call_id in client_ids else "does not appear before its result"
+        raise _invalid_id(f"the tool call `{call_id:.80}` {problem}")
+    return open_calls.pop(call_id)
 
 
-def _prefix(known: Sequence[str], prefix: str | None) -> str | None:
-    """The kind of the newest id."""
-    if not known:
-        return prefix
-    if NATIVE.fullmatch(known[-1]):
+def _new_prefix(client_ids: Sequence[str], default: str | None) -> str | None:
+    """Return the prefix of the newest id."""
+    if not client_ids:
+        return default
+    if KIMI_ID.fullmatch(client_ids[-1]):
         return None
-    found = PREFIX.match(known[-1])
-    return found.group() if found else DEFAULT_PREFIX
+    match = PREFIX.match(client_ids[-1])
+    return match.group() if match else DEFAULT_PREFIX
 
 
-def _wrong(message: str) -> ApiError:
+def _invalid_id(message: str) -> ApiError:
     return ApiError(400, message, "invalid_tool_call_id")
 
 
 class CallIdAllocator:
-    """Gives the calls of one answer the ids that the client is told."""
+    """Gives the calls of one answer ids of the client's form."""
 
     def __init__(self, ids: CallIds):
         self._prefix = ids.prefix
-        self._known = set(ids.known)
-        self._next = len(ids.known)
-        self._given: list[str] = []  # by the index of the call
-        self._closed = 0
+        self._used = set(ids.client_ids)
+        self._next = len(ids.client_ids)
+        self._assigned: list[str] = []  # by the index of the call
+        self._num_closed = 0
 
     def assign(self, delta: Delta) -> Delta:
-        """Return the next piece of the answer with the client's ids."""
+        """Return the next delta of the answer with the client's ids."""
         return replace(
             delta,
-            tool_call_deltas=tuple(self._part(part) for part in delta.tool_call_deltas),
+            tool_call_deltas=tuple(self._call_delta(part) for part in delta.tool_call_deltas),
             tool_calls=tuple(self._calls(delta.tool_calls)),
         )
 
-    def _part(self, part: ToolCallDelta) -> ToolCallDelta:
-        """Name a call with its first part."""
-        if part.index < len(self._given):
+    def _call_delta(self, part: ToolCallDelta) -> ToolCallDelta:
+        """Set the id on the first delta of a call."""
+        if part.index < len(self._assigned):
             return part
-        self._given.append(self._new(part.name))
-        return replace(part, id=self._given[-1])
+        self._assigned.append(self._new_id(part.name))
+        return replace(part, id=self._assigned[-1])
 
     def _calls(self, calls: Sequence[ToolCall | UnparsedToolCall]) -> Iterator[ToolCall | UnparsedToolCall]:
-        """Calls are closed in the order in which they were named."""
+        """Set the ids of complete calls, which close in the order in which they began."""
         for call in calls:
             if isinstance(call, ToolCall):
-                yield replace(call, id=self._given[self._closed])
+                yield replace(call, id=self._assigned[self._num_closed])
             else:
                 yield call
-            self._closed += isinstance(call, ToolCall) or call.index is not None
+            self._num_closed += isinstance(call, ToolCall) or call.index is not None
 
-    def _new(self, name: str) -> str:
+    def _new_id(self, name: str) -> str:
         if self._prefix is not None:
             return self._prefix + secrets.token_hex(12)
-        # A client that dropped its oldest calls may still know ids above their number.
-        while f"functions.{name}:{self._next}" in self._known:
+        # A client that dropped its oldest calls may still have ids with higher numbers.
+        while f"functions.{name}:{self._next}" in self._used:
             self._next += 1
         self._next += 1
         return f"functions.{name}:{self._next - 1}"
+
+
+CallPart = ToolCallDelta | ToolCall | UnparsedToolCall
+"""A delta of a call, or the complete call at its end."""
+
+
+class CallSequencer:
+    """Puts the deltas and ends of one answer's calls into the order in which the model wrote them.
+
+    A Delta has them in two lists, and may contain the end of one call and the beginning of the next.
+    """
+
+    def __init__(self) -> None:
+        self._num_ended = 0
+
+    def parts(self, delta: Delta) -> Iterator[CallPart]:
+        """Yield the parts of the next delta; the end of a call follows its deltas and precedes the next call."""
+        deltas = list(delta.tool_call_deltas)
+        for call in delta.tool_calls:
+            if isinstance(call, ToolCall) or call.index is not None:
+                while deltas and deltas[0].index <= self._num_ended:
+                    yield deltas.pop(0)
+                self._num_ended += 1
+            yield call
+        yield from deltas

@@ -35,7 +35,7 @@ class RunningServer:
     def metric(self, name: str) -> float:
         """A figure of its metrics; 0 if it is not there yet. A request is counted when its answer has been sent."""
         status = self.server.service.status()
-        lines = self.server.service.metrics.text(status, is_up=True).decode().splitlines()
+        lines = self.server.service.metrics.render(status, is_up=True).decode().splitlines()
         return next((float(line.split()[-1]) for line in lines if line.split()[0] == name), 0)
 
     def wait_idle(self, limit_s: float = 10) -> None:

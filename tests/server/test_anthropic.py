@@ -106,7 +106,7 @@ def test_a_round_of_tools(client: anthropic.Anthropic):
     answer: Message = client.messages.create(messages=messages, **asked)
     assert answer.stop_reason == "end_turn"
     assert "17" in text_of(answer)
-    with pytest.raises(anthropic.BadRequestError, match="is nowhere before its result"):
+    with pytest.raises(anthropic.BadRequestError, match="does not appear before its result"):
         client.messages.create(model="kimi-mini", max_tokens=9, messages=[messages[0], messages[2]])
 
 

@@ -75,7 +75,7 @@ def test_a_silent_stream_is_kept_alive(running: RunningServer, monkeypatch: pyte
 
 
 def test_a_head_that_does_not_come_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_LIMIT_S", 0.2)
+    monkeypatch.setattr(protocol, "HEADERS_LIMIT_S", 0.2)
     with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: local")
         assert is_closed(connection)

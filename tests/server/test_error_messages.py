@@ -16,14 +16,14 @@ ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "`messages`: it is missing"),
-        (ASKED | {"temperature": 9}, "`temperature`: it must be at most 2.0"),
-        (ASKED | {"stop": ["a"] * 5}, "`stop`: it has 5 items, at most 4 are taken"),
-        (ASKED | {"max_tokens": "x"}, "`max_tokens`: it must be an integer"),
-        (ASKED | {"stream": "x"}, "`stream`: it must be true or false"),
+        ({}, "`messages`: required field is missing"),
+        (ASKED | {"temperature": 9}, "`temperature`: must be at most 2.0"),
+        (ASKED | {"stop": ["a"] * 5}, "`stop`: has 5 items, but at most 4 are allowed"),
+        (ASKED | {"max_tokens": "x"}, "`max_tokens`: must be an integer"),
+        (ASKED | {"stream": "x"}, "`stream`: must be true or false"),
     ],
 )
-def test_mistakes_are_told_in_our_words(running: RunningServer, fields: dict[str, Any], message: str) -> None:
+def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, Any], message: str) -> None:
     body = json.dumps(fields).encode()
     assert raw.request(running.port, "POST", "/v1/chat/completions", body).error["message"] == message
 

@@ -79,7 +79,7 @@ def test_a_round_of_tools(client: openai.OpenAI):
     }
     history: Any = [{"role": "user", "content": IN_PARIS}, *first.to_dict()["output"], result]
     assert "17" in client.responses.create(input=history, **asked).output_text
-    with pytest.raises(openai.BadRequestError, match="is nowhere before its result"):
+    with pytest.raises(openai.BadRequestError, match="does not appear before its result"):
         client.responses.create(input=[result], **asked)
 
 

@@ -1,8 +1,8 @@
-"""Anthropic's Messages API on the way in: the body of a request, and the ChatRequest that it means.
+"""Bodies of Anthropic's Messages API, and their conversion to a ChatRequest.
 
 Source: https://platform.claude.com/docs/en/api/messages. Fields that have no meaning here (`metadata`, `cache_control`,
-`service_tier`, ...) and unknown ones are ignored, since clients send new ones with every release. Unknown kinds of
-content and tools are refused: an answer that passes over them would be wrong.
+`service_tier`, ...) and unknown fields are ignored, because clients send new ones with every release. Unknown types of
+content and tools are refused: an answer that ignored them would be wrong.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.openai.chat_request import MIN_TOP_P, StopText, TokenCount
 from kimi_mlx.server.request_fields import (
+    MIN_TOP_P,
     UNSUPPORTED,
+    StopText,
+    TokenCount,
     check_tool_choice,
     text_shorthand,
     type_discriminator,
@@ -29,33 +31,33 @@ from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
 MAX_STOP_SEQUENCES = 64
-# Claude Code writes this line, with a number that changes each time, before its system prompt. It says nothing to
-# a model, and with it no request could share its beginning with the one before.
+# Claude Code puts this line, with a number that changes each time, before its system prompt. It means nothing to the
+# model, and would make every prompt miss the prompt cache.
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 
 
 class TextBlock(Body):
-    """Text."""
+    """A block of text."""
 
     type: Literal["text"]
     text: str
 
 
 class ThinkingBlock(Body):
-    """What the model thought; its signature is not looked at."""
+    """Reasoning of the model; its signature is ignored."""
 
     type: Literal["thinking"]
     thinking: str
 
 
 class RedactedThinkingBlock(Body):
-    """What another model thought, in a form that only its maker can read; it is passed over."""
+    """Encrypted reasoning of another model; it is ignored."""
 
     type: Literal["redacted_thinking"]
 
 
 class ToolUseBlock(Body):
-    """A call of the model."""
+    """A tool call of the model."""
 
     type: Literal["tool_use"]
     id: str
@@ -64,7 +66,7 @@ class ToolUseBlock(Body):
 
 
 class UnsupportedBlock(Body):
-    """Content of a kind that is not served: images, documents, results of Anthropic's own tools."""
+    """Content of an unsupported type: images, documents, results of Anthropic's own tools."""
 
     type: str
 
@@ -79,7 +81,7 @@ ResultBlocks = Annotated[list[ResultBlock], BeforeValidator(_as_blocks, json_sch
 
 
 class ToolResultBlock(Body):
-    """The result of a call."""
+    """The result of a tool call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -100,7 +102,7 @@ Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_ty
 TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
-class Turn(Body):
+class InputMessage(Body):
     """A message."""
 
     role: Literal["user", "assistant", "system"]
@@ -108,7 +110,7 @@ class Turn(Body):
 
 
 class Tool(Body):
-    """A tool of the client's, or, with a type of its own and no schema, one of Anthropic's."""
+    """A tool of the client; or, with another type and no schema, one of Anthropic's tools."""
 
     type: str | None = None
     name: str = ""
@@ -118,7 +120,7 @@ class Tool(Body):
 
 
 class ToolChoice(Body):
-    """Whether and which tools are to be called."""
+    """Whether to call tools, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -126,29 +128,29 @@ class ToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model thinks; how much cannot be set."""
+    """Whether the model thinks; the amount cannot be set."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
 class Format(Body):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Body):
-    """How the answer is to look."""
+    """Options of the output."""
 
     format: Format | None = None
 
 
 class CountBody(Body):
-    """What `/v1/messages/count_tokens` is sent."""
+    """The body of POST /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
+    messages: list[InputMessage] = Field(min_length=1)
     system: TextBlocks | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -159,7 +161,7 @@ class CountBody(Body):
 
 
 class MessagesBody(CountBody):
-    """What `/v1/messages` is sent."""
+    """The body of POST /v1/messages."""
 
     max_tokens: TokenCount | None = None
     stream: bool | None = None
@@ -170,34 +172,34 @@ class MessagesBody(CountBody):
 
 
 def to_chat_request(body: CountBody) -> ChatRequest:
-    """Return what a body asks for.
+    """Return the chat request of a body.
 
     Raises:
-        ApiError: it asks for something that is not served.
+        ApiError: the body is contradictory, or uses a feature that is not supported.
     """
     if body.mcp_servers:
         raise unsupported("`mcp_servers` are", "mcp_servers")
-    turns, partial = _split_prefill(body.messages)
+    input_messages, partial = _split_prefill(body.messages)
     system = _join(_without_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
-    for index, turn in enumerate(turns):
-        messages += _messages(turn, f"messages.{index}.content")
-    given = body if isinstance(body, MessagesBody) else None
+    for index, message in enumerate(input_messages):
+        messages += _messages(message, f"messages.{index}.content")
+    generation = body if isinstance(body, MessagesBody) else None
     tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
-    config_form = body.output_config and body.output_config.format
-    form = config_form or body.output_format
+    config_format = body.output_config and body.output_config.format
+    output_format = config_format or body.output_format
     return ChatRequest(
-        max_tokens=given and given.max_tokens,
-        sampling=_sampling(given) if given else {},
-        stop=tuple((given and given.stop_sequences) or ()),
+        max_tokens=generation and generation.max_tokens,
+        sampling=_sampling(generation) if generation else {},
+        stop=tuple((generation and generation.stop_sequences) or ()),
         messages=tuple(messages),
         tools=tools,
         tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
-        response_schema=form.schema_ if form else None,
-        response_schema_name="output_config.format" if config_form else "output_format",
-        # As with Anthropic's models, only who asks for thinking gets it.
+        response_schema=output_format.schema_ if output_format else None,
+        response_schema_name="output_config.format" if config_format else "output_format",
+        # as with Anthropic's models, thinking is off unless requested
         thinking=body.thinking is not None and body.thinking.type != "disabled",
         partial=partial,
         call_id_prefix=CALL_ID_PREFIX,
@@ -209,42 +211,42 @@ def _sampling(body: MessagesBody) -> dict[str, float | int | None]:
     return {"temperature": body.temperature, "top_p": top_p, "top_k": body.top_k}
 
 
-def _split_prefill(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str | None]:
-    """Take off a last turn of the assistant's: the answer goes on from its text."""
-    last = turns[-1]
+def _split_prefill(messages: Sequence[InputMessage]) -> tuple[Sequence[InputMessage], str | None]:
+    """Split off the text of a last message of the assistant, which the answer continues."""
+    last = messages[-1]
     if last.role != "assistant":
-        return turns, None
-    place = f"messages.{len(turns) - 1}"
+        return messages, None
+    place = f"messages.{len(messages) - 1}"
     if any(isinstance(block, ToolUseBlock) for block in last.content):
-        raise ApiError(400, "the last message calls tools, and their results are missing", param=place)
+        raise ApiError(400, "the last message calls tools, but their results are missing", param=place)
     (message,) = _assistant(last, f"{place}.content")
-    return turns[:-1], cast("str", message.content)
+    return messages[:-1], cast("str", message.content)
 
 
-def _messages(turn: Turn, place: str) -> list[Message]:
-    if turn.role == "assistant":
-        return _assistant(turn, place)
-    return list(_user(turn, place))
+def _messages(message: InputMessage, place: str) -> list[Message]:
+    if message.role == "assistant":
+        return _assistant(message, place)
+    return list(_user(message, place))
 
 
-def _assistant(turn: Turn, place: str) -> list[Message]:
+def _assistant(message: InputMessage, place: str) -> list[Message]:
     text = ""
-    thoughts: list[str] = []
+    reasoning: list[str] = []
     calls: list[ToolCall] = []
-    for index, block in enumerate(turn.content):
+    for index, block in enumerate(message.content):
         if isinstance(block, TextBlock):
             text += block.text
         elif isinstance(block, ThinkingBlock):
-            thoughts.append(block.thinking)
+            reasoning.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
             calls.append(ToolCall(block.id, block.name, _arguments(block.input)))
         elif not isinstance(block, RedactedThinkingBlock):
-            raise _wrong_place(block.type, turn.role, f"{place}.{index}")
-    return [Message("assistant", text, "".join(thoughts) or None, tuple(calls))]
+            raise _unsupported_block(block.type, message.role, f"{place}.{index}")
+    return [Message("assistant", text, "".join(reasoning) or None, tuple(calls))]
 
 
 def _arguments(value: Mapping[str, Any]) -> str:
-    """The JSON of a call's input; or, where a client has wrapped up what was none, what the model wrote."""
+    """Return the arguments as JSON; if a client has wrapped arguments that are not valid JSON, return those."""
     match value:
         case {"__unparsedToolInput": {"raw": str(raw)}} if len(value) == 1:  # Claude Code
             return raw
@@ -254,25 +256,25 @@ def _arguments(value: Mapping[str, Any]) -> str:
             return json.dumps(value, ensure_ascii=False)
 
 
-def _user(turn: Turn, place: str) -> Iterator[Message]:
-    """Results become messages of their own; the text around them stays together."""
+def _user(message: InputMessage, place: str) -> Iterator[Message]:
+    """Yield tool results as messages of their own, and the text between them as one message each."""
     texts: list[str] = []
-    for index, block in enumerate(turn.content):
+    for index, block in enumerate(message.content):
         if isinstance(block, TextBlock):
-            texts.append(_without_header(block.text) if turn.role == "system" else block.text)
-        elif isinstance(block, ToolResultBlock) and turn.role == "user":
+            texts.append(_without_header(block.text) if message.role == "system" else block.text)
+        elif isinstance(block, ToolResultBlock) and message.role == "user":
             if texts:
                 yield Message("user", _join(texts))
                 texts = []
             yield Message("tool", _result(block), tool_call_id=block.tool_use_id)
         else:
-            raise _wrong_place(block.type, turn.role, f"{place}.{index}")
+            raise _unsupported_block(block.type, message.role, f"{place}.{index}")
     if texts:
-        yield Message(turn.role, _join(texts))
+        yield Message(message.role, _join(texts))
 
 
 def _result(block: ToolResultBlock) -> str:
-    """The text of a result. What is no text is named: to refuse it would end a session that has read a picture."""
+    """Return the text of a result. Other content is only named: refusing an image would break the whole session."""
     parts = block.content or []
     text = _join(p.text if isinstance(p, TextBlock) else f"[{p.type}: this model reads text only]" for p in parts)
     return f"Error: {text}" if block.is_error else text
@@ -283,12 +285,12 @@ def _without_header(text: str) -> str:
 
 
 def _join(texts: Iterator[str] | Sequence[str]) -> str:
-    """Blocks of a user or a system prompt are paragraphs."""
+    """Join blocks of the user or the system prompt as paragraphs."""
     return "\n\n".join(text for text in texts if text)
 
 
 def _tool(tool: Tool, place: str) -> dict[str, Any]:
-    """The tool in OpenAI's shape."""
+    """Return the tool in OpenAI's format."""
     if tool.type not in (None, "custom"):
         raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
     if tool.input_schema is None or not tool.name:
@@ -310,7 +312,7 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:
     return {"name": choice.name}
 
 
-def _wrong_place(kind: str, role: str, place: str) -> ApiError:
-    if kind in ("image", "document"):
-        return unsupported(f"content of type `{kind}` is", place, "this model reads text only")
-    return unsupported(f"content of type `{kind:.60}` in a message of role `{role}` is", place)
+def _unsupported_block(block_type: str, role: str, place: str) -> ApiError:
+    if block_type in ("image", "document"):
+        return unsupported(f"content of type `{block_type}` is", place, "this model reads text only")
+    return unsupported(f"content of type `{block_type:.60}` in a message of role `{role}` is", place)

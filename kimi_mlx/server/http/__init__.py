@@ -1,1 +1,1 @@
-"""HTTP without any API: bodies, streams, limits, access."""
+"""HTTP without any one API: bodies, streams, limits, access control, logging."""

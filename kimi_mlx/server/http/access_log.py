@@ -1,4 +1,4 @@
-"""One line a request: what was asked, how it went; prompts only if that is wanted."""
+"""Access log: one line per request; bodies only on request."""
 
 from __future__ import annotations
 
@@ -13,112 +13,112 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kimi_mlx.server.conversation import AnswerEvent, DeltaEvent, FinishEvent, Usage, total_usage
+from kimi_mlx.server.conversation import AnswerEvent, DeltaEvent, FinishEvent, total_usage
 from kimi_mlx.server.metrics import Metrics
 
 LOG = logging.getLogger(__name__)
 
-CLIENT_GONE = 499
-"""The status, in the log, of a request whose client did not wait for the answer."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status, in the log, of a request whose client disconnected before the response (as in nginx)."""
 
-MAX_PATH, MAX_REASON = 200, 100
-"""Characters of a path, and of a reason, in the log."""
+MAX_PATH_CHARS = 200
+MAX_REASON_CHARS = 100
 
 RECORD_KEY = "kimi_mlx.record"
-"""Where the record of a request is in its scope."""
+"""Key of a request's RequestRecord in its ASGI scope."""
 
 
 @dataclass
 class RequestRecord:
-    """What is remembered of a request until it ends.
+    """What the access log records about a request.
 
     Args:
-        begun_at: by time.monotonic.
-        id: that the client is told.
-        status: of the response, once it has begun.
-        body: of the request.
-        first_s: how long until the first piece of an answer.
-        ends: of its answers.
-        is_gone: whether the client has not waited for the end.
-        reason: why it was refused, or ended before its time.
+        started_at: start of the request, by time.monotonic.
+        id: request id, which the response's headers contain.
+        status: status of the response, once it has started.
+        body: body of the request.
+        ttft_s: time to the first delta of an answer.
+        finishes: ends of the answers.
+        has_disconnected: whether the client disconnected before the end.
+        reason: reason for an error, or for an early end.
     """
 
-    begun_at: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     status: int | None = None
     body: bytes = b""
-    first_s: float | None = None
-    ends: list[FinishEvent] = field(default_factory=list[FinishEvent])
-    is_gone: bool = False
+    ttft_s: float | None = None
+    finishes: list[FinishEvent] = field(default_factory=list[FinishEvent])
+    has_disconnected: bool = False
     reason: str | None = None
 
-    async def watch(self, items: AsyncGenerator[AnswerEvent, None]) -> AsyncGenerator[AnswerEvent, None]:
-        """Pass items on."""
-        async with aclosing(items):
-            async for item in items:
-                if isinstance(item, DeltaEvent) and self.first_s is None:
-                    self.first_s = time.monotonic() - self.begun_at
-                elif isinstance(item, FinishEvent):
-                    self.ends.append(item)
-                yield item
+    async def watch(self, events: AsyncGenerator[AnswerEvent, None]) -> AsyncGenerator[AnswerEvent, None]:
+        """Pass events on, and record what the log needs of them."""
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, DeltaEvent) and self.ttft_s is None:
+                    self.ttft_s = time.monotonic() - self.started_at
+                elif isinstance(event, FinishEvent):
+                    self.finishes.append(event)
+                yield event
 
 
 class AccessLog:
-    """Writes the log, and counts requests.
+    """Middleware that logs and counts requests.
 
     Args:
-        app: what is behind it.
-        metrics: where to count.
-        routes: that are counted by their paths.
-        log_prompts: whether the log shows bodies.
+        app: application behind it.
+        metrics: metrics of the server.
+        routes: routes that are counted under their own paths; all others are counted as `other`.
+        log_prompts: whether request bodies are logged.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], *, log_prompts: bool):
         self._app, self._metrics, self._routes, self._log_prompts = app, metrics, routes, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
+        """Pass the request on, and log it when it has ended."""
         if scope["type"] != "http":
             return
         record = RequestRecord()
         scope[RECORD_KEY] = record
 
-        async def watched(message: Message) -> None:
+        async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, recording_send)
         finally:
-            self._close(record, scope)
+            self._write(record, scope)
 
-    def _close(self, record: RequestRecord, scope: Scope) -> None:
-        status = CLIENT_GONE if record.is_gone or record.status is None else record.status
+    def _write(self, record: RequestRecord, scope: Scope) -> None:
+        status = CLIENT_CLOSED_REQUEST if record.has_disconnected or record.status is None else record.status
         path = scope["path"]
         label = next((route.path_format for route in self._routes if route.path_regex.match(path)), "other")
         self._metrics.requests.labels(label, str(status)).inc()
         client = (scope.get("client") or ("-",))[0]
-        LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MAX_PATH)}", status))
+        LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MAX_PATH_CHARS)}", status))
         if self._log_prompts and record.body:
             LOG.info("%s", record.body.decode(errors="replace"))
 
 
-def _line(record: RequestRecord, what: str, status: int) -> str:
-    parts = [f"{what} {status}", f"{time.monotonic() - record.begun_at:.2f} s"]
-    if record.first_s is not None:
-        parts.append(f"first {record.first_s:.2f} s")
-    if record.ends:
-        usage: Usage = total_usage(record.ends)
+def _line(record: RequestRecord, request: str, status: int) -> str:
+    parts = [f"{request} {status}", f"{time.monotonic() - record.started_at:.2f} s"]
+    if record.ttft_s is not None:
+        parts.append(f"TTFT {record.ttft_s:.2f} s")
+    if record.finishes:
+        usage = total_usage(record.finishes)
         parts.append(
             f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} new"
         )
     if record.reason is not None:
-        parts.append(_printable(record.reason, MAX_REASON))
+        parts.append(_printable(record.reason, MAX_REASON_CHARS))
     return " · ".join(parts)
 
 
-def _printable(text: str, most: int) -> str:
-    """A text as one line of a terminal may show it."""
-    return "".join(each if each.isprintable() else "?" for each in text)[:most]
+def _printable(text: str, max_chars: int) -> str:
+    """Return a text that is safe to show on one line of a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)[:max_chars]

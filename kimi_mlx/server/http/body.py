@@ -1,18 +1,20 @@
-"""Bodies of requests: JSON to values, with errors that name the place."""
+"""JSON bodies: requests parsed with errors that name the place, and JSON responses."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json
+from starlette.responses import Response
 
 from kimi_mlx.server.errors import ApiError
 
 
 class Body(BaseModel):
-    """A part of a body: types as they are written, no conversions; unknown fields are passed over."""
+    """A request body or a part of one: strict types without conversion; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
@@ -20,59 +22,69 @@ class Body(BaseModel):
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
-def parse(kind: type[AnyBody], text: bytes) -> AnyBody:
-    """Read a body.
+def parse(model: type[AnyBody], text: bytes) -> AnyBody:
+    """Parse a body.
 
     Raises:
-        ApiError: 400, with the place of the first mistake.
+        ApiError: 400, with the place of an error.
     """
     try:
-        return kind.model_validate_json(text)
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":
-            raise ApiError(400, f"the body is not JSON: {first['msg']}", "invalid_json") from error
-        raise _mistake(error, from_json(text)) from error
+            raise ApiError(400, f"the body is not valid JSON: {first['msg']}", "invalid_json") from error
+        raise _most_relevant(error, from_json(text)) from error
 
 
-def _mistake(error: ValidationError, body: object) -> ApiError:
-    """The mistake that lies deepest: of several kinds that a value may have, the one that it comes nearest to."""
-    found = [(place(each["loc"], body), each) for each in error.errors(include_url=False)]
-    param, first = max(found, key=lambda each: (each[0].count(".") + each[0].count("["), _is_of_right_type(each[1])))
-    message = _words(first)
+def _most_relevant(validation: ValidationError, body: object) -> ApiError:
+    """Return the most relevant error.
+
+    Where a field allows several types, pydantic reports the errors of each. An error about a value of the right type
+    comes before an error about the type; then the deepest error, which belongs to the type that fits best.
+    """
+    errors = [(place(error["loc"], body), error) for error in validation.errors(include_url=False)]
+    param, first = max(errors, key=lambda error: (_has_right_type(error[1]), error[0].count(".") + error[0].count("[")))
+    message = _message(first)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"`{param}`: {message}" if param else message, code, param or None)
 
 
-WORDS = {
-    "missing": "it is missing",
-    "too_long": "it has {actual_length} items, at most {max_length} are taken",
-    "too_short": "it has {actual_length} items, at least {min_length} are needed",
-    "string_too_long": "it is longer than {max_length} characters",
-    "string_too_short": "it is shorter than {min_length} characters",
-    "greater_than": "it must be more than {gt}",
-    "greater_than_equal": "it must be at least {ge}",
-    "less_than": "it must be less than {lt}",
-    "less_than_equal": "it must be at most {le}",
-    "literal_error": "it must be {expected}",
-    "string_type": "it must be a string",
-    "int_type": "it must be an integer",
-    "float_type": "it must be a number",
-    "bool_type": "it must be true or false",
-    "list_type": "it must be a list",
-    "dict_type": "it must be an object",
-    "model_type": "it must be an object",
+def _has_right_type(error: ErrorDetails) -> bool:
+    if error["type"] == "literal_error":
+        return isinstance(error["input"], str)
+    return not error["type"].endswith("_type")
+
+
+MESSAGES = {
+    "missing": "required field is missing",
+    "too_long": "has {actual_length} items, but at most {max_length} are allowed",
+    "too_short": "has {actual_length} items, but at least {min_length} are required",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must have at least {min_length} characters",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
 }
-"""The library's commonest mistakes, in our words."""
+"""Our messages for pydantic's most common error types."""
 
 
-def _words(error: ErrorDetails) -> str:
-    words = WORDS.get(error["type"])
-    return error["msg"].removeprefix("Value error, ") if words is None else words.format(**error.get("ctx", {}))
+def _message(error: ErrorDetails) -> str:
+    message = MESSAGES.get(error["type"])
+    return error["msg"].removeprefix("Value error, ") if message is None else message.format(**error.get("ctx", {}))
 
 
 def place(loc: Sequence[str | int], body: object) -> str:
-    """Where in the body, as OpenAI writes it: `messages[0].content`; names of types, which pydantic adds, left out."""
+    """Return a place in the body in OpenAI's form, `messages[0].content`, without the type names that pydantic adds."""
     text = ""
     for at, part in enumerate(loc):
         if isinstance(part, int) and isinstance(body, list):
@@ -84,5 +96,11 @@ def place(loc: Sequence[str | int], body: object) -> str:
     return text
 
 
-def _is_of_right_type(error: ErrorDetails) -> bool:
-    return not error["type"].endswith("_type")
+class JsonResponse(Response):
+    """A JSON response; characters that UTF-8 cannot encode become question marks."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Return the encoded body."""
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(errors="replace")

@@ -1,4 +1,4 @@
-"""What the paths of every API are given."""
+"""What the routes of every API share."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from kimi_mlx.server.service import Service
 
 @dataclass(frozen=True)
 class Context:
-    """A server's parts.
+    """The service and the model that the routes use.
 
     Args:
-        service: that answers.
-        served: the model's names.
+        service: service that answers requests.
+        model_info: names and properties of the model.
     """
 
     service: Service
     model_info: ModelInfo
 
 
-async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
-    """The body of a request.
+async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:
+    """Read, record and parse the body of a request.
 
     Raises:
-        ApiError: it is not what it should be.
+        ApiError: the body is invalid.
     """
     text = await request.body()
     record: RequestRecord = request.scope[RECORD_KEY]
     record.body = text
-    return parse(kind, text)
+    return parse(model, text)

@@ -1,4 +1,4 @@
-"""The one place where errors become responses."""
+"""Middleware that turns errors into responses."""
 
 from __future__ import annotations
 
@@ -12,69 +12,73 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.http.access_log import RECORD_KEY
+from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.http.limits import AMBIGUOUS_LENGTH
-from kimi_mlx.server.http.sse import ClientGoneError
-from kimi_mlx.server.json_response import JsonResponse
-from kimi_mlx.server.openai.chat_response import openai_error
+from kimi_mlx.server.http.sse import ClientDisconnectedError
 
 LOG = logging.getLogger(__name__)
 
 ErrorFormat = Callable[[ApiError], dict[str, Any]]
-"""How an API writes an error."""
+"""Returns the body of an API's error response."""
 
 
 class ErrorMiddleware:
-    """Turns what is raised behind it into responses.
+    """Turns every exception into an error response of the API that was called.
 
     Args:
-        app: what is behind it.
-        shapes: of errors, by the beginning of the path; OpenAI's for all others.
-        paths: that there are.
+        app: application behind it.
+        formats: error formats by path prefix.
+        default_format: error format of all other paths.
+        paths: existing paths, for the message of a 404.
     """
 
-    def __init__(self, app: ASGIApp, shapes: Mapping[str, ErrorFormat], paths: Sequence[str]):
-        self._app, self._shapes, self._paths = app, shapes, paths
+    def __init__(
+        self, app: ASGIApp, formats: Mapping[str, ErrorFormat], default_format: ErrorFormat, paths: Sequence[str]
+    ):
+        self._app, self._formats, self._default_format, self._paths = app, formats, default_format, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
-        has_begun = False
+        """Pass the request on, and answer it if that fails."""
+        has_started = False
 
-        async def watched(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
+        async def watching_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
-        scope["app"] = self  # by which starlette's router knows that it may raise
+        scope["app"] = self  # tells starlette's router to raise its errors
         try:
-            await self._app(scope, receive, watched)
-        except (ClientGoneError, ClientDisconnect):
-            scope[RECORD_KEY].is_gone = True
-        except Exception as error:
-            told = self._http_error(error, scope) if isinstance(error, HTTPException) else api_error(error)
-            scope[RECORD_KEY].reason = told.message
-            if told.code == "internal_error":
-                LOG.exception("%s %s has failed", scope["method"], scope["path"])
-            if not has_begun:
-                await self._response(scope["path"], told)(scope, receive, send)
+            await self._app(scope, receive, watching_send)
+        except (ClientDisconnectedError, ClientDisconnect):
+            scope[RECORD_KEY].has_disconnected = True
+        except Exception as exception:
+            is_http = isinstance(exception, HTTPException)
+            error = self._routing_error(exception, scope) if is_http else api_error(exception)
+            scope[RECORD_KEY].reason = error.message
+            if error.code == "internal_error":
+                LOG.exception("%s %s failed", scope["method"], scope["path"])
+            if not has_started:
+                await self._response(scope["path"], error)(scope, receive, send)
 
     def _response(self, path: str, error: ApiError) -> JsonResponse:
-        shape = next((shape for start, shape in self._shapes.items() if path.startswith(start)), openai_error)
+        prefixed = (form for prefix, form in self._formats.items() if path.startswith(prefix))
+        error_format = next(prefixed, self._default_format)
         headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
         if error.status in (408, 413) or error.code == AMBIGUOUS_LENGTH:
-            headers["connection"] = "close"  # where the next request begins is not known
+            headers["connection"] = "close"  # the beginning of the next request is unknown
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         if error.allow is not None:
             headers["allow"] = error.allow
-        return JsonResponse(shape(error), error.status, headers)
+        return JsonResponse(error_format(error), error.status, headers)
 
-    def _http_error(self, error: HTTPException, scope: Scope) -> ApiError:
-        """The router's errors."""
+    def _routing_error(self, error: HTTPException, scope: Scope) -> ApiError:
+        """Return the error for an unknown path or method."""
         if error.status_code == 405:
             allow = (error.headers or {}).get("Allow")
-            return ApiError(405, f"this path takes {allow}", "method_not_allowed", allow=allow)
+            return ApiError(405, f"this path accepts {allow}", "method_not_allowed", allow=allow)
         message = (
             f"there is no path `{scope['path']:.100}`; the base URL of an OpenAI client ends in `/v1`, that of an "
-            f"Anthropic client has no path; there are {', '.join(self._paths)}"
+            f"Anthropic client has no path; available: {', '.join(self._paths)}"
         )
         return ApiError(error.status_code, message, "not_found")

@@ -1,4 +1,4 @@
-"""Bodies that are too large, or do not come."""
+"""Limits on the size and the duration of request bodies."""
 
 from __future__ import annotations
 
@@ -13,64 +13,66 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.units import format_bytes
 
 BODY_LIMIT_S = 60.0
-"""For a whole body."""
+"""Time limit for receiving a whole body."""
 
 AMBIGUOUS_LENGTH = "invalid_headers"
-"""Code of the error where a body's end could be in two places."""
+"""Error code of a request with two different indications of its body's length."""
 
 DRAIN_S = 5.0
-"""So long the rest of a body that is too large is read and thrown away: who is cut off while sending may never read
-the answer."""
+"""Time for which the rest of a body that is too large is read and discarded: a client whose connection is closed
+while it is still sending may never read the response."""
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies of more bytes than are allowed, and those that take too long.
+    """Refuses bodies that are too large or arrive too slowly.
 
     Args:
-        app: what is behind it.
-        most_bytes: of a body.
+        app: application behind it.
+        max_bytes: size limit of a body.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int):
-        self._app, self._most_bytes = app, most_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int):
+        self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request whose body is counted as it is read."""
+        """Pass the request on, and check its body while it is read."""
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if length and "transfer-encoding" in headers:
-            raise ApiError(400, "a body has either a `Content-Length` or a `Transfer-Encoding`", AMBIGUOUS_LENGTH)
-        if length.isdecimal() and int(length) > self._most_bytes:
-            # who waits for `100 Continue` has not begun to send
+            message = "a request must not have both `Content-Length` and `Transfer-Encoding`"
+            raise ApiError(400, message, AMBIGUOUS_LENGTH)
+        if length.isdecimal() and int(length) > self._max_bytes:
+            # a client that waits for `100 Continue` has not sent anything yet
             raise self._too_large(int(length)) if "expect" in headers else await self._drained(int(length), receive)
-        ends_at = time.monotonic() + BODY_LIMIT_S
-        size, is_whole = 0, False
+        deadline = time.monotonic() + BODY_LIMIT_S
+        size, is_complete = 0, False
 
-        async def counted() -> Message:
-            nonlocal size, is_whole
-            if is_whole:
+        async def counting_receive() -> Message:
+            nonlocal size, is_complete
+            if is_complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), ends_at - time.monotonic())
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
             except asyncio.TimeoutError as error:
-                raise ApiError(408, f"the body did not come within {BODY_LIMIT_S:.0f} s", "timeout") from error
+                raise ApiError(408, f"the body did not arrive within {BODY_LIMIT_S:.0f} s", "timeout") from error
             size += len(message.get("body", b""))
-            is_whole = not message.get("more_body", False)
-            if size > self._most_bytes:
-                raise self._too_large(size) if is_whole else await self._drained(size, receive)
+            is_complete = not message.get("more_body", False)
+            if size > self._max_bytes:
+                raise self._too_large(size) if is_complete else await self._drained(size, receive)
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, counting_receive, send)
 
     async def _drained(self, size: int, receive: Receive) -> ApiError:
-        """The error, when the client has said everything or the time for that is over."""
+        """Return the error once the client has sent everything, or the time for that is over."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_drain(receive), DRAIN_S)
         return self._too_large(size)
 
     def _too_large(self, size: int) -> ApiError:
-        limit = format_bytes(self._most_bytes)
-        return ApiError(413, f"the body has {format_bytes(size)} or more, allowed are {limit}", "request_too_large")
+        limit = format_bytes(self._max_bytes)
+        message = f"the body has at least {format_bytes(size)}, but the limit is {limit} (`--max-body` changes it)"
+        return ApiError(413, message, "request_too_large")
 
 
 async def _drain(receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""HTTP with time limits: uvicorn's own has none for who sends or takes nothing."""
+"""HTTP/1.1 with time limits: uvicorn has none for clients that stop sending or receiving."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_LIMIT_S = 20.0
-"""For the head of a request, from its first byte or the connection's begin."""
+HEADERS_LIMIT_S = 20.0
+"""Time limit for the headers of a request, from its first byte or the start of the connection."""
 
 WRITE_LIMIT_S = 30.0
-"""A client that takes nothing for so long has gone."""
+"""Time without any progress in sending after which the connection is closed."""
 
 
 class TimeoutProtocol(H11Protocol):
-    """Ends connections whose client is too slow."""
+    """Closes connections whose client is too slow."""
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
-        self._head_timer: asyncio.TimerHandle | None = None
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._headers_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Wait for a head."""
+        """Start to wait for headers."""
         super().connection_made(transport)
-        self._watch_head()
+        self._start_headers_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Watch nothing any more."""
+        """Stop all timers."""
         super().connection_lost(exc)
-        self._head_timer = _stop(self._head_timer)
+        self._headers_timer = _stop(self._headers_timer)
         self._write_timer = _stop(self._write_timer)
 
     def data_received(self, data: bytes) -> None:
-        """Take data; a head that is not whole after it must soon be."""
+        """Process data; if it does not complete the headers, they must be complete within the limit."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
-            self._head_timer = _stop(self._head_timer)
+            self._headers_timer = _stop(self._headers_timer)
         else:
-            self._watch_head()
+            self._start_headers_timer()
 
     def pause_writing(self) -> None:
-        """The client does not take what it is sent."""
+        """Start the write timer: the send buffer is full because the client does not read."""
         super().pause_writing()
         self._write_timer = self.loop.call_later(WRITE_LIMIT_S, self._abort)
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """Stop the write timer: the client reads again."""
         super().resume_writing()
         self._write_timer = _stop(self._write_timer)
 
-    def _watch_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self._abort)
+    def _start_headers_timer(self) -> None:
+        if self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(HEADERS_LIMIT_S, self._abort)
 
     def _abort(self) -> None:
-        self.transport.abort()  # close() would wait for what nobody takes
+        self.transport.abort()  # close() would wait until the client has read everything
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:

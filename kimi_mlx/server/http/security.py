@@ -1,4 +1,4 @@
-"""Who may ask: keys, and checks against pages in a browser that would ask in their visitor's name."""
+"""Access control: API keys, and protection from web pages that send requests through a visitor's browser."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.server.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-OPEN_PATHS = frozenset({"/health"})
-"""What needs no key: it tells nothing that a connection does not."""
+PUBLIC_PATHS = frozenset({"/health"})
+"""Paths that need no key; they reveal nothing beyond the fact that the server is there."""
 
 
 @dataclass(frozen=True)
 class Security:
-    """Who may ask.
+    """Access rules.
 
     Args:
-        host: the address that the server is bound to.
-        keys: that open it; none: everybody may.
-        allowed_hosts: further names that it may be called by.
-        origins: pages that may ask from a browser; `*` is all of them.
+        host: host name or address that the server is bound to.
+        keys: API keys; if there are none, no key is needed.
+        allowed_hosts: additional host names of the server.
+        origins: origins whose pages may send requests from a browser; `*` allows all.
 
     Raises:
-        UsageError: an origin is none.
+        UsageError: an origin is malformed.
     """
 
     host: str = "127.0.0.1"
@@ -41,10 +41,10 @@ class Security:
 
     def __post_init__(self) -> None:
         for origin in self.origins:
-            check_is_origin(origin)
+            check_origin_format(origin)
 
     def check_host(self, header: str | None) -> None:
-        """Refuse a name that is not ours: a foreign page whose name was pointed at this machine.
+        """Refuse a host name that is not the server's; it may be a web page's name that points to this machine.
 
         Raises:
             ApiError: 403.
@@ -53,12 +53,12 @@ class Security:
         if name is None or not self._is_own(name):
             raise ApiError(
                 403,
-                f"the server is not called `{header or ''}`; start it with --allow-host to give it that name",
+                f"the host name `{header or ''}` is not allowed; start the server with --allow-host to allow it",
                 "host_not_allowed",
             )
 
     def check_origin(self, origin: str | None, host: str | None) -> None:
-        """Refuse pages of other sites.
+        """Refuse requests from pages of other sites.
 
         Raises:
             ApiError: 403.
@@ -68,12 +68,12 @@ class Security:
         if host is None or origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
             raise ApiError(
                 403,
-                f"pages of `{origin}` may not ask; start the server with --cors-origin to let them",
+                f"the origin `{origin}` is not allowed; start the server with --cors-origin to allow it",
                 "origin_not_allowed",
             )
 
     def check_key(self, headers: Headers) -> None:
-        """Refuse who has no key. The comparison takes as long for a wrong one as for a right one.
+        """Refuse requests without a valid key, in a time that does not depend on the key.
 
         Raises:
             ApiError: 401.
@@ -81,52 +81,53 @@ class Security:
         if not self.keys:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # all of them are compared, so that the time tells nothing of which one
-        if not sum([hmac.compare_digest(given.encode(), key.encode()) for key in self.keys]):
-            what = "the API key is wrong" if given else "an API key is needed: `Authorization: Bearer KEY`"
-            raise ApiError(401, what, "invalid_api_key")
+        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        # compare all keys, so that the time does not reveal which one matched
+        if not sum([hmac.compare_digest(key.encode(), valid.encode()) for valid in self.keys]):
+            message = "the API key is wrong" if key else "an API key is required: `Authorization: Bearer KEY`"
+            raise ApiError(401, message, "invalid_api_key")
 
     def _is_own(self, name: str) -> bool:
-        if name in LOOPBACK_NAMES or name == self.host.lower() or name in {each.lower() for each in self.allowed_hosts}:
+        if name in LOOPBACK_NAMES or name == self.host.lower() or name in {host.lower() for host in self.allowed_hosts}:
             return True
         if is_loopback(self.host):
             return False
         own = socket.gethostname().lower()
-        # no page can be served under a bare address of ours, so that one is safe
+        # a literal address is safe: no page can be served under an address of this machine
         return is_address(name) or name in (own, f"{own.removesuffix('.local')}.local")
 
 
 class AuthMiddleware:
-    """Checks every request of HTTP before anything else is done with it."""
+    """Checks host, origin and key of every request before anything else."""
 
     def __init__(self, app: ASGIApp, security: Security):
         self._app, self._security = app, security
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, and pass on."""
+        """Check the request, and pass it on."""
         headers = Headers(scope=scope)
         self._security.check_host(headers.get("host"))
         self._security.check_origin(headers.get("origin"), headers.get("host"))
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in PUBLIC_PATHS:
             self._security.check_key(headers)
         await self._app(scope, receive, send)
 
 
-def check_is_origin(origin: str) -> None:
-    """Refuse what no browser sends as an origin.
+def check_origin_format(origin: str) -> None:
+    """Refuse a string that a browser never sends as an origin.
 
     Raises:
-        UsageError: it is more, or less, than a scheme, a name and perhaps a port.
+        UsageError: the origin has more, or less, than a scheme, a name and an optional port.
     """
     parts = urlsplit(origin if "//" in origin else f"https://{origin}")
     likely = f"{parts.scheme}://{parts.netloc or 'example.org'}".lower()
     if origin != "*" and origin != likely:
-        raise UsageError(f"`{origin}` is no origin of pages: scheme, name and port", hint=f"write `{likely}`")
+        message = f"`{origin}` is not an origin (scheme, name and optional port)"
+        raise UsageError(message, hint=f"write `{likely}`")
 
 
 def host_name(header: str) -> str | None:
-    """The name in a Host header, without the port and brackets, in small letters; None if it is none."""
+    """Return the name in a Host header in lower case, without port and brackets; None if the header is malformed."""
     try:
         parts = urlsplit(f"//{header}")
         parts.port  # noqa: B018 - raises
@@ -136,7 +137,7 @@ def host_name(header: str) -> str | None:
 
 
 def is_address(name: str) -> bool:
-    """Whether it is a literal address."""
+    """Return whether a host name is a literal address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -145,7 +146,7 @@ def is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Return whether a host name or address can be reached from this machine only."""
     if host == "localhost":
         return True
     return is_address(host) and ipaddress.ip_address(host).is_loopback

@@ -1,66 +1,110 @@
-"""Answers over HTTP: server-sent events, or one object; whoever goes away ends them."""
+"""Responses of answers: server-sent events or one JSON object; a client that disconnects cancels its answers."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kimi_mlx.server.conversation import AnswerEvent, collect
+from kimi_mlx.server.conversation import Answer, AnswerEvent, collect
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
-from kimi_mlx.server.json_response import JsonResponse
+from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.service import KEEP_ALIVE_INTERVAL_S
-from kimi_mlx.server.translation import ApiFormatter, StreamEvent
 
 Result = TypeVar("Result")
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client has closed its connection."""
 
 
-async def respond(
-    request: Request, items: AsyncGenerator[AnswerEvent, None], formatter: ApiFormatter, *, is_stream: bool
-) -> Response:
-    """The answers to a request, as its API says them.
+@dataclass(frozen=True)
+class StreamEvent:
+    """A server-sent event.
 
     Args:
-        request: whose body has been read.
-        items: of the service.
-        formatter: of the API.
-        is_stream: as events, or as one object.
+        data: value of its `data:` line.
+        name: value of its `event:` line, if it has one.
+    """
+
+    data: str
+    name: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Any, name: str | None = None) -> StreamEvent:
+        """Return an event with JSON as its data."""
+        return cls(json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
+
+
+class ApiFormatter(Protocol):
+    """Formats the answers to one request for one API. It does no input or output of its own."""
+
+    def begin(self) -> Iterable[StreamEvent]:
+        """Return the events at the start of a stream, before any answer has started."""
+        ...
+
+    def add(self, event: AnswerEvent) -> Iterable[StreamEvent]:
+        """Return the events for an answer event; may be none, as the stream is kept alive with comments."""
+        ...
+
+    def end(self) -> Iterable[StreamEvent]:
+        """Return the events at the end of a stream, after the FinishEvent of every answer."""
+        ...
+
+    def fail(self, error: ApiError) -> Iterable[StreamEvent]:
+        """Return the events that end a stream after an error."""
+        ...
+
+    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
+        ...
+
+
+async def respond(
+    request: Request, events: AsyncGenerator[AnswerEvent, None], formatter: ApiFormatter, *, is_stream: bool
+) -> Response:
+    """Return the response to a request.
+
+    Args:
+        request: request, whose body has been read.
+        events: events of the service.
+        formatter: formatter of the API.
+        is_stream: whether the response is a stream of events rather than one object.
 
     Raises:
-        ApiError: it cannot be served.
-        ClientGoneError: nobody waits for it any more.
+        ApiError: the request cannot be served.
+        ClientDisconnectedError: the client has disconnected.
     """
     record: RequestRecord = request.scope[RECORD_KEY]
-    items = record.watch(items)
+    events = record.watch(events)
     if is_stream:
-        first = await while_connected(request.receive, anext(items))
-        return EventStream(first, items, formatter)
-    return JsonResponse(formatter.full_response(collect(await while_connected(request.receive, _all(items)))))
+        first = await while_connected(request.receive, anext(events))
+        return EventStream(first, events, formatter)
+    answers = collect(await while_connected(request.receive, _all(events)))
+    return JsonResponse(formatter.full_response(answers))
 
 
-async def _all(items: AsyncGenerator[AnswerEvent, None]) -> list[AnswerEvent]:
-    async with aclosing(items):
-        return [item async for item in items]
+async def _all(events: AsyncGenerator[AnswerEvent, None]) -> list[AnswerEvent]:
+    async with aclosing(events):
+        return [event async for event in events]
 
 
 class EventStream(Response):
-    """A stream of events.
+    """A stream of server-sent events.
 
     Args:
-        first: what the answer begins with: by then it is known to be served.
-        rest: what follows.
-        formatter: into the API's words.
+        first: first event; it shows that the request can be served.
+        rest: remaining events.
+        formatter: formatter of the API.
     """
 
     media_type = "text/event-stream"
@@ -71,7 +115,7 @@ class EventStream(Response):
         self._first, self._rest, self._formatter = first, rest, formatter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the stream."""
         async with aclosing(self._rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await while_connected(receive, self._write(send, scope[RECORD_KEY]))
@@ -83,37 +127,37 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _encoded(self, record: RequestRecord) -> AsyncGenerator[bytes, None]:
-        """The bytes of the stream; a comment where there was nothing else for some seconds."""
+        """Yield the bytes of the stream, with a comment when there has been nothing else for some seconds."""
         formatter = self._formatter
         try:
-            yield _bytes(*formatter.begin(), *formatter.add(self._first))
-            said_at = time.monotonic()
-            async for item in self._rest:
-                data = _bytes(*formatter.add(item))
-                if not data and time.monotonic() - said_at >= KEEP_ALIVE_INTERVAL_S:
+            yield _encode(*formatter.begin(), *formatter.add(self._first))
+            sent_at = time.monotonic()
+            async for event in self._rest:
+                data = _encode(*formatter.add(event))
+                if not data and time.monotonic() - sent_at >= KEEP_ALIVE_INTERVAL_S:
                     data = b": keep-alive\n\n"
                 if data:
                     yield data
-                    said_at = time.monotonic()
-            events = formatter.end()
+                    sent_at = time.monotonic()
+            last = formatter.end()
         except ApiError as error:
             record.reason = f"stopped: {error.message}"
-            events = formatter.fail(error)
-        yield _bytes(*events)
+            last = formatter.fail(error)
+        yield _encode(*last)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Work until the client goes away; its whole body must have been read.
+    """Run a coroutine, and cancel it if the client disconnects; the request's body must have been read.
 
     Raises:
-        ClientGoneError: it went before the work was done.
+        ClientDisconnectedError: the client disconnected before the coroutine was done.
     """
     working = asyncio.ensure_future(work)
-    listening = asyncio.ensure_future(_until_gone(receive))
+    listening = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGoneError
+            raise ClientDisconnectedError
         return working.result()
     finally:
         for task in (working, listening):
@@ -121,11 +165,12 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
         await asyncio.gather(working, listening, return_exceptions=True)
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def _bytes(*events: StreamEvent) -> bytes:
-    lines = (f"event: {each.name}\ndata: {each.data}\n\n" if each.name else f"data: {each.data}\n\n" for each in events)
-    return "".join(lines).encode(errors="replace")
+def _encode(*events: StreamEvent) -> bytes:
+    names = (f"event: {event.name}\n" if event.name else "" for event in events)
+    text = "".join(f"{name}data: {event.data}\n\n" for name, event in zip(names, events, strict=True))
+    return text.encode(errors="replace")

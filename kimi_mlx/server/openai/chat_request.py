@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions, and what is asked with it."""
+"""The body of POST /v1/chat/completions, and its conversion to a ChatRequest."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pydantic import Field, model_validator
 from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.request_fields import MIN_TOP_P, StopText, TokenCount, check_tool_choice
 from kimi_mlx.text.messages import Message, ToolCall
 
 MAX_ANSWERS = 128
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
-MIN_TOP_P = 1e-6
 
-TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
-StopText = Annotated[str, Field(min_length=1)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -34,14 +32,14 @@ class Part(Body):
 
 
 class FunctionCall(Body):
-    """The call of a function."""
+    """A function call."""
 
     name: str = Field(min_length=1)
     arguments: str = ""
 
 
 class Call(Body):
-    """A call that an assistant made."""
+    """A tool call of the assistant."""
 
     id: str
     type: Literal["function"] = "function"
@@ -57,11 +55,11 @@ class ChatMessage(Body):
     reasoning_content: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
-    partial: bool | None = Field(None, description="Moonshot's: the last message is gone on from.")
+    partial: bool | None = Field(None, description="Moonshot's extension: the answer continues the last message.")
 
 
 class Function(Body):
-    """A function that may be called."""
+    """A function that the model may call."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -70,7 +68,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """A tool that may be used."""
+    """A tool that the model may use."""
 
     type: Literal["function"]
     function: Function
@@ -83,14 +81,14 @@ class NamedFunction(Body):
 
 
 class NamedChoice(Body):
-    """The tool that must be used."""
+    """The tool that the model must use."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
 class JsonSchema(Body):
-    """A schema that the answer must keep to."""
+    """A schema that the answer must satisfy."""
 
     name: str = "answer"
     description: str | None = None
@@ -99,26 +97,26 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StreamOptions(Body):
-    """What a stream holds."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class Thinking(Body):
-    """Moonshot's switch."""
+    """Moonshot's switch for thinking."""
 
     type: Literal["enabled", "disabled"]
 
 
 class GenerationBody(Body):
-    """What chat and plain completions have in common."""
+    """Fields that chat completions and plain completions share."""
 
     model: str | None = None
     max_tokens: TokenCount | None = None
@@ -137,13 +135,13 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
 
     def generation_params(self) -> dict[str, Any]:
-        """Arguments of a GenerationParams.
+        """Return the fields of GenerationParams.
 
         Raises:
-            ApiError: what we do not have.
+            ApiError: the body uses a feature that is not supported.
         """
-        for name, idle in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
-            if getattr(self, name) not in (None, idle):
+        for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
+            if getattr(self, name) not in (None, neutral):
                 raise ApiError(400, f"`{name}` is not supported: leave it out", "unsupported_parameter", name)
         return {
             "max_tokens": self.max_tokens,
@@ -161,7 +159,7 @@ class GenerationBody(Body):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with it."""
+        """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -176,7 +174,7 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: str | None = Field(None, description="`none`: the model does not reason; else it does.")
+    reasoning_effort: str | None = Field(None, description="`none` turns reasoning off, any other value on.")
     chat_template_kwargs: dict[str, Any] | None = None
     thinking: Thinking | None = None
 
@@ -188,23 +186,23 @@ class ChatBody(GenerationBody):
         return value  # pyright: ignore[reportUnknownVariableType]
 
     def to_chat_request(self) -> ChatRequest:
-        """What is asked.
+        """Return the chat request.
 
         Raises:
-            ApiError: what cannot be meant that way, or what we do not have.
+            ApiError: the body is contradictory, or uses a feature that is not supported.
         """
         messages, partial = _messages(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
-        wish = self.generation_params()
-        wish["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        params = self.generation_params()
+        params["max_tokens"] = self.max_completion_tokens or self.max_tokens
         return ChatRequest(
-            **wish,
+            **params,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             messages=messages,
             tools=tools,
-            tool_choice=self._tool_choice(),
+            tool_choice=check_tool_choice(self._tool_choice(), tools),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_schema=self._response_schema(),
             thinking=self._thinking(),
@@ -212,63 +210,56 @@ class ChatBody(GenerationBody):
             partial=partial,
         )
 
-    def _tool_choice(self) -> str | Mapping[str, str]:
+    def _tool_choice(self) -> str | dict[str, str]:
         choice = self.tool_choice or "auto"
-        names = {tool.function.name for tool in self.tools or ()}
-        if choice == "required" and not names:
-            raise ApiError(400, "`tool_choice` is `required`, but there are no tools", param="tool_choice")
-        if isinstance(choice, str):
-            return choice
-        name = choice.function.name
-        if name not in names:
-            raise ApiError(400, f"`tool_choice` names `{name}`, which is not among the tools", param="tool_choice")
-        return {"name": name}
+        return choice if isinstance(choice, str) else {"name": choice.function.name}
 
     def _response_schema(self) -> Mapping[str, Any] | bool | None:
-        wanted = self.response_format
-        if wanted is None or wanted.type == "text":
+        response_format = self.response_format
+        if response_format is None or response_format.type == "text":
             return None
-        if wanted.type == "json_object":
+        if response_format.type == "json_object":
             return True
-        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
             param = "response_format.json_schema.schema"
             raise ApiError(400, f"`{param}` is missing", "missing_required_parameter", param)
-        return wanted.json_schema.schema_
+        return response_format.json_schema.schema_
 
     def _thinking(self) -> bool | None:
         if self.thinking is not None:
             return self.thinking.type == "enabled"
-        given = (self.chat_template_kwargs or {}).get("thinking")
-        if isinstance(given, bool):
-            return given
+        switch = (self.chat_template_kwargs or {}).get("thinking")
+        if isinstance(switch, bool):
+            return switch
         return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
 
-def _messages(given: list[ChatMessage]) -> tuple[tuple[Message, ...], str | None]:
-    """The messages, without the last if it is to be gone on from."""
-    messages = [_message(message, f"messages[{at}]") for at, message in enumerate(given)]
-    if not given[-1].partial:
+def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], str | None]:
+    """Return the messages, and separately the text of the last one if it is partial."""
+    messages = [_message(message, f"messages[{at}]") for at, message in enumerate(body)]
+    if not body[-1].partial:
         return tuple(messages), None
-    if given[-1].role != "assistant":
-        raise ApiError(400, "only an assistant's message can be `partial`", param=f"messages[{len(given) - 1}].partial")
+    if body[-1].role != "assistant":
+        param = f"messages[{len(body) - 1}].partial"
+        raise ApiError(400, "only a message of role `assistant` can be `partial`", param=param)
     last = messages.pop().content
     assert isinstance(last, str)
     return tuple(messages), last
 
 
-def _message(message: ChatMessage, where: str) -> Message:
+def _message(message: ChatMessage, place: str) -> Message:
     if message.role == "tool" and not message.tool_call_id:
-        raise ApiError(400, "a tool's message needs `tool_call_id`", param=f"{where}.tool_call_id")
+        raise ApiError(400, "a message of role `tool` needs `tool_call_id`", param=f"{place}.tool_call_id")
     if message.content is None and message.role in ("system", "developer", "user"):
-        param = f"{where}.content"
-        raise ApiError(400, f"`{param}`: it is missing", "missing_required_parameter", param)
+        param = f"{place}.content"
+        raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
     role = "system" if message.role == "developer" else message.role
     calls = tuple(
         ToolCall(call.id, call.function.name, _arguments(call.function.arguments)) for call in message.tool_calls or ()
     )
     return Message(
         role,
-        text_of(message.content, f"{where}.content"),
+        _text(message.content, f"{place}.content"),
         message.reasoning_content,
         calls,
         message.tool_call_id,
@@ -276,21 +267,21 @@ def _message(message: ChatMessage, where: str) -> Message:
     )
 
 
-def text_of(content: str | list[Part] | None, where: str) -> str:
-    """The text of a message; its parts are joined.
+def _text(content: str | list[Part] | None, place: str) -> str:
+    """Return the text of a message, with its parts joined.
 
     Raises:
-        ApiError: a part that is no text.
+        ApiError: a part is not text.
     """
     if not isinstance(content, list):
         return content or ""
     for at, part in enumerate(content):
         if part.type not in ("text", "refusal"):
-            message = f"a part of type `{part.type}` cannot be read: the model is served without vision, text only"
-            raise ApiError(400, message, "unsupported_content", f"{where}[{at}].type")
+            message = f"content of type `{part.type:.60}` is not supported: this model reads text only"
+            raise ApiError(400, message, "unsupported_content", f"{place}[{at}].type")
     return "".join(part.text or part.refusal or "" for part in content)
 
 
 def _arguments(text: str) -> str:
-    """Arguments of an earlier call; some clients send nothing where there were none."""
+    """Return the arguments of an earlier call; some clients send an empty string if there are none."""
     return text if text.strip() else json.dumps({})

@@ -1,7 +1,7 @@
-"""OpenAI's Responses API on the way in: the body of a request, and the ChatRequest that it means.
+"""The body of OpenAI's Responses API, and its conversion to a ChatRequest.
 
-Source: https://platform.openai.com/docs/api-reference/responses/create. Nothing is kept between requests: a client
-sends the whole conversation each time. What would need something kept, or a tool of OpenAI's own, is refused.
+Source: https://platform.openai.com/docs/api-reference/responses/create. Nothing is stored between requests: a client
+sends the whole conversation each time. Requests that need stored state, or OpenAI's own tools, are refused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.openai.chat_request import MAX_LOGPROBS, MIN_TOP_P, TokenCount
+from kimi_mlx.server.openai.chat_request import MAX_LOGPROBS
 from kimi_mlx.server.request_fields import (
+    MIN_TOP_P,
     UNSUPPORTED,
+    TokenCount,
     check_tool_choice,
     text_shorthand,
     type_discriminator,
@@ -29,7 +31,7 @@ TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_te
 
 
 class Part(Body):
-    """A part of an item's content; only text is read."""
+    """A part of an item's content; only text is supported."""
 
     type: str
     text: str | None = None
@@ -42,7 +44,7 @@ Parts = Annotated[
 
 
 class MessageItem(Body):
-    """Something said."""
+    """A message."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -50,7 +52,7 @@ class MessageItem(Body):
 
 
 class FunctionCallItem(Body):
-    """A call of the model."""
+    """A tool call of the model."""
 
     type: Literal["function_call"]
     call_id: str
@@ -59,7 +61,7 @@ class FunctionCallItem(Body):
 
 
 class FunctionCallOutputItem(Body):
-    """The result of a call."""
+    """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -67,7 +69,7 @@ class FunctionCallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """What the model thought: its content, else its summary."""
+    """Reasoning of the model: its content, or else its summary."""
 
     type: Literal["reasoning"]
     content: list[Part] | None = None
@@ -75,13 +77,13 @@ class ReasoningItem(Body):
 
 
 class UnsupportedItem(Body):
-    """An item of a kind that is not served."""
+    """An item of an unsupported type."""
 
     type: str | None = None
 
 
-def _message_if_said(value: Any) -> str | None:
-    """Messages need not name their type."""
+def _default_type(value: Any) -> str | None:
+    """Return the type of an item without a `type`: messages may leave it out."""
     return "message" if isinstance(value, dict) and "role" in value else None
 
 
@@ -95,13 +97,13 @@ Item = Annotated[
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
     | Annotated[UnsupportedItem, Tag(UNSUPPORTED)],
-    Discriminator(type_discriminator(ITEM_TYPES, _message_if_said)),
+    Discriminator(type_discriminator(ITEM_TYPES, _default_type)),
 ]
 Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
 
 class Tool(Body):
-    """A function of the client's, or a tool of OpenAI's."""
+    """A function of the client, or a tool of OpenAI."""
 
     type: str
     name: str | None = None
@@ -111,21 +113,21 @@ class Tool(Body):
 
 
 class NamedTool(Body):
-    """The tool that must be called."""
+    """The tool that the model must call."""
 
     type: str
     name: str | None = None
 
 
 class Reasoning(Body):
-    """Whether the model thinks, and whether what it thinks is told as a summary."""
+    """Whether the model thinks, and whether its reasoning is sent as a summary."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class Format(Body):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     schema_: dict[str, Any] | None = Field(None, alias="schema")
@@ -135,13 +137,13 @@ class Format(Body):
 
 
 class TextConfig(Body):
-    """How the answer is to look."""
+    """Options of the text."""
 
     format: Format | None = None
 
 
 class ResponsesBody(Body):
-    """What `/v1/responses` is sent."""
+    """The body of POST /v1/responses."""
 
     model: str | None = None
     input: Items = Field(min_length=1)
@@ -166,10 +168,10 @@ class ResponsesBody(Body):
 
 
 def to_chat_request(body: ResponsesBody) -> ChatRequest:
-    """Return what a body asks for.
+    """Return the chat request of a body.
 
     Raises:
-        ApiError: it asks for something that is not served.
+        ApiError: the body uses a feature that is not supported.
     """
     _refuse_state(body)
     top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
@@ -189,60 +191,60 @@ def to_chat_request(body: ResponsesBody) -> ChatRequest:
 
 
 def _refuse_state(body: ResponsesBody) -> None:
-    """Refuse what counts on something that was kept."""
+    """Refuse requests that need stored state."""
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(body, name) is not None:
-            raise unsupported(f"`{name}` is", name, "responses are not kept; send the whole conversation as `input`")
+            raise unsupported(f"`{name}` is", name, "responses are not stored; send the whole conversation as `input`")
     if body.background:
-        raise unsupported("`background` is", "background", "responses are not kept; wait for the answer, or stream it")
+        raise unsupported("`background` is", "background", "responses are not stored; wait for it, or stream it")
 
 
 class _Conversation:
-    """Items put together to messages: one turn of the assistant's is several items."""
+    """Assembles messages from items: one message of the assistant is several items."""
 
     def __init__(self, body: ResponsesBody):
         self.messages = [Message("system", body.instructions)] if body.instructions else []
-        self._thoughts: list[str] = []
+        self._reasoning: list[str] = []
         self._text = ""
         self._calls: list[ToolCall] = []
         for index, item in enumerate(body.input):
             self._add(item, f"input[{index}]")
-        self._end_turn()
+        self._end_message()
 
     def _add(self, item: Item, place: str) -> None:
         if isinstance(item, ReasoningItem):
             if self._text or self._calls:
-                self._end_turn()
-            self._thoughts += [part.text or "" for part in item.content or item.summary or ()]
+                self._end_message()
+            self._reasoning += [part.text or "" for part in item.content or item.summary or ()]
         elif isinstance(item, FunctionCallItem):
             self._calls.append(ToolCall(item.call_id, item.name, item.arguments))
         elif isinstance(item, MessageItem):
-            self._say(item, _text(item.content, f"{place}.content"))
+            self._add_message(item, _text(item.content, f"{place}.content"))
         elif isinstance(item, FunctionCallOutputItem):
-            self._end_turn()
-            # A picture in a result is only named: to refuse it would end a session for good.
+            self._end_message()
+            # an image in a result is only named: refusing it would break the whole session
             parts = (part.text or f"[{part.type}: this model reads text only]" for part in item.output)
             self.messages.append(Message("tool", "\n\n".join(parts), tool_call_id=item.call_id))
         elif item.type in ("item_reference", None):
-            raise unsupported("references to items are", place, "items are not kept; send the item itself")
+            raise unsupported("references to items are", place, "items are not stored; send the item itself")
         else:
             raise unsupported(f"items of type `{item.type:.60}` are", place)
 
-    def _say(self, item: MessageItem, text: str) -> None:
+    def _add_message(self, item: MessageItem, text: str) -> None:
         if item.role != "assistant":
-            self._end_turn()
+            self._end_message()
             self.messages.append(Message("system" if item.role == "developer" else item.role, text))
             return
         if self._text:
-            self._end_turn()
+            self._end_message()
         self._text = text
 
-    def _end_turn(self) -> None:
-        """What the assistant thought, said and called is a message."""
-        if self._thoughts or self._text or self._calls:
-            thoughts = "".join(self._thoughts) or None
-            self.messages.append(Message("assistant", self._text, thoughts, tuple(self._calls)))
-        self._thoughts, self._text, self._calls = [], "", []
+    def _end_message(self) -> None:
+        """Add the message of the assistant's reasoning, text and calls."""
+        if self._reasoning or self._text or self._calls:
+            reasoning = "".join(self._reasoning) or None
+            self.messages.append(Message("assistant", self._text, reasoning, tuple(self._calls)))
+        self._reasoning, self._text, self._calls = [], "", []
 
 
 def _text(parts: Sequence[Part], place: str) -> str:
@@ -250,14 +252,14 @@ def _text(parts: Sequence[Part], place: str) -> str:
     for index, part in enumerate(parts):
         text = part.text if part.type in TEXT_TYPES else part.refusal
         if text is None:
-            what = f"content of type `{part.type:.60}` is"
-            raise unsupported(what, f"{place}[{index}]", "this model reads text only")
+            subject = f"content of type `{part.type:.60}` is"
+            raise unsupported(subject, f"{place}[{index}]", "this model reads text only")
         texts.append(text)
     return "".join(texts)
 
 
 def _tool(tool: Tool, place: str) -> dict[str, Any]:
-    """The tool in the shape of Chat Completions."""
+    """Return the tool in the format of Chat Completions."""
     if tool.type != "function":
         raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
     if not tool.name:
@@ -275,21 +277,21 @@ def _tool_choice(choice: str | NamedTool | None) -> str | dict[str, str]:
     return {"name": choice.name}
 
 
-def _response_schema(form: Format | None) -> dict[str, Any] | bool | None:
-    if form is None or form.type == "text":
+def _response_schema(text_format: Format | None) -> dict[str, Any] | bool | None:
+    if text_format is None or text_format.type == "text":
         return None
-    if form.type == "json_object":
+    if text_format.type == "json_object":
         return True
-    if form.schema_ is None:
+    if text_format.schema_ is None:
         raise ApiError(400, "`text.format` has no `schema`", "missing_required_parameter", "text.format.schema")
-    return form.schema_
+    return text_format.schema_
 
 
 def _thinking(effort: str | None) -> bool | None:
-    """There is only thinking or none; without a word about it, the template decides."""
+    """Return whether to think; there are no degrees, and without an effort the template decides."""
     return None if effort is None else effort not in ("none", "minimal")
 
 
 def _top_logprobs(body: ResponsesBody) -> int | None:
-    is_wanted = "message.output_text.logprobs" in (body.include or ())
-    return body.top_logprobs or 0 if is_wanted or body.top_logprobs else None
+    is_included = "message.output_text.logprobs" in (body.include or ())
+    return body.top_logprobs or 0 if is_included or body.top_logprobs else None

@@ -1,9 +1,9 @@
-"""OpenAI's Responses API on the way out: an answer as a response object or as events.
+"""Responses of OpenAI's Responses API: a response object, or its events.
 
-An answer is a list of items: reasoning, a message, and one for each call. What is thought comes as the content of its
-item, or, if a summary was asked for, as its summary: clients that ask for one show nothing else. A call whose
-arguments turn out to be no JSON object has been streamed as the model wrote it, and its item is `incomplete`. What
-named no tool is told as text.
+An answer is a list of items: reasoning, a message, and one for each tool call. Reasoning is the content of its item,
+or, if the client requested a summary, its summary, because such clients show nothing else. A call whose arguments turn
+out not to be a JSON object is sent as the model wrote it, and its item is `incomplete`. A call that names no tool is
+shown as text.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_mlx.server.call_steps import CallSteps
 from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.responses_request import ResponsesBody
-from kimi_mlx.server.translation import StreamEvent
+from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
 Value = dict[str, Any]
@@ -26,13 +26,13 @@ Value = dict[str, Any]
 
 @dataclass
 class _OpenItem:
-    """The item that is being filled.
+    """The item that is open.
 
     Args:
-        item: as it is begun.
-        part: the type of the part that its text goes to; None: a call, which has arguments.
-        text: what it has so far.
-        logprobs: of the tokens of its text.
+        item: item as it started.
+        part: type of the part that contains its text; None for a call, which has arguments.
+        text: text or arguments so far.
+        logprobs: log probabilities of the tokens of its text.
     """
 
     item: Value
@@ -42,86 +42,86 @@ class _OpenItem:
 
 
 class ResponseFormatter:
-    """The answer to one request; a `ApiFormatter`.
+    """Formats the answer to one request; an `ApiFormatter`.
 
     Args:
-        model: its name, as the answer says it.
-        body: the request, parts of which the answer repeats.
+        model: name of the model in the response.
+        body: body of the request, parts of which the response echoes.
     """
 
     def __init__(self, model: str, body: ResponsesBody):
-        self._fields = _repeated(body) | {
+        self._fields = _echoed_fields(body) | {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
         }
         is_summary = body.reasoning is not None and body.reasoning.summary is not None
-        self._thought = "summary_text" if is_summary else "reasoning_text"
-        self._steps = CallSteps()
-        self._output: list[Value] = []  # whole items
+        self._reasoning_part = "summary_text" if is_summary else "reasoning_text"
+        self._calls = CallSequencer()
+        self._output: list[Value] = []  # complete items
         self._open: _OpenItem | None = None
-        self._events = 0
+        self._num_events = 0
 
     def begin(self) -> Iterator[StreamEvent]:
-        """The response without its items."""
+        """Yield the response without items."""
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
 
-    def add(self, item: AnswerEvent) -> Iterator[StreamEvent]:
-        """The events of a piece, or of the end."""
-        if isinstance(item, DeltaEvent):
-            yield from self._piece(item.delta, item.logprobs)
-        elif isinstance(item, FinishEvent):
+    def add(self, event: AnswerEvent) -> Iterator[StreamEvent]:
+        """Yield the events of a delta or of the end."""
+        if isinstance(event, DeltaEvent):
+            yield from self._delta_events(event.delta, event.logprobs)
+        elif isinstance(event, FinishEvent):
             yield from self._close()
-            response = self._ended(item)
+            response = self._final_response(event)
             yield self._event(f"response.{response['status']}", response=response)
 
     def end(self) -> Iterator[StreamEvent]:
-        """Nothing more."""
+        """Return no events: the FinishEvent has ended the stream."""
         return iter(())
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
-        """The response with its error, in the middle of a stream."""
+        """Yield the failed response that ends the stream."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         response = self._response("failed", error={"code": code, "message": error.message})
         yield self._event("response.failed", response=response)
 
     def full_response(self, answers: Sequence[Answer]) -> Value:
-        """The answer as a response object."""
+        """Return the response object."""
         (answer,) = answers
-        for _ in (*self._piece(answer.delta, answer.logprobs), *self._close()):
-            pass  # the events fill the list of items
-        return self._ended(answer.end)
+        for _ in (*self._delta_events(answer.delta, answer.logprobs), *self._close()):
+            pass  # the events themselves are not needed: making them fills the list of items
+        return self._final_response(answer.finish)
 
-    def _ended(self, end: FinishEvent) -> Value:
-        usage = _usage(end.usage)
-        if end.reason in ("stop", "tool_calls"):
+    def _final_response(self, finish: FinishEvent) -> Value:
+        usage = _usage(finish.usage)
+        if finish.reason in ("stop", "tool_calls"):
             return self._response("completed", usage=usage)
-        details = {"reason": "max_output_tokens"} if end.reason == "length" else None
+        details = {"reason": "max_output_tokens"} if finish.reason == "length" else None
         return self._response("incomplete", usage=usage, incomplete_details=details)
 
     def _response(self, status: str, **fields: Any) -> Value:
         empty: Value = {"error": None, "incomplete_details": None, "usage": None}
         return {**self._fields, **empty, "status": status, "output": self._output, **fields}
 
-    def _piece(self, delta: Delta, logprobs: Sequence[TokenLogprobs]) -> Iterator[StreamEvent]:
+    def _delta_events(self, delta: Delta, logprobs: Sequence[TokenLogprobs]) -> Iterator[StreamEvent]:
         if delta.reasoning:
-            yield from self._say(self._thought, delta.reasoning)
+            yield from self._text_delta(self._reasoning_part, delta.reasoning)
         if delta.text:
-            yield from self._say("output_text", delta.text, [_logprob(token) for token in logprobs])
-        for step in self._steps.of(delta):
-            if isinstance(step, ToolCallDelta):
-                yield from self._call_part(step)
-            elif isinstance(step, ToolCall) or step.index is not None:
-                yield from self._close("completed" if isinstance(step, ToolCall) else "incomplete")
+            yield from self._text_delta("output_text", delta.text, [_logprob(token) for token in logprobs])
+        for part in self._calls.parts(delta):
+            if isinstance(part, ToolCallDelta):
+                yield from self._call_delta(part)
+            elif isinstance(part, ToolCall) or part.index is not None:
+                yield from self._close("completed" if isinstance(part, ToolCall) else "incomplete")
             else:
-                yield from self._say("output_text", step.raw)
+                yield from self._text_delta("output_text", part.raw)
 
-    def _say(self, part: str, text: str, logprobs: Sequence[Value] = ()) -> Iterator[StreamEvent]:
-        """Go on with the item whose part this is, or begin it."""
+    def _text_delta(self, part: str, text: str, logprobs: Sequence[Value] = ()) -> Iterator[StreamEvent]:
+        """Add text to the open item if it has this part; otherwise start a new item."""
         if self._open is None or self._open.part != part:
-            yield from self._begin(_empty_item(part), part)
+            yield from self._start(_empty_item(part), part)
             yield self._part_event("added", part, "")
         assert self._open is not None
         self._open.text.append(text)
@@ -129,21 +129,21 @@ class ResponseFormatter:
         fields = {"logprobs": logprobs} if part == "output_text" else {}
         yield self._text_event("delta", part, delta=text, **fields)
 
-    def _call_part(self, part: ToolCallDelta) -> Iterator[StreamEvent]:
+    def _call_delta(self, part: ToolCallDelta) -> Iterator[StreamEvent]:
         if part.name:
             item = {"id": f"fc_{secrets.token_hex(12)}", "call_id": part.id, "name": part.name, "arguments": ""}
-            yield from self._begin({"type": "function_call", **item})
+            yield from self._start({"type": "function_call", **item})
         if part.arguments and self._open is not None:
             self._open.text.append(part.arguments)
             yield self._item_event("response.function_call_arguments.delta", delta=part.arguments)
 
-    def _begin(self, item: Value, part: str | None = None) -> Iterator[StreamEvent]:
+    def _start(self, item: Value, part: str | None = None) -> Iterator[StreamEvent]:
         yield from self._close()
         self._open = _OpenItem({**item, "status": "in_progress"}, part)
         yield self._event("response.output_item.added", output_index=len(self._output), item=self._open.item)
 
     def _close(self, status: str = "completed") -> Iterator[StreamEvent]:
-        """End the open item, if there is one."""
+        """Finish the open item, if there is one."""
         if self._open is None:
             return
         part, text, item = self._open.part, "".join(self._open.text), {**self._open.item, "status": status}
@@ -160,21 +160,21 @@ class ResponseFormatter:
         self._output.append(item)
         self._open = None
 
-    def _part_event(self, what: str, part: str, text: str, logprobs: Sequence[Value] = ()) -> StreamEvent:
+    def _part_event(self, action: str, part: str, text: str, logprobs: Sequence[Value] = ()) -> StreamEvent:
         kind, index = ("reasoning_summary", "summary_index") if part == "summary_text" else ("content", "content_index")
-        return self._item_event(f"response.{kind}_part.{what}", part=_part(part, text, logprobs), **{index: 0})
+        return self._item_event(f"response.{kind}_part.{action}", part=_part(part, text, logprobs), **{index: 0})
 
-    def _text_event(self, what: str, part: str, **fields: Any) -> StreamEvent:
+    def _text_event(self, action: str, part: str, **fields: Any) -> StreamEvent:
         kind, index = ("reasoning_summary_text", "summary_index") if part == "summary_text" else (part, "content_index")
-        return self._item_event(f"response.{kind}.{what}", **fields, **{index: 0})
+        return self._item_event(f"response.{kind}.{action}", **fields, **{index: 0})
 
     def _item_event(self, kind: str, **fields: Any) -> StreamEvent:
         assert self._open is not None
         return self._event(kind, item_id=self._open.item["id"], output_index=len(self._output), **fields)
 
     def _event(self, kind: str, **fields: Any) -> StreamEvent:
-        self._events += 1
-        return StreamEvent.from_json({"type": kind, "sequence_number": self._events - 1, **fields}, kind)
+        self._num_events += 1
+        return StreamEvent.from_json({"type": kind, "sequence_number": self._num_events - 1, **fields}, kind)
 
 
 def _empty_item(part: str) -> Value:
@@ -207,9 +207,9 @@ def _usage(usage: Usage) -> Value:
     }
 
 
-def _repeated(body: ResponsesBody) -> Value:
-    """What a response repeats of its request."""
-    given = body.model_dump(
+def _echoed_fields(body: ResponsesBody) -> Value:
+    """Return the fields that a response echoes from its request."""
+    fields = body.model_dump(
         mode="json",
         by_alias=True,
         exclude_none=True,
@@ -224,7 +224,7 @@ def _repeated(body: ResponsesBody) -> Value:
         "temperature": None,
         "text": {"format": {"type": "text"}},
         "top_p": None,
-        **given,
+        **fields,
         "tools": [tool.model_dump(mode="json") for tool in body.tools or ()],
         "tool_choice": (choice if isinstance(choice, str) else choice.model_dump()) if choice else "auto",
         "parallel_tool_calls": parallel is not False,

@@ -12,7 +12,7 @@ from kimi_mlx.server.conversation import (
     Usage,
     collect,
 )
-from kimi_mlx.server.translation import ApiFormatter, StreamEvent
+from kimi_mlx.server.http.sse import ApiFormatter, StreamEvent
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
 USAGE = Usage(prompt_tokens=20, completion_tokens=9, cached_tokens=16, reasoning_tokens=3)

@@ -28,8 +28,8 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.server.response_builder import StopSequences
 from kimi_mlx.server.service import Service
-from kimi_mlx.server.stops import StopSequences
 from kimi_mlx.session.session import EventCallback, SessionStatus
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
@@ -136,13 +136,13 @@ def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSessio
             await collect(service, ASK)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
-        with pytest.raises(ApiError, match=f"at most {most}") as caught:
+        with pytest.raises(ApiError, match=f"the limit is {most}") as caught:
             await collect(service, ChatRequest(messages=ASK.messages, n=most + 1))
         assert caught.value.status == 400
         session.callbacks[0](Prefilled(0, 9))
         while service.waiting == most:
             await asyncio.sleep(0.001)
-        with pytest.raises(ApiError, match=r"1 answers run and \d+ are waiting"):  # one has begun: no place more
+        with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # one has begun: no place more
             await collect(service, ASK)
         session.callbacks[0](finished())
         while service.running:
@@ -192,8 +192,8 @@ def test_a_lost_ring_is_in_the_log_once(
 
     run(work)
     assert [(each.levelname, each.message) for each in caplog.records if "ring" in each.message] == [
-        ("WARNING", "the ring is lost: rank 1 is lost (start 1 of 3)"),
-        ("WARNING", "the ring is back after 2.0 s"),
+        ("WARNING", "lost the ring: rank 1 is lost (restart 1 of 3)"),
+        ("WARNING", "the ring is up again after 2.0 s"),
     ]
 
 
@@ -211,7 +211,7 @@ def test_a_ring_that_is_given_up_is_logged_once(
             assert (told.status, told.code) == (503, "ring_lost")
 
     run(work)
-    assert [each.message for each in caplog.records] == ["the ring is given up: rank 1 is lost, 3 times"]
+    assert [each.message for each in caplog.records] == ["the ring failed for good: rank 1 is lost, 3 times"]
 
 
 def test_a_lost_ring_is_told_and_survived(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
@@ -240,7 +240,7 @@ def test_health_says_what_is_wrong(service: Service) -> None:
     )
     assert health_problem(service, SessionStatus(is_up=False, reason="rank 1 is lost")) == "rank 1 is lost"
     service.close()
-    assert health_problem(service, SessionStatus(is_up=True)) == "the server is being stopped"
+    assert health_problem(service, SessionStatus(is_up=True)) == "the server is shutting down"
 
 
 def test_a_stop_text_withdraws_the_request(
@@ -316,10 +316,10 @@ def test_stop_texts_are_found_across_pieces(size: int) -> None:
         ("xyz", ("zz", "yzz"), "xyz"),
         ("first second", ("second", "st"), "fir"),
     ):
-        found = StopSequences(stops)
-        pieces = [found.add(text[at : at + size]) for at in range(0, len(text), size)]
-        if found.found is None:
-            pieces.append(found.finish())
+        sequences = StopSequences(stops)
+        pieces = [sequences.add(text[at : at + size]) for at in range(0, len(text), size)]
+        if sequences.matched is None:
+            pieces.append(sequences.finish())
         assert "".join(pieces) == shown
 
 
@@ -355,7 +355,7 @@ def test_a_server_that_ends_does_not_wait_for_the_engine(service: Service, sessi
         task = asyncio.create_task(collect(service, ASK))
         await session.asked()
         service.close()
-        with pytest.raises(ApiError, match="being stopped"):
+        with pytest.raises(ApiError, match="shutting down"):
             await task
 
     run(work)

@@ -42,7 +42,7 @@ def test_calls_are_counted_over_the_whole_conversation():
         "functions.f:0",
         "functions.g:2",
     ]
-    assert ids.known == ("call_a", "call_b", "x")
+    assert ids.client_ids == ("call_a", "call_b", "x")
     assert messages[0] == sent[0]
 
 
@@ -83,12 +83,12 @@ def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([result("call_1")], "is nowhere before"),
-        ([result(None)], "does not say which"),
-        ([called("a"), result("a"), result("a")], "has a result already"),
+        ([result("call_1")], "does not appear before"),
+        ([result(None)], "has no tool call id"),
+        ([called("a"), result("a"), result("a")], "already has a result"),
         ([called("a", "a")], "two tool calls have the id `a`"),
         ([called("a"), called("a")], "the first has no result"),
-        ([result("a"), called("a")], "is nowhere before"),
+        ([result("a"), called("a")], "does not appear before"),
     ],
 )
 def test_results_that_belong_nowhere_are_the_clients_mistake(messages: list[Message], problem: str):
@@ -110,7 +110,7 @@ def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str
         answer = ids.allocator()
         calls = [call for i, name in enumerate(names) for call in answer.assign(new_call(name, i)).tool_calls]
         given_ids = [call.id for call in calls if isinstance(call, ToolCall)]
-        assert len({*given_ids, *ids.known}) == len(given_ids) + len(ids.known)
+        assert len({*given_ids, *ids.client_ids}) == len(given_ids) + len(ids.client_ids)
         turn = [ToolCall(i, name, "{}") for i, name in zip(given_ids, names, strict=True)]
         history += [Message("assistant", tool_calls=turn), *map(result, data.draw(st.permutations(given_ids)))]
         messages, _ = to_kimi_ids(history)

@@ -166,7 +166,7 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
         ([HI], {"tools": [{"input_schema": {}}]}, "tools.0", "no `name`"),
         ([HI], {"tool_choice": {"type": "tool"}}, "tool_choice.name", "no `name`"),
         ([HI], {"tool_choice": {"type": "any"}}, "tool_choice", "there are no tools"),
-        ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f` .* is not among the tools"),
+        ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f`, which is not among the tools"),
         ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
     ],
 )

@@ -9,7 +9,7 @@ import anthropic.types
 import pytest
 from pydantic import TypeAdapter
 
-from kimi_mlx.server.anthropic.response import SIGNATURE, MessageFormatter, error_body
+from kimi_mlx.server.anthropic.response import SIGNATURE, MessageFormatter, anthropic_error
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
@@ -124,6 +124,6 @@ def test_why_it_ended():
     ],
 )
 def test_errors(error: ApiError, kind: str, message: str):
-    assert error_body(error) == {"type": "error", "error": {"type": kind, "message": message}}
+    assert anthropic_error(error) == {"type": "error", "error": {"type": kind, "message": message}}
     (event,) = MessageFormatter("kimi").fail(error)
-    assert (event.name, json.loads(event.data)) == ("error", error_body(error))
+    assert (event.name, json.loads(event.data)) == ("error", anthropic_error(error))
