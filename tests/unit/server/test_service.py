@@ -142,7 +142,7 @@ def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSessio
         session.callbacks[0](Prefilled(0, 9))
         while service.waiting == most:
             await asyncio.sleep(0.001)
-        with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # one has begun: no place more
+        with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # no slot became free
             await collect(service, ASK)
         session.callbacks[0](finished())
         while service.running:
