@@ -1,36 +1,36 @@
 """The exceptions of kimi-mlx.
 
 KimiMlxError
-├── UsageError       an option or argument that cannot be meant that way
-│   ├── HostfileError       a hostfile, or a list of hosts, that cannot be meant that way
-│   └── GrammarError        a schema, or a choice of tools, that answers cannot be made to keep to
-├── ConfigError      a `config.json` (or one like it) that we cannot serve
-├── WeightsError     checkpoint files: missing, foreign, broken
-│   └── MissingModelError   a model that is not on a host yet
-├── TextError        tokenizer, chat template, messages
-├── PlacementError   a model that cannot be divided as asked
+├── UsageError       invalid option or argument
+│   ├── HostfileError       invalid hostfile or list of hosts
+│   └── GrammarError        schema or tool choice that cannot be enforced
+├── ConfigError      unsupported or invalid `config.json` (or similar file)
+├── WeightsError     checkpoint files that are missing, unsupported or corrupt
+│   └── MissingModelError   model that is not on a host yet
+├── TextError        tokenizer, chat template or messages
+├── PlacementError   model that cannot be split as requested
 ├── EngineError      generation: request too long, cache misuse
-│   └── CacheError          a block of the prompt cache on disk that cannot be used
-├── StepError        a step of the model that failed, with all answers that were in it
-├── LinkError        hosts with no network between them, or only one that is too slow
-├── SshError         a host that ssh does not reach, or that does not do what it is told
-├── InstallError     kimi-mlx cannot be brought to hosts
-└── RingError        ranks that do not start, die or fall silent
-    └── StallError   ranks that are alive, but come no further
+│   └── CacheError          unusable block of the prompt cache on disk
+├── StepError        failed step of the model, with all of its requests
+├── LinkError        hosts without a network between them, or with one that is too slow
+├── SshError         host that ssh cannot reach, or where a command fails
+├── InstallError     kimi-mlx cannot be installed on hosts
+└── RingError        ranks that fail to start, die or stop responding
+    └── StallError   ranks that are alive but make no progress
 
-Each one says what failed and where, with both numbers where there are two, and carries a hint: what to type next.
+Each message says what failed and where, with both numbers if there are two; the hint says what to type next.
 """
 
 from __future__ import annotations
 
 
 class KimiMlxError(Exception):
-    """Base of every error that is meant for the user.
+    """Base class of all errors for the user.
 
     Args:
-        message: what failed, where, with the numbers; no full stop, literals in backticks.
-        hint: what the user can do about it, usually a command to type.
-        rank: the rank that met the error, if it was not this process.
+        message: what failed, where, and the numbers; without a full stop, literals in backticks.
+        hint: remedy, usually a command to type.
+        rank: rank on which the error occurred, if not this process.
     """
 
     def __init__(self, message: str, hint: str | None = None, rank: int | None = None):
@@ -45,64 +45,64 @@ class KimiMlxError(Exception):
 
 
 class UsageError(KimiMlxError):
-    """An option or argument that cannot be meant that way (exit code 2)."""
+    """Invalid option or argument (exit code 2)."""
 
 
 class ConfigError(KimiMlxError):
-    """A configuration file that we cannot serve."""
+    """Unsupported or invalid configuration file."""
 
 
 class WeightsError(KimiMlxError):
-    """Checkpoint files that are missing, foreign or broken."""
+    """Checkpoint files that are missing, unsupported or corrupt."""
 
 
 class MissingModelError(WeightsError):
-    """A model that is not on a host yet."""
+    """Model that is not on a host yet."""
 
 
 class TextError(KimiMlxError):
-    """Tokenizer, chat template or message trouble."""
+    """Error in the tokenizer, the chat template or the messages."""
 
 
 class PlacementError(KimiMlxError):
-    """A model that cannot be divided over the ranks as asked."""
+    """Model that cannot be split over the ranks as requested."""
 
 
 class EngineError(KimiMlxError):
-    """A generation request that cannot be served."""
+    """Generation request that cannot be served."""
 
 
 class CacheError(EngineError):
-    """A block of the prompt cache on disk that cannot be used."""
+    """Unusable block of the prompt cache on disk."""
 
 
 class SshError(KimiMlxError):
-    """A host that ssh does not reach, or that does not do what it is told."""
+    """Host that ssh cannot reach, or where a command fails."""
 
 
 class InstallError(KimiMlxError):
-    """kimi-mlx cannot be brought to hosts."""
+    """kimi-mlx cannot be installed on hosts."""
 
 
 class HostfileError(UsageError):
-    """A hostfile, or a list of hosts, that cannot be meant that way."""
+    """Invalid hostfile or list of hosts."""
 
 
 class GrammarError(UsageError):
-    """A schema, or a choice of tools, that answers cannot be made to keep to; the message begins with the place."""
+    """Schema or tool choice that cannot be enforced. The message begins with the location in the schema."""
 
 
 class StepError(KimiMlxError):
-    """A step of the model that failed, with all answers that were in it; the next ones begin afresh."""
+    """Failed step of the model. All of its requests fail; later steps are not affected."""
 
 
 class LinkError(KimiMlxError):
-    """Hosts with no network between them, or only one that is too slow."""
+    """Hosts without a network between them, or with one that is too slow."""
 
 
 class RingError(KimiMlxError):
-    """Ranks that do not start, die or fall silent."""
+    """Ranks that fail to start, die or stop responding."""
 
 
 class StallError(RingError):
-    """Ranks that are alive, but come no further."""
+    """Ranks that are alive but make no progress."""

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and their checksums."""
+"""Atomic file writes, and checksums."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-PIECE_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 22
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush to the disk and rename; a reader sees the old file or the new one."""
+    """Write to a temporary file next to `path`, flush it and rename it. Readers see the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write the same
     try:
         with part.open("wb") as file:
@@ -24,7 +24,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Flush a file, rename it, and flush the folder, so that the new name survives a power cut with all of the file."""
+    """Flush a file, rename it, and flush the folder, so that the complete file survives a power failure."""
     _flush(source)
     os.replace(source, target)
     with contextlib.suppress(OSError):  # some file systems cannot do this for folders
@@ -40,15 +40,15 @@ def _flush(path: Path) -> None:
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda delta: None) -> str:
-    """The checksum of a file, in hexadecimal; `progress` gets the bytes read since its last call."""
+    """Return a file's SHA-256 in hexadecimal. `progress` is called with the number of newly read bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-            progress(len(piece))
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            progress(len(chunk))
     return digest.hexdigest()
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether an error says that there is no more space (or quota)."""
+    """Whether an error means that the disk or the quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""What the environment says of the commands' defaults."""
+"""Defaults of the commands from environment variables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """The variables that start with `KIMI_MLX_`, read once.
+    """The `KIMI_MLX_` environment variables, read once.
 
     Args:
-        model: `KIMI_MLX_MODEL`, the model where a command names none.
-        api_key: `KIMI_MLX_API_KEY`, which opens the server.
-        show_traceback: `KIMI_MLX_TRACEBACK`, if not empty: a known error shows where it came from.
+        model: `KIMI_MLX_MODEL`, the default model.
+        api_key: `KIMI_MLX_API_KEY`, the API key of the server.
+        show_traceback: `KIMI_MLX_TRACEBACK`; if not empty, errors for the user include a traceback.
     """
 
     model: str = "kimi-mini"
@@ -23,7 +23,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Read them; an empty variable counts as unset."""
+        """Read the variables. An empty one counts as unset."""
         return cls(
             model=environment.get("KIMI_MLX_MODEL") or cls.model,
             api_key=environment.get("KIMI_MLX_API_KEY") or None,

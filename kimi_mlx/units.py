@@ -1,4 +1,4 @@
-"""Bytes, times, tokens and rates as people read and write them. GB is 10**9 bytes, GiB is 1024**3."""
+"""Format and parse bytes, times, tokens and rates. GB is 10**9 bytes, GiB is 1024**3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 1024**3
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in the largest decimal unit that leaves a number of at least 1, such as `577.6 GB`."""
+    """Format bytes in the largest decimal unit that gives at least 1, such as `577.6 GB`."""
     for unit, size in (("TB", 10**12), ("GB", GB), ("MB", MB), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -18,29 +18,29 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes as people write them: `20GB`, `1.5 TB`, `512MiB`; a number alone is bytes.
+    """Parse `20GB`, `1.5 TB`, `512MiB`, or a plain number of bytes.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is none of these.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(i?)B?)", text.strip().replace("K", "k"))
     if match is None or (match[3] and not match[2]):
-        raise ValueError(f"`{text}` is no size in bytes")
+        raise ValueError(f"`{text}` is not a size in bytes")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
 
 
 def format_gib(count: float) -> str:
-    """Bytes in GiB, such as `958.5 GiB`: what tools that count in powers of two show."""
+    """Format bytes in GiB, such as `958.5 GiB`."""
     return f"{count / GIB:.1f} GiB"
 
 
 def format_context(tokens: int) -> str:
-    """The length of a context as models are named by it, in units of 1024 tokens: `8k`, `256k`, `1M`."""
+    """Format a context length in units of 1024 tokens, as in model names: `8k`, `256k`, `1M`."""
     return f"{tokens // 1024**2}M" if tokens >= 1024**2 else f"{tokens // 1024}k"
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration, such as `85 ms`, `2.41 s` or `3 min 5 s`."""
+    """Format a duration, such as `85 ms`, `2.41 s` or `3 min 5 s`."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -49,5 +49,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_rate(per_second: float) -> str:
-    """Tokens a second, such as `20.1 tok/s`."""
+    """Format a rate, such as `20.1 tok/s`."""
     return f"{per_second:.1f} tok/s"

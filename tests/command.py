@@ -1,6 +1,6 @@
-"""`kimi-mlx` run by this process as its own would: a second less than a new one, which imports everything first.
+"""Run `kimi-mlx` in this process, which saves the second that a new process needs for imports.
 
-For tests of what a command says and does. What ends a process, or belongs to it, is tested on real ones.
+For tests of a command's behaviour and output. Tests of signals and exits use real processes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def call(
     """Run a command inside its error boundary.
 
     Args:
-        arguments: of the command line.
-        stdin: what comes through standard input; None for /dev/null.
-        variables: changes of the environment.
+        arguments: command-line arguments.
+        stdin: text for standard input; None for /dev/null.
+        variables: environment variables to set.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
@@ -53,5 +53,5 @@ def call(
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     assert code is None or isinstance(code, int)
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]  # pyright: ignore[reportAttributeAccessIssue]
-    return subprocess.CompletedProcess(arguments, code or 0, *said)
+    outputs = [stream.buffer.getvalue().decode() for stream in (out, err)]  # pyright: ignore[reportAttributeAccessIssue]
+    return subprocess.CompletedProcess(arguments, code or 0, *outputs)

@@ -1,4 +1,4 @@
-"""Set-up that every test shares: no hub, no user settings, plain output, the CPU."""
+"""Set-up for every test: no hub, no user settings, plain output, CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts would compile all modules again
 
 import mlx.core as mx
 import pytest
@@ -17,10 +17,10 @@ from hypothesis import settings
 
 from tests import processes
 
-# ignored where the tests run in the background, and then by all that they start
+# SIGINT is ignored if the tests run in the background, and then by all processes that they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# no deadline: a busy machine is not a failure; the same examples in every run of CI, new ones at the desk
+# no deadline: a busy machine is not a failure; the same examples in every CI run, new ones elsewhere
 settings.register_profile("kimi-mlx", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("kimi-mlx")
 
@@ -29,7 +29,7 @@ PLAIN_TERMINAL = {"NO_COLOR": "1", "COLUMNS": "100", "TERM": "dumb"}
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the user's settings, and make what Rich and Typer print the same everywhere."""
+    """Hide the user's settings, and make the output of Rich and Typer the same everywhere."""
     for name in list(os.environ):
         if name.startswith(("KIMI_MLX_", "MLX_RANK", "MLX_HOSTFILE", "FORCE_COLOR")):
             monkeypatch.delenv(name)
@@ -39,9 +39,9 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def same_mlx_for_every_test(request: pytest.FixtureRequest) -> None:
-    """Undo what an earlier test has switched: compilation on, and the CPU.
+    """Reset MLX settings that an earlier test may have changed: compilation on, CPU.
 
-    Tolerances then hold on a Mac too; tests marked `metal` use the GPU.
+    This keeps tolerances valid on a Mac too; tests marked `metal` use the GPU.
     """
     mx.enable_compile()
     if request.node.get_closest_marker("metal") is None:
@@ -52,7 +52,7 @@ def same_mlx_for_every_test(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """End what a test has started."""
+    """Kill the processes that a test has started."""
     yield
     processes.end_all()
 

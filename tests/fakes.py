@@ -1,4 +1,4 @@
-"""Small real classes that stand in for slow or distant things."""
+"""Small real classes that replace slow or remote components."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class FixedSession:
     """A session that answers every request with the same tokens.
 
     Args:
-        ids: the answer.
-        pause_s: before each token.
-        is_endless: begins again after the last token, until it is cancelled.
-        is_stubborn: does not obey cancel.
-        before: called with each request; what it raises ends the request.
+        ids: tokens of the answer.
+        pause_s: pause before each token.
+        is_endless: whether to repeat the answer until it is cancelled.
+        is_stubborn: whether to ignore cancellation.
+        before: callback for each request; an exception ends the request.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FixedSession:
         self.resets = 0
 
     def generate(self, request: Request) -> Iterator[Event]:
-        """The prompt's progress, the tokens, the end."""
+        """Yield prefill progress, tokens and the end."""
         self._cancelled.clear()
         self._before(request)
         self.requests.append(request)
@@ -70,7 +70,7 @@ class FixedSession:
         yield Finished(reason, Statistics(total, 0, generated, ttft_s=0.5, decode_s=2.0, peak_memory_bytes=10**9))
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
-        """The same, from a thread; there is one request at a time."""
+        """Do the same on a thread; one request at a time."""
 
         def run() -> None:
             for event in self.generate(request):
@@ -80,55 +80,55 @@ class FixedSession:
         return 1
 
     def cancel(self, request_id: int) -> None:
-        """End the answer."""
+        """Cancel the answer."""
         self.cancel_all()
 
     context = 65536
 
     def status(self) -> SessionStatus:
-        """All is well."""
+        """Report a healthy session."""
         return SessionStatus(True)
 
     def cancel_all(self) -> None:
-        """End the answer."""
+        """Cancel the answer."""
         self._cancelled.set()
 
     def reset(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.resets += 1
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing."""
 
     def __enter__(self) -> Session:
-        """The session itself."""
+        """Return the session."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to free."""
+        """Do nothing."""
 
 
 class FixedGather:
-    """A group in which the other ranks always say the same.
+    """A group in which the other ranks always contribute the same arrays.
 
     Args:
-        rank: this one.
-        size: of the group.
-        others: what each of the others says, in the order of the ranks.
+        rank: this rank.
+        size: number of ranks.
+        others: array of each other rank, in rank order.
     """
 
     def __init__(self, rank: int, size: int, others: Sequence[np.ndarray]):
         self.rank, self.size, self._others = rank, size, others
 
     def gather(self, x: mx.array) -> mx.array:
-        """Everybody's."""
+        """Return the arrays of all ranks."""
         rows = [mx.array(other) for other in self._others]
         return mx.stack([*rows[: self.rank], x, *rows[self.rank :]])
 
     def sum(self, x: mx.array) -> mx.array:
-        """Over all ranks."""
+        """Return the sum over all ranks."""
         return self.gather(x).sum(axis=0)
 
 
@@ -139,7 +139,7 @@ def conversation_of(
     is_endless: bool = False,
     is_stubborn: bool = False,
 ) -> Conversation:
-    """A conversation with kimi-mini's text side in which every answer is the same."""
+    """Return a conversation with kimi-mini's tokenizer in which every answer is the same."""
     tokenizer = ChatTokenizer.load(KIMI_MINI)
     end_of_reasoning = [tokenizer.tokenizer.special_tokens["</think>"]]
     ids = [*tokenizer.encode(reasoning), *end_of_reasoning, *tokenizer.encode(answer)]

@@ -1,12 +1,12 @@
-"""A hub on loopback: repositories from folders, by the protocol that huggingface_hub speaks, with faults on demand.
+"""A Hugging Face hub on loopback that serves folders as repositories, with faults on demand.
 
     with Hub({"owner/model": folder}) as hub:
         hub.fail("drop", "*.safetensors", after_bytes=1000, times=2)
         ... HF_ENDPOINT=hub.url ...
         assert hub.sent["owner/model/model.safetensors"] == size
 
-Large-file storage (`*.safetensors`, `tiktoken.model`) answers with 302 to `/cdn/...` under another host name, as the
-real hub does: the client reads size and checksum from the redirect, and must not send its token further.
+Files in large-file storage (`*.safetensors`, `tiktoken.model`) are redirected (302) to `/cdn/...` under another host
+name, like on the real hub: the client reads size and checksum from the redirect, and must not forward its token.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ import pytest
 COMMIT = "a" * 40
 ALWAYS = 10**9
 LARGE = ("*.safetensors", "tiktoken.model")
-PIECE_BYTES = 1 << 14
+CHUNK_BYTES = 1 << 14
 SEND_BUFFER_BYTES = 1 << 16
-"""Of each connection, so that what a killed client has not read is little."""
+"""Send buffer of each connection, small to limit the data that a killed client has not read."""
 
 Kind = Literal["drop", "corrupt", "status", "slow", "stall", "missing", "ignore_range", "wrong_size"]
 
 
 @dataclass
 class Fault:
-    """Something that goes wrong.
+    """A fault of the server.
 
     Args:
         kind: `drop` (the connection ends), `corrupt` (a byte is changed), `status` (another status), `slow`, `stall`
-            (nothing more comes), `missing` (404), `ignore_range` (200 with the whole file), `wrong_size` (of the body).
-        path: for which paths, as a pattern; those of bodies are `/cdn/owner/name/file` for large files and
-            `/owner/name/resolve/revision/file` for others.
-        times: how often.
-        after_bytes: of the body, for `drop`, `stall` and `corrupt`.
-        status: for `status`.
-        headers: for `status`, such as Retry-After.
-        body: for `status`.
-        bytes_per_s: for `slow`.
+            (no more data), `missing` (404), `ignore_range` (200 with the whole file), `wrong_size` (truncated body).
+        path: pattern of paths; files have `/cdn/owner/name/file` in large-file storage, and
+            `/owner/name/resolve/revision/file` otherwise.
+        times: number of occurrences.
+        after_bytes: position in the body, for `drop`, `stall` and `corrupt`.
+        status: HTTP status, for `status`.
+        headers: headers such as Retry-After, for `status`.
+        body: body, for `status`.
+        bytes_per_s: speed, for `slow`.
     """
 
     kind: Kind
@@ -68,20 +68,20 @@ class Fault:
 
 
 class Hub:
-    """The hub; a context manager that starts and stops it.
+    """The hub, a context manager that starts and stops it.
 
     Args:
-        folders: from `owner/name` to the files.
-        names: two of this machine, for whoever asks: of the hub, and of its storage.
+        folders: `owner/name` -> folder with the files.
+        names: two host names of this machine, for the hub and for its storage.
 
     Attributes:
-        commits: from `owner/name` to the commit that is `main`.
-        gated: names of repositories that want consent.
-        token: if set, the only one that is accepted; any, or none, if None.
-        xet: pattern of files that are kept in Xet storage.
-        sent: bytes of files' bodies, by `owner/name/file`.
-        asked: paths asked for, with method: `GET /api/models/owner/name`.
-        authorized: paths that were asked with a token.
+        commits: `owner/name` -> commit of `main`.
+        gated: names of gated repositories.
+        token: the only accepted token; None accepts any, and none.
+        xet: pattern of files in Xet storage.
+        sent: number of body bytes sent, by `owner/name/file`.
+        requests: requests with their method: `GET /api/models/owner/name`.
+        authorized: requests with a token.
     """
 
     def __init__(self, folders: Mapping[str, Path], names: tuple[str, str] = ("127.0.0.1", "localhost")):
@@ -92,7 +92,7 @@ class Hub:
         self.token: str | None = None
         self.xet = ""
         self.sent: Counter[str] = Counter()
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.authorized: list[str] = []
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
@@ -112,39 +112,39 @@ class Hub:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """Value for HF_ENDPOINT."""
         return f"http://{self.names[0]}:{self._server.server_port}"
 
     @property
     def cdn_url(self) -> str:
-        """The same server by another name."""
+        """The same server under another name."""
         return f"http://{self.names[1]}:{self._server.server_port}"
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of all files' bodies, without the API's answers."""
+        """Number of body bytes of all files, without the API's responses."""
         with self._lock:
             return sum(self.sent.values())
 
-    def forget(self) -> None:
-        """Count from zero."""
+    def reset_counts(self) -> None:
+        """Reset all counters."""
         with self._lock:
             self.sent.clear()
-            self.asked.clear()
+            self.requests.clear()
             self.authorized.clear()
 
     def fail(self, kind: Kind, path: str = "*", **details: int | bytes | Mapping[str, str]) -> None:
-        """Plan a fault; see Fault for the details."""
+        """Add a fault; see Fault."""
         with self._lock:
             self._faults.append(Fault(kind, path, **details))  # pyright: ignore[reportArgumentType]
 
-    def mend(self) -> None:
-        """No more faults."""
+    def clear_faults(self) -> None:
+        """Remove all faults."""
         with self._lock:
             self._faults.clear()
 
-    def take(self, kind: Kind, path: str) -> Fault | None:
-        """The fault that is due for an answer, counted as done."""
+    def take_fault(self, kind: Kind, path: str) -> Fault | None:
+        """Return the fault that is due for a response, and count it."""
         with self._lock:
             for fault in self._faults:
                 if fault.kind == kind and fault.times > 0 and fnmatchcase(path, fault.path):
@@ -152,15 +152,15 @@ class Hub:
                     return fault
         return None
 
-    def note(self, asked: str, is_authorized: bool) -> None:
-        """Remember a question."""
+    def record_request(self, request: str, is_authorized: bool) -> None:
+        """Record a request."""
         with self._lock:
-            self.asked.append(asked)
+            self.requests.append(request)
             if is_authorized:
-                self.authorized.append(asked)
+                self.authorized.append(request)
 
-    def count(self, file: str, count: int) -> None:
-        """Remember bytes sent."""
+    def count_sent(self, file: str, count: int) -> None:
+        """Count sent bytes."""
         with self._lock:
             self.sent[file] += count
 
@@ -175,7 +175,7 @@ class _Server(ThreadingHTTPServer):
         self.hub = hub
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is part of the tests."""
+        """Ignore clients that disconnect; tests do that on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -198,8 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
-        hub.note(f"{self.command} {path}", token is not None)
-        fault = hub.take("status", path) if self.command == "GET" else None
+        hub.record_request(f"{self.command} {path}", token is not None)
+        fault = hub.take_fault("status", path) if self.command == "GET" else None
         if fault:
             self._send(fault.body, fault.status, fault.headers)
         elif path.startswith("/cdn/"):
@@ -244,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         on_disk = hub.folders[repository] / file
         commit = {"X-Repo-Commit": hub.commits[repository]}
-        if not on_disk.is_file() or hub.take("missing", path):
+        if not on_disk.is_file() or hub.take_fault("missing", path):
             self._refuse(404, "EntryNotFound", "Entry not found", commit)
         elif repository in hub.gated:
             self._refuse(403, "GatedRepo", f"Access to model {repository} is restricted")
@@ -252,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Etag": f'"{_sha256(on_disk)}"', "X-Linked-Size": str(on_disk.stat().st_size)}
             if hub.xet and fnmatchcase(file, hub.xet):
                 linked |= {"X-Xet-Hash": _sha256(on_disk), "X-Xet-Refresh-Route": f"{hub.url}/xet-token"}
-            place = {"Location": f"{hub.cdn_url}/cdn/{repository}/{file}?signature=secret"}
-            self._send(b"Found", 302, {**commit, **linked, **place})
+            location = {"Location": f"{hub.cdn_url}/cdn/{repository}/{file}?signature=secret"}
+            self._send(b"Found", 302, {**commit, **linked, **location})
         else:
             self._send_file(repository, file, path, commit)
 
@@ -262,14 +262,14 @@ class _Handler(BaseHTTPRequestHandler):
         body, status = on_disk.read_bytes(), 200
         fields = {**(headers or {}), "ETag": f'"{_sha256(on_disk) if _is_large(file) else _blob_id(on_disk)}"'}
         fields["Accept-Ranges"] = "bytes"
-        if self.command == "GET" and (fault := hub.take("wrong_size", path)):
+        if self.command == "GET" and (fault := hub.take_fault("wrong_size", path)):
             body = body[: fault.after_bytes]
-        if self.command == "GET" and (fault := hub.take("corrupt", path)):
+        if self.command == "GET" and (fault := hub.take_fault("corrupt", path)):
             at = fault.after_bytes
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted and not hub.take("ignore_range", path):
-            start, end = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if byte_range and not hub.take_fault("ignore_range", path):
+            start, end = int(byte_range[1]), min(int(byte_range[2] or len(body)) + 1, len(body))
             if start >= len(body):
                 self._send(b"", 416, {"Content-Range": f"bytes */{len(body)}"})
                 return
@@ -304,16 +304,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_counted(self, body: bytes, name: str, path: str) -> None:
         hub = self.server.hub
-        stall, drop, slow = hub.take("stall", path), hub.take("drop", path), hub.take("slow", path)
+        stall, drop, slow = hub.take_fault("stall", path), hub.take_fault("drop", path), hub.take_fault("slow", path)
         end = min([len(body), *(fault.after_bytes for fault in (stall, drop) if fault)])
-        began_s, position = time.monotonic(), 0
+        started_s, position = time.monotonic(), 0
         while position < end and not hub.is_closing.is_set():
-            piece = body[position : min(position + PIECE_BYTES, end)]
-            hub.count(name, len(piece))  # before the client can see them; one piece too many if it is gone
-            self.wfile.write(piece)
-            position += len(piece)
+            chunk = body[position : min(position + CHUNK_BYTES, end)]
+            hub.count_sent(name, len(chunk))  # before the client sees it: may count one too many
+            self.wfile.write(chunk)
+            position += len(chunk)
             if slow:
-                hub.is_closing.wait(max(0.0, began_s + position / slow.bytes_per_s - time.monotonic()))
+                hub.is_closing.wait(max(0.0, started_s + position / slow.bytes_per_s - time.monotonic()))
         if stall:
             hub.is_closing.wait(600)
         self.close_connection = self.close_connection or end < len(body)
@@ -325,18 +325,18 @@ def _is_large(name: str) -> bool:
 
 def _sibling(folder: Path, name: str) -> dict[str, object]:
     path = folder / name
-    about: dict[str, object] = {"rfilename": name, "size": path.stat().st_size, "blobId": _blob_id(path)}
+    info: dict[str, object] = {"rfilename": name, "size": path.stat().st_size, "blobId": _blob_id(path)}
     if _is_large(name):
-        about["blobId"] = "f" * 40  # of the pointer that git has in place of the file
-        about["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 134}
-    return about
+        info["blobId"] = "f" * 40  # id of the pointer file in git
+        info["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 134}
+    return info
 
 
 def _tree_entry(folder: Path, name: str) -> dict[str, object]:
-    about = _sibling(folder, name)
-    entry: dict[str, object] = {"type": "file", "path": name, "size": about["size"], "oid": about["blobId"]}
+    info = _sibling(folder, name)
+    entry: dict[str, object] = {"type": "file", "path": name, "size": info["size"], "oid": info["blobId"]}
     if _is_large(name):
-        entry["lfs"] = {"oid": _sha256(folder / name), "size": about["size"], "pointerSize": 134}
+        entry["lfs"] = {"oid": _sha256(folder / name), "size": info["size"], "pointerSize": 134}
     return entry
 
 
@@ -355,13 +355,13 @@ def _digest(path: Path, size: int, changed: int, is_large: bool) -> str:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """The variables with which another process uses the hub, and a cache of its own."""
+    """Return the environment variables for another process that uses the hub, with a cache of its own."""
     variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     return variables | {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def use(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for this process, where huggingface_hub may have read its environment already."""
+    """Do the same for this process, where huggingface_hub may have read its environment already."""
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -1,4 +1,4 @@
-"""What `mlx.launch` gives to the processes of a ring: a hostfile with free ports on loopback, and two variables."""
+"""The environment that `mlx.launch` gives the ranks of a ring: a hostfile with free loopback ports, and two variables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 import socket
 
 PORTS = range(12000, 32000)
-"""Below those that a system gives to whoever asks for any: nobody takes one before the ring does."""
+"""Ports below the ephemeral range, so that no other process gets one by chance before the ring uses it."""
 
 
 def loopback_hostfile(size: int) -> str:
-    """The text of the file."""
+    """Return the text of a hostfile."""
     ports = filter(_is_free, random.SystemRandom().sample(PORTS, 100))
     return json.dumps([[f"127.0.0.1:{next(ports)}"] for _ in range(size)])
 
@@ -22,5 +22,5 @@ def _is_free(port: int) -> bool:
 
 
 def ring_variables(rank: int, hostfile: str) -> dict[str, str]:
-    """The environment of a rank."""
+    """Return the environment variables of a rank."""
     return {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile}

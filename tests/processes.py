@@ -1,4 +1,4 @@
-"""Processes that end with the test that starts them, also where it fails: else they would disturb the next ones."""
+"""Processes that end with the test that starts them, even if it fails, so that they do not disturb later tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _started: list[subprocess.Popen[Any]] = []
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start a process without input, with pipes for what it says; `options` of Popen replace that."""
+    """Start a process without input and with pipes for its output. `options` are passed to Popen."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **{**pipes, **options})
     _started.append(process)
@@ -18,7 +18,7 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
 
 
 def end_all() -> None:
-    """Kill what still runs, and close all pipes."""
+    """Kill running processes and close all pipes."""
     while _started:
         with _started.pop() as process:
             process.kill()

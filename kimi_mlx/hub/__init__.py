@@ -1,1 +1,1 @@
-"""Known models, and the Hugging Face hub: what repositories hold, and their files, resumed, retried and verified."""
+"""Known models and the Hugging Face Hub: repository contents, and downloads that resume, retry and verify."""

@@ -1,7 +1,7 @@
-"""The hub's cache on this machine, laid out as huggingface_hub does; nothing is asked of the hub here.
+"""The Hugging Face cache on this machine, in huggingface_hub's layout. Sends no requests.
 
 Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache. A repository's folder has `blobs/` (files by
-their checksum), `snapshots/<commit>/` (links to them by name) and `refs/` (the commit of each branch).
+checksum), `snapshots/<commit>/` (links to the blobs by file name) and `refs/` (the commit of each branch).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def repository_folder(name: str) -> Path:
-    """Where all of a repository lies, whether it does or not."""
+    """Return the folder of a repository, whether it exists or not."""
     from huggingface_hub import constants
 
     parts = ("models", *name.split("/"))
@@ -28,24 +28,24 @@ def repository_folder(name: str) -> Path:
 
 
 def snapshot_folder(repository: Repository) -> Path:
-    """Where the files of one commit lie under their names."""
+    """Return the folder with the files of one commit under their names."""
     return repository_folder(repository.name) / "snapshots" / repository.commit
 
 
 def blob_path(repository: Repository, file: RepositoryFile) -> Path:
-    """Where a file's bytes lie."""
+    """Return the path of a file's content."""
     key = file.sha256 or file.blob_id or f"{repository.commit}-{file.name}"
     return repository_folder(repository.name) / "blobs" / key
 
 
 def cached_file(repository: Repository, file: RepositoryFile) -> Path | None:
-    """The file at that commit, None if it is not there with the right size."""
+    """Return the path of the file at that commit; None if it is missing or has the wrong size."""
     path = snapshot_folder(repository) / file.name
     return path if has_size(path, file) else None
 
 
 def cached_bytes(repository: Repository, file: RepositoryFile) -> int:
-    """How much of a file is there already."""
+    """Return the number of bytes of a file that are already on disk."""
     blob = blob_path(repository, file)
     if cached_file(repository, file) or has_size(blob, file):
         return file.size_bytes
@@ -54,20 +54,20 @@ def cached_bytes(repository: Repository, file: RepositoryFile) -> int:
 
 
 def find_local(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the hub's cache, None if it is not there as a whole."""
+    """Return the folder of a complete repository in the cache; None if there is none."""
     folder = repository_folder(name)
     revision = revision or "main"
     try:
         is_commit = COMMIT.fullmatch(revision) is not None
         commit = revision if is_commit else (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # no such file, or a name that no file can have
+    except (OSError, ValueError):  # no such file, or an impossible file name
         return None
     snapshot = folder / "snapshots" / commit
     return snapshot if COMMIT.fullmatch(commit) and is_complete(snapshot) else None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has all that a model needs; a download that was broken off leaves some of it."""
+    """Whether a folder has every file that a model needs. An interrupted download has only some of them."""
     try:
         checkpoint_files(folder)
     except KimiMlxError:
@@ -77,7 +77,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def link_blob(repository: Repository, file: RepositoryFile) -> None:
-    """Give a blob its name in the snapshot; on a disk without links, the blob itself moves there."""
+    """Link a blob into the snapshot under its file name. On a disk without links, move the blob there."""
     from huggingface_hub import constants
 
     blob, pointer = blob_path(repository, file), snapshot_folder(repository) / file.name
@@ -85,20 +85,20 @@ def link_blob(repository: Repository, file: RepositoryFile) -> None:
     if constants.HF_HUB_DISABLE_SYMLINKS:
         os.replace(blob, pointer)
         return
-    aim = os.path.relpath(blob, pointer.parent)
-    if pointer.is_symlink() and os.readlink(pointer) == aim:  # another process may be reading it
+    target = os.path.relpath(blob, pointer.parent)
+    if pointer.is_symlink() and os.readlink(pointer) == target:  # another process may be reading it
         return
     pointer.unlink(missing_ok=True)
     try:
-        pointer.symlink_to(aim)
-    except FileExistsError:  # another process did it meanwhile
+        pointer.symlink_to(target)
+    except FileExistsError:  # another process was faster
         return
     except OSError:
         os.replace(blob, pointer)
 
 
 def write_ref(repository: Repository) -> None:
-    """Write down that the branch or tag is at this commit, as the last step: an older snapshot is found until then."""
+    """Record the commit of the branch or tag. This is the last step: until then, an older snapshot is found."""
     if repository.revision == repository.commit:
         return
     reference = repository_folder(repository.name) / "refs" / repository.revision
@@ -109,7 +109,7 @@ def write_ref(repository: Repository) -> None:
 
 
 def remove_cached(repository: Repository, file: RepositoryFile) -> None:
-    """Drop a file, under its name and as a blob, so that the next fetch gets it again."""
+    """Remove a file from the snapshot and the blobs, so that the next fetch downloads it again."""
     blob = blob_path(repository, file)
     for path in (snapshot_folder(repository) / file.name, blob, part_path(blob), xet_part_path(blob)):
         path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Known models: what they are called, where they come from, what they need.
+"""Known models: aliases, repositories, sizes and other facts.
 
-The facts are data, in `catalogue.json`; each one has its source there, and those that nobody has verified say so.
+The facts are in `catalogue.json`, each with its source; unverified ones are marked there.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from kimi_mlx.sizing import hosts as sizing
 
 @dataclass(frozen=True)
 class SamplingValues:
-    """Recommended sampling; None where nothing is recommended."""
+    """Recommended sampling; None for values without a recommendation."""
 
     temperature: float | None
     top_p: float | None
     min_p: float | None
 
     def recommended(self) -> dict[str, float]:
-        """The values that are recommended, by name."""
+        """Return the recommended values by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Licence:
-    """The licence of the weights.
+    """Licence of the weights.
 
     Args:
-        name: as its file calls it.
-        url: of its text.
-        display: the name that large products must show; None if they need not.
+        name: name of the licence in its file.
+        url: address of its text.
+        display: name that large products must display; None if not required.
     """
 
     name: str
@@ -46,24 +46,24 @@ class Licence:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A model that has a short name; None where it has no such thing, or we refuse the model.
+    """A known model. Fields are None if they do not apply, or if the model is refused.
 
     Args:
-        alias: the short name.
-        title: the full one.
-        repository: what to fetch from the hub; None if the model comes with the package.
-        original_repository: of its makers; the same where no suitable MLX repository is known.
-        format: of the weights, in words.
-        size_bytes: of the download.
-        weights_bytes: in memory: more than the download for INT4, whose biases are made here.
-        kv_bytes_per_token: of the cache in bfloat16, on every host.
-        context_tokens: at most.
-        sampling: recommended.
-        instant_sampling: recommended without thinking, for models that can be told not to think.
-        licence: of the weights.
-        about: one line.
-        refused: why kimi-mlx does not run it; None if it does.
-        source: where each fact is from, by its name.
+        alias: short name.
+        title: full name.
+        repository: repository to download; None if the model is bundled with the package.
+        original_repository: the makers' repository; equal to `repository` if there is no suitable MLX repository.
+        format: format of the weights, for people.
+        size_bytes: size of the download.
+        weights_bytes: size in memory; larger than the download for INT4, because MLX needs biases.
+        kv_bytes_per_token: bytes per token of the KV cache in bfloat16, on every host.
+        context_tokens: largest context.
+        sampling: recommended sampling.
+        instant_sampling: recommended sampling without thinking, for models that can disable thinking.
+        licence: licence of the weights.
+        about: one-line description.
+        refused: reason why kimi-mlx does not run the model; None if it does.
+        source: source of each fact, by field name.
     """
 
     alias: str
@@ -84,11 +84,11 @@ class CatalogueEntry:
 
     @property
     def is_packaged(self) -> bool:
-        """Whether it comes with kimi-mlx."""
+        """Whether the model is bundled with kimi-mlx."""
         return self.repository is None and self.refused is None
 
     def default_sampling(self) -> dict[str, float]:
-        """Recommended values by name, for what the checkpoint itself leaves open."""
+        """Return the recommended values by name, for what the checkpoint leaves open."""
         return self.sampling.recommended() if self.sampling else {}
 
     def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
@@ -114,19 +114,19 @@ class CatalogueEntry:
         return sizing.hosts_needed(self.weights_bytes, self.kv_bytes_per_token, memory_bytes, gpu_bytes)
 
     def packaged_folder(self) -> Path | None:
-        """Where it lies inside the package, None if it does not come with it."""
+        """Return the folder inside the package; None if the model is not bundled."""
         return Path(str(resources.files("kimi_mlx"))) / "models" / self.alias if self.is_packaged else None
 
 
 @cache
 def catalogue() -> tuple[CatalogueEntry, ...]:
-    """All known models, the oldest first of each size; refused ones at the end."""
+    """Return all known models, by size and then by age; refused ones last."""
     text = resources.files("kimi_mlx.hub").joinpath("catalogue.json").read_text(encoding="utf-8")
     return tuple(parse_entry(raw) for raw in json.loads(text)["models"])
 
 
 def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
-    """An entry of `catalogue.json`; TypeError for a field that is missing or unknown."""
+    """Parse an entry of `catalogue.json`. Raises TypeError for a missing or unknown field."""
     nested = {
         name: SamplingValues(**raw[name]) for name in ("sampling", "instant_sampling") if raw.get(name) is not None
     }
@@ -134,10 +134,10 @@ def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
 
 
 def find_entry(name: str) -> CatalogueEntry | None:
-    """The entry of an alias or of a repository, be it the one we fetch or its makers'; case does not matter."""
-    wanted = name.lower()
+    """Return the entry with this alias or repository (the download's or the makers'), ignoring case."""
+    lower_name = name.lower()
     for entry in catalogue():
         names = (entry.alias, entry.repository, entry.original_repository)
-        if any(known is not None and known.lower() == wanted for known in names):
+        if any(known is not None and known.lower() == lower_name for known in names):
             return entry
     return None

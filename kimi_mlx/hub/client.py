@@ -1,7 +1,6 @@
-"""Models on the Hugging Face hub: what a repository holds, and all of it into the hub's cache.
+"""Models on the Hugging Face Hub: list the files of a repository, and download them into the Hugging Face cache.
 
-Repositories, transfer and cache each have a file of their own; what other packages need is to be had here.
-huggingface_hub is imported inside functions only, for it takes half a second.
+Other packages import from this module. huggingface_hub is imported inside functions, because that takes half a second.
 """
 
 from __future__ import annotations
@@ -52,18 +51,18 @@ __all__ = [
 
 
 def look_up(name: str, revision: str | None = None) -> Repository:
-    """Ask the hub what a repository holds.
+    """Return the files of a repository.
 
     Args:
         name: `owner/name`.
-        revision: a branch, a tag or a commit; the main branch if None.
+        revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        WeightsError: there is no such thing, or the hub is out of reach.
+        WeightsError: no such repository, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, constants, utils
 
-    utils.logging.set_verbosity_error()  # its word on each retry; what counts is in our error
+    utils.logging.set_verbosity_error()  # silence its log line per retry; our error says what matters
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
     api = HfApi(library_name="kimi-mlx")
     retries = Retries(name, threading.Event(), MAX_LOOKUP_FAILURES)
@@ -71,7 +70,7 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         info = with_retries(
             lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
         )
-    except (LookupError, TypeError) as error:  # of the client, which builds its objects from the answer
+    except (LookupError, TypeError) as error:  # raised by the client while it parses the response
         raise not_a_hub_error(name) from error
     wanted = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
     if info.sha is None or any(sibling.size is None for sibling in wanted):
@@ -86,19 +85,19 @@ def look_up(name: str, revision: str | None = None) -> Repository:
 
 
 def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progress, workers: int = 4) -> Path:
-    """Download what a model needs; the configuration first, so that a foreign model costs nothing.
+    """Download the files that a model needs. The configuration comes first, to refuse unsupported models early.
 
     Args:
-        repository: what to fetch.
-        progress: told the bytes as they come, and those that are there already; never twice at a time.
-        workers: how many files at a time.
+        repository: repository to download.
+        progress: callback for new bytes, including those already on disk; never called concurrently.
+        workers: number of concurrent downloads.
 
     Returns:
-        The folder in the hub's cache.
+        The folder in the Hugging Face cache.
 
     Raises:
-        ConfigError: a model that we do not have.
-        WeightsError: the repository cannot be fetched, or the disk is too small.
+        ConfigError: unsupported model.
+        WeightsError: the download failed, or the disk is too small.
     """
     folder, lock, never = snapshot_folder(repository), threading.Lock(), threading.Event()
 
@@ -117,7 +116,7 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
             fetch_one(file, never)
         rest = [file for file in _needed_files(repository) if file.name not in ("config.json", INDEX_NAME)]
         _require_space(repository, rest)
-        rest.sort(key=lambda file: file.name.endswith(".safetensors"))  # a snapshot with weights has all the rest
+        rest.sort(key=lambda file: file.name.endswith(".safetensors"))  # weights last
         for_each(fetch_one, rest, workers)
         write_ref(repository)
     except OSError as error:
@@ -131,7 +130,7 @@ def fetch_to_cache(
     progress: Progress = ignore_progress,
     stop: threading.Event | None = None,
 ) -> Path:
-    """Download one file into the hub's cache, as fetch_file does; its path there under its name."""
+    """Download one file into the Hugging Face cache, as fetch_file does, and return its path there."""
     path = snapshot_folder(repository) / file.name
     if cached_file(repository, file):
         progress(file.size_bytes)
@@ -147,14 +146,14 @@ def fetch_to_cache(
 def verify_checkpoint(
     repository: Repository, progress: Progress = ignore_progress, workers: int = 4
 ) -> list[RepositoryFile]:
-    """The files in the hub's cache that are missing, cut short or wrong by their checksum.
+    """Return the files in the Hugging Face cache that are missing, truncated or corrupt.
 
     Args:
-        repository: what should be there; files that the model does not need are left out.
-        progress: told the bytes as they are read; never twice at a time.
-        workers: how many files at a time.
+        repository: repository to verify; files that the model does not need are skipped.
+        progress: callback for the number of newly read bytes; never called concurrently.
+        workers: number of concurrent reads.
     """
-    lock, broken = threading.Lock(), list[RepositoryFile]()
+    lock, corrupt = threading.Lock(), list[RepositoryFile]()
 
     def report(count: int) -> None:
         with lock:
@@ -163,14 +162,14 @@ def verify_checkpoint(
     def verify(file: RepositoryFile, stop: threading.Event) -> None:
         path = cached_file(repository, file)
         if path is None or not _is_valid(path, file, stop, report):
-            broken.append(file)
+            corrupt.append(file)
 
     try:
         files = _needed_files(repository)
-    except KimiMlxError:  # the index itself is broken, and among the files
+    except KimiMlxError:  # the index itself is corrupt, and among the files
         files = repository.files
     for_each(verify, files, workers)
-    return sorted(broken, key=lambda file: file.name)
+    return sorted(corrupt, key=lambda file: file.name)
 
 
 def _is_valid(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress) -> bool:
@@ -181,7 +180,7 @@ def _is_valid(path: Path, file: RepositoryFile, stop: threading.Event, progress:
 
 
 def _needed_files(repository: Repository) -> tuple[RepositoryFile, ...]:
-    """By the index in the cache, if the repository has one."""
+    """Return the needed files according to the cached index, if the repository has one."""
     has_index = any(file.name == INDEX_NAME for file in repository.files)
     weight_map = read_weight_map(snapshot_folder(repository) / INDEX_NAME) if has_index else None
     return needed_files(repository, weight_map)
@@ -193,7 +192,7 @@ def _require_space(repository: Repository, files: list[RepositoryFile]) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if missing_bytes > free_bytes:
         raise WeightsError(
-            f"`{repository.name}` needs {format_bytes(missing_bytes)} more, and the disk of `{folder}` has "
+            f"`{repository.name}` needs {format_bytes(missing_bytes)} more, but the disk of `{folder}` has only "
             f"{format_bytes(free_bytes)} free",
             hint=SPACE_HINT,
         )

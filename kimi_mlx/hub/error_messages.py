@@ -1,4 +1,4 @@
-"""What goes wrong between the hub, the network and the disk, in our words; each with what to type next."""
+"""Error messages for the hub, the network and the disk, each with a hint."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.units import format_bytes
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-SPACE_HINT = "free some space and try again, or set HF_HOME to a folder on a larger disk; what was fetched is kept"
+SPACE_HINT = "free some space and run the same command again to resume, or set HF_HOME to a folder on a larger disk"
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """All that a request through huggingface_hub may raise: its transport's errors, its own, broken JSON."""
+    """Return the exceptions that a request through huggingface_hub may raise."""
     from huggingface_hub.utils import httpx
 
     return httpx.HTTPError, httpx.InvalidURL, OSError, ValueError
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that the error stands for, None if there was no answer."""
+    """Return the HTTP status of an error; None if there was no response."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def hub_error(error: Exception, repository: str) -> WeightsError:
-    """An error of `client_errors` that trying again does not mend, for the user.
+    """Convert one of `client_errors` that a retry does not fix.
 
     Args:
-        error: what was raised.
-        repository: its name.
+        error: the exception.
+        repository: name of the repository.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
@@ -46,67 +46,67 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
 
     if isinstance(error, OfflineModeIsEnabled):
         return WeightsError(
-            f"`{repository}` is not on this machine as a whole, and `HF_HUB_OFFLINE` keeps us from the hub",
+            f"`{repository}` is not completely on this machine, and `HF_HUB_OFFLINE` forbids downloads",
             hint="`unset HF_HUB_OFFLINE` and try again",
         )
     if isinstance(error, GatedRepoError):
         return WeightsError(
-            f"`{repository}` asks for your consent on the hub",
-            hint=f"accept its terms at https://huggingface.co/{repository}, then `hf auth login`",
+            f"`{repository}` is gated: its terms must be accepted first",
+            hint=f"accept the terms at https://huggingface.co/{repository}, then run `hf auth login`",
         )
     if status_of(error) == 401 and get_token():
         return WeightsError(
-            f"the hub refuses your token, asked for `{repository}`",
-            hint="`hf auth login` with a valid token, or `unset HF_TOKEN`",
+            f"Hugging Face rejected your token for `{repository}`",
+            hint="run `hf auth login` with a valid token, or `unset HF_TOKEN`",
         )
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status_of(error) == 401:
         return WeightsError(
-            f"there is no repository `{repository}` on the hub, or it is private",
-            hint="check the spelling, or `hf auth login`; `kimi-mlx models` lists known models",
+            f"repository `{repository}` does not exist on Hugging Face, or it is private",
+            hint="check the spelling, or run `hf auth login`; `kimi-mlx models` lists known models",
         )
     if isinstance(error, RevisionNotFoundError):
         return WeightsError(
-            f"`{repository}` has no such revision on the hub",
+            f"`{repository}` does not have this revision",
             hint=f"its branches and tags are at https://huggingface.co/{repository}/tree/main",
         )
     if isinstance(error, EntryNotFoundError):
         return WeightsError(
-            f"`{repository}` cannot be fetched: the hub lists a file that it does not have",
-            hint="try again: the repository may just be changing",
+            f"cannot download `{repository}`: Hugging Face lists a file that it does not have",
+            hint="try again: the repository may have changed in the meantime",
         )
     if isinstance(error, JSONDecodeError):
         return not_a_hub_error(repository)
     if status_of(error) == 403:
         return WeightsError(
-            f"the hub does not let you read `{repository}` (403)",
-            hint="`hf auth login` with a token that may read it",
+            f"your token may not read `{repository}` (403)",
+            hint="run `hf auth login` with a token that has read access",
         )
     return WeightsError(
-        f"`{repository}` cannot be fetched: {describe(error)}",
-        hint="check the network and try again; what has been fetched so far is kept",
+        f"cannot download `{repository}`: {describe(error)}",
+        hint="check the network, then run the same command again to resume",
     )
 
 
 def not_a_hub_error(repository: str) -> WeightsError:
-    """What came is no answer of a hub: a log-in page of the network, or a server that is something else."""
+    """Return the error for a response that is not from a hub, such as the login page of a network."""
     from huggingface_hub import constants
 
     return WeightsError(
-        f"`{constants.ENDPOINT}` answers something else than a hub does, asked for `{repository}`",
-        hint="`unset HF_ENDPOINT`, check proxies, and whether the network wants a log-in",
+        f"`{constants.ENDPOINT}` did not answer like a Hugging Face server (request for `{repository}`)",
+        hint="`unset HF_ENDPOINT`, check the proxy settings, and check whether the network requires a login",
     )
 
 
 def describe(error: Exception) -> str:
-    """The error in a line; no signed addresses, which fill a screen."""
+    """Describe an error in one line, without signed URLs, which fill a screen."""
     from huggingface_hub.utils import httpx
 
     if (status := status_of(error)) is not None:
-        return f"the hub answers {status}"
+        return f"Hugging Face answered with status {status}"
     if isinstance(error, httpx.ConnectError):
-        return f"no connection to the hub ({_first_line(error)})"
+        return f"cannot connect to Hugging Face ({_first_line(error)})"
     if isinstance(error, httpx.TimeoutException):
-        return "the hub does not answer in time"
+        return "Hugging Face did not answer in time"
     return _first_line(error)
 
 
@@ -115,15 +115,15 @@ def _first_line(error: Exception) -> str:
 
 
 def disk_error(error: OSError, path: Path, missing_bytes: int | None = None) -> WeightsError:
-    """An error of the disk, for the user.
+    """Convert a disk error.
 
     Args:
-        error: what was raised.
-        path: what was to be written.
-        missing_bytes: how much of it is still to come, if that is known.
+        error: the exception.
+        path: path of the file being written.
+        missing_bytes: number of bytes still missing, if known.
     """
     if error.errno in DISK_FULL_ERRNOS:
-        more = "" if missing_bytes is None else f", {format_bytes(missing_bytes)} before its end"
+        more = "" if missing_bytes is None else f"; {format_bytes(missing_bytes)} are missing"
         return WeightsError(f"the disk is full: `{path}` cannot be written{more}", hint=SPACE_HINT)
     return WeightsError(
         f"`{path}` cannot be written: {error.strerror or error}",

@@ -1,4 +1,4 @@
-"""One file from the hub to the disk: goes on where it left off, however it ended, and is there only if it is right."""
+"""Download one file: resume after any interruption, verify it, and only then rename it to its final name."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ CHUNK_BYTES = 1 << 20
 
 
 def has_size(path: Path, file: RepositoryFile) -> bool:
-    """Whether the file is there, by its size."""
+    """Whether the file exists with the right size."""
     return path.is_file() and path.stat().st_size == file.size_bytes
 
 
 def read_range(repository: Repository, file: str, start: int, stop: int) -> bytes:
-    """Bytes from start to before stop of a file.
+    """Return the bytes from `start` up to but excluding `stop` of a file.
 
     Raises:
-        WeightsError: the file has no such bytes, or they cannot be fetched.
+        WeightsError: the file is too short, or the download failed.
     """
     entry = repository.file(file)
     if not 0 <= start <= stop <= entry.size_bytes:
         raise WeightsError(
-            f"`{file}` of `{repository.name}` has {entry.size_bytes} bytes, none from {start} to {stop}",
-            hint="the repository is broken: choose another model",
+            f"`{file}` of `{repository.name}` has {entry.size_bytes} bytes, but bytes {start} to {stop} are needed",
+            hint="the repository is corrupt: choose another model",
         )
     return b"".join(stream_range(repository, entry, start, stop, threading.Event()))
 
@@ -54,17 +54,17 @@ def fetch_file(
     progress: Progress = ignore_progress,
     stop: threading.Event | None = None,
 ) -> None:
-    """Fetch a file; one of the right size that is there already is left as it is.
+    """Download a file. An existing file of the right size is kept.
 
     Args:
-        repository: where the file is.
-        file: what to fetch.
-        target: where to; beside it, `.part` holds what has come so far.
-        progress: told the bytes as they come, at first those that are there already.
-        stop: calls it off when it is set.
+        repository: repository of the file.
+        file: file to download.
+        target: destination; `.part` next to it holds the bytes so far.
+        progress: callback for new bytes, first for those already on disk.
+        stop: event that cancels the download.
 
     Raises:
-        WeightsError: it cannot be fetched or written, or is wrong even when it is fetched again.
+        WeightsError: the download or the write failed, or the file is corrupt even after a second download.
         Cancelled: the event is set.
     """
     stop, meter = stop or threading.Event(), ProgressMeter(progress)
@@ -90,7 +90,7 @@ def _fetch(
     meter: ProgressMeter,
     stop: threading.Event,
 ) -> None:
-    """Fill the part, which is ours, and make it the target."""
+    """Complete the partial file, which this process has locked, and rename it to the target."""
     part, xet_part = part_path(target), xet_part_path(target)
     xet_part.unlink(missing_ok=True)
     is_fresh = os.fstat(stream.fileno()).st_size == 0
@@ -113,7 +113,7 @@ def _fetch(
     _discard(stream, meter)
     part.unlink()
     raise WeightsError(
-        f"`{file.name}` of `{repository.name}` arrives broken: its checksum should be {checksum.expected} and is "
+        f"`{file.name}` of `{repository.name}` is corrupt: expected checksum {checksum.expected}, got "
         f"{checksum.actual}",
         hint="try again later, or over another network",
     )
@@ -127,7 +127,7 @@ def _discard(stream: FileIO, meter: ProgressMeter) -> None:
 def _fill(
     repository: Repository, file: RepositoryFile, stream: FileIO, meter: ProgressMeter, stop: threading.Event
 ) -> Checksum:
-    """Append what is missing; the checksum is of all that is there then."""
+    """Append the missing bytes, and return the checksum of the whole file."""
     position = os.fstat(stream.fileno()).st_size
     if position > file.size_bytes:
         stream.truncate(0)
@@ -143,7 +143,7 @@ def _fill(
 
 
 def matches_checksum(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress | None = None) -> bool:
-    """Whether a file on the disk is what the hub says: size and checksum."""
+    """Whether a file on disk has the size and checksum that the hub lists."""
     progress = progress or ignore_progress
     if not has_size(path, file):
         return False
@@ -168,7 +168,7 @@ def _read_all(stream: FileIO, take: Callable[[memoryview], None], stop: threadin
 
 
 def _write_all(stream: FileIO, data: bytes) -> None:
-    """Unbuffered: what has been written outlives this process, and a full disk shows here and not later."""
+    """Write without a buffer: written bytes survive this process, and a full disk is noticed here."""
     rest = memoryview(data)
     while rest:
         rest = rest[stream.write(rest) :]

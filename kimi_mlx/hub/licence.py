@@ -1,4 +1,4 @@
-"""What the licences of the weights ask of large products, said once on a machine."""
+"""Notice about the licence of the weights, shown once per machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry
 
 
 def notice(entry: CatalogueEntry) -> str | None:
-    """What the licence of a model asks in addition to MIT's terms, None if nothing."""
+    """Return the terms that a model's licence adds to MIT; None if there are none."""
     licence = entry.licence
     if licence.display is None:
         return None
@@ -21,9 +21,9 @@ def notice(entry: CatalogueEntry) -> str | None:
 
 
 def show_once(entry: CatalogueEntry, write: Callable[[str], object]) -> None:
-    """Write the notice, if this machine has not seen it for this family: the models that ask for the same name.
+    """Write the notice, unless this machine has shown it for the same `display` name.
 
-    Without a home, or where it cannot be written, there is no memory, and the notice comes each time.
+    Without a home folder, or if the marker cannot be written, it is shown every time.
     """
     text, display = notice(entry), entry.licence.display
     if text is None or display is None:

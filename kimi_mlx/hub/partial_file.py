@@ -1,4 +1,4 @@
-"""The file in which a download is while it is not complete, and who has it in hand."""
+"""The file of an incomplete download, and its lock."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.hub.retries import Cancelled
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes that have come; negative when some are thrown away."""
+"""Callback for the number of new bytes; negative if bytes are discarded."""
 
 MAX_LOCK_WAIT_S = 600.0
-"""For another process that has the same file in hand, while its file does not grow."""
+"""Longest wait for another process that has locked the file, while the file does not grow."""
 
 
 def ignore_progress(count: int) -> None:
-    """Nobody wants to know."""
+    """Do nothing."""
 
 
 class ProgressMeter:
-    """Tells progress from positions.
+    """Converts positions to progress.
 
     Args:
-        progress: told the differences.
+        progress: callback for the differences.
     """
 
     def __init__(self, progress: Progress):
@@ -37,29 +37,32 @@ class ProgressMeter:
         self.position = 0
 
     def move_to(self, position: int) -> None:
-        """So many bytes are there now."""
+        """Set the number of bytes on disk."""
         if position != self.position:
             self._progress(position - self.position)
             self.position = position
 
     def advance(self, count: int) -> None:
-        """So many more."""
+        """Add `count` bytes."""
         self.move_to(self.position + count)
 
 
 def part_path(target: Path) -> Path:
-    """Where a file is while it is not complete."""
+    """Return the path of a file while it is incomplete."""
     return target.with_name(f"{target.name}.part")
 
 
 def xet_part_path(target: Path) -> Path:
-    """Where hf-xet writes it, which cannot go on where it left off."""
+    """Return the path that hf-xet writes to, which cannot resume."""
     return target.with_name(f"{target.name}.xet-part")
 
 
 @contextmanager
 def lock_partial_file(target: Path, meter: ProgressMeter, stop: threading.Event) -> Iterator[FileIO]:
-    """Open the part, to read and to append, when no other thread or process has it; the lock ends with the process."""
+    """Lock and open the partial file for reading and appending, once no other thread or process has it.
+
+    The lock ends with the process.
+    """
     part, size, since_s = part_path(target), 0, time.monotonic()
     while True:
         with part.open("a+b", buffering=0) as stream:
@@ -67,15 +70,15 @@ def lock_partial_file(target: Path, meter: ProgressMeter, stop: threading.Event)
                 if _is_open_as(stream, part):
                     yield stream
                     return
-                continue  # the other process renamed it while we waited
+                continue  # another process renamed it in the meantime
             grown = max(os.fstat(stream.fileno()).st_size, _size(xet_part_path(target)))
         if grown != size:
             size, since_s = grown, time.monotonic()
             meter.move_to(size)
         if time.monotonic() - since_s > MAX_LOCK_WAIT_S:
             raise WeightsError(
-                f"another process has `{part}` in hand and has not written to it for {MAX_LOCK_WAIT_S:.0f} s",
-                hint=f"end that process: `lsof {part}` shows it",
+                f"`{part}` is locked by another process that has been idle for {MAX_LOCK_WAIT_S:.0f} s",
+                hint=f"stop that process: `lsof {part}` shows its id",
             )
         if stop.wait(0.2):
             raise Cancelled
@@ -100,6 +103,6 @@ def _lock(stream: FileIO) -> bool:
         fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: two processes at once break the file, and its checksum tells
+    except OSError:  # no locks on this file system: concurrent writers corrupt the file, which its checksum detects
         return True
     return True

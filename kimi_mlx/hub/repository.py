@@ -1,4 +1,4 @@
-"""What a repository on the hub holds: names, sizes and checksums. Pure: nothing is asked and no file is read here."""
+"""Names, sizes and checksums of the files of a repository. Sends no requests and reads no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.weights.index import files_in_use
 
 FILES = ["*.json", "model*.safetensors", "tiktoken.model", "*.jinja"]
-"""What a model needs of a repository: never its Python code."""
+"""Files of a repository that a model needs; never Python code."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class RepositoryFile:
     """One file of a repository.
 
     Args:
-        name: without a folder.
-        size_bytes: its size.
-        sha256: of its bytes, for files in large-file storage.
-        blob_id: git's sha1, for the others.
+        name: file name without a folder.
+        size_bytes: size.
+        sha256: SHA-256 of the content, for files in large-file storage.
+        blob_id: git's SHA-1, for other files.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Repository:
     Args:
         name: `owner/name`.
         commit: 40 hex digits.
-        files: those at the top that match FILES, by name.
-        revision: the branch or tag that was asked for; the commit itself if that was asked for.
+        files: top-level files that match FILES, sorted by name.
+        revision: requested branch, tag or commit.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Repository:
     revision: str = "main"
 
     def file(self, name: str) -> RepositoryFile:
-        """The file of that name.
+        """Return the file with this name.
 
         Raises:
-            WeightsError: there is none.
+            WeightsError: no such file.
         """
         for file in self.files:
             if file.name == name:
@@ -62,18 +62,18 @@ class Repository:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the repository for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Repository:
-        """From what `to_dict` returned, after its way through JSON."""
+        """Restore a repository from the result of `to_dict`."""
         files = tuple(RepositoryFile(**file) for file in value["files"])
         return cls(**{**value, "files": files})
 
 
 class Checksum:
-    """Of a file's bytes as they come, by the method that the hub has for this file.
+    """Checksum of a file's bytes, by the method that the hub uses for this file.
 
     Args:
         file: the file.
@@ -87,41 +87,41 @@ class Checksum:
             self._hash = hashlib.sha1(f"blob {file.size_bytes}\0".encode(), usedforsecurity=False)
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         self._hash.update(data)
 
     @property
     def actual(self) -> str:
-        """Of the bytes so far."""
+        """Checksum of the bytes so far."""
         return self._hash.hexdigest()
 
     @property
     def is_valid(self) -> bool:
-        """Whether it is what the hub says; true if the hub says nothing."""
+        """Whether it equals the hub's checksum; true if the hub lists none."""
         return self.expected is None or self.actual == self.expected.lower()
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of a repository, named with its folders, is one of FILES."""
+    """Whether a path in a repository is one of FILES."""
     return "/" not in name and any(fnmatchcase(name, pattern) for pattern in FILES)
 
 
 def needed_files(repository: Repository, weight_map: Mapping[str, str] | None) -> tuple[RepositoryFile, ...]:
-    """The files that the text model needs.
+    """Return the files that the text model needs.
 
     Args:
-        repository: where they are.
-        weight_map: of `model.safetensors.index.json`, from tensor to file; None if there is no index: then all.
+        repository: the repository.
+        weight_map: tensor -> file, from `model.safetensors.index.json`; None without an index, which needs all files.
 
     Raises:
-        WeightsError: the index names a file that the repository does not have.
+        WeightsError: the index names a file that is not in the repository.
     """
     if weight_map is None:
         return repository.files
     in_use = files_in_use(weight_map)
     if missing := sorted(in_use - {file.name for file in repository.files}):
         raise WeightsError(
-            f"{len(missing)} of {len(in_use)} files in the index of `{repository.name}` are not in the repository, "
+            f"{len(missing)} of {len(in_use)} files in the index of `{repository.name}` do not exist, "
             f"first `{missing[0]}`",
             hint="choose a complete model: `kimi-mlx models` lists known ones",
         )

@@ -1,4 +1,4 @@
-"""Trying again: after which failures, after how long, and how often."""
+"""Retries: which errors are transient, how long to wait, and when to give up."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from kimi_mlx.hub.error_messages import client_errors, describe, hub_error, stat
 Result = TypeVar("Result")
 
 FIRST_DELAY_S = 1.0
-"""Before the second try; doubled after each failure."""
+"""Delay before the first retry; doubled after each failure."""
 MAX_DELAY_S = 60.0
 MAX_RETRY_AFTER_S = 300.0
-"""How long the hub may make us wait when it says so itself."""
+"""Longest delay that the hub can demand."""
 MAX_FAILURES = 8
-"""In a row, without a new byte."""
+"""Number of consecutive failures without a new byte."""
 MAX_LOOKUP_FAILURES = 4
-"""Somebody waits for the answer."""
+"""The same for a look-up, which a user is waiting for."""
 
 
 class Cancelled(Exception):
-    """The work was called off by its event; nobody needs to be told."""
+    """The work was cancelled by its event. Not an error for the user."""
 
 
 class IncompleteResponse(OSError):
-    """An answer that ended before its bytes were there."""
+    """A response ended before all of its bytes arrived."""
 
 
 class Retries:
-    """Waits after a failure that may pass, longer each time, and gives up on others.
+    """Waits after transient errors, longer each time, and raises others.
 
     Args:
-        repository: for messages.
-        stop: ends a wait at once.
-        max_failures: in a row.
+        repository: name of the repository, for messages.
+        stop: event that ends a wait at once.
+        max_failures: number of consecutive failures.
     """
 
     def __init__(self, repository: str, stop: threading.Event, max_failures: int = MAX_FAILURES):
@@ -50,14 +50,14 @@ class Retries:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """There was progress: counting begins again."""
+        """Reset the number of failures after progress."""
         self._failures = 0
 
     def wait_after(self, error: Exception) -> None:
-        """Wait until the next try is due.
+        """Wait until the next attempt.
 
         Raises:
-            WeightsError: it is hopeless, or was tried too often.
+            WeightsError: the error is permanent, or there were too many failures.
             Cancelled: the event is set.
         """
         if not is_transient(error):
@@ -65,32 +65,32 @@ class Retries:
         self._failures += 1
         if self._failures >= self._max_failures:
             raise WeightsError(
-                f"`{self._repository}` cannot be fetched: {describe(error)}, {self._failures} times in a row",
-                hint="check the network and try again; what has been fetched so far is kept",
+                f"cannot download `{self._repository}`: {describe(error)}, {self._failures} times in a row",
+                hint="check the network, then run the same command again to resume",
             ) from error
         if self._stop.wait(_delay_s(error, self._failures)):
             raise Cancelled
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether trying again may help."""
+    """Whether a retry may help."""
     from huggingface_hub.utils import httpx
 
     if (status := status_of(error)) is not None:
         return status in (408, 429) or status >= 500
-    ours = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)  # a token or an address that is no such thing
+    ours = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)  # invalid token or address
     return isinstance(error, (httpx.TransportError, IncompleteResponse)) and not isinstance(error, ours)
 
 
 def _delay_s(error: Exception, failures: int) -> float:
-    if (asked_s := _retry_after_s(error)) is not None:
-        return min(asked_s, MAX_RETRY_AFTER_S)
+    if (retry_after_s := _retry_after_s(error)) is not None:
+        return min(retry_after_s, MAX_RETRY_AFTER_S)
     delay_s = min(FIRST_DELAY_S * 2 ** (failures - 1), MAX_DELAY_S)
-    return delay_s * random.uniform(0.5, 1.0)  # else all threads come back at once
+    return delay_s * random.uniform(0.5, 1.0)  # jitter: else all threads retry at once
 
 
 def _retry_after_s(error: Exception) -> float | None:
-    """What the hub says in `Retry-After` (seconds or a date) or in its own `RateLimit`."""
+    """Return the delay in the hub's `Retry-After` (seconds or a date) or `RateLimit` header."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -110,7 +110,7 @@ def _retry_after_s(error: Exception) -> float | None:
 
 
 def with_retries(request: Callable[[], Result], retries: Retries) -> Result:
-    """What the request returns, tried again after failures that may pass."""
+    """Return the request's result; retry after transient errors."""
     while True:
         try:
             return request()

@@ -1,4 +1,4 @@
-"""The same work for many things, on several threads that stop soon."""
+"""Run the same function for many items on several threads that stop quickly."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 GRACE_S = 1.0
-"""How long to wait for threads that are to stop; one that waits for the network finds out later, and does nothing."""
+"""Longest wait for threads to stop. A thread that waits for the network ends later, without effect."""
 
 
 def for_each(work: Callable[[Item, threading.Event], object], items: Iterable[Item], workers: int) -> None:
-    """Call `work(item, stop)` for all items; the first error stops the others and is raised, as is Ctrl-C.
+    """Call `work(item, stop)` for all items. The first error, or Ctrl-C, stops the others and is raised.
 
     Args:
-        work: looks at the event `stop` often, and ends by an exception when it is set.
-        items: what to work on, begun in this order.
-        workers: how many at a time.
+        work: function that checks the event `stop` often and raises once it is set.
+        items: items to process, in this order.
+        workers: number of threads.
     """
     todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
     for item in items:
@@ -40,14 +40,14 @@ def for_each(work: Callable[[Item, threading.Event], object], items: Iterable[It
         error: BaseException | None = None
         try:
             drain()
-        except BaseException as raised:  # handed to the caller, whatever it is
+        except BaseException as raised:  # any exception is passed to the caller
             error = raised
         ended.put(error)
 
     started: list[threading.Thread] = []
     try:
         for _ in range(min(workers, todo.qsize())):
-            # daemons: one that hangs in the network does not keep the process
+            # daemon threads: one that hangs in the network does not keep the process alive
             thread = threading.Thread(target=run, daemon=True)
             thread.start()
             started.append(thread)

@@ -1,7 +1,7 @@
-"""Requests to the hub for a file: bytes from any position, again and again until they are there.
+"""Requests for the bytes of a file, with retries.
 
-All goes through huggingface_hub's session, so that its environment variables, token and proxies apply. Each wait for
-the network ends: connections and reads after HF_HUB_DOWNLOAD_TIMEOUT, tries as kimi_mlx.hub.retries says.
+Everything goes through huggingface_hub's session, so that its environment variables, token and proxies apply. Every
+wait for the network is limited: connections and reads by HF_HUB_DOWNLOAD_TIMEOUT, retries by kimi_mlx.hub.retries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def file_metadata(repository: Repository, file: RepositoryFile, stop: threading.Event) -> HfFileMetadata:
-    """What the hub says of a file without sending it."""
+    """Return the hub's metadata of a file."""
     from huggingface_hub import constants, get_hf_file_metadata
 
     url, timeout_s = _url(repository, file), constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -32,7 +32,7 @@ def file_metadata(repository: Repository, file: RepositoryFile, stop: threading.
 
 
 def headers() -> dict[str, str]:
-    """Of each request: token and who we are; no compression, which positions in a file do not survive."""
+    """Return the request headers: token and user agent, and no compression, which would change byte positions."""
     from huggingface_hub.utils import build_hf_headers
 
     return {**build_hf_headers(library_name="kimi-mlx"), "Accept-Encoding": "identity"}
@@ -41,10 +41,10 @@ def headers() -> dict[str, str]:
 def stream_range(
     repository: Repository, file: RepositoryFile, start: int, end: int, stop: threading.Event
 ) -> Iterator[bytes]:
-    """Bytes from start to before end of a file, as they arrive; a connection that breaks is made anew.
+    """Yield the bytes from `start` up to but excluding `end` of a file; reconnect if the connection breaks.
 
     Raises:
-        WeightsError: they cannot be fetched.
+        WeightsError: the download failed.
         Cancelled: the event is set.
     """
     retries = Retries(repository.name, stop)
@@ -63,7 +63,7 @@ def stream_range(
                         yield piece
                     if start == end:
                         return
-            raise IncompleteResponse(f"`{file.name}` ends {end - start} bytes too early")
+            raise IncompleteResponse(f"`{file.name}` ended {end - start} bytes early")
         except client_errors() as error:
             retries.wait_after(error)
 
@@ -88,7 +88,7 @@ def _request(
 
 
 def _check_range(response: httpx.Response, repository: Repository, file: RepositoryFile, start: int) -> int:
-    """How many bytes to skip: a server that does not know ranges sends the file from its beginning."""
+    """Return the number of bytes to skip: a server without range support sends the file from its start."""
     from huggingface_hub.utils import hf_raise_for_status
 
     hf_raise_for_status(response)
@@ -102,8 +102,8 @@ def _check_range(response: httpx.Response, repository: Repository, file: Reposit
         if length in (None, str(file.size_bytes)):
             return start
     raise WeightsError(
-        f"the hub sends something else than `{file.name}` of `{repository.name}`, which has {file.size_bytes} bytes",
-        hint="check HF_ENDPOINT and proxies, and whether the network wants a log-in; then try again",
+        f"the response for `{file.name}` of `{repository.name}` is not that file of {file.size_bytes} bytes",
+        hint="check HF_ENDPOINT, the proxy settings, and whether the network requires a login; then try again",
     )
 
 

@@ -1,4 +1,4 @@
-"""Files by hf-xet, the hub's faster way; it cannot go on where it left off."""
+"""Download with hf-xet, which is faster but cannot resume."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def fetch_by_xet(
     progress: Callable[[int], None],
     stop: threading.Event,
 ) -> bool:
-    """Fetch a file by hf-xet, if it is installed and wanted and the file is kept that way.
+    """Download a file with hf-xet, if it is installed, enabled, and the file is stored in Xet.
 
     Args:
-        repository: where the file is.
-        file: what to fetch.
-        target: where to; overwritten.
-        progress: told how many bytes have come.
-        stop: calls it off.
+        repository: repository of the file.
+        file: file to download.
+        target: destination; overwritten.
+        progress: callback for the number of new bytes.
+        stop: event that cancels the download.
 
     Returns:
-        Whether the file is there, not verified; if not, plain HTTP is the way.
+        Whether the file was downloaded (not verified). If not, use plain HTTP.
 
     Raises:
         Cancelled: the event is set.
@@ -53,7 +53,7 @@ def fetch_by_xet(
             displayed_filename=file.name,
             tqdm_class=_bar_class(progress),  # pyright: ignore[reportArgumentType]
         )
-    except Exception:  # hf-xet raises many kinds; whatever it is, plain HTTP tries again and finds better words
+    except Exception:  # hf-xet raises many types; plain HTTP retries and gives a better message
         if stop.is_set():
             raise Cancelled from None
         return False
@@ -63,7 +63,7 @@ def fetch_by_xet(
 
 
 def _abort_on(stop: threading.Event, ended: threading.Event) -> None:
-    """End hf-xet's own threads when the work is called off."""
+    """Stop hf-xet's own threads when the download is cancelled."""
     while not ended.wait(0.2):
         if stop.is_set():
             try:
@@ -75,7 +75,7 @@ def _abort_on(stop: threading.Event, ended: threading.Event) -> None:
 
 
 def _bar_class(progress: Callable[[int], None]) -> type:
-    """What huggingface_hub takes for a class of progress bars, and tells of bytes written and bytes received."""
+    """Return the progress bar class for huggingface_hub, which reports bytes written and bytes received."""
 
     class Bar:
         def __init__(self, *args: object, **kwargs: object):

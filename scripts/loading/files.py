@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kimi_mlx.bench.workloads import BITS, COMMON, FORMAT, GROUP_SIZE, SEED, Config, write_synthetic
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.files import PIECE_BYTES
+from kimi_mlx.files import CHUNK_BYTES
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.store.download import StoreOptions, build, open_job
@@ -168,7 +168,7 @@ def _copy(source: Path, target: Path, progress: Progress) -> None:
     done = 0
     for file in files:
         with file.open("rb") as reader, (target / file.name).open("wb") as writer:
-            while piece := reader.read(PIECE_BYTES):
+            while piece := reader.read(CHUNK_BYTES):
                 writer.write(piece)
                 done += len(piece)
                 progress("copying it for each rank", done, total)

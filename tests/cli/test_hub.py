@@ -28,10 +28,10 @@ def test_a_repository_is_fetched_once_and_then_answers(hub: Hub) -> None:
     first = call("chat", "owner/model", "-p", "hi")
     assert first.returncode == 0, first.stderr
     assert not [name for name in hub.sent if name.endswith((".py", ".md"))]
-    hub.forget()
+    hub.reset_counts()
     again = call("chat", "owner/model", "-p", "hi")
     assert again.stdout == first.stdout
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_a_download_that_broke_off_is_an_error_and_goes_on_later(hub: Hub) -> None:
@@ -39,8 +39,8 @@ def test_a_download_that_broke_off_is_an_error_and_goes_on_later(hub: Hub) -> No
     hub.fail("drop", "/cdn/*.safetensors")
     broken = call("chat", "owner/model", "-p", "hi")
     assert broken.returncode == 1
-    assert "`owner/model` cannot be fetched" in broken.stderr
-    hub.mend()
+    assert "cannot download `owner/model`" in broken.stderr
+    hub.clear_faults()
     whole = call("chat", "owner/model", "-p", "hi")
     assert whole.returncode == 0, whole.stderr
     assert hub.sent["owner/model/model.safetensors"] == (KIMI_MINI / "model.safetensors").stat().st_size
@@ -49,4 +49,4 @@ def test_a_download_that_broke_off_is_an_error_and_goes_on_later(hub: Hub) -> No
 def test_a_repository_that_does_not_exist(hub: Hub) -> None:
     done = call("chat", "owner/other", "-p", "hi")
     assert done.returncode == 1
-    assert "there is no repository `owner/other`" in done.stderr
+    assert "repository `owner/other` does not exist" in done.stderr

@@ -325,13 +325,13 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
         ["rank-0"],
         ["rank-1"],
     ]
-    hub.forget()
+    hub.reset_counts()
 
     code, out, err = run(*where, "chat", "owner/model", "-p", "hi", "-t", "0", "--max-tokens", "5", "--json")
     assert code == 0, err
     assert json.loads(out)["statistics"]["generated_tokens"] == 5
     assert json.loads(out)["placement"] == {"strategy": "pipeline", "why": "as it is stored on the hosts"}
-    assert hub.asked == []
+    assert hub.requests == []
 
     shutil.rmtree(stores[1])
     code, out, err = run(*where, "chat", "owner/model", "-p", "hi")

@@ -71,9 +71,9 @@ class HubWithPast(Hub):
         self.folders = _Answers(lambda: past[self._commit()])
         self.commits = _Answers(self._commit)
 
-    def note(self, asked: str, is_authorized: bool) -> None:
-        super().note(asked, is_authorized)
-        found = re.search(r"/(?:revision|resolve)/([0-9a-f]{40})", asked)
+    def record_request(self, request: str, is_authorized: bool) -> None:
+        super().record_request(request, is_authorized)
+        found = re.search(r"/(?:revision|resolve)/([0-9a-f]{40})", request)
         self._asked.commit = found[1] if found and found[1] in self.past else next(reversed(self.past))
 
     def _commit(self) -> str:
@@ -98,9 +98,9 @@ def test_stores_come_out_of_one_download_and_a_second_run_needs_no_hub(
     assert checksums(Path(folder)) == expected_small(2)
     assert host.hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
     assert not [path for path in host.stores.rglob("*") if path.is_file() and "sources" in path.parts]
-    host.hub.forget()
+    host.hub.reset_counts()
     assert succeed(host.run("download", NAME, "--ranks", "2", HF_HUB_OFFLINE="1")).strip() == folder
-    assert host.hub.asked == []
+    assert host.hub.requests == []
 
 
 def test_a_dry_run_shows_sums_and_fetches_only_what_it_must_know(host: Host, small: Path) -> None:
@@ -182,7 +182,7 @@ def test_kept_sources_make_a_checkpoint_that_needs_no_hub(host: Host, small: Pat
     assert host.hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
     offline = succeed(host.run("download", NAME, HF_HUB_OFFLINE="1"))
     assert Path(offline.strip()).name == COMMIT
-    host.hub.forget()
+    host.hub.reset_counts()
     shutil.rmtree(host.stores)
     succeed(host.call("download", NAME, "--ranks", "2"))  # out of the cache
     assert checksums(host.stores) == expected_small(2)
@@ -210,7 +210,7 @@ def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
     hub, total = large_host.hub, repository_bytes(large)
     hub.fail("slow", "*", bytes_per_s=30_000_000)
     process = large_host.start("download", NAME, *arguments)
-    wait_until(lambda: any("model-00002" in asked for asked in hub.asked))  # headers
+    wait_until(lambda: any("model-00002" in request for request in hub.requests))  # headers
     process.kill()
     end(process)
     kills = 1
@@ -220,7 +220,7 @@ def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
         process.kill()
         end(process)
         kills += 1
-    hub.mend()
+    hub.clear_faults()
     folder = succeed(large_host.run("download", NAME, *arguments)).strip()
     assert hub.sent_bytes <= HEADER_BYTES * total + kills * (0.005 * total + IN_FLIGHT_BYTES)
     if arguments:
@@ -269,7 +269,7 @@ def test_it_ends_soon_when_told_to_and_goes_on_later(
     done = end(process)
     assert time.monotonic() - told_s < 15
     assert done.returncode == code
-    hub.mend()
+    hub.clear_faults()
     succeed(large_host.run("download", NAME, *arguments))
     assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large) + 4 * IN_FLIGHT_BYTES
 
@@ -285,7 +285,7 @@ def test_a_second_build_of_the_same_stores_says_so(large_host: Host, expected_la
     first.send_signal(signal.SIGSTOP)  # it is not done before the other begins
     fail(large_host.call("download", NAME, "--ranks", "2"), "another process is building")
     first.send_signal(signal.SIGCONT)
-    large_host.hub.mend()
+    large_host.hub.clear_faults()
     succeed(end(first))
     assert checksums(large_host.stores) == expected_large(2)
 
@@ -368,17 +368,17 @@ def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
     damage(rank_folder(stored, 1))
     if message is not None:
         fail(stored.call("chat", NAME, "--ranks", "2", "-p", "hi", "--max-tokens", "1"), message)
-        assert stored.hub.asked == []
+        assert stored.hub.requests == []
     result = json.loads(succeed(stored.call("download", NAME, "--ranks", "2", "--verify", "--json")))
     assert checksums(stored.stores) == expected_small(2)
     assert files_fetched(stored.hub) == fetched
     if message is None and fetched:
         assert result["state"] == "is repaired (1 broken file)"
         assert result["broken"] == ["layer-001.safetensors"]
-    stored.hub.forget()
+    stored.hub.reset_counts()
     again = json.loads(succeed(stored.call("download", NAME, "--ranks", "2", "--verify", "--json")))
     assert again["state"] == "is whole"
-    assert stored.hub.asked == []
+    assert stored.hub.requests == []
 
 
 @pytest.mark.slow
@@ -397,7 +397,7 @@ def test_a_store_of_another_format_is_not_taken_over(stored: Host, expected_smal
 def test_a_store_of_another_number_of_ranks_is_refused_without_a_checkpoint(stored: Host) -> None:
     words = fail(stored.call("chat", NAME, "--ranks", "3", "-p", "hi"), "as a store for 2 ranks, not for 3")
     assert "--ranks 2" in words
-    assert stored.hub.asked == []
+    assert stored.hub.requests == []
 
 
 @pytest.mark.slow
@@ -408,9 +408,9 @@ def test_a_store_that_is_not_finished_is_refused_and_nothing_is_fetched_beside_i
     wait_until(lambda: hub.sent_bytes > 10_000_000)
     process.kill()
     end(process)
-    hub.forget()
+    hub.reset_counts()
     fail(large_host.call("chat", NAME, "--ranks", "2", "-p", "hi"), "the store `.*` is not complete")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, sm
     data = bytearray(broken.read_bytes())
     data[-5] ^= 1
     broken.write_bytes(data)
-    host.hub.forget()
+    host.hub.reset_counts()
     result = json.loads(succeed(host.call("download", NAME, "--verify", "--json")))
     assert result["broken"] == ["model-00002-of-00004.safetensors"]
     assert files_fetched(host.hub) == {"model-00002-of-00004.safetensors"}
@@ -445,7 +445,7 @@ def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, sm
 def test_faults_that_pass_heal(host: Host, expected_small: Expected, fault: dict[str, Any]) -> None:
     process = host.start("download", NAME, "--ranks", "2")
     if fault["kind"] == "corrupt":  # not the answers with headers, which are too short
-        wait_until(lambda: sum("model-00003" in asked and "/cdn/" in asked for asked in host.hub.asked) >= 2)
+        wait_until(lambda: sum("model-00003" in request and "/cdn/" in request for request in host.hub.requests) >= 2)
     host.hub.fail(**{"path": "/cdn/*", **fault})
     succeed(end(process))
     assert checksums(host.stores) == expected_small(2)
@@ -455,20 +455,20 @@ def test_faults_that_pass_heal(host: Host, expected_small: Expected, fault: dict
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
 def test_faults_that_stay_are_said(host: Host, arguments: list[str]) -> None:
     hub = host.hub
-    fail(host.run("download", "owner/other", *arguments), "there is no repository `owner/other`")
-    fail(host.run("download", NAME, *arguments, "--revision", "nope"), "has no such revision")
+    fail(host.run("download", "owner/other", *arguments), "repository `owner/other` does not exist")
+    fail(host.run("download", NAME, *arguments, "--revision", "nope"), "does not have this revision")
     fail(host.run("download", NAME, *arguments, HF_HUB_OFFLINE="1"), "`HF_HUB_OFFLINE` keeps us from the hub")
-    fail(host.run("download", NAME, *arguments, HF_ENDPOINT="http://127.0.0.1:1"), "no connection to the hub")
+    fail(host.run("download", NAME, *arguments, HF_ENDPOINT="http://127.0.0.1:1"), "cannot connect to Hugging Face")
     hub.token = "good"
     fail(host.run("download", NAME, *arguments, HF_TOKEN="bad"), "refuses your token")
     hub.token = None
     hub.gated.add(NAME)
-    fail(host.run("download", NAME, *arguments), "asks for your consent")
+    fail(host.run("download", NAME, *arguments), "is gated")
     hub.gated.clear()
     hub.fail("corrupt", "/cdn/*00003*", after_bytes=500_000)
     hub.fail("corrupt", "/cdn/*00002*", after_bytes=500_000)
-    fail(host.run("download", NAME, *arguments), "arrives broken: its checksum should be")
-    hub.mend()
+    fail(host.run("download", NAME, *arguments), "is corrupt: expected checksum")
+    hub.clear_faults()
     succeed(host.run("download", NAME, *arguments))
 
 
@@ -500,7 +500,7 @@ def test_what_is_here_stays_at_its_commit_until_main_is_asked_for(
     history.past[main[0]] = main[1]
     assert commit() == COMMIT
     assert commit("--verify") == COMMIT
-    history.forget()
+    history.reset_counts()
     assert commit("--revision", COMMIT) == COMMIT
     assert history.sent_bytes == 0
     assert commit("--revision", "main") == "b" * 40
@@ -529,10 +529,10 @@ def test_a_chat_uses_the_store_and_gives_the_text_of_the_checkpoint(tmp_path: Pa
     with Hub({NAME: KIMI_MINI}) as hub:
         host = Host(hub, tmp_path / "host")
         succeed(host.call("download", NAME, "--ranks", "2"))
-        hub.forget()
+        hub.reset_counts()
         question = ["-p", "hi", "--temperature", "0", "--max-tokens", "24"]
         from_store = succeed(host.call("chat", NAME, "--ranks", "2", *question))
-        assert hub.asked == []
+        assert hub.requests == []
         assert from_store == succeed(host.call("chat", "kimi-mini", *question))
 
 

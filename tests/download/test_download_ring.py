@@ -121,15 +121,15 @@ def test_two_hosts_tell_what_is_to_come_build_the_stores_of_one_and_the_second_t
     assert [item["rank"] for item in plan["ranks"]] == [0, 1]
     two_files = sum(sorted(file["size_bytes"] for file in plan["files"])[-2:])
     assert plan["disk_needed_bytes"] == plan["ranks"][0]["size_bytes"] + two_files
-    hub.forget()
+    hub.reset_counts()
     result = json.loads(cluster.build("--json"))
     assert result["state"] == "is fetched and verified"
     assert [item["rank"] for item in result["ranks"]] == [0]
     assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
     assert cluster.checksums() == expected_small(2)
-    hub.forget()
+    hub.reset_counts()
     assert cluster.build(HF_HUB_OFFLINE="1").strip() == result["folder"]
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.slow
@@ -171,12 +171,12 @@ def test_a_killed_host_ends_all_and_the_same_command_goes_on(
     if percent:
         wait_until(lambda: large_hub.sent_bytes > percent * total / 100)
     else:
-        wait_until(lambda: any("model-00002" in asked for asked in large_hub.asked))  # headers
+        wait_until(lambda: any("model-00002" in request for request in large_hub.requests))  # headers
     processes[victim].kill()
     done = end_all(processes)
     assert [each.returncode for each in done] == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)]
     assert errors(done) == [f"error: {LOST}"] * (size - 1)
-    large_hub.mend()
+    large_hub.clear_faults()
     cluster.build()
     assert cluster.checksums() == expected_large(size)
     assert large_hub.sent_bytes <= (HEADER_BYTES + 0.005) * total + size * IN_FLIGHT_BYTES
@@ -190,8 +190,8 @@ def test_killed_again_and_again_no_wrong_byte_is_stored(
     cluster, choose = cluster_of(large_hub, tmp_path, 3), random.Random(1)
     for _ in range(6):
         processes = cluster.start()
-        large_hub.forget()
-        wait_until(lambda: any("resolve" in asked for asked in large_hub.asked))
+        large_hub.reset_counts()
+        wait_until(lambda: any("resolve" in request for request in large_hub.requests))
         time.sleep(choose.uniform(0.1, 1.5))
         choose.choice(processes).kill()
         end_all(processes)
@@ -215,7 +215,7 @@ def test_it_ends_soon_when_told_to_and_goes_on_later(
     done = end_all(processes)
     assert time.monotonic() - told_s < 15
     assert done[0].returncode in ((code, 1) if is_for_all else (1,))
-    large_hub.mend()
+    large_hub.clear_faults()
     cluster.build()
     assert cluster.checksums() == expected_large(2)
 
@@ -258,8 +258,8 @@ def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
     assert [each.returncode for each in done] == [1, 1, 1]
     said = error_of(done)
     assert said.startswith("error: host ")
-    assert "`model-00003-of-00004.safetensors` of `owner/model` arrives broken" in said
-    hub.mend()
+    assert "`model-00003-of-00004.safetensors` of `owner/model` is corrupt" in said
+    hub.clear_faults()
     cluster.build()
     assert cluster.checksums() == expected_small(3)
 
@@ -272,20 +272,20 @@ def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(large_hub: Hub,
         done = cluster.run(*arguments, **variables)
         assert re.search(message, error_of(done))
 
-    expect("host 0: `owner/model` has no such revision", "--revision", "nope")
+    expect("host 0: `owner/model` does not have this revision", "--revision", "nope")
     expect("host 0: .* `HF_HUB_OFFLINE` keeps us from the hub", HF_HUB_OFFLINE="1")
-    expect("host 0: .* no connection to the hub", HF_ENDPOINT="http://127.0.0.1:1")
+    expect("host 0: .* cannot connect to Hugging Face", HF_ENDPOINT="http://127.0.0.1:1")
     large_hub.token = "good"
-    expect("host 0: the hub refuses your token", HF_TOKEN="bad")
+    expect("host 0: Hugging Face rejected your token", HF_TOKEN="bad")
     large_hub.token = None
     large_hub.gated.add(NAME)
-    expect("host 0: `owner/model` asks for your consent")
+    expect("host 0: `owner/model` is gated")
     large_hub.gated.clear()
     folder = large_hub.folders.pop(NAME)
-    expect("host 0: there is no repository `owner/model`")
+    expect("host 0: repository `owner/model` does not exist")
     large_hub.folders[NAME] = folder
     large_hub.fail("missing", "*00004*")
-    expect("host 0: .* the hub lists a file that it does not have")
+    expect("host 0: .* Hugging Face lists a file that it does not have")
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
     ballast.unlink()
 
     large_hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
-    large_hub.forget()
+    large_hub.reset_counts()
     processes = cluster.start()
     wait_until(lambda: large_hub.sent_bytes > 20_000_000)
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # full meanwhile
@@ -361,7 +361,7 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
     done = end_all(processes)
     assert f"error: host {victim}: the disk is full: `{tiny_disk}" in error_of(done)
     ballast.unlink()
-    large_hub.mend()
+    large_hub.clear_faults()
     cluster.build()
     assert cluster.checksums() == expected_large(2)
 
@@ -372,7 +372,7 @@ def test_damage_on_one_host_is_repaired_by_fetching_what_feeds_it(
 ) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
     cluster.build()
-    hub.forget()
+    hub.reset_counts()
     flip_a_byte(rank_folder(cluster.hosts[1], 1))
     cluster.build("--verify")
     assert cluster.checksums() == expected_small(2)
@@ -389,7 +389,7 @@ def test_a_host_that_has_the_checkpoint_already_gives_from_it(
 ) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
     succeed(cluster.hosts[1].call("download", NAME))
-    hub.forget()
+    hub.reset_counts()
     cluster.build()
     assert cluster.checksums() == expected_small(2)
     assert not files_fetched(hub)

@@ -1,4 +1,4 @@
-"""The test checkpoints and goldens: reproducible, readable by mlx-lm, and equal to transformers there."""
+"""Test checkpoints and goldens: reproducible, and readable by mlx-lm with the same results as transformers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_goldens_cover_the_family() -> None:
     assert golden_names() == ["grouped", "grouped-negative", "k2", "k2-thinking", "k2.5", "moonlight"]
 
 
-def test_a_checkpoint_depends_on_config_and_seed_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_depends_only_on_config_and_seed(tmp_path: Path) -> None:
     config = load_golden("moonlight").config
     first, again, other = (write_checkpoint(tmp_path / n, config, s) for n, s in (("a", 1), ("b", 1), ("c", 2)))
     assert digest(first) == digest(again)
@@ -88,7 +88,7 @@ def test_bfloat16_keeps_the_correction_bias_in_float32(tmp_path: Path) -> None:
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == mx.float32
 
 
-# mlx-lm lets an expert of a dropped group score 0, which beats a negative score of a kept one
+# mlx-lm gives experts of a dropped group the score 0, which beats negative scores of kept ones
 @pytest.mark.parametrize("name", sorted(set(golden_names()) - {"grouped-negative"}))
 def test_goldens_agree_with_mlx_lm(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)

@@ -1,4 +1,4 @@
-"""The project's frame: set-up scripts, and what may be imported without MLX or the heavy libraries."""
+"""Set-up scripts, and the packages that must not import MLX or heavy libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bash(folder: Path, code: str, path: str | None = None) -> subprocess.Complet
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what the set-up reads, with an environment that it takes for complete."""
+    """A copy of the files that the set-up reads, with an environment that it accepts as complete."""
     tree = tmp_path / "with blanks" / "kimi"
     (tree / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", tree)
@@ -45,7 +45,7 @@ def is_ready(tree: Path, level: str = "runtime") -> bool:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> Path:
-    """A search path that has the POSIX tools the set-up needs, and no Python, pip or uv."""
+    """A search path with the POSIX tools that the set-up needs, but without Python, pip and uv."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for tool in ("bash", "cat", "cksum", "dirname", "mkdir", "rm"):
@@ -60,7 +60,7 @@ def add_python(folder: Path, code: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_are_programs_that_bash_understands(script: str) -> None:
+def test_scripts_are_executable_and_valid_bash(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert bash(ROOT, f"bash -n {script}").returncode == 0
 
@@ -77,13 +77,13 @@ def test_runtime_packages_are_not_enough_for_the_tests(tree: Path) -> None:
     assert not is_ready(tree, "dev")
 
 
-def test_a_changed_project_file_asks_for_a_new_installation(tree: Path) -> None:
+def test_a_changed_project_file_requires_a_new_installation(tree: Path) -> None:
     with (tree / "pyproject.toml").open("a") as file:
         file.write("# a new dependency\n")
     assert not is_ready(tree)
 
 
-def test_an_interrupted_installation_is_done_again(tree: Path) -> None:
+def test_an_interrupted_installation_is_repeated(tree: Path) -> None:
     (tree / ".venv" / ".kimi-mlx-unfinished").touch()
     assert not is_ready(tree)
     assert bash(tree, ". scripts/lib.sh; is_usable").returncode != 0
@@ -142,13 +142,14 @@ def test_project_file_package_and_changelog_agree_on_the_version() -> None:
         ("kimi_mlx", ["mlx", "mlx_lm", "transformers"]),
         ("kimi_mlx.cluster", ["mlx", "mlx_lm"]),
         ("kimi_mlx.planner", ["mlx", "mlx_lm"]),
+        ("kimi_mlx.sizing", ["mlx", "mlx_lm"]),
         ("kimi_mlx.cli", ["mlx_lm", "transformers"]),
     ],
 )
 def test_light_packages_stay_light(package: str, banned: list[str]) -> None:
-    """Import every module of a package in a new process; import-linter cannot see what an import does."""
+    """Import every module of a package in a new process; import-linter does not see side effects of an import."""
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not there yet")
+        pytest.skip(f"{package} does not exist yet")
     walk = f"[m.name for m in pkgutil.iter_modules({package}.__path__, '{package}.')]" if "." in package else "[]"
     code = (
         f"import importlib, pkgutil, sys, {package}\nfor name in {walk}: importlib.import_module(name)\n"

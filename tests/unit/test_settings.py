@@ -1,4 +1,4 @@
-"""Where shard stores are kept, the folders of the user, units of memory and context."""
+"""Folders of shard stores and of the user; units of memory and context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kimi_mlx.folders import data_folder, stores_folder
 from kimi_mlx.units import format_context, format_gib
 
 
-def test_stores_are_in_the_users_data_folder_unless_they_are_put_elsewhere(
+def test_stores_are_in_the_data_folder_unless_configured_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""A small model on a hub on loopback, which this process uses, with retries that do not wait."""
+"""A small model on a loopback hub that this process uses, with retries that do not wait."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHT_MAP = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder like a repository of Kimi K2.5: an index, three files, one of them vision's, and much else."""
+    """A folder like a repository of Kimi K2.5: an index, three files (one for vision), and other files."""
     folder = tmp_path / "model"
     shutil.copytree(KIMI_MINI, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for number in (1, 2, 3):
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serves `model` as `owner/model`."""
+    """Serve `model` as `owner/model`."""
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.001)
     with Hub({"owner/model": model}) as hub:
         use(hub, tmp_path / "home", monkeypatch)

@@ -41,7 +41,7 @@ def raw_entry() -> dict[str, Any]:
     return next(raw for raw in json.loads(text)["models"] if raw["alias"] == "kimi-k2.5")
 
 
-def test_aliases_are_unique_and_the_default_comes_with_the_package() -> None:
+def test_aliases_are_unique_and_the_default_is_bundled() -> None:
     assert [entry.alias for entry in catalogue()] == ALIASES
     assert (resolve("kimi-mini") / "config.json").is_file()
 
@@ -77,7 +77,7 @@ def test_sizes_agree_with_the_design() -> None:
         assert weights[alias] == pytest.approx(658, abs=1)
     parameters = 1.0264e12
     for alias in SERVED[1:]:
-        assert 3 < weights[alias] * GB * 8 / parameters < 5.2, "bits a weight"
+        assert 3 < weights[alias] * GB * 8 / parameters < 5.2, "bits per weight"
     for alias in SERVED:
         entry = entry_of(alias)
         assert entry.size_bytes is not None
@@ -85,16 +85,16 @@ def test_sizes_agree_with_the_design() -> None:
         assert entry.size_bytes <= entry.weights_bytes
 
 
-def test_the_cache_is_70_kb_a_token_for_k2() -> None:
+def test_the_cache_is_70_kb_per_token_for_k2() -> None:
     for alias in SERVED[1:]:
         assert entry_of(alias).kv_bytes_per_token == (512 + 64) * 61 * 2
 
 
-def test_minimum_memory_is_weights_and_a_tenth_and_for_each_host_8k_tokens_and_8_gb() -> None:
+def test_minimum_memory_is_weights_plus_10_percent_and_per_host_8k_tokens_and_8_gb() -> None:
     entry = entry_of("kimi-k2")
-    each = 8192 * 70_272 + 8 * GB
-    assert entry.minimum_memory_bytes() == pytest.approx(577.6 * GB * 1.1 + each, abs=1)
-    assert entry.minimum_memory_bytes(2) == pytest.approx(577.6 * GB * 1.1 + 2 * each, abs=1)
+    per_host = 8192 * 70_272 + 8 * GB
+    assert entry.minimum_memory_bytes() == pytest.approx(577.6 * GB * 1.1 + per_host, abs=1)
+    assert entry.minimum_memory_bytes(2) == pytest.approx(577.6 * GB * 1.1 + 2 * per_host, abs=1)
     assert entry_of("kimi-mini").minimum_memory_bytes() is None
     assert entry_of("kimi-k3").minimum_memory_bytes() is None
 
@@ -145,7 +145,7 @@ def test_find_entry_finds_nothing_else(name: str) -> None:
     assert find_entry(name) is None
 
 
-def test_a_download_that_was_broken_off_is_partly_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_partly_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     entry = entry_of("moonlight")
     assert presence(entry) == ("no", None)
@@ -156,7 +156,7 @@ def test_a_download_that_was_broken_off_is_partly_here(tmp_path: Path, monkeypat
     assert presence(entry) == ("partly", folder)
 
 
-def test_a_folder_is_itself(tmp_path: Path) -> None:
+def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
@@ -169,7 +169,7 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
         ("x", "kimi-k2.5"),
     ],
 )
-def test_an_unknown_name_gets_the_nearest_known_ones(name: str, near: str) -> None:
+def test_an_unknown_name_suggests_similar_ones(name: str, near: str) -> None:
     with pytest.raises(UsageError) as raised:
         resolve(name)
     assert name in raised.value.message
@@ -183,7 +183,7 @@ def test_kimi_k3_is_refused_with_the_reason(name: str) -> None:
         resolve(name)
 
 
-def test_a_repository_that_is_not_here_is_an_error_of_ours_when_the_hub_is_out_of_reach() -> None:
+def test_a_missing_repository_without_a_hub_is_a_weights_error() -> None:
     with pytest.raises(WeightsError, match="nobody/nothing"):
         resolve("nobody/nothing")
 
@@ -191,7 +191,7 @@ def test_a_repository_that_is_not_here_is_an_error_of_ours_when_the_hub_is_out_o
 @pytest.mark.parametrize(
     "name", ["a/b/c", "../nowhere", "~/nowhere", "-/-", "a b/c d", "\0", pytest.param("x" * 5000, id="long")]
 )
-def test_strange_names_are_errors_of_ours_with_a_hint(name: str) -> None:
+def test_strange_names_are_errors_with_a_hint(name: str) -> None:
     with pytest.raises(KimiMlxError) as raised:
         resolve(name)
     assert raised.value.hint

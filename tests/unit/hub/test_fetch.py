@@ -1,4 +1,4 @@
-"""One file from the hub: every way in which it can go wrong."""
+"""Download of one file, with every kind of failure."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def target(tmp_path: Path) -> Path:
 
 
 def get(repository: Repository, target: Path, name: str = NAME) -> list[int]:
-    """Fetch and return what progress was told."""
-    told: list[int] = []
-    fetch_file(repository, repository.file(name), target, told.append)
-    return told
+    """Fetch and return the progress."""
+    progress: list[int] = []
+    fetch_file(repository, repository.file(name), target, progress.append)
+    return progress
 
 
-def assert_right(target: Path, model: Path, name: str = NAME) -> None:
+def assert_downloaded(target: Path, model: Path, name: str = NAME) -> None:
     assert target.read_bytes() == (model / name).read_bytes()
     assert [path.name for path in target.parent.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("name", [NAME, SMALL, "tiktoken.model"])
 def test_a_file_arrives_once(hub: Hub, repository: Repository, model: Path, target: Path, name: str) -> None:
-    told = get(repository, target, name)
-    assert_right(target, model, name)
-    assert sum(told) == target.stat().st_size == hub.sent_bytes
-    hub.forget()
+    progress = get(repository, target, name)
+    assert_downloaded(target, model, name)
+    assert sum(progress) == target.stat().st_size == hub.sent_bytes
+    hub.reset_counts()
     assert get(repository, target, name) == [target.stat().st_size]
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_an_empty_file(hub: Hub, model: Path, target: Path) -> None:
@@ -69,37 +69,37 @@ def test_an_empty_file(hub: Hub, model: Path, target: Path) -> None:
     assert target.read_bytes() == b""
 
 
-def test_what_is_there_is_not_fetched_again(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
+def test_resume_from_a_partial_file(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     target.parent.mkdir()
     partial_file.part_path(target).write_bytes((model / NAME).read_bytes()[:200_000])
-    told = get(repository, target)
-    assert_right(target, model)
-    assert told[0] == 200_000
-    assert sum(told) == SIZE
+    progress = get(repository, target)
+    assert_downloaded(target, model)
+    assert progress[0] == 200_000
+    assert sum(progress) == SIZE
     assert hub.sent_bytes == SIZE - 200_000
 
 
-def test_a_part_that_has_all_is_only_verified(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
+def test_a_complete_partial_file_is_only_verified(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     target.parent.mkdir()
     partial_file.part_path(target).write_bytes((model / NAME).read_bytes())
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == 0
 
 
 @pytest.mark.parametrize("left", [bytes(SIZE + 1), bytes(SIZE), bytes(1000)], ids=["longer", "full", "begun"])
-def test_a_part_that_is_wrong_is_thrown_away(repository: Repository, model: Path, target: Path, left: bytes) -> None:
+def test_a_wrong_partial_file_is_discarded(repository: Repository, model: Path, target: Path, left: bytes) -> None:
     target.parent.mkdir()
     partial_file.part_path(target).write_bytes(left)
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
 
 
 def test_a_target_of_another_size_is_replaced(repository: Repository, model: Path, target: Path) -> None:
     target.parent.mkdir()
     target.write_bytes(b"old")
     get(repository, target)
-    assert_right(target, model)
+    assert_downloaded(target, model)
 
 
 FAULTS: dict[str, Callable[[Hub], None]] = {
@@ -114,22 +114,20 @@ FAULTS: dict[str, Callable[[Hub], None]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_costs_nothing(
+def test_a_transient_fault_loses_no_bytes(
     hub: Hub, repository: Repository, model: Path, target: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     FAULTS[fault](hub)
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE
 
 
-def test_progress_begins_the_count_of_failures_again(
-    hub: Hub, repository: Repository, model: Path, target: Path
-) -> None:
-    hub.fail("drop", "/cdn/*", after_bytes=SIZE // 12)  # more often than would be borne in a row
+def test_progress_resets_the_number_of_failures(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
+    hub.fail("drop", "/cdn/*", after_bytes=SIZE // 12)  # more often than is allowed in a row
     get(repository, target)
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE
 
 
@@ -137,11 +135,11 @@ def test_a_server_that_does_not_know_ranges(hub: Hub, repository: Repository, mo
     hub.fail("ignore_range")
     hub.fail("drop", after_bytes=100_000, times=2)
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == 200_000 + SIZE
 
 
-def test_a_server_that_never_comes_further_is_given_up(hub: Hub, repository: Repository, target: Path) -> None:
+def test_give_up_on_a_server_without_progress(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("ignore_range")
     hub.fail("drop", after_bytes=100_000)
     with pytest.raises(WeightsError, match="8 times in a row"):
@@ -151,54 +149,56 @@ def test_a_server_that_never_comes_further_is_given_up(hub: Hub, repository: Rep
 
 def test_out_of_retries(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("drop", "/cdn/*")
-    with pytest.raises(WeightsError, match=r"`owner/model` cannot be fetched: .* 8 times in a row") as raised:
+    with pytest.raises(WeightsError, match=r"cannot download `owner/model`: .* 8 times in a row") as raised:
         get(repository, target)
-    assert raised.value.hint == "check the network and try again; what has been fetched so far is kept"
-    assert sum(asked.startswith("GET /cdn/") for asked in hub.asked) == 8
+    assert raised.value.hint == "check the network, then run the same command again to resume"
+    assert sum(request.startswith("GET /cdn/") for request in hub.requests) == 8
 
 
-def test_a_file_that_is_not_there_is_no_reason_to_try_again(hub: Hub, repository: Repository, target: Path) -> None:
+def test_a_missing_file_is_not_retried(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("missing")
     with pytest.raises(WeightsError, match="lists a file that it does not have"):
         get(repository, target)
-    assert sum("resolve" in asked for asked in hub.asked) == 1
+    assert sum("resolve" in request for request in hub.requests) == 1
 
 
 @pytest.mark.parametrize("status", [403, 404, 416])
-def test_other_refusals_are_no_reason_either(hub: Hub, repository: Repository, target: Path, status: int) -> None:
+def test_other_client_errors_are_not_retried(hub: Hub, repository: Repository, target: Path, status: int) -> None:
     hub.fail("status", "/cdn/*", status=status)
     with pytest.raises(WeightsError, match=str(status)) as raised:
         get(repository, target)
     assert "signature" not in raised.value.message
-    assert sum("/cdn/" in asked for asked in hub.asked) == 1
+    assert sum("/cdn/" in request for request in hub.requests) == 1
 
 
-def test_something_else_in_the_files_place(hub: Hub, repository: Repository, target: Path) -> None:
+def test_a_response_of_the_wrong_size(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("wrong_size", after_bytes=10)
-    with pytest.raises(WeightsError, match="sends something else"):
+    with pytest.raises(WeightsError, match="is not that file"):
         get(repository, target)
 
 
 @pytest.mark.parametrize("name", [NAME, SMALL])
-def test_a_wrong_byte_heals(hub: Hub, repository: Repository, model: Path, target: Path, name: str) -> None:
+def test_a_corrupt_file_is_downloaded_again(
+    hub: Hub, repository: Repository, model: Path, target: Path, name: str
+) -> None:
     hub.fail("corrupt", after_bytes=100, times=1)
-    told = get(repository, target, name)
+    progress = get(repository, target, name)
     size = (model / name).stat().st_size
-    assert -size in told
-    assert sum(told) == size
-    assert_right(target, model, name)
+    assert -size in progress
+    assert sum(progress) == size
+    assert_downloaded(target, model, name)
     assert hub.sent_bytes == 2 * size
 
 
 @pytest.mark.parametrize("name", [NAME, SMALL])
-def test_a_wrong_byte_twice_is_an_error(hub: Hub, repository: Repository, target: Path, name: str) -> None:
+def test_a_file_that_is_corrupt_twice_is_an_error(hub: Hub, repository: Repository, target: Path, name: str) -> None:
     hub.fail("corrupt", after_bytes=100)
-    told: list[int] = []
+    progress: list[int] = []
     file = repository.file(name)
-    with pytest.raises(WeightsError, match=f"`{name}` of `owner/model` arrives broken") as raised:
-        fetch_file(repository, file, target, told.append)
+    with pytest.raises(WeightsError, match=f"`{name}` of `owner/model` is corrupt") as raised:
+        fetch_file(repository, file, target, progress.append)
     assert str(file.sha256 or file.blob_id) in raised.value.message
-    assert sum(told) == 0
+    assert sum(progress) == 0
     assert list(target.parent.iterdir()) == []
 
 
@@ -207,8 +207,8 @@ def test_the_token_stays_with_the_hub(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     get(repository, target)
-    assert any("resolve" in asked for asked in hub.authorized)
-    assert not any("cdn" in asked for asked in hub.authorized)
+    assert any("resolve" in request for request in hub.authorized)
+    assert not any("cdn" in request for request in hub.authorized)
 
 
 def test_a_full_disk(
@@ -223,19 +223,19 @@ def test_a_full_disk(
 
     with monkeypatch.context() as full:
         full.setattr(fetch, "_write_all", write_until_full)
-        with pytest.raises(WeightsError, match=r"disk is full: .*target` cannot be written, 2\d\d\.\d kB") as raised:
+        with pytest.raises(WeightsError, match=r"disk is full: .*target` cannot be written; 2\d\d\.\d kB") as raised:
             get(repository, target)
     assert raised.value.hint is not None
     assert "HF_HOME" in raised.value.hint
     kept = partial_file.part_path(target).stat().st_size
     assert 0 < kept <= 100_000
-    hub.forget()
+    hub.reset_counts()
     get(repository, target)
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE - kept
 
 
-def test_a_folder_that_cannot_be(repository: Repository, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(repository: Repository, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError, match="cannot be written") as raised:
         get(repository, tmp_path / "file" / "target")
@@ -243,34 +243,32 @@ def test_a_folder_that_cannot_be(repository: Repository, tmp_path: Path) -> None
     assert "permissions" in raised.value.hint
 
 
-def test_two_at_a_time_fetch_it_once(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
+def test_concurrent_downloads_fetch_the_file_once(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     hub.fail("slow", "/cdn/*", bytes_per_s=1_500_000)
-    told: list[list[int]] = []
-    threads = [threading.Thread(target=lambda: told.append(get(repository, target))) for _ in range(3)]
+    progress: list[list[int]] = []
+    threads = [threading.Thread(target=lambda: progress.append(get(repository, target))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE
-    assert [sum(each) for each in told] == [SIZE] * 3
+    assert [sum(each) for each in progress] == [SIZE] * 3
 
 
-def test_another_process_that_has_it_and_does_nothing(
-    repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_of_an_idle_process(repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_file, "MAX_LOCK_WAIT_S", 0.1)
     target.parent.mkdir()
     never = threading.Event()
     with (
         partial_file.lock_partial_file(target, partial_file.ProgressMeter(partial_file.ignore_progress), never),
-        pytest.raises(WeightsError, match="another process has"),
+        pytest.raises(WeightsError, match="is locked by another process"),
     ):
         get(repository, target)
 
 
 @pytest.mark.parametrize("is_waiting", [False, True], ids=["receiving", "between tries"])
-def test_it_stops_soon(
+def test_cancel_stops_quickly(
     hub: Hub,
     repository: Repository,
     weights: RepositoryFile,
@@ -285,10 +283,10 @@ def test_it_stops_soon(
         hub.fail("slow", bytes_per_s=20_000)
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     with pytest.raises(Cancelled):
         fetch_file(repository, weights, target, stop=stop)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - started_s < 10
 
 
 @pytest.mark.parametrize(
@@ -303,7 +301,7 @@ def test_it_stops_soon(
         ({}, 0.001),
     ],
 )
-def test_the_hub_may_say_how_long_to_wait(
+def test_the_hub_can_set_the_delay(
     hub: Hub,
     repository: Repository,
     target: Path,
@@ -336,20 +334,20 @@ def test_a_range(hub: Hub, repository: Repository, model: Path, start: int, stop
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, SIZE + 1), (-1, 5), (6, 5)])
-def test_a_range_that_is_not_there(repository: Repository, start: int, stop: int) -> None:
+def test_a_range_beyond_the_file(repository: Repository, start: int, stop: int) -> None:
     with pytest.raises(WeightsError, match="has 300000 bytes"):
         read_range(repository, NAME, start, stop)
 
 
-def test_a_range_cut_short_by_the_server(hub: Hub, repository: Repository) -> None:
+def test_a_truncated_range(hub: Hub, repository: Repository) -> None:
     hub.fail("wrong_size", after_bytes=1000)
-    with pytest.raises(WeightsError, match="sends something else"):
+    with pytest.raises(WeightsError, match="is not that file"):
         read_range(repository, NAME, 500, 2000)
 
 
 @pytest.fixture
 def xet_get(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands in for hf-xet, which needs its own servers; the paths written."""
+    """Replace hf-xet, which needs its own servers; returns the written paths."""
     written: list[Path] = []
 
     def get(*, incomplete_path: Path, xet_file_data: Any, tqdm_class: Any, **others: Any) -> None:
@@ -368,14 +366,14 @@ def xet_get(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path
     return written
 
 
-def test_xet_is_used_where_it_can(hub: Hub, repository: Repository, model: Path, target: Path, xet_get: Any) -> None:
+def test_xet_is_used_if_possible(hub: Hub, repository: Repository, model: Path, target: Path, xet_get: Any) -> None:
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert xet_get == [partial_file.xet_part_path(target)]
     assert hub.sent_bytes == 0
 
 
-def test_xet_is_not_used_for_what_is_begun_or_kept_otherwise(
+def test_xet_is_not_used_for_partial_files_or_other_storage(
     hub: Hub, repository: Repository, target: Path, xet_get: Any
 ) -> None:
     target.parent.mkdir()
@@ -385,7 +383,7 @@ def test_xet_is_not_used_for_what_is_begun_or_kept_otherwise(
     assert xet_get == []
 
 
-@pytest.mark.parametrize("trouble", [RuntimeError("CAS"), None], ids=["error", "wrong bytes"])
+@pytest.mark.parametrize("error", [RuntimeError("CAS"), None], ids=["error", "wrong bytes"])
 def test_plain_http_comes_after_xet(
     hub: Hub,
     repository: Repository,
@@ -393,15 +391,15 @@ def test_plain_http_comes_after_xet(
     target: Path,
     xet_get: Any,
     monkeypatch: pytest.MonkeyPatch,
-    trouble: Exception | None,
+    error: Exception | None,
 ) -> None:
     def get_badly(*, incomplete_path: Path, tqdm_class: Any, **others: Any) -> None:
         tqdm_class().update(7)
         incomplete_path.write_bytes(bytes(SIZE))
-        if trouble:
-            raise trouble
+        if error:
+            raise error
 
     monkeypatch.setattr("huggingface_hub.file_download.xet_get", get_badly)
     assert sum(get(repository, target)) == SIZE
-    assert_right(target, model)
+    assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE

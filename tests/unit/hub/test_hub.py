@@ -1,4 +1,4 @@
-"""Repositories: what the hub says, what is fetched and in which order, and what lies in its cache then."""
+"""Repositories: listing, order of downloads, and the resulting cache."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def repository(hub: Hub) -> Repository:
 
 
 def weight_requests(hub: Hub) -> list[str]:
-    return [asked for asked in hub.asked if asked.startswith("GET") and asked.endswith(".safetensors")]
+    return [request for request in hub.requests if request.startswith("GET") and request.endswith(".safetensors")]
 
 
-def test_what_a_repository_holds(hub: Hub, repository: Repository, model: Path) -> None:
-    assert [asked for asked in hub.asked if "owner" in asked] == ["GET /api/models/owner/model"]
+def test_look_up_lists_the_files(hub: Hub, repository: Repository, model: Path) -> None:
+    assert [request for request in hub.requests if "owner" in request] == ["GET /api/models/owner/model"]
     assert (repository.name, repository.commit, repository.revision) == ("owner/model", COMMIT, "main")
     assert [file.name for file in repository.files] == sorted([*SMALL, *WEIGHTS, INDEX_NAME])
     for file in repository.files:
@@ -63,52 +63,52 @@ def test_what_a_repository_holds(hub: Hub, repository: Repository, model: Path) 
         repository.file("x")
 
 
-def test_a_commit_may_be_asked_for(hub: Hub) -> None:
+def test_look_up_of_a_commit(hub: Hub) -> None:
     assert look_up("owner/model", COMMIT).revision == COMMIT
-    with pytest.raises(WeightsError, match="no such revision"):
+    with pytest.raises(WeightsError, match="does not have this revision"):
         look_up("owner/model", "v7")
 
 
 def test_a_checkpoint_is_fetched_once(hub: Hub, repository: Repository, model: Path) -> None:
-    told: list[int] = []
-    folder = fetch_checkpoint(repository, told.append)
+    progress: list[int] = []
+    folder = fetch_checkpoint(repository, progress.append)
     assert sorted(path.name for path in folder.iterdir()) == NEEDED
     for name in NEEDED:
         assert (folder / name).read_bytes() == (model / name).read_bytes()
     size = sum((model / name).stat().st_size for name in NEEDED)
-    assert sum(told) == size == hub.sent_bytes
+    assert sum(progress) == size == hub.sent_bytes
     assert is_complete(folder)
     assert [file.name for file in checkpoint_files(folder)] == WEIGHTS[:2]
     assert find_local("owner/model") == find_local("owner/model", COMMIT) == folder
     assert verify_checkpoint(repository) == []
-    hub.forget()
-    told.clear()
-    assert fetch_checkpoint(repository, told.append) == folder
-    assert sum(told) == size
-    assert hub.asked == []
+    hub.reset_counts()
+    progress.clear()
+    assert fetch_checkpoint(repository, progress.append) == folder
+    assert sum(progress) == size
+    assert hub.requests == []
 
 
-def test_the_hubs_own_client_finds_it(hub: Hub, repository: Repository) -> None:
+def test_huggingface_hub_finds_our_download(hub: Hub, repository: Repository) -> None:
     folder = fetch_checkpoint(repository)
-    hub.forget()
+    hub.reset_counts()
     assert Path(snapshot_download("owner/model", local_files_only=True)) == folder
     assert Path(hf_hub_download("owner/model", WEIGHTS[0], revision=COMMIT)) == folder / WEIGHTS[0]
-    assert hub.asked == []
+    assert hub.requests == []
     assert Path(hf_hub_download("owner/model", WEIGHTS[0])) == folder / WEIGHTS[0]
     snapshot_download("owner/model", ignore_patterns=[WEIGHTS[2], "*.py", "*.md", "figures/*"])
     assert hub.sent_bytes == 0
 
 
-def test_we_find_what_the_hubs_own_client_fetched(hub: Hub, repository: Repository) -> None:
+def test_we_find_a_download_of_huggingface_hub(hub: Hub, repository: Repository) -> None:
     folder = Path(snapshot_download("owner/model"))
-    hub.forget()
+    hub.reset_counts()
     assert find_local("owner/model") == folder
     assert verify_checkpoint(repository) == []
     assert fetch_checkpoint(repository) == folder
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_the_configuration_comes_first_and_a_foreign_model_costs_nothing(hub: Hub, model: Path) -> None:
+def test_the_configuration_comes_first_and_refuses_unsupported_models(hub: Hub, model: Path) -> None:
     (model / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ConfigError):
         fetch_checkpoint(look_up("owner/model"))
@@ -129,21 +129,23 @@ def test_an_index_that_names_a_missing_file(hub: Hub, model: Path) -> None:
     assert weight_requests(hub) == []
 
 
-def test_without_an_index_all_is_needed(repository: Repository) -> None:
+def test_without_an_index_all_files_are_needed(repository: Repository) -> None:
     assert needed_files(repository, None) == repository.files
 
 
-def test_the_disk_is_asked_first(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_first(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(WeightsError, match=r"needs 6\d\d\.\d kB more, and the disk of .* has 1\.0 kB free") as raised:
+    with pytest.raises(
+        WeightsError, match=r"needs 6\d\d\.\d kB more, but the disk of .* has only 1\.0 kB free"
+    ) as raised:
         fetch_checkpoint(repository)
     assert raised.value.hint is not None
     assert "HF_HOME" in raised.value.hint
     assert weight_requests(hub) == []
 
 
-def test_what_is_there_in_part_needs_no_space(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_files_need_less_space(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     for name in WEIGHTS[:2]:
         part = part_path(blob_path(repository, repository.file(name)))
@@ -157,18 +159,18 @@ def test_a_new_commit_fetches_only_what_changed(hub: Hub, repository: Repository
     old = fetch_checkpoint(repository)
     (model / WEIGHTS[1]).write_bytes(bytes(5000))
     hub.commits["owner/model"] = "b" * 40
-    hub.forget()
+    hub.reset_counts()
     new = look_up("owner/model")
     hub.fail("missing", "*safetensors")
     with pytest.raises(WeightsError):
         fetch_checkpoint(new)
-    assert find_local("owner/model") == old  # the old one is of use until the new one is whole
-    hub.mend()
+    assert find_local("owner/model") == old  # the old one is used until the new one is complete
+    hub.clear_faults()
     assert fetch_checkpoint(new) == find_local("owner/model") != old
     assert hub.sent_bytes == 5000
 
 
-def test_a_broken_file_is_found_and_fetched_again(hub: Hub, repository: Repository, model: Path) -> None:
+def test_a_corrupt_file_is_found_and_downloaded_again(hub: Hub, repository: Repository, model: Path) -> None:
     folder = fetch_checkpoint(repository)
     blob = (folder / WEIGHTS[0]).resolve()
     data = bytearray(blob.read_bytes())
@@ -176,19 +178,19 @@ def test_a_broken_file_is_found_and_fetched_again(hub: Hub, repository: Reposito
     blob.write_bytes(data)
     (folder / "config.json").resolve().write_text("{}")
     (folder / WEIGHTS[1]).unlink()
-    told: list[int] = []
-    broken = verify_checkpoint(repository, told.append)
-    assert [file.name for file in broken] == ["config.json", WEIGHTS[0], WEIGHTS[1]]
-    assert sum(told) == sum(
+    progress: list[int] = []
+    corrupt = verify_checkpoint(repository, progress.append)
+    assert [file.name for file in corrupt] == ["config.json", WEIGHTS[0], WEIGHTS[1]]
+    assert sum(progress) == sum(
         (folder / name).stat().st_size for name in NEEDED if name not in ("config.json", WEIGHTS[1])
     )
-    for file in broken:
+    for file in corrupt:
         remove_cached(repository, file)
         assert cached_file(repository, file) is None
-    hub.forget()
+    hub.reset_counts()
     fetch_checkpoint(repository)
     assert verify_checkpoint(repository) == []
-    assert set(hub.sent) == {f"owner/model/{file.name}" for file in broken}
+    assert set(hub.sent) == {f"owner/model/{file.name}" for file in corrupt}
 
 
 def test_a_broken_index_is_found(repository: Repository) -> None:
@@ -197,7 +199,7 @@ def test_a_broken_index_is_found(repository: Repository) -> None:
     assert INDEX_NAME in [file.name for file in verify_checkpoint(repository)]
 
 
-def test_nothing_is_there_yet(repository: Repository) -> None:
+def test_an_empty_cache(repository: Repository) -> None:
     assert [file.name for file in verify_checkpoint(repository)] == [file.name for file in repository.files]
     assert find_local("owner/model") is None
     assert find_local("owner/model", COMMIT) is None
@@ -227,16 +229,16 @@ def test_a_disk_without_links(repository: Repository, model: Path, monkeypatch: 
 def test_the_first_error_stops_the_others(hub: Hub, repository: Repository) -> None:
     hub.fail("slow", f"*{WEIGHTS[0]}", bytes_per_s=20_000)
     hub.fail("missing", f"*{WEIGHTS[1]}")
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     with pytest.raises(WeightsError, match="does not have"):
         fetch_checkpoint(repository)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - started_s < 10
     sent_bytes = hub.sent_bytes
     time.sleep(1)
-    assert hub.sent_bytes < sent_bytes + 100_000  # what was on its way
+    assert hub.sent_bytes < sent_bytes + 100_000  # bytes already in flight
 
 
-def test_progress_is_never_told_twice_at_a_time(repository: Repository) -> None:
+def test_progress_is_never_called_concurrently(repository: Repository) -> None:
     lock = threading.Lock()
 
     def progress(count: int) -> None:
@@ -281,37 +283,45 @@ def answer_with_something_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message", "hint"),
+    ("fault", "message", "hint"),
     [
         (
             forbid,
-            "asks for your consent",
-            "accept its terms at https://huggingface.co/owner/model, then `hf auth login`",
+            "is gated",
+            "accept the terms at https://huggingface.co/owner/model, then run `hf auth login`",
         ),
-        (set_bad_token, "refuses your token", "`hf auth login` with a valid token, or `unset HF_TOKEN`"),
-        (remove, "there is no repository `owner/model` on the hub, or it is private", "check the spelling"),
+        (
+            set_bad_token,
+            "Hugging Face rejected your token",
+            "run `hf auth login` with a valid token, or `unset HF_TOKEN`",
+        ),
+        (remove, "repository `owner/model` does not exist on Hugging Face, or it is private", "check the spelling"),
         (go_offline, "`owner/model` .* `HF_HUB_OFFLINE`", "`unset HF_HUB_OFFLINE`"),
-        (unplug, "`owner/model` cannot be fetched: no connection to the hub", "check the network"),
-        (answer_503, "`owner/model` cannot be fetched: the hub answers 503, 4 times in a row", "check the network"),
-        (answer_with_a_page, "answers something else than a hub", "`unset HF_ENDPOINT`"),
-        (answer_with_something_else, "answers something else than a hub", "`unset HF_ENDPOINT`"),
+        (unplug, "cannot download `owner/model`: cannot connect to Hugging Face", "check the network"),
+        (
+            answer_503,
+            "cannot download `owner/model`: Hugging Face answered with status 503, 4 times in a row",
+            "check the network",
+        ),
+        (answer_with_a_page, "did not answer like a Hugging Face server", "`unset HF_ENDPOINT`"),
+        (answer_with_something_else, "did not answer like a Hugging Face server", "`unset HF_ENDPOINT`"),
     ],
 )
-def test_errors_say_what_to_do(
+def test_errors_have_hints(
     hub: Hub,
     monkeypatch: pytest.MonkeyPatch,
-    trouble: Callable[[Hub, pytest.MonkeyPatch], None],
+    fault: Callable[[Hub, pytest.MonkeyPatch], None],
     message: str,
     hint: str,
 ) -> None:
-    trouble(hub, monkeypatch)
+    fault(hub, monkeypatch)
     with pytest.raises(WeightsError, match=message) as raised:
         fetch_checkpoint(look_up("owner/model"))
     assert raised.value.hint is not None
     assert hint in raised.value.hint
 
 
-def test_a_good_token_is_let_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_valid_token_is_accepted(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "hf_good"
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     fetch_checkpoint(look_up("owner/model"))
@@ -329,7 +339,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_of_somebody_else(
+def test_a_cache_of_another_user(
     hub: Hub, repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "theirs"
@@ -339,7 +349,7 @@ def test_a_cache_of_somebody_else(
         fetch_checkpoint(repository)
 
 
-def test_offline_a_full_cache_is_enough(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_with_a_complete_cache(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch_checkpoint(repository)
     go_offline(hub, monkeypatch)
     assert find_local("owner/model") == folder
@@ -349,12 +359,12 @@ def test_offline_a_full_cache_is_enough(hub: Hub, repository: Repository, monkey
 
 
 @pytest.mark.parametrize("name", ["a/b", "a b/c d", "\0/\0", "../..", pytest.param("x" * 5000, id="long")])
-def test_no_name_is_too_strange_to_look_for(hub: Hub, name: str) -> None:
+def test_invalid_names_are_not_found(hub: Hub, name: str) -> None:
     assert find_local(name) is None
     assert find_local(name, "b" * 40) is None
     assert find_local("owner/model", name) is None
 
 
-def test_what_is_public_is_there() -> None:
+def test_public_names_exist() -> None:
     assert all(hasattr(hub_module, name) for name in hub_module.__all__)
     assert RepositoryFile("x", 1) == RepositoryFile("x", 1, None, None)

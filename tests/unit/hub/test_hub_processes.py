@@ -1,4 +1,4 @@
-"""Downloads in processes of their own, as users have them: killed, interrupted, offline."""
+"""Downloads in separate processes that are killed, interrupted or offline."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hub(weights: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def start(hub: Hub, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts Python code on the hub."""
+    """Start Python code that uses the hub."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(code: str, **variables: str) -> subprocess.Popen[str]:
@@ -72,14 +72,14 @@ def finish(process: subprocess.Popen[str]) -> Path:
     return Path(out.strip())
 
 
-def wait_for(is_so: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 30
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
-def test_killed_and_killed_again_it_goes_on(
+def test_resume_after_several_kills(
     hub: Hub, weights: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     hub.fail("slow", "/cdn/*model.safetensors", bytes_per_s=4_000_000)
@@ -89,31 +89,31 @@ def test_killed_and_killed_again_it_goes_on(
         wait_for(lambda so_far=(kill + 1) * SIZE // 5: hub.sent_bytes >= so_far)
         process.kill()
         process.communicate()
-    hub.mend()
+    hub.clear_faults()
     folder = finish(start(FETCH))
     assert (folder / "model.safetensors").read_bytes() == weights.read_bytes()
     assert not list(tmp_path.rglob("*.part"))
     lost_bytes = hub.sent["owner/model/model.safetensors"] - SIZE
-    # a kill loses what is in the sockets' buffers (Linux doubles what is asked for) and one piece in hand
+    # a kill loses the data in the socket buffers (Linux doubles the requested size) and one chunk
     assert 0 <= lost_bytes <= kills * (4 * SEND_BUFFER_BYTES + 200_000)
-    hub.forget()
+    hub.reset_counts()
     assert finish(start(FETCH)) == folder
-    assert hub.asked == []
+    assert hub.requests == []
     assert finish(start(SNAPSHOT)) == folder
 
 
-def test_ctrl_c_ends_it_soon_and_it_goes_on(
+def test_ctrl_c_ends_quickly_and_the_next_run_resumes(
     hub: Hub, weights: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     hub.fail("stall", "/cdn/*model.safetensors", after_bytes=1_000_000, times=1)
     process = start(FETCH, HF_HUB_DOWNLOAD_TIMEOUT="60")
     wait_for(lambda: any(part.stat().st_size == 1_000_000 for part in tmp_path.rglob("*.part")))
-    began_s = time.monotonic()
+    started_s = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=50)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - started_s < 20
     assert err.splitlines()[-1] == "KeyboardInterrupt"
-    hub.mend()
+    hub.clear_faults()
     folder = finish(start(FETCH))
     assert (folder / "model.safetensors").read_bytes() == weights.read_bytes()
     assert hub.sent["owner/model/model.safetensors"] == SIZE
@@ -130,8 +130,8 @@ def test_offline(hub: Hub, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(FETCH, HF_HUB_OFFLINE="1")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "`HF_HUB_OFFLINE` keeps us from the hub" in err
+    assert "`HF_HUB_OFFLINE` forbids downloads" in err
     folder = finish(start(FETCH))
-    hub.forget()
+    hub.reset_counts()
     assert finish(start(FETCH, HF_HUB_OFFLINE="1")) == folder
-    assert hub.asked == []
+    assert hub.requests == []

@@ -1,4 +1,4 @@
-"""The licence's demand is shown once."""
+"""The notice about the licence is shown once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("kimi-k2.7-code", "Kimi K2.7 Code"),
     ],
 )
-def test_the_notice_has_the_name_to_show_and_both_limits(alias: str, display: str) -> None:
+def test_the_notice_has_the_display_name_and_both_limits(alias: str, display: str) -> None:
     text = notice(entry_of(alias))
     assert text is not None
     for words in (f'"{display}"', "100 million", "20 million US dollars", "https://huggingface.co/moonshotai/"):
@@ -52,15 +52,15 @@ def test_mit_and_refused_models_have_none(alias: str, state: Path) -> None:
     assert not list(state.iterdir())
 
 
-def test_it_is_shown_once_a_family(state: Path) -> None:
+def test_the_notice_is_shown_once_per_family(state: Path) -> None:
     texts = shown("kimi-k2", "kimi-k2", "kimi-k2-0905", "kimi-k2.5", "kimi-k2.5")
     assert [text.split('"')[1] for text in texts] == ["Kimi K2", "Kimi K2.5"]
     assert shown("kimi-k2") == []
 
 
-def test_without_a_place_for_the_mark_it_is_shown_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_marker_file_it_is_shown_every_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # no folder can be made in a file
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # a folder cannot be created in a file
     assert len(shown("kimi-k2", "kimi-k2")) == 2
     monkeypatch.setattr("kimi_mlx.hub.licence.state_folder", lambda: None)
     assert len(shown("kimi-k2", "kimi-k2")) == 2
