@@ -1,4 +1,4 @@
-"""The environment that `mlx.launch` gives the ranks of a ring: a hostfile with free loopback ports, and two variables."""
+"""The environment of ranks under `mlx.launch`: a hostfile with free loopback ports, and two variables."""
 
 from __future__ import annotations
 
