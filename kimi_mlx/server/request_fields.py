@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, cast
 
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.errors import ApiError
 
@@ -40,7 +41,13 @@ def type_discriminator(
 
 def text_shorthand(**part: Any) -> Callable[[Any], Any]:
     """Return a validator for pydantic that turns a plain string into a list with one part, which has it as `text`."""
-    return lambda value: [{**part, "text": value}] if isinstance(value, str) else value
+
+    def to_parts(value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise PydanticCustomError("string_or_list_type", "must be a string or a list")
+        return [{**part, "text": value}] if isinstance(value, str) else value  # pyright: ignore[reportUnknownVariableType]
+
+    return to_parts
 
 
 def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:

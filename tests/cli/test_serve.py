@@ -77,7 +77,7 @@ def test_it_answers_and_ends_in_order() -> None:
     assert code == 130
     assert b'"code":"stopping"' in data
     assert b"data: [DONE]" in data
-    assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is being stopped", said)
+    assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is shutting down", said)
     assert "Traceback" not in said
     assert '"content"' not in said
 
@@ -183,7 +183,7 @@ def test_other_machines_are_told_where(tmp_path: Path) -> None:
     code, said = serving.end(signal.SIGTERM)
     assert code == 143
     assert "127.0.0.1 POST /chat/completions 401" in said
-    assert "an API key is needed" in said
+    assert "an API key is required" in said
 
 
 def test_a_taken_port_is_told() -> None:
@@ -191,7 +191,7 @@ def test_a_taken_port_is_told() -> None:
         port = other.getsockname()[1]
         refused = call("serve", "--port", str(port))
     assert refused.returncode == 2
-    assert f"port {port} of `127.0.0.1` is taken" in refused.stderr
+    assert f"port {port} of `127.0.0.1` is in use" in refused.stderr
     assert f"--port {port + 1}" in refused.stderr
 
 
@@ -203,7 +203,7 @@ def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
 
     with (
         closing(ServerSocket("127.0.0.1", 0)) as server_socket,
-        pytest.raises(UsageError, match=f"port {server_socket.port} of `127.0.0.1` is taken"),
+        pytest.raises(UsageError, match=f"port {server_socket.port} of `127.0.0.1` is in use"),
     ):
         take_it_too(server_socket)
 

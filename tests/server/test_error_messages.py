@@ -28,6 +28,24 @@ def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, 
     assert raw.request(running.port, "POST", "/v1/chat/completions", body).error["message"] == message
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("completions", {"prompt": ["a"] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
+        ("completions", {"prompt": [[1]] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
+        ("completions", {"prompt": [[1, "x"]]}, "`prompt[0][1]`: must be an integer"),
+        ("messages", ASKED | {"system": 5}, "`system`: must be a string or a list"),
+        ("messages", ASKED | {"system": [{"type": "text"}]}, "`system[0].text`: required field is missing"),
+        ("responses", {"input": "hi", "tool_choice": {"type": 4}}, "`tool_choice.type`: must be a string"),
+    ],
+)
+def test_errors_of_alternatives_have_the_right_place(
+    running: RunningServer, path: str, fields: dict[str, Any], message: str
+) -> None:
+    response = raw.request(running.port, "POST", f"/v1/{path}", json.dumps(fields).encode())
+    assert (response.status, response.error["message"]) == (400, message)
+
+
 def test_a_wrong_base_url_is_told(running: RunningServer) -> None:
     response = raw.request(running.port, "POST", "/chat/completions", b"{}")
     assert response.status == 404

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,7 +42,7 @@ def _most_relevant(validation: ValidationError, body: object) -> ApiError:
     Where a field allows several types, pydantic reports the errors of each. An error about a value of the right type
     comes before an error about the type; then the deepest error, which belongs to the type that fits best.
     """
-    errors = [(place(error["loc"], body), error) for error in validation.errors(include_url=False)]
+    errors = [(place(error, body), error) for error in validation.errors(include_url=False)]
     param, first = max(errors, key=lambda error: (_has_right_type(error[1]), error[0].count(".") + error[0].count("[")))
     message = _message(first)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
@@ -83,14 +82,16 @@ def _message(error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Value error, ") if message is None else message.format(**error.get("ctx", {}))
 
 
-def place(loc: Sequence[str | int], body: object) -> str:
-    """Return a place in the body in OpenAI's form, `messages[0].content`, without the type names that pydantic adds."""
+def place(error: ErrorDetails, body: object) -> str:
+    """Return the place of an error in OpenAI's form, `messages[0].content`, without pydantic's type names."""
     text = ""
+    loc = error["loc"]
+    missing_at = len(loc) - 1 if error["type"] == "missing" else None
     for at, part in enumerate(loc):
         if isinstance(part, int) and isinstance(body, list):
             text += f"[{part}]"
             body = cast("list[object]", body)[part]
-        elif isinstance(body, dict) and (part in body or at == len(loc) - 1):
+        elif isinstance(body, dict) and (part in body or at == missing_at):
             text += f".{part}" if text else str(part)
             body = cast("dict[str | int, object]", body).get(part)
     return text

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.conversation import ChatRequest
 from kimi_mlx.server.errors import ApiError
@@ -88,7 +89,10 @@ def _default_type(value: Any) -> str | None:
 
 
 def _as_items(value: Any) -> Any:
-    return [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("string_or_list_type", "must be a string or a list")
+    message = {"type": "message", "role": "user", "content": value}
+    return [message] if isinstance(value, str) else value  # pyright: ignore[reportUnknownVariableType]
 
 
 Item = Annotated[

@@ -1,4 +1,4 @@
-"""An answer as it is read: what is held back for a stop text stands where it was said."""
+"""Response builder: text held back for a stop text keeps its place in the answer."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def tokenizer() -> Tokenizer:
 
 
 def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
-    """What comes, piece by piece, and why it ended."""
+    """Return the content of each event, and the reason for the end."""
     reader = ChatReader(OutputParser(tokenizer, False), to_kimi_ids([])[1].allocator())
-    reading = ResponseBuilder(0, tokenizer, reader, (stop,), counts_prompt=True)
+    builder = ResponseBuilder(0, tokenizer, reader, (stop,), counts_prompt=True)
     special = tokenizer.special_tokens
     ids = [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
-    end = reading.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
-    items = [*(piece for i in ids for piece in reading.add(Token(i))), *end]
+    end = builder.finish(Finished("stop", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
+    events = [*(event for i in ids for event in builder.add(Token(i))), *end]
     return [
-        f"{item.delta.text}{[part.name or part.arguments for part in item.delta.tool_call_deltas] or ''}"
-        if isinstance(item, DeltaEvent)
-        else item.reason
-        for item in items
-        if not (isinstance(item, DeltaEvent) and item.delta.tool_calls)
+        f"{event.delta.text}{[part.name or part.arguments for part in event.delta.tool_call_deltas] or ''}"
+        if isinstance(event, DeltaEvent)
+        else event.reason
+        for event in events
+        if not (isinstance(event, DeltaEvent) and event.delta.tool_calls)
     ]
 
 
@@ -46,5 +46,5 @@ def test_held_text_comes_before_a_call_and_before_the_end(tokenizer: Tokenizer):
     assert read(tokenizer, "ab", "a", "b", *CALL) == ["stop"]
 
 
-def test_what_names_no_tool_is_no_call(tokenizer: Tokenizer):
+def test_a_call_without_a_name_does_not_count_as_a_call(tokenizer: Tokenizer):
     assert read(tokenizer, "ab", *NAMELESS) == ["stop"]

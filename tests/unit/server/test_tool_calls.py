@@ -1,7 +1,8 @@
-"""Foreign ids of tool calls: Kimi's on the way in, the client's on the way out, and nothing kept between."""
+"""Tool calls: Kimi's ids for the model, the client's ids for the client, and the order of the parts."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -10,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.tool_calls import to_kimi_ids
-from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
+from kimi_mlx.server.tool_calls import CallPart, CallSequencer, to_kimi_ids
+from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall, join
+from tests.unit.server.answers import CALLS, INVALID, call
 
 
-def called(*ids: str, name: str = "f") -> Message:
+def calls_message(*ids: str, name: str = "f") -> Message:
     return Message("assistant", tool_calls=[ToolCall(call_id, name, "{}") for call_id in ids])
 
 
-def result(call_id: str | None) -> Message:
+def result_message(call_id: str | None) -> Message:
     return Message("tool", "done", tool_call_id=call_id)
 
 
@@ -27,12 +29,18 @@ def ids_in(messages: Sequence[Message]) -> list[str | None]:
 
 
 def new_call(name: str = "f", index: int = 0) -> Delta:
-    part = ToolCallDelta(index, "what the model wrote", name, "{}")
+    part = ToolCallDelta(index, "id of the model", name, "{}")
     return Delta(tool_calls=(ToolCall(part.id, name, "{}"),), tool_call_deltas=(part,))
 
 
-def test_calls_are_counted_over_the_whole_conversation():
-    sent = [Message("user", "?"), called("call_a", "call_b"), result("call_b"), result("call_a"), called("x", name="g")]
+def test_calls_are_numbered_over_the_whole_conversation():
+    sent = [
+        Message("user", "?"),
+        calls_message("call_a", "call_b"),
+        result_message("call_b"),
+        result_message("call_a"),
+        calls_message("x", name="g"),
+    ]
     messages, ids = to_kimi_ids(sent)
     assert ids_in(messages) == [
         None,
@@ -47,7 +55,7 @@ def test_calls_are_counted_over_the_whole_conversation():
 
 
 @pytest.mark.parametrize(
-    ("known", "prefix", "expected"),
+    ("client_ids", "prefix", "expected"),
     [
         ([], None, r"functions\.f:0"),
         ([], "toolu_", r"toolu_[0-9a-f]{24}"),
@@ -59,8 +67,8 @@ def test_calls_are_counted_over_the_whole_conversation():
         (["D681PevKs"], None, r"call_[0-9a-f]{24}"),
     ],
 )
-def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | None, expected: str):
-    _, ids = to_kimi_ids([turn for i in known for turn in (called(i), result(i))], prefix)
+def test_new_calls_get_ids_of_the_clients_form(client_ids: list[str], prefix: str | None, expected: str):
+    _, ids = to_kimi_ids([turn for i in client_ids for turn in (calls_message(i), result_message(i))], prefix)
     delta = ids.allocator().assign(new_call())
     (part,), (call,) = delta.tool_call_deltas, delta.tool_calls
     assert isinstance(call, ToolCall)
@@ -68,14 +76,14 @@ def test_new_calls_get_ids_of_the_clients_kind(known: list[str], prefix: str | N
     assert re.fullmatch(expected, part.id)
 
 
-def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
+def test_only_the_first_delta_of_a_call_has_an_id_and_invalid_calls_have_none():
     answer = to_kimi_ids([])[1].allocator()
     first = answer.assign(Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "a:9", "a"),)))
     assert first == Delta("text", "thought", tool_call_deltas=(ToolCallDelta(0, "functions.a:0", "a"),))
     more = Delta(tool_call_deltas=(ToolCallDelta(0, arguments="{"),))
     assert answer.assign(more) == more
-    broken = Delta(tool_calls=(UnparsedToolCall("", "no tool name"), UnparsedToolCall("a:9{", "cut", 0)))
-    assert answer.assign(broken) == broken
+    invalid = Delta(tool_calls=(UnparsedToolCall("", "no tool name"), UnparsedToolCall("a:9{", "cut", 0)))
+    assert answer.assign(invalid) == invalid
     second = answer.assign(new_call("b", 1))
     assert [call.id for call in second.tool_calls if isinstance(call, ToolCall)] == ["functions.b:1"]
 
@@ -83,22 +91,22 @@ def test_only_the_first_part_of_a_call_has_an_id_and_broken_calls_have_none():
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([result("call_1")], "does not appear before"),
-        ([result(None)], "has no tool call id"),
-        ([called("a"), result("a"), result("a")], "already has a result"),
-        ([called("a", "a")], "two tool calls have the id `a`"),
-        ([called("a"), called("a")], "the first has no result"),
-        ([result("a"), called("a")], "does not appear before"),
+        ([result_message("call_1")], "does not appear before"),
+        ([result_message(None)], "has no tool call id"),
+        ([calls_message("a"), result_message("a"), result_message("a")], "already has a result"),
+        ([calls_message("a", "a")], "two tool calls have the id `a`"),
+        ([calls_message("a"), calls_message("a")], "the first has no result"),
+        ([result_message("a"), calls_message("a")], "does not appear before"),
     ],
 )
-def test_results_that_belong_nowhere_are_the_clients_mistake(messages: list[Message], problem: str):
+def test_results_without_an_open_call_are_refused(messages: list[Message], problem: str):
     with pytest.raises(ApiError, match=problem) as error:
         to_kimi_ids(messages)
     assert error.value.status == 400
 
 
 @given(st.lists(st.lists(st.sampled_from(["f", "g", "a.b"]), min_size=1, max_size=3), max_size=5), st.data())
-def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str]], data: st.DataObject):
+def test_ids_sent_to_the_client_are_accepted_in_the_next_request(turns: list[list[str]], data: st.DataObject):
     history: list[Message] = []
     for names in turns:
         if history and data.draw(st.booleans()):  # the client drops its oldest turn
@@ -112,7 +120,7 @@ def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str
         given_ids = [call.id for call in calls if isinstance(call, ToolCall)]
         assert len({*given_ids, *ids.client_ids}) == len(given_ids) + len(ids.client_ids)
         turn = [ToolCall(i, name, "{}") for i, name in zip(given_ids, names, strict=True)]
-        history += [Message("assistant", tool_calls=turn), *map(result, data.draw(st.permutations(given_ids)))]
+        history += [Message("assistant", tool_calls=turn), *map(result_message, data.draw(st.permutations(given_ids)))]
         messages, _ = to_kimi_ids(history)
         native = [call.id for message in messages for call in message.tool_calls]
         assert native == [
@@ -120,3 +128,32 @@ def test_what_was_sent_out_is_understood_when_it_comes_back(turns: list[list[str
             for i, call in enumerate(call for message in history for call in message.tool_calls)
         ]
         assert {m.tool_call_id for m in messages if m.role == "tool"} == set(native)
+
+
+DELTAS = [*CALLS, *call(2, "c", "{", "}")]
+JOINED = join(DELTAS)
+
+
+@given(st.lists(st.integers(0, len(DELTAS)), max_size=6))
+def test_parts_have_the_same_order_at_every_cut(cuts: list[int]):
+    sequencer = CallSequencer()
+    deltas = (join(DELTAS[a:b]) for a, b in itertools.pairwise([0, *sorted(cuts), len(DELTAS)]))
+    parts: list[CallPart] = []
+    for part in (part for delta in deltas for part in sequencer.parts(delta)):
+        last = parts[-1] if parts else None
+        if isinstance(part, ToolCallDelta) and isinstance(last, ToolCallDelta):
+            parts[-1:] = join([Delta(tool_call_deltas=(last,)), Delta(tool_call_deltas=(part,))]).tool_call_deltas
+        else:
+            parts.append(part)
+    assert parts == [part for i in range(3) for part in (JOINED.tool_call_deltas[i], JOINED.tool_calls[i])]
+
+
+def test_an_invalid_call_ends_like_any_other():
+    parts = list(CallSequencer().parts(join([*INVALID, *CALLS[4:]])))
+    assert [part.index if isinstance(part, ToolCallDelta) else type(part).__name__ for part in parts] == [
+        0,
+        "UnparsedToolCall",
+        1,
+        "ToolCall",
+    ]
+    assert list(CallSequencer().parts(Delta("text", "reasoning"))) == []

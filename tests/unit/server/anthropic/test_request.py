@@ -1,4 +1,4 @@
-"""What a body of the Messages API means."""
+"""Conversion of Messages API bodies to chat requests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def request_of(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
     return to_chat_request(parse(MessagesBody, json.dumps(body).encode()))
 
 
-def test_the_least_body():
+def test_minimal_body():
     assert request_of(HI) == ChatRequest(
         max_tokens=9,
         sampling={"temperature": None, "top_p": None, "top_k": None},
@@ -36,8 +36,8 @@ def test_the_least_body():
     assert to_chat_request(parse(CountBody, json.dumps(body).encode())).messages == (Message("user", "Hi"),)
 
 
-def test_everything_that_has_a_meaning():
-    ask = request_of(
+def test_all_supported_fields():
+    request = request_of(
         HI,
         system=[
             {"type": "text", "text": "One.", "cache_control": {"type": "ephemeral"}},
@@ -57,30 +57,32 @@ def test_everything_that_has_a_meaning():
         service_tier="auto",
         context_management={"edits": []},
     )
-    assert ask.messages == (Message("system", "One.\n\nTwo."), Message("user", "Hi"))
+    assert request.messages == (Message("system", "One.\n\nTwo."), Message("user", "Hi"))
     function = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
-    assert ask.tools == ({"type": "function", "function": function},)
-    assert ask.tool_choice == {"name": "f"}
-    assert not ask.parallel_tool_calls
-    assert ask.thinking
-    assert ask.stop == ("END",)
-    assert ask.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
-    assert ask.response_schema == SCHEMA
+    assert request.tools == ({"type": "function", "function": function},)
+    assert request.tool_choice == {"name": "f"}
+    assert not request.parallel_tool_calls
+    assert request.thinking
+    assert request.stop == ("END",)
+    assert request.sampling == {"temperature": 0.5, "top_p": 0.9, "top_k": 7}
+    assert request.response_schema == SCHEMA
 
 
-@pytest.mark.parametrize(("kind", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
-def test_tool_choices(kind: str, choice: str):
+@pytest.mark.parametrize(("choice_type", "choice"), [("auto", "auto"), ("any", "required"), ("none", "none")])
+def test_tool_choices(choice_type: str, choice: str):
     tool = {"name": "f", "input_schema": SCHEMA}
-    assert request_of(HI, tools=[tool], tool_choice={"type": kind}).tool_choice == choice
+    assert request_of(HI, tools=[tool], tool_choice={"type": choice_type}).tool_choice == choice
 
 
-@pytest.mark.parametrize(("kind", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)])
-def test_thinking(kind: str, thinks: bool):
-    assert request_of(HI, thinking={"type": kind}).thinking is thinks
+@pytest.mark.parametrize(
+    ("thinking_type", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)]
+)
+def test_thinking(thinking_type: str, thinks: bool):
+    assert request_of(HI, thinking={"type": thinking_type}).thinking is thinks
 
 
-def test_a_round_of_tools():
-    ask = request_of(
+def test_tool_calls_and_results():
+    request = request_of(
         HI,
         {
             "role": "assistant",
@@ -105,7 +107,7 @@ def test_a_round_of_tools():
         },
     )
     calls = (ToolCall("toolu_1", "f", '{"city": "Zürich"}'), ToolCall("toolu_2", "g", "{}"))
-    assert ask.messages[1:] == (
+    assert request.messages[1:] == (
         Message("assistant", "I look it up.", "Hm.", calls),
         Message("tool", "4\n\n[image: this model reads text only]", tool_call_id="toolu_1"),
         Message("tool", "Error: no such city", tool_call_id="toolu_2"),
@@ -115,7 +117,7 @@ def test_a_round_of_tools():
 
 
 @pytest.mark.parametrize(
-    ("given", "arguments"),
+    ("value", "arguments"),
     [
         ({"INVALID_JSON": "{3"}, "{3"),
         ({"__unparsedToolInput": {"raw": "{3", "len": 2}}, "{3"),
@@ -123,18 +125,18 @@ def test_a_round_of_tools():
         ({"INVALID_JSON": "{3", "x": 1}, '{"INVALID_JSON": "{3", "x": 1}'),
     ],
 )
-def test_broken_arguments_come_back_as_the_model_wrote_them(given: dict[str, Any], arguments: str):
-    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": given}
+def test_invalid_arguments_come_back_as_the_model_wrote_them(value: dict[str, Any], arguments: str):
+    call = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": value}
     assert request_of({"role": "assistant", "content": [call]}, HI).messages[0].tool_calls[0].arguments == arguments
 
 
-def test_the_last_turn_may_be_begun():
-    ask = request_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
-    assert ask.messages == (Message("user", "Hi"),)
-    assert ask.partial == "The answer is ("
+def test_a_last_message_of_the_assistant_is_continued():
+    request = request_of(HI, {"role": "assistant", "content": [{"type": "text", "text": "The answer is ("}]})
+    assert request.messages == (Message("user", "Hi"),)
+    assert request.partial == "The answer is ("
 
 
-def test_what_changes_with_each_request_is_no_part_of_the_prompt():
+def test_the_billing_header_is_removed_from_the_prompt():
     header = "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;"
     system = [{"type": "text", "text": header}, {"type": "text", "text": "You are helpful."}]
     assert request_of(HI, system=system).messages[0] == Message("system", "You are helpful.")
@@ -143,7 +145,7 @@ def test_what_changes_with_each_request_is_no_part_of_the_prompt():
     assert request_of({"role": "user", "content": header}).messages == (Message("user", header),)
 
 
-def said(role: str, **block: Any) -> dict[str, Any]:
+def message_with(role: str, **block: Any) -> dict[str, Any]:
     return {"role": role, "content": [block]}
 
 
@@ -155,12 +157,12 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 @pytest.mark.parametrize(
     ("messages", "fields", "place", "problem"),
     [
-        ([said("user", **IMAGE)], {}, FIRST, "`image` is not supported: this model reads text"),
-        ([said("user", type="document")], {}, FIRST, "`document`"),
-        ([said("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
-        ([said("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
-        ([said("system", **RESULT), HI], {}, FIRST, "of role `system`"),
-        ([HI, said("assistant", **CALL)], {}, "messages.1", "results are missing"),
+        ([message_with("user", **IMAGE)], {}, FIRST, "`image` is not supported: this model reads text"),
+        ([message_with("user", type="document")], {}, FIRST, "`document`"),
+        ([message_with("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
+        ([message_with("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
+        ([message_with("system", **RESULT), HI], {}, FIRST, "of role `system`"),
+        ([HI, message_with("assistant", **CALL)], {}, "messages.1", "results are missing"),
         ([HI], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0", "`web_search_20250305`"),
         ([HI], {"tools": [{"name": "f"}]}, "tools.0", "no `input_schema`"),
         ([HI], {"tools": [{"input_schema": {}}]}, "tools.0", "no `name`"),
@@ -170,7 +172,7 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
         ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(
+def test_unsupported_features_are_refused_by_name(
     messages: list[dict[str, Any]], fields: dict[str, Any], place: str, problem: str
 ):
     with pytest.raises(ApiError, match=problem) as error:
@@ -191,7 +193,7 @@ def test_what_is_not_served_is_refused_by_name(
         {"output_config": {"format": {"type": "json_schema"}}},
     ],
 )
-def test_wrong_shapes_are_refused(fields: dict[str, Any]):
+def test_malformed_bodies_are_refused(fields: dict[str, Any]):
     with pytest.raises(ApiError) as error:
         parse(MessagesBody, json.dumps({"model": "m", "messages": [HI], **fields}).encode())
     assert error.value.status == 400

@@ -1,4 +1,4 @@
-"""Answers in the shapes of the Messages API, read with the `anthropic` package's own types."""
+"""Messages API responses, checked with the types of the `anthropic` package."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic import TypeAdapter
 from kimi_mlx.server.anthropic.response import SIGNATURE, MessageFormatter, anthropic_error
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.text.messages import Delta
-from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
+from tests.unit.server.answers import ANSWERS, CALLS, INVALID, NAMELESS, REASONING, TEXT, answer_of, events_of, stream
 
 EVENT: TypeAdapter[anthropic.types.RawMessageStreamEvent] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 
 
 def assemble(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put a stream together as the API's documentation says; blocks may not overlap, and must be ended."""
+    """Assemble a message from a stream as the API's documentation says; blocks must not overlap, and must stop."""
     message: dict[str, Any] = events[0]["message"]
     arguments = ""
     is_open = False
@@ -32,11 +32,11 @@ def assemble(events: list[dict[str, Any]]) -> dict[str, Any]:
         elif event["type"] == "content_block_delta":
             assert is_open
             assert event["index"] == len(content) - 1
-            kind, value = event["delta"].values()
-            if kind == "input_json_delta":
+            delta_type, value = event["delta"].values()
+            if delta_type == "input_json_delta":
                 arguments += value
             else:
-                content[-1][kind.removesuffix("_delta")] += value
+                content[-1][delta_type.removesuffix("_delta")] += value
         elif event["type"] == "content_block_stop":
             assert is_open
             assert event["index"] == len(content) - 1
@@ -58,10 +58,10 @@ def as_object(arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_stream_is_the_message_in_pieces(name: str):
+def test_a_stream_adds_up_to_the_message(name: str):
     deltas, reason = ANSWERS[name]
     formatter = MessageFormatter("kimi")
-    sent = stream(formatter, items_of(deltas, reason))
+    sent = stream(formatter, events_of(deltas, reason))
     events = [json.loads(event.data) for event in sent]
     assert [event.name for event in sent] == [event["type"] for event in events]
     assert [event["type"] for event in events[1:3]] == ["ping", "ping"]
@@ -85,19 +85,19 @@ def content_of(deltas: list[Delta]) -> list[dict[str, Any]]:
 
 
 def test_blocks():
-    thinking, text, first, second = content_of(THOUGHT + TEXT + CALLS)
+    thinking, text, first, second = content_of(REASONING + TEXT + CALLS)
     assert thinking == {"type": "thinking", "thinking": "Let me see.", "signature": SIGNATURE}
     assert text == {"type": "text", "text": "I look it up ☃."}
     assert first == {"type": "tool_use", "id": "a", "name": "f", "input": {"x": [1]}}
     assert second == {"type": "tool_use", "id": "b", "name": "f", "input": {}}
 
 
-def test_what_is_no_call_is_shown_all_the_same():
-    assert content_of(BROKEN) == [{"type": "tool_use", "id": "a", "name": "f", "input": {"INVALID_JSON": "{3"}}]
+def test_invalid_calls_are_shown():
+    assert content_of(INVALID) == [{"type": "tool_use", "id": "a", "name": "f", "input": {"INVALID_JSON": "{3"}}]
     assert content_of(NAMELESS) == [{"type": "text", "text": "functions.:0"}]
 
 
-def test_why_it_ended():
+def test_stop_reasons():
     reasons = [("stop", None), ("stop", "END"), ("length", None), ("tool_calls", None)]
     messages = [MessageFormatter("kimi").full_response([answer_of(TEXT, *reason)]) for reason in reasons]
     assert [message["stop_reason"] for message in messages] == [
@@ -110,7 +110,7 @@ def test_why_it_ended():
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "message"),
+    ("error", "error_type", "message"),
     [
         (ApiError(400, "no", param="messages.0"), "invalid_request_error", "messages.0: no"),
         (ApiError(400, "9 > 8", "context_length_exceeded"), "invalid_request_error", "prompt is too long: 9 > 8"),
@@ -123,7 +123,7 @@ def test_why_it_ended():
         (ApiError(503, "no"), "overloaded_error", "no"),
     ],
 )
-def test_errors(error: ApiError, kind: str, message: str):
-    assert anthropic_error(error) == {"type": "error", "error": {"type": kind, "message": message}}
+def test_errors(error: ApiError, error_type: str, message: str):
+    assert anthropic_error(error) == {"type": "error", "error": {"type": error_type, "message": message}}
     (event,) = MessageFormatter("kimi").fail(error)
     assert (event.name, json.loads(event.data)) == ("error", anthropic_error(error))

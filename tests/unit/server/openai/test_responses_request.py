@@ -1,4 +1,4 @@
-"""What a body of the Responses API means."""
+"""Conversion of Responses API bodies to chat requests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 IMAGE = {"type": "input_image", "image_url": "data:"}
 
 
-def request_of(given: str | list[dict[str, Any]] = "Hi", **fields: Any) -> ChatRequest:
-    return to_chat_request(parse(ResponsesBody, json.dumps({"model": "m", "input": given, **fields}).encode()))
+def request_of(input_value: str | list[dict[str, Any]] = "Hi", **fields: Any) -> ChatRequest:
+    return to_chat_request(parse(ResponsesBody, json.dumps({"model": "m", "input": input_value, **fields}).encode()))
 
 
-def test_the_least_body():
+def test_minimal_body():
     assert request_of() == ChatRequest(
         sampling={"temperature": None, "top_p": None},
         messages=(Message("user", "Hi"),),
@@ -29,9 +29,9 @@ def test_the_least_body():
     )
 
 
-def test_everything_that_has_a_meaning():
+def test_all_supported_fields():
     function = {"name": "f", "description": "d", "parameters": SCHEMA, "strict": True}
-    ask = request_of(
+    request = request_of(
         instructions="Be brief.",
         tools=[{"type": "function", **function}, {"type": "function", "name": "g", "parameters": None, "strict": None}],
         tool_choice={"type": "function", "name": "f"},
@@ -46,19 +46,19 @@ def test_everything_that_has_a_meaning():
         metadata={"a": "b"},
         user="u",
     )
-    assert ask.messages == (Message("system", "Be brief."), Message("user", "Hi"))
+    assert request.messages == (Message("system", "Be brief."), Message("user", "Hi"))
     empty = {"name": "g", "parameters": {"type": "object", "properties": {}}}
-    assert ask.tools == ({"type": "function", "function": function}, {"type": "function", "function": empty})
-    assert ask.tool_choice == {"name": "f"}
-    assert not ask.parallel_tool_calls
-    assert ask.response_schema == SCHEMA
-    assert ask.thinking
-    assert (ask.max_tokens, ask.top_logprobs) == (9, 0)
-    assert ask.sampling == {"temperature": 0.5, "top_p": 0.9}
+    assert request.tools == ({"type": "function", "function": function}, {"type": "function", "function": empty})
+    assert request.tool_choice == {"name": "f"}
+    assert not request.parallel_tool_calls
+    assert request.response_schema == SCHEMA
+    assert request.thinking
+    assert (request.max_tokens, request.top_logprobs) == (9, 0)
+    assert request.sampling == {"temperature": 0.5, "top_p": 0.9}
 
 
-def test_a_round_of_tools():
-    ask = request_of(
+def test_tool_calls_and_results():
+    request = request_of(
         [
             {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
@@ -85,7 +85,7 @@ def test_a_round_of_tools():
         ]
     )
     calls = (ToolCall("call_1", "f", "{}"), ToolCall("call_2", "g", '{"x": 1}'))
-    assert ask.messages == (
+    assert request.messages == (
         Message("system", "Be brief."),
         Message("user", "Hi"),
         Message("assistant", "I look.", "Hm.", calls),
@@ -133,9 +133,9 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "`input_image`.*reads text only"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any], place: str, problem: str):
+def test_unsupported_features_are_refused_by_name(fields: dict[str, Any], place: str, problem: str):
     with pytest.raises(ApiError, match=problem) as error:
-        request_of(**{"given": "Hi"} | ({"given": fields.pop("input")} if "input" in fields else {}) | fields)
+        request_of(**{"input_value": fields.get("input", "Hi")} | {k: v for k, v in fields.items() if k != "input"})
     assert (error.value.status, error.value.param) == (400, place)
 
 
@@ -152,7 +152,7 @@ def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any], place: st
         {"reasoning": {"effort": "much"}},
     ],
 )
-def test_wrong_shapes_are_refused(fields: dict[str, Any]):
+def test_malformed_bodies_are_refused(fields: dict[str, Any]):
     with pytest.raises(ApiError) as error:
         parse(ResponsesBody, json.dumps({"model": "m", "input": "Hi", **fields}).encode())
     assert error.value.status == 400

@@ -1,4 +1,4 @@
-"""Answers in the shapes of the Responses API, read with the `openai` package's own types."""
+"""Responses API responses, checked with the types of the `openai` package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
 from kimi_mlx.text.messages import Delta
-from tests.unit.server.answers import ANSWERS, BROKEN, CALLS, NAMELESS, TEXT, THOUGHT, answer_of, items_of, stream
+from tests.unit.server.answers import ANSWERS, CALLS, INVALID, NAMELESS, REASONING, TEXT, answer_of, events_of, stream
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 LAST = {"length": "incomplete"}
@@ -25,7 +25,7 @@ def formatter(**fields: Any) -> ResponseFormatter:
 
 
 def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the items together from their deltas, and check each `done` against them."""
+    """Assemble the items from their deltas, and compare each `done` event with them."""
     items: list[dict[str, Any]] = []
     texts: list[str] = []
     for event in events:
@@ -60,10 +60,10 @@ def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("summary", [None, "auto"])
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_stream_is_the_response_in_pieces(name: str, summary: str | None):
+def test_a_stream_adds_up_to_the_response(name: str, summary: str | None):
     deltas, reason = ANSWERS[name]
     streamed = formatter(reasoning={"summary": summary})
-    sent = stream(streamed, items_of(deltas, reason))
+    sent = stream(streamed, events_of(deltas, reason))
     events = [json.loads(event.data) for event in sent]
     assert [event.name for event in sent] == [event["type"] for event in events]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -78,9 +78,9 @@ def test_a_stream_is_the_response_in_pieces(name: str, summary: str | None):
     assert events[0]["response"]["status"] == "in_progress"
     response = events[-1]["response"]
     assert (response["status"], response["output"]) == (last, assemble(events))
-    whole = formatter(reasoning={"summary": summary}).full_response([answer_of(deltas, reason)])
-    Response.model_validate(whole)
-    assert without_ids(whole) == without_ids(response)
+    full = formatter(reasoning={"summary": summary}).full_response([answer_of(deltas, reason)])
+    Response.model_validate(full)
+    assert without_ids(full) == without_ids(response)
 
 
 def without_ids(response: dict[str, Any]) -> dict[str, Any]:
@@ -93,40 +93,40 @@ def output_of(deltas: list[Delta], **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_items():
-    reasoning, message, first, second = output_of(THOUGHT + TEXT + CALLS)
+    reasoning, message, first, second = output_of(REASONING + TEXT + CALLS)
     done = {"id": "", "status": "completed"}
-    thought = {"type": "reasoning_text", "text": "Let me see."}
-    assert reasoning == {**done, "type": "reasoning", "summary": [], "content": [thought]}
+    part = {"type": "reasoning_text", "text": "Let me see."}
+    assert reasoning == {**done, "type": "reasoning", "summary": [], "content": [part]}
     text = {"type": "output_text", "text": "I look it up ☃.", "annotations": [], "logprobs": []}
     assert message == {**done, "type": "message", "role": "assistant", "content": [text]}
     call = {**done, "type": "function_call", "name": "f"}
     assert first == {**call, "call_id": "a", "arguments": '{"x": [1]}'}
     assert second == {**call, "call_id": "b", "arguments": "{}"}
-    summary, *_ = output_of(THOUGHT, reasoning={"summary": "auto"})
-    assert (summary["summary"], summary["content"]) == ([{**thought, "type": "summary_text"}], [])
+    summary, *_ = output_of(REASONING, reasoning={"summary": "auto"})
+    assert (summary["summary"], summary["content"]) == ([{**part, "type": "summary_text"}], [])
 
 
-def test_what_is_no_call_is_shown_all_the_same():
-    broken, whole = output_of([*BROKEN, *CALLS[4:]])
-    assert (broken["arguments"], broken["status"]) == ("{3", "incomplete")
-    assert (whole["arguments"], whole["status"]) == ("{}", "completed")
+def test_invalid_calls_are_shown():
+    invalid, valid = output_of([*INVALID, *CALLS[4:]])
+    assert (invalid["arguments"], invalid["status"]) == ("{3", "incomplete")
+    assert (valid["arguments"], valid["status"]) == ("{}", "completed")
     (message,) = output_of(NAMELESS)
     assert message["content"][0]["text"] == "functions.:0"
 
 
-def test_usage_ends_and_what_is_repeated():
+def test_usage_and_echoed_fields():
     tool = {"type": "function", "name": "f", "parameters": {}, "strict": None}
-    form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
-    asked = formatter(
+    text_format = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+    response_formatter = formatter(
         tools=[tool],
         tool_choice={"type": "function", "name": "f"},
-        text={"format": form},
+        text={"format": text_format},
         metadata={"a": "b"},
         store=True,
         instructions="Be brief.",
         temperature=0.5,
     )
-    response = asked.full_response([answer_of(TEXT, "length")])
+    response = response_formatter.full_response([answer_of(TEXT, "length")])
     parsed = Response.model_validate(response)
     assert parsed.incomplete_details is not None
     assert parsed.incomplete_details.reason == "max_output_tokens"
@@ -135,7 +135,7 @@ def test_usage_ends_and_what_is_repeated():
     assert parsed.usage.input_tokens_details.cached_tokens == 16
     assert parsed.usage.output_tokens_details.reasoning_tokens == 3
     assert (parsed.metadata, parsed.instructions, parsed.temperature) == ({"a": "b"}, "Be brief.", 0.5)
-    assert response["text"] == {"format": form}
+    assert response["text"] == {"format": text_format}
     assert response["tool_choice"] == {"type": "function", "name": "f"}
     assert response["tools"] == [{**tool, "description": None}]
     assert response["store"] is False
@@ -151,10 +151,10 @@ def test_logprobs():
     assert [top["token"] for top in logprob["top_logprobs"]] == ["a", "b"]
 
 
-def test_a_stream_that_fails():
+def test_a_failed_stream():
     for status, code in ((503, "server_error"), (429, "rate_limit_exceeded")):
-        (event,) = formatter().fail(ApiError(status, "the ring is lost"))
+        (event,) = formatter().fail(ApiError(status, "lost the ring"))
         parsed = EVENT.validate_json(event.data)
         assert parsed.type == "response.failed"
         assert parsed.response.error is not None
-        assert (parsed.response.error.code, parsed.response.error.message) == (code, "the ring is lost")
+        assert (parsed.response.error.code, parsed.response.error.message) == (code, "lost the ring")
