@@ -1,1 +1,1 @@
-"""Measuring speed: workloads, the sides that run them, the measurement and its report."""
+"""The benchmark: workloads, the programs that run them, the measurement, and its report."""

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran: the machine, how busy it is, versions, the commit."""
+"""The machine of a benchmark: hardware, load, versions, commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIT_LIMIT_S = 5
 
 
 def machine() -> dict[str, Any]:
-    """The machine and what it does besides: a load average near 0 before the start is a quiet machine."""
+    """Return the machine and its load; a load average near 0 before the start means a quiet machine."""
     macos = platform.mac_ver()[0]
     return {
         "system": f"macOS {macos}" if macos else f"{platform.system()} {platform.release()}",
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
+    """Return the versions of Python and of the relevant packages."""
     return {
         "python": platform.python_version(),
         OURS: __version__,
@@ -44,20 +44,20 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """Date and time with the zone."""
+    """Return date and time with time zone."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def commit() -> str | None:
-    """The commit that this package was checked out at, with `+` if files have changed; None if it was installed."""
+    """Return the commit of this checkout, with `+` if files have changed; None if the package was installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        found, changes = (_git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "-uno"))
+        head, changes = (_git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "-uno"))
     except (OSError, subprocess.SubprocessError):
         return None
-    return found + "+" * bool(changes)
+    return head + "+" * bool(changes)
 
 
 def _git(root: Path, *arguments: str) -> str:

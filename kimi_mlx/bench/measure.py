@@ -1,4 +1,4 @@
-"""The measurement: sides take turns, repetition by repetition, so that a disturbed machine disturbs all."""
+"""The measurement: sides alternate in every repetition, so that interference affects all of them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ GREEDY = Sampling(temperature=0.0, seed=0)
 MAX_CONCURRENCY = 64
 
 EnergyOf = Callable[[float, float], float | None]
-"""Joules between two times of time.perf_counter, None where they are not known."""
+"""Return the joules between two times of time.perf_counter; None if they are not known."""
 
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """What is measured at a time.
+    """One combination to measure.
 
     Args:
-        depth: tokens that are in the cache before the clock starts.
-        prompt_tokens: new tokens of each prompt.
-        concurrency: requests at once.
+        depth: number of tokens in the cache before the clock starts.
+        prompt_tokens: number of new tokens of each prompt.
+        concurrency: number of concurrent requests.
     """
 
     depth: int
@@ -35,23 +35,23 @@ class Case:
     concurrency: int
 
     def __str__(self) -> str:
-        """In words, such as `prompt 128 after 8192, 4 at once`."""
+        """Describe the case, such as `prompt 128 after 8192, 4 at once`."""
         depth = f" after {self.depth}" if self.depth else ""
         return f"prompt {self.prompt_tokens}{depth}" + (f", {self.concurrency} at once" * (self.concurrency > 1))
 
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """What to measure: every combination of prompt size, depth and concurrency.
+    """All combinations of prompt size, depth and concurrency to measure.
 
     Args:
         prompt_tokens: sizes of prompts.
-        generation_tokens: new tokens after each prompt; at least 2, since decode is timed after the first.
-        warmup: repetitions that are run and not counted, for each case.
-        repeat: repetitions that count.
-        seed: of the prompts.
-        depth: tokens in the cache before.
-        concurrency: requests at once.
+        generation_tokens: number of new tokens per request; at least 2, since decode is timed after the first.
+        warmup: number of uncounted repetitions of each case.
+        repeat: number of counted repetitions.
+        seed: random seed of the prompts.
+        depth: numbers of tokens in the cache before the prompt.
+        concurrency: numbers of concurrent requests.
 
     Raises:
         UsageError: a number out of its range.
@@ -71,51 +71,53 @@ class BenchmarkPlan:
             raise UsageError("a prompt needs at least 1 token", hint="for example --prompt-tokens 128,512")
         if self.generation_tokens < 2:
             raise UsageError(
-                f"{self.generation_tokens} generated tokens are too few: decode is timed after the first one",
+                f"cannot time decode with {self.generation_tokens} generated tokens: it starts after the first one",
                 hint="use --generation-tokens 2 or more",
             )
         if self.repeat < 1 or self.warmup < 0 or self.seed < 0:
-            raise UsageError("repetitions start at 1, warm-ups and the seed at 0")
+            raise UsageError("repetitions must be at least 1, warm-ups and the seed at least 0")
         if not self.depth or min(self.depth) < 0:
-            raise UsageError("a depth is the tokens before the prompt, 0 or more", hint="for example --depth 0,8192")
+            raise UsageError("the depth (cached tokens) must be at least 0", hint="for example --depth 0,8192")
         if not self.concurrency or min(self.concurrency) < 1 or max(self.concurrency) > MAX_CONCURRENCY:
             raise UsageError(
-                f"{','.join(map(str, self.concurrency))} requests at once are not from 1 to {MAX_CONCURRENCY} each",
+                f"concurrency {','.join(map(str, self.concurrency))} is not between 1 and {MAX_CONCURRENCY}",
                 hint="for example --concurrency 1,4",
             )
 
     def check_context(self, context: int) -> None:
-        """Refuse what does not fit into a model's context."""
+        """Raise UsageError if a case does not fit in a model's context."""
         depth, prompt = max(self.depth), max(self.prompt_tokens)
         longest = depth + prompt + self.generation_tokens
         if longest > context:
             raise UsageError(
-                f"depth {depth}, prompt {prompt} and answer {self.generation_tokens} take {longest} tokens, "
-                f"the model's context holds {context}",
+                f"depth {depth}, prompt {prompt} and answer {self.generation_tokens} need {longest} tokens, "
+                f"but the model's context has {context}",
                 hint="use smaller --prompt-tokens" + " or --depth" * (depth > 0),
             )
 
     @property
     def cases(self) -> list[Case]:
-        """In the order in which they are measured."""
-        return [Case(*each) for each in itertools.product(self.depth, self.prompt_tokens, self.concurrency)]
+        """All cases in the order of measurement."""
+        return [
+            Case(*combination) for combination in itertools.product(self.depth, self.prompt_tokens, self.concurrency)
+        ]
 
     @property
     def total(self) -> int:
-        """Batches a side."""
+        """Number of batches per side."""
         return len(self.cases) * (self.warmup + self.repeat)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One batch of one side.
+    """One batch on one side.
 
     Args:
-        side: its name.
-        case: what was measured.
-        repetition: from 0; warm-ups are numbered before them, below 0.
-        outcome: what came of it.
-        energy_j: of this machine meanwhile, None where that is not known.
+        side: name of the side.
+        case: the case.
+        repetition: number of the repetition, from 0; negative for warm-ups.
+        outcome: result of the batch.
+        energy_j: energy that this machine used meanwhile; None if not known.
     """
 
     side: str
@@ -126,21 +128,21 @@ class Run:
 
     @property
     def is_warmup(self) -> bool:
-        """Whether it does not count."""
+        """Whether the run is not counted."""
         return self.repetition < 0
 
     @property
     def answers(self) -> tuple[TimedAnswer, ...]:
-        """Of the outcome."""
+        """Answers of the batch."""
         return self.outcome.answers
 
     @property
     def new_tokens(self) -> int:
-        """Of all answers."""
+        """Number of new tokens of all answers."""
         return sum(len(answer.ids) for answer in self.answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without the ids."""
+        """Return the run for JSON, without token ids."""
         return {
             "side": self.side,
             **asdict(self.case),
@@ -150,7 +152,7 @@ class Run:
             "peak_memory_bytes": list(self.outcome.peak_memory_bytes),
             "energy_j": self.energy_j,
             "requests": [
-                {**answer.statistics.to_dict(), "arrivals_s": [round(each, 6) for each in answer.arrivals_s]}
+                {**answer.statistics.to_dict(), "arrivals_s": [round(arrival, 6) for arrival in answer.arrivals_s]}
                 for answer in self.answers
             ],
         }
@@ -159,13 +161,13 @@ class Run:
 def measure(
     sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None = None
 ) -> Iterator[Run]:
-    """Run the plan on all sides, and yield what comes of each batch.
+    """Run the plan on all sides, and yield each run.
 
     Args:
-        sides: loaded and idle.
-        plan: what to run.
-        vocab_size: prompts are random ids below it.
-        energy_of: joules of this machine, where they are known.
+        sides: the sides, loaded and idle.
+        plan: the plan.
+        vocab_size: upper bound of the random prompt ids.
+        energy_of: energy of this machine, if it can be measured.
     """
     for case, repetition, turn in _turns(sides, plan):
         batch = make_batch(case, repetition + plan.warmup, plan, vocab_size)
@@ -177,7 +179,7 @@ def measure(
 
 
 def make_batch(case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int) -> RequestBatch:
-    """The requests of one repetition: a random prefix that they share, and a random prompt each."""
+    """Return the requests of one repetition: a shared random prefix, then a random prompt each."""
     prefix = random_prompt(vocab_size, case.depth, repetition, plan.seed)
     prompts = [
         (*prefix, *random_prompt(vocab_size, case.prompt_tokens, repetition, plan.seed, number))
@@ -187,7 +189,7 @@ def make_batch(case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int
 
 
 def _turns(sides: Sequence[Side], plan: BenchmarkPlan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
-    """Case, repetition and order of the sides, which turns around each time so that none profits."""
+    """Yield case, repetition, and the order of the sides, which alternates so that no side has an advantage."""
     for case in plan.cases:
         for repetition in range(-plan.warmup, plan.repeat):
             yield case, repetition, sides if repetition % 2 == 0 else sides[::-1]

@@ -1,8 +1,8 @@
-"""A process that runs mlx-lm for a benchmark: loads, then answers batches of requests until its input ends.
+"""A process that runs mlx-lm for a benchmark: loads the model, then runs batches of requests until its input ends.
 
-Between batches it waits for its input, never in a collective, so that it leaves its processor to the other
-side. It speaks the language of kimi_mlx.cluster.ring.messages: `fill` (a prefix, and how many caches are to hold it) is
-answered with `filled`, `batch` with `token`s of the first rank and `finished`.
+Between batches it waits for its input, never in a collective, so that the other side has the processor. Messages
+(kimi_mlx.cluster.ring.messages): `fill` (a prefix, and the number of caches to fill with it) is answered with `filled`,
+`batch` with `token` messages of the first rank and `finished`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 
 Cache = list[Any]
-"""mlx-lm's: an object a layer."""
+"""mlx-lm's cache: one object per layer."""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Load and answer."""
+    """Load the model and run batches."""
     group = join_mlx_group(channel, start)
     rank = start["rank"]
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
@@ -57,26 +57,26 @@ def serve(channel: Channel, start: Message) -> None:
                 channel.send("filled")
                 continue
             requests = [Request.from_dict(each) for each in command["requests"]]
-            answering = Answering(channel, model, requests, command["depth"], tells=rank == 0)
-            answering.run(caches, is_batched=group is None and len(requests) > 1)
-        except Exception as error:  # another project's code: it may raise anything
+            batch_run = BatchRun(channel, model, requests, command["depth"], sends_tokens=rank == 0)
+            batch_run.run(caches, is_batched=group is None and len(requests) > 1)
+        except Exception as error:  # mlx-lm may raise anything
             raise EngineError(
-                f"mlx-lm ({start['mode']}) failed: {_words(error)}",
-                hint="on the CPU it compiles C++ at run time: is a compiler installed?",
+                f"mlx-lm ({start['mode']}) failed: {_describe(error)}",
+                hint="on the CPU, MLX compiles C++ at run time: check that a compiler is installed",
             ) from error
         channel.report_progress("idle")
         channel.send(
             "finished",
-            statistics=[each.to_dict() for each in answering.statistics()],
-            peak_memory_bytes=answering.peak_memory_bytes,
+            statistics=[each.to_dict() for each in batch_run.statistics()],
+            peak_memory_bytes=batch_run.peak_memory_bytes,
         )
 
 
 def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group | None) -> nn.Module:
-    """Load the model as mlx-lm's own loaders do, with its parameters cast to the type to compute in.
+    """Load the model like mlx-lm's own loaders, with its parameters cast to the compute dtype.
 
     Raises:
-        WeightsError: mlx-lm cannot load it, or cannot share it in this mode.
+        WeightsError: mlx-lm cannot load the model, or cannot split it in this mode.
     """
     target = compute_dtype(dtype, load_config(folder))
     try:
@@ -95,81 +95,89 @@ def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group
         model.eval()
         mx.eval(model.parameters())
         return model
-    except Exception as error:  # another project's code, on files that it may not know: it raises all kinds
+    except Exception as error:  # mlx-lm may raise anything, also for unsupported files
         raise WeightsError(
-            f"mlx-lm cannot load `{folder}` ({mode}): {_words(error)}",
+            f"mlx-lm cannot load `{folder}` ({mode}): {_describe(error)}",
             hint="run the benchmark without --against",
         ) from error
 
 
 def filled_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copies: int) -> list[Cache]:
-    """Caches that hold a prefix, each on its own."""
+    """Return independent caches that hold a prefix."""
     with wired_limit(model, _streams()):
         cache = make_prompt_cache(model)
         if prefix:
-            # as mlx-lm fills a prompt's cache: no token is generated
+            # as mlx-lm does for a prompt: no token is generated
             for _ in _steps(channel, model, prefix, 0, cache):
                 pass
         caches = [cache, *(copy.deepcopy(cache) for _ in range(copies - 1))]
         if prefix:
-            _settle(caches)
+            _synchronize(caches)
         return caches
 
 
-class Answering:
-    """The answers to a batch, by the clocks of kimi_mlx.engine.request.Statistics.
+class BatchRun:
+    """Runs one batch, with the same clocks as kimi_mlx.engine.request.Statistics.
 
     Args:
-        channel: to the front.
-        model: mlx-lm's.
+        channel: channel to the front.
+        model: mlx-lm's model.
         requests: the batch.
-        depth: of their prompts' tokens that are in the caches.
-        tells: whether this rank shows its tokens, as kimi-mlx's leader does.
+        depth: number of leading prompt tokens that are in the caches.
+        sends_tokens: whether this rank sends its tokens, as rank 0 of kimi-mlx does.
     """
 
-    def __init__(self, channel: Channel, model: nn.Module, requests: Sequence[Request], depth: int, *, tells: bool):
-        self._channel, self._model, self._requests, self._depth, self._tells = channel, model, requests, depth, tells
-        self._taken = [0.0] * len(requests)
+    def __init__(
+        self, channel: Channel, model: nn.Module, requests: Sequence[Request], depth: int, *, sends_tokens: bool
+    ):
+        self._channel, self._model, self._requests, self._depth, self._sends_tokens = (
+            channel,
+            model,
+            requests,
+            depth,
+            sends_tokens,
+        )
+        self._started = [0.0] * len(requests)
         self._times: list[list[float]] = [[] for _ in requests]
         self.peak_memory_bytes = 0
 
     def run(self, caches: list[Cache], *, is_batched: bool) -> None:
-        """Answer all, together by mlx-lm's batch generator or one after another by its single one."""
+        """Run all requests: together with mlx-lm's batch generator, or one after another."""
         with wired_limit(self._model, _streams()):
             mx.reset_peak_memory()
-            self._taken = [time.perf_counter()] * len(self._requests)
-            steps = self._together(caches) if is_batched else self._in_turn(caches)
+            self._started = [time.perf_counter()] * len(self._requests)
+            steps = self._run_batched(caches) if is_batched else self._run_sequentially(caches)
             for number, token in steps:
                 self._times[number].append(time.perf_counter())
                 self._channel.report_progress("decode" if all(self._times) else "prefill")
-                if self._tells:
+                if self._sends_tokens:
                     self._channel.write(encode_event(number, Token(token)))
             self.peak_memory_bytes = mx.get_peak_memory()
 
     def statistics(self) -> list[Statistics]:
-        """One of each request."""
+        """Return the statistics of each request."""
         return [
             Statistics(
                 prompt_tokens=len(request.prompt),
                 cached_tokens=self._depth,
                 generated_tokens=len(times),
-                ttft_s=times[0] - taken,
+                ttft_s=times[0] - started,
                 decode_s=times[-1] - times[0],
                 peak_memory_bytes=self.peak_memory_bytes,
             )
-            for request, taken, times in zip(self._requests, self._taken, self._times, strict=True)
+            for request, started, times in zip(self._requests, self._started, self._times, strict=True)
         ]
 
-    def _in_turn(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
+    def _run_sequentially(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
         for number, (request, cache) in enumerate(zip(self._requests, caches, strict=True)):
-            self._taken[number] = time.perf_counter()
+            self._started[number] = time.perf_counter()
             prompt = request.prompt[self._depth :]
             for token in _steps(self._channel, self._model, prompt, request.max_tokens or 1, cache):
                 yield number, token
-            # mlx-lm has started one step more; it must not run into the next one's turn
-            _settle([cache])
+            # mlx-lm has started one more step, which must not overlap with the next request
+            _synchronize([cache])
 
-    def _together(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
+    def _run_batched(self, caches: list[Cache]) -> Iterator[tuple[int, int]]:
         generator = BatchGenerator(self._model, prefill_step_size=PREFILL_CHUNK)
         try:
             uids = generator.insert(
@@ -191,7 +199,7 @@ class Answering:
 
 
 def _steps(channel: Channel, model: nn.Module, prompt: Sequence[int], max_tokens: int, cache: Cache) -> Iterator[int]:
-    """mlx-lm's own steps."""
+    """Yield the tokens of mlx-lm's own steps."""
     steps = generate_step(
         mx.array(list(prompt)),
         model,
@@ -205,18 +213,18 @@ def _steps(channel: Channel, model: nn.Module, prompt: Sequence[int], max_tokens
 
 
 def _streams() -> Any:
-    """A thread's own stream, which mlx-lm's types do not name."""
+    """Return mlx-lm's stream, which its type hints do not allow."""
     return [generation_stream]
 
 
-def _settle(caches: Sequence[Cache]) -> None:
-    """Wait for all that was started."""
+def _synchronize(caches: Sequence[Cache]) -> None:
+    """Wait for all work that was started."""
     mx.eval([layer.state for cache in caches for layer in cache])
     mx.synchronize(generation_stream)
 
 
-def _words(error: Exception) -> str:
-    """An error in one line."""
+def _describe(error: Exception) -> str:
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

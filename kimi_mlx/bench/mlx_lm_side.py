@@ -1,4 +1,4 @@
-"""mlx-lm as a side of a benchmark: its processes (kimi_mlx.bench.mlx_lm_rank) as the front sees them."""
+"""mlx-lm as a side of a benchmark: the front of its processes (kimi_mlx.bench.mlx_lm_rank)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.errors import RingError
 from kimi_mlx.session.session import SessionOptions
 
 MODES: Mapping[bool, tuple[str, ...]] = {False: ("single",), True: ("tensor", "pipeline")}
-"""How mlx-lm runs a model on one process, and the ways it has to share one among several."""
+"""Modes of mlx-lm for one process, and for several."""
 
 
 class MlxLmSide:
@@ -22,7 +22,7 @@ class MlxLmSide:
 
     def __init__(self, mode: str, ring: Ring):
         self.name = "mlx-lm" if mode == "single" else f"mlx-lm {mode}"
-        self.turns = None if mode == "single" else "its batch generator is for one process"
+        self.not_batched_because = None if mode == "single" else "its batch generator supports only one process"
         self._ring = ring
 
     @property
@@ -34,13 +34,13 @@ class MlxLmSide:
         """Wait until every rank has loaded its share.
 
         Raises:
-            KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
+            KimiMlxError: mlx-lm cannot load the model, or cannot split it in this mode.
         """
         for _ in self._messages("ready"):
             pass
 
     def run(self, batch: RequestBatch) -> BatchResult:
-        """Run a batch; every rank is idle when this returns."""
+        """Run a batch; return when every rank is idle."""
         self._ring.send("fill", prefix=batch.prefix, copies=len(batch.requests))
         for _ in self._messages("filled"):
             pass
@@ -63,7 +63,7 @@ class MlxLmSide:
         return BatchResult(tuple(answers), started, tuple(peaks))
 
     def _messages(self, last: str) -> Iterator[tuple[int, Message]]:
-        """Rank and message, until each rank has sent one of the kind `last`."""
+        """Yield (rank, message) until each rank has sent a message of the kind `last`."""
         waiting = set(range(self._ring.world_size))
         try:
             for rank, message in self._ring.messages():
@@ -80,14 +80,14 @@ class MlxLmSide:
 
 @contextmanager
 def open_mlx_lm(options: SessionOptions, mode: str) -> Iterator[MlxLmSide]:
-    """Load mlx-lm's side.
+    """Load mlx-lm.
 
     Args:
-        options: the same as for kimi-mlx's side.
+        options: the same options as for kimi-mlx.
         mode: one of MODES.
 
     Raises:
-        KimiMlxError: mlx-lm cannot load the model, or cannot share it in this mode.
+        KimiMlxError: mlx-lm cannot load the model, or cannot split it in this mode.
     """
     with closing(Ring(options.effective_cluster, module="kimi_mlx.bench.mlx_lm_rank")) as ring:
         ring.start(folder=str(options.folder), dtype=options.dtype, mode=mode)

@@ -1,4 +1,4 @@
-"""The figures as a picture: for each figure a group of bars a case, a bar a side. Needs matplotlib, an extra."""
+"""Bar chart of a benchmark: a panel per rate or time, a group per case, a bar per side. Needs matplotlib, an extra."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kimi_mlx.bench.results import Percentiles, ResultRow, Spread
 from kimi_mlx.errors import UsageError
 
 Bar = tuple[float, float, float]
-"""Height, and the ends of its whisker."""
+"""Height, and lower and upper end of the whisker."""
 
 COLOURS = ("#1f6feb", "#d97706", "#7c8696")
-"""Ours, then the others."""
+"""Colour of kimi-mlx, then of the others."""
 
 
 def require_matplotlib() -> None:
-    """Raise UsageError if there is none."""
+    """Raise UsageError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", hint="type `pip install matplotlib`")
+        raise UsageError("--plot needs matplotlib, which is not installed", hint="run `pip install matplotlib`")
 
 
 def save_plot(report: Report, path: Path) -> None:
@@ -53,10 +53,10 @@ def _draw(axis: Any, title: str, table_rows: Sequence[ResultRow], bar_of: Callab
     sides = list(dict.fromkeys(row.side for row in table_rows))
     width = 0.8 / len(sides)
     for number, side in enumerate(sides):
-        found = [(cases.index(row.case), bar_of(row)) for row in table_rows if row.side == side]
-        places = [place + (number - (len(sides) - 1) / 2) * width for place, _ in found]
-        heights = [bar[0] for _, bar in found]
-        whiskers = [[bar[0] - bar[1] for _, bar in found], [bar[2] - bar[0] for _, bar in found]]
+        bars = [(cases.index(row.case), bar_of(row)) for row in table_rows if row.side == side]
+        places = [place + (number - (len(sides) - 1) / 2) * width for place, _ in bars]
+        heights = [bar[0] for _, bar in bars]
+        whiskers = [[bar[0] - bar[1] for _, bar in bars], [bar[2] - bar[0] for _, bar in bars]]
         colour = COLOURS[min(number, len(COLOURS) - 1)]
         axis.bar(places, heights, width * 0.92, label=side, color=colour)
         axis.errorbar(places, heights, whiskers, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)

@@ -1,4 +1,4 @@
-"""The figures of a benchmark for people and programs: tables, Markdown, sentences, JSON."""
+"""Report of a benchmark for people and programs: tables, Markdown, summary, JSON."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FIGURE_NAMES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """All results.
 
     Args:
-        plan: what was to be run.
-        settings: model, machine, versions and the like: what JSON has at its top.
-        runs: what came of it, all of it or what was done until an interrupt.
-        sides: who ran.
-        share_of: of the roofline.
+        plan: the plan.
+        settings: model, machine, versions and so on, for the top level of the JSON.
+        runs: all runs, or those before an interrupt.
+        sides: the sides.
+        share_of: share of the roofline.
     """
 
     plan: BenchmarkPlan
@@ -41,16 +41,16 @@ class Report:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether all runs of the plan were made."""
         return len(self.runs) == self.plan.total * len(self.sides)
 
     @property
     def rows(self) -> list[ResultRow]:
-        """The figures."""
+        """Statistics of each case and side."""
         return rows(self.runs, self.share_of)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report for JSON."""
+        """Return the report for JSON."""
         table_rows = self.rows
         return {
             **self.settings,
@@ -64,7 +64,7 @@ class Report:
         }
 
     def heading(self) -> list[str]:
-        """What was measured, where, and with which versions."""
+        """Return the workload, the machine and the versions."""
         settings, plan = self.settings, self.plan
         host, packages = settings["machine"], settings["versions"]
         names = ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES))
@@ -81,31 +81,31 @@ class Report:
         ]
 
     def summary(self) -> list[str]:
-        """The ratios, whether the tokens are the same, notes, and what the roofline is."""
+        """Return ratios, agreement of tokens, notes, and the roofline."""
         lines = _ratio_lines(ratios(self.rows))
         for agreement in agreements(self.runs):
             if agreement.first_difference is None:
-                lines.append(f"{agreement.side}: the same tokens as kimi-mlx in all {agreement.answers} answers")
+                lines.append(f"{agreement.side}: same tokens as kimi-mlx in all {agreement.answers} answers")
             else:
                 lines.append(
-                    f"{agreement.side}: the same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
-                    f"answers; they part at token {agreement.first_difference} at the earliest"
+                    f"{agreement.side}: same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
+                    f"answers; earliest difference at token {agreement.first_difference}"
                 )
         lines += notes(self.runs, self.sides)
         if roofline := self.settings.get("roofline"):
             lines.append(f"roofline: {roofline['bytes_per_s'] / 1e9:.1f} GB/s ({roofline['source']})")
         if not self.is_complete:
-            lines.append(f"interrupted: {len(self.runs)} of {self.plan.total * len(self.sides)} runs were made")
+            lines.append(f"interrupted after {len(self.runs)} of {self.plan.total * len(self.sides)} runs")
         return lines
 
     def tables(self) -> list[Table]:
-        """Speeds, then waiting times."""
+        """Return a table of speeds and a table of times."""
         speeds = [column for column in self._columns() if " ms" not in column[0]]
         times = [column for column in self._columns() if " tok/s" not in column[0] and column[0] not in RESOURCES]
         return [_table(columns, self.rows) for columns in (speeds, times)]
 
     def markdown(self) -> str:
-        """All of it as Markdown: one table, the sentences around it."""
+        """Return the report as Markdown: heading, one table, summary."""
         columns = self._columns()
         lines = [
             " | ".join(name for name, _ in columns),
@@ -117,22 +117,22 @@ class Report:
         return "\n\n".join(part for part in ("\n".join(self.heading()), table, bullets) if part) + "\n"
 
     def _columns(self) -> list[Column]:
-        """Those that have something to say in these rows."""
+        """Return the columns that are not empty in these rows."""
         table_rows = self.rows
-        wanted = {
+        is_shown = {
             "depth": any(row.case.depth for row in table_rows),
             "at once": any(row.case.concurrency > 1 for row in table_rows),
             "together tok/s": any(row.case.concurrency > 1 for row in table_rows),
             "J/token": any(row.joules_per_token is not None for row in table_rows),
             "roofline": any(row.roofline_share is not None for row in table_rows),
         }
-        return [column for column in COLUMNS if wanted.get(column[0], True)]
+        return [column for column in COLUMNS if is_shown.get(column[0], True)]
 
 
 Column = tuple[str, Callable[[ResultRow], str]]
-"""A heading, and the text of a row below it."""
+"""Heading, and function that formats a cell."""
 
-RESOURCES = ("peak memory a rank", "J/token", "roofline")
+RESOURCES = ("peak memory per rank", "J/token", "roofline")
 
 COLUMNS: Sequence[Column] = (
     ("prompt", lambda row: str(row.case.prompt_tokens)),
@@ -144,7 +144,7 @@ COLUMNS: Sequence[Column] = (
     ("together tok/s", lambda row: _rate(row.rates["aggregate_tok_per_s"])),
     ("TTFT ms p50/p90/p99", lambda row: _milliseconds(row.ttft_s)),
     ("between tokens ms p50/p90/p99", lambda row: _milliseconds(row.between_tokens_s)),
-    ("peak memory a rank", lambda row: " + ".join(map(format_bytes, row.peak_memory_bytes))),
+    ("peak memory per rank", lambda row: " + ".join(map(format_bytes, row.peak_memory_bytes))),
     ("J/token", lambda row: "" if row.joules_per_token is None else f"{row.joules_per_token:.2f}"),
     ("roofline", lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.1%}"),
 )
@@ -160,12 +160,12 @@ def _table(columns: Sequence[Column], table_rows: Sequence[ResultRow]) -> Table:
 
 
 def _ratio_lines(found: Sequence[SpeedRatio]) -> list[str]:
-    """A line a case."""
-    words: dict[Case, list[str]] = {}
+    """Return a line per case."""
+    by_case: dict[Case, list[str]] = {}
     for ratio in found:
         text = f"{ratio.ratio:.2f} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
-        words.setdefault(ratio.case, []).append(text)
-    return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in words.items()]
+        by_case.setdefault(ratio.case, []).append(text)
+    return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in by_case.items()]
 
 
 def _rate(spread: Spread) -> str:

@@ -1,4 +1,4 @@
-"""From runs to figures: medians, spread, percentiles, ratios, whether the texts agree."""
+"""Statistics of the runs: medians, spread, percentiles, speed ratios, and whether the tokens agree."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import Side
 
 ShareOf = Callable[[Case, float], float | None]
-"""The share of the roofline at so many decoded tokens a second."""
+"""Return the share of the roofline at a decode rate."""
 
 RATES = ("prefill_tok_per_s", "decode_tok_per_s", "aggregate_tok_per_s")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of a figure."""
+    """Median, minimum and maximum."""
 
     median: float
     min: float
@@ -29,13 +29,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Return the spread of at least one value."""
         return cls(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of a time: half of all values are at most p50, 90 % at most p90; between two values by the line."""
+    """Percentiles of a time, with linear interpolation."""
 
     p50: float
     p90: float
@@ -43,25 +43,25 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Percentiles:
-        """Of at least one value."""
-        return cls(*(float(each) for each in np.percentile(values, (50, 90, 99))))
+        """Return the percentiles of at least one value."""
+        return cls(*(float(value) for value in np.percentile(values, (50, 90, 99))))
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The figures of one side in one case.
+    """Statistics of one side in one case.
 
     Args:
-        side: its name.
-        case: what was measured.
-        generation_tokens: of each answer.
-        rates: by the keys of RATES. Prefill and decode are of single requests, by the side's own clock; aggregate is
-            all new tokens of a batch over its wall time.
-        ttft_s: from the batch handed over until a request's first token is here.
-        between_tokens_s: from one token of a request here until its next.
-        peak_memory_bytes: of each rank, the median.
-        joules_per_token: of this machine for each new token, prefill included; None where it is not known.
-        roofline_share: of the memory's bandwidth that decode uses; None where it has no meaning.
+        side: name of the side.
+        case: the case.
+        generation_tokens: number of new tokens per answer.
+        rates: rates by the keys of RATES. Prefill and decode are of single requests, by the side's own clock; aggregate
+            is all new tokens of a batch over its wall time.
+        ttft_s: time from the start of the batch to the first token of a request.
+        between_tokens_s: time between two tokens of a request.
+        peak_memory_bytes: median for each rank.
+        joules_per_token: energy of this machine per new token, including prefill; None if not known.
+        roofline_share: share of the memory bandwidth that decode uses; None if not applicable.
     """
 
     side: str
@@ -75,20 +75,20 @@ class ResultRow:
     roofline_share: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         values = asdict(self)
         return {"side": values.pop("side"), **values.pop("case"), **values.pop("rates"), **values}
 
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """kimi-mlx against the best other side in one figure: a quotient of medians, above 1 where kimi-mlx is faster.
+    """Speed of kimi-mlx relative to the best other side: a quotient of medians, above 1 if kimi-mlx is faster.
 
     Args:
-        case: what was measured.
-        figure: one of RATES: prefill and decode of single requests, the aggregate of several at once.
+        case: the case.
+        figure: one of RATES: prefill and decode for single requests, the aggregate for several.
         ratio: the quotient.
-        against: the side that was the best.
+        against: name of the best other side.
     """
 
     case: Case
@@ -97,7 +97,7 @@ class SpeedRatio:
     against: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the ratio for JSON."""
         values = asdict(self)
         return {**values.pop("case"), **values}
 
@@ -107,10 +107,10 @@ class TokenAgreement:
     """Whether another side generated the same tokens as kimi-mlx.
 
     Args:
-        side: the other side.
-        answers: how many were compared, warm-ups included.
-        equal: how many were equal in every token.
-        first_difference: the smallest position of a differing token, None if there is none.
+        side: name of the other side.
+        answers: number of compared answers, including warm-ups.
+        equal: number of answers that are equal in every token.
+        first_difference: smallest position of a different token; None if there is none.
     """
 
     side: str
@@ -120,7 +120,7 @@ class TokenAgreement:
 
 
 def rows(runs: Sequence[Run], share_of: ShareOf | None = None) -> list[ResultRow]:
-    """The figures of each case and side, in the order in which they were first run, ours before others."""
+    """Return the statistics of each case and side, in the order of the first run, kimi-mlx first."""
     cases = list(dict.fromkeys(run.case for run in runs))
     sides = sorted(dict.fromkeys(run.side for run in runs), key=lambda side: side != OURS)
     groups = [
@@ -148,28 +148,28 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
         rates,
         Percentiles.of([answer.arrivals_s[0] for answer in answers]),
         Percentiles.of(gaps),
-        tuple(round(median(each)) for each in peaks),
+        tuple(round(median(values)) for values in peaks),
         median(joules) if joules else None,
         None if share_of is None else share_of(runs[0].case, rates["decode_tok_per_s"].median),
     )
 
 
 def ratios(table_rows: Sequence[ResultRow]) -> list[SpeedRatio]:
-    """kimi-mlx against the best of the others, for each case; empty without others."""
-    found: list[SpeedRatio] = []
+    """Compare kimi-mlx with the best other side in each case; empty if there is none."""
+    all_ratios: list[SpeedRatio] = []
     for ours in (row for row in table_rows if row.side == OURS):
         others = [row for row in table_rows if row.side != OURS and row.case == ours.case]
         for figure in (RATES[2:] if ours.case.concurrency > 1 else RATES[:2]) if others else ():
             best = max(others, key=lambda row, figure=figure: row.rates[figure].median)
             ratio = ours.rates[figure].median / best.rates[figure].median
-            found.append(SpeedRatio(ours.case, figure, ratio, best.side))
-    return found
+            all_ratios.append(SpeedRatio(ours.case, figure, ratio, best.side))
+    return all_ratios
 
 
 def agreements(runs: Sequence[Run]) -> list[TokenAgreement]:
-    """Compare the tokens of every other side with those of kimi-mlx, answer by answer."""
+    """Compare the tokens of every other side with those of kimi-mlx."""
     ours = {(run.case, run.repetition): run.answers for run in runs if run.side == OURS}
-    found: list[TokenAgreement] = []
+    results: list[TokenAgreement] = []
     for side in dict.fromkeys(run.side for run in runs if run.side != OURS):
         pairs = [
             (mine.ids, other.ids)
@@ -179,8 +179,8 @@ def agreements(runs: Sequence[Run]) -> list[TokenAgreement]:
         ]
         positions = [position for pair in pairs if (position := _first_difference(*pair)) is not None]
         if pairs:
-            found.append(TokenAgreement(side, len(pairs), len(pairs) - len(positions), min(positions, default=None)))
-    return found
+            results.append(TokenAgreement(side, len(pairs), len(pairs) - len(positions), min(positions, default=None)))
+    return results
 
 
 def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | None:
@@ -191,10 +191,14 @@ def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | Non
 
 
 def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
-    """What a reader must know of these runs: requests that were not run together, prefixes that were not kept."""
-    found: list[str] = []
+    """Return notes for the reader: requests that did not run as a batch, prefixes that were not cached."""
+    lines: list[str] = []
     if any(run.case.concurrency > 1 for run in runs):
-        found += [f"{side.name}: requests at once were no batch: {side.turns}" for side in sides if side.turns]
+        lines += [
+            f"{side.name}: concurrent requests did not run as a batch: {side.not_batched_because}"
+            for side in sides
+            if side.not_batched_because
+        ]
     for side in sides:
         lost = [
             run.case.depth - answer.statistics.cached_tokens
@@ -203,5 +207,5 @@ def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
             for answer in run.answers
         ]
         if max(lost, default=0) > 0:
-            found.append(f"{side.name}: up to {max(lost)} tokens of the depth were not in its cache, and were timed")
-    return found
+            lines.append(f"{side.name}: up to {max(lost)} tokens of the depth were not cached but timed")
+    return lines

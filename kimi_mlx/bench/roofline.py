@@ -1,4 +1,4 @@
-"""The roofline of decode: how many tokens a second the memory could feed, were there nothing but reading."""
+"""Roofline of decode: the token rate if only memory bandwidth mattered."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COPIES = 5
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Of the memory.
+    """Memory bandwidth.
 
     Args:
-        bytes_per_s: how fast.
-        source: how we know.
+        bytes_per_s: bandwidth.
+        source: source of the number.
     """
 
     bytes_per_s: float
@@ -35,17 +35,17 @@ class Bandwidth:
 
 
 def memory_bandwidth() -> Bandwidth:
-    """Of this Mac's chip by the planner's table, else measured."""
+    """Return the bandwidth of this Mac's chip from the planner's table, else a measurement."""
     machine = this_machine()
     try:
         chip = machine_of_host("this machine", machine.chip, machine.memory_bytes, None).chip
     except UsageError:
         return measured_bandwidth()
-    return Bandwidth(chip.bandwidth_bytes_per_s, f"of the {chip.chip} by its maker")
+    return Bandwidth(chip.bandwidth_bytes_per_s, f"{chip.chip}, as published")
 
 
 def measured_bandwidth() -> Bandwidth:
-    """The best of several copies in one thread of this process, bytes read and written."""
+    """Return the best of several copies in one thread; bytes read and written are counted."""
     source, target = np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)
     seconds: list[float] = []
     for _ in range(COPIES):
@@ -58,12 +58,12 @@ def measured_bandwidth() -> Bandwidth:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of a model on this machine; ranks here share its memory, so that they count as one.
+    """Roofline of a model on this machine. Local ranks share its memory, so they count as one.
 
     Args:
-        shape: of the model, in the type that is computed in.
-        bandwidth: of the memory.
-        generation_tokens: of each answer.
+        shape: the model in its compute dtype.
+        bandwidth: memory bandwidth.
+        generation_tokens: number of new tokens per answer.
     """
 
     shape: ModelShape
@@ -72,22 +72,22 @@ class Roofline:
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: str, generation_tokens: int) -> Roofline:
-        """Measure the memory where its bandwidth is not known, and take sizes from the configuration."""
+        """Return the roofline for a configuration; measure the bandwidth if it is not known."""
         return cls(shape_of_config("", replace(config, dtype=dtype)), memory_bandwidth(), generation_tokens)
 
     def bytes_per_token(self, case: Case) -> float:
-        """What the middle token of an answer must read: weights, chosen experts, and the cache until there."""
+        """Return the bytes that an answer's middle token reads: weights, chosen experts, and the cache so far."""
         context = case.depth + case.prompt_tokens + self.generation_tokens // 2
         value_bytes = 4 if self.shape.config.dtype == "float32" else BFLOAT16_BYTES
         cache = context * kv_bytes_per_token(self.shape.config, value_bytes=value_bytes)
         return bytes_per_token(self.shape, 0) + cache
 
     def share(self, case: Case, decode_tok_per_s: float) -> float | None:
-        """How much of the bandwidth decode uses; None for several requests, which share what they read."""
+        """Return the share of the bandwidth that decode uses; None for several requests, which share reads."""
         if case.concurrency > 1:
             return None
         return self.bytes_per_token(case) * decode_tok_per_s / self.bandwidth.bytes_per_s
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the roofline for JSON."""
         return {**asdict(self.bandwidth), "weights_bytes_per_token": round(bytes_per_token(self.shape, 0))}

@@ -1,4 +1,4 @@
-"""The sides of a benchmark: each holds a loaded model and runs a batch of requests when told, idle in between."""
+"""The sides of a benchmark. Each holds a loaded model, runs batches of requests, and is idle in between."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
 
 @dataclass(frozen=True)
 class RequestBatch:
-    """Requests that are made at the same time.
+    """Concurrent requests.
 
     Args:
-        requests: at least one.
-        depth: so many first tokens, the same in all of them, are put into the cache before the clock starts.
+        requests: at least one request.
+        depth: number of leading tokens, equal in all requests, that are put into the cache before the clock starts.
     """
 
     requests: tuple[Request, ...]
@@ -31,18 +31,18 @@ class RequestBatch:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What is in the cache before."""
+        """The tokens in the cache before the clock starts."""
         return self.requests[0].prompt[: self.depth]
 
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """What a side made of a request.
+    """The answer to a request.
 
     Args:
-        ids: the new tokens.
-        statistics: by the clock of the side's own (first) process.
-        arrivals_s: when each token reached this process, since the batch was handed over, by this process's clock.
+        ids: new tokens.
+        statistics: statistics by the clock of the side's first process.
+        arrivals_s: time from the start of the batch to the arrival of each token here, by this process's clock.
     """
 
     ids: tuple[int, ...]
@@ -52,12 +52,12 @@ class TimedAnswer:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a side made of a batch.
+    """The answers to a batch.
 
     Args:
-        answers: in the order of the requests.
-        started_at: when the batch was handed over, by time.perf_counter.
-        peak_memory_bytes: of each rank, as MLX counts it, since then.
+        answers: answers in the order of the requests.
+        started_at: start of the batch, by time.perf_counter.
+        peak_memory_bytes: peak memory of each rank since then, as counted by MLX.
     """
 
     answers: tuple[TimedAnswer, ...]
@@ -66,23 +66,23 @@ class BatchResult:
 
     @property
     def wall_s(self) -> float:
-        """Until the last token of all."""
+        """Time until the last token."""
         return max(answer.arrivals_s[-1] for answer in self.answers)
 
 
 class Side(Protocol):
-    """A loaded model under a name.
+    """A loaded model with a name.
 
     Args:
-        name: of the side.
-        turns: why requests of a batch run one after another; None where they run together.
+        name: name of the side.
+        not_batched_because: reason why requests of a batch run one after another; None if they run together.
     """
 
     name: str
-    turns: str | None
+    not_batched_because: str | None
 
     def run(self, batch: RequestBatch) -> BatchResult:
-        """Run a batch, with nothing in the cache but its prefix; returns when all of its ranks are idle."""
+        """Run a batch with only its prefix in the cache; return when all ranks are idle."""
         ...
 
 
@@ -93,33 +93,33 @@ class SessionSide:
         self.name = name
         self._session = session
         self._ring = session if isinstance(session, RingSession) else None
-        self.turns: str | None = "its sequences take turns, a step each"
+        self.not_batched_because: str | None = "its sequences alternate, one step each"
 
     @property
-    def sums(self) -> SumChoice | None:
-        """How its ranks make sums; None for one process."""
+    def all_reduce(self) -> SumChoice | None:
+        """The all-reduce that its ranks use; None for one process."""
         return None if self._ring is None else self._ring.all_reduce
 
     def run(self, batch: RequestBatch) -> BatchResult:
-        """Run a batch, each request in a thread."""
+        """Run a batch, one thread per request."""
         self._session.reset()
         if batch.depth:
-            self._ask(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
+            self._run_one(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
         started = time.perf_counter()
-        answers = self._ask_together(batch.requests, started)
+        answers = self._run_concurrently(batch.requests, started)
         alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]
         return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
 
-    def _ask_together(self, requests: Sequence[Request], started: float) -> list[TimedAnswer]:
+    def _run_concurrently(self, requests: Sequence[Request], started: float) -> list[TimedAnswer]:
         with ThreadPoolExecutor(len(requests)) as pool:
             try:
-                futures = [pool.submit(self._ask, request, started) for request in requests]
+                futures = [pool.submit(self._run_one, request, started) for request in requests]
                 return [future.result() for future in futures]
-            except BaseException:  # an interrupt, too: the pool waits for its threads
+            except BaseException:  # including an interrupt: the pool waits for its threads
                 self._session.cancel_all()
                 raise
 
-    def _ask(self, request: Request, started: float) -> TimedAnswer:
+    def _run_one(self, request: Request, started: float) -> TimedAnswer:
         ids: list[int] = []
         arrivals: list[float] = []
         for event in self._session.generate(request):
@@ -133,6 +133,6 @@ class SessionSide:
 
 @contextlib.contextmanager
 def open_kimi_mlx(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Iterator[SessionSide]:
-    """Load kimi-mlx's side: in this process, or on a ring."""
+    """Load kimi-mlx in this process or on a ring."""
     with contextlib.closing(open_session(options, progress)) as session:
         yield SessionSide("kimi-mlx", session)

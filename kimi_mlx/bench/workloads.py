@@ -1,4 +1,4 @@
-"""What is measured: synthetic checkpoints of K2's shape with random weights, and random prompts."""
+"""Workloads: synthetic checkpoints of K2's shape with random weights, and random prompts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Tensors = dict[str, mx.array]
 BITS = 4
 GROUP_SIZE = 64
 CENTRE = (2**BITS - 1) / 2
-"""The mean of random codes 0 to 15; a bias of -CENTRE * scale makes the mean of the weights 0."""
+"""Mean of random codes 0 to 15; a bias of -CENTRE * scale makes the mean of the weights 0."""
 
 CODE_DEVIATION = ((2 ** (2 * BITS) - 1) / 12) ** 0.5
-"""The standard deviation of random codes."""
+"""Standard deviation of random codes."""
 
 SEED = 20260101
 FORMAT = 1
-"""Raised when the same shape gets other weights: old folders are then not used any more."""
+"""Version of the random weights; increased when they change, so that old folders are no longer used."""
 
 COMMON: Config = {
     "model_type": "kimi_k2",
@@ -64,7 +64,7 @@ COMMON: Config = {
 }
 
 SHAPES: Mapping[str, Config] = {
-    # few wide layers: the time goes into reading weights
+    # few wide layers: reading weights takes most of the time
     "wide": {
         "num_hidden_layers": 8,
         "hidden_size": 1024,
@@ -80,7 +80,7 @@ SHAPES: Mapping[str, Config] = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
     },
-    # as many layers as K2, all small: the time goes into dispatch and collectives
+    # as many layers as K2, all small: dispatch and collectives take most of the time
     "deep": {
         "num_hidden_layers": 61,
         "hidden_size": 256,
@@ -100,26 +100,26 @@ SHAPES: Mapping[str, Config] = {
 
 
 def synthetic_config(shape: str, **changes: Any) -> Config:
-    """The `config.json` of a shape in SHAPES; `changes` replace fields."""
+    """Return the `config.json` of a shape in SHAPES; `changes` replace fields."""
     return {**COMMON, **SHAPES[shape], **changes}
 
 
 def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """The folder of a synthetic checkpoint, in the user's cache; made once (wide 230 MB, deep 70 MB).
+    """Return the folder of a synthetic checkpoint in the user's cache; created once (wide 230 MB, deep 70 MB).
 
     Args:
-        shape: a key of SHAPES.
-        progress: called with layers written and layers in all.
+        shape: key of SHAPES.
+        progress: callback with the number of written layers and of all layers.
 
     Raises:
-        UsageError: an unknown shape.
+        UsageError: unknown shape.
         WeightsError: the folder cannot be written.
     """
     if shape not in SHAPES:
-        raise UsageError(f"there is no synthetic checkpoint `{shape}`", hint=f"use one of {', '.join(SHAPES)}")
+        raise UsageError(f"unknown synthetic checkpoint `{shape}`", hint=f"use one of {', '.join(SHAPES)}")
     caches = cache_folder()
     if caches is None:
-        raise WeightsError("there is no home folder to keep the checkpoint in", hint="set XDG_CACHE_HOME")
+        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
     config = synthetic_config(shape)
     digest = hashlib.sha256(json.dumps([FORMAT, SEED, config], sort_keys=True).encode()).hexdigest()
     folder = caches / "synthetic" / f"{shape}-{digest[:8]}"
@@ -135,7 +135,7 @@ def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lamb
 
 
 def _make(folder: Path, config: Config, progress: Callable[[int, int], None]) -> None:
-    """Write beside `folder` and rename, so that it is never half there."""
+    """Write to a temporary folder and rename it, so that `folder` is always complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
     try:
@@ -152,7 +152,7 @@ def _make(folder: Path, config: Config, progress: Callable[[int, int], None]) ->
 def write_synthetic(
     folder: Path, config: Config, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Write a checkpoint in MLX's affine layout with random weights: a file a layer, one in memory at a time."""
+    """Write a checkpoint with random weights in MLX's affine layout, one file and one layer at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = config["num_hidden_layers"] + 1
@@ -169,7 +169,7 @@ def write_synthetic(
 
 
 def _files(config: Config) -> Iterator[Tensors]:
-    """The tensors of each file: embedding, last norm and head, then the layers."""
+    """Yield the tensors of each file: embedding, last norm and head, then the layers."""
     random = np.random.default_rng(SEED)
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield {
@@ -182,7 +182,7 @@ def _files(config: Config) -> Iterator[Tensors]:
 
 
 def _layer(random: np.random.Generator, config: Config, layer: int) -> Tensors:
-    """One layer, with the names that mlx-lm gives to what it stores."""
+    """Return one layer, with mlx-lm's tensor names."""
     prefix, hidden = f"model.layers.{layer}", config["hidden_size"]
     heads, latent = config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
@@ -229,7 +229,7 @@ def _swiglu(random: np.random.Generator, path: str, hidden: int, width: int, *st
 
 
 def _matrix(random: np.random.Generator, path: str, *shape: int) -> Tensors:
-    """A quantized matrix (..., rows, columns) with mean 0 and variance 1 / columns."""
+    """Return a quantized matrix (..., rows, columns) with mean 0 and variance 1 / columns."""
     *leading, columns = shape
     codes = random.integers(0, 2**32, (*leading, columns * BITS // 32), np.uint32)
     spread = random.uniform(0.8, 1.2, (*leading, columns // GROUP_SIZE)).astype(np.float32)
@@ -242,6 +242,6 @@ def _matrix(random: np.random.Generator, path: str, *shape: int) -> Tensors:
 
 
 def random_prompt(vocab_size: int, length: int, repetition: int, seed: int = 0, number: int = 0) -> tuple[int, ...]:
-    """Token ids, the same ones for the same arguments; others for each repetition, and for each number in it."""
+    """Return random token ids, which depend only on the arguments."""
     random = np.random.default_rng([seed, length, repetition, number])
     return tuple(int(id) for id in random.integers(0, vocab_size, length))

@@ -151,7 +151,9 @@ def bench(
             "hosts": None if launched is None else launched.cluster.names,
             "link_delay_ms": link_delay_ms,
             "speculate": speculate,
-            "sums": next((each.sums.to_dict() for each in sides if isinstance(each, SessionSide) and each.sums), None),
+            "sums": next(
+                (side.all_reduce.to_dict() for side in sides if isinstance(side, SessionSide) and side.all_reduce), None
+            ),
             "dtype": _dtype_name(dtype, config),
             "date": machine.now(),
             "machine": machine.machine(),

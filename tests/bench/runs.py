@@ -1,4 +1,4 @@
-"""Runs with figures that a test chooses."""
+"""Runs with given rates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_run(
     cached: int | None = None,
     energy_j: float | None = None,
 ) -> Run:
-    """A run of one case at these rates; the requests of a batch come one after another."""
+    """Return a run of one case at these rates, with one request of a batch after another."""
     ttft, step = case.prompt_tokens / prefill, 1 / decode
     cached = case.depth if cached is None else cached
     prompt = case.depth + case.prompt_tokens

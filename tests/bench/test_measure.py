@@ -11,11 +11,11 @@ Log = list[tuple[str, RequestBatch]]
 
 
 class CountingSide:
-    """Answers with the prompt's first token and counts on, as often as asked; notes what it was asked."""
+    """Generate the prompt's first token + 1, + 2, ...; log each batch."""
 
     def __init__(self, name: str, log: Log):
         self.name = name
-        self.turns: str | None = None
+        self.not_batched_because: str | None = None
         self._log = log
 
     def run(self, batch: RequestBatch) -> BatchResult:
@@ -78,7 +78,7 @@ def test_energy_is_asked_for_the_time_of_the_batch() -> None:
     assert run.energy_j == run.outcome.wall_s == 2.5
 
 
-def test_the_plan_knows_how_many_batches_it_makes() -> None:
+def test_the_plan_knows_its_number_of_batches() -> None:
     plan = BenchmarkPlan((4, 9), 3, warmup=2, repeat=3, concurrency=(1, 2))
     assert len(run_plan(plan, "a")[0]) == plan.total == 20
 
@@ -88,15 +88,15 @@ def test_the_plan_knows_how_many_batches_it_makes() -> None:
     [
         ({"prompt_tokens": ()}, "at least 1 token"),
         ({"prompt_tokens": (128, 0)}, "at least 1 token"),
-        ({"generation_tokens": 1}, "too few"),
-        ({"repeat": 0}, "start at 1"),
+        ({"generation_tokens": 1}, "cannot time decode"),
+        ({"repeat": 0}, "at least 1"),
         ({"warmup": -1}, "warm-ups"),
-        ({"depth": (-1,)}, "0 or more"),
-        ({"concurrency": (1, 0)}, "1,0 requests at once are not from 1 to 64"),
-        ({"concurrency": (65,)}, "from 1 to 64"),
+        ({"depth": (-1,)}, "at least 0"),
+        ({"concurrency": (1, 0)}, "concurrency 1,0 is not between 1 and 64"),
+        ({"concurrency": (65,)}, "not between 1 and 64"),
     ],
 )
-def test_a_senseless_plan_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_an_invalid_plan_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BenchmarkPlan(**arguments)  # pyright: ignore[reportArgumentType]
 
@@ -104,5 +104,5 @@ def test_a_senseless_plan_is_refused(arguments: dict[str, object], message: str)
 def test_a_plan_that_exceeds_the_context_is_refused_with_both_numbers() -> None:
     plan = BenchmarkPlan((128, 512), 64, depth=(0, 1000))
     plan.check_context(1576)
-    with pytest.raises(UsageError, match="take 1576 tokens, the model's context holds 1575"):
+    with pytest.raises(UsageError, match="need 1576 tokens, but the model's context has 1575"):
         plan.check_context(1575)

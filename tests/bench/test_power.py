@@ -33,7 +33,7 @@ def heard(end: float, milliwatts: int = 100000) -> list[tuple[str, float]]:
 def test_energy_is_power_by_time_within_the_limits() -> None:
     log = PowerLog()
     for line, now in [*heard(10.2, 100000), *heard(10.4, 50000)]:
-        log.hear(line, now)
+        log.add_line(line, now)
     assert log.energy_j(10.0, 10.2) == pytest.approx(20, rel=0.01)
     assert log.energy_j(10.1, 10.3) == pytest.approx(15, rel=0.01)
 
@@ -42,6 +42,6 @@ def test_a_stretch_that_was_not_sampled_has_no_energy() -> None:
     log = PowerLog()
     assert log.energy_j(0, 1) is None
     for line, now in heard(10.2):
-        log.hear(line, now)
+        log.add_line(line, now)
     assert log.energy_j(10.0, 12.0) is None
     assert log.energy_j(10.0, 10.3) == pytest.approx(30, rel=0.01)

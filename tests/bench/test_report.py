@@ -25,7 +25,7 @@ RUNS = [
 
 
 class IdleSide:
-    turns = None
+    not_batched_because = None
 
     def __init__(self, name: str):
         self.name = name
@@ -74,7 +74,7 @@ def test_the_tables_show_each_side() -> None:
     assert "at once" not in text
 
 
-def test_columns_come_with_what_they_show() -> None:
+def test_empty_columns_are_hidden() -> None:
     plan = BenchmarkPlan((100,), 11, warmup=0, repeat=1, depth=(50,), concurrency=(2,))
     text = make_report([make_run("kimi-mlx", 0, 100, 10, case=Case(50, 100, 2), energy_j=44)], plan).markdown()
     header, rule, row = (line for line in text.splitlines() if line.startswith("|"))
@@ -84,25 +84,25 @@ def test_columns_come_with_what_they_show() -> None:
     assert rule.count("---") == 1
 
 
-def test_the_heading_names_all_that_matters() -> None:
+def test_the_heading_names_the_set_up() -> None:
     first, second = make_report().heading()
     assert first.startswith("wide, float32, 2 ranks 4 ms apart each way, 11 new tokens; median (min-max) of 3")
     assert "load" in second
 
 
-def test_the_summary_says_who_was_beaten_and_whether_the_texts_agree() -> None:
+def test_the_summary_has_ratios_and_agreement() -> None:
     lines = make_report().summary()
     assert lines == [
         "prompt 100: kimi-mlx / mlx-lm = 2.00 in prefill (`mlx-lm tensor`), 2.03 in decode (`mlx-lm pipeline`)",
-        "mlx-lm tensor: the same tokens as kimi-mlx in all 4 answers",
-        "mlx-lm pipeline: the same tokens as kimi-mlx in 0 of 4 answers; they part at token 10 at the earliest",
+        "mlx-lm tensor: same tokens as kimi-mlx in all 4 answers",
+        "mlx-lm pipeline: same tokens as kimi-mlx in 0 of 4 answers; earliest difference at token 10",
         "roofline: 2.0 GB/s (measured)",
     ]
 
 
 def test_an_interrupted_report_says_so() -> None:
     report = make_report(RUNS[:-1])
-    assert report.summary()[-1] == "interrupted: 11 of 12 runs were made"
+    assert report.summary()[-1] == "interrupted after 11 of 12 runs"
     assert report.to_dict()["is_complete"] is False
 
 

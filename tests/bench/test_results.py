@@ -17,14 +17,14 @@ RUNS = [
 
 
 class NamedSide:
-    def __init__(self, name: str, turns: str | None):
-        self.name, self.turns = name, turns
+    def __init__(self, name: str, not_batched_because: str | None):
+        self.name, self.not_batched_because = name, not_batched_because
 
     def run(self, batch: object) -> object:
         raise NotImplementedError
 
 
-def test_medians_and_spread_leave_the_warm_up_out() -> None:
+def test_medians_and_spread_exclude_the_warm_up() -> None:
     ours = rows(RUNS)[0]
     assert (ours.side, ours.case.prompt_tokens, ours.generation_tokens) == ("kimi-mlx", 100, 11)
     spread = ours.rates["decode_tok_per_s"]
@@ -51,7 +51,7 @@ def test_the_depth_is_not_counted_as_prefill() -> None:
     assert row.rates["prefill_tok_per_s"].median == pytest.approx(50)
 
 
-def test_joules_are_for_each_new_token() -> None:
+def test_joules_are_per_new_token() -> None:
     runs = [make_run("kimi-mlx", i, 100, 10, energy_j=energy) for i, energy in enumerate([11.0, 33.0, None])]
     assert rows(runs)[0].joules_per_token == pytest.approx(2)
 
@@ -62,7 +62,7 @@ def test_ratios_are_against_the_best_of_the_others_in_each_figure() -> None:
     assert (round(decode.ratio, 3), decode.against) == (2.033, "mlx-lm pipeline")
 
 
-def test_cases_are_compared_each_on_its_own_and_several_requests_by_their_aggregate() -> None:
+def test_cases_are_compared_separately_and_concurrent_requests_by_their_aggregate() -> None:
     alone, together = Case(0, 100, 1), Case(0, 100, 4)
     runs = [
         make_run("kimi-mlx", 0, 100, 10, case=alone),
@@ -86,16 +86,16 @@ def test_tokens_are_compared_answer_by_answer() -> None:
     assert (pipeline.answers, pipeline.equal, pipeline.first_difference) == (4, 0, 2)
 
 
-def test_what_was_cut_short_is_compared_as_far_as_it_goes() -> None:
+def test_a_shorter_answer_differs_at_its_end() -> None:
     assert agreements([make_run("mlx-lm", 0, 1, 1)]) == []
     assert ratios(rows(RUNS[:4])) == []
 
 
-def test_notes_say_who_took_turns_and_what_was_not_in_the_cache() -> None:
+def test_notes_name_unbatched_sides_and_uncached_tokens() -> None:
     sides = [NamedSide("kimi-mlx", None), NamedSide("mlx-lm tensor", "no batches")]
     runs = [make_run("kimi-mlx", 0, 1, 1, case=Case(50, 100, 2), cached=20)]
     assert notes(RUNS, sides) == []  # pyright: ignore[reportArgumentType]
     assert notes(runs, sides) == [  # pyright: ignore[reportArgumentType]
-        "mlx-lm tensor: requests at once were no batch: no batches",
-        "kimi-mlx: up to 30 tokens of the depth were not in its cache, and were timed",
+        "mlx-lm tensor: concurrent requests did not run as a batch: no batches",
+        "kimi-mlx: up to 30 tokens of the depth were not cached but timed",
     ]

@@ -30,7 +30,7 @@ DEEP = make_batch(Case(16, 24, 3), 0, PLAN, 512)
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare mlx-lm its C++ compiler, which takes longer than everything else."""
+    """Disable compilation in mlx-lm, which takes longer than everything else."""
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
 
 
@@ -48,9 +48,9 @@ def ids_of(answers: Sequence[TimedAnswer]) -> list[tuple[int, ...]]:
     return [answer.ids for answer in answers]
 
 
-def has_ended(pid: int, patience_s: float = 10) -> bool:
-    """Whether a process is gone, or a zombie that its parent has yet to collect."""
-    deadline = time.monotonic() + patience_s
+def has_ended(pid: int, timeout_s: float = 10) -> bool:
+    """Whether a process has exited, possibly as a zombie."""
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
         if not state.strip() or state.startswith("Z"):
@@ -60,12 +60,12 @@ def has_ended(pid: int, patience_s: float = 10) -> bool:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time that a process has used (Linux)."""
+    """Return the CPU time of a process (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_side_starts_each_answer_afresh(tiny: Path) -> None:
+def test_a_side_starts_each_batch_with_an_empty_cache(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
         first, second = side.run(ALONE), side.run(ALONE)
     assert ids_of(first.answers) == ids_of(second.answers)
@@ -74,12 +74,12 @@ def test_a_side_starts_each_answer_afresh(tiny: Path) -> None:
     assert second.peak_memory_bytes[0] > 0
 
 
-def test_the_depth_is_in_the_cache_and_every_token_has_its_time(tiny: Path) -> None:
+def test_the_depth_is_cached_and_every_token_has_a_time(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
         outcome = side.run(DEEP)
         alone = [side.run(RequestBatch((request,))) for request in DEEP.requests]
     assert [answer.statistics.cached_tokens for answer in outcome.answers] == [16, 16, 16]
-    assert ids_of(outcome.answers) == [each.answers[0].ids for each in alone]
+    assert ids_of(outcome.answers) == [result.answers[0].ids for result in alone]
     for answer in outcome.answers:
         assert len(answer.arrivals_s) == 6
         assert list(answer.arrivals_s) == sorted(answer.arrivals_s)
@@ -88,7 +88,7 @@ def test_the_depth_is_in_the_cache_and_every_token_has_its_time(tiny: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_kimi_mlx_on_ranks_keeps_the_depth_and_tells_the_memory_of_each(tiny: Path) -> None:
+def test_kimi_mlx_on_ranks_caches_the_depth_and_reports_memory_per_rank(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny, ranks=2)) as side:
         outcome = side.run(DEEP)
     assert ids_of(outcome.answers) == kimi_mlx_answers(tiny, DEEP)
@@ -100,9 +100,9 @@ def test_kimi_mlx_on_ranks_keeps_the_depth_and_tells_the_memory_of_each(tiny: Pa
 @pytest.mark.sweep
 @pytest.mark.ranks
 def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
-    """A token costs hybrid a collective a layer, mlx-lm's tensor mode two."""
-    with slow_links(20) as detour:
-        options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), detour=detour))
+    """A token needs one collective per layer with hybrid, and two in mlx-lm's tensor mode."""
+    with slow_links(20) as hostfile_rewriter:
+        options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), detour=hostfile_rewriter))
         with open_kimi_mlx(options) as side:
             assert step_s(side) >= 3 * 0.02
         with open_mlx_lm(options, "tensor") as side:
@@ -110,7 +110,7 @@ def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
 
 
 def step_s(side: Side) -> float:
-    """Seconds for each token after the first."""
+    """Return the seconds per token after the first."""
     (answer,) = side.run(ALONE).answers
     return 1 / answer.statistics.decode_tok_per_s
 
@@ -118,14 +118,14 @@ def step_s(side: Side) -> float:
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.sweep)])
-def test_mlx_lm_says_the_same_as_kimi_mlx_and_idles_in_between(tiny: Path, ranks: int) -> None:
+def test_mlx_lm_generates_the_same_tokens_and_idles_in_between(tiny: Path, ranks: int) -> None:
     expected, together = kimi_mlx_answers(tiny, ALONE), kimi_mlx_answers(tiny, DEEP)
     for mode in MODES[ranks > 1]:
         with open_mlx_lm(SessionOptions(tiny, ranks), mode) as side:
             deep = side.run(DEEP)
             assert ids_of(deep.answers) == together
             assert [answer.statistics.cached_tokens for answer in deep.answers] == [16, 16, 16]
-            assert (side.turns is None) == (ranks == 1)
+            assert (side.not_batched_because is None) == (ranks == 1)
             outcome = side.run(ALONE)
             (answer,) = outcome.answers
             assert ids_of(outcome.answers) == expected
@@ -144,7 +144,7 @@ def test_mlx_lm_says_the_same_as_kimi_mlx_and_idles_in_between(tiny: Path, ranks
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_what_mlx_lm_cannot_load_is_named(tmp_path: Path) -> None:
+def test_a_model_that_mlx_lm_cannot_load_is_named(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny")
     (folder / "model-00002-of-00004.safetensors").unlink()
     with (
@@ -166,7 +166,7 @@ def test_a_lost_process_of_mlx_lm_ends_the_side(tiny: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_mlx_lm_ends_with_its_input(tiny: Path) -> None:
-    """What happens when the front is killed: nothing is sent, the pipe just closes."""
+    """If the front is killed, it sends nothing, and the pipe is closed."""
     ring = Ring(local_cluster(1), module="kimi_mlx.bench.mlx_lm_rank")
     try:
         ring.start(folder=str(tiny), dtype=None, mode="single")

@@ -1,4 +1,4 @@
-"""The relay of --link-delay-ms: round trips really take twice the delay, and pieces do not wait for one another."""
+"""The relay of --link-delay-ms: round trips take twice the delay, and chunks do not wait for each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DELAY_MS = 20
 
 @pytest.fixture
 def echo() -> Iterator[str]:
-    """The address of a server that sends everything back."""
+    """Yield the address of an echo server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -31,15 +31,15 @@ def echo() -> Iterator[str]:
 
 
 def relay_to(address: str, views: list[str]) -> tuple[str, int]:
-    """Where rank 0 is told to find rank 1."""
+    """Return the address of rank 1 in the hostfile of rank 0."""
     host, _, port = json.loads(views[0])[1][0].rpartition(":")
     assert f"{host}:{port}" != address
     return host, int(port)
 
 
 def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str) -> None:
-    with slow_links(DELAY_MS) as detour:
-        views = detour(json.dumps([["127.0.0.1:1"], [echo]]))
+    with slow_links(DELAY_MS) as rewrite_hostfile:
+        views = rewrite_hostfile(json.dumps([["127.0.0.1:1"], [echo]]))
         with socket.create_connection(relay_to(echo, views)) as near:
             near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             near.sendall(b"first")  # the way there is made
@@ -68,8 +68,8 @@ def test_a_rank_that_listens_later_is_found() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with slow_links(0) as detour:
-            near = socket.create_connection(relay_to(address, detour(f'[["a:1"],["{address}"]]')))
+        with slow_links(0) as rewrite_hostfile:
+            near = socket.create_connection(relay_to(address, rewrite_hostfile(f'[["a:1"],["{address}"]]')))
             time.sleep(0.2)
             server.listen()
             server.settimeout(5)

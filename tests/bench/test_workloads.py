@@ -22,7 +22,7 @@ from tests.bench.tiny import TINY, write_tiny
 
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of its own, and a shape that is quick to make."""
+    """Use a temporary cache folder and a small shape."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(SHAPES, "tiny", TINY)  # pyright: ignore[reportArgumentType]
     return tmp_path
@@ -95,7 +95,7 @@ def test_another_shape_gets_another_folder(caches: Path, monkeypatch: pytest.Mon
 
 
 def test_an_unknown_shape_is_refused() -> None:
-    with pytest.raises(UsageError, match="no synthetic checkpoint `tall`"):
+    with pytest.raises(UsageError, match="unknown synthetic checkpoint `tall`"):
         synthetic_checkpoint("tall")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of K2's shape that loads and runs in a moment, in kimi-mlx and in mlx-lm."""
+"""A checkpoint of K2's shape that loads and runs quickly, in kimi-mlx and in mlx-lm."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ TINY: dict[str, Any] = {
 
 
 def write_tiny(folder: Path, **changes: Any) -> Path:
-    """Write the checkpoint, with some fields of its configuration changed."""
+    """Write the checkpoint, with changed fields of its configuration."""
     write_synthetic(folder, {**COMMON, **TINY, **changes})
     return folder

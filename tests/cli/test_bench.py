@@ -87,7 +87,7 @@ def test_without_matplotlib_nothing_is_measured(tiny: Path, monkeypatch: pytest.
     monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs matplotlib") as caught:
         bench(tiny, "--plot", "out.png")
-    assert caught.value.hint == "type `pip install matplotlib`"
+    assert caught.value.hint == "run `pip install matplotlib`"
 
 
 @pytest.mark.sweep  # tests/bench/test_sides.py has both sides on two ranks
@@ -119,11 +119,11 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["no-such-model"], "no model `no-such-model`"),
         (["--ranks", "65"], "between 1 and 64"),
         (["--depth", "deep"], "--depth is `deep`, not whole numbers"),
-        (["--depth", "-1"], "0 or more"),
+        (["--depth", "-1"], "at least 0"),
         (["--depth", "0,"], "not whole numbers"),
-        (["--concurrency", "0"], "not from 1 to 64"),
+        (["--concurrency", "0"], "not between 1 and 64"),
         (["--concurrency", "two"], "--concurrency is `two`"),
-        (["--depth", "65000"], "65576 tokens, the model's context holds 65536"),
+        (["--depth", "65000"], "65576 tokens, but the model's context has 65536"),
         (["--link-delay-ms", "4"], "for several ranks"),
         (["--link-delay-ms", "nan", "--ranks", "2"], "nan, not from 0 to 1000"),
         (["--json", "--markdown"], "exclude each other"),
@@ -197,7 +197,7 @@ def test_what_was_measured_is_shown_on_ctrl_c(tiny: Path, tmp_path: Path, monkey
     file = tmp_path / "out.json"
     result = bench(tiny, "--prompt-tokens", "12", "--generation-tokens", "4", "--concurrency", "2", "--output", file)
     assert result.exit_code == 130
-    assert "interrupted: 3 of 6 runs were made" in result.stdout
+    assert "interrupted after 3 of 6 runs" in result.stdout
     report = json.loads(file.read_text())
     assert report["is_complete"] is False
     assert len(report["runs"]) == 3
