@@ -29,8 +29,8 @@ MessageLike = Message | Mapping[str, Any]
 class ChatTokenizer:
     """Tokenizer, chat template and defaults of one checkpoint.
 
-    A checkpoint may lack its tokenizer or its chat template (base models). It loads all the same; what is missing
-    becomes an error when it is needed. Without a tokenizer, prompts are token ids, and decoded text is the ids in
+    A checkpoint may lack its tokenizer or its chat template (base models). It still loads; the missing part
+    is an error when it is needed. Without a tokenizer, prompts are token ids, and decoded text is the ids in
     decimal, each followed by a space.
 
     Args:

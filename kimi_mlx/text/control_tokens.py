@@ -1,8 +1,8 @@
-"""Keeping control tokens apart from text that merely looks like them.
+"""Tell control tokens from text that only looks like them.
 
-A chat template writes both into one string. Before rendering, an escape character that occurs nowhere in the
-input goes into every place where text from outside spells a control token or could become part of one; after
-rendering, a control token's text without the escape can only be the template's own.
+A chat template writes both into one string. Before rendering, an escape character that does not occur in the input is
+inserted wherever text of a user spells a control token or could become part of one. After rendering, the text of a
+control token without the escape can only come from the template.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from typing import Any, cast
 
 from kimi_mlx.errors import TextError
 
-# Noncharacters first: no text should have them. Then private use, for input that was made to exhaust them.
+# Noncharacters first: no text should contain them. Then private use, for input that contains all of those.
 ESCAPES = tuple(map(chr, itertools.chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE))))
 
 
 class ControlTokens:
-    """The texts of a tokenizer's control tokens."""
+    """The control tokens of a tokenizer.
+
+    Args:
+        special_tokens: id of each token, by its text.
+    """
 
     def __init__(self, special_tokens: Mapping[str, int]):
         self._ids = dict(special_tokens)
-        # Longest first, so that no token hides behind one that it begins with.
+        # Longest first: a token may be the beginning of another.
         names = sorted((name for name in self._ids if name), key=len, reverse=True)
         nothing = r"(?!)"
         self._find = re.compile("|".join(map(re.escape, names)) or nothing)
@@ -31,7 +35,7 @@ class ControlTokens:
         self._longest = max(map(len, names), default=0)
 
     def split(self, text: str) -> list[str | int]:
-        """Return the text between the control tokens, and their ids in their places."""
+        """Split text at control tokens; return strings of plain text and ids of control tokens, in order."""
         parts: list[str | int] = []
         at = 0
         for match in self._find.finditer(text):
@@ -40,51 +44,51 @@ class ControlTokens:
         parts.append(text[at:])
         return [part for part in parts if part != ""]
 
-    def guard(self, value: Any, escape: str) -> Any:
-        """Return `value` with every string in it made harmless, keys too; other leaves stay as they are."""
+    def escape_in(self, value: Any, escape: str) -> Any:
+        """Return `value` with the control tokens escaped in all its strings, keys included."""
         if isinstance(value, str):
-            return self._guard_text(value, escape)
+            return self._escape_text(value, escape)
         if isinstance(value, Mapping):
             items = cast("Mapping[Any, Any]", value).items()
-            return {self.guard(key, escape): self.guard(item, escape) for key, item in items}
+            return {self.escape_in(key, escape): self.escape_in(item, escape) for key, item in items}
         if isinstance(value, list | tuple):
-            return [self.guard(item, escape) for item in cast("Sequence[Any]", value)]
+            return [self.escape_in(item, escape) for item in cast("Sequence[Any]", value)]
         return value
 
-    def _guard_text(self, text: str, escape: str) -> str:
+    def _escape_text(self, text: str, escape: str) -> str:
         parts: list[str] = []
         at = 0
-        # From one character after each find, since control tokens may overlap.
+        # Continue one character after each match, because control tokens may overlap.
         while match := self._find.search(text, at):
             parts.append(text[at : match.start() + 1])
             at = match.start() + 1
         text = escape.join([*parts, text[at:]])
-        # What is only the beginning of a control token could go on in the next string.
+        # The beginning of a control token at the end of this string could be completed by the next string.
         ends = (text[-length:] for length in range(1, min(len(text), self._longest) + 1))
         return text + escape if any(end in self._beginnings for end in ends) else text
 
 
 def choose_escape(inputs: Iterable[str]) -> str:
-    """Return a character that occurs in none of the inputs, nor does its JSON escape.
+    """Return a character that does not occur in the inputs, neither as itself nor as a JSON escape.
 
     Raises:
-        TextError: there is none.
+        TextError: all candidates occur.
     """
     text = "\n".join(inputs)
     for escape in ESCAPES:
         if escape not in text and json_escape(escape) not in text:
             return escape
-    raise TextError("the messages hold every private-use character there is", hint="shorten the messages")
+    raise TextError("the messages contain every private-use character", hint="shorten the messages")
 
 
 def json_escape(char: str) -> str:
-    """Return how JSON restricted to ASCII writes a character."""
+    """Return the escape of a character in ASCII JSON."""
     code = char.encode("utf-16-be")
     return "".join(f"\\u{code[i : i + 2].hex()}" for i in range(0, len(code), 2))
 
 
 def strings_in(value: Any) -> Iterable[str]:
-    """Yield every string in nested lists and objects, keys too."""
+    """Yield every string in nested lists and objects, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

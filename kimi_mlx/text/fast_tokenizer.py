@@ -1,4 +1,4 @@
-"""Reading a `tokenizer.json` of Hugging Face, without the parts that would let text forge control tokens."""
+"""Read a Hugging Face `tokenizer.json`, without the parts that would let plain text become control tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tokenizers import Tokenizer
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.vocabulary import CHAR_TO_BYTE
 
-HINT = "only byte-level BPE tokenizers are served"
+HINT = "only byte-level BPE tokenizers are supported"
 
 
 def read_fast_tokenizer(path: Path, added: Mapping[int, str]) -> tuple[Tokenizer, dict[int, bytes], dict[str, int]]:
     """Return the BPE without added tokens, the bytes of its tokens by id, and the added tokens by text.
 
     Args:
-        path: the `tokenizer.json`.
-        added: further added tokens, from `tokenizer_config.json`.
+        path: path of `tokenizer.json`.
+        added: further added tokens by id, from `tokenizer_config.json`.
 
     Raises:
         TextError: the file is broken or not a byte-level BPE.
@@ -35,7 +35,7 @@ def read_fast_tokenizer(path: Path, added: Mapping[int, str]) -> tuple[Tokenizer
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TextError(f"cannot read `{path}` as a BPE tokenizer: {error!r}", hint=HINT) from error
     special |= {text: i for i, text in added.items()}
-    # An added token that stands in the model's vocabulary too could be reached by merges: take it out there.
+    # Merges could produce an added token that is also in the model's vocabulary, so remove it there.
     words = {word: i for word, i in words.items() if i not in special.values() and word not in special}
     spec["added_tokens"] = []
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None

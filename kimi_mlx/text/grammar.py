@@ -1,10 +1,10 @@
-"""The grammar of an answer that must keep to a JSON schema or to a choice of tools, as text for llguidance.
+"""Build the grammar of an answer that must match a JSON schema or a choice of tools, as text for llguidance.
 
-    answer:  reasoning? (JSON | text? section?)         and then a token that ends it, which no grammar names
+    answer:  reasoning? (JSON | text? section?)         then an end token, which is not part of the grammar
     section: section-begin call+ section-end
     call:    call-begin functions.NAME:INDEX argument-begin JSON call-end
 
-The text is in llguidance's dialect of Lark, with control tokens by their ids; kimi_mlx.engine.constraint reads it.
+The text is in llguidance's dialect of Lark, with control tokens by id. kimi_mlx.engine.constraint reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_EN
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
 MAX_CALLS = 16
-"""In one answer that a grammar constrains."""
+"""Maximum number of tool calls in an answer with a grammar."""
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 ANY_OBJECT: Schema = {"type": "object"}
 CHOICES = ("auto", "none", "required")
@@ -35,14 +35,15 @@ class Thinking(Enum):
     """Whether an answer begins with reasoning."""
 
     OPEN = auto()
-    """The prompt ends in `<think>`."""
+    """Yes: the prompt ends in `<think>`."""
     POSSIBLE = auto()
-    """The model decides, and writes `<think>` itself."""
+    """Perhaps: the model decides, and writes `<think>` itself."""
     NONE = auto()
+    """No: the model does not think, or the prompt has closed the reasoning."""
 
 
 def detect_thinking(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
-    """Tell how an answer to this prompt may begin."""
+    """Return whether the answer to a prompt begins with reasoning."""
     last = prompt[-1] if prompt else None
     if THINK_BEGIN not in special_tokens or last == special_tokens.get(THINK_END):
         return Thinking.NONE
@@ -59,49 +60,54 @@ def build_grammar(
     first_index: int = 0,
     schema_name: str = "response_format",
 ) -> str | None:
-    """Return the grammar of an answer; None if there is nothing to keep to.
+    """Return the grammar of an answer; None if the answer is unconstrained.
 
-    A schema of a tool that is not `strict` is kept to as far as that is possible, and only if a call is required.
+    The schema of a tool that is not `strict` is enforced only if a call is required, and only if it is supported.
 
     Args:
-        special_tokens: of the tokenizer.
-        thinking: see detect_thinking.
+        special_tokens: special tokens of the tokenizer.
+        thinking: result of detect_thinking.
         response_schema: JSON schema of an answer without calls; True is any object, None any text.
         tools: OpenAI-style tools.
-        tool_choice: "auto", "none" (text alone), "required" (calls alone), or {"name": ...} (one call of that tool).
-        parallel_tool_calls: whether there may be several calls.
-        first_index: of the first call; a conversation counts its calls from 0.
-        schema_name: what errors call the schema of the answer.
+        tool_choice: "auto", "none" (only text), "required" (only calls), or {"name": ...} (one call of that tool).
+        parallel_tool_calls: True to allow several calls.
+        first_index: index of the first call; a conversation counts its calls from 0.
+        schema_name: name of the answer's schema in error messages.
 
     Raises:
-        GrammarError: answers cannot be made to keep to this; the message begins with the place.
+        GrammarError: the schema or the choice cannot be enforced; the message begins with the place.
     """
     choice = _choice(tool_choice, tools)
-    is_called_for = choice not in ("auto", "none")
+    is_call_required = choice not in ("auto", "none")
     is_strict = any(_is_strict(tool["function"]) for tool in tools)
-    matters = tools and (choice == "none" or not parallel_tool_calls or is_strict)
-    if response_schema is None and not is_called_for and not matters:
+    restricts_tools = tools and (choice == "none" or not parallel_tool_calls or is_strict)
+    if response_schema is None and not is_call_required and not restricts_tools:
         return None
     response = None
-    if response_schema is not None and not is_called_for:
+    if response_schema is not None and not is_call_required:
         schema = ANY_OBJECT if response_schema is True else response_schema
         response = to_lark(check_schema(schema, schema_name))
     answer = _Answer(
         thinking,
         response,
-        is_called_for,
+        is_call_required,
         [] if choice == "none" else _functions(tools, choice),
         MAX_CALLS if parallel_tool_calls and choice in CHOICES else 1,
         first_index,
     )
     if answer.functions:
-        _check_sum(answer)
+        _check_total(answer)
     return _write(answer, lambda token: _by_id(token, special_tokens))
 
 
 @dataclass(frozen=True)
 class _Function:
-    """A tool that may be called; arguments: a rule's body."""
+    """A tool that may be called.
+
+    Args:
+        name: name of the tool.
+        arguments: body of the rule for its arguments.
+    """
 
     name: str
     arguments: str
@@ -109,34 +115,43 @@ class _Function:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What an answer may be; response: a rule's body."""
+    """Allowed forms of an answer.
+
+    Args:
+        thinking: whether the answer begins with reasoning.
+        response: body of the rule for an answer without calls; None for any text.
+        is_call_required: True if the answer consists of calls only.
+        functions: tools that may be called.
+        max_calls: maximum number of calls.
+        first_index: index of the first call.
+    """
 
     thinking: Thinking
     response: str | None
-    is_called_for: bool
+    is_call_required: bool
     functions: Sequence[_Function]
-    most_calls: int
+    max_calls: int
     first_index: int
 
 
 def _choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
-    """Check the choice against the tools."""
+    """Check that the tools are valid and that the choice names one of them; return the choice."""
     for i, tool in enumerate(tools):
         if not isinstance(tool.get("function"), Mapping):
             raise GrammarError(f"`tools[{i}].function` is missing")
     names = [tool["function"].get("name") for tool in tools]
     if isinstance(tool_choice, str):
         if tool_choice not in CHOICES:
-            raise GrammarError(f"`tool_choice` is `{tool_choice}`", hint=f"it is {', '.join(CHOICES)}, or names a tool")
+            raise GrammarError(f"`tool_choice` is `{tool_choice}`", hint=f"use {', '.join(CHOICES)}, or name a tool")
         if tool_choice == "required" and not names:
             raise GrammarError("`tool_choice` is `required`, but there are no tools")
     elif tool_choice.get("name") not in names:
-        raise GrammarError(f"`tool_choice` names `{tool_choice.get('name')}`, which is none of the tools")
+        raise GrammarError(f"`tool_choice` names `{tool_choice.get('name')}`, which is not one of the tools")
     return tool_choice
 
 
 def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> list[_Function]:
-    """The tools that the choice leaves, with the rules of their arguments."""
+    """Return the tools that the choice allows, with the rules of their arguments."""
     functions: list[_Function] = []
     for i, tool in enumerate(tools):
         function, where = tool["function"], f"tools[{i}].function"
@@ -144,7 +159,9 @@ def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, An
         if isinstance(choice, Mapping) and name != choice["name"]:
             continue
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-            raise GrammarError(f"`{where}.name`: `{name}` is no name", hint=f"names are `{TOOL_NAME.pattern}`")
+            raise GrammarError(
+                f"`{where}.name`: `{name}` is not a valid name", hint=f"a name matches `{TOOL_NAME.pattern}`"
+            )
         schema = ANY_OBJECT
         if is_strict or choice != "auto":
             schema = _arguments(function, f"{where}.parameters", is_strict)
@@ -157,7 +174,7 @@ def _is_strict(function: Mapping[str, Any]) -> bool:
 
 
 def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Schema:
-    """The schema of a tool's arguments; any object where one that is not strict has a schema that cannot be kept to."""
+    """Return the schema of a tool's arguments. Without `strict`, an unsupported schema is replaced by any object."""
     parameters = function.get("parameters")
     if parameters is None:
         return {**ANY_OBJECT, "additionalProperties": False}
@@ -166,7 +183,7 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
             raise GrammarError(f"`{where}` is not the schema of an object")
         schema = {**ANY_OBJECT, **cast("Schema", parameters)}
         if schema["type"] != "object":
-            raise GrammarError(f"`{where}: $.type`: arguments are an object, not `{schema['type']}`")
+            raise GrammarError(f"`{where}: $.type`: arguments must be an object, not `{schema['type']}`")
         return check_schema(schema, where)
     except GrammarError:
         if is_strict:
@@ -177,13 +194,13 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
 def _by_id(token: str, special_tokens: Ids) -> str:
     if token not in special_tokens:
         raise GrammarError(
-            f"the model has no `{token}`, so it cannot be made to call tools", hint="choose another model"
+            f"the model has no `{token}` token, so tool calls cannot be enforced", hint="use another model"
         )
     return f"<[{special_tokens[token]}]>"
 
 
-def _check_sum(answer: _Answer) -> None:
-    """Refuse what is too much in sum, though each schema is not."""
+def _check_total(answer: _Answer) -> None:
+    """Raise an error if the schemas together are too large, although each one is not."""
     problem = find_problem(_write(answer, json.dumps))
     if problem:
         raise GrammarError(f"`tools`: {problem}", hint="send fewer tools")
@@ -193,16 +210,16 @@ def _write(answer: _Answer, token: Callable[[str], str]) -> str:
     """Write the grammar.
 
     Args:
-        answer: what it may be.
-        token: how a control token is written.
+        answer: allowed forms of the answer.
+        token: function that returns a control token as grammar text.
     """
-    if answer.is_called_for:
+    if answer.is_call_required:
         content = "section"
     elif answer.response:
         content = "response | section" if answer.functions else "response"
     else:
         content = "TEXT section?" if answer.functions else "TEXT"
-    # Forced text is not tokenized by llguidance: the model picks among the tokens that begin it.
+    # no_forcing: llguidance does not tokenize forced text. The model chooses among the tokens that begin it.
     rules = ['%llguidance {"no_forcing": true}', f"start: {_reasoning(answer.thinking, token)} answer"]
     rules += [f"answer: {content}", r"TEXT: /(.|\n)*/"]
     if answer.response:
@@ -219,15 +236,15 @@ def _reasoning(thinking: Thinking, token: Callable[[str], str]) -> str:
 
 
 def _calls(answer: _Answer, token: Callable[[str], str]) -> list[str]:
-    """Rules of a section and of the calls in it; a call may be followed by the next."""
+    """Return the rules of a section and of its calls; each call may be followed by the next one."""
     rules = [f"section: {token(SECTION_BEGIN)} call_0 {token(SECTION_END)}"]
     rules += [f"arguments_{i}: {function.arguments}" for i, function in enumerate(answer.functions)]
-    for number in range(answer.most_calls):
-        index = answer.first_index + number
+    for i_call in range(answer.max_calls):
+        index = answer.first_index + i_call
         bodies = [
             f"{json.dumps(f'{PREFIX}{function.name}:{index}')} {token(ARGUMENT_BEGIN)} arguments_{i}"
             for i, function in enumerate(answer.functions)
         ]
-        following = f"call_{number + 1}?" if number + 1 < answer.most_calls else ""
-        rules.append(f"call_{number}: {token(CALL_BEGIN)} ({' | '.join(bodies)}) {token(CALL_END)} {following}")
+        following = f"call_{i_call + 1}?" if i_call + 1 < answer.max_calls else ""
+        rules.append(f"call_{i_call}: {token(CALL_BEGIN)} ({' | '.join(bodies)}) {token(CALL_END)} {following}")
     return rules

@@ -1,4 +1,4 @@
-"""The values of a conversation: messages, tool calls, and the pieces of an answer as they arrive."""
+"""Messages, tool calls, and deltas of an answer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ToolCall:
     """A call that the model made.
 
     Args:
-        id: as the model wrote it, usually `functions.NAME:INDEX`; a tool result quotes it.
-        name: the tool's name.
-        arguments: the JSON text as the model wrote it; it holds an object.
+        id: id as the model wrote it, usually `functions.NAME:INDEX`; a tool result refers to it.
+        name: name of the tool.
+        arguments: arguments as the model wrote them, the JSON text of an object.
     """
 
     id: str
@@ -30,19 +30,19 @@ class ToolCall:
     arguments: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the call as OpenAI's API writes it."""
+        """Return the call in OpenAI's shape."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True)
 class UnparsedToolCall:
-    """What stood in the place of a tool call and is none.
+    """Text in the place of a tool call that is not a valid call.
 
     Args:
-        raw: the text between the call's markers, with the marker inside it if there was one.
-        reason: why it is no call.
-        index: that of its ToolCallDeltas; None if none were given, because nothing named a tool.
+        raw: text between the markers of the call, including a marker inside it.
+        reason: reason why it is not a call.
+        index: index of its ToolCallDeltas; None if it had none, because it names no tool.
     """
 
     raw: str
@@ -52,13 +52,13 @@ class UnparsedToolCall:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A piece of a tool call that is still being written: it may yet turn out to be none.
+    """A part of a tool call that the model is still writing. The call may still become an UnparsedToolCall.
 
     Args:
-        index: which of the answer's calls, from 0.
-        id: as the model wrote it; in the first part of a call, else empty.
-        name: the tool's name; in the first part of a call, else empty.
-        arguments: the next piece of the JSON text.
+        index: index of the call in the answer, from 0.
+        id: id as the model wrote it; empty except in the first delta of a call.
+        name: name of the tool; empty except in the first delta of a call.
+        arguments: next part of the JSON text.
     """
 
     index: int
@@ -69,13 +69,13 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer: what one or more tokens added to it.
+    """A part of an answer, from one or more tokens.
 
     Args:
-        text: what is said.
-        reasoning: what is thought.
-        tool_calls: calls that have been closed, in the order of their parts.
-        tool_call_deltas: pieces of calls, the same calls as they are being written.
+        text: text of the answer.
+        reasoning: text of the reasoning.
+        tool_calls: completed calls, in order.
+        tool_call_deltas: parts of the same calls, as the model writes them.
     """
 
     text: str = ""
@@ -84,38 +84,38 @@ class Delta:
     tool_call_deltas: tuple[ToolCallDelta, ...] = ()
 
     def __add__(self, other: Delta) -> Delta:
-        """Return both pieces as one."""
+        """Return both deltas as one."""
         return join((self, other))
 
     def __bool__(self) -> bool:
-        """Tell whether there is anything in it."""
+        """Return whether the delta has any content."""
         return bool(self.text or self.reasoning or self.tool_calls or self.tool_call_deltas)
 
 
 def join(deltas: Iterable[Delta]) -> Delta:
-    """Return the pieces as one, with the parts of each call in one part."""
-    pieces = list(deltas)
-    parts = [part for piece in pieces for part in piece.tool_call_deltas]
-    calls = [list(group) for _, group in groupby(parts, key=lambda part: part.index)]
+    """Return all deltas as one, with one ToolCallDelta per call."""
+    all_deltas = list(deltas)
+    call_deltas = [call_delta for delta in all_deltas for call_delta in delta.tool_call_deltas]
+    calls = [list(group) for _, group in groupby(call_deltas, key=lambda call_delta: call_delta.index)]
     return Delta(
-        "".join(piece.text for piece in pieces),
-        "".join(piece.reasoning for piece in pieces),
-        tuple(call for piece in pieces for call in piece.tool_calls),
-        tuple(replace(call[0], arguments="".join(part.arguments for part in call)) for call in calls),
+        "".join(delta.text for delta in all_deltas),
+        "".join(delta.reasoning for delta in all_deltas),
+        tuple(call for delta in all_deltas for call in delta.tool_calls),
+        tuple(replace(call[0], arguments="".join(call_delta.arguments for call_delta in call)) for call in calls),
     )
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
+    """A message of a conversation.
 
     Args:
         role: `system`, `user`, `assistant` or `tool`.
-        content: text, or parts of it in OpenAI's shape.
-        reasoning_content: what an assistant thought before it answered.
-        tool_calls: the calls that an assistant made.
-        tool_call_id: the call that a tool answers.
-        name: shown to the model in place of the role.
+        content: text, or parts in OpenAI's shape.
+        reasoning_content: reasoning of the assistant before its answer.
+        tool_calls: calls of the assistant.
+        tool_call_id: id of the call that a tool message answers.
+        name: name that the model sees instead of the role.
 
     Raises:
         TextError: the role is unknown.
@@ -129,20 +129,20 @@ class Message:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a role that no chat template knows."""
+        """Check the role."""
         if self.role not in ROLES:
-            raise TextError(f"message has the role `{self.role}`", hint=f"roles are {', '.join(ROLES)}")
+            raise TextError(f"message has the role `{self.role}`", hint=f"use one of {', '.join(ROLES)}")
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Message:
-        """Read a message in OpenAI's shape; the arguments of tool calls may be JSON text or an object.
+        """Return a message from OpenAI's shape. Arguments of tool calls may be JSON text or an object.
 
         Raises:
             TextError: a field has the wrong shape.
         """
         content = value.get("content")
         if not isinstance(content, str | list | tuple | None):
-            raise TextError(f"message content is neither text nor a list: `{content!r:.60}`")
+            raise TextError(f"message content is neither a string nor a list: `{content!r:.60}`")
         return cls(
             role=_text(value, "role") or "",
             content=cast("Content", content),
@@ -153,7 +153,7 @@ class Message:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the message in OpenAI's shape, for chat templates; fields without a value are left out."""
+        """Return the message in OpenAI's shape, for chat templates. Fields without a value are left out."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
         optional = {
             "reasoning_content": self.reasoning_content,
@@ -167,7 +167,7 @@ class Message:
 def _text(value: Mapping[str, Any], key: str) -> str | None:
     text = value.get(key)
     if text is not None and not isinstance(text, str):
-        raise TextError(f"`{key}` of a message is not a text: `{text!r:.60}`")
+        raise TextError(f"`{key}` of a message is not a string: `{text!r:.60}`")
     return text
 
 

@@ -1,15 +1,15 @@
-"""The answer of a model, token by token: reasoning, text and tool calls.
+"""Parse the answer of a model, token by token, into reasoning, text and tool calls.
 
     REASONING --</think>--> TEXT
     either --section--> SECTION --call--> CALL_ID --argument--> ARGUMENTS --call end--> SECTION --end--> TEXT
 
-The machine reads ids, so a marker spelled in ordinary tokens is text. It forgives what Kimi is known to do: a
-section inside reasoning ends it, a call needs no section around it, and whatever is open when the answer ends
-is closed.
+The parser reads ids, so a marker spelled in ordinary tokens is text. It tolerates known errors of Kimi: a section
+inside the reasoning ends the reasoning, a call needs no section around it, and everything still open is closed at the
+end of the answer.
 
-A call comes twice: in parts while it is written, from the marker on that ends its id, and whole when it is closed.
-Only then is it known whether its arguments are JSON. If they are not, the parts have been given all the same, and an
-UnparsedToolCall with their index follows. What names no tool has no parts, only an UnparsedToolCall.
+A call is returned twice: in deltas while the model writes it, starting when its id is complete, and as a whole when it
+is closed. Only then is it known if its arguments are JSON. If they are not, an UnparsedToolCall with the same index
+follows the deltas. A call that names no tool has no deltas, only an UnparsedToolCall.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, parse_tool_call, tool_name
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL_BEGIN, CALL_END = "<|tool_call_begin|>", "<|tool_call_end|>"
-# Kimi sometimes spells the section's markers like this, in ordinary tokens, around rightly marked calls.
+# Kimi sometimes spells the section's markers like this, in ordinary tokens, around correctly marked calls.
 MISSPELLED_BEGIN, MISSPELLED_END = "<|tool_call_section_begin|>", "<|tool_call_section_end|>"
 REPLACEMENT = "\ufffd"
 
 
 class State(Enum):
-    """What the next ordinary token belongs to."""
+    """Part of the answer that the next ordinary token belongs to."""
 
     REASONING = auto()
     TEXT = auto()
@@ -42,22 +42,22 @@ class State(Enum):
 
 
 def starts_in_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Tell whether a prompt ends in `<think>`, so that the answer goes on inside it."""
+    """Return whether a prompt ends in `<think>`, so that the answer begins with reasoning."""
     return bool(prompt) and prompt[-1] == tokenizer.special_tokens.get(THINK_BEGIN)
 
 
 def parse(tokenizer: Tokenizer, ids: Iterable[int], starts_in_reasoning: bool = False) -> Delta:
-    """Return a whole answer in one piece; equal to the sum of its streamed pieces."""
+    """Return a whole answer as one delta, equal to the sum of its streamed deltas."""
     parser = OutputParser(tokenizer, starts_in_reasoning)
     return join([*(parser.add(token_id) for token_id in ids), parser.finish()])
 
 
 class OutputParser:
-    """Splits one answer. Whatever the ids, no method raises.
+    """Parser of one answer. No method raises, whatever the ids.
 
     Args:
-        tokenizer: the model's tokenizer.
-        starts_in_reasoning: the prompt ended in `<think>`.
+        tokenizer: tokenizer of the model.
+        starts_in_reasoning: True if the prompt ends in `<think>`.
     """
 
     def __init__(self, tokenizer: Tokenizer, starts_in_reasoning: bool):
@@ -65,18 +65,18 @@ class OutputParser:
         self._decoder = tokenizer.detokenizer()
         self._markers = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
         self._state = State.REASONING if starts_in_reasoning else State.TEXT
-        self._held = ""  # text that may turn out to be a misspelled marker
+        self._held = ""  # text that may become a misspelled marker
         self._call_id: list[str] = []
         self._arguments: list[str] = []
         self._index: int | None = None  # of the open call, once its name is known
-        self._calls_named = 0
+        self._num_named_calls = 0
         self._new_text = ""
         self._new_reasoning = ""
-        self._new_parts: list[ToolCallDelta] = []
+        self._new_call_deltas: list[ToolCallDelta] = []
         self._new_calls: list[ToolCall | UnparsedToolCall] = []
 
     def add(self, token_id: int) -> Delta:
-        """Take the next token and return what it adds; nothing after the end of the answer."""
+        """Return the delta of the next token; it is empty after the end of the answer."""
         if self._state is State.ENDED:
             return Delta()
         marker = self._markers.get(token_id)
@@ -90,14 +90,14 @@ class OutputParser:
         return self._take_delta()
 
     def finish(self) -> Delta:
-        """Close whatever is open and return the rest; to be called when no more tokens come."""
+        """Close everything still open and return the last delta. Call it after the last token."""
         self._end()
         return self._take_delta()
 
     def _decode(self, token_id: int) -> str:
         try:
             return self._decoder.add(token_id)
-        except TextError:  # an id that the vocabulary does not have
+        except TextError:  # an id outside the vocabulary
             return self._decoder.finish() + REPLACEMENT
 
     def _take_marker(self, marker: str) -> None:
@@ -138,7 +138,7 @@ class OutputParser:
             self._take_plain_text(text)
 
     def _take_plain_text(self, text: str) -> None:
-        """Pass text on, except for an end of it that may be the misspelled beginning of a section."""
+        """Add text, but hold back an ending that may be the misspelled beginning of a section."""
         text = self._held + text
         tail = text[text.rfind("<") :] if "<" in text else ""
         if not (MISSPELLED_BEGIN.startswith(tail) or tail.rstrip() == MISSPELLED_BEGIN):
@@ -147,7 +147,7 @@ class OutputParser:
         self._show(text[: len(text) - len(tail)])
 
     def _take_text_in_section(self, text: str) -> None:
-        """Drop blanks and the misspelled end of the section; any other text means that it is over."""
+        """Drop blanks and the misspelled end of the section. Any other text ends the section."""
         self._held += text
         seen = self._held.lstrip()
         if seen.startswith(MISSPELLED_END):
@@ -160,7 +160,7 @@ class OutputParser:
             self._take_plain_text(text)
 
     def _release(self, before_call: bool = False) -> None:
-        """Show held text after all, but no blanks of a section and no misspelled marker before a call."""
+        """Add the text that was held back, without blanks in a section or a misspelled marker before a call."""
         held, self._held = self._held, ""
         if self._state is State.SECTION:
             if not held.strip():
@@ -176,18 +176,18 @@ class OutputParser:
             self._new_text += text
 
     def _name_call(self) -> None:
-        """Give the first part of the open call, if its id names a tool."""
+        """Add the first delta of the open call if its id names a tool."""
         call_id = "".join(self._call_id).strip()
         name = tool_name(call_id)
         if name:
-            self._index = self._calls_named
-            self._calls_named += 1
-            self._new_parts.append(ToolCallDelta(self._index, call_id, name))
+            self._index = self._num_named_calls
+            self._num_named_calls += 1
+            self._new_call_deltas.append(ToolCallDelta(self._index, call_id, name))
 
     def _take_arguments(self, text: str) -> None:
         self._arguments.append(text)
         if self._index is not None:
-            self._new_parts.append(ToolCallDelta(self._index, arguments=text))
+            self._new_call_deltas.append(ToolCallDelta(self._index, arguments=text))
 
     def _close_call(self, is_cut_off: bool) -> None:
         if self._state not in (State.CALL_ID, State.ARGUMENTS):
@@ -206,7 +206,7 @@ class OutputParser:
         self._state = State.ENDED
 
     def _take_delta(self) -> Delta:
-        delta = Delta(self._new_text, self._new_reasoning, tuple(self._new_calls), tuple(self._new_parts))
+        delta = Delta(self._new_text, self._new_reasoning, tuple(self._new_calls), tuple(self._new_call_deltas))
         self._new_text = self._new_reasoning = ""
-        self._new_calls, self._new_parts = [], []
+        self._new_calls, self._new_call_deltas = [], []
         return delta

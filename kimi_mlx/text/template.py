@@ -1,8 +1,7 @@
-"""The chat template of a checkpoint: messages and tools to one prompt, as text or as token ids.
+"""Render messages and tools as a prompt with the chat template of a checkpoint, as text or as token ids.
 
-The template is a program from outside. It runs in jinja2's sandbox, with no files, no network and a bounded
-number of loop steps. Control tokens come from the template alone: what stands in messages, tools or options
-stays text.
+A template is an untrusted program. It runs in jinja2's sandbox, without files or network, and with a limited number of
+loop steps. Only the template can write control tokens: text in messages, tools and options stays text.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the template's text.
-        name: where it comes from, for error messages.
+        source: text of the template.
+        name: name of its file, for error messages.
 
     Raises:
         TextError: the source is not a jinja2 template.
@@ -53,14 +52,14 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
-        """Read `chat_template.jinja` of a checkpoint, else the template in its `tokenizer_config.json`.
+        """Read `chat_template.jinja` of a checkpoint, or the template in its `tokenizer_config.json`.
 
         Raises:
-            TextError: there is none, or it is broken.
+            TextError: the checkpoint has no template, or it is broken.
         """
         template = cls.find(folder)
         if template is None:
-            raise TextError(f"`{folder}` has no chat template", hint=f"put a `{TEMPLATE_FILE}` into it")
+            raise TextError(f"`{folder}` has no chat template", hint=f"add a `{TEMPLATE_FILE}` to it")
         return template
 
     @classmethod
@@ -87,13 +86,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> str:
-        """Return the prompt as text, in which the control tokens of the template and of users look alike.
+        """Return the prompt as text. Control tokens of the template look the same as such text of users.
 
         Args:
-            messages: the conversation, as messages or as dictionaries in OpenAI's shape.
+            messages: conversation, as messages or as dictionaries in OpenAI's shape.
             tools: OpenAI-style tools.
-            add_generation_prompt: end with the beginning of the assistant's turn.
-            template_kwargs: further variables, such as `thinking` and `preserve_thinking`.
+            add_generation_prompt: True to end with the beginning of the assistant's turn.
+            template_kwargs: further variables of the template, such as `thinking` and `preserve_thinking`.
 
         Raises:
             TextError: a message has the wrong shape, or the template fails.
@@ -110,15 +109,15 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the prompt as token ids; arguments and errors as for `render`."""
         variables = self._variables(messages, tools, add_generation_prompt, template_kwargs)
-        markers = ControlTokens(tokenizer.special_tokens)
+        control_tokens = ControlTokens(tokenizer.special_tokens)
         try:
             escape = choose_escape([self.source, *strings_in(variables)])
-            variables = markers.guard(variables, escape)
+            variables = control_tokens.escape_in(variables, escape)
         except RecursionError as error:
             raise TextError("messages or tools are nested too deeply") from error
         prompt = self._run(variables)
         ids: list[int] = []
-        for part in markers.split(prompt):
+        for part in control_tokens.split(prompt):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -132,22 +131,22 @@ class ChatTemplate:
         add_generation_prompt: bool,
         template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return everything that the template may read."""
+        """Return all variables of the template."""
         turns = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
         try:
-            # A round trip through JSON: plain values only, nested no deeper than JSON's own limit.
-            given = json.loads(json.dumps(list(tools or ()), sort_keys=self._sorts_tools))
+            # A round trip through JSON leaves plain values only, with limited nesting.
+            plain_tools = json.loads(json.dumps(list(tools or ()), sort_keys=self._sorts_tools))
             options = json.loads(json.dumps(dict(template_kwargs)))
         except (TypeError, ValueError, RecursionError) as error:
             raise TextError(f"tools and template options must be plain JSON values: {error}") from error
         try:
-            declarations = to_typescript(given) or None
+            declarations = to_typescript(plain_tools) or None
         except ToolDeclarationError:
             declarations = None
         return {
             **options,
             "messages": [turn.to_dict() for turn in turns],
-            "tools": given or None,
+            "tools": plain_tools or None,
             "tools_ts_str": declarations,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -155,14 +154,14 @@ class ChatTemplate:
     def _run(self, variables: Mapping[str, Any]) -> str:
         try:
             return self._template.render(variables, range=_LoopBudget())
-        except Exception as error:  # a template is foreign code: it can fail in any way
+        except Exception as error:  # a template may fail in any way
             where = _template_line(error)
             at = f" line {where}" if where else ""
             raise TextError(f"`{self._name}`{at}: {error or type(error).__name__}", hint=HINT) from error
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with the functions and settings that published chat templates count on."""
+    """jinja2's sandbox with the functions and settings that published chat templates need."""
 
     intercepted_binops = frozenset(["*", "**"])
     filters: dict[str, Any]
@@ -174,14 +173,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals |= {"namespace": jinja2.utils.Namespace, "dict": dict}
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Refuse powers, and products that would fill the memory."""
+        """Refuse powers, and products that would exhaust the memory."""
         if operator == "**" or _product_size(left, right) > MAX_PRODUCT:
-            raise OverflowError(f"`{operator}` makes a value that is too big")
+            raise OverflowError(f"`{operator}` makes a value that is too large")
         return super().call_binop(context, operator, left, right)
 
 
 class _LoopBudget:
-    """`range` for one run of a template: all loops together take at most `MAX_LOOP_STEPS` steps."""
+    """`range` for one run of a template. All loops together are limited to `MAX_LOOP_STEPS` steps."""
 
     def __init__(self) -> None:
         self._left = MAX_LOOP_STEPS
@@ -195,7 +194,7 @@ class _LoopBudget:
 
 
 def _product_size(left: Any, right: Any) -> int:
-    """Return how many elements, or bits, a product has at most; 0 where it does not matter."""
+    """Return an upper bound of the elements, or bits, of a product; 0 for other types."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() + right.bit_length()
     for sequence, count in ((left, right), (right, left)):
@@ -211,7 +210,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON as Hugging Face's templates expect it: no HTML escapes, Unicode as it is."""
+    """Return JSON as Hugging Face's templates expect it: without HTML escapes or Unicode escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -224,13 +223,13 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _template_line(error: Exception) -> int | None:
-    """Return the line of the template that failed; jinja2 puts it into the traceback."""
+    """Return the line of the template that failed, from the traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return lines[-1] if lines else None
 
 
 def _default_template(value: Any) -> str | None:
-    """Return the template in a tokenizer configuration: a text, or the one called `default` of several."""
+    """Return the template of a tokenizer configuration: a string, or the one named `default` in a list."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in cast("list[dict[str, Any]]", value)}
         value = named.get("default")

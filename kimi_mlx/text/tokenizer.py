@@ -1,8 +1,7 @@
-"""Text to token ids and back.
+"""Convert text to token ids and back.
 
-The tokenizer is built here, from the vocabulary file of the checkpoint; no code of the checkpoint runs. Plain
-text never becomes a control token: the `tokenizers` object knows none of them, and whoever wants one uses its
-id.
+The tokenizer is built here from the vocabulary file of the checkpoint; no code of the checkpoint runs. Plain text never
+becomes a control token: the `tokenizers` object has none, and a caller that wants one uses its id.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from kimi_mlx.text.fast_tokenizer import read_fast_tokenizer
 from kimi_mlx.text.vocabulary_cache import cached_splits
 
 NUM_RESERVED_SPECIAL_TOKENS = 256
-# Kimi's own limits: text is cut here before it meets the pattern, and the cuts show in the ids.
+# Kimi's own limits: longer text is split before the pattern is applied, and the splits are visible in the ids.
 MAX_ENCODE_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 LONG_RUN = re.compile(rf"\s{{{MAX_RUN_CHARS + 1},}}|\S{{{MAX_RUN_CHARS + 1},}}")
@@ -32,7 +31,7 @@ END_TOKENS = ("[EOS]", "<|im_end|>")
 
 
 class Tokenizer:
-    """The vocabulary of one checkpoint.
+    """The tokenizer of one checkpoint.
 
     Args:
         bpe: byte-level BPE without added tokens.
@@ -75,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def load_decoder(cls, folder: Path) -> Tokenizer:
-        """Read the tokens alone, in a fraction of the time; such a tokenizer decodes, and encodes nothing.
+        """Read only the tokens, in a fraction of the time. Such a tokenizer can decode but not encode.
 
         Raises:
             TextError: a file is missing or broken.
@@ -95,11 +94,11 @@ class Tokenizer:
             return cls(*read_fast_tokenizer(folder / "tokenizer.json", added), eos_token_ids)
         raise TextError(
             f"`{folder}` has neither `tiktoken.model` nor `tokenizer.json`",
-            hint="name the folder of a whole checkpoint",
+            hint="use the folder of a complete checkpoint",
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text; the text of a control token is text like any other."""
+        """Return the ids of plain text. Text that spells a control token stays text."""
         ids: list[int] = []
         for piece in _pieces(text):
             encoding = self._bpe.encode_batch_fast([_well_formed(piece)], add_special_tokens=False)[0]
@@ -107,7 +106,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, control tokens included; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`, control tokens included; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             TextError: an id is not in the vocabulary.
@@ -124,10 +123,10 @@ class Tokenizer:
             return self._tokens[token_id]
         except KeyError:
             message = f"token id {token_id} is not in the vocabulary of {self.vocab_size} ids"
-            raise TextError(message, hint="model and tokenizer are not of the same checkpoint") from None
+            raise TextError(message, hint="use the model and the tokenizer of the same checkpoint") from None
 
     def tokens(self) -> list[bytes]:
-        """Return the bytes of every token, by id; none where an id has no token."""
+        """Return the bytes of every token, by id; empty where an id has no token."""
         return [self._tokens.get(i, b"") for i in range(self.vocab_size)]
 
     def detokenizer(self) -> Detokenizer:
@@ -177,14 +176,14 @@ class TokenIdTokenizer(Tokenizer):
 
 
 class Detokenizer:
-    """Decodes ids one by one; text comes out as soon as its characters are whole."""
+    """Decodes a stream of ids; text is returned as soon as its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """Return the text that this id completes, possibly none.
+        """Return the text that this id completes; it may be empty.
 
         Raises:
             TextError: the id is not in the vocabulary.
@@ -192,12 +191,12 @@ class Detokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD for a character that never became whole, else nothing."""
+        """Return U+FFFD if an incomplete character is left, else an empty string."""
         return self._decoder.decode(b"", final=True)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut text where Kimi cuts it: every 400,000 characters, then inside runs over 25,000 (non-)blanks."""
+    """Split text as Kimi does: every 400,000 characters, then inside runs of more than 25,000 blanks or non-blanks."""
     for at in range(0, len(text), MAX_ENCODE_CHARS):
         part = text[at : at + MAX_ENCODE_CHARS]
         start = 0
@@ -209,7 +208,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _well_formed(text: str) -> str:
-    """Return text that has an UTF-8 form: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    """Return valid Unicode: surrogate pairs are joined, lone surrogates become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -226,20 +225,20 @@ def _read_bpe(tokens: Sequence[bytes], path: Path) -> tokenizers.Tokenizer:
 def _special_tokens(tokens: Sequence[bytes], added: Mapping[int, str], path: Path) -> dict[str, int]:
     """Return the ids of the special tokens that follow the ordinary ones, by their texts."""
     size = len(tokens) + NUM_RESERVED_SPECIAL_TOKENS
-    foreign = next((i for i in added if not len(tokens) <= i < size), None)
-    if foreign is not None:
+    outside = next((i for i in added if not len(tokens) <= i < size), None)
+    if outside is not None:
         raise TextError(
-            f"added token `{added[foreign]}` has id {foreign}, outside {len(tokens)} to {size - 1}",
-            hint=f"`{path.name}` and `tokenizer_config.json` are not of the same checkpoint",
+            f"added token `{added[outside]}` has id {outside}, outside {len(tokens)} to {size - 1}",
+            hint=f"`{path.name}` and `tokenizer_config.json` are from different checkpoints",
         )
     special = {added.get(i, f"<|reserved_token_{i}|>"): i for i in range(len(tokens), size)}
     if len(special) != NUM_RESERVED_SPECIAL_TOKENS:
-        raise TextError(f"two added tokens beside `{path}` have the same text")
+        raise TextError(f"two added tokens for `{path}` have the same text")
     return special
 
 
 def _added_tokens(path: Path) -> dict[int, str]:
-    """Return `added_tokens_decoder` of a tokenizer configuration, empty if there is none."""
+    """Return `added_tokens_decoder` of a tokenizer configuration; empty if there is none."""
     entries: Any = read_json(path).get("added_tokens_decoder") or {}
     try:
         return {int(key): str(entry["content"]) for key, entry in entries.items()}
@@ -248,20 +247,20 @@ def _added_tokens(path: Path) -> dict[int, str]:
 
 
 def _eos_token_ids(folder: Path) -> set[int]:
-    """Return the ids that the configuration files name as the end of an answer."""
+    """Return the ids in `eos_token_id` of the configuration files."""
     config = read_json(folder / "config.json")
     text_config = config.get("text_config")
-    named: list[Any] = [config, text_config, read_json(folder / "generation_config.json")]
-    found: set[int] = set()
-    for values in named:
+    configs: list[Any] = [config, text_config, read_json(folder / "generation_config.json")]
+    ids: set[int] = set()
+    for values in configs:
         value = cast("dict[str, Any]", values).get("eos_token_id") if isinstance(values, dict) else None
         listed = cast("list[Any]", value) if isinstance(value, list) else [value]
-        found.update(i for i in listed if isinstance(i, int))
-    return found
+        ids.update(i for i in listed if isinstance(i, int))
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if there is no such file.
+    """Return the object in a JSON file; empty if there is no such file.
 
     Raises:
         TextError: the file is not JSON, or not an object.

@@ -1,4 +1,4 @@
-"""One tool call as Kimi writes it, `functions.NAME:INDEX` and JSON arguments, made into a value."""
+"""Parse a tool call as Kimi writes it: `functions.NAME:INDEX` and JSON arguments."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
 
 
 def tool_name(call_id: str) -> str:
-    """Return the name in a call's id, with or without `functions.` and the index; empty if it names nothing."""
+    """Return the name in a call's id, with or without `functions.` and the index; empty if there is none."""
     return INDEX.sub("", call_id.strip()).removeprefix(PREFIX)
 
 
 def parse_tool_call(
     call_id: str, arguments: str | None, is_cut_off: bool = False, index: int | None = None
 ) -> ToolCall | UnparsedToolCall:
-    """Return the call, or what is there instead of one with the reason; never an error.
+    """Return the call, or an UnparsedToolCall with the reason why it is not a call. Never raises.
 
     Args:
-        call_id: the text before the arguments' marker, with or without `functions.` and the index.
-        arguments: the text after it; None if there was no marker.
-        is_cut_off: the answer ended, or another call began, before this one was closed.
-        index: that of its ToolCallDeltas.
+        call_id: text before the marker of the arguments, with or without `functions.` and the index.
+        arguments: text after that marker; None if there is no marker.
+        is_cut_off: True if the answer ended, or another call began, before this call was closed.
+        index: index of its ToolCallDeltas.
     """
     raw = call_id if arguments is None else call_id + ARGUMENT_BEGIN + arguments
-    ending = "the call is never closed: " if is_cut_off else ""
+    ending = "the call is not closed: " if is_cut_off else ""
     name = tool_name(call_id)
     if arguments is None:
         return UnparsedToolCall(raw, f"{ending}no arguments", index)
@@ -42,7 +42,7 @@ def parse_tool_call(
 
 
 def _problem(arguments: str) -> str | None:
-    """Return why `arguments` is not a JSON object, or None if it is one."""
+    """Return the reason why `arguments` is not a JSON object; None if it is one."""
     try:
         value = json.loads(arguments, parse_constant=_refuse)
     except RecursionError:
@@ -53,4 +53,4 @@ def _problem(arguments: str) -> str | None:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"`{constant}` is no JSON value")
+    raise ValueError(f"`{constant}` is not a JSON value")

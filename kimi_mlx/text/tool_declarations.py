@@ -1,8 +1,8 @@
-"""Tool declarations as Kimi K2.5 was trained to read them: a block of TypeScript types.
+"""Write tool declarations in the form that Kimi K2.5 was trained on: a block of TypeScript types.
 
-JSON schemas of OpenAI-style tools become `type NAME = (_: PARAMETERS) => any;` inside one namespace. Only
-what the official encoder can say is said; anything else raises `ToolDeclarationError`, and the caller shows
-the model all tools as compact JSON instead, as the official tokenizer does.
+JSON schemas of OpenAI-style tools become `type NAME = (_: PARAMETERS) => any;` inside one namespace. A schema that the
+official encoder cannot express raises `ToolDeclarationError`; the caller then declares all tools as compact JSON, as
+the official tokenizer does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT_REF = "#"
 DEFS_PREFIX = "#/$defs/"
 ROOT_INTERFACE = "parameters"
 
-# The constraints that the model has seen in comments, for each type that has any.
+# Constraints that the official encoder writes as comments, by type.
 CONSTRAINTS: dict[str, tuple[str, ...]] = {
     "string": ("maxLength", "minLength", "pattern"),
     "number": ("maximum", "minimum"),
@@ -45,11 +45,11 @@ ENUM_VALUES: dict[str, type | tuple[type, ...]] = {
 
 
 class ToolDeclarationError(TextError):
-    """A tool schema that the TypeScript form cannot say; show the tools as JSON instead."""
+    """A tool schema that has no TypeScript form; declare the tools as JSON instead."""
 
 
 def to_typescript(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Return the TypeScript block for `tools`, or an empty string if none of them is a function.
+    """Return the TypeScript block for `tools`; an empty string if there is no function.
 
     Args:
         tools: OpenAI-style tools, `{"type": "function", "function": {"name", "description", "parameters"}}`.
@@ -86,13 +86,13 @@ def _function(function: Mapping[str, Any]) -> str:
 
 @dataclass
 class _SchemaWriter:
-    """Writes the schemas of one function and remembers what they refer to."""
+    """Writes the schemas of one function and collects the definitions that they refer to."""
 
     definitions: dict[str, Any] = field(default_factory=dict[str, Any])
     refers_to_root: bool = False
 
     def root_interface(self, root: Mapping[str, Any]) -> str:
-        """Write the interface of parameters that contain themselves: the fields in the schema's own order."""
+        """Write the interface of parameters that contain themselves; the fields are in the schema's order."""
         fields = self._fields(root, INDENT, 0)
         body = ",\n".join(fields.values())
         return f"interface {ROOT_INTERFACE} {{\n{body}\n}}" if body else f"interface {ROOT_INTERFACE} {{}}"
@@ -105,7 +105,7 @@ class _SchemaWriter:
         return f"{head}interface {name} {body}"
 
     def type_of(self, schema: Any, indent: str, depth: int) -> str:
-        """Return the type of any schema; `indent` is that of the line the type begins on."""
+        """Return the type of a schema; `indent` is the indentation of its first line."""
         if depth > MAX_DEPTH:
             raise ToolDeclarationError(f"tool schema is nested deeper than {MAX_DEPTH} levels")
         if isinstance(schema, bool):
@@ -133,7 +133,7 @@ class _SchemaWriter:
         """Return an object type: required fields first, each group by name, then additional properties."""
         self._define(schema)
         inner = indent + INDENT
-        # In this order, because additional properties may define what the fields refer to.
+        # Additional properties first: they may define types that the fields refer to.
         additional = self._additional(schema.get("additionalProperties"), inner, depth)
         fields = self._fields(schema, inner, depth)
         required = _list(schema.get("required", []), "required")
@@ -182,7 +182,7 @@ class _SchemaWriter:
             return ROOT_INTERFACE
         name = str(ref).rsplit("/", 1)[-1]
         if not str(ref).startswith(DEFS_PREFIX) or name not in self.definitions:
-            raise ToolDeclarationError(f"tool schema refers to `{ref}`, which is not there")
+            raise ToolDeclarationError(f"tool schema refers to `{ref}`, which is not defined")
         _mapping(self.definitions[name], name)
         return name
 
@@ -192,7 +192,7 @@ def _scalar(kind: Any) -> str:
         return "number"
     if isinstance(kind, str):
         return kind  # an unknown name passes through, as in the official encoder
-    raise ToolDeclarationError(f"tool schema has no type that TypeScript can say: `{kind}`")
+    raise ToolDeclarationError(f"tool schema has a type without TypeScript form: `{kind}`")
 
 
 def _union(kinds: list[Any]) -> str:
@@ -212,7 +212,7 @@ def _enum(schema: Mapping[str, Any]) -> str:
 
 
 def _enum_kind(kind: Any) -> str:
-    """Return the one type of an enum, where it is declared; a second one may only be null."""
+    """Return the declared type of an enum; a second type may only be null."""
     if not isinstance(kind, list):
         return str(kind)
     kinds = [str(k) for k in cast("list[Any]", kind)]
@@ -255,19 +255,19 @@ def _comment(text: str, indent: str) -> str:
     return "\n".join(f"{indent}// {line}" if line else "" for line in text.split("\n"))
 
 
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ToolDeclarationError(f"`{what}` of a tool is not an object")
+        raise ToolDeclarationError(f"`{name}` of a tool is not an object")
     return cast("Mapping[str, Any]", value)
 
 
-def _list(value: Any, what: str) -> list[Any]:
+def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise ToolDeclarationError(f"`{what}` of a tool is not a list")
+        raise ToolDeclarationError(f"`{name}` of a tool is not a list")
     return list(cast("Sequence[Any]", value))
 
 
-def _text(value: Any, what: str) -> str:
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise ToolDeclarationError(f"`{what}` of a tool is not a text")
+        raise ToolDeclarationError(f"`{name}` of a tool is not a string")
     return value

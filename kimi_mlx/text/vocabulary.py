@@ -1,10 +1,9 @@
-"""A `tiktoken.model` file: its ranks, and the merges that `tokenizers` needs to arrive at the same ids.
+"""Read a `tiktoken.model` file, and find the merges with which `tokenizers` produces the same ids.
 
-The file has one line a token, `BASE64 RANK`. It lists no merges: tiktoken joins whichever two neighbours make
-the token of lowest rank. `tokenizers` wants pairs, and one pair a token is enough. Inside a longer text the
-bytes of a token are joined exactly as they are on their own until the token appears, since nothing crosses
-its two edges before that; so the last join of BPE over the token's own bytes, its canonical pair, is the only
-way it ever comes about.
+The file has one line per token, `BASE64 RANK`, and no merges: tiktoken joins the two neighbours that make the token of
+lowest rank. `tokenizers` needs merges, and one per token is enough. In a longer text, the bytes of a token are joined
+in the same order as on their own until the token is complete, because no join crosses its edges before. So a token can
+only be made by the last join of BPE over its own bytes: its canonical pair.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ PATTERN = "|".join(
     ]
 )
 NEVER = 1 << 60
-AGAIN = "delete the file and download the checkpoint again"
+HINT = "delete the file and download the checkpoint again"
 
 
 def _byte_alphabet() -> list[str]:
-    """Return the printable character that stands for each byte in byte-level vocabularies."""
+    """Return the printable character that represents each byte in byte-level vocabularies."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     alphabet: list[str] = []
     for byte in range(256):
@@ -51,7 +50,7 @@ CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
 
 def read_ranks(path: Path) -> list[bytes]:
-    """Return the tokens of a tiktoken file, in the order of their ranks.
+    """Return the tokens of a tiktoken file in the order of their ranks.
 
     Raises:
         TextError: the file is missing or broken; the message names the line.
@@ -64,19 +63,19 @@ def read_ranks(path: Path) -> list[bytes]:
             continue
         token, rank = _parse_line(line, path, number)
         if rank in by_rank:
-            raise TextError(f"`{path}` line {number}: rank {rank} appears twice", hint=AGAIN)
+            raise TextError(f"`{path}` line {number}: rank {rank} appears twice", hint=HINT)
         if token in seen:
-            raise TextError(f"`{path}` line {number}: same token as rank {seen[token]}", hint=AGAIN)
+            raise TextError(f"`{path}` line {number}: same token as rank {seen[token]}", hint=HINT)
         by_rank[rank] = token
         seen[token] = rank
     if not by_rank:
-        raise TextError(f"`{path}` holds no tokens", hint=AGAIN)
+        raise TextError(f"`{path}` has no tokens", hint=HINT)
     gap = next((rank for rank in range(len(by_rank)) if rank not in by_rank), None)
     if gap is not None:
-        raise TextError(f"`{path}` has {len(by_rank)} tokens but none of rank {gap}", hint=AGAIN)
+        raise TextError(f"`{path}` has {len(by_rank)} tokens but none of rank {gap}", hint=HINT)
     lost = next((byte for byte in range(256) if bytes([byte]) not in seen), None)
     if lost is not None:
-        raise TextError(f"`{path}` has no token for the single byte 0x{lost:02x}", hint=AGAIN)
+        raise TextError(f"`{path}` has no token for the single byte 0x{lost:02x}", hint=HINT)
     return [by_rank[rank] for rank in range(len(by_rank))]
 
 
@@ -84,7 +83,7 @@ def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise TextError(f"cannot read `{path}`: {error.strerror}", hint=AGAIN) from error
+        raise TextError(f"cannot read `{path}`: {error.strerror}", hint=HINT) from error
     if data.startswith(b"version https://git-lfs"):
         raise TextError(f"`{path}` is a Git LFS pointer, not the vocabulary", hint="fetch it with `git lfs pull`")
     return data
@@ -94,7 +93,7 @@ def _parse_line(line: bytes, path: Path, number: int) -> tuple[bytes, int]:
     try:
         coded, rank = line.split()
         token = binascii.a2b_base64(coded)
-        # `a2b_base64` skips foreign characters, so the way back must give the same text.
+        # `a2b_base64` skips invalid characters, so check that encoding gives the same text.
         if not token or binascii.b2a_base64(token, newline=False) != coded:
             raise ValueError
         if not rank.isdigit():
@@ -102,22 +101,22 @@ def _parse_line(line: bytes, path: Path, number: int) -> tuple[bytes, int]:
         return token, int(rank)
     except ValueError as error:  # binascii.Error is one
         shown = line[:40].decode("utf-8", "replace")
-        raise TextError(f"`{path}` line {number}: `{shown}` is not `BASE64 RANK`", hint=AGAIN) from error
+        raise TextError(f"`{path}` line {number}: `{shown}` is not `BASE64 RANK`", hint=HINT) from error
 
 
 def find_splits(tokens: Sequence[bytes]) -> list[int]:
-    """Return how many bytes the first part of each token's canonical pair has; 0 if no merge makes it."""
+    """Return the number of bytes in the first part of each token's canonical pair; 0 if no merge makes the token."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     splits: list[int] = []
     for token in tokens:
         possible = [i for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        # With a single way to cut it the question is settled: if BPE gets there at all, it is by that pair.
+        # If there is only one way to split the token, BPE can only make it from that pair.
         splits.append(possible[0] if len(possible) == 1 else _last_merge(token, ranks) if possible else 0)
     return splits
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> int:
-    """Join the bytes of `token` as tiktoken does, until two parts are left; return where they meet, or 0."""
+    """Join the bytes of `token` as tiktoken does until two parts are left; return where they meet, or 0 if it fails."""
     starts = list(range(len(token) + 1))
     joins = [ranks.get(token[i : i + 2], NEVER) for i in range(len(token) - 1)]
     while len(joins) > 1:

@@ -1,7 +1,7 @@
-"""Canonical pairs of big vocabularies, remembered in the user's cache folder.
+"""Cache the canonical pairs of large vocabularies in the user's cache folder.
 
-Finding them takes seconds for Kimi's 163,584 ranks and always gives the same answer, two bytes a token. A
-cache file that is missing, broken or not writable costs time and nothing else.
+Finding the pairs takes seconds for Kimi's 163,584 tokens, and the result is always the same, two bytes per token. If
+the cache file is missing, broken or not writable, they are found again.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.text.vocabulary import find_splits
 
-# Smaller vocabularies are done in a fraction of a second.
+# Smaller vocabularies take a fraction of a second.
 CACHE_FROM_TOKENS = 30_000
 FORMAT = b"kimi-mlx canonical pairs 1\n"
 DIGEST_BYTES = 32
 
 
 def cached_splits(tokens: Sequence[bytes], digest: str) -> list[int]:
-    """Return `find_splits(tokens)`, from the cache if it is there.
+    """Return `find_splits(tokens)`, from the cache if possible.
 
     Args:
-        tokens: the tokens by rank.
-        digest: SHA-256 of the file that they come from, in hexadecimal.
+        tokens: tokens in the order of their ranks.
+        digest: SHA-256 of the file with the tokens, in hexadecimal.
     """
     caches = cache_folder() if len(tokens) >= CACHE_FROM_TOKENS else None
     if caches is None:
@@ -56,7 +56,7 @@ def _read(path: Path, tokens: Sequence[bytes]) -> list[int] | None:
 
 
 def _write(path: Path, splits: Sequence[int]) -> None:
-    """Write the file in one step, so that a reader never sees half of it."""
+    """Write the file atomically."""
     if max(splits) > 0xFFFF:
         return
     payload = _little_endian(array("H", splits)).tobytes()

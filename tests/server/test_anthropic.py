@@ -154,7 +154,7 @@ def test_answers_keep_to_a_schema_and_calls_can_be_required(client: anthropic.An
         assert "city" in use.input
         assert called.stop_reason == "tool_use"
     wrong: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}
-    with pytest.raises(anthropic.BadRequestError, match=r"`output_config\.format: .*`nonsense` is no type"):
+    with pytest.raises(anthropic.BadRequestError, match=r"`output_config\.format: .*`nonsense` is not a type"):
         client.messages.create(model="kimi-mini", max_tokens=9, messages=SUM, extra_body=wrong)
 
 

@@ -99,7 +99,7 @@ def test_answers_keep_to_a_schema_and_calls_can_be_required(client: openai.OpenA
         assert isinstance(call, ResponseFunctionToolCall)
         assert "city" in json.loads(call.arguments)
     wrong: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nonsense"}}}
-    with pytest.raises(openai.BadRequestError, match=r"`text\.format: .*`nonsense` is no type"):
+    with pytest.raises(openai.BadRequestError, match=r"`text\.format: .*`nonsense` is not a type"):
         client.responses.create(model="kimi-mini", input=SUM, text=wrong)
 
 

@@ -149,7 +149,7 @@ def test_without_anything_to_keep_to_there_is_no_grammar(arguments: dict[str, An
         ({"tools": [tool("f"), tool("g", ODD, strict=True)]}, "`tools[1].function.parameters: $.properties.a.not`"),
         ({"tools": [tool("f", {"type": "array"}, strict=True)]}, "`tools[0].function.parameters: $.type`"),
         ({"tools": [tool("f", 3, strict=True)]}, "`tools[0].function.parameters` is not the schema of an object"),
-        ({"tools": [tool("f g")], "tool_choice": "required"}, "`tools[0].function.name`: `f g` is no name"),
+        ({"tools": [tool("f g")], "tool_choice": "required"}, "`tools[0].function.name`: `f g` is not a valid name"),
         ({"tools": [{"type": "function"}]}, "`tools[0].function` is missing"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tools": [tool("f")], "tool_choice": "any"}, "`tool_choice` is `any`"),

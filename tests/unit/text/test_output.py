@@ -123,7 +123,7 @@ def test_what_kimi_writes(tokenizer: Tokenizer, case: str):
     ("parts", "raw", "reason"),
     [
         ((CALL, "f:0", ARGUMENTS, BROKEN, CALL_END), f"f:0{ARGUMENTS}{BROKEN}", "arguments are not JSON: "),
-        ((CALL, "f:0", ARGUMENTS, BROKEN), f"f:0{ARGUMENTS}{BROKEN}", "the call is never closed: arg"),
+        ((CALL, "f:0", ARGUMENTS, BROKEN), f"f:0{ARGUMENTS}{BROKEN}", "the call is not closed: arg"),
         (
             (CALL, "f:0", ARGUMENTS, "[1]", CALL_END),
             f"f:0{ARGUMENTS}[1]",
@@ -137,8 +137,8 @@ def test_what_kimi_writes(tokenizer: Tokenizer, case: str):
         ((CALL, "f:0", ARGUMENTS, CALL_END), f"f:0{ARGUMENTS}", "arguments are not JSON"),
         ((CALL, "functions.:0", ARGUMENTS, "{}", CALL_END), f"functions.:0{ARGUMENTS}{{}}", "no tool name"),
         ((CALL, "f:0", CALL_END), "f:0", "no arguments"),
-        ((CALL,), "", "the call is never closed: no arguments"),
-        ((CALL, "f:0", SECTION_END), "f:0", "the call is never closed: no arguments"),
+        ((CALL,), "", "the call is not closed: no arguments"),
+        ((CALL, "f:0", SECTION_END), "f:0", "the call is not closed: no arguments"),
     ],
 )
 def test_broken_calls_are_kept_with_text_and_reason(

@@ -20,7 +20,7 @@ BYTES = [bytes([b]) for b in range(256)]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: [], "holds no tokens"),
+        (lambda lines: [], "has no tokens"),
         (lambda lines: [*lines[:9], b"!!!! 9", *lines[10:]], "line 10: `!!!! 9` is not `BASE64 RANK`"),
         (lambda lines: [*lines[:9], b"CQ 9", *lines[10:]], "line 10"),
         (lambda lines: [*lines[:9], b"CQ== nine", *lines[10:]], "line 10"),
