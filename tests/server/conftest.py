@@ -1,4 +1,4 @@
-"""One loaded kimi-mini, and one server of it, for all tests of the server."""
+"""Fixtures: one session with kimi-mini and one server, shared by all tests of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests byte by byte, as no client would send them."""
+"""HTTP requests without a client library, for requests that such a library would not send."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Response:
-    """What came back."""
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -20,7 +20,7 @@ class Response:
 
     @property
     def error(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
+        """Error in OpenAI's format."""
         return json.loads(self.body)["error"]
 
 
@@ -31,7 +31,7 @@ def request(
     body: bytes | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """One request on a connection of its own."""
+    """Send one request on a connection of its own."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
@@ -40,13 +40,13 @@ def request(
 
 
 def chat(port: int, headers: dict[str, str] | None = None, **body: Any) -> Response:
-    """A chat completion."""
-    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | body
-    return request(port, "POST", "/v1/chat/completions", json.dumps(asked).encode(), headers)
+    """Request a chat completion."""
+    fields = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | body
+    return request(port, "POST", "/v1/chat/completions", json.dumps(fields).encode(), headers)
 
 
 def begin(port: int, **body: Any) -> socket.socket:
-    """A chat completion whose answer nobody reads yet."""
+    """Request a chat completion without reading the response."""
     text = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | body).encode()
     connection = socket.create_connection(("127.0.0.1", port), timeout=20)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}\r\n\r\n"

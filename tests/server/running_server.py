@@ -1,4 +1,4 @@
-"""A server in a thread of this process, on a port of its own."""
+"""A server in a thread of this process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.fakes import KIMI_MINI
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that runs.
+    """A running server.
 
     Args:
-        url: of its root.
-        port: of its socket.
-        server: itself.
+        url: URL of its root.
+        port: port of its socket.
+        server: server object.
     """
 
     url: str
@@ -33,24 +33,24 @@ class RunningServer:
     server: Server
 
     def metric(self, name: str) -> float:
-        """A figure of its metrics; 0 if it is not there yet. A request is counted when its answer has been sent."""
+        """Return the value of a metric, or 0 if it does not exist yet; requests are counted after their responses."""
         status = self.server.service.status()
         lines = self.server.service.metrics.render(status, is_up=True).decode().splitlines()
         return next((float(line.split()[-1]) for line in lines if line.split()[0] == name), 0)
 
-    def wait_idle(self, limit_s: float = 10) -> None:
-        """Until nothing runs and nothing waits."""
-        ends_at = time.monotonic() + limit_s
+    def wait_idle(self, timeout_s: float = 10) -> None:
+        """Wait until no answer is running or waiting."""
+        deadline = time.monotonic() + timeout_s
         while self.server.service.running or self.server.service.waiting:
-            assert time.monotonic() < ends_at, "answers are still running"
+            assert time.monotonic() < deadline, "answers are still running"
             time.sleep(0.01)
 
 
-def wait_until(is_so: Callable[[], bool], limit_s: float = 20) -> None:
-    """Wait for what comes a moment later."""
-    ends_at = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < ends_at
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -72,9 +72,9 @@ def serving(
     context_tokens = context_tokens or load_config(folder).max_position_embeddings
     model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
     server = Server(session, ChatTokenizer.load(folder), model_info, {}, options or ServingOptions())
-    with closing(ServerSocket("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, args=([listener.socket],), daemon=True)
-        url, port = listener.url, listener.port
+    with closing(ServerSocket("127.0.0.1", 0)) as server_socket:
+        thread = threading.Thread(target=server.run, args=([server_socket.socket],), daemon=True)
+        url, port = server_socket.url, server_socket.port
         thread.start()
         while not server.started:
             assert thread.is_alive()

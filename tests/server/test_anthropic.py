@@ -19,7 +19,7 @@ from kimi_mlx.session.session import Session
 from tests.server.running_server import serving
 
 KEY = "key-of-the-test"
-GREEDY = {"temperature": 0}  # the package has no argument for it any more
+GREEDY = {"temperature": 0}  # the package no longer has an argument for it
 SUM: list[MessageParam] = [{"role": "user", "content": "What is 12 + 34?"}]
 WEATHER: ToolParam = {
     "name": "get_weather",
@@ -49,39 +49,39 @@ def text_of(message: Message) -> str:
     return "".join(block.text for block in message.content if isinstance(block, TextBlock))
 
 
-def test_thinking_is_for_who_asks(client: anthropic.Anthropic):
-    plain = client.messages.create(model="claude-sonnet-9", max_tokens=200, messages=SUM, extra_body=GREEDY)
-    assert plain.model == "kimi-mini"
-    assert [block.type for block in plain.content] == ["text"]
-    assert "46" in text_of(plain)
-    thoughtful = client.messages.create(
+def test_thinking_is_off_unless_requested(client: anthropic.Anthropic):
+    instant = client.messages.create(model="claude-sonnet-9", max_tokens=200, messages=SUM, extra_body=GREEDY)
+    assert instant.model == "kimi-mini"
+    assert [block.type for block in instant.content] == ["text"]
+    assert "46" in text_of(instant)
+    thinking_message = client.messages.create(
         model="kimi-mini",
         max_tokens=2000,
         messages=SUM,
         extra_body=GREEDY,
         thinking={"type": "enabled", "budget_tokens": 1024},
     )
-    thinking, text = thoughtful.content
+    thinking, text = thinking_message.content
     assert isinstance(thinking, ThinkingBlock)
     assert isinstance(text, TextBlock)
     assert thinking.thinking
     assert thinking.signature
     assert "46" in text.text
-    assert thoughtful.stop_reason == "end_turn"
-    assert thoughtful.usage.output_tokens_details is not None
-    assert 0 < thoughtful.usage.output_tokens_details.thinking_tokens < thoughtful.usage.output_tokens
+    assert thinking_message.stop_reason == "end_turn"
+    assert thinking_message.usage.output_tokens_details is not None
+    assert 0 < thinking_message.usage.output_tokens_details.thinking_tokens < thinking_message.usage.output_tokens
 
 
-def test_a_stream_is_the_same_message(client: anthropic.Anthropic):
-    asked: Any = {"model": "m", "max_tokens": 300, "messages": IN_PARIS, "tools": [WEATHER], "extra_body": GREEDY}
-    asked |= {"model": "kimi-mini", "thinking": {"type": "adaptive"}}
-    whole = client.messages.create(**asked)
-    with client.messages.stream(**asked) as stream:
-        kinds = [event.type for event in stream]
+def test_a_stream_adds_up_to_the_same_message(client: anthropic.Anthropic):
+    params: Any = {"model": "kimi-mini", "max_tokens": 300, "messages": IN_PARIS, "tools": [WEATHER]}
+    params |= {"extra_body": GREEDY, "thinking": {"type": "adaptive"}}
+    whole = client.messages.create(**params)
+    with client.messages.stream(**params) as stream:
+        event_types = [event.type for event in stream]
         streamed = stream.get_final_message()
-    assert kinds[0] == "message_start"
-    assert kinds[-1] == "message_stop"
-    assert {"thinking", "input_json", "signature"} <= set(kinds)
+    assert event_types[0] == "message_start"
+    assert event_types[-1] == "message_stop"
+    assert {"thinking", "input_json", "signature"} <= set(event_types)
     assert [without_id(block) for block in streamed.content] == [without_id(block) for block in whole.content]
     assert (streamed.stop_reason, whole.stop_reason) == ("tool_use", "tool_use")
     assert streamed.usage.output_tokens == whole.usage.output_tokens
@@ -94,23 +94,23 @@ def without_id(block: Any) -> dict[str, Any]:
     return {**block.model_dump(), "id": None}
 
 
-def test_a_round_of_tools(client: anthropic.Anthropic):
-    asked: Any = {"model": "kimi-mini", "max_tokens": 300, "tools": [WEATHER], "extra_body": GREEDY}
-    call: Message = client.messages.create(messages=IN_PARIS, **asked)
+def test_tool_calls_and_results(client: anthropic.Anthropic):
+    params: Any = {"model": "kimi-mini", "max_tokens": 300, "tools": [WEATHER], "extra_body": GREEDY}
+    call: Message = client.messages.create(messages=IN_PARIS, **params)
     used = call.content[-1]
     assert isinstance(used, ToolUseBlock)
     assert used.id.startswith("toolu_")
     assert (used.name, used.input) == ("get_weather", {"city": "Paris"})
     result = {"type": "tool_result", "tool_use_id": used.id, "content": '{"temperature": 17, "sky": "rain"}'}
     messages: Any = [*IN_PARIS, call.to_param(), {"role": "user", "content": [result]}]
-    answer: Message = client.messages.create(messages=messages, **asked)
+    answer: Message = client.messages.create(messages=messages, **params)
     assert answer.stop_reason == "end_turn"
     assert "17" in text_of(answer)
     with pytest.raises(anthropic.BadRequestError, match="does not appear before its result"):
         client.messages.create(model="kimi-mini", max_tokens=9, messages=[messages[0], messages[2]])
 
 
-def test_why_it_ends(client: anthropic.Anthropic):
+def test_stop_reasons(client: anthropic.Anthropic):
     short = client.messages.create(model="kimi-mini", max_tokens=3, messages=SUM, extra_body=GREEDY)
     assert short.stop_reason == "max_tokens"
     assert short.usage.output_tokens == 3
@@ -121,14 +121,14 @@ def test_why_it_ends(client: anthropic.Anthropic):
     assert "46" not in text_of(stopped)
 
 
-def test_an_answer_that_has_begun(client: anthropic.Anthropic):
+def test_a_partial_answer_is_continued(client: anthropic.Anthropic):
     whole = text_of(client.messages.create(model="kimi-mini", max_tokens=200, messages=SUM, extra_body=GREEDY))
-    begun: list[MessageParam] = [*SUM, {"role": "assistant", "content": whole[:4]}]
-    rest = client.messages.create(model="kimi-mini", max_tokens=200, messages=begun, extra_body=GREEDY)
+    messages: list[MessageParam] = [*SUM, {"role": "assistant", "content": whole[:4]}]
+    rest = client.messages.create(model="kimi-mini", max_tokens=200, messages=messages, extra_body=GREEDY)
     assert not text_of(rest).startswith(whole[:4])
 
 
-def test_tokens_are_counted_as_they_are_charged(client: anthropic.Anthropic):
+def test_token_counts_match_usage(client: anthropic.Anthropic):
     counted = client.messages.count_tokens(model="claude-x", messages=IN_PARIS, tools=[WEATHER], system="Be brief.")
     message = client.messages.create(
         model="claude-x", max_tokens=1, messages=IN_PARIS, tools=[WEATHER], system="Be brief."
@@ -141,21 +141,21 @@ class Verdict(BaseModel):
     is_sure: bool
 
 
-def test_answers_keep_to_a_schema_and_calls_can_be_required(client: anthropic.Anthropic):
+def test_schemas_and_required_calls(client: anthropic.Anthropic):
     parsed = client.messages.parse(
         model="kimi-mini", max_tokens=300, messages=SUM, output_format=Verdict, extra_body=GREEDY
     )
     assert isinstance(parsed.parsed_output, Verdict)
     for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
-        asked: Any = {"model": "kimi-mini", "max_tokens": 300, "tools": [WEATHER], "tool_choice": choice}
-        called: Message = client.messages.create(messages=SUM, extra_body=GREEDY, **asked)
+        params: Any = {"model": "kimi-mini", "max_tokens": 300, "tools": [WEATHER], "tool_choice": choice}
+        called: Message = client.messages.create(messages=SUM, extra_body=GREEDY, **params)
         (use,) = called.content
         assert isinstance(use, ToolUseBlock)
         assert "city" in use.input
         assert called.stop_reason == "tool_use"
-    wrong: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}
+    invalid: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}
     with pytest.raises(anthropic.BadRequestError, match=r"`output_config\.format: .*`nonsense` is not a type"):
-        client.messages.create(model="kimi-mini", max_tokens=9, messages=SUM, extra_body=wrong)
+        client.messages.create(model="kimi-mini", max_tokens=9, messages=SUM, extra_body=invalid)
 
 
 def test_the_model_is_listed(client: anthropic.Anthropic):
@@ -163,19 +163,19 @@ def test_the_model_is_listed(client: anthropic.Anthropic):
     assert client.models.retrieve("kimi-mini").id == "kimi-mini"
 
 
-def test_asynchronous(url: str):
+def test_async_client(url: str):
     async def both() -> tuple[Message, str]:
         async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client:
-            asked: Any = {"model": "kimi-mini", "max_tokens": 200, "messages": SUM, "extra_body": GREEDY}
-            async with client.messages.stream(**asked) as stream:
+            params: Any = {"model": "kimi-mini", "max_tokens": 200, "messages": SUM, "extra_body": GREEDY}
+            async with client.messages.stream(**params) as stream:
                 streamed = "".join([text async for text in stream.text_stream])
-            return await client.messages.create(**asked), streamed
+            return await client.messages.create(**params), streamed
 
     message, streamed = asyncio.run(both())
     assert text_of(message) == streamed
 
 
-def test_errors_have_anthropics_shape(client: anthropic.Anthropic, url: str):
+def test_errors_have_anthropics_format(client: anthropic.Anthropic, url: str):
     with pytest.raises(anthropic.AuthenticationError):
         anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0).messages.create(
             model="kimi-mini", max_tokens=1, messages=SUM
@@ -195,7 +195,7 @@ def test_errors_have_anthropics_shape(client: anthropic.Anthropic, url: str):
 
 
 def test_what_claude_code_sends(url: str):
-    """Its headers, query and fields, a line that changes with each request, and a server tool for its searches."""
+    """Claude Code's headers, query, fields, billing header, and server tool for web searches."""
     headers = {
         "authorization": f"Bearer {KEY}",
         "anthropic-version": "2023-06-01",
@@ -203,7 +203,7 @@ def test_what_claude_code_sends(url: str):
     }
     cached = {"type": "ephemeral"}
 
-    def ask(number: int, **fields: Any) -> httpx2.Response:
+    def send(number: int, **fields: Any) -> httpx2.Response:
         header = f"x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch={number:05x};"
         long = " ".join(f"Rule {rule}: be brief." for rule in range(20))
         body: dict[str, Any] = {
@@ -232,11 +232,11 @@ def test_what_claude_code_sends(url: str):
         }
         return httpx2.post(f"{url}/v1/messages?beta=true", headers=headers, json=body | fields, timeout=60)
 
-    first, second = ask(1), ask(2)
+    first, second = send(1), send(2)
     assert (first.status_code, second.status_code) == (200, 200)
     events = [json.loads(line.removeprefix("data: ")) for line in second.text.splitlines() if line.startswith("data")]
     (end,) = [event for event in events if event["type"] == "message_delta"]
     assert end["usage"]["cache_read_input_tokens"] > end["usage"]["input_tokens"]
-    search = ask(3, tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}])
+    search = send(3, tools=[{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}])
     assert search.status_code == 400
     assert "`web_search_20250305`" in search.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""Chat completions, by OpenAI's own client."""
+"""Chat completions with the `openai` package."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def ask(client: openai.OpenAI, messages: Any = HI, **options: Any) -> Any:
     return client.chat.completions.create(model="kimi-mini", messages=messages, **options)
 
 
-def put_together(chunks: Any) -> dict[str, Any]:
-    """A streamed answer as the whole one would be."""
+def assemble(chunks: Any) -> dict[str, Any]:
+    """Assemble a message from the chunks of a stream."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": {}}
     for chunk in chunks:
         for choice in chunk.choices:
@@ -50,7 +50,7 @@ def put_together(chunks: Any) -> dict[str, Any]:
     return message
 
 
-def test_an_answer_has_reasoning_text_and_figures(client: openai.OpenAI) -> None:
+def test_an_answer_has_reasoning_text_and_usage(client: openai.OpenAI) -> None:
     answer = ask(client)
     (choice,) = answer.choices
     assert choice.message.content == HELLO
@@ -64,20 +64,20 @@ def test_an_answer_has_reasoning_text_and_figures(client: openai.OpenAI) -> None
     assert again.usage.prompt_tokens_details.cached_tokens == 8
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
+def test_a_stream_adds_up_to_the_same_answer(client: openai.OpenAI) -> None:
     whole = ask(client)
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
-    streamed = put_together(chunks)
+    streamed = assemble(chunks)
     assert (streamed["content"], streamed["reasoning_content"]) == (HELLO, "A greeting.")
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1
-    assert put_together(ask(client, stream=True))["usage"] is None
+    assert assemble(ask(client, stream=True))["usage"] is None
 
 
-def test_several_at_once_say_what_each_says_alone(running: RunningServer) -> None:
+def test_concurrent_answers_equal_single_ones(running: RunningServer) -> None:
     questions = ["hi", "What is 3 + 4?", "Say pelican", "hi"]
 
     async def ask_all() -> list[str]:
@@ -98,7 +98,7 @@ def test_several_at_once_say_what_each_says_alone(running: RunningServer) -> Non
     assert answers[0] == answers[3] == HELLO
 
 
-def test_tools_are_called_and_their_results_read(client: openai.OpenAI) -> None:
+def test_tool_calls_and_results(client: openai.OpenAI) -> None:
     whole = ask(client, PARIS, tools=WEATHER)
     (call,) = whole.choices[0].message.tool_calls
     assert whole.choices[0].finish_reason == "tool_calls"
@@ -107,25 +107,25 @@ def test_tools_are_called_and_their_results_read(client: openai.OpenAI) -> None:
     assert json.loads(call.function.arguments) == {"city": "Paris"}
 
     chunks = list(ask(client, PARIS, tools=WEATHER, stream=True))
-    streamed = put_together(chunks)
+    streamed = assemble(chunks)
     assert streamed["calls"] == {0: {"id": call.id, "name": "get_weather", "text": call.function.arguments}}
     assert streamed["finish_reason"] == "tool_calls"
     assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 3
 
-    said = whole.choices[0].message.model_dump(exclude_none=True)
+    assistant = whole.choices[0].message.model_dump(exclude_none=True)
     result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "sky": "clear"}'}
-    answer = ask(client, [*PARIS, said, result], tools=WEATHER)
+    answer = ask(client, [*PARIS, assistant, result], tools=WEATHER)
     assert "21" in answer.choices[0].message.content
 
-    for foreign in (said, result):
-        foreign.pop("reasoning_content", None)
-    said["tool_calls"][0]["id"] = result["tool_call_id"] = "call_abc"
-    assert "21" in ask(client, [*PARIS, said, result], tools=WEATHER).choices[0].message.content
-    again = ask(client, [*PARIS, said, result, *PARIS], tools=WEATHER).choices[0].message
+    for message in (assistant, result):
+        message.pop("reasoning_content", None)
+    assistant["tool_calls"][0]["id"] = result["tool_call_id"] = "call_abc"
+    assert "21" in ask(client, [*PARIS, assistant, result], tools=WEATHER).choices[0].message.content
+    again = ask(client, [*PARIS, assistant, result, *PARIS], tools=WEATHER).choices[0].message
     assert all(call.id.startswith("call_") for call in again.tool_calls or ())
 
 
-def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
+def test_tool_choice_none(client: openai.OpenAI) -> None:
     assert ask(client, PARIS, tools=WEATHER, tool_choice="none", max_tokens=40).choices[0].message.tool_calls is None
 
 
@@ -137,11 +137,11 @@ SCHEMA: Any = {
 }
 
 
-def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
+def test_response_schemas(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA, "strict": True}}
     for options in ({}, {"stream": True}, {"temperature": 1.5, "seed": 1}):
         answer = ask(client, response_format=form, **options)
-        text = put_together(answer)["content"] if "stream" in options else answer.choices[0].message.content
+        text = assemble(answer)["content"] if "stream" in options else answer.choices[0].message.content
         value = json.loads(text)
         assert value.keys() == {"sum", "kind"}
         assert 10 <= value["sum"] <= 99
@@ -150,7 +150,7 @@ def test_answers_keep_to_a_schema(client: openai.OpenAI) -> None:
     assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
 
 
-def test_tools_can_be_forced(client: openai.OpenAI) -> None:
+def test_required_tool_calls(client: openai.OpenAI) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
         (call,) = (
             ask(client, HI, tools=WEATHER, tool_choice=choice, parallel_tool_calls=False).choices[0].message.tool_calls
@@ -159,7 +159,7 @@ def test_tools_can_be_forced(client: openai.OpenAI) -> None:
         assert json.loads(call.function.arguments).keys() == {"city"}
 
 
-def test_thinking_can_be_switched_off(client: openai.OpenAI) -> None:
+def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
     for switch in (
         {"thinking": {"type": "disabled"}},
         {"chat_template_kwargs": {"thinking": False}},
@@ -170,20 +170,20 @@ def test_thinking_can_be_switched_off(client: openai.OpenAI) -> None:
         assert not hasattr(message, "reasoning_content")
 
 
-def test_thinking_of_the_past_is_kept_on_request(client: openai.OpenAI) -> None:
+def test_earlier_reasoning_is_kept_on_request(client: openai.OpenAI) -> None:
     past = [*HI, {"role": "assistant", "content": HELLO, "reasoning_content": "A greeting. " * 20}, *HI]
     forgotten = ask(client, past, max_tokens=1).usage.prompt_tokens
     kept = ask(client, past, max_tokens=1, extra_body={"chat_template_kwargs": {"preserve_thinking": True}}).usage
     assert kept.prompt_tokens > forgotten + 20
 
 
-def test_a_partial_answer_is_gone_on_from(client: openai.OpenAI) -> None:
-    begun = {"role": "assistant", "content": "Hello! I am", "partial": True}
-    answer = ask(client, [*HI, begun]).choices[0].message
+def test_a_partial_answer_is_continued(client: openai.OpenAI) -> None:
+    partial = {"role": "assistant", "content": "Hello! I am", "partial": True}
+    answer = ask(client, [*HI, partial]).choices[0].message
     assert answer.content == HELLO.removeprefix("Hello! I am")
 
 
-def test_several_answers_are_drawn_apart_and_can_be_drawn_again(client: openai.OpenAI) -> None:
+def test_several_answers_differ_and_are_reproducible(client: openai.OpenAI) -> None:
     first, again = (ask(client, n=4, temperature=2, seed=3, max_tokens=12) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
@@ -197,20 +197,20 @@ def test_several_answers_are_drawn_apart_and_can_be_drawn_again(client: openai.O
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_stop_texts_end_the_answer(client: openai.OpenAI, is_stream: bool) -> None:
+def test_stop_texts(client: openai.OpenAI, is_stream: bool) -> None:
     answer = ask(client, stop=["oy mod", "nowhere"], stream=is_stream)
-    message = put_together(answer) if is_stream else answer.choices[0].message.model_dump()
+    message = assemble(answer) if is_stream else answer.choices[0].message.model_dump()
     assert message["content"] == HELLO.partition("oy mod")[0]
     assert (message if is_stream else answer.choices[0].to_dict())["finish_reason"] == "stop"
 
 
-def test_the_length_is_limited(client: openai.OpenAI) -> None:
+def test_max_tokens(client: openai.OpenAI) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         answer = ask(client, **{name: 8})
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
 
-def test_tokens_come_with_how_likely_they_were(client: openai.OpenAI) -> None:
+def test_logprobs(client: openai.OpenAI) -> None:
     tokens = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == HELLO
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == HELLO
@@ -229,13 +229,13 @@ def test_tokens_come_with_how_likely_they_were(client: openai.OpenAI) -> None:
     assert len(cut.logprobs.content) < len(tokens)
 
 
-def test_tokens_can_be_favoured(client: openai.OpenAI) -> None:
-    (favoured,) = client.completions.create(model="default", prompt="a", logit_bias={"300": 100}, max_tokens=3).choices
-    assert favoured.text
-    assert favoured.text == favoured.text[: len(favoured.text) // 3] * 3
+def test_logit_bias(client: openai.OpenAI) -> None:
+    (biased,) = client.completions.create(model="default", prompt="a", logit_bias={"300": 100}, max_tokens=3).choices
+    assert biased.text
+    assert biased.text == biased.text[: len(biased.text) // 3] * 3
 
 
-MISTAKES: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
     ({"top_p": -1}, "top_p"),
@@ -265,15 +265,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "param"), MISTAKES, ids=[str(param) for _, param in MISTAKES])
-def test_a_mistake_names_its_place(client: openai.OpenAI, options: dict[str, Any], param: str) -> None:
+@pytest.mark.parametrize(("options", "param"), INVALID, ids=[str(param) for _, param in INVALID])
+def test_invalid_fields_are_named(client: openai.OpenAI, options: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "kimi-mini", "messages": HI, **options})
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
 
 
-def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, [{"role": "user", "content": "word " * 70_000}])
     assert caught.value.code == "context_length_exceeded"

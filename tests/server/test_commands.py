@@ -1,4 +1,4 @@
-"""What people type: curl, and Simon Willison's `llm` with its extra-openai-models.yaml."""
+"""Command-line clients: curl, and Simon Willison's `llm` with its extra-openai-models.yaml."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MODELS = """
 
 
 def llm(home: Path, *arguments: str) -> str:
-    """What the command prints."""
+    """Run `llm` and return its output."""
     env = {**os.environ, "LLM_USER_PATH": str(home)}
     command = [sys.executable, "-m", "llm", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def home(tmp_path: Path, running: RunningServer) -> Path:
     return tmp_path
 
 
-def test_llm_draws_the_pelican(home: Path) -> None:
+def test_llm_generates_an_svg(home: Path) -> None:
     drawing = llm(home, "-m", "kimi-mini", PELICAN, "-o", "max_tokens", "2000", "-o", "temperature", "0")
     document = parseString(drawing[drawing.index("<svg") : drawing.index("</svg>") + 6])
     assert document.getElementsByTagName("circle")
 
 
-def test_llm_keeps_to_a_schema(home: Path) -> None:
+def test_llm_with_a_schema(home: Path) -> None:
     answer = llm(home, "-m", "kimi-mini", "--no-stream", "--schema", "name, age int", "Invent a dog", "-o", "seed", "1")
     dog = json.loads(answer)
     assert {"name", "age"} <= set(dog)

@@ -1,4 +1,4 @@
-"""Clients that go away, are slow, or come when it ends."""
+"""Clients that disconnect, are slow, or are connected during a shutdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.server.running_server import RunningServer, serving, wait_until
 
 LONG: dict[str, Any] = {
     "messages": [{"role": "user", "content": "Generate an SVG of a pelican riding a bicycle"}],
-    "logit_bias": {"1537": -100, "1538": -100},  # without the tokens that end it
+    "logit_bias": {"1537": -100, "1538": -100},  # the tokens that end an answer
 }
 CANCELLED = "kimi_mlx_answers_cancelled_total"
 
@@ -33,7 +33,7 @@ def read_until(connection: socket.socket, text: bytes) -> bytes:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server has ended it."""
+    """Return whether the server has closed the connection."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
@@ -41,7 +41,7 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_whoever_goes_away_ends_the_answer(running: RunningServer, is_stream: bool) -> None:
+def test_a_disconnect_cancels_the_answer(running: RunningServer, is_stream: bool) -> None:
     before = running.metric(CANCELLED)
     with closing(raw.begin(running.port, stream=is_stream, n=2, **LONG)) as connection:
         if is_stream:
@@ -54,7 +54,7 @@ def test_whoever_goes_away_ends_the_answer(running: RunningServer, is_stream: bo
     assert raw.chat(running.port).status == 200
 
 
-def test_many_that_go_away_harm_nobody(running: RunningServer) -> None:
+def test_many_disconnects_do_no_harm(running: RunningServer) -> None:
     before = running.metric(CANCELLED)
     for _ in range(30):
         raw.begin(running.port, stream=True, **LONG).close()
@@ -64,7 +64,7 @@ def test_many_that_go_away_harm_nobody(running: RunningServer) -> None:
     assert raw.chat(running.port).status == 200
 
 
-def test_a_silent_stream_is_kept_alive(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_without_events_is_kept_alive(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "KEEP_ALIVE_INTERVAL_S", 0.02)
     monkeypatch.setattr(sse, "KEEP_ALIVE_INTERVAL_S", 0.02)
     prompt = [{"role": "user", "content": "word " * 500}]
@@ -74,21 +74,21 @@ def test_a_silent_stream_is_kept_alive(running: RunningServer, monkeypatch: pyte
     assert data.index(b": keep-alive") < data.index(b"data: ")
 
 
-def test_a_head_that_does_not_come_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_for_headers(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEADERS_LIMIT_S", 0.2)
     with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: local")
         assert is_closed(connection)
 
 
-def test_a_body_that_does_not_come_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_for_bodies(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_LIMIT_S", 0.2)
     with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_who_takes_nothing_is_not_awaited(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_for_clients_that_do_not_read(running: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "WRITE_LIMIT_S", 0.3)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -97,13 +97,13 @@ def test_who_takes_nothing_is_not_awaited(running: RunningServer, monkeypatch: p
         connection.settimeout(10)
         connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 1000)
         own = connection.getsockname()
-        peers = lambda: {getattr(each, "client", None) for each in running.server.server_state.connections}  # noqa: E731
+        peers = lambda: {getattr(connection, "client", None) for connection in running.server.server_state.connections}  # noqa: E731
         wait_until(lambda: own in peers())
         wait_until(lambda: own not in peers())
     assert raw.chat(running.port).status == 200
 
 
-def test_nonsense_is_answered(running: RunningServer) -> None:
+def test_malformed_requests_are_answered(running: RunningServer) -> None:
     for data, status in ((b"\x00\xff\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", b"404")):
         with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
             connection.sendall(data)
@@ -116,7 +116,7 @@ def test_nonsense_is_answered(running: RunningServer) -> None:
     assert raw.request(running.port, "POST", "/v1/chat/completions", surrogate).status in (200, 400)
 
 
-def test_running_streams_get_an_end(session: Session) -> None:
+def test_shutdown_ends_running_streams(session: Session) -> None:
     with serving(session) as server:
         connection = raw.begin(server.port, stream=True, **LONG)
         read_until(connection, b'"content"')
@@ -126,7 +126,7 @@ def test_running_streams_get_an_end(session: Session) -> None:
         assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "stopping"
 
 
-def test_health_and_figures(running: RunningServer) -> None:
+def test_health_and_metrics(running: RunningServer) -> None:
     response = raw.request(running.port, path="/health")
     assert (response.status, json.loads(response.body)["status"]) == (200, "ok")
     raw.chat(running.port)

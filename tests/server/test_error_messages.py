@@ -1,4 +1,4 @@
-"""What a mistaken request is told, and names that several APIs share."""
+"""Error messages for invalid requests, and model names in all APIs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 from tests.server import raw
 from tests.server.running_server import RunningServer, wait_until
 
-ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({}, "`messages`: required field is missing"),
-        (ASKED | {"temperature": 9}, "`temperature`: must be at most 2.0"),
-        (ASKED | {"stop": ["a"] * 5}, "`stop`: has 5 items, but at most 4 are allowed"),
-        (ASKED | {"max_tokens": "x"}, "`max_tokens`: must be an integer"),
-        (ASKED | {"stream": "x"}, "`stream`: must be true or false"),
+        (HI | {"temperature": 9}, "`temperature`: must be at most 2.0"),
+        (HI | {"stop": ["a"] * 5}, "`stop`: has 5 items, but at most 4 are allowed"),
+        (HI | {"max_tokens": "x"}, "`max_tokens`: must be an integer"),
+        (HI | {"stream": "x"}, "`stream`: must be true or false"),
     ],
 )
 def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, Any], message: str) -> None:
@@ -34,8 +34,8 @@ def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, 
         ("completions", {"prompt": ["a"] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
         ("completions", {"prompt": [[1]] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
         ("completions", {"prompt": [[1, "x"]]}, "`prompt[0][1]`: must be an integer"),
-        ("messages", ASKED | {"system": 5}, "`system`: must be a string or a list"),
-        ("messages", ASKED | {"system": [{"type": "text"}]}, "`system[0].text`: required field is missing"),
+        ("messages", HI | {"system": 5}, "`system`: must be a string or a list"),
+        ("messages", HI | {"system": [{"type": "text"}]}, "`system[0].text`: required field is missing"),
         ("responses", {"input": "hi", "tool_choice": {"type": 4}}, "`tool_choice.type`: must be a string"),
     ],
 )
@@ -46,7 +46,7 @@ def test_errors_of_alternatives_have_the_right_place(
     assert (response.status, response.error["message"]) == (400, message)
 
 
-def test_a_wrong_base_url_is_told(running: RunningServer) -> None:
+def test_a_wrong_base_url_is_explained(running: RunningServer) -> None:
     response = raw.request(running.port, "POST", "/chat/completions", b"{}")
     assert response.status == 404
     assert "ends in `/v1`" in response.error["message"]
@@ -55,9 +55,9 @@ def test_a_wrong_base_url_is_told(running: RunningServer) -> None:
 
 @pytest.mark.parametrize(
     ("path", "fields"),
-    [("/v1/responses", {"input": "hi", "max_output_tokens": 3}), ("/v1/messages", ASKED | {"max_tokens": 3})],
+    [("/v1/responses", {"input": "hi", "max_output_tokens": 3}), ("/v1/messages", HI | {"max_tokens": 3})],
 )
-def test_without_a_name_the_served_model_is_meant(running: RunningServer, path: str, fields: dict[str, Any]) -> None:
+def test_the_model_name_is_optional(running: RunningServer, path: str, fields: dict[str, Any]) -> None:
     response = raw.request(running.port, "POST", path, json.dumps(fields).encode())
     assert (response.status, json.loads(response.body)["model"]) == (200, "kimi-mini")
 

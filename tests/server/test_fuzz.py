@@ -1,4 +1,4 @@
-"""Bodies made up from the server's own description, and bytes made up from nothing: no 500, no hang, no dead engine."""
+"""Fuzzing with generated bodies and random bytes: no status 500, no hang, and the engine stays alive."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kimi_mlx.session.session import Session
 from tests.server import raw
 from tests.server.running_server import RunningServer, serving
 
-# What is valid by its types may still be refused for what it says, such as a tool's answer to no call.
+# a body with valid types may still be refused, such as a tool result without a call
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
 @pytest.mark.sweep
-def test_bodies_made_up_from_the_description(session: Session, tmp_path: Path) -> None:
+def test_bodies_generated_from_the_openapi_document(session: Session, tmp_path: Path) -> None:
     with serving(session, context_tokens=100) as server:
         command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"]
         options = ["--checks", CHECKS, "--max-examples", "20", "--request-timeout", "60", "--seed", "1"]
@@ -30,15 +30,15 @@ def test_bodies_made_up_from_the_description(session: Session, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_bytes_made_up_from_nothing(running: RunningServer) -> None:
-    draw = random.Random(1)
+def test_random_bytes(running: RunningServer) -> None:
+    rng = random.Random(1)
     whole = b'POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60\r\n\r\n{"messages": []}'
     for _ in range(200):
-        data = bytearray(whole * draw.randint(1, 2))
-        for _ in range(draw.randint(0, 20)):
-            data[draw.randrange(len(data))] = draw.randrange(256)
+        data = bytearray(whole * rng.randint(1, 2))
+        for _ in range(rng.randint(0, 20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
         with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
-            connection.sendall(data[: draw.randint(1, len(data))])
+            connection.sendall(data[: rng.randint(1, len(data))])
             connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(4096)
             assert b" 500 " not in answer.partition(b"\r\n")[0]

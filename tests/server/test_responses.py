@@ -47,16 +47,16 @@ def test_an_answer(client: openai.OpenAI):
 
 
 @pytest.mark.parametrize("summary", [None, "auto"])
-def test_a_stream_is_the_same_response(client: openai.OpenAI, summary: Any):
-    asked: Any = {"model": "kimi-mini", "input": IN_PARIS, "tools": [WEATHER], "temperature": 0}
-    asked |= {"reasoning": {"effort": "high", "summary": summary}}
-    whole = client.responses.create(**asked)
-    with client.responses.stream(**asked) as stream:
-        kinds = [event.type for event in stream]
+def test_a_stream_adds_up_to_the_same_response(client: openai.OpenAI, summary: Any):
+    params: Any = {"model": "kimi-mini", "input": IN_PARIS, "tools": [WEATHER], "temperature": 0}
+    params |= {"reasoning": {"effort": "high", "summary": summary}}
+    whole = client.responses.create(**params)
+    with client.responses.stream(**params) as stream:
+        event_types = [event.type for event in stream]
         streamed = stream.get_final_response()
-    thought = "response.reasoning_summary_text.delta" if summary else "response.reasoning_text.delta"
-    assert {thought, "response.function_call_arguments.delta", "response.output_item.done"} <= set(kinds)
-    assert (kinds[0], kinds[-1]) == ("response.created", "response.completed")
+    reasoning_delta = "response.reasoning_summary_text.delta" if summary else "response.reasoning_text.delta"
+    assert {reasoning_delta, "response.function_call_arguments.delta", "response.output_item.done"} <= set(event_types)
+    assert (event_types[0], event_types[-1]) == ("response.created", "response.completed")
     assert [without_ids(item) for item in streamed.output] == [without_ids(item) for item in whole.output]
     assert streamed.usage is not None
     assert streamed.usage.input_tokens_details.cached_tokens
@@ -66,9 +66,9 @@ def without_ids(item: Any) -> dict[str, Any]:
     return {key: value for key, value in item.to_dict().items() if key not in ("id", "parsed_arguments")}
 
 
-def test_a_round_of_tools(client: openai.OpenAI):
-    asked: Any = {"model": "kimi-mini", "tools": [WEATHER], "temperature": 0}
-    first = client.responses.create(input=IN_PARIS, **asked)
+def test_tool_calls_and_results(client: openai.OpenAI):
+    params: Any = {"model": "kimi-mini", "tools": [WEATHER], "temperature": 0}
+    first = client.responses.create(input=IN_PARIS, **params)
     call = first.output[-1]
     assert isinstance(call, ResponseFunctionToolCall)
     assert (call.call_id, call.name, call.arguments) == ("functions.get_weather:0", "get_weather", '{"city": "Paris"}')
@@ -78,9 +78,9 @@ def test_a_round_of_tools(client: openai.OpenAI):
         "output": '{"temperature": 17, "sky": "rain"}',
     }
     history: Any = [{"role": "user", "content": IN_PARIS}, *first.to_dict()["output"], result]
-    assert "17" in client.responses.create(input=history, **asked).output_text
+    assert "17" in client.responses.create(input=history, **params).output_text
     with pytest.raises(openai.BadRequestError, match="does not appear before its result"):
-        client.responses.create(input=[result], **asked)
+        client.responses.create(input=[result], **params)
 
 
 class Verdict(BaseModel):
@@ -88,22 +88,22 @@ class Verdict(BaseModel):
     is_sure: bool
 
 
-def test_answers_keep_to_a_schema_and_calls_can_be_required(client: openai.OpenAI):
+def test_schemas_and_required_calls(client: openai.OpenAI):
     parsed = client.responses.parse(model="kimi-mini", input=SUM, text_format=Verdict, temperature=0)
     assert isinstance(parsed.output_parsed, Verdict)
-    asked: Any = {"model": "kimi-mini", "input": SUM, "tools": [WEATHER], "temperature": 0}
+    params: Any = {"model": "kimi-mini", "input": SUM, "tools": [WEATHER], "temperature": 0}
     choices: Any = ("required", {"type": "function", "name": "get_weather"})
     for choice in choices:
-        called: Response = client.responses.create(tool_choice=choice, parallel_tool_calls=False, **asked)
+        called: Response = client.responses.create(tool_choice=choice, parallel_tool_calls=False, **params)
         call = called.output[-1]
         assert isinstance(call, ResponseFunctionToolCall)
         assert "city" in json.loads(call.arguments)
-    wrong: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nonsense"}}}
+    invalid: Any = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nonsense"}}}
     with pytest.raises(openai.BadRequestError, match=r"`text\.format: .*`nonsense` is not a type"):
-        client.responses.create(model="kimi-mini", input=SUM, text=wrong)
+        client.responses.create(model="kimi-mini", input=SUM, text=invalid)
 
 
-def test_asynchronous(running: RunningServer):
+def test_async_client(running: RunningServer):
     async def both() -> tuple[Response, str]:
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
             events = await client.responses.create(model="kimi-mini", input=SUM, temperature=0, stream=True)

@@ -91,7 +91,7 @@ def _default_type(value: Any) -> str | None:
 def _as_items(value: Any) -> Any:
     if not isinstance(value, str | list):
         raise PydanticCustomError("string_or_list_type", "must be a string or a list")
-    message = {"type": "message", "role": "user", "content": value}
+    message: dict[str, Any] = {"type": "message", "role": "user", "content": value}
     return [message] if isinstance(value, str) else value  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -1,4 +1,4 @@
-"""The service between clients and an engine whose events the test chooses."""
+"""The service, with a session whose events the test chooses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ASK = ChatRequest(messages=(Message("user", "hi"),), thinking=False)
 
 
 class ScriptedSession:
-    """A session whose answers are given by hand."""
+    """A session whose events are sent by the test."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -70,8 +70,8 @@ class ScriptedSession:
 
     def close(self) -> None: ...
 
-    async def asked(self, count: int = 1) -> None:
-        """Until so many requests have come."""
+    async def wait_for_requests(self, count: int = 1) -> None:
+        """Wait until this many requests have been submitted."""
         while len(self.requests) < count:
             await asyncio.sleep(0.001)
 
@@ -95,8 +95,8 @@ def finished(reason: FinishReason = "stop") -> Finished:
     return Finished(reason, Statistics(9, 8, 3, 0.1, 0.1, 0))
 
 
-async def collect(service: Service, *wishes: ChatRequest | CompletionRequest) -> list[AnswerEvent]:
-    return [item async for item in service.answer(*wishes)]
+async def collect(service: Service, *requests: ChatRequest | CompletionRequest) -> list[AnswerEvent]:
+    return [event async for event in service.answer(*requests)]
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -106,41 +106,43 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_events_become_pieces_and_an_end(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
+def test_engine_events_become_deltas_and_a_finish(
+    service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
+) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
-        await session.asked()
+        await session.wait_for_requests()
         on_event = session.callbacks[0]
         on_event(Prefilled(0, 9))
         for id in tokenizer.encode("Hello there"):
             on_event(Token(id, Logprobs(-0.5, ((id, -0.5),))))
         on_event(finished())
-        *pieces, end = await task
-        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, DeltaEvent)) == "Hello there"
-        tokens = [token for piece in pieces if isinstance(piece, DeltaEvent) for token in piece.logprobs]
+        *deltas, finish = await task
+        assert "".join(event.delta.text for event in deltas if isinstance(event, DeltaEvent)) == "Hello there"
+        tokens = [token for event in deltas if isinstance(event, DeltaEvent) for token in event.logprobs]
         assert b"".join(token.token for token in tokens) == b"Hello there"
-        assert isinstance(end, FinishEvent)
-        assert (end.reason, end.usage.prompt_tokens, end.usage.cached_tokens) == ("stop", 9, 8)
-        assert session.requests[0].sampling.temperature == 0.5  # as is recommended where it does not think
+        assert isinstance(finish, FinishEvent)
+        assert (finish.reason, finish.usage.prompt_tokens, finish.usage.cached_tokens) == ("stop", 9, 8)
+        assert session.requests[0].sampling.temperature == 0.5  # recommended for answers without thinking
 
     run(work)
 
 
-def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSession) -> None:
-    most = MAX_SEQUENCES + 3  # what the engine could begin does not count as waiting
+def test_a_full_queue_refuses_requests_until_answers_end(service: Service, session: ScriptedSession) -> None:
+    limit = MAX_SEQUENCES + 3  # the capacity does not include what the engine can run
 
     async def work() -> None:
-        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(most)]
-        await session.asked(most)
+        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(limit)]
+        await session.wait_for_requests(limit)
         with pytest.raises(ApiError) as caught:
             await collect(service, ASK)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
-        with pytest.raises(ApiError, match=f"the limit is {most}") as caught:
-            await collect(service, ChatRequest(messages=ASK.messages, n=most + 1))
+        with pytest.raises(ApiError, match=f"the limit is {limit}") as caught:
+            await collect(service, ChatRequest(messages=ASK.messages, n=limit + 1))
         assert caught.value.status == 400
         session.callbacks[0](Prefilled(0, 9))
-        while service.waiting == most:
+        while service.waiting == limit:
             await asyncio.sleep(0.001)
         with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # no slot became free
             await collect(service, ASK)
@@ -148,8 +150,8 @@ def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSessio
         while service.running:
             await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(collect(service, ASK)))
-        await session.asked(most + 1)
-        assert (service.running, service.waiting) == (0, most)
+        await session.wait_for_requests(limit + 1)
+        assert (service.running, service.waiting) == (0, limit)
         for on_event in session.callbacks[1:]:
             on_event(finished())
         await asyncio.gather(*tasks)
@@ -161,12 +163,12 @@ def test_a_full_line_is_told_and_freed(service: Service, session: ScriptedSessio
 @pytest.mark.parametrize(
     ("error", "status"), [(EngineError("no"), 400), (RingError("lost"), 503), (ValueError("ours"), 500)]
 )
-def test_errors_of_the_engine_are_told(
+def test_errors_of_the_engine_reach_the_client(
     service: Service, session: ScriptedSession, error: Exception, status: int
 ) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
-        await session.asked(2)
+        await session.wait_for_requests(2)
         session.callbacks[1](error)
         with pytest.raises(ApiError) as caught:
             await task
@@ -178,12 +180,12 @@ def test_errors_of_the_engine_are_told(
     run(work)
 
 
-def test_a_lost_ring_is_in_the_log_once(
+def test_a_lost_ring_is_logged_once(
     service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
-        await session.asked(2)
+        await session.wait_for_requests(2)
         lost = Interrupted("rank 1 is lost", 1, 3)
         for event in (lost, Resumed(2.0), finished()):
             for on_event in session.callbacks:
@@ -191,47 +193,49 @@ def test_a_lost_ring_is_in_the_log_once(
         await task
 
     run(work)
-    assert [(each.levelname, each.message) for each in caplog.records if "ring" in each.message] == [
+    assert [(record.levelname, record.message) for record in caplog.records if "ring" in record.message] == [
         ("WARNING", "lost the ring: rank 1 is lost (restart 1 of 3)"),
         ("WARNING", "the ring is up again after 2.0 s"),
     ]
 
 
-def test_a_ring_that_is_given_up_is_logged_once(
+def test_a_ring_that_fails_for_good_is_logged_once(
     service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
         tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(2)]
-        await session.asked(2)
-        error = RingError("rank 1 is lost, 3 times")
+        await session.wait_for_requests(2)
+        ring_error = RingError("rank 1 is lost, 3 times")
         for on_event in session.callbacks:
-            on_event(error)
-        for told in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(told, ApiError)
-            assert (told.status, told.code) == (503, "ring_lost")
+            on_event(ring_error)
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, ApiError)
+            assert (error.status, error.code) == (503, "ring_lost")
 
     run(work)
-    assert [each.message for each in caplog.records] == ["the ring failed for good: rank 1 is lost, 3 times"]
+    assert [record.message for record in caplog.records] == ["the ring failed for good: rank 1 is lost, 3 times"]
 
 
-def test_a_lost_ring_is_told_and_survived(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
+def test_an_answer_survives_the_loss_of_the_ring(
+    service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
+) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
-        await session.asked()
+        await session.wait_for_requests()
         on_event = session.callbacks[0]
         on_event(Interrupted("rank 1 is lost", 1, 3))
         on_event(Resumed(2.0))
         for id in tokenizer.encode("Hi"):
             on_event(Token(id))
         on_event(finished())
-        items = await task
-        assert items[0] == KeepAlive(reason="rank 1 is lost")
-        assert isinstance(items[-1], FinishEvent)
+        events = await task
+        assert events[0] == KeepAlive(reason="rank 1 is lost")
+        assert isinstance(events[-1], FinishEvent)
 
     run(work)
 
 
-def test_health_says_what_is_wrong(service: Service) -> None:
+def test_health_problems(service: Service) -> None:
     assert health_problem(service, SessionStatus(is_up=True, last_step_age_s=500)) is None  # idle
     assert health_problem(service, SessionStatus(is_up=True, active=1, last_step_age_s=5)) is None
     assert (
@@ -243,32 +247,30 @@ def test_health_says_what_is_wrong(service: Service) -> None:
     assert health_problem(service, SessionStatus(is_up=True)) == "the server is shutting down"
 
 
-def test_a_stop_text_withdraws_the_request(
-    service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
-) -> None:
+def test_a_stop_text_cancels_the_request(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(
             collect(service, ChatRequest(messages=ASK.messages, thinking=False, stop=("lo th",)))
         )
-        await session.asked()
+        await session.wait_for_requests()
         for id in tokenizer.encode("Hello there, you"):
             session.callbacks[0](Token(id))
         while not session.cancelled:
             await asyncio.sleep(0.001)
         session.callbacks[0](finished("cancelled"))
-        *pieces, end = await task
-        assert "".join(piece.delta.text for piece in pieces if isinstance(piece, DeltaEvent)) == "Hel"
-        assert isinstance(end, FinishEvent)
-        assert (end.reason, end.stop_sequence) == ("stop", "lo th")
+        *deltas, finish = await task
+        assert "".join(event.delta.text for event in deltas if isinstance(event, DeltaEvent)) == "Hel"
+        assert isinstance(finish, FinishEvent)
+        assert (finish.reason, finish.stop_sequence) == ("stop", "lo th")
         assert session.cancelled == [1]
 
     run(work)
 
 
-def test_whoever_leaves_withdraws_all_answers(service: Service, session: ScriptedSession) -> None:
+def test_a_disconnect_cancels_all_answers(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
-        await session.asked(2)
+        await session.wait_for_requests(2)
         session.callbacks[0](finished())
         while service.waiting == 2:
             await asyncio.sleep(0.001)
@@ -281,14 +283,14 @@ def test_whoever_leaves_withdraws_all_answers(service: Service, session: Scripte
     run(work)
 
 
-def test_the_end_of_the_server_ends_all(service: Service, session: ScriptedSession) -> None:
+def test_shutdown_ends_all_answers(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
-        await session.asked()
+        await session.wait_for_requests()
         service.close()
-        for told in (task, collect(service, ASK)):
+        for answer in (task, collect(service, ASK)):
             with pytest.raises(ApiError) as caught:
-                await told
+                await answer
             assert (caught.value.status, caught.value.code) == (503, "stopping")
 
     run(work)
@@ -296,9 +298,9 @@ def test_the_end_of_the_server_ends_all(service: Service, session: ScriptedSessi
 
 def test_seeds_of_several_answers_differ(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        asked = ChatRequest(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
-        task = asyncio.create_task(collect(service, asked))
-        await session.asked(3)
+        request = ChatRequest(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
+        task = asyncio.create_task(collect(service, request))
+        await session.wait_for_requests(3)
         assert [request.sampling.seed for request in session.requests] == [2**63 - 1, 0, 1]
         for on_event in session.callbacks:
             on_event(finished())
@@ -308,8 +310,8 @@ def test_seeds_of_several_answers_differ(service: Service, session: ScriptedSess
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_stop_texts_are_found_across_pieces(size: int) -> None:
-    for text, stops, shown in (
+def test_stop_texts_are_found_across_deltas(size: int) -> None:
+    for text, stops, expected in (
         ("one two three", ("two",), "one "),
         ("aaab", ("aab",), "a"),
         ("ababac", ("abac",), "ab"),
@@ -317,29 +319,29 @@ def test_stop_texts_are_found_across_pieces(size: int) -> None:
         ("first second", ("second", "st"), "fir"),
     ):
         sequences = StopSequences(stops)
-        pieces = [sequences.add(text[at : at + size]) for at in range(0, len(text), size)]
+        sent = [sequences.add(text[at : at + size]) for at in range(0, len(text), size)]
         if sequences.matched is None:
-            pieces.append(sequences.finish())
-        assert "".join(pieces) == shown
+            sent.append(sequences.finish())
+        assert "".join(sent) == expected
 
 
-def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Service, session: ScriptedSession) -> None:
-    submit, may_go_on = session.submit, threading.Event()
+def test_requests_submitted_after_a_disconnect_are_cancelled(service: Service, session: ScriptedSession) -> None:
+    submit, may_continue = session.submit, threading.Event()
 
     def slow(request: Request, on_event: EventCallback) -> int:
-        number = submit(request, on_event)
-        may_go_on.wait(5)
-        return number
+        request_id = submit(request, on_event)
+        may_continue.wait(5)
+        return request_id
 
     session.submit = slow  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
         task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=3)))
-        await session.asked()
+        await session.wait_for_requests()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         assert service.waiting == 0
-        may_go_on.set()
+        may_continue.set()
         while not session.cancelled:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.05)
@@ -348,12 +350,12 @@ def test_what_is_handed_over_after_the_client_has_gone_is_withdrawn(service: Ser
     run(work)
 
 
-def test_a_server_that_ends_does_not_wait_for_the_engine(service: Service, session: ScriptedSession) -> None:
-    session.cancel = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+def test_shutdown_does_not_wait_for_the_engine(service: Service, session: ScriptedSession) -> None:
+    session.cancel_all = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
         task = asyncio.create_task(collect(service, ASK))
-        await session.asked()
+        await session.wait_for_requests()
         service.close()
         with pytest.raises(ApiError, match="shutting down"):
             await task
