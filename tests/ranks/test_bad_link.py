@@ -1,4 +1,4 @@
-"""A link that garbles data is found when a ring starts, by name, and by the doctor."""
+"""A link that corrupts data is found and named at the start of a ring, and by the doctor."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ def init_group_of_own_file(ring, rank):
 
 rendezvous.init_group = init_group_of_own_file
 """
-"""Each rank reads a file of its own: it listens at its own port, and finds the next rank at a relay's."""
+"""Each rank reads its own hostfile: it listens on its own port, and reaches the next rank through a relay."""
 
 EVERY_BYTES = 50_000
 
 
 class Cables:
-    """Stands in for backend_file: a file for each rank, in which one rank's next neighbour is behind a relay.
+    """Replaces backend_file: a hostfile for each rank, in which one rank reaches its next neighbour through a relay.
 
     Args:
-        garbled: the rank from which data go through the relay to the next.
-        every: so many bytes a bit is turned over.
-        stack: closes the relays.
+        corrupted: rank whose data to the next rank go through the relay.
+        every: number of bytes after which a bit is flipped; 0 flips none.
+        stack: exit stack that closes the relays.
     """
 
-    def __init__(self, garbled: int, every: int, stack: ExitStack):
-        self._garbled, self._every, self._stack = garbled, every, stack
+    def __init__(self, corrupted: int, every: int, stack: ExitStack):
+        self._corrupted, self._every, self._stack = corrupted, every, stack
 
     def __call__(self, hostfile: Hostfile, backend: str, ports: Sequence[int]) -> str:
         hosts = ring_hosts(hostfile, ports)
-        behind = (self._garbled + 1) % len(hosts)
-        relay = self._stack.enter_context(garbling_relay(ports[behind], self._every))
+        following = (self._corrupted + 1) % len(hosts)
+        relay = self._stack.enter_context(garbling_relay(ports[following], self._every))
         files = [[list(host) for host in hosts] for _ in hosts]
-        files[self._garbled][behind] = [f"127.0.0.1:{relay}"]
+        files[self._corrupted][following] = [f"127.0.0.1:{relay}"]
         return json.dumps(files)
 
 
@@ -73,36 +73,38 @@ def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack
         yield stack
 
 
-@pytest.mark.parametrize(("garbled", "size"), [(0, 2), pytest.param(1, 3, marks=pytest.mark.slow)])
-def test_a_start_names_the_link_that_garbles_data(
-    garbled: int, size: int, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("corrupted", "size"), [(0, 2), pytest.param(1, 3, marks=pytest.mark.slow)])
+def test_the_error_at_start_names_the_link_that_corrupts_data(
+    corrupted: int, size: int, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_module, "backend_file", Cables(garbled, EVERY_BYTES, stack))
+    monkeypatch.setattr(ring_module, "backend_file", Cables(corrupted, EVERY_BYTES, stack))
     ring = Ring(local_cluster(size), module=MODULE)
     with pytest.raises(RingError) as raised:
         ring.start(payloads=[], hidden_size=128)
-    named = rf"the link between rank {garbled} \(`localhost`\) and rank {garbled + 1} \(`localhost`\) garbles data: "
-    assert raised.match(f"^{named}rank {garbled + 1} .* got [1-9].* of .* values of the message of ")
-    assert raised.value.rank == garbled + 1
+    named = (
+        rf"the link between rank {corrupted} \(`localhost`\) and rank {corrupted + 1} \(`localhost`\) garbles data: "
+    )
+    assert raised.match(f"^{named}rank {corrupted + 1} .* got [1-9].* of .* values of the message of ")
+    assert raised.value.rank == corrupted + 1
     assert "another cable" in (raised.value.hint or "")
     wait_until_gone(ring.pids, 1)
 
 
-def test_the_doctor_says_it_in_a_finding(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring_module, "backend_file", Cables(0, EVERY_BYTES, stack))
     monkeypatch.setattr(self_test_module, "MODULE", MODULE)
-    found = self_test(local_cluster(2), quick_payloads(), 128)
-    [finding] = found.findings
-    assert (finding.check, finding.state, found.is_stalled) == ("self-test", "trouble", False)
+    result = self_test(local_cluster(2), quick_payloads(), 128)
+    [finding] = result.findings
+    assert (finding.check, finding.state, result.is_stalled) == ("self-test", "trouble", False)
     assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) garbles data" in finding.message
 
 
-def test_a_relay_that_garbles_nothing_is_no_fault(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relay_that_corrupts_nothing_is_fine(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring_module, "backend_file", Cables(0, 0, stack))
     monkeypatch.setattr(self_test_module, "MODULE", MODULE)
     payloads = [payload for payload in quick_payloads() if payload.kind != "message"]
-    found = self_test(local_cluster(2), payloads, 128)
-    assert [finding.state for finding in found.findings] == ["ok"]
-    assert found.sums is not None
-    sizes = [each.size_bytes for each in found.sums.timings]  # on a busy machine not all
+    result = self_test(local_cluster(2), payloads, 128)
+    assert [finding.state for finding in result.findings] == ["ok"]
+    assert result.sums is not None
+    sizes = [each.size_bytes for each in result.sums.timings]  # on a busy machine not all
     assert sizes == [512, 4096, 32768, 262144][: len(sizes)] != []

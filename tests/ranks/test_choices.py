@@ -1,4 +1,4 @@
-"""What a request says of its tokens: grammar, bias, probabilities; on rings, in batches, along drafts, after a loss."""
+"""Grammar, logit bias and log probabilities of a request: on rings, in batches, with drafts, after a lost rank."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ def text() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def requests(text: ChatTokenizer) -> list[Request]:
-    """Free, kept to a schema (greedy, then drawn), with a bias; all with probabilities but the first."""
+    """Return a free request, two with a schema (greedy, sampled), one with a bias; all but the first with logprobs."""
     prompt = tuple(text.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
     special = text.tokenizer.special_tokens
     free = Request(prompt, 40, stop_ids=text.stop_ids)
-    held = replace(
+    constrained = replace(
         free,
         max_tokens=150,
         grammar=build_grammar(special, detect_thinking(special, prompt), SCHEMA),
         top_logprobs=2,
     )
-    drawn = replace(held, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
+    sampled = replace(constrained, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
     biased = replace(free, logit_bias=((text.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
-    return [free, held, drawn, biased]
+    return [free, constrained, sampled, biased]
 
 
 def tokens_of(session: Session, request: Request) -> list[Token]:
     return [event for event in stream_events(session, request) if isinstance(event, Token)]
 
 
-def assert_alike(found: list[Token], expected: list[Token]) -> None:
-    """The same tokens, and nearly the same probabilities."""
-    assert [token.id for token in found] == [token.id for token in expected]
-    for mine, theirs in zip(found, expected, strict=True):
+def assert_equal(actual: list[Token], expected: list[Token]) -> None:
+    """Check for equal tokens and nearly equal log probabilities."""
+    assert [token.id for token in actual] == [token.id for token in expected]
+    for mine, theirs in zip(actual, expected, strict=True):
         assert (mine.logprobs is None) == (theirs.logprobs is None)
         if mine.logprobs is not None and theirs.logprobs is not None:
             assert _numbers(mine.logprobs) == pytest.approx(_numbers(theirs.logprobs), abs=1e-3)
@@ -74,18 +74,18 @@ def _numbers(logprobs: Logprobs) -> list[float]:
 
 @pytest.fixture(scope="module")
 def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
-    """Each alone in one process."""
+    """Answers of one process to one request at a time."""
     with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
         answers = [tokens_of(session, request) for request in requests]
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))
-    free, *helds, biased = answers
-    for held in helds:
+    free, *constrained, biased = answers
+    for tokens in constrained:
         parser = text.output_parser(requests[1].prompt)
-        deltas = [*(parser.add(token.id) for token in held), parser.finish()]
-        found = json.loads("".join(delta.text for delta in deltas))
-        assert set(found) == {"name", "ages"}
-    for token in helds[0]:
+        deltas = [*(parser.add(token.id) for token in tokens), parser.finish()]
+        value = json.loads("".join(delta.text for delta in deltas))
+        assert set(value) == {"name", "ages"}
+    for token in constrained[0]:
         assert token.logprobs is not None
         assert len(token.logprobs.top) == 2
         assert 0 >= token.logprobs.top[0][1] >= max(token.logprobs.token, token.logprobs.top[1][1])
@@ -94,16 +94,16 @@ def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
     return answers
 
 
-def ask_together(session: Session, requests: list[Request]) -> list[list[Token]]:
+def answer_together(session: Session, requests: list[Request]) -> list[list[Token]]:
     with ThreadPoolExecutor(len(requests)) as pool:
         return list(pool.map(lambda request: tokens_of(session, request), requests))
 
 
-def test_among_each_other_and_along_drafts(requests: list[Request], expected: list[list[Token]]) -> None:
+def test_in_a_batch_and_with_drafts(requests: list[Request], expected: list[list[Token]]) -> None:
     for speculate in (0, 5):
         with closing(LocalSession(SessionOptions(KIMI_MINI, speculate=speculate))) as session:
-            for found, alone in zip(ask_together(session, requests), expected, strict=True):
-                assert_alike(found, alone)
+            for actual, alone in zip(answer_together(session, requests), expected, strict=True):
+                assert_equal(actual, alone)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_among_each_other_and_along_drafts(requests: list[Request], expected: li
         ("pipeline", 5),
     ],
 )
-def test_on_a_ring_that_is_lost_in_the_middle(
+def test_on_a_ring_that_is_lost_during_an_answer(
     requests: list[Request],
     expected: list[list[Token]],
     strategy: str,
@@ -127,13 +127,13 @@ def test_on_a_ring_that_is_lost_in_the_middle(
     with closing(RingSession(options)) as session:
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))
-        for found, alone in zip(ask_together(session, requests), expected, strict=True):
-            assert_alike(found, alone)
+        for actual, alone in zip(answer_together(session, requests), expected, strict=True):
+            assert_equal(actual, alone)
         seen: list[Token] = []
         for event in stream_events(session, requests[1]):
             if isinstance(event, Token):
                 seen.append(event)
                 if len(seen) == 20:
                     os.kill(session.pids[1], signal.SIGKILL)
-        assert_alike(seen, expected[1])
+        assert_equal(seen, expected[1])
         assert session.status().restarts == 1

@@ -1,4 +1,4 @@
-"""Local rings of real ranks: the same text as one process, also when ranks are lost on the way."""
+"""Local rings of real ranks generate the same text as one process, also when ranks are lost."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def wait_until_gone(pids: list[int], limit_s: float = 10) -> None:
 
 
 @pytest.mark.slow
-def test_a_ring_of_three_gives_the_text_of_one_process(folder: Path) -> None:
+def test_three_ranks_generate_the_same_as_one_process(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=8)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
@@ -73,7 +73,7 @@ def test_a_ring_of_three_gives_the_text_of_one_process(folder: Path) -> None:
     wait_until_gone(pids)
 
 
-def test_a_ring_gives_the_text_of_one_process_also_after_a_request_broken_off_or_refused(folder: Path) -> None:
+def test_two_ranks_generate_the_same_as_one_process_also_after_a_cancelled_or_refused_request(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=10)
     follow_up = Request((*PROMPT, 1, 2, 3), max_tokens=8)
     with closing(LocalSession(SessionOptions(folder))) as alone:
@@ -105,8 +105,8 @@ def test_a_ring_gives_the_text_of_one_process_also_after_a_request_broken_off_or
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("hybrid", marks=pytest.mark.slow), "pipeline"])
-def test_requests_of_several_threads_do_not_disturb_each_other(folder: Path, strategy: str) -> None:
-    """Some are broken off, one is refused, all is forgotten in the middle, and two sample without a seed."""
+def test_requests_of_several_threads_are_independent(folder: Path, strategy: str) -> None:
+    """Some are cancelled, one is refused, the caches are reset meanwhile, and two sample without a seed."""
     requests = [Request(PROMPT[:length], max_tokens=40 - length) for length in (3, 9, 17, 30)]
     unseeded = Request(PROMPT, max_tokens=20, sampling=Sampling(temperature=1.0))
     with closing(LocalSession(SessionOptions(folder))) as alone:
@@ -132,13 +132,13 @@ def test_requests_of_several_threads_do_not_disturb_each_other(folder: Path, str
             disturbance.result(120)
 
 
-def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable[[], None]) -> list[Event]:
-    """The events of a request; when so many tokens have come, something happens."""
+def events_with_action(ring: RingSession, request: Request, after: int, action: Callable[[], None]) -> list[Event]:
+    """Return the events of a request; call `action` after a number of tokens."""
     events: list[Event] = []
     for event in ring.generate(request):
         events.append(event)
         if len([each for each in events if isinstance(each, Token)]) == after and isinstance(event, Token):
-            disturb()
+            action()
     return events
 
 
@@ -152,7 +152,7 @@ def disturbed(ring: RingSession, request: Request, after: int, disturb: Callable
     ],
     ids=["greedy", "pipeline", "sampled", "pipeline-sampled"],
 )
-def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, strategy: str, lost: int, sampling: Sampling) -> None:
+def test_an_answer_resumes_after_a_rank_is_killed(folder: Path, strategy: str, lost: int, sampling: Sampling) -> None:
     request = Request(PROMPT, max_tokens=120, sampling=sampling)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
@@ -164,7 +164,7 @@ def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, strategy: str, l
             times.append(time.monotonic())
             os.kill(ring.pids[lost], signal.SIGKILL)
 
-        events = disturbed(ring, request, 10, kill)
+        events = events_with_action(ring, request, 10, kill)
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank {lost} of 2 (process {first_pids[lost]}) was ended by SIGKILL" in interrupted.reason
@@ -180,7 +180,7 @@ def test_an_answer_goes_on_after_a_rank_is_killed(folder: Path, strategy: str, l
     wait_until_gone(pids)
 
 
-def test_a_rank_that_is_lost_while_nothing_is_asked(folder: Path) -> None:
+def test_a_rank_lost_while_idle_is_restarted(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=5)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         expected = tokens_of(ring, request)
@@ -192,13 +192,13 @@ def test_a_rank_that_is_lost_while_nothing_is_asked(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["hybrid", pytest.param("pipeline", marks=pytest.mark.sweep)])
-def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
+def test_a_stopped_rank_is_replaced(folder: Path, strategy: str) -> None:
     request = Request(PROMPT, max_tokens=120)
     with closing(LocalSession(SessionOptions(folder))) as alone:
         expected = tokens_of(alone, request)
     with closing(RingSession(SessionOptions(folder, ranks=2, timeouts=QUICK, strategy=strategy))) as ring:
         pids = ring.pids
-        events = disturbed(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
+        events = events_with_action(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank 1 of 2 (process {pids[1]}) has been silent for " in interrupted.reason
@@ -207,7 +207,7 @@ def test_a_stopped_rank_is_given_up(folder: Path, strategy: str) -> None:
 
 
 @pytest.mark.slow
-def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelling_does_not_wait_for_the_restart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (2.0,))
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         events: list[Event] = []
@@ -223,12 +223,12 @@ def test_stopping_an_answer_does_not_wait_for_the_ring(folder: Path, monkeypatch
         assert isinstance(events[-1], Finished)
         assert events[-1].reason == "cancelled"
         request = Request(PROMPT, max_tokens=5)
-        seen = list(ring.generate(request))  # asked while the ring is down
+        seen = list(ring.generate(request))  # submitted while the ring is down
         assert isinstance(seen[0], Interrupted)
         assert len([event for event in seen if isinstance(event, Token)]) == 5
 
 
-def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
+def test_without_restarts_the_session_fails(folder: Path) -> None:
     with closing(RingSession(SessionOptions(folder, ranks=2, max_restarts=0))) as ring:
         pids = ring.pids
         events = ring.generate(Request(PROMPT, max_tokens=5000))
@@ -243,7 +243,7 @@ def test_it_is_given_up_when_starting_again_is_of_no_use(folder: Path) -> None:
     wait_until_gone(pids)
 
 
-def test_more_ranks_than_pieces_are_refused(folder: Path) -> None:
+def test_too_many_ranks_are_refused(folder: Path) -> None:
     with pytest.raises(PlacementError, match="too few for 64 ranks"):
         RingSession(SessionOptions(folder, ranks=64))
 
@@ -267,7 +267,7 @@ time.sleep(60)
     wait_until_gone(pids)
 
 
-def test_no_file_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_file_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with Ring(local_cluster(2)) as ring:
         ring.start(folder=str(folder), dtype=None, strategy="hybrid", has_sampling=False, needs_tokenizer_files=False)

@@ -1,4 +1,4 @@
-"""How a ring comes to stand, with small programs as its ranks: fast ones, slow ones, silent ones, broken ones."""
+"""Start of a ring, with small programs as its ranks: fast, slow, silent and broken ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LISTENING = f"""{BEGINNING}
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The module that the ranks run; to be written."""
+    """Return the path of the module that the ranks run; tests write it."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -56,7 +56,7 @@ def make_ring(program: Path, text: str, size: int = 2) -> Ring:
     return Ring(local_cluster(size), module=program.stem)
 
 
-def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program: Path) -> None:
+def test_messages_of_a_fast_rank_are_kept_while_a_slow_rank_joins(program: Path) -> None:
     text = f"""{LISTENING}
     if rank == 1:
         time.sleep(1)
@@ -71,12 +71,12 @@ def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program:
         ring.start()
         early = [(rank, message["kind"]) for rank, message in ring._early]
         assert early == [(0, "loading"), (0, "loading"), (0, "ready")]
-        heard: dict[int, list[str]] = {0: [], 1: []}
+        received: dict[int, list[str]] = {0: [], 1: []}
         for rank, message in ring.messages():
-            heard[rank].append(message["kind"] + str(message.get("done", "")))
-            if all(kinds[-1:] == ["ready"] for kinds in heard.values()):
+            received[rank].append(message["kind"] + str(message.get("done", "")))
+            if all(kinds[-1:] == ["ready"] for kinds in received.values()):
                 break
-        assert heard == {rank: ["loading1", "loading2", "ready"] for rank in (0, 1)}
+        assert received == {rank: ["loading1", "loading2", "ready"] for rank in (0, 1)}
         pids = ring.pids
     wait_until_gone(pids)
 
@@ -105,9 +105,9 @@ def test_what_a_fast_rank_says_while_a_slow_one_still_joins_is_not_lost(program:
             r"rank \d of 2 \(process \d+\) did not get through the test of its links within 2 s",
         ),
     ],
-    ids=["ends", "never says a word", "does not join", "is not tested"],
+    ids=["ends", "never sends a message", "does not join", "is not tested"],
 )
-def test_a_rank_that_does_not_get_there_is_given_up(
+def test_a_rank_that_does_not_start_in_time_is_an_error(
     program: Path, limit: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ring_module, limit, 2.0)
@@ -115,7 +115,7 @@ def test_a_rank_that_does_not_get_there_is_given_up(
     with pytest.raises(RingError, match=message) as raised:
         ring.start()
     pids = [int(number) for number in re.findall(r"\n  process (\d+)", raised.value.message)]
-    assert pids  # its last words
+    assert pids  # from its last lines
     wait_until_gone(pids)
     logs = [file.read_text() for file in (program.parent / "kimi-mlx/logs").iterdir()]
     wait_until_gone([int(log.split()[1]) for log in logs if log])
@@ -129,7 +129,7 @@ def test_a_rank_that_does_not_get_there_is_given_up(
         ("def other(): pass", "cannot import name 'main'"),
     ],
 )
-def test_a_program_that_fails_at_once_is_told_with_its_last_lines(program: Path, text: str, message: str) -> None:
+def test_the_error_of_a_rank_that_fails_at_once_has_its_last_lines(program: Path, text: str, message: str) -> None:
     ring = make_ring(program, text)
     with pytest.raises(
         RingError, match=r"rank \d of 2 \(not yet started\) exited with code 1; its last lines:"
@@ -139,7 +139,7 @@ def test_a_program_that_fails_at_once_is_told_with_its_last_lines(program: Path,
     assert re.search(r"its log is \S+-rank-\d\.log$", raised.value.hint or "")
 
 
-def test_a_note_is_in_the_log_and_not_among_the_last_words(program: Path) -> None:
+def test_a_note_is_in_the_log_but_not_in_the_error(program: Path) -> None:
     ring = make_ring(program, f"{LISTENING}    send('note', text='by the way')\n    sys.exit(3)")
     with pytest.raises(RingError, match="exited with code 3") as raised:
         ring.start()
@@ -150,10 +150,10 @@ def test_a_note_is_in_the_log_and_not_among_the_last_words(program: Path) -> Non
 @pytest.mark.parametrize(
     ("envs", "is_asked", "value"), [([], False, "0"), ([], True, "1"), ([f"{FAST_SYNC}=1"], False, "1")]
 )
-def test_only_an_option_or_the_hostfile_turns_on_the_fast_fence(
+def test_only_an_option_or_the_hostfile_turns_on_fast_sync(
     envs: list[str], is_asked: bool, value: str, program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FAST_SYNC, "1")  # not by kimi-mlx
+    monkeypatch.setenv(FAST_SYNC, "1")  # set by the user, not by kimi-mlx
     program.write_text(f"""
 import os
 from kimi_mlx.errors import MissingModelError
@@ -172,7 +172,7 @@ def main():
         Ring(cluster, module=program.stem).start()
 
 
-def test_an_error_of_a_rank_at_its_start_is_raised_as_it_is(program: Path) -> None:
+def test_an_error_of_a_rank_at_its_start_is_raised_unchanged(program: Path) -> None:
     text = """
 from kimi_mlx.errors import MissingModelError
 from kimi_mlx.rank.channel import run_rank

@@ -1,4 +1,4 @@
-"""The prompt cache on disk of a real model: equal answers, and weights that have changed."""
+"""The prompt cache on disk with a real model: equal answers, and changed weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 10**9
 
 
 def ask(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
-    """New tokens, and how many of the prompt's were there."""
+    """Return the new tokens and the number of cached prompt tokens."""
     events = list(engine.generate(Request(tuple(prompt), 8)))
     end = events[-1]
     assert isinstance(end, Finished)
@@ -28,7 +28,7 @@ def ask(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.sweep)])
-def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
+def test_a_restart_gives_the_same_answer_from_the_cache(tmp_path: Path, dtype: str) -> None:
     model, text = load("kimi-mini", dtype)
     prompt = text.encode("A boat, a tide, a harbour and a bell. " * 40)[:300]
     identity = fingerprint(KIMI_MINI, load_config(KIMI_MINI))
@@ -43,7 +43,7 @@ def test_a_restart_answers_alike_and_sooner(tmp_path: Path, dtype: str) -> None:
     assert answers == [(expected, 0), (expected, 256)]
 
 
-def test_weights_that_were_written_anew_are_others(tmp_path: Path) -> None:
+def test_rewritten_weights_have_another_fingerprint(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(KIMI_MINI, tmp_path / "model"))
     config = load_config(folder)
     before = fingerprint(folder, config)

@@ -1,4 +1,4 @@
-"""A session in this process: a step that fails ends what is in it, and nothing else."""
+"""A session in this process: a failed step ends the requests in it, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokens_of(session: LocalSession, length: int = 40) -> list[int]:
     return [event.id for event in events if isinstance(event, Token)]
 
 
-def test_after_a_step_that_failed_the_next_request_is_answered(
+def test_after_a_failed_step_the_next_request_is_answered(
     session: LocalSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = tokens_of(session)
@@ -52,23 +52,23 @@ def test_after_a_step_that_failed_the_next_request_is_answered(
     assert "Unable to allocate" in status.reason
     with monkeypatch.context() as later:
         later.setattr(local_session, "FAILED_STEP_DOWN_S", 0.0)
-        assert session.status().is_up  # nobody asks
+        assert session.status().is_up  # without any request
     monkeypatch.undo()
     assert tokens_of(session) == expected
     assert session.status().is_up
 
 
-def test_all_requests_of_a_failed_step_are_told(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_requests_of_a_failed_step_get_the_error(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: Model, *args: Any) -> Any:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(Model, "hidden", failing)
-    told: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
-    for number in range(20):
-        session.submit(Request((30, 31, number), max_tokens=5), told.put)
+    events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+    for i in range(20):
+        session.submit(Request((30, 31, i), max_tokens=5), events.put)
     left = 20
     while left:
-        event = told.get(timeout=10)
+        event = events.get(timeout=10)
         left -= isinstance(event, StepError)
         assert isinstance(event, StepError | Prefilled)
     assert session.status().waiting == 0

@@ -1,4 +1,4 @@
-"""Hypothesis without deadlines: a busy machine is no failure."""
+"""Run Hypothesis without deadlines: a busy machine is not a failure."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ REFERENCE = reference(small_ranks())
 
 
 def write_fast_tokenizer(folder: Path) -> dict[str, Any]:
-    """Write the small vocabulary as Hugging Face would, control tokens and all; return what was written."""
+    """Write the small vocabulary, control tokens included, as Hugging Face would; return it."""
     bpe = build(small_ranks(), find_splits(small_ranks()))
     bpe.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL.values()])
     spec = json.loads(bpe.to_str())
@@ -52,7 +52,7 @@ def test_control_tokens_are_kept_by_id(tokenizer: Tokenizer):
         tokenizer.decode([tokenizer.vocab_size])
 
 
-def test_control_tokens_in_the_model_itself_are_taken_out(tmp_path: Path):
+def test_control_tokens_in_the_model_are_removed(tmp_path: Path):
     spec = write_fast_tokenizer(tmp_path)
     for token in spec["added_tokens"]:
         spec["model"]["vocab"][token["content"]] = token["id"]
@@ -93,7 +93,7 @@ def test_broken_files_are_text_errors(tmp_path: Path, path: tuple[str, ...], val
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])
-def test_no_json_is_a_text_error(tmp_path: Path, text: str):
+def test_invalid_json_is_a_text_error(tmp_path: Path, text: str):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(TextError, match="cannot read"):
         Tokenizer.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Grammars of answers: which there are, and what they let through, token by token, in kimi-mini's vocabulary."""
+"""Grammars of answers: the answers they accept, token by token, in kimi-mini's vocabulary."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def accepts(grammar: str, text: str) -> bool:
-    """Whether an answer may be this."""
+    """Return whether a grammar accepts an answer."""
     constraint = Constraint(VOCABULARY, grammar)
     try:
         for token in ids_of(text + "<|im_end|>"):
@@ -123,7 +123,7 @@ PARIS = '{"city": "Paris"}'
         ({"tools": [tool("f", ODD)], "tool_choice": "required"}, [section(call("f", 0, '{"a": 1}'))], []),
     ],
 )
-def test_what_an_answer_may_be(arguments: dict[str, Any], good: list[str], bad: list[str]) -> None:
+def test_accepted_and_rejected_answers(arguments: dict[str, Any], good: list[str], bad: list[str]) -> None:
     text = grammar(**arguments)
     assert [answer for answer in good if not accepts(text, answer)] == []
     assert [answer for answer in bad if accepts(text, answer)] == []
@@ -138,12 +138,12 @@ def test_what_an_answer_may_be(arguments: dict[str, Any], good: list[str], bad: 
         {"tool_choice": "none", "parallel_tool_calls": False},
     ],
 )
-def test_without_anything_to_keep_to_there_is_no_grammar(arguments: dict[str, Any]) -> None:
+def test_without_constraints_there_is_no_grammar(arguments: dict[str, Any]) -> None:
     assert build_grammar(SPECIAL, Thinking.OPEN, **arguments) is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"response_schema": {"not": {}}}, "`response_format: $.not`"),
         ({"tools": [tool("f"), tool("g", ODD, strict=True)]}, "`tools[1].function.parameters: $.properties.a.not`"),
@@ -156,18 +156,18 @@ def test_without_anything_to_keep_to_there_is_no_grammar(arguments: dict[str, An
         ({"tools": [tool("f")], "tool_choice": {"name": "g"}}, "`tool_choice` names `g`"),
     ],
 )
-def test_what_cannot_be_kept_to_is_refused_with_the_place(arguments: dict[str, Any], said: str) -> None:
+def test_unsupported_requests_are_refused_with_the_place(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(GrammarError) as caught:
         grammar(**arguments)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_model_without_calls_cannot_be_made_to_call() -> None:
+def test_a_model_without_call_tokens_cannot_be_forced_to_call() -> None:
     with pytest.raises(GrammarError, match="has no `<|tool_calls_section_begin|>`".replace("|", r"\|")):
         build_grammar({}, Thinking.NONE, tools=[tool("f")], tool_choice="required")
 
 
-def test_so_many_calls_and_what_the_parser_makes_of_them() -> None:
+def test_the_maximum_number_of_calls_and_their_parsing() -> None:
     text = grammar(tools=[tool("f", strict=True)])
     answer = section(*(call("f", i, PARIS) for i in range(MAX_CALLS)))
     assert accepts(text, answer)
@@ -186,5 +186,5 @@ def test_so_many_calls_and_what_the_parser_makes_of_them() -> None:
         ({"<|im_middle|>": 5}, [5], Thinking.NONE),
     ],
 )
-def test_how_an_answer_may_begin(special: Mapping[str, int], prompt: list[int], thinking: Thinking) -> None:
+def test_detect_thinking(special: Mapping[str, int], prompt: list[int], thinking: Thinking) -> None:
     assert detect_thinking(special, prompt) is thinking

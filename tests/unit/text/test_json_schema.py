@@ -1,4 +1,4 @@
-"""Schemas from outside: what is refused and where, what is left out, what stays."""
+"""Schemas of users: errors with their place, dropped annotations, and kept keywords."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schema", "said"),
+    ("schema", "message"),
     [
         ("words", "`here: $`: not a schema"),
         (False, "nothing satisfies it"),
@@ -57,15 +57,15 @@ def nested(depth: int) -> dict[str, Any]:
         ({"type": "integer", "multipleOf": 10**9 + 7}, "fuel"),
     ],
 )
-def test_refused_with_the_place_and_soon(schema: Any, said: str) -> None:
+def test_errors_name_the_place_and_come_quickly(schema: Any, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(GrammarError) as caught:
         check_schema(schema, "here")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert time.monotonic() - started < 5
 
 
-def test_notes_are_left_out() -> None:
+def test_annotations_are_dropped() -> None:
     schema = {"title": "A", "default": 1, "x-guidance": {"lenient": True}, "format": "int32", "uniqueItems": False}
     assert check_schema({**schema, "properties": {"format": {"format": "date", "$comment": "x"}}}, "here") == {
         "properties": {"format": {"format": "date"}}
@@ -73,7 +73,7 @@ def test_notes_are_left_out() -> None:
     assert check_schema(True, "here") == {}
 
 
-def test_bounds_move_inwards_to_what_a_float_can_say() -> None:
+def test_bounds_move_inwards_to_exact_floats() -> None:
     clean = check_schema({"maximum": 2**63 - 1, "minimum": 2**53 + 1}, "here")
     assert clean == {"maximum": 2**63 - 1024, "minimum": 2**53 + 2}
 

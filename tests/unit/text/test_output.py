@@ -1,4 +1,4 @@
-"""The answer's state machine: what Kimi should write, what it does write, and any ids at all."""
+"""The parser of answers: correct answers, known errors of Kimi, and random ids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, *parts: str) -> list[int]:
-    """Return the ids of control tokens and plain text; `=` in front makes any part plain text."""
+    """Return the ids of control tokens and plain text; a part that begins with `=` is plain text."""
     ids: list[int] = []
     for part in parts:
         special = tokenizer.special_tokens.get(part)
@@ -43,7 +43,7 @@ def call(name: str = "f", index: int = 0, arguments: str = "{}") -> ToolCall:
 
 
 def answer(text: str = "", reasoning: str = "", tool_calls: tuple[ToolCall, ...] = ()) -> Delta:
-    """A whole answer, each call in both its forms."""
+    """Return the delta of a whole answer, with each call in both its forms."""
     parts = (ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(tool_calls))
     return Delta(text, reasoning, tool_calls, tuple(parts))
 
@@ -114,7 +114,7 @@ CASES: dict[str, tuple[tuple[str, ...], Delta]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_kimi_writes(tokenizer: Tokenizer, case: str):
+def test_answers_of_kimi(tokenizer: Tokenizer, case: str):
     parts, expected = CASES[case]
     assert parse(tokenizer, ids_of(tokenizer, *parts)) == expected
 
@@ -177,7 +177,7 @@ def test_unknown_ids_and_half_characters_are_replaced(tokenizer: Tokenizer):
     assert parse(tokenizer, snow[:1]) == Delta("\ufffd")
 
 
-def test_text_appears_as_soon_as_it_is_known(tokenizer: Tokenizer):
+def test_text_is_returned_as_soon_as_it_is_certain(tokenizer: Tokenizer):
     parser = OutputParser(tokenizer, False)
     shown = [parser.add(byte).text for byte in "a<b<|tool_x☃".encode()]
     assert shown == ["a", "", "<b", "", "", "", "", "", "", "", "<|tool_x", "", "", "☃"]
@@ -185,7 +185,7 @@ def test_text_appears_as_soon_as_it_is_known(tokenizer: Tokenizer):
     assert parser.add(65) == Delta()
 
 
-def test_a_call_comes_in_parts_as_it_is_written(tokenizer: Tokenizer):
+def test_a_call_is_streamed_in_deltas(tokenizer: Tokenizer):
     parser = OutputParser(tokenizer, True)
     written = ids_of(
         tokenizer, SECTION, CALL, "functions.f:7", ARGUMENTS, *'{"a":1}', CALL_END, *F0[:2], ARGUMENTS, "x"
@@ -203,8 +203,8 @@ def test_a_call_comes_in_parts_as_it_is_written(tokenizer: Tokenizer):
     assert broken.index == 1
 
 
-def assert_parts_are_the_calls(whole: Delta):
-    """Each named call has its one part with the same id, name and arguments, in the same order."""
+def assert_deltas_match_calls(whole: Delta):
+    """Check that each named call has one delta with the same id, name and arguments, in the same order."""
     parts = iter(whole.tool_call_deltas)
     for index, call in enumerate(c for c in whole.tool_calls if isinstance(c, ToolCall) or c.index is not None):
         part = next(parts)
@@ -234,7 +234,7 @@ def test_stream_equals_whole_at_every_cut(tokenizer: Tokenizer, data: Any):
     parser, streamed = OutputParser(tokenizer, inside), Delta()
     for cut, token_id in enumerate(ids, start=1):
         streamed += parser.add(token_id)
-        # What was shown stays: the answer, closed at this point, goes on from what was streamed.
+        # Streamed text stays: an answer closed at this point begins with it.
         closed = parse(tokenizer, ids[:cut], inside)
         assert closed.text.startswith(streamed.text)
         assert closed.reasoning.startswith(streamed.reasoning)
@@ -247,13 +247,11 @@ def test_stream_equals_whole_at_every_cut(tokenizer: Tokenizer, data: Any):
             for c, s in zip(closed.tool_call_deltas, streamed.tool_call_deltas, strict=True)
         )
     assert streamed + parser.finish() == whole
-    assert_parts_are_the_calls(whole)
+    assert_deltas_match_calls(whole)
 
 
 @given(ids=st.lists(st.integers(-5, TOKENIZER_IDS + 5), max_size=60), inside=st.booleans())
-def test_whatever_the_ids_nothing_raises_and_nothing_follows_the_end(
-    tokenizer: Tokenizer, ids: list[int], inside: bool
-):
+def test_random_ids_never_raise_and_nothing_follows_the_end(tokenizer: Tokenizer, ids: list[int], inside: bool):
     until_end = next((at for at, i in enumerate(ids) if i in tokenizer.eos_token_ids), len(ids))
     assert parse(tokenizer, ids[:until_end], inside) == parse(tokenizer, ids, inside)
 
@@ -264,7 +262,7 @@ TOOL_CALL = st.tuples(st.sampled_from(["f", "get_x", "a.b"]), ARGUMENT_VALUES)
 
 
 @given(thought=TEXT, text=TEXT, called=st.lists(TOOL_CALL, max_size=3), thinking=st.booleans())
-def test_parse_gives_back_what_the_template_wrote(
+def test_parse_inverts_the_template(
     tokenizer: Tokenizer, thought: str, text: str, called: list[tuple[str, dict[str, Any]]], thinking: bool
 ):
     calls = tuple(

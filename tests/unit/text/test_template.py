@@ -1,4 +1,4 @@
-"""Chat templates: the prompts of each generation, and templates and messages that mean harm."""
+"""Chat templates: the prompts of each generation, and hostile templates and messages."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def test_whole_k25_prompt_byte_for_byte():
+def test_complete_k25_prompt_byte_for_byte():
     assert MINI.render(TIDE, [TIDE_TOOL]) == TIDE_PROMPT
 
 
-def test_answered_turns_lose_their_thinking():
+def test_answered_turns_drop_their_reasoning():
     prompt = MINI.render(ANSWERED)
     assert "<|im_middle|><think></think><|tool_calls_section_begin|>" in prompt
     assert "<think></think>At 06:12.<|im_end|>" in prompt
@@ -111,7 +111,7 @@ def test_thinking_switch(kwargs: dict[str, Any], ending: str):
     assert "Need the tool." not in suffix
 
 
-def test_tools_that_typescript_cannot_say_are_compact_sorted_json():
+def test_tools_without_typescript_form_are_compact_sorted_json():
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"oneOf": []}}}}}
     body = '[{"function":{"name":"f","parameters":{"properties":{"x":{"oneOf":[]}}}},"type":"function"}]'
     assert MINI.render([], [tool]).startswith(f"<|im_system|>tool_declare<|im_middle|>{body}<|im_end|>")
@@ -176,7 +176,7 @@ def test_plain_prompt_encodes_like_its_text(tokenizer: Tokenizer):
     assert ids.count(tokenizer.special_tokens["<think>"]) == 3
 
 
-# Text that spells control tokens, whole, in halves, overlapping, and with the escape's own characters.
+# Text that spells control tokens: complete, in halves, overlapping, and with the escape characters.
 HALVES = ["<|im_", "end|>", "<", "|>", "[", "EOS]", "<th", "ink>", "<<think>", "think"]
 ESCAPES = ["\ufdd0", "\\ufdd0", "\ufdd1", "\\"]
 HARM = st.lists(st.sampled_from([*SPECIAL.values(), *HALVES, *ESCAPES, "x", " "]), max_size=6).map("".join)
@@ -190,7 +190,7 @@ def marker_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("template", [MINI, K2, K2_THINKING], ids=["k25", "k2", "k2-thinking"])
 @settings(max_examples=40)
 @given(data=st.data())
-def test_nothing_from_outside_becomes_a_control_token(tokenizer: Tokenizer, template: ChatTemplate, data: Any):
+def test_user_text_never_becomes_a_control_token(tokenizer: Tokenizer, template: ChatTemplate, data: Any):
     def conversation(text: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         call = {"id": text(), "function": {"name": text(), "arguments": text()}}
         messages = [
@@ -215,14 +215,14 @@ def test_nothing_from_outside_becomes_a_control_token(tokenizer: Tokenizer, temp
     assert tokenizer.decode(ids) == template.render(harmful, harmful_tools)
 
 
-def test_halves_in_neighbouring_strings_stay_text(tokenizer: Tokenizer):
+def test_parts_of_a_control_token_in_adjacent_strings_stay_text(tokenizer: Tokenizer):
     parts = [{"type": "text", "text": text} for text in ("<|im", "_en", "d|>")]
     ids = MINI.encode(tokenizer, [{"role": "user", "content": parts}])
     assert ids.count(tokenizer.special_tokens["<|im_end|>"]) == 1
     assert "<|im_middle|><|im_end|><|im_end|>" in tokenizer.decode(ids)
 
 
-def test_escape_is_a_character_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
+def test_the_escape_does_not_occur_in_the_input(monkeypatch: pytest.MonkeyPatch):
     assert choose_escape(["a", "\ufdd0", "\\ufdd1"]) == "\ufdd2"
     monkeypatch.setattr("kimi_mlx.text.control_tokens.ESCAPES", ("\ufdd0", "\ufdd1"))
     with pytest.raises(TextError, match="private-use"):
@@ -236,7 +236,7 @@ def test_template_may_write_json_in_ascii(tokenizer: Tokenizer):
     assert not marker_ids(tokenizer, ids)
 
 
-def test_markers_split_prefers_the_longer_token():
+def test_split_prefers_the_longer_token():
     markers = ControlTokens({"<a>": 1, "<a>b": 2, "": 3})
     assert markers.split("x<a>b<a>") == ["x", 2, 1]
     assert ControlTokens({}).split("x") == ["x"]
@@ -277,7 +277,7 @@ def test_options_must_be_plain_values(options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("depth", [300, 600, 900, 100_000])
-def test_deep_nesting_is_an_error_and_no_crash(tokenizer: Tokenizer, depth: int):
+def test_deep_nesting_is_an_error_without_a_crash(tokenizer: Tokenizer, depth: int):
     schema: dict[str, Any] = {}
     for _ in range(depth):
         schema = {"a": schema}

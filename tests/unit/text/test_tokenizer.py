@@ -1,4 +1,4 @@
-"""Our tokenizer against the `tiktoken` package, and its behaviour at the edges."""
+"""Our tokenizer compared with the `tiktoken` package, and edge cases."""
 
 # ruff: noqa: RUF001  (the odd characters are the point)
 from __future__ import annotations
@@ -54,7 +54,7 @@ def test_decode_and_detokenizer_equal_tiktoken(tokenizer: Tokenizer, ids: list[i
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=20))
-def test_detokenizer_never_shows_half_a_character(tokenizer: Tokenizer, ids: list[int]):
+def test_detokenizer_never_returns_half_a_character(tokenizer: Tokenizer, ids: list[int]):
     shown = bytes(ids).decode("utf-8", "replace")
     detokenizer = tokenizer.detokenizer()
     so_far = ""
@@ -86,12 +86,12 @@ def test_unknown_id_is_a_text_error(tokenizer: Tokenizer, token_id: int):
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "\ude00\ud83d", "\ud83d" + "\ude00"])
-def test_surrogates_become_what_tiktoken_makes_of_them(tokenizer: Tokenizer, text: str):
+def test_surrogates_are_replaced_as_in_tiktoken(tokenizer: Tokenizer, text: str):
     assert tokenizer.encode(text) == REFERENCE.encode(text, disallowed_special=())
 
 
 def pieces_by_definition(text: str) -> list[str]:
-    """Cut text one character at a time, as the definition says."""
+    """Split text one character at a time, as the definition says."""
     pieces = [""]
     for at, char in enumerate(text):
         run = 0
@@ -104,7 +104,7 @@ def pieces_by_definition(text: str) -> list[str]:
 
 
 @given(runs=st.lists(st.tuples(st.sampled_from(["ab", " \x1c", "漢", "\u3000\n"]), st.integers(1, 9)), max_size=8))
-def test_long_runs_are_cut_like_the_definition(runs: list[tuple[str, int]]):
+def test_long_runs_are_split_like_the_definition(runs: list[tuple[str, int]]):
     with pytest.MonkeyPatch.context() as patch:
         module = "kimi_mlx.text.tokenizer"
         patch.setattr(f"{module}.MAX_ENCODE_CHARS", 16)

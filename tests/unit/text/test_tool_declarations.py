@@ -1,4 +1,4 @@
-"""The TypeScript form of tool declarations, against worked examples."""
+"""The TypeScript form of tool declarations, compared with worked examples."""
 
 from __future__ import annotations
 
@@ -114,13 +114,13 @@ def test_worked_example_byte_for_byte():
     assert to_typescript(tools) == WORKED_EXAMPLE
 
 
-def test_nothing_to_declare_is_an_empty_string():
+def test_without_tools_the_block_is_empty():
     assert to_typescript([]) == ""
     assert to_typescript([{"type": "_plugin", "function": {"name": "x"}}, {"type": "function"}]) == ""
 
 
 def declared(schema: Any) -> str:
-    """Return how one optional field `x` of this schema is written."""
+    """Return the declaration of one optional field `x` of this schema."""
     text = to_typescript([function("f", "", {"type": "object", "properties": {"x": schema}})])
     head, tail = "namespace functions {\ntype f = (_: {\n", "\n}) => any;\n}\n"
     return text.split(head)[1].removesuffix(tail)
@@ -171,12 +171,12 @@ def test_types(schema: Any, expected: str):
         {"type": "string", "description": 7},
     ],
 )
-def test_what_cannot_be_said_is_an_error(schema: Any):
+def test_a_schema_without_typescript_form_is_an_error(schema: Any):
     with pytest.raises(ToolDeclarationError):
         declared(schema)
 
 
-def test_endless_nesting_is_an_error_and_no_crash():
+def test_endless_nesting_is_an_error_without_a_crash():
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(5000):
         schema = {"type": "array", "items": schema}

@@ -1,4 +1,4 @@
-"""Reading `tiktoken.model`, and the pairs that make each token."""
+"""Reading `tiktoken.model`, and the canonical pair of each token."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_order_blank_lines_and_line_ends_do_not_matter(tmp_path: Path):
 @given(data=st.data())
 @settings(max_examples=50)
 def test_any_ranks_give_the_ids_of_tiktoken(data: st.DataObject):
-    """Not only trained vocabularies: tokens that no merge makes, that overlap, that come in any order."""
+    """Also vocabularies with tokens that no merge makes, that overlap, or that are in any order."""
     words = st.text("ab \n汉", min_size=2, max_size=6).map(str.encode)
     extra = data.draw(st.lists(words, unique=True, max_size=30), label="tokens")
     text = data.draw(st.text("aab \n汉", max_size=60), label="text")
@@ -109,7 +109,7 @@ def test_cache_of_another_vocabulary_is_not_used(cache: Path):
     assert cached_splits(BYTES, "d") == [0] * 256
 
 
-def test_unusable_cache_folder_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unusable_cache_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))

@@ -56,7 +56,7 @@ naïve café Ça e\u0301e\u0301 हिन्दी ภาษาไทย
 
 
 def train_ranks(corpus: str, num_merges: int) -> list[bytes]:
-    """Return the 256 bytes and `num_merges` tokens, learned in the plainest way from the corpus."""
+    """Return the 256 bytes and `num_merges` tokens, learned in the simplest way from the corpus."""
     words = [[bytes([b]) for b in word.encode()] for word in regex.findall("(?V1)" + PATTERN, corpus)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 256 + num_merges:
