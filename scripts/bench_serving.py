@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How a server bears many clients: times, rates, errors, memory; against mlx-lm's own server in the same run.
+"""Benchmark of a server with many clients: times, rates, errors, memory; optionally compared with mlx-lm's server.
 
 python scripts/bench_serving.py --against mlx-lm                      kimi-mini, 8 clients: see docs/benchmark.md
 python scripts/bench_serving.py --prompt-tokens 16-112 --answer-tokens 16-112 --against mlx-lm
 python scripts/bench_serving.py --synthetic wide --against mlx-lm     a checkpoint of K2's shape
 python scripts/bench_serving.py --turns 2 --prompt-tokens 256 --later-tokens 32 --answer-tokens 32 --against mlx-lm
 python scripts/bench_serving.py --conversations 10000 --prompt-tokens 16 --answer-tokens 6 --repeat 1 --warmup 0
-python scripts/bench_serving.py --aborts 100 --slow-readers 2         others must not mind
-python scripts/bench_serving.py --url http://127.0.0.1:8080           a server that runs already
+python scripts/bench_serving.py --aborts 100 --slow-readers 2         with badly behaved clients
+python scripts/bench_serving.py --url http://127.0.0.1:8080           a running server
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join((__doc__ or "").splitlines()[2:])
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Servers that the benchmark starts find the package too.
+# so that servers started by the benchmark find the package
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from kimi_mlx.bench.machine import OURS, commit, machine, now, versions  # noqa: E402
@@ -46,44 +46,57 @@ from scripts.serving.servers import MLX_LM, ServerUnderTest, mlx_lm_command, our
 
 def main(
     synthetic: Annotated[
-        str | None, typer.Option("--synthetic", metavar="wide|deep", help="A checkpoint of K2's shape, not kimi-mini.")
+        str | None,
+        typer.Option(
+            "--synthetic", metavar="wide|deep", help="Use a synthetic checkpoint of K2's shape instead of kimi-mini."
+        ),
     ] = None,
-    url: Annotated[str | None, typer.Option("--url", help="Measure a server that runs already.")] = None,
-    api_key: Annotated[str | None, typer.Option("--api-key", help="That the server at --url wants.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Measure a running server.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="API key of the server at --url.")] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="mlx-lm", help="Measure mlx-lm's server too, in turns.")
+        str | None, typer.Option("--against", metavar="mlx-lm", help="Measure mlx-lm's server too, in alternation.")
     ] = None,
-    clients: Annotated[int, typer.Option("--clients", help="At once; each asks again when it has its answer.")] = 8,
-    conversations: Annotated[int, typer.Option("--conversations", help="In all, of each repetition.")] = 32,
-    turns: Annotated[int, typer.Option("--turns", help="Requests of a conversation; each repeats what was said.")] = 1,
+    clients: Annotated[
+        int, typer.Option("--clients", help="Concurrent clients; each sends its next request when it has its answer.")
+    ] = 8,
+    conversations: Annotated[int, typer.Option("--conversations", help="Conversations per repetition.")] = 32,
+    turns: Annotated[
+        int, typer.Option("--turns", help="Requests per conversation; each repeats the conversation so far.")
+    ] = 1,
     prompt_tokens: Annotated[
-        str, typer.Option("--prompt-tokens", help="Said in the first turn; `16-112`: some number between.")
+        str, typer.Option("--prompt-tokens", help="Length of the first message; `16-112` for a random length.")
     ] = "64",
     later_tokens: Annotated[
-        str | None, typer.Option("--later-tokens", help="Said in later turns.", show_default="as many")
+        str | None, typer.Option("--later-tokens", help="Length of later messages.", show_default="--prompt-tokens")
     ] = None,
-    answer_tokens: Annotated[str, typer.Option("--answer-tokens", help="Of each answer.")] = "64",
-    shared_tokens: Annotated[int, typer.Option("--shared-tokens", help="Of a system prompt that all share.")] = 0,
-    stream: Annotated[bool, typer.Option(help="Ask for streams.")] = True,
-    aborts: Annotated[int, typer.Option("--aborts", help="Streams that others break off meanwhile.")] = 0,
-    slow_readers: Annotated[int, typer.Option("--slow-readers", help="Streams that others read slowly.")] = 0,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, max=1, help="A repetition that does not count.")] = 1,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", help="Of the words that are said.")] = 0,
-    serve_options: Annotated[str, typer.Option("--serve-options", help="For `kimi-mlx serve`, in one word.")] = "",
-    mlx_lm_options: Annotated[str, typer.Option("--mlx-lm-options", help="For `mlx_lm server`, in one word.")] = "",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs, with every time.")] = False,
+    answer_tokens: Annotated[str, typer.Option("--answer-tokens", help="Length of each answer, or a range.")] = "64",
+    shared_tokens: Annotated[
+        int, typer.Option("--shared-tokens", help="Length of a system prompt that all share.")
+    ] = 0,
+    stream: Annotated[bool, typer.Option(help="Stream the answers.")] = True,
+    aborts: Annotated[int, typer.Option("--aborts", help="Additional streams that are aborted.")] = 0,
+    slow_readers: Annotated[int, typer.Option("--slow-readers", help="Additional streams that are read slowly.")] = 0,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, max=1, help="Uncounted repetitions.")] = 1,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Counted repetitions.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the messages.")] = 0,
+    serve_options: Annotated[
+        str, typer.Option("--serve-options", help="Options for `kimi-mlx serve`, as one argument.")
+    ] = "",
+    mlx_lm_options: Annotated[
+        str, typer.Option("--mlx-lm-options", help="Options for `mlx_lm server`, as one argument.")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON with all times.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Keep a server busy with many clients and show what each of them got; it is started and ended here."""
-    said, answered = TokenRange.parse(prompt_tokens), TokenRange.parse(answer_tokens)
+    """Measure a server with many clients. The server is started and stopped by this script."""
+    prompt, answer = TokenRange.parse(prompt_tokens), TokenRange.parse(answer_tokens)
     later = None if later_tokens is None else TokenRange.parse(later_tokens)
-    load = Workload(clients, conversations, turns, said, later, answered, shared_tokens, stream, seed)
-    misbehaviour = BadClientOptions(aborts, slow_readers, said.high) if aborts or slow_readers else None
+    load = Workload(clients, conversations, turns, prompt, later, answer, shared_tokens, stream, seed)
+    misbehaviour = BadClientOptions(aborts, slow_readers, prompt.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
     if synthetic not in (None, *SHAPES):
-        raise UsageError(f"there is no synthetic checkpoint `{synthetic}`", hint=f"use one of {', '.join(SHAPES)}")
+        raise UsageError(f"unknown synthetic checkpoint `{synthetic}`", hint=f"use one of {', '.join(SHAPES)}")
     model = url or synthetic or "kimi-mini"
     settings = {"model": model, "machine": machine(), "versions": versions(), "commit": commit(), "date": now()}
     with ExitStack() as stack:
@@ -121,7 +134,7 @@ def _show(report: ServingReport, *, is_json: bool, is_markdown: bool) -> None:
 
 @contextmanager
 def _bar(total: int, *, is_quiet: bool) -> Generator[OnRequestEnd]:
-    """A bar on stderr of a terminal, of requests."""
+    """Show a progress bar of requests on stderr, if it is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_hidden = is_quiet or not stderr.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True, disable=is_hidden) as progress:
@@ -134,7 +147,7 @@ def _end(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end servers in order, as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):  # stop servers cleanly, as Ctrl-C does
         signal.signal(number, _end)
     try:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

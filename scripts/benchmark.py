@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`kimi-mlx bench` from this folder, in the environment that `scripts/demo` makes: see docs/benchmark.md."""
+"""`kimi-mlx bench` from this folder, in the environment that `scripts/demo` creates: see docs/benchmark.md."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ENVIRONMENT = ROOT / ".venv"
 
 
 def main() -> None:
-    """Run the command, with .venv's Python if there is one."""
+    """Run the command with .venv's Python, if there is one."""
     python = ENVIRONMENT / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != ENVIRONMENT.resolve():
         os.execv(python, [str(python), __file__, *sys.argv[1:]])
-    # Processes that the benchmark starts find the package too.
+    # so that processes started by the benchmark find the package
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     sys.path.insert(0, str(ROOT))
     try:
         from kimi_mlx.cli.app import main as run
     except ModuleNotFoundError as error:
-        sys.exit(f"error: the package `{error.name}` is missing\nhint: run `scripts/demo` once, it makes .venv")
+        sys.exit(f"error: the package `{error.name}` is missing\nhint: run `scripts/demo` once to create .venv")
     sys.argv[:1] = ["kimi-mlx", "bench"]
     run()
 

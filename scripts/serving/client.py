@@ -1,4 +1,4 @@
-"""One request to a server of OpenAI's chat completions, with the time of everything that comes back."""
+"""A request to an OpenAI-compatible chat server, with the time of every event."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 import httpx2
 
 Messages = list[dict[str, str]]
-"""Messages as OpenAI has them."""
+"""Messages in OpenAI's format."""
 
 CHAT_PATH = "/v1/chat/completions"
 TIMEOUT_S = 600.0
-"""For anything to come."""
+"""Longest wait for any data."""
 
 
 @dataclass
 class RequestRecord:
-    """A request and what came of it; times by time.perf_counter.
+    """A request and its result. Times are those of time.perf_counter.
 
     Args:
-        conversation: its number.
-        turn: in it, from 0.
-        requested_tokens: that the answer may have; it has as many unless it ends by itself.
-        started_at: the request is about to be sent.
-        arrivals: when each piece of text came.
-        ended_at: the answer's end came.
-        text: of the answer.
-        prompt_tokens: by the server's own count.
-        cached_tokens: of these, those it had computed before.
-        new_tokens: by the server's own count.
-        error: what went wrong, in a few words; None if nothing did.
+        conversation: number of the conversation.
+        turn: number of the turn, from 0.
+        requested_tokens: `max_tokens`; the answer has this many unless it ends early.
+        started_at: start of the request.
+        arrivals: arrival time of each chunk of text.
+        ended_at: end of the answer.
+        text: text of the answer.
+        prompt_tokens: number of prompt tokens, as counted by the server.
+        cached_tokens: number of these that were cached.
+        new_tokens: number of new tokens, as counted by the server.
+        error: short description of an error; None if there was none.
     """
 
     conversation: int
@@ -51,22 +51,22 @@ class RequestRecord:
 
     @property
     def ttft_s(self) -> float:
-        """From the request until the first text; until the end of an answer without any."""
+        """Time from the request to the first text, or to the end of an empty answer."""
         return (self.arrivals[0] if self.arrivals else self.ended_at) - self.started_at
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between one piece of text and the next."""
+        """Times between chunks of text."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
 def make_client(url: str, api_key: str | None = None, *, receive_bytes: int | None = None) -> httpx2.AsyncClient:
-    """A client with as many connections as are needed; making one takes long, so it is made before a clock starts.
+    """Return a client without a connection limit. Creating one is slow, so do it before starting a clock.
 
     Args:
-        url: of the server's root.
-        api_key: if it wants one.
-        receive_bytes: of each connection's buffer; None: the system's choice.
+        url: root URL of the server.
+        api_key: API key, if the server has one.
+        receive_bytes: size of each connection's receive buffer; None for the system's default.
     """
     options = [] if receive_bytes is None else [(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)]
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
@@ -74,13 +74,13 @@ def make_client(url: str, api_key: str | None = None, *, receive_bytes: int | No
         base_url=url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=TIMEOUT_S,
-        trust_env=False,  # no proxy in between
+        trust_env=False,  # no proxy
         transport=httpx2.AsyncHTTPTransport(limits=limits, socket_options=options, trust_env=False),
     )
 
 
 def make_body(messages: Messages, tokens: int, *, stream: bool) -> dict[str, Any]:
-    """A greedy answer of at most so many tokens, without thinking."""
+    """Return the body of a greedy request for at most `tokens` tokens, without thinking."""
     body: dict[str, Any] = {
         "messages": messages,
         "max_tokens": tokens,
@@ -91,7 +91,7 @@ def make_body(messages: Messages, tokens: int, *, stream: bool) -> dict[str, Any
 
 
 async def send_request(client: httpx2.AsyncClient, body: dict[str, Any], record: RequestRecord) -> RequestRecord:
-    """Fill in an record; errors of any kind become words in it."""
+    """Send a request and fill in its record; any error becomes a text in the record."""
     record.started_at = time.perf_counter()
     try:
         async with client.stream("POST", CHAT_PATH, json=body) as response:
@@ -100,11 +100,11 @@ async def send_request(client: httpx2.AsyncClient, body: dict[str, Any], record:
             elif "stream" in body:
                 await _read_stream(response, record)
             else:
-                _take(json.loads(await response.aread()), "message", record)
+                _add(json.loads(await response.aread()), "message", record)
     except httpx2.HTTPError as error:
         record.error = type(error).__name__
     except (ValueError, KeyError, TypeError) as error:
-        record.error = f"an answer that is none ({type(error).__name__})"
+        record.error = f"invalid answer ({type(error).__name__})"
     record.ended_at = time.perf_counter()
     return record
 
@@ -113,24 +113,24 @@ async def _read_stream(response: httpx2.Response, record: RequestRecord) -> None
     async for data in events(response):
         if data == "[DONE]":
             return
-        _take(json.loads(data), "delta", record)
-    record.error = record.error or "a stream without an end"
+        _add(json.loads(data), "delta", record)
+    record.error = record.error or "stream without an end"
 
 
 async def events(response: httpx2.Response) -> AsyncIterator[str]:
-    """The data of server-sent events; comments are passed over."""
+    """Yield the data of server-sent events, without comments."""
     async for line in response.aiter_lines():
         if line.startswith("data: "):
             yield line[6:]
 
 
-def _take(chunk: dict[str, Any], where: str, record: RequestRecord) -> None:
-    """Add a chunk of a stream, or a whole answer."""
+def _add(chunk: dict[str, Any], key: str, record: RequestRecord) -> None:
+    """Add a chunk of a stream, or a complete answer."""
     if "error" in chunk:
-        record.error = "an error in the stream"
+        record.error = "error in the stream"
     for choice in chunk.get("choices") or ():
-        said = choice[where]
-        text = said.get("content") or said.get("reasoning_content") or said.get("reasoning")
+        message = choice[key]
+        text = message.get("content") or message.get("reasoning_content") or message.get("reasoning")
         if text:
             record.arrivals.append(time.perf_counter())
             record.text += text

@@ -1,12 +1,13 @@
-"""Checkpoints to compare two servers with: text files for both, one float type, answers that do not end early.
+"""Checkpoints for a fair comparison of two servers: the same tokenizer, one float type, answers of fixed length.
 
 They are made from kimi-mini or from the synthetic shapes of `workloads.py`, and kept in the user's cache folder:
 
-- `tokenizer.json` is written, since mlx-lm's server runs no code of a repository and so cannot read `tiktoken.model`;
-- floats are cast to the type that kimi-mlx computes in here (on the CPU float32), as mlx-lm's server has no option
-  for it, and 16-bit floats are many times slower there;
-- the head's rows of control tokens are 0, so that no answer ends, thinks or calls tools: each has as many tokens as
-  were asked for, and neither side is slowed by a bias.
+- `tokenizer.json` is written, because mlx-lm's server does not run code of a repository and so cannot read
+  `tiktoken.model`;
+- floats are cast to the compute dtype of kimi-mlx on this machine (float32 on the CPU), because mlx-lm's server has no
+  option for it, and 16-bit floats are many times slower there;
+- the head's rows of control tokens are 0, so that no answer ends early, thinks or calls tools, and neither server needs
+  a logit bias.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.text.vocabulary import build, find_splits, read_ranks
 
 MINI = Path(__file__).parents[2] / "kimi_mlx" / "models" / "kimi-mini"
-"""Its text side serves all of them."""
+"""Its tokenizer and template are used for all of them."""
 
 MODELS = ("kimi-mini", "wide", "deep")
 COPIED = ("chat_template.jinja", "tiktoken.model")
 KNOWN_TYPE = "deepseek_v3"
-"""The same architecture by a name that transformers, which reads mlx-lm's tokenizers, has heard of."""
+"""Name of the same architecture that transformers, which loads mlx-lm's tokenizers, supports."""
 
 LAYOUT = 2
-"""Raised when the same name gets other files."""
+"""Version of the files; increased when they change."""
 
 
 def serving_checkpoint(model: str) -> Path:
-    """The folder of one of MODELS; made once.
+    """Return the folder of one of MODELS; created once.
 
     Raises:
-        WeightsError: it cannot be written.
+        WeightsError: the folder cannot be written.
     """
     caches = cache_folder()
     if caches is None:
-        raise WeightsError("there is no home folder to keep the checkpoint in", hint="set XDG_CACHE_HOME")
+        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
     config = _read(MINI / "config.json") if model == "kimi-mini" else _synthetic(model)
     kind = str(mx.default_device().type)
     source = (MINI / "model.safetensors").read_bytes() if model == "kimi-mini" else b""
@@ -70,7 +71,7 @@ def serving_checkpoint(model: str) -> Path:
 
 
 def _synthetic(shape: str) -> Config:
-    """A shape with kimi-mini's vocabulary."""
+    """Return the configuration of a shape with kimi-mini's vocabulary."""
     mini = _read(MINI / "config.json")
     ids = {name: mini[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     return synthetic_config(shape, **ids)
@@ -96,7 +97,7 @@ def _make(part: Path, model: str, config: Config) -> None:
 
 
 def _changed(name: str, tensor: mx.array, target: mx.Dtype, ordinary: int) -> mx.array:
-    """A tensor in the type to compute in; the head's control tokens always have the logit 0, which never wins."""
+    """Cast a tensor to the compute dtype; give control tokens the logit 0, which never wins."""
     if mx.issubdtype(tensor.dtype, mx.floating) and not name.endswith("e_score_correction_bias"):
         tensor = tensor.astype(target)
     if name in ("lm_head.scales", "lm_head.biases"):
@@ -105,7 +106,7 @@ def _changed(name: str, tensor: mx.array, target: mx.Dtype, ordinary: int) -> mx
 
 
 def _write_text(folder: Path, tokens: list[bytes]) -> None:
-    """Tokenizer and template, for us and for transformers."""
+    """Write tokenizer and template, for kimi-mlx and for transformers."""
     for name in COPIED:
         shutil.copy(MINI / name, folder)
     text = _read(MINI / "tokenizer_config.json")

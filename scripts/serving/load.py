@@ -1,4 +1,4 @@
-"""The serving benchmark: clients that keep a server busy, and what each of their requests took."""
+"""The serving benchmark: clients that keep a server busy, and the times of their requests."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from scripts.serving.client import Messages, RequestRecord, make_body, make_clie
 from scripts.serving.prompts import Workload, random_text
 from scripts.serving.servers import ServerUnderTest
 
-Ended = Callable[[RequestRecord], None]
-"""Called with each record that has ended."""
+OnEnd = Callable[[RequestRecord], None]
+"""Callback for each finished request."""
 
 Progress = Callable[[str, RequestRecord], None]
-"""The same, behind the server's name."""
+"""The same, with the server's name first."""
 
 SAMPLES = 10
-"""So many times in a run the server's memory is looked at."""
+"""Number of times per run that the server's memory is measured."""
 
 
 @dataclass(frozen=True)
 class ServingRun:
-    """A load, put on a server once.
+    """One run of a workload on a server.
 
     Args:
-        side: the server's name.
-        repetition: from 0; -1 is a warm-up.
-        records: as they ended.
-        wall_s: from the first request until the last answer's end.
-        resident_bytes: the server's memory before, after each tenth of the requests, and at the end; empty where
+        side: name of the server.
+        repetition: number of the repetition, from 0; -1 is a warm-up.
+        records: requests in the order of their ends.
+        wall_s: time from the first request to the end of the last answer.
+        resident_bytes: memory of the server before the run, after each tenth of the requests, and at the end; empty if
             its process is not known.
-        bad_client_result: what others did to the server meanwhile.
+        bad_client_result: result of badly behaved clients during the run.
     """
 
     side: str
@@ -54,15 +54,15 @@ def measure_serving(
     misbehaviour: BadClientOptions | None = None,
     progress: Progress = lambda side, record: None,
 ) -> list[ServingRun]:
-    """Put a load on each server in turns; the order turns around each time, so that none profits.
+    """Run a workload on each server in turn; the order alternates, so that no server has an advantage.
 
     Args:
-        sides: the servers; the one that does not have its turn is idle.
-        load: what is asked.
-        warmup: repetitions that do not count.
-        repeat: repetitions that count.
-        misbehaviour: what others do in those that count.
-        progress: told of each record.
+        sides: the servers; all but one are idle at any time.
+        load: the workload.
+        warmup: number of uncounted repetitions.
+        repeat: number of counted repetitions.
+        misbehaviour: badly behaved clients during counted repetitions.
+        progress: callback for each finished request.
     """
     runs: list[ServingRun] = []
     for repetition in range(-warmup, repeat):
@@ -73,68 +73,68 @@ def measure_serving(
 
 
 def run_load(
-    served: ServerUnderTest,
+    server: ServerUnderTest,
     load: Workload,
     repetition: int = 0,
     misbehaviour: BadClientOptions | None = None,
     progress: Progress = lambda side, record: None,
 ) -> ServingRun:
-    """Put a load on a server, with others that disturb it if they are wanted.
+    """Run a workload on a server, optionally with badly behaved clients.
 
     Args:
-        served: the server.
-        load: what is asked.
-        repetition: other numbers have other words, but for the system prompt.
-        misbehaviour: what others do meanwhile.
-        progress: told of each record.
+        server: the server.
+        load: the workload.
+        repetition: number of the repetition, which changes all messages but the system prompt.
+        misbehaviour: badly behaved clients during the run.
+        progress: callback for each finished request.
     """
-    return asyncio.run(_run(served, load, repetition, misbehaviour, progress))
+    return asyncio.run(_run(server, load, repetition, misbehaviour, progress))
 
 
 async def _run(
-    served: ServerUnderTest,
+    server: ServerUnderTest,
     load: Workload,
     repetition: int,
     misbehaviour: BadClientOptions | None,
     progress: Progress,
 ) -> ServingRun:
     records: list[RequestRecord] = []
-    resident = served.resident_bytes()
+    resident = server.resident_bytes()
     every = max(load.requests // SAMPLES, 1)
 
     def ended(record: RequestRecord) -> None:
         records.append(record)
         if len(records) % every == 0:
-            resident.extend(served.resident_bytes())
-        progress(served.side, record)
+            resident.extend(server.resident_bytes())
+        progress(server.side, record)
 
     numbers = iter(range(load.conversations))
-    bad_clients = BadClients(served, misbehaviour) if misbehaviour else None
-    async with make_client(served.url, served.api_key) as client:
+    bad_clients = BadClients(server, misbehaviour) if misbehaviour else None
+    async with make_client(server.url, server.api_key) as client:
         others = asyncio.create_task(bad_clients.run()) if bad_clients else None
         started = time.perf_counter()
         await asyncio.gather(*(_client(client, load, repetition, numbers, ended) for _ in range(load.clients)))
         wall_s = time.perf_counter() - started
         bad_client_result = await others if others else None
-    resident.extend(served.resident_bytes())
-    return ServingRun(served.side, repetition, tuple(records), wall_s, tuple(resident), bad_client_result)
+    resident.extend(server.resident_bytes())
+    return ServingRun(server.side, repetition, tuple(records), wall_s, tuple(resident), bad_client_result)
 
 
 async def _client(
-    client: httpx2.AsyncClient, load: Workload, repetition: int, numbers: Iterator[int], ended: Ended
+    client: httpx2.AsyncClient, load: Workload, repetition: int, numbers: Iterator[int], ended: OnEnd
 ) -> None:
-    """Take conversations until none is left."""
+    """Run conversations until none is left."""
     for number in numbers:
-        chat: Messages = []
+        messages: Messages = []
         if load.shared_tokens:
-            chat.append({"role": "system", "content": random_text(load.shared_tokens, load.seed)})
+            messages.append({"role": "system", "content": random_text(load.shared_tokens, load.seed)})
         for turn in range(load.turns):
-            said, tokens = load.user_message(repetition, number, turn)
-            chat.append({"role": "user", "content": said})
+            message, tokens = load.user_message(repetition, number, turn)
+            messages.append({"role": "user", "content": message})
             record = await send_request(
-                client, make_body(chat, tokens, stream=load.stream), RequestRecord(number, turn, tokens)
+                client, make_body(messages, tokens, stream=load.stream), RequestRecord(number, turn, tokens)
             )
             ended(record)
             if record.error is not None:
                 break
-            chat.append({"role": "assistant", "content": record.text})
+            messages.append({"role": "assistant", "content": record.text})

@@ -1,4 +1,4 @@
-"""What clients say to a server: random words, the same ones for the same numbers."""
+"""Random messages of clients, which depend only on their numbers."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ WORD = re.compile(rb" [a-z]{2,}")
 
 @dataclass(frozen=True)
 class TokenRange:
-    """A number of tokens between two, both included, each as likely."""
+    """A range of token counts, both ends included, with equal probability."""
 
     low: int
     high: int
 
     @classmethod
     def parse(cls, text: str) -> TokenRange:
-        """`64`, or `16-112`.
+        """Parse `64` or `16-112`.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: the text is neither.
         """
         low, _, high = text.partition("-")
         try:
             return cls(int(low), int(high or low))
         except ValueError:
-            raise UsageError(f"`{text}` is no number of tokens", hint="for example 64, or 16-112") from None
+            raise UsageError(f"`{text}` is not a number of tokens", hint="for example 64, or 16-112") from None
 
     def __str__(self) -> str:
-        """As it is parsed."""
+        """Return the text that `parse` accepts."""
         return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of a server, and by how many.
+    """The requests of all clients.
 
     Args:
-        clients: at once; each asks again as soon as it has its answer.
-        conversations: in all.
-        turns: of each conversation; a turn is a request that repeats the conversation so far.
-        prompt_tokens: of what a client says in the first turn, by kimi-mini's tokenizer.
-        later_tokens: of what it says in later turns; None: as many.
-        answer_tokens: of each answer.
-        shared_tokens: of a system prompt, the same for all.
-        stream: whether answers are streams.
-        seed: of the words.
+        clients: number of concurrent clients; each sends its next request when it has its answer.
+        conversations: number of conversations of all clients.
+        turns: number of requests per conversation; each repeats the conversation so far.
+        prompt_tokens: length of the first message, by kimi-mini's tokenizer.
+        later_tokens: length of later messages; None for the same.
+        answer_tokens: length of each answer.
+        shared_tokens: length of a system prompt, the same for all.
+        stream: whether answers are streamed.
+        seed: random seed of the messages.
     """
 
     clients: int = 8
@@ -75,12 +75,12 @@ class Workload:
             or min(self.shared_tokens, self.seed) < 0
         ):
             raise UsageError(
-                "clients, conversations, turns and tokens start at 1, shared tokens and the seed at 0",
-                hint="a range goes upwards, as in 16-112",
+                "clients, conversations, turns and tokens must be at least 1, shared tokens and the seed at least 0",
+                hint="write ranges from low to high, for example 16-112",
             )
 
     def user_message(self, repetition: int, number: int, turn: int) -> tuple[str, int]:
-        """What a client says in a turn, and how many tokens it asks for."""
+        """Return the user message of a turn, and the requested number of tokens."""
         key = (self.seed, repetition + 1, number, turn)
         span = self.prompt_tokens if turn == 0 or self.later_tokens is None else self.later_tokens
         lengths = np.random.default_rng((*key, 0)).integers(
@@ -90,17 +90,17 @@ class Workload:
 
     @property
     def requests(self) -> int:
-        """In all."""
+        """Number of requests."""
         return self.conversations * self.turns
 
 
 @cache
 def words() -> tuple[str, ...]:
-    """Words that are one token of kimi-mini's wherever they stand behind a blank."""
+    """Return all words that are one token of kimi-mini's after a space."""
     return tuple(token.decode() for token in read_ranks(MINI / "tiktoken.model") if WORD.fullmatch(token))
 
 
 def random_text(tokens: int, *numbers: int) -> str:
-    """So many words; the same ones for the same numbers."""
+    """Return `tokens` random words, which depend only on the numbers."""
     chosen = np.random.default_rng(numbers).integers(0, len(words()), tokens)
     return "".join(words()[i] for i in chosen)

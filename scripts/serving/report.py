@@ -1,4 +1,4 @@
-"""The figures of the serving benchmark for people and programs: tables, Markdown, sentences, JSON."""
+"""Report of the serving benchmark for people and programs: tables, Markdown, summary, JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from scripts.serving.results import ServingRow, memory_growth_bytes, same_texts,
 
 @dataclass(frozen=True)
 class ServingReport:
-    """What was measured.
+    """All results.
 
     Args:
-        load: what was asked of each server.
-        settings: model, machine, versions and the like: what JSON has at its top.
-        runs: what came of it.
-        healths: what each server said of itself afterwards, by its name.
+        load: the workload.
+        settings: model, machine, versions and so on, for the top level of the JSON.
+        runs: all runs.
+        healths: final `/health` response of each server, by name.
     """
 
     load: Workload
@@ -33,7 +33,7 @@ class ServingReport:
     healths: dict[str, dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report for JSON."""
+        """Return the report for JSON."""
         return {
             **self.settings,
             "load": asdict(self.load),
@@ -45,22 +45,22 @@ class ServingReport:
         }
 
     def heading(self) -> list[str]:
-        """What was measured, where, and with which versions."""
+        """Return the workload, the machine and the versions."""
         load, host, packages = self.load, self.settings["machine"], self.settings["versions"]
-        shared = f" after {load.shared_tokens} shared ones" if load.shared_tokens else ""
-        said = str(load.prompt_tokens)
+        shared = f" after {load.shared_tokens} shared tokens" if load.shared_tokens else ""
+        prompt = str(load.prompt_tokens)
         if load.turns > 1:
-            said += f", then {load.later_tokens or load.prompt_tokens}"
+            prompt += f", then {load.later_tokens or load.prompt_tokens}"
         turns = f" of {load.turns} turns" if load.turns > 1 else ""
         return [
             f"{self.settings['model']}: {load.clients} clients, {load.conversations} conversations{turns}, "
-            f"{said} tokens said{shared}, {load.answer_tokens} answered" + (", as streams" if load.stream else ""),
+            f"{prompt} prompt tokens{shared}, {load.answer_tokens} new tokens" + (", streamed" if load.stream else ""),
             f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}, load "
             f"{host['load_average_1min']}; " + ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES)),
         ]
 
     def table(self) -> Table:
-        """A column a server."""
+        """Return a table with a column per server."""
         rows = serving_rows(self.runs)
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("")
@@ -71,7 +71,7 @@ class ServingReport:
         return table
 
     def markdown(self) -> str:
-        """All of it as Markdown."""
+        """Return the report as Markdown."""
         columns = self._columns()
         lines = [
             " | ".join(name for name, _ in columns),
@@ -82,25 +82,25 @@ class ServingReport:
         return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {each}" for each in self.summary()))) + "\n"
 
     def summary(self) -> list[str]:
-        """Ratios, whether texts are the same, what was bad_client_result, what is left of it."""
+        """Return ratios, agreement of texts, memory growth, badly behaved clients and final health."""
         lines = [
             f"kimi-mlx / {ratio.against} in {_name(ratio.figure)}: {_spread(ratio.ratio, 2)}"
             for ratio in serving_ratios(self.runs)
         ]
         lines += [
-            f"{each.side}: the same text as kimi-mlx in {each.equal} of {each.answers} first answers"
+            f"{each.side}: same text as kimi-mlx in {each.equal} of {each.answers} first answers"
             for each in same_texts(self.runs)
         ]
         for row in serving_rows(self.runs):
             if row.new_tokens != row.requested_tokens:
-                lines.append(f"{row.side}: {row.new_tokens} new tokens where {row.requested_tokens} were asked for")
+                lines.append(f"{row.side}: {row.new_tokens} of {row.requested_tokens} requested tokens")
             if (growth := memory_growth_bytes(row)) is not None:
-                lines.append(f"{row.side}: memory in the second half of the requests {_change(growth)}")
+                lines.append(f"{row.side}: memory growth in the second half of the requests {_change(growth)}")
         for run in self.runs:
-            if (what := run.bad_client_result) is not None and run.repetition >= 0:
+            if (result := run.bad_client_result) is not None and run.repetition >= 0:
                 lines.append(
-                    f"{run.side}: meanwhile {what.aborted} streams were broken off and {what.slow_reads} read slowly, "
-                    f"{len(what.errors)} errors"
+                    f"{run.side}: meanwhile {result.aborted} streams were aborted and {result.slow_reads} read slowly, "
+                    f"{len(result.errors)} errors"
                 )
         for side, health in self.healths.items():
             shown = ", ".join(f"{name} {health[name]}" for name in ("status", "running", "waiting") if name in health)
@@ -116,7 +116,7 @@ class ServingReport:
 
 
 Column = tuple[str, Callable[[ServingRow], str]]
-"""A heading, and the text of a row below it."""
+"""Heading, and function that formats a cell."""
 
 COLUMNS: Sequence[Column] = (
     ("server", lambda row: row.side),
@@ -124,8 +124,8 @@ COLUMNS: Sequence[Column] = (
     ("errors", lambda row: ", ".join(f"{count} {kind}" for kind, count in row.errors.items()) or "0"),
     ("requests/s", lambda row: _spread(row.requests_per_s, 2)),
     ("new tok/s", lambda row: _spread(row.tok_per_s, 1)),
-    ("between pieces ms p50/p90/p99", lambda row: _milliseconds(row.inter_token_s)),
-    ("of prompts cached", lambda row: f"{row.cached_tokens / max(row.prompt_tokens, 1):.0%}"),
+    ("between chunks ms p50/p90/p99", lambda row: _milliseconds(row.inter_token_s)),
+    ("prompt cached", lambda row: f"{row.cached_tokens / max(row.prompt_tokens, 1):.0%}"),
     ("memory first, last", lambda row: _memory(row.resident_bytes)),
 )
 
@@ -159,7 +159,7 @@ def _change(growth: int) -> str:
 
 
 def _run_to_dict(run: ServingRun) -> dict[str, Any]:
-    """A run without the texts."""
+    """Return a run for JSON, without texts."""
     values = asdict(run)
     first = min((each.started_at for each in run.records), default=0.0)
     values["records"] = [

@@ -1,4 +1,4 @@
-"""From runs of the serving benchmark to figures: rates, percentiles, errors, memory, ratios."""
+"""Statistics of the serving benchmark: rates, percentiles, errors, memory, ratios."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from scripts.serving.load import ServingRun
 
 @dataclass(frozen=True)
 class ServingRow:
-    """The figures of one server; warm-ups do not count.
+    """Statistics of one server, without warm-ups.
 
     Args:
-        side: its name.
-        requests: that were made.
-        errors: how often each thing went wrong.
-        prompt_tokens: of all prompts, by the server's count.
-        cached_tokens: of these, those it had computed before.
-        new_tokens: of all answers, by the server's count.
-        requested_tokens: that these answers could have had.
-        tok_per_s: all new tokens of a run over its wall time.
-        requests_per_s: all requests of a run over its wall time.
-        ttft_s: of each turn: from the request until the first text.
-        inter_token_s: from one piece of text to the next; None where answers are no streams.
-        resident_bytes: before the first run, after each tenth of the requests of each run, and at each run's end.
+        side: name of the server.
+        requests: number of requests.
+        errors: number of occurrences of each error.
+        prompt_tokens: number of prompt tokens, as counted by the server.
+        cached_tokens: number of these that were cached.
+        new_tokens: number of new tokens, as counted by the server.
+        requested_tokens: largest possible number of new tokens of these answers.
+        tok_per_s: new tokens of a run over its wall time.
+        requests_per_s: requests of a run over its wall time.
+        ttft_s: time to first token, for each turn.
+        inter_token_s: time between chunks of text; None without streams.
+        resident_bytes: memory before the first run, after each tenth of the requests of each run, and at its end.
     """
 
     side: str
@@ -47,12 +47,12 @@ class ServingRow:
     resident_bytes: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return asdict(self)
 
 
 def serving_rows(runs: Sequence[ServingRun]) -> list[ServingRow]:
-    """The figures of each side, ours first."""
+    """Return the statistics of each server, kimi-mlx first."""
     counted = [run for run in runs if run.repetition >= 0]
     sides = sorted(dict.fromkeys(run.side for run in counted), key=lambda side: side != OURS)
     return [_row([run for run in counted if run.side == side]) for side in sides]
@@ -79,7 +79,7 @@ def _row(runs: Sequence[ServingRun]) -> ServingRow:
 
 
 def count_errors(records: Sequence[RequestRecord]) -> dict[str, int]:
-    """How often each thing went wrong."""
+    """Count the occurrences of each error."""
     return dict(Counter(each.error for each in records if each.error is not None))
 
 
@@ -89,12 +89,12 @@ def _percentiles(times: Sequence[float]) -> Percentiles | None:
 
 @dataclass(frozen=True)
 class ServingRatio:
-    """Ours against another server in one figure: the median over repetitions of the quotient of one repetition.
+    """kimi-mlx relative to another server: spread of the quotients of all repetitions.
 
     Args:
-        against: the other side.
-        figure: `tok_per_s`, or `ttft_s` of a turn (`ttft_s turn 2`), by its p50.
-        ratio: the quotient; of rates more is better, of times less.
+        against: name of the other server.
+        figure: `tok_per_s`, or the p50 of `ttft_s` of a turn (`ttft_s turn 2`).
+        ratio: the quotient; higher is better for rates, lower for times.
     """
 
     against: str
@@ -102,14 +102,14 @@ class ServingRatio:
     ratio: Spread
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the ratio for JSON."""
         return asdict(self)
 
 
 def serving_ratios(runs: Sequence[ServingRun]) -> list[ServingRatio]:
-    """Ours against each other side, by repetitions: their runs are neighbours and share what disturbs the machine."""
+    """Compare with each other server, repetition by repetition, because adjacent runs share interference."""
     by_key = {(run.side, run.repetition): run for run in runs if run.repetition >= 0}
-    found: list[ServingRatio] = []
+    results: list[ServingRatio] = []
     for side in dict.fromkeys(run.side for run in runs if run.side != OURS):
         pairs = [
             (_row([run]), _row([by_key[side, run.repetition]]))
@@ -120,23 +120,23 @@ def serving_ratios(runs: Sequence[ServingRun]) -> list[ServingRatio]:
             continue
         rates = [ours.tok_per_s.median / other.tok_per_s.median for ours, other in pairs if other.new_tokens]
         if rates:
-            found.append(ServingRatio(side, "tok_per_s", Spread.of(rates)))
+            results.append(ServingRatio(side, "tok_per_s", Spread.of(rates)))
         for turn in range(min(len(row.ttft_s) for pair in pairs for row in pair)):
             times = [(ours.ttft_s[turn], other.ttft_s[turn]) for ours, other in pairs]
             quotients = [ours.p50 / other.p50 for ours, other in times if ours and other]
             if quotients:
-                found.append(ServingRatio(side, f"ttft_s turn {turn + 1}", Spread.of(quotients)))
-    return found
+                results.append(ServingRatio(side, f"ttft_s turn {turn + 1}", Spread.of(quotients)))
+    return results
 
 
 @dataclass(frozen=True)
 class TextAgreement:
-    """How many of another server's answers were the same text as ours.
+    """Number of answers of another server with the same text.
 
     Args:
-        side: the other side.
-        answers: how many were compared: those to the same words, warm-ups included.
-        equal: how many were the same.
+        side: name of the other server.
+        answers: number of compared answers to the same messages, including warm-ups.
+        equal: number of equal answers.
     """
 
     side: str
@@ -145,21 +145,21 @@ class TextAgreement:
 
 
 def same_texts(runs: Sequence[ServingRun]) -> list[TextAgreement]:
-    """Compare first turns: later ones repeat the server's own words, and so have other prompts once texts differ."""
+    """Compare first turns only: later prompts repeat earlier answers, and differ once those differ."""
     texts = {run.side: {} for run in runs}
     for run in runs:
         first = [each for each in run.records if each.turn == 0 and each.error is None]
         texts[run.side] |= {(run.repetition, each.conversation): each.text for each in first}
     ours = texts.get(OURS, {})
-    found: list[TextAgreement] = []
+    results: list[TextAgreement] = []
     for side, theirs in texts.items():
         shared = ours.keys() & theirs.keys()
         if side != OURS and shared:
-            found.append(TextAgreement(side, len(shared), sum(ours[key] == theirs[key] for key in shared)))
-    return found
+            results.append(TextAgreement(side, len(shared), sum(ours[key] == theirs[key] for key in shared)))
+    return results
 
 
 def memory_growth_bytes(row: ServingRow) -> int | None:
-    """What the memory grew by in the second half of the requests: caches have filled up in the first."""
+    """Return the growth of the memory in the second half of the requests; caches fill up in the first."""
     seen = row.resident_bytes
     return round(median(seen[-2:]) - median(seen[len(seen) // 2 :][:2])) if len(seen) >= 4 else None

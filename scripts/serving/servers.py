@@ -1,4 +1,4 @@
-"""Servers to be measured: started here on a port of their own, or running somewhere."""
+"""Servers to measure: started here on a free port, or already running."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ END_LIMIT_S = 30
 
 @dataclass(frozen=True)
 class ServerUnderTest:
-    """A server that answers.
+    """A server.
 
     Args:
-        side: its name.
-        url: of its root.
-        pid: of its process; None if it was not started here.
-        api_key: if it wants one.
+        side: name of the server.
+        url: root URL.
+        pid: process id; None if it was not started here.
+        api_key: API key, if it has one.
     """
 
     side: str
@@ -41,14 +41,14 @@ class ServerUnderTest:
     api_key: str | None = None
 
     def resident_bytes(self) -> list[int]:
-        """What its process holds in memory; nothing if that is not known."""
+        """Return the memory of its process; empty if it is not known."""
         if self.pid is None:
             return []
-        found = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=False)
-        return [int(found.stdout) * 1024] if found.stdout.strip() else []
+        result = subprocess.run(["ps", "-o", "rss=", "-p", str(self.pid)], capture_output=True, text=True, check=False)
+        return [int(result.stdout) * 1024] if result.stdout.strip() else []
 
     def health(self) -> dict[str, Any]:
-        """What it says of itself; empty if it does not say."""
+        """Return its `/health` response; empty if there is none."""
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
                 return json.loads(response.read())
@@ -58,7 +58,7 @@ class ServerUnderTest:
             return {}
 
     def health_when_idle(self, limit_s: float = 10) -> dict[str, Any]:
-        """What it says of itself when nothing runs any more, or after this time; it needs a step to see an abort."""
+        """Return `/health` once nothing is running, or after the limit. An abort takes effect after a step."""
         ends_at = time.monotonic() + limit_s
         while (health := self.health()).get("running") and time.monotonic() < ends_at:
             time.sleep(0.05)
@@ -76,21 +76,21 @@ class ServerUnderTest:
 
 
 def our_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
-    """Ours, without a port."""
+    """Return the command of our server, without a port."""
     return [sys.executable, "-m", "kimi_mlx", "serve", str(folder), *options]
 
 
 def mlx_lm_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
-    """mlx-lm's own server, without a port and with a log of warnings only, which spares it work."""
+    """Return the command of mlx-lm's server, without a port. It logs only warnings, which saves time."""
     return [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--log-level", "WARNING", *options]
 
 
 @contextmanager
 def serving(side: str, command: Sequence[str]) -> Iterator[ServerUnderTest]:
-    """Start a server, wait until it answers, and end it.
+    """Start a server, wait until it answers, and stop it.
 
     Raises:
-        EngineError: it ends or stays silent.
+        EngineError: the server exits or does not answer.
     """
     port = _free_port()
     with tempfile.TemporaryFile() as log:
@@ -111,7 +111,7 @@ def serving(side: str, command: Sequence[str]) -> Iterator[ServerUnderTest]:
 
 
 def _wait(served: ServerUnderTest, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
-    """Until it has answered: mlx-lm's says that it is well before it has loaded anything."""
+    """Wait for an answer to a request: mlx-lm reports good health before it has loaded the model."""
     ends_at = time.monotonic() + START_LIMIT_S
     while process.poll() is None and time.monotonic() < ends_at:
         health = served.health()
@@ -123,8 +123,8 @@ def _wait(served: ServerUnderTest, process: subprocess.Popen[bytes], log: Binary
     log.seek(0)
     last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
     raise EngineError(
-        f"the server of {served.side} does not answer: {last[0] if last else 'it says nothing'}",
-        hint=f"try it: `{shlex.join(process.args)}`",  # pyright: ignore[reportArgumentType]
+        f"the server of {served.side} does not answer: {last[0] if last else 'no output'}",
+        hint=f"run `{shlex.join(process.args)}`",  # pyright: ignore[reportArgumentType]
     )
 
 

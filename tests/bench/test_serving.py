@@ -26,7 +26,7 @@ TWO = TokenRange(2, 2)
 
 
 def record(number: int, at: float, *, turn: int = 0, text: str = "a", error: str | None = None) -> RequestRecord:
-    """An answer of 3 tokens, the first after 0.1 s, the others 0.01 and 0.03 s behind."""
+    """An answer of 3 tokens, the first after 0.1 s, the others 0.01 s and 0.03 s later."""
     arrivals = [] if error else [at + 0.1, at + 0.11, at + 0.14]
     return RequestRecord(number, turn, 3, at, arrivals, at + 0.15, text, 10, 4, 0 if error else 3, error)
 
@@ -49,7 +49,7 @@ def test_rates_are_all_tokens_over_wall_time_and_warm_ups_do_not_count() -> None
     assert memory_growth_bytes(row) == 0
 
 
-def test_ratios_are_of_neighbouring_runs() -> None:
+def test_ratios_are_of_adjacent_runs() -> None:
     runs = [
         run(OURS, 0, 1.0, record(0, 0)),
         run("mlx-lm", 0, 2.0, record(0, 0)),
@@ -61,36 +61,36 @@ def test_ratios_are_of_neighbouring_runs() -> None:
     assert (ttft.figure, ttft.ratio.median) == ("ttft_s turn 1", pytest.approx(1.0))
 
 
-def test_texts_of_the_same_question_are_compared() -> None:
+def test_texts_for_the_same_prompt_are_compared() -> None:
     runs = [run(OURS, 0, 1.0, record(0, 0), record(1, 0)), run("other", 0, 1.0, record(0, 0, text="b"))]
     (found,) = same_texts(runs)
     assert (found.side, found.answers, found.equal) == ("other", 1, 0)
 
 
-def test_words_are_tokens() -> None:
+def test_each_word_is_a_token() -> None:
     text = random_text(50, 1, 2)
     assert text == random_text(50, 1, 2) != random_text(50, 1, 3)
     assert len(Tokenizer.load(MINI).encode(text)) == 50
 
 
-def test_lengths_are_drawn_from_ranges() -> None:
+def test_lengths_are_sampled_from_ranges() -> None:
     load = Workload(prompt_tokens=TokenRange.parse("3-9"), answer_tokens=TokenRange.parse("4"))
-    said = [load.user_message(0, number, 0) for number in range(50)]
-    assert said == [load.user_message(0, number, 0) for number in range(50)]
-    assert {len(text.split()) for text, _ in said} == set(range(3, 10))
-    assert {tokens for _, tokens in said} == {4}
-    with pytest.raises(UsageError, match="no number"):
+    messages = [load.user_message(0, number, 0) for number in range(50)]
+    assert messages == [load.user_message(0, number, 0) for number in range(50)]
+    assert {len(text.split()) for text, _ in messages} == set(range(3, 10))
+    assert {tokens for _, tokens in messages} == {4}
+    with pytest.raises(UsageError, match="not a number"):
         TokenRange.parse("few")
 
 
-def test_a_load_of_nobody_is_refused() -> None:
-    with pytest.raises(UsageError, match="start at 1"):
+def test_a_workload_without_clients_is_refused() -> None:
+    with pytest.raises(UsageError, match="must be at least 1"):
         Workload(clients=0)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
-    """kimi-mini as it is compared with, on a server of this process."""
+    """Serve the comparison checkpoint of kimi-mini in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         folder = serving_checkpoint("kimi-mini")
@@ -112,20 +112,20 @@ def test_two_clients_of_a_real_server(served: ServerUnderTest) -> None:
         later_tokens=TokenRange(5, 5),
         answer_tokens=TWO,
     )
-    heard: list[str] = []
-    runs = measure_serving([served], load, 0, 1, progress=lambda side, record: heard.append(side))
+    progress: list[str] = []
+    runs = measure_serving([served], load, 0, 1, progress=lambda side, record: progress.append(side))
     (row,) = serving_rows(runs)
-    assert (row.requests, row.errors, heard) == (6, {}, [OURS] * 6)
+    assert (row.requests, row.errors, progress) == (6, {}, [OURS] * 6)
     assert row.new_tokens == row.requested_tokens == 6 * 2
     assert len(row.ttft_s) == 2
-    assert row.cached_tokens >= 3 * 15  # the second turns found the first
+    assert row.cached_tokens >= 3 * 15  # the second turns reuse the first
     settings = {"model": "kimi-mini", "machine": machine(), "versions": versions()}
     report = ServingReport(load, settings, runs, {OURS: served.health()})
     assert json.loads(json.dumps(report.to_dict()))["results"][0]["requests"] == 6
     assert "running 0, waiting 0" in report.markdown()
 
 
-def test_whole_answers(served: ServerUnderTest) -> None:
+def test_answers_without_streams(served: ServerUnderTest) -> None:
     (run,) = measure_serving([served], Workload(2, 2, answer_tokens=TWO, stream=False), 0, 1)
     assert [each.error for each in run.records] == [None, None]
     assert all(len(each.arrivals) == 1 and each.new_tokens == 2 for each in run.records)

@@ -138,7 +138,7 @@ def test_wrong_usage_is_said(arguments: list[str], message: str) -> None:
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", max_position_embeddings=64)
-    with pytest.raises(UsageError, match=r"depth 0, prompt 512 and answer 64 take 576 tokens, .* holds 64"):
+    with pytest.raises(UsageError, match=r"depth 0, prompt 512 and answer 64 need 576 tokens, .* has 64"):
         bench(folder)
 
 
