@@ -1,4 +1,4 @@
-"""Random JSON schemas, and random answers that keep to a grammar."""
+"""Random JSON schemas, and random answers that satisfy a grammar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "uuid", "ema
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> Schema | bool:
-    """Return a schema of the kinds that are supported, sometimes one that nothing satisfies."""
+    """Return a random supported schema, which may be one that nothing satisfies."""
     definitions = {name: _schema(rng, 1, ()) for name in ("D0", "D1")} if rng.random() < 0.3 else {}
     if definitions and rng.random() < 0.5:
         tree = {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 2}
@@ -117,7 +117,7 @@ def _any_of(rng: random.Random, depth: int, definitions: tuple[str, ...]) -> Sch
 
 
 def _one_of(rng: random.Random, depth: int, definitions: tuple[str, ...]) -> Schema:
-    """A union told apart by a field, as pydantic writes it."""
+    """Return a union with a discriminator field, as pydantic writes it."""
 
     def alternative(kind: str) -> Schema:
         fields = {"kind": {"const": kind}, "value": _schema(rng, depth - 1, definitions)}
@@ -136,21 +136,21 @@ def _several_types(rng: random.Random, depth: int, definitions: tuple[str, ...])
 
 
 def random_answer(
-    vocabulary: Vocabulary, tokenizer: Tokenizer, grammar: str, seed: int, most: int = 400
+    vocabulary: Vocabulary, tokenizer: Tokenizer, grammar: str, seed: int, max_tokens: int = 400
 ) -> list[int] | None:
-    """Return tokens drawn at random from what the grammar allows, more and more eager to end; None if they did not.
+    """Sample tokens that the grammar allows, with a growing bias towards the end; None if there is no end in time.
 
     Args:
-        vocabulary: of the tokenizer.
-        tokenizer: of the model.
-        grammar: of the answer.
-        seed: of the random numbers.
-        most: tokens.
+        vocabulary: vocabulary of the tokenizer.
+        tokenizer: tokenizer of the model.
+        grammar: grammar of the answer.
+        seed: seed of the random numbers.
+        max_tokens: limit on the tokens of the answer.
     """
     rng, closes = np.random.default_rng(seed), _closes(tokenizer)
     constraint = Constraint(vocabulary, grammar)
     answer: list[int] = []
-    while len(answer) < most:
+    while len(answer) < max_tokens:
         allowed = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[: len(closes)].astype(bool)
         assert allowed.any()
         logits = rng.gumbel(size=len(closes)) + closes * (len(answer) / 8)
@@ -164,7 +164,7 @@ def random_answer(
 
 @functools.cache
 def _closes(tokenizer: Tokenizer) -> np.ndarray:
-    """Which tokens bring an answer nearer to its end."""
+    """Return, for each token, whether it brings an answer closer to its end."""
     closes = [tokenizer.token_bytes(i)[:1] in (b'"', b"]", b"}", b"0") for i in range(tokenizer.vocab_size)]
     special = {i for text, i in tokenizer.special_tokens.items() if "end" in text or "/" in text}
     return np.array([is_closing or i in special for i, is_closing in enumerate(closes)])

@@ -154,7 +154,7 @@ AnswerEvent = KeepAlive | DeltaEvent | FinishEvent
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompleteAnswer:
     """One complete answer."""
 
     delta: Delta
@@ -162,7 +162,7 @@ class Answer:
     finish: FinishEvent
 
 
-def collect(events: Iterable[AnswerEvent]) -> list[Answer]:
+def collect(events: Iterable[AnswerEvent]) -> list[CompleteAnswer]:
     """Assemble complete answers from their events, in the order of their indices."""
     deltas: dict[int, list[DeltaEvent]] = defaultdict(list)
     finishes: dict[int, FinishEvent] = {}
@@ -172,7 +172,7 @@ def collect(events: Iterable[AnswerEvent]) -> list[Answer]:
         elif isinstance(event, FinishEvent):
             finishes[event.index] = event
     return [
-        Answer(
+        CompleteAnswer(
             join(event.delta for event in deltas[index]),
             tuple(token for event in deltas[index] for token in event.logprobs),
             finishes[index],

@@ -35,7 +35,7 @@ class ApiError(KimiMlxError):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return the error response for any error: 4xx for the client's mistakes, 5xx for the engine's and our own."""
+    """Return the error response for any error: 4xx for errors of the client, 5xx for those of the server."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, KimiMlxError):

@@ -26,7 +26,7 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
 GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
-    "/health": "Whether the server can answer",
+    "/health": "Health of the server",
     "/metrics": "Prometheus metrics",
     "/openapi.json": "This document",
 }
@@ -51,15 +51,15 @@ def openapi_document(model_names: Sequence[str]) -> dict[str, Any]:
     Args:
         model_names: names of the model.
     """
-    kinds = [kind for kind, _ in POST_PATHS.values()]
+    bodies = [body for body, _ in POST_PATHS.values()]
     names, schemas = models_json_schema(
-        [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
     )
     definitions: dict[str, Any] = schemas.get("$defs", {})
-    for kind in kinds:
-        definitions[kind.__name__]["properties"]["model"] = {"enum": [*model_names, None]}
+    for body in bodies:
+        definitions[body.__name__]["properties"]["model"] = {"enum": [*model_names, None]}
     posts = {
-        path: {"post": _post(title, names[kind, "validation"]["$ref"])} for path, (kind, title) in POST_PATHS.items()
+        path: {"post": _post(title, names[body, "validation"]["$ref"])} for path, (body, title) in POST_PATHS.items()
     }
     gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
     return {
@@ -83,8 +83,8 @@ def _post(title: str, ref: str) -> dict[str, Any]:
 
 
 def _get(path: str, title: str) -> dict[str, Any]:
-    kind = "text/plain" if path == "/metrics" else "application/json"
-    answer = {kind: {"schema": {"type": "string" if kind == "text/plain" else "object"}}}
+    media_type = "text/plain" if path == "/metrics" else "application/json"
+    answer = {media_type: {"schema": {"type": "string" if media_type == "text/plain" else "object"}}}
     operation: dict[str, Any] = {
         "summary": title,
         "responses": {"200": {"description": title, "content": answer}} | _errors(),

@@ -19,11 +19,11 @@ class TokenReader(Protocol):
     """Turns tokens into text."""
 
     def add(self, token_id: int) -> Delta:
-        """Return what a token adds."""
+        """Return the delta of a token."""
         ...
 
     def finish(self) -> Delta:
-        """Return what is left after the last token."""
+        """Return the remaining delta after the last token."""
         ...
 
 
@@ -35,7 +35,7 @@ class PlainReader:
         self._control = frozenset(tokenizer.special_tokens.values())
 
     def add(self, token_id: int) -> Delta:
-        """Return what a token adds."""
+        """Return the delta of a token."""
         try:
             return Delta() if token_id in self._control else Delta(self._decoder.add(token_id))
         except TextError:  # an id that is not in the vocabulary
@@ -53,11 +53,11 @@ class ChatReader:
         self._parser, self._ids = parser, ids
 
     def add(self, token_id: int) -> Delta:
-        """Return what a token adds."""
+        """Return the delta of a token."""
         return self._ids.assign(self._parser.add(token_id))
 
     def finish(self) -> Delta:
-        """Return what is still open."""
+        """Return the remaining delta."""
         return self._ids.assign(self._parser.finish())
 
 
@@ -146,7 +146,7 @@ class ResponseBuilder:
         yield from self._events(delta, self._stops.add(delta.text))
 
     def finish(self, event: Finished) -> Iterator[DeltaEvent | FinishEvent]:
-        """Return what is left, and the end."""
+        """Yield the remaining deltas, and the end."""
         if not self.is_stopped:
             delta = self._reader.finish()
             self._count_reasoning(delta)

@@ -109,7 +109,7 @@ class InputMessage(Body):
     content: Blocks
 
 
-class Tool(Body):
+class MessagesTool(Body):
     """A tool of the client; or, with another type and no schema, one of Anthropic's tools."""
 
     type: str | None = None
@@ -120,20 +120,20 @@ class Tool(Body):
 
 
 class ToolChoice(Body):
-    """Whether to call tools, and which."""
+    """The choice of tools to call."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(Body):
-    """Whether the model thinks; the amount cannot be set."""
+class ThinkingConfig(Body):
+    """The thinking mode; the amount of thinking cannot be set."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
-class Format(Body):
+class OutputFormat(Body):
     """The format of the answer."""
 
     type: Literal["json_schema"]
@@ -143,7 +143,7 @@ class Format(Body):
 class OutputConfig(Body):
     """Options of the output."""
 
-    format: Format | None = None
+    format: OutputFormat | None = None
 
 
 class CountBody(Body):
@@ -152,11 +152,11 @@ class CountBody(Body):
     model: str | None = None
     messages: list[InputMessage] = Field(min_length=1)
     system: TextBlocks | None = None
-    tools: list[Tool] | None = None
+    tools: list[MessagesTool] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-    output_format: Format | None = None  # its name in the API's beta
+    output_format: OutputFormat | None = None  # its name in the API's beta
     mcp_servers: list[Any] | None = None
 
 
@@ -289,7 +289,7 @@ def _join(texts: Iterator[str] | Sequence[str]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def _tool(tool: Tool, place: str) -> dict[str, Any]:
+def _tool(tool: MessagesTool, place: str) -> dict[str, Any]:
     """Return the tool in OpenAI's format."""
     if tool.type not in (None, "custom"):
         raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")

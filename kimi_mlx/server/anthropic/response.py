@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, Usage
+from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.tool_calls import CallSequencer
@@ -70,7 +70,7 @@ class MessageFormatter:
         """Yield the error that ends the stream."""
         yield StreamEvent.from_json(anthropic_error(error), "error")
 
-    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[CompleteAnswer]) -> dict[str, Any]:
         """Return the message."""
         (answer,) = answers
         finish = answer.finish

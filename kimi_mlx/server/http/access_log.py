@@ -30,7 +30,7 @@ RECORD_KEY = "kimi_mlx.record"
 
 @dataclass
 class RequestRecord:
-    """What the access log records about a request.
+    """Data of one request for the access log.
 
     Args:
         started_at: start of the request, by time.monotonic.
@@ -53,7 +53,7 @@ class RequestRecord:
     reason: str | None = None
 
     async def watch(self, events: AsyncGenerator[AnswerEvent, None]) -> AsyncGenerator[AnswerEvent, None]:
-        """Pass events on, and record what the log needs of them."""
+        """Pass events on, and record the time to the first delta and the ends of the answers."""
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, DeltaEvent) and self.ttft_s is None:

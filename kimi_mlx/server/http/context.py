@@ -1,4 +1,4 @@
-"""What the routes of every API share."""
+"""Context and body reading for the routes of all APIs."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kimi_mlx.server.conversation import Answer, AnswerEvent, collect
+from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, collect
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
 from kimi_mlx.server.http.body import JsonResponse
@@ -64,7 +64,7 @@ class ApiFormatter(Protocol):
         """Return the events that end a stream after an error."""
         ...
 
-    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[CompleteAnswer]) -> dict[str, Any]:
         """Return the body of a response that is not streamed."""
         ...
 

@@ -23,7 +23,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
-class Part(Body):
+class ContentPart(Body):
     """A part of a message."""
 
     type: str
@@ -38,7 +38,7 @@ class FunctionCall(Body):
     arguments: str = ""
 
 
-class Call(Body):
+class ChatToolCall(Body):
     """A tool call of the assistant."""
 
     id: str
@@ -50,10 +50,10 @@ class ChatMessage(Body):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[ChatToolCall] | None = None
     tool_call_id: str | None = None
     partial: bool | None = Field(None, description="Moonshot's extension: the answer continues the last message.")
 
@@ -67,7 +67,7 @@ class Function(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class ChatTool(Body):
     """A tool that the model may use."""
 
     type: Literal["function"]
@@ -109,7 +109,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class Thinking(Body):
+class ThinkingSwitch(Body):
     """Moonshot's switch for thinking."""
 
     type: Literal["enabled", "disabled"]
@@ -170,13 +170,13 @@ class ChatBody(GenerationBody):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: list[ChatTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = Field(None, description="`none` turns reasoning off, any other value on.")
     chat_template_kwargs: dict[str, Any] | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingSwitch | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -267,7 +267,7 @@ def _message(message: ChatMessage, place: str) -> Message:
     )
 
 
-def _text(content: str | list[Part] | None, place: str) -> str:
+def _text(content: str | list[ContentPart] | None, place: str) -> str:
     """Return the text of a message, with its parts joined.
 
     Raises:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, TokenLogprobs, total_usage
+from kimi_mlx.server.conversation import (
+    AnswerEvent,
+    CompleteAnswer,
+    DeltaEvent,
+    FinishEvent,
+    TokenLogprobs,
+    total_usage,
+)
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.response_fields import DONE, MIN_LOGPROB, openai_error, usage_dict
@@ -56,7 +63,7 @@ class ChatFormatter:
         yield StreamEvent.from_json(openai_error(error))
         yield DONE
 
-    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[CompleteAnswer]) -> dict[str, Any]:
         """Return the chat completion object."""
         return self._head | {
             "object": "chat.completion",
@@ -64,7 +71,7 @@ class ChatFormatter:
             "usage": usage_dict(total_usage(answer.finish for answer in answers)),
         }
 
-    def _choice(self, answer: Answer) -> dict[str, Any]:
+    def _choice(self, answer: CompleteAnswer) -> dict[str, Any]:
         calls = [_call(part) for part in answer.delta.tool_call_deltas]
         text = answer.delta.text + "".join(_nameless_calls(answer.delta))
         message: dict[str, Any] = {

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from kimi_mlx.server.conversation import (
-    Answer,
     AnswerEvent,
+    CompleteAnswer,
     CompletionRequest,
     DeltaEvent,
     FinishEvent,
@@ -107,7 +107,7 @@ class CompletionFormatter:
         """Return the error as a chunk, and the end marker."""
         return (StreamEvent.from_json(openai_error(error)), DONE)
 
-    def full_response(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def full_response(self, answers: Sequence[CompleteAnswer]) -> dict[str, Any]:
         """Return the completion object."""
         choices = [
             {

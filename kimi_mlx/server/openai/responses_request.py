@@ -31,7 +31,7 @@ ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-class Part(Body):
+class ItemPart(Body):
     """A part of an item's content; only text is supported."""
 
     type: str
@@ -40,7 +40,7 @@ class Part(Body):
 
 
 Parts = Annotated[
-    list[Part], BeforeValidator(text_shorthand(type="input_text"), json_schema_input_type=str | list[Part])
+    list[ItemPart], BeforeValidator(text_shorthand(type="input_text"), json_schema_input_type=str | list[ItemPart])
 ]
 
 
@@ -73,8 +73,8 @@ class ReasoningItem(Body):
     """Reasoning of the model: its content, or else its summary."""
 
     type: Literal["reasoning"]
-    content: list[Part] | None = None
-    summary: list[Part] | None = None
+    content: list[ItemPart] | None = None
+    summary: list[ItemPart] | None = None
 
 
 class UnsupportedItem(Body):
@@ -106,7 +106,7 @@ Item = Annotated[
 Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
 
-class Tool(Body):
+class ResponsesTool(Body):
     """A function of the client, or a tool of OpenAI."""
 
     type: str
@@ -123,14 +123,14 @@ class NamedTool(Body):
     name: str | None = None
 
 
-class Reasoning(Body):
-    """Whether the model thinks, and whether its reasoning is sent as a summary."""
+class ReasoningOptions(Body):
+    """Options of the reasoning; the effort only turns it on or off."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class Format(Body):
+class TextFormat(Body):
     """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -143,7 +143,7 @@ class Format(Body):
 class TextConfig(Body):
     """Options of the text."""
 
-    format: Format | None = None
+    format: TextFormat | None = None
 
 
 class ResponsesBody(Body):
@@ -153,11 +153,11 @@ class ResponsesBody(Body):
     input: Items = Field(min_length=1)
     instructions: str | None = None
     stream: bool | None = None
-    tools: list[Tool] | None = None
+    tools: list[ResponsesTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    reasoning: Reasoning | None = None
+    reasoning: ReasoningOptions | None = None
     max_output_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -251,7 +251,7 @@ class _Conversation:
         self._reasoning, self._text, self._calls = [], "", []
 
 
-def _text(parts: Sequence[Part], place: str) -> str:
+def _text(parts: Sequence[ItemPart], place: str) -> str:
     texts: list[str] = []
     for index, part in enumerate(parts):
         text = part.text if part.type in TEXT_TYPES else part.refusal
@@ -262,7 +262,7 @@ def _text(parts: Sequence[Part], place: str) -> str:
     return "".join(texts)
 
 
-def _tool(tool: Tool, place: str) -> dict[str, Any]:
+def _tool(tool: ResponsesTool, place: str) -> dict[str, Any]:
     """Return the tool in the format of Chat Completions."""
     if tool.type != "function":
         raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
@@ -281,7 +281,7 @@ def _tool_choice(choice: str | NamedTool | None) -> str | dict[str, str]:
     return {"name": choice.name}
 
 
-def _response_schema(text_format: Format | None) -> dict[str, Any] | bool | None:
+def _response_schema(text_format: TextFormat | None) -> dict[str, Any] | bool | None:
     if text_format is None or text_format.type == "text":
         return None
     if text_format.type == "json_object":

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_mlx.server.conversation import Answer, AnswerEvent, DeltaEvent, FinishEvent, TokenLogprobs, Usage
+from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.responses_request import ResponsesBody
@@ -87,7 +87,7 @@ class ResponseFormatter:
         response = self._response("failed", error={"code": code, "message": error.message})
         yield self._event("response.failed", response=response)
 
-    def full_response(self, answers: Sequence[Answer]) -> Value:
+    def full_response(self, answers: Sequence[CompleteAnswer]) -> Value:
         """Return the response object."""
         (answer,) = answers
         for _ in (*self._delta_events(answer.delta, answer.logprobs), *self._close()):

@@ -58,7 +58,7 @@ def random_grammar(rng: random.Random) -> tuple[Any, str]:
 def test_masks_along_a_draft_are_those_of_going_along_it() -> None:
     for seed in range(20):
         _, grammar = random_grammar(random.Random(seed))
-        answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed, most=100)
+        answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed, max_tokens=100)
         if answer is None:
             continue
         one, other = Constraint(VOCABULARY, grammar), Constraint(load_token_vocabulary(KIMI_MINI, SIZE), grammar)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kimi_mlx.server.conversation import (
-    Answer,
     AnswerEvent,
+    CompleteAnswer,
     DeltaEvent,
     FinishEvent,
     KeepAlive,
@@ -55,7 +55,7 @@ def events_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: s
     return [KeepAlive(), KeepAlive(5, 20), *events, FinishEvent(0, reason, stop_sequence, USAGE)]
 
 
-def answer_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: str | None = None) -> Answer:
+def answer_of(deltas: list[Delta], reason: StopReason = "stop", stop_sequence: str | None = None) -> CompleteAnswer:
     """Return the complete answer."""
     (answer,) = collect(events_of(deltas, reason, stop_sequence))
     return answer
