@@ -130,8 +130,8 @@ def test_a_lost_rank_is_a_pause() -> None:
     assert "kimi_mlx_ring_restarts 1.0" in serving.figures()
     code, said = serving.end(signal.SIGTERM)
     assert code == 143
-    assert said.count("the ring is lost: rank 1") == 1
-    assert said.count("the ring is back after ") == 1
+    assert said.count("lost the ring: rank 1") == 1
+    assert said.count("the ring is up again after ") == 1
 
 
 def test_the_network_needs_a_key() -> None:

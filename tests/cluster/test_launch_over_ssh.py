@@ -168,7 +168,7 @@ def test_a_server_of_two_hosts_survives_a_killed_rank_and_leaves_nothing(hosts: 
             elif line.startswith(b"data: [DONE]"):
                 break
     assert "".join(pieces) == expected
-    assert "the ring is back after" in front.errors
+    assert "the ring is up again after" in front.errors
     assert json.loads(raw.request(port, path="/health").body)["restarts"] == 1
     front.process.send_signal(signal.SIGINT)
     assert front.end() == 130

@@ -31,7 +31,7 @@ WEATHER: Any = [
 PARIS: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
-def ask(client: openai.OpenAI, messages: Any = HI, **options: Any) -> Any:
+def complete(client: openai.OpenAI, messages: Any = HI, **options: Any) -> Any:
     return client.chat.completions.create(model="kimi-mini", messages=messages, **options)
 
 
@@ -51,7 +51,7 @@ def assemble(chunks: Any) -> dict[str, Any]:
 
 
 def test_an_answer_has_reasoning_text_and_usage(client: openai.OpenAI) -> None:
-    answer = ask(client)
+    answer = complete(client)
     (choice,) = answer.choices
     assert choice.message.content == HELLO
     assert choice.message.reasoning_content == "A greeting."
@@ -60,13 +60,13 @@ def test_an_answer_has_reasoning_text_and_usage(client: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens == 9
     assert answer.usage.total_tokens == 9 + answer.usage.completion_tokens
     assert 0 < answer.usage.completion_tokens_details.reasoning_tokens < answer.usage.completion_tokens
-    again = ask(client)
+    again = complete(client)
     assert again.usage.prompt_tokens_details.cached_tokens == 8
 
 
 def test_a_stream_adds_up_to_the_same_answer(client: openai.OpenAI) -> None:
-    whole = ask(client)
-    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    whole = complete(client)
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
     streamed = assemble(chunks)
     assert (streamed["content"], streamed["reasoning_content"]) == (HELLO, "A greeting.")
     assert chunks[-1].choices == []
@@ -74,13 +74,13 @@ def test_a_stream_adds_up_to_the_same_answer(client: openai.OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1
-    assert assemble(ask(client, stream=True))["usage"] is None
+    assert assemble(complete(client, stream=True))["usage"] is None
 
 
 def test_concurrent_answers_equal_single_ones(running: RunningServer) -> None:
     questions = ["hi", "What is 3 + 4?", "Say pelican", "hi"]
 
-    async def ask_all() -> list[str]:
+    async def complete_all() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any") as client:
 
             async def one(text: str) -> str:
@@ -94,19 +94,19 @@ def test_concurrent_answers_equal_single_ones(running: RunningServer) -> None:
             assert together == alone
             return alone
 
-    answers = asyncio.run(ask_all())
+    answers = asyncio.run(complete_all())
     assert answers[0] == answers[3] == HELLO
 
 
 def test_tool_calls_and_results(client: openai.OpenAI) -> None:
-    whole = ask(client, PARIS, tools=WEATHER)
+    whole = complete(client, PARIS, tools=WEATHER)
     (call,) = whole.choices[0].message.tool_calls
     assert whole.choices[0].finish_reason == "tool_calls"
     assert whole.choices[0].message.content is None
     assert (call.id, call.function.name) == ("functions.get_weather:0", "get_weather")
     assert json.loads(call.function.arguments) == {"city": "Paris"}
 
-    chunks = list(ask(client, PARIS, tools=WEATHER, stream=True))
+    chunks = list(complete(client, PARIS, tools=WEATHER, stream=True))
     streamed = assemble(chunks)
     assert streamed["calls"] == {0: {"id": call.id, "name": "get_weather", "text": call.function.arguments}}
     assert streamed["finish_reason"] == "tool_calls"
@@ -114,19 +114,21 @@ def test_tool_calls_and_results(client: openai.OpenAI) -> None:
 
     assistant = whole.choices[0].message.model_dump(exclude_none=True)
     result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "sky": "clear"}'}
-    answer = ask(client, [*PARIS, assistant, result], tools=WEATHER)
+    answer = complete(client, [*PARIS, assistant, result], tools=WEATHER)
     assert "21" in answer.choices[0].message.content
 
     for message in (assistant, result):
         message.pop("reasoning_content", None)
     assistant["tool_calls"][0]["id"] = result["tool_call_id"] = "call_abc"
-    assert "21" in ask(client, [*PARIS, assistant, result], tools=WEATHER).choices[0].message.content
-    again = ask(client, [*PARIS, assistant, result, *PARIS], tools=WEATHER).choices[0].message
+    assert "21" in complete(client, [*PARIS, assistant, result], tools=WEATHER).choices[0].message.content
+    again = complete(client, [*PARIS, assistant, result, *PARIS], tools=WEATHER).choices[0].message
     assert all(call.id.startswith("call_") for call in again.tool_calls or ())
 
 
 def test_tool_choice_none(client: openai.OpenAI) -> None:
-    assert ask(client, PARIS, tools=WEATHER, tool_choice="none", max_tokens=40).choices[0].message.tool_calls is None
+    assert (
+        complete(client, PARIS, tools=WEATHER, tool_choice="none", max_tokens=40).choices[0].message.tool_calls is None
+    )
 
 
 SCHEMA: Any = {
@@ -140,20 +142,22 @@ SCHEMA: Any = {
 def test_response_schemas(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA, "strict": True}}
     for options in ({}, {"stream": True}, {"temperature": 1.5, "seed": 1}):
-        answer = ask(client, response_format=form, **options)
+        answer = complete(client, response_format=form, **options)
         text = assemble(answer)["content"] if "stream" in options else answer.choices[0].message.content
         value = json.loads(text)
         assert value.keys() == {"sum", "kind"}
         assert 10 <= value["sum"] <= 99
         assert value["kind"] in ("sum", "other")
-    answer = ask(client, response_format={"type": "json_object"}, max_tokens=200).choices[0]
+    answer = complete(client, response_format={"type": "json_object"}, max_tokens=200).choices[0]
     assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
 
 
 def test_required_tool_calls(client: openai.OpenAI) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
         (call,) = (
-            ask(client, HI, tools=WEATHER, tool_choice=choice, parallel_tool_calls=False).choices[0].message.tool_calls
+            complete(client, HI, tools=WEATHER, tool_choice=choice, parallel_tool_calls=False)
+            .choices[0]
+            .message.tool_calls
         )
         assert call.function.name == "get_weather"
         assert json.loads(call.function.arguments).keys() == {"city"}
@@ -165,40 +169,40 @@ def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
         {"chat_template_kwargs": {"thinking": False}},
         {"reasoning_effort": "none"},
     ):
-        message = ask(client, extra_body=switch).choices[0].message
+        message = complete(client, extra_body=switch).choices[0].message
         assert message.content
         assert not hasattr(message, "reasoning_content")
 
 
 def test_earlier_reasoning_is_kept_on_request(client: openai.OpenAI) -> None:
     past = [*HI, {"role": "assistant", "content": HELLO, "reasoning_content": "A greeting. " * 20}, *HI]
-    forgotten = ask(client, past, max_tokens=1).usage.prompt_tokens
-    kept = ask(client, past, max_tokens=1, extra_body={"chat_template_kwargs": {"preserve_thinking": True}}).usage
+    forgotten = complete(client, past, max_tokens=1).usage.prompt_tokens
+    kept = complete(client, past, max_tokens=1, extra_body={"chat_template_kwargs": {"preserve_thinking": True}}).usage
     assert kept.prompt_tokens > forgotten + 20
 
 
 def test_a_partial_answer_is_continued(client: openai.OpenAI) -> None:
     partial = {"role": "assistant", "content": "Hello! I am", "partial": True}
-    answer = ask(client, [*HI, partial]).choices[0].message
+    answer = complete(client, [*HI, partial]).choices[0].message
     assert answer.content == HELLO.removeprefix("Hello! I am")
 
 
 def test_several_answers_differ_and_are_reproducible(client: openai.OpenAI) -> None:
-    first, again = (ask(client, n=4, temperature=2, seed=3, max_tokens=12) for _ in range(2))
+    first, again = (complete(client, n=4, temperature=2, seed=3, max_tokens=12) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]
     assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
     assert len(set(texts)) > 1
     assert texts == [choice.message.content for choice in again.choices]
     assert first.usage.prompt_tokens == 9
     assert first.usage.completion_tokens <= 48
-    chunks = list(ask(client, n=4, temperature=2, seed=3, max_tokens=12, stream=True))
+    chunks = list(complete(client, n=4, temperature=2, seed=3, max_tokens=12, stream=True))
     streamed = ["".join(c.choices[0].delta.content or "" for c in chunks if c.choices[0].index == i) for i in range(4)]
     assert streamed == texts
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_stop_texts(client: openai.OpenAI, is_stream: bool) -> None:
-    answer = ask(client, stop=["oy mod", "nowhere"], stream=is_stream)
+    answer = complete(client, stop=["oy mod", "nowhere"], stream=is_stream)
     message = assemble(answer) if is_stream else answer.choices[0].message.model_dump()
     assert message["content"] == HELLO.partition("oy mod")[0]
     assert (message if is_stream else answer.choices[0].to_dict())["finish_reason"] == "stop"
@@ -206,12 +210,12 @@ def test_stop_texts(client: openai.OpenAI, is_stream: bool) -> None:
 
 def test_max_tokens(client: openai.OpenAI) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
-        answer = ask(client, **{name: 8})
+        answer = complete(client, **{name: 8})
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
 
 def test_logprobs(client: openai.OpenAI) -> None:
-    tokens = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    tokens = complete(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == HELLO
     assert b"".join(bytes(token.bytes) for token in tokens).decode() == HELLO
     for token in tokens:
@@ -219,12 +223,12 @@ def test_logprobs(client: openai.OpenAI) -> None:
         assert len(token.top_logprobs) == 3
     streamed = [
         token.token
-        for chunk in ask(client, logprobs=True, stream=True)
+        for chunk in complete(client, logprobs=True, stream=True)
         if chunk.choices[0].logprobs
         for token in chunk.choices[0].logprobs.content
     ]
     assert streamed == [token.token for token in tokens]
-    cut = ask(client, logprobs=True, stop="toy m").choices[0]
+    cut = complete(client, logprobs=True, stop="toy m").choices[0]
     assert "".join(token.token for token in cut.logprobs.content).startswith(cut.message.content)
     assert len(cut.logprobs.content) < len(tokens)
 
@@ -275,7 +279,7 @@ def test_invalid_fields_are_named(client: openai.OpenAI, options: dict[str, Any]
 
 def test_a_prompt_longer_than_the_context_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, [{"role": "user", "content": "word " * 70_000}])
+        complete(client, [{"role": "user", "content": "word " * 70_000}])
     assert caught.value.code == "context_length_exceeded"
 
 

@@ -34,7 +34,7 @@ from kimi_mlx.session.session import EventCallback, SessionStatus
 from kimi_mlx.text.messages import Message
 from tests.fakes import KIMI_MINI
 
-ASK = ChatRequest(messages=(Message("user", "hi"),), thinking=False)
+CHAT_REQUEST = ChatRequest(messages=(Message("user", "hi"),), thinking=False)
 
 
 class ScriptedSession:
@@ -110,7 +110,7 @@ def test_engine_events_become_deltas_and_a_finish(
     service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
 ) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ASK))
+        task = asyncio.create_task(collect(service, CHAT_REQUEST))
         await session.wait_for_requests()
         on_event = session.callbacks[0]
         on_event(Prefilled(0, 9))
@@ -132,24 +132,24 @@ def test_a_full_queue_refuses_requests_until_answers_end(service: Service, sessi
     limit = MAX_SEQUENCES + 3  # the capacity does not include what the engine can run
 
     async def work() -> None:
-        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(limit)]
+        tasks = [asyncio.create_task(collect(service, CHAT_REQUEST)) for _ in range(limit)]
         await session.wait_for_requests(limit)
         with pytest.raises(ApiError) as caught:
-            await collect(service, ASK)
+            await collect(service, CHAT_REQUEST)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
         with pytest.raises(ApiError, match=f"the limit is {limit}") as caught:
-            await collect(service, ChatRequest(messages=ASK.messages, n=limit + 1))
+            await collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=limit + 1))
         assert caught.value.status == 400
         session.callbacks[0](Prefilled(0, 9))
         while service.waiting == limit:
             await asyncio.sleep(0.001)
         with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # no slot became free
-            await collect(service, ASK)
+            await collect(service, CHAT_REQUEST)
         session.callbacks[0](finished())
         while service.running:
             await asyncio.sleep(0.001)
-        tasks.append(asyncio.create_task(collect(service, ASK)))
+        tasks.append(asyncio.create_task(collect(service, CHAT_REQUEST)))
         await session.wait_for_requests(limit + 1)
         assert (service.running, service.waiting) == (0, limit)
         for on_event in session.callbacks[1:]:
@@ -167,7 +167,7 @@ def test_errors_of_the_engine_reach_the_client(
     service: Service, session: ScriptedSession, error: Exception, status: int
 ) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=2)))
         await session.wait_for_requests(2)
         session.callbacks[1](error)
         with pytest.raises(ApiError) as caught:
@@ -184,7 +184,7 @@ def test_a_lost_ring_is_logged_once(
     service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=2)))
         await session.wait_for_requests(2)
         lost = Interrupted("rank 1 is lost", 1, 3)
         for event in (lost, Resumed(2.0), finished()):
@@ -203,7 +203,7 @@ def test_a_ring_that_fails_for_good_is_logged_once(
     service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
-        tasks = [asyncio.create_task(collect(service, ASK)) for _ in range(2)]
+        tasks = [asyncio.create_task(collect(service, CHAT_REQUEST)) for _ in range(2)]
         await session.wait_for_requests(2)
         ring_error = RingError("rank 1 is lost, 3 times")
         for on_event in session.callbacks:
@@ -220,7 +220,7 @@ def test_an_answer_survives_the_loss_of_the_ring(
     service: Service, session: ScriptedSession, tokenizer: ChatTokenizer
 ) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ASK))
+        task = asyncio.create_task(collect(service, CHAT_REQUEST))
         await session.wait_for_requests()
         on_event = session.callbacks[0]
         on_event(Interrupted("rank 1 is lost", 1, 3))
@@ -250,7 +250,7 @@ def test_health_problems(service: Service) -> None:
 def test_a_stop_text_cancels_the_request(service: Service, session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
     async def work() -> None:
         task = asyncio.create_task(
-            collect(service, ChatRequest(messages=ASK.messages, thinking=False, stop=("lo th",)))
+            collect(service, ChatRequest(messages=CHAT_REQUEST.messages, thinking=False, stop=("lo th",)))
         )
         await session.wait_for_requests()
         for id in tokenizer.encode("Hello there, you"):
@@ -269,7 +269,7 @@ def test_a_stop_text_cancels_the_request(service: Service, session: ScriptedSess
 
 def test_a_disconnect_cancels_all_answers(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=2)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=2)))
         await session.wait_for_requests(2)
         session.callbacks[0](finished())
         while service.waiting == 2:
@@ -285,10 +285,10 @@ def test_a_disconnect_cancels_all_answers(service: Service, session: ScriptedSes
 
 def test_shutdown_ends_all_answers(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ASK))
+        task = asyncio.create_task(collect(service, CHAT_REQUEST))
         await session.wait_for_requests()
         service.close()
-        for answer in (task, collect(service, ASK)):
+        for answer in (task, collect(service, CHAT_REQUEST)):
             with pytest.raises(ApiError) as caught:
                 await answer
             assert (caught.value.status, caught.value.code) == (503, "stopping")
@@ -298,7 +298,7 @@ def test_shutdown_ends_all_answers(service: Service, session: ScriptedSession) -
 
 def test_seeds_of_several_answers_differ(service: Service, session: ScriptedSession) -> None:
     async def work() -> None:
-        request = ChatRequest(messages=ASK.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
+        request = ChatRequest(messages=CHAT_REQUEST.messages, n=3, sampling={"seed": 2**63 - 1, "temperature": 1.0})
         task = asyncio.create_task(collect(service, request))
         await session.wait_for_requests(3)
         assert [request.sampling.seed for request in session.requests] == [2**63 - 1, 0, 1]
@@ -336,7 +336,7 @@ def test_requests_submitted_after_a_disconnect_are_cancelled(service: Service, s
     session.submit = slow  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ChatRequest(messages=ASK.messages, n=3)))
+        task = asyncio.create_task(collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=3)))
         await session.wait_for_requests()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -354,7 +354,7 @@ def test_shutdown_does_not_wait_for_the_engine(service: Service, session: Script
     session.cancel_all = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
-        task = asyncio.create_task(collect(service, ASK))
+        task = asyncio.create_task(collect(service, CHAT_REQUEST))
         await session.wait_for_requests()
         service.close()
         with pytest.raises(ApiError, match="shutting down"):
