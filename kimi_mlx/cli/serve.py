@@ -203,7 +203,7 @@ def _server(
     folder: Path,
     names: Sequence[str],
     options: ServingOptions,
-    greet: Callable[[], None],
+    greet: Callable[[ChatTokenizer], None],
 ) -> Server:
     """The server of a loaded model."""
     from kimi_mlx.server.model_info import ModelInfo
@@ -218,7 +218,8 @@ def _server(
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
-    return Server(session, tokenizer, model_info, instant.recommended() if instant else {}, options, greet)
+    sampling = instant.recommended() if instant else {}
+    return Server(session, tokenizer, model_info, sampling, options, partial(greet, tokenizer))
 
 
 def _log() -> None:
@@ -238,11 +239,16 @@ def _key_as_typed(keys: Sequence[str]) -> str | None:
     return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"
 
 
-def _greet(name: str, server_socket: ServerSocket, key: str | None) -> None:
+def _greet(name: str, server_socket: ServerSocket, key: str | None, tokenizer: ChatTokenizer) -> None:
     """Where it is, and what to type next."""
     stderr.print(f"{name} is served; base URL {server_socket.url}/v1 (Ctrl-C ends it)", markup=False)
     if others := server_socket.other_urls:
         stderr.print(f"other machines find it on {', '.join(f'{each}/v1' for each in others)}", markup=False)
     header = "" if key is None else f' -H "Authorization: Bearer {key}"'
-    body = """'{"messages": [{"role": "user", "content": "Hello"}]}'"""
-    stderr.print(f"try: curl {server_socket.url}/v1/chat/completions{header} -d {body}", style="dim", markup=False)
+    if tokenizer.has_chat_template and tokenizer.has_tokenizer:
+        path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
+    elif tokenizer.has_tokenizer:
+        path, body = "completions", '{"prompt": "Once upon a time", "max_tokens": 20}'
+    else:
+        path, body = "completions", '{"prompt": [1, 2, 3], "max_tokens": 20}'
+    stderr.print(f"try: curl {server_socket.url}/v1/{path}{header} -d '{body}'", style="dim", markup=False)

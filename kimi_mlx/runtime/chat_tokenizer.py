@@ -114,7 +114,7 @@ class ChatTokenizer:
         if self.template is None:
             raise TextError(
                 f"`{self.folder}` has no chat template, so it cannot answer messages",
-                hint=f"use plain completions (`kimi-mlx serve`, then /v1/completions), or add a `{TEMPLATE_FILE}`",
+                hint=f"use plain completions, /v1/completions of `kimi-mlx serve`, or add a `{TEMPLATE_FILE}`",
             )
         return self.template.encode(self.tokenizer, messages, tools, **template_kwargs)
 

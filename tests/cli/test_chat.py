@@ -71,8 +71,11 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((mini / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
     folder = write_checkpoint(tmp_path_factory.mktemp("babbler"), kept, seed=1)
-    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(mini / name, folder)
+    generation = json.loads((mini / "generation_config.json").read_text())
+    del generation["kimi_mlx_max_tokens"]
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
-from scripts.mini.export import SHIPPED, model_config
+from scripts.mini.export import SHIPPED, generation_config, model_config
 from scripts.mini.tasks import PELICAN
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tiktoken.model", "tokenizer_config.json")
@@ -58,6 +58,7 @@ def test_the_folder_is_complete_and_small():
 
 def test_the_configuration_is_that_of_the_training(tokenizer: Tokenizer):
     assert json.loads((SHIPPED / "config.json").read_text()) == model_config(tokenizer.vocab_size)
+    assert json.loads((SHIPPED / "generation_config.json").read_text()) == generation_config(tokenizer.vocab_size)
     assert tokenizer.vocab_size % 32 == 0
 
 
