@@ -180,7 +180,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_old(cls, value: Any) -> Any:
+    def _refuse_deprecated(cls, value: Any) -> Any:
         if isinstance(value, dict) and ("functions" in value or "function_call" in value):
             raise ValueError("`functions` and `function_call` are not supported: use `tools` and `tool_choice`")
         return value  # pyright: ignore[reportUnknownVariableType]
@@ -222,7 +222,7 @@ class ChatBody(GenerationBody):
             return True
         if response_format.json_schema is None or response_format.json_schema.schema_ is None:
             param = "response_format.json_schema.schema"
-            raise ApiError(400, f"`{param}` is missing", "missing_required_parameter", param)
+            raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
         return response_format.json_schema.schema_
 
     def _thinking(self) -> bool | None:

@@ -200,7 +200,7 @@ def _refuse_state(body: ResponsesBody) -> None:
         if getattr(body, name) is not None:
             raise unsupported(f"`{name}` is", name, "responses are not stored; send the whole conversation as `input`")
     if body.background:
-        raise unsupported("`background` is", "background", "responses are not stored; wait for it, or stream it")
+        raise unsupported("`background` is", "background", "responses are not stored; use `stream` instead")
 
 
 class _Conversation:

@@ -168,13 +168,15 @@ class ResponseFormatter:
         kind, index = ("reasoning_summary_text", "summary_index") if part == "summary_text" else (part, "content_index")
         return self._item_event(f"response.{kind}.{action}", **fields, **{index: 0})
 
-    def _item_event(self, kind: str, **fields: Any) -> StreamEvent:
+    def _item_event(self, event_type: str, **fields: Any) -> StreamEvent:
         assert self._open is not None
-        return self._event(kind, item_id=self._open.item["id"], output_index=len(self._output), **fields)
+        return self._event(event_type, item_id=self._open.item["id"], output_index=len(self._output), **fields)
 
-    def _event(self, kind: str, **fields: Any) -> StreamEvent:
+    def _event(self, event_type: str, **fields: Any) -> StreamEvent:
         self._num_events += 1
-        return StreamEvent.from_json({"type": kind, "sequence_number": self._num_events - 1, **fields}, kind)
+        return StreamEvent.from_json(
+            {"type": event_type, "sequence_number": self._num_events - 1, **fields}, event_type
+        )
 
 
 def _empty_item(part: str) -> Value:
