@@ -56,7 +56,7 @@ def serve(channel: Channel, start: Message) -> None:
                 channel.report_progress("idle")
                 channel.send("filled")
                 continue
-            requests = [Request.from_dict(each) for each in command["requests"]]
+            requests = [Request.from_dict(request) for request in command["requests"]]
             batch_run = BatchRun(channel, model, requests, command["depth"], sends_tokens=rank == 0)
             batch_run.run(caches, is_batched=group is None and len(requests) > 1)
         except Exception as error:  # mlx-lm may raise anything
@@ -67,7 +67,7 @@ def serve(channel: Channel, start: Message) -> None:
         channel.report_progress("idle")
         channel.send(
             "finished",
-            statistics=[each.to_dict() for each in batch_run.statistics()],
+            statistics=[statistics.to_dict() for statistics in batch_run.statistics()],
             peak_memory_bytes=batch_run.peak_memory_bytes,
         )
 

@@ -159,10 +159,10 @@ def _table(columns: Sequence[Column], table_rows: Sequence[ResultRow]) -> Table:
     return table
 
 
-def _ratio_lines(found: Sequence[SpeedRatio]) -> list[str]:
+def _ratio_lines(all_ratios: Sequence[SpeedRatio]) -> list[str]:
     """Return a line per case."""
     by_case: dict[Case, list[str]] = {}
-    for ratio in found:
+    for ratio in all_ratios:
         text = f"{ratio.ratio:.2f} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
         by_case.setdefault(ratio.case, []).append(text)
     return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in by_case.items()]

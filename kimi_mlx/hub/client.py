@@ -72,14 +72,14 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         )
     except (LookupError, TypeError) as error:  # raised by the client while it parses the response
         raise not_a_hub_error(name) from error
-    wanted = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
-    if info.sha is None or any(sibling.size is None for sibling in wanted):
+    siblings = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
+    if info.sha is None or any(sibling.size is None for sibling in siblings):
         raise not_a_hub_error(name)
     files = [
-        RepositoryFile(each.rfilename, each.lfs.size, sha256=each.lfs.sha256)
-        if each.lfs
-        else RepositoryFile(each.rfilename, each.size or 0, blob_id=each.blob_id)
-        for each in wanted
+        RepositoryFile(sibling.rfilename, sibling.lfs.size, sha256=sibling.lfs.sha256)
+        if sibling.lfs
+        else RepositoryFile(sibling.rfilename, sibling.size or 0, blob_id=sibling.blob_id)
+        for sibling in siblings
     ]
     return Repository(name, info.sha, tuple(sorted(files, key=lambda file: file.name)), revision or "main")
 

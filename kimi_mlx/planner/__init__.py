@@ -1,1 +1,1 @@
-"""What a model needs of machines, and how fast it will be there: arithmetic on published figures. Never imports MLX."""
+"""Predict the memory and speed of a model on given machines, from published measurements. Never imports MLX."""

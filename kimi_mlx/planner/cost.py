@@ -93,10 +93,10 @@ def make_cost(machines: Sequence[Machine], tok_per_s: float, assumptions: CostAs
 
 
 def _sum_of(
-    machines: Sequence[Machine], known: Sequence[float | None], given: float | None, quantity: str, example: str
+    machines: Sequence[Machine], known: Sequence[float | None], override: float | None, quantity: str, example: str
 ) -> float:
-    if given is not None:
-        return given
+    if override is not None:
+        return override
     unknown = [machine.name for machine, value in zip(machines, known, strict=True) if value is None]
     if unknown:
         raise UsageError(

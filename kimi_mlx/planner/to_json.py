@@ -48,18 +48,18 @@ def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "constants": asdict(FITTED),
         "rows": [
             {
-                **asdict(each.row),
-                "metric": each.metric,
-                "published_tok_per_s": each.published,
-                "predicted_tok_per_s": each.predicted,
-                "error": each.error,
+                **asdict(comparison.row),
+                "metric": comparison.metric,
+                "published_tok_per_s": comparison.published,
+                "predicted_tok_per_s": comparison.predicted,
+                "error": comparison.error,
             }
-            for each in comparisons
+            for comparison in comparisons
         ],
         "median_error": median_error(comparisons),
-        "median_error_not_fitted": median_error(each for each in comparisons if not each.row.fit),
-        "median_error_new": median_error(each for each in comparisons if each.is_new),
-        "left_out": [{"what": what, "why": why} for what, why in left_out()],
+        "median_error_not_fitted": median_error(comparison for comparison in comparisons if not comparison.row.fit),
+        "median_error_new": median_error(comparison for comparison in comparisons if comparison.is_new),
+        "left_out": [{"what": measurement, "why": reason} for measurement, reason in left_out()],
     }
 
 
@@ -83,7 +83,7 @@ def _option(option: Option, plan: Plan) -> dict[str, Any]:
         "backend": None if option.link is None else option.link.backend,
         "link": None if option.link is None else asdict(option.link),
         "fits": option.fits,
-        "memory": [{**asdict(each), "needed_bytes": each.needed_bytes} for each in option.memory],
+        "memory": [{**asdict(host), "needed_bytes": host.needed_bytes} for host in option.memory],
         "longest_context": option.longest_context,
         "longest_context_raised": option.longest_context_raised,
         "decode": {"tok_per_s": option.decode_tok_per_s, **_seconds(option.decode)},

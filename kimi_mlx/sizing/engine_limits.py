@@ -26,7 +26,7 @@ MAX_CACHE_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What the memory of all ranks allows.
+    """Limits that fit in the memory of all ranks.
 
     Args:
         chunk: number of prompt tokens per step.

@@ -53,8 +53,8 @@ def serving_checkpoint(model: str) -> Path:
     config = _read(MINI / "config.json") if model == "kimi-mini" else _synthetic(model)
     kind = str(mx.default_device().type)
     source = (MINI / "model.safetensors").read_bytes() if model == "kimi-mini" else b""
-    about = json.dumps([LAYOUT, FORMAT, SEED, config, kind, hashlib.sha256(source).hexdigest()], sort_keys=True)
-    folder = caches / "serving" / f"{model}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+    key = json.dumps([LAYOUT, FORMAT, SEED, config, kind, hashlib.sha256(source).hexdigest()], sort_keys=True)
+    folder = caches / "serving" / f"{model}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not (folder / "config.json").is_file():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,22 +78,22 @@ def _synthetic(shape: str) -> Config:
 
 
 def _make(part: Path, model: str, config: Config) -> None:
-    source, made = (MINI if model == "kimi-mini" else part / "source"), part / "made"
-    made.mkdir()
+    source, target_folder = (MINI if model == "kimi-mini" else part / "source"), part / "made"
+    target_folder.mkdir()
     if model != "kimi-mini":
         write_synthetic(source, config)
     target = compute_dtype(None, load_config(source))
     tokens = read_ranks(MINI / "tiktoken.model")
     for path in sorted(source.glob("*.safetensors")):
         tensors: Tensors = mx.load(str(path))  # pyright: ignore[reportAssignmentType]
-        made_of = {name: _changed(name, tensor, target, len(tokens)) for name, tensor in tensors.items()}
-        mx.save_safetensors(str(made / path.name), made_of, {"format": "mlx"})
+        changed = {name: _changed(name, tensor, target, len(tokens)) for name, tensor in tensors.items()}
+        mx.save_safetensors(str(target_folder / path.name), changed, {"format": "mlx"})
     index = source / "model.safetensors.index.json"
     if index.exists():
-        shutil.copy(index, made)
-    _write_text(made, tokens)
+        shutil.copy(index, target_folder)
+    _write_text(target_folder, tokens)
     dtype = str(target).removeprefix("mlx.core.")
-    (made / "config.json").write_text(json.dumps(config | {"model_type": KNOWN_TYPE, "torch_dtype": dtype}))
+    (target_folder / "config.json").write_text(json.dumps(config | {"model_type": KNOWN_TYPE, "torch_dtype": dtype}))
 
 
 def _changed(name: str, tensor: mx.array, target: mx.Dtype, ordinary: int) -> mx.array:
@@ -115,7 +115,7 @@ def _write_text(folder: Path, tokens: list[bytes]) -> None:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     size = _read(MINI / "config.json")["vocab_size"]
     special = [names.get(id, f"<|reserved_token_{id}|>") for id in range(len(tokens), size)]
-    bpe.add_special_tokens([tokenizers.AddedToken(each, normalized=False, special=True) for each in special])
+    bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
     bpe.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(text | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     shutil.copy(MINI / "generation_config.json", folder)

@@ -39,7 +39,7 @@ class ServingReport:
             "load": asdict(self.load),
             "results": [row.to_dict() for row in serving_rows(self.runs)],
             "ratios": [ratio.to_dict() for ratio in serving_ratios(self.runs)],
-            "same_texts": [asdict(each) for each in same_texts(self.runs)],
+            "same_texts": [asdict(agreement) for agreement in same_texts(self.runs)],
             "health_afterwards": self.healths,
             "runs": [_run_to_dict(run) for run in self.runs],
         }
@@ -79,7 +79,7 @@ class ServingReport:
             *(" | ".join(cell(row) for _, cell in columns) for row in serving_rows(self.runs)),
         ]
         table = "\n".join(f"| {line} |" for line in lines)
-        return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {each}" for each in self.summary()))) + "\n"
+        return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {line}" for line in self.summary()))) + "\n"
 
     def summary(self) -> list[str]:
         """Return ratios, agreement of texts, memory growth, badly behaved clients and final health."""
@@ -88,8 +88,8 @@ class ServingReport:
             for ratio in serving_ratios(self.runs)
         ]
         lines += [
-            f"{each.side}: same text as kimi-mlx in {each.equal} of {each.answers} first answers"
-            for each in same_texts(self.runs)
+            f"{agreement.side}: same text as kimi-mlx in {agreement.equal} of {agreement.answers} first answers"
+            for agreement in same_texts(self.runs)
         ]
         for row in serving_rows(self.runs):
             if row.new_tokens != row.requested_tokens:
@@ -161,19 +161,19 @@ def _change(growth: int) -> str:
 def _run_to_dict(run: ServingRun) -> dict[str, Any]:
     """Return a run for JSON, without texts."""
     values = asdict(run)
-    first = min((each.started_at for each in run.records), default=0.0)
+    first = min((record.started_at for record in run.records), default=0.0)
     values["records"] = [
         {
-            "conversation": each.conversation,
-            "turn": each.turn,
-            "started_s": each.started_at - first,
-            "arrivals_s": [at - first for at in each.arrivals],
-            "ended_s": each.ended_at - first,
-            "prompt_tokens": each.prompt_tokens,
-            "cached_tokens": each.cached_tokens,
-            "new_tokens": each.new_tokens,
-            "error": each.error,
+            "conversation": record.conversation,
+            "turn": record.turn,
+            "started_s": record.started_at - first,
+            "arrivals_s": [at - first for at in record.arrivals],
+            "ended_s": record.ended_at - first,
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "new_tokens": record.new_tokens,
+            "error": record.error,
         }
-        for each in run.records
+        for record in run.records
     ]
     return values

@@ -26,13 +26,13 @@ GPU Power: 95911 mW
 """
 
 
-def heard(end: float, milliwatts: int = 100000) -> list[tuple[str, float]]:
+def output_lines(end: float, milliwatts: int = 100000) -> list[tuple[str, float]]:
     return [(line, end) for line in CAPTURED.replace("100000 mW", f"{milliwatts} mW").splitlines()]
 
 
 def test_energy_is_power_by_time_within_the_limits() -> None:
     log = PowerLog()
-    for line, now in [*heard(10.2, 100000), *heard(10.4, 50000)]:
+    for line, now in [*output_lines(10.2, 100000), *output_lines(10.4, 50000)]:
         log.add_line(line, now)
     assert log.energy_j(10.0, 10.2) == pytest.approx(20, rel=0.01)
     assert log.energy_j(10.1, 10.3) == pytest.approx(15, rel=0.01)
@@ -41,7 +41,7 @@ def test_energy_is_power_by_time_within_the_limits() -> None:
 def test_a_stretch_that_was_not_sampled_has_no_energy() -> None:
     log = PowerLog()
     assert log.energy_j(0, 1) is None
-    for line, now in heard(10.2):
+    for line, now in output_lines(10.2):
         log.add_line(line, now)
     assert log.energy_j(10.0, 12.0) is None
     assert log.energy_j(10.0, 10.3) == pytest.approx(30, rel=0.01)

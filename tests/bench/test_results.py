@@ -36,7 +36,7 @@ def test_medians_and_spread_exclude_the_warm_up() -> None:
 def test_percentiles_are_of_all_requests_and_all_gaps() -> None:
     assert Percentiles.of([1, 2, 3, 4, 5]) == Percentiles(3, 4.6, 4.96)
     row = rows([make_run("kimi-mlx", 0, 100, 10, case=Case(0, 100, 2))])[0]
-    assert row.ttft_s.p50 == pytest.approx(2.0)  # 1 s, and 3 s behind the first
+    assert row.ttft_s.p50 == pytest.approx(2.0)  # 1 s, and 3 s after the first
     assert row.between_tokens_s.p99 == pytest.approx(0.1)
 
 

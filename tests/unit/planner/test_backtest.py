@@ -1,4 +1,4 @@
-"""Predictions against published figures."""
+"""Predictions compared with published measurements."""
 
 from __future__ import annotations
 

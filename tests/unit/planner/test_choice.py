@@ -1,4 +1,4 @@
-"""What is chosen for hosts, and what is said of it."""
+"""Chosen strategies and their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of models, and shares of them: everything is held, and totals are the catalogue's."""
+"""Sizes of models and of their shares: shares cover the model, and totals equal the catalogue's."""
 
 from __future__ import annotations
 
