@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_mlx.engine.constraint import Constraint, Vocabulary
+from kimi_mlx.engine.constraint import Constraint, TokenVocabulary
 from kimi_mlx.text.tokenizer import Tokenizer
 
 Schema = dict[str, Any]
@@ -136,7 +136,7 @@ def _several_types(rng: random.Random, depth: int, definitions: tuple[str, ...])
 
 
 def random_answer(
-    vocabulary: Vocabulary, tokenizer: Tokenizer, grammar: str, seed: int, max_tokens: int = 400
+    vocabulary: TokenVocabulary, tokenizer: Tokenizer, grammar: str, seed: int, max_tokens: int = 400
 ) -> list[int] | None:
     """Sample tokens that the grammar allows, with a growing bias towards the end; None if there is no end in time.
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError
-from kimi_mlx.parallel.sum_choice import SumChoice
+from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.session.open import open_session
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
@@ -96,7 +96,7 @@ class SessionSide:
         self.not_batched_because: str | None = "its sequences alternate, one step each"
 
     @property
-    def all_reduce(self) -> SumChoice | None:
+    def all_reduce(self) -> AllReduceChoice | None:
         """The all-reduce that its ranks use; None for one process."""
         return None if self._ring is None else self._ring.all_reduce
 

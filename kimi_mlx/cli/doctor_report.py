@@ -21,7 +21,7 @@ from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.hostfile import to_json
 from kimi_mlx.cluster.network.survey import Link
-from kimi_mlx.parallel.sum_choice import SumChoice
+from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
@@ -166,7 +166,7 @@ def timing_table(test: SelfTest) -> Table:
     return table
 
 
-def sums_table(sums: SumChoice) -> Table:
+def sums_table(sums: AllReduceChoice) -> Table:
     """What the two ways to make a sum take, by size."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("sum of tokens")

@@ -23,8 +23,8 @@ from kimi_mlx.hub.client import (
     remove_cached,
     verify_checkpoint,
 )
-from kimi_mlx.parallel.placement import normal_strategy
-from kimi_mlx.parallel.together import together
+from kimi_mlx.parallel.all_ranks import run_on_all_ranks
+from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.download import StoreOptions, join_group
@@ -72,7 +72,7 @@ def download(
         download_over_hosts(launched, understand(name), revision, dry_run, verify, keep_source, is_json=json)
         return
     group = join_group()
-    target = together(group, lambda: understand(name))
+    target = run_on_all_ranks(group, lambda: understand(name))
     is_quiet = json or group.rank > 0
     if group.size > 1:
         if ranks not in (None, group.size):
@@ -107,7 +107,9 @@ def download(
 
 def _place_on_group(ranks: int, strategy: str | None) -> Choice:
     """Without `launch` hosts do not know of each other what they have: hybrid, unless --strategy says otherwise."""
-    return Choice(normal_strategy(strategy or "hybrid", ranks), "without launch it is what --strategy says, or hybrid")
+    return Choice(
+        normalize_strategy(strategy or "hybrid", ranks), "without launch it is what --strategy says, or hybrid"
+    )
 
 
 def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:

@@ -37,7 +37,7 @@ from kimi_mlx.cluster.install.install import install as install_on
 from kimi_mlx.cluster.install.install import needs_install
 from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import MissingModelError, UsageError
-from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
@@ -169,7 +169,7 @@ class _Command:
     def check_strategy(self, ranks: int) -> None:
         """Whether weights are those of so many ranks."""
         if self.strategy is not None:
-            normal_strategy(self.strategy, ranks)
+            normalize_strategy(self.strategy, ranks)
 
     def require_prompt(self) -> None:
         """A chat needs a terminal, a pipe or a prompt."""

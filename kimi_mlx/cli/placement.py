@@ -13,7 +13,7 @@ from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
 from kimi_mlx.cluster.doctor.run_checks import Question
 from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
@@ -38,7 +38,7 @@ def choose_placement(target: Target | None, ranks: int, asked: str | None, link:
         UsageError: weights for another number of ranks.
     """
     if asked is not None:
-        return Choice(normal_strategy(asked, ranks), OVERRIDES)
+        return Choice(normalize_strategy(asked, ranks), OVERRIDES)
     if ranks == 1:
         return ALONE
     if target is not None and (stored := stored_strategy(target, ranks)) is not None:
@@ -64,7 +64,7 @@ def choose_placement_on_hosts(diagnosis: Diagnosis, question: Question, asked: s
     shape = _shape(question.need.name)
     machines = _machines(diagnosis, question)
     if asked is not None:
-        strategy, why = normal_strategy(asked, size), OVERRIDES
+        strategy, why = normalize_strategy(asked, size), OVERRIDES
     elif (stored := _stored_on(diagnosis, question)) is not None:
         strategy, why = stored, "as it is stored on the hosts"
     elif not machines:

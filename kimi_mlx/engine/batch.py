@@ -1,7 +1,7 @@
-"""Sequences whose steps are made together: each step has a token of all that decode, and a chunk of those that prefill.
+"""Continuous batching: each step holds one token of every decoding sequence and chunks of the prompts in prefill.
 
-Two ways. Ahead: a step is started before the tokens of the one before are read; it goes on from them where they lie,
-and what turns out to have ended is thrown away. With drafts: tokens are read first, since the drafts follow from them.
+Two modes. Without drafts, step t+1 is launched on the unread tokens of step t; results of finished sequences are
+discarded. With drafts, the tokens of step t are read first, because the next drafts depend on them.
 """
 
 from __future__ import annotations
@@ -10,222 +10,240 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from kimi_mlx.engine.batch_entry import Row
-from kimi_mlx.engine.kv_cache_pool import CacheShelf, room_of
+from kimi_mlx.engine.batch_entry import BatchEntry
+from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
 from kimi_mlx.engine.request import Event, FinishReason, Prefilled
 from kimi_mlx.engine.sequence import Sequence
-from kimi_mlx.engine.steps import Step, Steps
+from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
 from kimi_mlx.errors import EngineError
-from kimi_mlx.parallel.exchange import Said
+from kimi_mlx.parallel.communicator import LeaderState
 
 SHORT_PROMPT = 64
-"""What is left of a prompt is short up to so many tokens; it goes before the chunks of long ones, every other step."""
+"""Prompts with at most this many tokens left are prefilled before long ones in every other step."""
 
 LONG_STEP = 64
-"""From this many tokens on a step is waited for before the next one is started: its temporary memory is large."""
+"""Steps of at least this many tokens finish before the next one starts, because they need much temporary memory."""
 
 Events = Iterator[tuple[int, Event | EngineError]]
-"""Each with the number of its request."""
+"""Pairs of a request id and an event of that request."""
 
 
 class Batch:
-    """Sequences, and their step that is on its way.
+    """A set of sequences that run together, and their step in flight.
 
     Args:
-        steps: how this rank makes steps.
-        shelf: of the caches.
-        hear: told of everything that the leader says.
-        chunk: tokens of prompts a step.
-        speculate: tokens drafted a step and sequence at most.
+        runner: runs the steps on this rank.
+        pool: pool of the KV caches.
+        on_header: callback for the leader's state of each step.
+        chunk: number of prompt tokens per step.
+        speculate: maximum number of draft tokens per step and sequence.
     """
 
-    def __init__(self, steps: Steps, shelf: CacheShelf, hear: Callable[[Said], None], chunk: int, speculate: int):
-        self._steps, self._shelf, self._hear = steps, shelf, hear
+    def __init__(
+        self,
+        runner: StepRunner,
+        pool: KVCachePool,
+        on_header: Callable[[LeaderState], None],
+        chunk: int,
+        speculate: int,
+    ):
+        self._runner, self._pool, self._on_header = runner, pool, on_header
         self._chunk, self._speculate = chunk, speculate
         self.members: list[Sequence] = []
-        self._step: Step | None = None
-        self._was_short = False
+        self._in_flight: InFlightStep | None = None
+        self._has_put_short_first = False
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.members and self._step is None
+        return not self.members and self._in_flight is None
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether a prompt is being read: steps take long then."""
-        is_long = self._step is not None and self._step.length >= LONG_STEP
-        return is_long or any(each.fed < len(each.tokens) for each in self.members)
+        """Whether a prompt is in prefill, so that steps take long."""
+        is_long = self._in_flight is not None and self._in_flight.length >= LONG_STEP
+        return is_long or any(member.num_computed_tokens < len(member.tokens) for member in self.members)
 
     @property
     def growth(self) -> int:
-        """So many tokens the caches may take more in the next step; prompts are counted from their beginning."""
-        lengths = [(len(each.tokens), min(2 + self._speculate, each.room)) for each in self.members]
-        return sum(room_of(length + new) - room_of(length) for length, new in lengths)
+        """Maximum number of tokens that the next step adds to the caches; prompts count in full from the start."""
+        lengths = [(len(member.tokens), min(2 + self._speculate, member.remaining_tokens)) for member in self.members]
+        return sum(padded_length(length + new) - padded_length(length) for length, new in lengths)
 
     def remove(self, sequence: Sequence) -> None:
-        """End a sequence's run here; what was computed goes to the shelf."""
+        """Remove a sequence and return its cache to the pool."""
         self.members.remove(sequence)
-        self._shelf.give_back(sequence.end())
+        self._pool.release(sequence.end())
 
     def drop(self) -> None:
-        """Forget the step that is on its way, and end all runs; allowed where there are no other ranks."""
-        self._step = None
+        """Discard the step in flight and remove all sequences. Only allowed on a single rank."""
+        self._in_flight = None
         while self.members:
             self.remove(self.members[-1])
 
     def abandon(self) -> None:
-        """Forget everything, the caches too."""
-        self._step = None
+        """Discard the step in flight, all sequences and their caches."""
+        self._in_flight = None
         self.members.clear()
 
-    def turn(self) -> Events:
-        """Make a step; yields what has come of the one before. To be read to its end.
+    def step(self) -> Events:
+        """Launch a step and yield the events of the previous one. The caller must exhaust the iterator.
 
         Raises:
             RingError: a rank is lost.
         """
-        before = self._step
-        if before is not None and before.length >= LONG_STEP:
-            self._steps.wait(before)
-        if before is not None:
-            self._steps.draw(before)
+        previous = self._in_flight
+        if previous is not None and previous.length >= LONG_STEP:
+            self._runner.wait(previous)
+        if previous is not None:
+            self._runner.sample(previous)
         if self._speculate:
-            if before is not None:
-                yield from self._read_drafts(before)
-            self._step = self._start(self._rows(), None)
+            if previous is not None:
+                yield from self._read_drafts(previous)
+            self._in_flight = self._start(self._entries_with_drafts(), None)
         else:
-            self._step = self._start(self._rows_ahead(before), before)
-            if before is not None:
-                yield from self._read(before, self._step)
+            self._in_flight = self._start(self._entries_ahead(previous), previous)
+            if previous is not None:
+                yield from self._read(previous, self._in_flight)
 
-    def _start(self, rows: list[Row], before: Step | None) -> Step | None:
-        return self._steps.start(rows, before) if rows else None
+    def _start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep | None:
+        return self._runner.start(entries, previous) if entries else None
 
-    def _rows_ahead(self, before: Step | None) -> list[Row]:
-        """Who goes on from a token that is drawn now, then chunks of prompts."""
-        rows: list[Row] = []
-        going = [
-            (row.sequence.fed, at, row)
-            for at, row in enumerate([] if before is None else before.rows)
-            if row.last and row.is_alive and row.sequence.room > 1
+    def _entries_ahead(self, previous: InFlightStep | None) -> list[BatchEntry]:
+        """Return entries for the sequences that the previous step samples, then chunks of prompts."""
+        entries: list[BatchEntry] = []
+        continued = [
+            (entry.sequence.num_computed_tokens, index, entry)
+            for index, entry in enumerate([] if previous is None else previous.entries)
+            if entry.num_logits and entry.is_alive and entry.sequence.remaining_tokens > 1
         ]
-        for _, at, row in sorted(going, key=lambda each: each[:2]):  # by length: see kimi_mlx.model.step.Stack
-            row.sequence.fed += 1
-            rows.append(Row(row.sequence, row.run, 1, 1, row.sequence.fed, len(rows), source=at))
-        return rows + self._chunks(len(rows))
+        # By length: see kimi_mlx.model.batch_layout.DecodeGroup.
+        for _, index, entry in sorted(continued, key=lambda item: item[:2]):
+            sequence = entry.sequence
+            sequence.num_computed_tokens += 1
+            position = sequence.num_computed_tokens
+            entries.append(BatchEntry(sequence, entry.epoch, 1, 1, position, len(entries), previous_entry=index))
+        return entries + self._chunks(len(entries))
 
-    def _rows(self) -> list[Row]:
-        """Who goes on from a known token, with a draft of those behind it, then chunks of prompts."""
-        rows: list[Row] = []
-        asked = 0
-        for sequence in sorted(self.members, key=lambda each: each.fed):
-            if sequence.generated and sequence.fed == len(sequence.tokens) - 1:
-                tokens = (*sequence.feed(1), *sequence.draft)
-                sequence.fed += len(sequence.draft)
+    def _entries_with_drafts(self) -> list[BatchEntry]:
+        """Return entries for the sequences whose last token is known, each with its draft, then chunks of prompts."""
+        entries: list[BatchEntry] = []
+        num_logits = 0
+        for sequence in sorted(self.members, key=lambda member: member.num_computed_tokens):
+            if sequence.generated and sequence.num_computed_tokens == len(sequence.tokens) - 1:
+                draft = sequence.draft
+                tokens = (*sequence.next_chunk(1), *draft)
+                sequence.num_computed_tokens += len(draft)
                 length, position = len(tokens), len(sequence.tokens)
-                rows.append(Row(sequence, sequence.run, length, length, position, asked, tokens, draft=sequence.draft))
-                asked += length
-        return rows + self._chunks(asked)
+                entries.append(
+                    BatchEntry(sequence, sequence.epoch, length, length, position, num_logits, tokens, draft=draft)
+                )
+                num_logits += length
+        return entries + self._chunks(num_logits)
 
-    def _chunks(self, asked: int) -> list[Row]:
-        """Chunks of prompts, half as large while others wait for their next token; whose turn it was comes last then.
+    def _chunks(self, num_logits: int) -> list[BatchEntry]:
+        """Return chunks of prompts: half as many tokens while others decode. Served sequences move to the end.
 
         Args:
-            asked: tokens that rows before these draw.
+            num_logits: number of logits that the entries before these need.
         """
-        rows: list[Row] = []
-        left = max(self._chunk // 2, 1) if asked else self._chunk
-        unread = [each for each in self.members if each.fed < len(each.tokens)]
-        short = [each for each in unread if len(each.tokens) - each.fed <= SHORT_PROMPT]
-        self._was_short = 0 < len(short) < len(unread) and not self._was_short
-        for sequence in short if self._was_short else unread:
-            if not left:
+        entries: list[BatchEntry] = []
+        budget = max(self._chunk // 2, 1) if num_logits else self._chunk
+        unread = [member for member in self.members if member.num_computed_tokens < len(member.tokens)]
+        short = [member for member in unread if len(member.tokens) - member.num_computed_tokens <= SHORT_PROMPT]
+        self._has_put_short_first = 0 < len(short) < len(unread) and not self._has_put_short_first
+        for sequence in short if self._has_put_short_first else unread:
+            if not budget:
                 break
-            tokens = sequence.feed(left)
-            left -= len(tokens)
-            last = int(sequence.fed == len(sequence.tokens))
-            rows.append(Row(sequence, sequence.run, len(tokens), last, sequence.fed + 1 - last, asked, tokens))
-            asked += last
+            tokens = sequence.next_chunk(budget)
+            budget -= len(tokens)
+            is_last = int(sequence.num_computed_tokens == len(sequence.tokens))
+            position = sequence.num_computed_tokens + 1 - is_last
+            entries.append(BatchEntry(sequence, sequence.epoch, len(tokens), is_last, position, num_logits, tokens))
+            num_logits += is_last
             self.members.remove(sequence)
             self.members.append(sequence)
-        return rows
+        return entries
 
-    def _read(self, step: Step, following: Step | None) -> Events:
-        """What a step has given, where the next one is on its way already."""
-        drawn, said = self._steps.read(step, following)
-        self._hear(said)
-        goes_on = set() if following is None else {row.source for row in following.rows}
-        for at, row in enumerate(step.rows):
-            sequence = row.sequence
-            if not row.is_alive:
+    def _read(self, step: InFlightStep, following: InFlightStep | None) -> Events:
+        """Yield the events of a step after the next step was launched."""
+        sampled, state = self._runner.read(step, following)
+        self._on_header(state)
+        continued = set() if following is None else {entry.previous_entry for entry in following.entries}
+        for index, entry in enumerate(step.entries):
+            sequence = entry.sequence
+            if not entry.is_alive:
                 continue
-            yield from _progress(row)
-            if not row.last:
+            yield from _progress(entry)
+            if not entry.num_logits:
                 continue
-            if at not in drawn:  # a last token, which only the leader knows
+            if index not in sampled:  # a last token, which only the leader knows
                 yield self._finish(sequence, "length")
                 continue
-            yield from self._take(step, row, drawn[at])
+            yield from self._append(step, entry, sampled[index])
             if (reason := sequence.reason) is not None:
                 yield self._finish(sequence, reason)
-            elif at in goes_on:
+            elif index in continued:
                 assert sequence.cache is not None
-                sequence.cache.tokens += drawn[at]
+                sequence.cache.tokens += sampled[index]
 
-    def _read_drafts(self, step: Step) -> Events:
-        """What a step has given, with what was right of the drafts; the next drafts."""
-        drawn, said = self._steps.read(step)
-        self._hear(said)
-        rows = [(at, row) for at, row in enumerate(step.rows) if row.is_alive]
-        asking = [(at, row) for at, row in rows if row.last]
-        for _, row in rows:
-            yield from _progress(row)
-        if not asking:
+    def _read_drafts(self, step: InFlightStep) -> Events:
+        """Yield the events of a step, with the accepted draft tokens, and prepare the next drafts."""
+        sampled, state = self._runner.read(step)
+        self._on_header(state)
+        alive = [(index, entry) for index, entry in enumerate(step.entries) if entry.is_alive]
+        with_logits = [(index, entry) for index, entry in alive if entry.num_logits]
+        for _, entry in alive:
+            yield from _progress(entry)
+        if not with_logits:
             return
-        note = [] if self._steps.has_head else self._follow(asking)
-        told: list[int] = []
-        for at, row in asking:
-            sequence = row.sequence
-            if self._steps.has_head:
-                kept = sequence.accept(drawn[at])
+        has_head = self._runner.has_head
+        received = [] if has_head else self._recv_decisions(len(with_logits))
+        decisions: list[int] = []
+        for index, entry in with_logits:
+            sequence = entry.sequence
+            if has_head:
+                accepted = sequence.accept(sampled[index])
             else:
-                count, *note = note
-                kept, note = note[:count], note[count:]
-            sequence.settle_draft(kept)
-            yield from self._take(step, row, kept)
-            if self._steps.has_head:
+                count, *received = received
+                accepted, received = received[:count], received[count:]
+            sequence.rollback_draft(accepted)
+            yield from self._append(step, entry, accepted)
+            if has_head:
                 sequence.draft = sequence.next_draft()
             else:
-                count, *note = note
+                count, *received = received
                 sequence.draft = (0,) * count
-            told += [len(kept), *kept, len(sequence.draft)]
+            decisions += [len(accepted), *accepted, len(sequence.draft)]
             if (reason := sequence.reason) is not None:
                 yield self._finish(sequence, reason)
-        if self._steps.has_head and self._steps.pipeline is not None:
-            self._steps.pipeline.lead(told, self._note_size(asking))
+        if has_head and self._runner.pipeline is not None:
+            self._runner.pipeline.send_numbers(decisions, self._max_decisions(len(with_logits)))
 
-    def _follow(self, asking: list[tuple[int, Row]]) -> list[int]:
-        """What the leader of a pipeline has kept of each row, and drafted behind it."""
-        assert self._steps.pipeline is not None
-        return self._steps.pipeline.follow(self._note_size(asking))
+    def _recv_decisions(self, num_entries: int) -> list[int]:
+        """Receive from the leader of a pipeline, for each entry, the accepted tokens and the length of its draft."""
+        assert self._runner.pipeline is not None
+        return self._runner.pipeline.recv_numbers(self._max_decisions(num_entries))
 
-    def _note_size(self, asking: list[tuple[int, Row]]) -> int:
-        return len(asking) * (3 + self._speculate)
+    def _max_decisions(self, num_entries: int) -> int:
+        return num_entries * (3 + self._speculate)
 
-    def _take(self, step: Step, row: Row, tokens: list[int]) -> Events:
-        drawn = step.drawn
-        logprobs = [None if drawn is None else drawn.logprobs_at(row.first + at) for at in range(len(tokens))]
-        for token in row.sequence.take(tokens, logprobs):
-            yield row.sequence.number, token
+    def _append(self, step: InFlightStep, entry: BatchEntry, tokens: list[int]) -> Events:
+        """Append sampled tokens to their sequence."""
+        sampled = step.sampled
+        rows = range(entry.logits_start, entry.logits_start + len(tokens))
+        logprobs = [None if sampled is None else sampled.logprobs_at(row) for row in rows]
+        for token in entry.sequence.append(tokens, logprobs):
+            yield entry.sequence.request_id, token
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | EngineError]:
         self.remove(sequence)
-        return sequence.number, sequence.chooser.failure or sequence.finished(reason, mx.get_peak_memory())
+        event = sequence.sampler.failure or sequence.finished(reason, mx.get_peak_memory())
+        return sequence.request_id, event
 
 
-def _progress(row: Row) -> Events:
-    """How far the prompt is, if the row was a part of it."""
-    sequence = row.sequence
-    if row.source is None and not sequence.generated:
-        yield sequence.number, Prefilled(row.position + row.last - 1, len(sequence.request.prompt))
+def _progress(entry: BatchEntry) -> Events:
+    """Yield the progress of the prompt, if the entry is a part of it."""
+    sequence = entry.sequence
+    if entry.previous_entry is None and not sequence.generated:
+        yield sequence.request_id, Prefilled(entry.position + entry.num_logits - 1, len(sequence.request.prompt))

@@ -1,4 +1,4 @@
-"""What a step has of one sequence."""
+"""The tokens of one sequence in one step."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from kimi_mlx.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Row:
-    """The tokens of a sequence in a step.
+class BatchEntry:
+    """The tokens of one sequence in one step.
 
     Args:
-        sequence: whose they are.
-        run: which of its runs; it has begun another one, or ended, if the numbers differ.
-        length: tokens that are fed.
-        last: how many are drawn, behind so many positions at the end.
-        position: of the first drawn one in its sequence.
-        first: which of the tokens that are drawn from the step is the first of these.
-        tokens: that are fed, if they are known.
-        source: the row of the step before from whose token this one goes on.
-        draft: at the end of `tokens`, what may be right.
+        sequence: sequence that the tokens belong to.
+        epoch: epoch of the sequence when the step was built; the entry is stale once the sequence has another one.
+        length: number of input tokens.
+        num_logits: number of final input tokens after which a token is sampled.
+        position: position in the sequence of the first sampled token.
+        logits_start: index of the entry's first row in the logits of the step.
+        tokens: input tokens; empty if the input is the token that `previous_entry` samples.
+        previous_entry: index of the entry of the previous step whose token is the input.
+        draft: speculated tokens, the last ones of `tokens`.
     """
 
     sequence: Sequence
-    run: int
+    epoch: int
     length: int
-    last: int
+    num_logits: int
     position: int
-    first: int
+    logits_start: int
     tokens: tuple[int, ...] = ()
-    source: int | None = None
+    previous_entry: int | None = None
     draft: tuple[int, ...] = ()
 
     @property
     def is_alive(self) -> bool:
-        """Whether its sequence still waits for what the step gives."""
-        return self.sequence.run == self.run
+        """Whether the sequence still needs the result of the step."""
+        return self.sequence.epoch == self.epoch
+
+    @property
+    def logits_rows(self) -> slice:
+        """Rows of the entry in the logits of the step."""
+        return slice(self.logits_start, self.logits_start + self.num_logits)

@@ -26,7 +26,7 @@ KEPT_GRAMMARS = 16
 """So many compiled grammars are kept: agents send the same tools with every request."""
 
 
-class Vocabulary:
+class TokenVocabulary:
     """The tokens as llguidance wants them; half a second of work for Kimi's, so it is done once a process.
 
     Args:
@@ -106,7 +106,7 @@ class Constraint:
         EngineError: the grammar cannot be compiled.
     """
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str):
+    def __init__(self, vocabulary: TokenVocabulary, grammar: str):
         self._vocabulary, self._grammar = vocabulary, grammar
         self._matcher = vocabulary.matcher(grammar)
         self.is_finished = False
@@ -123,7 +123,7 @@ class Constraint:
         self._check()
         return mask
 
-    def allowed_along(self, draft: Sequence[int]) -> Mask:
+    def allowed_for_draft(self, draft: Sequence[int]) -> Mask:
         """Return the masks before each token of a draft and after the last: (len(draft) + 1, words) uint32.
 
         Behind an end, or a token that is not allowed, they allow everything: the draft is over there. Afterwards

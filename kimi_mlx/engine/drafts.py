@@ -44,7 +44,7 @@ class PromptLookup:
                 return tuple(self._tokens[end : end + min(self._length, room)])
         return ()
 
-    def judge(self, drafted: int, accepted: int) -> None:
+    def update_draft_length(self, drafted: int, accepted: int) -> None:
         """Draft more after a draft that was right to its end, less after one that was wrong from the start."""
         if drafted and accepted == drafted:
             self._length = min(self._most, self._length * 2)

@@ -26,7 +26,7 @@ COMPARED_TOKENS = 1024
 """At a time: 100 k equal tokens take 4 ms."""
 
 
-def room_of(tokens: int) -> int:
+def padded_length(tokens: int) -> int:
     """How many tokens' memory a sequence of `tokens` takes: buffers grow by LatentCache.step."""
     return -(-tokens // LatentCache.step) * LatentCache.step
 
@@ -55,29 +55,29 @@ def is_prefix(a: list[int], b: list[int]) -> bool:
     return len(a) <= len(b) and (not a or a[-1] == b[len(a) - 1]) and a == b[: len(a)]
 
 
-class ConversationCache:
+class SequenceCache:
     """The KV cache of one conversation, with the tokens that are in it.
 
-    The tokens are noted when they are fed; if a generation is broken off, `settle` brings tokens and cache together.
+    The tokens are noted when they are fed; if a generation is broken off, `sync` brings tokens and cache together.
     """
 
     def __init__(self, model: Model):
         self.layers: list[LatentCache] = model.make_cache()
         self.tokens: list[int] = []
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Forget what was fed to the layers and is not noted."""
         for layer in self.layers:
             layer.trim(layer.offset - len(self.tokens))
         fed = min(layer.offset for layer in self.layers)
         del self.tokens[fed:]
 
-    def cut(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
         """Hold the first tokens alone."""
         del self.tokens[length:]
-        self.settle()
+        self.sync()
 
-    def copy(self, other: ConversationCache, length: int) -> None:
+    def copy(self, other: SequenceCache, length: int) -> None:
         """Hold the first tokens of another cache, at least one, instead of what was held."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.copy(theirs, length)
@@ -85,7 +85,7 @@ class ConversationCache:
 
     def resize(self, tokens: int) -> None:
         """Take the memory of so many tokens, not less than are held, and share none with another cache."""
-        rows = room_of(tokens)
+        rows = padded_length(tokens)
         for layer in self.layers:
             if layer.keys is not None and layer.keys.shape[2] != rows:
                 kept = layer.keys[:, :, : layer.offset]
@@ -103,7 +103,7 @@ class ConversationCache:
         """
         for layer, layer_rows in zip(self.layers, rows, strict=True):
             if layer.keys is None:
-                layer.keys = mx.zeros((1, 1, room_of(room), rows.shape[2]), rows.dtype)
+                layer.keys = mx.zeros((1, 1, padded_length(room), rows.shape[2]), rows.dtype)
             layer.append(layer_rows[None, None])
         mx.eval([layer.state for layer in self.layers])  # a block at a time: no second copy of all of them
         self.tokens.extend(tokens)
@@ -113,45 +113,47 @@ class ConversationCache:
         return mx.stack([layer.keys[0, 0, start:stop] for layer in self.layers if layer.keys is not None])
 
 
-class CacheShelf:
+class KVCachePool:
     """The caches of one model: those in use, and idle ones as far as the budget reaches, used last first.
 
     A sequence that is in use counts with all of its prompt from the start.
 
     Args:
         model: whose caches they are.
-        budget_tokens: for all of them, in units of `room_of`; None: as many as the context holds.
+        budget_tokens: for all of them, in units of `padded_length`; None: as many as the context holds.
         blocks: what is kept on disk, too.
     """
 
     def __init__(self, model: Model, budget_tokens: int | None = None, blocks: BlockStore | None = None):
         self._model = model
         self._blocks = blocks
-        self.budget_tokens = room_of(model.config.max_position_embeddings) if budget_tokens is None else budget_tokens
-        self._idle: list[ConversationCache] = []
+        self.budget_tokens = (
+            padded_length(model.config.max_position_embeddings) if budget_tokens is None else budget_tokens
+        )
+        self._idle: list[SequenceCache] = []
         """Those first that were used longest ago."""
-        self._busy: list[tuple[ConversationCache, int]] = []
+        self._busy: list[tuple[SequenceCache, int]] = []
         """With the lengths of their prompts."""
 
     @property
     def idle_tokens(self) -> int:
         """What idle sequences take of the budget."""
-        return sum(room_of(len(cache.tokens)) for cache in self._idle)
+        return sum(padded_length(len(cache.tokens)) for cache in self._idle)
 
     @property
     def busy_tokens(self) -> int:
         """What sequences in use take of the budget."""
-        return sum(room_of(max(len(cache.tokens), prompt)) for cache, prompt in self._busy)
+        return sum(padded_length(max(len(cache.tokens), prompt)) for cache, prompt in self._busy)
 
     def has_room(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits beside those in use; `take` makes the room."""
-        return self.busy_tokens + room_of(tokens) <= self.budget_tokens
+        """Whether a sequence of so many tokens fits beside those in use; `acquire` makes the room."""
+        return self.busy_tokens + padded_length(tokens) <= self.budget_tokens
 
     def make_room(self, tokens: int) -> bool:
         """Give up idle ones until sequences in use may take so many more; False if they cannot, and all stay.
 
         Args:
-            tokens: in units of `room_of`.
+            tokens: in units of `padded_length`.
         """
         if self.busy_tokens + tokens > self.budget_tokens:
             return False
@@ -159,7 +161,7 @@ class CacheShelf:
             del self._idle[0]
         return True
 
-    def take(self, prompt: Sequence[int]) -> tuple[ConversationCache, int]:
+    def acquire(self, prompt: Sequence[int]) -> tuple[SequenceCache, int]:
         """A cache for a prompt, and how much of it is in it already: all but the last token at most.
 
         The longest common prefix with any sequence, and with what is on disk. An idle one that goes on in this prompt
@@ -170,23 +172,23 @@ class CacheShelf:
         """
         wanted = list(prompt[:-1])
         source, common = self._longest(wanted)
-        cache = source if source in self._idle and _goes_on(source.tokens, wanted, common) else None
+        cache = source if source in self._idle and _is_continued_in(source.tokens, wanted, common) else None
         if cache is not None:
             self._idle.remove(cache)
-        while self._idle and self.busy_tokens + self.idle_tokens + room_of(len(prompt)) > self.budget_tokens:
+        while self._idle and self.busy_tokens + self.idle_tokens + padded_length(len(prompt)) > self.budget_tokens:
             if self._idle.pop(0) is source:
                 cache = source  # no room for both
         if cache is None:
-            cache = ConversationCache(self._model)
+            cache = SequenceCache(self._model)
             if source is not None:
                 cache.copy(source, common)
-        cache.cut(common)
+        cache.truncate(common)
         cache.resize(len(prompt))
         self._load(cache, wanted, len(prompt))
         self._busy.append((cache, len(prompt)))
         return cache, len(cache.tokens)
 
-    def give_back(self, cache: ConversationCache) -> None:
+    def release(self, cache: SequenceCache) -> None:
         """Keep a cache for later; it is settled."""
         self._busy = [(busy, prompt) for busy, prompt in self._busy if busy is not cache]
         if not cache.tokens:
@@ -199,7 +201,7 @@ class CacheShelf:
             cache = longer
         self._idle = [idle for idle in self._idle if not is_prefix(idle.tokens, cache.tokens)]
         self._idle.append(cache)
-        if cache.layers[0].state[0].shape[2] > room_of(len(cache.tokens)):
+        if cache.layers[0].state[0].shape[2] > padded_length(len(cache.tokens)):
             cache.resize(len(cache.tokens))
         while self._idle and self.busy_tokens + self.idle_tokens > self.budget_tokens:
             del self._idle[0]
@@ -213,7 +215,7 @@ class CacheShelf:
         self._busy.clear()
         self._idle.clear()
 
-    def _longest(self, wanted: list[int]) -> tuple[ConversationCache | None, int]:
+    def _longest(self, wanted: list[int]) -> tuple[SequenceCache | None, int]:
         """The sequence that has most of the tokens, and how many; of equal ones the idle one that was used last."""
         longest, common = None, 0
         for cache in [*reversed(self._idle), *(busy for busy, _ in self._busy)]:
@@ -225,7 +227,7 @@ class CacheShelf:
                     longest, common = cache, found
         return longest, common
 
-    def _load(self, cache: ConversationCache, wanted: list[int], room: int) -> None:
+    def _load(self, cache: SequenceCache, wanted: list[int], room: int) -> None:
         """Read from disk what it has more of."""
         found: list[Block] = [] if self._blocks is None else self._blocks.find(wanted)
         first = len(cache.tokens) // BLOCK_TOKENS
@@ -237,11 +239,11 @@ class CacheShelf:
                 rows = self._blocks.read(block, tokens)
             except CacheError:  # it is forgotten; what lies behind it is no use
                 return
-            cache.cut(start)
+            cache.truncate(start)
             cache.append(tokens, rows, room)
 
 
-def _goes_on(tokens: list[int], wanted: list[int], common: int) -> bool:
+def _is_continued_in(tokens: list[int], wanted: list[int], common: int) -> bool:
     """Whether a conversation goes on in a prompt, so that nobody will ask for its tail behind the common tokens again.
 
     Either there is hardly a tail, or its end is said again further on: templates strip the thinking in between.

@@ -1,42 +1,42 @@
-"""One sequence: what was asked, what is known of the answer, how far the model has read it."""
+"""One sequence: its request, its tokens, and how many of them the model has computed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 
-from kimi_mlx.engine.chooser import Chooser
 from kimi_mlx.engine.drafts import PromptLookup, accepted_length
-from kimi_mlx.engine.kv_cache_pool import ConversationCache
+from kimi_mlx.engine.kv_cache_pool import SequenceCache
 from kimi_mlx.engine.request import Finished, FinishReason, Logprobs, Request, Statistics, Token
+from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.model.cache import LatentCache
 
 
 class Sequence:
-    """A request that is being answered.
+    """A request in progress.
 
     Args:
-        number: of the request.
-        request: what is asked.
-        max_tokens: new tokens at most.
-        chooser: of its tokens.
-        speculate: tokens drafted a step at most.
+        request_id: id of the request.
+        request: the request.
+        max_tokens: maximum number of new tokens.
+        sampler: samples the tokens.
+        speculate: maximum number of draft tokens per step.
 
     Attributes:
-        tokens: the prompt, and what was drawn.
-        fed: how many tokens are in the cache, or on their way there; one more than are known while a step goes on from
-            a token that nobody has read yet.
-        generated: tokens drawn.
-        run: goes up when it begins, is put back and ends: what a step gives belongs to the run in which it was made.
-        draft: what may follow.
+        tokens: the prompt and the sampled tokens.
+        num_computed_tokens: number of tokens whose cache rows are computed or in flight; one more than len(tokens)
+            while a step runs on a token that was not read yet.
+        generated: number of sampled tokens.
+        epoch: incremented when the sequence begins, is preempted or ends; results of an older epoch are discarded.
+        draft: tokens speculated to come next.
     """
 
-    def __init__(self, number: int, request: Request, max_tokens: int, chooser: Chooser, speculate: int):
-        self.number, self.request, self.max_tokens, self.chooser = number, request, max_tokens, chooser
+    def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler, speculate: int):
+        self.request_id, self.request, self.max_tokens, self.sampler = request_id, request, max_tokens, sampler
         self.tokens = list(request.prompt)
-        self.fed = self.generated = self.run = 0
+        self.num_computed_tokens = self.generated = self.epoch = 0
         self.draft: tuple[int, ...] = ()
-        self.cache: ConversationCache | None = None
+        self.cache: SequenceCache | None = None
         self._lookup = PromptLookup(speculate) if speculate else None
         if self._lookup is not None:
             self._lookup.extend(request.prompt)
@@ -46,71 +46,71 @@ class Sequence:
 
     @property
     def layers(self) -> list[LatentCache]:
-        """Its cache, layer by layer."""
+        """KV caches of the layers."""
         assert self.cache is not None
         return self.cache.layers
 
     @property
-    def room(self) -> int:
-        """New tokens that may still come."""
+    def remaining_tokens(self) -> int:
+        """Number of tokens that may still be generated."""
         return self.max_tokens - self.generated
 
-    def begin(self, cache: ConversationCache, cached: int) -> None:
-        """Go on with a cache that holds the first tokens."""
-        self.cache, self.fed = cache, cached
-        self.run += 1
+    def begin(self, cache: SequenceCache, cached: int) -> None:
+        """Begin, or resume after preemption, with a cache that holds the first `cached` tokens."""
+        self.cache, self.num_computed_tokens = cache, cached
+        self.epoch += 1
         if self._cached is None:
             self._cached = cached
             self._started = time.perf_counter()
 
-    def end(self) -> ConversationCache:
-        """End its run; returns the cache, with what was computed."""
+    def end(self) -> SequenceCache:
+        """End or preempt the sequence; return its cache."""
         assert self.cache is not None
         cache, self.cache, self.draft = self.cache, None, ()
-        self.run += 1
-        cache.settle()
+        self.epoch += 1
+        cache.sync()
         return cache
 
-    def feed(self, count: int) -> tuple[int, ...]:
-        """The next tokens that are known, so many at most; they count as fed."""
+    def next_chunk(self, count: int) -> tuple[int, ...]:
+        """Return up to `count` of the next known tokens and count them as computed."""
         assert self.cache is not None
-        chunk = self.tokens[self.fed : self.fed + count]
+        chunk = self.tokens[self.num_computed_tokens : self.num_computed_tokens + count]
         self.cache.tokens += chunk
-        self.fed += len(chunk)
+        self.num_computed_tokens += len(chunk)
         return tuple(chunk)
 
     def until_stop(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first that ends the answer."""
+        """Return the tokens up to and including the first stop token."""
         stop_ids = self.request.stop_ids
-        end = next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
         return tokens[: end + 1]
 
-    def accept(self, drawn: list[int]) -> list[int]:
-        """Of the tokens behind each one of a draft those that count: up to the first that is not the draft's."""
-        accepted = accepted_length(self.draft, drawn)
+    def accept(self, sampled: list[int]) -> list[int]:
+        """Return the sampled tokens that count: up to and including the first one that differs from the draft."""
+        accepted = accepted_length(self.draft, sampled)
         if self._lookup is not None:
-            self._lookup.judge(len(self.draft), accepted)
-        return self.until_stop(drawn[: accepted + 1])
+            self._lookup.update_draft_length(len(self.draft), accepted)
+        return self.until_stop(sampled[: accepted + 1])
 
-    def settle_draft(self, kept: list[int]) -> None:
-        """Forget what was fed of a draft and is not kept; the last of the kept tokens was not fed."""
+    def rollback_draft(self, accepted: list[int]) -> None:
+        """Remove rejected draft tokens from the cache. The last accepted token is not in the cache yet."""
         assert self.cache is not None
-        self.cache.tokens += kept[:-1]
-        self.cache.settle()
-        self.fed = len(self.tokens) + len(kept) - 1
+        self.cache.tokens += accepted[:-1]
+        self.cache.sync()
+        self.num_computed_tokens = len(self.tokens) + len(accepted) - 1
         self.draft = ()
 
     def next_draft(self) -> tuple[int, ...]:
-        """What may follow the tokens that are known."""
-        return () if self._lookup is None else self._lookup.draft(self.room - 1)
+        """Return draft tokens to follow the known tokens."""
+        return () if self._lookup is None else self._lookup.draft(self.remaining_tokens - 1)
 
-    def take(self, tokens: list[int], logprobs: list[Logprobs | None]) -> Iterator[Token]:
-        """Tokens were drawn."""
+    def append(self, tokens: list[int], logprobs: list[Logprobs | None]) -> Iterator[Token]:
+        """Append sampled tokens and yield an event for each."""
         self._steps += bool(self.generated)
         self._first_token_at = self._first_token_at or time.perf_counter()
         if self._lookup is not None:
             self._lookup.extend(tokens)
-        self.chooser.advance(tokens)
+        self.sampler.advance(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             self.tokens.append(token)
             self.generated += 1
@@ -118,13 +118,13 @@ class Sequence:
 
     @property
     def reason(self) -> FinishReason | None:
-        """Why the answer has ended, if it has."""
+        """Reason why the sequence is finished; None if it is not."""
         if self.generated and self.tokens[-1] in self.request.stop_ids:
             return "stop"
-        return None if self.room > 0 else "length"
+        return None if self.remaining_tokens > 0 else "length"
 
     def finished(self, reason: FinishReason, peak_memory_bytes: int) -> Finished:
-        """The end, with its figures."""
+        """Return the final event, with statistics."""
         now = time.perf_counter()
         started = self._started or now
         first = self._first_token_at or now

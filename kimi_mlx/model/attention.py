@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, Segment
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.rope import is_gpu
 from kimi_mlx.model.sizes import expanded_width, heads_at_once
-from kimi_mlx.model.step import Segment, Stack, Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
 
@@ -65,7 +65,9 @@ class Attention(nn.Module):
         self.unembed_out = Matrix(weights.matrix("self_attn.unembed_out"))
         self.o_proj = Linear(weights.matrix("self_attn.o_proj"))
 
-    def __call__(self, x: mx.array, caches: Sequence[LatentCache], step: Step, asking: Step) -> mx.array:
+    def __call__(
+        self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
+    ) -> mx.array:
         """Attention of each sequence, causal after the tokens already in its cache.
 
         Args:
@@ -77,39 +79,41 @@ class Attention(nn.Module):
         Returns:
             (B, M, D).
         """
-        B, M = x.shape[0], asking.length
+        B, M = x.shape[0], query_layout.length
         qkv = self.qkv_a_proj(x)
-        q = asking.pick(qkv[..., : self.q_dim])
+        q = query_layout.select(qkv[..., : self.q_dim])
         latent = qkv[..., self.q_dim : self.q_dim + self.latent_dim]
         k_rope = qkv[..., self.q_dim + self.latent_dim :]
         if "q_b_proj" in self:
             q = self.q_b_proj(mx.fast.rms_norm(q, self["q_a_layernorm"], NORM_EPS_LATENT))
         q = q.reshape(B, M, self.num_heads, self.nope_dim + self.rope_dim).swapaxes(1, 2)  # (B, H, M, N + P)
         q_nope, q_rope = q[..., : self.nope_dim], q[..., self.nope_dim :]
-        q_rope = asking.rotate(q_rope)
-        k_rope = step.rotate(k_rope[:, None])  # (B, 1, L, P)
+        q_rope = query_layout.rotate(q_rope)
+        k_rope = layout.rotate(k_rope[:, None])  # (B, 1, L, P)
         latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], NORM_EPS_LATENT)[:, None]  # (B, 1, L, R)
         rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
-        for segment, cache in zip(step.segments, caches, strict=True):
+        for segment, cache in zip(layout.segments, caches, strict=True):
             cache.append(rows[:, :, segment.start : segment.stop])
-        out = self._attend(q_nope, q_rope, caches, asking)  # (B, H, M, V)
+        out = self._attend(q_nope, q_rope, caches, query_layout)  # (B, H, M, V)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, M, -1))
 
-    def _attend(self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], step: Step) -> mx.array:
+    def _attend(
+        self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], layout: BatchLayout
+    ) -> mx.array:
         """Each segment over its own keys; what needs no keys is done for all short ones at once."""
         outs: list[mx.array] = []
-        if short := step.short:
+        if short := layout.num_absorbed_tokens:
             q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
             q = mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)  # a segment's are a piece of it
-            attended = [self._absorbed(q, caches, stack) for stack in step.stacks]
+            attended = [self._absorbed(q, caches, group) for group in layout.decode_groups]
             outs.append(self.unembed_out.matmul(_joined(attended, axis=1).swapaxes(1, 2)))
-        if step.length > short:
+        if layout.length > short:
             q = mx.concatenate([q_nope, q_rope], axis=-1)
-            pairs = zip(step.segments, caches, strict=True)
+            pairs = zip(layout.segments, caches, strict=True)
             outs += [self._expanded(q, cache, segment) for segment, cache in pairs if segment.stop > short]
         return _joined(outs)
 
-    def _absorbed(self, q: mx.array, caches: Sequence[LatentCache], stack: Stack) -> mx.array:
+    def _absorbed(self, q: mx.array, caches: Sequence[LatentCache], group: DecodeGroup) -> mx.array:
         """Attention in the latent space, for a few queries: the cache itself is key and value.
 
         Args:
@@ -120,13 +124,13 @@ class Attention(nn.Module):
         Returns:
             (B, tokens of the stack, H, R).
         """
-        q = q[:, stack.start : stack.stop]
+        q = q[:, group.start : group.stop]
         B, L, H, width = q.shape
-        N = len(stack.numbers)
-        keys = _joined([caches[number].fetch(stack.total) for number in stack.numbers], axis=0)  # (B * N, 1, T, R + P)
+        N = len(group.numbers)
+        keys = _joined([caches[number].fetch(group.total) for number in group.numbers], axis=0)  # (B * N, 1, T, R + P)
         # addmm scales and masks within the one matrix product.
         scores = mx.addmm(
-            stack.mask(H, q.dtype), q.reshape(B * N, 1, -1, width), keys.swapaxes(-1, -2), alpha=self.scale
+            group.mask(H, q.dtype), q.reshape(B * N, 1, -1, width), keys.swapaxes(-1, -2), alpha=self.scale
         )  # (B * N, 1, L / N * H, T)
         probabilities = mx.softmax(scores, axis=-1, precise=True)
         return (probabilities @ keys[..., : self.latent_dim]).reshape(B, L, H, -1)

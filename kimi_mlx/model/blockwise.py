@@ -18,7 +18,7 @@ Expand = Callable[[mx.array], tuple[mx.array, mx.array]]
 """Makes keys (B, H, n, Q) and values (B, H, n, V) of n rows of the cache, (B, 1, n, R + P)."""
 
 
-class Sums(NamedTuple):
+class SoftmaxState(NamedTuple):
     """What the keys so far add up to, for each query."""
 
     peak: mx.array
@@ -28,9 +28,9 @@ class Sums(NamedTuple):
     values: mx.array
     """Sum of exp(score - peak) * value, (B, H, L, V) float32."""
 
-    def rows(self, start: int, stop: int) -> Sums:
+    def rows(self, start: int, stop: int) -> SoftmaxState:
         """Those of some queries."""
-        return Sums(*(part[:, :, start:stop] for part in self))
+        return SoftmaxState(*(part[:, :, start:stop] for part in self))
 
 
 def attend(q: mx.array, rows: mx.array, expand: Expand, mask: mx.array) -> mx.array:
@@ -69,7 +69,9 @@ def _after(first: Sequence[mx.array] | None, then: mx.array) -> mx.array:
     return mx.depends(then, list(first)) if first else then
 
 
-def _add(sums: Sums | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> Sums:
+def _add(
+    sums: SoftmaxState | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
+) -> SoftmaxState:
     """Add some keys and values to what was there before."""
     scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32)  # (B, H, L, n)
     if mask is not None:
@@ -82,4 +84,4 @@ def _add(sums: Sums | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.arra
     if sums is not None:
         shrink = mx.exp(sums.peak - peak)
         total, values = total + shrink * sums.total, values + shrink * sums.values
-    return Sums(peak, total, values)
+    return SoftmaxState(peak, total, values)

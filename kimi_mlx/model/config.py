@@ -145,13 +145,13 @@ def read_json(path: Path) -> dict[str, Any]:
             f"`{path}` does not exist", hint="give the folder of a checkpoint: it holds `config.json`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"`{path}` cannot be read: {error}", hint=hint_for_unreadable(error)) from None
+        raise ConfigError(f"`{path}` cannot be read: {error}", hint=unreadable_hint(error)) from None
     if not isinstance(value, dict):
         raise ConfigError(f"`{path}` holds {type(value).__name__}, not an object")
     return value
 
 
-def hint_for_unreadable(error: Exception) -> str:
+def unreadable_hint(error: Exception) -> str:
     """What the user can do about a file that cannot be read."""
     return "check its permissions" if isinstance(error, PermissionError) else "fetch the file again"
 
@@ -184,7 +184,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
-class Limits(NamedTuple):
+class ValueRange(NamedTuple):
     """The numbers that a field may have: from `low`, or above it, to `high`; or only `choices`."""
 
     low: float = 1
@@ -204,26 +204,26 @@ class Limits(NamedTuple):
         return f"{'above' if self.is_above else 'from'} {self.low} to {self.high}"
 
 
-_POSITIVE = Limits(1e-6)  # far below every sensible value, and logarithms and quotients stay finite
+_POSITIVE = ValueRange(1e-6)  # far below every sensible value, and logarithms and quotients stay finite
 
 LIMITS = {
-    "num_hidden_layers": Limits(1, 1_000),
-    "n_routed_experts": Limits(1, 100_000),
-    "num_experts_per_tok": Limits(1, 100_000),
-    "n_shared_experts": Limits(0, 100_000),
-    "first_k_dense_replace": Limits(0),
-    "rms_norm_eps": Limits(0, 1, is_above=True),
-    "rope_theta": Limits(1, is_above=True),
+    "num_hidden_layers": ValueRange(1, 1_000),
+    "n_routed_experts": ValueRange(1, 100_000),
+    "num_experts_per_tok": ValueRange(1, 100_000),
+    "n_shared_experts": ValueRange(0, 100_000),
+    "first_k_dense_replace": ValueRange(0),
+    "rms_norm_eps": ValueRange(0, 1, is_above=True),
+    "rope_theta": ValueRange(1, is_above=True),
     "routed_scaling_factor": _POSITIVE,
     "factor": _POSITIVE,
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
-    "mscale": Limits(0),
-    "mscale_all_dim": Limits(0),
-    "bits": Limits(choices=(2, 3, 4, 5, 6, 8)),
-    "group_size": Limits(choices=(32, 64, 128)),
+    "mscale": ValueRange(0),
+    "mscale_all_dim": ValueRange(0),
+    "bits": ValueRange(choices=(2, 3, 4, 5, 6, 8)),
+    "group_size": ValueRange(choices=(32, 64, 128)),
 }
-"""Of the fields of ModelConfig, YarnScaling and Quantization that do not have the usual `Limits()`."""
+"""Of the fields of ModelConfig, YarnScaling and Quantization that do not have the usual `ValueRange()`."""
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}
@@ -246,7 +246,7 @@ def _checked_fields(
         kind = str(item.type).removesuffix(" | None")
         if kind in _KINDS and raw.get(item.name) is not None:
             values[item.name] = _checked(
-                raw[item.name], kind, LIMITS.get(item.name, Limits()), where, prefix + item.name
+                raw[item.name], kind, LIMITS.get(item.name, ValueRange()), where, prefix + item.name
             )
         elif item.default is MISSING and item.default_factory is MISSING:
             missing.append(f"`{prefix}{item.name}`")
@@ -255,7 +255,7 @@ def _checked_fields(
     return values
 
 
-def _checked(value: Any, kind: str, limits: Limits, where: str, name: str) -> Any:
+def _checked(value: Any, kind: str, limits: ValueRange, where: str, name: str) -> Any:
     """Return `value` as the type of its kind; ConfigError unless it is of that kind and within the limits."""
     wanted = _KINDS[kind]
     if kind in ("bool", "str"):
@@ -390,7 +390,7 @@ def _parse_fp8(block: Mapping[str, Any], where: str) -> Fp8Blocks:
             "with scales by blocks",
             hint=_FORMAT_HINT,
         )
-    rows, columns = (_checked(value, "int", Limits(), where, f"{name}weight_block_size") for value in size)
+    rows, columns = (_checked(value, "int", ValueRange(), where, f"{name}weight_block_size") for value in size)
     return Fp8Blocks(rows, columns)
 
 

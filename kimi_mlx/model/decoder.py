@@ -12,102 +12,104 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kimi_mlx.model.attention import Attention
+from kimi_mlx.model.batch_layout import BatchLayout
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
-from kimi_mlx.model.step import Step
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Embedding, Linear
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a step has of one sequence.
+class SequenceSlice:
+    """The tokens of one sequence in a step.
 
     Args:
-        cache: of each layer, from make_cache.
-        length: new tokens, at least one.
-        last: of how many of them, at the end, logits will be asked; 0 if only the cache is wanted.
+        cache: caches of the layers, from make_cache.
+        length: number of new tokens, at least one.
+        num_logits: number of final positions that need logits; 0 only fills the cache.
     """
 
     cache: list[LatentCache]
     length: int
-    last: int = 1
+    num_logits: int = 1
 
 
-class Exchange:
-    """What a model that holds only a share of the weights asks of its peers; this one has none.
+class Communicator:
+    """Communication of a rank with the others; this one is for a single rank.
 
-    kimi_mlx.parallel has those for several ranks.
+    kimi_mlx.parallel has communicators for several ranks.
     """
 
-    adds_residual = True
-    """Whether this rank's part of a sum over the experts carries the residual: true for exactly one rank."""
+    owns_residual = True
+    """Whether this rank adds the residual to its partial sum of the experts: true for exactly one rank."""
 
-    is_passed_on = False
-    """Whether another rank has layers behind ours, and needs the states of all tokens."""
+    has_next_stage = False
+    """Whether another rank has the next layers and needs the hidden states of all tokens."""
 
-    def add_attention(self, x: mx.array, part: mx.array) -> mx.array:
-        """x + the sum of all ranks' parts of the attention, the same bits on each rank."""
-        return x + part
+    def add_attention(self, x: mx.array, partial: mx.array) -> mx.array:
+        """Return x + the sum of all ranks' partial attention outputs, the same bits on each rank."""
+        return x + partial
 
-    def sum_experts(self, part: mx.array) -> mx.array:
-        """Sum of all ranks' parts, the same bits on each rank."""
-        return part
+    def sum_experts(self, partial: mx.array) -> mx.array:
+        """Return the sum of all ranks' partial expert outputs, the same bits on each rank."""
+        return partial
 
-    def receive(self, tokens: mx.array) -> mx.array:
-        """The states (B, L, D) of tokens (B, L), from the rank with the layers before ours."""
-        raise NotImplementedError("only a rank without the embedding receives states")
+    def recv_from_previous_stage(self, tokens: mx.array) -> mx.array:
+        """Receive the hidden states (B, L, D) of tokens (B, L) from the rank with the previous layers."""
+        raise NotImplementedError("only a rank without the embedding receives hidden states")
 
-    def hand_on(self, hidden: mx.array, tokens: mx.array, asked: int) -> mx.array:
-        """Give states to the rank with the layers behind ours; see Model.hidden.
+    def send_to_next_stage(self, hidden: mx.array, tokens: mx.array, num_logits: int) -> mx.array:
+        """Send hidden states to the rank with the next layers; see Model.hidden.
 
         Args:
-            hidden: (B, L, D), or of the asked ones alone if nobody has layers behind ours.
-            tokens: (B, L), whose states they are.
-            asked: of how many logits will be asked.
+            hidden: (B, L, D), or (B, num_logits, D) if there is no next stage.
+            tokens: (B, L), tokens of these hidden states.
+            num_logits: number of logits that will be computed.
         """
-        return hidden[:, :asked]
+        return hidden[:, :num_logits]
 
-    def take_back(self, hidden: mx.array) -> mx.array:
-        """The states that hand_on has promised: those behind the last layer."""
+    def recv_last_hidden(self, hidden: mx.array) -> mx.array:
+        """Return the output of the last layer for what send_to_next_stage returned."""
         return hidden
 
-    def gather_vocabulary(self, logits: mx.array) -> mx.array:
-        """Join the ranks' parts of the last dimension: (..., rows here) -> (..., vocab_size)."""
+    def gather_logits(self, logits: mx.array) -> mx.array:
+        """Concatenate the ranks' shares of the last dimension: (..., rows here) -> (..., vocab_size)."""
         return logits
 
 
 class DecoderLayer(nn.Module):
     """Attention and experts (or a dense MLP), each after a norm and with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, exchange: Exchange):
+    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, communicator: Communicator):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self._exchange = exchange
+        self._communicator = communicator
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
         self.self_attn = Attention(config, weights)
         self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
 
-    def __call__(self, x: mx.array, caches: Sequence[LatentCache], step: Step, asking: Step) -> mx.array:
-        """(B, L, D) -> (B, M, D), the states of the M tokens that ask; all L are in the caches then."""
-        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), caches, step, asking)
-        x = self._exchange.add_attention(asking.pick(x), attended)
+    def __call__(
+        self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
+    ) -> mx.array:
+        """(B, L, D) -> (B, M, D), the hidden states of the M queries. The caches get all L tokens."""
+        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), caches, layout, query_layout)
+        x = self._communicator.add_attention(query_layout.select(x), attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
-        residual = x if self._exchange.adds_residual else None
-        return self._exchange.sum_experts(self.mlp(h, residual))
+        residual = x if self._communicator.owns_residual else None
+        return self._communicator.sum_experts(self.mlp(h, residual))
 
 
 class Model(nn.Module):
-    """A Kimi of the K2 family (or Moonlight), or one rank's share of it.
+    """A model of the Kimi K2 family (or Moonlight), or one rank's share of it.
 
     Args:
-        config: its dimensions.
-        top: the entries `model.embed_tokens`, `model.norm`, `lm_head`, as far as they are held.
-        layers: the entries of each layer; none of a layer that is not held.
-        exchange: how to add and gather over the ranks.
+        config: the model's dimensions.
+        top: entries `model.embed_tokens`, `model.norm` and `lm_head`, if the rank holds them.
+        layers: entries of each layer; empty for a layer that the rank does not hold.
+        communicator: communicator to the other ranks; None for a single rank.
     """
 
     def __init__(
@@ -115,16 +117,16 @@ class Model(nn.Module):
         config: ModelConfig,
         top: LayerWeights,
         layers: Sequence[LayerWeights],
-        exchange: Exchange | None = None,
+        communicator: Communicator | None = None,
     ):
         super().__init__()
         self.config = config
-        self.exchange = exchange or Exchange()
+        self.communicator = communicator or Communicator()
         self._rope = Rope(config)
         if top.has("model.embed_tokens"):
             self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
         self.layers = [
-            DecoderLayer(config, index, weights, self.exchange)
+            DecoderLayer(config, index, weights, self.communicator)
             for index, weights in enumerate(layers)
             if weights.entries
         ]
@@ -134,50 +136,56 @@ class Model(nn.Module):
 
     @property
     def has_head(self) -> bool:
-        """Whether this rank computes logits; the others of a pipeline only hand states on."""
+        """Whether this rank computes logits. In a pipeline only one rank does."""
         return "lm_head" in self
 
     def __call__(self, tokens: mx.array, cache: list[LatentCache] | None = None) -> mx.array:
-        """Logits of every position.
+        """Return the logits of every position.
 
         Args:
             tokens: (batch, length) integers below vocab_size.
-            cache: from make_cache, extended by the call; none starts afresh.
+            cache: caches from make_cache, extended by the call; None for a new one.
 
         Returns:
-            (batch, length, vocab_size) in the compute dtype; on the ranks of a pipeline without the head what they
-            hand on, to be evaluated by them.
+            (batch, length, vocab_size) in the compute dtype. A rank of a pipeline without the head returns the hidden
+            states that it sends, which must be evaluated.
         """
         length = tokens.shape[1]
-        hidden = self.hidden(tokens, [Part(cache or self.make_cache(), length, length)])
+        hidden = self.hidden(tokens, [SequenceSlice(cache or self.make_cache(), length, length)])
         return self.logits(hidden) if self.has_head else hidden
 
-    def hidden(self, tokens: mx.array, parts: Sequence[Part]) -> mx.array:
-        """States before the last norm: (B, L) -> (B, M, D); extends the caches.
+    def hidden(self, tokens: mx.array, slices: Sequence[SequenceSlice]) -> mx.array:
+        """Return the hidden states before the last norm, (B, L) -> (B, M, D), and extend the caches.
 
         Args:
-            tokens: (B, L) integers, those of each part behind those of the one before; in a pipeline only rank 0
-                looks at them. B is 1 if there are several parts.
-            parts: the sequences whose tokens they are; the last layer computes only the M states that are asked for.
+            tokens: (B, L) integers, the tokens of all slices concatenated; in a pipeline only rank 0 reads them. B is
+                1 if there are several slices.
+            slices: sequences of the tokens. The last layer computes only the M states that need logits.
 
         Returns:
-            What `logits` takes. On the ranks of a pipeline it is what they hand on, to be evaluated by all of them.
+            The input of `logits`. On a rank of a pipeline it is what the rank sends, and must be evaluated.
         """
-        x = self.embed_tokens(tokens) if "embed_tokens" in self else self.exchange.receive(tokens)
-        step = Step(self._rope, [(part.cache[0].offset, part.length) for part in parts])
-        caches = list(zip(*(part.cache for part in parts), strict=True))
+        x = self.embed_tokens(tokens) if "embed_tokens" in self else self.communicator.recv_from_previous_stage(tokens)
+        layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices])
+        caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):
-            x = layer(x, layer_caches, step, step)
-        asked = [part.last for part in parts]
-        num_asked = sum(asked)
-        asking = step if self.exchange.is_passed_on else step.last(asked if num_asked else [1, *asked[1:]])
-        return self.exchange.hand_on(self.layers[-1](x, caches[-1], step, asking), tokens, num_asked)
+            x = layer(x, layer_caches, layout, layout)
+        counts = [slice_.num_logits for slice_ in slices]
+        num_logits = sum(counts)
+        query_layout = (
+            layout
+            if self.communicator.has_next_stage
+            else layout.query_layout(counts if num_logits else [1, *counts[1:]])
+        )
+        return self.communicator.send_to_next_stage(
+            self.layers[-1](x, caches[-1], layout, query_layout), tokens, num_logits
+        )
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(B, M, D) -> (B, M, vocab_size), in the order of the calls of `hidden`."""
-        h = mx.fast.rms_norm(self.exchange.take_back(hidden), self["norm"], self.config.rms_norm_eps)
-        return self.exchange.gather_vocabulary(self.lm_head(h))
+        """(B, M, D) -> (B, M, vocab_size). Call it in the order of the calls of `hidden`."""
+        h = mx.fast.rms_norm(self.communicator.recv_last_hidden(hidden), self["norm"], self.config.rms_norm_eps)
+        return self.communicator.gather_logits(self.lm_head(h))
 
     def make_cache(self) -> list[LatentCache]:
-        """An empty cache for one batch of sequences."""
+        """Return empty caches for one batch of sequences."""
         return [LatentCache() for _ in self.layers]

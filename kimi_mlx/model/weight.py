@@ -113,7 +113,7 @@ class Linear(Matrix):
         return self.matmul(x)
 
 
-class Joined(nn.Module):
+class ConcatLinear(nn.Module):
     """Matrices over the same input whose outputs are joined: for parts that are quantized differently."""
 
     def __init__(self, parts: Sequence[Weight]):
@@ -129,9 +129,9 @@ class Joined(nn.Module):
         return mx.concatenate([part.gather_matmul(x, ids, inputs) for part in self.parts], axis=-1)
 
 
-def linear(parts: Sequence[Weight]) -> Linear | Joined:
+def linear(parts: Sequence[Weight]) -> Linear | ConcatLinear:
     """The linear of a fused weight: one matrix, or several when they are quantized differently."""
-    return Linear(parts[0]) if len(parts) == 1 else Joined(parts)
+    return Linear(parts[0]) if len(parts) == 1 else ConcatLinear(parts)
 
 
 class Embedding(Matrix):

@@ -36,7 +36,7 @@ class LinkedGroup(Group, Protocol):
         """Hand x to a neighbour; it leaves when what is returned (x) is evaluated."""
         ...
 
-    def receive(self, like: mx.array, rank: int) -> mx.array:
+    def recv(self, like: mx.array, rank: int) -> mx.array:
         """What a neighbour sends: of the shape and type of `like`."""
         ...
 
@@ -59,8 +59,8 @@ class SingleGroup:
 class MlxGroup:
     """A group over `mx.distributed`."""
 
-    gather_max_bytes = 0
-    """Up to this size a sum is gathered and added here; the same on all ranks, see kimi_mlx.parallel.sums."""
+    gather_limit_bytes = 0
+    """Up to this size a sum is gathered and added here; the same on all ranks, see kimi_mlx.parallel.all_reduce."""
 
     def __init__(self, group: mx.distributed.Group):
         self._group = group
@@ -69,7 +69,7 @@ class MlxGroup:
 
     def sum(self, x: mx.array) -> mx.array:
         """Sum over the ranks, in the way that was measured to be the faster one for its size."""
-        return self.sum_gathered(x) if x.nbytes <= self.gather_max_bytes else self.all_sum(x)
+        return self.sum_gathered(x) if x.nbytes <= self.gather_limit_bytes else self.all_sum(x)
 
     def sum_gathered(self, x: mx.array) -> mx.array:
         """Gather and add here, on all in the order of the ranks: N - 1 hops on a ring."""
@@ -87,6 +87,6 @@ class MlxGroup:
         """Hand x to another rank, on a ring a neighbour; it leaves when what is returned (x) is evaluated."""
         return mx.distributed.send(x, rank, group=self._group)
 
-    def receive(self, like: mx.array, rank: int) -> mx.array:
+    def recv(self, like: mx.array, rank: int) -> mx.array:
         """What another rank, on a ring a neighbour, sends: of the shape and type of `like`."""
         return mx.distributed.recv_like(like, rank, group=self._group)

@@ -32,7 +32,7 @@ MAX_WEIGHT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Span:
+class Range:
     """Places start (included) to stop (excluded)."""
 
     start: int
@@ -43,7 +43,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What one rank holds, in terms of the unquantized, undivided model.
 
     Args:
@@ -57,16 +57,16 @@ class Share:
         vocab_rows: of vocab_size, in the head; the last norm goes with it.
     """
 
-    layers: Span
-    heads: Span
-    experts: Span
-    expert_rows: Span
-    shared_rows: Span
-    dense_rows: Span
-    embed_rows: Span
-    vocab_rows: Span
+    layers: Range
+    heads: Range
+    experts: Range
+    expert_rows: Range
+    shared_rows: Range
+    dense_rows: Range
+    embed_rows: Range
+    vocab_rows: Range
 
-    def span(self, name: str) -> Span:
+    def range_of(self, name: str) -> Range:
         """The span called `name`."""
         return getattr(self, name)
 
@@ -81,16 +81,16 @@ class Placement:
     """
 
     strategy: str
-    shares: tuple[Share, ...]
+    shares: tuple[RankShare, ...]
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return len(self.shares)
 
-    def divides(self, name: str) -> bool:
+    def is_sharded(self, name: str) -> bool:
         """Whether ranks hold different spans of this name."""
-        return len({share.span(name) for share in self.shares}) > 1
+        return len({share.range_of(name) for share in self.shares}) > 1
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: spans become pairs."""
@@ -100,7 +100,9 @@ class Placement:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """Read what to_dict has written; KeyError, TypeError or ValueError for anything else."""
-        shares = (Share(**{name: Span(*map(int, span)) for name, span in share.items()}) for share in value["shares"])
+        shares = (
+            RankShare(**{name: Range(*map(int, span)) for name, span in share.items()}) for share in value["shares"]
+        )
         return cls(str(value["strategy"]), tuple(shares))
 
     @property
@@ -109,12 +111,12 @@ class Placement:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
 
 
-def _spans(share: Share) -> list[tuple[Field[Any], Span]]:
-    return [(item, share.span(item.name)) for item in fields(share)]
+def _spans(share: RankShare) -> list[tuple[Field[Any], Range]]:
+    return [(item, share.range_of(item.name)) for item in fields(share)]
 
 
 @dataclass(frozen=True)
-class Units:
+class SplitGranularity:
     """The smallest piece of each axis that can be held alone: what makes a whole quantization group, or one.
 
     None where a checkpoint has no such matrices.
@@ -152,7 +154,7 @@ def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
     return name, tuple(map(int, parts))
 
 
-def normal_strategy(text: str, world_size: int) -> str:
+def normalize_strategy(text: str, world_size: int) -> str:
     """The one way to write a strategy: without equal weights, without common factors; `hybrid` for one rank.
 
     Raises:
@@ -172,7 +174,7 @@ def normal_strategy(text: str, world_size: int) -> str:
     return ":".join([name, *(str(weight // factor) for weight in weights)])
 
 
-def place(config: ModelConfig, strategy: str, world_size: int, units: Units) -> Placement:
+def place(config: ModelConfig, strategy: str, world_size: int, granularity: SplitGranularity) -> Placement:
     """Divide in proportion to the weights, as far as the units allow.
 
     Args:
@@ -183,51 +185,53 @@ def place(config: ModelConfig, strategy: str, world_size: int, units: Units) -> 
 
     Raises:
         PlacementError: a rank would hold nothing of some matrix.
-        UsageError: as normal_strategy.
+        UsageError: as normalize_strategy.
     """
-    strategy = normal_strategy(strategy, world_size)
+    strategy = normalize_strategy(strategy, world_size)
     name, weights = parse_strategy(strategy)
-    is_divided = {field: field in DIVIDED[name] for field in (each.name for each in fields(Share))}
+    is_sharded = {field: field in SHARDED_AXES[name] for field in (each.name for each in fields(RankShare))}
 
-    def spans(field: str, total: int, unit: int | None, what: str) -> list[Span]:
-        if not is_divided[field]:
-            return [Span(0, total)] * world_size
-        return divide(total, unit, weights or (1,) * world_size, what)
+    def spans(field: str, total: int, unit: int | None, what: str) -> list[Range]:
+        if not is_sharded[field]:
+            return [Range(0, total)] * world_size
+        return split_proportionally(total, unit, weights or (1,) * world_size, what)
 
     width = config.moe_intermediate_size
     columns = {
         "layers": spans("layers", config.num_hidden_layers, 1, "layers"),
-        "heads": spans("heads", config.num_attention_heads, units.heads, "heads"),
+        "heads": spans("heads", config.num_attention_heads, granularity.heads, "heads"),
         "experts": spans("experts", config.n_routed_experts, 1, "experts"),
-        "expert_rows": spans("expert_rows", width, units.expert, "expert rows"),
+        "expert_rows": spans("expert_rows", width, granularity.expert, "expert rows"),
         "shared_rows": spans(
-            "shared_rows", width * max(config.n_shared_experts, 1), units.shared, "shared expert rows"
+            "shared_rows", width * max(config.n_shared_experts, 1), granularity.shared, "shared expert rows"
         ),
-        "dense_rows": spans("dense_rows", config.intermediate_size, units.dense, "dense rows"),
-        "embed_rows": [Span(0, config.vocab_size)] * world_size,
+        "dense_rows": spans("dense_rows", config.intermediate_size, granularity.dense, "dense rows"),
+        "embed_rows": [Range(0, config.vocab_size)] * world_size,
         "vocab_rows": spans("vocab_rows", config.vocab_size, 1, "rows of the vocabulary"),
     }
     if name == "pipeline":
-        elsewhere = [Span(0, 0)] * (world_size - 1)
+        elsewhere = [Range(0, 0)] * (world_size - 1)
         columns["embed_rows"][1:] = columns["vocab_rows"][1:] = elsewhere
-    shares = tuple(Share(**{field: column[rank] for field, column in columns.items()}) for rank in range(world_size))
+    shares = tuple(
+        RankShare(**{field: column[rank] for field, column in columns.items()}) for rank in range(world_size)
+    )
     return Placement(strategy, shares)
 
 
-DIVIDED: Mapping[StrategyName, frozenset[str]] = {
+SHARDED_AXES: Mapping[StrategyName, frozenset[str]] = {
     "hybrid": frozenset({"expert_rows", "shared_rows", "dense_rows", "vocab_rows"}),
     "tensor": frozenset({"heads", "expert_rows", "shared_rows", "dense_rows", "vocab_rows"}),
     "expert": frozenset({"experts", "shared_rows", "dense_rows", "vocab_rows"}),
     "pipeline": frozenset({"layers"}),
 }
-"""The spans of a Share in which the ranks of a strategy differ; of those in which they do not, each has all."""
+"""The spans of a RankShare in which the ranks of a strategy differ; of those in which they do not, each has all."""
 
 
-def divide(total: int, unit: int | None, weights: Sequence[float], what: str) -> list[Span]:
+def split_proportionally(total: int, unit: int | None, weights: Sequence[float], what: str) -> list[Range]:
     """Cut `total` into consecutive spans of whole units, in proportion to the weights, at least a unit each.
 
     Sizes are rounded down, and what is left goes to the largest: a small rank gets no more than fits. Without a unit
-    there is nothing to divide, and the spans are empty.
+    there is nothing to split_proportionally, and the spans are empty.
 
     Args:
         total: what is divided.
@@ -239,7 +243,7 @@ def divide(total: int, unit: int | None, weights: Sequence[float], what: str) ->
         PlacementError: fewer units than ranks.
     """
     if unit is None:
-        return [Span(0, 0)] * len(weights)
+        return [Range(0, 0)] * len(weights)
     pieces = math.ceil(total / unit)
     if pieces < len(weights):
         raise PlacementError(
@@ -255,4 +259,4 @@ def divide(total: int, unit: int | None, weights: Sequence[float], what: str) ->
         if left > 0 or sizes[rank] > 1:
             sizes[rank] += 1 if left > 0 else -1
     bounds = [min(bound * unit, total) for bound in itertools.accumulate(sizes, initial=0)]
-    return [Span(start, stop) for start, stop in itertools.pairwise(bounds)]
+    return [Range(start, stop) for start, stop in itertools.pairwise(bounds)]

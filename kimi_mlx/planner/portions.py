@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from kimi_mlx.parallel.placement import Share, Units, place
+from kimi_mlx.parallel.placement import RankShare, SplitGranularity, place
 from kimi_mlx.planner.model_shape import ModelShape, PartSizes
 
 ROW_GROUP = 64
@@ -69,7 +69,7 @@ def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: boo
     return portions if slices_head else [replace(portion, head=math.ceil(portion.head)) for portion in portions]
 
 
-def _portion(share: Share, shape: ModelShape) -> Portion:
+def _portion(share: RankShare, shape: ModelShape) -> Portion:
     config = shape.config
     layers = range(share.layers.start, share.layers.stop)
     return Portion(
@@ -85,14 +85,14 @@ def _portion(share: Share, shape: ModelShape) -> Portion:
     )
 
 
-def _units(shape: ModelShape, ranks: int) -> Units:
+def _units(shape: ModelShape, ranks: int) -> SplitGranularity:
     """Return the granularity of a split: whole quantization groups; smaller ones if the model is too small for that."""
     config = shape.config
 
     def unit(total: int, size: int) -> int:
         return size if total >= size * ranks else 1
 
-    return Units(
+    return SplitGranularity(
         heads=unit(config.num_attention_heads, ROW_GROUP // math.gcd(ROW_GROUP, config.v_head_dim)),
         expert=unit(config.moe_intermediate_size, ROW_GROUP),
         shared=unit(config.moe_intermediate_size * max(config.n_shared_experts, 1), ROW_GROUP),

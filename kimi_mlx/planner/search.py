@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kimi_mlx.errors import PlacementError
-from kimi_mlx.parallel.placement import STRATEGIES, normal_strategy
+from kimi_mlx.parallel.placement import STRATEGIES, normalize_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
@@ -183,7 +183,7 @@ def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: M
     """Return the strategy with a weight per machine (thousandths) that fills all machines equally."""
     free = [_free_bytes(machine, strategy, shape) for machine in machines]
     weights = [max(1, round(1000 * host_free / sum(free))) for host_free in free]
-    return normal_strategy(":".join([strategy, *map(str, weights)]), len(machines))
+    return normalize_strategy(":".join([strategy, *map(str, weights)]), len(machines))
 
 
 def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> float:

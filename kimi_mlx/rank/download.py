@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
-from kimi_mlx.parallel.together import together
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_with_peers
 from kimi_mlx.store.build import Progress
@@ -60,10 +60,10 @@ def serve(channel: Channel, start: Message) -> None:
     """Build the store, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
     group = join_checked(lambda: join_with_peers(channel, start))
     channel.report_progress("download")
-    target = together(group, lambda: understand(start["model"]))
+    target = run_on_all_ranks(group, lambda: understand(start["model"]))
     options = StoreOptions(
         target.source,
-        together(group, stores_root),
+        run_on_all_ranks(group, stores_root),
         group.size,
         start["strategy"],
         revision=start["revision"],

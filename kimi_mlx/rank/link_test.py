@@ -58,11 +58,11 @@ def _exchange_with_neighbours(group: MlxGroup, x: mx.array) -> mx.array:
     received: list[mx.array] = []
     for source, target in ((previous, following), (following, previous)):
         if group.rank % 2:  # odd ranks receive first, so that no two ranks wait for each other
-            received.append(group.receive(x, source) + 0)
+            received.append(group.recv(x, source) + 0)
             mx.eval(received[-1])
         mx.eval(group.send(x + 0, target))  # waits until most of it has been received
         if not group.rank % 2:
-            received.append(group.receive(x, source) + 0)
+            received.append(group.recv(x, source) + 0)
             mx.eval(received[-1])
     return mx.stack(received)
 

@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_mlx.cluster.ring.messages import Message, encode, encode_error
-from kimi_mlx.engine.engine import MOST_NEWS, Engine
+from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.exchange import RankExchange
+from kimi_mlx.parallel.all_reduce import tune_all_reduce
+from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.parallel.pipeline import PipelineExchange
-from kimi_mlx.parallel.sums import choose_sums
+from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
 from kimi_mlx.runtime.grammars import GrammarCompiler
@@ -41,7 +41,7 @@ def serve(channel: Channel, start: Message) -> None:
     engine = load_engine(channel, start, group)
     while True:
         # All ranks take the same number of commands before the same step: rank 0's count travels in the step header.
-        for _ in range(engine.news(channel.num_consumed)):
+        for _ in range(engine.num_new_commands(channel.num_consumed)):
             run_command(channel, engine, channel.next_command())
         if not engine.is_idle:
             run_step(channel, engine, is_leader=group.rank == 0)
@@ -62,15 +62,15 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     model = load_share(folder, config, start["dtype"], group, report_layers, start["strategy"])
     channel.report_progress("load")
     choice = None
-    if isinstance(model.exchange, RankExchange):
-        model.exchange.check_every = start["check_every"]
-        if not isinstance(model.exchange, PipelineExchange):
-            choice = choose_sums(group, config.hidden_size, compute_dtype(start["dtype"], config))
+    if isinstance(model.communicator, RankCommunicator):
+        model.communicator.check_every = start["check_every"]
+        if not isinstance(model.communicator, PipelineCommunicator):
+            choice = tune_all_reduce(group, config.hidden_size, compute_dtype(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())
     engine = Engine(
         model,
-        count_commands=lambda: min(channel.num_received, channel.num_consumed + MOST_NEWS),
+        count_commands=lambda: min(channel.num_received, channel.num_consumed + MAX_NEW_COMMANDS),
         speculate=start["speculate"],
         constrain=GrammarCompiler(folder, config.vocab_size).compile,
         cache_bytes=start["cache_memory_bytes"],
@@ -100,7 +100,7 @@ def run_command(channel: Channel, engine: Engine, command: Message) -> None:
 
 def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
     """Run a step of the engine and send its events; only the leader sends tokens and prefill progress."""
-    for request_id, event in engine.turn():
+    for request_id, event in engine.step():
         if isinstance(event, EngineError):
             channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):

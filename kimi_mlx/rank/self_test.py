@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from kimi_mlx.cluster.doctor.payloads import Payload, p99
 from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.parallel.sums import choose_sums
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.link_test import PAYLOAD_DTYPES, check_links, exchange, pattern
 from kimi_mlx.rank.rendezvous import join_group
@@ -31,7 +31,7 @@ def serve(channel: Channel, start: Message) -> None:
     payloads = [Payload.from_dict(value) for value in start["payloads"]]
     channel.report_progress("choice of all-reduce")
     dtype = PAYLOAD_DTYPES["bfloat16" if device == "gpu" else "float32"]
-    choice = choose_sums(group, start["hidden_size"], dtype)
+    choice = tune_all_reduce(group, start["hidden_size"], dtype)
     mismatches = check_links(group, payloads, NUM_ROUNDS, channel.report_progress)
     timings = measure(group, payloads, channel)
     channel.report_progress("idle")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kimi_mlx.engine.constraint import Constraint, Vocabulary
+from kimi_mlx.engine.constraint import Constraint, TokenVocabulary
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ class GrammarCompiler:
 
     def __init__(self, folder: Path, vocab_size: int):
         self._folder, self._vocab_size = folder, vocab_size
-        self._vocabulary: Vocabulary | None = None
+        self._vocabulary: TokenVocabulary | None = None
 
     def compile(self, grammar: str) -> Constraint:
         """Return the constraint of a grammar.
@@ -33,7 +33,7 @@ class GrammarCompiler:
         return Constraint(self._vocabulary, grammar)
 
 
-def load_token_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def load_token_vocabulary(folder: Path, vocab_size: int) -> TokenVocabulary:
     """Read the tokens of a checkpoint. This takes about a second for Kimi's 163,840 tokens.
 
     Args:
@@ -46,4 +46,4 @@ def load_token_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     tokenizer = Tokenizer.load_decoder(folder)
     if not tokenizer.eos_token_ids:
         raise TextError(f"`{folder}` names no token that ends an answer", hint="set `eos_token_id` in `config.json`")
-    return Vocabulary(tokenizer.tokens(), tokenizer.special_tokens.values(), tokenizer.eos_token_ids, vocab_size)
+    return TokenVocabulary(tokenizer.tokens(), tokenizer.special_tokens.values(), tokenizer.eos_token_ids, vocab_size)

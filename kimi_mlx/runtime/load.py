@@ -15,12 +15,12 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.exchange import RankExchange
+from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
+from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, MlxGroup
-from kimi_mlx.parallel.pipeline import PipelineExchange
-from kimi_mlx.parallel.placement import Placement, normal_strategy, place
-from kimi_mlx.parallel.slices import SumExchange
-from kimi_mlx.parallel.together import require_equal
+from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
+from kimi_mlx.parallel.placement import Placement, normalize_strategy, place
+from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.store.locate import resolve
 from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
@@ -57,7 +57,7 @@ def load(
     if isinstance(group, mx.distributed.Group):
         group = MlxGroup(group) if group.size() > 1 else None
     rank, world_size = (None, 1) if group is None else (group.rank, group.size)
-    strategy = normal_strategy(strategy, world_size)
+    strategy = normalize_strategy(strategy, world_size)
     folder = resolve(os.fspath(name), world_size, strategy, rank)
     entry = find_entry(os.fspath(name))
     tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)
@@ -88,30 +88,30 @@ def load_share(
     """
     resolved_dtype = compute_dtype(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
-    strategy = normal_strategy(strategy, world_size)
+    strategy = normalize_strategy(strategy, world_size)
     if stored_ranks(folder):
         manifest = open_manifest(folder, rank, world_size, strategy)
         if group is None or world_size == 1:
             return load_store(folder, manifest, config, resolved_dtype, progress=progress)
-        require_equal(
+        check_same_on_all_ranks(
             group,
             f"{manifest.origin.commit} {manifest.placement.digest}",
             "revision or placement of the model",
             f"run `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
-        exchange = _exchange(group, manifest.placement, config, resolved_dtype)
-        return load_store(folder, manifest, config, resolved_dtype, exchange, progress)
+        communicator = _communicator(group, manifest.placement, config, resolved_dtype)
+        return load_store(folder, manifest, config, resolved_dtype, communicator, progress)
     if group is None or world_size == 1:
         return load_model(folder, config, resolved_dtype, progress=progress)
     placement = _place(folder, config, world_size, strategy)
-    require_equal(
+    check_same_on_all_ranks(
         group,
         _checkpoint_identity(folder, placement),
         "checkpoint",
         "copy the same files to all hosts, or download them: `kimi-mlx launch --hosts ... download MODEL`",
     )
-    exchange = _exchange(group, placement, config, resolved_dtype)
-    return load_model(folder, config, resolved_dtype, placement.shares[rank], exchange, progress)
+    communicator = _communicator(group, placement, config, resolved_dtype)
+    return load_model(folder, config, resolved_dtype, placement.shares[rank], communicator, progress)
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:
@@ -122,7 +122,7 @@ def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy
         PlacementError: the model cannot be split this way.
         WeightsError: the store has another placement, or is incomplete.
     """
-    strategy = normal_strategy(strategy, world_size)
+    strategy = normalize_strategy(strategy, world_size)
     if ranks := stored_ranks(folder):
         for rank in sorted({*ranks, *range(world_size)}):
             open_manifest(folder, rank, world_size, strategy)
@@ -151,7 +151,7 @@ def fingerprint(
     Raises:
         KimiMlxError: as for `load_share`.
     """
-    strategy = normal_strategy(strategy, world_size)
+    strategy = normalize_strategy(strategy, world_size)
     if stored_ranks(folder):
         manifest = open_manifest(folder, rank, world_size, strategy)
         checksums = " ".join(file.sha256 for file in manifest.files)
@@ -171,11 +171,11 @@ def _place(folder: Path, config: ModelConfig, world_size: int, strategy: str) ->
     return place(config, strategy, world_size, placement_units(open_checkpoint(folder, config).checkpoint, strategy))
 
 
-def _exchange(group: Group, placement: Placement, config: ModelConfig, dtype: mx.Dtype) -> RankExchange:
-    if not placement.divides("layers"):
-        return SumExchange(group, placement)
+def _communicator(group: Group, placement: Placement, config: ModelConfig, dtype: mx.Dtype) -> RankCommunicator:
+    if not placement.is_sharded("layers"):
+        return SumCommunicator(group, placement)
     assert isinstance(group, MlxGroup)
-    return PipelineExchange(group, config.hidden_size, dtype)
+    return PipelineCommunicator(group, config.hidden_size, dtype)
 
 
 def _checkpoint_identity(folder: Path, placement: Placement) -> str:

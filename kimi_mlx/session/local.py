@@ -162,7 +162,7 @@ class LocalSession:
                     return
                 command(engine)
             try:
-                events = list(engine.turn())
+                events = list(engine.step())
             except Exception as error:  # an error of MLX, such as too little memory: the next request may succeed
                 self._abandon_requests(engine, error)
                 continue

@@ -24,7 +24,7 @@ from kimi_mlx.engine.request import (
     Token,
 )
 from kimi_mlx.errors import KimiMlxError, RingError, SshError
-from kimi_mlx.parallel.sum_choice import SumChoice
+from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
@@ -70,7 +70,7 @@ class RingSession:
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
         self._received_files: Path | None = None
-        self.all_reduce: SumChoice | None = None
+        self.all_reduce: AllReduceChoice | None = None
         """Choice of all-reduce that the ranks measured when they first started."""
         self.peak_memory_bytes = [0] * self._cluster.size
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
@@ -190,7 +190,7 @@ class RingSession:
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
                 choice = message["all_reduce"]
-                self.all_reduce = self.all_reduce or (choice and SumChoice.from_dict(choice))
+                self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
                 loading_ranks.discard(rank)
             if not loading_ranks:
                 return

@@ -12,7 +12,7 @@ from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import UsageError
-from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.parallel.placement import normalize_strategy
 
 LoadProgress = Callable[[int, int], None]
 """Callback with the number of layers loaded and the number of layers."""
@@ -85,7 +85,7 @@ class SessionOptions:
                 hint=f"use `--check-every` with 0 to {MAX_CHECK_EVERY}",
             )
         ranks = self.ranks if self.cluster is None else self.cluster.size
-        object.__setattr__(self, "strategy", normal_strategy(self.strategy, ranks))
+        object.__setattr__(self, "strategy", normalize_strategy(self.strategy, ranks))
 
     @property
     def effective_cluster(self) -> Cluster:

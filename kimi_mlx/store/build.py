@@ -24,9 +24,9 @@ import numpy as np
 from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.hub.retries import Cancelled
+from kimi_mlx.parallel.all_ranks import raise_if_any_failed
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
-from kimi_mlx.parallel.together import raise_of_all
 from kimi_mlx.store.manifest import Manifest
 from kimi_mlx.store.parcels import Parcel, parcels_of, pieces
 from kimi_mlx.store.sources import Sources
@@ -335,7 +335,7 @@ class _Rounds:
             heads = self._gather_heads(saying, fetcher.fetched_bytes)
             kinds = heads[:, 0]
             if (kinds == FAILED).any():
-                raise_of_all(self._group, self._failure)
+                raise_if_any_failed(self._group, self._failure)
             for number in to_release:  # everybody has recorded it: this round was the barrier
                 fetcher.release(number)
             to_release = [saying.source] if saying.kind == END else []

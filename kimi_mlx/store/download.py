@@ -12,10 +12,10 @@ import numpy as np
 
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import look_up
+from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks, run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
-from kimi_mlx.parallel.placement import normal_strategy, place
-from kimi_mlx.parallel.together import require_equal, together
+from kimi_mlx.parallel.placement import normalize_strategy, place
 from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
 from kimi_mlx.store.locate import find_store
 from kimi_mlx.store.manifest import FORMAT, Manifest
@@ -59,7 +59,7 @@ class StoreOptions:
 
     def __post_init__(self) -> None:
         """Write the strategy the normal way."""
-        object.__setattr__(self, "strategy", normal_strategy(self.strategy, self.ranks))
+        object.__setattr__(self, "strategy", normalize_strategy(self.strategy, self.ranks))
 
 
 def join_group() -> Group:
@@ -84,7 +84,7 @@ def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
     name, revision = str(options.source), options.revision
     if isinstance(options.source, Path):  # the folder may have changed since
         folder = options.source
-        origin = together(group, lambda: FolderSources(folder)).contents.origin
+        origin = run_on_all_ranks(group, lambda: FolderSources(folder)).contents.origin
         name, revision = origin.repository, origin.commit
     store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
     text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
@@ -116,9 +116,9 @@ def open_job(options: StoreOptions, group: Group) -> Job:
         placement = place(config, options.strategy, options.ranks, placement_units(checkpoint, options.strategy))
         return Job(sources, checkpoint, placement, options.stores)
 
-    job = together(group, plan)
+    job = run_on_all_ranks(group, plan)
     identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {sources.contents.origin.commit}"
-    require_equal(
+    check_same_on_all_ranks(
         group,
         identity,
         "version of kimi-mlx, or another checkpoint,",
@@ -155,7 +155,7 @@ def build(
 def _open_sources(options: StoreOptions, group: Group) -> Sources:
     if isinstance(options.source, Path):
         folder = options.source
-        return together(group, lambda: FolderSources(folder))
+        return run_on_all_ranks(group, lambda: FolderSources(folder))
     name, revision = options.source, options.revision
     if revision is None:  # what was begun or is here is not left for a newer revision unasked
         revision = begun_commit(options.stores, name, options.ranks, options.strategy)
@@ -163,7 +163,7 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
         repository = look_up(name, revision)
         contents = read_contents(repository)
     else:
-        said = together(group, lambda: _read(name, revision) if group.rank == 0 else b"")
+        said = run_on_all_ranks(group, lambda: _read(name, revision) if group.rank == 0 else b"")
         repository, contents = decode_contents(_of_leader(said, group))
     root = repository_folder(options.stores, contents.origin) / "sources"
     own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # others may be built at the same time

@@ -14,7 +14,7 @@ from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
-from kimi_mlx.parallel.placement import normal_strategy
+from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.sources import FolderSources
 from kimi_mlx.store.stores import FoundStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
@@ -113,7 +113,7 @@ def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None 
     Raises:
         WeightsError: it is here, but as a store that is broken, or for another number of ranks.
     """
-    strategy = normal_strategy(strategy, ranks)
+    strategy = normalize_strategy(strategy, ranks)
     needed = None if rank is None else [rank]
     if target.folder is not None:
         store = _store_of_folder(target.folder, ranks, strategy, needed)

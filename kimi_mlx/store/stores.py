@@ -17,7 +17,7 @@ import mlx.core as mx
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.files import sha256_of
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.decoder import Exchange, Model
+from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
@@ -139,7 +139,7 @@ def load_store(
     manifest: Manifest,
     config: ModelConfig,
     dtype: mx.Dtype,
-    exchange: Exchange | None = None,
+    communicator: Communicator | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Model:
     """Read a rank's share, layer by layer: nothing is cut, joined or kept twice.
@@ -149,7 +149,7 @@ def load_store(
         manifest: of the rank, from open_manifest.
         config: the model's configuration.
         dtype: of the computation.
-        exchange: the rank's link to the others; None without others.
+        communicator: the rank's link to the others; None without others.
         progress: called after each layer.
 
     Raises:
@@ -160,7 +160,7 @@ def load_store(
         for file in manifest.files:
             yield _open_layer(rank_folder(folder, manifest.rank), file, dtype, manifest)
 
-    return build_model(config, layers(), exchange, progress)
+    return build_model(config, layers(), communicator, progress)
 
 
 def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.model.config import ModelConfig, Quantization
-from kimi_mlx.model.decoder import Exchange, Model
+from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
-from kimi_mlx.parallel.placement import Share
+from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.moves import ArrayPlan, LayerPlan, plan_layer, plan_top
 from kimi_mlx.weights.reader import Reader, open_checkpoint
 
@@ -29,8 +29,8 @@ def load_model(
     folder: Path,
     config: ModelConfig,
     dtype: mx.Dtype,
-    share: Share | None = None,
-    exchange: Exchange | None = None,
+    share: RankShare | None = None,
+    communicator: Communicator | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
@@ -40,7 +40,7 @@ def load_model(
         config: its configuration.
         dtype: of the computation: float weights, scales and biases are cast to it.
         share: what this rank holds; None for all.
-        exchange: the rank's link to the others; None without others.
+        communicator: the rank's link to the others; None without others.
         progress: called after each layer.
 
     Raises:
@@ -54,18 +54,18 @@ def load_model(
             reader.close()  # pages of the files count as memory as long as they are mapped
         yield _cook(reader, plan_top(reader.checkpoint, share), dtype)
 
-    return build_model(config, layers(), exchange, progress)
+    return build_model(config, layers(), communicator, progress)
 
 
 def build_model(
-    config: ModelConfig, layers: Iterator[LayerWeights], exchange: Exchange | None, progress: Progress
+    config: ModelConfig, layers: Iterator[LayerWeights], communicator: Communicator | None, progress: Progress
 ) -> Model:
     """Evaluate layers one after the other and build the model from them.
 
     Args:
         config: its configuration.
         layers: the layers, then the top; lazy arrays are read here.
-        exchange: the rank's link to the others; None without others.
+        communicator: the rank's link to the others; None without others.
         progress: called after each.
     """
     total = config.num_hidden_layers + 1
@@ -75,7 +75,7 @@ def build_model(
         done.append(weights)
         progress(len(done), total)
     *hidden, top = done
-    return Model(config, top, hidden, exchange)
+    return Model(config, top, hidden, communicator)
 
 
 def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry: str, dtype: mx.Dtype) -> Weight:

@@ -27,7 +27,7 @@ from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, write_atomically
 from kimi_mlx.model.config import parse_config, read_json
 from kimi_mlx.model.names import Source
-from kimi_mlx.parallel.placement import Span
+from kimi_mlx.parallel.placement import Range
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.assemble import MLX_TYPES
 from kimi_mlx.weights.checkpoint import Field, Matrix
@@ -308,7 +308,7 @@ class _Piece:
 
     path: str
     member: int | None
-    rows: Span | None
+    rows: Range | None
     row: int
 
 
@@ -326,7 +326,7 @@ def _pieces(output: Output) -> Iterator[_Piece]:
         for member in members:
             for start in range(0, rows, height):
                 stop = min(rows, start + height)
-                yield _Piece(path, member, Span(start, stop), row)
+                yield _Piece(path, member, Range(start, stop), row)
                 row += stop - start
 
 

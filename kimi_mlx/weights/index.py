@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import hint_for_unreadable, read_json
+from kimi_mlx.model.config import read_json, unreadable_hint
 from kimi_mlx.model.names import IGNORED_PREFIXES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -169,7 +169,7 @@ def _read(stream: BinaryIO, start: int, stop: int) -> bytes:
 
 def _unreadable(path: Path, error: Exception) -> WeightsError:
     reason = error.strerror if isinstance(error, OSError) else repr(error)
-    return WeightsError(f"`{path}` cannot be read: {reason}", hint=hint_for_unreadable(error))
+    return WeightsError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(error))
 
 
 def _tensor_info(name: str, item: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:

@@ -16,7 +16,7 @@ import numpy as np
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import Quantization
 from kimi_mlx.model.names import Entry, Source, is_latent_first, layer_entries, num_fused_shared, top_entries
-from kimi_mlx.parallel.placement import DIVIDED, Share, Span, Units, parse_strategy
+from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
 from kimi_mlx.weights.checkpoint import Checkpoint, Field, Matrix
 from kimi_mlx.weights.index import DTYPE_BYTES
 
@@ -40,9 +40,9 @@ class Window:
     source: Source
     per: int
     values: int
-    stack: Span | None = None
-    rows: Span | None = None
-    columns: Span | None = None
+    stack: Range | None = None
+    rows: Range | None = None
+    columns: Range | None = None
 
     def of(self, array: np.ndarray) -> np.ndarray:
         """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
@@ -161,7 +161,7 @@ def array_name(entry: str, part: int, parts: int, array: str) -> str:
     return f"{entry}.{array}" if parts == 1 else f"{entry}.{part}.{array}"
 
 
-def plan_layer(checkpoint: Checkpoint, layer: int, share: Share | None) -> LayerPlan:
+def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> LayerPlan:
     """Plan what a rank holds of `layer`, which may be nothing; `share` None is all.
 
     Raises:
@@ -179,7 +179,7 @@ def plan_layer(checkpoint: Checkpoint, layer: int, share: Share | None) -> Layer
     )
 
 
-def plan_top(checkpoint: Checkpoint, share: Share | None) -> LayerPlan:
+def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     """Plan the embedding, the last norm and the head."""
     plan = LayerPlan(_plan_entries(checkpoint, top_entries(checkpoint.config), share))
     if "lm_head" not in plan.entries:
@@ -187,9 +187,9 @@ def plan_top(checkpoint: Checkpoint, share: Share | None) -> LayerPlan:
     return plan
 
 
-def placement_units(checkpoint: Checkpoint, strategy: str) -> Units:
+def placement_units(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
     """The pieces in which this checkpoint's matrices can be divided so that each has whole quantization groups."""
-    fuses_shared = "experts" not in DIVIDED[parse_strategy(strategy)[0]]
+    fuses_shared = "experts" not in SHARDED_AXES[parse_strategy(strategy)[0]]
     units: dict[str, int] = {}
     for layer in range(checkpoint.config.num_hidden_layers):
         for entry in layer_entries(checkpoint.config, layer, checkpoint.layout, fuses_shared):
@@ -200,7 +200,7 @@ def placement_units(checkpoint: Checkpoint, strategy: str) -> Units:
                         group = quantization.group_size if quantization is not None else 1
                         unit = group // math.gcd(group, cut.unit)
                         units[cut.share] = math.lcm(units.get(cut.share, 1), unit)
-    return Units(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
+    return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
 def as_box(shape: tuple[int, ...]) -> Box:
@@ -210,18 +210,18 @@ def as_box(shape: tuple[int, ...]) -> Box:
 
 
 def _plan_entries(
-    checkpoint: Checkpoint, entries: list[Entry], share: Share | None
+    checkpoint: Checkpoint, entries: list[Entry], share: RankShare | None
 ) -> dict[str, tuple[WeightPlan, ...]]:
     return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries if _holds(share, entry)}
 
 
-def _holds(share: Share | None, entry: Entry) -> bool:
+def _holds(share: RankShare | None, entry: Entry) -> bool:
     """Whether a rank has something of an entry."""
     cuts = (cut for part in entry.parts for source in part for cut in source.cuts)
-    return share is None or all(len(share.span(cut.share)) for cut in cuts)
+    return share is None or all(len(share.range_of(cut.share)) for cut in cuts)
 
 
-def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: Share | None) -> tuple[WeightPlan, ...]:
+def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: RankShare | None) -> tuple[WeightPlan, ...]:
     """Plan an entry; its parts are fused into one weight if they are stored alike."""
     parts = [_members(checkpoint, part, share) for part in entry.parts]
     for members in parts:
@@ -236,7 +236,7 @@ def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: Share | None) -> tu
 Member = tuple[Source, Matrix]
 
 
-def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: Share | None) -> list[Member]:
+def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: RankShare | None) -> list[Member]:
     """The matrices that are stacked into one part."""
     return [
         (source, checkpoint.matrix(path, source.suffix, source.shape))
@@ -245,20 +245,20 @@ def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: Share | N
     ]
 
 
-def _held_paths(source: Source, share: Share | None) -> Sequence[str]:
+def _held_paths(source: Source, share: RankShare | None) -> Sequence[str]:
     """The matrices of a source that a rank holds, where those of a stack are stored one by one."""
     span = _spans(source, share).get("stack")
     return source.paths if span is None or len(source.paths) == 1 else source.paths[span.start : span.stop]
 
 
-def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: Share | None) -> WeightPlan:
+def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: RankShare | None) -> WeightPlan:
     """Plan the fusion of parts: side by side by their rows, the members of each in a stack."""
     matrix = parts[0][0][1]
     arrays = tuple(_plan_array(checkpoint, parts, number, share) for number in range(len(matrix.fields)))
     return WeightPlan(arrays, matrix.quantization)
 
 
-def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: Share | None) -> ArrayPlan:
+def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None) -> ArrayPlan:
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
     moves: list[Move] = []
     field = parts[0][0][1].fields[number]
@@ -281,19 +281,19 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
 
 
-def _window(source: Source, field: Field, share: Share | None) -> Window:
+def _window(source: Source, field: Field, share: RankShare | None) -> Window:
     spans = _spans(source, share)
     if len(source.paths) > 1:
         spans.pop("stack", None)  # chosen by their paths
     return Window(source, field.per, field.values, **spans)
 
 
-def _spans(source: Source, share: Share | None) -> dict[str, Span]:
+def _spans(source: Source, share: RankShare | None) -> dict[str, Range]:
     """What a rank takes of each axis that is cut."""
     if share is None:
         return {}
-    spans = ((cut, share.span(cut.share)) for cut in source.cuts)
-    return {cut.axis: Span(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
+    spans = ((cut, share.range_of(cut.share)) for cut in source.cuts)
+    return {cut.axis: Range(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
 
 
 def _num_axes(source: Source) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts
-from kimi_mlx.parallel.placement import Span
+from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.index import TensorInfo, read_index
@@ -126,7 +126,7 @@ def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def _slice(span: Span | None) -> slice:
+def _slice(span: Range | None) -> slice:
     return slice(None) if span is None else slice(span.start, span.stop)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.weight import Joined
+from kimi_mlx.model.weight import ConcatLinear
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import Golden, load_golden, quantize_checkpoint, write_checkpoint
@@ -112,10 +112,10 @@ def dequantize(folder: Path, target: Path) -> Path:
 def test_parts_quantized_differently_stay_apart(tmp_path: Path) -> None:
     folder = quantized(load_golden("k2"), tmp_path, **LAYOUTS["overrides"])
     model = load_model(folder, load_config(folder), mx.float32)
-    assert isinstance(model.layers[1].self_attn.qkv_a_proj, Joined)
+    assert isinstance(model.layers[1].self_attn.qkv_a_proj, ConcatLinear)
     assert "shared_experts" in model.layers[1].mlp
     assert "shared_experts" in model.layers[2].mlp
-    assert isinstance(model.layers[2].mlp.gate_up_proj, Joined)
+    assert isinstance(model.layers[2].mlp.gate_up_proj, ConcatLinear)
 
 
 def test_shared_experts_quantized_alike_join_the_routed_ones(tmp_path: Path) -> None:

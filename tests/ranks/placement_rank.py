@@ -70,7 +70,7 @@ def tokens(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]
             engine.add(*waiting.pop(0))
             with contextlib.suppress(EngineError):  # a refused one between them
                 engine.add(-1, Request(()))
-        for number, event in engine.turn():
+        for number, event in engine.step():
             if isinstance(event, Token):
                 found[number].append(event.id)
             elif isinstance(event, Finished) and event.reason != "length":

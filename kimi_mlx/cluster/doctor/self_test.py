@@ -18,7 +18,7 @@ from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import RingError, SshError, StallError
-from kimi_mlx.parallel.sum_choice import SumChoice
+from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 
 MODULE = "kimi_mlx.rank.self_test"
 
@@ -56,7 +56,7 @@ class SelfTest:
     findings: tuple[Finding, ...]
     timings: tuple[Timing, ...] = ()
     device: str = ""
-    sums: SumChoice | None = None
+    sums: AllReduceChoice | None = None
     is_stalled: bool = False
 
 
@@ -83,7 +83,7 @@ def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, s
         Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "trouble", each.message, each.hint)
         for each in found
     )
-    sums = done[0]["all_reduce"] and SumChoice.from_dict(done[0]["all_reduce"])
+    sums = done[0]["all_reduce"] and AllReduceChoice.from_dict(done[0]["all_reduce"])
     return SelfTest(findings or (_right(cluster, timings),), timings, str(done[0]["device"]), sums)
 
 

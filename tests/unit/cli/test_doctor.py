@@ -22,7 +22,7 @@ from kimi_mlx.cluster.hosts.host import Host, Hostfile
 from kimi_mlx.cluster.network.links import Measured, Network
 from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import ConfigError, HostfileError, UsageError
-from kimi_mlx.parallel.sum_choice import SumChoice, SumTiming
+from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice, AllReduceTiming
 from tests.unit.cluster.doctor.test_host_checks import MAC, OTHER
 
 TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
@@ -33,9 +33,9 @@ MINI = memory_requirement("kimi-mini")
 K2 = memory_requirement("kimi-k2")
 
 TIMINGS = tuple(Timing(each, 0.0003, 0.0008, 100) for each in all_payloads(7168, 163840, 2, 512))
-SUMS = SumChoice(
+SUMS = AllReduceChoice(
     324_000,
-    (SumTiming(8, 114_688, 0.0003, 0.0006, 7), SumTiming(64, 917_504, 0.0021, 0.0012, 7)),
+    (AllReduceTiming(8, 114_688, 0.0003, 0.0006, 7), AllReduceTiming(64, 917_504, 0.0021, 0.0012, 7)),
     is_same_bits=True,
     seconds=0.12,
 )
@@ -126,7 +126,7 @@ def test_json_has_all_of_it() -> None:
     assert document["hostfile"]["hosts"][0] == {"ssh": "mac-a", "ips": ["10.78.1.11"]}
     assert document["links"][1] == {**document["links"][1], "measured": None}
     assert len(document["self_test"]["timings"]) == 18
-    assert SumChoice.from_dict(document["self_test"]["sums"]) == SUMS
+    assert AllReduceChoice.from_dict(document["self_test"]["sums"]) == SUMS
     bad = to_dict(BAD, K2)
     assert (bad["ok"], bad["hosts"]["mac-b"], bad["self_test"]) == (False, None, None)
     assert bad["findings"][0]["remedy"].endswith(f"`{LONG}`")

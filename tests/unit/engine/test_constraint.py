@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.constraint import Constraint, Vocabulary, masked
+from kimi_mlx.engine.constraint import Constraint, TokenVocabulary, masked
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -68,7 +68,7 @@ def test_masks_along_a_draft_are_those_of_going_along_it() -> None:
             one.advance(token)
             other.advance(token)
         before = one.allowed()
-        along = one.allowed_along(answer[at:-1])
+        along = one.allowed_for_draft(answer[at:-1])
         assert (one.allowed() == before).all()
         for i, token in enumerate(answer[at:]):
             assert (along[i] == other.allowed()).all()
@@ -83,7 +83,7 @@ def test_behind_a_wrong_token_or_an_end_a_draft_is_free() -> None:
     constraint = Constraint(VOCABULARY, grammar_for(PERSON))
     (brace,) = TOKENIZER.encode("{")
     end = TOKENIZER.special_tokens["<|im_end|>"]
-    masks = constraint.allowed_along([brace, end, brace])
+    masks = constraint.allowed_for_draft([brace, end, brace])
     assert (masks[0] == constraint.allowed()).all()
     assert not bits(masks[1])[end]
     assert bits(masks[2]).all()
@@ -135,7 +135,7 @@ def test_masked_logits(dtype: mx.Dtype) -> None:
     assert (np.array(out.astype(mx.float32)) == expected).all()
 
 
-def judge(schema: Any, text: str) -> None:
+def check_valid(schema: Any, text: str) -> None:
     """Require an answer that is valid by the `jsonschema` package."""
     jsonschema.Draft202012Validator({"type": "object"} if schema is True else schema).validate(json.loads(text))
 
@@ -150,7 +150,7 @@ def test_every_answer_to_a_random_schema_is_valid(count: int) -> None:
         if answer is None:
             unfinished += 1
         else:
-            judge(schema, TOKENIZER.decode(answer[:-1]))
+            check_valid(schema, TOKENIZER.decode(answer[:-1]))
     assert unfinished < count / 20
 
 
@@ -172,11 +172,11 @@ def test_kimi_mini_says_what_it_must(mini: tuple[Model, ChatTokenizer], thinking
         answer = greedy(model, vocabulary, prompt, grammar_for(schema, how))
         if answer[-1] in TOKENIZER.eos_token_ids:
             finished += 1
-            judge(schema, TOKENIZER.decode(answer[:-1]).rpartition("</think>")[2])
+            check_valid(schema, TOKENIZER.decode(answer[:-1]).rpartition("</think>")[2])
     assert finished
 
 
-def greedy(model: Model, vocabulary: Vocabulary, prompt: list[int], grammar: str, most: int = 150) -> list[int]:
+def greedy(model: Model, vocabulary: TokenVocabulary, prompt: list[int], grammar: str, most: int = 150) -> list[int]:
     """The likeliest tokens that are allowed."""
     constraint, cache = Constraint(vocabulary, grammar), model.make_cache()
     answer: list[int] = []

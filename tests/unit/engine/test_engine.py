@@ -130,9 +130,9 @@ def test_cancellation_during_prefill(model: Model) -> None:
     for turns in range(3):
         engine.add(0, Request(PROMPT))
         for _ in range(turns):
-            list(engine.turn())
+            list(engine.step())
         engine.cancel(0)
-        events = [event for _, event in engine.turn()]
+        events = [event for _, event in engine.step()]
         assert isinstance(events[-1], Finished)
         assert (events[-1].reason, events[-1].statistics.generated_tokens) == ("cancelled", 0)
 
@@ -205,7 +205,7 @@ def test_requests_at_the_same_time_share_the_beginning_of_their_prompts(model: M
 def _take(engine: Engine, tokens: dict[int, list[int]], cached: dict[int, int]) -> None:
     if engine.is_idle:
         return
-    for number, event in engine.turn():
+    for number, event in engine.step():
         if isinstance(event, Token):
             tokens[number].append(event.id)
         elif isinstance(event, Finished):
@@ -224,9 +224,9 @@ def test_ids_of_numpy_are_whole_numbers_and_others_are_refused(model: Model, gre
 
 def test_commands_taken_while_idle_are_not_awaited_again(model: Model) -> None:
     engine = Engine(model)
-    assert [engine.news(taken) for taken in range(1, 400)] == [1] * 399
+    assert [engine.num_new_commands(taken) for taken in range(1, 400)] == [1] * 399
     engine.add(0, Request(PROMPT, max_tokens=1))
-    assert engine.news(400) == 0
+    assert engine.num_new_commands(400) == 0
 
 
 def make_prompt(length: int, seed: int) -> tuple[int, ...]:
@@ -250,13 +250,13 @@ def test_alone_and_among_eight_the_text_is_the_same(model: Model) -> None:
 def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> None:
     engine = Engine(model, prefill_chunk=16)
     engine.add(0, Request(make_prompt(3, seed=1), max_tokens=50))
-    list(engine.turn())
-    list(engine.turn())
+    list(engine.step())
+    list(engine.step())
     engine.add(1, Request(make_prompt(160, seed=2), max_tokens=1))
     engine.add(2, Request(make_prompt(10, seed=3), max_tokens=1))
     seen: list[set[tuple[int, type]]] = []
     while not engine.is_idle:
-        seen.append({(number, type(event)) for number, event in engine.turn()})
+        seen.append({(number, type(event)) for number, event in engine.step()})
     reading = [turn for turn in seen if (1, Prefilled) in turn]
     assert len(reading) >= 9
     assert all((0, Token) in turn for turn in reading[1:])
@@ -277,10 +277,10 @@ def test_what_has_no_room_waits_or_is_put_back(model: Model, monkeypatch: pytest
     while not engine.is_idle:
         _take(engine, tokens, cached)
         most = max(most, sum(len(batch.members) for batch in engine._batches))
-        assert engine._shelf.busy_tokens + engine._shelf.idle_tokens <= 768
+        assert engine._pool.busy_tokens + engine._pool.idle_tokens <= 768
     assert most == 2  # 256 tokens each at first, 512 in the end
     assert all(len(found) == 20 for found in tokens.values())
     alone = Engine(model)
     assert [run(alone, Request(prompts[number], max_tokens=20))[0] for number in (2, 4)] == [tokens[2], tokens[4]]
-    with pytest.raises(EngineError, match="the memory holds 768"):
+    with pytest.raises(EngineError, match="the KV cache holds 768"):
         engine.add(9, Request((1,) * 1024))

@@ -12,7 +12,7 @@ from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.free_memory import agreed_limits, free_bytes, rank_shape_of
 from kimi_mlx.engine.request import Finished, Request
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.decoder import Model, Part
+from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.sizing.engine_limits import EngineLimits
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, prefill_bytes
@@ -57,7 +57,7 @@ def test_the_formula_holds(model: Model, chunk: int, context: int) -> None:
     cache = fill(model, context - chunk)
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(model.hidden(mx.zeros((1, chunk), mx.int32), [Part(cache, chunk)]))
+    mx.eval(model.hidden(mx.zeros((1, chunk), mx.int32), [SequenceSlice(cache, chunk)]))
     measured = mx.get_peak_memory() - active
     growth = sum(layer.state[0].nbytes for layer in cache) * chunk / context  # the caches have grown, too
     assert 0.5 < (measured - growth) / prefill_bytes(model.config, rank_shape_of(model), chunk, context) < 1.1
@@ -69,7 +69,7 @@ def test_the_last_chunk_of_64_k_tokens_takes_little_memory(model: Model) -> None
     cache = fill(model, LONG - PREFILL_CHUNK)
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(model.hidden(mx.zeros((1, PREFILL_CHUNK), mx.int32), [Part(cache, PREFILL_CHUNK)]))
+    mx.eval(model.hidden(mx.zeros((1, PREFILL_CHUNK), mx.int32), [SequenceSlice(cache, PREFILL_CHUNK)]))
     assert mx.get_peak_memory() - active < prefill_bytes(model.config, rank_shape_of(model), PREFILL_CHUNK, LONG)
 
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.kv_cache_pool import CacheShelf, ConversationCache, common_prefix, room_of
+from kimi_mlx.engine.kv_cache_pool import KVCachePool, SequenceCache, common_prefix, padded_length
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
 from kimi_mlx.text.template import ChatTemplate
 from tests.fakes import KIMI_MINI
-from tests.unit.engine.rows import MODEL, check, feed, turn
+from tests.unit.engine.cache_rows import MODEL, append_tokens, check, run_turn
 
 K2_THINKING = Path(__file__).parents[1] / "text" / "templates" / "k2_thinking.jinja"
 
@@ -31,109 +31,109 @@ SYSTEM = said(900, 1)
 
 
 def test_a_conversation_goes_on_where_it_was() -> None:
-    shelf, prompt, cached = CacheShelf(MODEL, 10_000), list(SYSTEM), []
+    pool, prompt, cached = KVCachePool(MODEL, 10_000), list(SYSTEM), []
     for number in range(10):
         prompt += said(50, 10 + number)
-        cached.append(turn(shelf, prompt, answer := said(30, 50 + number)))
+        cached.append(run_turn(pool, prompt, answer := said(30, 50 + number)))
         prompt += answer
     assert cached == [0, *(len(SYSTEM) + 80 * number for number in range(1, 10))]
-    assert shelf.idle_tokens == room_of(len(prompt))  # one sequence, not ten
+    assert pool.idle_tokens == padded_length(len(prompt))  # one sequence, not ten
 
 
 def test_conversations_that_share_a_beginning_do_not_cut_each_other() -> None:
-    shelf = CacheShelf(MODEL, 10_000)
+    pool = KVCachePool(MODEL, 10_000)
     prompts = {agent: [*SYSTEM, *said(100, 10 + agent)] for agent in range(3)}
     for round_ in range(4):
         for agent, prompt in prompts.items():
-            cached = turn(shelf, prompt, answer := said(40, 100 + 10 * round_ + agent))
+            cached = run_turn(pool, prompt, answer := said(40, 100 + 10 * round_ + agent))
             expected = len(prompt) - 100 if round_ else len(SYSTEM) * bool(agent)
             assert cached == expected
             prompt += [*answer, *said(100, 200 + 10 * round_ + agent)]
 
 
 def test_thinking_that_is_stripped_costs_its_own_turn_and_leaves_nothing_behind() -> None:
-    shelf = CacheShelf(MODEL, 10_000)
+    pool = KVCachePool(MODEL, 10_000)
     question, thinking, answer = said(200, 2), said(300, 3), said(60, 4)
-    assert turn(shelf, [*SYSTEM, *question], [*thinking, *answer]) == 0
-    assert turn(shelf, [*SYSTEM, *question, *answer, *said(20, 5)]) == len(SYSTEM) + len(question)
-    assert shelf.idle_tokens == room_of(len([*SYSTEM, *question, *answer, *said(20, 5)]))
+    assert run_turn(pool, [*SYSTEM, *question], [*thinking, *answer]) == 0
+    assert run_turn(pool, [*SYSTEM, *question, *answer, *said(20, 5)]) == len(SYSTEM) + len(question)
+    assert pool.idle_tokens == padded_length(len([*SYSTEM, *question, *answer, *said(20, 5)]))
 
 
 def test_another_answer_to_the_same_prompt_leaves_the_first_one() -> None:
-    shelf = CacheShelf(MODEL, 10_000)
-    assert [turn(shelf, SYSTEM, said(300, answer)) for answer in (2, 3)] == [0, len(SYSTEM) - 1]
-    assert [turn(shelf, [*SYSTEM, *said(300, answer), 7]) for answer in (2, 3)] == [len(SYSTEM) + 300] * 2
+    pool = KVCachePool(MODEL, 10_000)
+    assert [run_turn(pool, SYSTEM, said(300, answer)) for answer in (2, 3)] == [0, len(SYSTEM) - 1]
+    assert [run_turn(pool, [*SYSTEM, *said(300, answer), 7]) for answer in (2, 3)] == [len(SYSTEM) + 300] * 2
 
 
 def test_what_was_used_last_stays() -> None:
-    shelf = CacheShelf(MODEL, 3 * 512)
+    pool = KVCachePool(MODEL, 3 * 512)
     for seed in (1, 2, 3):
-        turn(shelf, said(400, seed))
-    turn(shelf, said(400, 1))  # now 2 is the oldest
-    turn(shelf, said(400, 4))
-    assert shelf.idle_tokens == 3 * 512
-    assert [turn(shelf, said(400, seed)) for seed in (4, 3, 1)] == [399] * 3
-    assert turn(shelf, said(400, 2)) == 0
+        run_turn(pool, said(400, seed))
+    run_turn(pool, said(400, 1))  # now 2 is the oldest
+    run_turn(pool, said(400, 4))
+    assert pool.idle_tokens == 3 * 512
+    assert [run_turn(pool, said(400, seed)) for seed in (4, 3, 1)] == [399] * 3
+    assert run_turn(pool, said(400, 2)) == 0
 
 
 def test_without_room_for_both_a_sequence_is_cut_and_not_copied() -> None:
-    shelf = CacheShelf(MODEL, 2048)
-    turn(shelf, [*SYSTEM, *said(600, 2)])
-    assert turn(shelf, [*SYSTEM, *said(600, 3)]) == len(SYSTEM)
-    assert shelf.idle_tokens == room_of(1500)
-    assert turn(shelf, [*SYSTEM, *said(600, 2)]) == len(SYSTEM)
+    pool = KVCachePool(MODEL, 2048)
+    run_turn(pool, [*SYSTEM, *said(600, 2)])
+    assert run_turn(pool, [*SYSTEM, *said(600, 3)]) == len(SYSTEM)
+    assert pool.idle_tokens == padded_length(1500)
+    assert run_turn(pool, [*SYSTEM, *said(600, 2)]) == len(SYSTEM)
 
 
 def test_a_sequence_in_use_is_copied() -> None:
-    shelf = CacheShelf(MODEL, 10_000)
-    first, _ = shelf.take(tuple(SYSTEM))
-    feed(first, SYSTEM[:500])
-    second, cached = shelf.take((*SYSTEM[:450], 1, 2))
+    pool = KVCachePool(MODEL, 10_000)
+    first, _ = pool.acquire(tuple(SYSTEM))
+    append_tokens(first, SYSTEM[:500])
+    second, cached = pool.acquire((*SYSTEM[:450], 1, 2))
     assert (cached, second is first) == (450, False)
-    feed(first, SYSTEM[500:])
-    feed(second, [1, 2])
+    append_tokens(first, SYSTEM[500:])
+    append_tokens(second, [1, 2])
     for cache in (first, second):
         check(cache)
-    assert shelf.busy_tokens == 1024 + 512
-    assert shelf.idle_tokens == 0
+    assert pool.busy_tokens == 1024 + 512
+    assert pool.idle_tokens == 0
 
 
 def test_what_is_held_by_a_longer_one_goes() -> None:
-    shelf = CacheShelf(MODEL, 10_000)
-    caches = [shelf.take(tuple(SYSTEM))[0] for _ in range(3)]
+    pool = KVCachePool(MODEL, 10_000)
+    caches = [pool.acquire(tuple(SYSTEM))[0] for _ in range(3)]
     for cache, length in zip(caches, (300, 900, 600), strict=True):
-        feed(cache, SYSTEM[:length])
-        shelf.give_back(cache)
-    assert shelf.idle_tokens == 1024
+        append_tokens(cache, SYSTEM[:length])
+        pool.release(cache)
+    assert pool.idle_tokens == 1024
 
 
 def test_room_is_made_of_idle_ones_alone_and_only_if_that_is_enough() -> None:
-    shelf = CacheShelf(MODEL, 2048)
-    turn(shelf, said(500, 1))
-    turn(shelf, said(500, 2))
-    busy, _ = shelf.take(tuple(said(700, 3)))
-    assert (shelf.busy_tokens, shelf.idle_tokens) == (768, 1024)
-    assert not shelf.make_room(1536)
-    assert shelf.idle_tokens == 1024
-    assert shelf.make_room(512)
-    assert shelf.idle_tokens == 512
-    assert shelf.has_room(1280)
-    assert not shelf.has_room(1281)
-    shelf.clear()
-    assert (shelf.busy_tokens, shelf.idle_tokens) == (768, 0)
-    feed(busy, said(700, 3))
-    shelf.give_back(busy)
-    assert turn(shelf, said(700, 3)) == 699
+    pool = KVCachePool(MODEL, 2048)
+    run_turn(pool, said(500, 1))
+    run_turn(pool, said(500, 2))
+    busy, _ = pool.acquire(tuple(said(700, 3)))
+    assert (pool.busy_tokens, pool.idle_tokens) == (768, 1024)
+    assert not pool.make_room(1536)
+    assert pool.idle_tokens == 1024
+    assert pool.make_room(512)
+    assert pool.idle_tokens == 512
+    assert pool.has_room(1280)
+    assert not pool.has_room(1281)
+    pool.clear()
+    assert (pool.busy_tokens, pool.idle_tokens) == (768, 0)
+    append_tokens(busy, said(700, 3))
+    pool.release(busy)
+    assert run_turn(pool, said(700, 3)) == 699
 
 
 def test_memory_that_a_cancelled_prompt_does_not_need_is_freed() -> None:
-    shelf = CacheShelf(MODEL, 4096)
-    turn(shelf, said(300, 1))
-    cache, cached = shelf.take((*said(300, 1), *said(3000, 2)))
+    pool = KVCachePool(MODEL, 4096)
+    run_turn(pool, said(300, 1))
+    cache, cached = pool.acquire((*said(300, 1), *said(3000, 2)))
     assert cached == 300
-    assert cache.layers[0].state[0].shape[2] == room_of(3300)
-    shelf.give_back(cache)
-    assert cache.layers[0].state[0].shape[2] == shelf.idle_tokens == 512
+    assert cache.layers[0].state[0].shape[2] == padded_length(3300)
+    pool.release(cache)
+    assert cache.layers[0].state[0].shape[2] == pool.idle_tokens == 512
 
 
 TOKENS = st.lists(st.integers(0, 1), max_size=6)
@@ -146,38 +146,38 @@ STRETCH = 100
     budget=st.integers(1, 8),
 )
 def test_the_budget_is_kept_and_ranks_agree(turns: list[tuple[list[int], list[int], int, bool]], budget: int) -> None:
-    shelves = [CacheShelf(MODEL, budget * 256) for _ in range(2)]
-    busy: list[tuple[list[ConversationCache], list[int]]] = []
+    pools = [KVCachePool(MODEL, budget * 256) for _ in range(2)]
+    busy: list[tuple[list[SequenceCache], list[int]]] = []
 
-    def give_back(at: int) -> None:
+    def release(at: int) -> None:
         caches, rest = busy.pop(at)
-        for shelf, cache in zip(shelves, caches, strict=True):
-            growth = room_of(len(cache.tokens) + len(rest)) - room_of(max(len(cache.tokens), 1))
-            if shelf.make_room(growth):
-                feed(cache, rest)
-            shelf.give_back(cache)
-            assert shelf.busy_tokens + shelf.idle_tokens <= shelf.budget_tokens
+        for pool, cache in zip(pools, caches, strict=True):
+            growth = padded_length(len(cache.tokens) + len(rest)) - padded_length(max(len(cache.tokens), 1))
+            if pool.make_room(growth):
+                append_tokens(cache, rest)
+            pool.release(cache)
+            assert pool.busy_tokens + pool.idle_tokens <= pool.budget_tokens
 
     for prompt, answer, number, is_read in turns:
         prompt = [token for drawn in prompt for token in [drawn] * STRETCH] + [9]
-        if shelves[0].has_room(len(prompt)):
-            kept = [*shelves[0]._idle, *(cache for cache, _ in shelves[0]._busy)]
+        if pools[0].has_room(len(prompt)):
+            kept = [*pools[0]._idle, *(cache for cache, _ in pools[0]._busy)]
             expected = max((common_prefix(cache.tokens, prompt[:-1]) for cache in kept), default=0)
-            taken = [shelf.take(prompt) for shelf in shelves]
+            taken = [pool.acquire(prompt) for pool in pools]
             assert [cached for _, cached in taken] == [expected] * 2
-            for shelf, (cache, cached) in zip(shelves, taken, strict=True):
+            for pool, (cache, cached) in zip(pools, taken, strict=True):
                 check(cache)
-                assert shelf.busy_tokens + shelf.idle_tokens <= shelf.budget_tokens
+                assert pool.busy_tokens + pool.idle_tokens <= pool.budget_tokens
                 if is_read:
-                    feed(cache, prompt[cached:])
+                    append_tokens(cache, prompt[cached:])
             busy.append(([cache for cache, _ in taken], [token for drawn in answer for token in [drawn] * 20]))
         if busy and number:
-            give_back(number % len(busy))
+            release(number % len(busy))
     while busy:
-        give_back(0)
-    assert shelves[0].idle_tokens == shelves[1].idle_tokens
-    for shelf in shelves:
-        for cache in shelf._idle:
+        release(0)
+    assert pools[0].idle_tokens == pools[1].idle_tokens
+    for pool in pools:
+        for cache in pool._idle:
             check(cache)
 
 
@@ -198,7 +198,7 @@ def ask(engine: Engine, prompt: Sequence[int], max_tokens: int = 12) -> tuple[li
 
 def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
     tokenizer = ChatTokenizer.load(KIMI_MINI).tokenizer
-    template, shelf = ChatTemplate(K2_THINKING.read_text()), CacheShelf(MODEL, 10_000)
+    template, pool = ChatTemplate(K2_THINKING.read_text()), KVCachePool(MODEL, 10_000)
     messages: list[dict[str, Any]] = [{"role": "system", "content": "You know the tides. " * 20}]
     asked = 0
     for exchange in range(3):
@@ -209,16 +209,16 @@ def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
         for number in (2 * exchange, 2 * exchange + 1):
             messages.append(tool_call(number))
             spoken = template.encode(tokenizer, messages, add_generation_prompt=False)
-            assert turn(shelf, prompt, spoken[len(prompt) : -1]) == expected  # <|im_end|> is not fed
+            assert run_turn(pool, prompt, spoken[len(prompt) : -1]) == expected  # <|im_end|> is not fed
             expected = len(spoken) - 1
             messages.append({"role": "tool", "tool_call_id": f"functions.tide:{number}", "content": "06:12"})
             prompt = template.encode(tokenizer, messages)
         think, end = (tokenizer.special_tokens[name] for name in ("<think>", "</think>"))
         answer = "At six in the morning, as on every day before, give or take."
         spoken = [think, *tokenizer.encode("So it is. " * 40), end, *tokenizer.encode(answer)]
-        assert turn(shelf, prompt, spoken) == expected
+        assert run_turn(pool, prompt, spoken) == expected
         messages.append({"role": "assistant", "content": answer})
-        assert shelf.idle_tokens == room_of(len(prompt) + len(spoken))  # nothing that is out of date
+        assert pool.idle_tokens == padded_length(len(prompt) + len(spoken))  # nothing that is out of date
 
 
 def tool_call(number: int) -> dict[str, Any]:

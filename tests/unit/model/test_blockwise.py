@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model import attention, blockwise
+from kimi_mlx.model.batch_layout import causal_mask
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.sizes import EXPANDED_MAX_BYTES, KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
-from kimi_mlx.model.step import causal_mask
 from kimi_mlx.weights.assemble import load_model
 
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"

@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from kimi_mlx.errors import PlacementError, UsageError
 from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.parallel.placement import (
-    DIVIDED,
+    SHARDED_AXES,
     STRATEGIES,
     Placement,
-    Share,
-    Span,
-    Units,
-    divide,
-    normal_strategy,
+    Range,
+    RankShare,
+    SplitGranularity,
+    normalize_strategy,
     parse_strategy,
     place,
+    split_proportionally,
 )
 from kimi_mlx.planner.model_shape import known_shape
 from tests.checkpoints import load_golden
 
 K2 = known_shape("kimi-k2").config
-UNITS = Units(heads=1, expert=64, shared=64, dense=64)
+UNITS = SplitGranularity(heads=1, expert=64, shared=64, dense=64)
 WEIGHTS = st.lists(st.integers(1, 600), min_size=1, max_size=8)
 
 
@@ -37,9 +37,9 @@ def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights
     pieces = -(-total // unit)
     if pieces < len(weights):
         with pytest.raises(PlacementError, match=f"{pieces} pieces, too few for {len(weights)} ranks"):
-            divide(total, unit, weights, "rows")
+            split_proportionally(total, unit, weights, "rows")
         return
-    spans = divide(total, unit, weights, "rows")
+    spans = split_proportionally(total, unit, weights, "rows")
     assert spans[0].start == 0
     assert spans[-1].stop == total
     assert all(before.stop == after.start for before, after in itertools.pairwise(spans))
@@ -52,7 +52,7 @@ def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights
 
 
 def test_without_a_unit_there_is_nothing_to_divide() -> None:
-    assert [len(span) for span in divide(100, None, (1, 2), "rows")] == [0, 0]
+    assert [len(span) for span in split_proportionally(100, None, (1, 2), "rows")] == [0, 0]
 
 
 def weights_of(size: int) -> str:
@@ -77,17 +77,17 @@ def test_k2_is_divided_in_what_the_strategy_divides(strategy: str, size: int, is
         "vocab_rows": K2.vocab_size,
     }
     for field, total in totals.items():
-        spans = [share.span(field) for share in placement.shares]
-        if field in DIVIDED[name] and size > 1:
-            assert placement.divides(field)
+        spans = [share.range_of(field) for share in placement.shares]
+        if field in SHARDED_AXES[name] and size > 1:
+            assert placement.is_sharded(field)
             assert (spans[0].start, spans[-1].stop) == (0, total)
             assert all(before.stop == after.start for before, after in itertools.pairwise(spans))
             unit = {"expert_rows": 64, "shared_rows": 64, "dense_rows": 64}.get(field, 1)
             for span, weight in zip(spans, weights or [1] * size, strict=True):
                 assert abs(len(span) - total * weight / (sum(weights) or size)) <= unit
         elif (field, name) != ("vocab_rows", "pipeline"):
-            assert not placement.divides(field)
-            assert spans[0] == Span(0, total)
+            assert not placement.is_sharded(field)
+            assert spans[0] == Range(0, total)
     heads = [len(share.vocab_rows) for share in placement.shares]
     tables = [len(share.embed_rows) for share in placement.shares]
     if name == "pipeline":
@@ -116,7 +116,7 @@ def test_a_placement_survives_json(strategy: str) -> None:
     ],
 )
 def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> None:
-    assert normal_strategy(text, size) == normal
+    assert normalize_strategy(text, size) == normal
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> 
 )
 def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        normal_strategy(text, 2)
+        normalize_strategy(text, 2)
     assert caught.value.hint is not None
 
 
@@ -143,7 +143,7 @@ def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
 )
 def test_too_many_ranks_are_refused(strategy: str, words: str) -> None:
     with pytest.raises(PlacementError, match=words):
-        place(small_config(), strategy, 64, Units(heads=2, expert=32, shared=32, dense=32))
+        place(small_config(), strategy, 64, SplitGranularity(heads=2, expert=32, shared=32, dense=32))
 
 
 def small_config() -> ModelConfig:
@@ -151,5 +151,5 @@ def small_config() -> ModelConfig:
 
 
 def test_every_span_is_in_the_table() -> None:
-    names = {field.name for field in fields(Share)}
-    assert set().union(*DIVIDED.values()) <= names
+    names = {field.name for field in fields(RankShare)}
+    assert set().union(*SHARDED_AXES.values()) <= names

@@ -21,9 +21,9 @@ from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.parallel.all_ranks import ERROR_BYTES, check_same_on_all_ranks, run_on_all_ranks
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
-from kimi_mlx.parallel.together import ERROR_BYTES, require_equal, together
 from kimi_mlx.runtime.load import load_share
 from kimi_mlx.store import writer
 from kimi_mlx.store.build import Job, deal
@@ -419,13 +419,13 @@ def test_a_failure_of_one_host_is_raised_by_all(rows: tuple[str, str]) -> None:
     others = [np.frombuffer(row.encode().ljust(ERROR_BYTES), np.uint8) for row in rows]
     group = FixedGather(rank=1, size=3, others=others)
     if not any(rows):
-        assert together(group, lambda: 5) == 5
+        assert run_on_all_ranks(group, lambda: 5) == 5
         return
     with pytest.raises(WeightsError, match=r"host 0: (m|has failed)"):
-        together(group, lambda: 5)
+        run_on_all_ranks(group, lambda: 5)
 
 
 def test_hosts_that_differ_refuse_to_work_together() -> None:
     group = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
     with pytest.raises(WeightsError, match="rank 1 has another version than rank 0"):
-        require_equal(group, "0.1.0", "version", "mend it")
+        check_same_on_all_ranks(group, "0.1.0", "version", "mend it")

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from kimi_mlx.model.config import ModelConfig, load_config
-from kimi_mlx.parallel.placement import STRATEGIES, Placement, Share, Span, place
+from kimi_mlx.parallel.placement import STRATEGIES, Placement, Range, RankShare, place
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.moves import LayerPlan, placement_units, plan_layer, plan_top
@@ -33,7 +33,7 @@ def whole(folder: Path) -> Arrays:
     return parameters(folder, None)
 
 
-def parameters(folder: Path, share: Share | None) -> Arrays:
+def parameters(folder: Path, share: RankShare | None) -> Arrays:
     return dict(tree_flatten(load_model(folder, load_config(folder), mx.float32, share).parameters()))
 
 
@@ -43,18 +43,18 @@ def place_folder(folder: Path, strategy: str, size: int) -> tuple[Checkpoint, Pl
     return checkpoint, place(config, strategy, size, placement_units(checkpoint, strategy))
 
 
-def rows(array: mx.array, span: Span, axis: int = 0) -> mx.array:
+def rows(array: mx.array, span: Range, axis: int = 0) -> mx.array:
     return mx.take(array, mx.arange(span.start, span.stop), axis=axis)
 
 
-def columns(array: mx.array, span: Span, total: int) -> mx.array:
+def columns(array: mx.array, span: Range, total: int) -> mx.array:
     """Of a matrix of `total` columns, which may be packed or stand for groups."""
     width = array.shape[-1]
     assert span.start * width % total == span.stop * width % total == 0
     return array[..., span.start * width // total : span.stop * width // total]
 
 
-def halves(array: mx.array, span: Span) -> mx.array:
+def halves(array: mx.array, span: Range) -> mx.array:
     """Rows of gate, then the same of up."""
     return mx.concatenate([rows(half, span, -2) for half in mx.split(array, 2, axis=-2)], axis=-2)
 
@@ -62,7 +62,7 @@ def halves(array: mx.array, span: Span) -> mx.array:
 class Expected:
     """A rank's parameters, cut out of those of one process by what they mean; knows nothing of plans and moves."""
 
-    def __init__(self, whole: Arrays, config: ModelConfig, share: Share):
+    def __init__(self, whole: Arrays, config: ModelConfig, share: RankShare):
         self.whole, self.config, self.share = whole, config, share
 
     def arrays(self) -> Arrays:
@@ -89,7 +89,7 @@ class Expected:
         c, share = self.config, self.share
         heads = share.heads
         entry = name.rpartition(".")[0]
-        by_head = Span(heads.start * c.qk_head_dim, heads.stop * c.qk_head_dim)
+        by_head = Range(heads.start * c.qk_head_dim, heads.stop * c.qk_head_dim)
         if entry == "self_attn.q_b_proj":
             yield name, rows(array, by_head)
         elif entry == "self_attn.qkv_a_proj" and c.q_lora_rank is None:
@@ -98,7 +98,7 @@ class Expected:
         elif entry in ("self_attn.embed_q", "self_attn.unembed_out"):
             yield name, rows(array, heads)
         elif entry == "self_attn.o_proj":
-            values = Span(heads.start * c.v_head_dim, heads.stop * c.v_head_dim)
+            values = Range(heads.start * c.v_head_dim, heads.stop * c.v_head_dim)
             yield name, columns(array, values, c.num_attention_heads * c.v_head_dim)
         elif entry == "mlp.gate" and self._is_expert:
             yield name, array[: c.n_routed_experts]
@@ -119,7 +119,7 @@ class Expected:
         return self.config.intermediate_size if array.ndim == 2 else self.config.moe_intermediate_size
 
     def _stack(
-        self, name: str, array: mx.array, cut: Callable[[mx.array, Span], mx.array]
+        self, name: str, array: mx.array, cut: Callable[[mx.array, Range], mx.array]
     ) -> Iterator[tuple[str, mx.array]]:
         """Gate and up, or down: of a dense layer, or of a stack of experts, whose last ones may be the shared."""
         if array.ndim == 2:
@@ -162,13 +162,13 @@ def test_a_ranks_parameters_are_its_share(strategy: str, size: int, folder: Path
             assert mx.array_equal(own[name], array), name
 
 
-def plans(checkpoint: Checkpoint, share: Share) -> Iterator[LayerPlan]:
+def plans(checkpoint: Checkpoint, share: RankShare) -> Iterator[LayerPlan]:
     for layer in range(checkpoint.config.num_hidden_layers):
         yield plan_layer(checkpoint, layer, share)
     yield plan_top(checkpoint, share)
 
 
-def count_elements(checkpoint: Checkpoint, share: Share) -> dict[str, np.ndarray]:
+def count_elements(checkpoint: Checkpoint, share: RankShare) -> dict[str, np.ndarray]:
     """How often a rank takes each element of each tensor."""
     counts = {name: np.zeros(info.shape, np.uint8) for name, info in checkpoint.tensors.items()}
     for plan in plans(checkpoint, share):

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.kv_cache_pool import CacheShelf
+from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache import block_folder, block_store, block_writer
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS
 from kimi_mlx.engine.prompt_cache.block_store import HEADER_BYTES, BlockStore
 from kimi_mlx.errors import RingError
-from tests.unit.engine.rows import MODEL, SHAPE, open_store, turn
+from tests.unit.engine.cache_rows import MODEL, SHAPE, open_store, run_turn
 
 FILE_BYTES = SHAPE.block_bytes + HEADER_BYTES
 
@@ -41,14 +41,14 @@ def said(count: int, seed: int = 1) -> list[int]:
 def write(folder: Path, tokens: list[int]) -> None:
     """What a process leaves that has had a conversation."""
     store = open_store(folder)
-    turn(CacheShelf(MODEL, blocks=store), tokens)
+    run_turn(KVCachePool(MODEL, blocks=store), tokens)
     store.close()
 
 
 def found(folder: Path, tokens: list[int]) -> int:
     """How much of a conversation a new process has."""
     store = open_store(folder)
-    cached = turn(CacheShelf(MODEL, blocks=store), [*tokens, 1])
+    cached = run_turn(KVCachePool(MODEL, blocks=store), [*tokens, 1])
     store.close()
     return cached
 
@@ -87,10 +87,10 @@ def test_what_waits_to_be_written_is_there_already(tmp_path: Path, monkeypatch: 
         block_writer, "write_block", lambda *args: [time.sleep(0.01) for _ in iter(lambda: is_slow[0], False)]
     )
     store = open_store(tmp_path)
-    shelf = CacheShelf(MODEL, blocks=store)
-    turn(shelf, said(1000))
-    shelf.clear()
-    assert turn(shelf, said(1000)) == 768
+    pool = KVCachePool(MODEL, blocks=store)
+    run_turn(pool, said(1000))
+    pool.clear()
+    assert run_turn(pool, said(1000)) == 768
     is_slow.clear()
     is_slow.append(False)
 
@@ -138,7 +138,7 @@ def test_a_broken_block_is_a_miss_and_is_written_again(
     else:
         store = open_store(tmp_path)
         harm(files(tmp_path)[1])
-        assert turn(CacheShelf(MODEL, blocks=store), said(1000)) == 256
+        assert run_turn(KVCachePool(MODEL, blocks=store), said(1000)) == 256
         store.close()
     assert found(tmp_path, said(1000)) == 768
 
@@ -189,17 +189,17 @@ def test_garbage_among_the_names_is_harmless(tmp_path: Path) -> None:
 def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path) -> None:
     store = open_store(tmp_path, max_bytes=6 * FILE_BYTES)
     assert store.capacity == 6
-    shelf = CacheShelf(MODEL, blocks=store)
-    turn(shelf, said(1024, 1))
-    turn(shelf, said(512, 2))
-    turn(shelf, said(1024, 1))  # wanted again: 2 is older
-    turn(shelf, said(300, 3))
+    pool = KVCachePool(MODEL, blocks=store)
+    run_turn(pool, said(1024, 1))
+    run_turn(pool, said(512, 2))
+    run_turn(pool, said(1024, 1))  # wanted again: 2 is older
+    run_turn(pool, said(300, 3))
     lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3)}
     assert lengths == {1: 4, 2: 1, 3: 1}
-    turn(shelf, said(1024, 4))
+    run_turn(pool, said(1024, 4))
     lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3, 4)}
     assert lengths == {1: 1, 2: 0, 3: 1, 4: 4}
-    turn(shelf, said(10 * 256, 5))  # longer than all there may be
+    run_turn(pool, said(10 * 256, 5))  # longer than all there may be
     assert len(store.find(said(10 * 256, 5))) == len(store) == 6
     store.close()
     assert len(files(tmp_path)) == 6
@@ -220,7 +220,7 @@ def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
 def test_a_smaller_limit_makes_others_go(tmp_path: Path) -> None:
     for key in ("old", "new"):
         store = open_store(tmp_path, key=key)
-        turn(CacheShelf(MODEL, blocks=store), said(1024))
+        run_turn(KVCachePool(MODEL, blocks=store), said(1024))
         store.close()
         os.utime(files(tmp_path)[-1].parent, (0, time.time() - 3600 * (key == "old")))
     store = open_store(tmp_path, key="now", max_bytes=10 * FILE_BYTES)
@@ -231,7 +231,7 @@ def test_a_smaller_limit_makes_others_go(tmp_path: Path) -> None:
 
 def test_what_another_process_uses_stays(tmp_path: Path) -> None:
     busy = open_store(tmp_path, key="busy")
-    turn(CacheShelf(MODEL, blocks=busy), said(1024))
+    run_turn(KVCachePool(MODEL, blocks=busy), said(1024))
     assert busy._writer.flush(10)
     store = open_store(tmp_path, max_bytes=5 * FILE_BYTES)
     assert store.capacity == 1
@@ -244,10 +244,10 @@ def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
     assert second.capacity == 0
     assert len(warnings) == 1
     assert "another process" in warnings[0]
-    shelves = [CacheShelf(MODEL, blocks=store) for store in (first, second)]
-    for shelf in shelves:
-        assert turn(shelf, said(1000)) == 0
-        assert turn(shelf, said(1000)) == 999  # in memory all the same
+    pools = [KVCachePool(MODEL, blocks=store) for store in (first, second)]
+    for pool in pools:
+        assert run_turn(pool, said(1000)) == 0
+        assert run_turn(pool, said(1000)) == 999  # in memory all the same
     for store in (first, second):
         store.close()
     assert found(tmp_path, said(1000)) == 768
@@ -256,8 +256,8 @@ def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     warnings: list[str] = []
-    shelf = CacheShelf(MODEL, blocks=open_store(tmp_path / "file" / "cache", warnings))
-    assert [turn(shelf, said(1000)) for _ in range(2)] == [0, 999]
+    pool = KVCachePool(MODEL, blocks=open_store(tmp_path / "file" / "cache", warnings))
+    assert [run_turn(pool, said(1000)) for _ in range(2)] == [0, 999]
     assert len(warnings) == 1
     assert "Not a directory" in warnings[0]
 
@@ -265,15 +265,15 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
 def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     store = open_store(tmp_path, warnings)
-    shelf = CacheShelf(MODEL, blocks=store)
-    turn(shelf, said(512))
+    pool = KVCachePool(MODEL, blocks=store)
+    run_turn(pool, said(512))
     assert store._writer.flush(10)
     monkeypatch.setattr(block_writer, "RESERVE_BYTES", 10**18)
-    turn(shelf, said(1000))
+    run_turn(pool, said(1000))
     assert store._writer.flush(10)
-    shelf.clear()
-    assert turn(shelf, said(1000)) == 512
-    turn(shelf, said(1000, 2))
+    pool.clear()
+    assert run_turn(pool, said(1000)) == 512
+    run_turn(pool, said(1000, 2))
     store.close()
     assert len(warnings) == 1
     monkeypatch.setattr(block_store, "RESERVE_BYTES", 10**18)
@@ -285,10 +285,10 @@ def test_a_disk_that_is_too_slow_does_not_hold_up_anything(tmp_path: Path, monke
     monkeypatch.setattr(block_store, "MAX_NEW_BLOCKS", 2)
     monkeypatch.setattr(block_writer, "write_block", lambda *args: time.sleep(0.5))
     warnings: list[str] = []
-    shelf = CacheShelf(MODEL, blocks=open_store(tmp_path, warnings))
+    pool = KVCachePool(MODEL, blocks=open_store(tmp_path, warnings))
     started = time.monotonic()
     for seed in range(5):
-        turn(shelf, said(1024, seed))
+        run_turn(pool, said(1024, seed))
     assert time.monotonic() - started < 0.5
     assert len(warnings) == 1
     assert "too slow" in warnings[0]
@@ -306,13 +306,13 @@ def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
 def test_ranks_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
     for share, length in (("rank-0", 1024), ("rank-1", 700)):
         store = open_store(tmp_path, share=share)
-        turn(CacheShelf(MODEL, blocks=store), said(length))
+        run_turn(KVCachePool(MODEL, blocks=store), said(length))
         store.close()
     stores = [open_store(tmp_path, share=share) for share in ("rank-0", "rank-1")]
     agree(stores, capacity=3)
-    shelves = [CacheShelf(MODEL, blocks=store) for store in stores]
-    assert [turn(shelf, said(1024)) for shelf in shelves] == [512, 512]
-    assert [turn(shelf, said(1024, 2)) for shelf in shelves] == [0, 0]
+    pools = [KVCachePool(MODEL, blocks=store) for store in stores]
+    assert [run_turn(pool, said(1024)) for pool in pools] == [512, 512]
+    assert [run_turn(pool, said(1024, 2)) for pool in pools] == [0, 0]
     assert stores[0].names() == stores[1].names()
     for store in stores:
         store.close()
@@ -333,7 +333,7 @@ def test_a_rank_that_has_lost_a_block_ends_the_ring_and_the_next_one_does_withou
     agree([store])
     garble(files(tmp_path)[1])
     with pytest.raises(RingError, match="checksum is wrong"):
-        CacheShelf(MODEL, blocks=store).take(said(1000))
+        KVCachePool(MODEL, blocks=store).acquire(said(1000))
     store.close()
     assert found(tmp_path, said(1000)) == 256
 
@@ -351,10 +351,10 @@ def test_ranks_stay_agreed(
     for _ in range(2):  # and again after a restart
         stores = [open_store(folder, share=f"rank-{rank}") for rank in range(2)]
         agree(stores, capacity)
-        shelves = [CacheShelf(MODEL, 2048, store) for store in stores]
+        pools = [KVCachePool(MODEL, 2048, store) for store in stores]
         for seed, common, own in turns:
             prompt = [*said(common * 200, 9), *said(own * 200, seed), 1]
-            assert len({turn(shelf, prompt) for shelf in shelves}) == 1
+            assert len({run_turn(pool, prompt) for pool in pools}) == 1
             assert stores[0].names() == stores[1].names()
             assert len(stores[0]) <= capacity
         for store in stores:

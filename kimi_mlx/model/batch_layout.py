@@ -17,10 +17,10 @@ from kimi_mlx.model.sizes import QUERY_BLOCK
 ABSORB_MAX_LENGTH = 8
 """Up to this many new tokens attend in the latent space: cheaper than expanding T cached tokens into heads."""
 
-STACK_MAX_KEYS = 512
+GROUP_MAX_KEYS = 512
 """The caches of sequences up to this length are copied side by side: cheaper than a few kernels for each of them."""
 
-STACK_MAX_PADDING = 64
+GROUP_MAX_PADDING = 64
 """Of sequences whose lengths differ by no more than this."""
 
 
@@ -42,7 +42,7 @@ class Segment:
         return causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, self.length), mx.float32)
 
 
-class Stack:
+class DecodeGroup:
     """Neighbouring segments that attend in the latent space at once: N of one token each, or one of some.
 
     Args:
@@ -65,7 +65,7 @@ class Stack:
         """Take the next segment; False if it does not fit."""
         totals = [*self._totals, segment.total]
         is_single = self._length == segment.length == 1
-        if not is_single or max(totals) > min(STACK_MAX_KEYS, min(totals) + STACK_MAX_PADDING):
+        if not is_single or max(totals) > min(GROUP_MAX_KEYS, min(totals) + GROUP_MAX_PADDING):
             return False
         self.numbers.append(number)
         self._totals, self.stop, self.total = totals, segment.stop, max(totals)
@@ -84,7 +84,7 @@ class Stack:
         return self._masks[heads, dtype]
 
 
-class Step:
+class BatchLayout:
     """New tokens of one or several sequences.
 
     Args:
@@ -100,40 +100,40 @@ class Step:
 
     def __init__(self, rope: Rope, lengths: Sequence[tuple[int, int]]):
         self.segments: list[Segment] = []
-        self.length = self.short = 0
+        self.length = self.num_absorbed_tokens = 0
         for offset, length in lengths:
-            if length <= ABSORB_MAX_LENGTH and self.short == self.length:
-                self.short += length
+            if length <= ABSORB_MAX_LENGTH and self.num_absorbed_tokens == self.length:
+                self.num_absorbed_tokens += length
             self.segments.append(Segment(offset, length, self.length))
             self.length += length
         self.rotate = rope.at([(offset, length) for offset, length in lengths if length])
         self._rope = rope
 
     @cached_property
-    def stacks(self) -> list[Stack]:
+    def decode_groups(self) -> list[DecodeGroup]:
         """All segments that attend in the latent space; those of one token are the better stacked the more their
         neighbours are as long."""
-        stacks: list[Stack] = []
+        decode_groups: list[DecodeGroup] = []
         for number, segment in enumerate(self.segments):
-            is_short = segment.length and segment.stop <= self.short
-            if is_short and not (stacks and stacks[-1].add(number, segment)):
-                stacks.append(Stack(number, segment))
-        return stacks
+            is_short = segment.length and segment.stop <= self.num_absorbed_tokens
+            if is_short and not (decode_groups and decode_groups[-1].add(number, segment)):
+                decode_groups.append(DecodeGroup(number, segment))
+        return decode_groups
 
-    def last(self, counts: Sequence[int]) -> Asked:
+    def query_layout(self, counts: Sequence[int]) -> QueryLayout:
         """The step of the last of the new tokens alone.
 
         Args:
             counts: how many of each sequence; one at least in all.
         """
-        return Asked(self._rope, self.segments, counts)
+        return QueryLayout(self._rope, self.segments, counts)
 
-    def pick(self, x: mx.array) -> mx.array:
+    def select(self, x: mx.array) -> mx.array:
         """Of the tokens of the whole step, (B, L, ...), those of this one."""
         return x
 
 
-class Asked(Step):
+class QueryLayout(BatchLayout):
     """The step of some of another's tokens.
 
     Args:
@@ -149,7 +149,7 @@ class Asked(Step):
         is_run = rows[-1] - rows[0] == len(rows) - 1
         self._rows = slice(rows[0], rows[-1] + 1) if is_run else mx.array(rows)
 
-    def pick(self, x: mx.array) -> mx.array:
+    def select(self, x: mx.array) -> mx.array:
         """Of the tokens of the whole step, (B, L, ...), those of this one."""
         return x[:, self._rows]
 

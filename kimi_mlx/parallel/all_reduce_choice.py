@@ -9,12 +9,12 @@ from typing import Any
 
 from kimi_mlx.units import format_bytes
 
-ALWAYS = 1 << 62
+NO_LIMIT = 1 << 62
 """Bytes: more than any message has."""
 
 
 @dataclass(frozen=True)
-class SumTiming:
+class AllReduceTiming:
     """The times of a sum: medians, of which the mean over the ranks.
 
     Args:
@@ -33,18 +33,18 @@ class SumTiming:
 
 
 @dataclass(frozen=True)
-class SumChoice:
+class AllReduceChoice:
     """What came of the measurement.
 
     Args:
-        gather_max_bytes: up to this size sums are gathered and added here, larger ones use all_sum.
+        gather_limit_bytes: up to this size sums are gathered and added here, larger ones use all_sum.
         timings: by which it was decided, small ones first.
         is_same_bits: whether all_sum gave the same bits on every rank; if not, it is not used.
         seconds: that the measurement took.
     """
 
-    gather_max_bytes: int
-    timings: tuple[SumTiming, ...]
+    gather_limit_bytes: int
+    timings: tuple[AllReduceTiming, ...]
     is_same_bits: bool
     seconds: float
 
@@ -52,11 +52,11 @@ class SumChoice:
         """In a sentence without a full stop."""
         if not self.is_same_bits:
             return "sums are gathered and added: all_sum gives other bits on other ranks"
-        if self.gather_max_bytes == 0:
+        if self.gather_limit_bytes == 0:
             return "sums use all_sum"
-        if self.gather_max_bytes == ALWAYS:
+        if self.gather_limit_bytes == NO_LIMIT:
             return "sums are gathered and added"
-        return f"sums up to {format_bytes(self.gather_max_bytes)} are gathered and added, larger ones use all_sum"
+        return f"sums up to {format_bytes(self.gather_limit_bytes)} are gathered and added, larger ones use all_sum"
 
     def details(self) -> str:
         """The same with the timings, for a log."""
@@ -69,18 +69,18 @@ class SumChoice:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without a limit it is null."""
-        limit = None if self.gather_max_bytes == ALWAYS else self.gather_max_bytes
-        return {**asdict(self), "gather_max_bytes": limit}
+        limit = None if self.gather_limit_bytes == NO_LIMIT else self.gather_limit_bytes
+        return {**asdict(self), "gather_limit_bytes": limit}
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> SumChoice:
+    def from_dict(cls, value: Mapping[str, Any]) -> AllReduceChoice:
         """Read what to_dict has written."""
-        limit = ALWAYS if value["gather_max_bytes"] is None else value["gather_max_bytes"]
-        timings = tuple(SumTiming(**each) for each in value["timings"])
+        limit = NO_LIMIT if value["gather_limit_bytes"] is None else value["gather_limit_bytes"]
+        timings = tuple(AllReduceTiming(**each) for each in value["timings"])
         return cls(limit, timings, value["is_same_bits"], value["seconds"])
 
 
-def gather_limit(timings: Sequence[SumTiming], is_complete: bool) -> int:
+def gather_limit(timings: Sequence[AllReduceTiming], is_complete: bool) -> int:
     """The size in bytes up to which gathering pays.
 
     The cut is where the times, each relative to the better way's, are least in sum; between two sizes it is at their
@@ -96,10 +96,10 @@ def gather_limit(timings: Sequence[SumTiming], is_complete: bool) -> int:
     if best == 0:
         return 0
     if best == len(timings):
-        return ALWAYS if is_complete else timings[-1].size_bytes
+        return NO_LIMIT if is_complete else timings[-1].size_bytes
     return math.isqrt(timings[best - 1].size_bytes * timings[best].size_bytes)
 
 
-def _relative_time(timings: Sequence[SumTiming], cut: int) -> float:
+def _relative_time(timings: Sequence[AllReduceTiming], cut: int) -> float:
     chosen = [each.gather_s if index < cut else each.all_sum_s for index, each in enumerate(timings)]
     return sum(taken / min(each.gather_s, each.all_sum_s) for taken, each in zip(chosen, timings, strict=True))

@@ -10,31 +10,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_mlx.parallel.all_reduce import FEW_ROUNDS, LIMIT_S, TOKENS, tune_all_reduce
+from kimi_mlx.parallel.all_reduce_choice import NO_LIMIT, AllReduceChoice, AllReduceTiming, gather_limit
 from kimi_mlx.parallel.group import MlxGroup, SingleGroup
-from kimi_mlx.parallel.sum_choice import ALWAYS, SumChoice, SumTiming, gather_limit
-from kimi_mlx.parallel.sums import FEW_ROUNDS, LIMIT_S, TOKENS, choose_sums
 
 SIZES = (1000, 8000, 64000)
 
 
-def timings(*pairs: tuple[float, float]) -> list[SumTiming]:
-    return [SumTiming(size // 1000, size, *pair, 7) for size, pair in zip(SIZES, pairs, strict=True)]
+def timings(*pairs: tuple[float, float]) -> list[AllReduceTiming]:
+    return [AllReduceTiming(size // 1000, size, *pair, 7) for size, pair in zip(SIZES, pairs, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("pairs", "limit"),
     [
-        ([(1, 2), (1, 2), (1, 2)], ALWAYS),
+        ([(1, 2), (1, 2), (1, 2)], NO_LIMIT),
         ([(2, 1), (2, 1), (2, 1)], 0),
         ([(1, 2), (1, 2), (2, 1)], 22627),
         ([(1, 2), (2, 1), (2, 1)], 2828),
-        ([(1, 2), (1.1, 1), (1, 2)], ALWAYS),  # noise
-        ([(1, 1), (1, 1), (1, 1)], ALWAYS),
+        ([(1, 2), (1.1, 1), (1, 2)], NO_LIMIT),  # noise
+        ([(1, 1), (1, 1), (1, 1)], NO_LIMIT),
     ],
 )
 def test_the_limit_parts_sizes_where_the_other_way_becomes_faster(pairs: list[tuple[float, float]], limit: int) -> None:
     assert gather_limit(timings(*pairs), is_complete=True) == limit
-    if limit == ALWAYS:
+    if limit == NO_LIMIT:
         assert gather_limit(timings(*pairs), is_complete=False) == SIZES[-1]
 
 
@@ -74,18 +74,18 @@ class Agreeing(MlxGroup):
         return x + x
 
 
-def chosen(group: MlxGroup) -> SumChoice:
-    choice = choose_sums(group, 16, mx.float32)
+def chosen(group: MlxGroup) -> AllReduceChoice:
+    choice = tune_all_reduce(group, 16, mx.float32)
     assert choice is not None
-    assert SumChoice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
-    assert group.gather_max_bytes == choice.gather_max_bytes
+    assert AllReduceChoice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
+    assert group.gather_limit_bytes == choice.gather_limit_bytes
     return choice
 
 
-@pytest.mark.parametrize(("gather_s", "all_sum_s", "limit"), [(0, 0.004, ALWAYS), (0.004, 0, 0)])
+@pytest.mark.parametrize(("gather_s", "all_sum_s", "limit"), [(0, 0.004, NO_LIMIT), (0.004, 0, 0)])
 def test_the_faster_way_is_chosen(gather_s: float, all_sum_s: float, limit: int) -> None:
     choice = chosen(Agreeing(gather_s, all_sum_s))
-    assert choice.gather_max_bytes == limit
+    assert choice.gather_limit_bytes == limit
     assert [each.tokens for each in choice.timings] == list(TOKENS)
     assert all(each.rounds >= FEW_ROUNDS for each in choice.timings)
     assert "1 tokens, 64 B: gathered " in choice.details()
@@ -95,15 +95,15 @@ def test_a_slow_link_is_not_measured_for_long() -> None:
     begin = time.perf_counter()
     choice = chosen(Agreeing(0.1, 0.2))
     assert time.perf_counter() - begin < LIMIT_S + 0.5
-    assert (len(choice.timings), choice.gather_max_bytes) == (1, 64)
+    assert (len(choice.timings), choice.gather_limit_bytes) == (1, 64)
     assert str(choice) == "sums up to 64 B are gathered and added, larger ones use all_sum"
 
 
 def test_all_sum_is_not_used_where_it_gives_other_bits_elsewhere() -> None:
     choice = chosen(Agreeing(gather_s=0.001, is_exact=False))
-    assert (choice.gather_max_bytes, choice.is_same_bits) == (ALWAYS, False)
+    assert (choice.gather_limit_bytes, choice.is_same_bits) == (NO_LIMIT, False)
     assert "other bits" in str(choice)
 
 
 def test_a_rank_alone_has_nothing_to_choose() -> None:
-    assert choose_sums(SingleGroup(), 16, mx.float32) is None
+    assert tune_all_reduce(SingleGroup(), 16, mx.float32) is None

@@ -20,7 +20,7 @@ from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Request, Sampling, Token
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.parallel.pipeline import PipelineExchange
+from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import place
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.moves import placement_units
@@ -47,7 +47,7 @@ class CountingLinks:
         self._links[rank].put(np.array(x))
         return x
 
-    def receive(self, like: mx.array, rank: int) -> mx.array:
+    def recv(self, like: mx.array, rank: int) -> mx.array:
         assert rank == (self.rank - 1) % self.size
         self.received += 1
         message = mx.array(self._links[self.rank].get(timeout=PATIENCE_S))
@@ -82,8 +82,8 @@ def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list
 
     def run(rank: int) -> None:
         try:
-            exchange = PipelineExchange(links[rank], config.hidden_size, mx.float32)
-            model = load_model(folder, config, mx.float32, placement.shares[rank], exchange)
+            communicator = PipelineCommunicator(links[rank], config.hidden_size, mx.float32)
+            model = load_model(folder, config, mx.float32, placement.shares[rank], communicator)
             work(Engine(model, prefill_chunk=16, **options), found[rank])
         except BaseException as error:  # raised again below
             failures.append(error)
@@ -121,7 +121,7 @@ def answering(
             engine.add(number, request)
         turns = 0
         while not engine.is_idle:
-            for number, event in engine.turn():
+            for number, event in engine.step():
                 if isinstance(event, Token):
                     found.setdefault(number, []).append(event.id)
                 elif isinstance(event, Finished) and event.reason != "length":
@@ -180,7 +180,7 @@ def test_a_step_is_one_message_a_rank(folder: Path, size: int) -> None:
 
 def test_what_is_not_of_this_step_gives_no_token(folder: Path) -> None:
     heard: list[np.ndarray] = []
-    receive = CountingLinks.receive
+    receive = CountingLinks.recv
 
     def stale(self: CountingLinks, like: mx.array, rank: int) -> mx.array:
         message = receive(self, like, rank)
@@ -190,7 +190,7 @@ def test_what_is_not_of_this_step_gives_no_token(folder: Path) -> None:
         return message
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CountingLinks, "receive", stale)
-        patch.setattr("tests.unit.parallel.test_pipeline.PATIENCE_S", 2)
-        with pytest.raises(RingError, match="not of this step"):
+        patch.setattr(CountingLinks, "recv", stale)
+        patch.setattr("tests.unit.parallel.test_pipeline_communicator.PATIENCE_S", 2)
+        with pytest.raises(RingError, match="data of another step"):
             run_ranks(folder, 2, answering([MIDDLE]))

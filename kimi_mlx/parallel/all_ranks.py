@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 ERROR_BYTES = 4096
 
 
-def together(group: Group, work: Callable[[], Result]) -> Result:
+def run_on_all_ranks(group: Group, work: Callable[[], Result]) -> Result:
     """Do the same in every process; what fails in one fails in all, in the same words.
 
     Raises:
@@ -32,12 +32,12 @@ def together(group: Group, work: Callable[[], Result]) -> Result:
         result = work()
     except KimiMlxError as error:
         failure = error
-    raise_of_all(group, failure)
+    raise_if_any_failed(group, failure)
     assert failure is None
     return result  # pyright: ignore[reportReturnType]
 
 
-def raise_of_all(group: Group, failure: KimiMlxError | None) -> None:
+def raise_if_any_failed(group: Group, failure: KimiMlxError | None) -> None:
     """Raise the failure of the first process that has one, in every process."""
     if group.size == 1:
         if failure is not None:
@@ -55,7 +55,7 @@ def raise_of_all(group: Group, failure: KimiMlxError | None) -> None:
             raise kind(f"host {rank}: {words['message']}", words["hint"]) from failure
 
 
-def require_equal(group: Group, text: str, what: str, hint: str) -> None:
+def check_same_on_all_ranks(group: Group, text: str, what: str, hint: str) -> None:
     """Compare a text over the group.
 
     Raises:

@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
-from kimi_mlx.parallel.exchange import WORD_SIZE, RankExchange, Told, digest, lost
+from kimi_mlx.parallel.communicator import HEADER_SIZE, RankCommunicator, StepHeader, digest, lost_error
 from kimi_mlx.parallel.group import LinkedGroup
 
 NUM_DIGITS = 4
 """Of a token, and of a digest, in base 256."""
 
 
-class PipelineExchange(RankExchange):
+class PipelineCommunicator(RankCommunicator):
     """For `pipeline`.
 
     Args:
@@ -33,36 +33,38 @@ class PipelineExchange(RankExchange):
     def __init__(self, group: LinkedGroup, hidden_size: int, dtype: mx.Dtype):
         super().__init__(group)
         self._links = group
-        self.is_passed_on = group.rank < group.size - 1
+        self.has_next_stage = group.rank < group.size - 1
         self._hidden_size, self._dtype = hidden_size, dtype
-        self._word = mx.zeros((0,), dtype)
+        self._fields = mx.zeros((0,), dtype)
         self._awaited: deque[tuple[int, mx.array]] = deque()
-        self._returned: Told | None = None
+        self._returned: StepHeader | None = None
 
-    def receive(self, tokens: mx.array) -> mx.array:
+    def recv_from_previous_stage(self, tokens: mx.array) -> mx.array:
         """The states behind the layers of the rank before us."""
-        self._next_word()
-        states, self._told = self._receive_states(tokens.shape, WORD_SIZE + NUM_DIGITS * self._num_told, self._number)
-        self._word = self._told.words[0]
+        self._next_header()
+        states, self._header = self._recv_states(
+            tokens.shape, HEADER_SIZE + NUM_DIGITS * self._num_tokens, self._number
+        )
+        self._fields = self._header.fields[0]
         return states
 
-    def hand_on(self, hidden: mx.array, tokens: mx.array, asked: int) -> mx.array:
-        """Send the states to the next rank; the last one sends those that are asked for back to rank 0.
+    def send_to_next_stage(self, hidden: mx.array, tokens: mx.array, num_logits: int) -> mx.array:
+        """Send the states to the next rank; the last one sends those that are num_logits for back to rank 0.
 
         The message is on its way at once: what is built later comes after it.
         """
-        kept = hidden[:, :asked]
+        kept = hidden[:, :num_logits]
         if self.is_leader:
-            told = [_digits(tokens[:, : self._num_told])] if self._num_told else []
-            self._word = mx.concatenate([mx.array(self._next_word()), *told]).astype(self._dtype)
-            self._told = Told(self._word[None], self._number, self._returned)
+            header = [_digits(tokens[:, : self._num_tokens])] if self._num_tokens else []
+            self._fields = mx.concatenate([mx.array(self._next_header()), *header]).astype(self._dtype)
+            self._header = StepHeader(self._fields[None], self._number, self._returned)
             self._returned = None
-            if asked:
+            if num_logits:
                 self._awaited.append((self._number, kept))
         is_end = self.group.rank == self.group.size - 1
-        if is_end and not asked:
+        if is_end and not num_logits:
             return kept
-        states, word = (kept, self._word[:WORD_SIZE]) if is_end else (hidden, self._word)
+        states, word = (kept, self._fields[:HEADER_SIZE]) if is_end else (hidden, self._fields)
         parts = [states.reshape(-1), word]
         if self._is_checked(self._number):
             parts.append(_digits(digest(states)).astype(self._dtype))
@@ -70,19 +72,19 @@ class PipelineExchange(RankExchange):
         mx.async_eval(sent)
         return kept if self.is_leader else sent
 
-    def take_back(self, hidden: mx.array) -> mx.array:
-        """The states behind the last layer, on rank 0; in the order of hand_on.
+    def recv_last_hidden(self, hidden: mx.array) -> mx.array:
+        """The states behind the last layer, on rank 0; in the order of send_to_next_stage.
 
-        They are asked for at once: what is built later comes after them, whoever needs it first.
+        They are num_logits for at once: what is built later comes after them, whoever needs it first.
         """
         number, handed = self._awaited.popleft()
         assert handed is hidden  # else a sequence would get what is another's
-        states, self._told = self._receive_states(hidden.shape[:2], WORD_SIZE, number)
-        mx.async_eval(states, *self._told.arrays)
-        self._returned = self._told
+        states, self._header = self._recv_states(hidden.shape[:2], HEADER_SIZE, number)
+        mx.async_eval(states, *self._header.arrays)
+        self._returned = self._header
         return states
 
-    def lead(self, note: Sequence[int], size: int) -> None:
+    def send_numbers(self, note: Sequence[int], size: int) -> None:
         """Send whole numbers ahead of the next step.
 
         Args:
@@ -92,38 +94,38 @@ class PipelineExchange(RankExchange):
         rest = [0] * (size - len(note))
         mx.async_eval(self._send(mx.array([self._number, len(note), *note, *rest], mx.int32)))
 
-    def follow(self, size: int) -> list[int]:
+    def recv_numbers(self, size: int) -> list[int]:
         """Hear them from the rank before us, and tell the next.
 
         Raises:
-            RingError: what came is not of this step.
+            RingError: what came is data of another step.
         """
-        note = self._receive(2 + size, mx.int32)
+        note = self._recv(2 + size, mx.int32)
         if self.group.rank < self.group.size - 1:
             note = self._send(note)
         number, length, *numbers = cast(list[int], note.tolist())
         if number != self._number or not 0 <= length <= size:
-            raise lost(self.group.rank)
+            raise lost_error(self.group.rank)
         return numbers[:length]
 
-    def _receive_states(self, shape: Sequence[int], word_size: int, number: int) -> tuple[mx.array, Told]:
+    def _recv_states(self, shape: Sequence[int], header_size: int, number: int) -> tuple[mx.array, StepHeader]:
         """States from the rank before us, and what came with them."""
         B, L = shape
         size = B * L * self._hidden_size
         is_checked = self._is_checked(number)
-        message = self._receive(size + word_size + NUM_DIGITS * is_checked, self._dtype)
-        states, word, sent = mx.split(message, [size, size + word_size])
+        message = self._recv(size + header_size + NUM_DIGITS * is_checked, self._dtype)
+        states, word, sent = mx.split(message, [size, size + header_size])
         states = states.reshape(B, L, self._hidden_size)
         digests = mx.stack([sent.astype(mx.float32), _digits(digest(states))]) if is_checked else None
-        return states, Told(word[None], number, digests=digests)
+        return states, StepHeader(word[None], number, digests=digests)
 
     def _send(self, x: mx.array) -> mx.array:
         """To the next rank, from the last one to the first."""
         return self._links.send(x, (self.group.rank + 1) % self.group.size)
 
-    def _receive(self, size: int, dtype: mx.Dtype) -> mx.array:
+    def _recv(self, size: int, dtype: mx.Dtype) -> mx.array:
         """So many values from the rank before us."""
-        return self._links.receive(mx.zeros((size,), dtype), (self.group.rank - 1) % self.group.size)
+        return self._links.recv(mx.zeros((size,), dtype), (self.group.rank - 1) % self.group.size)
 
     def _compare(self, digests: np.ndarray) -> None:
         """Compare the states that were sent with those that came.

@@ -14,8 +14,8 @@ from zlib import crc32
 import mlx.core as mx
 import numpy as np
 
+from kimi_mlx.parallel.all_reduce_choice import NO_LIMIT, AllReduceChoice, AllReduceTiming, gather_limit
 from kimi_mlx.parallel.group import Group, MlxGroup
-from kimi_mlx.parallel.sum_choice import ALWAYS, SumChoice, SumTiming, gather_limit
 
 TOKENS = (1, 8, 64, 512)
 """In a message: one sequence's decode, some together, and up to a chunk of a prompt."""
@@ -36,7 +36,7 @@ Times = tuple[float, float]
 """Of a sum that is gathered and of all_sum, in seconds."""
 
 
-def choose_sums(group: Group, width: int, dtype: mx.Dtype) -> SumChoice | None:
+def tune_all_reduce(group: Group, width: int, dtype: mx.Dtype) -> AllReduceChoice | None:
     """Measure, and let the group make its sums so from now on; a call on every rank at once.
 
     Args:
@@ -69,15 +69,15 @@ def choose_sums(group: Group, width: int, dtype: mx.Dtype) -> SumChoice | None:
         sizes.append((tokens, x.nbytes, len(times)))
     means: list[list[float]] = np.array(group.gather(mx.array(medians))).mean(axis=0).tolist()
     timings = [
-        SumTiming(tokens, size_bytes, gather_s, all_sum_s, rounds)
+        AllReduceTiming(tokens, size_bytes, gather_s, all_sum_s, rounds)
         for (tokens, size_bytes, rounds), (gather_s, all_sum_s) in zip(sizes, means, strict=True)
     ]
     everybodys = np.array(group.gather(mx.array(checksums, mx.uint32)))
     is_same_bits = bool((everybodys == everybodys[0]).all())
-    limit = gather_limit(timings, len(timings) == len(TOKENS)) if is_same_bits else ALWAYS
-    [group.gather_max_bytes] = _tell(group, limit)
+    limit = gather_limit(timings, len(timings) == len(TOKENS)) if is_same_bits else NO_LIMIT
+    [group.gather_limit_bytes] = _tell(group, limit)
     seconds = time.perf_counter() - begin
-    return SumChoice(group.gather_max_bytes, tuple(timings), is_same_bits, seconds) if group.rank == 0 else None
+    return AllReduceChoice(group.gather_limit_bytes, tuple(timings), is_same_bits, seconds) if group.rank == 0 else None
 
 
 def _values(tokens: int, width: int, rank: int) -> mx.array:

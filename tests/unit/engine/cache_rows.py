@@ -10,7 +10,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.engine.kv_cache_pool import CacheShelf, ConversationCache
+from kimi_mlx.engine.kv_cache_pool import KVCachePool, SequenceCache
 from kimi_mlx.engine.prompt_cache.block_file import BlockShape
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.model.cache import LatentCache
@@ -22,7 +22,7 @@ MEGABYTE = 10**6
 
 
 class RowsModel:
-    """What a shelf asks of a model."""
+    """What a pool asks of a model."""
 
     config = SimpleNamespace(max_position_embeddings=4096)
 
@@ -42,7 +42,7 @@ def rows(tokens: Sequence[int]) -> np.ndarray:
     return values + np.arange(LAYERS, dtype=np.float32)[:, None, None]
 
 
-def feed(cache: ConversationCache, tokens: Sequence[int]) -> None:
+def append_tokens(cache: SequenceCache, tokens: Sequence[int]) -> None:
     """Go on with further tokens, as the engine does."""
     fresh = mx.array(rows([*cache.tokens, *tokens])[:, len(cache.tokens) :])
     for layer, layer_rows in zip(cache.layers, fresh, strict=True):
@@ -50,20 +50,20 @@ def feed(cache: ConversationCache, tokens: Sequence[int]) -> None:
     cache.tokens.extend(tokens)
 
 
-def check(cache: ConversationCache) -> None:
+def check(cache: SequenceCache) -> None:
     """The rows are those of the tokens."""
     if cache.tokens:
         assert np.array_equal(np.array(cache.rows(0, len(cache.tokens))), rows(cache.tokens))
     assert {layer.offset for layer in cache.layers} == {len(cache.tokens)}
 
 
-def turn(shelf: CacheShelf, prompt: Sequence[int], answer: Sequence[int] = ()) -> int:
+def run_turn(pool: KVCachePool, prompt: Sequence[int], answer: Sequence[int] = ()) -> int:
     """A turn of a conversation; how much of the prompt was there."""
-    cache, cached = shelf.take(tuple(prompt))
+    cache, cached = pool.acquire(tuple(prompt))
     assert cache.tokens == list(prompt[:cached])
     check(cache)
-    feed(cache, [*prompt[cached:], *answer])
-    shelf.give_back(cache)
+    append_tokens(cache, [*prompt[cached:], *answer])
+    pool.release(cache)
     return cached
 
 

@@ -14,8 +14,8 @@ from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.parallel.placement import Placement, Share, Span, place
-from kimi_mlx.parallel.slices import SumExchange
+from kimi_mlx.parallel.placement import Placement, Range, RankShare, place
+from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.moves import placement_units
 from kimi_mlx.weights.reader import open_checkpoint
@@ -48,7 +48,7 @@ def load_rank(folder: Path, strategy: str, group: CountingGroup) -> Model:
     config = load_config(folder)
     units = placement_units(open_checkpoint(folder, config).checkpoint, strategy)
     placement = place(config, strategy, group.size, units)
-    return load_model(folder, config, mx.float32, placement.shares[group.rank], SumExchange(group, placement))
+    return load_model(folder, config, mx.float32, placement.shares[group.rank], SumCommunicator(group, placement))
 
 
 @pytest.mark.parametrize(("strategy", "sums"), [("hybrid", 1), ("tensor", 2), ("expert", 1)])
@@ -72,17 +72,17 @@ def test_a_step_needs_so_many_sums_a_layer_and_one_gather(strategy: str, sums: i
 
 
 def test_heads_of_unequal_width_are_joined_in_order() -> None:
-    rows = Span(0, 1)
-    shares = (Share(*[rows] * 7, vocab_rows=span) for span in (Span(0, 3), Span(3, 5)))
+    rows = Range(0, 1)
+    shares = (RankShare(*[rows] * 7, vocab_rows=span) for span in (Range(0, 3), Range(3, 5)))
     placement = Placement("hybrid", tuple(shares))
 
     class TwoRanks(CountingGroup):
         def gather(self, x: mx.array) -> mx.array:
             return mx.stack([x, x + 100])
 
-    joined = SumExchange(TwoRanks(2), placement).gather_vocabulary(mx.array([[1.0, 2.0, 3.0]]))
+    joined = SumCommunicator(TwoRanks(2), placement).gather_logits(mx.array([[1.0, 2.0, 3.0]]))
     assert joined.tolist() == [[1, 2, 3, 101, 102]]
-    joined = SumExchange(TwoRanks(2, 1), placement).gather_vocabulary(mx.array([[1.0, 2.0]]))
+    joined = SumCommunicator(TwoRanks(2, 1), placement).gather_logits(mx.array([[1.0, 2.0]]))
     assert joined.shape == (1, 5)
 
 
@@ -114,7 +114,7 @@ def test_a_gather_that_brings_old_memory_gives_no_token(folder: Path) -> None:
         engine.clear()
         group.gathers, group.stale_from = 0, stale_from
         seen: list[Event] = []
-        with pytest.raises(RingError, match="not of this step"):
+        with pytest.raises(RingError, match="data of another step"):
             seen.extend(_noted(engine.generate(Request((1, 2, 3), max_tokens=9)), seen))
         assert [event.id for event in seen if isinstance(event, Token)] == expected[:tokens]
         group.stale_from = 10**9

@@ -12,7 +12,7 @@ from kimi_mlx.engine.sampling import GREEDY_BELOW, make_sampler, seeded
 from kimi_mlx.errors import EngineError
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the tokens of one sequence.
 
     A grammar that fails in the middle ends the answer by a token, as any answer ends, so that ranks without a grammar
@@ -29,8 +29,8 @@ class Chooser:
         sampling = request.sampling
         self._bias, self._stop_ids = request.logit_bias, sorted(request.stop_ids)
         self._constraint = constraint
-        self.draw = seeded(make_sampler(sampling, vocab_size), seed)
-        self.is_plain = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
+        self.sample = seeded(make_sampler(sampling, vocab_size), seed)
+        self.is_greedy = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
         """Whether it takes the likeliest token, nothing else."""
         self.failure: EngineError | None = None
         """Why the grammar was given up."""
@@ -51,7 +51,7 @@ class Chooser:
             return logits
         if self.failure is None:
             try:
-                return masked(logits, mx.array(self._constraint.allowed_along(draft)))
+                return masked(logits, mx.array(self._constraint.allowed_for_draft(draft)))
             except EngineError as error:
                 self.failure = error
         ends = mx.full(logits.shape, -mx.inf, logits.dtype)

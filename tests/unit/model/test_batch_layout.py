@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kimi_mlx.model.batch_layout import GROUP_MAX_KEYS, GROUP_MAX_PADDING, BatchLayout
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.decoder import Model, Part
+from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.model.rope import ComplexRotation, FastRotation, Rope
-from kimi_mlx.model.step import STACK_MAX_KEYS, STACK_MAX_PADDING, Step
 from kimi_mlx.weights.assemble import load_model
 
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
@@ -34,28 +34,28 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
 
 
 def test_a_mask_is_made_once_for_all_layers() -> None:
-    step = Step(Rope(load_config(FOLDER)), [(2, 2)])
-    mask = step.stacks[0].mask(heads=3, dtype=mx.float32)
+    step = BatchLayout(Rope(load_config(FOLDER)), [(2, 2)])
+    mask = step.decode_groups[0].mask(heads=3, dtype=mx.float32)
     assert mask.tolist() == [[0, 0, 0, -np.inf]] * 3 + [[0, 0, 0, 0]] * 3
-    assert step.stacks[0].mask(heads=3, dtype=mx.float32) is mask
-    assert step.last([1]).stacks[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
+    assert step.decode_groups[0].mask(heads=3, dtype=mx.float32) is mask
+    assert step.query_layout([1]).decode_groups[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "stacks"),
+    ("lengths", "decode_groups"),
     [
         ([(4, 1), (4, 1), (5, 1)], [[0, 1, 2]]),
         ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),  # several tokens of one sequence stay alone
         ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # one that has none does not part the others
-        ([(1, 1), (1 + STACK_MAX_PADDING, 1), (2 + STACK_MAX_PADDING, 1)], [[0, 1], [2]]),
-        ([(STACK_MAX_KEYS - 1, 1), (STACK_MAX_KEYS, 1), (STACK_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
+        ([(1, 1), (1 + GROUP_MAX_PADDING, 1), (2 + GROUP_MAX_PADDING, 1)], [[0, 1], [2]]),
+        ([(GROUP_MAX_KEYS - 1, 1), (GROUP_MAX_KEYS, 1), (GROUP_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
         ([(4, 1), (0, 100), (4, 1)], [[0]]),  # behind a long one all attend by heads
     ],
 )
 def test_sequences_of_similar_length_with_one_new_token_are_stacked(
-    lengths: list[tuple[int, int]], stacks: list[list[int]]
+    lengths: list[tuple[int, int]], decode_groups: list[list[int]]
 ) -> None:
-    assert [stack.numbers for stack in Step(Rope(load_config(FOLDER)), lengths).stacks] == stacks
+    assert [stack.numbers for stack in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
 
 
 @pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])
@@ -88,10 +88,10 @@ def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model, lengt
         if offset:
             model(tokens[:, :offset], alone)
             model(tokens[:, :offset], cache)
-        states = model.hidden(tokens[:, offset:], [Part(alone, length, length)])
+        states = model.hidden(tokens[:, offset:], [SequenceSlice(alone, length, length)])
         expected.append(states[:, length - last :])
         new.append(tokens[:, offset:])
-        parts.append(Part(cache, length, last))
+        parts.append(SequenceSlice(cache, length, last))
     got = model.hidden(mx.concatenate(new, axis=1), parts)
     np.testing.assert_allclose(np.array(got), np.array(mx.concatenate(expected, axis=1)), rtol=1e-4, atol=1e-4)
     assert [part.cache[0].offset for part in parts] == [offset + length for offset, length, _ in lengths]
@@ -102,7 +102,10 @@ def test_the_last_states_alone_are_the_last_of_all_states(model: Model, last: in
     mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 40))
     all_caches, caches = model.make_cache(), model.make_cache()
-    expected, got = model.hidden(tokens, [Part(all_caches, 40, 40)]), model.hidden(tokens, [Part(caches, 40, last)])
+    expected, got = (
+        model.hidden(tokens, [SequenceSlice(all_caches, 40, 40)]),
+        model.hidden(tokens, [SequenceSlice(caches, 40, last)]),
+    )
     np.testing.assert_allclose(np.array(got), np.array(expected[:, -last:]), rtol=1e-4, atol=1e-4)
     for all_cache, cache in zip(all_caches, caches, strict=True):
         assert cache.offset == 40

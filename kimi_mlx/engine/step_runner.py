@@ -1,0 +1,177 @@
+"""Run the steps of the model on this rank: launch, sample, read the tokens and the leader's state.
+
+All ranks run the same steps. A single rank, or a rank with a part of every layer, samples every token itself. In a
+pipeline only the leader samples. It receives the hidden states of a step when the step's batch is due again, so that
+the steps of several batches are in flight at the same time; the other ranks learn a token from the step after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import mlx.core as mx
+
+from kimi_mlx.engine.batch_entry import BatchEntry
+from kimi_mlx.engine.sample import SampledTokens, sample_tokens
+from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.parallel.communicator import LeaderState, RankCommunicator, StepHeader
+from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
+
+
+@dataclass
+class InFlightStep:
+    """A step that was launched and not read yet.
+
+    Args:
+        entries: tokens of each sequence.
+        hidden: output of the model, not evaluated.
+        num_commands: number of commands that the leader had when the step began; meaningless on other ranks.
+        header: header that came with the step; None on a single rank.
+        sampled: tokens sampled from the step; None before sampling, and on ranks that do not sample.
+    """
+
+    entries: list[BatchEntry]
+    hidden: mx.array
+    num_commands: int
+    header: StepHeader | None = None
+    sampled: SampledTokens | None = None
+    num_logits: int = field(init=False)
+    """Number of tokens that are sampled from the step."""
+
+    def __post_init__(self) -> None:
+        """Count the logits."""
+        self.num_logits = sum(entry.num_logits for entry in self.entries)
+
+    @property
+    def length(self) -> int:
+        """Number of input tokens."""
+        return sum(entry.length for entry in self.entries)
+
+
+class StepRunner:
+    """Runs steps on this rank.
+
+    Args:
+        model: the model, or this rank's share of it.
+        count_commands: on the leader, returns the number of commands so far, which the header of each step carries.
+    """
+
+    def __init__(self, model: Model, count_commands: Callable[[], int]):
+        self._model = model
+        self._communicator = model.communicator if isinstance(model.communicator, RankCommunicator) else None
+        self._count_commands = count_commands
+        self._pipeline = model.communicator if isinstance(model.communicator, PipelineCommunicator) else None
+
+    @property
+    def communicator(self) -> RankCommunicator | None:
+        """Communicator to the other ranks; None on a single rank."""
+        return self._communicator
+
+    @property
+    def pipeline(self) -> PipelineCommunicator | None:
+        """Communicator of a pipeline; None with any other strategy."""
+        return self._pipeline
+
+    @property
+    def has_head(self) -> bool:
+        """Whether this rank samples tokens."""
+        return self._model.has_head
+
+    def start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep:
+        """Launch a step; it is computed while the next ones are built.
+
+        Args:
+            entries: tokens of each sequence; entries that continue a token of the previous step come first.
+            previous: the previous step, if an entry continues one of its tokens.
+        """
+        num_commands = self._count_commands()
+        if self._communicator is not None:
+            self._communicator.set_header(num_commands, sum(entry.previous_entry is not None for entry in entries))
+        slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
+        step = InFlightStep(entries, self._model.hidden(self._tokens(entries, previous), slices), num_commands)
+        if self._communicator is not None:
+            if not step.num_logits:
+                self._communicator.finish_step(step.hidden)
+            if not step.num_logits or self._pipeline is not None:
+                step.header = self._communicator.header
+        mx.async_eval(self._arrays(step))
+        return step
+
+    def wait(self, step: InFlightStep) -> None:
+        """Wait until this rank has computed its part of a step."""
+        mx.eval(self._arrays(step))
+
+    def sample(self, step: InFlightStep) -> None:
+        """Sample the tokens of a step if this rank has the head. Does not wait for them."""
+        if step.sampled is not None or not step.num_logits or not self._model.has_head:
+            return
+        if self._communicator is not None and self._pipeline is None:
+            self._communicator.set_header(step.num_commands, 0)
+        step.sampled = sample_tokens(self._model.logits(step.hidden)[0], step.entries)
+        header: list[mx.array] = []
+        if self._communicator is not None:
+            step.header = self._communicator.header
+            header = step.header.arrays
+        mx.async_eval(step.sampled.arrays, *header)
+
+    def read(
+        self, step: InFlightStep, following: InFlightStep | None = None
+    ) -> tuple[dict[int, list[int]], LeaderState]:
+        """Wait for the tokens of a step and the state of the leader.
+
+        Args:
+            step: step whose tokens were sampled.
+            following: step that was launched on these tokens.
+
+        Returns:
+            The tokens by index of their entry, without those that this rank neither knows nor needs; and the state.
+        """
+        # Ranks that sum send the header after the work of a step, so the header of `step` is the one that is ready.
+        is_ahead = self._communicator is None or self._pipeline is not None
+        state = self._leader_state(following if is_ahead and following is not None else step)
+        if step.sampled is not None:
+            return step.sampled.read(step.entries), state
+        if not step.num_logits:
+            self.wait(step)
+        following_entries = [] if following is None else following.entries
+        indices = [entry.previous_entry for entry in following_entries if entry.previous_entry is not None]
+        return {index: [token] for index, token in zip(indices, state.tokens, strict=False)}, state
+
+    def _tokens(self, entries: list[BatchEntry], previous: InFlightStep | None) -> mx.array:
+        """Return the input tokens of a step, (1, L), with 0 for tokens that this rank does not know."""
+        rows = [
+            cast(InFlightStep, previous).entries[entry.previous_entry].logits_start
+            for entry in entries
+            if entry.previous_entry is not None
+        ]
+        known = [token for entry in entries if entry.previous_entry is None for token in entry.tokens]
+        if not rows:
+            return mx.array([known])
+        if previous is None or previous.sampled is None:
+            return mx.array([[0] * len(rows) + known])
+        sampled = previous.sampled.tokens
+        if rows != list(range(sampled.size)):
+            sampled = sampled[mx.array(rows)]
+        return (mx.concatenate([sampled, mx.array(known, sampled.dtype)]) if known else sampled)[None]
+
+    def _leader_state(self, step: InFlightStep) -> LeaderState:
+        if self._communicator is None or step.header is None:
+            return LeaderState(step.num_commands)
+        return self._communicator.decode_header(step.header)
+
+    def _arrays(self, step: InFlightStep) -> list[mx.array]:
+        """Return the arrays to evaluate.
+
+        Hidden states with logits depend on the caches of all layers. Without logits the last layer's cache must be
+        evaluated too.
+        """
+        header = [] if step.header is None else step.header.arrays
+        caches = [
+            cache
+            for entry in step.entries
+            if not entry.num_logits and entry.is_alive
+            for cache in entry.sequence.layers
+        ]
+        return [step.hidden, *header, *(array for cache in caches for array in cache.state)]
