@@ -48,7 +48,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
         except RuntimeError as error:
             raise RingError(f"cannot connect to the other ranks: {error}", rank=start["rank"]) from error
     if links is not None:
-        links.start(ring["word"].encode(), _neighbours(ring["links"], start["rank"]))
+        links.start(ring["word"].encode(), _neighbour_addresses(ring["links"], start["rank"]))
         channel.links = links
     channel.send("joined")
     channel.send("tested", mismatches=[] if group is None else _test_links(channel, MlxGroup(group)))
@@ -128,7 +128,7 @@ def _open_link_watch(start: Message) -> LinkWatch | None:
     return LinkWatch(addresses[0]) if addresses and not addresses[0].startswith("127.") else None
 
 
-def _neighbours(links: Sequence[Sequence[Any] | None], rank: int) -> dict[int, tuple[str, int]]:
+def _neighbour_addresses(links: Sequence[Sequence[Any] | None], rank: int) -> dict[int, tuple[str, int]]:
     size = len(links)
     peers = {(rank + 1) % size, (rank - 1) % size}
     return {peer: (link[0], link[1]) for peer in peers if (link := links[peer]) is not None}
