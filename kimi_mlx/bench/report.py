@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -13,6 +13,8 @@ from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.units import format_bytes
+
+Row = TypeVar("Row")
 
 FIGURE_NAMES = {
     "prefill_tok_per_s": "prefill",
@@ -106,13 +108,7 @@ class Report:
 
     def markdown(self) -> str:
         """Return the report as Markdown: heading, one table, summary."""
-        columns = self._columns()
-        lines = [
-            " | ".join(name for name, _ in columns),
-            " | ".join("---" if name == "side" else "--:" for name, _ in columns),
-            *(" | ".join(cell(row) for _, cell in columns) for row in self.rows),
-        ]
-        table = "\n".join(f"| {line} |" for line in lines)
+        table = markdown_table(self._columns(), self.rows, "side")
         bullets = "\n".join(f"- {line}" for line in self.summary())
         return "\n\n".join(part for part in ("\n".join(self.heading()), table, bullets) if part) + "\n"
 
@@ -142,8 +138,8 @@ COLUMNS: Sequence[Column] = (
     ("prefill tok/s", lambda row: _rate(row.rates["prefill_tok_per_s"])),
     ("decode tok/s", lambda row: _rate(row.rates["decode_tok_per_s"])),
     ("together tok/s", lambda row: _rate(row.rates["aggregate_tok_per_s"])),
-    ("TTFT ms p50/p90/p99", lambda row: _milliseconds(row.ttft_s)),
-    ("between tokens ms p50/p90/p99", lambda row: _milliseconds(row.between_tokens_s)),
+    ("TTFT ms p50/p90/p99", lambda row: format_milliseconds(row.ttft_s)),
+    ("between tokens ms p50/p90/p99", lambda row: format_milliseconds(row.between_tokens_s)),
     ("peak memory per rank", lambda row: " + ".join(map(format_bytes, row.peak_memory_bytes))),
     ("J/token", lambda row: "" if row.joules_per_token is None else f"{row.joules_per_token:.2f}"),
     ("roofline", lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.1%}"),
@@ -172,5 +168,22 @@ def _rate(spread: Spread) -> str:
     return f"{spread.median:.1f} ({spread.min:.1f}-{spread.max:.1f})"
 
 
-def _milliseconds(times: Percentiles) -> str:
-    return " / ".join(f"{each * 1000:.{1 if each < 0.1 else 0}f}" for each in (times.p50, times.p90, times.p99))
+def markdown_table(columns: Sequence[tuple[str, Callable[[Row], str]]], table_rows: Sequence[Row], left: str) -> str:
+    """Return a Markdown table.
+
+    Args:
+        columns: heading and cell function of each column.
+        table_rows: the rows.
+        left: heading of the left-aligned column.
+    """
+    lines = [
+        " | ".join(name for name, _ in columns),
+        " | ".join("---" if name == left else "--:" for name, _ in columns),
+        *(" | ".join(cell(row) for _, cell in columns) for row in table_rows),
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def format_milliseconds(times: Percentiles) -> str:
+    """Format percentiles, such as `8.1 / 9.0 / 12.4`."""
+    return " / ".join(f"{time * 1000:.{1 if time < 0.1 else 0}f}" for time in (times.p50, times.p90, times.p99))

@@ -117,9 +117,7 @@ def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lamb
     """
     if shape not in SHAPES:
         raise UsageError(f"unknown synthetic checkpoint `{shape}`", hint=f"use one of {', '.join(SHAPES)}")
-    caches = cache_folder()
-    if caches is None:
-        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
+    caches = require_cache_folder()
     config = synthetic_config(shape)
     digest = hashlib.sha256(json.dumps([FORMAT, SEED, config], sort_keys=True).encode()).hexdigest()
     folder = caches / "synthetic" / f"{shape}-{digest[:8]}"
@@ -131,6 +129,14 @@ def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lamb
                 f"the synthetic checkpoint `{folder}` cannot be written: {error}",
                 hint="free some space, or set XDG_CACHE_HOME to another folder",
             ) from error
+    return folder
+
+
+def require_cache_folder() -> Path:
+    """Return the user's cache folder. Raises WeightsError for a user without a home folder."""
+    folder = cache_folder()
+    if folder is None:
+        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
     return folder
 
 

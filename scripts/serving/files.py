@@ -22,9 +22,16 @@ from pathlib import Path
 import mlx.core as mx
 import tokenizers
 
-from kimi_mlx.bench.workloads import FORMAT, SEED, Config, Tensors, synthetic_config, write_synthetic
+from kimi_mlx.bench.workloads import (
+    FORMAT,
+    SEED,
+    Config,
+    Tensors,
+    require_cache_folder,
+    synthetic_config,
+    write_synthetic,
+)
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.folders import cache_folder
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.text.vocabulary import build, find_splits, read_ranks
@@ -47,9 +54,7 @@ def serving_checkpoint(model: str) -> Path:
     Raises:
         WeightsError: the folder cannot be written.
     """
-    caches = cache_folder()
-    if caches is None:
-        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
+    caches = require_cache_folder()
     config = _read(MINI / "config.json") if model == "kimi-mini" else _synthetic(model)
     kind = str(mx.default_device().type)
     source = (MINI / "model.safetensors").read_bytes() if model == "kimi-mini" else b""

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from kimi_mlx.bench.machine import OURS, PACKAGES
+from kimi_mlx.bench.report import format_milliseconds, markdown_table
 from kimi_mlx.bench.results import Percentiles, Spread
 from kimi_mlx.units import format_bytes
 from scripts.serving.load import ServingRun
@@ -72,13 +73,7 @@ class ServingReport:
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        columns = self._columns()
-        lines = [
-            " | ".join(name for name, _ in columns),
-            " | ".join("---" if name == "server" else "--:" for name, _ in columns),
-            *(" | ".join(cell(row) for _, cell in columns) for row in serving_rows(self.runs)),
-        ]
-        table = "\n".join(f"| {line} |" for line in lines)
+        table = markdown_table(self._columns(), serving_rows(self.runs), "server")
         return "\n\n".join(("\n".join(self.heading()), table, "\n".join(f"- {line}" for line in self.summary()))) + "\n"
 
     def summary(self) -> list[str]:
@@ -145,9 +140,7 @@ def _spread(spread: Spread, digits: int) -> str:
 
 
 def _milliseconds(times: Percentiles | None) -> str:
-    if times is None:
-        return ""
-    return " / ".join(f"{each * 1000:.{1 if each < 0.1 else 0}f}" for each in (times.p50, times.p90, times.p99))
+    return "" if times is None else format_milliseconds(times)
 
 
 def _memory(resident: Sequence[int]) -> str:
