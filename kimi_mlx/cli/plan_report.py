@@ -11,7 +11,7 @@ from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, media
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
 from kimi_mlx.planner.memory import HostMemory
-from kimi_mlx.planner.reasons import why_lost
+from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.units import GB, GIB, format_bytes, format_context
 
@@ -38,7 +38,7 @@ def plan_report(plan: Plan) -> Iterator[Part]:
     yield _table(plan, shown)
     yield ""
     yield from choice_lines(plan)
-    lost = [(option, why_lost(option, plan)) for option in shown]
+    lost = [(option, rejection_reason(option, plan)) for option in shown]
     if any(why for _, why in lost):
         yield ""
         yield "Why not the others:"

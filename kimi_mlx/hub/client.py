@@ -166,7 +166,7 @@ def verify_checkpoint(
 
     try:
         files = _needed_files(repository)
-    except KimiMlxError:  # the index itself is corrupt, and among the files
+    except KimiMlxError:  # the index is corrupt, and is one of the files
         files = repository.files
     for_each(verify, files, workers)
     return sorted(corrupt, key=lambda file: file.name)

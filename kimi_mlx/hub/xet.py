@@ -68,7 +68,7 @@ def _abort_on(stop: threading.Event, ended: threading.Event) -> None:
         if stop.is_set():
             try:
                 from huggingface_hub.utils._xet import abort_xet_session
-            except ImportError:  # an older huggingface_hub: it ends with the process
+            except ImportError:  # older huggingface_hub: the session ends with the process
                 return
             abort_xet_session()
             return

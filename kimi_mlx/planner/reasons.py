@@ -16,16 +16,16 @@ DESCRIPTIONS = {
 """Part of the time per token -> its description."""
 
 
-def why_lost(option: Option, plan: Plan) -> str | None:
+def rejection_reason(option: Option, plan: Plan) -> str | None:
     """Return why `option` was not chosen; None for the choice itself."""
     choice = plan.choice
     if option is choice:
         return None
     if option.fits == "no" or choice is None:
         return _too_large(option)
-    if option.exchange_s < choice.exchange_s and option.strategy == "pipeline":
+    if option.request_s < choice.request_s and option.strategy == "pipeline":
         return "predicted only slightly faster, and real pipelines have been slower than predicted"
-    percent = 100 * (option.exchange_s / choice.exchange_s - 1)
+    percent = 100 * (option.request_s / choice.request_s - 1)
     slower = f"takes {percent:.0f} % longer" if percent >= 1 else "about as fast"
     return f"{slower}: {_largest_difference(option, choice)}"
 
@@ -41,7 +41,7 @@ def _largest_difference(option: Option, choice: Option) -> str:
     decode = _differences(option.decode, choice.decode)
     name = max(decode, key=lambda part: decode[part])
     prompt_s = option.prefill.total_s - choice.prefill.total_s
-    if decode[name] <= 0 or prompt_s > option.exchange_s - choice.exchange_s - prompt_s:
+    if decode[name] <= 0 or prompt_s > option.request_s - choice.request_s - prompt_s:
         return f"its prefill is slower ({option.prefill_tok_per_s:.0f} tok/s)"
     return f"each token {DESCRIPTIONS[name].format(f'{decode[name] * 1e3:.1f} ms')}"
 

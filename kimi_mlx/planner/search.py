@@ -79,7 +79,7 @@ class Option:
         return PROMPT_TOKENS / self.prefill.total_s
 
     @property
-    def exchange_s(self) -> float:
+    def request_s(self) -> float:
         """Duration of a request with PROMPT_TOKENS prompt tokens and ANSWER_TOKENS new tokens."""
         return self.prefill.total_s + ANSWER_TOKENS * self.decode.total_s
 
@@ -117,12 +117,12 @@ class Plan:
 
 def best_of(options: Sequence[Option]) -> Option | None:
     """Return the fastest option; a pipeline only if it is faster by PIPELINE_MARGIN."""
-    fastest = min(options, key=lambda option: option.exchange_s, default=None)
+    fastest = min(options, key=lambda option: option.request_s, default=None)
     if fastest is None or fastest.strategy != "pipeline":
         return fastest
     others = [option for option in options if option.strategy != "pipeline"]
-    other = min(others, key=lambda option: option.exchange_s, default=fastest)
-    return other if other.exchange_s <= fastest.exchange_s * (1 + PIPELINE_MARGIN) else fastest
+    other = min(others, key=lambda option: option.request_s, default=fastest)
+    return other if other.request_s <= fastest.request_s * (1 + PIPELINE_MARGIN) else fastest
 
 
 def make_plan(
@@ -159,7 +159,7 @@ def make_plan(
             continue
         setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants)
         options.append(_option(setup, placement, context))
-    options.sort(key=lambda option: option.exchange_s)
+    options.sort(key=lambda option: option.request_s)
     return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes))
 
 

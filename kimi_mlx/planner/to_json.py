@@ -10,12 +10,12 @@ from kimi_mlx.planner.backtest import Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED
 from kimi_mlx.planner.cost import Cost
 from kimi_mlx.planner.machines import Machine
-from kimi_mlx.planner.reasons import why_lost
+from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.planner.speed import TimeBreakdown
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 
-VERSION = 2
+VERSION = 3
 
 
 def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def _option(option: Option, plan: Plan) -> dict[str, Any]:
         "longest_context_raised": option.longest_context_raised,
         "decode": {"tok_per_s": option.decode_tok_per_s, **_seconds(option.decode)},
         "prefill": {"tok_per_s": option.prefill_tok_per_s, **_seconds(option.prefill)},
-        "exchange_s": option.exchange_s,
-        "why_lost": why_lost(option, plan),
+        "request_s": option.request_s,
+        "rejection_reason": rejection_reason(option, plan),
     }
 
 

@@ -42,7 +42,7 @@ def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str
         views = rewrite_hostfile(json.dumps([["127.0.0.1:1"], [echo]]))
         with socket.create_connection(relay_to(echo, views)) as near:
             near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            near.sendall(b"first")  # the way there is made
+            near.sendall(b"first")  # the connection is established
             near.recv(8)
             times: list[float] = []
             for _ in range(5):
@@ -53,7 +53,7 @@ def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str
             assert min(times) >= 2 * DELAY_MS / 1000
             assert min(times) < 4 * DELAY_MS / 1000
             start = time.perf_counter()
-            for _ in range(10):  # under way at once: a long cable, not a slow relay
+            for _ in range(10):  # in flight at the same time: the relay adds latency, but keeps the bandwidth
                 near.sendall(b"x")
                 time.sleep(0.002)
             left = 10

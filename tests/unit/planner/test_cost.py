@@ -1,4 +1,4 @@
-"""Money a million tokens."""
+"""Cost per million tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines as they are written, and the table of chips."""
+"""Parsing of machines, and the table of chips."""
 
 from __future__ import annotations
 

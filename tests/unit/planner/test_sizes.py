@@ -85,7 +85,7 @@ def test_portions_cover_the_model(strategy: StrategyName, weights: list[int]) ->
 
 
 def _by_all(portion: Portion) -> float:
-    """Bytes that every rank holds."""
+    """Return the bytes that every rank holds."""
     heads = 0 if portion.heads < 1 else K2.bytes.heads + K2.bytes.expansion
     return K2.bytes.embedding + K2.layers * (K2.bytes.latent + heads) + K2.moe_layers * K2.bytes.router
 

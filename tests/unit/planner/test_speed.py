@@ -1,4 +1,4 @@
-"""Predicted speed: what must hold whatever the constants are."""
+"""Properties of predicted speeds that hold for any constants."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_longer_contexts_are_slower(strategy: Strategy) -> None:
     mine = setup(strategy)
     times = [decode(mine, context).total_s for context in (1, 1024, 8192, 131072)]
     assert times == sorted(times)
-    if strategy == "pipeline":  # the longer the prompt, the longer all stages are at work
+    if strategy == "pipeline":  # longer prompts keep all stages busy for longer
         mine = replace(mine, engine=MLX_LM)
     rates = [size / prefill(mine, size).total_s for size in (2048, 8192, 32768)]
     assert rates == sorted(rates, reverse=True)
