@@ -1,4 +1,4 @@
-"""An unfinished request of a ring session: what was sent, what remains, and how it ended."""
+"""An unfinished request of a ring session: the tokens sent, the rest of the request, and its outcome."""
 
 from __future__ import annotations
 

@@ -314,7 +314,7 @@ class RingSession:
         hint = error.hint
         if unreached := self._ring.unreached:
             hint = (
-                f"{hint or 'try again'}; could not check on {', '.join(unreached)} whether all ranks have ended: "
+                f"{hint or 'try again'}; could not check that all ranks on {', '.join(unreached)} have ended: "
                 f"they end on their own after {FRONT_SILENCE_S:.0f} s without contact"
             )
         if isinstance(error, SshError) or unreached:  # callers see one kind of error, whatever the cause

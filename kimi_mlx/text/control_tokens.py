@@ -1,4 +1,4 @@
-"""Tell control tokens from text that only looks like them.
+"""Distinguish control tokens from text that only looks like them.
 
 A chat template writes both into one string. Before rendering, an escape character that does not occur in the input is
 inserted wherever text of a user spells a control token or could become part of one. After rendering, the text of a
