@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from kimi_mlx.model.config import ModelConfig, Quantization
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config_quantization import Quantization
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 IGNORED_PREFIXES = ("vision_tower.", "mm_projector.")

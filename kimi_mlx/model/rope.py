@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.model.config import ModelConfig, YarnScaling, yarn_mscale
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config_rope import YarnScaling, yarn_mscale
 
 
 class Rope:

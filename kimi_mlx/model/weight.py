@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from kimi_mlx.model.config import Quantization
+from kimi_mlx.model.config_quantization import Quantization
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kimi_mlx.model.config import ModelConfig, PackedInts, load_config, parse_config
+from kimi_mlx.model.config import ModelConfig, load_config, parse_config
+from kimi_mlx.model.config_quantization import PackedInts
 
 ROUTER_BITS = 16
 """Bits per value of routers, which are never quantized."""

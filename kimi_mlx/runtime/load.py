@@ -13,7 +13,8 @@ import mlx.core as mx
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
-from kimi_mlx.model.config import ModelConfig, PackedInts, load_config
+from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.model.config_quantization import PackedInts
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator

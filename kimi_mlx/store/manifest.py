@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import write_atomically
-from kimi_mlx.model.config import Quantization
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.weights.moves import LayerPlan
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.model.config import ModelConfig, Quantization
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts, Quantization
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization
 from kimi_mlx.model.names import (
     IGNORED_PREFIXES,
     IGNORED_SUFFIXES,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.model.config import Quantization
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.names import TEXT_PREFIX, Entry, Source, layer_entries, top_entries
 from kimi_mlx.weights.checkpoint import Checkpoint, Matrix, vision_bytes_of
 from kimi_mlx.weights.file_layout import FileLayout, lay_out

@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import Quantization
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.names import Entry, Source, is_latent_first, layer_entries, num_fused_shared, top_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
 from kimi_mlx.weights.checkpoint import Checkpoint, Field, Matrix

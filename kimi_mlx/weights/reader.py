@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import Fp8Blocks, ModelConfig, PackedInts
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts
 from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.fp8 import decode as decode_fp8

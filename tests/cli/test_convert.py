@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
-from kimi_mlx.model.config import Quantization, load_config
+from kimi_mlx.model.config import load_config
+from kimi_mlx.model.config_quantization import Quantization
 from tests.checkpoints import FORMATS
 from tests.hub import Hub, environment
 from tests.processes import start

@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.model.config import Fp8Blocks, PackedInts, load_config
+from kimi_mlx.model.config import load_config
+from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.index import read_index

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
-from kimi_mlx.model.config import Quantization, load_config
+from kimi_mlx.model.config import load_config
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.weights import convert as converter
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.convert import RECORD_NAME, ConversionResult, convert, open_conversion
