@@ -93,7 +93,7 @@ class SessionSide:
         self.name = name
         self._session = session
         self._ring = session if isinstance(session, RingSession) else None
-        self.not_batched_because: str | None = "its sequences alternate, one step each"
+        self.not_batched_because: str | None = None
 
     @property
     def all_reduce(self) -> AllReduceChoice | None:
