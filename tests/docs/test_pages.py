@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "hostfiles/README.md")] + sorted(ROOT.glob("docs/*.md"))
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "hostfiles" / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
-]
+OTHERS = ("README.md", "CONTRIBUTING.md", "hostfiles/README.md")
+PAGES = [*(ROOT / name for name in OTHERS), *sorted(ROOT.glob("docs/*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
