@@ -17,6 +17,7 @@ from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.errors import CacheError
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 END_TOKENS = 16
 """A conversation whose last so many tokens are said again in a prompt goes on there; a tail no longer than this is not
@@ -34,7 +35,7 @@ def padded_length(tokens: int) -> int:
 def shape_of(model: Model) -> BlockShape:
     """What a token takes in the caches of a model, or of a rank's share."""
     config = model.config
-    width = config.kv_lora_rank + config.qk_rope_head_dim
+    width = kv_values_per_token(config)
     return BlockShape(len(model.layers), width, model.layers[0]["input_layernorm"].dtype)
 
 
