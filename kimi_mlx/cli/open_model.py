@@ -1,35 +1,40 @@
-"""What `kimi-mlx launch` has prepared for the command that it runs."""
+"""Open a model for a command: name -> placement -> files -> session, on this machine or on launched hosts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from kimi_mlx.cli.fetch_model import fetch_model
+from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress
+from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import Limits
 from kimi_mlx.errors import UsageError
+from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.session.open import open_session
-from kimi_mlx.session.ring import RingSession
+from kimi_mlx.planner.links import LinkProfile
+from kimi_mlx.session import open as session_open
 from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.store.locate import Target
 
 
 @dataclass(frozen=True)
 class LaunchContext:
-    """A cluster that is ready.
+    """A cluster that `kimi-mlx launch` has prepared for the command that it runs.
 
-    Args:
-        cluster: where ranks run.
-        option: how the hosts were named, for hints: `--hosts a,b`.
-        restarts: how often a lost ring is started again.
-        limits: how long things may take on it.
-        choice: how the ranks share the model.
-        doctor: what the checks have found, for JSON.
+    Attributes:
+        cluster: hosts of the ranks.
+        option: option that named the hosts, for hints: `--hosts a,b`.
+        restarts: maximum number of restarts of a lost ring.
+        limits: timeouts of the ring.
+        choice: placement of the model.
+        doctor: report of the checks, for JSON.
     """
 
     cluster: Cluster
@@ -40,64 +45,161 @@ class LaunchContext:
     doctor: Mapping[str, Any]
 
     @property
-    def where(self) -> str:
-        """In words."""
+    def description(self) -> str:
+        """Number of ranks and names of the hosts, for people."""
         ranks = "1 rank" if self.cluster.size == 1 else f"{self.cluster.size} ranks"
         return f"{ranks} on {', '.join(self.cluster.names)}"
 
 
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model with its placement and, on this machine, its files; ready to load.
+
+    Attributes:
+        target: the model; None for a synthetic one.
+        name: name for messages.
+        choice: placement of the model.
+        folder: checkpoint or store on this machine; None on launched hosts, which each have their own.
+        launch: launched hosts; None for this machine.
+    """
+
+    target: Target | None
+    name: str
+    choice: Choice
+    folder: Path | None
+    launch: LaunchContext | None = None
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A loaded model.
+
+    Attributes:
+        session: session that the caller closes.
+        tokenizer_folder: folder with the configuration, tokenizer and chat template.
+    """
+
+    session: Session
+    tokenizer_folder: Path
+
+
 def launch_context(context: typer.Context) -> LaunchContext | None:
-    """What a command was launched on; None if it was typed alone."""
+    """Return the hosts that a command was launched on; None if it was typed alone."""
     return context.obj if isinstance(context.obj, LaunchContext) else None
 
 
+def prepare_model(
+    launch: LaunchContext | None,
+    target: Target,
+    run: RunOptions,
+    *,
+    is_quiet: bool,
+    link: LinkProfile | None = None,
+) -> PreparedModel:
+    """Choose the placement of a model and find its files, which are downloaded if they are not here.
+
+    Args:
+        launch: launched hosts; None for this machine.
+        target: the model.
+        run: options of the user.
+        is_quiet: whether to print neither progress nor notices.
+        link: link between ranks on this machine; None for its own, fast one.
+
+    Raises:
+        UsageError: the model is large and there is no terminal to ask on, or the strategy does not fit `--ranks`.
+        WeightsError: the model cannot be downloaded, or its store is broken or has another placement.
+        ConfigError: the model is not supported.
+    """
+    if launch is not None:
+        return PreparedModel(target, target.name, launch.choice, None, launch)
+    choice = choose_placement(target, run.ranks, run.strategy, link)
+    folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
+    load_config(folder)  # before anything else: an unsupported checkpoint gets the error that says so
+    print_placement(choice, f"{run.ranks} ranks", is_quiet or run.ranks == 1)
+    return PreparedModel(target, target.name, choice, folder)
+
+
+def session_options(run: RunOptions, disk: DiskCacheOptions | None = None, *, has_sampling: bool) -> SessionOptions:
+    """Return the options of a session; open_session() adds the model and its placement.
+
+    Args:
+        run: options of the user.
+        disk: options of the prompt cache on disk; None for none.
+        has_sampling: whether the session samples; False if all answers are greedy.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    disk = disk or DiskCacheOptions()
+    disk.check()
+    return SessionOptions(
+        None,
+        dtype=run.dtype,
+        has_sampling=has_sampling,
+        speculate=run.speculate,
+        check_every=run.check_every,
+        fast_sync=run.fast_sync,
+        cache_dir=disk.cache_dir,
+        cache_disk_bytes=disk.cache_disk,
+        cache_memory_bytes=run.cache_memory,
+    )
+
+
+def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_quiet: bool) -> OpenedModel:
+    """Load a model behind a progress bar.
+
+    Args:
+        model: the model, from prepare_model().
+        options: options from session_options().
+        ranks: number of ranks on this machine; ignored on launched hosts.
+        is_quiet: whether to show no progress.
+
+    Raises:
+        MissingModelError: a launched host does not have the model.
+        KimiMlxError: the model cannot be loaded, or a rank is lost.
+    """
+    if model.launch is not None:
+        return _open_on_hosts(model.launch, model, options, is_quiet)
+    assert model.folder is not None
+    options = replace(options, folder=model.folder, ranks=ranks, strategy=model.choice.strategy)
+    suffix = f" on {ranks} ranks" if ranks > 1 else ""
+    with load_progress(f"loading {model.name}{suffix}", is_quiet) as progress:
+        return OpenedModel(session_open.open_session(options, progress), model.folder)
+
+
+def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: SessionOptions, is_quiet: bool) -> OpenedModel:
+    """Load a model on launched hosts, with a progress bar per rank."""
+    from kimi_mlx.session.ring import RingSession  # numpy: not for a model in this process
+
+    assert model.target is not None
+    options = replace(
+        options,
+        strategy=launch.choice.strategy,
+        model=name_for_hosts(model.target),
+        cluster=launch.cluster,
+        max_restarts=launch.restarts,
+        timeouts=launch.limits,
+    )
+    names = [
+        f"loading {model.name} on {host.ssh}" + (f", rank {rank}" if len(launch.cluster.names) == 1 else "")
+        for rank, host in enumerate(launch.cluster.hostfile.hosts)
+    ]
+    with load_progress(names, is_quiet) as progress:
+        session = RingSession(options, progress)
+        return OpenedModel(session, session.tokenizer_folder)
+
+
 def name_for_hosts(target: Target) -> str:
-    """What hosts call a model: its name; of a folder the whole path, which must be there on every host."""
+    """Return the name that hosts look a model up by; for a folder its absolute path, which each host must have."""
     is_packaged = target.entry is not None and target.entry.is_packaged
     return target.name if target.folder is None or is_packaged else str(target.folder.resolve())
 
 
 def refuse_ranks(ranks: int | None) -> None:
-    """Refuse `--ranks` beside hosts."""
+    """Check that `--ranks` is not given together with hosts.
+
+    Raises:
+        UsageError: it is.
+    """
     if ranks not in (None, 1):
         raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
-
-
-def open_on_hosts(launched: LaunchContext, target: Target, wanted: SessionOptions, is_quiet: bool) -> RingSession:
-    """Load a model on the cluster, behind a bar for each rank.
-
-    Args:
-        launched: the cluster.
-        target: the model.
-        wanted: how to run it; where and how it is shared comes from the cluster.
-        is_quiet: without bars.
-
-    Raises:
-        MissingModelError: a host lacks it.
-        KimiMlxError: it cannot be loaded, or a rank is lost.
-    """
-    options = replace(
-        wanted,
-        strategy=launched.choice.strategy,
-        model=name_for_hosts(target),
-        cluster=launched.cluster,
-        max_restarts=launched.restarts,
-        timeouts=launched.limits,
-    )
-    names = [
-        f"loading {target.name} on {host.ssh}" + (f", rank {rank}" if len(launched.cluster.names) == 1 else "")
-        for rank, host in enumerate(launched.cluster.hostfile.hosts)
-    ]
-    with load_progress(names, is_quiet) as progress:
-        return RingSession(options, progress)
-
-
-def open_on_this_machine(options: SessionOptions, name: str, is_quiet: bool) -> Session:
-    """Load it behind a progress bar.
-
-    Raises:
-        KimiMlxError: it cannot be loaded.
-    """
-    where = f" on {options.ranks} ranks" if options.ranks > 1 else ""
-    with load_progress(f"loading {name}{where}", is_quiet) as progress:
-        return open_session(options, progress)

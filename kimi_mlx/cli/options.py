@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,36 +12,48 @@ import typer
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
 from kimi_mlx.session.session import DEFAULT_CACHE_DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT_TOKENS
+from kimi_mlx.settings import Settings
 from kimi_mlx.units import MB, format_bytes, parse_bytes
+
+MODEL, SAMPLING, CLUSTER, SERVER = "Model", "Sampling", "Cluster", "Server"
+MEASUREMENT, COST, OUTPUT, ADVANCED = "Measurement", "Cost", "Output", "Advanced"
+"""Panels of the help; see PANELS in command_list.py for their order."""
 
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="An alias (see `kimi-mlx models`), a folder, or a hub repository `owner/name`. "
+        help="An alias (see `kimi-mlx models`), a folder, or a Hugging Face repository `owner/name`. "
         "Default: $KIMI_MLX_MODEL, else kimi-mini.",
         show_default=False,
     ),
 ]
 RanksOption = Annotated[
     int,
-    typer.Option("--ranks", min=1, help="Processes on this machine that share the model over MLX's ring."),
+    typer.Option(
+        "--ranks",
+        min=1,
+        help="Number of processes on this machine that share the model.",
+        rich_help_panel=MODEL,
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
     typer.Option(
         "--dtype",
         metavar="float32|bfloat16|float16",
-        help="Type to compute in. Default: the checkpoint's on a GPU, float32 on the CPU.",
+        help="Data type of the computation. Default: the checkpoint's on a GPU, float32 on a CPU.",
         show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 FastSyncOption = Annotated[
     bool,
     typer.Option(
         "--fast-sync",
-        help="With MLX's fast fence (MLX_METAL_FAST_SYNCH=1): about 4 instead of 180 us each time ranks exchange "
-        "something. Risky: it can wedge the GPU, so that the Mac must be restarted.",
+        help="Faster GPU-network synchronisation (MLX_METAL_FAST_SYNCH=1: 4 us instead of 180 us). Risky: may hang "
+        "the GPU and require a restart.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 
@@ -57,9 +70,10 @@ StrategyOption = Annotated[
         "--strategy",
         metavar="NAME[:W:W...]",
         callback=_check_strategy,
-        help=f"How ranks share the model: {', '.join(STRATEGIES)}; with weights for unequal ones, such as "
-        "`pipeline:3:1`. Default: as it is stored, else what the planner finds best.",
+        help=f"How ranks share the model: {', '.join(STRATEGIES)}; with weights for unequal hosts, e.g. "
+        "`pipeline:3:1`. Default: as stored on disk, else the planner's choice.",
         show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 SpeculateOption = Annotated[
@@ -69,8 +83,9 @@ SpeculateOption = Annotated[
         min=0,
         max=MAX_DRAFT_TOKENS,
         metavar="N",
-        help="Draft up to N tokens a step from what was said before, and check them in one step: quicker where text "
-        "repeats itself (code, quotations). The text stays the same.",
+        help="Prompt-lookup decoding: propose up to N tokens per step from earlier text. Faster for code and "
+        "quotations; the text stays the same.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 CheckEveryOption = Annotated[
@@ -80,33 +95,46 @@ CheckEveryOption = Annotated[
         min=0,
         max=MAX_CHECK_EVERY,
         metavar="K",
-        help="With several ranks: every K steps compare a hash of what they have, the logits or what a pipeline hands "
-        "on; 0 never.",
+        help="Compare a hash across ranks every K steps to detect corruption; 0 disables.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 
 
 def _parse_size(text: str | int) -> int:
-    if isinstance(text, int):  # a default, which Typer reads, too
+    if isinstance(text, int):  # the default, which Typer parses too
         return text
     try:
         size = parse_bytes(text)
     except ValueError as error:
-        raise UsageError(str(error), hint="write it as `20GB` or `512MiB`") from None
+        raise UsageError(str(error), hint="write the size as `20GB` or `512MiB`") from None
     if size < MB:
-        raise UsageError(f"a cache of {size} bytes holds nothing", hint="write its size as `20GB` or `512MiB`")
+        raise UsageError(f"a cache of {size} bytes is too small", hint="write the size as `20GB` or `512MiB`")
     return size
 
 
+CacheMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-memory",
+        parser=_parse_size,
+        metavar="SIZE",
+        help="Memory per rank for the KV caches of all conversations, e.g. `20GB`. Default: free memory, "
+        "up to 8 full contexts.",
+        show_default=False,
+        rich_help_panel=ADVANCED,
+    ),
+]
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(
         "--cache-dir",
         metavar="DIR",
         file_okay=False,
-        help="Keep the prompt cache in this folder of each host, too: what was read once is not computed again after a "
-        "restart. Prompts lie in it in the clear, readable by you alone. Default: in memory only.",
+        help="Also keep the prompt cache in this folder on each host, so that it survives restarts. Prompts are "
+        "stored there unencrypted, readable only by you. Default: in memory only.",
         show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 CacheDiskOption = Annotated[
@@ -115,29 +143,64 @@ CacheDiskOption = Annotated[
         "--cache-disk",
         parser=_parse_size,
         metavar="SIZE",
-        help=f"All that may lie in --cache-dir on each host, such as `50GB`; what was used last stays. "
+        help="Maximum size of --cache-dir per host, e.g. `50GB`; least recently used entries are deleted. "
         f"Default: {format_bytes(DEFAULT_CACHE_DISK_BYTES)}.",
         show_default=False,
-    ),
-]
-CacheMemoryOption = Annotated[
-    int | None,
-    typer.Option(
-        "--cache-memory",
-        parser=_parse_size,
-        metavar="SIZE",
-        help="Memory of each rank for the caches of all conversations, such as `20GB`. Default: what is free, "
-        "for 8 full contexts at most.",
-        show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of each command that loads a model."""
+
+    model: ModelArgument = None
+    ranks: RanksOption = 1
+    strategy: StrategyOption = None
+    dtype: DtypeOption = None
+    speculate: SpeculateOption = 0
+    check_every: CheckEveryOption = 0
+    fast_sync: FastSyncOption = False
+    cache_memory: CacheMemoryOption = None
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model: the argument, else the environment's default."""
+        return model_name(self.model)
+
+
+@dataclass(frozen=True)
+class DiskCacheOptions:
+    """Options of the prompt cache on disk."""
+
+    cache_dir: CacheDirOption = None
+    cache_disk: CacheDiskOption = DEFAULT_CACHE_DISK_BYTES
+
+    def check(self) -> None:
+        """Check that a limit has a folder.
+
+        Raises:
+            UsageError: `--cache-disk` without `--cache-dir`.
+        """
+        if self.cache_dir is None and self.cache_disk != DEFAULT_CACHE_DISK_BYTES:
+            raise UsageError("--cache-disk limits --cache-dir, which is not set", hint="add `--cache-dir DIR`")
+
+
+def model_name(argument: str | None) -> str:
+    """Return the name of the model: the argument, else the environment's default."""
+    return argument or Settings.from_environment().model
+
+
 def refuse_mlx_launch() -> None:
-    """Refuse to be one of several processes that somebody else has started."""
+    """Check that `mlx.launch` has not started this process.
+
+    Raises:
+        UsageError: it has; this command starts its ranks itself.
+    """
     if "MLX_RANK" in os.environ:
         raise UsageError(
             "this command was started by `mlx.launch` (MLX_RANK is set), but starts its ranks itself",
-            hint="type it alone, with `--ranks N`; only `kimi-mlx download` runs under `mlx.launch`",
+            hint="run it directly, with `--ranks N`; only `kimi-mlx download` works under `mlx.launch`",
         )

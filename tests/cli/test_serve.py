@@ -163,7 +163,7 @@ def test_keys_must_be_keys(tmp_path: Path) -> None:
         (("--cors-origin", "example.org"), "write `https://example.org`"),
         (("--cors-origin", "https://example.org/page"), "write `https://example.org`"),
         (("--cache-disk", "5GB"), "add --cache-dir DIR"),
-        (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes holds nothing"),
+        (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes is too small"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], said: str) -> None:

@@ -1,0 +1,206 @@
+"""The commands of `kimi-mlx`: names, summaries and examples, known without importing what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+PANELS = ("Options", "Model", "Sampling", "Cluster", "Server", "Measurement", "Cost", "Output", "Advanced")
+"""Panels of a command's help, in their order; options without a panel are in the first."""
+
+
+@dataclass(frozen=True)
+class CommandInfo:
+    """What `kimi-mlx --help` needs to know of a command.
+
+    Attributes:
+        name: what the user types; also the module in `cli/` and its function.
+        summary: first line of the function's docstring, at most 50 characters.
+        examples: lines at the end of the command's help.
+        is_hidden: left out of the list of commands.
+        settings: Click's settings of the command's context.
+        module: module in `cli/` if it is not called like the command.
+    """
+
+    name: str
+    summary: str
+    examples: Sequence[str] = ()
+    is_hidden: bool = False
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    module: str | None = None
+
+    def load(self) -> Any:
+        """Import the command's module and return its Click command."""
+        module = import_module(f"kimi_mlx.cli.{self.module or self.name}")
+        single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+        single.command(
+            self.name,
+            cls=PanelCommand,
+            hidden=self.is_hidden,
+            epilog=_epilog(self.examples),
+            context_settings={"help_option_names": ["-h", "--help"], **self.settings},
+        )(getattr(module, self.name))
+        return get_command(single)
+
+
+COMMANDS = (
+    CommandInfo(
+        "chat",
+        "Chat with a model in the terminal.",
+        (
+            "kimi-mlx chat                          chat with kimi-mini",
+            'kimi-mlx chat kimi-mini -p "Hello"     print one answer on stdout',
+            'git diff | kimi-mlx chat kimi-k2 -p "Review this"',
+            "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
+        ),
+    ),
+    CommandInfo(
+        "serve",
+        "Serve a model over HTTP (OpenAI, Anthropic APIs).",
+        (
+            "kimi-mlx serve kimi-mini",
+            "kimi-mlx serve kimi-k2 --ranks 2 --port 8000 --served-name gpt-4o",
+            "kimi-mlx serve --host 0.0.0.0 --api-key-file keys      for other machines, too",
+            "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
+        ),
+    ),
+    CommandInfo(
+        "download",
+        "Download a model, optionally split for N ranks.",
+        (
+            "kimi-mlx download kimi-k2 --dry-run              show the files and the disk space needed",
+            "kimi-mlx download moonlight                      into the Hugging Face cache, unchanged",
+            "kimi-mlx download kimi-k2 --ranks 2              one store per rank, for `chat kimi-k2 --ranks 2`",
+            "kimi-mlx download kimi-k2 --ranks 2 --verify     check all files, download broken ones again",
+            "mlx.launch --hostfile two.json -- kimi-mlx download kimi-k2    one store per host",
+        ),
+    ),
+    CommandInfo(
+        "models",
+        "List known models: size, memory, what is here.",
+        ("kimi-mlx models", "kimi-mlx models kimi-k2.5", "kimi-mlx models --json"),
+    ),
+    CommandInfo(
+        "rm",
+        "Delete a downloaded model from this machine.",
+        ("kimi-mlx rm kimi-k2", "kimi-mlx rm moonshotai/Kimi-K2-Thinking --yes"),
+    ),
+    CommandInfo(
+        "plan",
+        "Predict memory and speed on one or more Macs.",
+        (
+            "kimi-mlx plan kimi-k2 --machines m3-ultra-512x2       memory, predicted speed, recommendation",
+            "kimi-mlx plan kimi-k2.5 --machines m3-ultra-512x2 --cost --subscription 200",
+            "kimi-mlx plan kimi-k2 --hostfile two.json --link measured",
+            "kimi-mlx plan --backtest                              compare predictions with published results",
+        ),
+    ),
+    CommandInfo(
+        "bench",
+        "Measure speed, latency and memory of a model.",
+        (
+            "kimi-mlx bench",
+            "kimi-mlx bench kimi-mini --prompt-tokens 128,512 --repeat 5 --json",
+            "kimi-mlx bench --synthetic wide --ranks 2 --link-delay-ms 4 --against mlx-lm",
+            "kimi-mlx bench kimi-k2 --prompt-tokens 128,8192 --depth 0,8192 --concurrency 1,4 --plot result.png",
+        ),
+    ),
+    CommandInfo(
+        "convert",
+        "Convert a checkpoint to MLX's quantized format.",
+        (
+            "kimi-mlx convert moonshotai/Kimi-K2-Thinking ./thinking-mlx --dry-run",
+            "kimi-mlx convert kimi-k2.6 ./k2.6-mlx           INT4, lossless",
+            "kimi-mlx convert ./Kimi-K2 ./k2-3bit --expert-bits 3",
+        ),
+    ),
+    CommandInfo(
+        "launch",
+        "Check and connect several Macs, then run COMMAND.",
+        (
+            "kimi-mlx launch --hosts mac-a,mac-b --install              install kimi-mlx on both, then chat",
+            "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host downloads its part",
+            'kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 -p "Hi"',
+            "kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 --strategy pipeline:3:1    3/4 of the layers on mac-a",
+            "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
+            "kimi-mlx launch --hosts mac-a,mac-b --save two.json check kimi-k2",
+            "kimi-mlx launch --hostfile two.json bench kimi-k2 --prompt-tokens 128,1024",
+        ),
+        # the words after COMMAND belong to it
+        settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    ),
+    CommandInfo("check", "Check that a cluster answers, twice the same.", is_hidden=True),
+    CommandInfo(
+        "doctor",
+        "Find problems of a Mac or cluster, and the fix.",
+        (
+            "kimi-mlx doctor                        this machine",
+            "kimi-mlx doctor kimi-k2 --hosts mac-a,mac-b --save two.json",
+            "kimi-mlx doctor --hostfile two.json --quick --json",
+        ),
+    ),
+)
+FOREIGN_NAMES = ("list", "ls", "pull", "run", "ps")
+"""Commands of other tools; each exits with a hint to ours."""
+
+_ANY_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
+_BY_NAME = {info.name: info for info in COMMANDS} | {
+    name: CommandInfo(name, "Not a command of kimi-mlx.", (), True, _ANY_ARGUMENTS, "other_tools") for name in FOREIGN_NAMES
+}
+
+
+def command_names() -> list[str]:
+    """Return the names of all commands of ours, hidden ones too."""
+    return [info.name for info in COMMANDS]
+
+
+class PanelCommand(TyperCommand):
+    """A command whose help lists its options in panels, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options of each panel."""
+        records: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{panel: [] for panel in PANELS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or PANELS[0]
+                records[panel].append(record)
+        for panel, rows in records.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports only the command that runs; its list is static."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of our commands in the order of the list."""
+        return command_names()
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command; None for an unknown name."""
+        info = _BY_NAME.get(cmd_name)
+        return None if info is None else info.load()
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the static list of names and summaries."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(info.name, info.summary) for info in COMMANDS if not info.is_hidden])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of a command line; an unknown name is an error that lists near names."""
+        self.commands = dict.fromkeys(command_names())  # pyright: ignore[reportAttributeAccessIssue]
+        return super().resolve_command(ctx, args)
+
+
+def _epilog(examples: Sequence[str]) -> str | None:
+    """Return the end of a command's help; `\\b` keeps Click from wrapping the lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples) if examples else None
