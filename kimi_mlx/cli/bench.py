@@ -4,38 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kimi_mlx.cli.bench_output import Output
 from kimi_mlx.cli.fetch_model import fetch_model
-from kimi_mlx.cli.open_model import launch_context, open_on_hosts
-from kimi_mlx.cli.options import (
-    CheckEveryOption,
-    DtypeOption,
-    FastSyncOption,
-    JsonOption,
-    ModelArgument,
-    RanksOption,
-    SpeculateOption,
-    StrategyOption,
-    refuse_mlx_launch,
+from kimi_mlx.cli.open_model import (
+    LaunchContext,
+    launch_context,
+    open_session,
+    prepare_model,
+    session_options,
 )
+from kimi_mlx.cli.option_groups import with_option_groups
+from kimi_mlx.cli.options import MEASUREMENT, OUTPUT, JsonOption, RunOptions, refuse_mlx_launch
 from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions
-from kimi_mlx.settings import Settings
 from kimi_mlx.store.locate import Target, understand
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:
     from kimi_mlx.bench.measure import BenchmarkPlan, EnergyOf, Run
+    from kimi_mlx.bench.roofline import Roofline
     from kimi_mlx.bench.sides import Side
     from kimi_mlx.cluster.hosts.host import Cluster
     from kimi_mlx.model.config import ModelConfig
@@ -46,126 +45,221 @@ LOOPBACK_BYTES_PER_S = 1e9
 """About what the relay carries."""
 
 
-def bench(
-    context: typer.Context,
-    model: ModelArgument = None,
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """Options of what is measured."""
+
     synthetic: Annotated[
         Literal["wide", "deep"] | None,
         typer.Option(
             "--synthetic",
-            help="Instead of MODEL a checkpoint of K2's shape with random weights, made once: "
-            "`wide` has 8 wide layers, `deep` 61 small ones.",
+            help="Measure a checkpoint of K2's shape with random weights instead of MODEL: `wide` has 8 wide layers, "
+            "`deep` 61 small ones.",
+            rich_help_panel=MEASUREMENT,
         ),
-    ] = None,
+    ] = None
     prompt_tokens: Annotated[
-        str, typer.Option("--prompt-tokens", metavar="N,N,...", help="Sizes of the prompts (random tokens).")
-    ] = "128,512",
+        str,
+        typer.Option(
+            "--prompt-tokens", metavar="N,N,...", help="Prompt lengths (random tokens).", rich_help_panel=MEASUREMENT
+        ),
+    ] = "128,512"
     generation_tokens: Annotated[
-        int, typer.Option("--generation-tokens", min=2, help="New tokens after each prompt.")
-    ] = 64,
+        int,
+        typer.Option("--generation-tokens", min=2, help="New tokens per prompt.", rich_help_panel=MEASUREMENT),
+    ] = 64
     depth: Annotated[
         str,
-        typer.Option("--depth", metavar="N,N,...", help="Tokens that are in the cache before the timed prompt."),
-    ] = "0",
+        typer.Option(
+            "--depth",
+            metavar="N,N,...",
+            help="Tokens in the cache before the timed prompt.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = "0"
     concurrency: Annotated[
-        str, typer.Option("--concurrency", metavar="N,N,...", help="Requests at the same time.")
-    ] = "1",
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Repetitions that do not count.")] = 1,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Repetitions that count.")] = 5,
-    ranks: RanksOption = 1,
-    strategy: StrategyOption = None,
-    speculate: SpeculateOption = 0,
-    check_every: CheckEveryOption = 0,
+        str,
+        typer.Option(
+            "--concurrency",
+            metavar="N,N,...",
+            help="Number of simultaneous requests.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = "1"
+    warmup: Annotated[
+        int, typer.Option("--warmup", min=0, help="Number of warm-up runs.", rich_help_panel=MEASUREMENT)
+    ] = 1
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Number of measured runs.", rich_help_panel=MEASUREMENT)
+    ] = 5
     link_delay_ms: Annotated[
         float | None,
         typer.Option(
             "--link-delay-ms",
             metavar="MS",
-            help="With --ranks: what one rank says reaches the next so much later, each way.",
+            help="With --ranks: add this one-way latency (ms) between local ranks.",
             show_default=False,
+            rich_help_panel=MEASUREMENT,
         ),
-    ] = None,
-    dtype: DtypeOption = None,
-    fast_sync: FastSyncOption = False,
+    ] = None
     against: Annotated[
         Literal["mlx-lm"] | None,
-        typer.Option("--against", help="Run mlx-lm on the same checkpoint in turns, and print the ratios."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the prompts.")] = 0,
-    json: JsonOption = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON with every run.", show_default=False)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG (needs matplotlib).", show_default=False)
-    ] = None,
-) -> None:
-    """Measure a model: prefill and decode tok/s, time to the first token and between tokens, peak memory."""
-    refuse_mlx_launch()
-    form = Output(json, markdown, output, plot)
-    form.check()
-    launched = launch_context(context)
-    _check_delay(link_delay_ms, ranks if launched is None else 1)
-    from kimi_mlx.bench import machine
-    from kimi_mlx.bench.measure import BenchmarkPlan
-    from kimi_mlx.bench.report import Report
-    from kimi_mlx.bench.roofline import Roofline
-    from kimi_mlx.bench.sides import SessionSide
-    from kimi_mlx.model.config import load_config
+        typer.Option(
+            "--against",
+            help="Also run mlx-lm on the same checkpoint, alternating, and print the ratios.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = None
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Random seed of the prompts.", rich_help_panel=MEASUREMENT)
+    ] = 0
 
-    plan = BenchmarkPlan(
-        _numbers("--prompt-tokens", prompt_tokens, "128,512"),
-        generation_tokens,
-        warmup,
-        repeat,
-        seed,
-        _numbers("--depth", depth, "0,8192"),
-        _numbers("--concurrency", concurrency, "1,4"),
-    )
-    roofline = None
-    wanted = SessionOptions(None, dtype=dtype, speculate=speculate, check_every=check_every, fast_sync=fast_sync)
+    def plan(self) -> BenchmarkPlan:
+        """Return the cases to run.
+
+        Raises:
+            UsageError: a list that is not of whole numbers, or a value out of range.
+        """
+        from kimi_mlx.bench.measure import BenchmarkPlan
+
+        return BenchmarkPlan(
+            _numbers("--prompt-tokens", self.prompt_tokens, "128,512"),
+            self.generation_tokens,
+            self.warmup,
+            self.repeat,
+            self.seed,
+            _numbers("--depth", self.depth, "0,8192"),
+            _numbers("--concurrency", self.concurrency, "1,4"),
+        )
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of where the results go."""
+
+    json: JsonOption = False
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.", rich_help_panel=OUTPUT)] = False
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write JSON with every run.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw a PNG (needs matplotlib).",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+
+
+@with_option_groups
+def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptions, report: ReportOptions) -> None:
+    """Measure speed, latency and memory of a model.
+
+    It reports prefill and decode tok/s, time to first token, time between tokens, and peak memory.
+    """
+    refuse_mlx_launch()
+    output = Output(report.json, report.markdown, report.output, report.plot)
+    output.check()
+    launch = launch_context(context)
+    _check_delay(measurement.link_delay_ms, run.ranks if launch is None else 1)
+    from kimi_mlx.bench.report import Report
+
+    plan = measurement.plan()
     with ExitStack() as stack:
-        if launched is not None:
-            target = understand(model or Settings.from_environment().model)
-            session = stack.enter_context(closing(open_on_hosts(launched, target, wanted, json)))
-            sides: list[Side] = [SessionSide("kimi-mlx", session)]
-            ranks, choice = launched.cluster.size, launched.choice
-            config = load_config(session.tokenizer_folder)
-            plan.check_context(config.max_position_embeddings)
-        else:
-            target = _target(model, synthetic)
-            choice = choose_placement(target, ranks, strategy, _delayed_link(link_delay_ms))
-            folder = _folder(target, synthetic, ranks, choice.strategy, json)
-            config = load_config(folder)
-            plan.check_context(config.max_position_embeddings)
-            print_placement(choice, f"{ranks} ranks", is_quiet=json or ranks == 1)
-            roofline = Roofline.of(config, _dtype_name(dtype, config), generation_tokens)
-            cluster = _delayed_cluster(ranks, link_delay_ms, fast_sync, stack)
-            options = replace(wanted, folder=folder, ranks=ranks, strategy=choice.strategy, cluster=cluster)
-            sides = _open_sides(options, against, json, stack)
-        settings = {
-            "model": synthetic or model or Settings.from_environment().model,
-            "ranks": ranks,
-            "placement": choice.to_dict(),
-            "hosts": None if launched is None else launched.cluster.names,
-            "link_delay_ms": link_delay_ms,
-            "speculate": speculate,
-            "sums": next(
-                (side.all_reduce.to_dict() for side in sides if isinstance(side, SessionSide) and side.all_reduce), None
-            ),
-            "dtype": _dtype_name(dtype, config),
-            "date": machine.now(),
-            "machine": machine.machine(),
-            "versions": machine.versions(),
-            "commit": machine.commit(),
-            "roofline": None if roofline is None else roofline.to_dict(),
-        }
-        energy_of = _energy(stack) if launched is None else None
-        runs, stop = _collect(sides, plan, config.vocab_size, energy_of, json)
-    form.show(Report(plan, settings, runs, sides, None if roofline is None else roofline.share))
+        setup = (
+            _open_on_this_machine(run, measurement, plan, report.json, stack)
+            if launch is None
+            else _open_on_hosts(launch, run, plan, report.json, stack)
+        )
+        energy_of = _energy(stack) if launch is None else None
+        settings = _settings(run, measurement, setup, launch)
+        runs, stop = _collect(setup.sides, plan, setup.config.vocab_size, energy_of, report.json)
+    roofline = setup.roofline
+    output.show(Report(plan, settings, runs, setup.sides, None if roofline is None else roofline.share))
     if stop is not None:
         raise stop
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """Loaded models, and what they were loaded from."""
+
+    sides: Sequence[Side]
+    choice: Choice
+    config: ModelConfig
+    roofline: Roofline | None = None
+
+
+def _open_on_hosts(
+    launch: LaunchContext, run: RunOptions, plan: BenchmarkPlan, is_quiet: bool, stack: ExitStack
+) -> _Setup:
+    """Load the model on launched hosts."""
+    from kimi_mlx.bench.sides import SessionSide
+
+    prepared = prepare_model(launch, understand(run.model_name), run, is_quiet=is_quiet)
+    opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, is_quiet)
+    session = stack.enter_context(closing(opened.session))
+    config = load_config(opened.tokenizer_folder)
+    plan.check_context(config.max_position_embeddings)
+    return _Setup([SessionSide("kimi-mlx", session)], prepared.choice, config)
+
+
+def _open_on_this_machine(
+    run: RunOptions, measurement: MeasurementOptions, plan: BenchmarkPlan, is_quiet: bool, stack: ExitStack
+) -> _Setup:
+    """Load the model on this machine, and mlx-lm's if it is compared."""
+    from kimi_mlx.bench.roofline import Roofline
+
+    target = _target(run, measurement.synthetic)
+    choice = choose_placement(target, run.ranks, run.strategy, _delayed_link(measurement.link_delay_ms))
+    folder = _folder(target, measurement.synthetic, run.ranks, choice.strategy, is_quiet)
+    config = load_config(folder)
+    plan.check_context(config.max_position_embeddings)
+    print_placement(choice, f"{run.ranks} ranks", is_quiet or run.ranks == 1)
+    options = replace(
+        session_options(run, has_sampling=False),
+        folder=folder,
+        ranks=run.ranks,
+        strategy=choice.strategy,
+        cluster=_delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack),
+    )
+    roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
+    return _Setup(_open_sides(options, measurement.against, is_quiet, stack), choice, config, roofline)
+
+
+def _settings(
+    run: RunOptions, measurement: MeasurementOptions, setup: _Setup, launch: LaunchContext | None
+) -> dict[str, Any]:
+    """Return the settings of the run, for the report."""
+    from kimi_mlx.bench import machine
+    from kimi_mlx.bench.sides import SessionSide
+
+    all_reduce = (side.all_reduce for side in setup.sides if isinstance(side, SessionSide))
+    return {
+        "model": measurement.synthetic or run.model_name,
+        "ranks": run.ranks if launch is None else launch.cluster.size,
+        "placement": setup.choice.to_dict(),
+        "hosts": None if launch is None else launch.cluster.names,
+        "link_delay_ms": measurement.link_delay_ms,
+        "speculate": run.speculate,
+        "sums": next((choice.to_dict() for choice in all_reduce if choice), None),
+        "dtype": _dtype_name(run.dtype, setup.config),
+        "date": machine.now(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "roofline": None if setup.roofline is None else setup.roofline.to_dict(),
+    }
 
 
 def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
@@ -188,12 +282,12 @@ def _check_delay(delay_ms: float | None, ranks: int) -> None:
         raise UsageError("--link-delay-ms is for several ranks on this machine", hint="add for example `--ranks 2`")
 
 
-def _target(model: str | None, synthetic: str | None) -> Target | None:
-    """The model to measure; None for a synthetic one."""
+def _target(run: RunOptions, synthetic: str | None) -> Target | None:
+    """Return the model to measure; None for a synthetic one."""
     if synthetic is None:
-        return understand(model or Settings.from_environment().model)
-    if model is not None:
-        raise UsageError(f"`{model}` and --synthetic exclude each other", hint="leave one of them out")
+        return understand(run.model_name)
+    if run.model is not None:
+        raise UsageError(f"`{run.model}` and --synthetic exclude each other", hint="leave one of them out")
     return None
 
 

@@ -1,4 +1,4 @@
-"""`kimi-mlx launch ... check`: whether a cluster answers, and always the same."""
+"""`kimi-mlx launch ... check`: let a cluster answer twice and compare."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from contextlib import closing
 
 import typer
 
-from kimi_mlx.cli.open_model import launch_context, open_on_hosts
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, StrategyOption
+from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RunOptions, StrategyOption
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.session.session import Session, SessionOptions
-from kimi_mlx.settings import Settings
+from kimi_mlx.session.session import Session
 from kimi_mlx.store.locate import understand
 from kimi_mlx.units import format_rate, format_seconds
 
@@ -29,43 +28,48 @@ def check(
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Load a model on a cluster and let it answer twice; both answers must be equal."""
-    launched = launch_context(context)
-    if launched is None:
+    """Check that a cluster answers, twice the same."""
+    launch = launch_context(context)
+    if launch is None:
         raise UsageError(
-            "`check` is for clusters", hint="`kimi-mlx launch --hosts a,b check`; alone: `kimi-mlx doctor`"
+            "`check` is for clusters", hint="`kimi-mlx launch --hosts a,b check`; for this machine: `kimi-mlx doctor`"
         )
-    target = understand(model or Settings.from_environment().model)
+    run = RunOptions(model, strategy=strategy, dtype=dtype)
+    target = understand(run.model_name)
     begin = time.monotonic()
-    with closing(open_on_hosts(launched, target, SessionOptions(None, dtype=dtype), json)) as session:
+    prepared = prepare_model(launch, target, run, is_quiet=json)
+    opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, json)
+    with closing(opened.session) as session:
         load_s = time.monotonic() - begin
-        vocab_size = load_config(session.tokenizer_folder).vocab_size
+        vocab_size = load_config(opened.tokenizer_folder).vocab_size
         prompt = tuple((7 * number + 3) % vocab_size for number in range(PROMPT_TOKENS))
         first, finished = _answer(session, prompt)
         session.reset()
         second, _ = _answer(session, prompt)
     if first != second:
-        place = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        position = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
         raise RingError(
-            f"the same question had two answers; they part at token {place} of {TOKENS}",
-            hint="the link or MLX corrupts data: see `kimi-mlx doctor` with the same hosts",
+            f"the same prompt got two different answers; they differ from token {position} of {TOKENS}",
+            hint="the link or MLX corrupts data: run `kimi-mlx doctor` with the same hosts",
         )
     result = {
         "model": target.name,
-        "hosts": launched.cluster.names,
-        "ranks": launched.cluster.size,
-        "backend": launched.cluster.backend,
-        "placement": launched.choice.to_dict(),
+        "hosts": launch.cluster.names,
+        "ranks": launch.cluster.size,
+        "backend": launch.cluster.backend,
+        "placement": launch.choice.to_dict(),
         "load_s": round(load_s, 3),
         "answers_equal": True,
-        "doctor": launched.doctor,
+        "doctor": launch.doctor,
         "statistics": finished.statistics.to_dict(),
     }
     if json:
         print_json(result)
         return
     rate = format_rate(finished.statistics.decode_tok_per_s)
-    stdout.print(f"{launched.where} answer: loaded in {format_seconds(load_s)}, {rate}, twice the same", markup=False)
+    stdout.print(
+        f"{launch.description} answer: loaded in {format_seconds(load_s)}, {rate}, twice the same", markup=False
+    )
 
 
 def _answer(session: Session, prompt: tuple[int, ...]) -> tuple[list[int], Finished]:

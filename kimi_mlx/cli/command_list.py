@@ -87,11 +87,6 @@ COMMANDS = (
         ("kimi-mlx models", "kimi-mlx models kimi-k2.5", "kimi-mlx models --json"),
     ),
     CommandInfo(
-        "rm",
-        "Delete a downloaded model from this machine.",
-        ("kimi-mlx rm kimi-k2", "kimi-mlx rm moonshotai/Kimi-K2-Thinking --yes"),
-    ),
-    CommandInfo(
         "plan",
         "Predict memory and speed on one or more Macs.",
         (
@@ -151,7 +146,8 @@ FOREIGN_NAMES = ("list", "ls", "pull", "run", "ps")
 
 _ANY_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
 _BY_NAME = {info.name: info for info in COMMANDS} | {
-    name: CommandInfo(name, "Not a command of kimi-mlx.", (), True, _ANY_ARGUMENTS, "other_tools") for name in FOREIGN_NAMES
+    name: CommandInfo(name, "Not a command of kimi-mlx.", (), True, _ANY_ARGUMENTS, "other_tools")
+    for name in FOREIGN_NAMES
 }
 
 

@@ -71,12 +71,11 @@ def convert(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint to MLX's affine layout, which mlx-lm and others read too.
+    """Convert a checkpoint to MLX's quantized format.
 
-    It needs little memory, whatever the size of the model, and a run that was stopped goes on where it was if the same
-    command is given again. What already has the bits and groups that are asked for is copied bit for bit; what has
-    others is quantized a second time, which loses more than from the original floats. Never quantized: norms and the
-    router. Floats are written in the type that the configuration of SRC says, mostly bfloat16.
+    mlx-lm and others read the result too. Memory use is small for any model size. Run the same command again to
+    resume. Tensors already in the requested format are copied unchanged; others are re-quantized, which loses more
+    than quantizing the original floats. Norms and the router are never quantized. Floats keep the type of SRC.
     """
     from kimi_mlx.weights.convert import check_folder, check_space, open_conversion
     from kimi_mlx.weights.convert_plan import ConvertOptions

@@ -43,7 +43,7 @@ def doctor(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what is well, too.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what is wrong with this Mac, or with a cluster, and the command that mends it."""
+    """Find problems of a Mac or cluster, and the fix."""
     from kimi_mlx.cli.memory_requirement import memory_requirement
 
     asked = None if backend == "auto" else backend

@@ -63,7 +63,7 @@ def download(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Fetch a model, verify it, and cut it into one store a rank."""
+    """Download a model, optionally split for N ranks."""
     started = time.monotonic()
     name = model or Settings.from_environment().model
     if (launched := launch_context(context)) is not None:

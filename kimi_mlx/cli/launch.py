@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from kimi_mlx.cli.chat import require_prompt
+from kimi_mlx.cli.command_list import command_names
 from kimi_mlx.cli.doctor_report import report, to_dict
 from kimi_mlx.cli.host_options import (
     BackendOption,
@@ -84,7 +85,7 @@ def launch(
         typer.Option("--limit", min=2, metavar="SECONDS", help="How long a rank may be silent, or a token take."),
     ] = Limits().silence_s,
 ) -> None:
-    """Run a model on several Macs: check them, connect them, then COMMAND."""
+    """Check and connect several Macs, then run COMMAND."""
     from kimi_mlx.cli.memory_requirement import memory_requirement
 
     refuse_mlx_launch()
@@ -140,7 +141,7 @@ class _Command:
         assert context.parent is not None
         self._parent = context.parent
         group: Any = self._parent.command
-        if words and words[0] not in COMMANDS and words[0] in group.commands:
+        if words and words[0] not in COMMANDS and words[0] in command_names():
             names = ", ".join(f"`{name}`" for name in COMMANDS)
             raise UsageError(
                 f"launch runs {names}, not `{words[0]}`", hint=f"type `kimi-mlx {words[0]}` without launch"

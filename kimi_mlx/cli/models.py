@@ -69,7 +69,7 @@ def models(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the known models: their size, the memory they need, and which are on this machine."""
+    """List known models: size, memory, what is here."""
     machine = this_machine()
     if model is None:
         rows = [see(entry, machine) for entry in catalogue()]

@@ -85,7 +85,10 @@ def plan(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Predict memory and speed of a model on Macs, and choose how to divide it. Nothing is loaded."""
+    """Predict memory and speed on one or more Macs.
+
+    It recommends how to split the model; nothing is loaded.
+    """
     if with_backtest:
         comparisons = backtest()
         print_json(backtest_to_dict(comparisons)) if json else _print(*backtest_report(comparisons))

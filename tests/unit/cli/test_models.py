@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.chat import _sampling
+from kimi_mlx.cli.chat import SamplingOptions, merge_sampling
 from kimi_mlx.cli.models import details, footnotes, see, table
 from kimi_mlx.cluster.hosts.machine import Machine
 from kimi_mlx.engine.request import Sampling
@@ -156,8 +156,8 @@ def test_options_come_before_instant_values_before_the_checkpoint_before_the_cat
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     entry = entry_of("kimi-k2.5")
     recommended = ChatTokenizer.load(tmp_path, defaults=entry.default_sampling()).sampling
-    assert _sampling(recommended, entry if no_thinking else None, options) == expected
+    assert merge_sampling(recommended, entry if no_thinking else None, SamplingOptions(**options)) == expected
 
 
 def test_a_model_without_a_switch_keeps_its_values() -> None:
-    assert _sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), {}) == Sampling(1.0)
+    assert merge_sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), SamplingOptions()) == Sampling(1.0)

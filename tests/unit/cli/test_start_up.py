@@ -1,0 +1,71 @@
+"""Start-up of the command line: what it imports, and the static list of commands."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from kimi_mlx.cli.command_list import COMMANDS, FOREIGN_NAMES
+from tests.command import call
+
+HEAVY = ("rich", "prompt_toolkit", "pydantic", "huggingface_hub", "mlx", "numpy", "jinja2", "starlette", "mlx_lm")
+LIGHT = {
+    "kimi_mlx",
+    "kimi_mlx.cli",
+    "kimi_mlx.cli.app",
+    "kimi_mlx.cli.command_list",
+    "kimi_mlx.errors",
+    "kimi_mlx.settings",
+    "kimi_mlx.version",
+}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"], ["--no-such-option"]])
+def test_start_up_imports_only_these_modules(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from kimi_mlx.cli.app import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "print('modules:', *sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    modules = done.stdout.rpartition("modules:")[2].split()
+    assert {name for name in modules if name.split(".")[0] == "kimi_mlx"} == LIGHT
+    assert [name for name in modules if name.split(".")[0] in HEAVY] == []
+
+
+@pytest.mark.parametrize("info", COMMANDS, ids=lambda info: info.name)
+def test_summaries_are_short_and_equal_the_docstrings(info: object) -> None:
+    name, summary = getattr(info, "name"), getattr(info, "summary")  # noqa: B009
+    command = getattr(import_module(f"kimi_mlx.cli.{name}"), name)
+    assert inspect.getdoc(command).splitlines()[0] == summary
+    assert len(summary) <= 50
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    shown = call("--help").stdout
+    assert "..." not in shown.partition("Commands:")[2]
+    assert all(f"  {info.name} " in shown for info in COMMANDS if not info.is_hidden)
+    assert " check " not in shown
+
+
+@pytest.mark.parametrize("name", FOREIGN_NAMES)
+def test_commands_of_other_tools_get_a_hint(name: str) -> None:
+    done = call(name, "kimi-k2", "--all", "-q", "--help")
+    assert done.returncode == 2
+    assert "hint: type `kimi-mlx " in done.stderr
+    assert f"  {name} " not in call("--help").stdout
+
+
+def test_temp_is_temperature_and_help_has_panels() -> None:
+    shown = call("chat", "--help").stdout
+    assert "--temperature, --temp" in shown
+    panels = [line for line in shown.splitlines() if line in ("Options:", "Model:", "Sampling:", "Advanced:")]
+    assert panels == ["Options:", "Model:", "Sampling:", "Advanced:"]
+    assert "--cache-memory" in shown
+    assert "--cache-dir" in shown
