@@ -146,7 +146,7 @@ def test_keys_must_be_keys(tmp_path: Path) -> None:
     mistakes = (
         (None, "there is no such file"),
         ("# nothing\n\n", "has no key"),
-        ("one # first\none two\n", "line 2: an API key has"),
+        ("one # first\none two\n", "line 2: an API key consists of"),
     )
     for text, said in mistakes:
         if text is not None:
@@ -162,7 +162,7 @@ def test_keys_must_be_keys(tmp_path: Path) -> None:
     [
         (("--cors-origin", "example.org"), "write `https://example.org`"),
         (("--cors-origin", "https://example.org/page"), "write `https://example.org`"),
-        (("--cache-disk", "5GB"), "add --cache-dir DIR"),
+        (("--cache-disk", "5GB"), "add `--cache-dir DIR`"),
         (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes is too small"),
     ],
 )

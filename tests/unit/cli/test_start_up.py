@@ -43,7 +43,7 @@ def test_start_up_imports_only_these_modules(arguments: list[str]) -> None:
 def test_summaries_are_short_and_equal_the_docstrings(info: object) -> None:
     name, summary = getattr(info, "name"), getattr(info, "summary")  # noqa: B009
     command = getattr(import_module(f"kimi_mlx.cli.{name}"), name)
-    assert inspect.getdoc(command).splitlines()[0] == summary
+    assert (inspect.getdoc(command) or "").splitlines()[0] == summary
     assert len(summary) <= 50
 
 
