@@ -1,7 +1,7 @@
-"""Holding a sequence to a grammar: which tokens may come next, as bits that mask the logits.
+"""Constrained decoding: bit masks of the tokens that a grammar allows next.
 
-A mask has a bit for each token, 32 to a word, the lowest first: (ceil(vocab_size / 32),) uint32. It depends on the
-grammar and the tokens so far and on nothing else, so all ranks come to the same masks.
+A mask has a bit for each token, 32 per word, lowest bit first: (ceil(vocab_size / 32),) uint32. It depends only on the
+grammar and the tokens so far, so all ranks compute the same masks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Mask: TypeAlias = npt.NDArray[np.uint32]
 
 WORD_BITS = 32
 KEPT_GRAMMARS = 16
-"""So many compiled grammars are kept: agents send the same tools with every request."""
+"""Number of compiled grammars that are kept, because agents send the same tools with every request."""
 
 
 class TokenVocabulary:
-    """The tokens as llguidance wants them; half a second of work for Kimi's, so it is done once a process.
+    """The vocabulary in llguidance's form. For Kimi this takes half a second, so create it once per process.
 
     Args:
-        tokens: bytes of each token, by id; empty where an id has no token.
-        special_ids: control tokens; no text is ever made of them.
-        end_ids: those that end an answer.
-        vocab_size: of the logits, which may be more than there are tokens.
+        tokens: bytes of each token, by id; empty if an id has no token.
+        special_ids: ids of control tokens, which never match text.
+        end_ids: ids of tokens that end an answer.
+        vocab_size: size of the logits, which may be larger than the number of tokens.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class TokenVocabulary:
 
     @property
     def num_words(self) -> int:
-        """Of a mask."""
+        """Number of words in a mask."""
         return -(-self.vocab_size // WORD_BITS)
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """Return a matcher at the beginning of a grammar.
 
         Raises:
-            EngineError: it cannot be compiled.
+            EngineError: the grammar cannot be compiled.
         """
         import llguidance
 
@@ -79,12 +79,12 @@ class TokenVocabulary:
         return compiled.deep_copy()
 
     def drop(self, grammar: str) -> None:
-        """Forget a compiled grammar: what it has learned of its words in use has become too much."""
+        """Drop a compiled grammar whose lexer has grown too large."""
         self._compiled.pop(grammar, None)
 
 
 class _Tokens:
-    """What llguidance reads of a tokenizer: its tokens, without a way from text to them."""
+    """The part of a tokenizer that llguidance reads: its tokens. It cannot encode text."""
 
     bos_token_id = None
 
@@ -92,15 +92,15 @@ class _Tokens:
         self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_token_ids, eos_token_id
 
     def __call__(self, text: bytes) -> list[int]:
-        raise NotImplementedError("grammars say `no_forcing`, so that no text is tokenized")
+        raise NotImplementedError("grammars use `no_forcing`, so no text is tokenized")
 
 
 class Constraint:
-    """Where a sequence is in its grammar.
+    """The state of a sequence in its grammar.
 
     Args:
-        vocabulary: of the model.
-        grammar: of the answer, as kimi_mlx.text.grammar writes it.
+        vocabulary: vocabulary of the model.
+        grammar: grammar of the answer, as written by kimi_mlx.text.grammar.
 
     Raises:
         EngineError: the grammar cannot be compiled.
@@ -110,13 +110,13 @@ class Constraint:
         self._vocabulary, self._grammar = vocabulary, grammar
         self._matcher = vocabulary.matcher(grammar)
         self.is_finished = False
-        """Whether a token has ended the answer."""
+        """Whether an end token was appended."""
 
     def allowed(self) -> Mask:
-        """Return the mask of the next token; when the grammar is complete, it allows only those that end the answer.
+        """Return the mask of the next token. Once the grammar is complete, it allows only end tokens.
 
         Raises:
-            EngineError: the grammar takes too much to go on.
+            EngineError: the grammar exceeds the limits.
         """
         mask = np.empty(self._vocabulary.num_words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
@@ -126,49 +126,49 @@ class Constraint:
     def allowed_for_draft(self, draft: Sequence[int]) -> Mask:
         """Return the masks before each token of a draft and after the last: (len(draft) + 1, words) uint32.
 
-        Behind an end, or a token that is not allowed, they allow everything: the draft is over there. Afterwards
-        the constraint stands where it stood.
+        After an end token or a forbidden token the masks allow everything, because the draft is rejected there. The
+        state of the constraint does not change.
 
         Raises:
-            EngineError: the grammar takes too much to go on.
+            EngineError: the grammar exceeds the limits.
         """
         masks = np.full((len(draft) + 1, self._vocabulary.num_words), 0xFFFFFFFF, np.uint32)
         masks[0] = self.allowed()
-        taken = 0
+        num_consumed = 0
         for token in draft:
-            if token in self._vocabulary.end_ids or not self._take(token):
+            if token in self._vocabulary.end_ids or not self._consume(token):
                 break
-            taken += 1
-            masks[taken] = self.allowed()
-        self._matcher.rollback(taken)
+            num_consumed += 1
+            masks[num_consumed] = self.allowed()
+        self._matcher.rollback(num_consumed)
         self._check()
         return masks
 
     def advance(self, token: int) -> None:
-        """Take the next token.
+        """Append a token.
 
         Raises:
-            EngineError: the token is not allowed, or the grammar takes too much to go on.
+            EngineError: the token is not allowed, or the grammar exceeds the limits.
         """
         is_end = token in self._vocabulary.end_ids
-        is_allowed = self._matcher.is_accepting() if is_end else self._take(token)
+        is_allowed = self._matcher.is_accepting() if is_end else self._consume(token)
         self._check()
         if self.is_finished or not is_allowed:
-            raise EngineError(f"token id {token} is not what the grammar allows")
+            raise EngineError(f"the grammar does not allow token id {token}")
         self.is_finished = is_end
 
-    def _take(self, token: int) -> bool:
-        """Take a token that ends nothing, if it is allowed."""
+    def _consume(self, token: int) -> bool:
+        """Append a token that is not an end token; return whether it is allowed."""
         return 0 <= token < self._vocabulary.vocab_size and self._matcher.try_consume_tokens([token]) == 1
 
     def _check(self) -> None:
         if self._matcher.is_error():
             self._vocabulary.drop(self._grammar)
-            raise EngineError(f"the grammar takes too much: {_first_line(self._matcher)}", hint="simplify the schema")
+            raise EngineError(f"the grammar is too complex: {_first_line(self._matcher)}", hint="simplify the schema")
 
 
 def _masked(logits: mx.array, masks: mx.array) -> mx.array:
-    """Return logits that are -inf where a mask does not allow the token.
+    """Return logits with -inf for the tokens that a mask forbids.
 
     Args:
         logits: (B, vocab_size).

@@ -1,7 +1,7 @@
-"""Caches of conversations: which tokens they hold, and how much of a new prompt they spare.
+"""A pool of KV caches, in which new prompts reuse the longest cached prefix.
 
-Every decision is made from tokens and from the order of the calls, never from a clock or from free memory: so the ranks
-of a ring, which are given the same calls, always agree on how much of a prompt is there.
+All decisions depend only on tokens and on the order of calls, not on time or on free memory. Ranks make the same calls
+and therefore always agree on the length of the cached prefix.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 END_TOKENS = 16
-"""A conversation whose last so many tokens are said again in a prompt goes on there; a tail no longer than this is not
-worth a copy."""
+"""A cached sequence is continued in place if its last END_TOKENS reappear in the prompt, or if its unmatched tail is
+not longer than that."""
 
 COMPARED_TOKENS = 1024
-"""At a time: 100 k equal tokens take 4 ms."""
+"""Number of tokens that are compared at a time: 100k equal tokens take 4 ms."""
 
 
 def padded_length(tokens: int) -> int:
-    """How many tokens' memory a sequence of `tokens` takes: buffers grow by LatentCache.step."""
+    """Return the number of tokens that a cache of `tokens` allocates: buffers grow by LatentCache.step."""
     return -(-tokens // LatentCache.step) * LatentCache.step
 
 
 def shape_of(model: Model) -> BlockShape:
-    """What a token takes in the caches of a model, or of a rank's share."""
+    """Return the shape of a token's rows in the caches of a model, or of a rank's share."""
     config = model.config
     width = kv_values_per_token(config)
     return BlockShape(len(model.layers), width, model.layers[0]["input_layernorm"].dtype)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     size = min(len(a), len(b))
     for start in range(0, size, COMPARED_TOKENS):
         stop = min(start + COMPARED_TOKENS, size)
@@ -52,14 +52,14 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def is_prefix(a: list[int], b: list[int]) -> bool:
-    """Whether a sequence begins with all of `a`."""
+    """Return whether `b` begins with all of `a`."""
     return len(a) <= len(b) and (not a or a[-1] == b[len(a) - 1]) and a == b[: len(a)]
 
 
 class SequenceCache:
-    """The KV cache of one conversation, with the tokens that are in it.
+    """The KV cache of one sequence, with its tokens.
 
-    The tokens are noted when they are fed; if a generation is broken off, `sync` brings tokens and cache together.
+    `tokens` is updated when a step is built, the layers when it is computed; `sync` brings both to the same length.
     """
 
     def __init__(self, model: Model):
@@ -67,25 +67,25 @@ class SequenceCache:
         self.tokens: list[int] = []
 
     def sync(self) -> None:
-        """Forget what was fed to the layers and is not noted."""
+        """Trim layers and `tokens` to their common length."""
         for layer in self.layers:
             layer.trim(layer.offset - len(self.tokens))
-        fed = min(layer.offset for layer in self.layers)
-        del self.tokens[fed:]
+        length = min(layer.offset for layer in self.layers)
+        del self.tokens[length:]
 
     def truncate(self, length: int) -> None:
-        """Hold the first tokens alone."""
+        """Keep only the first `length` tokens."""
         del self.tokens[length:]
         self.sync()
 
     def copy(self, other: SequenceCache, length: int) -> None:
-        """Hold the first tokens of another cache, at least one, instead of what was held."""
+        """Replace the contents with the first `length` tokens of another cache; at least one."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.copy(theirs, length)
         self.tokens = other.tokens[:length]
 
     def resize(self, tokens: int) -> None:
-        """Take the memory of so many tokens, not less than are held, and share none with another cache."""
+        """Allocate memory for `tokens` tokens, at least the current ones, and share none with another cache."""
         rows = padded_length(tokens)
         for layer in self.layers:
             if layer.keys is not None and layer.keys.shape[2] != rows:
@@ -94,35 +94,37 @@ class SequenceCache:
                 layer.keys = mx.concatenate([kept, mx.zeros(shape, kept.dtype)], axis=2)
         mx.async_eval([layer.state for layer in self.layers])
 
-    def append(self, tokens: Sequence[int], rows: mx.array, room: int) -> None:
-        """Hold further tokens whose rows are known.
+    def append(self, tokens: Sequence[int], rows: mx.array, capacity: int) -> None:
+        """Append tokens with known rows.
 
         Args:
             tokens: L integers.
             rows: (layers, L, width).
-            room: tokens for which memory is taken, if there is none yet.
+            capacity: number of tokens to allocate if there is no buffer yet.
         """
         for layer, layer_rows in zip(self.layers, rows, strict=True):
             if layer.keys is None:
-                layer.keys = mx.zeros((1, 1, padded_length(room), rows.shape[2]), rows.dtype)
+                layer.keys = mx.zeros((1, 1, padded_length(capacity), rows.shape[2]), rows.dtype)
             layer.append(layer_rows[None, None])
-        mx.eval([layer.state for layer in self.layers])  # a block at a time: no second copy of all of them
+        mx.eval(
+            [layer.state for layer in self.layers]
+        )  # one block at a time, so that there is no second copy of all blocks
         self.tokens.extend(tokens)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """The rows of some tokens, (layers, stop - start, width), not yet computed."""
+        """Return the rows of some tokens, (layers, stop - start, width), not evaluated."""
         return mx.stack([layer.keys[0, 0, start:stop] for layer in self.layers if layer.keys is not None])
 
 
 class KVCachePool:
-    """The caches of one model: those in use, and idle ones as far as the budget reaches, used last first.
+    """The caches of one model: those in use, and idle ones up to a budget, evicted least recently used first.
 
-    A sequence that is in use counts with all of its prompt from the start.
+    A cache in use counts with all of its prompt from the start.
 
     Args:
-        model: whose caches they are.
-        budget_tokens: for all of them, in units of `padded_length`; None: as many as the context holds.
-        blocks: what is kept on disk, too.
+        model: model of the caches.
+        budget_tokens: number of tokens of all caches, as counted by `padded_length`; None for one full context.
+        blocks: the prompt cache on disk, if any.
     """
 
     def __init__(self, model: Model, budget_tokens: int | None = None, blocks: BlockStore | None = None):
@@ -132,29 +134,29 @@ class KVCachePool:
             padded_length(model.config.max_position_embeddings) if budget_tokens is None else budget_tokens
         )
         self._idle: list[SequenceCache] = []
-        """Those first that were used longest ago."""
+        """Least recently used first."""
         self._busy: list[tuple[SequenceCache, int]] = []
-        """With the lengths of their prompts."""
+        """Pairs of a cache and the length of its prompt."""
 
     @property
     def idle_tokens(self) -> int:
-        """What idle sequences take of the budget."""
+        """Number of tokens of the budget that idle caches use."""
         return sum(padded_length(len(cache.tokens)) for cache in self._idle)
 
     @property
     def busy_tokens(self) -> int:
-        """What sequences in use take of the budget."""
+        """Number of tokens of the budget that caches in use take."""
         return sum(padded_length(max(len(cache.tokens), prompt)) for cache, prompt in self._busy)
 
     def has_room(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits beside those in use; `acquire` makes the room."""
+        """Return whether a sequence of `tokens` tokens fits in addition to those in use; `acquire` makes the room."""
         return self.busy_tokens + padded_length(tokens) <= self.budget_tokens
 
     def make_room(self, tokens: int) -> bool:
-        """Give up idle ones until sequences in use may take so many more; False if they cannot, and all stay.
+        """Evict idle caches until those in use can grow by `tokens`. If they cannot, return False and evict none.
 
         Args:
-            tokens: in units of `padded_length`.
+            tokens: number of tokens, as counted by `padded_length`.
         """
         if self.busy_tokens + tokens > self.budget_tokens:
             return False
@@ -163,17 +165,17 @@ class KVCachePool:
         return True
 
     def acquire(self, prompt: Sequence[int]) -> tuple[SequenceCache, int]:
-        """A cache for a prompt, and how much of it is in it already: all but the last token at most.
+        """Return a cache for a prompt, and the number of tokens it already holds: at most all but the last.
 
-        The longest common prefix with any sequence, and with what is on disk. An idle one that goes on in this prompt
-        is continued; of others the prefix is copied, so that their own continuations find them as they were.
+        These are the longest common prefix with any cached sequence and with the blocks on disk. An idle cache that
+        the prompt continues is used in place. From any other cache the prefix is copied, so that it stays intact.
 
         Raises:
-            RingError: a block on disk, of which all ranks have agreed that it is there, cannot be used.
+            RingError: a block on disk that all ranks rely on cannot be used.
         """
-        wanted = list(prompt[:-1])
-        source, common = self._longest(wanted)
-        cache = source if source in self._idle and _is_continued_in(source.tokens, wanted, common) else None
+        reusable = list(prompt[:-1])
+        source, common = self._longest(reusable)
+        cache = source if source in self._idle and _is_continued_in(source.tokens, reusable, common) else None
         if cache is not None:
             self._idle.remove(cache)
         while self._idle and self.busy_tokens + self.idle_tokens + padded_length(len(prompt)) > self.budget_tokens:
@@ -185,12 +187,12 @@ class KVCachePool:
                 cache.copy(source, common)
         cache.truncate(common)
         cache.resize(len(prompt))
-        self._load(cache, wanted, len(prompt))
+        self._load(cache, reusable, len(prompt))
         self._busy.append((cache, len(prompt)))
         return cache, len(cache.tokens)
 
     def release(self, cache: SequenceCache) -> None:
-        """Keep a cache for later; it is settled."""
+        """Return a synced cache to the pool."""
         self._busy = [(busy, prompt) for busy, prompt in self._busy if busy is not cache]
         if not cache.tokens:
             return
@@ -208,50 +210,50 @@ class KVCachePool:
             del self._idle[0]
 
     def clear(self) -> None:
-        """Forget what is idle, and free the memory; what is on disk stays."""
+        """Drop idle caches and free their memory; blocks on disk stay."""
         self._idle.clear()
 
     def abandon(self) -> None:
-        """Forget what is in use, too: a step has failed, and nobody knows what is in it."""
+        """Drop all caches, also those in use: after a failed step their contents are unknown."""
         self._busy.clear()
         self._idle.clear()
 
-    def _longest(self, wanted: list[int]) -> tuple[SequenceCache | None, int]:
-        """The sequence that has most of the tokens, and how many; of equal ones the idle one that was used last."""
+    def _longest(self, tokens: list[int]) -> tuple[SequenceCache | None, int]:
+        """Return the cache with the longest common prefix and its length; on a tie the most recently used idle cache."""
         longest, common = None, 0
         for cache in [*reversed(self._idle), *(busy for busy, _ in self._busy)]:
-            if common == len(wanted):
+            if common == len(tokens):
                 break
-            if cache.tokens[common : common + 1] == wanted[common : common + 1]:  # else it cannot have more
-                found = common_prefix(cache.tokens, wanted)
-                if found > common:
-                    longest, common = cache, found
+            if cache.tokens[common : common + 1] == tokens[common : common + 1]:  # otherwise its prefix is not longer
+                length = common_prefix(cache.tokens, tokens)
+                if length > common:
+                    longest, common = cache, length
         return longest, common
 
-    def _load(self, cache: SequenceCache, wanted: list[int], room: int) -> None:
-        """Read from disk what it has more of."""
-        found: list[Block] = [] if self._blocks is None else self._blocks.find(wanted)
+    def _load(self, cache: SequenceCache, tokens: list[int], capacity: int) -> None:
+        """Append blocks from disk that continue the cached prefix."""
+        blocks: list[Block] = [] if self._blocks is None else self._blocks.find(tokens)
         first = len(cache.tokens) // BLOCK_TOKENS
-        for index, block in enumerate(found[first:], first):
+        for index, block in enumerate(blocks[first:], first):
             assert self._blocks is not None
             start = index * BLOCK_TOKENS
-            tokens = wanted[start : start + BLOCK_TOKENS]
+            block_tokens = tokens[start : start + BLOCK_TOKENS]
             try:
-                rows = self._blocks.read(block, tokens)
-            except CacheError:  # it is forgotten; what lies behind it is no use
+                rows = self._blocks.read(block, block_tokens)
+            except CacheError:  # later blocks cannot be used without it
                 return
             cache.truncate(start)
-            cache.append(tokens, rows, room)
+            cache.append(block_tokens, rows, capacity)
 
 
-def _is_continued_in(tokens: list[int], wanted: list[int], common: int) -> bool:
-    """Whether a conversation goes on in a prompt, so that nobody will ask for its tail behind the common tokens again.
+def _is_continued_in(tokens: list[int], prompt: list[int], common: int) -> bool:
+    """Return whether a prompt continues a cached sequence, so that the rest of that sequence is not needed any more.
 
-    Either there is hardly a tail, or its end is said again further on: templates strip the thinking in between.
+    Either the unmatched tail is short, or its end reappears later in the prompt: templates strip reasoning.
     """
     if len(tokens) - common <= END_TOKENS:
         return True
-    end, rest = array("I", tokens[-END_TOKENS:]).tobytes(), array("I", wanted[common:]).tobytes()
+    end, rest = array("I", tokens[-END_TOKENS:]).tobytes(), array("I", prompt[common:]).tobytes()
     at = rest.find(end)
     while at > 0 and at % array("I").itemsize:
         at = rest.find(end, at + 1)

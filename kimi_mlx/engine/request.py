@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Requests to the engine, and the events that it returns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Sampling parameters.
 
     Args:
-        temperature: 0 takes the likeliest token; at most 2 is sensible.
-        top_p: keep the likeliest tokens that make up this probability; 1 keeps all.
-        top_k: keep this many; 0 keeps all.
-        min_p: drop tokens less likely than this fraction of the likeliest.
-        seed: of the random numbers; None draws one.
+        temperature: temperature; 0 takes the most likely token, and more than 2 is not useful.
+        top_p: total probability of the most likely tokens to keep; 1 keeps all.
+        top_k: number of most likely tokens to keep; 0 keeps all.
+        min_p: minimum probability, as a fraction of that of the most likely token.
+        seed: seed of the random numbers; None for a random one.
 
     Raises:
-        UsageError: a number out of its range.
+        UsageError: a number is out of range.
     """
 
     temperature: float = 0.0
@@ -48,10 +48,10 @@ class Sampling:
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             if not (is_number and low <= value <= high) and (name, value) != ("seed", None):
                 raise UsageError(
-                    f"{name} is {value!r}, not {'a whole number ' * (kind is int)}between {low} and {high}"
+                    f"{name} is {value!r}, but must be {'a whole number ' * (kind is int)}between {low} and {high}"
                 )
         if self.top_p == 0:
-            raise UsageError("top_p is 0, which would leave no token", hint="use --temperature 0 for greedy text")
+            raise UsageError("top_p is 0, which leaves no token", hint="for greedy decoding use --temperature 0")
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,17 @@ class Request:
 
     Args:
         prompt: token ids, at least one.
-        max_tokens: at most this many new tokens; None is what is left of the context.
-        sampling: how to choose them.
-        stop_ids: tokens that end the answer (they are reported too).
-        logit_bias: added to the logits of some tokens, as pairs of an id and a number.
-        top_logprobs: with each token its log probability, and so many of the likeliest tokens; None: neither.
-        grammar: what the answer must keep to, as kimi_mlx.text.grammar writes it; None: anything.
-        answered: so many tokens at the end of the prompt are the beginning of the answer already.
+        max_tokens: maximum number of new tokens; None for the rest of the context.
+        sampling: sampling parameters.
+        stop_ids: tokens that end the answer; they are returned, too.
+        logit_bias: pairs of a token id and a number that is added to its logit.
+        top_logprobs: number of most likely tokens to return, with log probabilities, for each token; None returns no
+            log probabilities at all.
+        grammar: grammar of the answer, as written by kimi_mlx.text.grammar; None for no constraint.
+        answered: number of tokens at the end of the prompt that already belong to the answer.
 
     Raises:
-        UsageError: something else than whole numbers.
+        UsageError: token ids or max_tokens are not integers.
     """
 
     prompt: tuple[int, ...]
@@ -82,22 +83,22 @@ class Request:
     answered: int = 0
 
     def __post_init__(self) -> None:
-        """Check the types; whole numbers of other kinds (numpy's) become ints."""
+        """Check the types; convert other integers (numpy's) to int."""
         try:
             object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
             if self.max_tokens is not None:
                 object.__setattr__(self, "max_tokens", operator.index(self.max_tokens))
         except TypeError as error:
-            raise UsageError(f"token ids and max_tokens are whole numbers: {error}") from error
+            raise UsageError(f"token ids and max_tokens must be whole numbers: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict would copy each id
+        """Return the request as JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict would copy every id
         return {**values, "sampling": asdict(self.sampling), "stop_ids": sorted(self.stop_ids)}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Request:
-        """From to_dict."""
+        """Read the output of to_dict."""
         return cls(
             tuple(value["prompt"]),
             value["max_tokens"],
@@ -112,10 +113,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of one answer; times in seconds, memory in bytes.
+    """Statistics of one answer; times in seconds, memory in bytes.
 
-    The clock starts when the engine takes the request. Prefill ends, and decode starts, when the first new token
-    is known (ttft_s); that token counts as decoded by prefill, so decode_tok_per_s is over the others.
+    Time starts when the engine admits the request. Prefill ends, and decode starts, when the first new token is known
+    (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others.
     """
 
     prompt_tokens: int
@@ -128,7 +129,7 @@ class Statistics:
 
     @property
     def tokens_per_step(self) -> float:
-        """New tokens after the first a step of decode: above 1 where drafts were right; 0 if there were no steps."""
+        """New tokens per decode step, without the first token: above 1 if drafts were accepted; 0 without steps."""
         return (self.generated_tokens - 1) / self.decode_steps if self.decode_steps else 0.0
 
     @property
@@ -138,11 +139,11 @@ class Statistics:
 
     @property
     def decode_tok_per_s(self) -> float:
-        """Tokens after the first per second; 0 if there are none."""
+        """Tokens per second after the first token; 0 if there are none."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 and self.generated_tokens > 1 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and rates, for JSON."""
+        """Return fields and rates as JSON."""
         return {
             **asdict(self),
             "prefill_tok_per_s": self.prefill_tok_per_s,
@@ -152,13 +153,13 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Statistics:
-        """From to_dict; the rates are computed anew."""
+        """Read the output of to_dict; the rates are recomputed."""
         return cls(**{item.name: value[item.name] for item in fields(cls)})
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Progress: so many of the prompt's tokens are in the cache."""
+    """Progress of prefill: `done` of `total` prompt tokens are in the cache."""
 
     done: int
     total: int
@@ -166,11 +167,11 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities, of the model's own distribution: before temperature, bias and grammar.
+    """Log probabilities (natural) under the model's distribution, before temperature, bias and grammar.
 
     Args:
-        token: of the token itself.
-        top: the likeliest tokens, as pairs of an id and its logarithm, the likeliest first.
+        token: log probability of the token itself.
+        top: pairs of an id and its log probability, most likely first.
     """
 
     token: float
@@ -182,8 +183,8 @@ class Token:
     """A new token.
 
     Args:
-        id: of the token.
-        logprobs: if they were asked for.
+        id: token id.
+        logprobs: log probabilities, if the request has top_logprobs.
     """
 
     id: int
@@ -200,13 +201,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The ring was lost, and is started again; the answer goes on then.
+    """The ring was lost and restarts; the answer continues afterwards.
 
     Args:
-        reason: why, in words.
-        attempt: the how manieth start, from 1.
-        attempts: after how many it is given up.
-        wait_s: how long until then.
+        reason: reason of the loss, as text.
+        attempt: 1-based number of this restart.
+        attempts: maximum number of restarts.
+        wait_s: time until the restart.
     """
 
     reason: str
@@ -217,7 +218,7 @@ class Interrupted:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The ring stands again, so many seconds after its loss was noticed."""
+    """The ring is up again, `seconds` after the loss was noticed."""
 
     seconds: float
 

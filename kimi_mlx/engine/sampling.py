@@ -1,4 +1,4 @@
-"""From logits to a token: mlx-lm's samplers, and argmax where nothing is random."""
+"""Samplers: mlx-lm's, and argmax for greedy decoding."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import mlx.core as mx
 from kimi_mlx.engine.request import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
-"""From logits (B, vocab_size) to token ids (B)."""
+"""Function from logits (B, vocab_size) to token ids (B)."""
 
-Draw = Callable[[mx.array, int], mx.array]
-"""The same for the token at a position of its sequence."""
+SeededSampler = Callable[[mx.array, int], mx.array]
+"""The same, with the position of the token in its sequence."""
 
 
 GREEDY_BELOW = 1e-6
-"""Temperatures at which dividing by them would overflow; the text is the likeliest one there anyway."""
+"""Temperatures below this count as 0: dividing by them overflows, and the result is greedy anyway."""
 
 
 def make_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
     """Return the function from logits (B, vocab_size) to token ids (B).
 
-    It draws from MLX's global random state; seed that on every rank alike.
+    It uses MLX's global random state, which must be seeded with the same value on every rank.
     """
     if sampling.temperature < GREEDY_BELOW:
         return lambda logits: mx.argmax(logits, axis=-1)
@@ -43,27 +43,27 @@ def make_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
 
 
 def samplers() -> ModuleType:
-    """mlx-lm's samplers; importing them takes 2 s, so greedy text goes without."""
+    """Return mlx-lm's samplers. Importing them takes 2 s, so greedy decoding does without."""
     return importlib.import_module("mlx_lm.sample_utils")
 
 
-def seeded(sample: Sampler, seed: int | None) -> Draw:
-    """Draw with random numbers that depend on nothing but the seed and the position of the token.
+def seeded(sample: Sampler, seed: int | None) -> SeededSampler:
+    """Return a sampler whose random numbers depend only on the seed and the position of the token.
 
-    So an answer that is begun anew in the middle goes on as it would have, and a token is the same whether it was
-    drawn alone or to check a draft.
+    An answer that is restarted in the middle therefore continues as before, and a token does not depend on whether it
+    was sampled alone or to verify a draft.
     """
 
-    def draw(logits: mx.array, position: int) -> mx.array:
+    def sample_at(logits: mx.array, position: int) -> mx.array:
         if seed is not None:
             mx.random.seed(_mixed(seed, position))
         return sample(logits)
 
-    return draw
+    return sample_at
 
 
 def _mixed(seed: int, position: int) -> int:
-    """64 bits from both: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Mix seed and position into 64 bits with a step of SplitMix64 (Steele, Lea and Flood 2014)."""
     mask = (1 << 64) - 1
     z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

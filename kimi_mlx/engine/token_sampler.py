@@ -1,4 +1,4 @@
-"""How the tokens of one sequence are chosen: its sampling, its bias, what its grammar allows."""
+"""Sample the tokens of one sequence with its sampling parameters, logit bias and grammar."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kimi_mlx.errors import EngineError
 
 
 class TokenSampler:
-    """Chooses the tokens of one sequence.
+    """Samples the tokens of one sequence.
 
-    A grammar that fails in the middle ends the answer by a token, as any answer ends, so that ranks without a grammar
-    do the same; `failure` tells then.
+    If the grammar fails, only stop tokens are allowed, so that the answer also ends on ranks without the grammar.
+    `failure` then holds the error.
 
     Args:
-        request: what is asked.
-        vocab_size: of the model.
-        seed: of its random numbers.
-        constraint: of its grammar, if it has one.
+        request: request of the sequence.
+        vocab_size: size of the model's vocabulary.
+        seed: seed of the random numbers.
+        constraint: constraint of the grammar, if any.
     """
 
     def __init__(self, request: Request, vocab_size: int, seed: int | None, constraint: Constraint | None):
@@ -31,18 +31,18 @@ class TokenSampler:
         self._constraint = constraint
         self.sample = seeded(make_sampler(sampling, vocab_size), seed)
         self.is_greedy = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
-        """Whether it takes the likeliest token, nothing else."""
+        """Whether the most likely token is taken, without bias or grammar."""
         self.failure: EngineError | None = None
-        """Why the grammar was given up."""
+        """Error of the grammar, if it failed."""
         if request.answered:
             self.advance(request.prompt[-request.answered :])
 
     def bias(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
-        """Logits with the bias added, and -inf where the grammar allows nothing.
+        """Add the bias to logits, and -inf to tokens that the grammar forbids.
 
         Args:
-            logits: (n, vocab_size), behind the sequence and behind each token of the draft.
-            draft: n - 1 tokens that may follow.
+            logits: (n, vocab_size), after the sequence and after each token of the draft.
+            draft: n - 1 draft tokens.
         """
         if self._bias:
             ids, values = zip(*self._bias, strict=True)
@@ -59,7 +59,7 @@ class TokenSampler:
         return ends
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Tokens were drawn."""
+        """Advance the grammar by sampled tokens."""
         if self._constraint is None or self.failure is not None:
             return
         try:

@@ -22,14 +22,14 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
 
 FUSED_HEAD_DIMS = frozenset({64, 72, 80, 96, 128, 192, 256})
-"""Head widths for which MLX's Metal attention never writes the scores (queries and values of equal width)."""
+"""Head sizes for which MLX's Metal attention does not store the scores (queries and values of equal size)."""
 
 
 class KeyProjection(Matrix):
     """W_UK, from the latent to the keys of each head; a stack of H matrices.
 
-    Checkpoints have it as (H, R, N) (mlx-lm's `embed_q`) or, in `kv_b_proj`, as (H, N, R). Quantized along
-    its last dimension it cannot be transposed without loss, so both are used as they are.
+    Checkpoints store it as (H, R, N) (mlx-lm's `embed_q`) or, in `kv_b_proj`, as (H, N, R). It is quantized along its
+    last dimension and cannot be transposed without loss, so both layouts are supported.
     """
 
     def __init__(self, source: Weight, latent_first: bool):
@@ -37,16 +37,16 @@ class KeyProjection(Matrix):
         self.latent_first = latent_first
 
     def absorb(self, q: mx.array) -> mx.array:
-        """Queries into the latent space: (B, H, L, N) -> (B, H, L, R)."""
+        """Project queries into the latent space: (B, H, L, N) -> (B, H, L, R)."""
         return self.matmul(q, transpose=self.latent_first)
 
     def expand(self, latent: mx.array, heads: slice | None = None) -> mx.array:
-        """Latents into keys, of all heads or of some: (B, 1, T, R) -> (B, H, T, N)."""
+        """Expand latents into keys of all heads, or of some: (B, 1, T, R) -> (B, H, T, N)."""
         return self.matmul(latent, transpose=not self.latent_first, stack=heads)
 
 
 class Attention(nn.Module):
-    """One layer's attention over LatentCaches; with some of the heads, that rank's part of the sum over all."""
+    """MLA attention of one layer. A rank with some of the heads returns its partial sum."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
         super().__init__()
@@ -68,13 +68,13 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
     ) -> mx.array:
-        """Attention of each sequence, causal after the tokens already in its cache.
+        """Compute causal attention of each sequence over its cache and its new tokens.
 
         Args:
             x: (B, L, D).
-            caches: of each sequence; they get all L tokens.
-            step: of these L tokens after those in the caches.
-            asking: the M of them that ask.
+            caches: cache of each sequence; all L tokens are appended.
+            layout: layout of the L new tokens.
+            query_layout: layout of the M tokens that are queries.
 
         Returns:
             (B, M, D).
@@ -100,34 +100,38 @@ class Attention(nn.Module):
     def _attend(
         self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], layout: BatchLayout
     ) -> mx.array:
-        """Each segment over its own keys; what needs no keys is done for all short ones at once."""
+        """Attend, each segment to its own keys. Projections of all short segments are computed at once."""
         outs: list[mx.array] = []
         if short := layout.num_absorbed_tokens:
             q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
-            q = mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)  # a segment's are a piece of it
+            q = (
+                mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)
+            )  # so that the queries of a segment are a slice
             attended = [self._absorbed(q, caches, group) for group in layout.decode_groups]
-            outs.append(self.unembed_out.matmul(_joined(attended, axis=1).swapaxes(1, 2)))
+            outs.append(self.unembed_out.matmul(_concatenate(attended, axis=1).swapaxes(1, 2)))
         if layout.length > short:
             q = mx.concatenate([q_nope, q_rope], axis=-1)
             pairs = zip(layout.segments, caches, strict=True)
             outs += [self._expanded(q, cache, segment) for segment, cache in pairs if segment.stop > short]
-        return _joined(outs)
+        return _concatenate(outs)
 
     def _absorbed(self, q: mx.array, caches: Sequence[LatentCache], group: DecodeGroup) -> mx.array:
-        """Attention in the latent space, for a few queries: the cache itself is key and value.
+        """Attend in the latent space, for a few queries: the cache serves as key and value.
 
         Args:
-            q: (B, L, H, R + P) of all segments.
-            caches: of all sequences.
-            stack: whose they are, N sequences; B is 1 if there are several.
+            q: (B, L, H, R + P), queries of all segments.
+            caches: caches of all sequences.
+            group: the N sequences that attend; B is 1 if there are several.
 
         Returns:
-            (B, tokens of the stack, H, R).
+            (B, tokens of the group, H, R).
         """
         q = q[:, group.start : group.stop]
         B, L, H, width = q.shape
-        N = len(group.numbers)
-        keys = _joined([caches[number].fetch(group.total) for number in group.numbers], axis=0)  # (B * N, 1, T, R + P)
+        N = len(group.indices)
+        keys = _concatenate(
+            [caches[index].fetch(group.total) for index in group.indices], axis=0
+        )  # (B * N, 1, T, R + P)
         # addmm scales and masks within the one matrix product.
         scores = mx.addmm(
             group.mask(H, q.dtype), q.reshape(B * N, 1, -1, width), keys.swapaxes(-1, -2), alpha=self.scale
@@ -136,21 +140,21 @@ class Attention(nn.Module):
         return (probabilities @ keys[..., : self.latent_dim]).reshape(B, L, H, -1)
 
     def _expanded(self, q: mx.array, cache: LatentCache, segment: Segment) -> mx.array:
-        """Attention by heads, for prefill; neither all scores nor, in a long context, all keys are ever there."""
+        """Attend by heads, for prefill. Neither all scores nor, in a long context, all keys are in memory at once."""
         q, keys = q[:, :, segment.start : segment.stop], cache.fetch(segment.total)
         if is_fused(q.shape[-1], self.unembed_out.rows):
             return self._fused(q, keys)
         return attend(q * self.scale, keys, self._expand, segment.diagonal)
 
     def _fused(self, q: mx.array, keys: mx.array) -> mx.array:
-        """One kernel that never stores the scores, with the keys of as many heads at once as fit."""
+        """Attend with a kernel that does not store the scores, for as many heads at a time as fit in memory."""
         H, T, q_dim, v_dim = q.shape[1], keys.shape[2], q.shape[-1], self.unembed_out.rows
         at_once = heads_at_once(H, T * expanded_width(self.nope_dim, self.rope_dim, v_dim) * q.itemsize)
         outs: list[mx.array] = []
         for start in range(0, H, at_once):
             heads = slice(start, start + at_once)
             if outs:
-                keys = mx.depends(keys, outs[-1])  # one group of heads after the other
+                keys = mx.depends(keys, outs[-1])  # one group of heads after another
             k, v = self._expand(keys, heads if at_once < H else None)
             v = mx.pad(v, [(0, 0), (0, 0), (0, 0), (0, q_dim - v_dim)])
             out = mx.fast.scaled_dot_product_attention(
@@ -160,18 +164,18 @@ class Attention(nn.Module):
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
     def _expand(self, keys: mx.array, heads: slice | None = None) -> tuple[mx.array, mx.array]:
-        """Keys (B, H, T, N + P) and values (B, H, T, V) of all heads, or of some."""
+        """Return keys (B, H, T, N + P) and values (B, H, T, V) of all heads, or of some."""
         latent, k_rope = keys[..., : self.latent_dim], keys[..., self.latent_dim :]
         k_nope = self.embed_q.expand(latent, heads)
         k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
         return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
 
 
-def _joined(parts: list[mx.array], axis: int = 2) -> mx.array:
-    """Parts of the tokens, one behind the other on this axis."""
+def _concatenate(parts: list[mx.array], axis: int = 2) -> mx.array:
+    """Concatenate along `axis`, without a copy if there is one part."""
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
 
 def is_fused(q_dim: int, v_dim: int) -> bool:
-    """Whether MLX has a kernel for these head widths that never stores the scores."""
+    """Return whether MLX has a kernel for these head sizes that does not store the scores."""
     return is_gpu() and q_dim in FUSED_HEAD_DIMS and v_dim <= q_dim

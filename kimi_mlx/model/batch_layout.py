@@ -1,6 +1,6 @@
-"""What all layers of one forward pass share, computed once for them.
+"""Layout of a step: positions, segments and masks, computed once for all layers.
 
-A step takes new tokens of one or several sequences, one behind the other. Letters: B batch, H heads, L tokens of the
+A step holds new tokens of one or several sequences, concatenated. Letters: B batch, H heads, L tokens of the
 step, T tokens in a sequence's cache with the new ones.
 """
 
@@ -15,21 +15,21 @@ from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.sizes import QUERY_BLOCK
 
 ABSORB_MAX_LENGTH = 8
-"""Up to this many new tokens attend in the latent space: cheaper than expanding T cached tokens into heads."""
+"""Up to this many new tokens attend in the latent space, which is cheaper than expanding T cached tokens into heads."""
 
 GROUP_MAX_KEYS = 512
-"""The caches of sequences up to this length are copied side by side: cheaper than a few kernels for each of them."""
+"""Caches up to this length are stacked in a copy, which is cheaper than a few kernels for each sequence."""
 
 GROUP_MAX_PADDING = 64
-"""Of sequences whose lengths differ by no more than this."""
+"""Maximum difference in length of the sequences in one group."""
 
 
 class Segment:
     """The tokens of one sequence in a step: `length` new ones after `offset` in its cache.
 
     Attributes:
-        start, stop: where they are in the step.
-        total: tokens in the cache with the new ones.
+        start, stop: range of these tokens in the step.
+        total: number of tokens in the cache, with the new ones.
     """
 
     def __init__(self, offset: int, length: int, start: int):
@@ -38,41 +38,41 @@ class Segment:
 
     @cached_property
     def diagonal(self) -> mx.array:
-        """The mask that kimi_mlx.model.blockwise.attend takes, float32."""
+        """Mask for kimi_mlx.model.blockwise.attend, float32."""
         return causal_mask(QUERY_BLOCK, max(QUERY_BLOCK, self.length), mx.float32)
 
 
 class DecodeGroup:
-    """Neighbouring segments that attend in the latent space at once: N of one token each, or one of some.
+    """Adjacent segments that attend in the latent space at once: N of one token each, or one of several tokens.
 
     Args:
-        number: of the first segment's sequence.
-        segment: the first.
+        index: index of the first segment's sequence.
+        segment: the first segment.
 
     Attributes:
-        numbers: of the sequences.
-        start, stop: where their tokens are in the step.
-        total: T, of the longest; the others' keys are padded up to it.
+        indices: indices of the sequences.
+        start, stop: range of their tokens in the step.
+        total: T of the longest sequence; the keys of the others are padded to it.
     """
 
-    def __init__(self, number: int, segment: Segment):
-        self.numbers, self._totals = [number], [segment.total]
+    def __init__(self, index: int, segment: Segment):
+        self.indices, self._totals = [index], [segment.total]
         self.start, self.stop, self.total = segment.start, segment.stop, segment.total
         self._length = segment.length
         self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
 
-    def add(self, number: int, segment: Segment) -> bool:
-        """Take the next segment; False if it does not fit."""
+    def add(self, index: int, segment: Segment) -> bool:
+        """Add the next segment; return False if it does not fit."""
         totals = [*self._totals, segment.total]
         is_single = self._length == segment.length == 1
         if not is_single or max(totals) > min(GROUP_MAX_KEYS, min(totals) + GROUP_MAX_PADDING):
             return False
-        self.numbers.append(number)
+        self.indices.append(index)
         self._totals, self.stop, self.total = totals, segment.stop, max(totals)
         return True
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
-        """Additive mask for scores (N, 1, length * H, T) with the heads of each query in turn; (1,) if all see all."""
+        """Return the additive mask for scores (N, 1, length * H, T), grouped by query; (1,) if nothing is masked."""
         if self._length == 1 and min(self._totals) == self.total:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
@@ -88,13 +88,13 @@ class BatchLayout:
     """New tokens of one or several sequences.
 
     Args:
-        rope: the model's.
-        lengths: of each sequence, tokens in the cache and new ones; none new is allowed.
+        rope: rotary embedding of the model.
+        lengths: (cached, new) token counts of each sequence; new may be 0.
 
     Attributes:
-        segments: of each sequence.
-        length: tokens in all.
-        short: so many of them, from the start, are in segments that attend in the latent space.
+        segments: segment of each sequence.
+        length: number of tokens of the step.
+        num_absorbed_tokens: number of leading tokens whose segments attend in the latent space.
         rotate: rotates queries and keys of the new tokens, (B, H, L, P), to their positions.
     """
 
@@ -111,62 +111,61 @@ class BatchLayout:
 
     @cached_property
     def decode_groups(self) -> list[DecodeGroup]:
-        """All segments that attend in the latent space; those of one token are the better stacked the more their
-        neighbours are as long."""
+        """Groups of segments that attend in the latent space; sequences sorted by length give fewer groups."""
         decode_groups: list[DecodeGroup] = []
-        for number, segment in enumerate(self.segments):
+        for index, segment in enumerate(self.segments):
             is_short = segment.length and segment.stop <= self.num_absorbed_tokens
-            if is_short and not (decode_groups and decode_groups[-1].add(number, segment)):
-                decode_groups.append(DecodeGroup(number, segment))
+            if is_short and not (decode_groups and decode_groups[-1].add(index, segment)):
+                decode_groups.append(DecodeGroup(index, segment))
         return decode_groups
 
     def query_layout(self, counts: Sequence[int]) -> QueryLayout:
-        """The step of the last of the new tokens alone.
+        """Return the layout of the final tokens of each sequence, as queries.
 
         Args:
-            counts: how many of each sequence; one at least in all.
+            counts: number of final tokens of each sequence; at least one in total.
         """
         return QueryLayout(self._rope, self.segments, counts)
 
     def select(self, x: mx.array) -> mx.array:
-        """Of the tokens of the whole step, (B, L, ...), those of this one."""
+        """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
         return x
 
 
 class QueryLayout(BatchLayout):
-    """The step of some of another's tokens.
+    """The layout of some tokens of another layout.
 
     Args:
-        rope: the model's.
-        segments: of the other one.
-        counts: how many tokens at the end of each.
+        rope: rotary embedding of the model.
+        segments: segments of the other layout.
+        counts: number of final tokens of each segment.
     """
 
     def __init__(self, rope: Rope, segments: Sequence[Segment], counts: Sequence[int]):
         pairs = list(zip(segments, counts, strict=True))
         super().__init__(rope, [(segment.total - count, count) for segment, count in pairs])
         rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
-        is_run = rows[-1] - rows[0] == len(rows) - 1
-        self._rows = slice(rows[0], rows[-1] + 1) if is_run else mx.array(rows)
+        is_contiguous = rows[-1] - rows[0] == len(rows) - 1
+        self._rows = slice(rows[0], rows[-1] + 1) if is_contiguous else mx.array(rows)
 
     def select(self, x: mx.array) -> mx.array:
-        """Of the tokens of the whole step, (B, L, ...), those of this one."""
+        """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
         return x[:, self._rows]
 
 
 @cache
 def no_mask(dtype: mx.Dtype) -> mx.array:
-    """Zero, (1,); kept, so that a decode step does not make it again."""
+    """Return zero, (1,); cached, so that decode steps reuse it."""
     zero = mx.zeros((1,), dtype)
     mx.eval(zero)
     return zero
 
 
 def causal_mask(length: int, total: int, dtype: mx.Dtype) -> mx.array:
-    """Additive mask (length, total): query i, the one at total - length + i, sees the keys up to itself."""
+    """Return the additive mask (length, total): query i, at position total - length + i, sees the keys up to itself."""
     return additive(mx.arange(total)[None] <= mx.arange(total - length, total)[:, None], dtype)
 
 
 def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A mask that is added to scores: 0 where a query sees the key, else -inf."""
+    """Return a mask to add to scores: 0 where a query sees the key, otherwise -inf."""
     return mx.where(visible, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))

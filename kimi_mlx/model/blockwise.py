@@ -1,7 +1,7 @@
-"""Causal attention by heads of many queries over many keys, without a tensor of all scores.
+"""Causal attention by heads of many queries over many keys, without storing all scores.
 
-Keys come a block at a time; what they add is kept as a running maximum and sums, so the result is that of the plain
-formula. Letters: B batch, H heads, L queries, Q width of a query, V width of a value.
+Keys are processed in blocks with a running maximum and running sums (online softmax), so the result is exact.
+Letters: B batch, H heads, L queries, Q size of a query, V size of a value.
 Source: Rabe and Staats 2021 (https://arxiv.org/abs/2112.05682), Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
 """
 
@@ -15,11 +15,11 @@ import mlx.core as mx
 from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK
 
 Expand = Callable[[mx.array], tuple[mx.array, mx.array]]
-"""Makes keys (B, H, n, Q) and values (B, H, n, V) of n rows of the cache, (B, 1, n, R + P)."""
+"""Function from n rows of the cache, (B, 1, n, R + P), to keys (B, H, n, Q) and values (B, H, n, V)."""
 
 
 class SoftmaxState(NamedTuple):
-    """What the keys so far add up to, for each query."""
+    """Running maximum and sums over the keys so far, for each query."""
 
     peak: mx.array
     """Largest score, (B, H, L, 1) float32."""
@@ -29,20 +29,20 @@ class SoftmaxState(NamedTuple):
     """Sum of exp(score - peak) * value, (B, H, L, V) float32."""
 
     def rows(self, start: int, stop: int) -> SoftmaxState:
-        """Those of some queries."""
+        """Return the state of some queries."""
         return SoftmaxState(*(part[:, :, start:stop] for part in self))
 
 
 def attend(q: mx.array, rows: mx.array, expand: Expand, mask: mx.array) -> mx.array:
-    """Attention of the last L of T tokens, each seeing all up to itself.
+    """Compute attention of the last L of T tokens, each to all tokens up to itself.
 
-    Each part waits for the one before (mx.depends), else MLX might expand all keys first.
+    Each block depends on the previous one (mx.depends); otherwise MLX may expand all keys first.
 
     Args:
-        q: (B, H, L, Q), already scaled.
-        rows: of the cache, (B, 1, T, R + P).
-        expand: makes keys and values of some of them.
-        mask: causal and additive, (QUERY_BLOCK, at least L): the last query sees the last key.
+        q: (B, H, L, Q), scaled.
+        rows: (B, 1, T, R + P), rows of the cache.
+        expand: function from rows to keys and values.
+        mask: (QUERY_BLOCK, at least L), causal and additive: the last query sees the last key.
 
     Returns:
         (B, H, L, V) in q's dtype.
@@ -59,20 +59,20 @@ def attend(q: mx.array, rows: mx.array, expand: Expand, mask: mx.array) -> mx.ar
         stop = min(start + QUERY_BLOCK, length)
         before = None if sums is None else sums.rows(start, stop)
         queries = _after(done[-1:], q[:, :, start:stop])
-        ended = _add(before, queries, k[:, :, :stop], v[:, :, :stop], mask[start - stop :, -stop:])
-        done.append((ended.values / ended.total).astype(q.dtype))
+        final = _add(before, queries, k[:, :, :stop], v[:, :, :stop], mask[start - stop :, -stop:])
+        done.append((final.values / final.total).astype(q.dtype))
     return done[0] if len(done) == 1 else mx.concatenate(done, axis=2)
 
 
 def _after(first: Sequence[mx.array] | None, then: mx.array) -> mx.array:
-    """`then`, to be computed after `first`, if there is any."""
+    """Make `then` depend on `first`, if there is any."""
     return mx.depends(then, list(first)) if first else then
 
 
 def _add(
     sums: SoftmaxState | None, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
 ) -> SoftmaxState:
-    """Add some keys and values to what was there before."""
+    """Add keys and values to the state."""
     scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32)  # (B, H, L, n)
     if mask is not None:
         scores = scores + mask

@@ -1,7 +1,7 @@
 """Mixture of experts with DeepSeek-V3's sigmoid router, and the dense MLP.
 
-Letters: B batch, L length, D hidden_size, E n_routed_experts, S shared experts that ride along, K chosen for a token,
-F rows of an expert on this rank.
+Letters: B batch, L length, D hidden_size, E n_routed_experts, S shared experts fused into the stack,
+K experts per token, F rows of an expert on this rank.
 Source: DeepSeek-V3 report (https://arxiv.org/abs/2412.19437), section 2.1.2, and its published routing code.
 """
 
@@ -21,7 +21,7 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, linear
 
 SORT_MIN_CHOICES = 64
-"""From this many (token, expert) pairs on they are sorted, so that each expert is read once."""
+"""Minimum number of (token, expert) pairs that are sorted, so that each expert is read once."""
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -30,34 +30,34 @@ F = TypeVar("F", bound=Callable[..., object])
 def elementwise(function: F) -> F:
     """Fuse elementwise operations into one kernel on Metal.
 
-    Not on the CPU: there mx.compile calls a C++ compiler at run time (2 s, and not on every machine).
+    Not on the CPU, where mx.compile calls a C++ compiler at run time (2 s, and not available everywhere).
     """
     return cast(F, mx.compile(function, shapeless=True)) if mx.metal.is_available() else function
 
 
 @elementwise
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return gate * mx.sigmoid(gate) * up
 
 
 @elementwise
 def router_scores(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-    """Sigmoid scores in float32, and -(scores + bias): the smallest of these are the experts to choose."""
+    """Return sigmoid scores in float32, and -(scores + bias), whose smallest values select the experts."""
     scores = mx.sigmoid(logits.astype(mx.float32))
     return scores, -(scores + bias)
 
 
 @cache
 def positions(*shape: int) -> mx.array:
-    """0, 1, 2, ... in a shape; kept, so that a decode step does not compute it again for each layer."""
+    """Return 0, 1, 2, ... in a shape; cached, so that decode steps do not recompute it for each layer."""
     indices = mx.arange(math.prod(shape), dtype=mx.uint32).reshape(shape)
     mx.eval(indices)
     return indices
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU with gate and up in one matrix; also the shared experts where they are quantized otherwise."""
+    """SwiGLU with gate and up in one matrix. Also used for shared experts that are quantized differently."""
 
     def __init__(self, weights: LayerWeights, path: str):
         super().__init__()
@@ -65,17 +65,17 @@ class DenseMLP(nn.Module):
         self.down_proj = Linear(weights.matrix(f"{path}.down_proj"))
 
     def __call__(self, x: mx.array, residual: mx.array | None) -> mx.array:
-        """The MLP of x: (B, L, D), added to residual if given -> (B, L, D)."""
+        """(B, L, D) -> (B, L, D), added to the residual if given."""
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
         out = self.down_proj(swiglu(gate, up))
         return out if residual is None else residual + out
 
 
 class Router(nn.Module):
-    """Chooses K experts for a token and says their weights; the S shared experts are always chosen, at weight 1.
+    """Top-K router. The S shared experts are appended as experts that always win, with weight 1.
 
-    The shared experts stand behind the routed ones. Their rows of the weight are zero and their `offset` is -inf, so
-    that their score is 0 and adds nothing to the normalization; their correction bias is +inf, so they come first.
+    Their rows of the weight are zero and their `offset` is -inf, so their score is 0 and does not change the
+    normalization. Their correction bias is +inf, so they are always selected.
     """
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
@@ -117,19 +117,19 @@ class Router(nn.Module):
         return ids, self._weigh(ids, chosen, chosen.sum(axis=-1, keepdims=True))
 
     def _keep_best_groups(self, order: mx.array) -> mx.array:
-        """Bar the experts outside the topk_group groups whose two best experts add up highest."""
+        """Exclude experts outside the topk_group groups with the highest sum of their two best experts."""
         routed, shared = order[..., : self.num_routed], order[..., self.num_routed :]
         groups = routed.reshape(*routed.shape[:-1], self.n_group, -1)
         best_two = -mx.topk(-groups, 2, axis=-1).sum(axis=-1)  # (B, L, n_group), smaller is better
-        barred = mx.argpartition(best_two, kth=self.topk_group - 1, axis=-1)[..., self.topk_group :]
-        groups = mx.put_along_axis(groups, barred[..., None], mx.array(mx.inf), axis=-2)
+        excluded = mx.argpartition(best_two, kth=self.topk_group - 1, axis=-1)[..., self.topk_group :]
+        groups = mx.put_along_axis(groups, excluded[..., None], mx.array(mx.inf), axis=-2)
         return mx.concatenate([groups.reshape(routed.shape), shared], axis=-1)
 
 
 class MoE(nn.Module):
-    """Routed and shared experts of one layer; on several ranks, this rank's part of their sum.
+    """Routed and shared experts of one layer; on several ranks, this rank's partial sum.
 
-    A rank holds some rows of every expert, or all rows of some: `held`.
+    A rank holds some rows of every expert, or all rows of some experts (`_held`).
     """
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
@@ -145,7 +145,7 @@ class MoE(nn.Module):
             self.shared_experts = DenseMLP(weights, "mlp.shared_experts")
 
     def __call__(self, x: mx.array, residual: mx.array | None) -> mx.array:
-        """Experts of x: (B, L, D), added to residual if given -> (B, L, D)."""
+        """(B, L, D) -> (B, L, D), added to the residual if given."""
         ids, weights = self.gate(x)
         if "shared_experts" in self:
             residual = self.shared_experts(x, residual)
@@ -158,9 +158,9 @@ class MoE(nn.Module):
         return mx.addmm(residual[..., None, :], weights, outputs).squeeze(-2)
 
     def _held_experts(self, x: mx.array, ids: mx.array, weights: mx.array, residual: mx.array | None) -> mx.array:
-        """The part of the experts that this rank holds whole: only they are run.
+        """Run only the chosen experts that this rank holds.
 
-        How many that are must be known to build the graph, so the router's choice is waited for.
+        Building the graph requires their number, so this waits for the router.
         """
         first, end = cast(tuple[int, int], self._held)
         chosen = np.array(ids).reshape(-1)
@@ -176,7 +176,7 @@ class MoE(nn.Module):
         return out.reshape(-1, x.shape[-1]).at[tokens].add(outputs).reshape(x.shape)
 
     def _experts(self, x: mx.array, ids: mx.array) -> mx.array:
-        """Each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
+        """Run each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
         if ids.size < SORT_MIN_CHOICES:
             return self._run(x[..., None, None, :], ids, positions(*ids.shape[:-1], 1), positions(*ids.shape)).squeeze(
                 -2
@@ -190,13 +190,13 @@ class MoE(nn.Module):
     def _run(
         self, x: mx.array, ids: mx.array, tokens: mx.array | None = None, choices: mx.array | None = None
     ) -> mx.array:
-        """Run x through the experts `ids`, which ascend if no positions are given.
+        """Run x through the experts `ids`, which must ascend if no positions are given.
 
         Args:
             x: (..., 1, D).
-            ids: which expert.
-            tokens: for each id the position in x of its input, if not its own.
-            choices: for each id its own position.
+            ids: indices of the experts.
+            tokens: position in x of the input of each id; None if x has one row for each id.
+            choices: position of each id.
         """
         fused = self.gate_up_proj.gather_matmul(x, ids, tokens)
         gate, up = mx.split(fused, 2, axis=-1)

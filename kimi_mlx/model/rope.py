@@ -1,4 +1,4 @@
-"""Rotary positions of the K2 family: interleaved pairs, YaRN frequencies.
+"""Rotary position embedding of the K2 family: interleaved pairs, YaRN frequencies.
 
 Letters: B batch, H heads, L length, P qk_rope_head_dim.
 """
@@ -16,7 +16,7 @@ from kimi_mlx.model.config_rope import YarnScaling, yarn_mscale
 
 
 class Rope:
-    """Rotates the last dimension by position; no parameters.
+    """Rotates the last dimension by position. It has no parameters.
 
     Source: YaRN (https://arxiv.org/abs/2309.00071), with the correction range and mscale of DeepSeek-V3's code.
     """
@@ -31,26 +31,26 @@ class Rope:
             else yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
         )
 
-    def at(self, runs: Sequence[tuple[int, int]]) -> Rotation:
-        """The rotation of runs of positions, one behind the other: (first position, length) of each."""
-        return FastRotation(self, runs) if is_gpu() else ComplexRotation(self, runs)
+    def at(self, ranges: Sequence[tuple[int, int]]) -> Rotation:
+        """Return the rotation for concatenated ranges of positions: (first position, length) of each."""
+        return FastRotation(self, ranges) if is_gpu() else ComplexRotation(self, ranges)
 
 
 class FastRotation:
-    """One kernel for each array that is rotated; the angles are computed in it."""
+    """Rotation with one kernel per array, which also computes the angles."""
 
-    def __init__(self, rope: Rope, runs: Sequence[tuple[int, int]]):
-        self._rope, self._is_run = rope, len(runs) == 1
-        self._offset = runs[0][0] if self._is_run else positions(runs)
+    def __init__(self, rope: Rope, ranges: Sequence[tuple[int, int]]):
+        self._rope, self._is_single = rope, len(ranges) == 1
+        self._offset = ranges[0][0] if self._is_single else positions(ranges)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Rotate x: (B, H, L, P); B is 1 if there are several runs."""
+        """Rotate x, (B, H, L, P); B is 1 if there are several ranges."""
         if self._rope.magnitude != 1.0:
             x = x * self._rope.magnitude
-        return self._rotate(x) if self._is_run else self._rotate(x.swapaxes(0, 2)).swapaxes(0, 2)
+        return self._rotate(x) if self._is_single else self._rotate(x.swapaxes(0, 2)).swapaxes(0, 2)
 
     def _rotate(self, x: mx.array) -> mx.array:
-        """The kernel takes an offset for each of a batch: so each token of several runs is one of its own there."""
+        """Call the kernel, which takes one offset per batch element: with several ranges each token is an element."""
         rope = self._rope
         return mx.fast.rope(
             x, rope.dims, traditional=True, base=None, scale=1.0, offset=self._offset, freqs=rope.periods
@@ -58,45 +58,45 @@ class FastRotation:
 
 
 class ComplexRotation:
-    """One complex product for each array; cosines and sines are computed once, here.
+    """Rotation with one complex product per array; cosines and sines are computed once per step.
 
-    On the CPU mx.fast.rope is some twenty kernels, cosines and sines among them, twice a layer.
+    On the CPU mx.fast.rope runs about twenty kernels, including cosines and sines, twice per layer.
     """
 
-    def __init__(self, rope: Rope, runs: Sequence[tuple[int, int]]):
-        angles = positions(runs).astype(mx.float32)[:, None] * (1.0 / rope.periods)  # (L, P / 2)
-        self._turns = rope.magnitude * (mx.cos(angles) + 1j * mx.sin(angles))
+    def __init__(self, rope: Rope, ranges: Sequence[tuple[int, int]]):
+        angles = positions(ranges).astype(mx.float32)[:, None] * (1.0 / rope.periods)  # (L, P / 2)
+        self._rotations = rope.magnitude * (mx.cos(angles) + 1j * mx.sin(angles))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Rotate x: (B, H, L, P)."""
+        """Rotate x, (B, H, L, P)."""
         pairs = x.astype(mx.float32).view(mx.complex64)  # (B, H, L, P / 2)
-        return (pairs * self._turns).view(mx.float32).astype(x.dtype)
+        return (pairs * self._rotations).view(mx.float32).astype(x.dtype)
 
 
 Rotation = FastRotation | ComplexRotation
 
 
-def positions(runs: Sequence[tuple[int, int]]) -> mx.array:
-    """Runs of positions one behind the other, (L,) int32."""
-    if len(runs) == 1:
-        (start, length), *_ = runs
+def positions(ranges: Sequence[tuple[int, int]]) -> mx.array:
+    """Return concatenated ranges of positions, (L,) int32."""
+    if len(ranges) == 1:
+        (start, length), *_ = ranges
         return mx.arange(start, start + length)
-    return mx.array(np.concatenate([np.arange(start, start + length, dtype=np.int32) for start, length in runs]))
+    return mx.array(np.concatenate([np.arange(start, start + length, dtype=np.int32) for start, length in ranges]))
 
 
 def is_gpu() -> bool:
-    """Whether the arrays are computed on a GPU, whose `mx.fast` functions are single kernels."""
+    """Return whether arrays are computed on a GPU, where `mx.fast` functions are single kernels."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
 def wavelengths(dims: int, theta: float, yarn: YarnScaling | None) -> mx.array:
-    """Positions a radian for each pair, (dims / 2) float32: what mx.fast.rope calls `freqs`."""
+    """Return positions per radian for each pair, (dims / 2) float32: the `freqs` of mx.fast.rope."""
     plain = theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
     if yarn is None:
         return plain
 
     def dimension_with(rotations: float) -> float:
-        """The dimension that turns `rotations` times within the original context."""
+        """Return the dimension with this number of rotations within the original context."""
         return (
             dims * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
         )
@@ -105,5 +105,5 @@ def wavelengths(dims: int, theta: float, yarn: YarnScaling | None) -> mx.array:
     high = min(math.ceil(dimension_with(yarn.beta_slow)), dims - 1)
     width = (high - low) or 0.001
     ramp = mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / width, 0, 1)
-    # Fast dimensions keep their frequency, slow ones are interpolated by the factor; frequencies are 1 / wavelength.
+    # Fast dimensions keep their frequency, slow ones are divided by the factor; a frequency is 1 / wavelength.
     return 1.0 / ((1.0 - ramp) / plain + ramp / (plain * yarn.factor))

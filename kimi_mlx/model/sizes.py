@@ -1,4 +1,4 @@
-"""How attention of a prompt is cut up, so that its temporary memory stays small; no MLX.
+"""Block sizes of prefill attention, which limit its temporary memory. Does not import MLX.
 
 Letters: B batch, H heads, T tokens in the cache, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
@@ -6,20 +6,20 @@ Letters: B batch, H heads, T tokens in the cache, N qk_nope_head_dim, P qk_rope_
 from __future__ import annotations
 
 KEY_BLOCK = 512
-"""Cached tokens that are expanded into keys and values at once, where no fused kernel takes all."""
+"""Number of cached tokens that are expanded into keys and values at once, without a fused kernel."""
 
 QUERY_BLOCK = 64
-"""Queries that see each other at once: of the scores among new tokens, all but half a block are needed."""
+"""Number of queries per block among the new tokens; at most half of a diagonal block is computed in vain."""
 
 EXPANDED_MAX_BYTES = 2**29
-"""Where a fused kernel takes the keys and values of a whole context, those of so many heads are made at once."""
+"""Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
 
 
 def expanded_width(nope: int, rope: int, value: int) -> int:
-    """Elements a token and head while a fused kernel's input is made: part of the keys, keys, values, padded values."""
+    """Return elements per token and head of a fused kernel's input: partial keys, keys, values, padded values."""
     return nope + (nope + rope) + value + max(nope + rope, value)
 
 
 def heads_at_once(heads: int, head_bytes: int) -> int:
-    """How many heads' keys and values, of `head_bytes` each, are in memory at once; at least one."""
+    """Return the number of heads whose keys and values, `head_bytes` each, are in memory at once; at least one."""
     return max(1, min(heads, EXPANDED_MAX_BYTES // head_bytes))

@@ -1,4 +1,4 @@
-"""A weight as the model holds it: a float matrix, or MLX's affine quantization of one."""
+"""Weights in memory: float matrices, or MLX's affine quantization of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kimi_mlx.model.config_quantization import Quantization
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix (or a stack of them).
+    """One matrix, or a stack of matrices.
 
     Args:
-        weight: (..., rows, columns) float, or (..., rows, columns * bits / 32) uint32 when quantized.
-        scales: (..., rows, columns / group_size), only when quantized.
-        biases: like scales.
+        weight: (..., rows, columns) float, or (..., rows, columns * bits / 32) uint32 if quantized.
+        scales: (..., rows, columns / group_size), only if quantized.
+        biases: same shape as scales.
         quantization: bits and group size, None for a float weight.
     """
 
@@ -29,19 +29,19 @@ class Weight:
 
     @property
     def rows(self) -> int:
-        """Outputs of the matrix."""
+        """Number of outputs."""
         return self.weight.shape[-2]
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All arrays, for evaluation."""
+        """Arrays to evaluate."""
         return [array for array in (self.weight, self.scales, self.biases) if array is not None]
 
 
 class Matrix(nn.Module):
     """A weight as a module: its arrays are parameters, its quantization is not.
 
-    Base of Linear, Embedding and of the stacked matrices of heads and experts.
+    Base class of Linear, Embedding and the stacked matrices of heads and experts.
     """
 
     def __init__(self, source: Weight):
@@ -54,17 +54,17 @@ class Matrix(nn.Module):
 
     @property
     def rows(self) -> int:
-        """Outputs of the matrix (of each one of a stack)."""
+        """Number of outputs (of each matrix of a stack)."""
         return self["weight"].shape[-2]
 
     @property
     def columns(self) -> int:
-        """Inputs of the matrix (of each one of a stack)."""
+        """Number of inputs (of each matrix of a stack)."""
         stored = self["weight"].shape[-1]
         return stored if self.quantization is None else stored * 32 // self.quantization.bits
 
     def matmul(self, x: mx.array, transpose: bool = True, stack: slice | None = None) -> mx.array:
-        """x @ weight.T, or x @ weight; leading dimensions are broadcast. `stack`: with some matrices of a stack."""
+        """Return x @ weight.T, or x @ weight; leading dimensions broadcast. `stack` selects matrices of a stack."""
         weight = self["weight"] if stack is None else self["weight"][stack]
         if self.quantization is None:
             return x @ (weight.swapaxes(-1, -2) if transpose else weight)
@@ -80,13 +80,13 @@ class Matrix(nn.Module):
         )
 
     def gather_matmul(self, x: mx.array, ids: mx.array, inputs: mx.array | None = None) -> mx.array:
-        """x[inputs] @ weight[ids].T for a stack of matrices.
+        """Return x[inputs] @ weight[ids].T for a stack of matrices.
 
         Args:
             x: (..., 1, columns).
-            ids: (...) uint32, which matrix of the stack.
-            inputs: (...) uint32, which of x's leading positions goes with each id, broadcast against ids. None: its
-                own, and ids ascend, so that MLX can read each matrix once.
+            ids: (...) uint32, indices into the stack.
+            inputs: (...) uint32, indices into x's leading dimensions, broadcast against ids. None if x has one row for
+                each id and ids ascend, so that MLX reads each matrix once.
         """
         is_sorted = inputs is None
         if self.quantization is None:
@@ -114,7 +114,7 @@ class Linear(Matrix):
 
 
 class ConcatLinear(nn.Module):
-    """Matrices over the same input whose outputs are joined: for parts that are quantized differently."""
+    """Matrices with the same input and concatenated outputs, for parts that are quantized differently."""
 
     def __init__(self, parts: Sequence[Weight]):
         super().__init__()
@@ -125,17 +125,17 @@ class ConcatLinear(nn.Module):
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
     def gather_matmul(self, x: mx.array, ids: mx.array, inputs: mx.array | None = None) -> mx.array:
-        """As Matrix.gather_matmul, with the outputs of all parts side by side."""
+        """Same as Matrix.gather_matmul, with the outputs of all parts concatenated."""
         return mx.concatenate([part.gather_matmul(x, ids, inputs) for part in self.parts], axis=-1)
 
 
 def linear(parts: Sequence[Weight]) -> Linear | ConcatLinear:
-    """The linear of a fused weight: one matrix, or several when they are quantized differently."""
+    """Return the module of a fused weight: one matrix, or several if they are quantized differently."""
     return Linear(parts[0]) if len(parts) == 1 else ConcatLinear(parts)
 
 
 class Embedding(Matrix):
-    """Rows of a (possibly quantized) matrix by token id."""
+    """Rows of a matrix, which may be quantized, by token id."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         """(...) integers -> (..., columns)."""

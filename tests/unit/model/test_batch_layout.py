@@ -55,7 +55,7 @@ def test_a_mask_is_made_once_for_all_layers() -> None:
 def test_sequences_of_similar_length_with_one_new_token_are_stacked(
     lengths: list[tuple[int, int]], decode_groups: list[list[int]]
 ) -> None:
-    assert [stack.numbers for stack in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
+    assert [stack.indices for stack in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
 
 
 @pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])
