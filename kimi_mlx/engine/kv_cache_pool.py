@@ -219,7 +219,7 @@ class KVCachePool:
         self._idle.clear()
 
     def _longest(self, tokens: list[int]) -> tuple[SequenceCache | None, int]:
-        """Return the cache with the longest common prefix and its length; on a tie the most recently used idle cache."""
+        """Return the cache with the longest common prefix, and its length. Ties go to the latest used idle cache."""
         longest, common = None, 0
         for cache in [*reversed(self._idle), *(busy for busy, _ in self._busy)]:
             if common == len(tokens):
