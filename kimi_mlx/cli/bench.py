@@ -29,7 +29,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions
-from kimi_mlx.store.locate import Target, understand
+from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _open_on_hosts(
     """Load the model on launched hosts."""
     from kimi_mlx.bench.sides import SessionSide
 
-    prepared = prepare_model(launch, understand(run.model_name), run, is_quiet=is_quiet)
+    prepared = prepare_model(launch, resolve_model_name(run.model_name), run, is_quiet=is_quiet)
     opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, is_quiet)
     session = stack.enter_context(closing(opened.session))
     config = load_config(opened.tokenizer_folder)
@@ -282,16 +282,16 @@ def _check_delay(delay_ms: float | None, ranks: int) -> None:
         raise UsageError("--link-delay-ms is for several ranks on this machine", hint="add for example `--ranks 2`")
 
 
-def _target(run: RunOptions, synthetic: str | None) -> Target | None:
+def _target(run: RunOptions, synthetic: str | None) -> ModelRef | None:
     """Return the model to measure; None for a synthetic one."""
     if synthetic is None:
-        return understand(run.model_name)
+        return resolve_model_name(run.model_name)
     if run.model is not None:
         raise UsageError(f"`{run.model}` and --synthetic exclude each other", hint="leave one of them out")
     return None
 
 
-def _folder(target: Target | None, synthetic: str | None, ranks: int, strategy: str, is_quiet: bool) -> Path:
+def _folder(target: ModelRef | None, synthetic: str | None, ranks: int, strategy: str, is_quiet: bool) -> Path:
     """The checkpoint to measure."""
     if target is not None:
         return fetch_model(target, ranks, strategy, is_quiet)

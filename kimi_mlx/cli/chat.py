@@ -23,7 +23,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import ChatOptions, Conversation
-from kimi_mlx.store.locate import Target, understand
+from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.text.messages import Delta
 
 
@@ -115,7 +115,7 @@ def chat(
     With --prompt, or with piped input, it prints one answer and exits.
     """
     refuse_mlx_launch()
-    target = understand(run.model_name)
+    target = resolve_model_name(run.model_name)
     prompt = _read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
@@ -137,7 +137,7 @@ def chat(
             _print_answer(conversation, prompt)
 
 
-def _read_text_side(folder: Path, target: Target, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:
+def _read_text_side(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:
     """Read the tokenizer of a checkpoint, and combine its defaults with the user's options."""
     entry = target.entry
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)

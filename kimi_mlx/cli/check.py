@@ -14,7 +14,7 @@ from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.session.session import Session
-from kimi_mlx.store.locate import understand
+from kimi_mlx.store.locate import resolve_model_name
 from kimi_mlx.units import format_rate, format_seconds
 
 TOKENS = 32
@@ -35,7 +35,7 @@ def check(
             "`check` is for clusters", hint="`kimi-mlx launch --hosts a,b check`; for this machine: `kimi-mlx doctor`"
         )
     run = RunOptions(model, strategy=strategy, dtype=dtype)
-    target = understand(run.model_name)
+    target = resolve_model_name(run.model_name)
     begin = time.monotonic()
     prepared = prepare_model(launch, target, run, is_quiet=json)
     opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, json)

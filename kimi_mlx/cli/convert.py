@@ -18,7 +18,7 @@ from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
-from kimi_mlx.store.locate import Target, understand
+from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def convert(
     from kimi_mlx.weights.convert_plan import ConvertOptions
 
     options = ConvertOptions(_number(bits), _number(expert_bits), int(group_size) if group_size else None)
-    folder, origin = target.expanduser(), understand(source)
+    folder, origin = target.expanduser(), resolve_model_name(source)
     if dry_run and origin.repository is not None and find_local(origin.repository) is None:
         _show_plan(_plan_from_afar(origin.repository, options), folder, json)
         return
@@ -118,7 +118,7 @@ def _plan_from_afar(repository: str, options: ConvertOptions) -> ConversionPlan:
     return plan_conversion(checkpoint, options, has_prefix)
 
 
-def _source_folder(target: Target, is_quiet: bool) -> Path:
+def _source_folder(target: ModelRef, is_quiet: bool) -> Path:
     """The folder of the checkpoint itself, never of a shard store; fetched if it is not here."""
     if target.repository is None:
         assert target.folder is not None

@@ -28,8 +28,8 @@ from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.download import StoreOptions, join_group
-from kimi_mlx.store.locate import Target, stores_root, understand
-from kimi_mlx.store.prepare import Result, dry_result, provide_stores, state_of
+from kimi_mlx.store.locate import ModelRef, resolve_model_name, stores_root
+from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
 from kimi_mlx.store.sources import read_contents
 
 
@@ -69,10 +69,10 @@ def download(
     if (launched := launch_context(context)) is not None:
         from kimi_mlx.cli.download_on_hosts import download_over_hosts
 
-        download_over_hosts(launched, understand(name), revision, dry_run, verify, keep_source, is_json=json)
+        download_over_hosts(launched, resolve_model_name(name), revision, dry_run, verify, keep_source, is_json=json)
         return
     group = join_group()
-    target = run_on_all_ranks(group, lambda: understand(name))
+    target = run_on_all_ranks(group, lambda: resolve_model_name(name))
     is_quiet = json or group.rank > 0
     if group.size > 1:
         if ranks not in (None, group.size):
@@ -89,7 +89,7 @@ def download(
             choice = choose_placement(target, ranks, strategy) if group.size == 1 else _place_on_group(ranks, strategy)
             print_placement(choice, f"{ranks} ranks", is_quiet)
             options = StoreOptions(target.source, stores_root(), ranks, choice.strategy, revision, keep_source)
-            result = provide_stores(
+            result = prepare_stores(
                 target, options, group, TerminalObserver(target, is_quiet), is_dry=dry_run, is_check=verify
             )
     except (KeyboardInterrupt, SystemExit):
@@ -112,7 +112,7 @@ def _place_on_group(ranks: int, strategy: str | None) -> Choice:
     )
 
 
-def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> Result:
+def _checkpoint(target: ModelRef, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> DownloadReport:
     """All of the repository into the hub's cache."""
     if target.repository is None:
         if is_check:
@@ -132,7 +132,7 @@ def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bo
     if is_dry:
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
-        return dry_result(target, contents, {}, missing, missing, repository_folder(repository.name))
+        return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
     broken: list[str] = []
     if is_check:
         with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
@@ -140,8 +140,13 @@ def _checkpoint(target: Target, revision: str | None, is_dry: bool, is_check: bo
                 remove_cached(repository, file)
                 broken.append(file.name)
     folder = fetch(target, repository, is_quiet)
-    return {**_about(target, repository), "folder": str(folder), "state": state_of(is_check, broken), "broken": broken}
+    return {
+        **_about(target, repository),
+        "folder": str(folder),
+        "state": describe_state(is_check, broken),
+        "broken": broken,
+    }
 
 
-def _about(target: Target, repository: Repository) -> Result:
+def _about(target: ModelRef, repository: Repository) -> DownloadReport:
     return {"model": target.name, "repository": repository.name, "commit": repository.commit}

@@ -15,9 +15,9 @@ from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
-from kimi_mlx.store.build import Progress
-from kimi_mlx.store.locate import Target
-from kimi_mlx.store.prepare import Result
+from kimi_mlx.store.build import BuildProgress
+from kimi_mlx.store.locate import ModelRef
+from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.units import format_bytes
 
 MODULE = "kimi_mlx.rank.download"
@@ -28,7 +28,7 @@ STALL_S = 1800.0
 
 def download_over_hosts(
     launched: LaunchContext,
-    target: Target,
+    target: ModelRef,
     revision: str | None,
     is_dry: bool,
     is_check: bool,
@@ -56,7 +56,7 @@ def download_over_hosts(
         )
         results = _results(ring, show)
     hosts = [host.ssh for host in launched.cluster.hostfile.hosts]
-    result: Result = {**_joined(results, hosts), "seconds": round(time.monotonic() - started, 3)}
+    result: DownloadReport = {**_joined(results, hosts), "seconds": round(time.monotonic() - started, 3)}
     if is_json:
         print_json(result)
     else:
@@ -70,8 +70,8 @@ def download_over_hosts(
             )
 
 
-def _results(ring: Ring, show: Any) -> dict[int, Result]:
-    results: dict[int, Result] = {}
+def _results(ring: Ring, show: Any) -> dict[int, DownloadReport]:
+    results: dict[int, DownloadReport] = {}
     try:
         for rank, message in ring.messages():
             if message["kind"] == "done":
@@ -86,7 +86,7 @@ def _results(ring: Ring, show: Any) -> dict[int, Result]:
 
 
 @contextmanager
-def _shown(target: Target, is_quiet: bool) -> Generator[Any]:
+def _shown(target: ModelRef, is_quiet: bool) -> Generator[Any]:
     """Bars of what rank 0 tells; yields what to call with its messages."""
     with byte_bars(is_quiet) as bars:
         tasks: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def _shown(target: Target, is_quiet: bool) -> Generator[Any]:
             elif message["kind"] == "checking":
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":
-                progress = Progress(**{name: value for name, value in message.items() if name != "kind"})
+                progress = BuildProgress(**{name: value for name, value in message.items() if name != "kind"})
                 bar(f"fetching {target.name}", progress.fetched_bytes, progress.total_bytes)
                 bar("storing", progress.stored_bytes, progress.total_bytes)
 
@@ -114,7 +114,7 @@ def _shown(target: Target, is_quiet: bool) -> Generator[Any]:
             raise
 
 
-def _joined(results: dict[int, Result], hosts: list[str]) -> Result:
+def _joined(results: dict[int, DownloadReport], hosts: list[str]) -> DownloadReport:
     """One result of all: rank 0's, with the stores of all ranks and the disks of all hosts."""
     disk = ("disk_needed_bytes", "disk_free_bytes")
     each = [

@@ -7,11 +7,11 @@ from rich.text import Text
 
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.store.prepare import Result
+from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.units import format_bytes, format_gib, format_seconds
 
 
-def print_result(result: Result) -> None:
+def print_result(result: DownloadReport) -> None:
     """The folder alone on stdout; what was done on stderr."""
     if "files" in result:
         _print_dry_run(result)
@@ -30,7 +30,7 @@ def print_result(result: Result) -> None:
     stdout.print(result["folder"], markup=False)
 
 
-def _print_dry_run(result: Result) -> None:
+def _print_dry_run(result: DownloadReport) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column(Text(f"{result['repository']} at {result['commit'][:12]}"), overflow="fold")
     for unit in ("GB", "GiB"):
@@ -47,7 +47,7 @@ def _print_dry_run(result: Result) -> None:
         stdout.print(f"the disk of {result['folder']} is large enough; nothing has been fetched", markup=False)
 
 
-def require_disk(result: Result) -> None:
+def require_disk(result: DownloadReport) -> None:
     """What a dry run has found of the disk.
 
     Raises:

@@ -20,8 +20,8 @@ from rich.progress import (
 
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.hub.licence import show_once
-from kimi_mlx.store.build import Progress as BuildProgress
-from kimi_mlx.store.locate import Target
+from kimi_mlx.store.build import BuildProgress
+from kimi_mlx.store.locate import ModelRef
 from kimi_mlx.units import format_bytes, format_seconds
 
 LINE_EVERY_S = 15.0
@@ -89,7 +89,7 @@ class TerminalObserver:
         is_quiet: says nothing at all.
     """
 
-    def __init__(self, target: Target, is_quiet: bool):
+    def __init__(self, target: ModelRef, is_quiet: bool):
         self._target, self._is_quiet = target, is_quiet
 
     def beginning(self, vision_bytes: int) -> None:
@@ -116,7 +116,7 @@ class TerminalObserver:
             yield report
 
 
-def print_licence_once(target: Target, is_quiet: bool) -> None:
+def print_licence_once(target: ModelRef, is_quiet: bool) -> None:
     """What the licence of the weights asks of large products, at the first download."""
     if target.entry is not None and not is_quiet:
         show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))

@@ -14,7 +14,7 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
 from kimi_mlx.model.names import IGNORED_PREFIXES
-from kimi_mlx.store.locate import Target, find
+from kimi_mlx.store.locate import ModelRef, find_local_model
 from kimi_mlx.units import GB, format_bytes
 from kimi_mlx.weights.index import read_index
 
@@ -22,7 +22,7 @@ UNASKED_BYTES = 5 * GB
 """What a command that needs a model fetches without asking."""
 
 
-def fetch_model(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Path:
+def fetch_model(target: ModelRef, ranks: int, strategy: str, is_quiet: bool) -> Path:
     """The folder of a model, fetched if it is not here; a large one only after a yes.
 
     Args:
@@ -35,7 +35,7 @@ def fetch_model(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Pa
         UsageError: it is large, and there is nobody to ask.
         WeightsError: it cannot be fetched, or is here as a store that is broken or of another placement.
     """
-    folder = find(target, ranks, strategy)
+    folder = find_local_model(target, ranks, strategy)
     if folder is not None:
         return folder
     assert target.repository is not None
@@ -44,7 +44,7 @@ def fetch_model(target: Target, ranks: int, strategy: str, is_quiet: bool) -> Pa
     return fetch(target, repository, is_quiet)
 
 
-def fetch(target: Target, repository: Repository, is_quiet: bool) -> Path:
+def fetch(target: ModelRef, repository: Repository, is_quiet: bool) -> Path:
     """The whole checkpoint into the hub's cache."""
     print_licence_once(target, is_quiet)
     total = sum(file.size_bytes for file in repository.files)
@@ -55,7 +55,7 @@ def fetch(target: Target, repository: Repository, is_quiet: bool) -> Path:
     return folder
 
 
-def _ask(target: Target, repository: Repository, is_quiet: bool) -> None:
+def _ask(target: ModelRef, repository: Repository, is_quiet: bool) -> None:
     """Whether to fetch a large model; what is half here has been agreed to."""
     sizes = {file.name: file.size_bytes for file in repository.files}
     missing = sum(sizes.values()) - sum(cached_bytes(repository, file) for file in repository.files)

@@ -8,7 +8,7 @@ from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
-from kimi_mlx.store.locate import Target, config_folder, understand
+from kimi_mlx.store.locate import ModelRef, config_folder, resolve_model_name
 
 FALLBACK_MODEL = "kimi-k2"
 """Model whose dimensions are assumed for a big one whose configuration is not on this machine."""
@@ -24,7 +24,7 @@ def memory_requirement(name: str) -> ModelNeed:
         UsageError: no such thing, or a model that we refuse.
         ConfigError: a configuration that we cannot serve.
     """
-    target = understand(name)
+    target = resolve_model_name(name)
     folder = config_folder(target)
     config = known_shape(FALLBACK_MODEL).config if folder is None else load_config(folder)
     entry = target.entry
@@ -44,7 +44,7 @@ def memory_requirement(name: str) -> ModelNeed:
     )
 
 
-def _repository(target: Target) -> str | None:
+def _repository(target: ModelRef) -> str | None:
     """As stores name it; None for what comes with kimi-mlx."""
     if target.entry is not None and target.entry.is_packaged:
         return None

@@ -23,7 +23,7 @@ from kimi_mlx.hub.catalogue import (
 )
 from kimi_mlx.hub.licence import notice
 from kimi_mlx.sizing.hosts import SYSTEM_BYTES
-from kimi_mlx.store.locate import Presence, presence, understand, unknown_model
+from kimi_mlx.store.locate import LocalState, local_state, resolve_model_name, unknown_model_error
 from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76
@@ -36,14 +36,14 @@ class Row:
 
     Args:
         entry: the model.
-        presence: what of it is here.
+        local_state: which part of it is on this machine.
         folder: where.
         size_bytes: the catalogue's, else of the files here.
         hosts_needed: machines like this one; None if it takes too many, or the model is refused.
     """
 
     entry: CatalogueEntry
-    presence: Presence
+    local_state: LocalState
     folder: Path | None
     size_bytes: int | None
     hosts_needed: int | None
@@ -54,7 +54,7 @@ class Row:
             **asdict(self.entry),
             "size_bytes": self.size_bytes,
             "minimum_memory_bytes": self.entry.minimum_memory_bytes(),
-            "on_this_machine": self.presence,
+            "on_this_machine": self.local_state,
             "folder": str(self.folder) if self.folder else None,
             "hosts_needed": self.hosts_needed,
         }
@@ -83,11 +83,11 @@ def models(
         return
     entry = find_entry(model)
     if entry is None:
-        if understand(model).repository is not None:
+        if resolve_model_name(model).repository is not None:
             raise UsageError(
                 f"nothing is known of `{model}` here", hint=f"`kimi-mlx download {model} --dry-run` asks the hub"
             )
-        raise unknown_model(model)
+        raise unknown_model_error(model)
     row = see(entry, machine)
     if json:
         print_json(row.to_dict())
@@ -98,7 +98,7 @@ def models(
 
 def see(entry: CatalogueEntry, machine: Machine) -> Row:
     """Look for a model here, and whether it fits."""
-    here, folder = presence(entry)
+    here, folder = local_state(entry)
     size = entry.size_bytes
     if size is None and folder is not None:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -119,7 +119,7 @@ def table(rows: Sequence[Row], machine: Machine, width: int) -> Table:
             _gigabytes(row.size_bytes),
             "any" if row.entry.is_packaged else _gigabytes(row.entry.minimum_memory_bytes()),
             format_context(row.entry.context_tokens),
-            row.presence,
+            row.local_state,
             _fits(row, machine),
         ]
         what = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
@@ -157,7 +157,7 @@ def details(row: Row, machine: Machine) -> Table:
         "without thinking": _sampling_in_words(entry.instant_sampling),
         "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
         "fits": _fits_in_words(row, machine),
-        "here": _presence_in_words(row),
+        "here": _local_state_in_words(row),
         "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()),
     }
     result = Table.grid(padding=(0, 2, 0, 0))
@@ -206,15 +206,15 @@ def _fits_in_words(row: Row, machine: Machine) -> str:
     return answer
 
 
-def _presence_in_words(row: Row) -> str:
+def _local_state_in_words(row: Row) -> str:
     """Where it is, or how to get it."""
     if row.entry.refused is not None:
         return "no"
-    if row.presence == "package":
+    if row.local_state == "package":
         return f"comes with the package, in {row.folder}"
-    if row.presence in ("yes", "store"):
-        return f"{'yes' if row.presence == 'yes' else 'as a shard store'}, in {row.folder}"
-    begun = f"partly, in {row.folder}" if row.presence == "partly" else "no"
+    if row.local_state in ("yes", "store"):
+        return f"{'yes' if row.local_state == 'yes' else 'as a shard store'}, in {row.folder}"
+    begun = f"partly, in {row.folder}" if row.local_state == "partly" else "no"
     return f"{begun}; `kimi-mlx download {row.entry.alias}` fetches what is missing"
 
 

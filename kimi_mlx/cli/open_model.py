@@ -21,7 +21,7 @@ from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.session import Session, SessionOptions
-from kimi_mlx.store.locate import Target
+from kimi_mlx.store.locate import ModelRef
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PreparedModel:
         launch: launched hosts; None for this machine.
     """
 
-    target: Target | None
+    target: ModelRef | None
     name: str
     choice: Choice
     folder: Path | None
@@ -90,7 +90,7 @@ def launch_context(context: typer.Context) -> LaunchContext | None:
 
 def prepare_model(
     launch: LaunchContext | None,
-    target: Target,
+    target: ModelRef,
     run: RunOptions,
     *,
     is_quiet: bool,
@@ -189,7 +189,7 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
         return OpenedModel(session, session.tokenizer_folder)
 
 
-def name_for_hosts(target: Target) -> str:
+def name_for_hosts(target: ModelRef) -> str:
     """Return the name that hosts look a model up by; for a folder its absolute path, which each host must have."""
     is_packaged = target.entry is not None and target.entry.is_packaged
     return target.name if target.folder is None or is_packaged else str(target.folder.resolve())

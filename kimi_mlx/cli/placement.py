@@ -18,14 +18,14 @@ from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
 from kimi_mlx.planner.model_shape import ModelShape
-from kimi_mlx.store.locate import Target, stored_strategy
+from kimi_mlx.store.locate import ModelRef, stored_strategy
 from kimi_mlx.store.stores import folder_prefix, read_folder_name
 
 ALONE = Choice("hybrid", "one rank has all of it")
 OVERRIDES = "--strategy overrides the choice"
 
 
-def choose_placement(target: Target | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
+def choose_placement(target: ModelRef | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
     """The strategy of ranks on this machine.
 
     Args:

@@ -24,7 +24,7 @@ from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.to_json import backtest_to_dict, plan_to_dict
 from kimi_mlx.settings import Settings
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.store.locate import config_folder, understand
+from kimi_mlx.store.locate import config_folder, resolve_model_name
 
 
 def plan(
@@ -122,7 +122,7 @@ def shape_of(name: str) -> ModelShape:
     Raises:
         UsageError: no such model, or nothing is known of it here.
     """
-    target = understand(name)
+    target = resolve_model_name(name)
     folder = config_folder(target)
     if folder is not None:
         return shape_of_folder(name, folder)

@@ -23,7 +23,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.session import Session
 from kimi_mlx.settings import Settings
-from kimi_mlx.store.locate import Target, understand
+from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.units import MB
 
 if TYPE_CHECKING:  # imported by serve() itself: the server's libraries are heavy
@@ -128,7 +128,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     By default it listens on this machine only.
     """
     refuse_mlx_launch()
-    target = understand(run.model_name)
+    target = resolve_model_name(run.model_name)
     keys = _read_keys(server.api_key or (), server.api_key_file)
     # the server's libraries are heavy: not for `serve --help`
     from kimi_mlx.server.http.security import Security, is_loopback
@@ -187,7 +187,7 @@ def _keys_in(file: Path) -> list[tuple[str, str]]:
 
 
 def _server(
-    target: Target,
+    target: ModelRef,
     session: Session,
     folder: Path,
     names: Sequence[str],

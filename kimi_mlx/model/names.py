@@ -22,7 +22,7 @@ TEXT_PREFIX = "language_model."
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardedAxis:
     """That a rank holds only a part of an axis of the unquantized matrix.
 
     Args:
@@ -37,7 +37,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceMatrix:
     """A matrix of the checkpoint and what is taken of it.
 
     Args:
@@ -52,14 +52,14 @@ class Source:
 
     paths: tuple[str, ...]
     shape: tuple[int, ...]
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[ShardedAxis, ...] = ()
     blocks: int = 0
     heads: tuple[int, int, int] | None = None
     suffix: str = ".weight"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TreeEntry:
     """An entry of the canonical tree.
 
     Args:
@@ -69,11 +69,11 @@ class Entry:
     """
 
     name: str
-    parts: tuple[tuple[Source, ...], ...]
+    parts: tuple[tuple[SourceMatrix, ...], ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """What a recipe needs to know of a checkpoint.
 
     Args:
@@ -85,17 +85,19 @@ class Layout:
     quantization: Callable[[str], Quantization | None]
 
 
-def top_entries(config: ModelConfig) -> list[Entry]:
+def top_entries(config: ModelConfig) -> list[TreeEntry]:
     """Embedding, last norm and head."""
     table = (config.vocab_size, config.hidden_size)
     return [
-        _single("model.embed_tokens", "model.embed_tokens", table, Cut("embed_rows", "rows")),
+        _single("model.embed_tokens", "model.embed_tokens", table, ShardedAxis("embed_rows", "rows")),
         _single("model.norm", "model.norm", (config.hidden_size,)),
-        _single("lm_head", "lm_head", table, Cut("vocab_rows", "rows")),
+        _single("lm_head", "lm_head", table, ShardedAxis("vocab_rows", "rows")),
     ]
 
 
-def layer_entries(config: ModelConfig, layer: int, layout: Layout, fuses_shared: bool = True) -> list[Entry]:
+def layer_entries(
+    config: ModelConfig, layer: int, layout: CheckpointLayout, fuses_shared: bool = True
+) -> list[TreeEntry]:
     """The recipe of one layer, in the layout that the checkpoint has.
 
     Args:
@@ -116,7 +118,7 @@ def layer_entries(config: ModelConfig, layer: int, layout: Layout, fuses_shared:
     return entries
 
 
-def num_fused_shared(config: ModelConfig, layer: int, layout: Layout) -> int:
+def num_fused_shared(config: ModelConfig, layer: int, layout: CheckpointLayout) -> int:
     """How many shared experts join the stack of routed ones: all, if they are quantized alike; else none."""
     if not config.is_moe_layer(layer) or not config.n_shared_experts:
         return 0
@@ -128,71 +130,71 @@ def num_fused_shared(config: ModelConfig, layer: int, layout: Layout) -> int:
     return config.n_shared_experts
 
 
-def is_latent_first(layer: int, layout: Layout) -> bool:
+def is_latent_first(layer: int, layout: CheckpointLayout) -> bool:
     """Whether the key projection is stored as (heads, latent, nope), as mlx-lm's `embed_q` is."""
     return layout.has(f"model.layers.{layer}.self_attn.embed_q.weight")
 
 
-def _single(name: str, path: str, shape: tuple[int, ...], *cuts: Cut, suffix: str = ".weight") -> Entry:
-    return Entry(name, ((Source((path,), shape, cuts, suffix=suffix),),))
+def _single(name: str, path: str, shape: tuple[int, ...], *cuts: ShardedAxis, suffix: str = ".weight") -> TreeEntry:
+    return TreeEntry(name, ((SourceMatrix((path,), shape, cuts, suffix=suffix),),))
 
 
-def _attention_entries(config: ModelConfig, prefix: str, layout: Layout) -> list[Entry]:
+def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout) -> list[TreeEntry]:
     c, hidden = config, config.hidden_size
     path = prefix + "self_attn."
     q_rows = c.num_attention_heads * c.qk_head_dim
     latent_rows = c.kv_lora_rank + c.qk_rope_head_dim
-    by_head = Cut("heads", "rows", c.qk_head_dim)
-    kv_a = Source((path + "kv_a_proj_with_mqa",), (latent_rows, hidden))
+    by_head = ShardedAxis("heads", "rows", c.qk_head_dim)
+    kv_a = SourceMatrix((path + "kv_a_proj_with_mqa",), (latent_rows, hidden))
     if c.q_lora_rank is None:
-        entries, q_a = [], Source((path + "q_proj",), (q_rows, hidden), (by_head,))
+        entries, q_a = [], SourceMatrix((path + "q_proj",), (q_rows, hidden), (by_head,))
     else:
-        q_a = Source((path + "q_a_proj",), (c.q_lora_rank, hidden))
+        q_a = SourceMatrix((path + "q_a_proj",), (c.q_lora_rank, hidden))
         entries = [
             _single("self_attn.q_a_layernorm", path + "q_a_layernorm", (c.q_lora_rank,)),
             _single("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank), by_head),
         ]
     return [
         *entries,
-        Entry("self_attn.qkv_a_proj", ((q_a,), (kv_a,))),
+        TreeEntry("self_attn.qkv_a_proj", ((q_a,), (kv_a,))),
         _single("self_attn.kv_a_layernorm", path + "kv_a_layernorm", (c.kv_lora_rank,)),
         *_kv_b_entries(c, path, layout),
         _single(
             "self_attn.o_proj",
             path + "o_proj",
             (hidden, c.num_attention_heads * c.v_head_dim),
-            Cut("heads", "columns", c.v_head_dim),
+            ShardedAxis("heads", "columns", c.v_head_dim),
         ),
     ]
 
 
-def _kv_b_entries(config: ModelConfig, path: str, layout: Layout) -> list[Entry]:
+def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> list[TreeEntry]:
     """Keys and values from the latent: split by mlx-lm, or rows of `kv_b_proj` by head."""
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank
-    by_head = Cut("heads", "stack")
+    by_head = ShardedAxis("heads", "stack")
     if layout.has(path + "embed_q.weight"):
         return [
             _single("self_attn.embed_q", path + "embed_q", (heads, latent, nope), by_head),
             _single("self_attn.unembed_out", path + "unembed_out", (heads, value, latent), by_head),
         ]
     shape = (heads * (nope + value), latent)
-    keys = Source((path + "kv_b_proj",), shape, (by_head,), heads=(heads, 0, nope))
-    values = Source((path + "kv_b_proj",), shape, (by_head,), heads=(heads, nope, nope + value))
-    return [Entry("self_attn.embed_q", ((keys,),)), Entry("self_attn.unembed_out", ((values,),))]
+    keys = SourceMatrix((path + "kv_b_proj",), shape, (by_head,), heads=(heads, 0, nope))
+    values = SourceMatrix((path + "kv_b_proj",), shape, (by_head,), heads=(heads, nope, nope + value))
+    return [TreeEntry("self_attn.embed_q", ((keys,),)), TreeEntry("self_attn.unembed_out", ((values,),))]
 
 
-def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share: str) -> list[Entry]:
+def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share: str) -> list[TreeEntry]:
     path, hidden = f"{prefix}{name}.", config.hidden_size
-    rows = (Cut(share, "rows"),)
-    gate, up = (Source((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
+    rows = (ShardedAxis(share, "rows"),)
+    gate, up = (SourceMatrix((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
     return [
-        Entry(f"{name}.gate_up_proj", ((gate,), (up,))),
-        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), Cut(share, "columns")),
+        TreeEntry(f"{name}.gate_up_proj", ((gate,), (up,))),
+        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), ShardedAxis(share, "columns")),
     ]
 
 
-def _moe_entries(config: ModelConfig, prefix: str, layout: Layout, fused: int) -> list[Entry]:
+def _moe_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout, fused: int) -> list[TreeEntry]:
     gate, up, down = (
         _experts(config, prefix + "mlp.", name, layout, fused) for name in ("gate_proj", "up_proj", "down_proj")
     )
@@ -202,8 +204,8 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: Layout, fused: int) -
     entries = [
         _single("mlp.gate", gate_path, (*experts, config.hidden_size)),
         _single(bias_name, gate_path, experts, suffix=".e_score_correction_bias"),
-        Entry("mlp.experts.gate_up_proj", (gate, up)),
-        Entry("mlp.experts.down_proj", (down,)),
+        TreeEntry("mlp.experts.gate_up_proj", (gate, up)),
+        TreeEntry("mlp.experts.down_proj", (down,)),
     ]
     if config.n_shared_experts and not fused:
         width = config.n_shared_experts * config.moe_intermediate_size
@@ -211,22 +213,24 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: Layout, fused: int) -
     return entries
 
 
-def _experts(config: ModelConfig, prefix: str, name: str, layout: Layout, fused: int) -> tuple[Source, ...]:
+def _experts(
+    config: ModelConfig, prefix: str, name: str, layout: CheckpointLayout, fused: int
+) -> tuple[SourceMatrix, ...]:
     """One projection of all routed experts, then of the shared ones that are fused with them."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
     is_down = name == "down_proj"
     one = (hidden, width) if is_down else (width, hidden)
-    cut = Cut("expert_rows", "columns" if is_down else "rows")
+    cut = ShardedAxis("expert_rows", "columns" if is_down else "rows")
     paths = _expert_paths(config, prefix, name, layout)
     shape = one if len(paths) > 1 else (config.n_routed_experts, *one)
-    routed = Source(paths, shape, (cut, Cut("experts", "stack")))
+    routed = SourceMatrix(paths, shape, (cut, ShardedAxis("experts", "stack")))
     if not fused:
         return (routed,)
     block = (hidden, width * fused) if is_down else (width * fused, hidden)
-    return routed, Source((f"{prefix}shared_experts.{name}",), block, (cut,), blocks=fused)
+    return routed, SourceMatrix((f"{prefix}shared_experts.{name}",), block, (cut,), blocks=fused)
 
 
-def _expert_paths(config: ModelConfig, prefix: str, name: str, layout: Layout) -> tuple[str, ...]:
+def _expert_paths(config: ModelConfig, prefix: str, name: str, layout: CheckpointLayout) -> tuple[str, ...]:
     stacked = f"{prefix}switch_mlp.{name}"
     if layout.has(f"{stacked}.weight"):
         return (stacked,)

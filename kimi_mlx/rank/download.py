@@ -11,10 +11,10 @@ from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_with_peers
-from kimi_mlx.store.build import Progress
+from kimi_mlx.store.build import BuildProgress
 from kimi_mlx.store.download import StoreOptions
-from kimi_mlx.store.locate import stores_root, understand
-from kimi_mlx.store.prepare import provide_stores
+from kimi_mlx.store.locate import resolve_model_name, stores_root
+from kimi_mlx.store.prepare import prepare_stores
 
 
 class ChannelObserver:
@@ -41,10 +41,10 @@ class ChannelObserver:
         yield advance
 
     @contextmanager
-    def building(self) -> Generator[Callable[[Progress], None]]:
+    def building(self) -> Generator[Callable[[BuildProgress], None]]:
         """Report the building of stores; yields the callback for progress."""
 
-        def report(progress: Progress) -> None:
+        def report(progress: BuildProgress) -> None:
             self._channel.report_progress("download")
             self._channel.send("building", **asdict(progress))
 
@@ -60,7 +60,7 @@ def serve(channel: Channel, start: Message) -> None:
     """Build the store, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
     group = join_checked(lambda: join_with_peers(channel, start))
     channel.report_progress("download")
-    target = run_on_all_ranks(group, lambda: understand(start["model"]))
+    target = run_on_all_ranks(group, lambda: resolve_model_name(start["model"]))
     options = StoreOptions(
         target.source,
         run_on_all_ranks(group, stores_root),
@@ -69,7 +69,7 @@ def serve(channel: Channel, start: Message) -> None:
         revision=start["revision"],
         keep_source=start["keep_source"],
     )
-    result = provide_stores(
+    result = prepare_stores(
         target, options, group, ChannelObserver(channel), is_dry=start["is_dry"], is_check=start["is_check"]
     )
     channel.report_progress("idle")

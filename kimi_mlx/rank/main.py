@@ -26,7 +26,7 @@ from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
-from kimi_mlx.store.locate import find, understand
+from kimi_mlx.store.locate import find_local_model, resolve_model_name
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def _find_folder(start: Message, group: Group) -> Path:
     """
     if start["folder"] is not None:
         return Path(start["folder"])
-    folder = find(understand(start["model"]), group.size, start["strategy"], group.rank)
+    folder = find_local_model(resolve_model_name(start["model"]), group.size, start["strategy"], group.rank)
     if folder is None:
         raise MissingModelError(
             f"`{start['model']}` is not on the host of rank {group.rank}",

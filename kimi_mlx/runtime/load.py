@@ -23,10 +23,10 @@ from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import Placement, normalize_strategy, place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.store.locate import resolve
+from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
-from kimi_mlx.weights.assemble import Progress, load_model
-from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.assemble import ProgressCallback, load_model
+from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -59,7 +59,7 @@ def load(
         group = MlxGroup(group) if group.size() > 1 else None
     rank, world_size = (None, 1) if group is None else (group.rank, group.size)
     strategy = normalize_strategy(strategy, world_size)
-    folder = resolve(os.fspath(name), world_size, strategy, rank)
+    folder = ensure_downloaded(os.fspath(name), world_size, strategy, rank)
     entry = find_entry(os.fspath(name))
     tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)
     model = load_share(folder, load_config(folder), dtype, group, strategy=strategy)
@@ -71,7 +71,7 @@ def load_share(
     config: ModelConfig,
     dtype: str | None = None,
     group: Group | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
     strategy: str = "hybrid",
 ) -> Model:
     """Load one rank's share of a model; the whole model without a group, or with a group of one.
@@ -169,7 +169,9 @@ def _digest(text: str) -> str:
 
 
 def _place(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> Placement:
-    return place(config, strategy, world_size, placement_units(open_checkpoint(folder, config).checkpoint, strategy))
+    return place(
+        config, strategy, world_size, split_granularity_of(open_checkpoint(folder, config).checkpoint, strategy)
+    )
 
 
 def _communicator(group: Group, placement: Placement, config: ModelConfig, dtype: mx.Dtype) -> RankCommunicator:

@@ -28,12 +28,12 @@ from kimi_mlx.parallel.all_ranks import raise_if_any_failed
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import Manifest
-from kimi_mlx.store.parcels import Parcel, parcels_of, pieces
-from kimi_mlx.store.sources import Sources
+from kimi_mlx.store.sources import CheckpointSource
 from kimi_mlx.store.stores import rank_folder, store_folder
+from kimi_mlx.store.transfers import SliceTransfer, slice_transfers, split_into_chunks
 from kimi_mlx.store.writer import RankWriter, check_space, write_error
 from kimi_mlx.weights.checkpoint import Checkpoint, is_ignored
-from kimi_mlx.weights.moves import LayerPlan, plan_layer, plan_top
+from kimi_mlx.weights.layer_plan import LayerPlan, plan_layer, plan_top
 from kimi_mlx.weights.reader import Reader
 
 BATCH_BYTES = 1 << 24
@@ -51,7 +51,7 @@ IDLE, BATCH, END, DONE, FAILED = range(5)
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """How far a build has come, over all processes.
 
     Args:
@@ -65,7 +65,7 @@ class Progress:
     total_bytes: int
 
 
-class Job:
+class BuildJob:
     """What is to be built; pure, and the same in every process.
 
     Args:
@@ -75,7 +75,7 @@ class Job:
         stores: where stores are kept.
     """
 
-    def __init__(self, sources: Sources, checkpoint: Checkpoint, placement: Placement, stores: Path):
+    def __init__(self, sources: CheckpointSource, checkpoint: Checkpoint, placement: Placement, stores: Path):
         self.sources, self.checkpoint, self.placement = sources, checkpoint, placement
         self.folder = store_folder(stores, sources.contents.origin, placement)
         self.files = sorted(sources.contents.sizes)
@@ -114,10 +114,10 @@ class Job:
 
 
 def build_stores(
-    job: Job,
+    job: BuildJob,
     ranks: Sequence[int],
     group: Group,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[BuildProgress], None] = lambda progress: None,
     discard: Mapping[int, Sequence[str]] | None = None,
 ) -> list[Manifest]:
     """Build, or go on building, the stores of `ranks`.
@@ -148,20 +148,20 @@ def build_stores(
         return manifests
 
 
-def _writer(job: Job, rank: int) -> RankWriter:
+def _writer(job: BuildJob, rank: int) -> RankWriter:
     origin = job.sources.contents.origin
     plan = lambda file: job.plan(rank, file)  # noqa: E731
     return RankWriter(rank_folder(job.folder, rank), origin, job.placement, rank, plan, job.feeds(rank))
 
 
-def _write_small_files(job: Job) -> None:
+def _write_small_files(job: BuildJob) -> None:
     for name, data in job.sources.contents.small.items():
         path = job.folder / name
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
 
 
-def deal(
+def assign_files(
     sizes: Mapping[int, int], processes: int, held: Callable[[int, int], int] = lambda process, number: 0
 ) -> list[list[int]]:
     """Deal files out so that every process gets about as many bytes.
@@ -188,7 +188,7 @@ def deal(
 class _Fetcher:
     """Threads that fetch this process's files: as many at a time as may be on the disk besides those at work."""
 
-    def __init__(self, job: Job, files: Sequence[int]):
+    def __init__(self, job: BuildJob, files: Sequence[int]):
         self._job, self._left = job, iter(files)
         self._lock = threading.Lock()
         self._fetched = 0
@@ -256,11 +256,11 @@ class _Saying:
 class _Rounds:
     """The rounds of one build in one process."""
 
-    def __init__(self, job: Job, group: Group, report: Callable[[Progress], None]):
+    def __init__(self, job: BuildJob, group: Group, report: Callable[[BuildProgress], None]):
         self._job, self._group, self._report = job, group, report
         self._failure: KimiMlxError | None = None
         self._writers: dict[int, RankWriter] = {}
-        self._parcels: dict[int, list[Parcel]] = {}
+        self._parcels: dict[int, list[SliceTransfer]] = {}
         self._begins: dict[tuple[int, int], list[int]] = {}
         self._wanted: dict[int, dict[int, list[int]]] = {}
         self._total_bytes = self._stored_bytes = 0
@@ -293,7 +293,7 @@ class _Rounds:
             fetcher.stop()
 
     def _agree(self) -> None:
-        """Learn what every rank lacks, and deal out the source files."""
+        """Learn what every rank lacks, and assign_files out the source files."""
         job, ranks = self._job, self._job.placement.world_size
         files, sources = job.num_layers + 1, len(job.files)
         mine = np.zeros((ranks // self._group.size, files + 2 * sources), np.int64)
@@ -316,7 +316,7 @@ class _Rounds:
                 self._wanted[source] = wanted
                 sizes[source] = job.sources.contents.sizes[job.files[source]]
         self._total_bytes = sum(sizes.values())
-        self._hands = deal(sizes, self._group.size, lambda process, source: int(held[process, source]))
+        self._hands = assign_files(sizes, self._group.size, lambda process, source: int(held[process, source]))
 
     def _check_space(self, mine: Sequence[int]) -> None:
         try:
@@ -339,7 +339,7 @@ class _Rounds:
             for number in to_release:  # everybody has recorded it: this round was the barrier
                 fetcher.release(number)
             to_release = [saying.source] if saying.kind == END else []
-            self._report(Progress(int(heads[:, 4].sum()), int(heads[:, 5].sum()), self._total_bytes))
+            self._report(BuildProgress(int(heads[:, 4].sum()), int(heads[:, 5].sum()), self._total_bytes))
             try:
                 self._carry(saying, heads)
             except RingError:
@@ -387,7 +387,7 @@ class _Rounds:
         for parcel in parcels:
             own = [(self._writers[rank], place) for rank, place in parcel.targets.items() if rank in self._writers]
             is_shared = len(own) < len(parcel.targets)
-            for offset, piece in pieces(reader.take(parcel.move)):
+            for offset, piece in split_into_chunks(reader.take(parcel.move)):
                 for writer, place in own:
                     writer.write(place, offset, piece)
                 if is_shared:
@@ -431,10 +431,10 @@ class _Rounds:
                 if rank in self._writers:
                     self._writers[rank].write(place, first - begin, data[first - start : last - start])
 
-    def _parcels_of(self, source: int) -> list[Parcel]:
+    def _parcels_of(self, source: int) -> list[SliceTransfer]:
         if source not in self._parcels:
             name = Path(self._job.files[source])
-            self._parcels[source] = parcels_of(name, self._job.checkpoint, self._job.plan, self._wanted[source])
+            self._parcels[source] = slice_transfers(name, self._job.checkpoint, self._job.plan, self._wanted[source])
         return self._parcels[source]
 
     def _gather_heads(self, saying: _Saying, fetched_bytes: int) -> np.ndarray:

@@ -16,22 +16,22 @@ from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks, run_on_all_rank
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import normalize_strategy, place
-from kimi_mlx.store.build import BATCH_BYTES, Job, Progress, build_stores
+from kimi_mlx.store.build import BATCH_BYTES, BuildJob, BuildProgress, build_stores
 from kimi_mlx.store.locate import find_store
 from kimi_mlx.store.manifest import FORMAT, Manifest
 from kimi_mlx.store.sources import (
-    FolderSources,
-    HubSources,
-    Sources,
+    CheckpointSource,
+    FolderSource,
+    HubSource,
     decode_contents,
     encode_contents,
     read_contents,
 )
-from kimi_mlx.store.stores import FoundStore, folder_prefix, repository_folder
-from kimi_mlx.store.writer import begun_commit
+from kimi_mlx.store.stores import LocalStore, folder_prefix, repository_folder
+from kimi_mlx.store.writer import partial_store_commit
 from kimi_mlx.version import __version__
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.layer_plan import split_granularity_of
 
 STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What FP8 becomes in a store, by the type that the model computes in."""
@@ -78,13 +78,13 @@ def join_group() -> Group:
         ) from error
 
 
-def find_built(options: StoreOptions, group: Group) -> FoundStore | None:
+def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
     """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
     needed = None if group.size == 1 else [group.rank]
     name, revision = str(options.source), options.revision
     if isinstance(options.source, Path):  # the folder may have changed since
         folder = options.source
-        origin = run_on_all_ranks(group, lambda: FolderSources(folder)).contents.origin
+        origin = run_on_all_ranks(group, lambda: FolderSource(folder)).contents.origin
         name, revision = origin.repository, origin.commit
     store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
     text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
@@ -97,7 +97,7 @@ def any_host(is_so: bool, group: Group) -> bool:
     return bool(np.array(group.gather(mx.array([is_so]))).any())
 
 
-def open_job(options: StoreOptions, group: Group) -> Job:
+def open_build_job(options: StoreOptions, group: Group) -> BuildJob:
     """Read what decides the build: configuration and headers. The leader asks the hub and tells the others.
 
     Raises:
@@ -107,14 +107,14 @@ def open_job(options: StoreOptions, group: Group) -> Job:
     """
     sources = _open_sources(options, group)
 
-    def plan() -> Job:
+    def plan() -> BuildJob:
         contents = sources.contents
         config = contents.config()
         dtype = STORED_FLOATS.get(config.dtype, "F32")
         checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
         checkpoint.check_names()
-        placement = place(config, options.strategy, options.ranks, placement_units(checkpoint, options.strategy))
-        return Job(sources, checkpoint, placement, options.stores)
+        placement = place(config, options.strategy, options.ranks, split_granularity_of(checkpoint, options.strategy))
+        return BuildJob(sources, checkpoint, placement, options.stores)
 
     job = run_on_all_ranks(group, plan)
     identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {sources.contents.origin.commit}"
@@ -129,16 +129,16 @@ def open_job(options: StoreOptions, group: Group) -> Job:
 
 def build(
     options: StoreOptions,
-    job: Job,
+    job: BuildJob,
     group: Group,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[BuildProgress], None] = lambda progress: None,
     discard: Mapping[int, Sequence[str]] | None = None,
 ) -> list[Manifest]:
     """Build the stores: of all ranks if the group is this process alone, else the one of its number.
 
     Args:
-        options: as given to open_job.
-        job: from open_job.
+        options: as given to open_build_job.
+        job: from open_build_job.
         group: the hosts.
         report: called now and then.
         discard: for each rank of this process the files of its store that are broken.
@@ -152,13 +152,13 @@ def build(
     return build_stores(job, ranks, group, report, discard)
 
 
-def _open_sources(options: StoreOptions, group: Group) -> Sources:
+def _open_sources(options: StoreOptions, group: Group) -> CheckpointSource:
     if isinstance(options.source, Path):
         folder = options.source
-        return run_on_all_ranks(group, lambda: FolderSources(folder))
+        return run_on_all_ranks(group, lambda: FolderSource(folder))
     name, revision = options.source, options.revision
     if revision is None:  # what was begun or is here is not left for a newer revision unasked
-        revision = begun_commit(options.stores, name, options.ranks, options.strategy)
+        revision = partial_store_commit(options.stores, name, options.ranks, options.strategy)
     if group.size == 1:
         repository = look_up(name, revision)
         contents = read_contents(repository)
@@ -167,7 +167,7 @@ def _open_sources(options: StoreOptions, group: Group) -> Sources:
         repository, contents = decode_contents(_of_leader(said, group))
     root = repository_folder(options.stores, contents.origin) / "sources"
     own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # others may be built at the same time
-    return HubSources(repository, contents, root / own, options.keep_source, options.revision or "main")
+    return HubSource(repository, contents, root / own, options.keep_source, options.revision or "main")
 
 
 def _read(name: str, revision: str | None) -> bytes:

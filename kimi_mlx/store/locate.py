@@ -16,15 +16,15 @@ from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.sources import FolderSources
-from kimi_mlx.store.stores import FoundStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
-from kimi_mlx.store.writer import begun_stores
+from kimi_mlx.store.sources import FolderSource
+from kimi_mlx.store.stores import LocalStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
+from kimi_mlx.store.writer import partial_stores
 
-Presence = Literal["package", "yes", "store", "partly", "no"]
+LocalState = Literal["package", "yes", "store", "partly", "no"]
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelRef:
     """What a model's name means.
 
     Args:
@@ -47,7 +47,7 @@ class Target:
         return source
 
 
-def understand(name: str) -> Target:
+def resolve_model_name(name: str) -> ModelRef:
     """What a name means; asks nobody.
 
     Args:
@@ -61,10 +61,10 @@ def understand(name: str) -> Target:
             folder = entry.packaged_folder()
             if folder is not None and not (folder / "config.json").is_file():
                 raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
-            return Target(name, folder, entry.repository, entry)
+            return ModelRef(name, folder, entry.repository, entry)
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, false for whatever is no path at all
-        return Target(name, Path(path), None, None)
+        return ModelRef(name, Path(path), None, None)
     for entry in catalogue():
         if entry.refused is not None and _is_kind_of(entry, name):
             raise UsageError(
@@ -72,11 +72,11 @@ def understand(name: str) -> Target:
                 hint="use a model of the K2 family: `kimi-mlx models` lists them",
             )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return Target(name, None, name, find_entry(name))
-    raise unknown_model(name)
+        return ModelRef(name, None, name, find_entry(name))
+    raise unknown_model_error(name)
 
 
-def unknown_model(name: str) -> UsageError:
+def unknown_model_error(name: str) -> UsageError:
     """The error for a name that nothing has, with the nearest known ones."""
     if name.startswith((".", "/", "~")):
         return UsageError(f"there is no folder `{name}`", hint="check the path; `kimi-mlx models` lists known models")
@@ -101,7 +101,7 @@ def stores_root() -> Path:
     return folder
 
 
-def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
+def find_local_model(target: ModelRef, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
     """The folder of a model that is on this machine, None if it must be fetched.
 
     Args:
@@ -128,7 +128,7 @@ def find(target: Target, ranks: int, strategy: str = "hybrid", rank: int | None 
     return folder
 
 
-def config_folder(target: Target) -> Path | None:
+def config_folder(target: ModelRef) -> Path | None:
     """Where a model's configuration is, if it is on this machine."""
     if target.repository is None:
         return target.folder
@@ -139,7 +139,7 @@ def config_folder(target: Target) -> Path | None:
     return found[0].folder if found else None
 
 
-def stored_strategy(target: Target, ranks: int) -> str | None:
+def stored_strategy(target: ModelRef, ranks: int) -> str | None:
     """The strategy of the newest store of a model for so many ranks on this machine, the complete ones first.
 
     None if there is no store: only then the model can run in any other strategy without being fetched again.
@@ -156,18 +156,18 @@ def stored_strategy(target: Target, ranks: int) -> str | None:
         store = find_store(stores, name, ranks, None)
     if store is not None:
         return store.placement.strategy
-    begun = (read_folder_name(folder.name) for folder in begun_stores(stores, name, ranks, None))
+    begun = (read_folder_name(folder.name) for folder in partial_stores(stores, name, ranks, None))
     return next((found[0] for found in begun if found is not None), None)
 
 
 def _store_of_folder(
     folder: Path, ranks: int, strategy: str | None, needed: Collection[int] | None
-) -> FoundStore | None:
+) -> LocalStore | None:
     """The store that was built from a folder as it is now, if there is one."""
     stores, name = stores_folder(), str(folder.resolve())
     if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
         return None
-    origin = FolderSources(folder).contents.origin
+    origin = FolderSource(folder).contents.origin
     return find_store(stores, name, ranks, strategy, origin.commit, needed)
 
 
@@ -178,7 +178,7 @@ def find_store(
     strategy: str | None,
     revision: str | None = None,
     needed: Collection[int] | None = None,
-) -> FoundStore | None:
+) -> LocalStore | None:
     """The newest store of a repository (or folder) for so many ranks.
 
     Args:
@@ -197,10 +197,10 @@ def find_store(
     return None
 
 
-def _refuse_other_stores(target: Target, repository: str, ranks: int, strategy: str) -> None:
+def _refuse_other_stores(target: ModelRef, repository: str, ranks: int, strategy: str) -> None:
     """Say that there is a broken store, or one of another placement, instead of fetching everything beside it."""
     command = f"`{download_command(target.name, ranks, strategy)}`"
-    for folder in begun_stores(stores_root(), repository, ranks, strategy):
+    for folder in partial_stores(stores_root(), repository, ranks, strategy):
         here = stored_ranks(folder)
         missing = [rank for rank in range(ranks) if rank not in here]
         for rank in here:
@@ -226,22 +226,22 @@ def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def resolve(name: str, ranks: int = 1, strategy: str = "hybrid", rank: int | None = None) -> Path:
+def ensure_downloaded(name: str, ranks: int = 1, strategy: str = "hybrid", rank: int | None = None) -> Path:
     """The folder of a model, fetched from the hub if it is not on this machine; see find.
 
     Raises:
         UsageError: no such thing, or a model that we refuse.
         WeightsError: the repository cannot be fetched.
     """
-    target = understand(name)
-    folder = find(target, ranks, strategy, rank)
+    target = resolve_model_name(name)
+    folder = find_local_model(target, ranks, strategy, rank)
     if folder is not None:
         return folder
     assert target.repository is not None
     return fetch_checkpoint(look_up(target.repository))
 
 
-def presence(entry: CatalogueEntry) -> tuple[Presence, Path | None]:
+def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
     """What of a known model is on this machine, and where; never asks the network."""
     if entry.is_packaged:
         return "package", entry.packaged_folder()

@@ -11,20 +11,20 @@ from typing import Any, Protocol
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.store.build import Job, Progress
-from kimi_mlx.store.download import StoreOptions, any_host, build, find_built, open_job
-from kimi_mlx.store.locate import Target
+from kimi_mlx.store.build import BuildJob, BuildProgress
+from kimi_mlx.store.download import StoreOptions, any_host, build, find_built_stores, open_build_job
+from kimi_mlx.store.locate import ModelRef
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
-from kimi_mlx.store.sources import Contents
-from kimi_mlx.store.stores import FoundStore, broken_files, rank_folder, stored_ranks, wrong_sizes
+from kimi_mlx.store.sources import CheckpointContents
+from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size, rank_folder, stored_ranks
 from kimi_mlx.store.writer import stored_bytes
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
-Result = dict[str, Any]
+DownloadReport = dict[str, Any]
 """The JSON document of a download."""
 
 
-class Listener(Protocol):
+class DownloadObserver(Protocol):
     """Who is told how it is getting on."""
 
     def beginning(self, vision_bytes: int) -> None:
@@ -35,20 +35,20 @@ class Listener(Protocol):
         """Files are checked meanwhile; yields what to call with more bytes."""
         ...
 
-    def building(self) -> AbstractContextManager[Callable[[Progress], None]]:
+    def building(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
         """Stores are built meanwhile; yields what to call now and then."""
         ...
 
 
-def provide_stores(
-    target: Target,
+def prepare_stores(
+    target: ModelRef,
     options: StoreOptions,
     group: Group,
-    listener: Listener,
+    listener: DownloadObserver,
     *,
     is_dry: bool = False,
     is_check: bool = False,
-) -> Result:
+) -> DownloadReport:
     """The stores of all ranks, or over a group of this process' rank.
 
     Args:
@@ -67,18 +67,18 @@ def provide_stores(
     """
     broken: Mapping[int, Sequence[str]] = {}
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
-    found = None if is_dry else find_built(options, group)
+    found = None if is_dry else find_built_stores(options, group)
     if found is not None:
         broken = _broken(found.folder, ranks, listener) if is_check else _cut_short(found.folder, ranks)
         if not any_host(any(broken.values()), group):
             return _stored(target, found, ranks, "is whole" if is_check else "is on this machine")
         options = replace(options, revision=found.origin.commit)
-    job = open_job(options, group)
+    job = open_build_job(options, group)
     if is_dry:
         holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
         disk_bytes = _disk_bytes(job, holdings, ranks)
         missing = sum(size - job.sources.held_bytes(name) for name, size in job.sources.contents.sizes.items())
-        return dry_result(
+        return dry_run_report(
             target, job.sources.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores
         )
     if is_check and found is None:
@@ -92,14 +92,14 @@ def provide_stores(
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "folder": str(job.folder),
-        "state": state_of(is_check, names, "is fetched and verified" if target.repository else "is built"),
+        "state": describe_state(is_check, names, "is fetched and verified" if target.repository else "is built"),
         "broken": names,
         "kept_bytes": job.sources.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
 
 
-def _broken(folder: Path, ranks: Sequence[int], listener: Listener) -> Mapping[int, Sequence[str]]:
+def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> Mapping[int, Sequence[str]]:
     """The broken files of stores, by their checksums; a manifest that cannot be read is one of them."""
     broken: dict[int, Sequence[str]] = {}
     manifests: list[Manifest] = []
@@ -116,16 +116,16 @@ def _broken(folder: Path, ranks: Sequence[int], listener: Listener) -> Mapping[i
 def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
     """The files of stores that are missing or have another size."""
     manifests = (read_manifest(rank_folder(folder, rank)) for rank in ranks)
-    return {manifest.rank: wrong_sizes(folder, manifest) for manifest in manifests}
+    return {manifest.rank: files_of_wrong_size(folder, manifest) for manifest in manifests}
 
 
-def _disk_bytes(job: Job, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
+def _disk_bytes(job: BuildJob, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
     """What this machine needs in addition to what it has of the stores."""
     missing = sum(max(0, holdings[rank] - stored_bytes(rank_folder(job.folder, rank))) for rank in ranks)
     return missing + job.sources.extra_bytes(job.files) if missing else 0
 
 
-def _stored(target: Target, found: FoundStore, ranks: Sequence[int], state: str) -> Result:
+def _stored(target: ModelRef, found: LocalStore, ranks: Sequence[int], state: str) -> DownloadReport:
     manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in ranks]
     return {
         "model": target.name,
@@ -137,9 +137,14 @@ def _stored(target: Target, found: FoundStore, ranks: Sequence[int], state: str)
     }
 
 
-def dry_result(
-    target: Target, contents: Contents, holdings: Mapping[int, int], fetch_bytes: int, disk_bytes: int, folder: Path
-) -> Result:
+def dry_run_report(
+    target: ModelRef,
+    contents: CheckpointContents,
+    holdings: Mapping[int, int],
+    fetch_bytes: int,
+    disk_bytes: int,
+    folder: Path,
+) -> DownloadReport:
     """What would be done."""
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return {
@@ -156,7 +161,7 @@ def dry_result(
     }
 
 
-def state_of(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
+def describe_state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
     """What became of a model, in words."""
     if broken:
         return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"

@@ -50,7 +50,7 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointContents:
     """All of a checkpoint but the tensors themselves.
 
     Args:
@@ -96,10 +96,10 @@ class Contents:
         return parse_config(cast(dict[str, Any], raw), where)
 
 
-class Sources(Protocol):
+class CheckpointSource(Protocol):
     """The files with tensors, fetched when they are needed."""
 
-    contents: Contents
+    contents: CheckpointContents
 
     @property
     def kept_bytes(self) -> int:
@@ -131,7 +131,7 @@ class Sources(Protocol):
         ...
 
 
-class FolderSources:
+class FolderSource:
     """A checkpoint's folder on this machine; nothing is fetched, nothing removed."""
 
     def __init__(self, folder: Path):
@@ -141,13 +141,13 @@ class FolderSources:
         small = {
             path.name: path.read_bytes()
             for path in sorted(self._folder.iterdir())
-            if path.is_file() and is_small(path.name)
+            if path.is_file() and is_small_file(path.name)
         }
         digest = hashlib.sha256(small.get("config.json", b""))
         for file in files:
             _sample(file, digest)
         origin = Origin(str(self._folder), digest.hexdigest()[:40])
-        self.contents = Contents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
+        self.contents = CheckpointContents(origin, {file.name: file.stat().st_size for file in files}, headers, small)
 
     @property
     def kept_bytes(self) -> int:
@@ -190,7 +190,7 @@ def _sample(file: Path, digest: hashlib._Hash) -> None:
             digest.update(stream.read(SAMPLE_BYTES))
 
 
-class HubSources:
+class HubSource:
     """A repository on the hub: each file is fetched for a while.
 
     Args:
@@ -202,7 +202,12 @@ class HubSources:
     """
 
     def __init__(
-        self, repository: Repository, contents: Contents, folder: Path, keep: bool = False, branch: str = "main"
+        self,
+        repository: Repository,
+        contents: CheckpointContents,
+        folder: Path,
+        keep: bool = False,
+        branch: str = "main",
     ):
         self.contents = contents
         self._repository, self._folder, self._keep, self._branch = repository, folder, keep, branch
@@ -262,7 +267,7 @@ class HubSources:
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._keep:
             for file in self._repository.files:
-                if is_small(file.name) or file.name == INDEX_NAME:
+                if is_small_file(file.name) or file.name == INDEX_NAME:
                     fetch_to_cache(self._repository, file, lambda count: None, threading.Event())
             if find_local(self._repository.name) is None:  # never an older commit in place of a newer one
                 write_ref(replace(self._repository, revision=self._branch))
@@ -272,13 +277,13 @@ class HubSources:
         return read_range(self._repository, info.file.name, info.start, info.start + info.size_bytes)
 
 
-def read_contents(repository: Repository) -> Contents:
+def read_contents(repository: Repository) -> CheckpointContents:
     """Configuration, tokenizer and headers of a repository: what decides everything else, a few megabytes.
 
     Raises:
         WeightsError: the repository cannot be fetched, or is not a checkpoint.
     """
-    small = {file.name: file for file in repository.files if is_small(file.name)}
+    small = {file.name: file for file in repository.files if is_small_file(file.name)}
     index = next((file for file in repository.files if file.name == INDEX_NAME), None)
     with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as name, ThreadPoolExecutor(HEADER_WORKERS) as pool:
         folder = Path(name)
@@ -310,15 +315,15 @@ def read_contents(repository: Repository) -> Contents:
     sizes = {file.name: file.size_bytes for file in weights}
     vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
     vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
-    return Contents(Origin(repository.name, repository.commit), sizes, headers, texts, vision_bytes)
+    return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, texts, vision_bytes)
 
 
-def is_small(name: str) -> bool:
+def is_small_file(name: str) -> bool:
     """Whether a file goes into a store as it is: what a model needs beside its tensors."""
     return any(fnmatch(name, pattern) for pattern in FILES) and not name.endswith((".safetensors", ".index.json"))
 
 
-def encode_contents(repository: Repository, contents: Contents) -> bytes:
+def encode_contents(repository: Repository, contents: CheckpointContents) -> bytes:
     """Both, for another process."""
     headers = {
         file: {name: [info.dtype, list(info.shape), info.start] for name, info in header.items()}
@@ -334,7 +339,7 @@ def encode_contents(repository: Repository, contents: Contents) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def decode_contents(data: bytes) -> tuple[Repository, Contents]:
+def decode_contents(data: bytes) -> tuple[Repository, CheckpointContents]:
     """What encode_contents has made."""
     value = json.loads(data)
     headers = {
@@ -346,7 +351,7 @@ def decode_contents(data: bytes) -> tuple[Repository, Contents]:
     small = {name: base64.b64decode(text) for name, text in value["small"].items()}
     repository = Repository.from_dict(value["repository"])
     origin = Origin(repository.name, repository.commit)
-    return repository, Contents(origin, value["sizes"], headers, small, value["vision_bytes"])
+    return repository, CheckpointContents(origin, value["sizes"], headers, small, value["vision_bytes"])
 
 
 def _bare(header: Mapping[str, TensorInfo], file: str) -> dict[str, TensorInfo]:

@@ -21,8 +21,8 @@ from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
-from kimi_mlx.weights.assemble import MLX_TYPES, Progress, build_model, make_weight
-from kimi_mlx.weights.moves import array_name
+from kimi_mlx.weights.assemble import MLX_TYPES, ProgressCallback, build_model, make_weight
+from kimi_mlx.weights.layer_plan import array_name
 
 MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
@@ -33,7 +33,7 @@ def file_name(number: int, num_layers: int) -> str:
     return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
 
 
-def stores_of(stores: Path, repository: str) -> Path:
+def repository_stores(stores: Path, repository: str) -> Path:
     """Where all stores of a repository lie, or of a folder, whose path may be longer than a name."""
     name = repository.strip("/").replace("/", "--")
     if len(name.encode()) > MAX_NAME_BYTES:
@@ -43,7 +43,7 @@ def stores_of(stores: Path, repository: str) -> Path:
 
 def repository_folder(stores: Path, origin: Origin) -> Path:
     """Where the stores of one commit of a repository lie."""
-    return stores_of(stores, origin.repository) / origin.commit[:12]
+    return repository_stores(stores, origin.repository) / origin.commit[:12]
 
 
 def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
@@ -81,7 +81,7 @@ def stored_ranks(folder: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class FoundStore:
+class LocalStore:
     """Stores of one placement on this machine.
 
     Args:
@@ -97,10 +97,10 @@ class FoundStore:
     ranks: tuple[int, ...]
 
 
-def find_stores(stores: Path, repository: str) -> list[FoundStore]:
+def find_stores(stores: Path, repository: str) -> list[LocalStore]:
     """All complete stores of a repository, the newest first; broken ones are left out."""
-    found: list[tuple[float, FoundStore]] = []
-    for folder in stores_of(stores, repository).glob("*/*-*-*"):
+    found: list[tuple[float, LocalStore]] = []
+    for folder in repository_stores(stores, repository).glob("*/*-*-*"):
         ranks = stored_ranks(folder)
         if not ranks or not (folder / "config.json").is_file():
             continue
@@ -109,7 +109,7 @@ def find_stores(stores: Path, repository: str) -> list[FoundStore]:
             manifest = read_manifest(path)
         except KimiMlxError:
             continue
-        store = FoundStore(folder, manifest.origin, manifest.placement, tuple(ranks))
+        store = LocalStore(folder, manifest.origin, manifest.placement, tuple(ranks))
         found.append(((path / MANIFEST_NAME).stat().st_mtime, store))
     return [store for _, store in sorted(found, key=lambda item: -item[0])]
 
@@ -140,7 +140,7 @@ def load_store(
     config: ModelConfig,
     dtype: mx.Dtype,
     communicator: Communicator | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> Model:
     """Read a rank's share, layer by layer: nothing is cut, joined or kept twice.
 
@@ -177,7 +177,7 @@ def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], Non
     return broken
 
 
-def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
+def files_of_wrong_size(folder: Path, manifest: Manifest) -> list[str]:
     """The files of a rank's store that are missing, or have another size than the manifest says."""
     files = {file.name: rank_folder(folder, manifest.rank) / file.name for file in manifest.files}
     sizes = {name: path.stat().st_size if path.is_file() else None for name, path in files.items()}

@@ -20,10 +20,10 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
-from kimi_mlx.store.stores import file_name, folder_prefix, stores_of
+from kimi_mlx.store.stores import file_name, folder_prefix, repository_stores
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
-from kimi_mlx.weights.moves import LayerPlan, Move, as_box
+from kimi_mlx.weights.layer_plan import LayerPlan, SliceCopy, as_shape3
 
 JOURNAL_NAME = "journal.jsonl"
 MAX_OPEN_FILES = 16
@@ -31,7 +31,7 @@ MAX_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
-class Place:
+class FileRegion:
     """Where a slice goes in a file.
 
     Args:
@@ -52,16 +52,16 @@ def layout_of(plan: LayerPlan) -> FileLayout:
     return lay_out((name, array.dtype, array.shape) for name, array in plan.arrays())
 
 
-def places(plan: LayerPlan, file: int) -> Iterator[tuple[Move, Place]]:
+def file_regions(plan: LayerPlan, file: int) -> Iterator[tuple[SliceCopy, FileRegion]]:
     """Every slice of a layer, and where it goes in its file."""
     layout = layout_of(plan)
     for name, array in plan.arrays():
-        _, rows, columns = as_box(array.shape)
-        row_bytes = array.size_bytes // max(as_box(array.shape)[0] * rows, 1)
+        _, rows, columns = as_shape3(array.shape)
+        row_bytes = array.size_bytes // max(as_shape3(array.shape)[0] * rows, 1)
         assert row_bytes % max(columns, 1) == 0
         for move in array.moves:
             start = layout.starts[name] + (move.member * rows + move.row) * row_bytes
-            yield move, Place(file, start, rows * row_bytes, move.box[1] * row_bytes)
+            yield move, FileRegion(file, start, rows * row_bytes, move.box[1] * row_bytes)
 
 
 class RankWriter:
@@ -143,7 +143,7 @@ class RankWriter:
         """Whether a source file has something for this rank that is not written yet."""
         return source not in self._applied and any(source in self._sources[number] for number in self.unfinished)
 
-    def write(self, place: Place, offset: int, data: np.ndarray) -> None:
+    def write(self, place: FileRegion, offset: int, data: np.ndarray) -> None:
         """Write a piece of a slice.
 
         Args:
@@ -305,9 +305,9 @@ def stored_bytes(folder: Path) -> int:
     return sum(map(_allocated_bytes, folder.glob("*.safetensors*")))
 
 
-def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> str | None:
+def partial_store_commit(stores: Path, repository: str, ranks: int, strategy: str) -> str | None:
     """The commit of a repository whose stores for so many ranks were begun here last, finished or not."""
-    for folder in begun_stores(stores, repository, ranks, strategy):
+    for folder in partial_stores(stores, repository, ranks, strategy):
         for journal in folder.glob(f"rank-*/{JOURNAL_NAME}"):
             lines = _read_lines(journal)
             if lines and lines[0].get("repository") == repository:
@@ -315,7 +315,7 @@ def begun_commit(stores: Path, repository: str, ranks: int, strategy: str) -> st
     return None
 
 
-def begun_stores(stores: Path, repository: str, ranks: int, strategy: str | None) -> list[Path]:
+def partial_stores(stores: Path, repository: str, ranks: int, strategy: str | None) -> list[Path]:
     """Folders of placements for so many ranks, whole or not, the one that was worked on last first.
 
     Args:
@@ -325,7 +325,7 @@ def begun_stores(stores: Path, repository: str, ranks: int, strategy: str | None
         strategy: how; None for any.
     """
     prefix = f"*-{ranks}-" if strategy is None else folder_prefix(strategy, ranks)
-    journals = stores_of(stores, repository).glob(f"*/{prefix}*/rank-*/{JOURNAL_NAME}")
+    journals = repository_stores(stores, repository).glob(f"*/{prefix}*/rank-*/{JOURNAL_NAME}")
     newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
     return list(dict.fromkeys(path.parent.parent for path in newest))
 

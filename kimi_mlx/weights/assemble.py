@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: the plans of kimi_mlx.weights.moves, carried out in memory for one rank.
+"""From a checkpoint to a model: the plans of kimi_mlx.weights.layer_plan, carried out in memory for one rank.
 
 Each matrix is read once, only as far as the rank holds it, straight into its place in the fused array.
 """
@@ -17,12 +17,12 @@ from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.parallel.placement import RankShare
-from kimi_mlx.weights.moves import ArrayPlan, LayerPlan, plan_layer, plan_top
+from kimi_mlx.weights.layer_plan import ArrayPlan, LayerPlan, plan_layer, plan_top
 from kimi_mlx.weights.reader import Reader, open_checkpoint
 
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with layers done and layers in all."""
 
 
@@ -32,7 +32,7 @@ def load_model(
     dtype: mx.Dtype,
     share: RankShare | None = None,
     communicator: Communicator | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
 
@@ -59,7 +59,7 @@ def load_model(
 
 
 def build_model(
-    config: ModelConfig, layers: Iterator[LayerWeights], communicator: Communicator | None, progress: Progress
+    config: ModelConfig, layers: Iterator[LayerWeights], communicator: Communicator | None, progress: ProgressCallback
 ) -> Model:
     """Evaluate layers one after the other and build the model from them.
 

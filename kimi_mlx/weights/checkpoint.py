@@ -18,8 +18,8 @@ from kimi_mlx.model.names import (
     IGNORED_PREFIXES,
     IGNORED_SUFFIXES,
     TEXT_PREFIX,
-    Entry,
-    Layout,
+    CheckpointLayout,
+    TreeEntry,
     layer_entries,
     top_entries,
 )
@@ -34,7 +34,7 @@ BELONG_HINT = "config.json and weights do not belong together: fetch both again"
 
 
 @dataclass(frozen=True)
-class Field:
+class MatrixField:
     """One array of a matrix in the canonical form, and where it comes from.
 
     Args:
@@ -56,7 +56,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixFormat:
     """How one matrix of the checkpoint is stored.
 
     Args:
@@ -64,7 +64,7 @@ class Matrix:
         quantization: in the canonical form; None if float.
     """
 
-    fields: tuple[Field, ...]
+    fields: tuple[MatrixField, ...]
     quantization: Quantization | None
 
     @property
@@ -88,7 +88,7 @@ class Checkpoint:
         self.where = where
         self.fp8_dtype = fp8_dtype
         self.tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
-        self.layout = Layout(self.has_matrix, self.quantization)
+        self.layout = CheckpointLayout(self.has_matrix, self.quantization)
 
     def has_matrix(self, name: str) -> bool:
         """Whether there is a matrix whose floats would be called `name`, such as `lm_head.weight`."""
@@ -124,7 +124,7 @@ class Checkpoint:
             kinds = ("weight",)
         return [f"{path}.{kind}" for kind in kinds]
 
-    def matrix(self, path: str, suffix: str, shape: tuple[int, ...]) -> Matrix:
+    def matrix(self, path: str, suffix: str, shape: tuple[int, ...]) -> MatrixFormat:
         """How the matrix at `path` is stored.
 
         Args:
@@ -142,10 +142,10 @@ class Checkpoint:
             return self._fp8(names, shape)
         if len(names) == 1:
             self._check(names[0], FLOATS, shape)
-            return Matrix((Field("weight", self.tensors[names[0]].dtype, (names[0],)),), None)
+            return MatrixFormat((MatrixField("weight", self.tensors[names[0]].dtype, (names[0],)),), None)
         return self._affine(names, path, shape)
 
-    def _affine(self, names: list[str], path: str, shape: tuple[int, ...]) -> Matrix:
+    def _affine(self, names: list[str], path: str, shape: tuple[int, ...]) -> MatrixFormat:
         quantization = self.quantization(path)
         assert quantization is not None
         bits, size = quantization.bits, quantization.group_size
@@ -154,12 +154,12 @@ class Checkpoint:
         for name, (per, values) in zip(names, packs, strict=True):
             self._check(name, ("U32",) if values == 32 and per == bits else FLOATS, shape, per, values, how)
         fields = (
-            Field(name.rpartition(".")[2], self.tensors[name].dtype, (name,), "copy", per, values)
+            MatrixField(name.rpartition(".")[2], self.tensors[name].dtype, (name,), "copy", per, values)
             for name, (per, values) in zip(names, packs, strict=True)
         )
-        return Matrix(tuple(fields), quantization)
+        return MatrixFormat(tuple(fields), quantization)
 
-    def _packed(self, names: list[str], path: str, shape: tuple[int, ...]) -> Matrix:
+    def _packed(self, names: list[str], path: str, shape: tuple[int, ...]) -> MatrixFormat:
         packed = self._packed_ints(path)
         bits, size = packed.bits, packed.group_size
         how = f" at {bits} bits in groups of {size}"
@@ -168,11 +168,11 @@ class Checkpoint:
         self._check(scale, FLOATS, shape, 1, size, how)
         dtype = self.tensors[scale].dtype
         fields = (
-            Field("weight", "U32", (words,), "copy", bits, 32),
-            Field("scales", dtype, (scale,), "copy", 1, size),
-            Field("biases", dtype, (scale,), "biases", 1, size),
+            MatrixField("weight", "U32", (words,), "copy", bits, 32),
+            MatrixField("scales", dtype, (scale,), "copy", 1, size),
+            MatrixField("biases", dtype, (scale,), "biases", 1, size),
         )
-        return Matrix(fields, Quantization(bits, size))
+        return MatrixFormat(fields, Quantization(bits, size))
 
     def _packed_ints(self, path: str) -> PackedInts:
         compression = self.config.compression
@@ -183,7 +183,7 @@ class Checkpoint:
             )
         return compression
 
-    def _fp8(self, names: list[str], shape: tuple[int, ...]) -> Matrix:
+    def _fp8(self, names: list[str], shape: tuple[int, ...]) -> MatrixFormat:
         blocks = self.config.compression
         if not isinstance(blocks, Fp8Blocks):
             raise WeightsError(
@@ -194,7 +194,7 @@ class Checkpoint:
         *leading, rows, columns = shape
         grid = (*leading, -(-rows // blocks.block_rows), -(-columns // blocks.block_columns))
         self._check(names[1], ("F32",), grid)
-        return Matrix((Field("weight", self.fp8_dtype, tuple(names), "fp8"),), None)
+        return MatrixFormat((MatrixField("weight", self.fp8_dtype, tuple(names), "fp8"),), None)
 
     def _check(
         self,
@@ -242,7 +242,7 @@ class Checkpoint:
                 hint="the checkpoint is of another architecture or layout",
             )
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[TreeEntry]:
         entries = top_entries(self.config)
         for layer in range(self.config.num_hidden_layers):
             entries += layer_entries(self.config, layer, self.layout)

@@ -26,22 +26,22 @@ import numpy as np
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.files import is_disk_full, rename_durably, write_atomically
 from kimi_mlx.model.config import parse_config, read_json
-from kimi_mlx.model.names import Source
+from kimi_mlx.model.names import SourceMatrix
 from kimi_mlx.parallel.placement import Range
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.assemble import MLX_TYPES
-from kimi_mlx.weights.checkpoint import Field, Matrix
+from kimi_mlx.weights.checkpoint import MatrixField, MatrixFormat
 from kimi_mlx.weights.convert_plan import (
     ConversionPlan,
+    ConvertedFile,
     ConvertOptions,
-    Output,
-    OutputFile,
+    WeightConversion,
     converted_config,
     plan_conversion,
 )
 from kimi_mlx.weights.file_layout import FileLayout
 from kimi_mlx.weights.index import INDEX_NAME
-from kimi_mlx.weights.moves import Move, Window
+from kimi_mlx.weights.layer_plan import SliceCopy, TensorSlice
 from kimi_mlx.weights.reader import Reader, open_checkpoint
 
 PIECE_VALUES = 1 << 24
@@ -54,7 +54,7 @@ RECORD_FORMAT = 1
 SMALL_FILES = ("*.json", "*.jinja", "tiktoken.model", "tokenizer*", "LICENSE*", "THIRD_PARTY_NOTICES*")
 """Copied from the source, apart from its `config.json` and indices; never Python code."""
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
 
 
@@ -127,7 +127,9 @@ def open_conversion(source: Path, options: ConvertOptions) -> Conversion:
     return Conversion(source, _digest(source, reader), options, config, plan, _small_files(source), reader)
 
 
-def convert(conversion: Conversion, folder: Path, progress: Progress = lambda done, total: None) -> ConversionResult:
+def convert(
+    conversion: Conversion, folder: Path, progress: ProgressCallback = lambda done, total: None
+) -> ConversionResult:
     """Write the converted checkpoint, or what an earlier run has left of it to do.
 
     Args:
@@ -274,7 +276,7 @@ def _finish(conversion: Conversion, folder: Path) -> None:
 
 
 def _write_file(
-    reader: Reader, file: OutputFile, layout: FileLayout, path: Path, advance: Callable[[int], None]
+    reader: Reader, file: ConvertedFile, layout: FileLayout, path: Path, advance: Callable[[int], None]
 ) -> None:
     """Write one file piece by piece; what is left of it after an error is removed."""
     part = path.with_name(path.name + ".part")
@@ -312,7 +314,7 @@ class _Piece:
     row: int
 
 
-def _pieces(output: Output) -> Iterator[_Piece]:
+def _pieces(output: WeightConversion) -> Iterator[_Piece]:
     """What an output is made of, in pieces of whole rows and about PIECE_VALUES values."""
     source = output.source
     if source.heads is not None or len(source.shape) == 1:
@@ -330,7 +332,9 @@ def _pieces(output: Output) -> Iterator[_Piece]:
                 row += stop - start
 
 
-def _write_piece(stream: BinaryIO, layout: FileLayout, output: Output, piece: _Piece, values: list[np.ndarray]) -> int:
+def _write_piece(
+    stream: BinaryIO, layout: FileLayout, output: WeightConversion, piece: _Piece, values: list[np.ndarray]
+) -> int:
     """Write a piece of each array of an output; returns bytes."""
     for array, value in zip(output.arrays, values, strict=True):
         row_bytes = array.size_bytes // math.prod(array.shape[:-1])
@@ -339,7 +343,7 @@ def _write_piece(stream: BinaryIO, layout: FileLayout, output: Output, piece: _P
     return sum(value.nbytes for value in values)
 
 
-def _cook(reader: Reader, output: Output, piece: _Piece) -> list[np.ndarray]:
+def _cook(reader: Reader, output: WeightConversion, piece: _Piece) -> list[np.ndarray]:
     """The arrays of a piece, as they are stored in the output."""
     matrix = reader.checkpoint.matrix(piece.path, output.source.suffix, output.source.shape)
     fields = [_read(reader, output.source, piece, field) for field in matrix.fields]
@@ -348,15 +352,15 @@ def _cook(reader: Reader, output: Output, piece: _Piece) -> list[np.ndarray]:
     return _encode(output, _by_heads(output, _decode(matrix, fields)))
 
 
-def _read(reader: Reader, source: Source, piece: _Piece, field: Field) -> np.ndarray:
+def _read(reader: Reader, source: SourceMatrix, piece: _Piece, field: MatrixField) -> np.ndarray:
     """A field of a piece; bfloat16 as uint16."""
-    matrix = Source((piece.path,), source.shape, suffix=source.suffix)
-    window = Window(matrix, field.per, field.values, rows=piece.rows)
+    matrix = SourceMatrix((piece.path,), source.shape, suffix=source.suffix)
+    window = TensorSlice(matrix, field.per, field.values, rows=piece.rows)
     box = window.box(reader.checkpoint.tensors[field.tensors[0]].shape)
-    return reader.take(Move(field, window, box, 0, 0))[piece.member or 0]
+    return reader.take(SliceCopy(field, window, box, 0, 0))[piece.member or 0]
 
 
-def _decode(matrix: Matrix, fields: list[np.ndarray]) -> mx.array:
+def _decode(matrix: MatrixFormat, fields: list[np.ndarray]) -> mx.array:
     """The values of a matrix, float32."""
     arrays = [
         mx.array(np.ascontiguousarray(value)).view(MLX_TYPES[field.dtype])
@@ -375,7 +379,7 @@ def _decode(matrix: Matrix, fields: list[np.ndarray]) -> mx.array:
     )
 
 
-def _by_heads(output: Output, values: mx.array) -> mx.array:
+def _by_heads(output: WeightConversion, values: mx.array) -> mx.array:
     """Of `kv_b_proj` the keys, (heads, latent, nope), or the values, (heads, v, latent); other matrices as they are."""
     if output.source.heads is None:
         return values
@@ -384,7 +388,7 @@ def _by_heads(output: Output, values: mx.array) -> mx.array:
     return part.swapaxes(1, 2) if output.is_transposed else part
 
 
-def _encode(output: Output, values: mx.array) -> list[np.ndarray]:
+def _encode(output: WeightConversion, values: mx.array) -> list[np.ndarray]:
     """Values in the output's types, quantized in float32.
 
     They are rounded to the type of the scales before: a group's bias is one of its values, and so is exact.
@@ -430,7 +434,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _in_words(record: dict[str, Any]) -> str:
-    """Source and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
+    """SourceMatrix and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
     options = ", ".join(f"{name} {value}" for name, value in record["options"].items() if value is not None)
     source = record["source"]
     return f"`{source['folder']}` ({source['digest'][:8]}) with {options or 'no options'}"

@@ -14,8 +14,8 @@ from typing import Any
 
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.names import TEXT_PREFIX, Entry, Source, layer_entries, top_entries
-from kimi_mlx.weights.checkpoint import Checkpoint, Matrix, vision_bytes_of
+from kimi_mlx.model.names import TEXT_PREFIX, SourceMatrix, TreeEntry, layer_entries, top_entries
+from kimi_mlx.weights.checkpoint import Checkpoint, MatrixFormat, vision_bytes_of
 from kimi_mlx.weights.file_layout import FileLayout, lay_out
 from kimi_mlx.weights.index import DTYPE_BYTES
 
@@ -45,7 +45,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class Targets:
+class TargetFormats:
     """What matrices become.
 
     Args:
@@ -62,7 +62,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class OutputArray:
+class ArraySpec:
     """A tensor of the output: its full name, its type in safetensors' words, its shape."""
 
     name: str
@@ -76,7 +76,7 @@ class OutputArray:
 
 
 @dataclass(frozen=True)
-class Output:
+class WeightConversion:
     """A matrix or vector of the output.
 
     Args:
@@ -93,13 +93,13 @@ class Output:
 
     path: str
     kind: str
-    source: Source
-    stored: Matrix
+    source: SourceMatrix
+    stored: MatrixFormat
     shape: tuple[int, ...]
     quantization: Quantization | None
     is_copied: bool
     is_indivisible: bool
-    arrays: tuple[OutputArray, ...]
+    arrays: tuple[ArraySpec, ...]
 
     @property
     def is_transposed(self) -> bool:
@@ -118,11 +118,11 @@ class Output:
 
 
 @dataclass(frozen=True)
-class OutputFile:
+class ConvertedFile:
     """One layer, or the top."""
 
     name: str
-    outputs: tuple[Output, ...]
+    outputs: tuple[WeightConversion, ...]
 
     def layout(self) -> FileLayout:
         """The layout: large types first, so that each tensor is aligned, then by name."""
@@ -151,7 +151,7 @@ class ConversionPlan:
         vision_bytes: of the part that is left out.
     """
 
-    files: tuple[OutputFile, ...]
+    files: tuple[ConvertedFile, ...]
     dtype: str
     vision_bytes: int
 
@@ -161,7 +161,7 @@ class ConversionPlan:
         return sum(file.layout().size_bytes for file in self.files)
 
     @property
-    def outputs(self) -> list[Output]:
+    def outputs(self) -> list[WeightConversion]:
         """All of them, in the order of the files."""
         return [output for file in self.files for output in file.outputs]
 
@@ -251,7 +251,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
     targets = _targets(checkpoint, options, [source for part in sources for source in part])
     prefix = TEXT_PREFIX if has_prefix else ""
     files = (
-        OutputFile(
+        ConvertedFile(
             f"model-{number:05}-of-{len(sources):05}.safetensors",
             tuple(output for source in part for output in _outputs(checkpoint, source, targets, prefix)),
         )
@@ -291,12 +291,12 @@ def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
     return config
 
 
-def _distinct_sources(entries: Sequence[Entry]) -> list[Source]:
+def _distinct_sources(entries: Sequence[TreeEntry]) -> list[SourceMatrix]:
     """What the entries of the canonical tree are made of, unfused: cuts and blocks are of no concern here."""
     return [replace(source, cuts=(), blocks=0) for entry in entries for part in entry.parts for source in part]
 
 
-def _targets(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[Source]) -> Targets:
+def _targets(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[SourceMatrix]) -> TargetFormats:
     """What the options mean for this source."""
     stored = {source: checkpoint.quantization(source.paths[0]) for source in sources if source.suffix == ".weight"}
     dtype = STORED_TYPES.get(checkpoint.config.dtype, "BF16")
@@ -307,7 +307,7 @@ def _targets(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[
                 f"--group-size {options.group_size} alone changes nothing: `{checkpoint.where}` is quantized already",
                 hint="add --bits to quantize it anew",
             )
-        return Targets(True, None, None, dtype)
+        return TargetFormats(True, None, None, dtype)
     if bits is None:
         bits = DEFAULT_BITS if expert_bits is None else BITS_BESIDE_EXPERTS
     if expert_bits is None:
@@ -320,18 +320,20 @@ def _targets(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[
         )
     is_fine = any(q is not None and q.group_size == 32 for source, q in stored.items() if _is_expert(source))
     group_size = options.group_size or (32 if is_fine else DEFAULT_GROUP_SIZE)
-    return Targets(False, _quantization(expert_bits, group_size), _quantization(bits, group_size), dtype)
+    return TargetFormats(False, _quantization(expert_bits, group_size), _quantization(bits, group_size), dtype)
 
 
 def _quantization(bits: int, group_size: int) -> Quantization | None:
     return None if bits == BFLOAT16_BITS else Quantization(bits, group_size)
 
 
-def _is_expert(source: Source) -> bool:
+def _is_expert(source: SourceMatrix) -> bool:
     return ".mlp.experts." in source.paths[0] or ".switch_mlp." in source.paths[0]
 
 
-def _outputs(checkpoint: Checkpoint, source: Source, targets: Targets, prefix: str) -> Iterator[Output]:
+def _outputs(
+    checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str
+) -> Iterator[WeightConversion]:
     """What becomes of one source: itself; of `kv_b_proj` a half, or with its first half all of it."""
     stored = [checkpoint.matrix(path, source.suffix, source.shape) for path in source.paths]
     path = _stacked_path(source.paths[0])
@@ -353,7 +355,9 @@ def _outputs(checkpoint: Checkpoint, source: Source, targets: Targets, prefix: s
         yield _output(before + "unembed_out", source, stored, (heads, end - first, latent), wanted, targets.dtype)
 
 
-def _wanted(stored: Sequence[Matrix], path: str, shape: tuple[int, ...], targets: Targets) -> Quantization | None:
+def _wanted(
+    stored: Sequence[MatrixFormat], path: str, shape: tuple[int, ...], targets: TargetFormats
+) -> Quantization | None:
     """What a matrix is to become, if its columns allow it."""
     kind = _kind(path)
     if not _can_be_quantized(kind, shape):
@@ -373,12 +377,12 @@ def _can_be_quantized(kind: str, shape: tuple[int, ...]) -> bool:
 
 def _output(
     path: str,
-    source: Source,
-    stored: Sequence[Matrix],
+    source: SourceMatrix,
+    stored: Sequence[MatrixFormat],
     shape: tuple[int, ...],
     wanted: Quantization | None,
     dtype: str,
-) -> Output:
+) -> WeightConversion:
     """An output of this unquantized shape; copied if all of it is stored already as it is to be."""
     if source.suffix.endswith("e_score_correction_bias"):
         dtype = "F32"
@@ -390,10 +394,10 @@ def _output(
     arrays = _arrays(path, source.suffix, shape, quantization, dtype)
     if is_copied:
         arrays = tuple(replace(array, dtype=field.dtype) for array, field in zip(arrays, first.fields, strict=True))
-    return Output(path, _kind(path), source, first, shape, quantization, is_copied, is_indivisible, arrays)
+    return WeightConversion(path, _kind(path), source, first, shape, quantization, is_copied, is_indivisible, arrays)
 
 
-def _is_plain(matrix: Matrix, dtype: str) -> bool:
+def _is_plain(matrix: MatrixFormat, dtype: str) -> bool:
     """Whether a float matrix is stored in this type."""
     (field,) = matrix.fields
     return field.decode == "copy" and field.dtype == dtype
@@ -401,16 +405,16 @@ def _is_plain(matrix: Matrix, dtype: str) -> bool:
 
 def _arrays(
     path: str, suffix: str, shape: tuple[int, ...], quantization: Quantization | None, dtype: str
-) -> tuple[OutputArray, ...]:
+) -> tuple[ArraySpec, ...]:
     if quantization is None:
-        return (OutputArray(path + suffix, dtype, shape),)
+        return (ArraySpec(path + suffix, dtype, shape),)
     *leading, columns = shape
     words = (*leading, columns * quantization.bits // 32)
     groups = (*leading, columns // quantization.group_size)
     return (
-        OutputArray(f"{path}.weight", "U32", words),
-        OutputArray(f"{path}.scales", dtype, groups),
-        OutputArray(f"{path}.biases", dtype, groups),
+        ArraySpec(f"{path}.weight", "U32", words),
+        ArraySpec(f"{path}.scales", dtype, groups),
+        ArraySpec(f"{path}.biases", dtype, groups),
     )
 
 
@@ -425,17 +429,17 @@ def _kind(path: str) -> str:
     return next(kind for kind, mark in KINDS.items() if is_at_end.get(kind, mark in path))
 
 
-def _module_paths(output: Output) -> list[str]:
+def _module_paths(output: WeightConversion) -> list[str]:
     """Under which names readers look for the quantization: mlx-lm splits a whole `kv_b_proj` by itself."""
     before, found, _ = output.path.partition("kv_b_proj")
     return [output.path, f"{before}embed_q", f"{before}unembed_out"] if found else [output.path]
 
 
-def _is_quantized_again(output: Output) -> bool:
+def _is_quantized_again(output: WeightConversion) -> bool:
     return not output.is_copied and output.stored.quantization is not None and output.quantization is not None
 
 
-def _stored_in_words(matrix: Matrix) -> str:
+def _stored_in_words(matrix: MatrixFormat) -> str:
     if matrix.fields[0].decode == "fp8":
         return "FP8"
     if any(field.decode == "biases" for field in matrix.fields):
@@ -444,7 +448,7 @@ def _stored_in_words(matrix: Matrix) -> str:
     return _in_words(matrix.quantization, matrix.fields[0].dtype)
 
 
-def _target_in_words(output: Output) -> str:
+def _target_in_words(output: WeightConversion) -> str:
     words = _in_words(output.quantization, output.arrays[0].dtype)
     is_unchanged = output.is_copied or (output.quantization is None and words == _stored_in_words(output.stored))
     return words + ", unchanged" * is_unchanged

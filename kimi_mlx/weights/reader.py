@@ -14,7 +14,7 @@ from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.index import TensorInfo, read_index
-from kimi_mlx.weights.moves import ArrayPlan, Move, as_box
+from kimi_mlx.weights.layer_plan import ArrayPlan, SliceCopy, as_shape3
 from kimi_mlx.weights.packed_int4 import affine_biases
 
 NUMPY_TYPES = {
@@ -54,14 +54,14 @@ class Reader:
         """Read an array; a new one, or a view of a memory map if it is one slice of a tensor."""
         if len(plan.moves) == 1:
             return self.take(plan.moves[0]).reshape(plan.shape)
-        box = as_box(plan.shape)
+        box = as_shape3(plan.shape)
         array = np.empty(box, NUMPY_TYPES[plan.dtype])
         for move in plan.moves:
             members, rows, _ = move.box
             array[move.member : move.member + members, move.row : move.row + rows] = self.take(move)
         return array.reshape(plan.shape)
 
-    def take(self, move: Move) -> np.ndarray:
+    def take(self, move: SliceCopy) -> np.ndarray:
         """One slice in the canonical form, in the shape of its box."""
         stored = self._stored(move.field.tensors[0])
         if move.field.decode == "fp8":
@@ -77,7 +77,7 @@ class Reader:
         """Forget the maps."""
         self._maps.clear()
 
-    def _take_fp8(self, move: Move, stored: np.ndarray) -> np.ndarray:
+    def _take_fp8(self, move: SliceCopy, stored: np.ndarray) -> np.ndarray:
         blocks = self.checkpoint.config.compression
         assert isinstance(blocks, Fp8Blocks)
         factors = self._stored(move.field.tensors[1])

@@ -19,7 +19,7 @@ from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.files import CHUNK_BYTES
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.store.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.stores import rank_folder
 from kimi_mlx.units import GB, format_bytes
@@ -177,7 +177,7 @@ def _copy(source: Path, target: Path, progress: Progress) -> None:
 def _make_stores(checkpoint: Path, stores: Path, ranks: int, progress: Progress) -> Path:
     """The folder with the ranks' stores; the builder keeps what is there."""
     options = StoreOptions(checkpoint, stores, ranks)
-    job = open_job(options, SingleGroup())
+    job = open_build_job(options, SingleGroup())
     build(
         options,
         job,

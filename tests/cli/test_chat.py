@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.store.locate import resolve
+from kimi_mlx.store.locate import ensure_downloaded
 from tests.checkpoints import write_checkpoint
 from tests.command import call
 from tests.processes import start
@@ -67,7 +67,7 @@ def are_gone(pids: list[int], limit_s: float) -> bool:
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights and kimi-mini's text: greedy, it talks without end."""
-    mini = resolve("kimi-mini")
+    mini = ensure_downloaded("kimi-mini")
     config = json.loads((mini / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
     folder = write_checkpoint(tmp_path_factory.mktemp("babbler"), kept, seed=1)

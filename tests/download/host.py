@@ -20,7 +20,7 @@ import pytest
 
 from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.store.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from tests import processes
 from tests.command import call
 from tests.fakes import KIMI_MINI
@@ -148,7 +148,7 @@ def checksums(stores: Path) -> Checksums:
 def built_from_folder(repository: Path, stores: Path, ranks: int) -> Checksums:
     """What must come out: built in this process, without a hub."""
     options = StoreOptions(repository, stores, ranks)
-    build(options, open_job(options, SingleGroup()), SingleGroup())
+    build(options, open_build_job(options, SingleGroup()), SingleGroup())
     return checksums(stores)
 
 

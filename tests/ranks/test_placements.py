@@ -16,7 +16,7 @@ import pytest
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
-from kimi_mlx.store.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from tests.divisible import CONFIGS, make_prompt, write_divisible
 from tests.fakes import KIMI_MINI
 from tests.mlx_launch import loopback_hostfile, ring_variables
@@ -152,7 +152,7 @@ def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, t
     cases: list[tuple[str, dict[str, Any]]] = []
     for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):
         options = StoreOptions(folders[name], tmp_path / "stores", size, strategy)
-        job = open_job(options, SingleGroup())
+        job = open_build_job(options, SingleGroup())
         build(options, job, SingleGroup())
         cases.append((name, case(job.folder, strategy)))
     check(size, cases, expected, tmp_path)

@@ -20,7 +20,7 @@ from kimi_mlx.cluster.network.links import Measured, Network
 from kimi_mlx.cluster.network.survey import Link
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.links import measured_link
-from kimi_mlx.store.locate import understand
+from kimi_mlx.store.locate import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.command import call
 
@@ -59,7 +59,7 @@ def with_stores(found: Diagnosis, a: list[HeldStore], b: list[HeldStore]) -> Dia
 
 
 def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
-    target = understand("kimi-mini")
+    target = resolve_model_name("kimi-mini")
     assert choose_placement(target, 2, None).strategy == "hybrid"
     for strategy in ("tensor", "pipeline:2:2"):
         done = call("download", "kimi-mini", "--ranks", "2", "--strategy", strategy)

@@ -12,7 +12,7 @@ import pytest
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry, parse_entry
 from kimi_mlx.model.config import load_config
-from kimi_mlx.store.locate import presence, resolve
+from kimi_mlx.store.locate import ensure_downloaded, local_state
 from kimi_mlx.units import GB, GIB
 
 ALIASES = [
@@ -43,7 +43,7 @@ def raw_entry() -> dict[str, Any]:
 
 def test_aliases_are_unique_and_the_default_is_bundled() -> None:
     assert [entry.alias for entry in catalogue()] == ALIASES
-    assert (resolve("kimi-mini") / "config.json").is_file()
+    assert (ensure_downloaded("kimi-mini") / "config.json").is_file()
 
 
 def test_unknown_and_missing_fields_are_errors() -> None:
@@ -120,9 +120,9 @@ def test_hosts_needed(alias: str, memory_gib: int, gpu_part: float, hosts: int |
 
 
 def test_facts_of_the_packaged_model_are_those_of_its_files() -> None:
-    entry, config = entry_of("kimi-mini"), load_config(resolve("kimi-mini"))
+    entry, config = entry_of("kimi-mini"), load_config(ensure_downloaded("kimi-mini"))
     assert entry.context_tokens == config.max_position_embeddings
-    assert presence(entry) == ("package", resolve("kimi-mini"))
+    assert local_state(entry) == ("package", ensure_downloaded("kimi-mini"))
 
 
 @pytest.mark.parametrize(
@@ -148,16 +148,16 @@ def test_find_entry_finds_nothing_else(name: str) -> None:
 def test_an_interrupted_download_is_partly_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     entry = entry_of("moonlight")
-    assert presence(entry) == ("no", None)
+    assert local_state(entry) == ("no", None)
     folder = tmp_path / "models--mlx-community--Moonlight-16B-A3B-Instruct-4-bit"
     (folder / "blobs").mkdir(parents=True)
-    assert presence(entry) == ("no", None)
+    assert local_state(entry) == ("no", None)
     (folder / "blobs" / "0123.incomplete").write_bytes(b"1")
-    assert presence(entry) == ("partly", folder)
+    assert local_state(entry) == ("partly", folder)
 
 
 def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
-    assert resolve(str(tmp_path)) == tmp_path
+    assert ensure_downloaded(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
 )
 def test_an_unknown_name_suggests_similar_ones(name: str, near: str) -> None:
     with pytest.raises(UsageError) as raised:
-        resolve(name)
+        ensure_downloaded(name)
     assert name in raised.value.message
     assert raised.value.hint is not None
     assert near in raised.value.hint
@@ -180,12 +180,12 @@ def test_an_unknown_name_suggests_similar_ones(name: str, near: str) -> None:
 @pytest.mark.parametrize("name", ["kimi-k3", "Kimi-K3", "moonshotai/Kimi-K3", "mlx-community/Kimi_K3_4bit"])
 def test_kimi_k3_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(UsageError, match="another architecture"):
-        resolve(name)
+        ensure_downloaded(name)
 
 
 def test_a_missing_repository_without_a_hub_is_a_weights_error() -> None:
     with pytest.raises(WeightsError, match="nobody/nothing"):
-        resolve("nobody/nothing")
+        ensure_downloaded("nobody/nothing")
 
 
 @pytest.mark.parametrize(
@@ -193,5 +193,5 @@ def test_a_missing_repository_without_a_hub_is_a_weights_error() -> None:
 )
 def test_strange_names_are_errors_with_a_hint(name: str) -> None:
     with pytest.raises(KimiMlxError) as raised:
-        resolve(name)
+        ensure_downloaded(name)
     assert raised.value.hint

@@ -23,7 +23,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import place
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import make_prompt, write_divisible
 
@@ -74,7 +74,9 @@ Work = Callable[[Engine, Found], None]
 def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list[Found], list[CountingLinks]]:
     """Do the same on each rank, each in a thread; returns the tokens that each has heard of, and the links."""
     config = load_config(folder)
-    placement = place(config, "pipeline", size, placement_units(open_checkpoint(folder, config).checkpoint, "pipeline"))
+    placement = place(
+        config, "pipeline", size, split_granularity_of(open_checkpoint(folder, config).checkpoint, "pipeline")
+    )
     queues: Links = [queue.SimpleQueue() for _ in range(size)]
     links = [CountingLinks(rank, queues) for rank in range(size)]
     found: list[Found] = [{} for _ in range(size)]

@@ -17,7 +17,7 @@ from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import Placement, Range, RankShare, place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.moves import placement_units
+from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import write_divisible
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_rank(folder: Path, strategy: str, group: CountingGroup) -> Model:
     """One rank's share, with a group that stands for the others."""
     config = load_config(folder)
-    units = placement_units(open_checkpoint(folder, config).checkpoint, strategy)
+    units = split_granularity_of(open_checkpoint(folder, config).checkpoint, strategy)
     placement = place(config, strategy, group.size, units)
     return load_model(folder, config, mx.float32, placement.shares[group.rank], SumCommunicator(group, placement))
 

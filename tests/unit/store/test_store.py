@@ -26,23 +26,23 @@ from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.runtime.load import load_share
 from kimi_mlx.store import writer
-from kimi_mlx.store.build import Job, deal
-from kimi_mlx.store.download import StoreOptions, build, find_built, open_job
-from kimi_mlx.store.locate import find, understand
+from kimi_mlx.store.build import BuildJob, assign_files
+from kimi_mlx.store.download import StoreOptions, build, find_built_stores, open_build_job
+from kimi_mlx.store.locate import find_local_model, resolve_model_name
 from kimi_mlx.store.manifest import Manifest, read_manifest
-from kimi_mlx.store.parcels import pieces
-from kimi_mlx.store.sources import FolderSources
+from kimi_mlx.store.sources import FolderSource
 from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
+from kimi_mlx.store.transfers import split_into_chunks
 from kimi_mlx.store.writer import RankWriter, check_space
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.moves import as_box
+from kimi_mlx.weights.layer_plan import as_shape3
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.fakes import KIMI_MINI, FixedGather
 
 
-def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> tuple[Job, list[Manifest]]:
+def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> tuple[BuildJob, list[Manifest]]:
     options = StoreOptions(source, stores, ranks, strategy)
-    job = open_job(options, SingleGroup())
+    job = open_build_job(options, SingleGroup())
     return job, build(options, job, SingleGroup())
 
 
@@ -93,7 +93,7 @@ def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
         assert all(stored[key].dtype == cut[key].dtype and mx.array_equal(stored[key], cut[key]) for key in cut)
 
 
-def load_stored(job: Job, rank: int) -> Model:
+def load_stored(job: BuildJob, rank: int) -> Model:
     manifest = open_manifest(job.folder, rank, job.placement.world_size, job.placement.strategy)
     return load_store(job.folder, manifest, load_config(job.folder), mx.float32)
 
@@ -116,11 +116,11 @@ def test_fp8_is_stored_as_the_type_the_model_computes_in(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["mini", "overrides", "fp8", "int4"])
 def test_every_array_is_covered_exactly_once(name: str, strategy: str, overrides: Path, tmp_path: Path) -> None:
     source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
-    job = open_job(StoreOptions(source, tmp_path, 2, strategy), SingleGroup())
+    job = open_build_job(StoreOptions(source, tmp_path, 2, strategy), SingleGroup())
     for file in range(job.num_layers + 1):
         for rank in range(2):
             for array_name, array in job.plan(rank, file).arrays():
-                painted = np.zeros(as_box(array.shape), np.uint8)
+                painted = np.zeros(as_shape3(array.shape), np.uint8)
                 for move in array.moves:
                     members, rows, columns = move.box
                     assert columns == painted.shape[2]
@@ -156,7 +156,7 @@ def test_repair_in_a_pipeline_fetches_only_the_files_of_the_layer(
     broken.write_bytes(broken.read_bytes()[:-1] + b"\xff")
     assert [broken_files(job.folder, manifest) for manifest in before] == [[], [broken.name]]
     fetched = watch_fetches(monkeypatch)
-    repaired = build(options, open_job(options, SingleGroup()), SingleGroup(), discard={1: [broken.name]})
+    repaired = build(options, open_build_job(options, SingleGroup()), SingleGroup(), discard={1: [broken.name]})
     assert checksums(repaired) == checksums(before)
     assert fetched == [job.files[number] for number in sorted(job.feeds(1)[2])]
     assert len(fetched) == 1
@@ -207,13 +207,13 @@ def interrupted(method: Callable[..., object], steps: Iterator[int], moment: int
 
 def watch_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fetched: list[str] = []
-    fetch = FolderSources.fetch
+    fetch = FolderSource.fetch
 
-    def watched(self: FolderSources, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+    def watched(self: FolderSource, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
         fetched.append(file)
         return fetch(self, file, progress, stop)
 
-    monkeypatch.setattr(FolderSources, "fetch", watched)
+    monkeypatch.setattr(FolderSource, "fetch", watched)
     return fetched
 
 
@@ -228,7 +228,7 @@ def test_repair_makes_only_what_is_broken_anew(
     assert [broken_files(job.folder, manifest) for manifest in before] == [[], ["top.safetensors"]]
     fetched = watch_fetches(monkeypatch)
     inode = (rank_folder(job.folder, 1) / "layer-000.safetensors").stat().st_ino
-    again = open_job(StoreOptions(overrides, tmp_path, 2), SingleGroup())
+    again = open_build_job(StoreOptions(overrides, tmp_path, 2), SingleGroup())
     repaired = build(StoreOptions(overrides, tmp_path, 2), again, SingleGroup(), discard={1: ["top.safetensors"]})
     assert checksums(repaired) == checksums(before)
     assert {again.files[number] for number in again.feeds(1)[again.num_layers]} == set(fetched)
@@ -303,10 +303,10 @@ def test_a_strategy_is_found_however_it_is_written(
 ) -> None:
     monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path))
     job, _ = build_all(KIMI_MINI, tmp_path, 2, strategy)
-    target = understand(str(KIMI_MINI))
-    assert find(target, 2, strategy) == job.folder
-    assert find(target, 2, job.placement.strategy) == job.folder
-    found = find_built(StoreOptions(KIMI_MINI, tmp_path, 2, strategy), SingleGroup())
+    target = resolve_model_name(str(KIMI_MINI))
+    assert find_local_model(target, 2, strategy) == job.folder
+    assert find_local_model(target, 2, job.placement.strategy) == job.folder
+    found = find_built_stores(StoreOptions(KIMI_MINI, tmp_path, 2, strategy), SingleGroup())
     assert found is not None
     assert found.folder == job.folder
 
@@ -326,7 +326,7 @@ def test_ranks_with_different_revisions_refuse_to_start(tmp_path: Path) -> None:
 
 def test_two_builds_at_once(tmp_path: Path) -> None:
     options = StoreOptions(KIMI_MINI, tmp_path, 1)
-    job = open_job(options, SingleGroup())
+    job = open_build_job(options, SingleGroup())
     other = RankWriter(
         rank_folder(job.folder, 0),
         job.sources.contents.origin,
@@ -361,7 +361,7 @@ def test_stores_are_found_by_repository(tmp_path: Path) -> None:
 
 @given(sizes=st.dictionaries(st.integers(0, 100), st.integers(0, 10**10), max_size=40), processes=st.integers(1, 8))
 def test_files_are_dealt_out_evenly(sizes: dict[int, int], processes: int) -> None:
-    hands = deal(sizes, processes)
+    hands = assign_files(sizes, processes)
     assert sorted(number for hand in hands for number in hand) == sorted(sizes)
     loads = [sum(sizes[number] for number in hand) for hand in hands]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
@@ -371,8 +371,8 @@ def test_files_are_dealt_out_evenly(sizes: dict[int, int], processes: int) -> No
 def test_pieces_are_the_bytes_in_order(shape: tuple[int, int, int], limit: int) -> None:
     wide = np.arange(np.prod(shape) * 2, dtype=np.uint32).reshape(*shape[:2], -1)
     part = wide[..., : shape[2]]
-    found = b"".join(piece.tobytes() for _, piece in pieces(part, limit))
-    offsets = [offset for offset, _ in pieces(part, limit)]
+    found = b"".join(piece.tobytes() for _, piece in split_into_chunks(part, limit))
+    offsets = [offset for offset, _ in split_into_chunks(part, limit)]
     assert found == np.ascontiguousarray(part).tobytes()
     assert offsets == sorted(set(offsets))
 
@@ -383,18 +383,20 @@ def test_a_store_of_a_folder_is_found_as_long_as_the_folder_is_the_same(
     monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
     folder = shutil.copytree(FORMATS / "bf16", tmp_path / "model")
     job, _ = build_all(folder, tmp_path / "stores", 2)
-    target = understand(str(folder))
-    assert find(target, 2) == job.folder
-    assert find(target, 3) == folder
+    target = resolve_model_name(str(folder))
+    assert find_local_model(target, 2) == job.folder
+    assert find_local_model(target, 3) == folder
     copy = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
-    assert open_job(StoreOptions(copy, tmp_path, 2), SingleGroup()).sources.contents.origin.commit == commit_of(job)
+    assert open_build_job(StoreOptions(copy, tmp_path, 2), SingleGroup()).sources.contents.origin.commit == commit_of(
+        job
+    )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1234.0}))
-    assert find(target, 2) == folder
-    assert find_built(StoreOptions(folder, tmp_path / "stores", 2), SingleGroup()) is None
+    assert find_local_model(target, 2) == folder
+    assert find_built_stores(StoreOptions(folder, tmp_path / "stores", 2), SingleGroup()) is None
 
 
-def commit_of(job: Job) -> str:
+def commit_of(job: BuildJob) -> str:
     return job.sources.contents.origin.commit
 
 
@@ -402,7 +404,7 @@ def test_an_unexpected_error_ends_the_build(tmp_path: Path, monkeypatch: pytest.
     def fetch(*_: object) -> Path:
         raise MemoryError("no more")
 
-    monkeypatch.setattr(FolderSources, "fetch", fetch)
+    monkeypatch.setattr(FolderSource, "fetch", fetch)
     with pytest.raises(WeightsError, match="the build has failed: MemoryError"):
         build_all(KIMI_MINI, tmp_path, 2)
 

@@ -11,7 +11,7 @@ import pytest
 
 from kimi_mlx.bench.workloads import write_synthetic
 from kimi_mlx.parallel.group import SingleGroup
-from kimi_mlx.store.download import StoreOptions, build, open_job
+from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from scripts.loading.files import loading_config
 
 SIZE_GB = 0.3
@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Path, int]:
     """The folder of a store, and for how many ranks it is."""
     options = StoreOptions(checkpoint, checkpoint.parent / "stores", request.param)
-    job = open_job(options, SingleGroup())
+    job = open_build_job(options, SingleGroup())
     build(options, job, SingleGroup())
     return job.folder, request.param
 

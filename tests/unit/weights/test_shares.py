@@ -14,7 +14,7 @@ from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.parallel.placement import STRATEGIES, Placement, Range, RankShare, place
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.moves import LayerPlan, placement_units, plan_layer, plan_top
+from kimi_mlx.weights.layer_plan import LayerPlan, plan_layer, plan_top, split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import CONFIGS, write_divisible
 
@@ -40,7 +40,7 @@ def parameters(folder: Path, share: RankShare | None) -> Arrays:
 def place_folder(folder: Path, strategy: str, size: int) -> tuple[Checkpoint, Placement]:
     config = load_config(folder)
     checkpoint = open_checkpoint(folder, config).checkpoint
-    return checkpoint, place(config, strategy, size, placement_units(checkpoint, strategy))
+    return checkpoint, place(config, strategy, size, split_granularity_of(checkpoint, strategy))
 
 
 def rows(array: mx.array, span: Range, axis: int = 0) -> mx.array:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_mlx.store.writer import Place, places
+from kimi_mlx.store.writer import FileRegion, file_regions
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.moves import LayerPlan, Move
+from kimi_mlx.weights.layer_plan import LayerPlan, SliceCopy
 
 PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Parcel:
+class SliceTransfer:
     """A slice, and the ranks that need it.
 
     Args:
@@ -28,21 +28,21 @@ class Parcel:
         targets: for each rank where it goes.
     """
 
-    move: Move
+    move: SliceCopy
     size_bytes: int
-    targets: dict[int, Place] = field(default_factory=dict[int, Place])
+    targets: dict[int, FileRegion] = field(default_factory=dict[int, FileRegion])
 
 
 Plans = Callable[[int, int], LayerPlan]
 """(rank, file of the store) -> its plan."""
 
 
-def parcels_of(
+def slice_transfers(
     source: Path,
     checkpoint: Checkpoint,
     plans: Plans,
     wanted: Mapping[int, Sequence[int]],
-) -> list[Parcel]:
+) -> list[SliceTransfer]:
     """The parcels of a source file.
 
     Args:
@@ -51,21 +51,21 @@ def parcels_of(
         plans: of all ranks.
         wanted: for each rank the files of its store that lack something of this source.
     """
-    found: dict[object, Parcel] = {}
+    found: dict[object, SliceTransfer] = {}
     for rank, files in wanted.items():
         for file in files:
-            for move, place in places(plans(rank, file), file):
+            for move, place in file_regions(plans(rank, file), file):
                 if checkpoint.tensors[move.field.tensors[0]].file == source:
                     key = (move.field.name, move.field.tensors, move.window)
                     parcel = found.get(key)
                     if parcel is None:
                         size = move.box[0] * place.member_bytes
-                        parcel = found[key] = Parcel(move, size)
+                        parcel = found[key] = SliceTransfer(move, size)
                     parcel.targets[rank] = place
     return list(found.values())
 
 
-def pieces(part: np.ndarray, limit_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+def split_into_chunks(part: np.ndarray, limit_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, np.ndarray]]:
     """Cut a slice into pieces that lie in one row of bytes; yields (offset, bytes).
 
     Args:

@@ -15,17 +15,17 @@ import numpy as np
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.names import Entry, Source, is_latent_first, layer_entries, num_fused_shared, top_entries
+from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
-from kimi_mlx.weights.checkpoint import Checkpoint, Field, Matrix
+from kimi_mlx.weights.checkpoint import Checkpoint, MatrixField, MatrixFormat
 from kimi_mlx.weights.index import DTYPE_BYTES
 
-Box = tuple[int, int, int]
+Shape3 = tuple[int, int, int]
 """(members of a stack, rows, columns); a plain matrix is a stack of one, a norm has one row."""
 
 
 @dataclass(frozen=True)
-class Window:
+class TensorSlice:
     """What is taken of a stored matrix; spans count places of the unquantized one, None takes all.
 
     Args:
@@ -37,7 +37,7 @@ class Window:
         columns: which columns.
     """
 
-    source: Source
+    source: SourceMatrix
     per: int
     values: int
     stack: Range | None = None
@@ -48,9 +48,9 @@ class Window:
         """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
         return self._cut(self._split_blocks(self._split_heads(array)))
 
-    def box(self, stored_shape: tuple[int, ...]) -> Box:
+    def box(self, stored_shape: tuple[int, ...]) -> Shape3:
         """The shape of the part, as a stack."""
-        return as_box(self.of(np.broadcast_to(np.uint8(0), stored_shape)).shape)
+        return as_shape3(self.of(np.broadcast_to(np.uint8(0), stored_shape)).shape)
 
     def _split_heads(self, array: np.ndarray) -> np.ndarray:
         if self.source.heads is None:
@@ -79,7 +79,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Move:
+class SliceCopy:
     """One slice's way into an array.
 
     Args:
@@ -90,9 +90,9 @@ class Move:
         row: its first row there.
     """
 
-    field: Field
-    window: Window
-    box: Box
+    field: MatrixField
+    window: TensorSlice
+    box: Shape3
     member: int
     row: int
 
@@ -111,7 +111,7 @@ class ArrayPlan:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    moves: tuple[Move, ...]
+    moves: tuple[SliceCopy, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -187,7 +187,7 @@ def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     return plan
 
 
-def placement_units(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
+def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
     """The pieces in which this checkpoint's matrices can be divided so that each has whole quantization groups."""
     fuses_shared = "experts" not in SHARDED_AXES[parse_strategy(strategy)[0]]
     units: dict[str, int] = {}
@@ -203,25 +203,25 @@ def placement_units(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
     return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
-def as_box(shape: tuple[int, ...]) -> Box:
+def as_shape3(shape: tuple[int, ...]) -> Shape3:
     """A shape of one to three axes as (members, rows, columns)."""
     members, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
     return members, rows, columns
 
 
 def _plan_entries(
-    checkpoint: Checkpoint, entries: list[Entry], share: RankShare | None
+    checkpoint: Checkpoint, entries: list[TreeEntry], share: RankShare | None
 ) -> dict[str, tuple[WeightPlan, ...]]:
     return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries if _holds(share, entry)}
 
 
-def _holds(share: RankShare | None, entry: Entry) -> bool:
+def _holds(share: RankShare | None, entry: TreeEntry) -> bool:
     """Whether a rank has something of an entry."""
     cuts = (cut for part in entry.parts for source in part for cut in source.cuts)
     return share is None or all(len(share.range_of(cut.share)) for cut in cuts)
 
 
-def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: RankShare | None) -> tuple[WeightPlan, ...]:
+def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | None) -> tuple[WeightPlan, ...]:
     """Plan an entry; its parts are fused into one weight if they are stored alike."""
     parts = [_members(checkpoint, part, share) for part in entry.parts]
     for members in parts:
@@ -233,10 +233,10 @@ def _plan_entry(checkpoint: Checkpoint, entry: Entry, share: RankShare | None) -
     return (_plan_weight(checkpoint, parts, share),)
 
 
-Member = tuple[Source, Matrix]
+Member = tuple[SourceMatrix, MatrixFormat]
 
 
-def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: RankShare | None) -> list[Member]:
+def _members(checkpoint: Checkpoint, sources: Sequence[SourceMatrix], share: RankShare | None) -> list[Member]:
     """The matrices that are stacked into one part."""
     return [
         (source, checkpoint.matrix(path, source.suffix, source.shape))
@@ -245,7 +245,7 @@ def _members(checkpoint: Checkpoint, sources: Sequence[Source], share: RankShare
     ]
 
 
-def _held_paths(source: Source, share: RankShare | None) -> Sequence[str]:
+def _held_paths(source: SourceMatrix, share: RankShare | None) -> Sequence[str]:
     """The matrices of a source that a rank holds, where those of a stack are stored one by one."""
     span = _spans(source, share).get("stack")
     return source.paths if span is None or len(source.paths) == 1 else source.paths[span.start : span.stop]
@@ -260,7 +260,7 @@ def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: RankS
 
 def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None) -> ArrayPlan:
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
-    moves: list[Move] = []
+    moves: list[SliceCopy] = []
     field = parts[0][0][1].fields[number]
     row = members = rank = columns = 0
     for part in parts:
@@ -270,7 +270,7 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
             window = _window(source, fields[0], share)
             move_box = window.box(checkpoint.tensors[fields[0].tensors[0]].shape)
             for own in fields:
-                moves.append(Move(own, window, move_box, member, row))
+                moves.append(SliceCopy(own, window, move_box, member, row))
                 member += move_box[0]
             _, height, columns = move_box
             rank = max(rank, _num_axes(source))
@@ -281,14 +281,14 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
 
 
-def _window(source: Source, field: Field, share: RankShare | None) -> Window:
+def _window(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:
     spans = _spans(source, share)
     if len(source.paths) > 1:
         spans.pop("stack", None)  # chosen by their paths
-    return Window(source, field.per, field.values, **spans)
+    return TensorSlice(source, field.per, field.values, **spans)
 
 
-def _spans(source: Source, share: RankShare | None) -> dict[str, Range]:
+def _spans(source: SourceMatrix, share: RankShare | None) -> dict[str, Range]:
     """What a rank takes of each axis that is cut."""
     if share is None:
         return {}
@@ -296,6 +296,6 @@ def _spans(source: Source, share: RankShare | None) -> dict[str, Range]:
     return {cut.axis: Range(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
 
 
-def _num_axes(source: Source) -> int:
+def _num_axes(source: SourceMatrix) -> int:
     """Axes of what a window takes of a matrix."""
     return 3 if source.heads is not None or source.blocks else len(source.shape)
