@@ -1,4 +1,4 @@
-"""What all processes of a group do alike: an error of one is an error of all, and what must be equal is compared."""
+"""Run the same function on every rank; if it fails on one, it fails on all. Compare values across ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ERROR_BYTES = 4096
 
 
 def run_on_all_ranks(group: Group, work: Callable[[], Result]) -> Result:
-    """Do the same in every process; what fails in one fails in all, in the same words.
+    """Run a function on every rank; if it fails on one, raise the same error on all.
 
     Raises:
-        KimiMlxError: of the first process that failed.
+        KimiMlxError: the error of the first rank that failed.
     """
     if group.size == 1:
         return work()
@@ -38,31 +38,31 @@ def run_on_all_ranks(group: Group, work: Callable[[], Result]) -> Result:
 
 
 def raise_if_any_failed(group: Group, failure: KimiMlxError | None) -> None:
-    """Raise the failure of the first process that has one, in every process."""
+    """On every rank, raise the failure of the first rank that has one."""
     if group.size == 1:
         if failure is not None:
             raise failure
         return
     text = "" if failure is None else json.dumps({"message": failure.message[:2000], "hint": failure.hint})
     row = np.frombuffer(text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES), np.uint8)
-    for rank, told in enumerate(np.array(group.gather(mx.array(row)))):
-        if said := told.tobytes().strip():
+    for rank, row_bytes in enumerate(np.array(group.gather(mx.array(row)))):
+        if encoded := row_bytes.tobytes().strip():
             try:
-                words = json.loads(said)
-            except ValueError:  # cut off
-                words = {"message": "has failed", "hint": None}
+                error = json.loads(encoded)
+            except ValueError:  # truncated
+                error = {"message": "failed", "hint": None}
             kind = type(failure) if failure is not None and rank == group.rank else WeightsError
-            raise kind(f"host {rank}: {words['message']}", words["hint"]) from failure
+            raise kind(f"host {rank}: {error['message']}", error["hint"]) from failure
 
 
-def check_same_on_all_ranks(group: Group, text: str, what: str, hint: str) -> None:
-    """Compare a text over the group.
+def check_same_on_all_ranks(group: Group, text: str, name: str, hint: str) -> None:
+    """Check that a text is the same on all ranks.
 
     Raises:
-        WeightsError: a process has another one.
+        WeightsError: it differs on a rank.
     """
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     rows = np.array(group.gather(mx.array(digest)))
     for rank, row in enumerate(rows):
         if not np.array_equal(row, rows[0]):
-            raise WeightsError(f"rank {rank} has another {what} than rank 0", hint)
+            raise WeightsError(f"rank {rank} has another {name} than rank 0", hint)

@@ -1,4 +1,4 @@
-"""Which way to make a sum over the ranks, decided from timings. Pure."""
+"""Choose the all-reduce method for each message size from timings. Pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from kimi_mlx.units import format_bytes
 
 NO_LIMIT = 1 << 62
-"""Bytes: more than any message has."""
+"""Limit in bytes that is larger than any message."""
 
 
 @dataclass(frozen=True)
 class AllReduceTiming:
-    """The times of a sum: medians, of which the mean over the ranks.
+    """Time of a sum: median over the rounds, mean over the ranks.
 
     Args:
-        tokens: at once.
-        size_bytes: of a rank's part.
-        gather_s: gathered and added here.
-        all_sum_s: by MLX's all_sum.
-        rounds: how often each was timed, several in a row.
+        tokens: number of tokens in the message.
+        size_bytes: size of a rank's part.
+        gather_s: time with gather and local addition.
+        all_sum_s: time with MLX's all_sum.
+        rounds: number of timed rounds, of several sums each.
     """
 
     tokens: int
@@ -34,13 +34,13 @@ class AllReduceTiming:
 
 @dataclass(frozen=True)
 class AllReduceChoice:
-    """What came of the measurement.
+    """Result of the measurement.
 
     Args:
-        gather_limit_bytes: up to this size sums are gathered and added here, larger ones use all_sum.
-        timings: by which it was decided, small ones first.
-        is_same_bits: whether all_sum gave the same bits on every rank; if not, it is not used.
-        seconds: that the measurement took.
+        gather_limit_bytes: maximum size of sums that are gathered and added locally; larger ones use all_sum.
+        timings: timings in ascending order of size.
+        is_same_bits: whether all_sum returned the same bits on every rank; otherwise it is not used.
+        seconds: duration of the measurement.
     """
 
     gather_limit_bytes: int
@@ -49,9 +49,9 @@ class AllReduceChoice:
     seconds: float
 
     def __str__(self) -> str:
-        """In a sentence without a full stop."""
+        """Return a sentence without a full stop."""
         if not self.is_same_bits:
-            return "sums are gathered and added: all_sum gives other bits on other ranks"
+            return "sums are gathered and added: all_sum returns different bits on different ranks"
         if self.gather_limit_bytes == 0:
             return "sums use all_sum"
         if self.gather_limit_bytes == NO_LIMIT:
@@ -59,7 +59,7 @@ class AllReduceChoice:
         return f"sums up to {format_bytes(self.gather_limit_bytes)} are gathered and added, larger ones use all_sum"
 
     def details(self) -> str:
-        """The same with the timings, for a log."""
+        """Return the sentence with the timings, for a log."""
         rows = [
             f"{each.tokens} tokens, {format_bytes(each.size_bytes)}: gathered {each.gather_s * 1e3:.2f} ms, "
             f"all_sum {each.all_sum_s * 1e3:.2f} ms ({each.rounds} rounds)"
@@ -68,28 +68,27 @@ class AllReduceChoice:
         return f"{self}; measured in {self.seconds:.2f} s: {'; '.join(rows)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; without a limit it is null."""
+        """Return the choice as JSON; no limit is null."""
         limit = None if self.gather_limit_bytes == NO_LIMIT else self.gather_limit_bytes
         return {**asdict(self), "gather_limit_bytes": limit}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> AllReduceChoice:
-        """Read what to_dict has written."""
+        """Read the output of to_dict."""
         limit = NO_LIMIT if value["gather_limit_bytes"] is None else value["gather_limit_bytes"]
         timings = tuple(AllReduceTiming(**each) for each in value["timings"])
         return cls(limit, timings, value["is_same_bits"], value["seconds"])
 
 
 def gather_limit(timings: Sequence[AllReduceTiming], is_complete: bool) -> int:
-    """The size in bytes up to which gathering pays.
+    """Return the size in bytes up to which gathering is faster.
 
-    The cut is where the times, each relative to the better way's, are least in sum; between two sizes it is at their
+    The limit minimizes the sum of the times, each relative to the faster method. Between two sizes it is their
     geometric mean.
 
     Args:
-        timings: small ones first.
-        is_complete: whether they go up to the largest message; if not, larger ones than measured use all_sum, which
-            sends less.
+        timings: timings in ascending order of size.
+        is_complete: whether the largest message was measured; otherwise larger messages use all_sum, which sends less.
     """
     cuts = range(len(timings) + 1)
     best = min(cuts, key=lambda cut: (_relative_time(timings, cut), -cut))

@@ -1,8 +1,8 @@
-"""A group for work of hours: a host that is lost is noticed, and what it did not send is not taken for data.
+"""A group for downloads that take hours: it detects lost hosts and never returns invalid data.
 
-When MLX's ring loses a peer (seen in 0.32), a gather may return what happens to be in memory, and later ones never
-return. So each row carries its number and its checksum, gathers run in a thread that can be left behind, and MLX's own
-connections are looked at while we wait.
+When MLX's ring loses a peer (seen in 0.32), a gather may return uninitialized memory, and later ones hang. Therefore
+each row carries a number and a checksum, gathers run in a thread that can be abandoned, and MLX's connections are
+polled meanwhile.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from kimi_mlx.parallel.group import Group, MlxGroup
 
 SEAL_BYTES = 16
 LOOK_S = 0.5
-"""How often to look at the connections."""
+"""Interval at which the connections are polled."""
 
 GRACE_S = 2.0
-"""For an answer that is already here when a connection ends: who is done earlier leaves earlier."""
+"""Grace period: a peer may close its connection right after its last message."""
 
 SILENCE_LIMIT_S = 1800.0
-"""How long the others may take if all are connected: checking all files of a store lies between two words."""
+"""Maximum wait for connected hosts, which may check all files of a store between two gathers."""
 
-HINT = "type the same command again on all hosts: it goes on where it was"
+HINT = "run the same command again on all hosts to resume"
 
 GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 class CheckedGroup:
-    """A group whose gathers give what was sent, or raise RingError.
+    """A group whose gathers return what was sent, or raise RingError.
 
     Args:
-        group: over MLX's ring.
-        connections: to its neighbours.
+        group: group over MLX's ring.
+        connections: file descriptors of the connections to the neighbours.
     """
 
     def __init__(self, group: Group, connections: Sequence[int] = ()):
@@ -53,8 +53,8 @@ class CheckedGroup:
         self._poll = select.poll()
         for connection in connections:
             self._poll.register(connection, GONE)
-        self._asked: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        self._answered: queue.SimpleQueue[np.ndarray | RuntimeError] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[np.ndarray | RuntimeError] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def sum(self, x: mx.array) -> mx.array:
@@ -62,7 +62,7 @@ class CheckedGroup:
         return self.gather(x).sum(axis=0)
 
     def gather(self, x: mx.array) -> mx.array:
-        """Everybody's x, stacked on a new first axis.
+        """Stack x of all hosts on a new first axis.
 
         Raises:
             RingError: a host is lost.
@@ -71,26 +71,26 @@ class CheckedGroup:
         data = row.reshape(-1).view(np.uint8)
         self._number += 1
         seal = np.array([self._number, crc32(data.data)], np.int64)
-        self._asked.put(np.concatenate([seal.view(np.uint8), data]))
-        rows = self._answer()
+        self._requests.put(np.concatenate([seal.view(np.uint8), data]))
+        rows = self._wait()
         if not all(map(self._is_sealed, rows)):
             raise _lost()
         return mx.array(np.ascontiguousarray(rows[:, SEAL_BYTES:]).view(row.dtype).reshape(self.size, *row.shape))
 
-    def _answer(self) -> np.ndarray:
-        """What MLX's gather returns; unlike its own wait this one ends, and Ctrl-C gets through."""
-        limit_s = time.monotonic() + SILENCE_LIMIT_S
-        patience_s = LOOK_S
+    def _wait(self) -> np.ndarray:
+        """Wait for MLX's gather. Unlike MLX's own wait it ends when a host is lost, and on Ctrl-C."""
+        deadline = time.monotonic() + SILENCE_LIMIT_S
+        timeout_s = LOOK_S
         while True:
             try:
-                answer = self._answered.get(timeout=patience_s)
+                answer = self._results.get(timeout=timeout_s)
             except queue.Empty:
-                if patience_s == GRACE_S:
+                if timeout_s == GRACE_S:
                     raise _lost() from None
-                if time.monotonic() > limit_s:
-                    raise RingError(f"the other hosts have been silent for {SILENCE_LIMIT_S:.0f} s", HINT) from None
+                if time.monotonic() > deadline:
+                    raise RingError(f"the other hosts have not answered for {SILENCE_LIMIT_S:.0f} s", HINT) from None
                 if self._poll.poll(0):
-                    patience_s = GRACE_S
+                    timeout_s = GRACE_S
                 continue
             if isinstance(answer, RuntimeError):
                 raise _lost() from answer
@@ -102,21 +102,21 @@ class CheckedGroup:
 
     def _work(self) -> None:
         while True:
-            row = self._asked.get()
+            row = self._requests.get()
             try:
-                self._answered.put(np.array(self._group.gather(mx.array(row))))
+                self._results.put(np.array(self._group.gather(mx.array(row))))
             except RuntimeError as error:
-                self._answered.put(error)
+                self._results.put(error)
 
 
 def join_checked(connect: Callable[[], mx.distributed.Group]) -> CheckedGroup:
     """Join a group.
 
     Args:
-        connect: makes MLX's connections to the neighbours.
+        connect: opens MLX's connections to the neighbours.
 
     Raises:
-        RuntimeError: the others cannot be reached.
+        RuntimeError: the other hosts cannot be reached.
     """
     before = _connections()
     group = MlxGroup(connect())
@@ -124,7 +124,7 @@ def join_checked(connect: Callable[[], mx.distributed.Group]) -> CheckedGroup:
 
 
 def _connections() -> set[int]:
-    """File descriptors of this process that are connected sockets."""
+    """Return file descriptors of connected sockets of this process."""
     return {number for number in map(int, os.listdir("/dev/fd")) if _is_connected(number)}
 
 
@@ -134,10 +134,10 @@ def _is_connected(number: int) -> bool:
             return False
         with socket.socket(fileno=os.dup(number)) as connection:
             connection.getpeername()
-    except OSError:  # a socket that listens
+    except OSError:  # a listening socket
         return False
     return True
 
 
 def _lost() -> RingError:
-    return RingError("another host has ended, or cannot be reached any more", HINT)
+    return RingError("another host has stopped or cannot be reached any more", HINT)

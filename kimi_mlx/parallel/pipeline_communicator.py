@@ -1,7 +1,7 @@
-"""The exchange of ranks that each have some of the layers: states go from rank to rank, and back to the first.
+"""Communicator of ranks that each have some of the layers: hidden states go from rank to rank and back to rank 0.
 
-Rank 0 has the embedding and the head, so a token takes one message a rank, and no collective: what the leader says and
-the tokens that it has drawn travel in front of the others' work.
+Rank 0 has the embedding and the head, so a token takes one message per rank and no collective. The leader's header and
+its sampled tokens are sent with the hidden states.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from kimi_mlx.parallel.communicator import HEADER_SIZE, RankCommunicator, StepHe
 from kimi_mlx.parallel.group import LinkedGroup
 
 NUM_DIGITS = 4
-"""Of a token, and of a digest, in base 256."""
+"""Number of base-256 digits of a token or a digest."""
 
 
 class PipelineCommunicator(RankCommunicator):
-    """For `pipeline`.
+    """Communicator for `pipeline`.
 
     Args:
         group: the ranks, in the order of their layers.
-        hidden_size: of the states.
-        dtype: of the states.
+        hidden_size: size of a hidden state.
+        dtype: dtype of the hidden states.
     """
 
     def __init__(self, group: LinkedGroup, hidden_size: int, dtype: mx.Dtype):
@@ -40,7 +40,7 @@ class PipelineCommunicator(RankCommunicator):
         self._returned: StepHeader | None = None
 
     def recv_from_previous_stage(self, tokens: mx.array) -> mx.array:
-        """The states behind the layers of the rank before us."""
+        """Receive the hidden states from the previous rank."""
         self._next_header()
         states, self._header = self._recv_states(
             tokens.shape, HEADER_SIZE + NUM_DIGITS * self._num_tokens, self._number
@@ -49,9 +49,9 @@ class PipelineCommunicator(RankCommunicator):
         return states
 
     def send_to_next_stage(self, hidden: mx.array, tokens: mx.array, num_logits: int) -> mx.array:
-        """Send the states to the next rank; the last one sends those that are num_logits for back to rank 0.
+        """Send hidden states to the next rank; the last rank sends those that need logits to rank 0.
 
-        The message is on its way at once: what is built later comes after it.
+        The message is sent immediately, so that it precedes everything that is built later.
         """
         kept = hidden[:, :num_logits]
         if self.is_leader:
@@ -73,43 +73,43 @@ class PipelineCommunicator(RankCommunicator):
         return kept if self.is_leader else sent
 
     def recv_last_hidden(self, hidden: mx.array) -> mx.array:
-        """The states behind the last layer, on rank 0; in the order of send_to_next_stage.
+        """Receive the output of the last layer on rank 0, in the order of the calls of send_to_next_stage.
 
-        They are num_logits for at once: what is built later comes after them, whoever needs it first.
+        Receiving starts immediately, so that it precedes everything that is built later.
         """
-        number, handed = self._awaited.popleft()
-        assert handed is hidden  # else a sequence would get what is another's
+        number, sent = self._awaited.popleft()
+        assert sent is hidden  # otherwise a sequence would get the states of another
         states, self._header = self._recv_states(hidden.shape[:2], HEADER_SIZE, number)
         mx.async_eval(states, *self._header.arrays)
         self._returned = self._header
         return states
 
-    def send_numbers(self, note: Sequence[int], size: int) -> None:
-        """Send whole numbers ahead of the next step.
+    def send_numbers(self, numbers: Sequence[int], max_size: int) -> None:
+        """Send integers before the next step.
 
         Args:
-            note: them.
-            size: so many at most; all ranks name the same.
+            numbers: the integers.
+            max_size: maximum number of integers, the same on all ranks.
         """
-        rest = [0] * (size - len(note))
-        mx.async_eval(self._send(mx.array([self._number, len(note), *note, *rest], mx.int32)))
+        padding = [0] * (max_size - len(numbers))
+        mx.async_eval(self._send(mx.array([self._number, len(numbers), *numbers, *padding], mx.int32)))
 
-    def recv_numbers(self, size: int) -> list[int]:
-        """Hear them from the rank before us, and tell the next.
+    def recv_numbers(self, max_size: int) -> list[int]:
+        """Receive integers from the previous rank and forward them to the next.
 
         Raises:
-            RingError: what came is data of another step.
+            RingError: the data belongs to another step.
         """
-        note = self._recv(2 + size, mx.int32)
+        message = self._recv(2 + max_size, mx.int32)
         if self.group.rank < self.group.size - 1:
-            note = self._send(note)
-        number, length, *numbers = cast(list[int], note.tolist())
-        if number != self._number or not 0 <= length <= size:
+            message = self._send(message)
+        number, length, *numbers = cast(list[int], message.tolist())
+        if number != self._number or not 0 <= length <= max_size:
             raise lost_error(self.group.rank)
         return numbers[:length]
 
     def _recv_states(self, shape: Sequence[int], header_size: int, number: int) -> tuple[mx.array, StepHeader]:
-        """States from the rank before us, and what came with them."""
+        """Receive hidden states and their header from the previous rank."""
         B, L = shape
         size = B * L * self._hidden_size
         is_checked = self._is_checked(number)
@@ -120,29 +120,29 @@ class PipelineCommunicator(RankCommunicator):
         return states, StepHeader(word[None], number, digests=digests)
 
     def _send(self, x: mx.array) -> mx.array:
-        """To the next rank, from the last one to the first."""
+        """Send to the next rank; the last rank sends to the first."""
         return self._links.send(x, (self.group.rank + 1) % self.group.size)
 
     def _recv(self, size: int, dtype: mx.Dtype) -> mx.array:
-        """So many values from the rank before us."""
+        """Receive `size` values from the previous rank."""
         return self._links.recv(mx.zeros((size,), dtype), (self.group.rank - 1) % self.group.size)
 
     def _compare(self, digests: np.ndarray) -> None:
-        """Compare the states that were sent with those that came.
+        """Compare the sent hidden states with the received ones.
 
         Raises:
             RingError: they differ.
         """
         if (digests[0] != digests[1]).any():
-            before = (self.group.rank - 1) % self.group.size
+            previous = (self.group.rank - 1) % self.group.size
             raise RingError(
-                f"what rank {self.group.rank} received is not what rank {before} sent",
-                hint="the link between them is not sound: `kimi-mlx doctor` with the same hosts tests it",
+                f"rank {self.group.rank} received other data than rank {previous} sent",
+                hint="the link between them is faulty: test it with `kimi-mlx doctor` on the same hosts",
                 rank=self.group.rank,
             )
 
 
 def _digits(numbers: mx.array) -> mx.array:
-    """Whole numbers in base 256, whose digits any float type holds exactly; float32."""
+    """Return the base-256 digits of integers as float32; every float type represents them exactly."""
     flat = numbers.reshape(-1, 1).astype(mx.uint32)
     return ((flat >> mx.array([24, 16, 8, 0], mx.uint32)) & 255).reshape(-1).astype(mx.float32)

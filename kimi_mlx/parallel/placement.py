@@ -1,13 +1,13 @@
-"""Who holds what: a placement is data, made from the dimensions, a strategy and the weights of the ranks.
+"""Placements: the part of the model that each rank holds, from the dimensions, a strategy and the ranks' weights.
 
-A strategy is a name for a way to divide; collectives are those of one token:
+Strategies, what they shard, and the communication per token:
 
-    hybrid     rows of every expert and MLP, rows of the head; attention on every rank    one sum a layer
-    tensor     as hybrid, and the attention heads                                         two sums a layer
-    expert     whole experts, rows of shared experts and dense MLPs, rows of the head     one sum a layer
-    pipeline   layers; rank 0 has the embedding and the head, too                         one hand-over a rank
+    hybrid     rows of every expert and MLP, rows of the head; attention on every rank    one sum per layer
+    tensor     as hybrid, and the attention heads                                         two sums per layer
+    expert     whole experts, rows of shared experts and dense MLPs, rows of the head     one sum per layer
+    pipeline   layers; rank 0 has the embedding and the head, too                         one message per rank
 
-The embedding is never divided: that would cost a collective a token, to save a thousandth of the weights.
+The embedding is never sharded: that would cost a collective per token and save 0.1 % of the weights.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ StrategyName = Literal["hybrid", "tensor", "expert", "pipeline"]
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 
 MAX_WEIGHT = 1 << 20
-"""Of one rank in a strategy: enough for gigabytes, and for megabytes."""
+"""Maximum weight of a rank in a strategy: enough for sizes in gigabytes or megabytes."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Places start (included) to stop (excluded)."""
+    """Indices from start (included) to stop (excluded)."""
 
     start: int
     stop: int
@@ -44,17 +44,17 @@ class Range:
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank holds, in terms of the unquantized, undivided model.
+    """A rank's share of the weights, as index ranges of the unquantized, unsharded model.
 
     Args:
-        layers: of num_hidden_layers.
-        heads: of num_attention_heads.
-        experts: of n_routed_experts, whole ones.
-        expert_rows: of moe_intermediate_size, in each of these, and in the shared experts fused with them.
-        shared_rows: of the shared experts, where they are not fused with the routed ones.
-        dense_rows: of intermediate_size.
-        embed_rows: of vocab_size, in the embedding.
-        vocab_rows: of vocab_size, in the head; the last norm goes with it.
+        layers: range of num_hidden_layers.
+        heads: range of num_attention_heads.
+        experts: range of n_routed_experts, whole experts.
+        expert_rows: range of moe_intermediate_size, in each of these and in the shared experts fused with them.
+        shared_rows: range of the rows of shared experts that are not fused with the routed ones.
+        dense_rows: range of intermediate_size.
+        embed_rows: range of vocab_size in the embedding.
+        vocab_rows: range of vocab_size in the head; the last norm belongs to it.
     """
 
     layers: Range
@@ -67,7 +67,7 @@ class RankShare:
     vocab_rows: Range
 
     def range_of(self, name: str) -> Range:
-        """The span called `name`."""
+        """Return the range of the axis `name`."""
         return getattr(self, name)
 
 
@@ -76,8 +76,8 @@ class Placement:
     """The shares of all ranks.
 
     Args:
-        strategy: its name, with the weights of the ranks if they differ: `hybrid`, `tensor:3:1`.
-        shares: of the ranks in their order.
+        strategy: name of the strategy, with the weights of the ranks if they differ: `hybrid`, `tensor:3:1`.
+        shares: share of each rank.
     """
 
     strategy: str
@@ -89,17 +89,19 @@ class Placement:
         return len(self.shares)
 
     def is_sharded(self, name: str) -> bool:
-        """Whether ranks hold different spans of this name."""
+        """Return whether ranks hold different ranges of the axis `name`."""
         return len({share.range_of(name) for share in self.shares}) > 1
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: spans become pairs."""
-        shares = [{item.name: [span.start, span.stop] for item, span in _spans(share)} for share in self.shares]
+        """Return the placement as JSON; ranges become pairs."""
+        shares = [
+            {item.name: [indices.start, indices.stop] for item, indices in _ranges(share)} for share in self.shares
+        ]
         return {"strategy": self.strategy, "shares": shares}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
-        """Read what to_dict has written; KeyError, TypeError or ValueError for anything else."""
+        """Read the output of to_dict; raise KeyError, TypeError or ValueError for anything else."""
         shares = (
             RankShare(**{name: Range(*map(int, span)) for name, span in share.items()}) for share in value["shares"]
         )
@@ -107,25 +109,23 @@ class Placement:
 
     @property
     def digest(self) -> str:
-        """A short name that tells placements of equal strategy and size apart."""
+        """Short hash that distinguishes placements of equal strategy and size."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
 
 
-def _spans(share: RankShare) -> list[tuple[Field[Any], Range]]:
+def _ranges(share: RankShare) -> list[tuple[Field[Any], Range]]:
     return [(item, share.range_of(item.name)) for item in fields(share)]
 
 
 @dataclass(frozen=True)
 class SplitGranularity:
-    """The smallest piece of each axis that can be held alone: what makes a whole quantization group, or one.
-
-    None where a checkpoint has no such matrices.
+    """Smallest splittable unit of each axis: a whole quantization group, or 1. None without such matrices.
 
     Args:
-        heads: attention heads, by the columns of the output projections.
-        expert: rows of an expert, by the columns of the experts' down projections.
-        shared: of the shared experts' down projections.
-        dense: of the dense layers' down projections.
+        heads: number of attention heads, from the columns of the output projections.
+        expert: number of expert rows, from the columns of the experts' down projections.
+        shared: the same for the shared experts.
+        dense: the same for the dense layers.
     """
 
     heads: int | None = 1
@@ -135,36 +135,36 @@ class SplitGranularity:
 
 
 def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
-    """A strategy's name and the weights of its ranks, as far as they are given.
+    """Return the name of a strategy and the weights of its ranks, if given.
 
     Args:
-        text: such as `hybrid`, or `hybrid:512:128` for two ranks of unequal memory.
+        text: strategy, such as `hybrid`, or `hybrid:512:128` for two ranks of unequal memory.
 
     Raises:
-        UsageError: no such strategy, or weights that are no whole numbers from 1.
+        UsageError: unknown strategy, or weights that are not positive integers.
     """
     name, *parts = text.split(":")
     if name not in STRATEGIES:
-        raise UsageError(f"there is no strategy `{name}`", hint=f"use one of {', '.join(STRATEGIES)}")
+        raise UsageError(f"unknown strategy `{name}`", hint=f"use one of {', '.join(STRATEGIES)}")
     if not all(part.isascii() and part.isdigit() and 0 < int(part) <= MAX_WEIGHT for part in parts):
         raise UsageError(
-            f"`{text}` gives no weight to each rank",
-            hint=f"write whole numbers up to {MAX_WEIGHT}, one a rank: `--strategy {name}:3:1`",
+            f"`{text}` has invalid weights",
+            hint=f"use whole numbers from 1 to {MAX_WEIGHT}, one per rank: `--strategy {name}:3:1`",
         )
     return name, tuple(map(int, parts))
 
 
 def normalize_strategy(text: str, world_size: int) -> str:
-    """The one way to write a strategy: without equal weights, without common factors; `hybrid` for one rank.
+    """Return a strategy in canonical form: no equal weights, no common factors; `hybrid` for one rank.
 
     Raises:
-        UsageError: as parse_strategy; or weights of more or fewer ranks.
+        UsageError: as in parse_strategy, or the number of weights is not the number of ranks.
     """
     name, weights = parse_strategy(text)
     if weights and len(weights) != world_size:
         raise UsageError(
-            f"`{text}` gives weights to {len(weights)} ranks, but there are {world_size}",
-            hint=f"give one weight a rank, or none: `--strategy {name}`",
+            f"`{text}` has {len(weights)} weights, but there are {world_size} ranks",
+            hint=f"give one weight per rank, or none: `--strategy {name}`",
         )
     if world_size == 1:
         return "hybrid"
@@ -175,39 +175,39 @@ def normalize_strategy(text: str, world_size: int) -> str:
 
 
 def place(config: ModelConfig, strategy: str, world_size: int, granularity: SplitGranularity) -> Placement:
-    """Divide in proportion to the weights, as far as the units allow.
+    """Return the placement that splits in proportion to the weights, as far as the granularity allows.
 
     Args:
         config: the model's dimensions.
-        strategy: as in parse_strategy.
+        strategy: strategy as in parse_strategy.
         world_size: number of ranks.
-        units: of the checkpoint.
+        granularity: smallest splittable units of the checkpoint.
 
     Raises:
-        PlacementError: a rank would hold nothing of some matrix.
+        PlacementError: a rank would hold nothing of a matrix.
         UsageError: as normalize_strategy.
     """
     strategy = normalize_strategy(strategy, world_size)
     name, weights = parse_strategy(strategy)
     is_sharded = {field: field in SHARDED_AXES[name] for field in (each.name for each in fields(RankShare))}
 
-    def spans(field: str, total: int, unit: int | None, what: str) -> list[Range]:
+    def ranges(field: str, total: int, unit: int | None, axis: str) -> list[Range]:
         if not is_sharded[field]:
             return [Range(0, total)] * world_size
-        return split_proportionally(total, unit, weights or (1,) * world_size, what)
+        return split_proportionally(total, unit, weights or (1,) * world_size, axis)
 
     width = config.moe_intermediate_size
     columns = {
-        "layers": spans("layers", config.num_hidden_layers, 1, "layers"),
-        "heads": spans("heads", config.num_attention_heads, granularity.heads, "heads"),
-        "experts": spans("experts", config.n_routed_experts, 1, "experts"),
-        "expert_rows": spans("expert_rows", width, granularity.expert, "expert rows"),
-        "shared_rows": spans(
+        "layers": ranges("layers", config.num_hidden_layers, 1, "layers"),
+        "heads": ranges("heads", config.num_attention_heads, granularity.heads, "heads"),
+        "experts": ranges("experts", config.n_routed_experts, 1, "experts"),
+        "expert_rows": ranges("expert_rows", width, granularity.expert, "expert rows"),
+        "shared_rows": ranges(
             "shared_rows", width * max(config.n_shared_experts, 1), granularity.shared, "shared expert rows"
         ),
-        "dense_rows": spans("dense_rows", config.intermediate_size, granularity.dense, "dense rows"),
+        "dense_rows": ranges("dense_rows", config.intermediate_size, granularity.dense, "dense rows"),
         "embed_rows": [Range(0, config.vocab_size)] * world_size,
-        "vocab_rows": spans("vocab_rows", config.vocab_size, 1, "rows of the vocabulary"),
+        "vocab_rows": ranges("vocab_rows", config.vocab_size, 1, "rows of the vocabulary"),
     }
     if name == "pipeline":
         elsewhere = [Range(0, 0)] * (world_size - 1)
@@ -224,20 +224,20 @@ SHARDED_AXES: Mapping[StrategyName, frozenset[str]] = {
     "expert": frozenset({"experts", "shared_rows", "dense_rows", "vocab_rows"}),
     "pipeline": frozenset({"layers"}),
 }
-"""The spans of a RankShare in which the ranks of a strategy differ; of those in which they do not, each has all."""
+"""Axes that a strategy shards. Of all other axes each rank holds everything."""
 
 
-def split_proportionally(total: int, unit: int | None, weights: Sequence[float], what: str) -> list[Range]:
-    """Cut `total` into consecutive spans of whole units, in proportion to the weights, at least a unit each.
+def split_proportionally(total: int, unit: int | None, weights: Sequence[float], axis: str) -> list[Range]:
+    """Split `total` into consecutive ranges of whole units, in proportion to the weights, at least one unit each.
 
-    Sizes are rounded down, and what is left goes to the largest: a small rank gets no more than fits. Without a unit
-    there is nothing to split_proportionally, and the spans are empty.
+    Sizes are rounded down and the rest goes to the largest ranks, so that a small rank never gets more than fits.
+    Without a unit the ranges are empty.
 
     Args:
-        total: what is divided.
-        unit: the smallest piece; the last span may end with a part of one.
-        weights: one a rank, above 0.
-        what: is divided, for messages.
+        total: size of the axis.
+        unit: smallest splittable unit; the last range may end with a partial one.
+        weights: weight of each rank, above 0.
+        axis: description of the axis, for messages.
 
     Raises:
         PlacementError: fewer units than ranks.
@@ -247,7 +247,7 @@ def split_proportionally(total: int, unit: int | None, weights: Sequence[float],
     pieces = math.ceil(total / unit)
     if pieces < len(weights):
         raise PlacementError(
-            f"{total} {what} in groups of {unit} make {pieces} pieces, too few for {len(weights)} ranks",
+            f"{total} {axis} in units of {unit} make {pieces} pieces, but there are {len(weights)} ranks",
             hint=f"use at most {pieces} ranks for this model, or another --strategy",
         )
     sizes = [max(1, int(pieces * weight / sum(weights))) for weight in weights]

@@ -46,7 +46,7 @@ from tests.mlx_launch import loopback_hostfile, ring_variables
 
 pytestmark = pytest.mark.ranks
 
-LOST = "another host has ended, or cannot be reached any more"
+LOST = "another host has stopped or cannot be reached any more"
 
 
 @dataclass

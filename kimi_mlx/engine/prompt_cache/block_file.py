@@ -1,7 +1,7 @@
-"""One block of a prompt cache as a file: the rows of 256 tokens in all layers of a rank, and how it is named.
+"""Files of the prompt cache: each block holds the KV cache rows of 256 tokens in all layers of a rank.
 
-A block is named by a chain of hashes: that of the block before it, and its own tokens. So equal beginnings of prompts
-have equal blocks, and a name says everything that the rows depend on.
+A block's name is a hash of the previous block's name and its own tokens. Equal prefixes therefore have equal blocks,
+and a name identifies everything that the rows depend on.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from kimi_mlx.errors import CacheError
 from kimi_mlx.files import write_atomically
 
 BLOCK_TOKENS = 256
-"""As many as the cache in memory grows by. In K2 18 MB: large enough for the disk's full speed, few enough files (512
-for a context of 128 k), and what a turn leaves over is computed again in about a second."""
+"""Tokens per block: the growth step of the cache in memory. In K2 18 MB, which is large enough for the disk's full
+speed and gives few files (512 for 128k tokens); an incomplete block is recomputed in about a second."""
 
 FORMAT = 1
-"""Raised when blocks are written otherwise, or mean something else."""
+"""Version of the format; increment it when the contents of blocks change."""
 
 NAME_BYTES = 16
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the rows of a token are on this rank.
+    """Shape of a block's rows on this rank.
 
     Args:
-        layers: held here.
-        width: numbers a token and layer: kv_lora_rank + qk_rope_head_dim.
-        dtype: of the numbers.
+        layers: number of layers on the rank.
+        width: number of values per token and layer: kv_lora_rank + qk_rope_head_dim.
+        dtype: dtype of the values.
     """
 
     layers: int
@@ -46,27 +46,27 @@ class BlockShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token."""
+        """Size of one token."""
         return self.layers * self.width * self.dtype.size
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block's rows."""
+        """Size of a block's rows."""
         return BLOCK_TOKENS * self.token_bytes
 
     @property
     def dimensions(self) -> tuple[int, int, int]:
-        """Of a block's rows."""
+        """Shape of a block's rows."""
         return self.layers, BLOCK_TOKENS, self.width
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's place in the chain.
+    """A block in a chain.
 
     Args:
-        name: its own, in hexadecimal.
-        parent: the name of the one before it; of the first one the root.
+        name: name of the block, in hexadecimal.
+        parent: name of the previous block; the root for the first.
     """
 
     name: str
@@ -74,17 +74,17 @@ class Block:
 
     @property
     def file_name(self) -> str:
-        """It has the parent in it, so that a folder's listing is enough to see the chains."""
+        """File name. It contains the parent, so that listing the folder reveals the chains."""
         return f"{self.name}-{self.parent}.safetensors"
 
 
 def root_of(key: str) -> str:
-    """The name that all chains of a key begin with."""
+    """Return the parent of the first blocks of a key."""
     return _hash(f"kimi-mlx prompt cache {FORMAT}\n{key}".encode())
 
 
 def chain(root: str, tokens: Sequence[int]) -> Iterator[Block]:
-    """The whole blocks of a sequence in their order, each hashed when it is asked for."""
+    """Yield the complete blocks of a sequence in order; each is hashed on demand."""
     parent = root
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         name = _hash(bytes.fromhex(parent) + _bytes_of(tokens[start : start + BLOCK_TOKENS]))
@@ -93,16 +93,16 @@ def chain(root: str, tokens: Sequence[int]) -> Iterator[Block]:
 
 
 def write_block(path: Path, block: Block, tokens: Sequence[int], rows: mx.array) -> None:
-    """Write a block, whole or not at all.
+    """Write a block atomically.
 
     Args:
-        path: of the file.
-        block: its name.
-        tokens: BLOCK_TOKENS.
-        rows: (layers, BLOCK_TOKENS, width), evaluated: this may be another thread than the engine's.
+        path: path of the file.
+        block: the block.
+        tokens: BLOCK_TOKENS token ids.
+        rows: (layers, BLOCK_TOKENS, width), evaluated, because this may run in another thread than the engine.
 
     Raises:
-        OSError: as the disk says.
+        OSError: the file cannot be written.
     """
     metadata = {"block": block.name, "tokens": _bytes_of(tokens).hex(), "crc32": _checksum(rows)}
     stream = io.BytesIO()
@@ -111,20 +111,20 @@ def write_block(path: Path, block: Block, tokens: Sequence[int], rows: mx.array)
 
 
 def read_block(path: Path, block: Block, tokens: Sequence[int], shape: BlockShape) -> mx.array:
-    """The rows of a block: (layers, BLOCK_TOKENS, width).
+    """Return the rows of a block, (layers, BLOCK_TOKENS, width).
 
     Raises:
-        CacheError: it is not there, or not what it should be, to the last bit.
+        CacheError: the file is missing, damaged, or belongs to another block.
     """
     try:
-        path.stat()  # MLX has one error for all
+        path.stat()  # MLX does not distinguish errors
         loaded: Any = mx.load(str(path), return_metadata=True)
         rows: mx.array = loaded[0]["rows"]
         metadata: dict[str, str] = loaded[1]
         if (rows.shape, rows.dtype) != (shape.dimensions, shape.dtype):
             raise ValueError(f"rows are {rows.shape} of {rows.dtype}, not {shape.dimensions} of {shape.dtype}")
         if (metadata["block"], metadata["tokens"]) != (block.name, _bytes_of(tokens).hex()):
-            raise ValueError("it is of other tokens, or of another model")
+            raise ValueError("it belongs to other tokens or to another model")
         mx.eval(rows)
         if metadata["crc32"] != _checksum(rows):
             raise ValueError("the checksum is wrong")
@@ -138,7 +138,7 @@ def _bytes_of(tokens: Sequence[int]) -> bytes:
 
 
 def _checksum(rows: mx.array) -> str:
-    """2 GB/s; it finds what a disk or a copy has garbled, and is no defence against somebody who means it."""
+    """Return the CRC-32 (2 GB/s). It detects corruption, not manipulation."""
     return f"{zlib.crc32(memoryview(rows)):08x}"  # pyright: ignore[reportArgumentType]
 
 

@@ -1,9 +1,9 @@
-"""The folder of a prompt cache on disk: whose it is, what lies in it, and how much may.
+"""The folder of a prompt cache on disk: locking, scanning and size limits.
 
-<cache-dir>/kv-<key>/<share>/    a folder for everything that ranks must have alike, in it one for each rank's share
+<cache-dir>/kv-<key>/<share>/    per key (everything that ranks have in common), a folder for each rank's share
     lock, <name>-<parent>.safetensors ...
 
-The lock file says of which weights the blocks are.
+The lock file contains the stamp of the weights that the blocks belong to.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ PART = re.compile(FILE.pattern + r"\.\d+\.part")
 LOCK = "lock"
 
 LOCK_WAIT_S = 2.0
-"""For a process that is just ending, as when a ring is started again."""
+"""Wait for a process that is just ending, for example when a ring restarts."""
 
 
 def open_folder(cache_dir: Path, root: str, share: str, stamp: str) -> tuple[Path, int]:
-    """Make a share's folder and lock it for as long as this process lives.
+    """Create a share's folder and lock it for the lifetime of this process.
 
-    Prompts lie in it in the clear: nobody else may read it. If it bears another stamp, what is in it is removed.
+    It contains prompts in plain text, so other users cannot read it. Blocks with another stamp are removed.
 
     Returns:
-        The folder, and the handle of the lock.
+        The folder and the file descriptor of the lock.
 
     Raises:
-        BlockingIOError: another process has it.
-        OSError: it cannot be made or written.
+        BlockingIOError: another process has locked it.
+        OSError: the folder cannot be created or written.
     """
     folder = cache_dir / f"kv-{root}" / share
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -54,7 +54,7 @@ def open_folder(cache_dir: Path, root: str, share: str, stamp: str) -> tuple[Pat
 
 
 def scan(folder: Path, block_bytes: int) -> dict[Block, float]:
-    """The blocks in a folder, and when each was last wanted; removes what was not written to its end."""
+    """Return the blocks in a folder with the time of their last use. Remove incomplete files."""
     found: dict[Block, float] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -69,27 +69,29 @@ def scan(folder: Path, block_bytes: int) -> dict[Block, float]:
 
 
 def oldest_first(found: dict[Block, float], root: str) -> list[Block]:
-    """The blocks that hang on the root, those first that were wanted longest ago.
+    """Return the blocks reachable from the root, least recently used first.
 
-    A block is as recent as the most recent one behind it: a chain is given up from its end.
+    A block is as recent as its most recent descendant, so a chain is evicted from its end.
     """
     children: dict[str, list[Block]] = {}
     for block in {block.name: block for block in found if block.name != root}.values():
         children.setdefault(block.parent, []).append(block)
     reached: list[Block] = list(children.get(root, []))
-    for block in reached:  # which grows: each one comes behind its parent
+    for block in reached:  # grows while iterating; each block comes after its parent
         reached += children.get(block.name, [])
     recent = {block.name: found[block] for block in reached}
     for block in reversed(reached):
         recent[block.parent] = max(recent.get(block.parent, 0.0), recent[block.name])
     reached.reverse()
-    return sorted(reached, key=lambda block: recent[block.name])  # of equally recent ones the deeper stay in front
+    return sorted(
+        reached, key=lambda block: recent[block.name]
+    )  # the sort is stable: of equally recent blocks, descendants come first
 
 
-def make_way(cache_dir: Path, root: str, max_bytes: int) -> int:
-    """Remove what other models have left here, the oldest first, until it is half of what may be; bytes that remain.
+def evict_other_models(cache_dir: Path, root: str, max_bytes: int) -> int:
+    """Remove blocks of other models, oldest first, until they use half of `max_bytes`; return the bytes that remain.
 
-    What another process uses stays.
+    Folders that another process uses are kept.
     """
     groups = [path for path in cache_dir.glob("kv-*") if GROUP.fullmatch(path.name) and path.name != f"kv-{root}"]
     sizes = {group: sum(_size(file) for file in _files(group)) for group in groups}
@@ -101,12 +103,12 @@ def make_way(cache_dir: Path, root: str, max_bytes: int) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the disk of a folder has left."""
+    """Return the free bytes on the disk of a folder."""
     return shutil.disk_usage(folder).free
 
 
 def _remove(group: Path) -> bool:
-    """Remove a group's files; False if one of its shares is in use."""
+    """Remove the files of a key's folder; return False if a share in it is in use."""
     locks: list[int] = []
     try:
         locks += [_lock(share) for share in group.iterdir() if share.is_dir()]

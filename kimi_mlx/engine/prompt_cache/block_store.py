@@ -1,8 +1,8 @@
-"""A prompt cache on disk: which blocks there are, and which go when there are too many.
+"""A prompt cache on disk: the index of its blocks, and their eviction.
 
-On several ranks each keeps its own rows, and all must count the same blocks as there: at the start they agree on what
-all of them have (`names`, `keep`), and from then on the same calls in the same order lead to the same decisions.
-Nothing that only one rank knows, such as how far its disk is, takes part in them.
+Each rank stores its own rows, and all ranks must have the same index. At the start they agree on the blocks that all of
+them have (`names`, `keep`); from then on the same calls in the same order lead to the same decisions. No decision
+depends on anything local to a rank, such as the progress of its disk.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from pathlib import Path
 import mlx.core as mx
 
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS, Block, BlockShape, chain, read_block, root_of
-from kimi_mlx.engine.prompt_cache.block_folder import free_bytes, make_way, oldest_first, open_folder, scan
-from kimi_mlx.engine.prompt_cache.block_writer import RESERVE_BYTES, BlockWriter, Pending
+from kimi_mlx.engine.prompt_cache.block_folder import evict_other_models, free_bytes, oldest_first, open_folder, scan
+from kimi_mlx.engine.prompt_cache.block_writer import RESERVE_BYTES, BlockWriter, PendingBlock
 from kimi_mlx.errors import CacheError, RingError
 
 MAX_NEW_BLOCKS = 64
-"""Of a turn: 16 k tokens, in K2 1.2 GB of copies until they are written. The next turn goes on behind them."""
+"""Maximum number of new blocks per call: 16k tokens, in K2 1.2 GB of copies until they are written."""
 
 HEADER_BYTES = 4096
-"""Of a block's file, at most."""
+"""Maximum size of a file's header."""
 
 RowsOf = Callable[[int, int], mx.array]
-"""The rows of the tokens from the first number up to the second: (layers, tokens, width)."""
+"""Function from a range of tokens (start, stop) to their rows, (layers, tokens, width)."""
 
 
 class BlockStore:
-    """Blocks of one model and share; what is in the way of keeping any is told once, and then there are none.
+    """The blocks of one model and one share. If they cannot be stored, it warns once and stays empty.
 
     Args:
-        cache_dir: made if missing; other models may have blocks in it, too.
+        cache_dir: folder, created if missing; other models may have blocks in it, too.
         key: everything that the rows depend on and that ranks have in common.
-        share: which rows this rank has; a folder's name.
-        stamp: of the weights on this host; if it has changed, older blocks are worthless.
-        shape: of the rows.
-        max_bytes: for all that is in cache_dir.
-        parts: ranks on this host, which share that.
-        warn: told what is wrong, from any thread.
+        share: name of the folder for this rank's share.
+        stamp: stamp of the weights on this host; blocks with another stamp are discarded.
+        shape: shape of the rows.
+        max_bytes: size limit of cache_dir.
+        parts: number of ranks on this host, which share the limit.
+        warn: callback for warnings, from any thread.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class BlockStore:
         self.shape = shape
         self._root = root_of(key)
         self._blocks: OrderedDict[str, Block] = OrderedDict()
-        """By name, those first that go first: a block always before the one that it hangs on."""
+        """Blocks by name, in order of eviction: a block always comes before its parent."""
         self.capacity = 0
         self._is_agreed = False
         self._lock: int | None = None
         try:
             self._folder, self._lock = open_folder(cache_dir, self._root, share, stamp)
             found = scan(self._folder, shape.block_bytes)
-            others = make_way(cache_dir, self._root, max_bytes)
+            others = evict_other_models(cache_dir, self._root, max_bytes)
             free = free_bytes(self._folder) - RESERVE_BYTES
             room = min((max_bytes - others) // parts, self._file_bytes * len(found) + free // parts)
         except BlockingIOError:
@@ -91,15 +91,15 @@ class BlockStore:
         return self.shape.block_bytes + HEADER_BYTES
 
     def names(self) -> list[str]:
-        """The blocks that are here, those first that go first."""
+        """Return the names of the blocks, in order of eviction."""
         return list(self._blocks)
 
     def keep(self, names: Sequence[str], capacity: int) -> None:
-        """What all ranks have agreed on, once, before anything else; from here on a block that is missing is an error.
+        """Keep only the blocks that all ranks have. Call it once, first; a missing block is an error afterwards.
 
         Args:
-            names: those that all ranks have, in the order of one of them.
-            capacity: the smallest of all ranks, in blocks.
+            names: names of the blocks that all ranks have, in the order of one rank.
+            capacity: smallest capacity of any rank, in blocks.
         """
         kept = OrderedDict((name, self._blocks.pop(name)) for name in names)
         for block in self._blocks.values():
@@ -108,17 +108,17 @@ class BlockStore:
         self._evict()
 
     def find(self, tokens: Sequence[int]) -> list[Block]:
-        """The longest chain of blocks that a sequence begins with."""
+        """Return the longest chain of stored blocks that a sequence begins with."""
         if not self._blocks:
             return []
         return list(itertools.takewhile(lambda block: block.name in self._blocks, chain(self._root, tokens)))
 
     def read(self, block: Block, tokens: Sequence[int]) -> mx.array:
-        """The rows of a block that `find` has found: (layers, BLOCK_TOKENS, width).
+        """Return the rows of a block from `find`, (layers, BLOCK_TOKENS, width).
 
         Raises:
-            CacheError: it cannot be used; it is no longer counted.
-            RingError: the same, but the other ranks count on it: they must agree again.
+            CacheError: the block cannot be used; it is removed from the index.
+            RingError: the same if other ranks rely on the block: they must agree again.
         """
         if (pending := self._writer.waiting(block.name)) is not None:
             return pending.rows
@@ -130,16 +130,15 @@ class BlockStore:
             del self._blocks[block.name]
             if self._is_agreed:
                 raise RingError(
-                    f"{error.message}, and the other ranks count on it",
-                    hint="the ring starts again without it; if it happens again, look at the disk, "
-                    "or do without `--cache-dir`",
+                    f"{error.message}, but the other ranks rely on it",
+                    hint="the ring restarts without it; if this happens again, check the disk, or omit `--cache-dir`",
                 ) from error
             raise
 
     def put(self, tokens: Sequence[int], rows_of: RowsOf) -> None:
-        """Keep the whole blocks of a sequence; they count as kept at once, and are written in the background.
+        """Store the complete blocks of a sequence: indexed immediately, written in the background.
 
-        The first new ones, if there are many: the others when the sequence comes back.
+        At most MAX_NEW_BLOCKS are stored; the others follow when the sequence returns.
         """
         if not self.capacity or (self._writer.has_failed and not self._is_agreed):
             return
@@ -153,7 +152,7 @@ class BlockStore:
                 new.append((index * BLOCK_TOKENS, block))
         for start, block in new:
             self._write(block, tokens[start : start + BLOCK_TOKENS], rows_of(start, start + BLOCK_TOKENS))
-        for block in reversed(blocks):  # so that the first is the last to go
+        for block in reversed(blocks):  # so that the first block is evicted last
             self._blocks[block.name] = block
             self._blocks.move_to_end(block.name)
         self._evict()
@@ -161,7 +160,7 @@ class BlockStore:
             self._writer.touch(blocks[-1])
 
     def close(self, limit_s: float = 10.0) -> None:
-        """Write what waits, and let others have the folder."""
+        """Write pending blocks and unlock the folder."""
         if self._lock is None:
             return
         self._writer.flush(limit_s)
@@ -171,10 +170,10 @@ class BlockStore:
 
     def _write(self, block: Block, tokens: Sequence[int], rows: mx.array) -> None:
         assert (rows.shape, rows.dtype) == (self.shape.dimensions, self.shape.dtype)
-        rows = mx.contiguous(rows)  # the writer's thread can compute nothing
+        rows = mx.contiguous(rows)  # the writer thread cannot compute
         is_finite = mx.isfinite(rows).all()
         mx.async_eval(rows, is_finite)
-        self._writer.write(Pending(block, tokens, rows, is_finite))
+        self._writer.write(PendingBlock(block, tokens, rows, is_finite))
 
     def _evict(self) -> None:
         while len(self._blocks) > self.capacity:

@@ -1,4 +1,4 @@
-"""The thread that writes a prompt cache to the disk, so that decoding never waits for it."""
+"""The thread that writes the prompt cache to disk, so that decoding never waits for it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from kimi_mlx.files import is_disk_full
 from kimi_mlx.units import format_bytes
 
 RESERVE_BYTES = 2 * 10**9
-"""Left free on the disk for others."""
+"""Space on the disk that stays free for other uses."""
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A block that is to be written.
+class PendingBlock:
+    """A block to be written.
 
     Args:
-        block: its name.
-        tokens: of it.
-        rows: (layers, tokens, width), on their way to be computed.
-        is_finite: whether all of them are numbers, as well.
+        block: the block.
+        tokens: tokens of the block.
+        rows: (layers, tokens, width), evaluation started.
+        is_finite: whether all values are finite, evaluation started.
     """
 
     block: Block
@@ -39,24 +39,24 @@ class Pending:
 
 
 class BlockWriter:
-    """Writes, removes and touches files in the order in which it is told.
+    """Writes, removes and touches files in the order of the calls.
 
     Args:
-        folder: of the files.
-        max_pending: blocks that may wait; further ones are dropped.
-        warn: told once of what goes wrong, from the thread.
+        folder: folder of the files.
+        max_pending: maximum number of waiting blocks; further ones are dropped.
+        warn: callback for the first error, called from the thread.
     """
 
     def __init__(self, folder: Path, max_pending: int, warn: Callable[[str], None]):
         self._folder, self._max_pending, self._warn = folder, max_pending, warn
-        self._pending: dict[str, Pending] = {}
+        self._pending: dict[str, PendingBlock] = {}
         self._jobs = queue.SimpleQueue[Callable[[], None]]()
         self.has_failed = False
-        """Whether nothing is written any more."""
+        """Whether writing has stopped after an error."""
         threading.Thread(target=self._work, daemon=True).start()
 
-    def write(self, pending: Pending) -> bool:
-        """Take a block to be written; False if it is dropped."""
+    def write(self, pending: PendingBlock) -> bool:
+        """Queue a block; return False if it is dropped."""
         if self.has_failed:
             return False
         if len(self._pending) >= self._max_pending:
@@ -66,8 +66,8 @@ class BlockWriter:
         self._jobs.put(lambda: self._write(pending))
         return True
 
-    def waiting(self, name: str) -> Pending | None:
-        """A block that is not written yet."""
+    def waiting(self, name: str) -> PendingBlock | None:
+        """Return a block that is not written yet, if any."""
         return self._pending.get(name)
 
     def remove(self, block: Block) -> None:
@@ -75,11 +75,11 @@ class BlockWriter:
         self._jobs.put(lambda: (self._folder / block.file_name).unlink(missing_ok=True))
 
     def touch(self, block: Block) -> None:
-        """Note that a block, and so all those before it, were wanted now."""
+        """Record that a block, and so all blocks before it, was just used."""
         self._jobs.put(lambda: os.utime(self._folder / block.file_name))
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until all is done that was asked for; False if it takes too long."""
+        """Wait for all queued jobs; return False on timeout."""
         done = threading.Event()
         self._jobs.put(done.set)
         return done.wait(limit_s)
@@ -87,16 +87,16 @@ class BlockWriter:
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
-            with contextlib.suppress(OSError):  # of removing and touching: what is not there needs neither
+            with contextlib.suppress(OSError):  # from removing or touching a missing file
                 job()
-            del job  # and with it the rows
+            del job  # frees the rows
 
-    def _write(self, pending: Pending) -> None:
+    def _write(self, pending: PendingBlock) -> None:
         try:
             if not self.has_failed and pending.is_finite.item():
                 free = shutil.disk_usage(self._folder).free - pending.rows.nbytes
                 if free < RESERVE_BYTES:
-                    return self._fail(f"less than {format_bytes(RESERVE_BYTES)} are free at `{self._folder}`")
+                    return self._fail(f"less than {format_bytes(RESERVE_BYTES)} is free at `{self._folder}`")
                 write_block(self._folder / pending.block.file_name, pending.block, pending.tokens, pending.rows)
         except OSError as error:
             reason = "the disk is full" if is_disk_full(error) else error.strerror or str(error)
@@ -104,10 +104,10 @@ class BlockWriter:
         except RuntimeError as error:  # MLX's
             self._fail(str(error))
         finally:
-            if self._pending.get(pending.block.name) is pending:  # else it has been asked for anew
+            if self._pending.get(pending.block.name) is pending:  # otherwise it was queued again
                 del self._pending[pending.block.name]
 
     def _fail(self, reason: str) -> None:
         if not self.has_failed:
             self.has_failed = True
-            self._warn(f"the prompt cache is no longer written to the disk: {reason}")
+            self._warn(f"the prompt cache is no longer written to disk: {reason}")

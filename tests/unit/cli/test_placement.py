@@ -88,14 +88,14 @@ def test_every_answer_says_how_it_was_placed() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("chat", "--strategy", "vertical"), "there is no strategy `vertical`"),
-        (("chat", "--strategy", "tensor:0:1"), "gives no weight to each rank"),
-        (("chat", "--ranks", "2", "--strategy", "tensor:1:2:3", "-p", "x"), "3 ranks, but there are 2"),
-        (("bench", "--ranks", "2", "--strategy", "tensor:1"), "1 ranks, but there are 2"),
-        (("download", "--ranks", "2", "--strategy", "tensor:1:2:3"), "3 ranks, but there are 2"),
+        (("chat", "--strategy", "vertical"), "unknown strategy `vertical`"),
+        (("chat", "--strategy", "tensor:0:1"), "has invalid weights"),
+        (("chat", "--ranks", "2", "--strategy", "tensor:1:2:3", "-p", "x"), "3 weights, but there are 2 ranks"),
+        (("bench", "--ranks", "2", "--strategy", "tensor:1"), "1 weights, but there are 2 ranks"),
+        (("download", "--ranks", "2", "--strategy", "tensor:1:2:3"), "3 weights, but there are 2 ranks"),
         (("download", "--strategy", "tensor"), "--strategy is for --ranks"),
-        (("launch", "--hosts", "a,b", "check", "--strategy", "tensor:1:2:3"), "3 ranks, but there are 2"),
-        (("launch", "--hosts", "a,b", "download", "--strategy", "none"), "there is no strategy `none`"),
+        (("launch", "--hosts", "a,b", "check", "--strategy", "tensor:1:2:3"), "3 weights, but there are 2 ranks"),
+        (("launch", "--hosts", "a,b", "download", "--strategy", "none"), "unknown strategy `none`"),
     ],
 )
 def test_wrong_strategies_are_wrong_usage(words: tuple[str, ...], message: str) -> None:

@@ -36,7 +36,7 @@ WEIGHTS = st.lists(st.integers(1, 600), min_size=1, max_size=8)
 def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights: Sequence[int]) -> None:
     pieces = -(-total // unit)
     if pieces < len(weights):
-        with pytest.raises(PlacementError, match=f"{pieces} pieces, too few for {len(weights)} ranks"):
+        with pytest.raises(PlacementError, match=f"{pieces} pieces, but there are {len(weights)} ranks"):
             split_proportionally(total, unit, weights, "rows")
         return
     spans = split_proportionally(total, unit, weights, "rows")
@@ -122,13 +122,13 @@ def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rings", "no strategy `rings`"),
-        ("", "no strategy ``"),
-        ("hybrid:1:0", "no weight to each rank"),
-        ("hybrid:1:x", "no weight to each rank"),
-        ("hybrid:1:", "no weight to each rank"),
-        ("hybrid:1:1048577", "no weight to each rank"),
-        ("hybrid:1:2:3", "weights to 3 ranks, but there are 2"),
+        ("rings", "unknown strategy `rings`"),
+        ("", "unknown strategy ``"),
+        ("hybrid:1:0", "invalid weights"),
+        ("hybrid:1:x", "invalid weights"),
+        ("hybrid:1:", "invalid weights"),
+        ("hybrid:1:1048577", "invalid weights"),
+        ("hybrid:1:2:3", "has 3 weights, but there are 2 ranks"),
     ],
 )
 def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
@@ -139,7 +139,7 @@ def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "words"),
-    [("hybrid", "expert rows in groups of 32"), ("expert", "experts"), ("tensor", "heads"), ("pipeline", "layers")],
+    [("hybrid", "expert rows in units of 32"), ("expert", "experts"), ("tensor", "heads"), ("pipeline", "layers")],
 )
 def test_too_many_ranks_are_refused(strategy: str, words: str) -> None:
     with pytest.raises(PlacementError, match=words):

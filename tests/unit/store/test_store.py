@@ -423,7 +423,7 @@ def test_a_failure_of_one_host_is_raised_by_all(rows: tuple[str, str]) -> None:
     if not any(rows):
         assert run_on_all_ranks(group, lambda: 5) == 5
         return
-    with pytest.raises(WeightsError, match=r"host 0: (m|has failed)"):
+    with pytest.raises(WeightsError, match=r"host 0: (m|failed)"):
         run_on_all_ranks(group, lambda: 5)
 
 
