@@ -37,7 +37,7 @@ can_make_venv() { has_uv || "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; } 
 
 find_python() { # prints a path; a name on the path may be a shim that cannot run, so each one is tried
   local name path
-  for name in python3.13 python3.12 python3.11 python3.10 python3 python; do
+  for name in python3.13 python3.14 python3.12 python3.11 python3.10 python3 python; do
     path=$(command -v "$name") || continue
     if fits "$path" && can_make_venv "$path"; then
       printf '%s\n' "$path"

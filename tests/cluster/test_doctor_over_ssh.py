@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kimi_mlx.cluster.hosts.hostfile import read_hostfile
+from kimi_mlx.version import __version__
 from tests import processes
 from tests.cluster import faults, impatience
 from tests.cluster.hosts import ROOT, Hosts
@@ -153,7 +154,7 @@ def test_another_version_on_one_host(hosts: Hosts) -> None:
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: kimi-mlx\nVersion: 0.0.9\n")
     trouble = visit(*HOSTS).trouble("versions")
-    assert trouble["message"] == "kimi-mlx 0.0.9 (`mac-a`: 0.1.0)"
+    assert trouble["message"] == f"kimi-mlx 0.0.9 (`mac-a`: {__version__})"
     assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in trouble["remedy"]
 
 

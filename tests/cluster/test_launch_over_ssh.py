@@ -18,6 +18,7 @@ from kimi_mlx.cluster.doctor import doctor
 from kimi_mlx.cluster.doctor.payloads import Payload, all_payloads
 from kimi_mlx.cluster.hosts.hostfile import read_hostfile
 from kimi_mlx.cluster.ring.ring import Ring
+from kimi_mlx.version import __version__
 from tests.cluster import faults, impatience
 from tests.cluster.faults import Fault, Front, Outcome, answer, cable_out, signalled, undisturbed, wait_until_gone
 from tests.cluster.hosts import ROOT, Hosts
@@ -275,7 +276,7 @@ def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: kimi-mlx\nVersion: 0.0.9\n")
     code, out, err = run(*HOSTS, *question)
     assert (code, out) == (1, "")
-    assert "kimi-mlx 0.0.9 (`mac-a`: 0.1.0)" in err
+    assert f"kimi-mlx 0.0.9 (`mac-a`: {__version__})" in err
     assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in err
 
 
