@@ -33,7 +33,7 @@ NOT_RUN = {
     r"scripts/(demo|test|check)|\.ci/run": ".ci/run runs it",
     r"python scripts/train_mini.py": "takes up to 90 minutes",
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
-    r"ssh|sudo |hf auth|pre-commit": "changes this machine or another one",
+    r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",
     r"llm ": "tests/server/test_commands.py types it",
     r"mlx\.launch ": "needs a second host",
