@@ -142,7 +142,7 @@ def _run(conversion: Conversion, folder: Path, is_quiet: bool) -> ConversionResu
             return run(conversion, folder, progress)
     except (KeyboardInterrupt, SystemExit):
         if not is_quiet:
-            stderr.print("stopped; the same command goes on where it was", markup=False)
+            stderr.print("stopped; run the same command again to resume", markup=False)
         raise
 
 

@@ -195,14 +195,14 @@ def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, 
     """What to do now, and the command for it, if there is one."""
     trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("trouble", "warning"))
     if trouble:
-        things = "1 thing stands" if trouble == 1 else f"{trouble} things stand"
-        return f"{things} in the way: mend from the top, then try again.", ""
+        found = "1 problem found. Fix it" if trouble == 1 else f"{trouble} problems found. Fix them"
+        return f"{found} and run doctor again.", ""
     model = "" if need.name == Settings().model else f" {need.name}"
     command = f"kimi-mlx chat{model}"
     if option:
         command = f"kimi-mlx launch {option}" + (f" chat{model}" if model else "")
     but = "" if not warnings else " (1 warning)" if warnings == 1 else f" ({warnings} warnings)"
-    return f"Nothing stands in the way{but}. Next:", command
+    return f"All checks passed{but}. Next:", command
 
 
 def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:

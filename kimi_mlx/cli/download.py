@@ -94,7 +94,7 @@ def download(
             )
     except (KeyboardInterrupt, SystemExit):
         if not is_quiet:
-            stderr.print("stopped; the same command goes on where it was", markup=False)
+            stderr.print("stopped; run the same command again to resume", markup=False)
         raise
     if group.rank == 0:
         result["seconds"] = round(time.monotonic() - started, 3)

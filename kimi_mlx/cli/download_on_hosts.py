@@ -110,7 +110,7 @@ def _shown(target: ModelRef, is_quiet: bool) -> Generator[Any]:
             yield show
         except (KeyboardInterrupt, SystemExit):
             if not is_quiet:
-                stderr.print("stopped; the same command goes on where it was", markup=False)
+                stderr.print("stopped; run the same command again to resume", markup=False)
             raise
 
 

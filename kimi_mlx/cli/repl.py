@@ -32,7 +32,7 @@ KEYS = {
 }
 REMARKS: dict[FinishReason, str] = {
     "cancelled": "stopped",
-    "length": "stopped: the limit of tokens is reached",
+    "length": "stopped at the token limit",
 }
 
 
@@ -92,7 +92,7 @@ class Repl:
                 if was_interrupted:
                     return
                 was_interrupted = True
-                _note("Ctrl-C again leaves, as Ctrl-D does")
+                _note("Press Ctrl-C again to exit")
             except EOFError:
                 return
             else:
@@ -141,7 +141,7 @@ class Repl:
         is_it = " or ".join(f"`{candidate}`" for candidate in nearest) or "`/help`"
         raise UsageError(
             f"there is no command `{name}`",
-            hint=f"try {is_it}; two slashes send a message that begins with one",
+            hint=f"try {is_it}; to send a message that starts with /, type //",
         )
 
     def _help(self, argument: str) -> None:
@@ -157,7 +157,7 @@ class Repl:
 
     def _reset(self, argument: str) -> None:
         self._start_anew()
-        _note("the conversation starts anew")
+        _note("conversation cleared")
 
     def _system(self, argument: str) -> None:
         if not argument:
@@ -166,7 +166,7 @@ class Repl:
         self._conversation.system = None if argument == "-" else argument
         self._start_anew()
         done = "set" if self._conversation.system else "removed"
-        _note(f"the system prompt is {done}; the conversation starts anew")
+        _note(f"the system prompt is {done}; conversation cleared")
 
     def _stats(self, argument: str) -> None:
         if not self._answers:

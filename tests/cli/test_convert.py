@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on(number: signal.Signals, code: int, tmp_path: Path
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert error.endswith("\nstopped; the same command goes on where it was\n")
+    assert error.endswith("\nstopped; run the same command again to resume\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".convert.json",
         "model-00001-of-00003.safetensors",

@@ -228,7 +228,7 @@ def test_a_terminal_that_can_do_nothing(spawn: Spawn) -> None:
     terminal = spawn(QUICK, TERM="dumb")
     terminal.expect("\n> ")
     assert "thinking:\nWell, well.\n\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
-    assert "\nCtrl-C again" in terminal.ask(CTRL_C)
+    assert "\nPress Ctrl-C again" in terminal.ask(CTRL_C)
     terminal.send(CTRL_D)
     terminal.expect("\n['one\\ntwo']")
     assert terminal.wait() == 0
@@ -283,7 +283,7 @@ def test_the_system_prompt_is_shown_set_and_removed(capfd: pytest.CaptureFixture
     say(conversation, "/system", "/system -")
     assert conversation.system is None
     said = capfd.readouterr().err
-    assert said.count("the conversation starts anew") == 2
+    assert said.count("conversation cleared") == 2
     assert "And kind." in said
 
 
@@ -324,7 +324,7 @@ def test_an_answer_cut_short_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("one two three four five six seven")
     conversation.options = ChatOptions(max_tokens=4)
     say(conversation, "count")
-    assert "[stopped: the limit of tokens is reached]" in capfd.readouterr().err
+    assert "[stopped at the token limit]" in capfd.readouterr().err
     say(conversation_of(""), "say nothing")
     assert "[no answer]" in capfd.readouterr().err
 

@@ -89,7 +89,7 @@ def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
     assert "Thunderbolt (10.78.1.11, 10.78.1.12)     0.40 ms   48.00  0.30 ms  chosen" in text
     assert "no answer" in text
     assert "Sum of one token (bfloat16): 0.30 ms, 99 of 100 below 0.80 ms" in text
-    assert text.endswith("Nothing stands in the way. Next:\n  kimi-mlx launch --hosts mac-a,mac-b\n")
+    assert text.endswith("All checks passed. Next:\n  kimi-mlx launch --hosts mac-a,mac-b\n")
     assert "Sums up to 324.0 kB are gathered and added, larger ones use all_sum." in " ".join(text.split())
     verbose = printed(GOOD, 80, is_verbose=True)
     assert "gather of 8 tokens, float32" in verbose
@@ -98,7 +98,7 @@ def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
     assert "✗ trouble reachable   `mac-b` refuses connections" in text
     assert "! warning clock       7.00 s ahead" in text
     assert "  → `sudo sntp -sS time.apple.com`" in text
-    assert "2 things stand in the way: mend from the top, then try again." in text
+    assert "2 problems found. Fix them and run doctor again." in text
     assert text.index("mac-a\n") < text.index("mac-b\n")
 
 
@@ -106,7 +106,7 @@ def test_the_next_step() -> None:
     assert next_step(GOOD, K2, "--hosts a,b")[1] == "kimi-mlx launch --hosts a,b chat kimi-k2"
     assert next_step(GOOD, K2, "")[1] == "kimi-mlx chat kimi-k2"
     one = Diagnosis(("a",), {}, (Finding("a", "x", "warning", "m", "r"),))
-    assert next_step(one, MINI, "") == ("Nothing stands in the way (1 warning). Next:", "kimi-mlx chat")
+    assert next_step(one, MINI, "") == ("All checks passed (1 warning). Next:", "kimi-mlx chat")
 
 
 def test_a_remedy_is_wrapped_between_commands() -> None:
