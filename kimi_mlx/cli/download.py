@@ -42,7 +42,7 @@ def download(
             "--ranks",
             min=1,
             max=64,
-            help="Build the shard stores of so many ranks; each source file is removed once it is worked up. "
+            help="Split the model for N ranks. Source files are deleted after processing. "
             "Default: the checkpoint as it is, in the hub's cache.",
             show_default=False,
         ),

@@ -41,7 +41,7 @@ SaveOption = Annotated[
     Path | None,
     typer.Option("--save", metavar="FILE", help="Write the addresses found as a hostfile.", show_default=False),
 ]
-ForceLinkOption = Annotated[bool, typer.Option("--force-link", help="Take a network that is too slow.")]
+ForceLinkOption = Annotated[bool, typer.Option("--force-link", help="Use the network even if it is too slow.")]
 
 
 def check_python_option(python: str | None) -> None:

@@ -68,21 +68,21 @@ def launch(
     python: PythonOption = None,
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", metavar="NAME=VALUE", help="Set this for every rank; may be given again."),
+        typer.Option("--env", metavar="NAME=VALUE", help="Set this variable for every rank; repeatable."),
     ] = None,
     fast_sync: FastSyncOption = False,
     save: SaveOption = None,
     install: Annotated[
-        bool, typer.Option("--install", help="First bring this version of kimi-mlx to hosts that lack it.")
+        bool, typer.Option("--install", help="First install this version of kimi-mlx on hosts that do not have it.")
     ] = False,
     force_link: ForceLinkOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Start although a check says that it will not work.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even if a check fails.")] = False,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="How often a lost ring is started again before it is given up.")
+        int, typer.Option("--restarts", min=0, help="How many times to reconnect before giving up.")
     ] = 3,
     limit: Annotated[
         float,
-        typer.Option("--limit", min=2, metavar="SECONDS", help="How long a rank may be silent, or a token take."),
+        typer.Option("--limit", min=2, metavar="SECONDS", help="Timeout for a silent rank, and for one decode step."),
     ] = Limits().silence_s,
 ) -> None:
     """Check and connect several Macs, then run COMMAND."""

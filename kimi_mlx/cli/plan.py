@@ -66,9 +66,11 @@ def plan(
         bool, typer.Option("--backtest", help="Show predictions against published figures instead.")
     ] = False,
     cost: Annotated[bool, typer.Option("--cost", help="Also what a million tokens cost.")] = False,
-    tokens_a_day: Annotated[float, typer.Option("--tokens-a-day", min=1, help="--cost: generated.")] = 200_000,
-    electricity: Annotated[float, typer.Option("--electricity", min=0, help="--cost: price of a kWh.")] = 0.30,
-    years: Annotated[float, typer.Option("--years", min=0.1, help="--cost: that the machines last.")] = 4,
+    tokens_a_day: Annotated[
+        float, typer.Option("--tokens-a-day", min=1, help="With --cost: tokens generated per day.")
+    ] = 200_000,
+    electricity: Annotated[float, typer.Option("--electricity", min=0, help="With --cost: price per kWh.")] = 0.30,
+    years: Annotated[float, typer.Option("--years", min=0.1, help="With --cost: years of use.")] = 4,
     price: Annotated[
         float | None,
         typer.Option("--price", min=0, help="--cost: of all machines. Default: the table's.", show_default=False),
