@@ -67,6 +67,7 @@ def models(
             metavar="MODEL", help="An alias or a repository to show in detail. Default: a table of all models."
         ),
     ] = None,
+    sources: Annotated[bool, typer.Option("--sources", help="Also show where the facts of MODEL come from.")] = False,
     json: JsonOption = False,
 ) -> None:
     """List known models: size, memory, what is here."""
@@ -93,7 +94,7 @@ def models(
         print_json(row.to_dict())
         return
     stdout.print(Text(f"{entry.title}: {entry.about}", style="bold"), soft_wrap=False)
-    stdout.print(details(row, machine), soft_wrap=False)
+    stdout.print(details(row, machine, has_sources=sources), soft_wrap=False)
 
 
 def see(entry: CatalogueEntry, machine: Machine) -> Row:
@@ -133,7 +134,7 @@ def footnotes(rows: Sequence[Row], machine: Machine) -> list[str]:
     lines = [
         "GB: to download. needs: GB of memory on one host, with 8k tokens of context and "
         f"{format_bytes(SYSTEM_BYTES)} for the system.",
-        f"fits: on {_machine_in_words(machine)}, or on so many like it in a cluster.",
+        f"fits: on {_machine_in_words(machine)}, or how many like it you need.",
     ]
     lines += [
         f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
@@ -141,7 +142,7 @@ def footnotes(rows: Sequence[Row], machine: Machine) -> list[str]:
     return [*lines, "`kimi-mlx models MODEL` says all about one of them."]
 
 
-def details(row: Row, machine: Machine) -> Table:
+def details(row: Row, machine: Machine, has_sources: bool = False) -> Table:
     """All facts of one model, in two columns."""
     entry = row.entry
     facts = {
@@ -158,7 +159,7 @@ def details(row: Row, machine: Machine) -> Table:
         "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
         "fits": _fits_in_words(row, machine),
         "here": _local_state_in_words(row),
-        "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()),
+        "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()) if has_sources else None,
     }
     result = Table.grid(padding=(0, 2, 0, 0))
     result.add_column(style="dim", no_wrap=True)
@@ -195,7 +196,7 @@ def _fits_in_words(row: Row, machine: Machine) -> str:
         return f"not supported: {entry.refused}"
     here = _machine_in_words(machine)
     if needed is None:
-        answer = f"no: {here} is too little, even several times"
+        answer = f"no: {here} is too small, even several of them"
     else:
         answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} of this size ({here})"
     limit = machine.memory_bytes - SYSTEM_BYTES

@@ -161,3 +161,8 @@ def test_options_come_before_instant_values_before_the_checkpoint_before_the_cat
 
 def test_a_model_without_a_switch_keeps_its_values() -> None:
     assert merge_sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), SamplingOptions()) == Sampling(1.0)
+
+
+def test_sources_are_shown_only_on_request() -> None:
+    assert "sources" not in run("kimi-k2").stdout
+    assert "sources" in run("kimi-k2", "--sources").stdout
