@@ -10,6 +10,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.metrics import Metrics
 
 MAX_RETRY_S = 60
+"""Upper limit of Retry-After."""
 
 
 class AdmissionQueue:
@@ -27,8 +28,8 @@ class AdmissionQueue:
         """Number of answers that are waiting now."""
         self._last_wait_s = 1.0
 
-    def enter(self, count: int, running: int) -> QueueSlot:
-        """Reserve room for the answers of one request.
+    def enter(self, count: int, running: int) -> QueueSlots:
+        """Reserve slots for the answers of one request.
 
         Args:
             count: number of answers.
@@ -40,40 +41,40 @@ class AdmissionQueue:
         limit = self._capacity + MAX_SEQUENCES
         if count > limit:
             message = f"the request asks for {count} answers at once; the limit is {limit}"
-            parts = f"{MAX_SEQUENCES} running and `--max-queue` {self._capacity} waiting"
-            raise ApiError(400, f"{message} ({parts})", "invalid_value", "n")
+            explanation = f"{MAX_SEQUENCES} running and `--max-queue` {self._capacity} waiting"
+            raise ApiError(400, f"{message} ({explanation})", "invalid_value", "n")
         if self.waiting + count > limit - min(running, MAX_SEQUENCES):
             self._metrics.refused.inc(count)
-            retry = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
+            retry_after_s = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
             raise ApiError(
                 429,
                 f"the queue is full: {running} answers are running and {self.waiting} are waiting; retry later",
                 "queue_full",
-                retry_after_s=retry,
+                retry_after_s=retry_after_s,
             )
         self.waiting += count
-        return QueueSlot(self, count)
+        return QueueSlots(self, count)
 
     def leave(self, count: int, entered_at: float) -> None:
-        """Release room that was reserved at a time."""
+        """Release slots that were reserved at `entered_at`; their waiting time becomes the next Retry-After."""
         self._last_wait_s = time.monotonic() - entered_at
         self.waiting -= count
 
 
-class QueueSlot:
-    """Room in the queue for the answers of one request."""
+class QueueSlots:
+    """Slots in the queue for the answers of one request."""
 
     def __init__(self, queue: AdmissionQueue, count: int):
         self._queue, self._remaining = queue, count
         self._entered_at = time.monotonic()
 
     def start_one(self) -> None:
-        """Release the room of one answer, which is waiting no longer."""
+        """Release the slot of one answer: the engine has started it."""
         if self._remaining:
             self._remaining -= 1
             self._queue.leave(1, self._entered_at)
 
     def close(self) -> None:
-        """Release all room that is left."""
+        """Release all remaining slots."""
         while self._remaining:
             self.start_one()

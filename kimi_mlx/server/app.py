@@ -31,7 +31,7 @@ ERROR_FORMATS: Mapping[str, ErrorFormat] = {"/v1/messages": anthropic_error}
 
 
 class CorsMiddleware(CORSMiddleware):
-    """Handles requests from allowed origins; others get a readable error from the middleware behind it."""
+    """Handles requests from allowed origins; AuthMiddleware refuses all others, with an error that names the option."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a preflight request, or pass the request on."""

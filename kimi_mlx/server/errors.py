@@ -1,4 +1,4 @@
-"""Errors of requests, independent of the form in which each API writes them."""
+"""Errors of requests, independent of the format of each API."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class ApiError(KimiMlxError):
 
     Args:
         status: HTTP status code.
-        message: description for people.
-        code: name for programs, such as `context_length_exceeded`; None if the status is enough.
-        param: place in the body, such as `messages[0].content`.
+        message: description, for people.
+        code: error code, for programs, such as `context_length_exceeded`; None if the status is enough.
+        param: location of the error in the body, such as `messages[0].content`.
         retry_after_s: seconds after which to retry, if a retry makes sense.
-        allow: HTTP methods of the path, if the request used another one.
+        allow: HTTP methods that the path accepts, if the request used another one.
     """
 
     def __init__(

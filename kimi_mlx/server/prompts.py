@@ -1,4 +1,4 @@
-"""Engine requests made from chat and completion requests: prompt, sampling and grammar."""
+"""Conversion of chat and completion requests to engine requests: prompt, sampling and grammar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import GrammarError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.conversation import ChatRequest, CompletionRequest, GenerationParams
+from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
@@ -20,17 +20,17 @@ from kimi_mlx.text.output import THINK_END, starts_in_reasoning
 
 RESERVED = frozenset(
     {"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"}
-    | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"}  # its functions
+    | {"range", "dict", "lipsum", "cycler", "joiner", "namespace", "raise_exception", "strftime_now"}  # functions
 )
-"""Variables of the template that a request cannot set."""
+"""Names of the chat template that `chat_template_kwargs` cannot set."""
 
 LEADING_NAME = re.compile(r"`([^`]+)`")
-"""The place that a grammar error names at its beginning."""
+"""Location of the error, at the beginning of a GrammarError's message."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """An engine request, and how to read its tokens.
+    """An engine request, and the readers for its tokens.
 
     Args:
         request: request for the first of several answers.
@@ -56,7 +56,7 @@ class PromptBuilder:
     instant_sampling: Mapping[str, float]
 
     def prepare(self, request: ChatRequest | CompletionRequest) -> PreparedRequest:
-        """Return the engine request; takes long for long prompts.
+        """Return the engine request. This takes long for long prompts, so call it in a thread.
 
         Raises:
             ApiError: the request can never be served.
@@ -151,13 +151,13 @@ def request_grammar(
     """Return the grammar of an answer, or None if the answer is unconstrained.
 
     Args:
-        request: request.
+        request: chat request.
         special_tokens: special tokens of the tokenizer.
         prompt: prompt of the answer.
         num_calls: number of tool calls in the conversation so far.
 
     Raises:
-        ApiError: 400, an invalid schema or tool, with its place.
+        ApiError: 400, a schema or a tool is invalid; `param` is its location.
     """
     if request.partial is not None and request.response_schema is not None:
         message = "a partial message cannot be combined with a schema for the answer"

@@ -22,7 +22,7 @@ UNSUPPORTED = "unsupported"
 def type_discriminator(
     supported: Collection[str], default: Callable[[Any], str | None] = lambda _: None
 ) -> Callable[[Any], str]:
-    """Return a discriminator for pydantic: the `type` of a part, or UNSUPPORTED for all other types.
+    """Return a discriminator for pydantic: the `type` of a part, or UNSUPPORTED if that is not supported.
 
     Args:
         supported: supported types.
@@ -40,7 +40,7 @@ def type_discriminator(
 
 
 def text_shorthand(**part: Any) -> Callable[[Any], Any]:
-    """Return a validator for pydantic that turns a plain string into a list with one part, which has it as `text`."""
+    """Return a validator for pydantic that turns a plain string into a list with one part that has it as `text`."""
 
     def to_parts(value: Any) -> Any:
         if not isinstance(value, str | list):
@@ -54,7 +54,7 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
     """Return the tool choice of a ChatRequest if its tools allow it.
 
     Raises:
-        ApiError: the choice requires a tool that is not there.
+        ApiError: the choice requires a tool that the request does not have.
     """
     names = {tool["function"]["name"] for tool in tools}
     if choice == "required" and not names:

@@ -1,4 +1,4 @@
-"""Building one answer: tokens of the engine in, deltas and the end out."""
+"""Build one answer: tokens of the engine in, deltas and a FinishEvent out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kimi_mlx.engine.request import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
-from kimi_mlx.server.conversation import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
+from kimi_mlx.server.api_types import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
 from kimi_mlx.server.tool_calls import CallIdAllocator
 from kimi_mlx.text.messages import Delta
 from kimi_mlx.text.output import OutputParser
@@ -42,12 +42,12 @@ class PlainReader:
             return Delta(self._decoder.finish() + "\ufffd")
 
     def finish(self) -> Delta:
-        """Return an incomplete character, if there is one."""
+        """Return a replacement for an incomplete character, if there is one."""
         return Delta(self._decoder.finish())
 
 
 class ChatReader:
-    """Reads reasoning, text and tool calls; gives the calls ids of the client's form."""
+    """Reads reasoning, text and tool calls; gives the calls ids in the client's format."""
 
     def __init__(self, parser: OutputParser, ids: CallIdAllocator):
         self._parser, self._ids = parser, ids
@@ -65,17 +65,17 @@ class StopSequences:
     """Finds stop texts across deltas; holds back text that may be the beginning of one.
 
     Args:
-        texts: stop texts, none of them empty.
+        texts: stop texts; an empty one is not allowed.
     """
 
     def __init__(self, texts: Sequence[str]):
         self._texts = tuple(texts)
         self._held = ""
         self.matched: str | None = None
-        """The text that ended the answer."""
+        """Stop text that ended the answer; None before a match."""
 
     def add(self, text: str) -> str:
-        """Take the next text and return what can be sent; nothing is sent after a match."""
+        """Add text; return the text that can be sent now. Nothing is sent after a match."""
         if self.matched is not None:
             return ""
         if not self._texts:
@@ -110,7 +110,7 @@ class ResponseBuilder:
         tokenizer: tokenizer, for the bytes of tokens.
         reader: reader of the tokens.
         stop: stop texts.
-        counts_prompt: whether this answer's usage includes the prompt; true for one answer per prompt.
+        counts_prompt: whether this answer's usage includes the prompt; True for the first answer to each prompt.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ResponseBuilder:
         self._logprobs = _LogprobBuffer()
         self.num_tokens = 0
         self._num_reasoning = 0
-        self._num_unassigned = 0  # tokens since the last one that added something
+        self._num_unassigned = 0  # tokens since the last one that changed the answer
         self._control = frozenset(tokenizer.special_tokens.values())
 
     @property
@@ -146,7 +146,7 @@ class ResponseBuilder:
         yield from self._events(delta, self._stops.add(delta.text))
 
     def finish(self, event: Finished) -> Iterator[DeltaEvent | FinishEvent]:
-        """Yield the remaining deltas, and the end."""
+        """Yield the remaining deltas, and the FinishEvent."""
         if not self.is_stopped:
             delta = self._reader.finish()
             self._count_reasoning(delta)
@@ -165,7 +165,7 @@ class ResponseBuilder:
         return Usage(prompt[0], self.num_tokens, prompt[1], self._num_reasoning)
 
     def _count_reasoning(self, delta: Delta) -> None:
-        """Count tokens that added reasoning, with the tokens before them that had added nothing yet."""
+        """Count reasoning tokens, including earlier tokens that changed nothing, such as parts of a character."""
         self._num_unassigned += 1
         if delta:
             self._num_reasoning += self._num_unassigned if delta.reasoning else 0
@@ -216,7 +216,7 @@ class _LogprobBuffer:
         self._new = []
 
     def release(self, length: int) -> tuple[TokenLogprobs, ...]:
-        """Return the tokens whose text begins in the next `length` characters that are sent."""
+        """Return the tokens whose text starts within the next `length` sent characters."""
         self._sent += length
         released = tuple(token for at, token in self._placed if at < self._sent)
         self._placed = self._placed[len(released) :]

@@ -23,10 +23,10 @@ from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
 
 IDLE_CONNECTION_S = 75
-"""Time after which an idle connection is closed; longer than clients keep theirs."""
+"""Time after which an idle connection is closed; longer than clients keep theirs, so that they close first."""
 
 SHUTDOWN_S = 10
-"""Time for clients to receive the end of their answers."""
+"""Time for clients to receive the ends of their answers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ServingOptions:
 
     Args:
         security: access rules.
-        max_queue: answers that may wait for the engine.
+        max_queue: maximum number of answers that wait for the engine.
         max_body_bytes: size limit of a request's body.
         log_prompts: whether request bodies are logged.
     """
@@ -47,7 +47,7 @@ class ServingOptions:
 
 
 class Server(uvicorn.Server):
-    """Serves a model until it is told to exit; start it with `run([socket])`.
+    """Serves a model until `should_exit` is set, which SIGINT and SIGTERM do; start it with `run([socket])`.
 
     Args:
         session: session with the loaded model.
@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
         model_info: names and properties of the model.
         instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
         options: options of the server.
-        on_ready: callback for the moment from which the server answers.
+        on_ready: callback, called when the server starts to answer.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End all answers, then wait until clients have received the ends."""
+        """End all answers, then wait until clients have received them."""
         self.service.close()
         await super().shutdown(sockets)
 

@@ -1,4 +1,4 @@
-"""The service: answers requests of all APIs with one session."""
+"""Service: answers the requests of all APIs with one session."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.errors import RingError
-from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlot
-from kimi_mlx.server.conversation import AnswerEvent, ChatRequest, CompletionRequest, FinishEvent, KeepAlive
+from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
+from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompletionRequest, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import PromptBuilder, request_for_choice
@@ -34,7 +34,7 @@ class Service:
     Args:
         session: session with the loaded model.
         prompt_builder: builder of the engine's requests.
-        queue_capacity: answers that may wait for the engine.
+        queue_capacity: maximum number of answers that wait for the engine.
         metrics: metrics of the server.
     """
 
@@ -44,26 +44,26 @@ class Service:
         self.metrics = metrics
         self.is_closing = False
         self.running = 0
-        """Number of answers that the engine has started."""
+        """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
         self._queue = AdmissionQueue(queue_capacity, metrics)
         self._active: set[_ActiveRequest] = set()
 
     async def answer(self, *requests: ChatRequest | CompletionRequest) -> AsyncGenerator[AnswerEvent, None]:
-        """Yield the events of all answers; leaving the iteration, or cancelling its task, cancels the answers.
+        """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.
 
         Answers are numbered over all requests: first those to the first request, then those to the next.
 
         Raises:
-            ApiError: the requests cannot be served; raised before the first event if that is known by then.
+            ApiError: the requests cannot be served, or an answer failed; raised before the first event if possible.
         """
         if self.is_closing:
             raise shutting_down()
-        slot = self._queue.enter(sum(request.n for request in requests), self.running)
+        slots = self._queue.enter(sum(request.n for request in requests), self.running)
         active = None
         try:
             builders, engine_requests = await anyio.to_thread.run_sync(self._prepare, requests)
-            active = _ActiveRequest(self, slot, builders)
+            active = _ActiveRequest(self, slots, builders)
             self._active.add(active)
             # in a thread, because the session of a ring writes to its ranks
             await anyio.to_thread.run_sync(active.submit, engine_requests)
@@ -75,7 +75,7 @@ class Service:
                 LOG.exception("an answer failed")
             raise response_error from error
         finally:
-            slot.close()
+            slots.close()
             if active is not None:
                 self._active.discard(active)
                 active.close()
@@ -117,16 +117,16 @@ class Service:
 class _ActiveRequest:
     """The answers to one request while they are generated."""
 
-    def __init__(self, service: Service, slot: QueueSlot, builders: Sequence[ResponseBuilder]):
+    def __init__(self, service: Service, slots: QueueSlots, builders: Sequence[ResponseBuilder]):
         self._session, self._metrics = service.session, service.metrics
-        self._service, self._slot = service, slot
+        self._service, self._slots = service, slots
         self._queue = EventQueue()
         self._open = {builder.index: builder for builder in builders}
         self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._is_closed = False
         self._created_at = time.monotonic()
-        self._last_token_at: dict[int, float] = {}  # of answers that have started
+        self._last_token_at: dict[int, float] = {}  # by index, for answers that have started
         self._state = KeepAlive()
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -137,8 +137,8 @@ class _ActiveRequest:
             request_id = self._session.submit(request, partial(self._queue.put, index))
             with self._lock:
                 self._request_ids[index] = request_id
-                is_late = self._is_closed
-            if is_late:
+                is_closed = self._is_closed
+            if is_closed:
                 self._session.cancel(request_id)
 
     def stop(self) -> None:
@@ -209,7 +209,7 @@ class _ActiveRequest:
     def _start(self, index: int) -> None:
         if index not in self._last_token_at:
             self._last_token_at[index] = self._created_at
-            self._slot.start_one()
+            self._slots.start_one()
             self._service.running += 1
 
     def _end(self, index: int) -> None:
@@ -229,7 +229,7 @@ EngineEvent = tuple[int, "Event | BaseException"]
 
 
 class EventQueue:
-    """Brings events from the engine's thread to the event loop; one reader, any number of writers."""
+    """Passes events from the engine's thread to the event loop; one reader, any number of writers."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -260,7 +260,7 @@ class EventQueue:
 
 
 class RingLog:
-    """Logs each loss of the ring once, however many answers it interrupts."""
+    """Logs each loss of the ring only once, even if it interrupts several answers."""
 
     def __init__(self) -> None:
         self._last: Interrupted | RingError | None = None
@@ -286,5 +286,5 @@ class RingLog:
 
 
 def shutting_down() -> ApiError:
-    """Return the error of requests that end because the server shuts down or all requests were cancelled."""
+    """Return the error of requests that are cancelled because the server shuts down."""
     return ApiError(503, "the server is shutting down", "stopping")

@@ -1,8 +1,8 @@
 """Tool calls of a conversation: their ids, and the order of their parts in an answer.
 
-Kimi numbers the calls of a conversation from 0, as `functions.NAME:INDEX`, and does worse if it reads other ids. So
-every call gets Kimi's id on its way to the model, whatever the client named it, and a new call gets an id of the
-client's form on its way back. Nothing is stored between requests: each request numbers its calls again.
+Kimi numbers the calls of a conversation from 0, as `functions.NAME:INDEX`, and its answers get worse if the prompt has
+other ids. So all ids in a prompt are replaced by Kimi's, and a new call is sent to the client with an id in the format
+of the client's own ids. Nothing is stored between requests: each request numbers its calls again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def to_kimi_ids(messages: Sequence[Message], prefix: str | None = None) -> tuple
     """Return the conversation with Kimi's ids, and the ids that the client used.
 
     Args:
-        messages: conversation with ids of any form; an id may be reused once its call has a result.
-        prefix: prefix for ids of new calls if the conversation has no calls yet; None uses Kimi's ids.
+        messages: conversation with ids in any format; an id may be reused once its call has a result.
+        prefix: prefix of the ids of new calls if the conversation has no calls yet; None uses Kimi's ids.
 
     Raises:
         ApiError: 400 for a result without a call, a second result, or two open calls with one id.
@@ -76,7 +76,7 @@ def _close(call_id: str | None, open_calls: dict[str, str], client_ids: Sequence
 
 
 def _new_prefix(client_ids: Sequence[str], default: str | None) -> str | None:
-    """Return the prefix of the newest id."""
+    """Return the prefix for new ids: that of the newest one; None if that is one of Kimi's."""
     if not client_ids:
         return default
     if KIMI_ID.fullmatch(client_ids[-1]):
@@ -90,7 +90,7 @@ def _invalid_id(message: str) -> ApiError:
 
 
 class CallIdAllocator:
-    """Gives the calls of one answer ids of the client's form."""
+    """Gives the calls of one answer ids in the client's format."""
 
     def __init__(self, ids: CallIds):
         self._prefix = ids.prefix
@@ -138,7 +138,7 @@ CallPart = ToolCallDelta | ToolCall | UnparsedToolCall
 
 
 class CallSequencer:
-    """Puts the deltas and ends of one answer's calls into the order in which the model wrote them.
+    """Sorts the deltas and ends of one answer's calls into the order in which the model wrote them.
 
     A Delta has them in two lists, and may contain the end of one call and the beginning of the next.
     """

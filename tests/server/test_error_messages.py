@@ -39,7 +39,7 @@ def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, 
         ("responses", {"input": "hi", "tool_choice": {"type": 4}}, "`tool_choice.type`: must be a string"),
     ],
 )
-def test_errors_of_alternatives_have_the_right_place(
+def test_errors_of_a_field_with_several_types_name_the_location(
     running: RunningServer, path: str, fields: dict[str, Any], message: str
 ) -> None:
     response = raw.request(running.port, "POST", f"/v1/{path}", json.dumps(fields).encode())

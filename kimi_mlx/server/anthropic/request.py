@@ -1,8 +1,8 @@
-"""Bodies of Anthropic's Messages API, and their conversion to a ChatRequest.
+"""Request bodies of Anthropic's Messages API, and their conversion to a ChatRequest.
 
 Source: https://platform.claude.com/docs/en/api/messages. Fields that have no meaning here (`metadata`, `cache_control`,
 `service_tier`, ...) and unknown fields are ignored, because clients send new ones with every release. Unknown types of
-content and tools are refused: an answer that ignored them would be wrong.
+content and tools are refused, because an answer that ignores them would be wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from kimi_mlx.server.conversation import ChatRequest
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.request_fields import (
@@ -31,8 +31,8 @@ from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
 MAX_STOP_SEQUENCES = 64
-# Claude Code puts this line, with a number that changes each time, before its system prompt. It means nothing to the
-# model, and would make every prompt miss the prompt cache.
+# Claude Code starts its system prompt with this line. It means nothing to the model, and its number changes with each
+# request, so every prompt would miss the prompt cache.
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 
 
@@ -110,7 +110,7 @@ class InputMessage(Body):
 
 
 class MessagesTool(Body):
-    """A tool of the client; or, with another type and no schema, one of Anthropic's tools."""
+    """A tool of the client; with a `type` other than `custom`, one of Anthropic's own tools."""
 
     type: str | None = None
     name: str = ""
@@ -120,7 +120,7 @@ class MessagesTool(Body):
 
 
 class ToolChoice(Body):
-    """The choice of tools to call."""
+    """The tools that the model may or must call."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -156,7 +156,7 @@ class CountBody(Body):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # its name in the API's beta
+    output_format: OutputFormat | None = None  # name of `output_config.format` in the API's beta
     mcp_servers: list[Any] | None = None
 
 
@@ -180,7 +180,7 @@ def to_chat_request(body: CountBody) -> ChatRequest:
     if body.mcp_servers:
         raise unsupported("`mcp_servers` are", "mcp_servers")
     input_messages, partial = _split_prefill(body.messages)
-    system = _join(_without_header(block.text) for block in body.system or ())
+    system = _join(_without_billing_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
     for index, message in enumerate(input_messages):
         messages += _messages(message, f"messages.{index}.content")
@@ -212,24 +212,24 @@ def _sampling(body: MessagesBody) -> dict[str, float | int | None]:
 
 
 def _split_prefill(messages: Sequence[InputMessage]) -> tuple[Sequence[InputMessage], str | None]:
-    """Split off the text of a last message of the assistant, which the answer continues."""
+    """Split off the text of the last message if it is the assistant's: the answer continues it."""
     last = messages[-1]
     if last.role != "assistant":
         return messages, None
-    place = f"messages.{len(messages) - 1}"
+    location = f"messages.{len(messages) - 1}"
     if any(isinstance(block, ToolUseBlock) for block in last.content):
-        raise ApiError(400, "the last message calls tools, but their results are missing", param=place)
-    (message,) = _assistant(last, f"{place}.content")
+        raise ApiError(400, "the last message calls tools, but their results are missing", param=location)
+    (message,) = _assistant(last, f"{location}.content")
     return messages[:-1], cast("str", message.content)
 
 
-def _messages(message: InputMessage, place: str) -> list[Message]:
+def _messages(message: InputMessage, location: str) -> list[Message]:
     if message.role == "assistant":
-        return _assistant(message, place)
-    return list(_user(message, place))
+        return _assistant(message, location)
+    return list(_user(message, location))
 
 
-def _assistant(message: InputMessage, place: str) -> list[Message]:
+def _assistant(message: InputMessage, location: str) -> list[Message]:
     text = ""
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -241,12 +241,12 @@ def _assistant(message: InputMessage, place: str) -> list[Message]:
         elif isinstance(block, ToolUseBlock):
             calls.append(ToolCall(block.id, block.name, _arguments(block.input)))
         elif not isinstance(block, RedactedThinkingBlock):
-            raise _unsupported_block(block.type, message.role, f"{place}.{index}")
+            raise _unsupported_block(block.type, message.role, f"{location}.{index}")
     return [Message("assistant", text, "".join(reasoning) or None, tuple(calls))]
 
 
 def _arguments(value: Mapping[str, Any]) -> str:
-    """Return the arguments as JSON; if a client has wrapped arguments that are not valid JSON, return those."""
+    """Return the arguments as JSON. Clients wrap arguments that are not valid JSON in an object: return their text."""
     match value:
         case {"__unparsedToolInput": {"raw": str(raw)}} if len(value) == 1:  # Claude Code
             return raw
@@ -256,31 +256,31 @@ def _arguments(value: Mapping[str, Any]) -> str:
             return json.dumps(value, ensure_ascii=False)
 
 
-def _user(message: InputMessage, place: str) -> Iterator[Message]:
-    """Yield tool results as messages of their own, and the text between them as one message each."""
+def _user(message: InputMessage, location: str) -> Iterator[Message]:
+    """Yield a message for each tool result, and one for each run of text blocks between them."""
     texts: list[str] = []
     for index, block in enumerate(message.content):
         if isinstance(block, TextBlock):
-            texts.append(_without_header(block.text) if message.role == "system" else block.text)
+            texts.append(_without_billing_header(block.text) if message.role == "system" else block.text)
         elif isinstance(block, ToolResultBlock) and message.role == "user":
             if texts:
                 yield Message("user", _join(texts))
                 texts = []
             yield Message("tool", _result(block), tool_call_id=block.tool_use_id)
         else:
-            raise _unsupported_block(block.type, message.role, f"{place}.{index}")
+            raise _unsupported_block(block.type, message.role, f"{location}.{index}")
     if texts:
         yield Message(message.role, _join(texts))
 
 
 def _result(block: ToolResultBlock) -> str:
-    """Return the text of a result. Other content is only named: refusing an image would break the whole session."""
+    """Return the text of a result. Other content is replaced by its type: refusing an image would break the session."""
     parts = block.content or []
     text = _join(p.text if isinstance(p, TextBlock) else f"[{p.type}: this model reads text only]" for p in parts)
     return f"Error: {text}" if block.is_error else text
 
 
-def _without_header(text: str) -> str:
+def _without_billing_header(text: str) -> str:
     return BILLING_HEADER.sub("", text)
 
 
@@ -289,12 +289,12 @@ def _join(texts: Iterator[str] | Sequence[str]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def _tool(tool: MessagesTool, place: str) -> dict[str, Any]:
+def _tool(tool: MessagesTool, location: str) -> dict[str, Any]:
     """Return the tool in OpenAI's format."""
     if tool.type not in (None, "custom"):
-        raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it with a name and an `input_schema`")
+        raise unsupported(f"tools of type `{tool.type:.60}` are", location, "send it with a name and an `input_schema`")
     if tool.input_schema is None or not tool.name:
-        raise ApiError(400, f"`{place}` has no {'`input_schema`' if tool.name else '`name`'}", param=place)
+        raise ApiError(400, f"`{location}` has no {'`input_schema`' if tool.name else '`name`'}", param=location)
     function: dict[str, Any] = {
         "name": tool.name,
         "description": tool.description,
@@ -312,7 +312,7 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:
     return {"name": choice.name}
 
 
-def _unsupported_block(block_type: str, role: str, place: str) -> ApiError:
+def _unsupported_block(block_type: str, role: str, location: str) -> ApiError:
     if block_type in ("image", "document"):
-        return unsupported(f"content of type `{block_type}` is", place, "this model reads text only")
-    return unsupported(f"content of type `{block_type:.60}` in a message of role `{role}` is", place)
+        return unsupported(f"content of type `{block_type}` is", location, "this model reads text only")
+    return unsupported(f"content of type `{block_type:.60}` in a message of role `{role}` is", location)

@@ -2,8 +2,8 @@
 
 An answer is a list of blocks: thinking, text and one for each tool call. In a stream, each block starts, gets its
 deltas and stops before the next one starts. A stream has the arguments of a call as the model wrote them, even if they
-turn out not to be a JSON object; a complete message can only contain an object and has `{"INVALID_JSON": "..."}`
-instead. A call that names no tool is shown as text.
+are not a JSON object; a complete message can only contain an object, and has `{"INVALID_JSON": "..."}` instead. A call
+that names no tool is sent as text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, Usage
+from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
-# Clients send thinking back only if it is signed. The signature is never checked here.
+# Clients send thinking back only if it is signed. We never check the signature.
 SIGNATURE = "kimi-mlx"
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ERROR_TYPES = {
@@ -43,11 +43,11 @@ class MessageFormatter:
         self._model = model
         self._id = f"msg_{secrets.token_hex(12)}"
         self._calls = CallSequencer()
-        self._num_blocks = 0  # started so far
+        self._num_blocks = 0  # blocks started so far
         self._open: str | None = None  # type of the open block
 
     def begin(self) -> Iterator[StreamEvent]:
-        """Yield the message without content; its tokens are counted at the end."""
+        """Yield the message without content and without token counts, which follow at the end."""
         message = self._message([], None, None, Usage())
         yield _event("message_start", message=message)
 

@@ -37,5 +37,5 @@ def anthropic_routes(context: Context) -> list[Route]:
 
 
 def _resolve(model_info: ModelInfo, name: str | None) -> str:
-    """Return the model's name for the response; `claude-...` means the served model, as tools request such names."""
+    """Return the model's name for the response; `claude-...` is the served model: tools request such names."""
     return model_info.name if name and name.startswith("claude-") else model_info.resolve(name)

@@ -1,1 +1,1 @@
-"""HTTP without any one API: bodies, streams, limits, access control, logging."""
+"""HTTP, independent of any API: bodies, streams, limits, access control, logging."""

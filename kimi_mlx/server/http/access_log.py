@@ -1,4 +1,4 @@
-"""Access log: one line per request; bodies only on request."""
+"""Access log: one line per request, and its body with `--log-prompts`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kimi_mlx.server.conversation import AnswerEvent, DeltaEvent, FinishEvent, total_usage
+from kimi_mlx.server.api_types import AnswerEvent, DeltaEvent, FinishEvent, total_usage
 from kimi_mlx.server.metrics import Metrics
 
 LOG = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ class RequestRecord:
 
     Args:
         started_at: start of the request, by time.monotonic.
-        id: request id, which the response's headers contain.
+        id: request id, sent in the `x-request-id` header of the response.
         status: status of the response, once it has started.
         body: body of the request.
-        ttft_s: time to the first delta of an answer.
-        finishes: ends of the answers.
+        ttft_s: time to the first delta of any answer.
+        finishes: FinishEvents of the answers.
         has_disconnected: whether the client disconnected before the end.
         reason: reason for an error, or for an early end.
     """
@@ -53,7 +53,7 @@ class RequestRecord:
     reason: str | None = None
 
     async def watch(self, events: AsyncGenerator[AnswerEvent, None]) -> AsyncGenerator[AnswerEvent, None]:
-        """Pass events on, and record the time to the first delta and the ends of the answers."""
+        """Yield the events unchanged, and record the time to the first delta and the FinishEvents."""
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, DeltaEvent) and self.ttft_s is None:
@@ -67,7 +67,7 @@ class AccessLog:
     """Middleware that logs and counts requests.
 
     Args:
-        app: application behind it.
+        app: wrapped application.
         metrics: metrics of the server.
         routes: routes that are counted under their own paths; all others are counted as `other`.
         log_prompts: whether request bodies are logged.
@@ -77,7 +77,7 @@ class AccessLog:
         self._app, self._metrics, self._routes, self._log_prompts = app, metrics, routes, log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and log it when it has ended."""
+        """Pass the request on, and log it when it ends."""
         if scope["type"] != "http":
             return
         record = RequestRecord()

@@ -1,4 +1,4 @@
-"""JSON bodies: requests parsed with errors that name the place, and JSON responses."""
+"""JSON bodies: parsing of requests, with errors that name the location, and JSON responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parse(model: type[AnyBody], text: bytes) -> AnyBody:
     """Parse a body.
 
     Raises:
-        ApiError: 400, with the place of an error.
+        ApiError: 400, the body is invalid; `param` is the location of the error.
     """
     try:
         return model.model_validate_json(text)
@@ -39,10 +39,10 @@ def parse(model: type[AnyBody], text: bytes) -> AnyBody:
 def _most_relevant(validation: ValidationError, body: object) -> ApiError:
     """Return the most relevant error.
 
-    Where a field allows several types, pydantic reports the errors of each. An error about a value of the right type
-    comes before an error about the type; then the deepest error, which belongs to the type that fits best.
+    If a field allows several types, pydantic reports the errors of each. We prefer an error about a value of the right
+    type to an error about the type, and then the deepest error, which belongs to the type that fits best.
     """
-    errors = [(place(error, body), error) for error in validation.errors(include_url=False)]
+    errors = [(location(error, body), error) for error in validation.errors(include_url=False)]
     param, first = max(errors, key=lambda error: (_has_right_type(error[1]), error[0].count(".") + error[0].count("[")))
     message = _message(first)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
@@ -82,8 +82,8 @@ def _message(error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Value error, ") if message is None else message.format(**error.get("ctx", {}))
 
 
-def place(error: ErrorDetails, body: object) -> str:
-    """Return the place of an error in OpenAI's form, `messages[0].content`, without pydantic's type names."""
+def location(error: ErrorDetails, body: object) -> str:
+    """Return the location of an error in OpenAI's format, `messages[0].content`, without pydantic's type names."""
     text = ""
     loc = error["loc"]
     missing_at = len(loc) - 1 if error["type"] == "missing" else None

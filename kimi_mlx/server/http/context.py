@@ -1,4 +1,4 @@
-"""Context and body reading for the routes of all APIs."""
+"""Service, model info and body reading for the routes of all APIs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.server.service import Service
 
 @dataclass(frozen=True)
 class Context:
-    """The service and the model that the routes use.
+    """Objects that all routes use.
 
     Args:
         service: service that answers requests.

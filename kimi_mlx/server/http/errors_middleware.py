@@ -26,10 +26,10 @@ class ErrorMiddleware:
     """Turns every exception into an error response of the API that was called.
 
     Args:
-        app: application behind it.
+        app: wrapped application.
         formats: error formats by path prefix.
         default_format: error format of all other paths.
-        paths: existing paths, for the message of a 404.
+        paths: paths of all routes, for the message of a 404.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ErrorMiddleware:
         self._app, self._formats, self._default_format, self._paths = app, formats, default_format, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and answer it if that fails."""
+        """Pass the request on; if that fails, send an error response."""
         has_started = False
 
         async def watching_send(message: Message) -> None:
@@ -46,7 +46,7 @@ class ErrorMiddleware:
             has_started = True
             await send(message)
 
-        scope["app"] = self  # tells starlette's router to raise its errors
+        scope["app"] = self  # makes starlette's router raise its errors instead of answering them
         try:
             await self._app(scope, receive, watching_send)
         except (ClientDisconnectedError, ClientDisconnect):

@@ -16,18 +16,18 @@ BODY_LIMIT_S = 60.0
 """Time limit for receiving a whole body."""
 
 AMBIGUOUS_LENGTH = "invalid_headers"
-"""Error code of a request with two different indications of its body's length."""
+"""Error code of a request whose headers give the length of its body in two ways."""
 
 DRAIN_S = 5.0
-"""Time for which the rest of a body that is too large is read and discarded: a client whose connection is closed
-while it is still sending may never read the response."""
+"""Time limit for reading and discarding the rest of a body that is too large. If the connection were closed while the
+client is still sending, the client might never read the response."""
 
 
 class BodyLimitMiddleware:
     """Refuses bodies that are too large or arrive too slowly.
 
     Args:
-        app: application behind it.
+        app: wrapped application.
         max_bytes: size limit of a body.
     """
 
@@ -43,7 +43,7 @@ class BodyLimitMiddleware:
             raise ApiError(400, message, AMBIGUOUS_LENGTH)
         if length.isdecimal() and int(length) > self._max_bytes:
             # a client that waits for `100 Continue` has not sent anything yet
-            raise self._too_large(int(length)) if "expect" in headers else await self._drained(int(length), receive)
+            raise self._too_large(int(length)) if "expect" in headers else await self._drain(int(length), receive)
         deadline = time.monotonic() + BODY_LIMIT_S
         size, is_complete = 0, False
 
@@ -58,15 +58,15 @@ class BodyLimitMiddleware:
             size += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size > self._max_bytes:
-                raise self._too_large(size) if is_complete else await self._drained(size, receive)
+                raise self._too_large(size) if is_complete else await self._drain(size, receive)
             return message
 
         await self._app(scope, counting_receive, send)
 
-    async def _drained(self, size: int, receive: Receive) -> ApiError:
-        """Return the error once the client has sent everything, or the time for that is over."""
+    async def _drain(self, size: int, receive: Receive) -> ApiError:
+        """Discard the rest of a body; return the error when the client has sent all of it, or after DRAIN_S."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_drain(receive), DRAIN_S)
+            await asyncio.wait_for(_discard_body(receive), DRAIN_S)
         return self._too_large(size)
 
     def _too_large(self, size: int) -> ApiError:
@@ -75,6 +75,6 @@ class BodyLimitMiddleware:
         return ApiError(413, message, "request_too_large")
 
 
-async def _drain(receive: Receive) -> None:
+async def _discard_body(receive: Receive) -> None:
     while (await receive()).get("more_body", False):
         continue

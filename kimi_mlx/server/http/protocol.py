@@ -11,7 +11,7 @@ HEADERS_LIMIT_S = 20.0
 """Time limit for the headers of a request, from its first byte or the start of the connection."""
 
 WRITE_LIMIT_S = 30.0
-"""Time without any progress in sending after which the connection is closed."""
+"""Time after which a connection is closed if no data can be sent."""
 
 
 class TimeoutProtocol(H11Protocol):

@@ -17,7 +17,7 @@ from kimi_mlx.server.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 PUBLIC_PATHS = frozenset({"/health"})
-"""Paths that need no key; they reveal nothing beyond the fact that the server is there."""
+"""Paths that need no key; they reveal only the state of the server."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Security:
             check_origin_format(origin)
 
     def check_host(self, header: str | None) -> None:
-        """Refuse a host name that is not the server's; it may be a web page's name that points to this machine.
+        """Refuse a host name that is not the server's: it may be a web page's name that resolves to this machine.
 
         Raises:
             ApiError: 403.
@@ -73,7 +73,7 @@ class Security:
             )
 
     def check_key(self, headers: Headers) -> None:
-        """Refuse requests without a valid key, in a time that does not depend on the key.
+        """Refuse requests without a valid key. The comparison takes the same time for every key.
 
         Raises:
             ApiError: 401.
@@ -98,7 +98,7 @@ class Security:
 
 
 class AuthMiddleware:
-    """Checks host, origin and key of every request before anything else."""
+    """Checks the host, the origin and the key of every request."""
 
     def __init__(self, app: ASGIApp, security: Security):
         self._app, self._security = app, security
@@ -117,13 +117,13 @@ def check_origin_format(origin: str) -> None:
     """Refuse a string that a browser never sends as an origin.
 
     Raises:
-        UsageError: the origin has more, or less, than a scheme, a name and an optional port.
+        UsageError: the origin is not a scheme, a name and an optional port.
     """
     parts = urlsplit(origin if "//" in origin else f"https://{origin}")
-    likely = f"{parts.scheme}://{parts.netloc or 'example.org'}".lower()
-    if origin != "*" and origin != likely:
+    suggestion = f"{parts.scheme}://{parts.netloc or 'example.org'}".lower()
+    if origin != "*" and origin != suggestion:
         message = f"`{origin}` is not an origin (scheme, name and optional port)"
-        raise UsageError(message, hint=f"write `{likely}`")
+        raise UsageError(message, hint=f"write `{suggestion}`")
 
 
 def host_name(header: str) -> str | None:

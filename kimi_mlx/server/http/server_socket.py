@@ -10,18 +10,17 @@ from ipaddress import ip_address
 from kimi_mlx.errors import UsageError
 
 DOCUMENTATION_ADDRESSES: dict[int, str] = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses that nobody has (RFC 5737, RFC 3849)."""
-
+"""Addresses reserved for documentation, which no machine has (RFC 5737, RFC 3849)."""
 
 BACKLOG = 2048
-"""Connections that may wait to be accepted, as in uvicorn."""
+"""Maximum number of connections that wait to be accepted, as in uvicorn."""
 
 
 class ServerSocket:
     """A bound socket; connections are refused until `listen` is called.
 
     Args:
-        host: host name or address.
+        host: host name or address to bind.
         port: port; 0 takes any free one.
 
     Raises:
@@ -47,7 +46,7 @@ class ServerSocket:
         """Accept connections into the backlog from now on.
 
         Raises:
-            UsageError: another program listens already; two programs can be bound to one address until one listens.
+            UsageError: another program already listens. Several programs can bind one address until one listens.
         """
         try:
             self.socket.listen(BACKLOG)

@@ -1,4 +1,4 @@
-"""Responses of answers: server-sent events or one JSON object; a client that disconnects cancels its answers."""
+"""HTTP responses with answers: server-sent events or one JSON object. A disconnected client cancels its answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, collect
+from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, collect
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
 from kimi_mlx.server.http.body import JsonResponse
@@ -46,18 +46,18 @@ class StreamEvent:
 
 
 class ApiFormatter(Protocol):
-    """Formats the answers to one request for one API. It does no input or output of its own."""
+    """Formats the answers to one request for one API. It does no I/O."""
 
     def begin(self) -> Iterable[StreamEvent]:
         """Return the events at the start of a stream, before any answer has started."""
         ...
 
     def add(self, event: AnswerEvent) -> Iterable[StreamEvent]:
-        """Return the events for an answer event; may be none, as the stream is kept alive with comments."""
+        """Return the events for an answer event. There may be none: comments keep the stream alive."""
         ...
 
     def end(self) -> Iterable[StreamEvent]:
-        """Return the events at the end of a stream, after the FinishEvent of every answer."""
+        """Return the events at the end of a stream, after the FinishEvents of all answers."""
         ...
 
     def fail(self, error: ApiError) -> Iterable[StreamEvent]:
@@ -102,7 +102,7 @@ class EventStream(Response):
     """A stream of server-sent events.
 
     Args:
-        first: first event; it shows that the request can be served.
+        first: first event. Waiting for it before the response starts allows an error status instead.
         rest: remaining events.
         formatter: formatter of the API.
     """
@@ -127,7 +127,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _encoded(self, record: RequestRecord) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of the stream, with a comment when there has been nothing else for some seconds."""
+        """Yield the bytes of the stream, with a comment if there has been nothing else for KEEP_ALIVE_INTERVAL_S."""
         formatter = self._formatter
         try:
             yield _encode(*formatter.begin(), *formatter.add(self._first))
@@ -147,7 +147,7 @@ class EventStream(Response):
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run a coroutine, and cancel it if the client disconnects; the request's body must have been read.
+    """Run a coroutine, and cancel it if the client disconnects. The request's body must have been read before.
 
     Raises:
         ClientDisconnectedError: the client disconnected before the coroutine was done.

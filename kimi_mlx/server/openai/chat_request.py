@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kimi_mlx.server.conversation import ChatRequest
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.request_fields import MIN_TOP_P, StopText, TokenCount, check_tool_choice
@@ -247,11 +247,11 @@ def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], str | None]
     return tuple(messages), last
 
 
-def _message(message: ChatMessage, place: str) -> Message:
+def _message(message: ChatMessage, location: str) -> Message:
     if message.role == "tool" and not message.tool_call_id:
-        raise ApiError(400, "a message of role `tool` needs `tool_call_id`", param=f"{place}.tool_call_id")
+        raise ApiError(400, "a message of role `tool` needs `tool_call_id`", param=f"{location}.tool_call_id")
     if message.content is None and message.role in ("system", "developer", "user"):
-        param = f"{place}.content"
+        param = f"{location}.content"
         raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
     role = "system" if message.role == "developer" else message.role
     calls = tuple(
@@ -259,7 +259,7 @@ def _message(message: ChatMessage, place: str) -> Message:
     )
     return Message(
         role,
-        _text(message.content, f"{place}.content"),
+        _text(message.content, f"{location}.content"),
         message.reasoning_content,
         calls,
         message.tool_call_id,
@@ -267,7 +267,7 @@ def _message(message: ChatMessage, place: str) -> Message:
     )
 
 
-def _text(content: str | list[ContentPart] | None, place: str) -> str:
+def _text(content: str | list[ContentPart] | None, location: str) -> str:
     """Return the text of a message, with its parts joined.
 
     Raises:
@@ -278,7 +278,7 @@ def _text(content: str | list[ContentPart] | None, place: str) -> str:
     for at, part in enumerate(content):
         if part.type not in ("text", "refusal"):
             message = f"content of type `{part.type:.60}` is not supported: this model reads text only"
-            raise ApiError(400, message, "unsupported_content", f"{place}[{at}].type")
+            raise ApiError(400, message, "unsupported_content", f"{location}[{at}].type")
     return "".join(part.text or part.refusal or "" for part in content)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.conversation import (
+from kimi_mlx.server.api_types import (
     AnswerEvent,
     CompleteAnswer,
     DeltaEvent,
@@ -120,12 +120,12 @@ class ChatFormatter:
 
 
 def _call(part: ToolCallDelta) -> dict[str, Any]:
-    """Return a tool call, or its beginning; arguments that are not valid JSON are passed on as they are."""
+    """Return a tool call, or its beginning; arguments that are not valid JSON stay unchanged."""
     return ToolCall(part.id, part.name, part.arguments).to_dict()
 
 
 def _nameless_calls(delta: Delta) -> list[str]:
-    """Return the raw text of calls that name no tool, which is shown as content."""
+    """Return the raw text of calls that name no tool, which is sent as content."""
     return [call.raw for call in delta.tool_calls if isinstance(call, UnparsedToolCall) and call.index is None]
 
 

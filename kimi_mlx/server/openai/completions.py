@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from kimi_mlx.server.conversation import (
+from kimi_mlx.server.api_types import (
     AnswerEvent,
     CompleteAnswer,
     CompletionRequest,
@@ -66,13 +66,13 @@ class CompletionBody(GenerationBody):
 
 
 class CompletionFormatter:
-    """Formats the answers to one request, which are numbered over all its prompts; an `ApiFormatter`.
+    """Formats the answers to one request, numbered consecutively over its prompts; an `ApiFormatter`.
 
     Args:
         id: id of the response.
         model: name of the model.
         created: creation time, as a Unix time in seconds.
-        echoes: texts with which the answers begin: the prompts, or empty strings.
+        echoes: text to put before each answer: its prompt, or an empty string.
         include_usage: whether a stream ends with the token counts.
     """
 

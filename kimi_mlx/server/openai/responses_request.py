@@ -1,4 +1,4 @@
-"""The body of OpenAI's Responses API, and its conversion to a ChatRequest.
+"""The request body of OpenAI's Responses API, and its conversion to a ChatRequest.
 
 Source: https://platform.openai.com/docs/api-reference/responses/create. Nothing is stored between requests: a client
 sends the whole conversation each time. Requests that need stored state, or OpenAI's own tools, are refused.
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from kimi_mlx.server.conversation import ChatRequest
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.openai.chat_request import MAX_LOGPROBS
@@ -84,7 +84,7 @@ class UnsupportedItem(Body):
 
 
 def _default_type(value: Any) -> str | None:
-    """Return the type of an item without a `type`: messages may leave it out."""
+    """Return the type of an item without a `type`, which only messages may leave out."""
     return "message" if isinstance(value, dict) and "role" in value else None
 
 
@@ -204,7 +204,7 @@ def _refuse_state(body: ResponsesBody) -> None:
 
 
 class _Conversation:
-    """Assembles messages from items: one message of the assistant is several items."""
+    """Assembles messages from items: reasoning, text and calls of one assistant message are separate items."""
 
     def __init__(self, body: ResponsesBody):
         self.messages = [Message("system", body.instructions)] if body.instructions else []
@@ -215,7 +215,7 @@ class _Conversation:
             self._add(item, f"input[{index}]")
         self._end_message()
 
-    def _add(self, item: Item, place: str) -> None:
+    def _add(self, item: Item, location: str) -> None:
         if isinstance(item, ReasoningItem):
             if self._text or self._calls:
                 self._end_message()
@@ -223,16 +223,16 @@ class _Conversation:
         elif isinstance(item, FunctionCallItem):
             self._calls.append(ToolCall(item.call_id, item.name, item.arguments))
         elif isinstance(item, MessageItem):
-            self._add_message(item, _text(item.content, f"{place}.content"))
+            self._add_message(item, _text(item.content, f"{location}.content"))
         elif isinstance(item, FunctionCallOutputItem):
             self._end_message()
-            # an image in a result is only named: refusing it would break the whole session
+            # an image in a result is replaced by its type: refusing it would break the session
             parts = (part.text or f"[{part.type}: this model reads text only]" for part in item.output)
             self.messages.append(Message("tool", "\n\n".join(parts), tool_call_id=item.call_id))
         elif item.type in ("item_reference", None):
-            raise unsupported("references to items are", place, "items are not stored; send the item itself")
+            raise unsupported("references to items are", location, "items are not stored; send the item itself")
         else:
-            raise unsupported(f"items of type `{item.type:.60}` are", place)
+            raise unsupported(f"items of type `{item.type:.60}` are", location)
 
     def _add_message(self, item: MessageItem, text: str) -> None:
         if item.role != "assistant":
@@ -244,30 +244,30 @@ class _Conversation:
         self._text = text
 
     def _end_message(self) -> None:
-        """Add the message of the assistant's reasoning, text and calls."""
+        """Add an assistant message with the reasoning, text and calls since the last message."""
         if self._reasoning or self._text or self._calls:
             reasoning = "".join(self._reasoning) or None
             self.messages.append(Message("assistant", self._text, reasoning, tuple(self._calls)))
         self._reasoning, self._text, self._calls = [], "", []
 
 
-def _text(parts: Sequence[ItemPart], place: str) -> str:
+def _text(parts: Sequence[ItemPart], location: str) -> str:
     texts: list[str] = []
     for index, part in enumerate(parts):
         text = part.text if part.type in TEXT_TYPES else part.refusal
         if text is None:
             subject = f"content of type `{part.type:.60}` is"
-            raise unsupported(subject, f"{place}[{index}]", "this model reads text only")
+            raise unsupported(subject, f"{location}[{index}]", "this model reads text only")
         texts.append(text)
     return "".join(texts)
 
 
-def _tool(tool: ResponsesTool, place: str) -> dict[str, Any]:
+def _tool(tool: ResponsesTool, location: str) -> dict[str, Any]:
     """Return the tool in the format of Chat Completions."""
     if tool.type != "function":
-        raise unsupported(f"tools of type `{tool.type:.60}` are", place, "send it as a function with `parameters`")
+        raise unsupported(f"tools of type `{tool.type:.60}` are", location, "send it as a function with `parameters`")
     if not tool.name:
-        raise ApiError(400, f"`{place}` has no `name`", "missing_required_parameter", f"{place}.name")
+        raise ApiError(400, f"`{location}` has no `name`", "missing_required_parameter", f"{location}.name")
     parameters = tool.parameters or {"type": "object", "properties": {}}
     function = {"name": tool.name, "description": tool.description, "parameters": parameters, "strict": tool.strict}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
@@ -292,7 +292,7 @@ def _response_schema(text_format: TextFormat | None) -> dict[str, Any] | bool | 
 
 
 def _thinking(effort: str | None) -> bool | None:
-    """Return whether to think; there are no degrees, and without an effort the template decides."""
+    """Return whether to think: all other efforts mean the same; without an effort the template decides."""
     return None if effort is None else effort not in ("none", "minimal")
 
 

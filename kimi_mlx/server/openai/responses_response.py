@@ -1,9 +1,9 @@
 """Responses of OpenAI's Responses API: a response object, or its events.
 
 An answer is a list of items: reasoning, a message, and one for each tool call. Reasoning is the content of its item,
-or, if the client requested a summary, its summary, because such clients show nothing else. A call whose arguments turn
-out not to be a JSON object is sent as the model wrote it, and its item is `incomplete`. A call that names no tool is
-shown as text.
+or, if the client requested a summary, its summary, because such clients show nothing else. A call whose arguments are
+not a JSON object is sent as the model wrote it, and its item is `incomplete`. A call that names no tool is sent as
+text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_mlx.server.conversation import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
+from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.responses_request import ResponsesBody
@@ -26,10 +26,10 @@ Value = dict[str, Any]
 
 @dataclass
 class _OpenItem:
-    """The item that is open.
+    """The item that is being streamed.
 
     Args:
-        item: item as it started.
+        item: item as it was sent at its start.
         part: type of the part that contains its text; None for a call, which has arguments.
         text: text or arguments so far.
         logprobs: log probabilities of the tokens of its text.
@@ -46,7 +46,7 @@ class ResponseFormatter:
 
     Args:
         model: name of the model in the response.
-        body: body of the request, parts of which the response echoes.
+        body: body of the request; the response echoes some of its fields.
     """
 
     def __init__(self, model: str, body: ResponsesBody):
@@ -78,7 +78,7 @@ class ResponseFormatter:
             yield self._event(f"response.{response['status']}", response=response)
 
     def end(self) -> Iterator[StreamEvent]:
-        """Return no events: the FinishEvent has ended the stream."""
+        """Return no events: the event of the FinishEvent was the last one."""
         return iter(())
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
@@ -91,7 +91,7 @@ class ResponseFormatter:
         """Return the response object."""
         (answer,) = answers
         for _ in (*self._delta_events(answer.delta, answer.logprobs), *self._close()):
-            pass  # the events themselves are not needed: making them fills the list of items
+            pass  # making the events fills the list of items; the events themselves are not needed
         return self._final_response(answer.finish)
 
     def _final_response(self, finish: FinishEvent) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kimi_mlx.server.conversation import (
+from kimi_mlx.server.api_types import (
     AnswerEvent,
     CompleteAnswer,
     DeltaEvent,

@@ -23,7 +23,7 @@ from kimi_mlx.engine.request import (
 )
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.conversation import AnswerEvent, ChatRequest, CompletionRequest, DeltaEvent, FinishEvent, KeepAlive
+from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompletionRequest, DeltaEvent, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.metrics import Metrics

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_chat_request
-from kimi_mlx.server.conversation import ChatRequest
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.text.messages import Message, ToolCall
@@ -155,7 +155,7 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 
 
 @pytest.mark.parametrize(
-    ("messages", "fields", "place", "problem"),
+    ("messages", "fields", "location", "problem"),
     [
         ([message_with("user", **IMAGE)], {}, FIRST, "`image` is not supported: this model reads text"),
         ([message_with("user", type="document")], {}, FIRST, "`document`"),
@@ -173,11 +173,11 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
     ],
 )
 def test_unsupported_features_are_refused_by_name(
-    messages: list[dict[str, Any]], fields: dict[str, Any], place: str, problem: str
+    messages: list[dict[str, Any]], fields: dict[str, Any], location: str, problem: str
 ):
     with pytest.raises(ApiError, match=problem) as error:
         request_of(*messages, **fields)
-    assert (error.value.status, error.value.param) == (400, place)
+    assert (error.value.status, error.value.param) == (400, location)
 
 
 @pytest.mark.parametrize(

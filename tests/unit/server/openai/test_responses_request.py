@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.server.conversation import ChatRequest
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
@@ -115,7 +115,7 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
 
 
 @pytest.mark.parametrize(
-    ("fields", "place", "problem"),
+    ("fields", "location", "problem"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation"),
         ({"conversation": "conv_1"}, "conversation", "not supported"),
@@ -133,10 +133,10 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "`input_image`.*reads text only"),
     ],
 )
-def test_unsupported_features_are_refused_by_name(fields: dict[str, Any], place: str, problem: str):
+def test_unsupported_features_are_refused_by_name(fields: dict[str, Any], location: str, problem: str):
     with pytest.raises(ApiError, match=problem) as error:
         request_of(**{"input_value": fields.get("input", "Hi")} | {k: v for k, v in fields.items() if k != "input"})
-    assert (error.value.status, error.value.param) == (400, place)
+    assert (error.value.status, error.value.param) == (400, location)
 
 
 @pytest.mark.parametrize(

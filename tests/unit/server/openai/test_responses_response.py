@@ -9,7 +9,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from kimi_mlx.server.conversation import DeltaEvent, TokenLogprobs
+from kimi_mlx.server.api_types import DeltaEvent, TokenLogprobs
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.server.openai.responses_response import ResponseFormatter

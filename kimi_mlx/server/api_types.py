@@ -1,4 +1,4 @@
-"""Requests and answers in the form that all APIs share."""
+"""Types of requests and answers that all APIs share."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class ChatRequest(GenerationParams):
     """A conversation to answer.
 
     Args:
-        messages: conversation; tool call ids may be of any form.
-        tools: tools in OpenAI's form, `{"type": "function", "function": {...}}`.
+        messages: conversation; tool call ids may have any format.
+        tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
-        response_schema_name: name of the field that holds the schema, for error messages.
+        response_schema_name: name of the body's field with the schema, for error messages.
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: other variables of the chat template, such as `preserve_thinking`.
         partial: beginning of the assistant's message, which the answer continues without repeating it.
-        call_id_prefix: prefix for ids of new tool calls if the conversation has no calls yet; None uses Kimi's ids.
+        call_id_prefix: prefix of the ids of new tool calls if the conversation has no calls yet; None uses Kimi's ids.
     """
 
     messages: tuple[Message, ...] = ()
@@ -65,7 +65,7 @@ class ChatRequest(GenerationParams):
 
 @dataclass(frozen=True)
 class CompletionRequest(GenerationParams):
-    """Plain text, or token ids, to continue without a chat template."""
+    """A prompt of plain text or token ids to continue, without a chat template."""
 
     prompt: str | tuple[int, ...] = ""
 
@@ -119,11 +119,11 @@ class KeepAlive:
 
 @dataclass(frozen=True)
 class DeltaEvent:
-    """What one or more tokens added to an answer.
+    """An addition to one answer, from one or more tokens.
 
     Args:
         index: index of the answer, below `n`.
-        delta: addition.
+        delta: added reasoning, text and tool calls.
         logprobs: log probabilities of the tokens of its text, if requested.
     """
 
