@@ -1,1 +1,1 @@
-"""Where engine, weights, text and cluster meet: loading, sessions, conversations."""
+"""Load a checkpoint: its model, tokenizer, grammars and prompt cache."""

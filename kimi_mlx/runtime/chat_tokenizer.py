@@ -16,11 +16,11 @@ from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
 from kimi_mlx.text.tokenizer import TokenIdTokenizer, Tokenizer
 
 DEFAULT_TEMPERATURE = 0.6
-"""Temperature where neither `generation_config.json` nor the catalogue sets one: the value of K2's model cards."""
+"""Temperature if neither `generation_config.json` nor the catalogue sets one: the value on K2's model cards."""
 
 MAX_TOKENS_KEY = "kimi_mlx_max_tokens"
-"""Key of `generation_config.json` that limits an answer if the request does not. Only kimi-mini has it: a toy may
-repeat itself without end. The key is our own, so that no real model is limited by it."""
+"""Key of `generation_config.json` with the default limit of an answer. Only kimi-mini has it, because a toy may repeat
+itself endlessly. The key is our own, so that it limits no real model."""
 
 MessageLike = Message | Mapping[str, Any]
 
@@ -29,8 +29,8 @@ MessageLike = Message | Mapping[str, Any]
 class ChatTokenizer:
     """Tokenizer, chat template and defaults of one checkpoint.
 
-    A checkpoint may lack its tokenizer or its chat template (base models). It still loads; the missing part
-    is an error when it is needed. Without a tokenizer, prompts are token ids, and decoded text is the ids in
+    A checkpoint may lack its tokenizer or its chat template (base models). It still loads; an error is raised
+    when the missing part is needed. Without a tokenizer, prompts are token ids, and decoded text is the ids in
     decimal, each followed by a space.
 
     Args:
@@ -104,7 +104,7 @@ class ChatTokenizer:
         """Return the ids of a conversation, up to the beginning of the assistant's answer.
 
         Args:
-            messages: messages, as objects or in OpenAI's shape.
+            messages: messages, as objects or in OpenAI's format.
             tools: OpenAI-style tools that the model may call.
             template_kwargs: variables of the chat template, such as `thinking`.
 

@@ -1,4 +1,4 @@
-"""Load a model, or one rank's share of it, and what identifies its weights."""
+"""Load a model, or one rank's share of it, and identify its weights."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def load(
             (`hybrid:3:1`). In a pipeline only rank 0 gets logits.
 
     Returns:
-        The model and its tokenizer. There is always a tokenizer object: if the checkpoint has no chat template or no
-        tokenizer, it raises a TextError when one is needed (see ChatTokenizer).
+        The model and its tokenizer. If the checkpoint has no chat template or no tokenizer, the ChatTokenizer raises a
+        TextError when one is needed.
 
     Raises:
         KimiMlxError: there is no such model, or files are missing or broken.
@@ -79,7 +79,7 @@ def load_share(
     Args:
         folder: checkpoint, or store of this rank.
         config: configuration of the model.
-        dtype: type to compute in; None chooses, see `load`.
+        dtype: type to compute in; None uses the default, see `load`.
         group: ranks that share the model.
         progress: callback with the layers loaded and the number of layers.
         strategy: split of the model.
@@ -119,7 +119,7 @@ def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy
     """Check that the model in `folder` can be split over this number of ranks, before any process is started.
 
     Raises:
-        UsageError: there is no such strategy.
+        UsageError: the strategy does not exist.
         PlacementError: the model cannot be split this way.
         WeightsError: the store has another placement, or is incomplete.
     """
@@ -133,7 +133,7 @@ def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identity of loaded weights, made without reading all of them.
+    """Identity of loaded weights, computed without reading all of them.
 
     Args:
         shared: digest of model, commit and placement; the same on all ranks.
@@ -182,7 +182,7 @@ def _communicator(group: Group, placement: Placement, config: ModelConfig, dtype
 
 
 def _checkpoint_identity(folder: Path, placement: Placement) -> str:
-    """Return what identifies a checkpoint without reading its tensors: placement, file sizes and configuration."""
+    """Return the identity of a checkpoint without reading its tensors: placement, file sizes and configuration."""
     sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     return f"{placement.digest} {sizes} {(folder / 'config.json').read_text(encoding='utf-8')}"
 

@@ -1,4 +1,4 @@
-"""Open the prompt cache on disk for a loaded model: what its blocks depend on, and which blocks all ranks have."""
+"""Open the prompt cache on disk for a loaded model, with the blocks that all ranks have."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def open_prompt_cache(
     num_local_ranks: int = 1,
     warn: Callable[[str], None] = lambda text: None,
 ) -> BlockStore:
-    """Open the blocks of a model, or of one rank's share of it. If that fails, warn and use no blocks.
+    """Open the blocks of a model, or of one rank's share of it. If that fails, warn and continue without blocks.
 
     Args:
         cache_dir: folder of the cache; created if missing.
         max_bytes: size limit of the folder.
         model: loaded model.
         fingerprint: fingerprint of its weights, see kimi_mlx.runtime.load.
-        group: ranks that share the model. All must call this at the same time; all get the same blocks.
+        group: ranks that share the model. All must call this at the same time, and get the same blocks.
         num_local_ranks: number of ranks on this host.
         warn: callback for warnings, called from any thread.
     """
@@ -49,7 +49,7 @@ def open_prompt_cache(
 
 
 def keep_common_blocks(store: BlockStore, group: Group) -> None:
-    """Keep the blocks that all ranks have, in the order of rank 0. Takes two gathers."""
+    """Keep only the blocks that all ranks have, in the order of rank 0. This takes two gathers."""
     names = store.names()
     counts, capacities = np.array(group.gather(mx.array([len(names), store.capacity]))).T
     table = np.zeros((max(counts.max(), 1), NAME_BYTES), np.uint8)

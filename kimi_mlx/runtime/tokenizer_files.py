@@ -22,13 +22,12 @@ def pack_tokenizer_files(folder: Path) -> dict[str, str]:
 
 
 def unpack_tokenizer_files(files: Mapping[str, str]) -> Path:
-    """Write files from `pack_tokenizer_files` to a folder of the user's cache that is named by their digest.
+    """Write files from `pack_tokenizer_files` to a folder in the user's cache; return the folder.
 
-    Returns:
-        The folder.
+    The folder is named by the digest of the files.
 
     Raises:
-        RingError: a name is not that of a tokenizer file.
+        RingError: a file is not one of the expected small files.
     """
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     folder = (cache_folder() or Path(tempfile.gettempdir())) / "text" / digest

@@ -1,4 +1,4 @@
-"""Conversations: messages in, deltas out. The only place where text and engine meet."""
+"""Conversations: messages in, deltas out. This module connects the tokenizer with a session."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ChatEvent = Delta | Prefilled | Finished | Interrupted | Resumed
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How to answer in a conversation.
+    """Options of the answers in a conversation.
 
     Args:
         max_tokens: maximum number of new tokens per answer; None is the checkpoint's default, usually the rest of the
@@ -42,8 +42,8 @@ class Conversation:
     Args:
         session: loaded model.
         tokenizer: text side of the model.
-        options: how to answer.
-        system: system prompt; None for none.
+        options: options of the answers.
+        system: system prompt, if there is one.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ def stream(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **template_kwargs: Any,
 ) -> Iterator[Delta]:
-    """Answer messages with a model from kimi_mlx.load.
+    """Answer messages with a model from kimi_mlx.load, in this process and without a session.
 
     Args:
         model: model from `load`.
         tokenizer: tokenizer from `load`.
-        messages: messages in OpenAI's shape: `{"role": ..., "content": ...}`.
+        messages: messages in OpenAI's format: `{"role": ..., "content": ...}`.
         max_tokens: maximum number of new tokens; None is the checkpoint's default, usually the rest of the context.
         sampling: how tokens are sampled; None is the checkpoint's recommendation.
         tools: OpenAI-style tools that the model may call.

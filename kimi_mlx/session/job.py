@@ -1,4 +1,4 @@
-"""An unfinished request of a ring session: the tokens sent, the rest of the request, and its outcome."""
+"""An unfinished request of a ring session: its state, and how to resume it after the ring is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Job:
         request_id: id of the request within its session.
         request: request as submitted.
         on_event: callback of the caller.
-        sent_ids: ids of the tokens delivered so far.
+        sent_ids: ids of the tokens passed to the caller so far.
         pending_ranks: ranks that have not finished the request.
         outcome: result of rank 0, held back until all ranks have finished.
         is_cancelled: True once the caller has cancelled the request.
@@ -42,7 +42,7 @@ class Job:
     first_token_at: float = 0.0
 
     def remaining_request(self) -> Request:
-        """Return the request that generates the rest of the answer: the tokens already sent join the prompt."""
+        """Return the request for the rest of the answer: its prompt ends with the tokens already sent."""
         max_tokens = self.request.max_tokens
         return replace(
             self.request,
@@ -56,9 +56,9 @@ class Job:
         return encode("request", request_id=self.request_id, request=self.remaining_request().to_dict())
 
     def completed(self, context: int) -> Finished | KimiMlxError | None:
-        """Return the outcome if no token is missing, else None.
+        """Return the outcome if the answer has all of its tokens, else None.
 
-        The ring can be lost between the last token of an answer and the message that ends it.
+        The ring can be lost after the last token of an answer and before the message that ends it.
 
         Args:
             context: maximum number of tokens of a sequence.

@@ -1,4 +1,4 @@
-"""A session in this process: one thread owns the engine and answers requests of all other threads."""
+"""A session in this process: one thread runs the engine and answers the requests of all other threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions
 LOG = logging.getLogger(__name__)
 
 CLOSE_LIMIT_S = 30.0
-"""Time for the current step to end."""
+"""Time limit for the current step to end."""
 
 FAILED_STEP_DOWN_S = 10.0
 """Report "down" for this long after a failed step, unless a later request succeeds."""
@@ -42,7 +42,7 @@ class LocalSession:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._callbacks: dict[int, EventCallback] = {}
         self._request_ids = itertools.count(1)
-        self._added: set[int] = set()  # requests in the engine; the others are still in the queue of commands
+        self._added: set[int] = set()  # ids of requests in the engine; the others are still in the command queue
         self._failure: BaseException | None = None
         self._failed_step: tuple[float, str] | None = None  # time and reason
         self._engine: Engine | None = None
@@ -163,7 +163,7 @@ class LocalSession:
                 command(engine)
             try:
                 events = list(engine.step())
-            except Exception as error:  # an error of MLX, such as too little memory: the next request may succeed
+            except Exception as error:  # an error of MLX, such as running out of memory: the next request may succeed
                 self._abandon_requests(engine, error)
                 continue
             self._last_step_at = time.monotonic()

@@ -9,13 +9,13 @@ def open_session(options: SessionOptions, progress: LoadProgress = lambda done, 
     """Load a model in this process, or on a ring of local ranks if `options.ranks` is more than 1.
 
     Args:
-        options: model, and how to run it.
+        options: model and options.
         progress: callback with the layers that the slowest rank has loaded, and the number of layers.
 
     Raises:
         KimiMlxError: the model cannot be loaded.
     """
-    # Imported here: a front of ranks does not need MLX, which LocalSession imports.
+    # Imported here: LocalSession imports MLX, which the front of a ring does not need.
     if options.ranks == 1:
         from kimi_mlx.session.local import LocalSession
 

@@ -1,4 +1,4 @@
-"""Decide whether and when a lost ring is restarted. Pure: it starts no processes and reads no clock."""
+"""Decide whether and when to restart a lost ring. Pure: it starts no processes and reads no clock."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ RESTART_DELAYS_S = (1.0, 10.0, 30.0)
 """Delay before the first restart, the second, and all later ones."""
 
 STABLE_S = 600.0
-"""A ring that ran for this long gets the full number of restarts again."""
+"""A ring that ran for longer than this gets the full number of restarts again."""
 
 RESTARTABLE = (RingError, SshError)
-"""Errors that a restart may cure. Any other error of a rank, such as a missing model, would only come again."""
+"""Errors that a restart may fix. Any other error of a rank, such as a missing model, would only recur."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class RestartPolicy:
     """Count the restarts of one ring.
 
     Args:
-        max_restarts: number of restarts without progress after which the ring is given up.
+        max_restarts: maximum number of restarts without progress.
         num_attempts: number of restarts since the ring last made progress.
     """
 
@@ -30,19 +30,19 @@ class RestartPolicy:
     num_attempts: int = 0
 
     def record_progress(self) -> None:
-        """Start counting from zero: a token was generated.
+        """Reset the count: a token was generated.
 
-        Loading alone is not progress: a request that always ends the ring would restart it without end.
+        Loading alone is not progress: a request that always crashes a rank would then cause endless restarts.
         """
         self.num_attempts = 0
 
     def record_loss(self, uptime_s: float) -> None:
-        """Start counting from zero if the ring ran for long enough before it was lost."""
+        """Reset the count if the ring ran for long enough before it was lost."""
         if uptime_s > STABLE_S:
             self.num_attempts = 0
 
     def next_attempt(self, reason: str) -> Interrupted | None:
-        """Return the next restart as an event for callers; None if the ring is to be given up.
+        """Return the next restart as an event for callers; None if there are no restarts left.
 
         Args:
             reason: message of the error that ended the ring.

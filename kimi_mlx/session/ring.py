@@ -1,4 +1,4 @@
-"""A session on a ring of ranks. If the ring is lost it is restarted, and unfinished requests resume."""
+"""A session on a ring of ranks. A lost ring is restarted, and its unfinished requests resume."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
 from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
 
 CLOSE_LIMIT_S = 30.0
-"""Time to end all ranks, also on hosts that do not answer."""
+"""Time limit for ending all ranks, including those on hosts that do not respond."""
 
 
 class RingSession:
-    """The engine on a ring. This process only exchanges messages with the ranks, and survives them.
+    """The engine on a ring. This process only exchanges messages with the ranks, so it survives the loss of one.
 
-    A thread reads the ring's messages. When a rank is lost, it ends the other ranks, restarts the ring, and sends the
-    unfinished requests again, with the tokens that were already delivered as part of their prompts.
+    A thread reads the ring's messages. If a rank is lost, this thread ends the other ranks, restarts the ring, and
+    resends the unfinished requests; the tokens that callers already have become part of the prompts.
 
     Args:
-        options: model, and where and how to run it.
-        progress: callback for the first load.
+        options: model, hosts and options.
+        progress: callback for loading the weights at the first start.
 
     Raises:
         KimiMlxError: the ring cannot be started, or the model cannot be loaded. No rank is left running.
@@ -52,7 +52,7 @@ class RingSession:
         self._options = options
         self._cluster = options.effective_cluster
         if options.folder is not None:
-            # Imported here: only a checkpoint on this machine is checked, before any rank starts. Both import MLX.
+            # Imported here because both import MLX, which is needed only to check a checkpoint on this machine.
             from kimi_mlx.model.config import load_config
             from kimi_mlx.runtime.load import check_placement
 
@@ -69,7 +69,7 @@ class RingSession:
         self._last_step_at: float | None = None
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
-        self._received_files: Path | None = None
+        self._received_folder: Path | None = None
         self.all_reduce: AllReduceChoice | None = None
         """Choice of all-reduce that the ranks measured when they first started."""
         self.peak_memory_bytes = [0] * self._cluster.size
@@ -96,7 +96,7 @@ class RingSession:
     @property
     def tokenizer_folder(self) -> Path:
         """Folder with the checkpoint's configuration and tokenizer: our own, or the copy that rank 0 sent."""
-        return self._options.checkpoint if self._received_files is None else self._received_files
+        return self._options.checkpoint if self._received_folder is None else self._received_folder
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Answer a request. Closing the iterator cancels it. Safe to call from several threads.
@@ -113,7 +113,7 @@ class RingSession:
             # Choose the seed here, so that the answer stays the same after a restart.
             request = replace(request, sampling=replace(request.sampling, seed=random.getrandbits(63)))
         job = Job(next(self._request_ids), request, on_event)
-        line = job.encode()  # outside the lock: it takes long for a long prompt
+        line = job.encode()  # outside the lock: this takes long for a long prompt
         with self._lock:
             if self._failure is not None:
                 on_event(self._failure)
@@ -153,7 +153,7 @@ class RingSession:
             )
 
     def reset(self) -> None:
-        """Drop the KV caches of all ranks; a ring that is being restarted has none."""
+        """Drop the KV caches of all ranks. A ring that is being restarted has none."""
         with self._lock:
             if self._is_up:
                 self._ring.send("reset")
@@ -161,7 +161,7 @@ class RingSession:
     def close(self) -> None:
         """End the ranks."""
         self._is_closing.set()
-        self._thread.join(CLOSE_LIMIT_S)  # this thread ends the ranks
+        self._thread.join(CLOSE_LIMIT_S)  # the thread ends the ranks before it returns
 
     # Commands to the ranks.
 
@@ -186,7 +186,7 @@ class RingSession:
             if message["kind"] == "loading":
                 progress(message["done"], message["total"], rank)
             elif message["kind"] == "tokenizer_files":
-                self._received_files = unpack_tokenizer_files(message["files"])
+                self._received_folder = unpack_tokenizer_files(message["files"])
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
                 choice = message["all_reduce"]
@@ -214,10 +214,10 @@ class RingSession:
     # The thread that reads the ring.
 
     def _supervise(self) -> None:
-        """Run the thread. Every caller gets a final event, whatever happens."""
+        """Run the thread. Every caller gets a final event, even after a bug."""
         try:
             error = self._read_messages()
-        except Exception as bug:  # a caller must not wait for ever
+        except Exception as bug:  # callers must not wait forever
             error = RingError(f"the session failed: {bug!r}", hint="this is a bug in kimi-mlx: please report it")
         self._fail(error)
 

@@ -1,4 +1,4 @@
-"""A session: a loaded model that answers requests, in this process or on a ring of ranks."""
+"""What all sessions share: the protocol, the options, the status, and answering in the calling thread."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RankProgress = Callable[[int, int, int], None]
 MAX_RANKS = 64
 
 MAX_CHECK_EVERY = 250
-"""Step numbers wrap around at this value."""
+"""A longer interval would never be reached: step numbers wrap around (parallel.communicator.SEQUENCE_MODULUS)."""
 
 MAX_DRAFT_TOKENS = 16
-"""Draft tokens per step. Longer drafts are rarely right, and every wrong token costs its share of the step."""
+"""Maximum number of draft tokens per step. Longer drafts are rarely accepted, and each rejected token costs time."""
 
 DEFAULT_CACHE_DISK_BYTES = 20 * 10**9
 """Default size limit of a prompt cache's folder: 280 k tokens of K2."""
@@ -34,24 +34,24 @@ DEFAULT_CACHE_DISK_BYTES = 20 * 10**9
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How to run a model.
+    """The model of a session, and options for running it.
 
     Args:
-        folder: folder of the checkpoint; None if each host of the cluster finds it by the model's name.
+        folder: folder of the checkpoint; None if each host of the cluster looks it up by the model's name.
         ranks: number of processes on this machine; 1 runs the model in this process.
-        dtype: type to compute in; None chooses.
+        dtype: type to compute in; None uses the default of kimi_mlx.runtime.load.compute_dtype.
         strategy: split of the model over the ranks.
         has_sampling: True if answers may be sampled; mlx-lm's samplers are then imported while the weights load.
-        model: name of the model, for the hosts.
-        cluster: hosts of the ranks; None is this machine.
-        max_restarts: number of restarts without progress after which a lost ring is given up.
+        model: name of the model, by which the hosts look it up.
+        cluster: hosts of the ranks; None runs all ranks on this machine.
+        max_restarts: maximum number of restarts of a lost ring without progress.
         timeouts: timeouts of a ring.
         speculate: maximum number of draft tokens per step; 0 turns drafts off.
         check_every: number of steps between comparisons of the ranks' results; 0 turns them off.
         fast_sync: True to use MLX's fast synchronisation between GPU and network on this machine.
-        cache_dir: folder of each host's prompt cache on disk; None keeps the cache in memory only.
+        cache_dir: folder of each host's prompt cache on disk; None keeps it in memory only.
         cache_disk_bytes: size limit of that folder, per host.
-        cache_memory_bytes: memory limit of the KV caches, per rank; None is the free memory.
+        cache_memory_bytes: memory limit of the KV caches, per rank; None allows all free memory.
     """
 
     folder: Path | None
@@ -94,7 +94,7 @@ class SessionOptions:
 
     @property
     def checkpoint(self) -> Path:
-        """Folder of the checkpoint, which is set unless the hosts of a cluster find it themselves."""
+        """Folder of the checkpoint; it must be set."""
         assert self.folder is not None
         return self.folder
 
@@ -110,7 +110,7 @@ class SessionStatus:
         waiting: number of requests that have not started.
         last_step_age_s: seconds since the last step ended; None before the first step.
         restarts: number of restarts of the ring.
-        cached_tokens: number of tokens in all KV caches, after the last answer.
+        cached_tokens: number of tokens in all KV caches; for a ring, after the last answer.
     """
 
     is_up: bool
@@ -151,7 +151,7 @@ class Session(Protocol):
         ...
 
     def status(self) -> SessionStatus:
-        """Return the current status without waiting, from any thread."""
+        """Return the current status without waiting. Safe from any thread."""
         ...
 
     def reset(self) -> None:
