@@ -24,9 +24,9 @@ class Channel:
         sink: pipe to the front.
 
     Attributes:
-        num_received: number of commands received so far. It may be ahead of the other ranks'.
+        num_received: number of commands received so far; other ranks may have received fewer or more.
         num_consumed: number of commands taken with `next_command`.
-        links: watch over the links to the neighbours, whose ages go into heartbeats; None if there is none.
+        links: watch over the links to the neighbours, for the heartbeats; None on a single host.
     """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO):
@@ -44,7 +44,7 @@ class Channel:
         self.write(encode(kind, **fields))
 
     def write(self, line: bytes) -> None:
-        """Send an encoded message. If the front is gone, end the process: there is nothing left to do."""
+        """Send an encoded message. If the front is gone, end the process."""
         try:
             with self._lock:
                 self._sink.write(line)
@@ -56,7 +56,7 @@ class Channel:
         """Report progress with the next heartbeat.
 
         Args:
-            work: current work, such as `load`, `prefill` or `decode`. The front applies its timeouts by it.
+            work: current work, such as `load`, `prefill` or `decode`. Each has its own timeout in the front.
         """
         self._work = work
         self._step += 1
@@ -83,18 +83,18 @@ class Channel:
         os._exit(0)
 
     def _send_heartbeats(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(HEARTBEAT_S):
+        while True:
+            time.sleep(HEARTBEAT_S)
             ages = {} if self.links is None else self.links.ages()
-            front = time.monotonic() - self._last_message_at
-            self.send("alive", work=self._work, step=self._step, links=ages, front=front)
+            front_age_s = time.monotonic() - self._last_message_at
+            self.send("alive", work=self._work, step=self._step, links=ages, front=front_age_s)
 
 
 def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
     """Run the process of a rank. Its exit code is 0 if the front ended it, and 1 after an error.
 
     Args:
-        serve: function of the channel and the `start` message; it returns only by an error.
+        serve: function of the channel and the `start` message. It must not return, only raise.
     """
     channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # keep the output of libraries out of the messages

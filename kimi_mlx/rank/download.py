@@ -1,4 +1,4 @@
-"""The process of a rank during a download over several hosts: it builds its own store together with the others."""
+"""The process of a rank during a download to several hosts: each rank builds its own store, with data of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test that data arrive as they were sent: sums, gathers and messages whose results are known in advance."""
+"""Test that the links transfer data correctly: sums, gathers and messages whose results are known in advance."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BITS_DTYPES = {"float32": mx.uint32, "bfloat16": mx.uint16}
 def check_links(
     group: Group, payloads: Sequence[Payload], num_rounds: int, on_payload: Callable[[str], None] = lambda name: None
 ) -> list[dict[str, Any]]:
-    """Exchange every payload in turn; return the mismatches, at most one per payload.
+    """Exchange every payload; return the mismatches, at most one per payload.
 
     Args:
         group: ranks that exchange the payloads.
-        payloads: payloads, the same on all ranks.
-        num_rounds: maximum number of rounds; a payload with fewer repeats is exchanged less often.
-        on_payload: callback with the name of each payload before it is sent.
+        payloads: payloads; all ranks must pass the same ones.
+        num_rounds: maximum number of rounds; a payload with fewer `repeats` is exchanged less often.
+        on_payload: callback with the name of each payload, called before it is sent.
     """
     mismatches: dict[str, dict[str, Any]] = {}
     for round_index in range(num_rounds):
@@ -43,7 +43,7 @@ def check_links(
 
 
 def exchange(group: Group, payload: Payload, x: mx.array) -> mx.array:
-    """Exchange a payload as a model does: the input was just computed, and the result is used in a computation."""
+    """Exchange a payload as a model does: a computation produces the input, and another one uses the result."""
     if payload.kind == "message":
         assert isinstance(group, MlxGroup)
         return _exchange_with_neighbours(group, x)
@@ -53,7 +53,7 @@ def exchange(group: Group, payload: Payload, x: mx.array) -> mx.array:
 
 
 def _exchange_with_neighbours(group: MlxGroup, x: mx.array) -> mx.array:
-    """Send x to both neighbours; return what they sent, stacked: the previous rank's first."""
+    """Send x to both neighbours; return the arrays received from the previous and from the next rank, stacked."""
     previous, following = neighbours(group.rank, group.size)
     received: list[mx.array] = []
     for source, target in ((previous, following), (following, previous)):
@@ -73,7 +73,7 @@ def neighbours(rank: int, size: int) -> tuple[int, int]:
 
 
 def pattern(payload: Payload, rank: int, round_index: int, size: int) -> mx.array:
-    """Return what a rank sends: integers that differ by rank and round, and whose sum over all ranks is exact."""
+    """Return the data of a rank: integers that differ by rank and round, and whose sum over all ranks is exact."""
     limit = max(EXACT_LIMIT // size, 2)
     indices = mx.arange(payload.tokens * payload.width, dtype=mx.int32)
     mixed = indices * (2 * rank + 3) + indices // 5 * (rank + 1) + 5 * round_index
@@ -81,14 +81,14 @@ def pattern(payload: Payload, rank: int, round_index: int, size: int) -> mx.arra
 
 
 def expected(payload: Payload, round_index: int, rank: int, size: int) -> mx.array:
-    """Return what a rank must receive, as integers."""
+    """Return the correct result of an exchange, as integers."""
     ranks = neighbours(rank, size) if payload.kind == "message" else range(size)
     stacked = mx.stack([pattern(payload, source, round_index, size) for source in ranks])
     return stacked.sum(axis=0) if payload.kind == "sum" else stacked
 
 
 def compare(group: Group, payload: Payload, round_index: int, result: mx.array) -> dict[str, Any] | None:
-    """Return the number of wrong values in a result and, unless it is a sum, whose they are; None if all are right."""
+    """Return the number of wrong values and, except for a sum, the ranks that sent them; None if all are correct."""
     bits = BITS_DTYPES[payload.dtype]
     correct = expected(payload, round_index, group.rank, group.size).astype(PAYLOAD_DTYPES[payload.dtype])
     is_wrong = result.view(bits) != correct.view(bits)

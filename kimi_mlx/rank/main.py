@@ -1,6 +1,6 @@
 """The process of a rank: join the ring, load a share of the model, answer requests until standard input ends.
 
-kimi_mlx.cluster starts it. It reads messages from standard input, and writes nothing but messages to standard output.
+kimi_mlx.cluster starts it. It reads messages from standard input, and writes only messages to standard output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def serve(channel: Channel, start: Message) -> None:
     group = join_group(channel, start)
     engine = load_engine(channel, start, group)
     while True:
-        # All ranks take the same number of commands before the same step: rank 0's count travels in the step header.
+        # All ranks take the same number of commands before a step: the step header contains rank 0's count.
         for _ in range(engine.num_new_commands(channel.num_consumed)):
             run_command(channel, engine, channel.next_command())
         if not engine.is_idle:
@@ -48,7 +48,7 @@ def serve(channel: Channel, start: Message) -> None:
 
 
 def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
-    """Load this rank's share of the model; sends `loading` and `ready`."""
+    """Load this rank's share of the model; send `loading` and `ready`."""
     folder = _find_folder(start, group)
     channel.report_progress("load")
     if start["needs_tokenizer_files"] and group.rank == 0:
@@ -135,7 +135,7 @@ def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes
 
 
 def _open_blocks(channel: Channel, start: Message, group: Group, folder: Path, model: Model) -> BlockStore | None:
-    """Open the prompt cache on disk; return None if there is none."""
+    """Open the prompt cache on disk; return None if `cache_dir` is not set."""
     if start["cache_dir"] is None:
         return None
     return open_prompt_cache(

@@ -1,4 +1,4 @@
-"""Connect a rank to the others: it reports free ports, receives the ports of all, and calls `mx.distributed.init`."""
+"""Connect a rank to the others: report free ports, receive the ports of all ranks, call `mx.distributed.init`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kimi_mlx.rank.link_test import check_links
 
 
 def join_group(channel: Channel, start: Message) -> Group:
-    """Join the ranks that the front has started; sends `listening`, `joined` and `tested`.
+    """Join the ranks that the front has started; send `listening`, `joined` and `tested`.
 
     Raises:
         RingError: cannot connect to the other ranks, or an address does not belong to this host.
@@ -56,7 +56,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
 
 
 def _test_links(channel: Channel, group: MlxGroup) -> list[dict[str, Any]]:
-    """Return what arrived changed. The front compares the reports of all ranks to find the faulty link."""
+    """Return the corrupted payloads. The front compares the reports of all ranks to find the faulty link."""
     mismatches = check_links(group, quick_payloads(), 1, channel.report_progress)
     channel.report_progress("idle")
     return mismatches
@@ -123,7 +123,7 @@ def _ports(addresses: Sequence[str], rank: int) -> list[int]:
 
 
 def _open_link_watch(start: Message) -> LinkWatch | None:
-    """Return our end of the watch over the links; None on a single host."""
+    """Return the watch over the links to the neighbours; None on a single host."""
     addresses = start["addresses"]
     return LinkWatch(addresses[0]) if addresses and not addresses[0].startswith("127.") else None
 

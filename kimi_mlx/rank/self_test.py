@@ -1,4 +1,4 @@
-"""The process of a rank during the doctor's self-test: exchange data whose results are known, and time it."""
+"""The process of a rank during the doctor's self-test: exchange payloads with known results, and time them."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def serve(channel: Channel, start: Message) -> None:
 
 
 def measure(group: Group, payloads: list[Payload], channel: Channel) -> list[dict[str, float]]:
-    """Return the median and the 99th percentile of each payload's time. The payloads take turns."""
-    inputs = [pattern(each, group.rank, 0, group.size).astype(PAYLOAD_DTYPES[each.dtype]) for each in payloads]
+    """Return the median and the 99th percentile of each payload's time. The payloads are interleaved."""
+    inputs = [pattern(payload, group.rank, 0, group.size).astype(PAYLOAD_DTYPES[payload.dtype]) for payload in payloads]
     mx.eval(inputs)
     seconds: list[list[float]] = [[] for _ in payloads]
-    for round_index in range(max(each.repeats for each in payloads)):
+    for round_index in range(max(payload.repeats for payload in payloads)):
         for payload, x, times in zip(payloads, inputs, seconds, strict=True):
             if round_index >= payload.repeats:
                 continue
