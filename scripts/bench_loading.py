@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How a model shared by several ranks gets into memory: bytes read, time and peak memory, against mlx-lm.
+"""Benchmark of loading a model on several ranks: bytes read, time and peak memory; by default compared with mlx-lm.
 
 python scripts/bench_loading.py                3 GB, 2 ranks, against mlx-lm: see docs/benchmark.md
 python scripts/bench_loading.py --size-gb 0.02 --repeat 1 --json
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Processes that the benchmark starts find the package too.
+# so that processes started by the benchmark find the package
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
@@ -42,15 +42,15 @@ from scripts.loading.report import (  # noqa: E402
 
 
 def main(
-    size_gb: Annotated[float, typer.Option("--size-gb", help="At least so large is the checkpoint.")] = 3.0,
-    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Processes that share it.")] = 2,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Loads of each side.")] = 3,
-    against: Annotated[bool, typer.Option(help="Load with mlx-lm too, and print the ratios.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    size_gb: Annotated[float, typer.Option("--size-gb", help="Minimum size of the checkpoint.")] = 3.0,
+    ranks: Annotated[int, typer.Option("--ranks", min=2, help="Number of ranks.")] = 2,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Number of loads of each side.")] = 3,
+    against: Annotated[bool, typer.Option(help="Also load with mlx-lm, and print the ratios.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Load a synthetic checkpoint of K2's proportions with kimi-mlx and mlx-lm in turns; files are made once."""
-    with _files_bar(json) as report:
-        files = make_files(size_gb, ranks, report)
+    """Load a synthetic checkpoint of K2's shape with kimi-mlx and mlx-lm in alternation. Its files are created once."""
+    with _files_bar(json) as progress:
+        files = make_files(size_gb, ranks, progress)
     config = load_config(files.copies[0])
     default_dtype = str(compute_dtype(None, config)).removeprefix("mlx.core.")
     settings = {**loading_settings(files, config.dtype), "commit": commit()}
@@ -74,16 +74,16 @@ def main(
 
 @contextmanager
 def _files_bar(is_quiet: bool) -> Generator[FilesProgress]:
-    """A bar on stderr of a terminal while files are made."""
+    """Show a progress bar on stderr while files are created, if it is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     is_hidden = is_quiet or not stderr.is_terminal
     with Progress(*columns, console=stderr, transient=True, disable=is_hidden) as progress:
-        task = progress.add_task("looking for the files", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+        task = progress.add_task("checking files", total=None)
+        yield lambda action, done, total: progress.update(task, description=action, completed=done, total=total)
 
 
 def commit() -> str | None:
-    """The commit of this folder, with a `+` if files differ from it; None outside a repository."""
+    """Return the commit of this checkout, with `+` if files have changed; None outside a repository."""
     try:
         head, changes = (
             subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -99,7 +99,7 @@ def _end(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end ranks in order, as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):  # stop ranks cleanly, as Ctrl-C does
         signal.signal(number, _end)
     try:
         typer.run(main)

@@ -1,7 +1,7 @@
 """Small checkpoints with reproducible weights, in the layouts that real repositories use.
 
-`write_checkpoint` makes a Hugging Face folder from a config alone; `quantize_checkpoint` turns such a folder
-into the MLX affine layouts. A weight depends only on the seed, its name and its shape, so a golden file needs
+`write_checkpoint` writes a Hugging Face folder from a config alone; `quantize_checkpoint` converts such a folder
+to the MLX affine layouts. A weight depends only on the seed, its name and its shape, so golden files contain
 no weights.
 """
 
@@ -33,11 +33,11 @@ NORM_RANGE = 0.3
 
 @dataclass(frozen=True)
 class Golden:
-    """What transformers computed in float32 for the checkpoint `write_checkpoint(folder, config, seed)`.
+    """Results of transformers in float32 for the checkpoint `write_checkpoint(folder, config, seed)`.
 
     Attributes:
-        input_ids: (batch, length), int32.
-        logits: (batch, length, vocab_size), float32.
+        input_ids: tokens, (batch, length), int32.
+        logits: logits of all positions, (batch, length, vocab_size), float32.
     """
 
     name: str
@@ -65,13 +65,13 @@ def text_config(config: Config) -> Config:
 
 
 def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "float32") -> Path:
-    """Write a checkpoint as published on the hub: config, index, two shards, a tensor an expert and matrix.
+    """Write a checkpoint as published on the hub: config, index, two shards, one tensor per matrix of each expert.
 
     Args:
-        folder: made if missing.
-        config: fields of `config.json`; with `text_config` the names get K2.5's prefix, and tensors of its
-            vision part are there too.
-        dtype: of every tensor except the router's correction bias, which is float32 as in real checkpoints.
+        folder: target; created if missing.
+        config: fields of `config.json`; with `text_config`, names get K2.5's prefix, and there are vision tensors.
+        seed: random seed of the weights.
+        dtype: dtype of all tensors except the router's correction bias, which is float32 as in real checkpoints.
 
     Returns:
         The folder.
@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
 
 
 def tensor_shapes(config: Config) -> Shapes:
-    """Return name and shape of each tensor of a checkpoint in the published layout."""
+    """Return the shape of each tensor by name, in the published layout."""
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),
@@ -120,13 +120,16 @@ def quantize_checkpoint(
     """Write the MLX affine form of a checkpoint made by `write_checkpoint`.
 
     Args:
-        bits: of every matrix but the router's.
-        overrides: path of a module -> its own `{"bits", "group_size"}`, or False to leave it unquantized;
-            written into the `quantization` block. Paths name stacked experts and, if split, the halves.
-        split_kv_b: absorbed form, `embed_q` (heads, kv_lora_rank, nope) and `unembed_out`
-            (heads, v, kv_lora_rank); else `kv_b_proj` is quantized as a whole.
-        stack_experts: `mlp.switch_mlp`, else a tensor an expert.
-        dtype: of all that stays a float: norms, scales, biases; the correction bias stays float32.
+        src: checkpoint written by `write_checkpoint`.
+        dst: target.
+        bits: bits of all matrices except the router's.
+        group_size: size of a quantization group.
+        overrides: module path -> its own `{"bits", "group_size"}`, or False to leave it unquantized;
+            written into the `quantization` block. Paths are those of stacked experts and, if split, of the halves.
+        split_kv_b: whether to write the absorbed form, `embed_q` (heads, kv_lora_rank, nope) and `unembed_out`
+            (heads, v, kv_lora_rank); if not, `kv_b_proj` is quantized as a whole.
+        stack_experts: whether to write stacked experts, `mlp.switch_mlp`; if not, one tensor per expert.
+        dtype: dtype of norms, scales and biases; the correction bias stays float32.
 
     Returns:
         The folder `dst`.
@@ -157,7 +160,7 @@ def quantize_checkpoint(
 
 
 def dequantize_checkpoint(src: Path, dst: Path) -> Path:
-    """Write the float32 checkpoint with exactly the values of one made by `quantize_checkpoint`; return `dst`."""
+    """Write the float32 checkpoint with exactly the values of a quantized one; return `dst`."""
     config = json.loads((src / "config.json").read_text())
     block = config.pop("quantization")
     del config["quantization_config"]
@@ -225,8 +228,8 @@ _VISION: Shapes = {
 def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Return reproducible float32 values.
 
-    They are made from raw 64-bit words by exact arithmetic: numpy promises the words for all versions, but
-    not the values of its distributions.
+    They are computed from raw 64-bit words by exact arithmetic: numpy keeps these words the same in all versions,
+    but not the values of its distributions.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     words = np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(int(np.prod(shape)))
@@ -246,7 +249,7 @@ def _store(name: str, values: np.ndarray, dtype: str) -> mx.array:
 
 
 def _write_folder(folder: Path, config: Config, tensors: dict[str, mx.array]) -> None:
-    """Write config, index and two shards of about the same number of tensors, in the order of the names."""
+    """Write config, index and two shards with about the same number of tensors, in the order of names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(tensors)
     half = (len(names) + 1) // 2
@@ -293,6 +296,6 @@ def _stack_experts(tensors: dict[str, mx.array], experts: int) -> dict[str, mx.a
 
 
 def _stacked_path(path: str) -> str:
-    """Return the module path under which a `quantization` block speaks of an expert's matrix."""
-    before, found, after = path.partition(".mlp.experts.")
-    return f"{before}.mlp.switch_mlp.{after.split('.', 1)[1]}" if found else path
+    """Return the module path of an expert's matrix in a `quantization` block."""
+    before, separator, after = path.partition(".mlp.experts.")
+    return f"{before}.mlp.switch_mlp.{after.split('.', 1)[1]}" if separator else path

@@ -1,4 +1,4 @@
-"""Small checkpoints that up to 8 ranks can share in every strategy, unevenly too."""
+"""Small checkpoints that can be split over up to 8 ranks with every strategy, also unevenly."""
 
 from __future__ import annotations
 
@@ -27,29 +27,31 @@ K2: Config = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
-"""Two heads are a quantization group of the output projection."""
+"""Configuration; two heads make up one quantization group of the output projection."""
 
 CONFIGS: dict[str, Config] = {
     "k2": K2,
     # without q_lora; two shared experts, fused with the routed ones
     "moonlight": {**K2, "q_lora_rank": None, "n_shared_experts": 2},
-    # shared experts quantized otherwise than the routed ones; experts in groups
+    # shared experts with another quantization than the routed ones; experts in groups
     "unfused": {**K2, "n_shared_experts": 2, "n_group": 4, "topk_group": 2},
 }
 
 
 def write_divisible(folder: Path, name: str, layers: int) -> Path:
-    """Write one of CONFIGS with so many layers, 4-bit; returns the checkpoint."""
+    """Write one of CONFIGS with `layers` layers in 4 bits; return the checkpoint."""
     config = {**CONFIGS[name], "num_hidden_layers": layers}
     source = write_checkpoint(folder / f"{name}-float", config, seed=7)
-    own: dict[str, dict[str, int] | bool] = {}
+    overrides: dict[str, dict[str, int] | bool] = {}
     if name == "unfused":
         paths = (f"model.layers.{layer}.mlp.shared_experts" for layer in range(1, layers))
-        own = {f"{path}.{kind}": {"bits": 8, "group_size": 64} for path in paths for kind in ("gate_proj", "down_proj")}
-    return quantize_checkpoint(source, folder / name, bits=4, group_size=GROUP_SIZE, overrides=own)
+        overrides = {
+            f"{path}.{kind}": {"bits": 8, "group_size": 64} for path in paths for kind in ("gate_proj", "down_proj")
+        }
+    return quantize_checkpoint(source, folder / name, bits=4, group_size=GROUP_SIZE, overrides=overrides)
 
 
 def make_prompt(length: int, seed: int) -> tuple[int, ...]:
-    """Token ids, the same ones for the same arguments."""
+    """Return random token ids, which depend only on the arguments."""
     choose = random.Random(seed)
     return tuple(choose.randrange(K2["vocab_size"]) for _ in range(length))

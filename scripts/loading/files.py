@@ -1,6 +1,6 @@
-"""What the loading benchmark reads: a checkpoint of K2's proportions, a copy for each rank, their stores, cold caches.
+"""Files of the loading benchmark: a checkpoint of K2's shape, a copy for each rank, and stores; also cold caches.
 
-Each rank has a copy of its own, as hosts have: two ranks that read one file would share what the system keeps of it.
+Each rank reads its own copy, as on separate hosts: ranks that read the same file would share its page cache.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from kimi_mlx.store.stores import rank_folder
 from kimi_mlx.units import GB, format_bytes
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being made, and how much of how much is done."""
+"""Callback with the current action, the amount done, and the total."""
 
 WIDTHS = (2048, 1024, 512, 256)
-"""Hidden sizes to choose from: the largest that leaves MOE_LAYERS."""
+"""Possible hidden sizes; the largest with at least MOE_LAYERS layers is used."""
 
 MOE_LAYERS = 8
 EXPERTS = 96
 
 BYTES_PER_VALUE = BITS / 8 + 2 * 2 / GROUP_SIZE
-"""4 bits, and a scale and a bias in bfloat16 for each group."""
+"""4 bits, plus a bfloat16 scale and bias per group."""
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -43,19 +43,19 @@ TOKENIZER = {
     "added_tokens": [],
     "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"},
 }
-"""The least that transformers reads: mlx-lm's loader insists on a tokenizer."""
+"""The smallest file that transformers accepts: mlx-lm's loader requires a tokenizer."""
 
 
 @dataclass(frozen=True)
 class LoadingFiles:
-    """What the sides of the benchmark read.
+    """Files that the sides of the benchmark read.
 
     Args:
-        copies: the checkpoint's folder of each rank.
-        stores: the folder with the stores of all ranks.
-        checkpoint_bytes: of the files with tensors.
-        expert_bytes: of these the experts that are chosen by the router.
-        store_bytes: of each rank's store.
+        copies: checkpoint folder of each rank.
+        stores: folder with the stores of all ranks.
+        checkpoint_bytes: size of the safetensors files of one copy.
+        expert_bytes: size of the routed experts in them.
+        store_bytes: size of each rank's store.
     """
 
     copies: tuple[Path, ...]
@@ -66,7 +66,7 @@ class LoadingFiles:
 
 
 def loading_config(size_gb: float) -> Config:
-    """The `config.json` of a checkpoint of at least this size; more than 90 % of it are experts, as in K2."""
+    """Return the `config.json` of a checkpoint of at least this size, with over 90 % in experts, as in K2."""
     size = size_gb * GB
     hidden = next((width for width in WIDTHS if size >= MOE_LAYERS * _moe_layer_bytes(width)), WIDTHS[-1])
     return {
@@ -85,28 +85,28 @@ def loading_config(size_gb: float) -> Config:
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
-        "rope_scaling": None,  # transformers, which mlx-lm asks for the tokenizer, fails on YaRN in a `kimi_k2`
+        "rope_scaling": None,  # transformers, which loads mlx-lm's tokenizer, fails on YaRN in a `kimi_k2` config
     }
 
 
 def _moe_layer_bytes(hidden: int) -> float:
-    """Bytes of a layer's experts, whose width is half the hidden size."""
+    """Return the size of a layer's experts, whose width is half the hidden size."""
     return EXPERTS * 3 * hidden * (hidden // 2) * BYTES_PER_VALUE
 
 
-def make_files(size_gb: float, ranks: int, progress: Progress = lambda what, done, total: None) -> LoadingFiles:
-    """Make checkpoint, copies and stores in the user's cache folder, as far as they are not there yet.
+def make_files(size_gb: float, ranks: int, progress: Progress = lambda action, done, total: None) -> LoadingFiles:
+    """Create the missing ones of checkpoint, copies and stores in the user's cache folder.
 
     Raises:
         UsageError: fewer than two ranks, or a size that is not above 0.
-        WeightsError: the disk has no room, or cannot be written.
-        PlacementError: the checkpoint cannot be divided so often.
+        WeightsError: the disk is too small, or cannot be written.
+        PlacementError: the checkpoint cannot be split over this many ranks.
     """
     if ranks < 2 or size_gb <= 0:
-        raise UsageError("the loading benchmark needs two ranks or more, and a size above 0")
+        raise UsageError("the loading benchmark needs at least two ranks and a size above 0")
     caches = cache_folder()
     if caches is None:
-        raise WeightsError("there is no home folder to keep the checkpoint in", hint="set XDG_CACHE_HOME")
+        raise WeightsError("no home folder to store the checkpoint in", hint="set XDG_CACHE_HOME")
     config = loading_config(size_gb)
     digest = hashlib.sha256(json.dumps([FORMAT, SEED, config], sort_keys=True).encode()).hexdigest()
     base = caches / "synthetic" / f"loading-{digest[:8]}"
@@ -133,7 +133,7 @@ def _expert_bytes(config: Config) -> int:
 
 
 def _check_space(folder: Path, config: Config, missing: int) -> None:
-    """Refuse to start what the disk cannot hold: so many copies, each of which is little more than its experts."""
+    """Raise an error if the disk cannot hold `missing` copies. A copy is little larger than its experts."""
     needed = int(1.1 * _expert_bytes(config)) * missing
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -144,7 +144,7 @@ def _check_space(folder: Path, config: Config, missing: int) -> None:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder beside its place and rename it, so that it is never half there."""
+    """Create a folder under a temporary name and rename it, so that `folder` is always complete."""
     if folder.is_dir():
         return
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part"))
@@ -156,26 +156,26 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _write(folder: Path, config: Config, progress: Progress) -> None:
-    write_synthetic(folder, config, lambda done, total: progress("making the checkpoint", done, total))
+    write_synthetic(folder, config, lambda done, total: progress("creating the checkpoint", done, total))
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:
-    """Copy byte by byte: clones of a file would share what the system keeps of it."""
+    """Copy the data: clones on a copy-on-write file system would share the page cache."""
     files = sorted(source.iterdir())
     total = sum(file.stat().st_size for file in files)
     done = 0
     for file in files:
         with file.open("rb") as reader, (target / file.name).open("wb") as writer:
-            while piece := reader.read(CHUNK_BYTES):
-                writer.write(piece)
-                done += len(piece)
+            while chunk := reader.read(CHUNK_BYTES):
+                writer.write(chunk)
+                done += len(chunk)
                 progress("copying it for each rank", done, total)
 
 
 def _make_stores(checkpoint: Path, stores: Path, ranks: int, progress: Progress) -> Path:
-    """The folder with the ranks' stores; the builder keeps what is there."""
+    """Build the ranks' stores, except existing ones, and return their folder."""
     options = StoreOptions(checkpoint, stores, ranks)
     job = open_build_job(options, SingleGroup())
     build(
@@ -188,13 +188,13 @@ def _make_stores(checkpoint: Path, stores: Path, ranks: int, progress: Progress)
 
 
 def drop_caches(folders: Sequence[Path]) -> str:
-    """Make the system forget what it keeps of the files in these folders; returns in words what was done."""
+    """Drop the page cache of the files in these folders, and return a description of the method."""
     if os.access(DROP_CACHES, os.W_OK):
         try:
             os.sync()
             DROP_CACHES.write_text("1")
             return f"page cache dropped ({DROP_CACHES})"
-        except OSError:  # a container that shows the file but does not allow it
+        except OSError:  # not permitted in some containers
             pass
     if not hasattr(os, "posix_fadvise"):
         return "page cache not dropped: the files may come from memory"

@@ -1,4 +1,4 @@
-"""The loading benchmark: each load in fresh processes, a rank each, the sides in turns."""
+"""The loading benchmark: every load runs in new processes, one per rank; sides alternate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LoadingSide:
     """One way to load.
 
     Args:
-        name: in tables.
-        module: what a rank runs.
-        folders: what each rank reads.
-        dtype: of kimi-mlx's floats: None is its default.
-        mode: of mlx-lm.
+        name: name in tables.
+        module: module that a rank runs.
+        folders: folder that each rank reads.
+        dtype: compute dtype of kimi-mlx; None for its default.
+        mode: mode of mlx-lm.
     """
 
     name: str
@@ -35,15 +35,15 @@ class LoadingSide:
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank took to load its share.
+    """Measurements of one rank that loads its share.
 
     Args:
-        seconds: from all ranks being ready until every parameter is in memory.
-        read_bytes: read by calls, from the page cache or the disk; memory maps do not count. None without /proc.
-        disk_bytes: read from the disk, read-ahead included. None without /proc.
-        held_bytes: of all parameters at the end.
-        peak_bytes: most memory of the process (RSS) while it loaded, less what it had before.
-        mlx_peak_bytes: most memory that MLX had allocated, less what it had before.
+        seconds: time from the moment when all ranks are ready until every parameter is in memory.
+        read_bytes: bytes read by system calls, from page cache or disk, without memory maps; None without /proc.
+        disk_bytes: bytes read from the disk, including read-ahead; None without /proc.
+        held_bytes: size of all parameters at the end.
+        peak_bytes: peak RSS of the process during the load, minus its RSS before.
+        mlx_peak_bytes: peak of the memory allocated by MLX, minus the amount before.
     """
 
     seconds: float
@@ -55,7 +55,7 @@ class Load:
 
     @property
     def needed_bytes(self) -> int | None:
-        """What had to be read: by calls or through memory maps, whichever shows it."""
+        """Bytes that had to be read, by system calls or through memory maps: the larger of both counts."""
         if self.read_bytes is None or self.disk_bytes is None:
             return None
         return max(self.read_bytes, self.disk_bytes)
@@ -66,11 +66,11 @@ class LoadingRun:
     """One load of one side.
 
     Args:
-        side: its name.
-        repetition: from 0.
-        loads: of each rank.
-        total_s: from starting the processes until all ranks have loaded, without the dropping of caches.
-        caches: what was done to the page cache before.
+        side: name of the side.
+        repetition: number of the repetition, from 0.
+        loads: measurements of each rank.
+        total_s: time from the start of the processes until all ranks have loaded, without dropping caches.
+        caches: method by which the page cache was dropped before.
     """
 
     side: str
@@ -80,14 +80,14 @@ class LoadingRun:
     caches: str
 
 
-def loading_sides(files: LoadingFiles, stored_dtype: str, default_dtype: str, is_against: bool) -> list[LoadingSide]:
-    """The sides to compare, kimi-mlx's store in the checkpoint's own dtype first.
+def loading_sides(files: LoadingFiles, stored_dtype: str, default_dtype: str, has_mlx_lm: bool) -> list[LoadingSide]:
+    """Return the sides to compare. The first is kimi-mlx's store in the checkpoint's own dtype.
 
     Args:
-        files: what they read.
-        stored_dtype: of the checkpoint's floats, which mlx-lm keeps; the names tell others.
-        default_dtype: of kimi-mlx on this machine.
-        is_against: whether mlx-lm takes part.
+        files: files of the benchmark.
+        stored_dtype: dtype of the checkpoint's floats, which mlx-lm keeps. Names of sides include other dtypes.
+        default_dtype: default dtype of kimi-mlx on this machine.
+        has_mlx_lm: whether to include mlx-lm.
     """
     ours, theirs = "scripts.loading.rank", "scripts.loading.mlx_lm_rank"
     stores = (files.stores,) * len(files.copies)
@@ -95,7 +95,7 @@ def loading_sides(files: LoadingFiles, stored_dtype: str, default_dtype: str, is
     if default_dtype != stored_dtype:
         sides.append(LoadingSide(f"kimi-mlx store {default_dtype}", ours, stores, default_dtype))
     sides.append(LoadingSide("kimi-mlx checkpoint", ours, files.copies, stored_dtype))
-    if is_against:
+    if has_mlx_lm:
         sides += [LoadingSide(f"mlx-lm {mode}", theirs, files.copies, mode=mode) for mode in ("tensor", "pipeline")]
     return sides
 
@@ -103,7 +103,7 @@ def loading_sides(files: LoadingFiles, stored_dtype: str, default_dtype: str, is
 def measure_loading(
     sides: Sequence[LoadingSide], repeat: int, progress: Callable[[LoadingRun], None] = lambda run: None
 ) -> list[LoadingRun]:
-    """Load with each side, again and again; the order turns around each time so that none profits.
+    """Load with each side, repeatedly; the order alternates so that no side has an advantage.
 
     Raises:
         KimiMlxError: a side cannot load, or a rank is lost.
@@ -117,7 +117,7 @@ def measure_loading(
 
 
 def run_loading(side: LoadingSide, repetition: int = 0) -> LoadingRun:
-    """Load once, in fresh processes, with cold caches where the system allows it."""
+    """Load once in new processes, with cold caches if the system allows it."""
     with closing(Ring(local_cluster(len(side.folders)), module=side.module)) as ring:
         started = time.monotonic()
         ring.start(folders=[str(folder) for folder in side.folders], dtype=side.dtype, mode=side.mode)
@@ -125,20 +125,20 @@ def run_loading(side: LoadingSide, repetition: int = 0) -> LoadingRun:
         _from_all(messages, "ready", ring.world_size)
         ready = time.monotonic()
         caches = drop_caches(side.folders)
-        told = time.monotonic()
+        sent = time.monotonic()
         ring.send("load")
-        found = _from_all(messages, "measured", ring.world_size)
-        total_s = ready - started + time.monotonic() - told
-    loads = tuple(Load(**found[rank]["load"]) for rank in sorted(found))
+        results = _from_all(messages, "measured", ring.world_size)
+        total_s = ready - started + time.monotonic() - sent
+    loads = tuple(Load(**results[rank]["load"]) for rank in sorted(results))
     return LoadingRun(side.name, repetition, loads, total_s, caches)
 
 
 def _from_all(messages: Iterator[tuple[int, Message]], kind: str, count: int) -> dict[int, Message]:
-    """One message of each rank."""
-    found: dict[int, Message] = {}
+    """Wait for a message of this kind from each rank; return them by rank."""
+    received: dict[int, Message] = {}
     for rank, message in messages:
         if message["kind"] == kind:
-            found[rank] = message
-        if len(found) == count:
+            received[rank] = message
+        if len(received) == count:
             break
-    return found
+    return received

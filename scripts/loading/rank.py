@@ -1,7 +1,7 @@
-"""A rank's process of the loading benchmark: gets ready, loads its share of a model when told, says what it took.
+"""A rank of the loading benchmark: on a command, it loads its share of a model and reports time and memory.
 
-The clock starts when everything is imported, the ring stands and all ranks have been told to load; it ends when all
-parameters are in memory. The process then waits until its input ends.
+The clock starts at the command, when everything is imported and the ranks are connected; it ends when all parameters
+are in memory. The process then waits until its input ends.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def main() -> None:
 
 
 def open_kimi_mlx(start: Message, group: mx.distributed.Group) -> Loader:
-    """What loads a rank's share."""
+    """Return a function that loads this rank's share."""
     folder = Path(start["folders"][group.rank()])
     return lambda: load_share(folder, load_config(folder), start["dtype"], MlxGroup(group))
 
 
 def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
-    """Get ready, load when told, report; without return."""
+    """Run a rank: prepare, wait for the command, load, and report. Does not return."""
 
     def serve(channel: Channel, start: Message) -> None:
         prepare_device(has_sampling=False)
@@ -55,7 +55,7 @@ def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
 
 
 def measure(load: Loader) -> dict[str, Any]:
-    """The fields of scripts.loading.measure.Load for one load."""
+    """Load, and return the fields of scripts.loading.measure.Load."""
     before_bytes = start_memory()
     mx.reset_peak_memory()
     mlx_before_bytes = mx.get_active_memory()
@@ -77,7 +77,7 @@ def measure(load: Loader) -> dict[str, Any]:
 
 
 def bytes_read() -> tuple[int, int] | None:
-    """Bytes that this process has read by calls (from memory or disk), and from the disk; None on macOS."""
+    """Return the bytes that this process has read by system calls, and from the disk; None on macOS."""
     path = PROCESS / "io"
     if not path.exists():
         return None
@@ -86,17 +86,17 @@ def bytes_read() -> tuple[int, int] | None:
 
 
 def start_memory() -> int:
-    """Bytes of this process in memory now (macOS: at most so far); from here on peak_memory counts."""
+    """Return the current RSS of this process (macOS: its peak so far), and restart the peak of peak_memory."""
     if (PROCESS / "clear_refs").exists():
-        (PROCESS / "clear_refs").write_text("5")  # forget the peak until now
+        (PROCESS / "clear_refs").write_text("5")  # reset the peak
         return _status_bytes("VmRSS")
     return peak_memory()
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory.
+    """Return the peak RSS of this process.
 
-    Not ru_maxrss on Linux: a child starts with its parent's.
+    Linux does not use ru_maxrss, because a child inherits its parent's.
     """
     if (PROCESS / "status").exists():
         return _status_bytes("VmHWM")

@@ -1,4 +1,4 @@
-"""From loads to figures: medians and ratios to mlx-lm; as a table and as JSON."""
+"""Report of the loading benchmark: medians, and ratios to mlx-lm, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.loading.files import LoadingFiles
 from scripts.loading.measure import Load, LoadingRun
 
 FIGURES = ("needed_bytes", "read_bytes", "disk_bytes", "seconds", "held_bytes", "peak_bytes", "mlx_peak_bytes")
-"""Of scripts.loading.measure.Load; of a run counts the rank with the largest."""
+"""Fields of scripts.loading.measure.Load; the value of a run is that of the rank with the largest."""
 
 COMPARED = ("needed_bytes", "seconds", "peak_bytes", "mlx_peak_bytes")
 
@@ -23,38 +23,38 @@ METHOD = {
     "needed_bytes": "the larger of read_bytes and disk_bytes",
     "read_bytes": "rchar of /proc/self/io: read by calls, from the page cache or the disk; no memory maps",
     "disk_bytes": "read_bytes of /proc/self/io: from the disk, read-ahead and memory maps included",
-    "seconds": "from all ranks being imported, connected and told to load until every parameter is in memory",
-    "held_bytes": "of all parameters",
-    "peak_bytes": "peak of the resident set less its size before (memory maps included); Linux VmHWM, macOS ru_maxrss",
-    "mlx_peak_bytes": "mx.get_peak_memory less what was active before",
-    "total_s": "from starting the processes until all ranks have loaded, dropping caches left out",
+    "seconds": "from the load command, with all ranks connected, until every parameter is in memory",
+    "held_bytes": "size of all parameters",
+    "peak_bytes": "peak RSS minus RSS before, memory maps included; Linux VmHWM, macOS ru_maxrss",
+    "mlx_peak_bytes": "mx.get_peak_memory minus mx.get_active_memory before",
+    "total_s": "from the start of the processes until all ranks have loaded, without dropping caches",
 }
 
 
 @dataclass(frozen=True)
 class LoadingRow:
-    """The figures of a side over its runs.
+    """Measurements of a side over its runs.
 
     Args:
-        side: its name.
-        figures: by the names of FIGURES, and `total_s`; those that the system does not tell are missing.
+        side: name of the side.
+        figures: spreads by the names in FIGURES, and `total_s`; without those that the system does not report.
     """
 
     side: str
     figures: dict[str, Spread]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the row for JSON."""
         return {"side": self.side, **{name: asdict(spread) for name, spread in self.figures.items()}}
 
 
 @dataclass(frozen=True)
 class LoadingRatio:
-    """kimi-mlx's store against one side of mlx-lm of the same dtype: quotients of medians, below 1 where less is taken.
+    """kimi-mlx's store relative to one side of mlx-lm in the same dtype: quotients of medians, lower is better.
 
     Args:
-        against: the other side.
-        figures: by the names of COMPARED.
+        against: name of the other side.
+        figures: quotients by the names in COMPARED.
     """
 
     against: str
@@ -62,7 +62,7 @@ class LoadingRatio:
 
 
 def loading_rows(runs: Sequence[LoadingRun]) -> list[LoadingRow]:
-    """A row for each side, in the order in which they were first run."""
+    """Return a row for each side, in the order of the first run."""
     return [_row(side, [run for run in runs if run.side == side]) for side in dict.fromkeys(run.side for run in runs)]
 
 
@@ -82,7 +82,7 @@ def _largest(loads: Sequence[Load], name: str) -> float | None:
 
 
 def loading_ratios(rows: Sequence[LoadingRow]) -> list[LoadingRatio]:
-    """kimi-mlx's first side (the store, in the checkpoint's own dtype) against each of mlx-lm's."""
+    """Compare kimi-mlx's first side (the store, in the checkpoint's own dtype) with each side of mlx-lm."""
     ours = rows[0].figures
     return [
         LoadingRatio(
@@ -99,7 +99,7 @@ def loading_ratios(rows: Sequence[LoadingRow]) -> list[LoadingRatio]:
 
 
 def loading_settings(files: LoadingFiles, stored_dtype: str) -> dict[str, Any]:
-    """What is measured and where; to be asked before the measurement, since it has the load average."""
+    """Return the files and the machine. Call it before the measurement, because it includes the load average."""
     return {
         "checkpoint_bytes": files.checkpoint_bytes,
         "expert_bytes": files.expert_bytes,
@@ -112,7 +112,7 @@ def loading_settings(files: LoadingFiles, stored_dtype: str) -> dict[str, Any]:
 
 
 def loading_to_dict(runs: Sequence[LoadingRun], settings: dict[str, Any]) -> dict[str, Any]:
-    """The whole report for JSON."""
+    """Return the whole report for JSON."""
     rows = loading_rows(runs)
     return {
         **settings,
@@ -125,21 +125,21 @@ def loading_to_dict(runs: Sequence[LoadingRun], settings: dict[str, Any]) -> dic
 
 
 def loading_heading(runs: Sequence[LoadingRun], settings: dict[str, Any]) -> str:
-    """What was measured, where, and how, in three lines."""
+    """Return the files, the method and the machine in three lines."""
     host, size = settings["machine"], settings["checkpoint_bytes"]
     stores = ", ".join(format_bytes(store) for store in settings["store_bytes"])
     packages = ", ".join(f"{name} {version}" for name, version in settings["versions"].items() if name != "python")
     repetitions = 1 + max(run.repetition for run in runs)
     return (
         f"checkpoint {format_bytes(size)}, {settings['expert_bytes'] / size:.0%} of it experts; stores {stores}\n"
-        f"{settings['ranks']} ranks, {settings['dtype']}; median (min-max) of {repetitions}, of each the largest rank; "
+        f"{settings['ranks']} ranks, {settings['dtype']}; median (min-max) of {repetitions}, largest rank of each; "
         f"{' / '.join(sorted({run.caches for run in runs}))}\n"
         f"{host['device']}, {host['processors']} processors, load {host['load_average_1min']}; {packages}"
     )
 
 
 def loading_table(rows: Sequence[LoadingRow]) -> Table:
-    """Medians; of the seconds also the smallest and largest."""
+    """Return a table of medians; seconds also with minimum and maximum."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("side", no_wrap=True)
     for name in ("read MB", "seconds", "with start", "share MB", "peak MB"):
@@ -162,19 +162,19 @@ def _megabytes(row: LoadingRow, name: str) -> str:
 
 
 def loading_lines(rows: Sequence[LoadingRow]) -> list[str]:
-    """The ratios: to each of mlx-lm's ways, then to the best of them in each figure."""
+    """Return the ratios to each side of mlx-lm, then to the best of them in each measurement."""
     ours, ratios = rows[0].side, loading_ratios(rows)
-    lines = [f"{ours} / {ratio.against}: {_words(ratio.figures)}" for ratio in ratios]
+    lines = [f"{ours} / {ratio.against}: {_format_ratios(ratio.figures)}" for ratio in ratios]
     if len(ratios) > 1:
         best = {
             name: max(ratio.figures[name] for ratio in ratios)
             for name in COMPARED
             if all(name in ratio.figures for ratio in ratios)
         }
-        lines.append(f"{ours} / the best of them in each: {_words(best)}")
+        lines.append(f"{ours} / best of mlx-lm in each: {_format_ratios(best)}")
     return lines
 
 
-def _words(figures: dict[str, float]) -> str:
+def _format_ratios(figures: dict[str, float]) -> str:
     titles = {"needed_bytes": "bytes", "seconds": "time", "peak_bytes": "peak", "mlx_peak_bytes": "MLX's peak"}
     return ", ".join(f"{titles[name]} {ratio:.2f}" for name, ratio in figures.items())

@@ -1,3 +1,5 @@
+"""The loading benchmark: its files, its statistics, and a small real run."""
+
 from __future__ import annotations
 
 import io
@@ -33,7 +35,7 @@ FILES = LoadingFiles((Path("copy-0"), Path("copy-1")), Path("stores"), 2000, 190
 
 
 def run(side: str, repetition: int, seconds: float, size: int | None, peak: int) -> LoadingRun:
-    """A run whose second rank is the slower and larger one; memory maps only if there is no size."""
+    """Return a run whose second rank is slower and larger; with `size` None, its system reports no bytes."""
     loads = tuple(
         Load(seconds * part, size and size * part, None if size is None else size * part + 1, 900, peak * part, peak)
         for part in (1, 2)
@@ -50,7 +52,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("size_gb", [0.01, 0.3, 1, 3, 10])
-def test_the_checkpoint_is_as_large_as_asked_and_nearly_all_experts(size_gb: float) -> None:
+def test_the_checkpoint_has_the_requested_size_and_is_nearly_all_experts(size_gb: float) -> None:
     config = loading_config(size_gb)
     parse_config(config)
     experts = loading_files._expert_bytes(config)
@@ -59,7 +61,7 @@ def test_the_checkpoint_is_as_large_as_asked_and_nearly_all_experts(size_gb: flo
     assert config["moe_intermediate_size"] % (2 * 64) == 0
 
 
-def test_a_row_is_the_median_of_the_slowest_and_largest_ranks() -> None:
+def test_a_row_is_the_median_over_runs_of_the_slowest_or_largest_rank() -> None:
     rows = {row.side: row.figures for row in loading_rows(RUNS)}
     assert list(rows) == ["kimi-mlx store", "kimi-mlx checkpoint", "mlx-lm tensor", "mlx-lm pipeline"]
     seconds = rows["kimi-mlx store"]["seconds"]
@@ -69,19 +71,19 @@ def test_a_row_is_the_median_of_the_slowest_and_largest_ranks() -> None:
     assert "needed_bytes" not in rows["kimi-mlx checkpoint"]
 
 
-def test_ratios_are_to_each_way_of_mlx_lm_and_to_the_best_in_each_figure() -> None:
+def test_ratios_are_to_each_mode_of_mlx_lm_and_to_the_best_in_each_measurement() -> None:
     rows = loading_rows(RUNS)
     tensor, pipeline = loading_ratios(rows)
     assert (tensor.against, pipeline.against) == ("mlx-lm tensor", "mlx-lm pipeline")
     assert (tensor.figures["seconds"], pipeline.figures["seconds"]) == (0.25, 0.5)
     assert loading_lines(rows)[-1] == (
-        "kimi-mlx store / the best of them in each: bytes 0.91, time 0.50, peak 0.75, MLX's peak 0.75"
+        "kimi-mlx store / best of mlx-lm in each: bytes 0.91, time 0.50, peak 0.75, MLX's peak 0.75"
     )
 
 
 def test_without_mlx_lm_there_are_no_ratios() -> None:
-    alone = [each for each in RUNS if each.side.startswith("kimi-mlx")]
-    assert loading_lines(loading_rows(alone)) == []
+    ours = [run for run in RUNS if run.side.startswith("kimi-mlx")]
+    assert loading_lines(loading_rows(ours)) == []
 
 
 def test_the_report_is_json_and_a_table_of_80_columns() -> None:
@@ -98,8 +100,8 @@ def test_the_report_is_json_and_a_table_of_80_columns() -> None:
     assert "2 ranks, bfloat16; median (min-max) of 3" in loading_heading(RUNS, settings)
 
 
-def test_sides_in_other_types_and_without_mlx_lm() -> None:
-    names = [side.name for side in loading_sides(FILES, "bfloat16", "float32", is_against=True)]
+def test_sides_with_another_dtype_and_without_mlx_lm() -> None:
+    names = [side.name for side in loading_sides(FILES, "bfloat16", "float32", has_mlx_lm=True)]
     assert names == [
         "kimi-mlx store",
         "kimi-mlx store float32",
@@ -107,41 +109,45 @@ def test_sides_in_other_types_and_without_mlx_lm() -> None:
         "mlx-lm tensor",
         "mlx-lm pipeline",
     ]
-    ours = loading_sides(FILES, "bfloat16", "bfloat16", is_against=False)
+    ours = loading_sides(FILES, "bfloat16", "bfloat16", has_mlx_lm=False)
     assert [(side.name, side.folders) for side in ours] == [
         ("kimi-mlx store", (Path("stores"), Path("stores"))),
         ("kimi-mlx checkpoint", FILES.copies),
     ]
 
 
-def test_files_are_made_once_and_each_rank_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_created_once_and_each_rank_has_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    told: list[str] = []
-    files = make_files(0.01, 2, lambda what, done, total: told.append(what))
-    assert list(dict.fromkeys(told)) == ["making the checkpoint", "copying it for each rank", "building the stores"]
+    actions: list[str] = []
+    files = make_files(0.01, 2, lambda action, done, total: actions.append(action))
+    assert list(dict.fromkeys(actions)) == [
+        "creating the checkpoint",
+        "copying it for each rank",
+        "building the stores",
+    ]
     first, second = (copy / "model-00003-of-00004.safetensors" for copy in files.copies)
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_ino != second.stat().st_ino
     assert sum(files.store_bytes) < 1.1 * files.checkpoint_bytes
-    told.clear()
-    assert make_files(0.01, 2) == files
-    assert not told
+    actions.clear()
+    assert make_files(0.01, 2, lambda action, done, total: actions.append(action)) == files
+    assert set(actions) <= {"building the stores"}  # the builder verifies existing stores
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_what_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_files_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UsageError, match="two ranks or more"):
+    with pytest.raises(UsageError, match="at least two ranks"):
         make_files(3, 1)
     with pytest.raises(WeightsError, match="more, but its disk has"):
         make_files(10**6, 2)
-    (tmp_path / "taken").write_text("no folder")
+    (tmp_path / "taken").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
     with pytest.raises(WeightsError, match="cannot be written"):
         make_files(0.01, 2)
 
 
-def test_without_the_right_to_drop_all_caches_those_of_the_files_are_dropped(
+def test_without_permission_only_the_caches_of_the_files_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"x" * 10000)
@@ -152,7 +158,7 @@ def test_without_the_right_to_drop_all_caches_those_of_the_files_are_dropped(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_what_a_process_reads_and_holds_is_counted(tmp_path: Path) -> None:
+def test_bytes_read_and_peak_memory_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"x" * 3_000_000)
     before = loading_rank.bytes_read()
@@ -166,14 +172,14 @@ def test_what_a_process_reads_and_holds_is_counted(tmp_path: Path) -> None:
     assert loading_rank.peak_memory() - held == pytest.approx(len(block), rel=0.05)
 
 
-def test_a_system_without_proc_tells_no_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_without_proc_reports_no_bytes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading_rank, "PROCESS", tmp_path)
     assert loading_rank.bytes_read() is None
     assert 0 < loading_rank.start_memory() <= loading_rank.peak_memory()
 
 
-# The script, but what the whole system has read stays in memory: all processes would wait for the disk.
-SPARING = """
+# The script without dropping the page cache of the whole system, which would slow down all other processes.
+KEEP_SYSTEM_CACHE = """
 import runpy, sys
 from pathlib import Path
 from scripts.loading import files as loading_files
@@ -184,7 +190,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def bench(tmp_path: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", SPARING, str(SCRIPT), "--size-gb", "0.01", "--repeat", "1", "--json", *options]
+    command = [
+        sys.executable,
+        "-c",
+        KEEP_SYSTEM_CACHE,
+        str(SCRIPT),
+        "--size-gb",
+        "0.01",
+        "--repeat",
+        "1",
+        "--json",
+        *options,
+    ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return json.loads(done.stdout)
@@ -192,7 +209,7 @@ def bench(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.ranks
 @pytest.mark.sweep
-def test_the_script_reads_of_a_store_the_share_and_no_more(tmp_path: Path) -> None:
+def test_a_rank_reads_only_its_share_from_a_store(tmp_path: Path) -> None:
     document = bench(tmp_path)
     runs = {run["side"]: run["loads"] for run in document["runs"]}
     assert len(runs) == 5

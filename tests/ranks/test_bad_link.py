@@ -19,7 +19,7 @@ from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError
 from tests.cluster.hosts import ROOT
 from tests.ranks.test_ring import wait_until_gone
-from tests.relay import garbling_relay
+from tests.relay import corrupting_relay
 
 pytestmark = pytest.mark.ranks
 
@@ -58,7 +58,7 @@ class Cables:
     def __call__(self, hostfile: Hostfile, backend: str, ports: Sequence[int]) -> str:
         hosts = ring_hosts(hostfile, ports)
         following = (self._corrupted + 1) % len(hosts)
-        relay = self._stack.enter_context(garbling_relay(ports[following], self._every))
+        relay = self._stack.enter_context(corrupting_relay(ports[following], self._every))
         files = [[list(host) for host in hosts] for _ in hosts]
         files[self._corrupted][following] = [f"127.0.0.1:{relay}"]
         return json.dumps(files)
