@@ -87,6 +87,11 @@ COMMANDS = (
         ("kimi-mlx models", "kimi-mlx models kimi-k2.5", "kimi-mlx models --json"),
     ),
     CommandInfo(
+        "rm",
+        "Remove a model's downloads and stores.",
+        ("kimi-mlx rm moonlight", "kimi-mlx rm kimi-k2 --yes --json"),
+    ),
+    CommandInfo(
         "plan",
         "Predict memory and speed on one or more Macs.",
         (

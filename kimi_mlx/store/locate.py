@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.sources import FolderSource
 from kimi_mlx.store.stores import LocalStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
 from kimi_mlx.store.writer import partial_stores
+
+NEAR_NAME_RATIO = 0.7
+"""Similarity (difflib) from which a name counts as a misspelling: `kimi-k25` of `kimi-k2.5`, but not `llama` of any."""
 
 LocalState = Literal["package", "yes", "store", "partly", "no"]
 
@@ -77,16 +81,25 @@ def resolve_model_name(name: str) -> ModelRef:
 
 
 def unknown_model_error(name: str) -> UsageError:
-    """The error for a name that nothing has, with the nearest known ones."""
+    """The error for a name that nothing has, with near names if there are any."""
     if name.startswith((".", "/", "~")):
         return UsageError(f"there is no folder `{name}`", hint="check the path; `kimi-mlx models` lists known models")
-    known = [entry.alias for entry in catalogue()]
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4) or known
-    names = ", ".join(f"`{alias}`" for alias in near)
+    near = near_aliases(name)
+    question = f"did you mean {' or '.join(f'`{alias}`' for alias in near)}? " if near else ""
     return UsageError(
         f"there is no model `{name}`",
-        hint=f"did you mean {names}? A folder or `owner/name` on the hub works too; a question goes after `chat -p`",
+        hint=f"{question}`kimi-mlx models` lists the known models; a folder or a repository `owner/name` works too",
     )
+
+
+def near_aliases(name: str) -> list[str]:
+    """Return the aliases that a misspelled name may mean, the nearest first; none if all are far from it."""
+    plain = {re.sub(r"[^a-z0-9]", "", entry.alias): entry.alias for entry in catalogue() if entry.refused is None}
+    typed = re.sub(r"[^a-z0-9]", "", name.lower())
+    near = difflib.get_close_matches(typed, plain, n=3, cutoff=NEAR_NAME_RATIO)
+    if not near and len(typed) > 1:
+        near = [text for text in plain if text.endswith(typed)]  # `k2.5`, `thinking`
+    return [plain[text] for text in near]
 
 
 def stores_root() -> Path:

@@ -31,7 +31,6 @@ NOT_RUN = {
     r"(pipx|pip|uv tool) ": "installs from the repository's address",
     r"uv run ": "test_uv_run types it",
     r"scripts/(demo|test|check)|\.ci/run": ".ci/run runs it",
-    r"python scripts/train_mini.py": "takes up to 90 minutes",
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
     r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",

@@ -1,0 +1,65 @@
+"""`kimi-mlx rm`: remove the downloads and stores of a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kimi_mlx.cli.options import JsonOption
+from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.store.locate import resolve_model_name
+from kimi_mlx.store.remove import RemovableFolder, check_unused, find_removable, remove
+from kimi_mlx.units import format_bytes
+
+
+def rm(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An alias, a folder that stores were built from, or a repository.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Remove a model's downloads and stores."""
+    folders = find_removable(resolve_model_name(model))
+    if not folders:
+        raise WeightsError(
+            f"nothing of `{model}` is on this machine", hint="`kimi-mlx models` shows which models are here"
+        )
+    check_unused(folders)
+    total = sum(folder.size_bytes for folder in folders)
+    if not json:
+        for folder in folders:
+            stderr.print(_describe(folder), markup=False, highlight=False, soft_wrap=True)
+    if not yes:
+        _confirm(f"Remove {format_bytes(total)}?", is_quiet=json)
+    for folder in folders:
+        remove(folder)
+    if json:
+        print_json(
+            {
+                "model": model,
+                "removed": [
+                    {"kind": folder.kind, "folder": str(folder.folder), "size_bytes": folder.size_bytes}
+                    for folder in folders
+                ],
+                "freed_bytes": total,
+            }
+        )
+    else:
+        stdout.print(f"removed {format_bytes(total)} of {model}", markup=False, highlight=False)
+
+
+def _describe(folder: RemovableFolder) -> str:
+    kind = {"store": "stores", "download": "Hugging Face cache"}[folder.kind]
+    return f"{format_bytes(folder.size_bytes):>10}  {kind}: {folder.folder}"
+
+
+def _confirm(question: str, is_quiet: bool) -> None:
+    """Ask on the terminal; without one, --yes is needed."""
+    if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
+        raise UsageError("`rm` needs a terminal to ask, or --yes", hint="add --yes to remove without asking")
+    if not typer.confirm(question, default=False, err=True):
+        raise typer.Exit(1)
