@@ -32,12 +32,12 @@ MAX_DISPATCHES = 30
 
 
 def one_kernel(x: mx.array, *args: object, **kwargs: object) -> mx.array:
-    """Stands for mx.fast.rms_norm and mx.fast.rope, which the CPU backend spells out; on Metal each is one kernel."""
+    """Replaces mx.fast.rms_norm and mx.fast.rope: several kernels on the CPU, one each on Metal."""
     return mx.abs(x)
 
 
 def count_dispatches(output: mx.array) -> Counter[str]:
-    """Primitives in the graph of `output`, without views."""
+    """Return the primitives in the graph of `output`, without views."""
     dot = StringIO()
     mx.export_to_dot(dot, output)
     names = re.findall(r'label ?="([A-Za-z]+)[^"]*", shape=rectangle', dot.getvalue())
@@ -56,7 +56,7 @@ def metal_like(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def decode_graph(folder: Path, layers: int) -> Counter[str]:
-    """The graph of one decode step with the first `layers` layers."""
+    """Return the graph of one decode step with the first `layers` layers."""
     config = load_config(folder)
     model = load_model(folder, config, mx.float32)
     model.layers = model.layers[:layers]

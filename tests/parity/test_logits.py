@@ -1,4 +1,4 @@
-"""The port against transformers' DeepseekV3ForCausalLM (goldens), in every way of feeding the tokens."""
+"""Logits against transformers' DeepseekV3ForCausalLM (goldens), for every way to chunk the tokens."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def model(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def relative_error(actual: mx.array, expected: np.ndarray) -> float:
-    """Norm of the difference over the norm of the expected values."""
+    """Return the norm of the difference divided by the norm of the expected values."""
     difference = np.asarray(actual, dtype=np.float64) - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
 def feed(model: Model, ids: np.ndarray, sizes: list[int]) -> mx.array:
-    """Logits of all positions, fed in chunks of the given sizes, the last of which repeats."""
+    """Return the logits of all positions, computed in chunks of the given sizes; the last size repeats."""
     cache, parts, start = model.make_cache(), [], 0
     while start < ids.shape[1]:
         size = sizes[min(len(parts), len(sizes) - 1)]

@@ -35,7 +35,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def quantized(golden: Golden, folder: Path, **options: Any) -> Path:
-    """A quantized checkpoint of a golden's model."""
+    """Write a quantized checkpoint of a golden's model."""
     source = write_checkpoint(folder / "float", golden.config, golden.seed)
     return quantize_checkpoint(source, folder / "quantized", **options)
 
@@ -85,7 +85,7 @@ def test_kv_b_proj_as_a_whole_is_not_quantized_twice(name: str, tmp_path: Path) 
 
 
 def dequantize(folder: Path, target: Path) -> Path:
-    """The float checkpoint with exactly the values of a quantized one."""
+    """Write the float checkpoint with exactly the values of a quantized one."""
     checkpoint = open_checkpoint(folder, load_config(folder)).checkpoint
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("*.safetensors")):

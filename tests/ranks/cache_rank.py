@@ -1,4 +1,4 @@
-"""One rank of a ring with a prompt cache on disk, as MLX's variables say: prints its answer and what was cached."""
+"""One rank of a ring with a prompt cache on disk; prints its answer and the cached length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 
 
 def main() -> None:
-    """Join, answer, leave."""
+    """Join the ring, answer, and exit."""
     case = json.load(sys.stdin)
     rank = int(os.environ["MLX_RANK"])
     prepare_device(has_sampling=False)

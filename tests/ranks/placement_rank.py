@@ -1,4 +1,4 @@
-"""One rank of a ring that answers the same requests in one placement after the other, as MLX's variables say.
+"""One rank of a ring, configured by MLX's variables, that answers the same requests in several placements.
 
 Reads a list of cases from standard input, prints the answers to each as a line.
 """
@@ -23,16 +23,16 @@ from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 CHUNK = 16
-"""Tokens a prefill step: less than a prompt has."""
+"""Tokens per prefill step: fewer than in a prompt."""
 
 CANCEL_AFTER = 20
-"""Turns since the last request began."""
+"""Number of steps since the last request began."""
 
 Answers = list[list[int]]
 
 
 def main() -> None:
-    """Join, and work through the cases."""
+    """Join the ring and run the cases."""
     cases = json.load(sys.stdin)
     prepare_device(has_sampling=False)
     pin_to_cpu((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def answer(case: dict[str, Any], group: Group | None) -> Answers:
-    """The answers to a case's requests: the first one alone, then all at the same time.
+    """Return the answers to a case's requests: the first one alone, then all at the same time.
 
     Args:
         case: `folder`, `strategy`, `requests`, `speculate`.
@@ -58,7 +58,7 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
 
 
 def tokens(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:
-    """What each request is answered, and a mark if it is stopped; one begins a turn after the other.
+    """Return each request's answer, with a mark if it is stopped; each begins one step after the previous one.
 
     Of several the one with the highest number is cancelled when it has had some turns.
     """

@@ -1,4 +1,4 @@
-"""The proof of the placements: on real rings every strategy, even and uneven, gives the text of one process."""
+"""Placements on real rings: every strategy, even and uneven, returns the text of one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).parent.parent.parent
 RING_S = 500
-"""For all cases of a ring; ranks spin, and there may be more of them than processors."""
+"""Timeout for all cases of a ring; ranks spin, and there may be more ranks than processors."""
 
 Expected = Callable[[str], Answers]
 
@@ -42,19 +42,19 @@ REQUESTS = [
 
 ALL = range(len(REQUESTS))
 FEW = (0, len(REQUESTS) - 1)
-"""For more ranks than processors, which take long."""
+"""Timeout with more ranks than processors, which is slow."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints by name."""
+    """Return checkpoints by name."""
     root = tmp_path_factory.mktemp("divisible")
     return {"mini": KIMI_MINI} | {name: write_divisible(root, name, layers=5) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> Callable[[str], Answers]:
-    """What one process answers, by the name of the checkpoint; computed once."""
+    """Return the answers of one process by name of the checkpoint; computed once."""
     answer_of = functools.cache(lambda name: answer(case(folders[name], "hybrid"), None))
     greedy = answer_of("k2")[0]
     assert len(set(greedy)) > len(greedy) // 2  # a text that says something
@@ -68,7 +68,7 @@ def case(folder: Path, strategy: str, speculate: int = 0, chosen: Sequence[int] 
 
 
 def assert_equal(said: Answers, expected: Answers) -> None:
-    """The last answer is cancelled, a token earlier or later."""
+    """Compare answers; the last one is cancelled, a token earlier or later."""
     *others, stopped = said
     assert others == expected[:-1]
     length = len(stopped) - 1
@@ -79,7 +79,7 @@ def assert_equal(said: Answers, expected: Answers) -> None:
 
 
 def run_ring(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[list[Answers]]:
-    """The answers of each rank to each case; one ring for all."""
+    """Return the answers of each rank to each case, from one ring."""
     hostfile = folder / "hostfile.json"
     hostfile.write_text(loopback_hostfile(size))
     command = [sys.executable, "-m", "tests.ranks.placement_rank", str(size)]
@@ -117,7 +117,7 @@ def check(
     folder: Path,
     chosen: Sequence[int] = ALL,
 ) -> None:
-    """Run cases, each with the name of its checkpoint, on one ring and compare."""
+    """Run cases, each with the name of its checkpoint, on one ring, and compare."""
     said = run_ring(size, [each for _, each in cases], folder)
     for number, (name, each) in enumerate(cases):
         alone, *others = expected(name)

@@ -1,4 +1,4 @@
-"""The prompt cache on disk of real rings: what a ring has read the next one finds, if all of its ranks do."""
+"""The prompt cache on disk with real rings: a new ring reuses blocks that all of its ranks have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RING_S = 120
 
 
 def run_ring(case: dict[str, Any], folder: Path) -> list[tuple[list[int], int]]:
-    """The tokens that each rank knows, and what it had of the prompt."""
+    """Return the tokens that each rank knows, and its number of cached prompt tokens."""
     hostfile = folder / "hosts.json"
     hostfile.write_text(loopback_hostfile(case["ranks"]))
     command = [sys.executable, "-m", "tests.ranks.cache_rank"]

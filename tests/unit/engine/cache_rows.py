@@ -1,4 +1,4 @@
-"""Caches without a model: rows that depend, as real ones do, on every token up to theirs."""
+"""KV caches without a model. As in a real one, each row depends on all tokens up to its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEGABYTE = 10**6
 
 
 class RowsModel:
-    """What a pool asks of a model."""
+    """The part of a model that a pool uses."""
 
     config = SimpleNamespace(max_position_embeddings=4096)
 
@@ -34,7 +34,7 @@ MODEL = cast(Model, RowsModel())
 
 
 def rows(tokens: Sequence[int]) -> np.ndarray:
-    """(LAYERS, tokens, WIDTH), float32: a running hash, the token, the position; another one in each layer."""
+    """Return (LAYERS, tokens, WIDTH), float32: a running hash, the token and the position, offset by the layer."""
     running, values = 0, np.zeros((LAYERS, len(tokens), WIDTH), np.float32)
     for at, token in enumerate(tokens):
         running = (running * 31 + token) % 65_521
@@ -43,7 +43,7 @@ def rows(tokens: Sequence[int]) -> np.ndarray:
 
 
 def append_tokens(cache: SequenceCache, tokens: Sequence[int]) -> None:
-    """Go on with further tokens, as the engine does."""
+    """Append tokens to a cache as the engine does."""
     fresh = mx.array(rows([*cache.tokens, *tokens])[:, len(cache.tokens) :])
     for layer, layer_rows in zip(cache.layers, fresh, strict=True):
         layer.append(layer_rows[None, None])
@@ -51,14 +51,14 @@ def append_tokens(cache: SequenceCache, tokens: Sequence[int]) -> None:
 
 
 def check(cache: SequenceCache) -> None:
-    """The rows are those of the tokens."""
+    """Check that the rows belong to the tokens."""
     if cache.tokens:
         assert np.array_equal(np.array(cache.rows(0, len(cache.tokens))), rows(cache.tokens))
     assert {layer.offset for layer in cache.layers} == {len(cache.tokens)}
 
 
 def run_turn(pool: KVCachePool, prompt: Sequence[int], answer: Sequence[int] = ()) -> int:
-    """A turn of a conversation; how much of the prompt was there."""
+    """Run one turn of a conversation; return the number of cached prompt tokens."""
     cache, cached = pool.acquire(tuple(prompt))
     assert cache.tokens == list(prompt[:cached])
     check(cache)
@@ -76,7 +76,7 @@ def open_store(
     shape: BlockShape = SHAPE,
     max_bytes: int = 100 * MEGABYTE,
 ) -> BlockStore:
-    """A store; its warnings go into the list, and without one there must be none."""
+    """Open a store. Warnings go into the list; without a list there must be none."""
 
     def warn(text: str) -> None:
         assert warnings is not None, text

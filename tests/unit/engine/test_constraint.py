@@ -1,4 +1,4 @@
-"""Sequences held to grammars: masks, drafts, ends; and the proof that whatever they let through is valid."""
+"""Constrained decoding: masks, drafts, ends, and the validity of every answer that a grammar allows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.schemas import random_answer, random_schema
 
 TOKENIZER = Tokenizer.load(KIMI_MINI)
 EXTRA = 40
-"""The logits have more ids than the tokenizer."""
+"""Size of the logits: larger than the tokenizer's vocabulary."""
 SIZE = TOKENIZER.vocab_size + EXTRA
 VOCABULARY = load_token_vocabulary(KIMI_MINI, SIZE)
 PERSON = {
@@ -46,7 +46,7 @@ def bits(mask: np.ndarray) -> np.ndarray:
 
 
 def random_grammar(rng: random.Random) -> tuple[Any, str]:
-    """The next random schema that is not refused."""
+    """Return the next random schema that is accepted."""
     while True:
         schema = random_schema(rng)
         try:
@@ -136,7 +136,7 @@ def test_masked_logits(dtype: mx.Dtype) -> None:
 
 
 def check_valid(schema: Any, text: str) -> None:
-    """Require an answer that is valid by the `jsonschema` package."""
+    """Check an answer with the `jsonschema` package."""
     jsonschema.Draft202012Validator({"type": "object"} if schema is True else schema).validate(json.loads(text))
 
 
@@ -177,7 +177,7 @@ def test_kimi_mini_says_what_it_must(mini: tuple[Model, ChatTokenizer], thinking
 
 
 def greedy(model: Model, vocabulary: TokenVocabulary, prompt: list[int], grammar: str, most: int = 150) -> list[int]:
-    """The likeliest tokens that are allowed."""
+    """Return the most likely allowed tokens."""
     constraint, cache = Constraint(vocabulary, grammar), model.make_cache()
     answer: list[int] = []
     tokens = prompt

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def run(engine: Engine, request: Request) -> tuple[list[int], Finished]:
-    """New tokens and the end."""
+    """Return the new tokens and the final event."""
     events = list(engine.generate(request))
     assert isinstance(events[-1], Finished)
     return [event.id for event in events if isinstance(event, Token)], events[-1]
@@ -40,7 +40,7 @@ Plainest = Callable[[Sequence[int], int], list[int]]
 
 @pytest.fixture(scope="module")
 def greedy(model: Model) -> Plainest:
-    """The plainest way: the whole sequence anew for each token. What was computed once is kept."""
+    """Decode without a cache: run the whole sequence for each token. Results are memoized."""
     answers: dict[tuple[int, ...], list[int]] = {}
 
     def answer(prompt: Sequence[int], count: int) -> list[int]:

@@ -28,7 +28,7 @@ def model() -> Model:
 
 
 def fill(model: Model, tokens: int) -> list:
-    """A cache with rows of no meaning."""
+    """Return a cache with arbitrary rows."""
     cache = model.make_cache()
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     for layer in cache:
@@ -75,7 +75,7 @@ def test_the_last_chunk_of_64_k_tokens_takes_little_memory(model: Model) -> None
 
 @pytest.mark.sweep
 def test_a_prompt_of_64_k_tokens_takes_little_memory(model: Model) -> None:
-    """Long: with MLX's own BLAS on a CPU more than an hour."""
+    """Slow: more than an hour with MLX's own BLAS on a CPU."""
     random.seed(1)
     prompt = tuple(random.randrange(model.config.vocab_size) for _ in range(LONG - 1))
     end = list(Engine(model).generate(Request(prompt, max_tokens=1)))[-1]

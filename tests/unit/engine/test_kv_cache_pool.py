@@ -1,4 +1,4 @@
-"""Which sequences are kept, and what a prompt finds of them."""
+"""The pool of KV caches: eviction, and the prefix that a prompt reuses."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.unit.engine.cache_rows import MODEL, append_tokens, check, run_turn
 K2_THINKING = Path(__file__).parents[1] / "text" / "templates" / "k2_thinking.jinja"
 
 
-def said(count: int, seed: int) -> list[int]:
-    """Tokens that no other seed has."""
+def make_tokens(count: int, seed: int) -> list[int]:
+    """Return tokens that no other seed returns."""
     return [seed * 10_000 + at for at in range(count)]
 
 
-SYSTEM = said(900, 1)
+SYSTEM = make_tokens(900, 1)
 
 
 def test_a_conversation_goes_on_where_it_was() -> None:
     pool, prompt, cached = KVCachePool(MODEL, 10_000), list(SYSTEM), []
     for number in range(10):
-        prompt += said(50, 10 + number)
-        cached.append(run_turn(pool, prompt, answer := said(30, 50 + number)))
+        prompt += make_tokens(50, 10 + number)
+        cached.append(run_turn(pool, prompt, answer := make_tokens(30, 50 + number)))
         prompt += answer
     assert cached == [0, *(len(SYSTEM) + 80 * number for number in range(1, 10))]
     assert pool.idle_tokens == padded_length(len(prompt))  # one sequence, not ten
@@ -42,46 +42,46 @@ def test_a_conversation_goes_on_where_it_was() -> None:
 
 def test_conversations_that_share_a_beginning_do_not_cut_each_other() -> None:
     pool = KVCachePool(MODEL, 10_000)
-    prompts = {agent: [*SYSTEM, *said(100, 10 + agent)] for agent in range(3)}
+    prompts = {agent: [*SYSTEM, *make_tokens(100, 10 + agent)] for agent in range(3)}
     for round_ in range(4):
         for agent, prompt in prompts.items():
-            cached = run_turn(pool, prompt, answer := said(40, 100 + 10 * round_ + agent))
+            cached = run_turn(pool, prompt, answer := make_tokens(40, 100 + 10 * round_ + agent))
             expected = len(prompt) - 100 if round_ else len(SYSTEM) * bool(agent)
             assert cached == expected
-            prompt += [*answer, *said(100, 200 + 10 * round_ + agent)]
+            prompt += [*answer, *make_tokens(100, 200 + 10 * round_ + agent)]
 
 
 def test_thinking_that_is_stripped_costs_its_own_turn_and_leaves_nothing_behind() -> None:
     pool = KVCachePool(MODEL, 10_000)
-    question, thinking, answer = said(200, 2), said(300, 3), said(60, 4)
+    question, thinking, answer = make_tokens(200, 2), make_tokens(300, 3), make_tokens(60, 4)
     assert run_turn(pool, [*SYSTEM, *question], [*thinking, *answer]) == 0
-    assert run_turn(pool, [*SYSTEM, *question, *answer, *said(20, 5)]) == len(SYSTEM) + len(question)
-    assert pool.idle_tokens == padded_length(len([*SYSTEM, *question, *answer, *said(20, 5)]))
+    assert run_turn(pool, [*SYSTEM, *question, *answer, *make_tokens(20, 5)]) == len(SYSTEM) + len(question)
+    assert pool.idle_tokens == padded_length(len([*SYSTEM, *question, *answer, *make_tokens(20, 5)]))
 
 
 def test_another_answer_to_the_same_prompt_leaves_the_first_one() -> None:
     pool = KVCachePool(MODEL, 10_000)
-    assert [run_turn(pool, SYSTEM, said(300, answer)) for answer in (2, 3)] == [0, len(SYSTEM) - 1]
-    assert [run_turn(pool, [*SYSTEM, *said(300, answer), 7]) for answer in (2, 3)] == [len(SYSTEM) + 300] * 2
+    assert [run_turn(pool, SYSTEM, make_tokens(300, answer)) for answer in (2, 3)] == [0, len(SYSTEM) - 1]
+    assert [run_turn(pool, [*SYSTEM, *make_tokens(300, answer), 7]) for answer in (2, 3)] == [len(SYSTEM) + 300] * 2
 
 
 def test_what_was_used_last_stays() -> None:
     pool = KVCachePool(MODEL, 3 * 512)
     for seed in (1, 2, 3):
-        run_turn(pool, said(400, seed))
-    run_turn(pool, said(400, 1))  # now 2 is the oldest
-    run_turn(pool, said(400, 4))
+        run_turn(pool, make_tokens(400, seed))
+    run_turn(pool, make_tokens(400, 1))  # now 2 is the oldest
+    run_turn(pool, make_tokens(400, 4))
     assert pool.idle_tokens == 3 * 512
-    assert [run_turn(pool, said(400, seed)) for seed in (4, 3, 1)] == [399] * 3
-    assert run_turn(pool, said(400, 2)) == 0
+    assert [run_turn(pool, make_tokens(400, seed)) for seed in (4, 3, 1)] == [399] * 3
+    assert run_turn(pool, make_tokens(400, 2)) == 0
 
 
 def test_without_room_for_both_a_sequence_is_cut_and_not_copied() -> None:
     pool = KVCachePool(MODEL, 2048)
-    run_turn(pool, [*SYSTEM, *said(600, 2)])
-    assert run_turn(pool, [*SYSTEM, *said(600, 3)]) == len(SYSTEM)
+    run_turn(pool, [*SYSTEM, *make_tokens(600, 2)])
+    assert run_turn(pool, [*SYSTEM, *make_tokens(600, 3)]) == len(SYSTEM)
     assert pool.idle_tokens == padded_length(1500)
-    assert run_turn(pool, [*SYSTEM, *said(600, 2)]) == len(SYSTEM)
+    assert run_turn(pool, [*SYSTEM, *make_tokens(600, 2)]) == len(SYSTEM)
 
 
 def test_a_sequence_in_use_is_copied() -> None:
@@ -109,9 +109,9 @@ def test_what_is_held_by_a_longer_one_goes() -> None:
 
 def test_room_is_made_of_idle_ones_alone_and_only_if_that_is_enough() -> None:
     pool = KVCachePool(MODEL, 2048)
-    run_turn(pool, said(500, 1))
-    run_turn(pool, said(500, 2))
-    busy, _ = pool.acquire(tuple(said(700, 3)))
+    run_turn(pool, make_tokens(500, 1))
+    run_turn(pool, make_tokens(500, 2))
+    busy, _ = pool.acquire(tuple(make_tokens(700, 3)))
     assert (pool.busy_tokens, pool.idle_tokens) == (768, 1024)
     assert not pool.make_room(1536)
     assert pool.idle_tokens == 1024
@@ -121,15 +121,15 @@ def test_room_is_made_of_idle_ones_alone_and_only_if_that_is_enough() -> None:
     assert not pool.has_room(1281)
     pool.clear()
     assert (pool.busy_tokens, pool.idle_tokens) == (768, 0)
-    append_tokens(busy, said(700, 3))
+    append_tokens(busy, make_tokens(700, 3))
     pool.release(busy)
-    assert run_turn(pool, said(700, 3)) == 699
+    assert run_turn(pool, make_tokens(700, 3)) == 699
 
 
 def test_memory_that_a_cancelled_prompt_does_not_need_is_freed() -> None:
     pool = KVCachePool(MODEL, 4096)
-    run_turn(pool, said(300, 1))
-    cache, cached = pool.acquire((*said(300, 1), *said(3000, 2)))
+    run_turn(pool, make_tokens(300, 1))
+    cache, cached = pool.acquire((*make_tokens(300, 1), *make_tokens(3000, 2)))
     assert cached == 300
     assert cache.layers[0].state[0].shape[2] == padded_length(3300)
     pool.release(cache)
@@ -138,7 +138,7 @@ def test_memory_that_a_cancelled_prompt_does_not_need_is_freed() -> None:
 
 TOKENS = st.lists(st.integers(0, 1), max_size=6)
 STRETCH = 100
-"""Each drawn token stands for so many, so that a few of them fill blocks."""
+"""Repetitions of each random token, so that a few of them fill blocks."""
 
 
 @given(
@@ -189,7 +189,7 @@ def test_common_prefix_is_what_it_says(a: list[int], b: list[int], stretch: int)
 
 
 def ask(engine: Engine, prompt: Sequence[int], max_tokens: int = 12) -> tuple[list[int], int]:
-    """New tokens, and how many of the prompt's were there."""
+    """Return the new tokens and the number of cached prompt tokens."""
     events = list(engine.generate(Request(tuple(prompt), max_tokens)))
     end = events[-1]
     assert isinstance(end, Finished)
@@ -222,7 +222,7 @@ def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
 
 
 def tool_call(number: int) -> dict[str, Any]:
-    """An answer with thinking that looks something up."""
+    """Return an answer with reasoning and a tool call."""
     function = {"name": "tide", "arguments": f'{{"port": "Brest {number}"}}'}
     return {
         "role": "assistant",

@@ -1,4 +1,4 @@
-"""What is computed once a step: rotations and masks."""
+"""The layout of a step: rotations and masks."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ HEADS, Q_DIM, V_DIM = 3, 24, 16
 
 
 def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """softmax(q k^T) v in float64, causal, q at the end of k."""
+    """Return softmax(q k^T) v in float64, causal; the queries are the last positions of the keys."""
     length, total = q.shape[-2], k.shape[-2]
     scores = np.where(np.arange(total) <= np.arange(total - length, total)[:, None], q @ k.swapaxes(-1, -2), -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -52,7 +52,7 @@ def test_blocks_add_up_to_the_plain_formula(past: int, length: int) -> None:
 
 @pytest.fixture(scope="module")
 def one_by_one() -> tuple[Model, mx.array, np.ndarray]:
-    """A model, 150 tokens and their logits, from steps of 8 whose attention is in the latent space."""
+    """Return a model, 150 tokens, and their logits from steps of 8, whose attention is in the latent space."""
     model = load_model(FOLDER, load_config(FOLDER), mx.float32)
     mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 150))

@@ -1,4 +1,4 @@
-"""config.json of each generation, and what is refused."""
+"""config.json of each generation, and files that are rejected."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ INT4_PATHS = {
 
 
 def with_value(block: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of a block with one value, however deep, replaced."""
+    """Return a copy of a block with one nested value replaced."""
     first, _, rest = path.partition(".")
     return {**block, first: with_value(block[first], rest, value) if rest else value}
 

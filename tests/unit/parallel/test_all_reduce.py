@@ -1,4 +1,4 @@
-"""How sums are made: the choice from timings, and the measurement with a peer that always agrees."""
+"""All-reduce tuning: the choice from timings, and the measurement with a peer that always agrees."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_no_other_limit_is_better(pairs: list[tuple[float, float]]) -> None:
 
 
 class Agreeing(MlxGroup):
-    """Rank 0 of two, whose peer always sends the same.
+    """Rank 0 of two whose peer always sends the same data.
 
     Args:
         gather_s: what a gather takes.

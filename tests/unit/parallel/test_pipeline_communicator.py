@@ -1,4 +1,4 @@
-"""A pipeline's messages: one hand-over a rank and no collective, in step whatever the sequences do.
+"""Messages of a pipeline: one per rank and step, no collective, and always in order.
 
 The ranks are threads here, and their links are queues; tests/ranks has real ones.
 """
@@ -28,13 +28,13 @@ from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import make_prompt, write_divisible
 
 PATIENCE_S = 60
-"""For a message."""
+"""Timeout of a message."""
 
 Links = list["queue.SimpleQueue[np.ndarray]"]
 
 
 class CountingLinks:
-    """One rank of a circle of queues; has no collective for steps."""
+    """One rank of a circle of queues, without collectives for steps."""
 
     def __init__(self, rank: int, links: Links):
         self.rank, self.size = rank, len(links)
@@ -72,7 +72,7 @@ Work = Callable[[Engine, Found], None]
 
 
 def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list[Found], list[CountingLinks]]:
-    """Do the same on each rank, each in a thread; returns the tokens that each has heard of, and the links."""
+    """Run the same function on each rank in a thread; return the tokens that each rank learned, and the links."""
     config = load_config(folder)
     placement = place(
         config, "pipeline", size, split_granularity_of(open_checkpoint(folder, config).checkpoint, "pipeline")
@@ -101,7 +101,7 @@ def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list
 
 
 def run_one(folder: Path, work: Work) -> Found:
-    """The same on one process."""
+    """Run the same on a single rank."""
     found: Found = {}
     work(Engine(load_model(folder, load_config(folder), mx.float32), prefill_chunk=16), found)
     return found
@@ -110,7 +110,7 @@ def run_one(folder: Path, work: Work) -> Found:
 def answering(
     requests: Sequence[Request], late: Sequence[Request] = (), cancelled: dict[int, int] | None = None
 ) -> Work:
-    """Answer requests; -1 stands for a stop, -2 for a cancellation.
+    """Answer requests; -1 marks a stop, -2 a cancellation.
 
     Args:
         requests: from the start.

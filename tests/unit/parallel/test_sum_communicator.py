@@ -1,4 +1,4 @@
-"""What a rank says to its peers: one or two sums a layer and one gather for the head, each joined rightly."""
+"""Collectives of sharded ranks: one or two sums per layer, one gather for the head, and correct results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.divisible import write_divisible
 
 
 class CountingGroup:
-    """One rank of `size` that hears its own words back, and counts."""
+    """One rank of `size` that receives its own data back, and counts collectives."""
 
     def __init__(self, size: int, rank: int = 0):
         self.size, self.rank = size, rank
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_rank(folder: Path, strategy: str, group: CountingGroup) -> Model:
-    """One rank's share, with a group that stands for the others."""
+    """Load one rank's share with a group that replaces the other ranks."""
     config = load_config(folder)
     units = split_granularity_of(open_checkpoint(folder, config).checkpoint, strategy)
     placement = place(config, strategy, group.size, units)
@@ -87,7 +87,7 @@ def test_heads_of_unequal_width_are_joined_in_order() -> None:
 
 
 class StaleGroup(CountingGroup):
-    """From some gather on the memory of the one before comes again, as when MLX's ring has lost a peer."""
+    """A group whose gathers return stale data from some call on, as MLX's ring does when a peer is lost."""
 
     stale_from = 10**9
     last: mx.array | None = None

@@ -33,20 +33,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def said(count: int, seed: int = 1) -> list[int]:
-    """Tokens that no other seed has."""
+def make_tokens(count: int, seed: int = 1) -> list[int]:
+    """Return tokens that no other seed returns."""
     return [seed * 10_000 + at for at in range(count)]
 
 
 def write(folder: Path, tokens: list[int]) -> None:
-    """What a process leaves that has had a conversation."""
+    """Store a conversation, as a process that then ends."""
     store = open_store(folder)
     run_turn(KVCachePool(MODEL, blocks=store), tokens)
     store.close()
 
 
 def found(folder: Path, tokens: list[int]) -> int:
-    """How much of a conversation a new process has."""
+    """Return the number of cached tokens of a conversation in a new process."""
     store = open_store(folder)
     cached = run_turn(KVCachePool(MODEL, blocks=store), [*tokens, 1])
     store.close()
@@ -54,31 +54,31 @@ def found(folder: Path, tokens: list[int]) -> int:
 
 
 def files(folder: Path) -> list[Path]:
-    """The blocks, in the order in which they were written."""
+    """Return the blocks in the order of writing."""
     return sorted(folder.glob("*/*/*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
 
 
 def test_a_restart_finds_whole_blocks(tmp_path: Path) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     assert len(files(tmp_path)) == 3
-    assert found(tmp_path, said(1000)) == 768
-    assert found(tmp_path, [*said(600), 7]) == 512  # blocks are shared; the rest is another one
-    assert found(tmp_path, said(500, 2)) == 0
+    assert found(tmp_path, make_tokens(1000)) == 768
+    assert found(tmp_path, [*make_tokens(600), 7]) == 512  # blocks are shared; the rest is another one
+    assert found(tmp_path, make_tokens(500, 2)) == 0
     folder = files(tmp_path)[0].parent
     assert (folder.stat().st_mode | folder.parent.stat().st_mode) & 0o077 == 0  # nobody else reads prompts
 
 
 def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     code = f"""if True:
         from pathlib import Path
-        from tests.unit.engine.prompt_cache.test_block_store import found, said, write
-        assert found(Path({str(tmp_path)!r}), said(1000)) == 768
-        write(Path({str(tmp_path)!r}), [*said(1000), *said(100, 2)])
+        from tests.unit.engine.prompt_cache.test_block_store import found, make_tokens, write
+        assert found(Path({str(tmp_path)!r}), make_tokens(1000)) == 768
+        write(Path({str(tmp_path)!r}), [*make_tokens(1000), *make_tokens(100, 2)])
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert len(files(tmp_path)) == 4  # a turn writes what is new
-    assert found(tmp_path, [*said(1000), *said(100, 2)]) == 1024
+    assert found(tmp_path, [*make_tokens(1000), *make_tokens(100, 2)]) == 1024
 
 
 def test_what_waits_to_be_written_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,9 @@ def test_what_waits_to_be_written_is_there_already(tmp_path: Path, monkeypatch: 
     )
     store = open_store(tmp_path)
     pool = KVCachePool(MODEL, blocks=store)
-    run_turn(pool, said(1000))
+    run_turn(pool, make_tokens(1000))
     pool.clear()
-    assert run_turn(pool, said(1000)) == 768
+    assert run_turn(pool, make_tokens(1000)) == 768
     is_slow.clear()
     is_slow.append(False)
 
@@ -131,16 +131,16 @@ def replace_by_folder(file: Path) -> None:
 def test_a_broken_block_is_a_miss_and_is_written_again(
     tmp_path: Path, harm: Callable[[Path], None], is_early: bool
 ) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     if is_early:
         harm(files(tmp_path)[1])
-        assert found(tmp_path, said(1000)) == 256
+        assert found(tmp_path, make_tokens(1000)) == 256
     else:
         store = open_store(tmp_path)
         harm(files(tmp_path)[1])
-        assert run_turn(KVCachePool(MODEL, blocks=store), said(1000)) == 256
+        assert run_turn(KVCachePool(MODEL, blocks=store), make_tokens(1000)) == 256
         store.close()
-    assert found(tmp_path, said(1000)) == 768
+    assert found(tmp_path, make_tokens(1000)) == 768
 
 
 @pytest.mark.parametrize(
@@ -154,35 +154,35 @@ def test_a_broken_block_is_a_miss_and_is_written_again(
     ],
 )
 def test_what_another_model_has_left_is_not_used(tmp_path: Path, change: dict[str, str]) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     store = open_store(tmp_path, **change)  # pyright: ignore[reportArgumentType]
-    blocks = store.find(said(1000))
+    blocks = store.find(make_tokens(1000))
     assert not blocks or "shape" in change
     for block in blocks[:1]:
         assert store.shape != SHAPE
         with pytest.raises(Exception, match="rows are"):
-            store.read(block, said(256))
+            store.read(block, make_tokens(256))
     store.close()
 
 
 def test_other_files_are_let_alone_and_unfinished_ones_go(tmp_path: Path) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     folder = files(tmp_path)[0].parent
     other, part = folder / "notes.txt", folder / f"{files(tmp_path)[0].name}.123.part"
     for file in (other, part):
         file.write_text("x")
-    assert found(tmp_path, said(1000)) == 768
+    assert found(tmp_path, make_tokens(1000)) == 768
     assert other.exists()
     assert not part.exists()
 
 
 def test_garbage_among_the_names_is_harmless(tmp_path: Path) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     first = files(tmp_path)[0]
     name, root = first.stem.split("-")
     for garbage in (f"{root}-{root}", f"{root}-{name}", f"{'0' * 32}-{'1' * 32}", f"{'1' * 32}-{'0' * 32}"):
         (first.parent / f"{garbage}.safetensors").write_bytes(b"x" * FILE_BYTES)
-    assert found(tmp_path, said(1000)) == 768
+    assert found(tmp_path, make_tokens(1000)) == 768
     assert len(files(tmp_path)) == 3
 
 
@@ -190,17 +190,17 @@ def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path)
     store = open_store(tmp_path, max_bytes=6 * FILE_BYTES)
     assert store.capacity == 6
     pool = KVCachePool(MODEL, blocks=store)
-    run_turn(pool, said(1024, 1))
-    run_turn(pool, said(512, 2))
-    run_turn(pool, said(1024, 1))  # wanted again: 2 is older
-    run_turn(pool, said(300, 3))
-    lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3)}
+    run_turn(pool, make_tokens(1024, 1))
+    run_turn(pool, make_tokens(512, 2))
+    run_turn(pool, make_tokens(1024, 1))  # wanted again: 2 is older
+    run_turn(pool, make_tokens(300, 3))
+    lengths = {seed: len(store.find(make_tokens(1024, seed))) for seed in (1, 2, 3)}
     assert lengths == {1: 4, 2: 1, 3: 1}
-    run_turn(pool, said(1024, 4))
-    lengths = {seed: len(store.find(said(1024, seed))) for seed in (1, 2, 3, 4)}
+    run_turn(pool, make_tokens(1024, 4))
+    lengths = {seed: len(store.find(make_tokens(1024, seed))) for seed in (1, 2, 3, 4)}
     assert lengths == {1: 1, 2: 0, 3: 1, 4: 4}
-    run_turn(pool, said(10 * 256, 5))  # longer than all there may be
-    assert len(store.find(said(10 * 256, 5))) == len(store) == 6
+    run_turn(pool, make_tokens(10 * 256, 5))  # longer than all there may be
+    assert len(store.find(make_tokens(10 * 256, 5))) == len(store) == 6
     store.close()
     assert len(files(tmp_path)) == 6
     assert sum(file.stat().st_size for file in files(tmp_path)) <= 6 * FILE_BYTES
@@ -208,11 +208,11 @@ def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path)
 
 def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
     for number, seed in enumerate((1, 2, 1)):
-        write(tmp_path, said(512, seed))
+        write(tmp_path, make_tokens(512, seed))
         for file in files(tmp_path):  # an hour passes
             os.utime(file, (0, file.stat().st_mtime - 3600 * (number < 2)))
     store = open_store(tmp_path, max_bytes=3 * FILE_BYTES)
-    assert [len(store.find(said(512, seed))) for seed in (1, 2)] == [2, 1]
+    assert [len(store.find(make_tokens(512, seed))) for seed in (1, 2)] == [2, 1]
     store.close()
     assert len(files(tmp_path)) == 3
 
@@ -220,18 +220,18 @@ def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
 def test_a_smaller_limit_makes_others_go(tmp_path: Path) -> None:
     for key in ("old", "new"):
         store = open_store(tmp_path, key=key)
-        run_turn(KVCachePool(MODEL, blocks=store), said(1024))
+        run_turn(KVCachePool(MODEL, blocks=store), make_tokens(1024))
         store.close()
         os.utime(files(tmp_path)[-1].parent, (0, time.time() - 3600 * (key == "old")))
     store = open_store(tmp_path, key="now", max_bytes=10 * FILE_BYTES)
     assert len(files(tmp_path)) == 4  # half of what may be is left to others
     assert store.capacity == 6
-    assert len(open_store(tmp_path, key="new").find(said(1024))) == 4
+    assert len(open_store(tmp_path, key="new").find(make_tokens(1024))) == 4
 
 
 def test_what_another_process_uses_stays(tmp_path: Path) -> None:
     busy = open_store(tmp_path, key="busy")
-    run_turn(KVCachePool(MODEL, blocks=busy), said(1024))
+    run_turn(KVCachePool(MODEL, blocks=busy), make_tokens(1024))
     assert busy._writer.flush(10)
     store = open_store(tmp_path, max_bytes=5 * FILE_BYTES)
     assert store.capacity == 1
@@ -246,18 +246,18 @@ def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
     assert "another process" in warnings[0]
     pools = [KVCachePool(MODEL, blocks=store) for store in (first, second)]
     for pool in pools:
-        assert run_turn(pool, said(1000)) == 0
-        assert run_turn(pool, said(1000)) == 999  # in memory all the same
+        assert run_turn(pool, make_tokens(1000)) == 0
+        assert run_turn(pool, make_tokens(1000)) == 999  # in memory all the same
     for store in (first, second):
         store.close()
-    assert found(tmp_path, said(1000)) == 768
+    assert found(tmp_path, make_tokens(1000)) == 768
 
 
 def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     warnings: list[str] = []
     pool = KVCachePool(MODEL, blocks=open_store(tmp_path / "file" / "cache", warnings))
-    assert [run_turn(pool, said(1000)) for _ in range(2)] == [0, 999]
+    assert [run_turn(pool, make_tokens(1000)) for _ in range(2)] == [0, 999]
     assert len(warnings) == 1
     assert "Not a directory" in warnings[0]
 
@@ -266,14 +266,14 @@ def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path, monkeypatch: 
     warnings: list[str] = []
     store = open_store(tmp_path, warnings)
     pool = KVCachePool(MODEL, blocks=store)
-    run_turn(pool, said(512))
+    run_turn(pool, make_tokens(512))
     assert store._writer.flush(10)
     monkeypatch.setattr(block_writer, "RESERVE_BYTES", 10**18)
-    run_turn(pool, said(1000))
+    run_turn(pool, make_tokens(1000))
     assert store._writer.flush(10)
     pool.clear()
-    assert run_turn(pool, said(1000)) == 512
-    run_turn(pool, said(1000, 2))
+    assert run_turn(pool, make_tokens(1000)) == 512
+    run_turn(pool, make_tokens(1000, 2))
     store.close()
     assert len(warnings) == 1
     monkeypatch.setattr(block_store, "RESERVE_BYTES", 10**18)
@@ -288,7 +288,7 @@ def test_a_disk_that_is_too_slow_does_not_hold_up_anything(tmp_path: Path, monke
     pool = KVCachePool(MODEL, blocks=open_store(tmp_path, warnings))
     started = time.monotonic()
     for seed in range(5):
-        run_turn(pool, said(1024, seed))
+        run_turn(pool, make_tokens(1024, seed))
     assert time.monotonic() - started < 0.5
     assert len(warnings) == 1
     assert "too slow" in warnings[0]
@@ -298,7 +298,7 @@ def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     rows = mx.zeros((SHAPE.layers, 512, SHAPE.width))
     rows[1, 300, 1] = mx.nan
-    store.put(said(512), lambda start, stop: rows[:, start:stop])
+    store.put(make_tokens(512), lambda start, stop: rows[:, start:stop])
     store.close()
     assert len(files(tmp_path)) == 1
 
@@ -306,13 +306,13 @@ def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
 def test_ranks_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
     for share, length in (("rank-0", 1024), ("rank-1", 700)):
         store = open_store(tmp_path, share=share)
-        run_turn(KVCachePool(MODEL, blocks=store), said(length))
+        run_turn(KVCachePool(MODEL, blocks=store), make_tokens(length))
         store.close()
     stores = [open_store(tmp_path, share=share) for share in ("rank-0", "rank-1")]
     agree(stores, capacity=3)
     pools = [KVCachePool(MODEL, blocks=store) for store in stores]
-    assert [run_turn(pool, said(1024)) for pool in pools] == [512, 512]
-    assert [run_turn(pool, said(1024, 2)) for pool in pools] == [0, 0]
+    assert [run_turn(pool, make_tokens(1024)) for pool in pools] == [512, 512]
+    assert [run_turn(pool, make_tokens(1024, 2)) for pool in pools] == [0, 0]
     assert stores[0].names() == stores[1].names()
     for store in stores:
         store.close()
@@ -320,7 +320,7 @@ def test_ranks_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
 
 
 def agree(stores: list[BlockStore], capacity: int = 100) -> None:
-    """What the front of a ring does."""
+    """Agree on the blocks, as the ranks of a ring do."""
     common = set.intersection(*(set(store.names()) for store in stores))
     names = [name for name in stores[0].names() if name in common]
     for store in stores:
@@ -328,14 +328,14 @@ def agree(stores: list[BlockStore], capacity: int = 100) -> None:
 
 
 def test_a_rank_that_has_lost_a_block_ends_the_ring_and_the_next_one_does_without(tmp_path: Path) -> None:
-    write(tmp_path, said(1000))
+    write(tmp_path, make_tokens(1000))
     store = open_store(tmp_path)
     agree([store])
     garble(files(tmp_path)[1])
     with pytest.raises(RingError, match="checksum is wrong"):
-        KVCachePool(MODEL, blocks=store).acquire(said(1000))
+        KVCachePool(MODEL, blocks=store).acquire(make_tokens(1000))
     store.close()
-    assert found(tmp_path, said(1000)) == 256
+    assert found(tmp_path, make_tokens(1000)) == 256
 
 
 @settings(max_examples=25)
@@ -353,7 +353,7 @@ def test_ranks_stay_agreed(
         agree(stores, capacity)
         pools = [KVCachePool(MODEL, 2048, store) for store in stores]
         for seed, common, own in turns:
-            prompt = [*said(common * 200, 9), *said(own * 200, seed), 1]
+            prompt = [*make_tokens(common * 200, 9), *make_tokens(own * 200, seed), 1]
             assert len({run_turn(pool, prompt) for pool in pools}) == 1
             assert stores[0].names() == stores[1].names()
             assert len(stores[0]) <= capacity
