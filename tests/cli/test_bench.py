@@ -144,7 +144,7 @@ def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 def test_more_ranks_than_pieces_are_refused(tiny: Path) -> None:
-    with pytest.raises(KimiMlxError, match="too few for 3 ranks"):
+    with pytest.raises(KimiMlxError, match="but there are 3 ranks"):
         bench(tiny, *QUICK, "--ranks", "3")
 
 

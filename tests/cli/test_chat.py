@@ -125,7 +125,7 @@ def test_a_wrong_name_gets_the_nearest_ones() -> None:
         (("chat", "-p", ""), "the prompt is empty"),
         (("chat", "-p", "hi", "--temperature", "-3"), "temperature is -3"),
         (("chat", "-p", "hi", "--ranks", "0"), "--ranks"),
-        (("chat", "-p", "hi", "--ranks", "50"), "too few for 50 ranks"),
+        (("chat", "-p", "hi", "--ranks", "50"), "but there are 50 ranks"),
         (("chat", "-p", "hi", "--dtype", "float99"), "float99"),
         (("chat", "kimi-k3", "-p", "hi"), "Kimi K3"),
         (("chat", "/", "-p", "hi"), "`/config.json` does not exist"),

@@ -244,7 +244,7 @@ def test_without_restarts_the_session_fails(folder: Path) -> None:
 
 
 def test_too_many_ranks_are_refused(folder: Path) -> None:
-    with pytest.raises(PlacementError, match="too few for 64 ranks"):
+    with pytest.raises(PlacementError, match="but there are 64 ranks"):
         RingSession(SessionOptions(folder, ranks=64))
 
 
