@@ -20,7 +20,7 @@ from kimi_mlx.planner.speed import Setup, decode, prefill
 Metric = Literal["decode", "prefill"]
 
 TYPICAL_ERROR = 0.10
-"""Median error of the rows with new set-ups, rounded up; a test compares."""
+"""Median error of the rows with new set-ups, rounded up; checked by a test."""
 
 LINKS = {"rdma": RDMA, "tcp": TCP, None: None}
 
@@ -32,7 +32,7 @@ class BacktestRow:
     Args:
         id: short name.
         machines: machines as in `--machines`.
-        engine: the program.
+        engine: name of the inference program.
         strategy: strategy of the split.
         link: link between the machines.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 was set.
@@ -44,8 +44,8 @@ class BacktestRow:
         prompt: number of prompt tokens.
         prefill: published prefill tok/s, if any.
         fit: whether the constants were fitted on this row.
-        is_repeat: whether it has the same set-up as a fitted row.
-        assumed: facts that the source does not state.
+        is_repeat: whether the set-up is that of a fitted row.
+        assumed: assumptions about facts that the source does not state.
         source: source of the measurement.
     """
 
@@ -125,9 +125,9 @@ def compare(row: BacktestRow, constants: Constants = FITTED) -> list[Comparison]
     return comparisons
 
 
-def backtest(constants: Constants = FITTED, among: Sequence[BacktestRow] | None = None) -> list[Comparison]:
-    """Compare all rows, or `among` them."""
-    return [comparison for row in (rows() if among is None else among) for comparison in compare(row, constants)]
+def backtest(constants: Constants = FITTED, selected: Sequence[BacktestRow] | None = None) -> list[Comparison]:
+    """Compare the selected rows; None for all."""
+    return [comparison for row in (rows() if selected is None else selected) for comparison in compare(row, constants)]
 
 
 def median_error(comparisons: Iterable[Comparison]) -> float:

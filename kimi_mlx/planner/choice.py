@@ -1,4 +1,4 @@
-"""The strategy that given hosts run, and the reason in a line."""
+"""Choose the strategy for given hosts, with the reason in one line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memo
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 SLOW_HOP_S = 0.5e-3
-"""Hop time from which the simple rule treats a link as slow: the 61 sums per token of K2 then take longer than a Mac
-computes."""
+"""Hop time from which `by_rule` treats a link as slow: the 61 all-reduces per token of K2 then take longer than the
+computation on a Mac."""
 
 UNEVEN = 1.05
-"""Ratio of memory sizes above which the simple rule gives shares by memory."""
+"""Ratio of memory sizes above which `by_rule` gives shares by memory."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Choice:
 
     Args:
         strategy: strategy as `--strategy` takes it.
-        why: reason, for people.
+        why: reason, shown to the user.
         memory: memory that each rank needs, if it is known.
     """
 
@@ -63,25 +63,31 @@ def choose(
     options = [option for option in plan.options if len(option.hosts) == len(machines)]
     if not options:
         return by_rule(shape, machines, link, *plan.notes[:1])
-    choice = _best(options)
-    others = [option for option in options if option.strategy != choice.strategy and option.fits == choice.fits]
-    return Choice(choice.placement, _why(choice, best_of(others), link), choice.memory)
+    best = _best(options)
+    others = [option for option in options if option.strategy != best.strategy and option.fits == best.fits]
+    return Choice(best.placement, _why(best, best_of(others), link), best.memory)
 
 
-def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, why: str) -> Choice:
+def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, reason: str) -> Choice:
     """Choose without predictions: hybrid, or pipeline over a slow link.
 
-    Hybrid splits nearly all work for one sum per layer. Nothing else is better in general: tensor has twice the sums,
-    and whole experts never give all ranks the same work.
+    Hybrid splits nearly all work with one all-reduce per layer. No other strategy is better in general: tensor needs
+    twice as many all-reduces, and with expert the ranks never have equal work.
+
+    Args:
+        shape: the model; None if its dimensions are not known.
+        machines: one machine per rank.
+        link: link between them; None if it is not known.
+        reason: reason why there is no prediction.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
     name = "pipeline" if is_slow else "hybrid"
-    words = f"{describe_link(link)}, {why}" if link is not None else why
+    why = f"{describe_link(link)}, {reason}" if link is not None else reason
     sizes = [machine.memory_bytes for machine in machines]
     if shape is None or max(sizes) <= UNEVEN * min(sizes):
-        return Choice(name, words, memory_of(name, shape, machines))
+        return Choice(name, why, memory_of(name, shape, machines))
     strategy = strategy_by_memory(name, machines, shape)
-    return Choice(strategy, f"shares by memory, {words}", memory_of(strategy, shape, machines))
+    return Choice(strategy, f"shares by memory, {why}", memory_of(strategy, shape, machines))
 
 
 def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
@@ -107,16 +113,16 @@ def _context(shape: ModelShape) -> int:
 
 
 def _best(options: Sequence[Option]) -> Option:
-    """Return the best option that fits now, else with raised limits, else the one that lacks least memory."""
+    """Return the best option that fits now, else with raised limits, else the one that lacks the least memory."""
     for fits in ("yes", "raised"):
-        if (choice := best_of([option for option in options if option.fits == fits])) is not None:
-            return choice
+        if (best := best_of([option for option in options if option.fits == fits])) is not None:
+            return best
     return min(options, key=lambda option: max(host.needed_bytes - host.raised_gpu_bytes for host in option.memory))
 
 
-def _why(choice: Option, other: Option | None, link: LinkProfile) -> str:
-    shares = "shares by memory, " if choice.shares != "even" else ""
-    prediction = f"{shares}{describe_link(link)}: {choice.decode_tok_per_s:.1f} tok/s predicted"
-    if choice.fits == "no":
+def _why(best: Option, other: Option | None, link: LinkProfile) -> str:
+    shares = "shares by memory, " if best.shares != "even" else ""
+    prediction = f"{shares}{describe_link(link)}: {best.decode_tok_per_s:.1f} tok/s predicted"
+    if best.fits == "no":
         return f"{prediction}, but it does not fit"
     return prediction if other is None else f"{prediction}, {other.strategy} {other.decode_tok_per_s:.1f}"

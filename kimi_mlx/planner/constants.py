@@ -11,7 +11,7 @@ from typing import Literal
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 
 FENCE_S = 180e-6
-"""Time of a collective outside the network, from the GPU to the CPU's stream and back.
+"""Time of a collective in addition to the network: from the GPU to the CPU's stream and back.
 
 Source: gh:ml-explore/mlx#4438 (M3 Ultra, mlx 0.32.2)."""
 
@@ -25,8 +25,8 @@ class Constants:
 
     Args:
         bandwidth_share: fraction of a chip's peak bandwidth that reading weights reaches.
-        kernel_s: time between one kernel and the next that needs its result.
-        compute_share: fraction of a chip's peak fp16 rate that matrix products and attention reach.
+        kernel_s: time between a kernel and the next one that depends on it.
+        compute_share: fraction of a chip's peak fp16 rate that matrix multiplications and attention reach.
     """
 
     bandwidth_share: float
@@ -46,7 +46,7 @@ class EngineProfile:
         kernels_per_layer: number of kernels per layer in decode.
         prefill_chunk: number of prompt tokens per step.
         slices_head: whether ranks split the rows of the vocabulary.
-        gathers: whether small sums are computed by gathering.
+        gathers: whether small all-reduces are computed as an all-gather and a local sum.
         returns_states: whether the last stage of a pipeline sends the hidden states back to the first, which has the
             head; if not, the last stage has the head and sends the token.
         overlaps_chunks: whether a pipeline stage starts a prompt's next chunk while later stages process this one.

@@ -20,8 +20,8 @@ class CostAssumptions:
         tokens_a_day: generated tokens per day.
         electricity: price of a kWh.
         years: years of use.
-        price: price of all machines; None for the table's.
-        watts: power of all machines at work; None for the table's.
+        price: price of all machines; None for the prices in `chips.json`.
+        watts: power of all machines at work; None for the values in `chips.json`.
         subscription: price per month of a subscription to compare with; None for no comparison.
     """
 
@@ -45,8 +45,9 @@ class Cost:
         electricity_a_month: electricity per month, at work and idle.
         electricity_per_million: electricity per million tokens, at work only.
         per_million: total cost per million tokens.
-        break_even_months: months until the subscription would have cost as much; None without one, or for never.
-        is_possible: whether the day is long enough.
+        break_even_months: months until the subscription would have cost as much; None without a subscription, or if
+            it never would.
+        is_possible: whether a day's tokens take at most 24 hours.
     """
 
     price: float

@@ -1,4 +1,4 @@
-"""The number of chosen experts on the slowest rank, if ranks hold whole experts. Exact."""
+"""Expected time of the slowest rank if ranks hold whole experts, computed exactly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _limit(time: float, fixed: float, one: float, chosen: int) -> int:
 def _probability(experts: Sequence[int], chosen: int, limits: Sequence[int]) -> float:
     """Return the probability that no rank exceeds its limit.
 
-    It is the coefficient of x^chosen in a product of polynomials, divided by the number of all sets.
+    It is the coefficient of x^chosen in a product of polynomials, divided by the number of all possible sets.
     """
     ways = [1] + [0] * chosen
     for held, limit in zip(experts, limits, strict=True):

@@ -19,21 +19,21 @@ def fit() -> Constants:
     chosen = [row for row in rows() if row.fit]
 
     def loss(values: list[float]) -> float:
-        if values[0] > 1 or values[2] > 1:  # shares
+        if values[0] > 1 or values[2] > 1:  # fractions of a peak
             return math.inf
         return sum(math.log1p(comparison.error) ** 2 for comparison in backtest(Constants(*values), chosen))
 
     values, step = [0.7, 5e-6, 0.5], STEP
     best = loss(values)
     while step > FINEST:
-        tries = [
+        candidates = [
             [value * factor if position == index else value for position, value in enumerate(values)]
             for index in range(3)
             for factor in (1 + step, 1 / (1 + step))
         ]
-        losses = [loss(candidate) for candidate in tries]
+        losses = [loss(candidate) for candidate in candidates]
         if min(losses) < best:
-            best, values = min(losses), tries[losses.index(min(losses))]
+            best, values = min(losses), candidates[losses.index(min(losses))]
         else:
             step /= 2
     return Constants(*values)

@@ -31,21 +31,21 @@ class LinkProfile:
         """Return the time of a message from one rank to the next."""
         return self.hop_s + size / self.bytes_per_s
 
-    def gather_s(self, size: float, ranks: int) -> float:
+    def all_gather_s(self, size: float, ranks: int) -> float:
         """Return the time of an all-gather of `size` bytes per rank: one hop in a mesh, N - 1 in a ring."""
         hops = 1 if self.backend == "jaccl" else ranks - 1
         return hops * self.hop_s + (ranks - 1) * size / self.bytes_per_s
 
-    def sum_s(self, size: float, ranks: int, gathers: bool) -> float:
+    def all_reduce_s(self, size: float, ranks: int, gathers: bool) -> float:
         """Return the time of an all-reduce of `size` bytes.
 
-        One hop in a mesh, 2 (N - 1) hops in a ring, unless gathering and adding is allowed and faster.
+        One hop in a mesh, 2 (N - 1) hops in a ring, unless an all-gather and a local sum are allowed and faster.
         """
-        gather_s = self.gather_s(size, ranks)
+        by_gather_s = self.all_gather_s(size, ranks)
         if self.backend == "jaccl":
-            return gather_s
-        all_sum_s = 2 * (ranks - 1) * (self.hop_s + size / ranks / self.bytes_per_s)
-        return min(gather_s, all_sum_s) if gathers else all_sum_s
+            return by_gather_s
+        on_ring_s = 2 * (ranks - 1) * (self.hop_s + size / ranks / self.bytes_per_s)
+        return min(by_gather_s, on_ring_s) if gathers else on_ring_s
 
 
 RDMA = LinkProfile(

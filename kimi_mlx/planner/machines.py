@@ -32,7 +32,7 @@ class Chip:
         chip: name, such as `m3-ultra`.
         gpu_cores: number of GPU cores of this variant.
         bandwidth_gb_per_s: memory bandwidth, as published by Apple.
-        tflops_fp16: fp16 rate of the GPU's matrix products.
+        tflops_fp16: fp16 rate of the GPU's matrix multiplications.
         memory_gb: memory sizes that were sold, in GiB.
         thunderbolt: Thunderbolt generation.
         thunderbolt_ports: largest number of ports.
@@ -63,7 +63,7 @@ class Chip:
 
     @property
     def flops(self) -> float:
-        """Operations per second of the GPU's matrix products."""
+        """Operations per second of the GPU's matrix multiplications."""
         return self.tflops_fp16 * 1e12
 
     @property
@@ -131,9 +131,10 @@ def parse_machines(text: str) -> tuple[Machine, ...]:
     names = [name for word in text.split(",") for name in _names(word.strip())]
     if len(names) > MAX_MACHINES:
         raise UsageError(f"{len(names)} machines, but at most {MAX_MACHINES} can be planned for", hint="remove some")
-    numbered = len(names) != len(set(names))
+    has_duplicates = len(names) != len(set(names))
     return tuple(
-        make_machine(f"{name} #{index + 1}" if numbered else name, *_split(name)) for index, name in enumerate(names)
+        make_machine(f"{name} #{index + 1}" if has_duplicates else name, *_chip_and_memory(name))
+        for index, name in enumerate(names)
     )
 
 
@@ -141,7 +142,7 @@ def _names(word: str) -> list[str]:
     match = _MACHINE.fullmatch(word)
     name = f"{match['chip']}-{int(match['memory'])}".lower() if match else word.lower()
     if name not in machine_names():
-        raise UsageError(f"unknown machine `{word}`", hint=_nearest(name))
+        raise UsageError(f"unknown machine `{word}`", hint=_suggestion(name))
     assert match is not None
     count = int(match["count"] or 1)
     if not 1 <= count <= MAX_MACHINES:
@@ -149,7 +150,7 @@ def _names(word: str) -> list[str]:
     return [name] * count
 
 
-def _nearest(name: str) -> str:
+def _suggestion(name: str) -> str:
     chip, _, _ = name.rpartition("-")
     sizes = [size for known in chips() if known.chip == chip for size in known.memory_gb]
     if sizes:
@@ -158,7 +159,7 @@ def _nearest(name: str) -> str:
     return f"did you mean {', '.join(f'`{name}`' for name in near)}? For two: `{near[0]}x2`"
 
 
-def _split(name: str) -> tuple[Chip, int]:
+def _chip_and_memory(name: str) -> tuple[Chip, int]:
     chip, _, memory = name.rpartition("-")
     return find_chip(chip, int(memory)), int(memory) * GIB
 
@@ -171,7 +172,7 @@ def find_chip(name: str, memory_gb: int) -> Chip:
     """
     known = [chip for chip in chips() if chip.chip == name]
     if not known:
-        raise UsageError(f"unknown chip `{name}`", hint=_nearest(f"{name}-{memory_gb}"))
+        raise UsageError(f"unknown chip `{name}`", hint=_suggestion(f"{name}-{memory_gb}"))
     return next((chip for chip in known if memory_gb in chip.memory_gb), known[0])
 
 
@@ -209,7 +210,8 @@ def machine_of_host(name: str, brand: str | None, memory_bytes: int | None, wire
 
 
 def any_machine(name: str, brand: str | None, memory_bytes: int, wired_limit_mb: int | None) -> Machine:
-    """Do the same for any computer. If it is not a known Mac, only its memory counts, all of it usable."""
+    """Return a machine for any computer. One that is not a known Mac has UNKNOWN_CHIP and can use its whole memory except
+    the system's reserve."""
     try:
         return machine_of_host(name, brand, memory_bytes, wired_limit_mb)
     except UsageError:

@@ -1,4 +1,4 @@
-"""Memory of a host: its share of the weights, the KV cache, the workspace of prefill, and what the GPU can use."""
+"""Memory that a host needs (weights, KV cache, workspace of prefill) and memory that its GPU can use."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def longest_context(
         )
 
     low, high = 0, shape.context_tokens
-    while low < high:  # the largest context that fits
+    while low < high:  # binary search for the largest context that fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low

@@ -196,18 +196,18 @@ def _quantized_bits(config: ModelConfig, path: str, floats: int) -> float:
 
 
 @cache
-def _known() -> dict[str, Any]:
+def _models_file() -> dict[str, Any]:
     return json.loads(resources.files("kimi_mlx.planner").joinpath("models.json").read_text(encoding="utf-8"))
 
 
 def known_models() -> tuple[str, ...]:
     """Return the aliases whose dimensions are in `models.json`."""
-    return tuple(_known()["models"])
+    return tuple(_models_file()["models"])
 
 
 def known_shape(alias: str) -> ModelShape:
     """Return the shape of a known model. Raises KeyError for an unknown one."""
-    facts = _known()["models"][alias]
+    facts = _models_file()["models"][alias]
     return shape_with_bits(
         alias, facts["dimensions"], facts["expert_bits"], facts["rest_bits"], facts["context_tokens"]
     )
@@ -225,7 +225,7 @@ def shape_with_bits(
         rest_bits: bits per value of everything else except routers.
         context_tokens: largest context; None for the one in the dimensions.
     """
-    config = parse_config(_known()["dimensions"][dimensions], where=f"models.json, {dimensions}")
+    config = parse_config(_models_file()["dimensions"][dimensions], where=f"models.json, {dimensions}")
 
     def bits_of(path: str) -> float:
         if path.endswith("mlp.gate"):

@@ -9,7 +9,8 @@ from kimi_mlx.parallel.placement import RankShare, SplitGranularity, place
 from kimi_mlx.planner.model_shape import ModelShape, PartSizes
 
 ROW_GROUP = 64
-"""Size of a quantization group, which cannot be split between ranks, if no checkpoint is on this machine to tell."""
+"""Size of a quantization group, which cannot be split between ranks. Assumed, because the planner works without a
+checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Portion:
         return self.embedding * parts.embedding + self.head * parts.head + self.fixed(parts) + routed
 
     def fixed(self, parts: PartSizes) -> float:
-        """Return the part of them that every token uses: all but embedding, head and routed experts."""
+        """Return the bytes, or values, that every token uses: all except embedding, head and routed experts."""
         return (
             self.layers * (parts.latent + self.heads * (parts.heads + parts.expansion))
             + self.moe_layers * (parts.router + self.shared_rows * parts.shared)
@@ -59,12 +60,12 @@ def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: boo
         strategy: strategy as in kimi_mlx.parallel.placement, with weights for uneven shares; ignored for one rank.
         shape: the model.
         ranks: number of ranks.
-        slices_head: whether the rows of the vocabulary are split; if not, a rank with any of them has all.
+        slices_head: whether the rows of the head are split; if not, a rank that has any row has all rows.
 
     Raises:
-        PlacementError: more ranks than there is to split.
+        PlacementError: too many ranks for this model and strategy.
     """
-    placement = place(shape.config, "hybrid" if ranks == 1 else strategy, ranks, _units(shape, ranks))
+    placement = place(shape.config, "hybrid" if ranks == 1 else strategy, ranks, _granularity(shape, ranks))
     portions = [_portion(share, shape) for share in placement.shares]
     return portions if slices_head else [replace(portion, head=math.ceil(portion.head)) for portion in portions]
 
@@ -85,7 +86,7 @@ def _portion(share: RankShare, shape: ModelShape) -> Portion:
     )
 
 
-def _units(shape: ModelShape, ranks: int) -> SplitGranularity:
+def _granularity(shape: ModelShape, ranks: int) -> SplitGranularity:
     """Return the granularity of a split: whole quantization groups; smaller ones if the model is too small for that."""
     config = shape.config
 

@@ -1,4 +1,4 @@
-"""The reason why an option was not chosen, in a line."""
+"""Explain in one line why an option was not chosen."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _too_large(option: Option) -> str:
 
 
 def _largest_difference(option: Option, choice: Option) -> str:
-    """Return the part of a token, or of the prompt, that costs most compared to the choice."""
+    """Describe the part of a token's time, or the prefill, that is slowest compared to the choice."""
     decode = _differences(option.decode, choice.decode)
     name = max(decode, key=lambda part: decode[part])
     prompt_s = option.prefill.total_s - choice.prefill.total_s

@@ -20,14 +20,14 @@ from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 Shares = Literal["even", "by memory"]
 
 Fits = Literal["yes", "raised", "no"]
-"""Fits as the hosts are; only with `iogpu.wired_limit_mb` raised; not even then."""
+"""Whether an option fits: with the current limits, only with `iogpu.wired_limit_mb` raised, or not even then."""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
 """Length of the request whose duration ranks the options. Prefill is also predicted for this prompt."""
 
 PIPELINE_MARGIN = 0.1
-"""Margin by which a pipeline must be faster to be chosen: published pipelines on two hosts are a fifth slower than
-predicted, and nothing else is (docs/planner.md, the misses)."""
+"""Margin by which a pipeline must be faster to be chosen: only published pipelines on two hosts are a fifth slower than
+predicted (docs/planner.md, "Backtest")."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Option:
         hosts: hosts in the order of ranks.
         link: link between them; None for a single host.
         memory: memory of each host.
-        longest_context: longest context that fits as the hosts are.
+        longest_context: longest context that fits with the current limits.
         longest_context_raised: longest context with the wired limit raised.
         decode: time of one token at the end of the requested context.
         prefill: time of a prompt of PROMPT_TOKENS.
@@ -99,7 +99,7 @@ class Plan:
         context: requested context, in tokens.
         is_fast_sync: whether the fast fence is used.
         options: options that could be predicted, the fastest first.
-        notes: reasons why others could not.
+        notes: reasons why other options could not be predicted.
     """
 
     shape: ModelShape
@@ -138,7 +138,7 @@ def make_plan(
 
     Args:
         shape: the model.
-        machines: the hosts; their largest 1, 2, ... are options too.
+        machines: the hosts; options with only the largest 1, 2, ... hosts are included.
         links: possible links between them.
         context: number of tokens to have room for; decode is predicted at its end.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
@@ -148,7 +148,7 @@ def make_plan(
     options: list[Option] = []
     fence_s = FAST_FENCE_S if is_fast_sync else FENCE_S
     for strategy, shares, hosts, link in _candidates(machines, links):
-        if link is not None and (problem := _no_link(hosts, link)) is not None:
+        if link is not None and (problem := _link_problem(hosts, link)) is not None:
             notes[problem] = None
             continue
         placement = strategy_by_memory(strategy, hosts, shape) if shares == "by memory" else strategy
@@ -171,11 +171,11 @@ def _candidates(
     yield "single", "even", largest[:1], None
     for count in range(2, len(largest) + 1):
         hosts = [machine for machine in machines if machine in largest[:count]]
-        is_equal = len({machine.memory_bytes for machine in hosts}) == 1
+        is_uniform = len({machine.memory_bytes for machine in hosts}) == 1
         for strategy in STRATEGIES:
             for link in links:
                 yield strategy, "even", hosts, link
-                if not is_equal:
+                if not is_uniform:
                     yield strategy, "by memory", hosts, link
 
 
@@ -187,29 +187,31 @@ def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: M
 
 
 def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> float:
-    """Return the memory of a host for its share, after what it needs with any share; at least 1.
+    """Return the memory that a host has left for its share; at least 1.
 
-    Uses CONTEXT_TOKENS, so that shares do not depend on the requested context.
+    Subtracts what every rank needs regardless of its share: the replicated weights, the cache and the workspace. Uses
+    CONTEXT_TOKENS, so that shares do not depend on the requested context.
     """
     if strategy == "pipeline":
         base = Portion(0, 0, embedding=0, head=0)
     else:
         heads = 0 if strategy == "tensor" else 1
         base = Portion(shape.layers, shape.moe_layers, head=0, heads=heads, expert_rows=0, shared_rows=0, dense_rows=0)
-    taken = host_memory(machine, base, shape, KIMI_MLX, min(CONTEXT_TOKENS, shape.context_tokens)).needed_bytes
-    return max(machine.raised_gpu_bytes - taken, 1.0)
+    base_bytes = host_memory(machine, base, shape, KIMI_MLX, min(CONTEXT_TOKENS, shape.context_tokens)).needed_bytes
+    return max(machine.raised_gpu_bytes - base_bytes, 1.0)
 
 
-def _no_link(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
+def _link_problem(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
     """Return why these hosts cannot use the link; None if they can."""
     if link.backend != "jaccl":
         return None
-    old = [machine.name for machine in hosts if not machine.chip.has_rdma]
-    if old:
-        return f"no jaccl with {', '.join(old)}: RDMA needs Thunderbolt 5"
-    short = [machine.name for machine in hosts if machine.chip.thunderbolt_ports < len(hosts) - 1]
-    if short:
-        return f"no jaccl for {len(hosts)} hosts: a cable between every two needs {len(hosts) - 1} ports ({short[0]})"
+    without_rdma = [machine.name for machine in hosts if not machine.chip.has_rdma]
+    if without_rdma:
+        return f"no jaccl with {', '.join(without_rdma)}: RDMA needs Thunderbolt 5"
+    too_few_ports = [machine.name for machine in hosts if machine.chip.thunderbolt_ports < len(hosts) - 1]
+    if too_few_ports:
+        ports = len(hosts) - 1
+        return f"no jaccl for {len(hosts)} hosts: a cable between every two needs {ports} ports ({too_few_ports[0]})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Predict prefill and decode, with the parts of the time per token. See docs/planner.md."""
+"""Predict the time of prefill and decode, with its parts. See docs/planner.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Setup:
         portions: one portion per rank.
         link: link between ranks; None for a single rank.
         engine: the program.
-        fence_s: time of each collective outside the network.
+        fence_s: time of each collective in addition to the network.
         constants: fitted constants.
     """
 
@@ -57,11 +57,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class TimeBreakdown:
-    """The parts of a step's time, on the ranks that the others wait for.
+    """The parts of a step's time along its critical path.
 
     Args:
         read_s: reading weights.
-        compute_s: matrix products and attention; in decode only attention.
+        compute_s: matrix multiplications and attention; in decode only attention.
         kernels_s: dispatching kernels.
         fences_s: stopping the GPU for collectives.
         link_s: collectives on the network.
@@ -104,9 +104,7 @@ def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
     size = setup.engine.prefill_chunk
     chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
     if setup.strategy == "pipeline":
-        return _through_stages(
-            setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks]
-        )
+        return _run_stages(setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks])
     return sum((_chunk(setup, *chunk) for chunk in chunks), ZERO_TIME)
 
 
@@ -117,7 +115,7 @@ def _chunk(setup: Setup, start: int, length: int) -> TimeBreakdown:
 
 
 def _stage(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
-    """Do the same for one stage of a pipeline, and include sending its result on."""
+    """Predict the same on one stage of a pipeline, including the message to the next stage."""
     return _work(setup, rank, start, length) + TimeBreakdown(0, 0, 0, setup.fence_s, _send_s(setup, rank, length))
 
 
@@ -128,25 +126,25 @@ def _work(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
     return TimeBreakdown(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
 
 
-def _through_stages(setup: Setup, chunks: Sequence[Sequence[TimeBreakdown]]) -> TimeBreakdown:
+def _run_stages(setup: Setup, chunks: Sequence[Sequence[TimeBreakdown]]) -> TimeBreakdown:
     """Return the time until the last chunk leaves the last stage.
 
     A stage starts a chunk when the previous stage has finished it and the stage itself is free.
     """
     free = [ZERO_TIME] * setup.ranks
     for stages in chunks:
-        left = ZERO_TIME if setup.engine.overlaps_chunks else free[-1]
+        finished = ZERO_TIME if setup.engine.overlaps_chunks else free[-1]
         for rank, stage in enumerate(stages):
-            left = free[rank] = max(left, free[rank], key=lambda time: time.total_s) + stage
+            finished = free[rank] = max(finished, free[rank], key=lambda time: time.total_s) + stage
     return free[-1]
 
 
 def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
-    """Return the number of synchronisations per token, without the all-gather of the head's rows."""
+    """Return the number of collectives, or messages of a pipeline, per token, without the all-gather of the logits."""
     return {"single": 0, "pipeline": ranks, "tensor": 2 * layers, "hybrid": layers, "expert": layers}[strategy]
 
 
-def _combined(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+def _combine(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """Combine the times of the ranks: pipeline stages add up; otherwise the slowest rank counts."""
     if setup.strategy == "pipeline":
         return sum(reads), sum(others)
@@ -163,7 +161,7 @@ def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
             setup.portions[rank].moe_layers * chosen * setup.portions[rank].expert_rows * expert / setup.bandwidth(rank)
             for rank in ranks
         ]
-        return _combined(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
+        return _combine(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
     waits = [(a + b) / shape.layers for a, b in zip(fixed, attention, strict=True)]
     held = [round(portion.experts * shape.config.n_routed_experts) for portion in setup.portions]
     layer_s = expected_slowest(held, chosen, waits, [expert / setup.bandwidth(rank) for rank in ranks])
@@ -218,23 +216,23 @@ def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
         return 0, 0
     waits_s = 0.0
     count = collectives_per_token(setup.strategy, setup.shape.layers, ranks)
-    seconds = count * link.sum_s(_states_bytes(setup, tokens), ranks, setup.engine.gathers)
-    if setup.strategy == "expert":  # each layer waits for its router's choice, which no fence makes faster
+    seconds = count * link.all_reduce_s(_states_bytes(setup, tokens), ranks, setup.engine.gathers)
+    if setup.strategy == "expert":  # each layer also waits for its router's choice; a fast fence does not help
         waits_s = setup.shape.moe_layers * FENCE_S
     if setup.engine.slices_head:
         count += 1
-        seconds += link.gather_s(config.vocab_size * VALUE_BYTES / ranks, ranks)
+        seconds += link.all_gather_s(config.vocab_size * VALUE_BYTES / ranks, ranks)
     return waits_s + count * setup.fence_s, seconds
 
 
 def _pipeline_sends(setup: Setup, tokens: int) -> tuple[float, float]:
-    """Do the same for the messages between the stages of a pipeline, including the last one."""
+    """Return the seconds of fences and of the link for the messages of all stages, including the last one."""
     count = collectives_per_token("pipeline", setup.shape.layers, setup.ranks)
     return count * setup.fence_s, sum(_send_s(setup, rank, tokens) for rank in range(setup.ranks))
 
 
 def _send_s(setup: Setup, rank: int, tokens: int) -> float:
-    """Return the time of the message of a stage: hidden states; from the last stage, of one position, or the token."""
+    """Return the time of a stage's message: hidden states; from the last stage those of one position, or a token."""
     assert setup.link is not None
     if rank < setup.ranks - 1:
         return setup.link.send_s(_states_bytes(setup, tokens))

@@ -1,4 +1,4 @@
-"""Convert a plan, its cost and the backtest to JSON. While `version` stays, fields are added but not renamed."""
+"""Convert a plan, its cost and the backtest to JSON. Within a `version`, fields are only added."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
 
 
 def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Return all comparisons, and the medians of all, of those not fitted, and of those with new set-ups."""
+    """Return all comparisons, and the median errors of all, of those not fitted, and of those with new set-ups."""
     return {
         "version": VERSION,
         "constants": asdict(FITTED),

@@ -24,7 +24,7 @@ class RankShape:
 
     Args:
         heads: number of attention heads on the rank.
-        expert_rows: number of rows of moe_intermediate_size in each expert on the rank.
+        expert_rows: number of rows of each expert on the rank, moe_intermediate_size for whole experts.
         value_bytes: bytes per value in the compute dtype.
         is_fused: whether MLX's fused attention supports the model's head sizes (kimi_mlx.model.attention.is_fused).
     """
@@ -36,9 +36,9 @@ class RankShape:
 
 
 def choose_chunk(
-    config: ModelConfig, rank_shape: RankShape, free_bytes: int, context: int, at_most: int = PREFILL_CHUNK
+    config: ModelConfig, rank_shape: RankShape, free_bytes: int, context: int, limit: int = PREFILL_CHUNK
 ) -> int:
-    """Return the largest power of two from MIN_CHUNK to `at_most` (capped at MAX_CHUNK) whose memory fits.
+    """Return the largest power of two from MIN_CHUNK to `limit` (capped at MAX_CHUNK) whose memory fits.
 
     If not even MIN_CHUNK fits, return MIN_CHUNK. All ranks must use the smallest result of any rank.
 
@@ -47,9 +47,9 @@ def choose_chunk(
         rank_shape: dimensions of this rank's share.
         free_bytes: memory left after weights and KV cache.
         context: number of tokens in the KV cache at the end of the prompt.
-        at_most: upper limit, a power of two.
+        limit: upper limit, a power of two.
     """
-    chunk = min(at_most, MAX_CHUNK)
+    chunk = min(limit, MAX_CHUNK)
     while chunk > MIN_CHUNK and prefill_bytes(config, rank_shape, chunk, context) > free_bytes:
         chunk //= 2
     return chunk

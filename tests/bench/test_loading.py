@@ -131,7 +131,7 @@ def test_files_are_created_once_and_each_rank_has_a_copy(tmp_path: Path, monkeyp
     assert sum(files.store_bytes) < 1.1 * files.checkpoint_bytes
     actions.clear()
     assert make_files(0.01, 2, lambda action, done, total: actions.append(action)) == files
-    assert set(actions) <= {"building the stores"}  # the builder verifies existing stores
+    assert set(actions) <= {"building the stores"}  # the builder reports existing stores
     assert not list(tmp_path.rglob("*.part"))
 
 

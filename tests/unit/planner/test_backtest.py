@@ -13,7 +13,7 @@ from kimi_mlx.planner.fit import fit
 DOCS = Path(__file__).parents[3] / "docs" / "planner.md"
 
 
-def test_the_median_error() -> None:
+def test_median_errors() -> None:
     comparisons = backtest()
     others = [comparison for comparison in comparisons if not comparison.row.fit]
     assert len(others) >= 8
@@ -25,7 +25,7 @@ def test_the_median_error() -> None:
     assert median_error(comparison for comparison in new if comparison.metric == "prefill") <= 0.11  # 10.7 %
 
 
-def test_few_constants_on_few_rows() -> None:
+def test_the_constants_are_fitted_on_at_most_half_of_the_rows() -> None:
     fitted = [row for row in rows() if row.fit]
     assert 2 * len(fitted) <= len(rows())
     fitted = fit()
@@ -40,7 +40,7 @@ def test_every_row_has_a_source() -> None:
     assert left_out()
 
 
-def test_the_docs_have_the_table() -> None:
+def test_the_docs_contain_every_row() -> None:
     text = DOCS.read_text(encoding="utf-8")
     for comparison in backtest():
         numbers = f"{comparison.published:.1f} | {comparison.predicted:.1f} | {100 * comparison.error:+.0f} %"

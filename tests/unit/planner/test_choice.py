@@ -23,18 +23,18 @@ def test_choice_for_two_studios(link: LinkProfile, is_fast_sync: bool, strategy:
     assert choose(K2, parse_machines("m3-ultra-512x2"), link, is_fast_sync=is_fast_sync).strategy == strategy
 
 
-def test_the_line_names_link_speed_and_the_next_best() -> None:
+def test_the_reason_names_the_link_its_speed_and_the_next_best_strategy() -> None:
     why = choose(K2, parse_machines("m3-ultra-512x2"), SLOW).why
     assert why == "TCP at 1.2 ms per message: 22.8 tok/s predicted, hybrid 8.0"
 
 
-def test_unequal_macs_share_by_memory() -> None:
+def test_unequal_macs_get_shares_by_memory() -> None:
     choice = choose(K2, parse_machines("m3-ultra-512,m4-max-128"), SLOW)
     assert choice.strategy.startswith("pipeline:")
     assert "shares by memory" in choice.why
     large, small = choice.memory
     assert large.weights_bytes > 4 * small.weights_bytes
-    assert all(each.needed_bytes <= each.raised_gpu_bytes for each in choice.memory)
+    assert all(host.needed_bytes <= host.raised_gpu_bytes for host in choice.memory)
 
 
 def test_a_model_that_does_not_fit_is_still_placed() -> None:
@@ -43,7 +43,7 @@ def test_a_model_that_does_not_fit_is_still_placed() -> None:
     assert len(choice.memory) == 2
 
 
-def test_unknown_hosts_are_chosen_by_rule() -> None:
+def test_unknown_hosts_use_the_rule() -> None:
     assert choose(K2, LINUX, FAST).strategy == "hybrid"
     assert "no prediction for `host-0`" in choose(K2, LINUX, FAST).why
     assert choose(K2, LINUX, SLOW).strategy == "pipeline"

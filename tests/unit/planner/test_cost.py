@@ -24,12 +24,12 @@ def test_cost_equals_a_manual_calculation() -> None:
     assert cost.break_even_months == pytest.approx(18998 / (200 - cost.electricity_a_month))
 
 
-def test_some_subscriptions_are_never_reached() -> None:
+def test_some_subscriptions_never_break_even() -> None:
     assert make_cost(TWO, 20, replace(ASSUMPTIONS, subscription=20)).break_even_months is None
     assert make_cost(TWO, 20, replace(ASSUMPTIONS, subscription=None)).break_even_months is None
 
 
-def test_a_day_has_24_hours() -> None:
+def test_too_many_tokens_for_a_day_are_not_possible() -> None:
     assert make_cost(TWO, 20, ASSUMPTIONS).is_possible
     assert not make_cost(TWO, 10, ASSUMPTIONS).is_possible
 

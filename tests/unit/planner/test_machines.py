@@ -24,7 +24,7 @@ def test_several_machines_get_numbered_names() -> None:
 
 
 @pytest.mark.parametrize("name", machine_names())
-def test_every_machine_of_the_table_is_parsed(name: str) -> None:
+def test_every_machine_in_the_table_can_be_parsed(name: str) -> None:
     (machine,) = parse_machines(name)
     assert 0 < machine.gpu_bytes <= machine.raised_gpu_bytes <= machine.memory_bytes
 
@@ -47,7 +47,7 @@ def test_unknown_machines_are_refused(text: str, hint: str) -> None:
     assert hint in str(caught.value.hint)
 
 
-def test_memory_tells_binned_chips_apart() -> None:
+def test_memory_size_identifies_the_variant_of_a_chip() -> None:
     assert find_chip("m3-max", 36).bandwidth_gb_per_s == 300
     assert find_chip("m3-max", 128).bandwidth_gb_per_s == 400
 

@@ -1,4 +1,4 @@
-"""The chosen option, and the reasons against the others."""
+"""The chosen option, and the reasons why others are rejected."""
 
 from __future__ import annotations
 
@@ -18,56 +18,58 @@ def plan(model: str, machines: str, context: int = 8192) -> Plan:
     return make_plan(known_shape(model), parse_machines(machines), LINKS, context)
 
 
-def option_of(best_plan: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
+def option_of(result: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
     return next(
-        each for each in best_plan.options if (each.strategy, len(each.hosts), each.shares) == (strategy, hosts, shares)
+        option
+        for option in result.options
+        if (option.strategy, len(option.hosts), option.shares) == (strategy, hosts, shares)
     )
 
 
-def test_k2_at_4_bits_fits_on_two_and_not_on_one() -> None:
+def test_k2_at_4_bits_fits_on_two_hosts_but_not_on_one() -> None:
     assert plan("kimi-k2", "m3-ultra-512").choice is None
     two = plan("kimi-k2", "m3-ultra-512x2")
     assert two.choice is not None
     assert (two.choice.placement, two.choice.fits) == ("hybrid", "yes")
     assert option_of(two, "single", 1).fits == "no"
-    assert {each.strategy for each in two.options if len(each.hosts) == 2} == set(STRATEGIES)
+    assert {option.strategy for option in two.options if len(option.hosts) == 2} == set(STRATEGIES)
 
 
-def test_int4_fits_on_two() -> None:
+def test_int4_fits_on_two_hosts() -> None:
     choice = plan("kimi-k2.5", "m3-ultra-512x2").choice
     assert choice is not None
     assert choice.longest_context == 262144
 
 
-def test_small_models_stay_on_one() -> None:
+def test_small_models_run_on_one_host() -> None:
     choice = plan("moonlight", "m1-max-64x2").choice
     assert choice is not None
     assert choice.strategy == "single"
 
 
 def test_uneven_machines_need_uneven_shares() -> None:
-    best_plan = plan("kimi-k2", "m3-ultra-512,m4-max-128")
+    result = plan("kimi-k2", "m3-ultra-512,m4-max-128")
     for strategy in STRATEGIES:
-        assert option_of(best_plan, strategy, 2).fits == "no"
-        assert option_of(best_plan, strategy, 2, "by memory").fits == "raised"
-    large, small = option_of(best_plan, "hybrid", 2, "by memory").memory
+        assert option_of(result, strategy, 2).fits == "no"
+        assert option_of(result, strategy, 2, "by memory").fits == "raised"
+    large, small = option_of(result, "hybrid", 2, "by memory").memory
     assert large.weights_bytes > 2 * small.weights_bytes
 
 
 def test_a_pipeline_is_chosen_only_by_a_margin() -> None:
-    best_plan = plan("kimi-k2", "m3-ultra-512x2")
-    assert best_plan.choice is not None
-    pipeline = option_of(best_plan, "pipeline", 2)
-    assert pipeline.request_s < best_plan.choice.request_s < pipeline.request_s * (1 + PIPELINE_MARGIN)
-    assert "real pipelines have been slower" in (rejection_reason(pipeline, best_plan) or "")
+    result = plan("kimi-k2", "m3-ultra-512x2")
+    assert result.choice is not None
+    pipeline = option_of(result, "pipeline", 2)
+    assert pipeline.request_s < result.choice.request_s < pipeline.request_s * (1 + PIPELINE_MARGIN)
+    assert "real pipelines have been slower" in (rejection_reason(pipeline, result) or "")
 
 
 def test_every_rejected_option_has_a_reason() -> None:
     for machines in ("m3-ultra-512x4", "m3-ultra-512,m4-max-128", "m3-ultra-512"):
-        best_plan = plan("kimi-k2", machines)
-        reasons = [rejection_reason(option, best_plan) for option in best_plan.options]
-        assert [option for option, why in zip(best_plan.options, reasons, strict=True) if why is None] == (
-            [best_plan.choice] if best_plan.choice else []
+        result = plan("kimi-k2", machines)
+        reasons = [rejection_reason(option, result) for option in result.options]
+        assert [option for option, why in zip(result.options, reasons, strict=True) if why is None] == (
+            [result.choice] if result.choice else []
         )
         assert all(len(why) < 100 for why in reasons if why)
 
@@ -82,22 +84,22 @@ def test_rdma_needs_thunderbolt_5_and_ports() -> None:
 
 
 def test_on_slow_links_a_pipeline_is_faster() -> None:
-    best_plan = make_plan(known_shape("kimi-k2"), parse_machines("m3-ultra-512x2"), [WIFI], 8192)
-    assert option_of(best_plan, "pipeline", 2).decode_tok_per_s > 4 * option_of(best_plan, "hybrid", 2).decode_tok_per_s
+    result = make_plan(known_shape("kimi-k2"), parse_machines("m3-ultra-512x2"), [WIFI], 8192)
+    assert option_of(result, "pipeline", 2).decode_tok_per_s > 4 * option_of(result, "hybrid", 2).decode_tok_per_s
 
 
-def test_too_few_heads_are_a_note() -> None:
-    best_plan = plan("moonlight", "m4-max-128x8")
-    assert all(option.decode_tok_per_s > 0 for option in best_plan.options)
+def test_eight_hosts_with_a_small_model() -> None:
+    result = plan("moonlight", "m4-max-128x8")
+    assert all(option.decode_tok_per_s > 0 for option in result.options)
 
 
 @pytest.mark.parametrize("context", [1, 8192, 131072])
-def test_memory_adds_up(context: int) -> None:
+def test_needed_memory_is_the_sum_of_its_parts(context: int) -> None:
     for option in plan("kimi-k2", "m3-ultra-512x2", context).options:
-        for each in option.memory:
-            assert each.needed_bytes == each.weights_bytes + each.cache_bytes + each.workspace_bytes
+        for host in option.memory:
+            assert host.needed_bytes == host.weights_bytes + host.cache_bytes + host.workspace_bytes
         if option.strategy in ("single", "pipeline"):
-            assert sum(each.weights_bytes for each in option.memory) == pytest.approx(577.6e9, rel=0.01)
+            assert sum(host.weights_bytes for host in option.memory) == pytest.approx(577.6e9, rel=0.01)
 
 
 def test_json_fields() -> None:

@@ -25,7 +25,7 @@ WEIGHTS = st.lists(st.integers(1, 100), min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("alias", known_models())
-def test_totals_are_the_catalogues(alias: str) -> None:
+def test_totals_equal_the_catalogue(alias: str) -> None:
     entry, shape = find_entry(alias), known_shape(alias)
     assert entry is not None
     assert shape.weights_bytes == pytest.approx(entry.weights_bytes, rel=0.01)
@@ -33,7 +33,7 @@ def test_totals_are_the_catalogues(alias: str) -> None:
     assert shape.context_tokens == entry.context_tokens
 
 
-def test_every_model_that_is_fetched_is_known() -> None:
+def test_every_downloadable_model_is_known() -> None:
     assert set(known_models()) == {entry.alias for entry in catalogue() if entry.repository is not None}
 
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_in_a_folder() -> None:
     assert shape.weights_bytes == pytest.approx(stored, rel=0.02)  # norms and the file's header are not counted
 
 
-def test_published_int4_becomes_mlx_with_biases(tmp_path: Path) -> None:
+def test_published_int4_is_counted_with_mlx_biases(tmp_path: Path) -> None:
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     published = {
         "quant_method": "compressed-tensors",
@@ -61,7 +61,7 @@ def test_published_int4_becomes_mlx_with_biases(tmp_path: Path) -> None:
     assert shape_of_folder("k2.5", tmp_path).bytes == known_shape("kimi-k2.5").bytes
 
 
-def test_fewer_bits_are_smaller() -> None:
+def test_fewer_bits_need_less_memory() -> None:
     sizes = [with_expert_bits(K2, bits).weights_bytes for bits in (2, 3, 4, 8)]
     assert sizes == sorted(sizes)
     assert with_expert_bits(K2, 4).weights_bytes == pytest.approx(K2.weights_bytes)
@@ -80,11 +80,13 @@ def test_portions_cover_the_model(strategy: StrategyName, weights: list[int]) ->
         assert product == pytest.approx(1)
     if strategy == "tensor":
         assert sum(portion.heads for portion in portions) == pytest.approx(1)
-    once = sum(portion.held(K2.bytes, K2) for portion in portions) - (len(portions) - 1) * _by_all(portions[0])
-    assert once == pytest.approx(K2.weights_bytes)
+    without_copies = sum(portion.held(K2.bytes, K2) for portion in portions) - (len(portions) - 1) * _replicated_bytes(
+        portions[0]
+    )
+    assert without_copies == pytest.approx(K2.weights_bytes)
 
 
-def _by_all(portion: Portion) -> float:
+def _replicated_bytes(portion: Portion) -> float:
     """Return the bytes that every rank holds."""
     heads = 0 if portion.heads < 1 else K2.bytes.heads + K2.bytes.expansion
     return K2.bytes.embedding + K2.layers * (K2.bytes.latent + heads) + K2.moe_layers * K2.bytes.router
@@ -102,8 +104,8 @@ def test_longest_context() -> None:
     assert longest_context(one, portions, three_bits, KIMI_MLX, is_raised=True) == K2.context_tokens
 
 
-def test_prefill_needs_no_scores() -> None:
+def test_the_workspace_of_prefill_has_no_attention_scores() -> None:
     portion = make_portions("hybrid", K2, 1)[0]
-    at = [workspace_bytes(portion, K2, KIMI_MLX, context) for context in (64 * 1024, 128 * 1024)]
-    assert at[1] < 2 * at[0]
-    assert at[1] < 12e9
+    sizes = [workspace_bytes(portion, K2, KIMI_MLX, context) for context in (64 * 1024, 128 * 1024)]
+    assert sizes[1] < 2 * sizes[0]
+    assert sizes[1] < 12e9

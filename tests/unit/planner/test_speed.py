@@ -34,7 +34,7 @@ def faster(machine: Machine, factor: float) -> Machine:
 
 
 @given(st.sampled_from(STRATEGIES), st.floats(1, 3), st.integers(0, 1))
-def test_more_bandwidth_is_never_slower(strategy: Strategy, factor: float, rank: int) -> None:
+def test_more_bandwidth_never_slows_it_down(strategy: Strategy, factor: float, rank: int) -> None:
     mine, better = setup(strategy), list(TWO)
     better[rank] = faster(better[rank], factor)
     theirs = replace(mine, machines=better)
@@ -43,14 +43,14 @@ def test_more_bandwidth_is_never_slower(strategy: Strategy, factor: float, rank:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_slower_links_and_fences_are_slower(strategy: Strategy) -> None:
+def test_slower_links_and_fences_take_longer(strategy: Strategy) -> None:
     times = [decode(setup(strategy, link=link), 4096).total_s for link in (RDMA, TCP, WIFI)]
     assert times == sorted(times)
     assert decode(replace(setup(strategy), fence_s=FAST_FENCE_S), 4096).total_s < times[0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_longer_contexts_are_slower(strategy: Strategy) -> None:
+def test_longer_contexts_take_longer(strategy: Strategy) -> None:
     mine = setup(strategy)
     times = [decode(mine, context).total_s for context in (1, 1024, 8192, 131072)]
     assert times == sorted(times)
@@ -60,10 +60,10 @@ def test_longer_contexts_are_slower(strategy: Strategy) -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-def test_the_parts_of_one_mac() -> None:
+def test_the_parts_of_the_time_on_one_mac() -> None:
     (machine,) = parse_machines("m3-ultra-512")
-    alone = replace(setup("single", (machine,), None), link=None)
-    parts = decode(alone, 1024)
+    single = replace(setup("single", (machine,), None), link=None)
+    parts = decode(single, 1024)
     assert parts.fences_s == parts.link_s == 0
     read = parts.read_s * 819e9 * FITTED.bandwidth_share
     assert read == pytest.approx(18.1e9, rel=0.02)  # 32 B active values at 4.5 bits, design.md
@@ -76,7 +76,7 @@ def test_collectives() -> None:
     assert counts == [0, 4, 122, 61, 61]
 
 
-def test_a_pipeline_sends_states_on_and_back() -> None:
+def test_a_pipeline_sends_states_to_the_next_stage_and_back() -> None:
     parts = decode(setup("pipeline", link=WIFI), 4096)
     assert parts.fences_s == 2 * FENCE_S
     assert parts.link_s == pytest.approx(2 * WIFI.send_s(2 * K2.config.hidden_size))
@@ -90,14 +90,16 @@ def test_stages_overlap_chunks_of_a_prompt() -> None:
     assert ratio == pytest.approx((chunks + 1) / (2 * chunks), rel=0.05)
 
 
-def test_sums_on_a_ring_are_gathered_if_small() -> None:
-    assert TCP.sum_s(14336, 4, gathers=True) < TCP.sum_s(14336, 4, gathers=False)
-    assert TCP.sum_s(1e8, 4, gathers=True) == TCP.sum_s(1e8, 4, gathers=False)
-    assert measured_link(TCP.hop_s * 2, TCP.bytes_per_s).sum_s(14336, 2, True) == TCP.sum_s(14336, 2, True)
+def test_small_all_reduces_on_a_ring_are_gathered() -> None:
+    assert TCP.all_reduce_s(14336, 4, gathers=True) < TCP.all_reduce_s(14336, 4, gathers=False)
+    assert TCP.all_reduce_s(1e8, 4, gathers=True) == TCP.all_reduce_s(1e8, 4, gathers=False)
+    assert measured_link(TCP.hop_s * 2, TCP.bytes_per_s).all_reduce_s(14336, 2, True) == TCP.all_reduce_s(
+        14336, 2, True
+    )
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [([3, 3], 2), ([5, 2, 1], 3), ([4, 4, 4], 4)])
-def test_the_slowest_rank_by_counting(experts: list[int], chosen: int) -> None:
+def test_the_expected_slowest_rank_equals_an_enumeration(experts: list[int], chosen: int) -> None:
     owners = [rank for rank, held in enumerate(experts) for _ in range(held)]
     fixed, each = [0.5 * rank for rank in range(len(experts))], [1.0 + rank for rank in range(len(experts))]
     times = [
@@ -111,5 +113,5 @@ def test_whole_experts_wait_for_the_busiest_rank() -> None:
     assert decode(setup("expert"), 4096).read_s > decode(setup("hybrid"), 4096).read_s
 
 
-def test_the_planner_predicts_with_the_engines_chunk() -> None:
+def test_the_planner_uses_the_engines_chunk() -> None:
     assert KIMI_MLX.prefill_chunk == PREFILL_CHUNK

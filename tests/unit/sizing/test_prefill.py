@@ -1,4 +1,4 @@
-"""Memory of prefill, the chunk that fits in it, and the limits that follow. No model is loaded."""
+"""Memory of prefill, the largest chunk that fits, and the engine's limits. No model is loaded."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def test_memory_grows_with_the_chunk_but_hardly_with_the_context(is_fused: bool)
     assert prefill_bytes(K2, rank_shape, 512, 262_144) < 1.3 * prefill_bytes(K2, rank_shape, 512, 65_536)
 
 
-@pytest.mark.parametrize("at_most", [32, 512, 2048])
-def test_the_largest_power_of_two_that_fits(at_most: int) -> None:
+@pytest.mark.parametrize("limit", [32, 512, 2048])
+def test_the_largest_power_of_two_that_fits(limit: int) -> None:
     for free in (0, 10**8, 6 * 10**8, 10**9, 2 * 10**9, 10**12):
-        chunk = choose_chunk(K2, WHOLE_K2, free, 32_768, at_most)
+        chunk = choose_chunk(K2, WHOLE_K2, free, 32_768, limit)
         assert chunk in (32, 64, 128, 256, 512, 1024, 2048)
-        assert chunk <= at_most
+        assert chunk <= limit
         assert chunk == MIN_CHUNK or prefill_bytes(K2, WHOLE_K2, chunk, 32_768) <= free
-        assert chunk == at_most or prefill_bytes(K2, WHOLE_K2, 2 * chunk, 32_768) > free
-    assert choose_chunk(K2, WHOLE_K2, 10**12, 32_768, at_most=10**6) == MAX_CHUNK
+        assert chunk == limit or prefill_bytes(K2, WHOLE_K2, 2 * chunk, 32_768) > free
+    assert choose_chunk(K2, WHOLE_K2, 10**12, 32_768, limit=10**6) == MAX_CHUNK
 
 
 def test_kv_cache_of_k2() -> None:
@@ -70,7 +70,7 @@ def test_kv_cache_of_k2() -> None:
 
 
 @pytest.mark.parametrize("free_bytes", [0, 10**9, 10**11, 10**13])
-def test_engine_limits_stay_in_their_bounds(free_bytes: int) -> None:
+def test_engine_limits_stay_within_their_bounds(free_bytes: int) -> None:
     limits = engine_limits(K2, WHOLE_K2, 61, free_bytes)
     assert MIN_CHUNK <= limits.chunk <= PREFILL_CHUNK
     assert MIN_CACHE_TOKENS <= limits.cache_tokens <= MAX_CACHE_TOKENS
