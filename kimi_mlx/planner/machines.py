@@ -210,8 +210,8 @@ def machine_of_host(name: str, brand: str | None, memory_bytes: int | None, wire
 
 
 def any_machine(name: str, brand: str | None, memory_bytes: int, wired_limit_mb: int | None) -> Machine:
-    """Return a machine for any computer. One that is not a known Mac has UNKNOWN_CHIP and can use its whole memory except
-    the system's reserve."""
+    """Return a machine for any computer. One that is not a known Mac has UNKNOWN_CHIP and can use all memory but the
+    system's reserve."""
     try:
         return machine_of_host(name, brand, memory_bytes, wired_limit_mb)
     except UsageError:
