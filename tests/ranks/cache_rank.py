@@ -1,4 +1,7 @@
-"""One rank of a ring with a prompt cache on disk; prints its answer and the cached length."""
+"""One rank of a ring with a prompt cache on disk: print its answer and the number of cached prompt tokens.
+
+MLX's environment variables set the rank and the hostfile.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 
 
 def main() -> None:
-    """Join the ring, answer, and exit."""
+    """Join the ring and answer one request."""
     case = json.load(sys.stdin)
     rank = int(os.environ["MLX_RANK"])
     prepare_device(has_sampling=False)

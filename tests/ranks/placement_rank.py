@@ -1,6 +1,7 @@
-"""One rank of a ring, configured by MLX's variables, that answers the same requests in several placements.
+"""One rank of a ring that answers the requests of several cases, such as one for each placement.
 
-Reads a list of cases from standard input, prints the answers to each as a line.
+MLX's environment variables set the rank and the hostfile. The cases are a JSON list on standard input; the answers to
+each are one line on standard output.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
 
 CHUNK = 16
-"""Tokens per prefill step: fewer than in a prompt."""
+"""Tokens per prefill step; smaller than the long prompts."""
 
 CANCEL_AFTER = 20
-"""Number of steps since the last request began."""
+"""Number of steps after the last request was added."""
 
 Answers = list[list[int]]
 
 
 def main() -> None:
-    """Join the ring and run the cases."""
+    """Join the ring and answer the cases."""
     cases = json.load(sys.stdin)
     prepare_device(has_sampling=False)
     pin_to_cpu((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
@@ -42,43 +43,43 @@ def main() -> None:
 
 
 def answer(case: dict[str, Any], group: Group | None) -> Answers:
-    """Return the answers to a case's requests: the first one alone, then all at the same time.
+    """Return the answers to a case's requests: to the first one alone, then to all at the same time.
 
     Args:
         case: `folder`, `strategy`, `requests`, `speculate`.
-        group: None for one process alone.
+        group: ranks that share the model; None for one process.
     """
     folder = Path(case["folder"])
     model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
     engine = Engine(model, prefill_chunk=CHUNK, speculate=case["speculate"])
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
-    alone = tokens(engine, {0: requests[0]})[0]
+    alone = generate(engine, {0: requests[0]})[0]
     engine.clear()
-    return [alone, *tokens(engine, requests).values()]
+    return [alone, *generate(engine, requests).values()]
 
 
-def tokens(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:
-    """Return each request's answer, with a mark if it is stopped; each begins one step after the previous one.
+def generate(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:
+    """Return the token ids of each answer, with -1 at the end if it stopped early and -2 if it was cancelled.
 
-    Of several the one with the highest number is cancelled when it has had some turns.
+    One request is added per step. If there are several, the last one is cancelled CANCEL_AFTER steps later.
     """
-    found: dict[int, list[int]] = {number: [] for number in requests}
-    cancelled, turns = len(requests) - 1, 0
+    answers: dict[int, list[int]] = {request_id: [] for request_id in requests}
+    last_id, num_steps = len(requests) - 1, 0
     waiting = list(requests.items())
     while waiting or not engine.is_idle:
         if waiting:
             engine.add(*waiting.pop(0))
-            with contextlib.suppress(EngineError):  # a refused one between them
+            with contextlib.suppress(EngineError):  # a refused request between the others
                 engine.add(-1, Request(()))
-        for number, event in engine.step():
+        for request_id, event in engine.step():
             if isinstance(event, Token):
-                found[number].append(event.id)
+                answers[request_id].append(event.id)
             elif isinstance(event, Finished) and event.reason != "length":
-                found[number].append({"stop": -1, "cancelled": -2}[event.reason])
-        turns += not waiting
-        if cancelled and turns == CANCEL_AFTER:
-            engine.cancel(cancelled)
-    return found
+                answers[request_id].append({"stop": -1, "cancelled": -2}[event.reason])
+        num_steps += not waiting
+        if last_id and num_steps == CANCEL_AFTER:
+            engine.cancel(last_id)
+    return answers
 
 
 if __name__ == "__main__":

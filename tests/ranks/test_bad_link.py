@@ -38,12 +38,13 @@ def init_group_of_own_file(ring, rank):
 
 rendezvous.init_group = init_group_of_own_file
 """
-"""Each rank reads its own hostfile: it listens on its own port, and reaches the next rank through a relay."""
+"""Rank program that uses its own hostfile out of a list, so that one rank can reach its neighbour through a relay."""
 
 EVERY_BYTES = 50_000
+"""Number of bytes after which the relay flips a bit."""
 
 
-class Cables:
+class RelayHostfiles:
     """Replaces backend_file: a hostfile for each rank, in which one rank reaches its next neighbour through a relay.
 
     Args:
@@ -77,7 +78,7 @@ def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack
 def test_the_error_at_start_names_the_link_that_corrupts_data(
     corrupted: int, size: int, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring_module, "backend_file", Cables(corrupted, EVERY_BYTES, stack))
+    monkeypatch.setattr(ring_module, "backend_file", RelayHostfiles(corrupted, EVERY_BYTES, stack))
     ring = Ring(local_cluster(size), module=MODULE)
     with pytest.raises(RingError) as raised:
         ring.start(payloads=[], hidden_size=128)
@@ -91,7 +92,7 @@ def test_the_error_at_start_names_the_link_that_corrupts_data(
 
 
 def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "backend_file", Cables(0, EVERY_BYTES, stack))
+    monkeypatch.setattr(ring_module, "backend_file", RelayHostfiles(0, EVERY_BYTES, stack))
     monkeypatch.setattr(self_test_module, "MODULE", MODULE)
     result = self_test(local_cluster(2), quick_payloads(), 128)
     [finding] = result.findings
@@ -100,11 +101,11 @@ def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack, monkeypatch:
 
 
 def test_a_relay_that_corrupts_nothing_is_fine(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring_module, "backend_file", Cables(0, 0, stack))
+    monkeypatch.setattr(ring_module, "backend_file", RelayHostfiles(0, 0, stack))
     monkeypatch.setattr(self_test_module, "MODULE", MODULE)
     payloads = [payload for payload in quick_payloads() if payload.kind != "message"]
     result = self_test(local_cluster(2), payloads, 128)
     assert [finding.state for finding in result.findings] == ["ok"]
     assert result.sums is not None
-    sizes = [each.size_bytes for each in result.sums.timings]  # on a busy machine not all
+    sizes = [timing.size_bytes for timing in result.sums.timings]  # a busy machine may not measure all sizes
     assert sizes == [512, 4096, 32768, 262144][: len(sizes)] != []

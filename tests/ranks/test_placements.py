@@ -1,4 +1,4 @@
-"""Placements on real rings: every strategy, even and uneven, returns the text of one process."""
+"""Placements on real rings: every strategy, even and uneven, generates the same tokens as one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).parent.parent.parent
 RING_S = 500
-"""Timeout for all cases of a ring; ranks spin, and there may be more ranks than processors."""
+"""Time limit for all cases of a ring. Ranks spin while they wait, and there may be more ranks than processors."""
 
 Expected = Callable[[str], Answers]
 
@@ -36,50 +36,50 @@ REQUESTS = [
     Request(make_prompt(40, 1), max_tokens=10),  # three prefill steps, then decode
     Request(make_prompt(21, 2), max_tokens=8, sampling=Sampling(temperature=0.9, top_p=0.9, seed=11)),
     Request(make_prompt(1, 3), max_tokens=1),
-    Request(make_prompt(5, 4) * 2, max_tokens=14),  # the toy model repeats it, as a draft foretells
+    Request(make_prompt(5, 4) * 2, max_tokens=14),  # the toy model repeats the prompt, so drafts are accepted
     Request(make_prompt(33, 5), max_tokens=90),  # cancelled
 ]
 
 ALL = range(len(REQUESTS))
 FEW = (0, len(REQUESTS) - 1)
-"""Timeout with more ranks than processors, which is slow."""
+"""Indices of requests for rings with more ranks than processors, which are slow."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return checkpoints by name."""
+    """Return the checkpoints by name."""
     root = tmp_path_factory.mktemp("divisible")
     return {"mini": KIMI_MINI} | {name: write_divisible(root, name, layers=5) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> Callable[[str], Answers]:
-    """Return the answers of one process by name of the checkpoint; computed once."""
+    """Return a cached function from the name of a checkpoint to the answers of one process."""
     answer_of = functools.cache(lambda name: answer(case(folders[name], "hybrid"), None))
     greedy = answer_of("k2")[0]
-    assert len(set(greedy)) > len(greedy) // 2  # a text that says something
+    assert len(set(greedy)) > len(greedy) // 2  # not one token repeated
     return answer_of
 
 
-def case(folder: Path, strategy: str, speculate: int = 0, chosen: Sequence[int] = ALL) -> dict[str, Any]:
-    """See placement_rank.answer."""
-    requests = [REQUESTS[number].to_dict() for number in chosen]
+def case(folder: Path, strategy: str, speculate: int = 0, indices: Sequence[int] = ALL) -> dict[str, Any]:
+    """Return a case for placement_rank.answer."""
+    requests = [REQUESTS[index].to_dict() for index in indices]
     return {"folder": str(folder), "strategy": strategy, "requests": requests, "speculate": speculate}
 
 
-def assert_equal(said: Answers, expected: Answers) -> None:
-    """Compare answers; the last one is cancelled, a token earlier or later."""
-    *others, stopped = said
+def assert_equal(actual: Answers, expected: Answers) -> None:
+    """Compare answers. The last one is cancelled, so it may be some tokens longer or shorter than expected."""
+    *others, cancelled = actual
     assert others == expected[:-1]
-    length = len(stopped) - 1
-    assert stopped[-1] == -2
+    length = len(cancelled) - 1
+    assert cancelled[-1] == -2
     assert 0 < length < 90
-    known = expected[-1][:-1]
-    assert all(mine == theirs for mine, theirs in zip(stopped, known, strict=False) if mine >= 0)
+    expected_ids = expected[-1][:-1]
+    assert all(mine == theirs for mine, theirs in zip(cancelled, expected_ids, strict=False) if mine >= 0)
 
 
 def run_ring(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[list[Answers]]:
-    """Return the answers of each rank to each case, from one ring."""
+    """Run all cases on one ring; return the answers by rank and by case."""
     hostfile = folder / "hostfile.json"
     hostfile.write_text(loopback_hostfile(size))
     command = [sys.executable, "-m", "tests.ranks.placement_rank", str(size)]
@@ -96,18 +96,18 @@ def run_ring(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[l
         for rank in range(size)
     ]
     try:
-        for each in ranks:
-            assert each.stdin is not None
-            each.stdin.write(json.dumps(cases))
-            each.stdin.close()
-            each.stdin = None
-        said = [each.communicate(timeout=RING_S) for each in ranks]
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(cases))
+            rank.stdin.close()
+            rank.stdin = None
+        outputs = [rank.communicate(timeout=RING_S) for rank in ranks]
     finally:
-        for each in ranks:
-            each.kill()
-            each.wait()
-    assert [each.returncode for each in ranks] == [0] * size, [stderr for _, stderr in said]
-    return [[json.loads(line) for line in stdout.splitlines()] for stdout, _ in said]
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * size, [stderr for _, stderr in outputs]
+    return [[json.loads(line) for line in stdout.splitlines()] for stdout, _ in outputs]
 
 
 def check(
@@ -115,15 +115,24 @@ def check(
     cases: Sequence[tuple[str, dict[str, Any]]],
     expected: Expected,
     folder: Path,
-    chosen: Sequence[int] = ALL,
+    indices: Sequence[int] = ALL,
 ) -> None:
-    """Run cases, each with the name of its checkpoint, on one ring, and compare."""
-    said = run_ring(size, [each for _, each in cases], folder)
-    for number, (name, each) in enumerate(cases):
+    """Run cases on one ring and compare the answers with those of one process.
+
+    Args:
+        size: number of ranks.
+        cases: names of checkpoints, and cases.
+        expected: function from the name of a checkpoint to the answers of one process.
+        folder: folder for the hostfile.
+        indices: indices of the requests in each case.
+    """
+    by_rank = run_ring(size, [fields for _, fields in cases], folder)
+    for case_index, (name, fields) in enumerate(cases):
         alone, *others = expected(name)
-        assert_equal(said[0][number], [alone, *(others[which] for which in chosen)])
-        if not each["strategy"].startswith("pipeline"):
-            assert all(answers[number] == said[0][number] for answers in said), each["strategy"]
+        answers = [by_case[case_index] for by_case in by_rank]
+        assert_equal(answers[0], [alone, *(others[index] for index in indices)])
+        if not fields["strategy"].startswith("pipeline"):  # only rank 0 of a pipeline knows every token
+            assert all(rank_answers == answers[0] for rank_answers in answers), fields["strategy"]
 
 
 SIZES = [2, *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4))]
@@ -131,13 +140,13 @@ LONG_SIZES = [pytest.param(size, marks=pytest.mark.sweep) for size in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_placement_gives_the_text_of_one_process(
+def test_every_placement_generates_the_tokens_of_one_process(
     size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path
 ) -> None:
     strategies = [strategy for name in STRATEGIES for strategy in (name, f"{name}:{WEIGHTS[size]}")]
-    chosen = ALL if size == 2 else FEW
-    cases = [("k2", case(folders["k2"], strategy, chosen=chosen)) for strategy in strategies]
-    check(size, cases, expected, tmp_path, chosen)
+    indices = ALL if size == 2 else FEW
+    cases = [("k2", case(folders["k2"], strategy, indices=indices)) for strategy in strategies]
+    check(size, cases, expected, tmp_path, indices)
 
 
 @pytest.mark.parametrize("size", LONG_SIZES)
@@ -150,7 +159,9 @@ def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expect
 @pytest.mark.parametrize("size", LONG_SIZES)
 def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
-    for name, strategy in itertools.product(("k2", "unfused"), (f"{each}:{WEIGHTS[size]}" for each in STRATEGIES)):
+    for name, strategy in itertools.product(
+        ("k2", "unfused"), (f"{strategy}:{WEIGHTS[size]}" for strategy in STRATEGIES)
+    ):
         options = StoreOptions(folders[name], tmp_path / "stores", size, strategy)
         job = open_build_job(options, SingleGroup())
         build(options, job, SingleGroup())

@@ -1,4 +1,4 @@
-"""The prompt cache on disk with real rings: a new ring reuses blocks that all of its ranks have."""
+"""The prompt cache on disk of real rings: the next ring reuses the blocks that all of its ranks have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RING_S = 120
 
 
 def run_ring(case: dict[str, Any], folder: Path) -> list[tuple[list[int], int]]:
-    """Return the tokens that each rank knows, and its number of cached prompt tokens."""
+    """Return, by rank, the ids of the answer and the number of cached prompt tokens."""
     hostfile = folder / "hosts.json"
     hostfile.write_text(loopback_hostfile(case["ranks"]))
     command = [sys.executable, "-m", "tests.ranks.cache_rank"]
@@ -42,7 +42,7 @@ def run_ring(case: dict[str, Any], folder: Path) -> list[tuple[list[int], int]]:
     "strategy",
     [pytest.param("hybrid", marks=pytest.mark.sweep), pytest.param("pipeline:3:1", marks=pytest.mark.sweep)],
 )
-def test_a_ring_finds_what_the_last_one_has_read(tmp_path: Path, strategy: str) -> None:
+def test_a_ring_reuses_the_blocks_of_the_last_one(tmp_path: Path, strategy: str) -> None:
     case = {"folder": str(KIMI_MINI), "strategy": strategy, "ranks": 2, "cache_dir": str(tmp_path / "cache")}
     case["prompt"] = list(make_prompt(700, 1))
     first = run_ring(case, tmp_path)

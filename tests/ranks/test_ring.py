@@ -1,4 +1,4 @@
-"""Local rings of real ranks generate the same text as one process, also when ranks are lost."""
+"""Local rings of real ranks generate the same tokens as one process, even when ranks are lost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_three_ranks_generate_the_same_as_one_process(folder: Path) -> None:
     wait_until_gone(pids)
 
 
-def test_two_ranks_generate_the_same_as_one_process_also_after_a_cancelled_or_refused_request(folder: Path) -> None:
+def test_two_ranks_generate_the_same_as_one_process_even_after_a_cancelled_or_refused_request(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=10)
     follow_up = Request((*PROMPT, 1, 2, 3), max_tokens=8)
     with closing(LocalSession(SessionOptions(folder))) as alone:
@@ -106,7 +106,7 @@ def test_two_ranks_generate_the_same_as_one_process_also_after_a_cancelled_or_re
 
 @pytest.mark.parametrize("strategy", [pytest.param("hybrid", marks=pytest.mark.slow), "pipeline"])
 def test_requests_of_several_threads_are_independent(folder: Path, strategy: str) -> None:
-    """Some are cancelled, one is refused, the caches are reset meanwhile, and two sample without a seed."""
+    """Meanwhile other requests are cancelled or refused, caches are reset, and two requests sample without a seed."""
     requests = [Request(PROMPT[:length], max_tokens=40 - length) for length in (3, 9, 17, 30)]
     unseeded = Request(PROMPT, max_tokens=20, sampling=Sampling(temperature=1.0))
     with closing(LocalSession(SessionOptions(folder))) as alone:

@@ -1,4 +1,4 @@
-"""HTTP requests without a client library, for requests that such a library would not send."""
+"""HTTP requests that client libraries cannot send."""
 
 from __future__ import annotations
 

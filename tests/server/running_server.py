@@ -66,7 +66,7 @@ def serving(
     Args:
         session: loaded model.
         options: options of the server.
-        context_tokens: context to announce; None is the model's own.
+        context_tokens: size of the context; None uses the model's own.
         folder: folder of the tokenizer.
     """
     context_tokens = context_tokens or load_config(folder).max_position_embeddings

@@ -176,9 +176,9 @@ def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
 
 def test_earlier_reasoning_is_kept_on_request(client: openai.OpenAI) -> None:
     past = [*HI, {"role": "assistant", "content": HELLO, "reasoning_content": "A greeting. " * 20}, *HI]
-    forgotten = complete(client, past, max_tokens=1).usage.prompt_tokens
+    dropped = complete(client, past, max_tokens=1).usage.prompt_tokens
     kept = complete(client, past, max_tokens=1, extra_body={"chat_template_kwargs": {"preserve_thinking": True}}).usage
-    assert kept.prompt_tokens > forgotten + 20
+    assert kept.prompt_tokens > dropped + 20
 
 
 def test_a_partial_answer_is_continued(client: openai.OpenAI) -> None:

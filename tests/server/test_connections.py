@@ -54,7 +54,7 @@ def test_a_disconnect_cancels_the_answer(running: RunningServer, is_stream: bool
     assert raw.chat(running.port).status == 200
 
 
-def test_many_disconnects_do_no_harm(running: RunningServer) -> None:
+def test_the_server_survives_many_disconnects(running: RunningServer) -> None:
     before = running.metric(CANCELLED)
     for _ in range(30):
         raw.begin(running.port, stream=True, **LONG).close()

@@ -22,7 +22,7 @@ PAGE = "https://example.org"
 
 @pytest.fixture(scope="module")
 def protected(session: Session) -> Iterator[RunningServer]:
-    """A server with keys, an additional host name and an allowed origin."""
+    """Run a server with API keys, an additional host name and an allowed origin."""
     security = Security("0.0.0.0", KEYS, ("kimi.test",), (PAGE,))
     with serving(session, ServingOptions(security, max_body_bytes=2000)) as server:
         yield server

@@ -1,4 +1,4 @@
-"""Loading with MLX's own group, and checkpoints without a chat template or without a tokenizer."""
+"""Loading with MLX's own group, and of checkpoints without a chat template or without a tokenizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generated_ids(model: Model, prompt: tuple[int, ...]) -> list[int]:
     return [event.id for event in Engine(model).generate(Request(prompt, max_tokens=5)) if isinstance(event, Token)]
 
 
-def test_the_group_of_mlx_is_taken() -> None:
+def test_a_group_of_mlx_with_one_rank_loads_the_whole_model() -> None:
     model, _ = kimi_mlx.load("kimi-mini", group=mx.distributed.init())
     alone, _ = kimi_mlx.load("kimi-mini")
     assert generated_ids(model, (5, 6, 7)) == generated_ids(alone, (5, 6, 7))
@@ -61,13 +61,13 @@ def test_without_a_tokenizer_ids_work_and_text_is_refused(tmp_path: Path) -> Non
         tokenizer.apply_chat_template(HELLO)
 
 
-def test_a_template_without_a_tokenizer_is_of_no_use(tmp_path: Path) -> None:
+def test_a_chat_template_needs_a_tokenizer(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer.load(copy_without(tmp_path, "tiktoken.model", "tokenizer_config.json"))
     with pytest.raises(TextError, match="has no tokenizer"):
         tokenizer.apply_chat_template(HELLO)
 
 
-def test_only_the_toy_limits_its_answers(tmp_path: Path) -> None:
+def test_only_kimi_mini_limits_its_answers(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer.load(KIMI_MINI)
     assert make_request(tokenizer, [1], ChatOptions()).max_tokens == tokenizer.max_tokens == 512
     assert make_request(tokenizer, [1], ChatOptions(max_tokens=9000)).max_tokens == 9000

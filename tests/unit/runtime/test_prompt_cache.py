@@ -29,8 +29,8 @@ def ask(engine: Engine, prompt: list[int]) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.sweep)])
 def test_a_restart_gives_the_same_answer_from_the_cache(tmp_path: Path, dtype: str) -> None:
-    model, text = load("kimi-mini", dtype)
-    prompt = text.encode("A boat, a tide, a harbour and a bell. " * 40)[:300]
+    model, tokenizer = load("kimi-mini", dtype)
+    prompt = tokenizer.encode("A boat, a tide, a harbour and a bell. " * 40)[:300]
     identity = fingerprint(KIMI_MINI, load_config(KIMI_MINI))
     expected, cached = ask(Engine(model), prompt)
     assert cached == 0

@@ -1,4 +1,4 @@
-"""Sample answers for the tests of every API's formatter."""
+"""Example answers for the tests of all formatters."""
 
 from __future__ import annotations
 

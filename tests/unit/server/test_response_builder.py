@@ -1,4 +1,4 @@
-"""Response builder: text held back for a stop text keeps its place in the answer."""
+"""Response builder: text that was held back, because a stop text may begin in it, stays in order."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(KIMI_MINI)
 
 
-def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
-    """Return the content of each event, and the reason for the end."""
+def build(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
+    """Return the content of each event, and the finish reason."""
     reader = ChatReader(OutputParser(tokenizer, False), to_kimi_ids([])[1].allocator())
     builder = ResponseBuilder(0, tokenizer, reader, (stop,), counts_prompt=True)
     special = tokenizer.special_tokens
@@ -39,12 +39,12 @@ def read(tokenizer: Tokenizer, stop: str, *parts: str) -> list[str]:
     ]
 
 
-def test_held_text_comes_before_a_call_and_before_the_end(tokenizer: Tokenizer):
+def test_text_held_back_is_sent_before_a_call_and_before_the_end(tokenizer: Tokenizer):
     call = ["['f']", *(f"['{tokenizer.decode([i])}']" for i in tokenizer.encode("{}")), "tool_calls"]
-    assert read(tokenizer, "ab", "a", *CALL) == ["a", *call]
-    assert read(tokenizer, "ab", "a") == ["a", "stop"]
-    assert read(tokenizer, "ab", "a", "b", *CALL) == ["stop"]
+    assert build(tokenizer, "ab", "a", *CALL) == ["a", *call]
+    assert build(tokenizer, "ab", "a") == ["a", "stop"]
+    assert build(tokenizer, "ab", "a", "b", *CALL) == ["stop"]
 
 
 def test_a_call_without_a_name_does_not_count_as_a_call(tokenizer: Tokenizer):
-    assert read(tokenizer, "ab", *NAMELESS) == ["stop"]
+    assert build(tokenizer, "ab", *NAMELESS) == ["stop"]

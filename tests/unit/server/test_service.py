@@ -1,4 +1,4 @@
-"""The service, with a session whose events the test chooses."""
+"""The service, on a session whose events come from the test."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_engine_events_become_deltas_and_a_finish(
 
 
 def test_a_full_queue_refuses_requests_until_answers_end(service: Service, session: ScriptedSession) -> None:
-    limit = MAX_SEQUENCES + 3  # the capacity does not include what the engine can run
+    limit = MAX_SEQUENCES + 3  # 3 waiting, in addition to those that the engine can run
 
     async def work() -> None:
         tasks = [asyncio.create_task(collect(service, CHAT_REQUEST)) for _ in range(limit)]
@@ -199,7 +199,7 @@ def test_a_lost_ring_is_logged_once(
     ]
 
 
-def test_a_ring_that_fails_for_good_is_logged_once(
+def test_the_final_failure_of_a_ring_is_logged_once(
     service: Service, session: ScriptedSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
@@ -328,12 +328,12 @@ def test_stop_texts_are_found_across_deltas(size: int) -> None:
 def test_requests_submitted_after_a_disconnect_are_cancelled(service: Service, session: ScriptedSession) -> None:
     submit, may_continue = session.submit, threading.Event()
 
-    def slow(request: Request, on_event: EventCallback) -> int:
+    def slow_submit(request: Request, on_event: EventCallback) -> int:
         request_id = submit(request, on_event)
         may_continue.wait(5)
         return request_id
 
-    session.submit = slow  # pyright: ignore[reportAttributeAccessIssue]
+    session.submit = slow_submit  # pyright: ignore[reportAttributeAccessIssue]
 
     async def work() -> None:
         task = asyncio.create_task(collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=3)))

@@ -67,7 +67,7 @@ def test_calls_are_numbered_over_the_whole_conversation():
         (["D681PevKs"], None, r"call_[0-9a-f]{24}"),
     ],
 )
-def test_new_calls_get_ids_of_the_clients_form(client_ids: list[str], prefix: str | None, expected: str):
+def test_new_calls_get_ids_in_the_clients_format(client_ids: list[str], prefix: str | None, expected: str):
     _, ids = to_kimi_ids([turn for i in client_ids for turn in (calls_message(i), result_message(i))], prefix)
     delta = ids.allocator().assign(new_call())
     (part,), (call,) = delta.tool_call_deltas, delta.tool_calls
@@ -135,7 +135,7 @@ JOINED = join(DELTAS)
 
 
 @given(st.lists(st.integers(0, len(DELTAS)), max_size=6))
-def test_parts_have_the_same_order_at_every_cut(cuts: list[int]):
+def test_parts_have_the_same_order_however_deltas_are_joined(cuts: list[int]):
     sequencer = CallSequencer()
     deltas = (join(DELTAS[a:b]) for a, b in itertools.pairwise([0, *sorted(cuts), len(DELTAS)]))
     parts: list[CallPart] = []

@@ -1,4 +1,4 @@
-"""The rest of an interrupted request, and its end."""
+"""Jobs: the remaining request after an interruption, and the outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_sent_tokens_join_the_prompt() -> None:
     ("sent_ids", "context", "reason"),
     [([7], 100, None), ([7, 9], 100, "stop"), ([7] * 5, 100, "length"), ([7], 4, "length"), ([], 100, None)],
 )
-def test_an_answer_with_nothing_left_is_completed(sent_ids: list[int], context: int, reason: str | None) -> None:
+def test_an_answer_with_all_of_its_tokens_is_completed(sent_ids: list[int], context: int, reason: str | None) -> None:
     outcome = make_job(sent_ids).completed(context)
     assert (outcome.reason if isinstance(outcome, Finished) else outcome) == reason
 
@@ -46,7 +46,7 @@ def test_a_cancelled_job_is_completed() -> None:
     assert job.completed(100) is job.outcome
 
 
-def test_an_interrupted_answer_has_statistics_of_the_whole() -> None:
+def test_statistics_of_an_interrupted_answer_cover_all_of_it() -> None:
     job = make_job([7, 8, 9, 10, 11])
     assert job.finished("stop", STATISTICS) == Finished("stop", STATISTICS)
     job.was_interrupted = True

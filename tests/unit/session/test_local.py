@@ -1,4 +1,4 @@
-"""A session in this process: a failed step ends the requests in it, and no others."""
+"""A session in this process: a failed step ends its own requests, and no others."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_after_a_failed_step_the_next_request_is_answered(
     assert (status.is_up, status.active, status.waiting, status.cached_tokens) == (False, 0, 0, 0)
     assert status.reason is not None
     assert "Unable to allocate" in status.reason
-    with monkeypatch.context() as later:
-        later.setattr(local_session, "FAILED_STEP_DOWN_S", 0.0)
-        assert session.status().is_up  # without any request
+    with monkeypatch.context() as patch:
+        patch.setattr(local_session, "FAILED_STEP_DOWN_S", 0.0)
+        assert session.status().is_up  # after FAILED_STEP_DOWN_S, without a new request
     monkeypatch.undo()
     assert tokens_of(session) == expected
     assert session.status().is_up
@@ -66,9 +66,9 @@ def test_all_requests_of_a_failed_step_get_the_error(session: LocalSession, monk
     events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
     for i in range(20):
         session.submit(Request((30, 31, i), max_tokens=5), events.put)
-    left = 20
-    while left:
+    num_unfinished = 20
+    while num_unfinished:
         event = events.get(timeout=10)
-        left -= isinstance(event, StepError)
+        num_unfinished -= isinstance(event, StepError)
         assert isinstance(event, StepError | Prefilled)
     assert session.status().waiting == 0

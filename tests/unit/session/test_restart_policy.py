@@ -1,4 +1,4 @@
-"""When a lost ring is restarted."""
+"""Decisions about restarts of a lost ring."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from kimi_mlx.engine.request import Interrupted
 from kimi_mlx.session.restart_policy import STABLE_S, RestartPolicy
 
 
-def test_delays_grow_until_the_ring_is_given_up() -> None:
+def test_delays_grow_until_no_restarts_are_left() -> None:
     policy = RestartPolicy(max_restarts=4)
     attempts = [policy.next_attempt("lost") for _ in range(4)]
     assert attempts == [Interrupted("lost", i, 4, delay_s) for i, delay_s in ((1, 1), (2, 10), (3, 30), (4, 30))]
     assert policy.next_attempt("lost") is None
 
 
-def test_without_restarts_the_ring_is_given_up_at_once() -> None:
+def test_with_a_limit_of_zero_there_is_no_restart() -> None:
     assert RestartPolicy(max_restarts=0).next_attempt("lost") is None
 
 
-def test_progress_gives_back_all_restarts() -> None:
+def test_progress_and_a_long_uptime_reset_the_count() -> None:
     policy = RestartPolicy(max_restarts=1)
     for _ in range(3):
         assert policy.next_attempt("lost") is not None

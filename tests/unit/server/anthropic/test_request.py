@@ -75,10 +75,10 @@ def test_tool_choices(choice_type: str, choice: str):
 
 
 @pytest.mark.parametrize(
-    ("thinking_type", "thinks"), [("adaptive", True), ("between_tools", True), ("disabled", False)]
+    ("thinking_type", "is_thinking"), [("adaptive", True), ("between_tools", True), ("disabled", False)]
 )
-def test_thinking(thinking_type: str, thinks: bool):
-    assert request_of(HI, thinking={"type": thinking_type}).thinking is thinks
+def test_thinking(thinking_type: str, is_thinking: bool):
+    assert request_of(HI, thinking={"type": thinking_type}).thinking is is_thinking
 
 
 def test_tool_calls_and_results():
@@ -172,7 +172,7 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
         ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
     ],
 )
-def test_unsupported_features_are_refused_by_name(
+def test_errors_name_the_unsupported_feature_and_its_location(
     messages: list[dict[str, Any]], fields: dict[str, Any], location: str, problem: str
 ):
     with pytest.raises(ApiError, match=problem) as error:

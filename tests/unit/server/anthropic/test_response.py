@@ -18,7 +18,7 @@ EVENT: TypeAdapter[anthropic.types.RawMessageStreamEvent] = TypeAdapter(anthropi
 
 
 def assemble(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Assemble a message from a stream as the API's documentation says; blocks must not overlap, and must stop."""
+    """Assemble a message from a stream like a client; check that each block stops before the next one starts."""
     message: dict[str, Any] = events[0]["message"]
     arguments = ""
     is_open = False
@@ -65,11 +65,11 @@ def test_a_stream_adds_up_to_the_message(name: str):
     events = [json.loads(event.data) for event in sent]
     assert [event.name for event in sent] == [event["type"] for event in events]
     assert [event["type"] for event in events[1:3]] == ["ping", "ping"]
-    real = [event for event in events if event["type"] != "ping"]
-    for event in real:
+    message_events = [event for event in events if event["type"] != "ping"]
+    for event in message_events:
         EVENT.validate_python(event)
     message = formatter.full_response([answer_of(deltas, reason)])
-    assert assemble(real) == message
+    assert assemble(message_events) == message
     anthropic.types.Message.model_validate(message)
     assert message["usage"] == {
         "input_tokens": 4,
@@ -92,7 +92,7 @@ def test_blocks():
     assert second == {"type": "tool_use", "id": "b", "name": "f", "input": {}}
 
 
-def test_invalid_calls_are_shown():
+def test_invalid_calls_are_sent():
     assert content_of(INVALID) == [{"type": "tool_use", "id": "a", "name": "f", "input": {"INVALID_JSON": "{3"}}]
     assert content_of(NAMELESS) == [{"type": "text", "text": "functions.:0"}]
 

@@ -133,7 +133,7 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "`input_image`.*reads text only"),
     ],
 )
-def test_unsupported_features_are_refused_by_name(fields: dict[str, Any], location: str, problem: str):
+def test_errors_name_the_unsupported_feature_and_its_location(fields: dict[str, Any], location: str, problem: str):
     with pytest.raises(ApiError, match=problem) as error:
         request_of(**{"input_value": fields.get("input", "Hi")} | {k: v for k, v in fields.items() if k != "input"})
     assert (error.value.status, error.value.param) == (400, location)

@@ -17,7 +17,8 @@ from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, CALLS, INVALID, NAMELESS, REASONING, TEXT, answer_of, events_of, stream
 
 EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
-LAST = {"length": "incomplete"}
+FINAL_STATUS = {"length": "incomplete"}
+"""Status by finish reason; `completed` for all others."""
 
 
 def formatter(**fields: Any) -> ResponseFormatter:
@@ -25,7 +26,7 @@ def formatter(**fields: Any) -> ResponseFormatter:
 
 
 def assemble(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Assemble the items from their deltas, and compare each `done` event with them."""
+    """Assemble items from their deltas; check that each `done` event matches."""
     items: list[dict[str, Any]] = []
     texts: list[str] = []
     for event in events:
@@ -69,15 +70,15 @@ def test_a_stream_adds_up_to_the_response(name: str, summary: str | None):
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     for event in events:
         EVENT.validate_python(event)
-    last = LAST.get(reason, "completed")
+    status = FINAL_STATUS.get(reason, "completed")
     assert [events[i]["type"] for i in (0, 1, -1)] == [
         "response.created",
         "response.in_progress",
-        f"response.{last}",
+        f"response.{status}",
     ]
     assert events[0]["response"]["status"] == "in_progress"
     response = events[-1]["response"]
-    assert (response["status"], response["output"]) == (last, assemble(events))
+    assert (response["status"], response["output"]) == (status, assemble(events))
     full = formatter(reasoning={"summary": summary}).full_response([answer_of(deltas, reason)])
     Response.model_validate(full)
     assert without_ids(full) == without_ids(response)
@@ -106,7 +107,7 @@ def test_items():
     assert (summary["summary"], summary["content"]) == ([{**part, "type": "summary_text"}], [])
 
 
-def test_invalid_calls_are_shown():
+def test_invalid_calls_are_sent():
     invalid, valid = output_of([*INVALID, *CALLS[4:]])
     assert (invalid["arguments"], invalid["status"]) == ("{3", "incomplete")
     assert (valid["arguments"], valid["status"]) == ("{}", "completed")

@@ -1,4 +1,4 @@
-"""Grammar, logit bias and log probabilities of a request: on rings, in batches, with drafts, after a lost rank."""
+"""Grammar, logit bias and log probabilities: in batches, with drafts, on rings, and after the loss of a rank."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def text() -> ChatTokenizer:
+def tokenizer() -> ChatTokenizer:
     return ChatTokenizer.load(KIMI_MINI)
 
 
 @pytest.fixture(scope="module")
-def requests(text: ChatTokenizer) -> list[Request]:
-    """Return a free request, two with a schema (greedy, sampled), one with a bias; all but the first with logprobs."""
-    prompt = tuple(text.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
-    special = text.tokenizer.special_tokens
-    free = Request(prompt, 40, stop_ids=text.stop_ids)
+def requests(tokenizer: ChatTokenizer) -> list[Request]:
+    """Return a plain request, two with a schema (greedy, sampled), and one with a bias. All but the first: logprobs."""
+    prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
+    special = tokenizer.tokenizer.special_tokens
+    plain = Request(prompt, 40, stop_ids=tokenizer.stop_ids)
     constrained = replace(
-        free,
+        plain,
         max_tokens=150,
         grammar=build_grammar(special, detect_thinking(special, prompt), SCHEMA),
         top_logprobs=2,
     )
     sampled = replace(constrained, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
-    biased = replace(free, logit_bias=((text.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
-    return [free, constrained, sampled, biased]
+    biased = replace(plain, logit_bias=((tokenizer.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
+    return [plain, constrained, sampled, biased]
 
 
 def tokens_of(session: Session, request: Request) -> list[Token]:
@@ -60,7 +60,7 @@ def tokens_of(session: Session, request: Request) -> list[Token]:
 
 
 def assert_equal(actual: list[Token], expected: list[Token]) -> None:
-    """Check for equal tokens and nearly equal log probabilities."""
+    """Check that the tokens are equal, and their log probabilities nearly so."""
     assert [token.id for token in actual] == [token.id for token in expected]
     for mine, theirs in zip(actual, expected, strict=True):
         assert (mine.logprobs is None) == (theirs.logprobs is None)
@@ -73,15 +73,15 @@ def _numbers(logprobs: Logprobs) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
-    """Answers of one process to one request at a time."""
+def expected(requests: list[Request], tokenizer: ChatTokenizer) -> list[list[Token]]:
+    """Return the answers of one process that gets one request at a time."""
     with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
         answers = [tokens_of(session, request) for request in requests]
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))
-    free, *constrained, biased = answers
+    plain, *constrained, biased = answers
     for tokens in constrained:
-        parser = text.output_parser(requests[1].prompt)
+        parser = tokenizer.output_parser(requests[1].prompt)
         deltas = [*(parser.add(token.id) for token in tokens), parser.finish()]
         value = json.loads("".join(delta.text for delta in deltas))
         assert set(value) == {"name", "ages"}
@@ -89,8 +89,8 @@ def expected(requests: list[Request], text: ChatTokenizer) -> list[list[Token]]:
         assert token.logprobs is not None
         assert len(token.logprobs.top) == 2
         assert 0 >= token.logprobs.top[0][1] >= max(token.logprobs.token, token.logprobs.top[1][1])
-    assert all(token.logprobs is None for token in free)
-    assert [token.id for token in biased] == [text.encode("a")[0]] * 5
+    assert all(token.logprobs is None for token in plain)
+    assert [token.id for token in biased] == [tokenizer.encode("a")[0]] * 5
     return answers
 
 
