@@ -59,7 +59,7 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
 
 
 def generate(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:
-    """Return the token ids of each answer, with -1 at the end if it stopped early and -2 if it was cancelled.
+    """Return the token ids of each answer, with -1 at the end if a stop token ended it, and -2 if it was cancelled.
 
     One request is added per step. If there are several, the last one is cancelled CANCEL_AFTER steps later.
     """

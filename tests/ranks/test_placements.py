@@ -159,9 +159,8 @@ def test_other_checkpoints(size: int, folders: dict[str, Path], expected: Expect
 @pytest.mark.parametrize("size", LONG_SIZES)
 def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = []
-    for name, strategy in itertools.product(
-        ("k2", "unfused"), (f"{strategy}:{WEIGHTS[size]}" for strategy in STRATEGIES)
-    ):
+    for name, base in itertools.product(("k2", "unfused"), STRATEGIES):
+        strategy = f"{base}:{WEIGHTS[size]}"
         options = StoreOptions(folders[name], tmp_path / "stores", size, strategy)
         job = open_build_job(options, SingleGroup())
         build(options, job, SingleGroup())

@@ -22,7 +22,7 @@ RING_S = 120
 
 
 def run_ring(case: dict[str, Any], folder: Path) -> list[tuple[list[int], int]]:
-    """Return, by rank, the ids of the answer and the number of cached prompt tokens."""
+    """Return, by rank, the ids of the answer that it knows, and the number of cached prompt tokens."""
     hostfile = folder / "hosts.json"
     hostfile.write_text(loopback_hostfile(case["ranks"]))
     command = [sys.executable, "-m", "tests.ranks.cache_rank"]

@@ -40,7 +40,7 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def requests(tokenizer: ChatTokenizer) -> list[Request]:
-    """Return a plain request, two with a schema (greedy, sampled), and one with a bias. All but the first: logprobs."""
+    """Return a plain request, two with a schema (greedy, sampled), and one with a bias. All but one have logprobs."""
     prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
     special = tokenizer.tokenizer.special_tokens
     plain = Request(prompt, 40, stop_ids=tokenizer.stop_ids)
