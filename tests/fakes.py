@@ -29,7 +29,7 @@ class FixedSession:
         pause_s: pause before each token.
         is_endless: whether to repeat the answer until it is cancelled.
         is_stubborn: whether to ignore cancellation.
-        before: callback for each request; an exception ends the request.
+        before: callback for each request; its exception fails the request.
     """
 
     def __init__(

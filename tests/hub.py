@@ -190,12 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer()
+        self._respond()
 
     def do_GET(self) -> None:
-        self._answer()
+        self._respond()
 
-    def _answer(self) -> None:
+    def _respond(self) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
         hub.record_request(f"{self.command} {path}", token is not None)
@@ -309,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         started_s, position = time.monotonic(), 0
         while position < end and not hub.is_closing.is_set():
             chunk = body[position : min(position + CHUNK_BYTES, end)]
-            hub.count_sent(name, len(chunk))  # before the client sees it: may count one too many
+            hub.count_sent(name, len(chunk))  # counted before it is sent: may be one chunk too many
             self.wfile.write(chunk)
             position += len(chunk)
             if slow:
@@ -361,7 +361,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 
 def use(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do the same for this process, where huggingface_hub may have read its environment already."""
+    """Let this process use the hub. Set constants, because huggingface_hub may have read its environment already."""
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -60,7 +60,7 @@ def find_local(name: str, revision: str | None = None) -> Path | None:
     try:
         is_commit = COMMIT.fullmatch(revision) is not None
         commit = revision if is_commit else (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # no such file, or an impossible file name
+    except (OSError, ValueError):  # no such file, or an invalid file name
         return None
     snapshot = folder / "snapshots" / commit
     return snapshot if COMMIT.fullmatch(commit) and is_complete(snapshot) else None
@@ -77,7 +77,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def link_blob(repository: Repository, file: RepositoryFile) -> None:
-    """Link a blob into the snapshot under its file name. On a disk without links, move the blob there."""
+    """Link a blob into the snapshot under its file name. On a disk without symbolic links, move the blob there."""
     from huggingface_hub import constants
 
     blob, pointer = blob_path(repository, file), snapshot_folder(repository) / file.name

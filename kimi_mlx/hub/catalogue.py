@@ -52,8 +52,8 @@ class CatalogueEntry:
         alias: short name.
         title: full name.
         repository: repository to download; None if the model is bundled with the package.
-        original_repository: the makers' repository; equal to `repository` if there is no suitable MLX repository.
-        format: format of the weights, for people.
+        original_repository: the model authors' repository; equal to `repository` without a suitable MLX repository.
+        format: format of the weights, shown to the user.
         size_bytes: size of the download.
         weights_bytes: size in memory; larger than the download for INT4, because MLX needs biases.
         kv_bytes_per_token: bytes per token of the KV cache in bfloat16, on every host.
@@ -88,7 +88,7 @@ class CatalogueEntry:
         return self.repository is None and self.refused is None
 
     def default_sampling(self) -> dict[str, float]:
-        """Return the recommended values by name, for what the checkpoint leaves open."""
+        """Return the recommended values by name, for those that the checkpoint does not set."""
         return self.sampling.recommended() if self.sampling else {}
 
     def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
@@ -134,7 +134,7 @@ def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
 
 
 def find_entry(name: str) -> CatalogueEntry | None:
-    """Return the entry with this alias or repository (the download's or the makers'), ignoring case."""
+    """Return the entry with this alias or repository (the download's or the model authors'), ignoring case."""
     lower_name = name.lower()
     for entry in catalogue():
         names = (entry.alias, entry.repository, entry.original_repository)

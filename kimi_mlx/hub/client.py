@@ -62,7 +62,7 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     """
     from huggingface_hub import HfApi, constants, utils
 
-    utils.logging.set_verbosity_error()  # silence its log line per retry; our error says what matters
+    utils.logging.set_verbosity_error()  # no log line per retry: our error message is enough
     timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
     api = HfApi(library_name="kimi-mlx")
     retries = Retries(name, threading.Event(), MAX_LOOKUP_FAILURES)
@@ -166,7 +166,7 @@ def verify_checkpoint(
 
     try:
         files = _needed_files(repository)
-    except KimiMlxError:  # the index is corrupt, and is one of the files
+    except KimiMlxError:  # the index is corrupt; it is verified like the other files
         files = repository.files
     for_each(verify, files, workers)
     return sorted(corrupt, key=lambda file: file.name)
@@ -175,7 +175,7 @@ def verify_checkpoint(
 def _is_valid(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress) -> bool:
     try:
         return matches_checksum(path, file, stop, progress)
-    except OSError:  # the disk cannot read it
+    except OSError:  # unreadable on disk
         return False
 
 

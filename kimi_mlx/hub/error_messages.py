@@ -28,7 +28,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def hub_error(error: Exception, repository: str) -> WeightsError:
-    """Convert one of `client_errors` that a retry does not fix.
+    """Convert a permanent one of `client_errors` to an error for the user.
 
     Args:
         error: the exception.
@@ -98,7 +98,7 @@ def not_a_hub_error(repository: str) -> WeightsError:
 
 
 def describe(error: Exception) -> str:
-    """Describe an error in one line, without signed URLs, which fill a screen."""
+    """Describe an error in one line, without long signed URLs."""
     from huggingface_hub.utils import httpx
 
     if (status := status_of(error)) is not None:

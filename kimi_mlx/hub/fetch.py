@@ -135,10 +135,10 @@ def _fill(
     meter.move_to(position)
     checksum = Checksum(file)
     _read_all(stream, checksum.update, stop)
-    for piece in stream_range(repository, file, position, file.size_bytes, stop):
-        _write_all(stream, piece)
-        checksum.update(piece)
-        meter.advance(len(piece))
+    for data in stream_range(repository, file, position, file.size_bytes, stop):
+        _write_all(stream, data)
+        checksum.update(data)
+        meter.advance(len(data))
     return checksum
 
 
@@ -149,26 +149,26 @@ def matches_checksum(path: Path, file: RepositoryFile, stop: threading.Event, pr
         return False
     checksum = Checksum(file)
 
-    def take(data: memoryview) -> None:
+    def add(data: memoryview) -> None:
         checksum.update(data)
         progress(len(data))
 
     with path.open("rb", buffering=0) as stream:
-        _read_all(stream, take, stop)
+        _read_all(stream, add, stop)
     return checksum.is_valid
 
 
-def _read_all(stream: FileIO, take: Callable[[memoryview], None], stop: threading.Event) -> None:
+def _read_all(stream: FileIO, on_data: Callable[[memoryview], None], stop: threading.Event) -> None:
     buffer = memoryview(bytearray(CHUNK_BYTES))
     stream.seek(0)
     while count := stream.readinto(buffer):
         if stop.is_set():
             raise Cancelled
-        take(buffer[:count])
+        on_data(buffer[:count])
 
 
 def _write_all(stream: FileIO, data: bytes) -> None:
-    """Write without a buffer: written bytes survive this process, and a full disk is noticed here."""
+    """Write all bytes of `data`. The stream has no buffer, so a full disk is an error here."""
     rest = memoryview(data)
     while rest:
         rest = rest[stream.write(rest) :]

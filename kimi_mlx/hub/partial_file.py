@@ -26,7 +26,7 @@ def ignore_progress(count: int) -> None:
 
 
 class ProgressMeter:
-    """Converts positions to progress.
+    """Converts positions in a file to progress.
 
     Args:
         progress: callback for the differences.
@@ -59,7 +59,7 @@ def xet_part_path(target: Path) -> Path:
 
 @contextmanager
 def lock_partial_file(target: Path, meter: ProgressMeter, stop: threading.Event) -> Iterator[FileIO]:
-    """Lock and open the partial file for reading and appending, once no other thread or process has it.
+    """Lock and open the partial file for reading and appending, once no other thread or process holds the lock.
 
     The lock ends with the process.
     """
@@ -67,13 +67,13 @@ def lock_partial_file(target: Path, meter: ProgressMeter, stop: threading.Event)
     while True:
         with part.open("a+b", buffering=0) as stream:
             if _lock(stream):
-                if _is_open_as(stream, part):
+                if _is_same_file(stream, part):
                     yield stream
                     return
                 continue  # another process renamed it in the meantime
-            grown = max(os.fstat(stream.fileno()).st_size, _size(xet_part_path(target)))
-        if grown != size:
-            size, since_s = grown, time.monotonic()
+            new_size = max(os.fstat(stream.fileno()).st_size, _size(xet_part_path(target)))
+        if new_size != size:
+            size, since_s = new_size, time.monotonic()
             meter.move_to(size)
         if time.monotonic() - since_s > MAX_LOCK_WAIT_S:
             raise WeightsError(
@@ -91,7 +91,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_open_as(stream: FileIO, path: Path) -> bool:
+def _is_same_file(stream: FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:

@@ -23,7 +23,7 @@ MAX_RETRY_AFTER_S = 300.0
 MAX_FAILURES = 8
 """Number of consecutive failures without a new byte."""
 MAX_LOOKUP_FAILURES = 4
-"""The same for a look-up, which a user is waiting for."""
+"""The same for a look-up: fewer, because a user is waiting for it."""
 
 
 class Cancelled(Exception):
@@ -78,8 +78,8 @@ def is_transient(error: Exception) -> bool:
 
     if (status := status_of(error)) is not None:
         return status in (408, 429) or status >= 500
-    ours = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)  # invalid token or address
-    return isinstance(error, (httpx.TransportError, IncompleteResponse)) and not isinstance(error, ours)
+    permanent = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)  # invalid token or address
+    return isinstance(error, (httpx.TransportError, IncompleteResponse)) and not isinstance(error, permanent)
 
 
 def _delay_s(error: Exception, failures: int) -> float:

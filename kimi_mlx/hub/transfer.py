@@ -55,12 +55,12 @@ def stream_range(
                 for chunk in response.iter_bytes():
                     if stop.is_set():
                         raise Cancelled
-                    piece = chunk[skipped_bytes:][: end - start]
+                    data = chunk[skipped_bytes:][: end - start]
                     skipped_bytes = max(0, skipped_bytes - len(chunk))
-                    if piece:
-                        start += len(piece)
+                    if data:
+                        start += len(data)
                         retries.succeeded()
-                        yield piece
+                        yield data
                     if start == end:
                         return
             raise IncompleteResponse(f"`{file.name}` ended {end - start} bytes early")
@@ -93,8 +93,8 @@ def _check_range(response: httpx.Response, repository: Repository, file: Reposit
 
     hf_raise_for_status(response)
     if response.status_code == 206:
-        answer = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if answer and int(answer[1]) == start and answer[2] in (str(file.size_bytes), "*"):
+        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if content_range and int(content_range[1]) == start and content_range[2] in (str(file.size_bytes), "*"):
             return 0
     elif response.status_code == 200:
         has_length = "Content-Encoding" not in response.headers

@@ -43,7 +43,7 @@ def fetch_by_xet(
     if data is None:
         return False
     ended = threading.Event()
-    threading.Thread(target=_abort_on, args=(stop, ended), daemon=True).start()
+    threading.Thread(target=_abort_when_cancelled, args=(stop, ended), daemon=True).start()
     try:
         file_download.xet_get(
             incomplete_path=target,
@@ -62,7 +62,7 @@ def fetch_by_xet(
     return target.is_file()
 
 
-def _abort_on(stop: threading.Event, ended: threading.Event) -> None:
+def _abort_when_cancelled(stop: threading.Event, ended: threading.Event) -> None:
     """Stop hf-xet's own threads when the download is cancelled."""
     while not ended.wait(0.2):
         if stop.is_set():

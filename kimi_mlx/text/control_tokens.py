@@ -1,8 +1,8 @@
 """Distinguish control tokens from text that only looks like them.
 
 A chat template writes both into one string. Before rendering, an escape character that does not occur in the input is
-inserted wherever text of a user spells a control token or could become part of one. After rendering, the text of a
-control token without the escape can only come from the template.
+inserted at every place where user text spells a control token or could become part of one. After rendering, the text
+of a control token without the escape can only come from the template.
 """
 
 from __future__ import annotations

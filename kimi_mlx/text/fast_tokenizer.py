@@ -1,4 +1,4 @@
-"""Read a Hugging Face `tokenizer.json`, without the parts that would let plain text become control tokens."""
+"""Read a Hugging Face `tokenizer.json`, without the parts that could turn plain text into control tokens."""
 
 from __future__ import annotations
 

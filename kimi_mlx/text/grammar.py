@@ -67,7 +67,7 @@ def build_grammar(
     Args:
         special_tokens: special tokens of the tokenizer.
         thinking: result of detect_thinking.
-        response_schema: JSON schema of an answer without calls; True is any object, None any text.
+        response_schema: JSON schema of an answer without calls; True allows any object, None any text.
         tools: OpenAI-style tools.
         tool_choice: "auto", "none" (only text), "required" (only calls), or {"name": ...} (one call of that tool).
         parallel_tool_calls: True to allow several calls.
@@ -75,9 +75,9 @@ def build_grammar(
         schema_name: name of the answer's schema in error messages.
 
     Raises:
-        GrammarError: the schema or the choice cannot be enforced; the message begins with the place.
+        GrammarError: the schema or the choice cannot be enforced; the message begins with the location.
     """
-    choice = _choice(tool_choice, tools)
+    choice = _check_choice(tool_choice, tools)
     is_call_required = choice not in ("auto", "none")
     is_strict = any(_is_strict(tool["function"]) for tool in tools)
     restricts_tools = tools and (choice == "none" or not parallel_tool_calls or is_strict)
@@ -96,7 +96,7 @@ def build_grammar(
         first_index,
     )
     if answer.functions:
-        _check_total(answer)
+        _check_total_size(answer)
     return _write(answer, lambda token: _by_id(token, special_tokens))
 
 
@@ -134,7 +134,7 @@ class _Answer:
     first_index: int
 
 
-def _choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
+def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
     """Check that the tools are valid and that the choice names one of them; return the choice."""
     for i, tool in enumerate(tools):
         if not isinstance(tool.get("function"), Mapping):
@@ -199,8 +199,8 @@ def _by_id(token: str, special_tokens: Ids) -> str:
     return f"<[{special_tokens[token]}]>"
 
 
-def _check_total(answer: _Answer) -> None:
-    """Raise an error if the schemas together are too large, although each one is not."""
+def _check_total_size(answer: _Answer) -> None:
+    """Raise an error if the grammar of all tools together is too large for llguidance."""
     problem = find_problem(_write(answer, json.dumps))
     if problem:
         raise GrammarError(f"`tools`: {problem}", hint="send fewer tools")

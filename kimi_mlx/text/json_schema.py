@@ -1,7 +1,7 @@
 """Check JSON schemas of users, and rewrite them in the form that llguidance compiles to grammars.
 
-An unsupported feature is an error with its place, a JSON path such as `$.properties.age.not`. Only annotations (titles,
-defaults, unknown keywords and formats) are dropped silently, as JSON Schema requires.
+An unsupported feature is an error with its location, a JSON path such as `$.properties.age.not`. Only annotations
+(titles, defaults, unknown keywords and formats) are dropped silently, as JSON Schema requires.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ LOCATE_S = 1.0
 """Time limit for the search for the subschema with the error."""
 
 WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,64}"
-"""Whitespace between the parts of JSON, as much as models write. Without a limit, a confused model writes only it."""
+"""Whitespace between the parts of JSON, limited to what models usually write: a confused model could
+write nothing else."""
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -94,7 +95,7 @@ def find_problem(grammar: str) -> str | None:
 
     Takes a second at most, by the limits of llguidance and of this module.
     """
-    matcher = llguidance.LLMatcher(_bytes(), grammar, log_level=0)
+    matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()
         return "nothing satisfies it" if matcher.is_error() else None
@@ -102,7 +103,7 @@ def find_problem(grammar: str) -> str | None:
 
 
 @cache
-def _bytes() -> llguidance.LLTokenizer:
+def _byte_tokenizer() -> llguidance.LLTokenizer:
     """Return a tokenizer with one token per byte."""
     return llguidance.LLTokenizer("byte")
 
@@ -156,9 +157,9 @@ class _SchemaCleaner:
             raise self._error(
                 f"{path}.minProperties", "it may be at most 1 more than the number of `required` properties"
             )
-        if _has_open_end(clean):
+        if _has_inexact_bound(clean):
             raise self._error(path, "an exclusive integer bound less than 1 from the other bound is not supported")
-        return _exact(clean)
+        return _normalize(clean)
 
     def _one(self, value: Any, at: str, depth: int) -> Schema | bool:
         return False if value is False else self.clean(value, at, depth + 1)
@@ -166,14 +167,14 @@ class _SchemaCleaner:
     def _list(self, keyword: str, value: Any, at: str, depth: int) -> list[Schema | bool]:
         if not isinstance(value, list) or (not value and keyword in ("anyOf", "oneOf", "allOf")):
             raise self._error(at, "not a list of schemas")
-        return [self._one(each, f"{at}[{i}]", depth) for i, each in enumerate(cast("list[Any]", value))]
+        return [self._one(part, f"{at}[{i}]", depth) for i, part in enumerate(cast("list[Any]", value))]
 
     def _table(self, keyword: str, value: Any, at: str, depth: int) -> dict[str, Schema | bool]:
         if not isinstance(value, dict):
             raise self._error(at, "not an object of schemas")
         table = cast("Schema", value)
         self._count(keyword, len(table), at)
-        return {name: self._one(each, f"{at}.{name}", depth) for name, each in table.items()}
+        return {name: self._one(part, f"{at}.{name}", depth) for name, part in table.items()}
 
     def _count(self, keyword: str, names: int, at: str) -> None:
         kind = keyword if keyword in MAX_NAMES else "properties"
@@ -191,7 +192,7 @@ def _is_number(value: Any) -> bool:
 
 def _type(value: Any) -> str | None:
     listed = cast("list[Any]", value) if isinstance(value, list) else [value]
-    unknown = [each for each in listed if each not in TYPES]
+    unknown = [name for name in listed if name not in TYPES]
     if not unknown and listed:
         return None
     return f"`{unknown[0] if unknown else value}` is not a type; types are {', '.join(TYPES)}"
@@ -215,7 +216,7 @@ def _text(value: Any) -> str | None:
 
 
 def _names(value: Any) -> str | None:
-    is_list = isinstance(value, list) and all(isinstance(each, str) for each in cast("list[Any]", value))
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in cast("list[Any]", value))
     return None if is_list else "not a list of names"
 
 
@@ -252,17 +253,17 @@ CHECKS: Mapping[str, Callable[[Any], str | None]] = {
 }
 
 
-def _has_open_end(clean: Schema) -> bool:
-    """Return whether an exclusive integer bound is less than 1 from the other bound: llguidance would allow it."""
+def _has_inexact_bound(clean: Schema) -> bool:
+    """Return whether an exclusive integer bound is less than 1 from the other one: llguidance would allow the bound."""
     low, high = clean.get("exclusiveMinimum"), clean.get("exclusiveMaximum")
-    bottom = max((clean[each] for each in LOWER_BOUNDS if each in clean), default=-math.inf)
-    top = min((clean[each] for each in UPPER_BOUNDS if each in clean), default=math.inf)
+    bottom = max((clean[key] for key in LOWER_BOUNDS if key in clean), default=-math.inf)
+    top = min((clean[key] for key in UPPER_BOUNDS if key in clean), default=math.inf)
     below = low is not None and low == int(low) and top < low + 1
     above = high is not None and high == int(high) and bottom > high - 1
     return clean.get("type") != "integer" and (below or above)
 
 
-def _exact(clean: Schema) -> Schema:
+def _normalize(clean: Schema) -> Schema:
     """Drop formats that are annotations, move bounds to exact floats, and convert counts to int."""
     if clean.get("format") not in (None, *FORMATS):
         del clean["format"]

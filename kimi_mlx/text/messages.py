@@ -30,7 +30,7 @@ class ToolCall:
     arguments: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the call in OpenAI's shape."""
+        """Return the call in OpenAI's format."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -111,7 +111,7 @@ class Message:
 
     Args:
         role: `system`, `user`, `assistant` or `tool`.
-        content: text, or parts in OpenAI's shape.
+        content: text, or parts in OpenAI's format.
         reasoning_content: reasoning of the assistant before its answer.
         tool_calls: calls of the assistant.
         tool_call_id: id of the call that a tool message answers.
@@ -135,10 +135,10 @@ class Message:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Message:
-        """Return a message from OpenAI's shape. Arguments of tool calls may be JSON text or an object.
+        """Return a message from OpenAI's format. Arguments of tool calls may be JSON text or an object.
 
         Raises:
-            TextError: a field has the wrong shape.
+            TextError: a field has the wrong type.
         """
         content = value.get("content")
         if not isinstance(content, str | list | tuple | None):
@@ -153,7 +153,7 @@ class Message:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the message in OpenAI's shape, for chat templates. Fields without a value are left out."""
+        """Return the message in OpenAI's format, for chat templates. Fields without a value are left out."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
         optional = {
             "reasoning_content": self.reasoning_content,
@@ -179,4 +179,4 @@ def _tool_call(value: Any) -> ToolCall:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return ToolCall(id=str(value["id"]), name=str(function["name"]), arguments=arguments)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise TextError(f"tool call is not in OpenAI's shape: {error!r:.80}") from error
+        raise TextError(f"tool call is not in OpenAI's format: {error!r:.80}") from error

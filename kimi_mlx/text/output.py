@@ -83,16 +83,16 @@ class OutputParser:
         if token_id in self._tokenizer.eos_token_ids:
             self._end()
         elif marker is not None:
-            self._take_text(self._decoder.finish())
-            self._take_marker(marker)
+            self._add_text(self._decoder.finish())
+            self._process_marker(marker)
         else:
-            self._take_text(self._decode(token_id))
-        return self._take_delta()
+            self._add_text(self._decode(token_id))
+        return self._pop_delta()
 
     def finish(self) -> Delta:
         """Close everything still open and return the last delta. Call it after the last token."""
         self._end()
-        return self._take_delta()
+        return self._pop_delta()
 
     def _decode(self, token_id: int) -> str:
         try:
@@ -100,76 +100,76 @@ class OutputParser:
         except TextError:  # an id outside the vocabulary
             return self._decoder.finish() + REPLACEMENT
 
-    def _take_marker(self, marker: str) -> None:
-        """Change the state. ControlTokens without a meaning here are dropped, they are never text."""
+    def _process_marker(self, marker: str) -> None:
+        """Change the state. Control tokens without a meaning here are dropped; they are never text."""
         in_call = self._state in (State.CALL_ID, State.ARGUMENTS)
         if marker == ARGUMENT_BEGIN and self._state is State.CALL_ID:
             self._state = State.ARGUMENTS
             self._name_call()
         elif marker == CALL_BEGIN:
             self._close_call(is_cut_off=True)
-            self._release(before_call=True)
+            self._emit_held(before_call=True)
             self._state = State.CALL_ID
         elif marker == CALL_END and in_call:
             self._close_call(is_cut_off=False)
             self._state = State.SECTION
         elif marker == SECTION_BEGIN:
             self._close_call(is_cut_off=True)
-            self._release()
+            self._emit_held()
             self._state = State.SECTION
         elif marker == SECTION_END:
             self._close_call(is_cut_off=True)
-            self._release()
+            self._emit_held()
             self._state = State.TEXT if in_call or self._state is State.SECTION else self._state
         elif marker in (THINK_BEGIN, THINK_END) and not in_call:
-            self._release()
+            self._emit_held()
             self._state = State.REASONING if marker == THINK_BEGIN else State.TEXT
 
-    def _take_text(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if not text:
             return
         if self._state is State.CALL_ID:
             self._call_id.append(text)
         elif self._state is State.ARGUMENTS:
-            self._take_arguments(text)
+            self._add_arguments(text)
         elif self._state is State.SECTION:
-            self._take_text_in_section(text)
+            self._add_text_in_section(text)
         else:
-            self._take_plain_text(text)
+            self._add_plain_text(text)
 
-    def _take_plain_text(self, text: str) -> None:
+    def _add_plain_text(self, text: str) -> None:
         """Add text, but hold back an ending that may be the misspelled beginning of a section."""
         text = self._held + text
         tail = text[text.rfind("<") :] if "<" in text else ""
         if not (MISSPELLED_BEGIN.startswith(tail) or tail.rstrip() == MISSPELLED_BEGIN):
             tail = ""
         self._held = tail
-        self._show(text[: len(text) - len(tail)])
+        self._emit(text[: len(text) - len(tail)])
 
-    def _take_text_in_section(self, text: str) -> None:
+    def _add_text_in_section(self, text: str) -> None:
         """Drop blanks and the misspelled end of the section. Any other text ends the section."""
         self._held += text
         seen = self._held.lstrip()
         if seen.startswith(MISSPELLED_END):
             self._held = ""
             self._state = State.TEXT
-            self._take_plain_text(seen.removeprefix(MISSPELLED_END))
+            self._add_plain_text(seen.removeprefix(MISSPELLED_END))
         elif not MISSPELLED_END.startswith(seen):
             text, self._held = self._held, ""
             self._state = State.TEXT
-            self._take_plain_text(text)
+            self._add_plain_text(text)
 
-    def _release(self, before_call: bool = False) -> None:
-        """Add the text that was held back, without blanks in a section or a misspelled marker before a call."""
+    def _emit_held(self, before_call: bool = False) -> None:
+        """Add the held-back text, without blanks in a section or a misspelled marker before a call."""
         held, self._held = self._held, ""
         if self._state is State.SECTION:
             if not held.strip():
                 return
             self._state = State.TEXT
         if not (before_call and held.rstrip() == MISSPELLED_BEGIN):
-            self._show(held)
+            self._emit(held)
 
-    def _show(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if self._state is State.REASONING:
             self._new_reasoning += text
         else:
@@ -184,7 +184,7 @@ class OutputParser:
             self._num_named_calls += 1
             self._new_call_deltas.append(ToolCallDelta(self._index, call_id, name))
 
-    def _take_arguments(self, text: str) -> None:
+    def _add_arguments(self, text: str) -> None:
         self._arguments.append(text)
         if self._index is not None:
             self._new_call_deltas.append(ToolCallDelta(self._index, arguments=text))
@@ -200,12 +200,12 @@ class OutputParser:
     def _end(self) -> None:
         if self._state is State.ENDED:
             return
-        self._take_text(self._decoder.finish())
+        self._add_text(self._decoder.finish())
         self._close_call(is_cut_off=True)
-        self._release()
+        self._emit_held()
         self._state = State.ENDED
 
-    def _take_delta(self) -> Delta:
+    def _pop_delta(self) -> Delta:
         delta = Delta(self._new_text, self._new_reasoning, tuple(self._new_calls), tuple(self._new_call_deltas))
         self._new_text = self._new_reasoning = ""
         self._new_calls, self._new_call_deltas = [], []

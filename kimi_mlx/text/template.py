@@ -89,13 +89,13 @@ class ChatTemplate:
         """Return the prompt as text. Control tokens of the template look the same as such text of users.
 
         Args:
-            messages: conversation, as messages or as dictionaries in OpenAI's shape.
+            messages: conversation, as messages or as dictionaries in OpenAI's format.
             tools: OpenAI-style tools.
             add_generation_prompt: True to end with the beginning of the assistant's turn.
             template_kwargs: further variables of the template, such as `thinking` and `preserve_thinking`.
 
         Raises:
-            TextError: a message has the wrong shape, or the template fails.
+            TextError: a message is invalid, or the template fails.
         """
         return self._run(self._variables(messages, tools, add_generation_prompt, template_kwargs))
 
@@ -132,7 +132,7 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return all variables of the template."""
-        turns = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+        parsed = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
         try:
             # A round trip through JSON leaves plain values only, with limited nesting.
             plain_tools = json.loads(json.dumps(list(tools or ()), sort_keys=self._sorts_tools))
@@ -145,7 +145,7 @@ class ChatTemplate:
             declarations = None
         return {
             **options,
-            "messages": [turn.to_dict() for turn in turns],
+            "messages": [message.to_dict() for message in parsed],
             "tools": plain_tools or None,
             "tools_ts_str": declarations,
             "add_generation_prompt": add_generation_prompt,

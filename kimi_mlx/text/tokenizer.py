@@ -100,8 +100,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text. Text that spells a control token stays text."""
         ids: list[int] = []
-        for piece in _pieces(text):
-            encoding = self._bpe.encode_batch_fast([_well_formed(piece)], add_special_tokens=False)[0]
+        for chunk in _split_long(text):
+            encoding = self._bpe.encode_batch_fast([_well_formed(chunk)], add_special_tokens=False)[0]
             ids += encoding.ids
         return ids
 
@@ -135,7 +135,7 @@ class Tokenizer:
 
 
 class TokenIdTokenizer(Tokenizer):
-    """Stands in for the tokenizer of a checkpoint that has none: token 12 decodes to the text `12 `.
+    """Replacement for the tokenizer of a checkpoint without one: token 12 decodes to the text `12 `.
 
     Args:
         folder: folder of the checkpoint, for error messages.
@@ -157,7 +157,7 @@ class TokenIdTokenizer(Tokenizer):
         """
         config = read_json(folder / "config.json")
         text_config = config.get("text_config")
-        sizes = [cast("dict[str, Any]", each).get("vocab_size") for each in (config, text_config) if each]
+        sizes = [cast("dict[str, Any]", values).get("vocab_size") for values in (config, text_config) if values]
         size = next((size for size in sizes if isinstance(size, int)), 0)
         if size < 1:
             raise TextError(f"`{folder}` has neither a tokenizer nor a `vocab_size` in its `config.json`")
@@ -195,8 +195,8 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Split text as Kimi does: every 400,000 characters, then inside runs of more than 25,000 blanks or non-blanks."""
+def _split_long(text: str) -> Iterator[str]:
+    """Split text as Kimi does: every 400,000 characters, then within runs of over 25,000 blanks or non-blanks."""
     for at in range(0, len(text), MAX_ENCODE_CHARS):
         part = text[at : at + MAX_ENCODE_CHARS]
         start = 0

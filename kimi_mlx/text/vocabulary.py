@@ -1,4 +1,4 @@
-"""Read a `tiktoken.model` file, and find the merges with which `tokenizers` produces the same ids.
+"""Read a `tiktoken.model` file, and derive the merges that give the same ids in `tokenizers`.
 
 The file has one line per token, `BASE64 RANK`, and no merges: tiktoken joins the two neighbours that make the token of
 lowest rank. `tokenizers` needs merges, and one per token is enough. In a longer text, the bytes of a token are joined
@@ -73,9 +73,9 @@ def read_ranks(path: Path) -> list[bytes]:
     gap = next((rank for rank in range(len(by_rank)) if rank not in by_rank), None)
     if gap is not None:
         raise TextError(f"`{path}` has {len(by_rank)} tokens but none of rank {gap}", hint=HINT)
-    lost = next((byte for byte in range(256) if bytes([byte]) not in seen), None)
-    if lost is not None:
-        raise TextError(f"`{path}` has no token for the single byte 0x{lost:02x}", hint=HINT)
+    missing = next((byte for byte in range(256) if bytes([byte]) not in seen), None)
+    if missing is not None:
+        raise TextError(f"`{path}` has no token for the single byte 0x{missing:02x}", hint=HINT)
     return [by_rank[rank] for rank in range(len(by_rank))]
 
 
@@ -116,7 +116,7 @@ def find_splits(tokens: Sequence[bytes]) -> list[int]:
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> int:
-    """Join the bytes of `token` as tiktoken does until two parts are left; return where they meet, or 0 if it fails."""
+    """Join the bytes of `token` as tiktoken does until two parts are left; return the length of the first, or 0."""
     starts = list(range(len(token) + 1))
     joins = [ranks.get(token[i : i + 2], NEVER) for i in range(len(token) - 1)]
     while len(joins) > 1:

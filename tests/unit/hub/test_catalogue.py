@@ -119,7 +119,7 @@ def test_hosts_needed(alias: str, memory_gib: int, gpu_part: float, hosts: int |
     assert entry_of(alias).hosts_needed(memory, int(memory * gpu_part)) == hosts
 
 
-def test_facts_of_the_packaged_model_are_those_of_its_files() -> None:
+def test_facts_of_the_packaged_model_match_its_files() -> None:
     entry, config = entry_of("kimi-mini"), load_config(ensure_downloaded("kimi-mini"))
     assert entry.context_tokens == config.max_position_embeddings
     assert local_state(entry) == ("package", ensure_downloaded("kimi-mini"))
@@ -141,11 +141,11 @@ def test_find_entry_by_alias_and_by_either_repository(name: str, alias: str) -> 
 
 
 @pytest.mark.parametrize("name", ["", "kimi", "./kimi-k2", "mlx-community/Kimi-K2.5-3bit"])
-def test_find_entry_finds_nothing_else(name: str) -> None:
+def test_find_entry_ignores_other_names(name: str) -> None:
     assert find_entry(name) is None
 
 
-def test_an_interrupted_download_is_partly_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_partly_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     entry = entry_of("moonlight")
     assert local_state(entry) == ("no", None)

@@ -131,7 +131,7 @@ def test_progress_resets_the_number_of_failures(hub: Hub, repository: Repository
     assert hub.sent_bytes == SIZE
 
 
-def test_a_server_that_does_not_know_ranges(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
+def test_a_server_without_range_requests(hub: Hub, repository: Repository, model: Path, target: Path) -> None:
     hub.fail("ignore_range")
     hub.fail("drop", after_bytes=100_000, times=2)
     assert sum(get(repository, target)) == SIZE
@@ -253,10 +253,10 @@ def test_concurrent_downloads_fetch_the_file_once(hub: Hub, repository: Reposito
         thread.join()
     assert_downloaded(target, model)
     assert hub.sent_bytes == SIZE
-    assert [sum(each) for each in progress] == [SIZE] * 3
+    assert [sum(deltas) for deltas in progress] == [SIZE] * 3
 
 
-def test_a_lock_of_an_idle_process(repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_held_by_an_idle_process(repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_file, "MAX_LOCK_WAIT_S", 0.1)
     target.parent.mkdir()
     never = threading.Event()
@@ -267,7 +267,7 @@ def test_a_lock_of_an_idle_process(repository: Repository, target: Path, monkeyp
         get(repository, target)
 
 
-@pytest.mark.parametrize("is_waiting", [False, True], ids=["receiving", "between tries"])
+@pytest.mark.parametrize("is_waiting", [False, True], ids=["receiving", "between attempts"])
 def test_cancel_stops_quickly(
     hub: Hub,
     repository: Repository,
@@ -384,7 +384,7 @@ def test_xet_is_not_used_for_partial_files_or_other_storage(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CAS"), None], ids=["error", "wrong bytes"])
-def test_plain_http_comes_after_xet(
+def test_plain_http_is_used_if_xet_fails(
     hub: Hub,
     repository: Repository,
     model: Path,

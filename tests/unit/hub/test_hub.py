@@ -214,7 +214,7 @@ def test_one_file_into_the_cache(hub: Hub, repository: Repository) -> None:
     assert find_local("owner/model") is None
 
 
-def test_a_disk_without_links(repository: Repository, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_symlinks(repository: Repository, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: object) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -249,7 +249,7 @@ def test_progress_is_never_called_concurrently(repository: Repository) -> None:
     fetch_checkpoint(repository, progress, workers=8)
 
 
-def forbid(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def gate(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.gated.add("owner/model")
 
 
@@ -278,7 +278,7 @@ def answer_with_a_page(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fail("status", "/api/*", status=200, body=b"<html>please log in</html>")
 
 
-def answer_with_something_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def answer_with_other_json(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.fail("status", "/api/*", status=200, body=b"[]")
 
 
@@ -286,7 +286,7 @@ def answer_with_something_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
     ("fault", "message", "hint"),
     [
         (
-            forbid,
+            gate,
             "is gated",
             "accept the terms at https://huggingface.co/owner/model, then run `hf auth login`",
         ),
@@ -304,7 +304,7 @@ def answer_with_something_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
             "check the network",
         ),
         (answer_with_a_page, "did not answer like a Hugging Face server", "`unset HF_ENDPOINT`"),
-        (answer_with_something_else, "did not answer like a Hugging Face server", "`unset HF_ENDPOINT`"),
+        (answer_with_other_json, "did not answer like a Hugging Face server", "`unset HF_ENDPOINT`"),
     ],
 )
 def test_errors_have_hints(

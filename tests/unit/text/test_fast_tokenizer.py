@@ -1,4 +1,4 @@
-"""`tokenizer.json` files give the same ids and the same guarantees."""
+"""Tokenizers from `tokenizer.json`: the same ids and guarantees as from `tiktoken.model`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_ids_equal_tiktoken_and_control_tokens_stay_text(tokenizer: Tokenizer, t
     assert tokenizer.decode(ids) == text
 
 
-def test_control_tokens_are_kept_by_id(tokenizer: Tokenizer):
+def test_control_tokens_keep_their_ids(tokenizer: Tokenizer):
     assert tokenizer.special_tokens == {text: FIRST_SPECIAL + i for i, text in enumerate(SPECIAL.values())}
     end = tokenizer.special_tokens["<|im_end|>"]
     assert end in tokenizer.eos_token_ids
@@ -61,7 +61,7 @@ def test_control_tokens_in_the_model_are_removed(tmp_path: Path):
     assert max(loaded.encode("".join(SPECIAL.values()))) < FIRST_SPECIAL
 
 
-def test_merges_in_one_string_are_read_too(tmp_path: Path, tokenizer: Tokenizer):
+def test_merges_written_as_strings(tmp_path: Path, tokenizer: Tokenizer):
     spec = write_fast_tokenizer(tmp_path)
     spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -83,10 +83,10 @@ def test_merges_in_one_string_are_read_too(tmp_path: Path, tokenizer: Tokenizer)
 )
 def test_broken_files_are_text_errors(tmp_path: Path, path: tuple[str, ...], value: Any, message: str):
     spec = write_fast_tokenizer(tmp_path)
-    place = spec
+    target = spec
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        target = target[key]
+    target[path[-1]] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(TextError, match=message):
         Tokenizer.load(tmp_path)

@@ -156,7 +156,7 @@ def test_without_constraints_there_is_no_grammar(arguments: dict[str, Any]) -> N
         ({"tools": [tool("f")], "tool_choice": {"name": "g"}}, "`tool_choice` names `g`"),
     ],
 )
-def test_unsupported_requests_are_refused_with_the_place(arguments: dict[str, Any], message: str) -> None:
+def test_unsupported_requests_are_refused_with_the_location(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(GrammarError) as caught:
         grammar(**arguments)
     assert message in str(caught.value)
@@ -167,13 +167,13 @@ def test_a_model_without_call_tokens_cannot_be_forced_to_call() -> None:
         build_grammar({}, Thinking.NONE, tools=[tool("f")], tool_choice="required")
 
 
-def test_the_maximum_number_of_calls_and_their_parsing() -> None:
+def test_the_maximum_number_of_calls() -> None:
     text = grammar(tools=[tool("f", strict=True)])
     answer = section(*(call("f", i, PARIS) for i in range(MAX_CALLS)))
     assert accepts(text, answer)
     assert not accepts(text, section(*(call("f", i, PARIS) for i in range(MAX_CALLS + 1))))
     calls = parse(TOKENIZER, ids_of(answer)).tool_calls
-    arguments = [json.loads(each.arguments) for each in calls if isinstance(each, ToolCall)]
+    arguments = [json.loads(call.arguments) for call in calls if isinstance(call, ToolCall)]
     assert arguments == [{"city": "Paris"}] * MAX_CALLS
 
 

@@ -1,4 +1,4 @@
-"""Schemas of users: errors with their place, dropped annotations, and kept keywords."""
+"""Schemas of users: errors with their location, dropped annotations, and kept keywords."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"type": "integer", "multipleOf": 10**9 + 7}, "fuel"),
     ],
 )
-def test_errors_name_the_place_and_come_quickly(schema: Any, message: str) -> None:
+def test_errors_name_the_location_and_are_found_quickly(schema: Any, message: str) -> None:
     started = time.monotonic()
     with pytest.raises(GrammarError) as caught:
         check_schema(schema, "here")

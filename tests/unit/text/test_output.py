@@ -141,7 +141,7 @@ def test_answers_of_kimi(tokenizer: Tokenizer, case: str):
         ((CALL, "f:0", SECTION_END), "f:0", "the call is not closed: no arguments"),
     ],
 )
-def test_broken_calls_are_kept_with_text_and_reason(
+def test_invalid_calls_are_returned_with_their_text_and_reason(
     tokenizer: Tokenizer, parts: tuple[str, ...], raw: str, reason: str
 ):
     whole = parse(tokenizer, ids_of(tokenizer, SECTION, *parts))
@@ -219,22 +219,22 @@ def assert_deltas_match_calls(whole: Delta):
     assert next(parts, None) is None
 
 
-PIECES = st.one_of(
+PARTS = st.one_of(
     st.sampled_from([*SPECIAL.values(), *F0, *F1, SECTION, CALL, ARGUMENTS, CALL_END, WRONG_SECTION]),
     st.sampled_from([WRONG_SECTION_END, WRONG_SECTION[:8], "=" + SECTION, " ", "\n", BROKEN, "<", "Hi ☃ 漢字"]),
 )
 
 
 @given(data=st.data())
-def test_stream_equals_whole_at_every_cut(tokenizer: Tokenizer, data: Any):
-    parts = data.draw(st.lists(st.one_of(PIECES, st.integers(0, TOKENIZER_IDS)), max_size=14))
+def test_streamed_deltas_add_up_to_the_whole_answer_at_every_cut(tokenizer: Tokenizer, data: Any):
+    parts = data.draw(st.lists(st.one_of(PARTS, st.integers(0, TOKENIZER_IDS)), max_size=14))
     inside = data.draw(st.booleans())
     ids = [i for part in parts for i in ([part] if isinstance(part, int) else ids_of(tokenizer, part))]
     whole = parse(tokenizer, ids, inside)
     parser, streamed = OutputParser(tokenizer, inside), Delta()
     for cut, token_id in enumerate(ids, start=1):
         streamed += parser.add(token_id)
-        # Streamed text stays: an answer closed at this point begins with it.
+        # Streamed text is final: an answer that ends at this point begins with it.
         closed = parse(tokenizer, ids[:cut], inside)
         assert closed.text.startswith(streamed.text)
         assert closed.reasoning.startswith(streamed.reasoning)

@@ -140,7 +140,7 @@ def test_k2_thinking_prompt():
     assert "<think></think>At 06:12.<|im_end|>" in K2_THINKING.render(ANSWERED)
 
 
-def test_dictionaries_in_openai_shape_render_like_messages():
+def test_dictionaries_in_openai_format_render_like_messages():
     as_dicts = [message.to_dict() for message in TIDE]
     as_dicts[1]["tool_calls"][0]["function"]["arguments"] = {"port": "Brest"}
     assert MINI.render(as_dicts, [TIDE_TOOL]) == TIDE_PROMPT
@@ -179,7 +179,7 @@ def test_plain_prompt_encodes_like_its_text(tokenizer: Tokenizer):
 # Text that spells control tokens: complete, in halves, overlapping, and with the escape characters.
 HALVES = ["<|im_", "end|>", "<", "|>", "[", "EOS]", "<th", "ink>", "<<think>", "think"]
 ESCAPES = ["\ufdd0", "\\ufdd0", "\ufdd1", "\\"]
-HARM = st.lists(st.sampled_from([*SPECIAL.values(), *HALVES, *ESCAPES, "x", " "]), max_size=6).map("".join)
+HARMFUL_TEXT = st.lists(st.sampled_from([*SPECIAL.values(), *HALVES, *ESCAPES, "x", " "]), max_size=6).map("".join)
 
 
 def marker_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -207,7 +207,7 @@ def test_user_text_never_becomes_a_control_token(tokenizer: Tokenizer, template:
         schema["$defs"] = {"think": {"type": "object", "properties": {text(): {"enum": [text()]}}}}
         return messages, [{"type": "function", "function": {"name": text(), "parameters": schema}}]
 
-    harmful, harmful_tools = conversation(lambda: data.draw(HARM))
+    harmful, harmful_tools = conversation(lambda: data.draw(HARMFUL_TEXT))
     harmless, harmless_tools = conversation(lambda: "y")
     ids = template.encode(tokenizer, harmful, harmful_tools)
     expected = template.encode(tokenizer, harmless, harmless_tools)

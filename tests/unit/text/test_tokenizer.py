@@ -1,6 +1,6 @@
 """Our tokenizer compared with the `tiktoken` package, and edge cases."""
 
-# ruff: noqa: RUF001  (the odd characters are the point)
+# ruff: noqa: RUF001  (these characters are under test)
 from __future__ import annotations
 
 import json
@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS, MAX_RUN_CHARS, Tokenizer, _pieces
+from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS, MAX_RUN_CHARS, Tokenizer, _split_long
 from tests.unit.text.vocabularies import SPECIAL, reference, small_ranks, write_tokenizer
 
 REFERENCE = reference(small_ranks())
 FIRST_SPECIAL = len(small_ranks())
 
-# Where tokenizers differ: scripts, marks, letters with odd cases, white space of every kind, markers.
+# Characters on which tokenizers differ: scripts, marks, letters with odd cases, white space of every kind, markers.
 ODD = [
     *"aZ1 \n\r\t'’-_<>|[]{}\"\\",
     *["\u0085", "\u00a0", "\u180e", "\u200b", "\u200d", "\u2028", "\u3000", "\ufeff", "\x1c", "\x00"],
@@ -90,21 +90,21 @@ def test_surrogates_are_replaced_as_in_tiktoken(tokenizer: Tokenizer, text: str)
     assert tokenizer.encode(text) == REFERENCE.encode(text, disallowed_special=())
 
 
-def pieces_by_definition(text: str) -> list[str]:
+def split_by_definition(text: str) -> list[str]:
     """Split text one character at a time, as the definition says."""
-    pieces = [""]
+    chunks = [""]
     for at, char in enumerate(text):
         run = 0
-        while at - run >= 0 and run < len(pieces[-1]) and text[at - run - 1].isspace() == char.isspace():
+        while at - run >= 0 and run < len(chunks[-1]) and text[at - run - 1].isspace() == char.isspace():
             run += 1
         if at % MAX_ENCODE_CHARS == 0 or run >= MAX_RUN_CHARS:
-            pieces.append("")
-        pieces[-1] += char
-    return [piece for piece in pieces if piece]
+            chunks.append("")
+        chunks[-1] += char
+    return [chunk for chunk in chunks if chunk]
 
 
 @given(runs=st.lists(st.tuples(st.sampled_from(["ab", " \x1c", "漢", "\u3000\n"]), st.integers(1, 9)), max_size=8))
-def test_long_runs_are_split_like_the_definition(runs: list[tuple[str, int]]):
+def test_long_text_is_split_as_defined(runs: list[tuple[str, int]]):
     with pytest.MonkeyPatch.context() as patch:
         module = "kimi_mlx.text.tokenizer"
         patch.setattr(f"{module}.MAX_ENCODE_CHARS", 16)
@@ -113,10 +113,10 @@ def test_long_runs_are_split_like_the_definition(runs: list[tuple[str, int]]):
         patch.setitem(globals(), "MAX_ENCODE_CHARS", 16)
         patch.setitem(globals(), "MAX_RUN_CHARS", 5)
         text = "".join(unit * count for unit, count in runs)
-        assert [piece for piece in _pieces(text) if piece] == pieces_by_definition(text)
+        assert [chunk for chunk in _split_long(text) if chunk] == split_by_definition(text)
 
 
-def test_million_blanks_are_quick(tokenizer: Tokenizer):
+def test_a_million_blanks_are_encoded_quickly(tokenizer: Tokenizer):
     text = " " * 1_000_000
     start = time.monotonic()
     ids = tokenizer.encode(text)

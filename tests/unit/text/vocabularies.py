@@ -1,6 +1,6 @@
 """Small vocabularies for the tests of this folder: tiktoken ranks trained on a few paragraphs."""
 
-# ruff: noqa: RUF001  (the odd characters are the point)
+# ruff: noqa: RUF001  (these characters are under test)
 from __future__ import annotations
 
 import base64
@@ -56,7 +56,7 @@ naïve café Ça e\u0301e\u0301 हिन्दी ภาษาไทย
 
 
 def train_ranks(corpus: str, num_merges: int) -> list[bytes]:
-    """Return the 256 bytes and `num_merges` tokens, learned in the simplest way from the corpus."""
+    """Return the 256 bytes and `num_merges` tokens, trained on the corpus."""
     words = [[bytes([b]) for b in word.encode()] for word in regex.findall("(?V1)" + PATTERN, corpus)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 256 + num_merges:
