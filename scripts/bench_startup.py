@@ -28,6 +28,8 @@ def main() -> None:
         "kimi-mlx --help": [python, "-m", "kimi_mlx", "--help"],
         "kimi-mlx --version": [python, "-m", "kimi_mlx", "--version"],
         "kimi-mlx no-such-command": [python, "-m", "kimi_mlx", "no-such-command"],
+        "kimi-mlx models --nope": [python, "-m", "kimi_mlx", "models", "--nope"],
+        "kimi-mlx chat --nope": [python, "-m", "kimi_mlx", "chat", "--nope"],
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(REPETITIONS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -20,9 +20,11 @@ from rich.progress import (
 
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.hub.licence import show_once
-from kimi_mlx.store.build import BuildProgress
 from kimi_mlx.store.locate import ModelRef
 from kimi_mlx.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from kimi_mlx.store.build import BuildProgress  # imports MLX; a usage error needs neither
 
 LINE_EVERY_S = 15.0
 
