@@ -9,6 +9,7 @@ import sys
 import time
 
 REPETITIONS = 15
+COMMANDS = ("chat", "serve", "download", "models", "rm", "plan", "bench", "convert", "launch", "doctor")
 EMPTY = """
 import typer
 app = typer.Typer()
@@ -28,8 +29,7 @@ def main() -> None:
         "kimi-mlx --help": [python, "-m", "kimi_mlx", "--help"],
         "kimi-mlx --version": [python, "-m", "kimi_mlx", "--version"],
         "kimi-mlx no-such-command": [python, "-m", "kimi_mlx", "no-such-command"],
-        "kimi-mlx models --nope": [python, "-m", "kimi_mlx", "models", "--nope"],
-        "kimi-mlx chat --nope": [python, "-m", "kimi_mlx", "chat", "--nope"],
+        **{f"kimi-mlx {name} --nope": [python, "-m", "kimi_mlx", name, "--nope"] for name in COMMANDS},
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(REPETITIONS):

@@ -8,11 +8,10 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, JsonOption, RunOptions, refuse_mlx_launch
 from kimi_mlx.cli.output import print_json, stderr, stdout
@@ -23,8 +22,10 @@ from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import ChatOptions, Conversation
-from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.text.messages import Delta
+
+if TYPE_CHECKING:
+    from kimi_mlx.store.locate import ModelRef
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,10 @@ def chat(
 
     With --prompt, or with piped input, it prints one answer and exits.
     """
+    # heavy imports: not for a usage error
+    from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+    from kimi_mlx.store.locate import resolve_model_name
+
     refuse_mlx_launch()
     target = resolve_model_name(run.model_name)
     prompt = _read_prompt(prompts.prompt, json)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SERVER, DiskCacheOptions, RunOptions, refuse_mlx_launch
 from kimi_mlx.cli.output import stderr
@@ -23,12 +22,12 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.session import Session
 from kimi_mlx.settings import Settings
-from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.units import MB
 
 if TYPE_CHECKING:  # imported by serve() itself: the server's libraries are heavy
     from kimi_mlx.server.http.server_socket import ServerSocket
     from kimi_mlx.server.server import Server, ServingOptions
+    from kimi_mlx.store.locate import ModelRef
 
 COMMENT = re.compile(r"(^|\s)#.*")
 """A comment in a file of keys; a key may contain a `#`."""
@@ -127,6 +126,10 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
 
     By default it listens on this machine only.
     """
+    # heavy imports: not for a usage error
+    from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+    from kimi_mlx.store.locate import resolve_model_name
+
     refuse_mlx_launch()
     target = resolve_model_name(run.model_name)
     keys = _read_keys(server.api_key or (), server.api_key_file)
