@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark of a server with many clients: times, rates, errors, memory; optionally compared with mlx-lm's server.
+"""Benchmark of a server with many clients: times, rates, errors and memory; optionally compared with mlx-lm's server.
 
 python scripts/bench_serving.py --against mlx-lm                      kimi-mini, 8 clients: see docs/benchmark.md
 python scripts/bench_serving.py --prompt-tokens 16-112 --answer-tokens 16-112 --against mlx-lm

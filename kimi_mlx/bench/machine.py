@@ -17,11 +17,11 @@ from kimi_mlx.version import __version__
 OURS = "kimi-mlx"
 PACKAGES = ("mlx", "mlx-lm")
 
-GIT_LIMIT_S = 5
+GIT_TIMEOUT_S = 5
 
 
 def machine() -> dict[str, Any]:
-    """Return the machine and its load; a load average near 0 before the start means a quiet machine."""
+    """Return the machine and its load; before a benchmark, the load average should be near 0."""
     macos = platform.mac_ver()[0]
     return {
         "system": f"macOS {macos}" if macos else f"{platform.system()} {platform.release()}",
@@ -62,4 +62,4 @@ def commit() -> str | None:
 
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=GIT_LIMIT_S, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True).stdout.strip()

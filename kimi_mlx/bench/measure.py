@@ -1,4 +1,4 @@
-"""The measurement: sides alternate in every repetition, so that interference affects all of them."""
+"""Run a benchmark. Sides alternate in every repetition, so that interference affects all of them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Run:
         case: the case.
         repetition: number of the repetition, from 0; negative for warm-ups.
         outcome: result of the batch.
-        energy_j: energy that this machine used meanwhile; None if not known.
+        energy_j: energy that this machine used during the batch; None if not known.
     """
 
     side: str
@@ -169,9 +169,9 @@ def measure(
         vocab_size: upper bound of the random prompt ids.
         energy_of: energy of this machine, if it can be measured.
     """
-    for case, repetition, turn in _turns(sides, plan):
+    for case, repetition, ordered_sides in _schedule(sides, plan):
         batch = make_batch(case, repetition + plan.warmup, plan, vocab_size)
-        for side in turn:
+        for side in ordered_sides:
             outcome = side.run(batch)
             end = outcome.started_at + outcome.wall_s
             energy = None if energy_of is None else energy_of(outcome.started_at, end)
@@ -188,7 +188,7 @@ def make_batch(case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int
     return RequestBatch(tuple(Request(prompt, plan.generation_tokens, GREEDY) for prompt in prompts), case.depth)
 
 
-def _turns(sides: Sequence[Side], plan: BenchmarkPlan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
+def _schedule(sides: Sequence[Side], plan: BenchmarkPlan) -> Iterator[tuple[Case, int, Sequence[Side]]]:
     """Yield case, repetition, and the order of the sides, which alternates so that no side has an advantage."""
     for case in plan.cases:
         for repetition in range(-plan.warmup, plan.repeat):

@@ -1,6 +1,6 @@
 """A process that runs mlx-lm for a benchmark: loads the model, then runs batches of requests until its input ends.
 
-Between batches it waits for its input, never in a collective, so that the other side has the processor. Messages
+Between batches it waits for its input, never in a collective, so that the other side has the CPU to itself. Messages
 (kimi_mlx.cluster.ring.messages): `fill` (a prefix, and the number of caches to fill with it) is answered with `filled`,
 `batch` with `token` messages of the first rank and `finished`.
 """
@@ -52,7 +52,7 @@ def serve(channel: Channel, start: Message) -> None:
         try:
             if command["kind"] == "fill":
                 caches.clear()
-                caches = filled_caches(channel, model, command["prefix"], command["copies"])
+                caches = fill_caches(channel, model, command["prefix"], command["copies"])
                 channel.report_progress("idle")
                 channel.send("filled")
                 continue
@@ -102,8 +102,8 @@ def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group
         ) from error
 
 
-def filled_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copies: int) -> list[Cache]:
-    """Return independent caches that hold a prefix."""
+def fill_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copies: int) -> list[Cache]:
+    """Return `copies` independent caches that hold a prefix."""
     with wired_limit(model, _streams()):
         cache = make_prompt_cache(model)
         if prefix:
@@ -186,12 +186,12 @@ class BatchRun:
                 caches=caches,
                 all_tokens=[list(request.prompt[: self._depth]) for request in self._requests],
             )
-            left = len(uids)
-            while left:
+            num_unfinished = len(uids)
+            while num_unfinished:
                 _, responses = generator.next()
                 self._channel.report_progress("decode" if all(self._times) else "prefill")
                 for response in responses:
-                    left -= response.finish_reason is not None
+                    num_unfinished -= response.finish_reason is not None
                     yield uids.index(response.uid), response.token
             mx.synchronize(generation_stream)
         finally:
@@ -213,7 +213,7 @@ def _steps(channel: Channel, model: nn.Module, prompt: Sequence[int], max_tokens
 
 
 def _streams() -> Any:
-    """Return mlx-lm's stream, which its type hints do not allow."""
+    """Return mlx-lm's stream as `wired_limit` needs it, although its type hints do not allow that."""
     return [generation_stream]
 
 

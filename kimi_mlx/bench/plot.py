@@ -54,12 +54,12 @@ def _draw(axis: Any, title: str, table_rows: Sequence[ResultRow], bar_of: Callab
     width = 0.8 / len(sides)
     for number, side in enumerate(sides):
         bars = [(cases.index(row.case), bar_of(row)) for row in table_rows if row.side == side]
-        places = [place + (number - (len(sides) - 1) / 2) * width for place, _ in bars]
+        positions = [position + (number - (len(sides) - 1) / 2) * width for position, _ in bars]
         heights = [bar[0] for _, bar in bars]
         whiskers = [[bar[0] - bar[1] for _, bar in bars], [bar[2] - bar[0] for _, bar in bars]]
         colour = COLOURS[min(number, len(COLOURS) - 1)]
-        axis.bar(places, heights, width * 0.92, label=side, color=colour)
-        axis.errorbar(places, heights, whiskers, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
+        axis.bar(positions, heights, width * 0.92, label=side, color=colour)
+        axis.errorbar(positions, heights, whiskers, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xticks(range(len(cases)), [str(case).replace(" after ", "\nafter ").replace(", ", "\n") for case in cases])
     axis.tick_params(labelsize=8)

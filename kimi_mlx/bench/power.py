@@ -1,6 +1,6 @@
 """Power of this Mac, from macOS' `powermetrics`, which needs root. Not tested on hardware yet.
 
-It estimates the power of CPU, GPU and neural engine, without memory, fans and losses of the power supply. Apple warns
+It estimates the power of CPU, GPU and neural engine, without memory, fans and power supply losses. Apple warns
 against using it to compare different Macs.
 """
 
@@ -55,7 +55,7 @@ class PowerLog:
             self._samples.append(Sample(now, self._seconds, int(match[1]) / 1000))
 
     def energy_j(self, start: float, end: float) -> float | None:
-        """Return the joules between two times; None if less than half of it was sampled."""
+        """Return the joules between two times; None if less than half of that time was sampled."""
         shares = [
             (sample, min(end, sample.end) - max(start, sample.end - sample.seconds)) for sample in list(self._samples)
         ]
@@ -73,7 +73,7 @@ def can_measure_power() -> bool:
 
 @contextlib.contextmanager
 def power_log() -> Iterator[PowerLog]:
-    """Sample the power of this Mac. Only if can_measure_power."""
+    """Sample the power of this Mac. Requires can_measure_power."""
     command = ["powermetrics", "--samplers", "cpu_power,gpu_power", "--buffer-size", "1", "-i", str(INTERVAL_MS)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True

@@ -191,7 +191,7 @@ def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | Non
 
 
 def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
-    """Return notes for the reader: requests that did not run as a batch, prefixes that were not cached."""
+    """Return notes on the results: requests that did not run as a batch, prefixes that were not cached."""
     lines: list[str] = []
     if any(run.case.concurrency > 1 for run in runs):
         lines += [
@@ -200,12 +200,12 @@ def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
             if side.not_batched_because
         ]
     for side in sides:
-        lost = [
+        uncached = [
             run.case.depth - answer.statistics.cached_tokens
             for run in runs
             if run.side == side.name
             for answer in run.answers
         ]
-        if max(lost, default=0) > 0:
-            lines.append(f"{side.name}: up to {max(lost)} tokens of the depth were not cached but timed")
+        if max(uncached, default=0) > 0:
+            lines.append(f"{side.name}: up to {max(uncached)} tokens of the depth were not cached but timed")
     return lines

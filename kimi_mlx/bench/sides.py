@@ -107,8 +107,8 @@ class SessionSide:
             self._run_one(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
         started = time.perf_counter()
         answers = self._run_concurrently(batch.requests, started)
-        alone = [max(answer.statistics.peak_memory_bytes for answer in answers)]
-        return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else alone))
+        own_peak = [max(answer.statistics.peak_memory_bytes for answer in answers)]
+        return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else own_peak))
 
     def _run_concurrently(self, requests: Sequence[Request], started: float) -> list[TimedAnswer]:
         with ThreadPoolExecutor(len(requests)) as pool:

@@ -1,8 +1,8 @@
 """Simulated latency between local ranks: a relay that delays all data by a fixed time in both directions.
 
-Each chunk of data has its own due time, so any amount can be in flight: latency grows, bandwidth stays. The relay is a
-separate process. `hostfile_rewriter` gives every rank a hostfile in which the next rank's address is the relay's (MLX's
-ranks listen on their own address and connect to the next rank's). It adds 0.1 to 0.2 ms.
+Each chunk of data has its own due time, so any amount can be in flight: the relay adds latency, but keeps the
+bandwidth. It is a separate process, and adds 0.1 to 0.2 ms of its own. `hostfile_rewriter` gives every rank a hostfile
+in which the next rank's address is the relay's: MLX's ranks listen on their own address and connect to the next one.
 """
 
 from __future__ import annotations
@@ -107,21 +107,21 @@ class _RelayEnd(asyncio.Protocol):
         self._later(lambda transport: transport.close())
 
     def join(self, other: _RelayEnd) -> None:
-        """Connect to the other end, and deliver what came before."""
+        """Connect to the other end, and deliver the pending data."""
         self.other = other
-        for act in self._pending:
-            self._at_other(act)
+        for action in self._pending:
+            self._at_other(action)
 
-    def _later(self, act: Callable[[asyncio.Transport], None]) -> None:
-        asyncio.get_running_loop().call_later(self._delay_s, self._at_other, act)
+    def _later(self, action: Callable[[asyncio.Transport], None]) -> None:
+        asyncio.get_running_loop().call_later(self._delay_s, self._at_other, action)
 
-    def _at_other(self, act: Callable[[asyncio.Transport], None]) -> None:
+    def _at_other(self, action: Callable[[asyncio.Transport], None]) -> None:
         if self.other is None:
-            self._pending.append(act)
+            self._pending.append(action)
             return
         transport = self.other.transport
         if transport is not None and not transport.is_closing():
-            act(transport)
+            action(transport)
 
 
 class _RelayEntry(_RelayEnd):
@@ -140,15 +140,15 @@ class _RelayEntry(_RelayEnd):
         assert self.transport is not None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CONNECT_TIMEOUT_S
-        exit_ = _RelayEnd(self._delay_s)
+        target_end = _RelayEnd(self._delay_s)
         while loop.time() < deadline and not self.transport.is_closing():
             try:
-                await loop.create_connection(lambda: exit_, self._host, self._port)
+                await loop.create_connection(lambda: target_end, self._host, self._port)
             except OSError:
                 await asyncio.sleep(RETRY_DELAY_S)
                 continue
-            exit_.join(self)
-            self.join(exit_)
+            target_end.join(self)
+            self.join(target_end)
             return
         self.transport.abort()
 
@@ -176,4 +176,4 @@ def main() -> None:
     # epoll waits whole milliseconds, select microseconds
     loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
     loop.run_until_complete(_relay(float(sys.argv[-1])))
-    os._exit(0)  # data in flight has no receiver any more
+    os._exit(0)  # without cleanup: data in flight has no receiver any more

@@ -124,7 +124,7 @@ def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lamb
     if not (folder / "config.json").is_file():
         try:
             _make(folder, config, progress)
-        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where it cannot write
+        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write
             raise WeightsError(
                 f"the synthetic checkpoint `{folder}` cannot be written: {error}",
                 hint="free some space, or set XDG_CACHE_HOME to another folder",

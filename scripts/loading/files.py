@@ -118,7 +118,7 @@ def make_files(size_gb: float, ranks: int, progress: Progress = lambda action, d
         for copy in copies[1:]:
             _make_once(copy, lambda part, copy=copy: _copy(copies[0], part, progress))
         stores = _make_stores(copies[0], base / "stores", ranks, progress)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where it cannot write
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write
         raise WeightsError(
             f"the benchmark's files in `{base}` cannot be written: {error}",
             hint="free some space, or set XDG_CACHE_HOME to another folder",

@@ -37,12 +37,12 @@ from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.text.vocabulary import build, find_splits, read_ranks
 
 MINI = Path(__file__).parents[2] / "kimi_mlx" / "models" / "kimi-mini"
-"""Its tokenizer and template are used for all of them."""
+"""Folder of kimi-mini, whose tokenizer and template all checkpoints use."""
 
 MODELS = ("kimi-mini", "wide", "deep")
 COPIED = ("chat_template.jinja", "tiktoken.model")
 KNOWN_TYPE = "deepseek_v3"
-"""Name of the same architecture that transformers, which loads mlx-lm's tokenizers, supports."""
+"""`model_type` of the same architecture that transformers, which loads mlx-lm's tokenizers, supports."""
 
 LAYOUT = 2
 """Version of the files; increased when they change."""
@@ -66,7 +66,7 @@ def serving_checkpoint(model: str) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part") as part:
                 _make(Path(part), model, config)
                 os.replace(Path(part) / "made", folder)
-        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where it cannot write
+        except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write
             if not (folder / "config.json").is_file():  # else another process was faster
                 raise WeightsError(
                     f"the checkpoint `{folder}` cannot be written: {error}",
@@ -91,7 +91,7 @@ def _make(part: Path, model: str, config: Config) -> None:
     tokens = read_ranks(MINI / "tiktoken.model")
     for path in sorted(source.glob("*.safetensors")):
         tensors: Tensors = mx.load(str(path))  # pyright: ignore[reportAssignmentType]
-        changed = {name: _changed(name, tensor, target, len(tokens)) for name, tensor in tensors.items()}
+        changed = {name: _convert(name, tensor, target, len(tokens)) for name, tensor in tensors.items()}
         mx.save_safetensors(str(target_folder / path.name), changed, {"format": "mlx"})
     index = source / "model.safetensors.index.json"
     if index.exists():
@@ -101,7 +101,7 @@ def _make(part: Path, model: str, config: Config) -> None:
     (target_folder / "config.json").write_text(json.dumps(config | {"model_type": KNOWN_TYPE, "torch_dtype": dtype}))
 
 
-def _changed(name: str, tensor: mx.array, target: mx.Dtype, ordinary: int) -> mx.array:
+def _convert(name: str, tensor: mx.array, target: mx.Dtype, ordinary: int) -> mx.array:
     """Cast a tensor to the compute dtype; give control tokens the logit 0, which never wins."""
     if mx.issubdtype(tensor.dtype, mx.floating) and not name.endswith("e_score_correction_bias"):
         tensor = tensor.astype(target)

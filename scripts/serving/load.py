@@ -66,9 +66,9 @@ def measure_serving(
     """
     runs: list[ServingRun] = []
     for repetition in range(-warmup, repeat):
-        others = misbehaviour if repetition >= 0 else None
+        bad_clients = misbehaviour if repetition >= 0 else None
         for side in sides if repetition % 2 == 0 else sides[::-1]:
-            runs.append(run_load(side, load, repetition, others, progress))
+            runs.append(run_load(side, load, repetition, bad_clients, progress))
     return runs
 
 
@@ -102,7 +102,7 @@ async def _run(
     resident = server.resident_bytes()
     every = max(load.requests // SAMPLES, 1)
 
-    def ended(record: RequestRecord) -> None:
+    def on_end(record: RequestRecord) -> None:
         records.append(record)
         if len(records) % every == 0:
             resident.extend(server.resident_bytes())
@@ -111,17 +111,17 @@ async def _run(
     numbers = iter(range(load.conversations))
     bad_clients = BadClients(server, misbehaviour) if misbehaviour else None
     async with make_client(server.url, server.api_key) as client:
-        others = asyncio.create_task(bad_clients.run()) if bad_clients else None
+        bad_task = asyncio.create_task(bad_clients.run()) if bad_clients else None
         started = time.perf_counter()
-        await asyncio.gather(*(_client(client, load, repetition, numbers, ended) for _ in range(load.clients)))
+        await asyncio.gather(*(_client(client, load, repetition, numbers, on_end) for _ in range(load.clients)))
         wall_s = time.perf_counter() - started
-        bad_client_result = await others if others else None
+        bad_client_result = await bad_task if bad_task else None
     resident.extend(server.resident_bytes())
     return ServingRun(server.side, repetition, tuple(records), wall_s, tuple(resident), bad_client_result)
 
 
 async def _client(
-    client: httpx2.AsyncClient, load: Workload, repetition: int, numbers: Iterator[int], ended: OnEnd
+    client: httpx2.AsyncClient, load: Workload, repetition: int, numbers: Iterator[int], on_end: OnEnd
 ) -> None:
     """Run conversations until none is left."""
     for number in numbers:
@@ -134,7 +134,7 @@ async def _client(
             record = await send_request(
                 client, make_body(messages, tokens, stream=load.stream), RequestRecord(number, turn, tokens)
             )
-            ended(record)
+            on_end(record)
             if record.error is not None:
                 break
             messages.append({"role": "assistant", "content": record.text})

@@ -1,4 +1,4 @@
-"""Random messages of clients, which depend only on their numbers."""
+"""Random messages of clients, which depend only on seed, repetition, conversation and turn."""
 
 from __future__ import annotations
 

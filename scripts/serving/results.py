@@ -59,28 +59,28 @@ def serving_rows(runs: Sequence[ServingRun]) -> list[ServingRow]:
 
 
 def _row(runs: Sequence[ServingRun]) -> ServingRow:
-    records = [each for run in runs for each in run.records]
-    good = [each for each in records if each.error is None]
-    turns = range(1 + max((each.turn for each in records), default=0))
+    records = [record for run in runs for record in run.records]
+    good = [record for record in records if record.error is None]
+    turns = range(1 + max((record.turn for record in records), default=0))
     return ServingRow(
         runs[0].side,
         len(records),
         count_errors(records),
-        sum(each.prompt_tokens for each in good),
-        sum(each.cached_tokens for each in good),
-        sum(each.new_tokens for each in good),
-        sum(each.requested_tokens for each in good),
-        Spread.of([sum(each.new_tokens for each in run.records) / run.wall_s for run in runs]),
+        sum(record.prompt_tokens for record in good),
+        sum(record.cached_tokens for record in good),
+        sum(record.new_tokens for record in good),
+        sum(record.requested_tokens for record in good),
+        Spread.of([sum(record.new_tokens for record in run.records) / run.wall_s for run in runs]),
         Spread.of([len(run.records) / run.wall_s for run in runs]),
-        tuple(_percentiles([each.ttft_s for each in good if each.turn == turn]) for turn in turns),
-        _percentiles([gap for each in good for gap in each.gaps_s]),
-        tuple(each for run in runs for each in run.resident_bytes),
+        tuple(_percentiles([record.ttft_s for record in good if record.turn == turn]) for turn in turns),
+        _percentiles([gap for record in good for gap in record.gaps_s]),
+        tuple(size for run in runs for size in run.resident_bytes),
     )
 
 
 def count_errors(records: Sequence[RequestRecord]) -> dict[str, int]:
     """Count the occurrences of each error."""
-    return dict(Counter(each.error for each in records if each.error is not None))
+    return dict(Counter(record.error for record in records if record.error is not None))
 
 
 def _percentiles(times: Sequence[float]) -> Percentiles | None:
@@ -148,8 +148,8 @@ def same_texts(runs: Sequence[ServingRun]) -> list[TextAgreement]:
     """Compare first turns only: later prompts repeat earlier answers, and differ once those differ."""
     texts = {run.side: {} for run in runs}
     for run in runs:
-        first = [each for each in run.records if each.turn == 0 and each.error is None]
-        texts[run.side] |= {(run.repetition, each.conversation): each.text for each in first}
+        first = [record for record in run.records if record.turn == 0 and record.error is None]
+        texts[run.side] |= {(run.repetition, record.conversation): record.text for record in first}
     ours = texts.get(OURS, {})
     results: list[TextAgreement] = []
     for side, theirs in texts.items():
@@ -161,5 +161,5 @@ def same_texts(runs: Sequence[ServingRun]) -> list[TextAgreement]:
 
 def memory_growth_bytes(row: ServingRow) -> int | None:
     """Return the growth of the memory in the second half of the requests; caches fill up in the first."""
-    seen = row.resident_bytes
-    return round(median(seen[-2:]) - median(seen[len(seen) // 2 :][:2])) if len(seen) >= 4 else None
+    sizes = row.resident_bytes
+    return round(median(sizes[-2:]) - median(sizes[len(sizes) // 2 :][:2])) if len(sizes) >= 4 else None

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 from kimi_mlx.errors import EngineError
 
 MLX_LM = "mlx-lm"
-START_LIMIT_S = 300
-END_LIMIT_S = 30
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class ServerUnderTest:
         except OSError:
             return {}
 
-    def health_when_idle(self, limit_s: float = 10) -> dict[str, Any]:
-        """Return `/health` once nothing is running, or after the limit. An abort takes effect after a step."""
-        ends_at = time.monotonic() + limit_s
+    def health_when_idle(self, timeout_s: float = 10) -> dict[str, Any]:
+        """Return `/health` once nothing is running, or at the timeout. An abort takes effect after the current step."""
+        ends_at = time.monotonic() + timeout_s
         while (health := self.health()).get("running") and time.monotonic() < ends_at:
             time.sleep(0.05)
         return health
 
-    def answers(self) -> bool:
+    def is_answering(self) -> bool:
         """Whether it answers a small request."""
         body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "temperature": 0})
         request = urllib.request.Request(f"{self.url}/v1/chat/completions", body.encode())
         try:
-            with urllib.request.urlopen(request, timeout=START_LIMIT_S) as response:
+            with urllib.request.urlopen(request, timeout=START_TIMEOUT_S) as response:
                 return "choices" in json.loads(response.read())
         except (OSError, ValueError):
             return False
@@ -98,24 +98,24 @@ def serving(side: str, command: Sequence[str]) -> Iterator[ServerUnderTest]:
             [*command, "--port", str(port)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            served = ServerUnderTest(side, f"http://127.0.0.1:{port}", process.pid)
-            _wait(served, process, log)
-            yield served
+            server = ServerUnderTest(side, f"http://127.0.0.1:{port}", process.pid)
+            _wait(server, process, log)
+            yield server
         finally:
             process.terminate()
             try:
-                process.wait(END_LIMIT_S)
+                process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
-def _wait(served: ServerUnderTest, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
+def _wait(server: ServerUnderTest, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
     """Wait for an answer to a request: mlx-lm reports good health before it has loaded the model."""
-    ends_at = time.monotonic() + START_LIMIT_S
+    ends_at = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < ends_at:
-        health = served.health()
-        if health and (health["status"] != "ok" or not served.answers()):
+        health = server.health()
+        if health and (health["status"] != "ok" or not server.is_answering()):
             break
         if health:
             return
@@ -123,7 +123,7 @@ def _wait(served: ServerUnderTest, process: subprocess.Popen[bytes], log: Binary
     log.seek(0)
     last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
     raise EngineError(
-        f"the server of {served.side} does not answer: {last[0] if last else 'no output'}",
+        f"the server of {server.side} does not answer: {last[0] if last else 'no output'}",
         hint=f"run `{shlex.join(process.args)}`",  # pyright: ignore[reportArgumentType]
     )
 

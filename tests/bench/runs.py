@@ -1,4 +1,4 @@
-"""Runs with given rates."""
+"""Benchmark runs with given rates, for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import BatchResult, TimedAnswer
 from kimi_mlx.engine.request import Statistics
 
-ALONE = Case(0, 100, 1)
+SINGLE = Case(0, 100, 1)
 
 
 def make_run(
@@ -15,11 +15,11 @@ def make_run(
     prefill: float,
     decode: float,
     ids: tuple[int, ...] = tuple(range(11)),
-    case: Case = ALONE,
+    case: Case = SINGLE,
     cached: int | None = None,
     energy_j: float | None = None,
 ) -> Run:
-    """Return a run of one case at these rates, with one request of a batch after another."""
+    """Return a run of one case at these rates, in which the requests of a batch run one after another."""
     ttft, step = case.prompt_tokens / prefill, 1 / decode
     cached = case.depth if cached is None else cached
     prompt = case.depth + case.prompt_tokens

@@ -1,3 +1,5 @@
+"""The benchmark's plan, and the order in which sides run."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ Log = list[tuple[str, RequestBatch]]
 
 
 class CountingSide:
-    """Generate the prompt's first token + 1, + 2, ...; log each batch."""
+    """A side that counts up from the prompt's first token, and logs each batch."""
 
     def __init__(self, name: str, log: Log):
         self.name = name
@@ -37,7 +39,7 @@ def run_plan(plan: BenchmarkPlan, names: str = "ab") -> tuple[list[Run], Log]:
     return list(measure([CountingSide(name, log) for name in names], plan, vocab_size=50)), log
 
 
-def test_sides_take_turns_with_the_same_prompt_and_turn_around() -> None:
+def test_sides_alternate_with_the_same_prompts() -> None:
     _, log = run_plan(BenchmarkPlan((4,), 2, warmup=0, repeat=4))
     assert "".join(name for name, _ in log) == "abbaabba"
     prompts = [batch.requests[0].prompt for _, batch in log]
@@ -53,7 +55,7 @@ def test_every_case_is_warmed_up() -> None:
     ]
 
 
-def test_a_batch_shares_its_prefix_and_nothing_else() -> None:
+def test_requests_of_a_batch_share_only_the_prefix() -> None:
     _, log = run_plan(BenchmarkPlan((8,), 3, warmup=0, repeat=2, depth=(20,), concurrency=(3,)), "a")
     (_, first), (_, second) = log
     prompts = [request.prompt for request in first.requests]
@@ -71,14 +73,14 @@ def test_generation_is_greedy_and_has_no_stop() -> None:
     assert request.stop_ids == frozenset()
 
 
-def test_energy_is_asked_for_the_time_of_the_batch() -> None:
+def test_energy_is_measured_for_the_time_of_the_batch() -> None:
     side = CountingSide("a", [])
     plan = BenchmarkPlan((4,), 3, warmup=0, repeat=1)
     (run,) = measure([side], plan, 50, lambda start, end: end - start)
     assert run.energy_j == run.outcome.wall_s == 2.5
 
 
-def test_the_plan_knows_its_number_of_batches() -> None:
+def test_total_is_the_number_of_batches() -> None:
     plan = BenchmarkPlan((4, 9), 3, warmup=2, repeat=3, concurrency=(1, 2))
     assert len(run_plan(plan, "a")[0]) == plan.total == 20
 

@@ -1,10 +1,12 @@
+"""Energy from the output of powermetrics."""
+
 from __future__ import annotations
 
 import pytest
 
 from kimi_mlx.bench.power import PowerLog
 
-# The form of the output, as people have published it from Macs with an M processor; the numbers are ours.
+# Format of the output as published from Macs with an M processor, with our numbers.
 CAPTURED = """\
 Machine model: Mac15,14
 OS version: 24F74
@@ -30,7 +32,7 @@ def output_lines(end: float, milliwatts: int = 100000) -> list[tuple[str, float]
     return [(line, end) for line in CAPTURED.replace("100000 mW", f"{milliwatts} mW").splitlines()]
 
 
-def test_energy_is_power_by_time_within_the_limits() -> None:
+def test_energy_is_power_times_time_within_the_interval() -> None:
     log = PowerLog()
     for line, now in [*output_lines(10.2, 100000), *output_lines(10.4, 50000)]:
         log.add_line(line, now)
@@ -38,7 +40,7 @@ def test_energy_is_power_by_time_within_the_limits() -> None:
     assert log.energy_j(10.1, 10.3) == pytest.approx(15, rel=0.01)
 
 
-def test_a_stretch_that_was_not_sampled_has_no_energy() -> None:
+def test_an_interval_that_was_hardly_sampled_has_no_energy() -> None:
     log = PowerLog()
     assert log.energy_j(0, 1) is None
     for line, now in output_lines(10.2):

@@ -1,3 +1,5 @@
+"""The benchmark's report: JSON, tables, summary, plot."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""Statistics of a benchmark's runs."""
+
 from __future__ import annotations
 
 import pytest
@@ -56,28 +58,28 @@ def test_joules_are_per_new_token() -> None:
     assert rows(runs)[0].joules_per_token == pytest.approx(2)
 
 
-def test_ratios_are_against_the_best_of_the_others_in_each_figure() -> None:
+def test_ratios_are_to_the_best_other_side_in_each_rate() -> None:
     prefill, decode = ratios(rows(RUNS))
     assert (round(prefill.ratio, 3), prefill.against) == (2.005, "mlx-lm tensor")
     assert (round(decode.ratio, 3), decode.against) == (2.033, "mlx-lm pipeline")
 
 
-def test_cases_are_compared_separately_and_concurrent_requests_by_their_aggregate() -> None:
-    alone, together = Case(0, 100, 1), Case(0, 100, 4)
+def test_each_case_has_its_ratios_and_concurrent_requests_an_aggregate() -> None:
+    single, concurrent = Case(0, 100, 1), Case(0, 100, 4)
     runs = [
-        make_run("kimi-mlx", 0, 100, 10, case=alone),
-        make_run("kimi-mlx", 0, 100, 10, case=together),
-        make_run("mlx-lm", 0, 50, 10, case=alone),
-        make_run("mlx-lm", 0, 100, 5, case=together),
+        make_run("kimi-mlx", 0, 100, 10, case=single),
+        make_run("kimi-mlx", 0, 100, 10, case=concurrent),
+        make_run("mlx-lm", 0, 50, 10, case=single),
+        make_run("mlx-lm", 0, 100, 5, case=concurrent),
     ]
-    found = ratios(rows(runs))
-    assert [(ratio.case, ratio.figure) for ratio in found] == [
-        (alone, "prefill_tok_per_s"),
-        (alone, "decode_tok_per_s"),
-        (together, "aggregate_tok_per_s"),
+    results = ratios(rows(runs))
+    assert [(ratio.case, ratio.figure) for ratio in results] == [
+        (single, "prefill_tok_per_s"),
+        (single, "decode_tok_per_s"),
+        (concurrent, "aggregate_tok_per_s"),
     ]
-    assert found[0].ratio == pytest.approx(2)
-    assert found[2].ratio == pytest.approx(1.5)
+    assert results[0].ratio == pytest.approx(2)
+    assert results[2].ratio == pytest.approx(1.5)
 
 
 def test_tokens_are_compared_answer_by_answer() -> None:

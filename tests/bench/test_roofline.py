@@ -1,3 +1,5 @@
+"""The roofline of decode."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -12,20 +14,20 @@ from kimi_mlx.planner.model_shape import shape_of_config
 from tests.bench.tiny import write_tiny
 
 
-def test_a_token_reads_what_the_model_holds_but_embedding_norms_and_idle_experts(tmp_path: Path) -> None:
+def test_a_token_reads_all_weights_except_embedding_norms_and_idle_experts(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny")
     config = load_config(folder)
     shape = shape_of_config("tiny", replace(config, dtype="float32"))
-    idle = shape.moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * shape.bytes.expert
-    line = Roofline(shape, Bandwidth(1e9, "test"), generation_tokens=4)
-    weights = shape.weights_bytes - shape.bytes.embedding - idle
+    idle_bytes = shape.moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * shape.bytes.expert
+    roofline = Roofline(shape, Bandwidth(1e9, "test"), generation_tokens=4)
+    weights = shape.weights_bytes - shape.bytes.embedding - idle_bytes
     cache = (10 + 20 + 2) * 3 * (64 + 32) * 4
-    assert line.bytes_per_token(Case(10, 20, 1)) == pytest.approx(weights + cache)
-    assert line.share(Case(10, 20, 1), 100) == pytest.approx(100 * (weights + cache) / 1e9)
-    assert line.share(Case(10, 20, 2), 100) is None
+    assert roofline.bytes_per_token(Case(10, 20, 1)) == pytest.approx(weights + cache)
+    assert roofline.share(Case(10, 20, 1), 100) == pytest.approx(100 * (weights + cache) / 1e9)
+    assert roofline.share(Case(10, 20, 2), 100) is None
 
 
-def test_the_bandwidth_is_measured_where_no_table_has_it() -> None:
-    found = measured_bandwidth()
-    assert 1e8 < found.bytes_per_s < 1e13
-    assert "measured here" in found.source
+def test_the_bandwidth_is_measured_if_the_chip_is_unknown() -> None:
+    bandwidth = measured_bandwidth()
+    assert 1e8 < bandwidth.bytes_per_s < 1e13
+    assert "measured here" in bandwidth.source

@@ -1,4 +1,4 @@
-"""The serving benchmark: its statistics, and a small real run with clients that misbehave."""
+"""The serving benchmark: its statistics, and a small real run with badly behaved clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TWO = TokenRange(2, 2)
 
 
 def record(number: int, at: float, *, turn: int = 0, text: str = "a", error: str | None = None) -> RequestRecord:
-    """An answer of 3 tokens, the first after 0.1 s, the others 0.01 s and 0.03 s later."""
+    """Return an answer of 3 tokens: the first after 0.1 s, the next ones 0.01 s and 0.03 s later."""
     arrivals = [] if error else [at + 0.1, at + 0.11, at + 0.14]
     return RequestRecord(number, turn, 3, at, arrivals, at + 0.15, text, 10, 4, 0 if error else 3, error)
 
@@ -49,7 +49,7 @@ def test_rates_are_all_tokens_over_wall_time_and_warm_ups_do_not_count() -> None
     assert memory_growth_bytes(row) == 0
 
 
-def test_ratios_are_of_adjacent_runs() -> None:
+def test_ratios_compare_adjacent_runs() -> None:
     runs = [
         run(OURS, 0, 1.0, record(0, 0)),
         run("mlx-lm", 0, 2.0, record(0, 0)),
@@ -63,11 +63,11 @@ def test_ratios_are_of_adjacent_runs() -> None:
 
 def test_texts_for_the_same_prompt_are_compared() -> None:
     runs = [run(OURS, 0, 1.0, record(0, 0), record(1, 0)), run("other", 0, 1.0, record(0, 0, text="b"))]
-    (found,) = same_texts(runs)
-    assert (found.side, found.answers, found.equal) == ("other", 1, 0)
+    (agreement,) = same_texts(runs)
+    assert (agreement.side, agreement.answers, agreement.equal) == ("other", 1, 0)
 
 
-def test_each_word_is_a_token() -> None:
+def test_random_text_has_one_token_per_word() -> None:
     text = random_text(50, 1, 2)
     assert text == random_text(50, 1, 2) != random_text(50, 1, 3)
     assert len(Tokenizer.load(MINI).encode(text)) == 50
@@ -127,16 +127,16 @@ def test_two_clients_of_a_real_server(served: ServerUnderTest) -> None:
 
 def test_answers_without_streams(served: ServerUnderTest) -> None:
     (run,) = measure_serving([served], Workload(2, 2, answer_tokens=TWO, stream=False), 0, 1)
-    assert [each.error for each in run.records] == [None, None]
-    assert all(len(each.arrivals) == 1 and each.new_tokens == 2 for each in run.records)
+    assert [record.error for record in run.records] == [None, None]
+    assert all(len(record.arrivals) == 1 and record.new_tokens == 2 for record in run.records)
 
 
-def test_bad_clients_leave_no_trace(served: ServerUnderTest) -> None:
+def test_bad_clients_do_not_affect_the_others(served: ServerUnderTest) -> None:
     misbehaviour = BadClientOptions(aborts=4, slow_readers=1, prompt_tokens=5, answer_tokens=50, slow_s=0.5)
     (run,) = measure_serving(
         [served], Workload(1, 2, prompt_tokens=TokenRange(10, 10), answer_tokens=TWO), 0, 1, misbehaviour
     )
     assert run.bad_client_result is not None
     assert (run.bad_client_result.aborted, run.bad_client_result.slow_reads, run.bad_client_result.errors) == (4, 1, ())
-    assert [each.error for each in run.records] == [None, None]
+    assert [record.error for record in run.records] == [None, None]
     assert served.health_when_idle()["running"] == 0

@@ -24,7 +24,7 @@ from kimi_mlx.session.session import SessionOptions
 from tests.bench.tiny import write_tiny
 
 PLAN = BenchmarkPlan((24,), 6)
-ALONE = make_batch(Case(0, 24, 1), 0, PLAN, 512)
+SINGLE = make_batch(Case(0, 24, 1), 0, PLAN, 512)
 DEEP = make_batch(Case(16, 24, 3), 0, PLAN, 512)
 
 
@@ -59,7 +59,7 @@ def has_ended(pid: int, timeout_s: float = 10) -> bool:
     return False
 
 
-def processor_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Return the CPU time of a process (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -67,7 +67,7 @@ def processor_seconds(pid: int) -> float:
 
 def test_a_side_starts_each_batch_with_an_empty_cache(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
-        first, second = side.run(ALONE), side.run(ALONE)
+        first, second = side.run(SINGLE), side.run(SINGLE)
     assert ids_of(first.answers) == ids_of(second.answers)
     assert len(first.answers[0].ids) == 6
     assert second.answers[0].statistics.cached_tokens == 0
@@ -77,9 +77,9 @@ def test_a_side_starts_each_batch_with_an_empty_cache(tiny: Path) -> None:
 def test_the_depth_is_cached_and_every_token_has_a_time(tiny: Path) -> None:
     with open_kimi_mlx(SessionOptions(tiny)) as side:
         outcome = side.run(DEEP)
-        alone = [side.run(RequestBatch((request,))) for request in DEEP.requests]
+        separate = [side.run(RequestBatch((request,))) for request in DEEP.requests]
     assert [answer.statistics.cached_tokens for answer in outcome.answers] == [16, 16, 16]
-    assert ids_of(outcome.answers) == [result.answers[0].ids for result in alone]
+    assert ids_of(outcome.answers) == [result.answers[0].ids for result in separate]
     for answer in outcome.answers:
         assert len(answer.arrivals_s) == 6
         assert list(answer.arrivals_s) == sorted(answer.arrivals_s)
@@ -99,7 +99,7 @@ def test_kimi_mlx_on_ranks_caches_the_depth_and_reports_memory_per_rank(tiny: Pa
 
 @pytest.mark.sweep
 @pytest.mark.ranks
-def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
+def test_both_sides_use_the_slow_link(tiny: Path) -> None:
     """A token needs one collective per layer with hybrid, and two in mlx-lm's tensor mode."""
     with slow_links(20) as hostfile_rewriter:
         options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), detour=hostfile_rewriter))
@@ -111,22 +111,22 @@ def test_both_sides_go_through_the_slow_link(tiny: Path) -> None:
 
 def step_s(side: Side) -> float:
     """Return the seconds per token after the first."""
-    (answer,) = side.run(ALONE).answers
+    (answer,) = side.run(SINGLE).answers
     return 1 / answer.statistics.decode_tok_per_s
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.sweep)])
-def test_mlx_lm_generates_the_same_tokens_and_idles_in_between(tiny: Path, ranks: int) -> None:
-    expected, together = kimi_mlx_answers(tiny, ALONE), kimi_mlx_answers(tiny, DEEP)
+def test_mlx_lm_generates_the_same_tokens_and_is_idle_between_batches(tiny: Path, ranks: int) -> None:
+    expected, expected_deep = kimi_mlx_answers(tiny, SINGLE), kimi_mlx_answers(tiny, DEEP)
     for mode in MODES[ranks > 1]:
         with open_mlx_lm(SessionOptions(tiny, ranks), mode) as side:
             deep = side.run(DEEP)
-            assert ids_of(deep.answers) == together
+            assert ids_of(deep.answers) == expected_deep
             assert [answer.statistics.cached_tokens for answer in deep.answers] == [16, 16, 16]
             assert (side.not_batched_because is None) == (ranks == 1)
-            outcome = side.run(ALONE)
+            outcome = side.run(SINGLE)
             (answer,) = outcome.answers
             assert ids_of(outcome.answers) == expected
             assert answer.statistics.prompt_tokens == 24
@@ -136,9 +136,9 @@ def test_mlx_lm_generates_the_same_tokens_and_idles_in_between(tiny: Path, ranks
             pids = side.pids
             assert len(pids) == ranks
             if Path("/proc").is_dir():
-                before = sum(map(processor_seconds, pids))
+                before = sum(map(cpu_seconds, pids))
                 time.sleep(0.5)
-                assert sum(map(processor_seconds, pids)) - before < 0.2
+                assert sum(map(cpu_seconds, pids)) - before < 0.2
         assert all(has_ended(pid) for pid in pids)
 
 
@@ -160,13 +160,13 @@ def test_a_lost_process_of_mlx_lm_ends_the_side(tiny: Path) -> None:
     with open_mlx_lm(SessionOptions(tiny), "single") as side:
         os.kill(side.pids[0], signal.SIGKILL)
         with pytest.raises(KimiMlxError, match=r"mlx-lm: rank 0 of 1 .* SIGKILL"):
-            side.run(ALONE)
+            side.run(SINGLE)
 
 
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_mlx_lm_ends_with_its_input(tiny: Path) -> None:
-    """If the front is killed, it sends nothing, and the pipe is closed."""
+    """The process exits when its input is closed, as after a kill of the front."""
     ring = Ring(local_cluster(1), module="kimi_mlx.bench.mlx_lm_rank")
     try:
         ring.start(folder=str(tiny), dtype=None, mode="single")
@@ -174,7 +174,7 @@ def test_mlx_lm_ends_with_its_input(tiny: Path) -> None:
         side.wait_until_ready()
         (process,) = ring._ranks
         assert process._process.stdin is not None
-        process._process.stdin.write(encode("fill", prefix=ALONE.requests[0].prompt * 20, copies=1))
+        process._process.stdin.write(encode("fill", prefix=SINGLE.requests[0].prompt * 20, copies=1))
         process._process.stdin.close()
         assert has_ended(process.pid)
     finally:

@@ -37,7 +37,7 @@ def relay_to(address: str, views: list[str]) -> tuple[str, int]:
     return host, int(port)
 
 
-def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str) -> None:
+def test_a_round_trip_takes_twice_the_delay_and_chunks_overlap(echo: str) -> None:
     with slow_links(DELAY_MS) as rewrite_hostfile:
         views = rewrite_hostfile(json.dumps([["127.0.0.1:1"], [echo]]))
         with socket.create_connection(relay_to(echo, views)) as near:
@@ -56,15 +56,15 @@ def test_a_round_trip_takes_twice_the_delay_and_pieces_travel_together(echo: str
             for _ in range(10):  # in flight at the same time: the relay adds latency, but keeps the bandwidth
                 near.sendall(b"x")
                 time.sleep(0.002)
-            left = 10
-            while left:
-                left -= len(near.recv(10))
-            assert time.perf_counter() - start < 10 * DELAY_MS / 1000  # one after the other: 20 times
+            remaining = 10
+            while remaining:
+                remaining -= len(near.recv(10))
+            assert time.perf_counter() - start < 10 * DELAY_MS / 1000  # sequential chunks would take 20 times the delay
             near.shutdown(socket.SHUT_WR)
             assert near.recv(1) == b""
 
 
-def test_a_rank_that_listens_later_is_found() -> None:
+def test_a_rank_may_start_to_listen_later() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,3 +1,5 @@
+"""Synthetic checkpoints and prompts."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +31,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("shape", ["wide", "deep"])
-def test_the_shapes_are_those_of_the_issue(shape: str) -> None:
+def test_dimensions_of_the_shapes(shape: str) -> None:
     config = parse_config(synthetic_config(shape))
     layers, hidden, experts, chosen = {"wide": (8, 1024, 32, 8), "deep": (61, 256, 16, 4)}[shape]
     assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
@@ -69,7 +71,7 @@ def test_activations_stay_finite(tmp_path: Path) -> None:
     assert mx.all(logits.std() > 0.3).item()
 
 
-def test_a_checkpoint_is_made_once(caches: Path) -> None:
+def test_a_checkpoint_is_created_once(caches: Path) -> None:
     layers: list[tuple[int, int]] = []
     folder = synthetic_checkpoint("tiny", lambda done, total: layers.append((done, total)))
     assert layers == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -79,7 +81,7 @@ def test_a_checkpoint_is_made_once(caches: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_broken_off_checkpoint_leaves_nothing(caches: Path) -> None:
+def test_an_interrupted_checkpoint_leaves_no_files(caches: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 

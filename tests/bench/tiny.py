@@ -26,6 +26,6 @@ TINY: dict[str, Any] = {
 
 
 def write_tiny(folder: Path, **changes: Any) -> Path:
-    """Write the checkpoint, with changed fields of its configuration."""
+    """Write the checkpoint; `changes` replace fields of its configuration."""
     write_synthetic(folder, {**COMMON, **TINY, **changes})
     return folder

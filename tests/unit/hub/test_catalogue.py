@@ -166,10 +166,10 @@ def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
         ("kimi-mimi", "`kimi-mini`"),
         ("Kimi-K2-thinkin", "`kimi-k2-thinking`"),
         ("moonligt", "`moonlight`"),
-        ("x", "kimi-k2.5"),
+        ("x", "`kimi-mlx models`"),
     ],
 )
-def test_an_unknown_name_suggests_similar_ones(name: str, near: str) -> None:
+def test_an_unknown_name_suggests_similar_ones_or_the_list(name: str, near: str) -> None:
     with pytest.raises(UsageError) as raised:
         ensure_downloaded(name)
     assert name in raised.value.message
