@@ -23,7 +23,7 @@ RankProgress = Callable[[int, int, int], None]
 MAX_RANKS = 64
 
 MAX_CHECK_EVERY = 250
-"""A longer interval would never be reached: step numbers wrap around (parallel.communicator.SEQUENCE_MODULUS)."""
+"""Longer intervals are not possible: step numbers wrap around at parallel.communicator.SEQUENCE_MODULUS."""
 
 MAX_DRAFT_TOKENS = 16
 """Maximum number of draft tokens per step. Longer drafts are rarely accepted, and each rejected token costs time."""
