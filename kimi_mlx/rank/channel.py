@@ -56,7 +56,7 @@ class Channel:
         """Report progress with the next heartbeat.
 
         Args:
-            work: current work, such as `load`, `prefill` or `decode`. Each has its own timeout in the front.
+            work: current work, such as `load`, `prefill` or `decode`; the front chooses its timeout by it.
         """
         self._work = work
         self._step += 1

@@ -55,7 +55,7 @@ class Job:
         """Return the `request` message for the ranks."""
         return encode("request", request_id=self.request_id, request=self.remaining_request().to_dict())
 
-    def completed(self, context: int) -> Finished | KimiMlxError | None:
+    def outcome_if_complete(self, context: int) -> Finished | KimiMlxError | None:
         """Return the outcome if the answer has all of its tokens, else None.
 
         The ring can be lost after the last token of an answer and before the message that ends it.
@@ -66,9 +66,9 @@ class Job:
         if self.outcome is not None:
             return self.outcome
         reason = self._finish_reason(context)
-        return None if reason is None else self.finished(reason)
+        return None if reason is None else self.finish_event(reason)
 
-    def finished(self, reason: FinishReason, statistics: Statistics | None = None) -> Finished:
+    def finish_event(self, reason: FinishReason, statistics: Statistics | None = None) -> Finished:
         """Return the final event.
 
         Args:

@@ -209,7 +209,7 @@ class RingSession:
             if self._is_up:
                 self._ring.send("cancel", request_id=job.request_id)
             elif job.request_id in self._jobs:
-                self._end_job(job, job.finished("cancelled"))
+                self._end_job(job, job.finish_event("cancelled"))
 
     # The thread that reads the ring.
 
@@ -265,7 +265,7 @@ class RingSession:
         if rank == 0 and is_refused:
             job.outcome = decode_error(message)
         elif rank == 0:
-            job.outcome = job.finished(message["reason"], Statistics.from_dict(message["statistics"]))
+            job.outcome = job.finish_event(message["reason"], Statistics.from_dict(message["statistics"]))
         if not job.pending_ranks and job.outcome is not None:
             with self._lock:
                 self._end_job(job, job.outcome)
@@ -275,7 +275,7 @@ class RingSession:
         with self._lock:
             self._is_up = False
             for job in list(self._jobs.values()):
-                if (outcome := job.completed(self._context)) is not None:
+                if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
         lost_at = time.monotonic()
         self._policy.record_loss(lost_at - self._up_since)

@@ -32,25 +32,25 @@ def test_sent_tokens_join_the_prompt() -> None:
     [([7], 100, None), ([7, 9], 100, "stop"), ([7] * 5, 100, "length"), ([7], 4, "length"), ([], 100, None)],
 )
 def test_an_answer_with_all_of_its_tokens_is_completed(sent_ids: list[int], context: int, reason: str | None) -> None:
-    outcome = make_job(sent_ids).completed(context)
+    outcome = make_job(sent_ids).outcome_if_complete(context)
     assert (outcome.reason if isinstance(outcome, Finished) else outcome) == reason
 
 
 def test_a_cancelled_job_is_completed() -> None:
     job = make_job([7])
     job.is_cancelled = True
-    outcome = job.completed(100)
+    outcome = job.outcome_if_complete(100)
     assert isinstance(outcome, Finished)
     assert outcome.reason == "cancelled"
     job.outcome = EngineError("no")
-    assert job.completed(100) is job.outcome
+    assert job.outcome_if_complete(100) is job.outcome
 
 
 def test_statistics_of_an_interrupted_answer_cover_all_of_it() -> None:
     job = make_job([7, 8, 9, 10, 11])
-    assert job.finished("stop", STATISTICS) == Finished("stop", STATISTICS)
+    assert job.finish_event("stop", STATISTICS) == Finished("stop", STATISTICS)
     job.was_interrupted = True
-    statistics = job.finished("stop", STATISTICS).statistics
+    statistics = job.finish_event("stop", STATISTICS).statistics
     assert (statistics.prompt_tokens, statistics.cached_tokens, statistics.generated_tokens) == (3, 2, 5)
     assert (statistics.peak_memory_bytes, statistics.decode_s) == (7, 0)
     assert statistics.ttft_s > 0
