@@ -34,6 +34,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
     r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",
+    r"kimi-mlx plan .*--hostfile": "needs the hosts of the hostfile",
     r"llm ": "tests/server/test_commands.py types it",
     r"mlx\.launch ": "needs a second host",
     r"kimi-mlx (launch|doctor .*--host)": "needs a second host: tests/cluster runs the same over ssh",
@@ -210,10 +211,10 @@ def test_command_is_understood(example: Example) -> None:
     parse(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_uv_run(tmp_path: Path) -> None:
     """`uv run kimi-mlx chat` in a clone: uv resolves all extras for all Pythons first."""
-    uv = shutil.which("uv")
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if uv is None or not (ROOT / ".git").exists():
         pytest.skip("no uv, or no clone")
     clone = tmp_path / "clone"
