@@ -16,9 +16,13 @@ from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks, run_on_all_rank
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import normalize_strategy, place
-from kimi_mlx.store.build import BATCH_BYTES, BuildJob, BuildProgress, build_stores
+from kimi_mlx.store.build import build_stores
+from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.journal import partial_store_commit
 from kimi_mlx.store.locate import find_store
 from kimi_mlx.store.manifest import FORMAT, Manifest
+from kimi_mlx.store.messages import BATCH_BYTES
+from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import (
     CheckpointSource,
     FolderSource,
@@ -28,7 +32,6 @@ from kimi_mlx.store.sources import (
     read_contents,
 )
 from kimi_mlx.store.stores import LocalStore, folder_prefix, repository_folder
-from kimi_mlx.store.writer import partial_store_commit
 from kimi_mlx.version import __version__
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.layer_plan import split_granularity_of

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.store.build import BuildJob, BuildProgress
+from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.disk import store_disk_bytes
 from kimi_mlx.store.download import StoreOptions, any_host, build, find_built_stores, open_build_job
 from kimi_mlx.store.locate import ModelRef
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import CheckpointContents
 from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size, rank_folder, stored_ranks
-from kimi_mlx.store.writer import stored_bytes
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
 DownloadReport = dict[str, Any]
@@ -77,16 +78,16 @@ def prepare_stores(
     if is_dry:
         holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
         disk_bytes = _disk_bytes(job, holdings, ranks)
-        missing = sum(size - job.sources.held_bytes(name) for name, size in job.sources.contents.sizes.items())
+        missing = sum(size - job.source.local_bytes(name) for name, size in job.source.contents.sizes.items())
         return dry_run_report(
-            target, job.sources.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores
+            target, job.source.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores
         )
     if is_check and found is None:
         broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], listener)
-    listener.beginning(vision_bytes_of(job.checkpoint.tensors) + job.sources.contents.vision_bytes)
+    listener.beginning(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
     with listener.building() as report:
         manifests = build(options, job, group, report, broken)
-    contents, names = job.sources.contents, sorted({name for each in broken.values() for name in each})
+    contents, names = job.source.contents, sorted({name for each in broken.values() for name in each})
     return {
         "model": target.name,
         "repository": contents.origin.repository,
@@ -94,7 +95,7 @@ def prepare_stores(
         "folder": str(job.folder),
         "state": describe_state(is_check, names, "is fetched and verified" if target.repository else "is built"),
         "broken": names,
-        "kept_bytes": job.sources.kept_bytes,
+        "kept_bytes": job.source.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
 
@@ -121,8 +122,8 @@ def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]
 
 def _disk_bytes(job: BuildJob, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
     """What this machine needs in addition to what it has of the stores."""
-    missing = sum(max(0, holdings[rank] - stored_bytes(rank_folder(job.folder, rank))) for rank in ranks)
-    return missing + job.sources.extra_bytes(job.files) if missing else 0
+    missing = sum(max(0, holdings[rank] - store_disk_bytes(rank_folder(job.folder, rank))) for rank in ranks)
+    return missing + job.source.extra_bytes(job.files) if missing else 0
 
 
 def _stored(target: ModelRef, found: LocalStore, ranks: Sequence[int], state: str) -> DownloadReport:
@@ -152,7 +153,7 @@ def dry_run_report(
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "files": [{"name": name, "size_bytes": size} for name, size in sorted(contents.sizes.items())],
-        "small_bytes": sum(map(len, contents.small.values())),
+        "small_bytes": sum(map(len, contents.small_files.values())),
         "ranks": [{"rank": rank, "size_bytes": size} for rank, size in holdings.items()],
         "fetch_bytes": fetch_bytes,
         "folder": str(folder),

@@ -64,7 +64,7 @@ class CheckpointContents:
     origin: Origin
     sizes: Mapping[str, int]
     headers: Headers
-    small: Mapping[str, bytes]
+    small_files: Mapping[str, bytes]
     vision_bytes: int = 0
 
     @property
@@ -85,10 +85,10 @@ class CheckpointContents:
     def config(self) -> ModelConfig:
         """The model's configuration."""
         where = f"{self.origin.repository}/config.json"
-        if "config.json" not in self.small:
+        if "config.json" not in self.small_files:
             raise WeightsError(f"`{where}` does not exist", hint="give a repository or folder that holds a model")
         try:
-            raw = json.loads(self.small["config.json"])
+            raw = json.loads(self.small_files["config.json"])
         except ValueError as error:
             raise WeightsError(f"`{where}` is no JSON: {error}", hint="fetch the file again") from error
         if not isinstance(raw, dict):
@@ -106,7 +106,7 @@ class CheckpointSource(Protocol):
         """Bytes of the source files that are left on this machine at the end, though nobody asked for it."""
         ...
 
-    def held_bytes(self, file: str) -> int:
+    def local_bytes(self, file: str) -> int:
         """How much of a file need not be fetched any more."""
         ...
 
@@ -154,7 +154,7 @@ class FolderSource:
         """A folder of the user is left alone, and that is no surprise."""
         return 0
 
-    def held_bytes(self, file: str) -> int:
+    def local_bytes(self, file: str) -> int:
         """All of it."""
         return self.contents.sizes[file]
 
@@ -218,7 +218,7 @@ class HubSource:
         items = (self._repository.file(name) for name in self.contents.sizes)
         return 0 if self._keep else sum(item.size_bytes for item in items if cached_file(self._repository, item))
 
-    def held_bytes(self, file: str) -> int:
+    def local_bytes(self, file: str) -> int:
         """Of the hub's cache, or of an earlier try."""
         item, path = self._repository.file(file), self._folder / file
         if self._keep or cached_file(self._repository, item):
@@ -230,7 +230,7 @@ class HubSource:
         """Two files at a time, the largest ones; all, if they are kept; less what is here already."""
         missing = [file for file in files if cached_file(self._repository, self._repository.file(file)) is None]
         sizes = sorted(self.contents.sizes[file] for file in missing)
-        return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.held_bytes, missing)))
+        return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.local_bytes, missing)))
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
         """From the hub's cache if it is there, else from the hub."""
@@ -333,7 +333,7 @@ def encode_contents(repository: Repository, contents: CheckpointContents) -> byt
         "repository": repository.to_dict(),
         "sizes": dict(contents.sizes),
         "headers": headers,
-        "small": {name: base64.b64encode(data).decode() for name, data in contents.small.items()},
+        "small": {name: base64.b64encode(data).decode() for name, data in contents.small_files.items()},
         "vision_bytes": contents.vision_bytes,
     }
     return json.dumps(value, separators=(",", ":")).encode()

@@ -1,6 +1,6 @@
-"""What is taken of one source file and where it goes: parcels, in an order that every process computes alike.
+"""Slices of a source file and the ranks that need them, in an order that every process computes alike.
 
-What a parcel holds travels as one row of bytes, in the order of C; pieces of it can be written anywhere.
+A slice is sent as one run of bytes in C order, so that any chunk of it can be written on its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_mlx.store.writer import FileRegion, file_regions
 from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.file_regions import FileRegion, file_regions
 from kimi_mlx.weights.layer_plan import LayerPlan, SliceCopy
 
-PIECE_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -23,60 +23,58 @@ class SliceTransfer:
     """A slice, and the ranks that need it.
 
     Args:
-        move: what is taken.
-        size_bytes: of it.
-        targets: for each rank where it goes.
+        slice_copy: slice of a source tensor.
+        size_bytes: bytes of the slice.
+        regions: for each rank, the place of the slice in its store.
     """
 
-    move: SliceCopy
+    slice_copy: SliceCopy
     size_bytes: int
-    targets: dict[int, FileRegion] = field(default_factory=dict[int, FileRegion])
+    regions: dict[int, FileRegion] = field(default_factory=dict[int, FileRegion])
 
 
-Plans = Callable[[int, int], LayerPlan]
-"""(rank, file of the store) -> its plan."""
+PlanOfFile = Callable[[int, int], LayerPlan]
+"""(rank, number of a store file) -> plan of the file."""
 
 
 def slice_transfers(
     source: Path,
     checkpoint: Checkpoint,
-    plans: Plans,
-    wanted: Mapping[int, Sequence[int]],
+    plan_of_file: PlanOfFile,
+    missing_files: Mapping[int, Sequence[int]],
 ) -> list[SliceTransfer]:
-    """The parcels of a source file.
+    """Return the slices that are taken from a source file.
 
     Args:
-        source: the file, as the checkpoint's table names it.
-        checkpoint: the table.
-        plans: of all ranks.
-        wanted: for each rank the files of its store that lack something of this source.
+        source: the source file, as the checkpoint's table names it.
+        checkpoint: table of all tensors.
+        plan_of_file: plans of all ranks.
+        missing_files: for each rank, the store files that still need slices of this source file.
     """
-    found: dict[object, SliceTransfer] = {}
-    for rank, files in wanted.items():
+    transfers: dict[object, SliceTransfer] = {}
+    for rank, files in missing_files.items():
         for file in files:
-            for move, place in file_regions(plans(rank, file), file):
-                if checkpoint.tensors[move.field.tensors[0]].file == source:
-                    key = (move.field.name, move.field.tensors, move.window)
-                    parcel = found.get(key)
-                    if parcel is None:
-                        size = move.box[0] * place.member_bytes
-                        parcel = found[key] = SliceTransfer(move, size)
-                    parcel.targets[rank] = place
-    return list(found.values())
+            for copy, region in file_regions(plan_of_file(rank, file), file):
+                if checkpoint.tensors[copy.field.tensors[0]].file == source:
+                    key = (copy.field.name, copy.field.tensors, copy.tensor_slice)
+                    if key not in transfers:
+                        transfers[key] = SliceTransfer(copy, copy.shape[0] * region.member_bytes)
+                    transfers[key].regions[rank] = region
+    return list(transfers.values())
 
 
-def split_into_chunks(part: np.ndarray, limit_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut a slice into pieces that lie in one row of bytes; yields (offset, bytes).
+def split_into_chunks(part: np.ndarray, limit_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+    """Split a slice into contiguous chunks; yield (offset, bytes).
 
     Args:
         part: (members, rows, columns), any strides.
-        limit_bytes: of a piece, unless one row is longer.
+        limit_bytes: maximum size of a chunk, unless one row is longer.
     """
     _, rows, columns = part.shape
     step = max(1, limit_bytes // max(columns * part.itemsize, 1))
     offset = 0
     for member in part:
         for row in range(0, rows, step):
-            piece = np.ascontiguousarray(member[row : row + step]).reshape(-1).view(np.uint8)
-            yield offset, piece
-            offset += piece.nbytes
+            chunk = np.ascontiguousarray(member[row : row + step]).reshape(-1).view(np.uint8)
+            yield offset, chunk
+            offset += chunk.nbytes

@@ -18,7 +18,7 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.layer_plan import ArrayPlan, LayerPlan, plan_layer, plan_top
-from kimi_mlx.weights.reader import Reader, open_checkpoint
+from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
@@ -51,9 +51,9 @@ def load_model(
 
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
-            yield _cook(reader, plan_layer(reader.checkpoint, layer, share), dtype)
+            yield _load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
             reader.close()  # pages of the files count as memory as long as they are mapped
-        yield _cook(reader, plan_top(reader.checkpoint, share), dtype)
+        yield _load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
     return build_model(config, layers(), communicator, progress)
 
@@ -93,7 +93,7 @@ def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry
     return Weight(*cast, quantization=quantization)
 
 
-def _cook(reader: Reader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
+def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
     entries = {
         entry: [
             make_weight([_read(reader, array) for array in part.arrays], part.quantization, entry, dtype)
@@ -104,8 +104,8 @@ def _cook(reader: Reader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
     return LayerWeights(entries, plan.latent_first, plan.num_fused_shared, plan.first_expert)
 
 
-def _read(reader: Reader, plan: ArrayPlan) -> mx.array:
-    field = reader.fill(plan)
+def _read(reader: CheckpointReader, plan: ArrayPlan) -> mx.array:
+    field = reader.read_array(plan)
     # numpy reads from the disk without holding Python's lock, so that a rank's heartbeat goes on
     array = mx.array(field if field.flags.owndata and field.flags.c_contiguous else np.array(field, order="C"))
     return array.view(mx.bfloat16) if plan.dtype == "BF16" else array

@@ -42,7 +42,7 @@ from kimi_mlx.weights.convert_plan import (
 from kimi_mlx.weights.file_layout import FileLayout
 from kimi_mlx.weights.index import INDEX_NAME
 from kimi_mlx.weights.layer_plan import SliceCopy, TensorSlice
-from kimi_mlx.weights.reader import Reader, open_checkpoint
+from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 PIECE_VALUES = 1 << 24
 """Values that are worked on at a time, as far as rows allow it: 64 MB in float32. An expert of K2 has 14.7 million."""
@@ -78,7 +78,7 @@ class Conversion:
     config: dict[str, Any]
     plan: ConversionPlan
     small_files: tuple[Path, ...]
-    reader: Reader
+    reader: CheckpointReader
 
     @property
     def size_bytes(self) -> int:
@@ -276,7 +276,7 @@ def _finish(conversion: Conversion, folder: Path) -> None:
 
 
 def _write_file(
-    reader: Reader, file: ConvertedFile, layout: FileLayout, path: Path, advance: Callable[[int], None]
+    reader: CheckpointReader, file: ConvertedFile, layout: FileLayout, path: Path, advance: Callable[[int], None]
 ) -> None:
     """Write one file piece by piece; what is left of it after an error is removed."""
     part = path.with_name(path.name + ".part")
@@ -286,7 +286,7 @@ def _write_file(
             stream.write(layout.header)
             for output in file.outputs:
                 for piece in _pieces(output):
-                    written += _write_piece(stream, layout, output, piece, _cook(reader, output, piece))
+                    written += _write_piece(stream, layout, output, piece, _convert_chunk(reader, output, piece))
                     advance(written)
             stream.flush()
             os.fsync(stream.fileno())
@@ -343,7 +343,7 @@ def _write_piece(
     return sum(value.nbytes for value in values)
 
 
-def _cook(reader: Reader, output: WeightConversion, piece: _Piece) -> list[np.ndarray]:
+def _convert_chunk(reader: CheckpointReader, output: WeightConversion, piece: _Piece) -> list[np.ndarray]:
     """The arrays of a piece, as they are stored in the output."""
     matrix = reader.checkpoint.matrix(piece.path, output.source.suffix, output.source.shape)
     fields = [_read(reader, output.source, piece, field) for field in matrix.fields]
@@ -352,12 +352,12 @@ def _cook(reader: Reader, output: WeightConversion, piece: _Piece) -> list[np.nd
     return _encode(output, _by_heads(output, _decode(matrix, fields)))
 
 
-def _read(reader: Reader, source: SourceMatrix, piece: _Piece, field: MatrixField) -> np.ndarray:
+def _read(reader: CheckpointReader, source: SourceMatrix, piece: _Piece, field: MatrixField) -> np.ndarray:
     """A field of a piece; bfloat16 as uint16."""
     matrix = SourceMatrix((piece.path,), source.shape, suffix=source.suffix)
     window = TensorSlice(matrix, field.per, field.values, rows=piece.rows)
-    box = window.box(reader.checkpoint.tensors[field.tensors[0]].shape)
-    return reader.take(SliceCopy(field, window, box, 0, 0))[piece.member or 0]
+    box = window.shape3(reader.checkpoint.tensors[field.tensors[0]].shape)
+    return reader.read_slice(SliceCopy(field, window, box, 0, 0))[piece.member or 0]
 
 
 def _decode(matrix: MatrixFormat, fields: list[np.ndarray]) -> mx.array:
@@ -403,7 +403,7 @@ def _encode(output: WeightConversion, values: mx.array) -> list[np.ndarray]:
     return [np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array) for array in arrays]
 
 
-def _digest(source: Path, reader: Reader) -> str:
+def _digest(source: Path, reader: CheckpointReader) -> str:
     """What tells a checkpoint from another, or from its own later state, without reading it."""
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for file in sorted({info.file for info in reader.checkpoint.tensors.values()}):

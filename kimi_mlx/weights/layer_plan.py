@@ -44,13 +44,13 @@ class TensorSlice:
     rows: Range | None = None
     columns: Range | None = None
 
-    def of(self, array: np.ndarray) -> np.ndarray:
+    def view(self, array: np.ndarray) -> np.ndarray:
         """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
         return self._cut(self._split_blocks(self._split_heads(array)))
 
-    def box(self, stored_shape: tuple[int, ...]) -> Shape3:
+    def shape3(self, stored_shape: tuple[int, ...]) -> Shape3:
         """The shape of the part, as a stack."""
-        return as_shape3(self.of(np.broadcast_to(np.uint8(0), stored_shape)).shape)
+        return as_shape3(self.view(np.broadcast_to(np.uint8(0), stored_shape)).shape)
 
     def _split_heads(self, array: np.ndarray) -> np.ndarray:
         if self.source.heads is None:
@@ -91,8 +91,8 @@ class SliceCopy:
     """
 
     field: MatrixField
-    window: TensorSlice
-    box: Shape3
+    tensor_slice: TensorSlice
+    shape: Shape3
     member: int
     row: int
 
@@ -111,7 +111,7 @@ class ArrayPlan:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    moves: tuple[SliceCopy, ...]
+    copies: tuple[SliceCopy, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -260,7 +260,7 @@ def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: RankS
 
 def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None) -> ArrayPlan:
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
-    moves: list[SliceCopy] = []
+    copies: list[SliceCopy] = []
     field = parts[0][0][1].fields[number]
     row = members = rank = columns = 0
     for part in parts:
@@ -268,17 +268,17 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
         for source, matrices in groupby(part, key=lambda item: item[0]):  # all of a source have one shape
             fields = [matrix.fields[number] for _, matrix in matrices]
             window = _window(source, fields[0], share)
-            move_box = window.box(checkpoint.tensors[fields[0].tensors[0]].shape)
+            shape = window.shape3(checkpoint.tensors[fields[0].tensors[0]].shape)
             for own in fields:
-                moves.append(SliceCopy(own, window, move_box, member, row))
-                member += move_box[0]
-            _, height, columns = move_box
+                copies.append(SliceCopy(own, window, shape, member, row))
+                member += shape[0]
+            _, height, columns = shape
             rank = max(rank, _num_axes(source))
         members = member
         row += height
     box = (members, row, columns)
     axes = 3 if len(parts[0]) > 1 else rank
-    return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(moves))
+    return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(copies))
 
 
 def _window(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:

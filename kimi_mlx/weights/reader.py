@@ -30,7 +30,7 @@ NUMPY_TYPES = {
 ReadRange = Callable[[TensorInfo], bytes]
 
 
-class Reader:
+class CheckpointReader:
     """The tensors of files that lie on this machine.
 
     Args:
@@ -50,24 +50,24 @@ class Reader:
         self._read_range = read_range
         self._maps: dict[Path, np.ndarray] = {}
 
-    def fill(self, plan: ArrayPlan) -> np.ndarray:
+    def read_array(self, plan: ArrayPlan) -> np.ndarray:
         """Read an array; a new one, or a view of a memory map if it is one slice of a tensor."""
-        if len(plan.moves) == 1:
-            return self.take(plan.moves[0]).reshape(plan.shape)
+        if len(plan.copies) == 1:
+            return self.read_slice(plan.copies[0]).reshape(plan.shape)
         box = as_shape3(plan.shape)
         array = np.empty(box, NUMPY_TYPES[plan.dtype])
-        for move in plan.moves:
-            members, rows, _ = move.box
-            array[move.member : move.member + members, move.row : move.row + rows] = self.take(move)
+        for copy in plan.copies:
+            members, rows, _ = copy.shape
+            array[copy.member : copy.member + members, copy.row : copy.row + rows] = self.read_slice(copy)
         return array.reshape(plan.shape)
 
-    def take(self, move: SliceCopy) -> np.ndarray:
+    def read_slice(self, copy: SliceCopy) -> np.ndarray:
         """One slice in the canonical form, in the shape of its box."""
-        stored = self._stored(move.field.tensors[0])
-        if move.field.decode == "fp8":
-            return self._take_fp8(move, stored)
-        part = move.window.of(stored).reshape(move.box)
-        if move.field.decode == "copy":
+        stored = self._stored(copy.field.tensors[0])
+        if copy.field.decode == "fp8":
+            return self._read_fp8_slice(copy, stored)
+        part = copy.tensor_slice.view(stored).reshape(copy.shape)
+        if copy.field.decode == "copy":
             return part
         packed = self.checkpoint.config.compression
         assert isinstance(packed, PackedInts)
@@ -77,17 +77,17 @@ class Reader:
         """Forget the maps."""
         self._maps.clear()
 
-    def _take_fp8(self, move: SliceCopy, stored: np.ndarray) -> np.ndarray:
+    def _read_fp8_slice(self, copy: SliceCopy, stored: np.ndarray) -> np.ndarray:
         blocks = self.checkpoint.config.compression
         assert isinstance(blocks, Fp8Blocks)
-        factors = self._stored(move.field.tensors[1])
+        factors = self._stored(copy.field.tensors[1])
         block = (blocks.block_rows, blocks.block_columns)
-        window, source = move.window, move.window.source
+        window, source = copy.tensor_slice, copy.tensor_slice.source
         if source.heads is None and not source.blocks and window.stack is None:
             part = decode_fp8(stored, factors, block, _slice(window.rows), _slice(window.columns))
         else:
-            part = window.of(decode_fp8(stored, factors, block))
-        return to_stored_type(part.reshape(move.box), move.field.dtype)
+            part = window.view(decode_fp8(stored, factors, block))
+        return to_stored_type(part.reshape(copy.shape), copy.field.dtype)
 
     def _stored(self, name: str) -> np.ndarray:
         """A whole tensor, as stored."""
@@ -102,7 +102,7 @@ class Reader:
         return self._maps[path][info.start : info.start + info.size_bytes].view(dtype).reshape(info.shape)
 
 
-def open_checkpoint(folder: Path, config: ModelConfig) -> Reader:
+def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader:
     """A reader of a checkpoint's folder.
 
     Raises:
@@ -110,7 +110,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> Reader:
     """
     checkpoint = Checkpoint(config, read_index(folder), str(folder))
     checkpoint.check_names()
-    return Reader(checkpoint)
+    return CheckpointReader(checkpoint)
 
 
 def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:

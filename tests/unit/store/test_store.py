@@ -25,15 +25,18 @@ from kimi_mlx.parallel.all_ranks import ERROR_BYTES, check_same_on_all_ranks, ru
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.runtime.load import load_share
-from kimi_mlx.store import writer
-from kimi_mlx.store.build import BuildJob, assign_files
+from kimi_mlx.store import journal, writer
+from kimi_mlx.store.assign import assign_files
+from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.disk import check_space
 from kimi_mlx.store.download import StoreOptions, build, find_built_stores, open_build_job
+from kimi_mlx.store.journal import Journal
 from kimi_mlx.store.locate import find_local_model, resolve_model_name
 from kimi_mlx.store.manifest import Manifest, read_manifest
 from kimi_mlx.store.sources import FolderSource
 from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
 from kimi_mlx.store.transfers import split_into_chunks
-from kimi_mlx.store.writer import RankWriter, check_space
+from kimi_mlx.store.writer import RankWriter
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.layer_plan import as_shape3
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
@@ -121,10 +124,10 @@ def test_every_array_is_covered_exactly_once(name: str, strategy: str, overrides
         for rank in range(2):
             for array_name, array in job.plan(rank, file).arrays():
                 painted = np.zeros(as_shape3(array.shape), np.uint8)
-                for move in array.moves:
-                    members, rows, columns = move.box
+                for copy in array.copies:
+                    members, rows, columns = copy.shape
                     assert columns == painted.shape[2]
-                    painted[move.member : move.member + members, move.row : move.row + rows] += 1
+                    painted[copy.member : copy.member + members, copy.row : copy.row + rows] += 1
                 assert (painted == 1).all(), array_name
 
 
@@ -137,10 +140,10 @@ def test_a_store_of_a_pipeline_holds_its_layers_and_needs_no_files_of_others(str
         layers = range(share.layers.start, share.layers.stop)
         held = [number for number, file in enumerate(manifest.files) if file.entries]
         assert held == [*layers, *([job.num_layers] if rank == 0 else [])]
-        sources = {job.files[number] for feed in job.feeds(rank) for number in feed}
+        sources = {job.files[number] for feed in job.sources_of_file(rank) for number in feed}
         assert len(sources) == len(held)
         sizes = {path.name: path.stat().st_size for path in rank_folder(job.folder, rank).glob("*.safetensors")}
-        held_bytes = sum(job.sources.contents.sizes[name] for name in sources)
+        held_bytes = sum(job.source.contents.sizes[name] for name in sources)
         assert sum(sizes.values()) == pytest.approx(held_bytes, rel=0.01)
         assert broken_files(job.folder, manifest) == []
 
@@ -158,7 +161,7 @@ def test_repair_in_a_pipeline_fetches_only_the_files_of_the_layer(
     fetched = watch_fetches(monkeypatch)
     repaired = build(options, open_build_job(options, SingleGroup()), SingleGroup(), discard={1: [broken.name]})
     assert checksums(repaired) == checksums(before)
-    assert fetched == [job.files[number] for number in sorted(job.feeds(1)[2])]
+    assert fetched == [job.files[number] for number in sorted(job.sources_of_file(1)[2])]
     assert len(fetched) == 1
 
 
@@ -185,10 +188,11 @@ def test_a_build_goes_on_after_any_interruption(
     for moment in moments:
         steps = itertools.count(1)
         with monkeypatch.context() as patch, contextlib.suppress(Interrupted):
-            for name in ("write", "commit", "complete", "_create", "_finish", "_record"):
+            for name in ("write", "commit", "complete", "_create", "_finish"):
                 patch.setattr(RankWriter, name, interrupted(getattr(RankWriter, name), steps, moment))
-            rename = interrupted(writer.rename_durably, steps, moment)
-            patch.setattr(writer, "rename_durably", rename)
+            patch.setattr(Journal, "_append", interrupted(Journal._append, steps, moment))
+            for module in (journal, writer):
+                patch.setattr(module, "rename_durably", interrupted(module.rename_durably, steps, moment))
             build_all(overrides, stores, 2)
     _, resumed = build_all(overrides, stores, 2)
     assert checksums(resumed) == whole
@@ -231,7 +235,7 @@ def test_repair_makes_only_what_is_broken_anew(
     again = open_build_job(StoreOptions(overrides, tmp_path, 2), SingleGroup())
     repaired = build(StoreOptions(overrides, tmp_path, 2), again, SingleGroup(), discard={1: ["top.safetensors"]})
     assert checksums(repaired) == checksums(before)
-    assert {again.files[number] for number in again.feeds(1)[again.num_layers]} == set(fetched)
+    assert {again.files[number] for number in again.sources_of_file(1)[again.num_layers]} == set(fetched)
     assert (rank_folder(job.folder, 1) / "layer-000.safetensors").stat().st_ino == inode
 
 
@@ -329,11 +333,11 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
     job = open_build_job(options, SingleGroup())
     other = RankWriter(
         rank_folder(job.folder, 0),
-        job.sources.contents.origin,
+        job.source.contents.origin,
         job.placement,
         0,
         lambda n: job.plan(0, n),
-        job.feeds(0),
+        job.sources_of_file(0),
     )
     with other, pytest.raises(WeightsError, match="another process is building"):
         build(options, job, SingleGroup())
@@ -345,7 +349,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(WeightsError, match=r"needs .* more, but its disk has"):
         check_space(tmp_path, 2**62)
-    monkeypatch.setattr("kimi_mlx.store.build.check_space", lambda folder, needed: check_space(folder, 2**62))
+    monkeypatch.setattr("kimi_mlx.store.rounds.check_space", lambda folder, needed: check_space(folder, 2**62))
     with pytest.raises(WeightsError, match=r"needs .* more"):
         build_all(KIMI_MINI, tmp_path, 2)
     assert not list(tmp_path.rglob("*.safetensors*"))
@@ -387,7 +391,7 @@ def test_a_store_of_a_folder_is_found_as_long_as_the_folder_is_the_same(
     assert find_local_model(target, 2) == job.folder
     assert find_local_model(target, 3) == folder
     copy = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
-    assert open_build_job(StoreOptions(copy, tmp_path, 2), SingleGroup()).sources.contents.origin.commit == commit_of(
+    assert open_build_job(StoreOptions(copy, tmp_path, 2), SingleGroup()).source.contents.origin.commit == commit_of(
         job
     )
     config = json.loads((folder / "config.json").read_text())
@@ -397,7 +401,7 @@ def test_a_store_of_a_folder_is_found_as_long_as_the_folder_is_the_same(
 
 
 def commit_of(job: BuildJob) -> str:
-    return job.sources.contents.origin.commit
+    return job.source.contents.origin.commit
 
 
 def test_an_unexpected_error_ends_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +409,7 @@ def test_an_unexpected_error_ends_the_build(tmp_path: Path, monkeypatch: pytest.
         raise MemoryError("no more")
 
     monkeypatch.setattr(FolderSource, "fetch", fetch)
-    with pytest.raises(WeightsError, match="the build has failed: MemoryError"):
+    with pytest.raises(WeightsError, match="the build failed: MemoryError"):
         build_all(KIMI_MINI, tmp_path, 2)
 
 

@@ -385,11 +385,11 @@ from pathlib import Path
 from kimi_mlx.weights import convert as converter
 from kimi_mlx.weights.convert_plan import ConvertOptions
 
-cook = converter._cook
+convert_chunk = converter._convert_chunk
 def slowly(*arguments):
     time.sleep(0.01)
-    return cook(*arguments)
-converter._cook = slowly
+    return convert_chunk(*arguments)
+converter._convert_chunk = slowly
 conversion = converter.open_conversion(Path(sys.argv[1]), ConvertOptions(bits=4, group_size=32))
 converter.convert(conversion, Path(sys.argv[2]))
 """

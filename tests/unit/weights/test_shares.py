@@ -173,9 +173,9 @@ def count_elements(checkpoint: Checkpoint, share: RankShare) -> dict[str, np.nda
     counts = {name: np.zeros(info.shape, np.uint8) for name, info in checkpoint.tensors.items()}
     for plan in plans(checkpoint, share):
         for _, array in plan.arrays():
-            for move in array.moves:
-                part = move.window.of(counts[move.field.tensors[0]])
-                assert np.shares_memory(part, counts[move.field.tensors[0]])
+            for copy in array.copies:
+                part = copy.tensor_slice.view(counts[copy.field.tensors[0]])
+                assert np.shares_memory(part, counts[copy.field.tensors[0]])
                 part += 1
     return counts
 
