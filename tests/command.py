@@ -22,7 +22,7 @@ from kimi_mlx.cli.app import run
 def call(
     *arguments: str, stdin: str | None = None, variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command inside its error boundary.
+    """Run a command as the command line does, with errors converted to exit codes.
 
     Args:
         arguments: command-line arguments.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts would compile all modules again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles all modules again
 
 import mlx.core as mx
 import pytest
@@ -20,7 +20,7 @@ from tests import processes
 # SIGINT is ignored if the tests run in the background, and then by all processes that they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# no deadline: a busy machine is not a failure; the same examples in every CI run, new ones elsewhere
+# no deadline, because the machine may be busy; the same examples in every CI run, new ones elsewhere
 settings.register_profile("kimi-mlx", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("kimi-mlx")
 
@@ -38,7 +38,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_mlx_for_every_test(request: pytest.FixtureRequest) -> None:
+def reset_mlx(request: pytest.FixtureRequest) -> None:
     """Reset MLX settings that an earlier test may have changed: compilation on, CPU.
 
     This keeps tolerances valid on a Mac too; tests marked `metal` use the GPU.
@@ -51,7 +51,7 @@ def same_mlx_for_every_test(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_process_is_left() -> Iterator[None]:
+def kill_started_processes() -> Iterator[None]:
     """Kill the processes that a test has started."""
     yield
     processes.end_all()

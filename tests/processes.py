@@ -1,4 +1,4 @@
-"""Processes that end with the test that starts them, even if it fails, so that they do not disturb later tests."""
+"""Processes that are killed at the end of the test that starts them, even if it fails."""
 
 from __future__ import annotations
 

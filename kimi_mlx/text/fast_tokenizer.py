@@ -28,7 +28,7 @@ def read_fast_tokenizer(path: Path, added: Mapping[int, str]) -> tuple[Tokenizer
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         model: dict[str, Any] = spec["model"]
-        words = {str(word): int(i) for word, i in model["vocab"].items()}
+        vocab = {str(text): int(i) for text, i in model["vocab"].items()}
         merges: list[Any] = model["merges"]
         listed: list[Any] = spec.get("added_tokens") or []
         special = {str(token["content"]): int(token["id"]) for token in listed}
@@ -36,13 +36,13 @@ def read_fast_tokenizer(path: Path, added: Mapping[int, str]) -> tuple[Tokenizer
         raise TextError(f"cannot read `{path}` as a BPE tokenizer: {error!r}", hint=HINT) from error
     special |= {text: i for i, text in added.items()}
     # Merges could produce an added token that is also in the model's vocabulary, so remove it there.
-    words = {word: i for word, i in words.items() if i not in special.values() and word not in special}
+    vocab = {text: i for text, i in vocab.items() if i not in special.values() and text not in special}
     spec["added_tokens"] = []
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    model["vocab"] = words
-    model["merges"] = [pair for pair in map(_pair, merges) if pair[0] + pair[1] in words]
+    model["vocab"] = vocab
+    model["merges"] = [pair for pair in map(_pair, merges) if pair[0] + pair[1] in vocab]
     model["unk_token"] = None
-    tokens = {i: _bytes_of(word, path) for word, i in words.items()}
+    tokens = {i: _bytes_of(text, path) for text, i in vocab.items()}
     try:
         bpe = Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # `tokenizers` raises bare Exception
@@ -56,8 +56,8 @@ def _pair(merge: Any) -> tuple[str, str]:
     return (parts[0], parts[1]) if len(parts) == 2 else ("", "")
 
 
-def _bytes_of(word: str, path: Path) -> bytes:
+def _bytes_of(text: str, path: Path) -> bytes:
     try:
-        return bytes(CHAR_TO_BYTE[char] for char in word)
+        return bytes(CHAR_TO_BYTE[char] for char in text)
     except KeyError:
-        raise TextError(f"`{path}` has the token `{word}`, which is not byte-level", hint=HINT) from None
+        raise TextError(f"`{path}` has the token `{text}`, which is not byte-level", hint=HINT) from None

@@ -57,19 +57,19 @@ naïve café Ça e\u0301e\u0301 हिन्दी ภาษาไทย
 
 def train_ranks(corpus: str, num_merges: int) -> list[bytes]:
     """Return the 256 bytes and `num_merges` tokens, trained on the corpus."""
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall("(?V1)" + PATTERN, corpus)]
+    sequences = [[bytes([b]) for b in word.encode()] for word in regex.findall("(?V1)" + PATTERN, corpus)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 256 + num_merges:
-        pairs = Counter(pair for word in words for pair in pairwise(word))
+        pairs = Counter(pair for sequence in sequences for pair in pairwise(sequence))
         (left, right), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
         tokens.append(left + right)
-        words = [_join(word, left, right) for word in words]
+        sequences = [_join(sequence, left, right) for sequence in sequences]
     return tokens
 
 
-def _join(word: list[bytes], left: bytes, right: bytes) -> list[bytes]:
+def _join(sequence: list[bytes], left: bytes, right: bytes) -> list[bytes]:
     joined: list[bytes] = []
-    for part in word:
+    for part in sequence:
         if joined and joined[-1] == left and part == right:
             joined[-1] = left + right
         else:

@@ -1,0 +1,38 @@
+"""Folders of the user, and of shard stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.folders import cache_folder, data_folder, state_folder, stores_folder
+
+
+def test_folders_follow_absolute_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert cache_folder() == Path("/caches/kimi-mlx")
+    folder = state_folder()
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path)
+
+
+def test_stores_are_in_the_data_folder_unless_configured_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert data_folder() == Path("/data/kimi-mlx")
+    for value, stores in {
+        "": Path("/data/kimi-mlx/stores"),
+        "/big/disk": Path("/big/disk"),
+        "~/stores": tmp_path / "stores",
+    }.items():
+        monkeypatch.setenv("KIMI_MLX_STORES", value)
+        assert stores_folder() == stores
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    folder = data_folder()
+    assert folder is not None
+    assert folder.is_relative_to(tmp_path)
