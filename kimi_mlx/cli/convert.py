@@ -22,7 +22,8 @@ from kimi_mlx.store.locate import ModelRef, resolve_model_name
 from kimi_mlx.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from kimi_mlx.weights.convert import Conversion, ConversionResult
+    from kimi_mlx.weights.conversion import Conversion
+    from kimi_mlx.weights.convert import ConversionResult
     from kimi_mlx.weights.convert_plan import ConversionPlan, ConvertOptions
 
 Bits = Literal["2", "3", "4", "5", "6", "8", "bf16"]
@@ -77,7 +78,8 @@ def convert(
     resume. Tensors already in the requested format are copied unchanged; others are re-quantized, which loses more
     than quantizing the original floats. Norms and the router are never quantized. Floats keep the type of SRC.
     """
-    from kimi_mlx.weights.convert import check_folder, check_space, open_conversion
+    from kimi_mlx.weights.conversion import open_conversion
+    from kimi_mlx.weights.convert_folder import check_folder, check_space
     from kimi_mlx.weights.convert_plan import ConvertOptions
 
     options = ConvertOptions(_number(bits), _number(expert_bits), int(group_size) if group_size else None)

@@ -114,11 +114,11 @@ import sys, time
 from kimi_mlx.cli.app import main
 from kimi_mlx.weights import convert as converter
 
-cook = converter._cook
+cook = converter.convert_chunk
 def slowly(*arguments):
     time.sleep(0.02)
     return cook(*arguments)
-converter._cook = slowly
+converter.convert_chunk = slowly
 main()
 """
 

@@ -25,8 +25,11 @@ from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.weights import convert as converter
+from kimi_mlx.weights import convert_folder, requantize
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.convert import RECORD_NAME, ConversionResult, convert, open_conversion
+from kimi_mlx.weights.conversion import open_conversion
+from kimi_mlx.weights.convert import ConversionResult, convert
+from kimi_mlx.weights.convert_folder import RECORD_NAME
 from kimi_mlx.weights.convert_plan import BFLOAT16_BITS, ConvertOptions
 from kimi_mlx.weights.fp8 import decode
 from kimi_mlx.weights.index import INDEX_NAME, read_index
@@ -167,7 +170,7 @@ def test_floats_are_quantized_as_mlx_lm_does(bits: int, tmp_path: Path) -> None:
 def test_pieces_make_no_difference(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fp8", "affine"):
         run(sources[name], tmp_path / name / "whole", ConvertOptions(bits=3, group_size=32))
-    monkeypatch.setattr(converter, "PIECE_VALUES", 5000)
+    monkeypatch.setattr(requantize, "CHUNK_VALUES", 5000)
     for name in ("fp8", "affine"):
         run(sources[name], tmp_path / name / "pieces", ConvertOptions(bits=3, group_size=32))
         assert contents(tmp_path / name / "whole") == contents(tmp_path / name / "pieces")
@@ -354,7 +357,7 @@ def finished(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return contents(folder)
 
 
-@pytest.mark.parametrize("step", ["_write_piece", "rename_durably", "write_atomically"])
+@pytest.mark.parametrize("step", ["_write_chunk", "rename_durably", "write_atomically"])
 @pytest.mark.parametrize("call", [0, 1, 2, 30])
 def test_going_on_ends_with_the_same_bytes(
     step: str,
@@ -366,7 +369,10 @@ def test_going_on_ends_with_the_same_bytes(
 ) -> None:
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(converter, step, stop_at(call, getattr(converter, step), Stopped()))
+        stopping = stop_at(call, getattr(converter, step), Stopped())
+        for module in (converter, convert_folder):
+            if hasattr(module, step):
+                patch.setattr(module, step, stopping)
         try:
             run(sources["fp8"], folder, GROUPS_OF_32)
         except Stopped:
@@ -383,14 +389,15 @@ SLOW_PROCESS = """
 import sys, time
 from pathlib import Path
 from kimi_mlx.weights import convert as converter
+from kimi_mlx.weights.conversion import open_conversion
 from kimi_mlx.weights.convert_plan import ConvertOptions
 
-convert_chunk = converter._convert_chunk
+convert_chunk = converter.convert_chunk
 def slowly(*arguments):
     time.sleep(0.01)
     return convert_chunk(*arguments)
-converter._convert_chunk = slowly
-conversion = converter.open_conversion(Path(sys.argv[1]), ConvertOptions(bits=4, group_size=32))
+converter.convert_chunk = slowly
+conversion = open_conversion(Path(sys.argv[1]), ConvertOptions(bits=4, group_size=32))
 converter.convert(conversion, Path(sys.argv[2]))
 """
 
@@ -447,9 +454,11 @@ def test_other_options_or_another_source_are_refused(
 ) -> None:
     folder = tmp_path / "out"
     before = unfinished(sources["fp8"], folder, monkeypatch)
-    with pytest.raises(UsageError, match=r"fp8.* with bits 4, group_size 32; asked for is .*fp8.* with bits 3"):
+    with pytest.raises(
+        UsageError, match=r"fp8.* with bits 4, group_size 32; this command converts .*fp8.* with bits 3"
+    ):
         run(sources["fp8"], folder, ConvertOptions(bits=3))
-    with pytest.raises(UsageError, match=r"fp8.*; asked for is .*bf16"):
+    with pytest.raises(UsageError, match=r"fp8.*; this command converts .*bf16"):
         run(sources["bf16"], folder, GROUPS_OF_32)
     assert contents(folder) == before
 
@@ -535,7 +544,7 @@ def test_a_full_disk_keeps_what_is_done(
     folder = tmp_path / "out"
     with monkeypatch.context() as patch:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        patch.setattr(converter, "_write_piece", stop_at(30, converter._write_piece, full))
+        patch.setattr(converter, "_write_chunk", stop_at(30, converter._write_chunk, full))
         with pytest.raises(WeightsError, match="the disk is full: the rest needs") as caught:
             run(sources["fp8"], folder, GROUPS_OF_32)
     assert "same command" in (caught.value.hint or "")
@@ -575,7 +584,7 @@ def test_memory_is_that_of_a_few_pieces(
     if options.bits is None:
         source = quantize_checkpoint(source, tmp_path / "affine", 4, 32, stack_experts=False, dtype="bfloat16")
     piece = 192 * golden.config["hidden_size"]
-    monkeypatch.setattr(converter, "PIECE_VALUES", piece)
+    monkeypatch.setattr(requantize, "CHUNK_VALUES", piece)
     conversion = open_conversion(source, options)
     layer = conversion.plan.files[1].layout().size_bytes
     mx.clear_cache()

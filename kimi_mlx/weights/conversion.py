@@ -1,0 +1,85 @@
+"""A planned conversion: its source, options and output files. Nothing is written here."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_mlx.model.config import parse_config, read_json
+from kimi_mlx.weights.convert_plan import ConversionPlan, ConvertOptions, converted_config, plan_conversion
+from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
+
+RECORD_FORMAT = 1
+
+SMALL_FILES = ("*.json", "*.jinja", "tiktoken.model", "tokenizer*", "LICENSE*", "THIRD_PARTY_NOTICES*")
+"""Files copied from the source, except its `config.json` and indices; never Python code."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned conversion.
+
+    Args:
+        source: folder of the source checkpoint.
+        digest: hash of its configuration and of the names, sizes and times of its files.
+        options: options of the command.
+        config: contents of the new `config.json`.
+        plan: the new files.
+        small_files: files to copy.
+        reader: reader of the source.
+    """
+
+    source: Path
+    digest: str
+    options: ConvertOptions
+    config: dict[str, Any]
+    plan: ConversionPlan
+    small_files: tuple[Path, ...]
+    reader: CheckpointReader
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return self.plan.size_bytes + sum(file.stat().st_size for file in self.small_files)
+
+    def record(self) -> dict[str, Any]:
+        """Return what must be equal for a conversion to resume."""
+        source = {"folder": str(self.source.resolve()), "digest": self.digest}
+        return {"format": RECORD_FORMAT, "source": source, "options": asdict(self.options)}
+
+
+def open_conversion(source: Path, options: ConvertOptions) -> Conversion:
+    """Read the headers of a checkpoint and plan its conversion.
+
+    Raises:
+        ConfigError: unsupported model.
+        WeightsError: missing, unknown or wrongly stored tensors.
+        UsageError: options that contradict each other or the source.
+    """
+    raw = read_json(source / "config.json")
+    reader = open_checkpoint(source, parse_config(raw, str(source / "config.json")))
+    plan = plan_conversion(reader.checkpoint, options, has_prefix="text_config" in raw)
+    config = converted_config(raw, plan)
+    return Conversion(source, _digest(source, reader), options, config, plan, _small_files(source), reader)
+
+
+def _digest(source: Path, reader: CheckpointReader) -> str:
+    """Return a hash that identifies a checkpoint and its state, without reading its tensors."""
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for file in sorted({info.file for info in reader.checkpoint.tensors.values()}):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:40]
+
+
+def _small_files(source: Path) -> tuple[Path, ...]:
+    """Return the files to copy unchanged."""
+    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
+    unwanted = (".index.json", ".py", ".safetensors")
+    return tuple(
+        path
+        for path in sorted(found)
+        if path.name != "config.json" and not path.name.startswith(".") and not path.name.endswith(unwanted)
+    )
