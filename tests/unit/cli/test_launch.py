@@ -26,12 +26,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(context, words)
             found.append(self)
 
-    def prepare(question: Question, is_install: bool) -> None:
+    def diagnose(question: Question, is_install: bool) -> None:
         found.extend((question, is_install))
         raise typer.Exit(ASKED)
 
     monkeypatch.setattr(module, "_Command", Command)
-    monkeypatch.setattr(module, "_prepare", prepare)
+    monkeypatch.setattr(module, "_diagnose", diagnose)
     return found
 
 
@@ -82,8 +82,8 @@ def test_the_fast_fence_may_be_asked_for_before_and_behind_the_command(asked: li
         ([], "launch needs hosts"),
         (["chat"], "launch needs hosts"),
         ([*HOSTS, "--hostfile", "two.json"], "--hosts and --hostfile exclude each other"),
-        ([*HOSTS, "--install", "--python", "/usr/bin/python3"], "--install brings a Python of its own"),
-        ([*HOSTS, "--python", "python3"], "no absolute path"),
+        ([*HOSTS, "--install", "--python", "/usr/bin/python3"], "--install and --python exclude each other"),
+        ([*HOSTS, "--python", "python3"], "is not an absolute path"),
         ([*HOSTS, "--env", "NAME"], "`--env` has 'NAME', which is not NAME=value"),
         ([*HOSTS, "--env", "1A=2"], "`--env` has '1A=2', which is not NAME=value"),
         ([*HOSTS, "--env", "=2"], "`--env` has '=2', which is not NAME=value"),
