@@ -63,9 +63,9 @@ class LaunchOptions:
             rich_help_panel=CLUSTER,
         ),
     ] = False
-    force: Annotated[
-        bool, typer.Option("--force", help="Start even if a check fails.", rich_help_panel=ADVANCED)
-    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Start even if a check fails.", rich_help_panel=ADVANCED)] = (
+        False
+    )
     restarts: Annotated[
         int,
         typer.Option(

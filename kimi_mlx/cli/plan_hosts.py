@@ -1,4 +1,4 @@
-"""What `kimi-mlx plan` asks of real hosts: chip and memory of each, and the network between them."""
+"""Real hosts for `kimi-mlx plan`: chip and memory of each, and the network between them."""
 
 from __future__ import annotations
 
@@ -17,64 +17,74 @@ from kimi_mlx.planner.links import RDMA, LinkProfile, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
 
 ABOUT_LINKS = ("reachable", "python", "addresses", "link")
-"""Checks of the doctor that say why a network could not be measured."""
+"""Checks whose findings explain why a network could not be measured."""
 
 
 def diagnose_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
-    """What the doctor finds without its self-test; the network is measured even if versions differ, or memory is short.
+    """Check the hosts without the self-test; the network is measured even if versions differ or memory is short.
 
     Args:
-        hostfile: MLX's.
-        model: that is to run there.
-        is_quiet: without words on the terminal.
+        hostfile: path of a hostfile.
+        model: name of the model.
+        is_quiet: whether to show no status on the terminal.
     """
     from kimi_mlx.cli.memory_requirement import memory_requirement
 
     ranks, _ = read_hosts(None, hostfile, None)
     question = Question(ranks, memory_requirement(model), is_quick=True)
-    with slow_status(is_quiet) as say:
-        found = examine(question, sys.executable, say)
-        if found.links or len(found.hosts) == 1 or found.pythons.keys() < set(found.hosts):
-            return found
-        joined = join_hosts(question, found.pythons, topology([*found.facts.values()]), found.backend, say)
-        findings = (*found.findings, *joined.findings)
-        return replace(found, findings=findings, links=joined.links, network=joined.network)
+    with slow_status(is_quiet) as set_status:
+        diagnosis = examine(question, sys.executable, set_status)
+        if diagnosis.links or len(diagnosis.hosts) == 1 or diagnosis.pythons.keys() < set(diagnosis.hosts):
+            return diagnosis
+        networks = topology([*diagnosis.facts.values()])
+        joined = join_hosts(question, diagnosis.pythons, networks, diagnosis.backend, set_status)
+        findings = (*diagnosis.findings, *joined.findings)
+        return replace(diagnosis, findings=findings, links=joined.links, network=joined.network)
 
 
 def host_machines(diagnosis: Diagnosis) -> tuple[Machine, ...]:
-    """The hosts as machines.
+    """Return the hosts as the planner's machines.
 
     Raises:
-        SshError: one did not answer.
-        UsageError: one is no Mac that the planner knows.
+        SshError: a host did not answer.
+        UsageError: a host is not a Mac that the planner knows.
     """
     for host in diagnosis.hosts:
         if host not in diagnosis.facts:
-            raise SshError(f"`{host}` did not answer", hint="`kimi-mlx doctor` says why; or name the `--machines`")
-    known = [diagnosis.facts[host] for host in diagnosis.hosts]
-    return tuple(machine_of_host(each.host, each.chip, each.memory_bytes, each.wired_limit_mb) for each in known)
+            raise SshError(
+                f"`{host}` did not answer",
+                hint="find out why with `kimi-mlx doctor`, or name the machines with `--machines`",
+            )
+    all_facts = [diagnosis.facts[host] for host in diagnosis.hosts]
+    return tuple(
+        machine_of_host(facts.host, facts.chip, facts.memory_bytes, facts.wired_limit_mb) for facts in all_facts
+    )
 
 
 def chosen_link(diagnosis: Diagnosis) -> LinkProfile | None:
-    """The network that was measured and chosen, if there is one."""
+    """Return the slowest measured link of the chosen network; None if there is none."""
     measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
     if not measured:
         return None
-    slowest = max(measured, key=lambda each: each.round_trip_s)
+    slowest = max(measured, key=lambda link: link.round_trip_s)
     return measured_link(slowest.round_trip_s, slowest.bytes_per_s)
 
 
 def measured_links(diagnosis: Diagnosis) -> list[LinkProfile]:
-    """The network that was measured; with RDMA, whose speed only the self-test would tell, the published one, too.
+    """Return the measured network; with RDMA, which only the self-test measures, also its published speed.
 
     Raises:
-        LinkError: there is none.
+        LinkError: no network was measured.
     """
     measured = chosen_link(diagnosis)
     if measured is None:
-        trouble = [each.message for each in diagnosis.findings if each.state == "trouble" and each.check in ABOUT_LINKS]
+        problems = [
+            finding.message
+            for finding in diagnosis.findings
+            if finding.state == "trouble" and finding.check in ABOUT_LINKS
+        ]
         raise LinkError(
-            f"no network between the hosts could be measured{': ' if trouble else ''}{'; '.join(trouble)}",
-            hint="`kimi-mlx doctor` says more; `--link tcp` and `--link rdma` take published figures",
+            f"no network between the hosts could be measured{': ' if problems else ''}{'; '.join(problems)}",
+            hint="run `kimi-mlx doctor` for details, or use published speeds: `--link tcp` or `--link rdma`",
         )
     return [RDMA, measured] if diagnosis.backend != "ring" else [measured]

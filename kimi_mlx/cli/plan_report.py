@@ -1,4 +1,4 @@
-"""A plan, its costs and the backtest for people, in 80 columns."""
+"""Text of a plan, its cost and the backtest, in 80 columns."""
 
 from __future__ import annotations
 
@@ -19,67 +19,69 @@ COLUMNS = ("strategy", "hosts", "backend", "GB/host", "fits", "context", "prefil
 RIGHT = {"hosts", "GB/host", "context", "prefill", "decode"}
 
 NOTEWORTHY = 0.1
-"""The part of a token's time from which on faster fences are worth a word."""
+"""Share of a token's time from which the report mentions faster fences."""
 
 Part = str | Table
 
 
 def plan_report(plan: Plan) -> Iterator[Part]:
-    """All that is to be printed of a plan."""
+    """Yield the report of a plan, part by part."""
     names = ", ".join(machine.name for machine in plan.machines)
     yield f"{plan.shape.name}: {format_bytes(plan.shape.weights_bytes)} of weights, {plan.context:,} tokens of context"
-    yield f"on {names}{', with the fast fence' if plan.is_fast_sync else ''}"
+    yield f"on {names}{', with fast synchronisation' if plan.is_fast_sync else ''}"
     links = dict.fromkeys(option.link for option in plan.options if option.link is not None)
     if links:
-        figures = [f"{each.name} ({each.hop_s * 1e6:.0f} us a hop, {each.bytes_per_s / GB:.2g} GB/s)" for each in links]
-        yield f"over {', '.join(figures)}"
+        speeds = [
+            f"{link.name} ({link.hop_s * 1e6:.0f} us per hop, {link.bytes_per_s / GB:.2g} GB/s)" for link in links
+        ]
+        yield f"over {', '.join(speeds)}"
     yield ""
     shown = shown_options(plan)
     yield _table(plan, shown)
     yield ""
     yield from choice_lines(plan)
-    lost = [(option, rejection_reason(option, plan)) for option in shown]
-    if any(why for _, why in lost):
+    rejected = [(option, rejection_reason(option, plan)) for option in shown]
+    if any(reason for _, reason in rejected):
         yield ""
         yield "Why not the others:"
-        yield from (f"  {_name(option)}: {why}" for option, why in lost if why)
+        yield from (f"  {_name(option)}: {reason}" for option, reason in rejected if reason)
     yield from (f"  {note}" for note in plan.notes)
     if any(option.shares != "even" for option in shown):
         weights = dict.fromkeys(option.placement for option in shown if option.shares != "even")
-        yield f"  * shares in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; the others are even."
+        yield f"  * split in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; others are split evenly."
     yield ""
     yield (
         f"Predictions, not measurements. decode: tok/s of one sequence at the end of that context; prefill: tok/s of "
-        f"{PROMPT_TOKENS} tokens. Options are compared by a prompt of {PROMPT_TOKENS} and an answer of {ANSWER_TOKENS} "
-        f"tokens; less than {100 * TYPICAL_ERROR:.0f} % between two means little, for that is the median error of the "
-        "method (--backtest, docs/planner.md)."
+        f"{PROMPT_TOKENS} tokens. Options are compared by the time for a prompt of {PROMPT_TOKENS} and an answer of "
+        f"{ANSWER_TOKENS} tokens. Differences below {100 * TYPICAL_ERROR:.0f} %, the median error of the method, mean "
+        "little (--backtest, docs/planner.md)."
     )
 
 
 def shown_options(plan: Plan) -> list[Option]:
-    """Those with all machines, and the best of each smaller number; what does not fit comes last.
+    """Return the options on all machines and the best one on each smaller number; those that do not fit come last.
 
-    Of what does not fit one backend is enough: memory does not depend on it.
+    Options that do not fit are listed for one backend only, because memory does not depend on it.
     """
-    found: list[Option] = []
+    shown: list[Option] = []
     seen = {len(plan.machines)}
     too_large: set[tuple[object, ...]] = set()
     for option in sorted(plan.options, key=lambda option: option.fits == "no"):
         count, placed = len(option.hosts), (option.placement, option.hosts)
-        is_wanted = count == len(plan.machines) or count not in seen or option is plan.choice
-        if is_wanted and placed not in too_large:
-            found.append(option)
+        is_shown = count == len(plan.machines) or count not in seen or option is plan.choice
+        if is_shown and placed not in too_large:
+            shown.append(option)
         seen.add(count)
         if option.fits == "no":
             too_large.add(placed)
-    return found
+    return shown
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
-    """The choice in a sentence, what its token is made of, and its memory."""
+    """Yield the choice, the times that make up one of its tokens, and its memory."""
     choice = plan.choice
     if choice is None:
-        yield "Choice: none, it does not fit."
+        yield "Choice: none, the model does not fit."
         return
     yield f"Choice: {_name(choice)}: {choice.decode_tok_per_s:.1f} tok/s."
     parts = choice.decode
@@ -89,24 +91,24 @@ def choice_lines(plan: Plan) -> Iterator[str]:
         f"link {parts.link_s * 1e3:.1f}."
     )
     if not plan.is_fast_sync and parts.fences_s > NOTEWORTHY * parts.total_s:
-        yield "  `--fast-sync` has faster fences, but can wedge a GPU, so that its Mac must be restarted."
+        yield "  `--fast-sync` makes fences faster, but may hang the GPU and require a restart."
     yield from _memory_lines(choice.memory)
 
 
 def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
-    """Memory of each host; equal ones in one line."""
+    """Yield the memory of each host; equal hosts share a line."""
     names: dict[HostMemory, list[str]] = {}
-    for each in memory:
-        names.setdefault(replace(each, host=""), []).append(each.host)
-    for each, hosts in names.items():
+    for share in memory:
+        names.setdefault(replace(share, host=""), []).append(share.host)
+    for share, hosts in names.items():
         yield (
-            f"  {', '.join(hosts)}: {each.needed_bytes / GB:.1f} GB (weights {each.weights_bytes / GB:.1f}, cache "
-            f"{each.cache_bytes / GB:.1f}, prefill {each.workspace_bytes / GB:.1f}); a GPU may wire "
-            f"{each.gpu_bytes / GB:.1f} GB there, raised {each.raised_gpu_bytes / GB:.1f}."
+            f"  {', '.join(hosts)}: {share.needed_bytes / GB:.1f} GB (weights {share.weights_bytes / GB:.1f}, cache "
+            f"{share.cache_bytes / GB:.1f}, prefill {share.workspace_bytes / GB:.1f}); GPU limit "
+            f"{share.gpu_bytes / GB:.1f} GB by default, {share.raised_gpu_bytes / GB:.1f} GB if raised."
         )
-        if each.needed_bytes > each.gpu_bytes:
-            wanted = -(-each.needed_bytes // GIB) * GIB // 1024**2
-            yield f"    until its next restart: sudo sysctl iogpu.wired_limit_mb={wanted}"
+        if share.needed_bytes > share.gpu_bytes:
+            limit_mb = -(-share.needed_bytes // GIB) * GIB // 1024**2
+            yield f"    raise it until the next restart: sudo sysctl iogpu.wired_limit_mb={limit_mb}"
 
 
 def _table(plan: Plan, shown: Sequence[Option]) -> Table:
@@ -119,7 +121,7 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             f"{option.strategy}{_mark(option)}",
             str(len(option.hosts)),
             option.backend,
-            f"{max(each.needed_bytes for each in option.memory) / GB:.1f}",
+            f"{max(share.needed_bytes for share in option.memory) / GB:.1f}",
             option.fits,
             format_context(longest) if longest else "-",
             f"{option.prefill_tok_per_s:.0f}",
@@ -139,48 +141,50 @@ def _mark(option: Option) -> str:
 
 
 def cost_lines(cost: Cost, assumptions: CostAssumptions) -> Iterator[str]:
-    """What a million tokens cost."""
+    """Yield the cost of a million tokens."""
     yield ""
     yield (
-        f"Cost: machines {cost.price:,.0f} over {assumptions.years:g} years, {cost.watts:.0f} W at work, "
-        f"{cost.watts_idle:.0f} W idle, {assumptions.electricity:g} a kWh."
+        f"Cost: machines {cost.price:,.0f} over {assumptions.years:g} years, {cost.watts:.0f} W under load, "
+        f"{cost.watts_idle:.0f} W idle, {assumptions.electricity:g} per kWh."
     )
     if not cost.is_possible:
-        yield f"  {assumptions.tokens_a_day:,.0f} tokens would take {cost.hours_a_day:.1f} hours: more than a day has."
+        yield f"  {assumptions.tokens_a_day:,.0f} tokens a day would take {cost.hours_a_day:.1f} hours a day."
         return
     yield (
-        f"  {assumptions.tokens_a_day:,.0f} tokens a day take {cost.hours_a_day:.1f} hours: {cost.per_million:,.2f} a "
-        f"million, of which {cost.electricity_per_million:,.2f} are electricity at work. Electricity a month, idle "
-        f"hours included: {cost.electricity_a_month:,.2f}."
+        f"  {assumptions.tokens_a_day:,.0f} tokens a day take {cost.hours_a_day:.1f} hours: {cost.per_million:,.2f} "
+        f"per million, of which {cost.electricity_per_million:,.2f} for electricity under load. Electricity per month, "
+        f"idle hours included: {cost.electricity_a_month:,.2f}."
     )
     if assumptions.subscription is not None:
         when = "never" if cost.break_even_months is None else f"after {cost.break_even_months:,.0f} months"
-        yield f"  Against a subscription of {assumptions.subscription:g} a month: break-even {when}."
-    yield "  Prices are the table's, in US dollars, unless --price says otherwise; prompts are not counted."
+        yield f"  Compared with a subscription of {assumptions.subscription:g} per month: break-even {when}."
+    yield "  Prices are in US dollars, from the planner's table unless --price is given; prompt tokens are not counted."
 
 
 def backtest_report(comparisons: Sequence[Comparison]) -> Iterator[Part]:
-    """All comparisons, the medians, and what was left out."""
+    """Yield all comparisons, the median errors, and the published rows that are left out."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("published row", "what", "published", "predicted", "error", ""):
+    for header in ("published row", "metric", "published", "predicted", "error", ""):
         table.add_column(header, justify="right" if header in ("published", "predicted", "error") else "left")
-    for each in comparisons:
-        marks = "fitted" if each.row.fit else "repeats" if each.row.is_repeat else ""
-        numbers = (f"{each.published:.1f}", f"{each.predicted:.1f}", f"{100 * each.error:+.0f} %")
-        table.add_row(each.row.id, each.metric, *numbers, marks)
+    for comparison in comparisons:
+        row = comparison.row
+        mark = "fitted" if row.fit else "repeats" if row.is_repeat else ""
+        values = (f"{comparison.published:.1f}", f"{comparison.predicted:.1f}", f"{100 * comparison.error:+.0f} %")
+        table.add_row(row.id, comparison.metric, *values, mark)
     yield table
     yield ""
-    others = [each for each in comparisons if not each.row.fit]
-    new = [each for each in comparisons if each.is_new]
+    others = [comparison for comparison in comparisons if not comparison.row.fit]
+    new = [comparison for comparison in comparisons if comparison.is_new]
     yield (
-        f"Median error {100 * median_error(comparisons):.1f} % of {len(comparisons)}; {100 * median_error(others):.1f} "
-        f"% of the {len(others)} that were not fitted; {100 * median_error(new):.1f} % of the {len(new)} that do not "
-        "repeat the set-up of a fitted one either. tok/s."
+        f"Median error: {100 * median_error(comparisons):.1f} % over all {len(comparisons)} rows; "
+        f"{100 * median_error(others):.1f} % over the {len(others)} that were not fitted; "
+        f"{100 * median_error(new):.1f} % over the {len(new)} that do not repeat a fitted configuration either. Values "
+        "are in tok/s."
     )
     yield (
-        f"Fitted: {FITTED.bandwidth_share:g} of the bandwidth, {FITTED.kernel_s * 1e6:g} us a kernel, "
-        f"{FITTED.compute_share:g} of the fp16 rate. (u): the figure is second-hand."
+        f"Fitted: {FITTED.bandwidth_share:g} of the bandwidth, {FITTED.kernel_s * 1e6:g} us per kernel, "
+        f"{FITTED.compute_share:g} of the fp16 rate. (u): the number is second-hand."
     )
     yield ""
     yield "Left out:"
-    yield from (f"  {what}: {why}" for what, why in left_out())
+    yield from (f"  {row}: {reason}" for row, reason in left_out())

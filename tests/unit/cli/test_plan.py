@@ -67,10 +67,10 @@ def test_the_choice_is_a_sentence() -> None:
     assert "Why not the others:" in shown
 
 
-def test_what_does_not_fit_says_what_would() -> None:
+def test_a_model_that_does_not_fit_says_how_many_machines_are_enough() -> None:
     shown = call("kimi-k2", "--machines", "m3-ultra-512").stdout
     assert "Choice: none" in shown
-    assert "would fit on 2" in shown
+    assert shown.startswith("Does not fit. 2 x m3-ultra-512 would be enough.\n")
     assert "fits" in call("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "3").stdout
     assert "iogpu.wired_limit_mb=" in call("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "3").stdout
 
@@ -83,7 +83,7 @@ def test_json() -> None:
     assert value["median_error"] < 0.1
 
 
-def test_a_folder_is_planned_by_its_config() -> None:
+def test_a_folder_is_planned_from_its_config() -> None:
     value = json.loads(call(str(KIMI_MINI), "--machines", "m1-8", "--json").stdout)
     assert value["options"][value["choice"]]["strategy"] == "single"
 
@@ -94,19 +94,19 @@ def test_a_folder_is_planned_by_its_config() -> None:
         (("kimi-k2", "--machines", "m3-ultra-511"), "unknown machine"),
         (("kimi-k2", "--machines", "m3-ultra-512", "--context", "1000000"), "131072"),
         (("kimi-k2", "--link", "measured"), "needs hosts"),
-        (("someone/else", "--machines", "m3-ultra-512"), "nothing is known"),
+        (("someone/else", "--machines", "m3-ultra-512"), "are not known here"),
         (("kimi-k", "--machines", "m3-ultra-512"), "no model"),
         (("kimi-k2", "--machines", "m4-max-128x8", "--cost"), "price"),
     ],
 )
-def test_errors_are_ours(words: tuple[str, ...], message: str) -> None:
+def test_errors_have_hints(words: tuple[str, ...], message: str) -> None:
     result = call(*words)
     assert isinstance(result.exception, UsageError)
     assert message in result.exception.message
     assert result.exception.hint
 
 
-def test_hosts_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_and_a_measured_link(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kimi_mlx.cli.plan, "diagnose_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
     value = json.loads(call("kimi-k2", "--hostfile", "two.json", "--link", "measured", "--json").stdout)
     option = value["options"][value["choice"]]
@@ -117,12 +117,12 @@ def test_hosts_and_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hybrid, 2 hosts, jaccl" in shown
 
 
-def test_links_that_were_measured() -> None:
+def test_measured_links() -> None:
     (ring,) = measured_links(diagnosis())
     assert (ring.backend, ring.bytes_per_s) == ("ring", 5e9)
     assert [link.backend for link in measured_links(diagnosis(backend="jaccl"))] == ["jaccl", "ring"]
-    trouble = Finding("mac-a, mac-b", "link", "trouble", "no answer")
+    problem = Finding("mac-a, mac-b", "link", "trouble", "no answer")
     with pytest.raises(LinkError, match="no answer"):
-        measured_links(Diagnosis(("mac-a", "mac-b"), {}, (trouble,)))
+        measured_links(Diagnosis(("mac-a", "mac-b"), {}, (problem,)))
     with pytest.raises(SshError, match="mac-a"):
         host_machines(Diagnosis(("mac-a",), {}, ()))
