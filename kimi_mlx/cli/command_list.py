@@ -11,7 +11,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-PANELS = ("Options", "Model", "Sampling", "Cluster", "Server", "Measurement", "Cost", "Output", "Advanced")
+PANELS = (
+    *("Options", "Model", "Sampling", "Quantization", "Cluster", "Server"),
+    *("Measurement", "Cost", "Output", "Advanced"),
+)
 """Panels of a command's help, in their order; options without a panel are in the first."""
 
 

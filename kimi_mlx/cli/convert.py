@@ -1,10 +1,10 @@
-"""`kimi-mlx convert`: a checkpoint in any layout that we read, to MLX's affine one."""
+"""`kimi-mlx convert`: convert a checkpoint of any supported format to MLX's affine quantization."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from kimi_mlx.cli.download_progress import byte_bars
 from kimi_mlx.cli.fetch_model import fetch
-from kimi_mlx.cli.options import JsonOption
+from kimi_mlx.cli.option_groups import with_option_groups
+from kimi_mlx.cli.options import QUANTIZATION, JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
@@ -29,46 +30,64 @@ if TYPE_CHECKING:
 Bits = Literal["2", "3", "4", "5", "6", "8", "bf16"]
 
 
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """Options of the target format."""
+
+    bits: Annotated[
+        Bits | None,
+        typer.Option(
+            "--bits",
+            help="Bits of all quantizable matrices; bf16 keeps floats, as bfloat16. Default: quantized matrices are "
+            "copied unchanged; if there are none (FP8, floats), 4.",
+            show_default=False,
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+    expert_bits: Annotated[
+        Bits | None,
+        typer.Option(
+            "--expert-bits",
+            help="Bits of the routed experts, which are most of the model; --bits is then for the rest. Default: as "
+            "--bits. Without --bits the rest gets 8 bits.",
+            show_default=False,
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+    group_size: Annotated[
+        Literal["32", "64", "128"] | None,
+        typer.Option(
+            "--group-size",
+            help="Number of values that share a scale and a bias. Default: 64; 32 if SRC has experts in groups of 32.",
+            show_default=False,
+            rich_help_panel=QUANTIZATION,
+        ),
+    ] = None
+
+    def to_options(self) -> ConvertOptions:
+        """Return the options as numbers."""
+        from kimi_mlx.weights.convert_plan import ConvertOptions
+
+        group_size = int(self.group_size) if self.group_size else None
+        return ConvertOptions(_number(self.bits), _number(self.expert_bits), group_size)
+
+
+@with_option_groups
 def convert(
     source: Annotated[
         str,
         typer.Argument(
             metavar="SRC",
-            help="The checkpoint: an alias, a folder, or a hub repository `owner/name`, in FP8, INT4, floats, or MLX's "
-            "own layout.",
+            help="Checkpoint to convert: an alias, a folder, or a Hugging Face repository `owner/name`; FP8, INT4, "
+            "floats, or MLX's own format.",
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="A new folder, or one with an unfinished run of the same conversion.")
+        Path, typer.Argument(metavar="DST", help="New folder, or one with an unfinished run of the same conversion.")
     ],
-    bits: Annotated[
-        Bits | None,
-        typer.Option(
-            "--bits",
-            help="Bits of every matrix that can be quantized; bf16 keeps floats, in bfloat16. Default: what is "
-            "quantized stays as it is, bit for bit; if nothing is (FP8, floats), 4.",
-            show_default=False,
-        ),
-    ] = None,
-    expert_bits: Annotated[
-        Bits | None,
-        typer.Option(
-            "--expert-bits",
-            help="Bits of the routed experts, nearly all of the model; then --bits is of the rest. Default: as --bits, "
-            "and with this option alone 8 for the rest.",
-            show_default=False,
-        ),
-    ] = None,
-    group_size: Annotated[
-        Literal["32", "64", "128"] | None,
-        typer.Option(
-            "--group-size",
-            help="Values that share a scale and a bias. Default: 64; 32 if SRC has experts in groups of 32.",
-            show_default=False,
-        ),
-    ] = None,
+    quantization: QuantizationOptions,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done and how large the result is; write nothing.")
+        bool, typer.Option("--dry-run", help="Only show what would be done and the size of the result.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -80,12 +99,11 @@ def convert(
     """
     from kimi_mlx.weights.conversion import open_conversion
     from kimi_mlx.weights.convert_folder import check_folder, check_space
-    from kimi_mlx.weights.convert_plan import ConvertOptions
 
-    options = ConvertOptions(_number(bits), _number(expert_bits), int(group_size) if group_size else None)
+    options = quantization.to_options()
     folder, origin = target.expanduser(), resolve_model_name(source)
     if dry_run and origin.repository is not None and find_local(origin.repository) is None:
-        _show_plan(_plan_from_afar(origin.repository, options), folder, json)
+        _show_plan(_plan_from_hub(origin.repository, options), folder, json)
         return
     conversion = open_conversion(_source_folder(origin, json), options)
     check_folder(conversion, folder)
@@ -99,16 +117,16 @@ def convert(
         return
     stdout.print(
         f"{result.folder}: {result.files} files, {format_bytes(result.size_bytes)}, "
-        f"{result.bits_per_weight:.2f} bits a weight, in {format_seconds(result.seconds)}",
+        f"{result.bits_per_weight:.2f} bits per weight, in {format_seconds(result.seconds)}",
         markup=False,
     )
     if result.files_before:
-        stdout.print(f"{result.files_before} of the files were there from an earlier run", markup=False)
+        stdout.print(f"{result.files_before} of these files are from an earlier run", markup=False)
     _print_notes(conversion.plan)
 
 
-def _plan_from_afar(repository: str, options: ConvertOptions) -> ConversionPlan:
-    """The plan for a repository that is not here, from its headers."""
+def _plan_from_hub(repository: str, options: ConvertOptions) -> ConversionPlan:
+    """Return the plan of a repository that is not on this machine; downloads only the headers of its files."""
     from kimi_mlx.store.sources import read_contents
     from kimi_mlx.weights.checkpoint import Checkpoint
     from kimi_mlx.weights.convert_plan import plan_conversion
@@ -121,7 +139,7 @@ def _plan_from_afar(repository: str, options: ConvertOptions) -> ConversionPlan:
 
 
 def _source_folder(target: ModelRef, is_quiet: bool) -> Path:
-    """The folder of the checkpoint itself, never of a shard store; fetched if it is not here."""
+    """Return the folder of the checkpoint, never of a store; it is downloaded if it is not on this machine."""
     if target.repository is None:
         assert target.folder is not None
         return target.folder
@@ -136,7 +154,7 @@ def _number(bits: Bits | None) -> int | None:
 
 
 def _run(conversion: Conversion, folder: Path, is_quiet: bool) -> ConversionResult:
-    """Convert, with a bar; Ctrl-C leaves word how to go on."""
+    """Convert behind a progress bar; if it is stopped, print how to resume."""
     from kimi_mlx.weights.convert import convert as run
 
     try:
@@ -150,13 +168,17 @@ def _run(conversion: Conversion, folder: Path, is_quiet: bool) -> ConversionResu
 
 @contextmanager
 def _progress(is_quiet: bool) -> Generator[Callable[[int, int], None]]:
-    """A bar of bytes written, on stderr of a terminal; yields what to call with (done, total)."""
+    """Show a progress bar of bytes written, on stderr of a terminal.
+
+    Yields:
+        function to call with (done, total).
+    """
     with byte_bars(is_quiet) as progress:
         task: TaskID | None = None
 
         def show(done: int, total: int) -> None:
             nonlocal task
-            if task is None:  # what an earlier run has done counts for the bar, not for the speed
+            if task is None:  # bytes of an earlier run count for the bar, not for the speed
                 task = progress.add_task("converting", completed=done, total=total)
             progress.update(task, completed=done)
 
@@ -164,7 +186,7 @@ def _progress(is_quiet: bool) -> Generator[Callable[[int, int], None]]:
 
 
 def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
-    """What would be done."""
+    """Print what would be done."""
     if is_json:
         print_json(
             {
@@ -178,7 +200,7 @@ def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
         )
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("what", "from", "to"):
+    for header in ("tensors", "from", "to"):
         table.add_column(header)
     table.add_column("size", justify="right")
     for row in plan.summary():
@@ -186,7 +208,7 @@ def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
     stdout.print(table, soft_wrap=False)
     stdout.print(
         f"{folder}: {len(plan.files)} files, {format_bytes(plan.size_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits a weight; nothing has been written",
+        f"{plan.bits_per_weight:.2f} bits per weight; nothing has been written",
         markup=False,
     )
     _print_notes(plan)

@@ -1,17 +1,19 @@
-"""`kimi-mlx download`: a model from the hub, verified; with --ranks as shard stores."""
+"""`kimi-mlx download`: download and verify a model; with --ranks split into stores."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.download_output import print_result, require_disk
+from kimi_mlx.cli.download_output import check_disk, print_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_progress
 from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.open_model import launch_context
-from kimi_mlx.cli.options import JsonOption, ModelArgument, StrategyOption
+from kimi_mlx.cli.option_groups import with_option_groups
+from kimi_mlx.cli.options import ADVANCED, MODEL, JsonOption, ModelArgument, StrategyOption, model_name
 from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.errors import UsageError
@@ -24,18 +26,19 @@ from kimi_mlx.hub.client import (
     verify_checkpoint,
 )
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
+from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.settings import Settings
 from kimi_mlx.store.download import StoreOptions, join_group
 from kimi_mlx.store.locate import ModelRef, resolve_model_name, stores_root
 from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
 from kimi_mlx.store.sources import read_contents
 
 
-def download(
-    context: typer.Context,
-    model: ModelArgument = None,
+@dataclass(frozen=True)
+class DownloadOptions:
+    """Options of a download."""
+
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -43,55 +46,83 @@ def download(
             min=1,
             max=64,
             help="Split the model for N ranks. Source files are deleted after processing. "
-            "Default: the checkpoint as it is, in the hub's cache.",
+            "Default: download the checkpoint unchanged, into the Hugging Face cache.",
             show_default=False,
+            rich_help_panel=MODEL,
         ),
-    ] = None,
-    strategy: StrategyOption = None,
+    ] = None
+    strategy: StrategyOption = None
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="A branch, tag or commit. Default: what is here, else the main branch."),
-    ] = None,
+        typer.Option(
+            "--revision",
+            help="Branch, tag or commit. Default: the one on this machine, else the main branch.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the files, what each host will hold, and the disk needed.")
-    ] = False,
+        bool, typer.Option("--dry-run", help="Only show the files, the size of each rank's part, and the disk needed.")
+    ] = False
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check all checksums of what is here, and fetch what is broken.")
-    ] = False,
+        bool, typer.Option("--verify", help="Check all files on this machine and download broken ones again.")
+    ] = False
     keep_source: Annotated[
-        bool, typer.Option("--keep-source", help="With --ranks: keep the source files, in the hub's cache.")
-    ] = False,
-    json: JsonOption = False,
+        bool,
+        typer.Option(
+            "--keep-source",
+            help="With --ranks: keep the source files in the Hugging Face cache.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = False
+
+    def with_ranks(self, num_hosts: int) -> DownloadOptions:
+        """Return the options with the number of ranks; each of several hosts is one.
+
+        Raises:
+            UsageError: `--ranks` is another number, or an option needs `--ranks`.
+        """
+        options = self
+        if num_hosts > 1:
+            if self.ranks not in (None, num_hosts):
+                raise UsageError(f"--ranks is {self.ranks}, but there are {num_hosts} hosts", hint="leave --ranks out")
+            options = replace(self, ranks=num_hosts)
+        if options.ranks is None and options.keep_source:
+            raise UsageError("--keep-source needs --ranks", hint="without --ranks all files are kept anyway")
+        if options.ranks is None and options.strategy is not None:
+            raise UsageError("--strategy needs --ranks", hint="add the number of ranks, such as `--ranks 2`")
+        return options
+
+
+@with_option_groups
+def download(
+    context: typer.Context, options: DownloadOptions, model: ModelArgument = None, json: JsonOption = False
 ) -> None:
     """Download a model, optionally split for N ranks."""
     started = time.monotonic()
-    name = model or Settings.from_environment().model
+    name = model_name(model)
     if (launched := launch_context(context)) is not None:
-        from kimi_mlx.cli.download_on_hosts import download_over_hosts
+        from kimi_mlx.cli.download_on_hosts import download_on_hosts
 
-        download_over_hosts(launched, resolve_model_name(name), revision, dry_run, verify, keep_source, is_json=json)
+        download_on_hosts(
+            launched,
+            resolve_model_name(name),
+            options.revision,
+            is_dry=options.dry_run,
+            is_check=options.verify,
+            keep_source=options.keep_source,
+            is_json=json,
+        )
         return
-    group = join_group()
+    group = join_group()  # of several processes if `mlx.launch` started this one
     target = run_on_all_ranks(group, lambda: resolve_model_name(name))
     is_quiet = json or group.rank > 0
-    if group.size > 1:
-        if ranks not in (None, group.size):
-            raise UsageError(f"--ranks is {ranks}, but there are {group.size} hosts", hint="leave --ranks out")
-        ranks = group.size
-    if ranks is None and keep_source:
-        raise UsageError("--keep-source is for --ranks", hint="without --ranks the files are kept anyway")
-    if ranks is None and strategy is not None:
-        raise UsageError("--strategy is for --ranks", hint="say how many ranks will share the model: `--ranks 2`")
+    options = options.with_ranks(group.size)
     try:
-        if ranks is None:
-            result = _checkpoint(target, revision, dry_run, verify, is_quiet)
+        if options.ranks is None:
+            result = _download_checkpoint(target, options, is_quiet)
         else:
-            choice = choose_placement(target, ranks, strategy) if group.size == 1 else _place_on_group(ranks, strategy)
-            print_placement(choice, f"{ranks} ranks", is_quiet)
-            options = StoreOptions(target.source, stores_root(), ranks, choice.strategy, revision, keep_source)
-            result = prepare_stores(
-                target, options, group, TerminalObserver(target, is_quiet), is_dry=dry_run, is_check=verify
-            )
+            result = _download_stores(target, options, options.ranks, group, is_quiet)
     except (KeyboardInterrupt, SystemExit):
         if not is_quiet:
             stderr.print("stopped; run the same command again to resume", markup=False)
@@ -102,51 +133,61 @@ def download(
             print_json(result)
         else:
             print_result(result)
-        require_disk(result)
+        check_disk(result)
 
 
-def _place_on_group(ranks: int, strategy: str | None) -> Choice:
-    """Without `launch` hosts do not know of each other what they have: hybrid, unless --strategy says otherwise."""
-    return Choice(
-        normalize_strategy(strategy or "hybrid", ranks), "without launch it is what --strategy says, or hybrid"
-    )
+def _download_stores(
+    target: ModelRef, options: DownloadOptions, ranks: int, group: Group, is_quiet: bool
+) -> DownloadReport:
+    """Build the stores of all ranks, or of this process's rank if it is one of several."""
+    if group.size == 1:
+        choice = choose_placement(target, ranks, options.strategy)
+    else:  # started by `mlx.launch`: processes do not know which stores the others have
+        strategy = normalize_strategy(options.strategy or "hybrid", ranks)
+        choice = Choice(strategy, "under `mlx.launch` it is --strategy, or hybrid")
+    print_placement(choice, f"{ranks} ranks", is_quiet)
+    store = StoreOptions(target.source, stores_root(), ranks, choice.strategy, options.revision, options.keep_source)
+    observer = TerminalObserver(target, is_quiet)
+    return prepare_stores(target, store, group, observer, is_dry=options.dry_run, is_check=options.verify)
 
 
-def _checkpoint(target: ModelRef, revision: str | None, is_dry: bool, is_check: bool, is_quiet: bool) -> DownloadReport:
-    """All of the repository into the hub's cache."""
+def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: bool) -> DownloadReport:
+    """Download the whole repository into the Hugging Face cache."""
     if target.repository is None:
-        if is_check:
+        if options.verify:
             raise UsageError(
-                f"`{target.name}` is a folder: there are no checksums to compare it with",
-                hint="with `--ranks N` the stores that were built from it are checked",
+                f"`{target.name}` is a folder, so there are no checksums to compare with",
+                hint="use `--ranks N` to check the stores that were built from it",
             )
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
-    local = find_local(target.repository, revision)
-    if local is not None and revision not in (None, local.name):  # a branch may have moved on: ask the hub
-        local = None
-    if local is not None and not is_dry and not is_check:
+    local = find_local(target.repository, options.revision)
+    if local is not None and options.revision not in (None, local.name):
+        local = None  # a branch or tag: it may have a newer commit
+    if local is not None and not options.dry_run and not options.verify:
         return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
-    pinned = revision if local is None else local.name
-    repository = look_up(target.repository, pinned)
-    total = sum(file.size_bytes for file in repository.files)
-    if is_dry:
+    repository = look_up(target.repository, options.revision if local is None else local.name)
+    if options.dry_run:
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
         return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
-    broken: list[str] = []
-    if is_check:
-        with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
-            for file in verify_checkpoint(repository, advance):
-                remove_cached(repository, file)
-                broken.append(file.name)
+    broken = _remove_broken(target, repository, is_quiet) if options.verify else []
     folder = fetch(target, repository, is_quiet)
     return {
-        **_about(target, repository),
+        "model": target.name,
+        "repository": repository.name,
+        "commit": repository.commit,
         "folder": str(folder),
-        "state": describe_state(is_check, broken),
+        "state": describe_state(options.verify, broken),
         "broken": broken,
     }
 
 
-def _about(target: ModelRef, repository: Repository) -> DownloadReport:
-    return {"model": target.name, "repository": repository.name, "commit": repository.commit}
+def _remove_broken(target: ModelRef, repository: Repository, is_quiet: bool) -> list[str]:
+    """Check all files in the cache, remove the broken ones and return their names."""
+    total = sum(file.size_bytes for file in repository.files)
+    broken: list[str] = []
+    with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
+        for file in verify_checkpoint(repository, advance):
+            remove_cached(repository, file)
+            broken.append(file.name)
+    return broken

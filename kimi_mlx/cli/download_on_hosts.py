@@ -1,9 +1,9 @@
-"""`kimi-mlx launch ... download`: each host fetches its part of a model, and keeps its store."""
+"""`kimi-mlx launch ... download`: each host downloads a part of the files and stores its share of the weights."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,29 +23,40 @@ from kimi_mlx.units import format_bytes
 MODULE = "kimi_mlx.rank.download"
 
 STALL_S = 1800.0
-"""Without a byte fetched or checked: the hub may ask us to wait for long."""
+"""Timeout without progress: Hugging Face may ask clients to wait for a long time."""
 
 
-def download_over_hosts(
+def download_on_hosts(
     launched: LaunchContext,
     target: ModelRef,
     revision: str | None,
+    *,
     is_dry: bool,
     is_check: bool,
     keep_source: bool,
-    *,
     is_json: bool,
 ) -> None:
-    """Fetch a model once in all, and print what became of it.
+    """Download a model, each file by one host only, and print the result.
+
+    Args:
+        launched: the hosts.
+        target: the model.
+        revision: branch, tag or commit; None for the one that is here, else the main branch.
+        is_dry: whether to only print what would be done.
+        is_check: whether to verify the stores that are there and repair them.
+        keep_source: whether the source files stay in the Hugging Face cache.
+        is_json: whether to print JSON.
 
     Raises:
-        KimiMlxError: of any host; the same command goes on where it was.
+        KimiMlxError: error of any host; the same command resumes.
     """
     if launched.cluster.size < 2:
-        raise UsageError("there is only one rank", hint="name two hosts or more, or type `kimi-mlx download` alone")
+        raise UsageError(
+            "there is only one rank", hint="name two or more hosts, or run `kimi-mlx download` without launch"
+        )
     started = time.monotonic()
     limits = replace(launched.limits, stall_s=STALL_S)
-    with closing(Ring(launched.cluster, limits, MODULE)) as ring, _shown(target, is_json) as show:
+    with closing(Ring(launched.cluster, limits, MODULE)) as ring, _show_progress(target, is_json) as show:
         ring.start(
             model=name_for_hosts(target),
             strategy=launched.choice.strategy,
@@ -54,23 +65,24 @@ def download_over_hosts(
             is_check=is_check,
             keep_source=keep_source,
         )
-        results = _results(ring, show)
-    hosts = [host.ssh for host in launched.cluster.hostfile.hosts]
-    result: DownloadReport = {**_joined(results, hosts), "seconds": round(time.monotonic() - started, 3)}
+        results = _collect(ring, show)
+    names = [host.ssh for host in launched.cluster.hostfile.hosts]
+    result: DownloadReport = {**_merge(results, names), "seconds": round(time.monotonic() - started, 3)}
     if is_json:
         print_json(result)
     else:
         print_result(result)
-    for each in result["hosts"]:
-        missing = each.get("disk_needed_bytes", 0) - each.get("disk_free_bytes", 0)
+    for host in result["hosts"]:
+        missing = host.get("disk_needed_bytes", 0) - host.get("disk_free_bytes", 0)
         if missing > 0:
             raise WeightsError(
-                f"the disk of `{each['host']}` is {format_bytes(missing)} too small",
-                hint="free some space there, or keep stores elsewhere: `--env KIMI_MLX_STORES=FOLDER`",
+                f"not enough disk space on `{host['host']}`: {format_bytes(missing)} are missing",
+                hint="free some space there, or use another folder: `--env KIMI_MLX_STORES=FOLDER`",
             )
 
 
-def _results(ring: Ring, show: Any) -> dict[int, DownloadReport]:
+def _collect(ring: Ring, show: Callable[[Message], None]) -> dict[int, DownloadReport]:
+    """Return the report of each rank, after passing on rank 0's progress."""
     results: dict[int, DownloadReport] = {}
     try:
         for rank, message in ring.messages():
@@ -81,20 +93,24 @@ def _results(ring: Ring, show: Any) -> dict[int, DownloadReport]:
             if len(results) == ring.world_size:
                 break
     except RingError as error:
-        raise RingError(error.message, f"type the same command again, it goes on where it was; {error.hint}") from error
+        raise RingError(error.message, f"run the same command again to resume; {error.hint}") from error
     return results
 
 
 @contextmanager
-def _shown(target: ModelRef, is_quiet: bool) -> Generator[Any]:
-    """Bars of what rank 0 tells; yields what to call with its messages."""
+def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Message], None]]:
+    """Show progress bars of rank 0.
+
+    Yields:
+        function to call with its messages.
+    """
     with byte_bars(is_quiet) as bars:
         tasks: dict[str, Any] = {}
 
-        def bar(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=None)
-            bars.update(tasks[what], completed=done, total=total)
+        def bar(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=None)
+            bars.update(tasks[label], completed=done, total=total)
 
         def show(message: Message) -> None:
             if message["kind"] == "beginning":
@@ -103,7 +119,7 @@ def _shown(target: ModelRef, is_quiet: bool) -> Generator[Any]:
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":
                 progress = BuildProgress(**{name: value for name, value in message.items() if name != "kind"})
-                bar(f"fetching {target.name}", progress.fetched_bytes, progress.total_bytes)
+                bar(f"downloading {target.name}", progress.fetched_bytes, progress.total_bytes)
                 bar("storing", progress.stored_bytes, progress.total_bytes)
 
         try:
@@ -114,11 +130,11 @@ def _shown(target: ModelRef, is_quiet: bool) -> Generator[Any]:
             raise
 
 
-def _joined(results: dict[int, DownloadReport], hosts: list[str]) -> DownloadReport:
-    """One result of all: rank 0's, with the stores of all ranks and the disks of all hosts."""
+def _merge(results: dict[int, DownloadReport], names: list[str]) -> DownloadReport:
+    """Return rank 0's report with the stores of all ranks and the disks of all hosts."""
     disk = ("disk_needed_bytes", "disk_free_bytes")
-    each = [
-        {"host": hosts[rank], "folder": result["folder"]} | {name: result[name] for name in disk if name in result}
+    hosts = [
+        {"host": names[rank], "folder": result["folder"]} | {name: result[name] for name in disk if name in result}
         for rank, result in sorted(results.items())
     ]
     ranks = (
@@ -127,4 +143,4 @@ def _joined(results: dict[int, DownloadReport], hosts: list[str]) -> DownloadRep
         else [item for r in sorted(results) for item in results[r]["ranks"]]
     )
     kept = sum(result.get("kept_bytes", 0) for result in results.values())
-    return {**results[0], "ranks": ranks, "hosts": each, "kept_bytes": kept}
+    return {**results[0], "ranks": ranks, "hosts": hosts, "kept_bytes": kept}

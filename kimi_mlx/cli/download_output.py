@@ -1,4 +1,4 @@
-"""What `kimi-mlx download` prints: where the model is, or what it would fetch."""
+"""Output of `kimi-mlx download`: the folder of the model, or what would be downloaded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kimi_mlx.units import format_bytes, format_gib, format_seconds
 
 
 def print_result(result: DownloadReport) -> None:
-    """The folder alone on stdout; what was done on stderr."""
+    """Print the folder on stdout and the rest on stderr; a dry run prints a table on stdout."""
     if "files" in result:
         _print_dry_run(result)
         return
     seconds = format_seconds(result["seconds"])
     stderr.print(f"{result['model']} {result['state']}, {seconds}", markup=False, style="dim")
-    for item in result.get("ranks", []):
-        stderr.print(f"rank {item['rank']} holds {format_bytes(item['size_bytes'])}", style="dim")
+    for rank in result.get("ranks", []):
+        stderr.print(f"rank {rank['rank']}: {format_bytes(rank['size_bytes'])}", style="dim")
     if kept_bytes := result.get("kept_bytes"):
         stderr.print(
-            f"{format_bytes(kept_bytes)} of it were in the Hugging Face cache and stay there; "
-            f"`hf cache rm model/{result['repository']}` removes them",
+            f"{format_bytes(kept_bytes)} of it were in the Hugging Face cache before and are kept; "
+            f"remove them with `hf cache rm model/{result['repository']}`",
             style="dim",
             markup=False,
         )
@@ -37,25 +37,25 @@ def _print_dry_run(result: DownloadReport) -> None:
         table.add_column(unit, justify="right")
     rows = [(file["name"], file["size_bytes"]) for file in result["files"]]
     rows += [("configuration and tokenizer", result["small_bytes"])]
-    rows += [("all files", sum(size for _, size in rows)), ("of these to fetch", result["fetch_bytes"])]
-    rows += [(f"rank {item['rank']} will hold", item["size_bytes"]) for item in result["ranks"]]
+    rows += [("all files", sum(size for _, size in rows)), ("still to download", result["fetch_bytes"])]
+    rows += [(f"rank {rank['rank']}", rank["size_bytes"]) for rank in result["ranks"]]
     rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
     for name, size in rows:
         table.add_row(Text(name), f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")
     stdout.print(table, soft_wrap=False)
     if result["disk_needed_bytes"] <= result["disk_free_bytes"]:
-        stdout.print(f"the disk of {result['folder']} is large enough; nothing has been fetched", markup=False)
+        stdout.print(f"the disk of {result['folder']} has enough free space; nothing has been downloaded", markup=False)
 
 
-def require_disk(result: DownloadReport) -> None:
-    """What a dry run has found of the disk.
+def check_disk(result: DownloadReport) -> None:
+    """Check that a dry run found enough free disk space.
 
     Raises:
-        WeightsError: it is too small.
+        WeightsError: there is too little.
     """
     missing = result.get("disk_needed_bytes", 0) - result.get("disk_free_bytes", 0)
     if missing > 0:
         raise WeightsError(
-            f"the disk is {format_bytes(missing)} ({format_gib(missing)}) too small",
+            f"not enough disk space: {format_bytes(missing)} ({format_gib(missing)}) are missing",
             hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
         )

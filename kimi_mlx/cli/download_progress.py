@@ -1,4 +1,4 @@
-"""How far a download has come: bars on a terminal, a line now and then into a pipe or a log."""
+"""Progress of a download: bars on a terminal, a line from time to time in a pipe or log."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ LINE_EVERY_S = 15.0
 
 
 class Lines(Progress):
-    """Bars that are never drawn: each task says a line when it begins, and again after LINE_EVERY_S."""
+    """Progress in lines instead of bars: each task prints one when it begins, then one every LINE_EVERY_S."""
 
     def __init__(self) -> None:
         super().__init__(disable=True)
-        self._said_s: dict[TaskID, float] = {}
+        self._printed_s: dict[TaskID, float] = {}
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """As Progress.update."""
+        """Update a task and print its line if one is due."""
         super().update(task_id, **changes)
-        self._tell(self._tasks[task_id])
+        self._print_line(self._tasks[task_id])
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As Progress.advance."""
+        """Advance a task and print its line if one is due."""
         super().advance(task_id, advance)
-        self._tell(self._tasks[task_id])
+        self._print_line(self._tasks[task_id])
 
-    def _tell(self, task: Task) -> None:
+    def _print_line(self, task: Task) -> None:
         now = time.monotonic()
-        if not task.total or task.finished or now - self._said_s.get(task.id, -LINE_EVERY_S) < LINE_EVERY_S:
+        if not task.total or task.finished or now - self._printed_s.get(task.id, -LINE_EVERY_S) < LINE_EVERY_S:
             return
-        self._said_s[task.id] = now
+        self._printed_s[task.id] = now
         parts = [f"{task.description}: {format_bytes(task.completed)} of {format_bytes(task.total)}"]
         if task.speed:
             parts.append(f"{format_bytes(task.speed)}/s")
@@ -61,7 +61,7 @@ class Lines(Progress):
 
 
 def byte_bars(is_quiet: bool) -> Progress:
-    """Bars of bytes with speed and time left; a context manager."""
+    """Return progress bars of bytes, with speed and remaining time; use them as a context manager."""
     if not is_quiet and not stderr.is_terminal:
         return Lines()
     return Progress(
@@ -77,39 +77,43 @@ def byte_bars(is_quiet: bool) -> Progress:
 
 
 @contextmanager
-def byte_progress(what: str, total_bytes: int, is_quiet: bool) -> Generator[Callable[[int], None]]:
-    """One bar; yields what to call with more bytes."""
+def byte_progress(label: str, total_bytes: int, is_quiet: bool) -> Generator[Callable[[int], None]]:
+    """Show one progress bar.
+
+    Yields:
+        function to call with the number of further bytes.
+    """
     with byte_bars(is_quiet) as progress:
-        task = progress.add_task(what, total=total_bytes)
+        task = progress.add_task(label, total=total_bytes)
         yield lambda count: progress.advance(task, count)
 
 
 class TerminalObserver:
-    """Bars, or lines into a pipe.
+    """Observer of a download that shows progress bars, or lines in a pipe.
 
     Args:
         target: the model.
-        is_quiet: says nothing at all.
+        is_quiet: whether to print nothing at all.
     """
 
     def __init__(self, target: ModelRef, is_quiet: bool):
         self._target, self._is_quiet = target, is_quiet
 
     def beginning(self, vision_bytes: int) -> None:
-        """The licence, once, and what is left out."""
+        """Print the licence, once per model, and that the vision part is not downloaded."""
         print_licence_once(self._target, self._is_quiet)
         if not self._is_quiet and vision_bytes:
             stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
 
     def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """One bar."""
+        """Show a progress bar of checked bytes."""
         return byte_progress("checking", total_bytes, self._is_quiet)
 
     @contextmanager
     def building(self) -> Generator[Callable[[BuildProgress], None]]:
-        """A bar for what is fetched, and one for what is stored."""
+        """Show a progress bar of downloaded bytes and one of stored bytes."""
         with byte_bars(self._is_quiet) as bars:
-            fetching = bars.add_task(f"fetching {self._target.name}", total=None)
+            fetching = bars.add_task(f"downloading {self._target.name}", total=None)
             storing = bars.add_task("storing", total=None)
 
             def report(progress: BuildProgress) -> None:
@@ -120,6 +124,6 @@ class TerminalObserver:
 
 
 def print_licence_once(target: ModelRef, is_quiet: bool) -> None:
-    """What the licence of the weights asks of large products, at the first download."""
+    """Print what the licence requires of large products, at the first download of a model."""
     if target.entry is not None and not is_quiet:
         show_once(target.entry, lambda text: stderr.print(text, style="dim", markup=False))

@@ -16,7 +16,8 @@ from kimi_mlx.settings import Settings
 from kimi_mlx.units import MB, format_bytes, parse_bytes
 
 MODEL, SAMPLING, CLUSTER, SERVER = "Model", "Sampling", "Cluster", "Server"
-MEASUREMENT, COST, OUTPUT, ADVANCED = "Measurement", "Cost", "Output", "Advanced"
+QUANTIZATION, MEASUREMENT, COST, OUTPUT = "Quantization", "Measurement", "Cost", "Output"
+ADVANCED = "Advanced"
 """Panels of the help; see PANELS in command_list.py for their order."""
 
 ModelArgument = Annotated[

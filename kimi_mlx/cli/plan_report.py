@@ -48,7 +48,7 @@ def plan_report(plan: Plan) -> Iterator[Part]:
     yield from (f"  {note}" for note in plan.notes)
     if any(option.shares != "even" for option in shown):
         weights = dict.fromkeys(option.placement for option in shown if option.shares != "even")
-        yield f"  * split in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; others are split evenly."
+        yield f"  * split in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; others are even."
     yield ""
     yield (
         f"Predictions, not measurements. decode: tok/s of one sequence at the end of that context; prefill: tok/s of "

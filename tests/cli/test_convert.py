@@ -31,10 +31,10 @@ def run(*arguments: str | Path) -> Result:
     return result
 
 
-def test_the_result_is_told_in_a_line(tmp_path: Path) -> None:
+def test_the_result_is_printed_in_a_line(tmp_path: Path) -> None:
     result = run(INT4, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.5 kB, 10.62 bits a weight, in ")
+    assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.5 kB, 10.62 bits per weight, in ")
     assert "note: the vision part is left out" in result.stderr
     assert load_config(tmp_path / "out").quantization == Quantization(4, 32)
 
@@ -63,7 +63,7 @@ def test_json_is_one_document(tmp_path: Path) -> None:
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = run(INT4, tmp_path / "out", "--expert-bits", "4", "--dry-run")
     rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert rows[0] == "what from to size"
+    assert rows[0] == "tensors from to size"
     assert "routed experts INT4, groups of 32 4 bits, groups of 32, unchanged 92.2 kB" in rows
     assert any(row.startswith("attention bfloat16 8 bits, groups of 32 ") for row in rows)
     assert any(row.startswith("router bfloat16 bfloat16, unchanged ") for row in rows)
@@ -73,19 +73,19 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_dry_run_as_json_has_the_same_size(tmp_path: Path) -> None:
     report = json.loads(run(FP8, tmp_path / "out", "--dry-run", "--json").stdout)
-    made = json.loads(run(FP8, tmp_path / "out", "--json").stdout)
-    assert report["size_bytes"] == made["size_bytes"]
+    result = json.loads(run(FP8, tmp_path / "out", "--json").stdout)
+    assert report["size_bytes"] == result["size_bytes"]
     assert {"kind", "source", "target", "size_bytes"} == report["matrices"][0].keys()
 
 
 @pytest.mark.parametrize("arguments", [("--bits", "7"), ("--expert-bits", "4.5"), ("--group-size", "48"), ("extra",)])
-def test_bad_options_are_wrong_usage(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_options_exit_with_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
     result = run(FP8, tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no model `nowhere`"):
         run("nowhere", tmp_path / "out")
     with pytest.raises(KimiMlxError, match=r"config\.json` does not exist"):
@@ -109,23 +109,23 @@ def test_the_source_itself_is_refused(tmp_path: Path) -> None:
         run(source, source)
 
 
-SLOWLY = """
+SLOW_CONVERT = """
 import sys, time
 from kimi_mlx.cli.app import main
 from kimi_mlx.weights import convert as converter
 
-cook = converter.convert_chunk
-def slowly(*arguments):
+convert_chunk = converter.convert_chunk
+def convert_slowly(*arguments):
     time.sleep(0.02)
-    return cook(*arguments)
-converter.convert_chunk = slowly
+    return convert_chunk(*arguments)
+converter.convert_chunk = convert_slowly
 main()
 """
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_goes_on(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOWLY, "convert", str(FP8), str(tmp_path / "out")]
+def test_a_stopped_run_is_resumed(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_CONVERT, "convert", str(FP8), str(tmp_path / "out")]
     process = start(command, cwd=ROOT, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "model-00002-of-00003.safetensors.part").exists():
@@ -140,11 +140,11 @@ def test_a_stopped_run_goes_on(number: signal.Signals, code: int, tmp_path: Path
         ".convert.json",
         "model-00001-of-00003.safetensors",
     ]
-    assert "1 of the files were there from an earlier run" in run(FP8, tmp_path / "out").stdout
+    assert "1 of these files are from an earlier run" in run(FP8, tmp_path / "out").stdout
 
 
 @pytest.mark.slow
-def test_a_dry_run_fetches_no_weights(tmp_path: Path) -> None:
+def test_a_dry_run_downloads_no_weights(tmp_path: Path) -> None:
     source = INT4
     with Hub({"owner/model": source}) as hub:
         command = [sys.executable, "-m", "kimi_mlx", "convert", "owner/model", str(tmp_path), "--dry-run", "--json"]

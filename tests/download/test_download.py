@@ -124,9 +124,9 @@ def test_a_dry_run_is_a_table_in_both_units(host: Host, small: Path) -> None:
     for name, size in {
         **{file["name"]: file["size_bytes"] for file in result["files"]},
         "all files": total,
-        "of these to fetch": total - result["small_bytes"],
-        "rank 0 will hold": result["ranks"][0]["size_bytes"],
-        "rank 1 will hold": result["ranks"][1]["size_bytes"],
+        "still to download": total - result["small_bytes"],
+        "rank 0": result["ranks"][0]["size_bytes"],
+        "rank 1": result["ranks"][1]["size_bytes"],
         "disk needed": result["disk_needed_bytes"],
     }.items():
         assert re.search(rf"^{name} +{size / 1e9:.3f} +{size / 2**30:.3f}$", shown, re.MULTILINE), shown

@@ -93,7 +93,7 @@ def test_every_answer_says_how_it_was_placed() -> None:
         (("chat", "--ranks", "2", "--strategy", "tensor:1:2:3", "-p", "x"), "3 weights, but there are 2 ranks"),
         (("bench", "--ranks", "2", "--strategy", "tensor:1"), "1 weights, but there are 2 ranks"),
         (("download", "--ranks", "2", "--strategy", "tensor:1:2:3"), "3 weights, but there are 2 ranks"),
-        (("download", "--strategy", "tensor"), "--strategy is for --ranks"),
+        (("download", "--strategy", "tensor"), "--strategy needs --ranks"),
         (("launch", "--hosts", "a,b", "check", "--strategy", "tensor:1:2:3"), "3 weights, but there are 2 ranks"),
         (("launch", "--hosts", "a,b", "download", "--strategy", "none"), "unknown strategy `none`"),
     ],
