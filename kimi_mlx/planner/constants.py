@@ -64,12 +64,12 @@ class EngineProfile:
 KIMI_MLX = EngineProfile(
     "kimi-mlx", 28, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
 )
-"""28 kernels: counted on the graph, docs/benchmark.md."""
+"""28 kernels: counted on the graph, docs/correctness.md."""
 
 MLX_LM = EngineProfile(
     "mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False
 )
-"""44 kernels: design.md. exo and mlx-engine run the model of mlx-lm."""
+"""44 kernels: counted on the graph, docs/correctness.md. exo and mlx-engine run the model of mlx-lm."""
 
 ENGINE_PROFILES = {engine.name: engine for engine in (KIMI_MLX, MLX_LM)}
 

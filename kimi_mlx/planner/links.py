@@ -62,7 +62,7 @@ TCP = LinkProfile(
     6.5e9,
     "300 us per round trip, so half of it one way (Geerling, Apple TN3205); 52 Gbit/s (gh:exo-explore/exo#2063)",
 )
-WIFI = LinkProfile("wifi", "ring", 2.5e-3, 50e6, "design.md: round trip 5 ms or more; the rate is a guess")
+WIFI = LinkProfile("wifi", "ring", 2.5e-3, 50e6, "a guess: 5 ms per round trip, 50 MB/s")
 
 
 def measured_link(round_trip_s: float, bytes_per_s: float) -> LinkProfile:

@@ -11,7 +11,7 @@ from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.config import read_json
 from kimi_mlx.text.messages import Message
-from kimi_mlx.text.output import OutputParser, starts_in_reasoning
+from kimi_mlx.text.output import OutputParser, opens_reasoning
 from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
 from kimi_mlx.text.tokenizer import TokenIdTokenizer, Tokenizer
 
@@ -120,7 +120,7 @@ class ChatTokenizer:
 
     def output_parser(self, prompt: Sequence[int]) -> OutputParser:
         """Return a parser for the answer to a prompt."""
-        return OutputParser(self.tokenizer, starts_in_reasoning(self.tokenizer, prompt))
+        return OutputParser(self.tokenizer, opens_reasoning(self.tokenizer, prompt))
 
 
 def _sampling(path: Path, generation: Mapping[str, Any], defaults: Mapping[str, float]) -> Sampling:

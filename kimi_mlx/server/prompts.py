@@ -16,7 +16,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
-from kimi_mlx.text.output import THINK_END, starts_in_reasoning
+from kimi_mlx.text.output import THINK_END, opens_reasoning
 
 RESERVED = frozenset(
     {"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"}
@@ -111,7 +111,7 @@ class PromptBuilder:
         prompt = self.tokenizer.apply_chat_template(messages, tools, **variables)
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
-            if starts_in_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
+            if opens_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
                 prompt.append(tokenizer.special_tokens[THINK_END])
             prompt += tokenizer.encode(request.partial)
         return tuple(prompt), ids

@@ -41,7 +41,7 @@ class State(Enum):
     ENDED = auto()
 
 
-def starts_in_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+def opens_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     """Return whether a prompt ends in `<think>`, so that the answer begins with reasoning."""
     return bool(prompt) and prompt[-1] == tokenizer.special_tokens.get(THINK_BEGIN)
 

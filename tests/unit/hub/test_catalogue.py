@@ -69,8 +69,8 @@ def test_every_fact_has_its_source(alias: str) -> None:
     assert len(entry.format) <= 19, "longer than the table's column at 80 columns"
 
 
-def test_sizes_agree_with_the_design() -> None:
-    """design.md: 578 GB at 4 bits, 658 GB for the native INT4 in MLX's form; K2.x at 3.3 bits fits 470 GB."""
+def test_sizes_of_k2_in_memory() -> None:
+    """K2 has 578 GB at 4 bits, and 658 GB as native INT4 in MLX's layout."""
     weights = {alias: (entry_of(alias).weights_bytes or 0) / GB for alias in SERVED}
     assert weights["kimi-k2"] == pytest.approx(578, abs=1)
     for alias in ("kimi-k2-thinking", "kimi-k2.5", "kimi-k2.6"):

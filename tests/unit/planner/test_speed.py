@@ -66,7 +66,7 @@ def test_the_parts_of_the_time_on_one_mac() -> None:
     parts = decode(single, 1024)
     assert parts.fences_s == parts.link_s == 0
     read = parts.read_s * 819e9 * FITTED.bandwidth_share
-    assert read == pytest.approx(18.1e9, rel=0.02)  # 32 B active values at 4.5 bits, design.md
+    assert read == pytest.approx(18.1e9, rel=0.02)  # 32 B active values at 4.5 bits
 
 
 def test_collectives() -> None:

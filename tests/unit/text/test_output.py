@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, UnparsedToolCall
-from kimi_mlx.text.output import OutputParser, parse, starts_in_reasoning
+from kimi_mlx.text.output import OutputParser, opens_reasoning, parse
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.unit.text.vocabularies import SPECIAL, small_ranks, write_tokenizer
@@ -162,9 +162,9 @@ def test_arguments_that_python_cannot_read(tokenizer: Tokenizer, arguments: str)
 
 
 def test_prompt_decides_where_the_answer_starts(tokenizer: Tokenizer):
-    assert starts_in_reasoning(tokenizer, ids_of(tokenizer, "a", "<think>"))
-    assert not starts_in_reasoning(tokenizer, ids_of(tokenizer, "a", "<think>", "</think>"))
-    assert not starts_in_reasoning(tokenizer, [])
+    assert opens_reasoning(tokenizer, ids_of(tokenizer, "a", "<think>"))
+    assert not opens_reasoning(tokenizer, ids_of(tokenizer, "a", "<think>", "</think>"))
+    assert not opens_reasoning(tokenizer, [])
     ids = ids_of(tokenizer, "<think>", "Hm", "</think>", "Hi")
     assert parse(tokenizer, ids, starts_in_reasoning=True) == parse(tokenizer, ids[1:], True) == Delta("Hi", "Hm")
     assert parse(tokenizer, ids_of(tokenizer, "Hm"), True) == Delta("", "Hm")
@@ -275,4 +275,4 @@ def test_parse_inverts_the_template(
     prompt = MINI.encode(tokenizer, [question], thinking=thinking)
     whole = MINI.encode(tokenizer, turns, add_generation_prompt=False, thinking=thinking, preserve_thinking=True)
     assert whole[: len(prompt)] == prompt
-    assert parse(tokenizer, whole[len(prompt) :], starts_in_reasoning(tokenizer, prompt)) == expected
+    assert parse(tokenizer, whole[len(prompt) :], opens_reasoning(tokenizer, prompt)) == expected
