@@ -25,7 +25,8 @@ from kimi_mlx.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from kimi_mlx.weights.conversion import Conversion
     from kimi_mlx.weights.convert import ConversionResult
-    from kimi_mlx.weights.convert_plan import ConversionPlan, ConvertOptions
+    from kimi_mlx.weights.convert_options import ConvertOptions
+    from kimi_mlx.weights.convert_plan import ConversionPlan
 
 Bits = Literal["2", "3", "4", "5", "6", "8", "bf16"]
 
@@ -66,7 +67,7 @@ class QuantizationOptions:
 
     def to_options(self) -> ConvertOptions:
         """Return the options as numbers."""
-        from kimi_mlx.weights.convert_plan import ConvertOptions
+        from kimi_mlx.weights.convert_options import ConvertOptions
 
         group_size = int(self.group_size) if self.group_size else None
         return ConvertOptions(_number(self.bits), _number(self.expert_bits), group_size)
@@ -148,7 +149,7 @@ def _source_folder(target: ModelRef, is_quiet: bool) -> Path:
 
 
 def _number(bits: Bits | None) -> int | None:
-    from kimi_mlx.weights.convert_plan import BFLOAT16_BITS
+    from kimi_mlx.weights.convert_options import BFLOAT16_BITS
 
     return None if bits is None else BFLOAT16_BITS if bits == "bf16" else int(bits)
 
@@ -187,6 +188,8 @@ def _progress(is_quiet: bool) -> Generator[Callable[[int, int], None]]:
 
 def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
     """Print what would be done."""
+    from kimi_mlx.weights.convert_report import list_notes, summarize
+
     if is_json:
         print_json(
             {
@@ -194,8 +197,8 @@ def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
                 "files": len(plan.files),
                 "size_bytes": plan.size_bytes,
                 "bits_per_weight": plan.bits_per_weight,
-                "matrices": [asdict(row) for row in plan.summary()],
-                "notes": plan.notes(),
+                "matrices": [asdict(row) for row in summarize(plan)],
+                "notes": list_notes(plan),
             }
         )
         return
@@ -203,7 +206,7 @@ def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
     for header in ("tensors", "from", "to"):
         table.add_column(header)
     table.add_column("size", justify="right")
-    for row in plan.summary():
+    for row in summarize(plan):
         table.add_row(row.kind, row.source, row.target, format_bytes(row.size_bytes))
     stdout.print(table, soft_wrap=False)
     stdout.print(
@@ -215,9 +218,13 @@ def _show_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
 
 
 def _print_notes(plan: ConversionPlan) -> None:
-    for note in plan.notes():
+    from kimi_mlx.weights.convert_report import list_notes
+
+    for note in list_notes(plan):
         stderr.print(f"note: {note}", markup=False)
 
 
 def _result_to_dict(result: ConversionResult, conversion: Conversion) -> dict[str, Any]:
-    return {**asdict(result), "folder": str(result.folder), "notes": conversion.plan.notes()}
+    from kimi_mlx.weights.convert_report import list_notes
+
+    return {**asdict(result), "folder": str(result.folder), "notes": list_notes(conversion.plan)}

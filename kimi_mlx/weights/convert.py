@@ -116,7 +116,7 @@ def _write_file(
     try:
         with part.open("wb") as stream:
             stream.write(layout.header)
-            for output in file.outputs:
+            for output in file.weights:
                 for chunk in row_chunks(reader.checkpoint, output):
                     written += _write_chunk(stream, layout, output, chunk, convert_chunk(reader, output, chunk))
                     advance(written)

@@ -128,7 +128,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _describe(record: dict[str, Any]) -> str:
-    """SourceMatrix and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
+    """Return source and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
     options = ", ".join(f"{name} {value}" for name, value in record["options"].items() if value is not None)
     source = record["source"]
     return f"`{source['folder']}` ({source['digest'][:8]}) with {options or 'no options'}"

@@ -30,7 +30,8 @@ from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.conversion import open_conversion
 from kimi_mlx.weights.convert import ConversionResult, convert
 from kimi_mlx.weights.convert_folder import RECORD_NAME
-from kimi_mlx.weights.convert_plan import BFLOAT16_BITS, ConvertOptions
+from kimi_mlx.weights.convert_options import BFLOAT16_BITS, ConvertOptions
+from kimi_mlx.weights.convert_report import list_notes
 from kimi_mlx.weights.fp8 import decode
 from kimi_mlx.weights.index import INDEX_NAME, read_index
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
@@ -264,21 +265,21 @@ def test_keys_that_no_longer_hold_go(sources: dict[str, Path], tmp_path: Path) -
 
 def test_columns_that_do_not_divide_stay_float(sources: dict[str, Path], tmp_path: Path) -> None:
     conversion = open_conversion(sources["bf16"], ConvertOptions(bits=4, group_size=64))
-    indivisible = [output for output in conversion.plan.outputs if output.is_indivisible]
+    indivisible = [weight for weight in conversion.plan.weights if weight.is_indivisible]
     assert indivisible
     assert all(output.shape[-1] % 64 and output.quantization is None for output in indivisible)
-    assert any(f"{len(indivisible)} matrices stay bfloat16" in note for note in conversion.plan.notes())
+    assert any(f"{len(indivisible)} matrices stay bfloat16" in note for note in list_notes(conversion.plan))
     convert(conversion, tmp_path / "out")
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     assert sorted(path for path, value in block.items() if value is False) == sorted(o.path for o in indivisible)
 
 
-def test_quantizing_again_is_said(sources: dict[str, Path]) -> None:
+def test_notes_name_requantized_matrices(sources: dict[str, Path]) -> None:
     def notes(options: ConvertOptions) -> str:
-        return " ".join(open_conversion(sources["int4"], options).plan.notes())
+        return " ".join(list_notes(open_conversion(sources["int4"], options).plan))
 
     assert "routed experts" in notes(ConvertOptions(expert_bits=3))
-    assert "second time" not in notes(ConvertOptions(expert_bits=4))
+    assert "re-quantized" not in notes(ConvertOptions(expert_bits=4))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_quantizing_again_is_said(sources: dict[str, Path]) -> None:
 def test_the_default_group_is_that_of_the_experts(
     name: str, options: ConvertOptions, group_size: int, sources: dict[str, Path]
 ) -> None:
-    quantizations = {o.quantization for o in open_conversion(sources[name], options).plan.outputs}
+    quantizations = {o.quantization for o in open_conversion(sources[name], options).plan.weights}
     assert {quantization.group_size for quantization in quantizations if quantization} == {group_size}
 
 
@@ -390,7 +391,7 @@ import sys, time
 from pathlib import Path
 from kimi_mlx.weights import convert as converter
 from kimi_mlx.weights.conversion import open_conversion
-from kimi_mlx.weights.convert_plan import ConvertOptions
+from kimi_mlx.weights.convert_options import ConvertOptions
 
 convert_chunk = converter.convert_chunk
 def slowly(*arguments):

@@ -1,0 +1,62 @@
+"""The `config.json` of a converted checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from kimi_mlx.weights.convert_options import DTYPE_NAMES
+from kimi_mlx.weights.convert_plan import ConversionPlan, WeightConversion
+
+REMOVED_KEYS = ("quantization", "quantization_config", "compression_config", "auto_map", "vision_config")
+
+
+def converted_config(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
+    """Return the `config.json` of the output: that of the source with MLX's `quantization`.
+
+    Removed are the formats of the source, `auto_map` (code files are not copied), the vision part, and the number of
+    multi-token prediction layers.
+    """
+    text = raw.get("text_config")
+    config = _cleaned(raw, plan)
+    if isinstance(text, Mapping):
+        config["text_config"] = _cleaned(text, plan)
+    elif "torch_dtype" not in config:
+        config["torch_dtype"] = DTYPE_NAMES[plan.dtype]
+    block = _quantization_block(plan)
+    if block is not None:
+        config |= {"quantization": block, "quantization_config": block}
+    return config
+
+
+def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
+    config = {name: value for name, value in raw.items() if name not in REMOVED_KEYS}
+    for name in ("torch_dtype", "dtype"):
+        if config.get(name) is not None:
+            config[name] = DTYPE_NAMES[plan.dtype]
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
+    return config
+
+
+def _quantization_block(plan: ConversionPlan) -> dict[str, Any] | None:
+    """Return the block `quantization`: the most frequent format, and each path that differs; None if all are floats."""
+    matrices = [weight for weight in plan.weights if weight.can_be_quantized]
+    counts = Counter(weight.quantization for weight in matrices if weight.quantization is not None)
+    if not counts:
+        return None
+    default = counts.most_common(1)[0][0]
+    block: dict[str, Any] = {"group_size": default.group_size, "bits": default.bits, "mode": "affine"}
+    for weight in matrices:
+        own = weight.quantization
+        if own != default:
+            value = {"group_size": own.group_size, "bits": own.bits} if own else False
+            block |= dict.fromkeys(_module_paths(weight), value)
+    return block
+
+
+def _module_paths(weight: WeightConversion) -> list[str]:
+    """Return the names under which readers look up the quantization: mlx-lm splits a whole `kv_b_proj` itself."""
+    before, found, _ = weight.path.partition("kv_b_proj")
+    return [weight.path, f"{before}embed_q", f"{before}unembed_out"] if found else [weight.path]

@@ -1,0 +1,91 @@
+"""Options of a conversion, and the formats that they mean for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.model.config_quantization import Quantization
+from kimi_mlx.model.names import SourceMatrix
+from kimi_mlx.weights.checkpoint import Checkpoint
+
+BFLOAT16_BITS = 16
+"""Value of the options that means bfloat16 instead of a quantization."""
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
+NON_EXPERT_BITS = 8
+"""Bits of all other matrices if only --expert-bits is given."""
+
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_TYPES = {name: stored for stored, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of the user; None where an option was not given.
+
+    Args:
+        bits: bits of every matrix that can be quantized, or BFLOAT16_BITS.
+        expert_bits: bits of routed experts, or BFLOAT16_BITS.
+        group_size: group size of re-quantized matrices.
+    """
+
+    bits: int | None = None
+    expert_bits: int | None = None
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class TargetFormats:
+    """Formats of the output.
+
+    Args:
+        keeps_quantization: whether each matrix keeps its stored quantization; then `experts` and `others` are unused.
+        experts: quantization of routed experts; None for floats.
+        others: quantization of all other matrices; None for floats.
+        dtype: type of floats and of new scales, as safetensors names it.
+    """
+
+    keeps_quantization: bool
+    experts: Quantization | None
+    others: Quantization | None
+    dtype: str
+
+
+def target_formats(checkpoint: Checkpoint, options: ConvertOptions, sources: Sequence[SourceMatrix]) -> TargetFormats:
+    """Return the formats that the options mean for the matrices of a checkpoint.
+
+    Raises:
+        UsageError: the options contradict each other or the checkpoint.
+    """
+    stored = {source: checkpoint.quantization(source.paths[0]) for source in sources if source.suffix == ".weight"}
+    dtype = STORED_TYPES.get(checkpoint.config.dtype, "BF16")
+    bits, expert_bits = options.bits, options.expert_bits
+    if bits is None and expert_bits is None and any(stored.values()):
+        if options.group_size is not None:
+            raise UsageError(
+                f"--group-size {options.group_size} alone has no effect: `{checkpoint.where}` is already quantized",
+                hint="add --bits to quantize it again",
+            )
+        return TargetFormats(True, None, None, dtype)
+    if bits is None:
+        bits = DEFAULT_BITS if expert_bits is None else NON_EXPERT_BITS
+    if expert_bits is None:
+        expert_bits = bits
+    if BFLOAT16_BITS in (bits, expert_bits):
+        dtype = "BF16"
+    if bits == expert_bits == BFLOAT16_BITS and options.group_size is not None:
+        raise UsageError(
+            f"--group-size {options.group_size} has no effect on bfloat16", hint="omit it, or choose other --bits"
+        )
+    has_small_groups = any(q is not None and q.group_size == 32 for source, q in stored.items() if _is_expert(source))
+    group_size = options.group_size or (32 if has_small_groups else DEFAULT_GROUP_SIZE)
+    return TargetFormats(False, _quantization(expert_bits, group_size), _quantization(bits, group_size), dtype)
+
+
+def _quantization(bits: int, group_size: int) -> Quantization | None:
+    return None if bits == BFLOAT16_BITS else Quantization(bits, group_size)
+
+
+def _is_expert(source: SourceMatrix) -> bool:
+    return ".mlp.experts." in source.paths[0] or ".switch_mlp." in source.paths[0]

@@ -1,0 +1,72 @@
+"""Summary of a conversion for the user: what happens to each kind of matrix, and notes on the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from kimi_mlx.model.config_quantization import Quantization
+from kimi_mlx.weights.checkpoint import MatrixFormat
+from kimi_mlx.weights.convert_options import DTYPE_NAMES
+from kimi_mlx.weights.convert_plan import ConversionPlan, WeightConversion
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """All matrices of one kind: their stored format, their format in the output, and the bytes of the latter."""
+
+    kind: str
+    source: str
+    target: str
+    size_bytes: int
+
+
+def summarize(plan: ConversionPlan) -> list[SummaryRow]:
+    """Return a row for each kind and format of matrix, the largest first."""
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    for weight in plan.weights:
+        sizes[weight.kind, _describe_stored(weight.stored), _describe_target(weight)] += weight.size_bytes
+    return [SummaryRow(*words, size) for words, size in sizes.most_common()]
+
+
+def list_notes(plan: ConversionPlan) -> list[str]:
+    """Return what the user should know about the result."""
+    notes: list[str] = []
+    if requantized := [weight for weight in plan.weights if _is_requantized(weight)]:
+        kinds = ", ".join(dict.fromkeys(weight.kind for weight in requantized))
+        notes.append(
+            f"these tensors are re-quantized, which loses accuracy (convert from the original if you can): {kinds}"
+        )
+    if floats := [weight for weight in plan.weights if weight.is_indivisible]:
+        notes.append(
+            f"{len(floats)} matrices stay {DTYPE_NAMES[plan.dtype]} because their columns do not divide into groups: "
+            f"first `{floats[0].path}` with {floats[0].shape[-1]} columns"
+        )
+    if plan.vision_bytes:
+        notes.append("the vision part is left out")
+    return notes
+
+
+def _is_requantized(weight: WeightConversion) -> bool:
+    return not weight.is_copied and weight.stored.quantization is not None and weight.quantization is not None
+
+
+def _describe_stored(matrix: MatrixFormat) -> str:
+    if matrix.fields[0].decode == "fp8":
+        return "FP8"
+    if any(field.decode == "biases" for field in matrix.fields):
+        assert matrix.quantization is not None
+        return f"INT{matrix.quantization.bits}, groups of {matrix.quantization.group_size}"
+    return _describe_format(matrix.quantization, matrix.fields[0].dtype)
+
+
+def _describe_target(weight: WeightConversion) -> str:
+    words = _describe_format(weight.quantization, weight.arrays[0].dtype)
+    is_unchanged = weight.is_copied or (weight.quantization is None and words == _describe_stored(weight.stored))
+    return words + ", unchanged" * is_unchanged
+
+
+def _describe_format(quantization: Quantization | None, dtype: str) -> str:
+    if quantization is None:
+        return DTYPE_NAMES[dtype]
+    return f"{quantization.bits} bits, groups of {quantization.group_size}"
