@@ -15,20 +15,20 @@ from kimi_mlx.model.config_quantization import Quantization
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 IGNORED_PREFIXES = ("vision_tower.", "mm_projector.")
-"""Tensors without a part in the text model: rotary buffers of old files, K2.5's vision."""
+"""Tensors that the text model does not use: rotary buffers of old files, K2.5's vision part."""
 
 TEXT_PREFIX = "language_model."
-"""What K2.5 and later put before the names of the text model."""
+"""Prefix of the text model's tensors in K2.5 and later."""
 
 
 @dataclass(frozen=True)
 class ShardedAxis:
-    """That a rank holds only a part of an axis of the unquantized matrix.
+    """An axis of the unquantized matrix that is sharded over ranks.
 
     Args:
-        share: the field of the rank's share that says which part, such as `expert_rows` or `heads`.
-        axis: which axis; `stack` is that of experts or heads, also where they are stored one by one.
-        unit: rows or columns for each place of the share: those of a head.
+        share: field of the RankShare with the rank's range, such as `expert_rows` or `heads`.
+        axis: sharded axis; `stack` is the axis of experts or heads, even where these are stored as separate tensors.
+        unit: rows or columns per element of the range, such as those of one head.
     """
 
     share: str
@@ -38,16 +38,15 @@ class ShardedAxis:
 
 @dataclass(frozen=True)
 class SourceMatrix:
-    """A matrix of the checkpoint and what is taken of it.
+    """A matrix of the checkpoint and how it is used.
 
     Args:
         paths: the tensor's name without `.weight`; several when experts are stored one by one.
         shape: of the unquantized tensor; (rows, columns), with the number of experts or heads before them if stacked.
-        cuts: which part of an axis a rank takes, for each axis that may be divided.
-        blocks: the shared experts that lie in it one behind the other along the first cut's axis: it becomes a stack
-            of them.
+        cuts: the axes that may be sharded.
+        blocks: number of shared experts concatenated along the first sharded axis; they become a stack.
         heads: for `kv_b_proj` alone: (heads, first row of each, end row of each): it becomes a stack by heads.
-        suffix: what follows the path.
+        suffix: suffix of the tensor's name.
     """
 
     paths: tuple[str, ...]
@@ -64,7 +63,7 @@ class TreeEntry:
 
     Args:
         name: its name there.
-        parts: what is fused side by side (gate and up, q_a and kv_a), each a list of sources that are stacked
+        parts: matrices that are fused side by side (gate and up, q_a and kv_a), each a list of stacked sources
             (routed experts, then shared ones).
     """
 
@@ -74,11 +73,11 @@ class TreeEntry:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """What a recipe needs to know of a checkpoint.
+    """Facts of a checkpoint that decide its entries.
 
     Args:
-        has: whether a tensor of this full name is there.
-        quantization: of the matrix at a path; None if float.
+        has: function from a full tensor name to whether it exists.
+        quantization: function from a path to the matrix's quantization; None if float.
     """
 
     has: Callable[[str], bool]
@@ -98,7 +97,7 @@ def top_entries(config: ModelConfig) -> list[TreeEntry]:
 def layer_entries(
     config: ModelConfig, layer: int, layout: CheckpointLayout, fuses_shared: bool = True
 ) -> list[TreeEntry]:
-    """The recipe of one layer, in the layout that the checkpoint has.
+    """Return the entries of one layer, in the checkpoint's layout.
 
     Args:
         config: the model's dimensions.
@@ -119,7 +118,7 @@ def layer_entries(
 
 
 def num_fused_shared(config: ModelConfig, layer: int, layout: CheckpointLayout) -> int:
-    """How many shared experts join the stack of routed ones: all, if they are quantized alike; else none."""
+    """Return the number of shared experts in the stack of routed ones: all if quantized alike, else 0."""
     if not config.is_moe_layer(layer) or not config.n_shared_experts:
         return 0
     prefix = f"model.layers.{layer}.mlp."

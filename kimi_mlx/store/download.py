@@ -37,20 +37,20 @@ from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.layer_plan import split_granularity_of
 
 STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""What FP8 becomes in a store, by the type that the model computes in."""
+"""Type of decoded FP8 weights in a store, by the compute dtype of the model."""
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """What to build.
+    """Stores to build.
 
     Args:
-        source: a checkpoint's folder, or a repository `owner/name` on the hub.
-        stores: where stores are kept.
-        ranks: how many share the model.
-        strategy: how.
+        source: folder of a checkpoint, or repository `owner/name` on the hub.
+        stores: root folder of all stores.
+        ranks: number of ranks that share the model.
+        strategy: strategy of the placement.
         revision: of the repository: a branch, a tag or a commit; None is the main branch.
-        keep_source: whether the fetched files go to the hub's cache and stay.
+        keep_source: keep the fetched files, in the hub's cache.
     """
 
     source: Path | str
@@ -61,15 +61,15 @@ class StoreOptions:
     keep_source: bool = False
 
     def __post_init__(self) -> None:
-        """Write the strategy the normal way."""
+        """Normalize the strategy."""
         object.__setattr__(self, "strategy", normalize_strategy(self.strategy, self.ranks))
 
 
 def join_group() -> Group:
-    """The group that MLX's variables tell of (`mlx.launch` sets them), or this process alone.
+    """Join the group given by MLX's environment variables (set by `mlx.launch`), or return a group of one.
 
     Raises:
-        RingError: the others cannot be reached.
+        RingError: the other processes cannot be reached.
     """
     if "MLX_RANK" not in os.environ:
         return SingleGroup()
@@ -77,12 +77,13 @@ def join_group() -> Group:
         return join_checked(lambda: mx.distributed.init(strict=True))
     except RuntimeError as error:
         raise RingError(
-            f"the group of hosts cannot be joined: {error}", hint="check the hostfile and that all hosts were started"
+            f"the group of hosts could not be joined: {error}",
+            hint="check the hostfile, and that all hosts are running",
         ) from error
 
 
 def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
-    """The stores asked for, if they are complete: of all ranks here, or over a group of its rank on every host."""
+    """Return the stores if they are complete: of all ranks here, or, over a group, of its own rank on every host."""
     needed = None if group.size == 1 else [group.rank]
     name, revision = str(options.source), options.revision
     if isinstance(options.source, Path):  # the folder may have changed since
@@ -95,18 +96,18 @@ def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
     return store if (rows == rows[0]).all() else None
 
 
-def any_host(is_so: bool, group: Group) -> bool:
-    """Whether it is so on any host."""
-    return bool(np.array(group.gather(mx.array([is_so]))).any())
+def any_host(flag: bool, group: Group) -> bool:
+    """Return whether the flag is set on any host."""
+    return bool(np.array(group.gather(mx.array([flag]))).any())
 
 
 def open_build_job(options: StoreOptions, group: Group) -> BuildJob:
-    """Read what decides the build: configuration and headers. The leader asks the hub and tells the others.
+    """Read configuration and headers, and plan the build. Rank 0 reads from the hub and sends to the other ranks.
 
     Raises:
-        ConfigError: a model that we do not have.
+        ConfigError: unsupported model.
         WeightsError: a repository that cannot be fetched, or a checkpoint with missing or unknown tensors.
-        PlacementError: it cannot be divided so often.
+        PlacementError: the model cannot be split over this number of ranks.
     """
     sources = _open_sources(options, group)
 
@@ -125,7 +126,7 @@ def open_build_job(options: StoreOptions, group: Group) -> BuildJob:
         group,
         identity,
         "version of kimi-mlx, or another checkpoint,",
-        "bring the same version to all hosts, and start from the same repository or from equal folders",
+        "install the same version on all hosts, and use the same repository or equal folders",
     )
     return job
 
@@ -137,13 +138,13 @@ def build(
     report: Callable[[BuildProgress], None] = lambda progress: None,
     discard: Mapping[int, Sequence[str]] | None = None,
 ) -> list[Manifest]:
-    """Build the stores: of all ranks if the group is this process alone, else the one of its number.
+    """Build the stores: of all ranks in a group of one, else of this process's rank.
 
     Args:
         options: as given to open_build_job.
         job: from open_build_job.
         group: the hosts.
-        report: called now and then.
+        report: callback for progress.
         discard: for each rank of this process the files of its store that are broken.
 
     Raises:
@@ -160,7 +161,7 @@ def _open_sources(options: StoreOptions, group: Group) -> CheckpointSource:
         folder = options.source
         return run_on_all_ranks(group, lambda: FolderSource(folder))
     name, revision = options.source, options.revision
-    if revision is None:  # what was begun or is here is not left for a newer revision unasked
+    if revision is None:  # resume or keep an existing store instead of moving to a newer revision
         revision = partial_store_commit(options.stores, name, options.ranks, options.strategy)
     if group.size == 1:
         repository = look_up(name, revision)
@@ -179,7 +180,7 @@ def _read(name: str, revision: str | None) -> bytes:
 
 
 def _of_leader(said: bytes, group: Group) -> bytes:
-    """What the leader says, in every process."""
+    """Return rank 0's bytes in every process."""
     length = int(np.array(group.gather(mx.array([len(said)], mx.int32))).max())
     row = np.frombuffer(said.ljust(length), np.uint8)
     return np.array(group.gather(mx.array(row)))[0].tobytes()

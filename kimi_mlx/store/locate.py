@@ -1,4 +1,4 @@
-"""Where a model lies: in the package, in a folder, in the hub's cache, in shard stores; or on the hub."""
+"""Find a model: in the package, in a folder, in the hub's cache, in shard stores, or on the hub."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LocalState = Literal["package", "yes", "store", "partly", "no"]
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What a model's name means.
+    """A model name, resolved.
 
     Args:
-        name: as it was asked for.
-        folder: the folder that it names, or that comes with the package; None if it is on the hub.
-        repository: on the hub; None if it is a folder.
-        entry: of the catalogue, if it is known.
+        name: name as the user typed it.
+        folder: folder that the name refers to, or that comes with the package; None if on the hub.
+        repository: repository on the hub; None for a folder.
+        entry: catalogue entry; None if not in the catalogue.
     """
 
     name: str
@@ -45,20 +45,20 @@ class ModelRef:
 
     @property
     def source(self) -> Path | str:
-        """The folder, else the repository."""
+        """Folder, or else repository."""
         source = self.folder or self.repository
         assert source is not None
         return source
 
 
 def resolve_model_name(name: str) -> ModelRef:
-    """What a name means; asks nobody.
+    """Resolve a model name, without network access.
 
     Args:
-        name: an alias, a folder, or a repository `owner/name`.
+        name: alias, folder, or repository `owner/name`.
 
     Raises:
-        UsageError: no such thing (the message has the nearest known names), or a model that we refuse.
+        UsageError: unknown name (the message suggests similar ones), or an unsupported model.
     """
     for entry in catalogue():
         if name == entry.alias and entry.refused is None:
@@ -67,7 +67,7 @@ def resolve_model_name(name: str) -> ModelRef:
                 raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
             return ModelRef(name, folder, entry.repository, entry)
     path = os.path.expanduser(name)
-    if os.path.isdir(path):  # unlike Path.is_dir, false for whatever is no path at all
+    if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
         return ModelRef(name, Path(path), None, None)
     for entry in catalogue():
         if entry.refused is not None and _is_kind_of(entry, name):
@@ -103,10 +103,10 @@ def near_aliases(name: str) -> list[str]:
 
 
 def stores_root() -> Path:
-    """Where stores are kept.
+    """Return the root folder of all stores.
 
     Raises:
-        WeightsError: a user without a home.
+        WeightsError: the user has no home folder.
     """
     folder = stores_folder()
     if folder is None:
@@ -115,16 +115,16 @@ def stores_root() -> Path:
 
 
 def find_local_model(target: ModelRef, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
-    """The folder of a model that is on this machine, None if it must be fetched.
+    """Return the folder of a model on this machine; None if it must be fetched.
 
     Args:
         target: the model.
-        ranks: how many will share it.
-        strategy: how.
-        rank: whose store must be here; None is all.
+        ranks: number of ranks that will share it.
+        strategy: strategy of the placement.
+        rank: rank whose store must be on this machine; None for all ranks.
 
     Raises:
-        WeightsError: it is here, but as a store that is broken, or for another number of ranks.
+        WeightsError: the model is here, but its store is broken or for another number of ranks.
     """
     strategy = normalize_strategy(strategy, ranks)
     needed = None if rank is None else [rank]
@@ -142,7 +142,7 @@ def find_local_model(target: ModelRef, ranks: int, strategy: str = "hybrid", ran
 
 
 def config_folder(target: ModelRef) -> Path | None:
-    """Where a model's configuration is, if it is on this machine."""
+    """Return the folder with a model's configuration; None if it is not on this machine."""
     if target.repository is None:
         return target.folder
     if (folder := find_local(target.repository)) is not None:
@@ -153,9 +153,9 @@ def config_folder(target: ModelRef) -> Path | None:
 
 
 def stored_strategy(target: ModelRef, ranks: int) -> str | None:
-    """The strategy of the newest store of a model for so many ranks on this machine, the complete ones first.
+    """Return the strategy of a model's newest store for this number of ranks; complete stores come first.
 
-    None if there is no store: only then the model can run in any other strategy without being fetched again.
+    None if there is no store: the model can then run in any strategy without a new download.
     """
     stores = stores_folder()
     if stores is None:
@@ -176,7 +176,7 @@ def stored_strategy(target: ModelRef, ranks: int) -> str | None:
 def _store_of_folder(
     folder: Path, ranks: int, strategy: str | None, needed: Collection[int] | None
 ) -> LocalStore | None:
-    """The store that was built from a folder as it is now, if there is one."""
+    """Return the store built from the current state of a folder; None if there is none."""
     stores, name = stores_folder(), str(folder.resolve())
     if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
         return None
@@ -192,15 +192,15 @@ def find_store(
     revision: str | None = None,
     needed: Collection[int] | None = None,
 ) -> LocalStore | None:
-    """The newest store of a repository (or folder) for so many ranks.
+    """Return the newest store of a repository or folder for this number of ranks.
 
     Args:
-        stores: where stores are kept.
-        repository: on the hub, or a folder's path.
-        ranks: how many share the model.
-        strategy: how; None takes any.
-        revision: the commit; None takes any.
-        needed: the ranks whose stores must be here whole; None is all.
+        stores: root folder of all stores.
+        repository: repository on the hub, or path of a folder.
+        ranks: number of ranks that share the model.
+        strategy: strategy of the placement; None for any.
+        revision: commit; None for any.
+        needed: ranks whose stores must be complete on this machine; None for all.
     """
     wanted = set(range(ranks) if needed is None else needed)
     for store in find_stores(stores, repository):
@@ -211,7 +211,7 @@ def find_store(
 
 
 def _refuse_other_stores(target: ModelRef, repository: str, ranks: int, strategy: str) -> None:
-    """Say that there is a broken store, or one of another placement, instead of fetching everything beside it."""
+    """Refuse to fetch the model again if there is a partial store, or one of another placement."""
     command = f"`{download_command(target.name, ranks, strategy)}`"
     for folder in partial_stores(stores_root(), repository, ranks, strategy):
         here = stored_ranks(folder)
@@ -219,9 +219,9 @@ def _refuse_other_stores(target: ModelRef, repository: str, ranks: int, strategy
         for rank in here:
             read_manifest(rank_folder(folder, rank))
         if any(rank_folder(folder, rank).exists() for rank in missing) or not here:
-            raise WeightsError(f"the store `{folder}` is not complete", hint=f"{command} goes on with it")
+            raise WeightsError(f"the store `{folder}` is not complete", hint=f"resume it with {command}")
         raise WeightsError(
-            f"this machine holds `{target.name}` for rank {_list(here)} of {ranks}, not for rank {_list(missing)}",
+            f"this machine holds `{target.name}` for rank {_list(here)} of {ranks}, but not for rank {_list(missing)}",
             hint=f"run it on the hosts that hold the others: `kimi-mlx launch --hosts ... chat {target.name}`; "
             f"{command} builds the rest here",
         )
@@ -240,10 +240,10 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def ensure_downloaded(name: str, ranks: int = 1, strategy: str = "hybrid", rank: int | None = None) -> Path:
-    """The folder of a model, fetched from the hub if it is not on this machine; see find.
+    """Return the folder of a model; fetch it from the hub if it is not on this machine.
 
     Raises:
-        UsageError: no such thing, or a model that we refuse.
+        UsageError: unknown or unsupported model.
         WeightsError: the repository cannot be fetched.
     """
     target = resolve_model_name(name)
@@ -255,7 +255,7 @@ def ensure_downloaded(name: str, ranks: int = 1, strategy: str = "hybrid", rank:
 
 
 def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
-    """What of a known model is on this machine, and where; never asks the network."""
+    """Return which part of a known model is on this machine, and its folder; no network access."""
     if entry.is_packaged:
         return "package", entry.packaged_folder()
     if entry.repository is None:
@@ -273,6 +273,6 @@ def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
 
 
 def _is_kind_of(entry: CatalogueEntry, name: str) -> bool:
-    """Whether a name, such as `mlx-community/Kimi_K3_4bit`, has the entry's mark between its dashes: `k3`."""
+    """Return whether a name, such as `mlx-community/Kimi_K3_4bit`, has the entry's version between dashes: `k3`."""
     mark = entry.alias.split("-")[-1]
     return mark in name.lower().replace("_", "-").split("/")[-1].split("-")

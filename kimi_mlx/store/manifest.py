@@ -1,4 +1,4 @@
-"""The manifest of a shard store: what one rank holds of which repository, file by file."""
+"""The manifest of a shard store: the repository, and the files of one rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.weights.layer_plan import LayerPlan
 
 FORMAT = 2
-"""Raised when stores are written otherwise: older ones are then refused."""
+"""Version of the stores on disk; stores of other versions are refused."""
 
 MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from.
+    """Source of the weights.
 
     Args:
         repository: `owner/name` on the hub, or the path of a folder.
-        commit: 40 hexadecimal digits; of a folder a digest of its headers.
+        commit: 40 hexadecimal digits; for a folder, a digest of its files.
     """
 
     repository: str
@@ -54,9 +54,9 @@ class StoredFile:
     """One layer, or the top.
 
     Args:
-        name: of the file.
-        size_bytes: of the file.
-        sha256: of the file, in hexadecimal.
+        name: file name.
+        size_bytes: file size.
+        sha256: checksum of the file, in hexadecimal.
         entries: name in the canonical tree -> the parts of the weight.
         latent_first: as in kimi_mlx.model.tree.LayerWeights.
         num_fused_shared: as there.
@@ -74,13 +74,13 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds; it is written last, so that a store that has one is complete.
+    """Contents of a store. It is written last: a store with a manifest is complete.
 
     Args:
         origin: repository and commit.
-        placement: of all ranks.
-        rank: whose store it is.
-        files: the layers in their order, then the top.
+        placement: shares of all ranks.
+        rank: rank of the store.
+        files: layers in order, then the top.
     """
 
     origin: Origin
@@ -94,13 +94,13 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def write(self, folder: Path) -> None:
-        """Write it into the store's folder, whole or not at all."""
+        """Write it into the store's folder atomically."""
         value = {"format": FORMAT, **asdict(self), "placement": self.placement.to_dict()}
         write_atomically(folder / MANIFEST_NAME, json.dumps(value, indent=1).encode())
 
 
 def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str) -> StoredFile:
-    """The record of a finished file."""
+    """Return the record of a finished file."""
     entries = {
         entry: tuple(
             StoredWeight({a.name: StoredArray(a.dtype, a.shape) for a in part.arrays}, part.quantization)
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a rank's store.
 
     Raises:
-        WeightsError: none there, or not one of this version.
+        WeightsError: no manifest, or one of another version.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise WeightsError(
             f"there is no complete store in `{folder}`",
-            hint="type the `kimi-mlx download` command with its `--ranks` again: it goes on where it was",
+            hint="run the `kimi-mlx download` command with its `--ranks` again to resume",
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""Shard stores as a user asks for them: found, checked, mended, built, or only planned; alone or over a group."""
+"""Prepare shard stores for the user: find, check, repair, build or only plan them, alone or over a group."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ DownloadReport = dict[str, Any]
 
 
 class DownloadObserver(Protocol):
-    """Who is told how it is getting on."""
+    """Observer of a download."""
 
     def beginning(self, vision_bytes: int) -> None:
-        """Something will be fetched; so much of it is left out, because it is for images."""
+        """A download begins; `vision_bytes` of the repository are skipped."""
         ...
 
     def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Files are checked meanwhile; yields what to call with more bytes."""
+        """Files are being checked; yields a callback for the bytes done."""
         ...
 
     def building(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
-        """Stores are built meanwhile; yields what to call now and then."""
+        """Stores are being built; yields a callback for progress."""
         ...
 
 
@@ -50,21 +50,21 @@ def prepare_stores(
     is_dry: bool = False,
     is_check: bool = False,
 ) -> DownloadReport:
-    """The stores of all ranks, or over a group of this process' rank.
+    """Prepare the stores of all ranks; over a group, the store of this process's rank.
 
     Args:
         target: the model.
-        options: what to build.
-        group: the hosts.
-        listener: told how it is getting on.
-        is_dry: only say what would be done.
-        is_check: compare what is here with its checksums, and fetch what is broken.
+        options: stores to build.
+        group: group of the hosts.
+        listener: observer of the progress.
+        is_dry: only report what would be done.
+        is_check: verify checksums, and fetch broken files again.
 
     Returns:
-        What was done, for JSON.
+        The JSON document of the download.
 
     Raises:
-        KimiMlxError: of any host.
+        KimiMlxError: an error of any host.
     """
     broken: Mapping[int, Sequence[str]] = {}
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
@@ -101,7 +101,7 @@ def prepare_stores(
 
 
 def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> Mapping[int, Sequence[str]]:
-    """The broken files of stores, by their checksums; a manifest that cannot be read is one of them."""
+    """Return the files with wrong checksums, unreadable manifests included."""
     broken: dict[int, Sequence[str]] = {}
     manifests: list[Manifest] = []
     for rank in ranks:
@@ -115,13 +115,13 @@ def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> M
 
 
 def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
-    """The files of stores that are missing or have another size."""
+    """Return the files that are missing or have the wrong size."""
     manifests = (read_manifest(rank_folder(folder, rank)) for rank in ranks)
     return {manifest.rank: files_of_wrong_size(folder, manifest) for manifest in manifests}
 
 
 def _disk_bytes(job: BuildJob, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
-    """What this machine needs in addition to what it has of the stores."""
+    """Return the disk space that this machine still needs."""
     missing = sum(max(0, holdings[rank] - store_disk_bytes(rank_folder(job.folder, rank))) for rank in ranks)
     return missing + job.source.extra_bytes(job.files) if missing else 0
 
@@ -146,7 +146,7 @@ def dry_run_report(
     disk_bytes: int,
     folder: Path,
 ) -> DownloadReport:
-    """What would be done."""
+    """Return the report of a dry run."""
     existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return {
         "model": target.name,
@@ -163,7 +163,7 @@ def dry_run_report(
 
 
 def describe_state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
-    """What became of a model, in words."""
+    """Describe the result for one model."""
     if broken:
         return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
     return "is whole" if is_check else done

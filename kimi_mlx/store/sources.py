@@ -1,4 +1,4 @@
-"""Where a checkpoint's files come from while stores are built: a folder, or the hub."""
+"""Sources of a checkpoint's files while stores are built: a folder, or the hub."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """All of a checkpoint but the tensors themselves.
+    """A checkpoint without the tensors themselves.
 
     Args:
         origin: repository and commit.
@@ -90,7 +90,7 @@ class CheckpointContents:
         try:
             raw = json.loads(self.small_files["config.json"])
         except ValueError as error:
-            raise WeightsError(f"`{where}` is no JSON: {error}", hint="fetch the file again") from error
+            raise WeightsError(f"`{where}` is not JSON: {error}", hint="fetch the file again") from error
         if not isinstance(raw, dict):
             raise WeightsError(f"`{where}` holds {type(raw).__name__}, not an object", hint="fetch the file again")
         return parse_config(cast(dict[str, Any], raw), where)
@@ -103,15 +103,15 @@ class CheckpointSource(Protocol):
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the source files that are left on this machine at the end, though nobody asked for it."""
+        """Bytes of source files that stay on this machine although `keep` is off."""
         ...
 
     def local_bytes(self, file: str) -> int:
-        """How much of a file need not be fetched any more."""
+        """Return the bytes of a file that are already on this machine."""
         ...
 
     def extra_bytes(self, files: Iterable[str]) -> int:
-        """Disk space that fetching these files takes for a while (or for good, if they are kept)."""
+        """Return the disk space that these files need while they are fetched, or for good if they are kept."""
         ...
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
@@ -119,20 +119,20 @@ class CheckpointSource(Protocol):
         ...
 
     def release(self, file: str) -> None:
-        """The file is needed no more."""
+        """Free a file that is no longer needed."""
         ...
 
     def finish(self) -> None:
-        """All is built."""
+        """Clean up after a build."""
         ...
 
     def read(self, info: TensorInfo) -> bytes:
-        """One small tensor of a file that is not fetched here."""
+        """Read one small tensor of a file that is not fetched here."""
         ...
 
 
 class FolderSource:
-    """A checkpoint's folder on this machine; nothing is fetched, nothing removed."""
+    """A checkpoint's folder on this machine; files are neither fetched nor removed."""
 
     def __init__(self, folder: Path):
         self._folder = folder.resolve()
@@ -191,7 +191,7 @@ def _sample(file: Path, digest: hashlib._Hash) -> None:
 
 
 class HubSource:
-    """A repository on the hub: each file is fetched for a while.
+    """A repository on the hub; files are fetched temporarily.
 
     Args:
         repository: its files, pinned to a commit.
@@ -214,7 +214,7 @@ class HubSource:
 
     @property
     def kept_bytes(self) -> int:
-        """What was in the hub's cache before stays there."""
+        """Files that were in the hub's cache before stay there."""
         items = (self._repository.file(name) for name in self.contents.sizes)
         return 0 if self._keep else sum(item.size_bytes for item in items if cached_file(self._repository, item))
 
@@ -249,7 +249,7 @@ class HubSource:
         return snapshot_folder(self._repository) / file
 
     def _take_over(self, item: RepositoryFile) -> None:
-        """Go on with what a download into the hub's cache has left unfinished."""
+        """Resume a partial download in the hub's cache."""
         begun, own = part_path(blob_path(self._repository, item)), part_path(self._folder / item.name)
         if begun.is_file() and not own.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ class HubSource:
                 os.rename(begun, own)
 
     def release(self, file: str) -> None:
-        """Remove what was fetched for a while."""
+        """Remove a temporary file."""
         (self._folder / file).unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -319,12 +319,12 @@ def read_contents(repository: Repository) -> CheckpointContents:
 
 
 def is_small_file(name: str) -> bool:
-    """Whether a file goes into a store as it is: what a model needs beside its tensors."""
+    """Return whether a file is copied into a store unchanged: configuration, tokenizer, template."""
     return any(fnmatch(name, pattern) for pattern in FILES) and not name.endswith((".safetensors", ".index.json"))
 
 
 def encode_contents(repository: Repository, contents: CheckpointContents) -> bytes:
-    """Both, for another process."""
+    """Serialize repository and contents for another process."""
     headers = {
         file: {name: [info.dtype, list(info.shape), info.start] for name, info in header.items()}
         for file, header in contents.headers.items()
@@ -340,7 +340,7 @@ def encode_contents(repository: Repository, contents: CheckpointContents) -> byt
 
 
 def decode_contents(data: bytes) -> tuple[Repository, CheckpointContents]:
-    """What encode_contents has made."""
+    """Read the output of encode_contents."""
     value = json.loads(data)
     headers = {
         file: {

@@ -1,4 +1,4 @@
-"""Shard stores: one rank's share of a model on disk, in the canonical form, ready to be read.
+"""Shard stores: one rank's share of a model on disk, in the form in which it is loaded.
 
 <stores>/<owner--name>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
     rank-0/    manifest.json, layer-000.safetensors ... top.safetensors
@@ -25,16 +25,16 @@ from kimi_mlx.weights.assemble import MLX_TYPES, ProgressCallback, build_model, 
 from kimi_mlx.weights.layer_plan import array_name
 
 MAX_NAME_BYTES = 200
-"""Of a folder's name; file systems allow 255."""
+"""Maximum length of a folder name; file systems allow 255."""
 
 
 def file_name(number: int, num_layers: int) -> str:
-    """The file of a layer; the number behind the last one is the top's."""
+    """Return the file name of a layer; the top follows the last layer."""
     return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
 
 
 def repository_stores(stores: Path, repository: str) -> Path:
-    """Where all stores of a repository lie, or of a folder, whose path may be longer than a name."""
+    """Return the folder of all stores of a repository or folder; long names are hashed."""
     name = repository.strip("/").replace("/", "--")
     if len(name.encode()) > MAX_NAME_BYTES:
         name = name[-64:] + "-" + hashlib.sha256(repository.encode()).hexdigest()[:12]
@@ -42,40 +42,40 @@ def repository_stores(stores: Path, repository: str) -> Path:
 
 
 def repository_folder(stores: Path, origin: Origin) -> Path:
-    """Where the stores of one commit of a repository lie."""
+    """Return the folder of all stores of one commit."""
     return repository_stores(stores, origin.repository) / origin.commit[:12]
 
 
 def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
-    """Where the stores of one placement lie."""
+    """Return the folder of one placement's stores."""
     prefix = folder_prefix(placement.strategy, placement.world_size)
     return repository_folder(stores, origin) / f"{prefix}{placement.digest}"
 
 
 def folder_prefix(strategy: str, world_size: int) -> str:
-    """What the names of the folders of a strategy's placements begin with."""
+    """Return the common prefix of the folder names of a strategy's placements."""
     return f"{strategy.replace(':', '_')}-{world_size}-"
 
 
 def read_folder_name(name: str) -> tuple[str, int] | None:
-    """Strategy and number of ranks of a placement's folder; None if it is none."""
+    """Return strategy and number of ranks of a placement's folder; None for other folders."""
     parts = name.rsplit("-", 2)
     return (parts[0].replace("_", ":"), int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
 
 
 def download_command(name: str, ranks: int, strategy: str) -> str:
-    """What fetches the stores of a placement, or goes on with them."""
+    """Return the command that downloads a placement's stores, or resumes the download."""
     option = "" if strategy == "hybrid" else f" --strategy {strategy}"
     return f"kimi-mlx download {name} --ranks {ranks}{option}"
 
 
 def rank_folder(folder: Path, rank: int) -> Path:
-    """Where one rank's store lies."""
+    """Return the folder of one rank's store."""
     return folder / f"rank-{rank}"
 
 
 def stored_ranks(folder: Path) -> list[int]:
-    """The ranks whose complete stores are in a folder, none if it is no such folder."""
+    """Return the ranks with complete stores in a folder."""
     numbers = (manifest.parent.name.removeprefix("rank-") for manifest in folder.glob(f"rank-*/{MANIFEST_NAME}"))
     return sorted(int(number) for number in numbers if number.isdigit())
 
@@ -85,10 +85,10 @@ class LocalStore:
     """Stores of one placement on this machine.
 
     Args:
-        folder: of the placement.
+        folder: folder of the placement.
         origin: repository and commit.
-        placement: of all ranks.
-        ranks: those whose stores are here and complete.
+        placement: shares of all ranks.
+        ranks: ranks whose stores are complete.
     """
 
     folder: Path
@@ -98,7 +98,7 @@ class LocalStore:
 
 
 def find_stores(stores: Path, repository: str) -> list[LocalStore]:
-    """All complete stores of a repository, the newest first; broken ones are left out."""
+    """Return all complete stores of a repository, newest first; broken ones are skipped."""
     found: list[tuple[float, LocalStore]] = []
     for folder in repository_stores(stores, repository).glob("*/*-*-*"):
         ranks = stored_ranks(folder)
@@ -142,18 +142,18 @@ def load_store(
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
 ) -> Model:
-    """Read a rank's share, layer by layer: nothing is cut, joined or kept twice.
+    """Load a rank's store layer by layer, without slicing or copying.
 
     Args:
-        folder: of the placement.
-        manifest: of the rank, from open_manifest.
+        folder: folder of the placement.
+        manifest: manifest of the rank, from open_manifest.
         config: the model's configuration.
-        dtype: of the computation.
+        dtype: compute dtype.
         communicator: the rank's link to the others; None without others.
-        progress: called after each layer.
+        progress: callback after each layer.
 
     Raises:
-        WeightsError: a file that is not what the manifest says.
+        WeightsError: a file differs from the manifest.
     """
 
     def layers() -> Iterator[LayerWeights]:
@@ -164,7 +164,7 @@ def load_store(
 
 
 def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:
-    """The files of a rank's store whose size or checksum is not what the manifest says; reads all of them."""
+    """Return the files of a rank's store whose size or checksum differs from the manifest; reads all files."""
     broken: list[str] = []
     for file in manifest.files:
         path = rank_folder(folder, manifest.rank) / file.name
@@ -178,7 +178,7 @@ def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], Non
 
 
 def files_of_wrong_size(folder: Path, manifest: Manifest) -> list[str]:
-    """The files of a rank's store that are missing, or have another size than the manifest says."""
+    """Return the files of a rank's store that are missing or have the wrong size."""
     files = {file.name: rank_folder(folder, manifest.rank) / file.name for file in manifest.files}
     sizes = {name: path.stat().st_size if path.is_file() else None for name, path in files.items()}
     return [file.name for file in manifest.files if sizes[file.name] != file.size_bytes]
@@ -193,7 +193,7 @@ def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:
 
 
 def repair_hint(manifest: Manifest) -> str:
-    """What repairs a store."""
+    """Return the hint for repairing a store."""
     placement = manifest.placement
     command = download_command(manifest.origin.repository, placement.world_size, placement.strategy)
     return f"repair it with `{command} --verify`"
@@ -226,13 +226,14 @@ def _arrays(
     weight: StoredWeight,
     manifest: Manifest,
 ) -> list[mx.array]:
-    """The arrays of a weight, checked against the manifest."""
+    """Return the arrays of a weight, checked against the manifest."""
     found: list[mx.array] = []
     for name, expected in weight.arrays.items():
         array = arrays.get(array_name(entry, number, parts, name))
         if array is None or array.shape != expected.shape or array.dtype != MLX_TYPES.get(expected.dtype):
             raise WeightsError(
-                f"the store's file `{path}` has not the `{entry}` that its manifest says", hint=repair_hint(manifest)
+                f"the store's file `{path}` does not have the `{entry}` that its manifest lists",
+                hint=repair_hint(manifest),
             )
         found.append(array)
     return found

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model: the plans of kimi_mlx.weights.layer_plan, carried out in memory for one rank.
+"""Load a model from a checkpoint: carry out the plans of kimi_mlx.weights.layer_plan in memory, for one rank.
 
 Each matrix is read once, only as far as the rank holds it, straight into its place in the fused array.
 """
@@ -23,7 +23,7 @@ from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with layers done and layers in all."""
+"""Called with the number of layers loaded and the total."""
 
 
 def load_model(
@@ -40,9 +40,9 @@ def load_model(
         folder: the checkpoint: `*.safetensors`, with an index if there are several.
         config: its configuration.
         dtype: of the computation: float weights, scales and biases are cast to it.
-        share: what this rank holds; None for all.
+        share: share of this rank; None for the whole model.
         communicator: the rank's link to the others; None without others.
-        progress: called after each layer.
+        progress: callback after each layer.
 
     Raises:
         WeightsError: missing, unknown or wrongly stored tensors, all named.
@@ -52,7 +52,7 @@ def load_model(
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
             yield _load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
-            reader.close()  # pages of the files count as memory as long as they are mapped
+            reader.close()  # mapped pages count as used memory
         yield _load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
     return build_model(config, layers(), communicator, progress)
@@ -67,7 +67,7 @@ def build_model(
         config: its configuration.
         layers: the layers, then the top; lazy arrays are read here.
         communicator: the rank's link to the others; None without others.
-        progress: called after each.
+        progress: callback after each layer.
     """
     total = config.num_hidden_layers + 1
     done: list[LayerWeights] = []
@@ -106,6 +106,6 @@ def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> L
 
 def _read(reader: CheckpointReader, plan: ArrayPlan) -> mx.array:
     field = reader.read_array(plan)
-    # numpy reads from the disk without holding Python's lock, so that a rank's heartbeat goes on
+    # numpy reads from the disk without holding Python's lock, so a rank's heartbeat continues
     array = mx.array(field if field.flags.owndata and field.flags.c_contiguous else np.array(field, order="C"))
     return array.view(mx.bfloat16) if plan.dtype == "BF16" else array

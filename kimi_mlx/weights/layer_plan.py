@@ -1,7 +1,8 @@
-"""The plan of a layer: the arrays of its canonical entries, and which slice of which tensor goes where in them.
+"""The plan of a layer: its arrays, and the slices of stored tensors that fill them.
 
-A plan follows from headers, configuration and a rank's share alone. Loading a checkpoint and building a store both
-carry it out, one into memory, the other into a file. Pure: numpy serves for shapes and views only.
+A plan follows from headers, configuration and a rank's share alone. Loading a checkpoint copies the slices into memory,
+building a store copies them into files; a conversion copies slices, too, and quantizes them again (requantize.py).
+No tensor is read here: numpy is used for shapes and views only.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ Shape3 = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """What is taken of a stored matrix; spans count places of the unquantized one, None takes all.
+    """A slice of a stored matrix. Ranges count elements of the unquantized matrix; None takes all.
 
     Args:
-        source: its heads and blocks.
+        source: the matrix, for its heads and blocks.
         per: stored columns per `values` columns.
         values: see `per`.
-        stack: which members, of a matrix that is stored as a stack, or becomes one by heads.
-        rows: which rows.
-        columns: which columns.
+        stack: members, of a matrix that is stored as a stack or becomes one by heads.
+        rows: rows of each member.
+        columns: columns of each row.
     """
 
     source: SourceMatrix
@@ -45,11 +46,11 @@ class TensorSlice:
     columns: Range | None = None
 
     def view(self, array: np.ndarray) -> np.ndarray:
-        """The part of a stored matrix (..., rows, columns), or of a norm, as a view."""
+        """Return the slice of a stored matrix (..., rows, columns), or of a norm, as a view."""
         return self._cut(self._split_blocks(self._split_heads(array)))
 
     def shape3(self, stored_shape: tuple[int, ...]) -> Shape3:
-        """The shape of the part, as a stack."""
+        """Return the shape of the slice, as a stack."""
         return as_shape3(self.view(np.broadcast_to(np.uint8(0), stored_shape)).shape)
 
     def _split_heads(self, array: np.ndarray) -> np.ndarray:
@@ -59,7 +60,7 @@ class TensorSlice:
         return array.reshape(heads, -1, array.shape[-1])[:, first:end]
 
     def _split_blocks(self, array: np.ndarray) -> np.ndarray:
-        """Shared experts that lie behind each other become a stack: (S, rows, columns)."""
+        """Turn concatenated shared experts into a stack: (S, rows, columns)."""
         source = self.source
         if not source.blocks:
             return array
@@ -80,14 +81,14 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class SliceCopy:
-    """One slice's way into an array.
+    """Copy of one slice into an array.
 
     Args:
-        field: what it is made of.
-        window: what is taken.
-        box: its shape.
-        member: its first place in the stack.
-        row: its first row there.
+        field: stored form of the slice's tensor.
+        tensor_slice: the slice.
+        shape: shape of the slice.
+        member: first member in the destination.
+        row: first row in the destination.
     """
 
     field: MatrixField
@@ -103,9 +104,9 @@ class ArrayPlan:
 
     Args:
         name: `weight`, `scales` or `biases`.
-        dtype: in safetensors' words.
+        dtype: as named by safetensors.
         shape: (..., rows, columns), or (extent,).
-        moves: what fills it; together they cover it once.
+        copies: copies that fill the array; together they cover it exactly once.
     """
 
     name: str
@@ -129,7 +130,7 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a rank holds of a layer, or of the top.
+    """The weights that a rank holds of a layer, or of the top.
 
     Args:
         entries: name -> the parts of the weight; one part, unless parts are quantized differently.
@@ -157,12 +158,12 @@ class LayerPlan:
 
 
 def array_name(entry: str, part: int, parts: int, array: str) -> str:
-    """What an array is called in a store, such as `self_attn.o_proj.scales`."""
+    """Return the name of an array in a store, such as `self_attn.o_proj.scales`."""
     return f"{entry}.{array}" if parts == 1 else f"{entry}.{part}.{array}"
 
 
 def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> LayerPlan:
-    """Plan what a rank holds of `layer`, which may be nothing; `share` None is all.
+    """Plan a rank's part of `layer`, possibly empty; `share` None means the whole layer.
 
     Raises:
         WeightsError: missing or wrongly stored tensors.
@@ -188,7 +189,7 @@ def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
 
 
 def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
-    """The pieces in which this checkpoint's matrices can be divided so that each has whole quantization groups."""
+    """Return the smallest parts into which the matrices can be split without splitting quantization groups."""
     fuses_shared = "experts" not in SHARDED_AXES[parse_strategy(strategy)[0]]
     units: dict[str, int] = {}
     for layer in range(checkpoint.config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Slices of a checkpoint's tensors, read through memory maps: only what is asked for comes from the disk."""
+"""Slices of a checkpoint's tensors, read through memory maps, so that only the slices are read from disk."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NUMPY_TYPES = {
     "I32": np.uint32,
     "F8_E4M3": np.uint8,
 }
-"""How a stored type is seen by numpy, which has no bfloat16; packed words have no sign."""
+"""numpy type for each stored type: bfloat16 as uint16, packed integers as unsigned."""
 
 ReadRange = Callable[[TensorInfo], bytes]
 
 
 class CheckpointReader:
-    """The tensors of files that lie on this machine.
+    """Reader of tensors in files on this machine.
 
     Args:
-        checkpoint: their table.
-        paths: where the files of the table lie, if not where it says.
-        read_range: reads a whole (small) tensor of a file that does not lie here; None if all do.
+        checkpoint: table of the tensors.
+        paths: actual path of each file of the table; None if the table's paths are right.
+        read_range: function that reads a whole (small) tensor of a file not on this machine; None if all are.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CheckpointReader:
         self._maps: dict[Path, np.ndarray] = {}
 
     def read_array(self, plan: ArrayPlan) -> np.ndarray:
-        """Read an array; a new one, or a view of a memory map if it is one slice of a tensor."""
+        """Read an array; a view of a memory map if it is one slice of a tensor."""
         if len(plan.copies) == 1:
             return self.read_slice(plan.copies[0]).reshape(plan.shape)
         box = as_shape3(plan.shape)
@@ -62,7 +62,7 @@ class CheckpointReader:
         return array.reshape(plan.shape)
 
     def read_slice(self, copy: SliceCopy) -> np.ndarray:
-        """One slice in the canonical form, in the shape of its box."""
+        """Read one slice in the canonical form, in its planned shape."""
         stored = self._stored(copy.field.tensors[0])
         if copy.field.decode == "fp8":
             return self._read_fp8_slice(copy, stored)
@@ -74,7 +74,7 @@ class CheckpointReader:
         return affine_biases(part, packed.bits)
 
     def close(self) -> None:
-        """Forget the maps."""
+        """Drop the memory maps."""
         self._maps.clear()
 
     def _read_fp8_slice(self, copy: SliceCopy, stored: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ class CheckpointReader:
         return to_stored_type(part.reshape(copy.shape), copy.field.dtype)
 
     def _stored(self, name: str) -> np.ndarray:
-        """A whole tensor, as stored."""
+        """Return a whole tensor, as stored."""
         info = self.checkpoint.tensors[name]
         dtype = np.dtype(NUMPY_TYPES[info.dtype])
         path = info.file if self._paths is None else self._paths.get(info.file)
@@ -103,7 +103,7 @@ class CheckpointReader:
 
 
 def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader:
-    """A reader of a checkpoint's folder.
+    """Open the checkpoint in a folder.
 
     Raises:
         WeightsError: files are missing or broken, or tensors missing or unknown.

@@ -177,7 +177,7 @@ def whole(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moments=st.lists(st.integers(1, 300), min_size=1, max_size=4))
-def test_a_build_goes_on_after_any_interruption(
+def test_a_build_resumes_after_any_interruption(
     moments: list[int],
     overrides: Path,
     whole: list[list[str]],
@@ -280,7 +280,7 @@ def damage_shape(folder: Path) -> str:
     manifest = json.loads(text)
     manifest["files"][0]["entries"]["self_attn.o_proj"][0]["arrays"]["weight"]["shape"][0] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return "has not the `self_attn.o_proj` that its manifest says"
+    return "does not have the `self_attn.o_proj` that its manifest lists"
 
 
 @pytest.mark.parametrize(
