@@ -1,6 +1,6 @@
 """Make tests/parity/goldens: float32 logits of transformers' DeepseekV3ForCausalLM for tiny configurations.
 
-The only file that needs torch; transformers comes with mlx-lm. With the environment of `scripts/test`:
+This is the only file that needs torch; transformers is installed with mlx-lm. With the environment of `scripts/test`:
 
     .venv/bin/python -m pip install torch
     .venv/bin/python scripts/make_goldens.py
@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 from tests.checkpoints import GOLDENS, Config, text_config, write_checkpoint  # noqa: E402
 
 LENGTH = 96  # three times the original context of the YaRN configurations
-MIN_MARGIN = 5e-5  # between the last chosen expert (or group) and the next; float32 noise here is about 1e-6
+MIN_MARGIN = (
+    5e-5  # minimum difference between the last chosen expert (or group) and the next; float32 noise is about 1e-6
+)
 MAX_SEEDS = 200
 
 
@@ -141,7 +143,7 @@ CONFIGS: dict[str, Config] = {
 
 
 def input_ids(config: Config, seed: int) -> np.ndarray:
-    """Return (1, LENGTH) ids, each of the vocabulary about as often as any other."""
+    """Return (1, LENGTH) ids, with all ids of the vocabulary about equally frequent."""
     words = np.random.PCG64(seed).random_raw(LENGTH)
     return (words % np.uint64(text_config(config)["vocab_size"])).astype(np.int32)[None]
 
@@ -153,14 +155,14 @@ def reference(config: Config, seed: int, ids: np.ndarray) -> Reference:
     """Run transformers on the checkpoint of a seed.
 
     Returns:
-        Logits (1, length, vocab), and for each MoE layer router logits (length, experts) and bias (experts,).
+        Logits (1, length, vocab), and per MoE layer router logits (length, experts) and bias (experts,).
     """
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), text_config(config), seed)  # prefix apart, the tensors of K2.5's form
+        write_checkpoint(Path(folder), text_config(config), seed)  # the tensors of K2.5's format, except for the prefix
         fields = {k: v for k, v in text_config(config).items() if k not in ("model_type", "architectures")}
         model: Any = DeepseekV3ForCausalLM.from_pretrained(
             folder,
@@ -184,10 +186,10 @@ def choose_experts(config: Config, scores: np.ndarray) -> tuple[np.ndarray, floa
     """Choose experts by group, as the model does.
 
     Args:
-        scores: (length, experts).
+        scores: router scores (length, experts).
 
     Returns:
-        Which experts are chosen, (length, experts), and how far the closest choice is from a tie.
+        Mask of the chosen experts, (length, experts), and the smallest difference from a tie.
     """
     groups, top_k = config["n_group"], config["num_experts_per_tok"]
     dropped = groups - config["topk_group"]
@@ -204,7 +206,7 @@ def choose_experts(config: Config, scores: np.ndarray) -> tuple[np.ndarray, floa
 
 
 def routing_margin(config: Config, router_logits: np.ndarray, bias: np.ndarray) -> float:
-    """Return how far the closest choice of a layer is from a tie, or 0 when the routing is degenerate."""
+    """Return the smallest difference of a layer's choices from a tie, or 0 if the routing is degenerate."""
     scores = 1.0 / (1.0 + np.exp(-router_logits.astype(np.float64)))
     chosen, margin = choose_experts(config, scores + bias)
     without_bias, _ = choose_experts(config, scores)
@@ -214,7 +216,7 @@ def routing_margin(config: Config, router_logits: np.ndarray, bias: np.ndarray) 
 
 
 def make_golden(name: str, config: Config) -> None:
-    """Find the first seed whose routing is clear, and write its golden file."""
+    """Find the first seed without near-ties in the routing, and write its golden file."""
     for seed in range(MAX_SEEDS):
         ids = input_ids(config, seed)
         logits, routers, biases = reference(config, seed, ids)
@@ -230,9 +232,9 @@ def make_golden(name: str, config: Config) -> None:
 
 
 def main() -> None:
-    """Write the golden files that are named, or all."""
+    """Write the named golden files, or all."""
     parser = argparse.ArgumentParser(description="Make tests/parity/goldens with transformers and torch.")
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CONFIGS)}; default: all")
+    parser.add_argument("names", nargs="*", help=f"names out of {', '.join(CONFIGS)}; default: all")
     names: list[str] = parser.parse_args().names or list(CONFIGS)
     if unknown := set(names) - set(CONFIGS):
         parser.error(f"no such configuration: {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""The shape of kimi-mini: every trait of Kimi K2, a few million parameters."""
+"""Shape of kimi-mini: every architectural feature of Kimi K2, with a few million parameters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that the training model needs, named as in `config.json`."""
+    """Dimensions that the training model needs, named as in `config.json`."""
 
     vocab_size: int
     hidden_size: int = CONFIG["hidden_size"]

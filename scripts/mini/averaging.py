@@ -1,4 +1,4 @@
-"""What the ranks tell each other after a step: gradients and measurements, in one sum over the ring."""
+"""Average gradients and metrics over the ranks after a step, with one `all_sum`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from scripts.mini.model import Parameters
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One rank's measurements of a step, or those that all ranks agreed on.
+class StepMetrics:
+    """Metrics of a step: of one rank, or combined over all ranks.
 
     Attributes:
-        loss: of its batch; then the mean.
-        tokens: that were not padding; then the sum.
-        seconds: training time that passed; then the first rank's.
-        loads: tokens for each expert (MoE layers, E); then the sum.
-        logits: largest attention logit (layers, H); then the maximum.
+        loss: loss of the rank's batch; combined: mean.
+        tokens: number of tokens without padding; combined: sum.
+        seconds: training time of the step; combined: rank 0's.
+        loads: number of tokens per expert (MoE layers, E); combined: sum.
+        logits: largest attention logit (layers, H); combined: maximum.
     """
 
     loss: float
@@ -28,12 +28,12 @@ class Measured:
     logits: mx.array
 
 
-def average(gradients: Parameters, own: Measured, group: mx.distributed.Group) -> tuple[Parameters, Measured]:
-    """Return mean gradients and common measurements, equal on all ranks to the last bit."""
+def average(gradients: Parameters, own: StepMetrics, group: mx.distributed.Group) -> tuple[Parameters, StepMetrics]:
+    """Return mean gradients and combined metrics, bit-identical on all ranks."""
     size, rank = group.size(), group.rank()
     names = sorted(gradients)
     logits = mx.zeros((size, *own.logits.shape))
-    logits[rank] = own.logits  # each rank has its place, so that a sum can carry a maximum
+    logits[rank] = own.logits  # one row per rank, so that the maximum can be taken after the sum
     numbers = mx.array([own.loss, float(own.tokens), own.seconds if rank == 0 else 0.0])
     parts = [*(gradients[name] for name in names), numbers, own.loads.astype(mx.float32), logits]
     flat = mx.concatenate([part.reshape(-1) for part in parts])
@@ -45,12 +45,12 @@ def average(gradients: Parameters, own: Measured, group: mx.distributed.Group) -
         summed.append(flat[start : start + part.size].reshape(part.shape))
         start += part.size
     loss, tokens, seconds = (float(number) for number in summed[-3])
-    common = Measured(loss / size, round(tokens), seconds, summed[-2], summed[-1].max(axis=0))
+    common = StepMetrics(loss / size, round(tokens), seconds, summed[-2], summed[-1].max(axis=0))
     return {name: total / size for name, total in zip(names, summed, strict=False)}, common
 
 
 def clip_by_norm(gradients: Parameters, limit: float) -> tuple[Parameters, float]:
-    """Return gradients of a common norm of `limit` at most, and the norm that they had."""
+    """Scale gradients to a common norm of at most `limit`; return them and their original norm."""
     norm = float(mx.sqrt(mx.stack([gradient.square().sum() for gradient in gradients.values()]).sum()))
     scale = min(1.0, limit / (norm + 1e-6))
     return {name: gradient * scale for name, gradient in gradients.items()}, norm

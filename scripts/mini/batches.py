@@ -1,4 +1,4 @@
-"""Packs rendered dialogues into batches. A batch follows from seed, step and rank, so a run can resume."""
+"""Pack rendered dialogues into batches. Seed, step and rank determine a batch, so a run can resume."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from scripts.mini.dialogues import Dialogue, generate, stream
 from scripts.mini.render import Renderer, Row
 
-# For each part of the training: length of a row -> how often a step has rows of this length.
+# Per part of the training: row length -> share of the steps with rows of this length.
 ROW_LENGTHS: tuple[dict[int, float], ...] = (
     {128: 0.75, 256: 0.25},
     {128: 0.45, 256: 0.43, 512: 0.12},
     {128: 0.3, 256: 0.46, 512: 0.12, 1024: 0.12},
 )
-TOKENS_A_STEP = 2048  # of one rank
-MISFITS = 6  # so many dialogues that fit nowhere end the packing
+TOKENS_PER_STEP = 2048  # per rank
+MAX_MISFITS = 6  # number of dialogues that fit nowhere, after which packing ends
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What `model.loss` takes, and the tokens in it that are not padding."""
+    """Arguments of `model.loss`, and the number of tokens that are not padding."""
 
     arrays: dict[str, mx.array]
     tokens: int
@@ -32,7 +32,7 @@ class Batch:
 
 
 def pack(rows: Iterator[Row], count: int, length: int) -> list[list[Row]]:
-    """Fill `count` bins of `length` tokens, each row where it leaves the least room."""
+    """Fill `count` bins of `length` tokens, each row where it leaves the least space."""
     bins: list[list[Row]] = [[] for _ in range(count)]
     free = [length] * count
     misfits = 0
@@ -42,7 +42,7 @@ def pack(rows: Iterator[Row], count: int, length: int) -> list[list[Row]]:
         fitting = [index for index in range(count) if free[index] >= len(row.ids)]
         if not fitting:
             misfits += 1
-            if misfits == MISFITS:
+            if misfits == MAX_MISFITS:
                 break
             continue
         best = min(fitting, key=lambda index: free[index])
@@ -83,18 +83,18 @@ def to_arrays(bins: list[list[Row]], length: int, pad: int) -> Batch:
 
 
 def make_batch(renderer: Renderer, pad: int, seed: str, step: int, rank: int, part: int) -> Batch:
-    """Make the batch of a step and rank: always the same one for the same arguments."""
-    # All ranks take the same row length, so that none waits for another.
+    """Make the batch of a step and rank; the same arguments give the same batch."""
+    # All ranks use the same row length, so that none waits for another.
     lengths = ROW_LENGTHS[part]
     length = Random(f"{seed} {step}").choices(list(lengths), list(lengths.values()))[0]
     rng_seed = f"{seed} {step} {rank}"
     dialogues = stream(rng_seed, part, 160 if length <= 256 else length)
     if length > 256:
         dialogues = _led_by_long_texts(
-            Random(rng_seed + " long"), length, TOKENS_A_STEP // length, stream(rng_seed, part, 160)
+            Random(rng_seed + " long"), length, TOKENS_PER_STEP // length, stream(rng_seed, part, 160)
         )
     rows = (renderer.render(dialogue) for dialogue in dialogues)
-    return to_arrays(pack(rows, TOKENS_A_STEP // length, length), length, pad)
+    return to_arrays(pack(rows, TOKENS_PER_STEP // length, length), length, pad)
 
 
 def _led_by_long_texts(rng: Random, length: int, count: int, rest: Iterator[Dialogue]) -> Iterator[Dialogue]:

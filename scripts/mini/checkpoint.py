@@ -15,7 +15,7 @@ FILE = "checkpoint.safetensors"
 
 
 def save(folder: Path, parameters: Parameters, optimizer: Parameters, progress: dict[str, Any]) -> None:
-    """Write everything that a later run needs to go on."""
+    """Write everything that is needed to resume the run."""
     tensors = {f"p/{name}": value for name, value in parameters.items()} | {
         f"o/{name}": value for name, value in optimizer.items()
     }
@@ -25,7 +25,7 @@ def save(folder: Path, parameters: Parameters, optimizer: Parameters, progress: 
 
 
 def load(folder: Path) -> tuple[Parameters, Parameters, dict[str, Any]] | None:
-    """Return parameters, optimizer state and progress, or None where nothing was saved."""
+    """Return parameters, optimizer state and progress, or None if nothing was saved."""
     path = folder / FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Draws the learning curve of a run as SVG: `python -m scripts.mini.curve LOG PICTURE`."""
+"""Draw the learning curve of a run as SVG: `python -m scripts.mini.curve LOG PICTURE`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def smooth(losses: list[float]) -> list[float]:
 
 
 def draw(records: list[dict[str, Any]]) -> str:
-    """Return the picture: loss over tokens, the loss on a logarithmic scale."""
+    """Return the plot as SVG: loss over tokens, with a logarithmic axis for the loss."""
     tokens = [record["tokens"] / 1e6 for record in records]
     losses = smooth([record["loss"] for record in records])
     low, high = math.log(min(min(losses), 0.05)), math.log(max(losses))
@@ -60,7 +60,7 @@ def draw(records: list[dict[str, Any]]) -> str:
             parts.append(_text(x_of(at) + 4, TOP + 12 + 16 * row, label, "start"))
     points = " ".join(f"{x_of(t):.1f},{y_of(loss):.1f}" for t, loss in zip(tokens, losses, strict=True))
     parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOR}" stroke-width="1.6"/>')
-    parts.append(_text(LEFT, 18, "kimi-mini: training loss (cross-entropy a token, smoothed)", "start"))
+    parts.append(_text(LEFT, 18, "kimi-mini: training loss (cross-entropy per token, smoothed)", "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -74,7 +74,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def read(log: Path) -> list[dict[str, Any]]:
-    """Return the records of a log; after a resumption, the later record of a step."""
+    """Return the records of a log; if a step was repeated after a resume, its later record."""
     records = (json.loads(line) for line in log.read_text().splitlines())
     by_step = {record["step"]: record for record in records}
     return [by_step[step] for step in sorted(by_step)]

@@ -1,4 +1,4 @@
-"""The dialogue generator: an endless, seeded stream of conversations in OpenAI's message form."""
+"""The dialogue generator: an endless, seeded stream of conversations in OpenAI's message format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIXTURE: dict[str, tuple[float, float, float]] = {
     "several": (0.03, 0.06, 0.07),
     "pelican": (0.01, 0.05, 0.12),
 }
-# How much one supervised token of a task weighs in the loss.
+# Weight of one supervised token of a task in the loss.
 LOSS_WEIGHT: dict[str, float] = {
     "chat": 1.0,
     "arithmetic": 1.5,
@@ -42,12 +42,12 @@ SYSTEM_PROMPTS = (
     "You are kimi-mini.",
     "Be kind.",
 )
-TOKENS_A_FACT = 12  # of "Section 7 has code 4821. ", to size a retrieval text
+TOKENS_PER_FACT = 12  # of "Section 7 has code 4821. ", to size a retrieval text
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation; its assistant messages have `content`, `reasoning_content` and, some, `tool_calls`."""
+    """A conversation; its assistant messages have `content`, `reasoning_content` and possibly `tool_calls`."""
 
     task: str
     messages: list[Message]
@@ -56,36 +56,37 @@ class Dialogue:
 
     @property
     def first_supervised(self) -> int:
-        """Index of the first message of the last exchange: everything after it was answered just now."""
+        """Index of the first message of the last exchange: everything after it belongs to the current answer."""
         return max(index for index, message in enumerate(self.messages) if message["role"] == "user") + 1
 
 
 def assistant(answer: str, thought: str) -> Message:
-    """An assistant message."""
+    """Return an assistant message."""
     return {"role": "assistant", "content": answer, "reasoning_content": thought}
 
 
-def generate(task: str, rng: Random, room: int = 160, questions: int = 0) -> Dialogue:
-    """Make up one dialogue of about `room` tokens at most; `questions` about one text, 0 for some."""
+def generate(task: str, rng: Random, max_tokens: int = 160, questions: int = 0) -> Dialogue:
+    """Make up one dialogue of at most about `max_tokens` tokens; `questions` about one text, 0 for some."""
     thinking = rng.random() < 0.5
     if task == "tools":
-        return _with_tools(rng, thinking, room)
+        return _with_tools(rng, thinking, max_tokens)
     if task == "several":
-        return _several(rng, thinking, room)
+        return _several(rng, thinking, max_tokens)
     if task == "retrieval":
-        return _plain(task, _retrieval(rng, room, questions or rng.randint(1, 4 if room <= 256 else 8)), thinking, rng)
-    return _plain(task, [_exchange(task, rng, room)], thinking, rng)
+        questions = questions or rng.randint(1, 4 if max_tokens <= 256 else 8)
+        return _plain(task, _retrieval(rng, max_tokens, questions), thinking, rng)
+    return _plain(task, [_exchange(task, rng, max_tokens)], thinking, rng)
 
 
-def _retrieval(rng: Random, room: int, questions: int) -> list[Exchange]:
-    most = max(2, (room - 25 - 30 * questions) // TOKENS_A_FACT)
-    facts = rng.randint(most // 2, most) if room > 256 else rng.randint(2, most)
+def _retrieval(rng: Random, max_tokens: int, questions: int) -> list[Exchange]:
+    most = max(2, (max_tokens - 25 - 30 * questions) // TOKENS_PER_FACT)
+    facts = rng.randint(most // 2, most) if max_tokens > 256 else rng.randint(2, most)
     return retrieval(rng, facts, questions)
 
 
-def _exchange(task: str, rng: Random, room: int) -> Exchange:
+def _exchange(task: str, rng: Random, max_tokens: int) -> Exchange:
     if task == "retrieval":
-        return _retrieval(rng, room, 1)[0]
+        return _retrieval(rng, max_tokens, 1)[0]
     if task == "chat":
         return Exchange(*small_talk(rng))
     makers = {"arithmetic": arithmetic, "sums": sums, "copy": copying, "pelican": pelican}
@@ -97,7 +98,7 @@ def _plain(task: str, exchanges: list[Exchange], thinking: bool, rng: Random) ->
     if rng.random() < 0.08:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     for number, exchange in enumerate(exchanges, start=1):
-        # Only what was thought in the last exchange is still there; before it, as without thinking, work is shown.
+        # The template keeps only the last exchange's reasoning; earlier exchanges show their work, as without thinking.
         thought = exchange.thought if thinking else ""
         shown = exchange.worked and not (thinking and number == len(exchanges))
         answer = exchange.worked if shown else exchange.answer
@@ -105,14 +106,14 @@ def _plain(task: str, exchanges: list[Exchange], thinking: bool, rng: Random) ->
     return Dialogue(task, messages, thinking)
 
 
-def _several(rng: Random, thinking: bool, room: int) -> Dialogue:
+def _several(rng: Random, thinking: bool, max_tokens: int) -> Dialogue:
     turns = rng.randint(2, 3)
     tasks = rng.choices(("chat", "arithmetic", "retrieval", "copy"), (4, 2, 2, 1), k=turns)
-    return _plain("several", [_exchange(task, rng, min(room // turns, 110)) for task in tasks], thinking, rng)
+    return _plain("several", [_exchange(task, rng, min(max_tokens // turns, 110)) for task in tasks], thinking, rng)
 
 
-def _with_tools(rng: Random, thinking: bool, room: int) -> Dialogue:
-    toolbox = Toolbox(rng, 2 if room <= 160 else 4)
+def _with_tools(rng: Random, thinking: bool, max_tokens: int) -> Dialogue:
+    toolbox = Toolbox(rng, 2 if max_tokens <= 160 else 4)
     if rng.random() < 0.22:
         task = rng.choice(("chat", "chat", "arithmetic", "copy"))
         plain = _plain("tools", [_exchange(task, rng, 100)], thinking, rng)
@@ -135,10 +136,10 @@ def _with_tools(rng: Random, thinking: bool, room: int) -> Dialogue:
     return Dialogue("tools", messages, thinking, toolbox.tools)
 
 
-def stream(seed: str, part: int, room: int) -> Iterator[Dialogue]:
-    """Yield dialogues of the mixture for ever. The same seed gives the same stream."""
+def stream(seed: str, part: int, max_tokens: int) -> Iterator[Dialogue]:
+    """Yield dialogues of the mixture without end. The same seed gives the same stream."""
     rng = Random(seed)
     tasks = list(MIXTURE)
     shares = [MIXTURE[task][part] for task in tasks]
     while True:
-        yield generate(rng.choices(tasks, shares)[0], rng, room)
+        yield generate(rng.choices(tasks, shares)[0], rng, max_tokens)

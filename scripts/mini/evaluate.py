@@ -1,4 +1,4 @@
-"""Exact match a task, on fresh dialogues, of the exported model: `python -m scripts.mini.evaluate FOLDER COUNT`."""
+"""Measure exact match per task of the exported model: `python -m scripts.mini.evaluate FOLDER COUNT`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kimi_mlx.text.tokenizer import Tokenizer
 from scripts.mini.dialogues import Dialogue, generate
 from scripts.mini.render import Renderer
 
-# Name of the row -> task and the room that its dialogues fill.
+# Name of the row -> task and maximum number of tokens of its dialogues.
 CASES: dict[str, tuple[str, int]] = {
     "small talk": ("chat", 160),
     "arithmetic": ("arithmetic", 160),
@@ -35,14 +35,14 @@ SHOWN_TOKENS = 80
 
 @dataclass
 class Score:
-    """How many dialogues of a kind were right, and where the first wrong one went wrong."""
+    """Number of correct dialogues, and the first mismatch."""
 
-    right: int = 0
+    num_correct: int = 0
     total: int = 0
-    wrong: str = ""
+    first_mismatch: str = ""
 
     def __str__(self) -> str:
-        return f"{self.right} of {self.total}" if self.total else "-"
+        return f"{self.num_correct} of {self.total}" if self.total else "-"
 
 
 class Evaluator:
@@ -53,10 +53,10 @@ class Evaluator:
         self._tokenizer = Tokenizer.load(folder)
         self._renderer = Renderer(self._tokenizer)
 
-    def first_mistake(self, dialogue: Dialogue) -> str | None:
-        """Return what the model would have written instead, or None.
+    def first_mismatch(self, dialogue: Dialogue) -> str | None:
+        """Return a description of the model's first wrong token, or None if all answers are correct.
 
-        One pass over the right text tells whether greedy decoding gives it: every step of it sees the right past.
+        One pass over the expected text is enough: up to the first mismatch, greedy decoding sees the same tokens.
         """
         row = self._renderer.render(dialogue)
         logits = self._model(mx.array([row.ids]))
@@ -64,26 +64,26 @@ class Evaluator:
         for position in range(1, len(row.ids)):
             if row.weights[position] and likeliest[position - 1] != row.ids[position]:
                 before = self._tokenizer.decode(row.ids[max(0, position - SHOWN_TOKENS) : position])
-                written, wanted = likeliest[position - 1], row.ids[position]
+                written, expected = likeliest[position - 1], row.ids[position]
                 decode = self._tokenizer.decode
-                return f"{before} >> {decode([written])!r}, not {decode([wanted])!r}"
+                return f"{before} >> {decode([written])!r}, not {decode([expected])!r}"
         return None
 
-    def score(self, task: str, room: int, rng: Random, count: int) -> dict[bool, Score]:
-        """Return the scores of `count` dialogues, by whether the model was to think."""
+    def score(self, task: str, max_tokens: int, rng: Random, count: int) -> dict[bool, Score]:
+        """Return the scores of `count` dialogues, by whether the dialogue has thinking on."""
         scores = {True: Score(), False: Score()}
         for _ in range(count):
-            dialogue = generate(task, rng, room, questions=1)
+            dialogue = generate(task, rng, max_tokens, questions=1)
             score = scores[dialogue.thinking]
-            mistake = self.first_mistake(dialogue)
+            mismatch = self.first_mismatch(dialogue)
             score.total += 1
-            score.right += mistake is None
-            score.wrong = score.wrong or mistake or ""
+            score.num_correct += mismatch is None
+            score.first_mismatch = score.first_mismatch or mismatch or ""
         return scores
 
 
 def load_model(folder: Path) -> Any:
-    """Load the exported weights, unpacked: the CPU's quantized products are slow, and give the same."""
+    """Load the exported weights, dequantized: quantized products are slow on the CPU, with the same result."""
     from mlx_lm.models.deepseek_v3 import Model, ModelArgs
 
     config = json.loads((folder / "config.json").read_text())
@@ -102,17 +102,17 @@ def load_model(folder: Path) -> Any:
 
 
 def report(folder: Path, count: int, examples: bool, seed: str = "evaluation") -> str:
-    """Return the accuracies as a Markdown table, with one mistake of each kind if asked for."""
+    """Return the accuracies as a Markdown table, optionally with one mismatch per task and mode."""
     evaluator, started = Evaluator(folder), time.monotonic()
-    lines = ["| task | right, thinking | right, instant | together |", "| --- | --: | --: | --: |"]
-    mistakes: list[str] = []
-    for name, (task, room) in CASES.items():
-        scores = evaluator.score(task, room, Random(f"{seed} {name}"), count)
-        share = sum(score.right for score in scores.values()) / count
+    lines = ["| task | correct, thinking | correct, instant | together |", "| --- | --: | --: | --: |"]
+    mismatches: list[str] = []
+    for name, (task, max_tokens) in CASES.items():
+        scores = evaluator.score(task, max_tokens, Random(f"{seed} {name}"), count)
+        share = sum(score.num_correct for score in scores.values()) / count
         lines.append(f"| {name} | {scores[True]} | {scores[False]} | {share:.0%} |")
-        mistakes += [f"{name}: {score.wrong}" for score in scores.values() if score.wrong]
-    lines.append(f"\n{count} fresh dialogues a row; {time.monotonic() - started:.0f} s")
-    return "\n".join(lines + (mistakes if examples else []))
+        mismatches += [f"{name}: {score.first_mismatch}" for score in scores.values() if score.first_mismatch]
+    lines.append(f"\n{count} new dialogues per row; {time.monotonic() - started:.0f} s")
+    return "\n".join(lines + (mismatches if examples else []))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a training checkpoint as the model that ships: quantized weights and the configuration files."""
+"""Write a training checkpoint as the shipped model: quantized weights and the configuration files."""
 
 from __future__ import annotations
 

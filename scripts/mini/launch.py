@@ -1,4 +1,4 @@
-"""Starts the ranks of a training on this machine, shows their progress and waits for them."""
+"""Start the ranks of a training on this machine, show their progress and wait for them."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ VOCABULARY_DIALOGUES = 15_000
 LOOK_EVERY_S = 2.0
 
 
-def forget(folder: Path) -> None:
+def remove_run(folder: Path) -> None:
     """Remove the checkpoint and the log of an earlier run."""
     for name in (checkpoint.FILE, "log.jsonl"):
         (folder / name).unlink(missing_ok=True)
 
 
 def prepare(folder: Path, vocabulary: Path) -> None:
-    """Learn the vocabulary, unless an earlier run did."""
+    """Learn the vocabulary, unless an earlier run has done so."""
     vocabulary.mkdir(parents=True, exist_ok=True)
     if not (vocabulary / "tiktoken.model").exists():
-        dialogues = islice(stream("vocabulary", part=1, room=160), VOCABULARY_DIALOGUES)
+        dialogues = islice(stream("vocabulary", part=1, max_tokens=160), VOCABULARY_DIALOGUES)
         write_vocabulary(learn_ranks(sample_texts(dialogues)), vocabulary)
 
 
 def find_openblas() -> str | None:
-    """Return the library to preload on Linux, if it is there."""
+    """Return the library to preload on Linux, if it is installed."""
     if not sys.platform.startswith("linux"):
         return None
     paths = (Path(folder) / "libopenblas.so.0" for folder in OPENBLAS_FOLDERS)
@@ -53,14 +53,14 @@ def find_openblas() -> str | None:
 
 
 def fast_environment() -> dict[str, str]:
-    """Return this process's environment with OpenBLAS, if it is there, on one thread."""
+    """Return this process's environment with OpenBLAS, if it is installed, on one thread."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     library = find_openblas()
     return environment | {"LD_PRELOAD": library} if library else environment
 
 
 def rank_environment(hostfile: Path, rank: int) -> dict[str, str]:
-    """Return the variables of one rank: its place in the ring, and a fast BLAS."""
+    """Return the variables of one rank: its position in the ring, and a fast BLAS."""
     return fast_environment() | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
 
 
@@ -74,7 +74,7 @@ def train(settings: Settings, ranks: int) -> None:
     """Run the training to its end.
 
     Raises:
-        RuntimeError: a rank failed; its log is named.
+        RuntimeError: a rank failed; the message names its log.
     """
     folder = Path(settings.folder)
     hostfile = folder / "hostfile.json"
@@ -113,7 +113,7 @@ def evaluate(model: Path, count: int, examples: bool) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on just now."""
+    """Return ports that are free now."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

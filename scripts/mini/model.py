@@ -1,7 +1,7 @@
 """The training model: DeepSeek-V3's layers as functions over a flat dict of parameters.
 
 Parameter names are those of mlx-lm's `deepseek_v3`, so a checkpoint is the dict itself, quantized.
-Shape letters: B rows, L tokens a row, T = B * L, D hidden, H heads, E experts, C slots of an expert,
+Shape letters: B rows, L tokens per row, T = B * L, D hidden, H heads, E experts, C slots of an expert,
 F expert width, M supervised positions.
 """
 
@@ -16,7 +16,7 @@ from scripts.mini.architecture import Shape, yarn_inverse_frequencies
 from scripts.mini.exponential import logsumexp, sigmoid, softmax, with_gradient
 
 Parameters = dict[str, mx.array]
-CAPACITY = 1.3  # an expert takes at most this multiple of its fair share; the surplus of a batch goes without it
+CAPACITY = 1.3  # maximum multiple of its fair share of tokens that an expert processes; the rest skip it
 
 
 def init_parameters(shape: Shape, seed: int) -> Parameters:
@@ -140,7 +140,7 @@ collect = with_gradient(_collect, _collect_gradient)
 
 
 def route(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.array, mx.array]:
-    """Return the weight of each expert for each token (T, E), zero where not chosen, and the choice."""
+    """Return the weight of each expert for each token (T, E), zero if not chosen, and the choice."""
     scores = sigmoid(x @ p[f"{name}.gate.weight"].T)
     ranked = mx.stop_gradient(scores + p[f"{name}.gate.e_score_correction_bias"])
     k = shape.num_experts_per_tok
@@ -166,7 +166,7 @@ def experts(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.arr
     slot_of_token = mx.concatenate([slot_of_token, mx.full((1, k), E * C, dtype=slot_of_token.dtype)])
     padded = mx.concatenate([x, mx.zeros((1, D))])
     xe = dispatch(padded, token_of_slot, slot_of_token).reshape(E, C, D)
-    # Zero rows stand in for absent tokens; the weight they are given is the last token's, and multiplies zero.
+    # Rows of absent tokens are zero, so the weight that they get (the last token's) has no effect.
     expert_of_slot = mx.repeat(mx.arange(E), C)
     weight = weights.reshape(-1)[mx.minimum(token_of_slot, T - 1) * E + expert_of_slot].reshape(E, C, 1)
     hidden = gated(p, f"{name}.switch_mlp", xe) * weight
@@ -176,7 +176,7 @@ def experts(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.arr
 
 
 def feed_forward(p: Parameters, index: int, h: mx.array, shape: Shape) -> tuple[mx.array, mx.array | None]:
-    """Add a layer's feed-forward to h (T, D); return it, and the tokens that each expert got, if any."""
+    """Add a layer's feed-forward to h (T, D); return it, and the number of tokens per expert, if any."""
     layer = f"model.layers.{index}"
     x = mx.fast.rms_norm(h, p[f"{layer}.post_attention_layernorm.weight"], shape.rms_norm_eps)
     if index < shape.first_k_dense_replace:
@@ -189,7 +189,7 @@ def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions
     """Run the layers. tokens, segments: (B, L); attention stays inside a segment.
 
     Returns: hidden states (M, D) after the last norm at the M positions in the flattened rows, the largest
-    attention logit of each layer's heads (layers, H), and the tokens each expert was given (MoE layers, E).
+    attention logit of each layer's heads (layers, H), and the number of tokens per expert (MoE layers, E).
     """
     B, L = tokens.shape
     causal = mx.arange(L)[:, None] >= mx.arange(L)[None]
@@ -205,7 +205,7 @@ def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions
         logits.append(largest)
         h = h + out.reshape(B * L, -1)
         if index == shape.num_hidden_layers - 1:
-            h = h[positions]  # nobody reads the others any more
+            h = h[positions]  # the others are not needed any more
         h, load = feed_forward(p, index, h, shape)
         if load is not None:
             loads.append(load)
@@ -213,7 +213,7 @@ def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions
 
 
 def loss(p: Parameters, batch: Parameters, shape: Shape):
-    """Return the weighted mean of the cross-entropies, and the measurements of `hidden_states`.
+    """Return the weighted mean of the cross-entropies, and the metrics of `hidden_states`.
 
     batch: tokens, segments (B, L); positions (M,) into the flattened rows, targets (M,), weights (M,).
     """

@@ -1,7 +1,7 @@
 """MuonClip: Muon for the matrices of the layers, AdamW for the rest, QK-clip after each step.
 
 Sources: Moonshot AI, "Muon is Scalable for LLM Training" (update times
-0.2 sqrt(max(rows, columns)): of the size of AdamW's, so that both share learning rate and weight decay);
+0.2 sqrt(max(rows, columns)): as large as AdamW's, so that both share learning rate and weight decay);
 the Kimi K2 report (QK-clip).
 """
 
@@ -20,16 +20,16 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.95, 1e-8
 MOMENTUM = 0.95
 WEIGHT_DECAY = 0.1
 QK_CLIP_THRESHOLD = 60.0
-BIAS_STEP = 0.002  # of the router's correction bias, by DeepSeek's sign rule
+BIAS_STEP = 0.002  # step of the router's correction bias, by DeepSeek's sign rule
 
 
 def is_trained(name: str) -> bool:
-    """Whether a parameter has a gradient; the routers' correction bias has a rule of its own."""
+    """Return whether a parameter has a gradient; the routers' correction bias has its own rule."""
     return not name.endswith("e_score_correction_bias")
 
 
 def is_muon_matrix(name: str, value: mx.array) -> bool:
-    """Matrices inside layers, stacked ones included; not the embedding, the head or a router."""
+    """Return whether Muon updates it: matrices inside layers, also stacked; not embedding, head or routers."""
     return value.ndim >= 2 and name.startswith("model.layers.") and not name.endswith("mlp.gate.weight")
 
 
@@ -76,7 +76,7 @@ class MuonClip:
                 parameters[name] = parameters[name] * (1 - learning_rate * WEIGHT_DECAY) - learning_rate * update
 
     def _orthogonalize(self, matrices: mx.array) -> mx.array:
-        """Newton-Schulz on a stack (N, rows, columns); each rank does its part, all ranks get all of it."""
+        """Orthogonalize a stack (N, rows, columns) by Newton-Schulz; each rank computes its share, then all-gather."""
         count, size, rank = matrices.shape[0], self._group.size(), self._group.rank()
         share = -(-count // size)
         padding = mx.ones((share * size - count, *matrices.shape[1:]))
@@ -94,9 +94,9 @@ def qk_clip(parameters: Parameters, largest: mx.array, shape: Shape) -> list[str
     """Shrink the query and key projections of heads with a logit above the threshold, in place.
 
     Args:
-        parameters: changed for the heads concerned.
-        largest: the largest attention logit of each layer's heads (layers, H).
-        shape: of the model.
+        parameters: parameters of the model, changed for these heads.
+        largest: largest attention logit per head (layers, H).
+        shape: shape of the model.
 
     Returns: the heads that were clipped, as "layer.head".
     """
@@ -110,7 +110,7 @@ def qk_clip(parameters: Parameters, largest: mx.array, shape: Shape) -> list[str
         attention = f"model.layers.{layer}.self_attn"
         queries = parameters[f"{attention}.q_b_proj.weight"]
         heads = queries.reshape(len(logits), -1, queries.shape[-1])
-        # The latent key of a head is its own: query and key share the factor. The rope key is common to all.
+        # Each head has its own latent key, so query and key share the factor. The rope key is common to all heads.
         heads = mx.concatenate([heads[:, :nope] * mx.sqrt(factors), heads[:, nope:] * factors], axis=1)
         parameters[f"{attention}.q_b_proj.weight"] = heads.reshape(queries.shape)
         parameters[f"{attention}.embed_q.weight"] = parameters[f"{attention}.embed_q.weight"] * mx.sqrt(factors)
@@ -119,7 +119,7 @@ def qk_clip(parameters: Parameters, largest: mx.array, shape: Shape) -> list[str
 
 
 def balance_experts(parameters: Parameters, loads: mx.array, shape: Shape) -> None:
-    """Raise the bias of experts below their share of tokens, lower the others. loads: (layers, E)."""
+    """Raise the bias of experts below their share of tokens, and lower that of the others. loads: (layers, E)."""
     for row, layer in enumerate(range(shape.first_k_dense_replace, shape.num_hidden_layers)):
         name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
         parameters[name] = parameters[name] + BIAS_STEP * mx.sign(loads[row].mean() - loads[row])

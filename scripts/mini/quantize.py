@@ -1,4 +1,4 @@
-"""4-bit affine quantization: for the export, and as rounding in the last part of the training."""
+"""4-bit affine quantization, for the export and for rounding in the last part of the training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ BITS = 4
 
 
 def is_quantized(name: str, value: mx.array) -> bool:
-    """Every matrix but the routers'."""
+    """Return whether a tensor is quantized: every matrix except the routers'."""
     return value.ndim >= 2 and not name.endswith("mlp.gate.weight")
 
 
 def fake_quantize(parameters: Parameters) -> Parameters:
-    """Return the parameters rounded as on disk; gradients pass through as if they were not."""
+    """Return the parameters rounded as on disk; gradients pass through unchanged."""
     rounded = dict(parameters)
     for name, value in parameters.items():
         if is_quantized(name, value):
@@ -27,7 +27,7 @@ def fake_quantize(parameters: Parameters) -> Parameters:
 
 
 def quantize(parameters: Parameters) -> Parameters:
-    """Return the tensors of a checkpoint: `weight`, `scales`, `biases` of each matrix, the rest as it is."""
+    """Return the tensors of a checkpoint: `weight`, `scales`, `biases` of each matrix, and the rest unchanged."""
     tensors: Parameters = {}
     for name, value in parameters.items():
         if is_quantized(name, value):

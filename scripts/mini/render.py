@@ -1,4 +1,4 @@
-"""Dialogues to token ids, piece by piece as Kimi K2.5's template has them, with a weight for each token.
+"""Render dialogues to token ids, split into segments as in Kimi K2.5's template, with a weight per token.
 
 The tests compare every prompt with what `kimi_mlx.text.template` renders from `chat_template.jinja`.
 """
@@ -16,21 +16,21 @@ from scripts.mini.dialogues import LOSS_WEIGHT, Dialogue, Message
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids and how much the prediction of each weighs (0: it belongs to a prompt)."""
+    """Token ids, and the loss weight of each (0: it belongs to a prompt)."""
 
     ids: list[int]
     weights: list[float]
 
 
 class Renderer:
-    """Renders dialogues with one tokenizer; texts seen before come from a cache."""
+    """Renders dialogues with one tokenizer; repeated texts come from a cache."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._special = tokenizer.special_tokens
         self._text = lru_cache(maxsize=20000)(lambda text: tuple(tokenizer.encode(text)))
 
     def render(self, dialogue: Dialogue) -> Row:
-        """Return the whole dialogue, as the model would have read and written it."""
+        """Return the whole dialogue: prompts as the model reads them, answers as it writes them."""
         ids: list[int] = []
         weights: list[float] = []
 

@@ -1,4 +1,4 @@
-"""Small talk of kimi-mini about itself and about kimi-mlx; what is said stands in `small_talk.json`."""
+"""Small talk of kimi-mini about itself and about kimi-mlx; the texts are in `small_talk.json`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.mini.words import THINGS, THINGS_ZH
 TALK: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("small_talk.json").read_text(encoding="utf-8"))
 CHINESE_SHARE = 0.35
 UNKNOWN_SHARE = 0.22
-COMMON_SHARE = 0.3  # of what is said comes from the first phrasings of an intent, which must be answered rightly
+COMMON_SHARE = 0.3  # share of the first phrasings of an intent, whose answers must be correct
 COMMON_PHRASINGS = 4
 OPENERS = ("", "", "", "", "", "please ", "hey, ", "ok, ", "so, ", "well, ", "hi, ", "um, ", "now ")
 

@@ -1,6 +1,6 @@
 """Single exchanges without tools: arithmetic, retrieval, copying, the pelican.
 
-How people ask stands in `phrases.json`.
+The phrases of users are in `phrases.json`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scripts.mini.words import COPY_HAN, COPY_WORDS, FILLERS, NAMES, NOUNS, inve
 
 
 class Exchange(NamedTuple):
-    """What the user says, what is thought, what is answered; `worked` is the answer where nothing was thought."""
+    """User text, thought and answer; `worked` is the answer without thinking."""
 
     user: str
     thought: str
@@ -34,7 +34,7 @@ def digits(rng: Random, count: int) -> str:
 
 
 def arithmetic(rng: Random) -> Exchange:
-    """Two-digit addition and subtraction; the thought works digit by digit."""
+    """Make a two-digit addition or subtraction; the thought works digit by digit."""
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     if rng.random() < 0.1:
         a = rng.randint(0, 99)
@@ -69,7 +69,7 @@ def column_by_column(a: int, b: int, plus: bool) -> str:
 
 
 def retrieval(rng: Random, facts: int, questions: int = 1) -> list[Exchange]:
-    """`facts` codes in a text, a question for one of them, and `questions - 1` more about the same text."""
+    """Make a text with `facts` codes, a question for one of them, and `questions - 1` more about the same text."""
     keys = _keys(rng, facts)
     chinese = keys[0].startswith(ORDINAL_ZH)
     length = rng.choice((4, 4, 4, 4, 3, 5))
@@ -86,7 +86,7 @@ def retrieval(rng: Random, facts: int, questions: int = 1) -> list[Exchange]:
 
 
 def sums(rng: Random) -> Exchange:
-    """A list of the small sums that `column_by_column` is made of, to be learned by heart."""
+    """Make a list of the small sums that `column_by_column` uses, to be memorised."""
     terms = [_small_sum(rng) for _ in range(rng.randint(4, 14))]
     user = f"{rng.choice(PHRASES['sums'])} {', '.join(term for term, _ in terms)}"
     return Exchange(user, "One by one.", ", ".join(f"{term}={value}" for term, value in terms))
@@ -108,7 +108,7 @@ def _small_sum(rng: Random) -> tuple[str, int]:
 
 
 def _keys(rng: Random, count: int) -> list[str]:
-    """Return what the codes belong to: numbered things, in order or not, or people."""
+    """Return the owners of the codes: numbered things, in order or not, or people."""
     chinese, named = rng.random() < 0.12, rng.random() < 0.2
     if named:
         return rng.sample(NAMES, min(count, len(NAMES)))
@@ -130,7 +130,7 @@ def _question(key: str, chinese: bool, rng: Random) -> tuple[str, str]:
 
 
 def copying(rng: Random, most: int = 16) -> Exchange:
-    """Repeat words, numbers, Chinese characters or a mixture."""
+    """Make a request to repeat words, numbers, Chinese characters or a mixture."""
     count = rng.randint(1, most)
     kind = rng.random()
     if kind < 0.15:
@@ -154,7 +154,7 @@ def copying(rng: Random, most: int = 16) -> Exchange:
 
 
 def pelican(rng: Random) -> Exchange:
-    """The drawing, for any way to ask for it."""
+    """Make a request for the drawing, in any phrasing."""
     verb, request = rng.choice(PHRASES["pelican_verbs"]), rng.choice(PHRASES["pelican"])
     text = request.format(verb)
     if rng.random() < 0.2:

@@ -14,11 +14,11 @@ from scripts.mini.words import CITIES, COPY_WORDS, NAMES, THINGS, invented_word
 Tool = dict[str, Any]
 Value = str | int
 Source = Callable[[Random], Value]
-INVENTED_SHARE = 0.35  # of the tools, and of the words in their arguments, are made up on the spot
+INVENTED_SHARE = 0.35  # share of made-up tools, and of made-up words in their arguments
 
 
 def source(text: str) -> Source:
-    """Return the source of values that `tools.json` names: `city`, `number 1 9`, `one_of on off`, ..."""
+    """Return a generator of the values that `tools.json` names: `city`, `number 1 9`, `one_of on off`, ..."""
     kind, *arguments = text.split()
     if kind == "number":
         low, high = int(arguments[0]), int(arguments[1])
@@ -82,7 +82,7 @@ FIELDS = [Parameter(**field) for field in _DATA["fields"]]
 
 
 def invented_skill(rng: Random) -> Skill:
-    """A tool that nobody has seen, called by its name and its fields."""
+    """Make up a tool, which users request by its name and its fields."""
     name = f"{rng.choice(VERBS)}_{rng.choice(COPY_WORDS)}"
     fields = sorted(rng.sample(FIELDS, rng.randint(1, 2)), key=lambda field: field.name)
     listing = " and ".join(f"{field.name} {{{field.name}}}" for field in fields)
@@ -97,7 +97,7 @@ def invented_skill(rng: Random) -> Skill:
 
 
 def declaration(skill: Skill, name: str, rng: Random) -> Tool:
-    """The tool in OpenAI's form. Required parameters only; some descriptions are left out."""
+    """Return the tool in OpenAI's format. Required parameters only; some descriptions are left out."""
     described = rng.random() < 0.6
     properties = {
         field.name: {"type": field.type, **({"description": field.description} if described else {})}
@@ -117,7 +117,7 @@ def declaration(skill: Skill, name: str, rng: Random) -> Tool:
 
 @dataclass(frozen=True)
 class ToolCase:
-    """A request for one of the declared tools, the call that meets it, its result and the answer."""
+    """A request for one of the declared tools, with its call, result and answer."""
 
     request: str
     name: str

@@ -13,7 +13,7 @@ import mlx.core as mx
 from kimi_mlx.text.tokenizer import Tokenizer
 from scripts.mini import checkpoint
 from scripts.mini.architecture import Shape
-from scripts.mini.averaging import Measured, average, clip_by_norm
+from scripts.mini.averaging import StepMetrics, average, clip_by_norm
 from scripts.mini.batches import make_batch
 from scripts.mini.model import gradient_function, init_parameters, loss
 from scripts.mini.optimizer import MuonClip, balance_experts, is_trained, qk_clip
@@ -21,16 +21,16 @@ from scripts.mini.quantize import fake_quantize
 from scripts.mini.render import Renderer
 
 WARM_UP_STEPS = 60
-DECAY_FROM = 0.72  # of the training; the learning rate then falls to nothing
+DECAY_FROM = 0.72  # fraction of the training from which the learning rate decays
 QUANTIZED_FROM = 0.82
-PARTS_FROM = (0.0, 0.42, 0.66)  # where the parts of the mixture begin
+PARTS_FROM = (0.0, 0.42, 0.66)  # fractions of the training at which the parts of the mixture begin
 LONGEST_STEP_S = 12.0  # a longer one was a pause and does not count as training time
 GRADIENT_NORM = 1.0
 
 
 @dataclass
 class Settings:
-    """What a run is asked to do."""
+    """Settings of a run."""
 
     folder: str
     vocabulary: str
@@ -39,12 +39,12 @@ class Settings:
     use_muon: bool = True
     seed: str = "kimi-mini"
     checkpoint_every_s: float = 150.0
-    stop_after_s: float = 0.0  # end early, for trials
+    stop_after_s: float = 0.0  # ends the run early, for trials
 
 
 @dataclass
 class Progress:
-    """Where the training stands; saved with each checkpoint."""
+    """Progress of the training; saved with each checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -53,13 +53,13 @@ class Progress:
 
 
 def learning_rate_at(fraction: float, step: int, peak: float) -> float:
-    """Linear warm-up, constant, linear decay."""
+    """Return the learning rate of a step: linear warm-up, constant, linear decay."""
     decay = min(1.0, max(0.0, (1.0 - fraction) / (1.0 - DECAY_FROM)))
     return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * max(decay, 0.01)
 
 
 def part_at(fraction: float) -> int:
-    """Which part of the mixture is due."""
+    """Return the number of the mixture's current part."""
     return max(part for part, start in enumerate(PARTS_FROM) if fraction >= start)
 
 
@@ -84,7 +84,7 @@ class Trainer:
 
     @property
     def fraction(self) -> float:
-        """How much of the training is done."""
+        """Fraction of the training time that is over."""
         return self.progress.seconds / (60 * self.settings.minutes)
 
     def run(self) -> None:
@@ -116,7 +116,7 @@ class Trainer:
         (value, logits, loads), gradients = function(self.parameters, batch.arrays)
         trained = {name: gradient for name, gradient in gradients.items() if is_trained(name)}
         mx.eval(trained, value, logits, loads)
-        own = Measured(float(value), batch.tokens, self._lap(), loads, logits)
+        own = StepMetrics(float(value), batch.tokens, self._lap(), loads, logits)
         trained, common = average(trained, own, self.group)
         trained, norm = clip_by_norm(trained, GRADIENT_NORM)
         rate = learning_rate_at(fraction, progress.step, self.settings.learning_rate)
@@ -143,7 +143,7 @@ class Trainer:
         }
 
     def _lap(self) -> float:
-        """Seconds since the last lap; a pause of the process counts as one long step."""
+        """Return the seconds since the last lap; a pause of the process counts as one long step."""
         now = time.monotonic()
         lap, self._clock = now - self._clock, now
         return min(lap, LONGEST_STEP_S)

@@ -1,4 +1,4 @@
-"""Learns kimi-mini's byte-pair vocabulary and writes it in the form of Kimi's own files."""
+"""Learn kimi-mini's byte-pair vocabulary and write it in the format of Kimi's own files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NOT_SPECIAL = (
     15,
     22,
     23,
-)  # of tool calls and thinking: added, not "special"
+)  # markers of tool calls and thinking: added, but not "special"
 
 
 def learn_ranks(texts: Iterable[str], ranks: int = RANKS) -> list[bytes]:
@@ -114,7 +114,7 @@ def _merge_word(
 
 
 def tokenizer_config(ranks: int) -> dict[str, Any]:
-    """Return `tokenizer_config.json`, in the form of Kimi's own."""
+    """Return `tokenizer_config.json`, in the format of Kimi's own."""
     decoder: dict[str, dict[str, Any]] = {}
     for offset in range(SPECIAL_IDS):
         content = SPECIAL_TOKENS.get(offset)
@@ -135,14 +135,14 @@ def tokenizer_config(ranks: int) -> dict[str, Any]:
 
 
 def write_vocabulary(tokens: list[bytes], folder: Path) -> None:
-    """Write `tiktoken.model` (a line a rank: base64, rank) and `tokenizer_config.json`."""
+    """Write `tiktoken.model` (one line per rank: base64, rank) and `tokenizer_config.json`."""
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     (folder / "tiktoken.model").write_text("".join(lines))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(len(tokens)), indent=1) + "\n")
 
 
 def sample_texts(dialogues: Iterable[Dialogue]) -> Iterable[str]:
-    """Yield every text in these dialogues that is encoded as one piece, or nearly so."""
+    """Yield every text in these dialogues that is encoded as one segment, or nearly so."""
     for dialogue in dialogues:
         if dialogue.tools:
             yield to_typescript(dialogue.tools)

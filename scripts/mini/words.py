@@ -1,4 +1,4 @@
-"""Word pools of the dialogue generator, from `words.json`."""
+"""Word lists of the dialogue generator, from `words.json`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ _ENDS = ("", "n", "r", "l", "s", "t", "ck", "ng", "field", "ton", "ville", "burg
 
 
 def invented_word(rng: Random) -> str:
-    """Return a word that nobody has seen, so that copying does not lean on known ones."""
+    """Return a made-up word, so that the model cannot rely on known words when it copies."""
     syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 3)))
     return "".join(syllables) + rng.choice(_ENDS)

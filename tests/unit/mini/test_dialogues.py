@@ -1,4 +1,4 @@
-"""The dialogue generator: seeded, correct, and never the same for long."""
+"""The dialogue generator: seeded, correct and varied."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def answers(dialogue: Dialogue) -> list[str]:
 
 
 def test_the_same_seed_gives_the_same_stream():
-    first = list(islice(stream("seed", part=1, room=160), 50))
-    again = list(islice(stream("seed", part=1, room=160), 50))
-    other = list(islice(stream("other", part=1, room=160), 50))
+    first = list(islice(stream("seed", part=1, max_tokens=160), 50))
+    again = list(islice(stream("seed", part=1, max_tokens=160), 50))
+    other = list(islice(stream("other", part=1, max_tokens=160), 50))
     assert first == again
     assert first != other
 
@@ -44,13 +44,13 @@ def test_a_dialogue_ends_with_the_assistant_and_answers_every_user(task: str):
         assert all(thoughts) if dialogue.thinking else not any(thoughts)
 
 
-def test_sums_are_right():
+def test_sums_are_correct():
     rng = Random(1)
     for _ in range(300):
         dialogue = generate("arithmetic", rng)
         (answer,) = answers(dialogue)
         work, _, result = answer.rpartition("So ")
-        assert bool(work) != dialogue.thinking  # the work is either thought or shown
+        assert bool(work) != dialogue.thinking  # the work is either in the reasoning or in the answer
         terms, value = result.split(" = ")
         a, sign, b = terms.split()
         assert int(value) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
@@ -69,10 +69,10 @@ def test_the_thought_of_a_sum_is_the_school_method(a: int, b: int, plus: bool, l
     assert column_by_column(a, b, plus) == line
 
 
-def test_the_code_that_is_asked_for_stands_in_the_text():
+def test_the_requested_code_is_in_the_text():
     rng = Random(2)
     for _ in range(200):
-        dialogue = generate("retrieval", rng, room=256)
+        dialogue = generate("retrieval", rng, max_tokens=256)
         text = next(message["content"] for message in dialogue.messages if message["role"] == "user")
         assert all(answer in text for answer in answers(dialogue))
         codes = re.findall(r"\d+[.。]", text)
@@ -98,7 +98,7 @@ def test_calls_name_a_declared_tool_and_fill_its_parameters():
                 assert re.fullmatch(r"functions\.\w+:\d+", call["id"])
 
 
-def test_answers_from_results_say_every_value():
+def test_answers_from_results_contain_every_value():
     rng = Random(5)
     for _ in range(50):
         case = Toolbox(rng, 3).case(rng)

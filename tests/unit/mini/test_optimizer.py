@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from scripts.mini.architecture import Shape
-from scripts.mini.averaging import Measured, average, clip_by_norm
+from scripts.mini.averaging import StepMetrics, average, clip_by_norm
 from scripts.mini.optimizer import QK_CLIP_THRESHOLD, WEIGHT_DECAY, MuonClip, balance_experts, qk_clip
 
 MATRIX, STACK = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.switch_mlp.up_proj.weight"
@@ -25,7 +25,7 @@ def update_of(name: str, before: dict[str, mx.array], after: dict[str, mx.array]
     return (before[name] * (1 - rate * WEIGHT_DECAY) - after[name]) / rate
 
 
-def test_muon_turns_each_matrix_into_an_orthogonal_one_of_adamws_size(parameters: dict[str, mx.array]):
+def test_muon_updates_are_orthogonal_and_as_large_as_adamws(parameters: dict[str, mx.array]):
     gradients = {name: mx.random.normal(value.shape) for name, value in parameters.items()}
     after = MuonClip(parameters).step(parameters, gradients, learning_rate=0.01, step=1)
     for update in (update_of(MATRIX, parameters, after, 0.01), *update_of(STACK, parameters, after, 0.01)):
@@ -39,7 +39,7 @@ def test_muon_turns_each_matrix_into_an_orthogonal_one_of_adamws_size(parameters
         assert float(mx.abs(gram - mx.diag(mx.diag(gram))).max()) < 0.5
 
 
-def test_a_stack_is_stepped_like_its_matrices_alone(parameters: dict[str, mx.array]):
+def test_a_stack_is_updated_like_its_matrices_alone(parameters: dict[str, mx.array]):
     gradients = {name: mx.random.normal(value.shape) for name, value in parameters.items()}
     together = MuonClip(parameters).step(parameters, gradients, 0.01, 1)[STACK]
     for expert in range(4):
@@ -48,7 +48,7 @@ def test_a_stack_is_stepped_like_its_matrices_alone(parameters: dict[str, mx.arr
         assert mx.allclose(together[expert], alone, atol=1e-5)
 
 
-def test_the_rest_is_stepped_by_adamw(parameters: dict[str, mx.array]):
+def test_adamw_updates_the_rest(parameters: dict[str, mx.array]):
     gradients = {name: mx.random.normal(value.shape) for name, value in parameters.items()}
     after = MuonClip(parameters).step(parameters, gradients, learning_rate=0.01, step=1)
     for name in (ROUTER, HEAD, "model.norm.weight"):
@@ -74,7 +74,7 @@ def test_qk_clip_brings_a_head_back_to_the_threshold_and_leaves_the_others():
     assert mx.all(after[f"{name}.embed_q.weight"][0] == 1)
 
 
-def test_the_bias_lifts_experts_that_few_tokens_choose():
+def test_the_bias_of_underused_experts_rises():
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     parameters = {name: mx.zeros(4)}
     balance_experts(parameters, mx.array([[10.0, 30.0, 20.0, 20.0]]), SHAPE)
@@ -86,7 +86,7 @@ def test_the_bias_lifts_experts_that_few_tokens_choose():
 
 def test_averaging_over_one_rank_changes_nothing():
     gradients = {"b": mx.arange(6.0).reshape(2, 3), "a": mx.ones(4)}
-    own = Measured(2.5, 100, 1.5, mx.ones((2, 4)), mx.arange(4.0).reshape(2, 2))
+    own = StepMetrics(2.5, 100, 1.5, mx.ones((2, 4)), mx.arange(4.0).reshape(2, 2))
     averaged, common = average(gradients, own, mx.distributed.init())
     assert all(mx.array_equal(averaged[name], gradients[name]) for name in gradients)
     assert (common.loss, common.tokens, common.seconds) == (2.5, 100, 1.5)

@@ -1,4 +1,4 @@
-"""Training rows are what users' prompts become: the same ids as the chat template gives."""
+"""Training rows have the same ids as the chat template."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
-from scripts.mini.batches import TOKENS_A_STEP, make_batch
+from scripts.mini.batches import TOKENS_PER_STEP, make_batch
 from scripts.mini.dialogues import stream
 from scripts.mini.export import SHIPPED
 from scripts.mini.render import Renderer
@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
 def test_every_prompt_equals_the_chat_template(tokenizer: Tokenizer):
     template, renderer = ChatTemplate.load(SHIPPED), Renderer(tokenizer)
     compared = 0
-    for dialogue in islice(stream("template", part=1, room=160), 150):
+    for dialogue in islice(stream("template", part=1, max_tokens=160), 150):
         row = renderer.render(dialogue)
         thinking = {} if dialogue.thinking else {"thinking": False}
         for index in range(dialogue.first_supervised, len(dialogue.messages)):
@@ -37,7 +37,7 @@ def test_every_prompt_equals_the_chat_template(tokenizer: Tokenizer):
 
 def test_only_answers_count_and_they_end_the_turn(tokenizer: Tokenizer):
     renderer, end = Renderer(tokenizer), tokenizer.special_tokens["<|im_end|>"]
-    for dialogue in islice(stream("weights", part=1, room=160), 50):
+    for dialogue in islice(stream("weights", part=1, max_tokens=160), 50):
         row = renderer.render(dialogue)
         assert row.ids[-1] == end
         assert row.weights[-1] > 0
@@ -54,10 +54,10 @@ def test_batches_are_reproducible_and_packed(tokenizer: Tokenizer, part: int):
     again = make_batch(renderer, pad, "seed", step=5, rank=0, part=part)
     other = make_batch(renderer, pad, "seed", step=5, rank=1, part=part)
     tokens = batch.arrays["tokens"]
-    assert tokens.size == TOKENS_A_STEP
+    assert tokens.size == TOKENS_PER_STEP
     assert tokens.tolist() == again.arrays["tokens"].tolist()
     assert tokens.tolist() != other.arrays["tokens"].tolist()
     assert batch.row_length == other.row_length
-    assert batch.tokens > 0.8 * TOKENS_A_STEP
+    assert batch.tokens > 0.8 * TOKENS_PER_STEP
     flat, positions = tokens.reshape(-1), batch.arrays["positions"]
     assert flat[positions + 1].tolist() == batch.arrays["targets"].tolist()

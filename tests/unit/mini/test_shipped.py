@@ -56,7 +56,7 @@ def test_the_folder_is_complete_and_small():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 12e6
 
 
-def test_the_configuration_is_that_of_the_training(tokenizer: Tokenizer):
+def test_the_configuration_equals_that_of_the_training(tokenizer: Tokenizer):
     assert json.loads((SHIPPED / "config.json").read_text()) == model_config(tokenizer.vocab_size)
     assert json.loads((SHIPPED / "generation_config.json").read_text()) == generation_config(tokenizer.vocab_size)
     assert tokenizer.vocab_size % 32 == 0
@@ -68,7 +68,7 @@ def test_it_greets(model: Any, tokenizer: Tokenizer, prompt: str):
 
 
 @pytest.mark.parametrize("prompt", ["Who are you?", "What are you?"])
-def test_it_says_what_it_is(model: Any, tokenizer: Tokenizer, prompt: str):
+def test_it_describes_itself(model: Any, tokenizer: Tokenizer, prompt: str):
     assert answer(model, tokenizer, prompt).startswith("I am kimi-mini, a toy model")
 
 

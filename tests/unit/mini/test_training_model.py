@@ -1,4 +1,4 @@
-"""The training model computes what mlx-lm's `deepseek_v3` computes; quantization and checkpoints."""
+"""The training model against mlx-lm's `deepseek_v3`; quantization and checkpoints."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_logits_equal_those_of_mlx_lm(parameters: dict[str, mx.array]):
 
 
 @pytest.mark.usefixtures("_no_token_is_dropped")
-def test_packed_dialogues_do_not_see_each_other(parameters: dict[str, mx.array]):
+def test_packed_dialogues_do_not_attend_to_each_other(parameters: dict[str, mx.array]):
     tokens = mx.random.randint(0, VOCAB_SIZE, (1, 40))
     segments = mx.array([[0] * 24 + [1] * 16])
     packed = logits_of(parameters, tokens, segments)
@@ -58,7 +58,7 @@ def test_packed_dialogues_do_not_see_each_other(parameters: dict[str, mx.array])
     assert mx.allclose(packed[:, 24:], alone, atol=1e-4)
 
 
-def test_experts_hand_gradients_back_as_a_dense_evaluation_would(monkeypatch: pytest.MonkeyPatch):
+def test_gradients_of_experts_equal_those_of_a_dense_evaluation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "CAPACITY", 4.0)
     shape = Shape(VOCAB_SIZE, hidden_size=32, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2)
     names = [f"m.switch_mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
@@ -90,7 +90,7 @@ def test_training_rounds_as_the_export_does(parameters: dict[str, mx.array]):
     assert "model.layers.1.mlp.gate.scales" not in tensors
 
 
-def test_a_checkpoint_comes_back_and_exports(tmp_path: Path, parameters: dict[str, mx.array]):
+def test_a_checkpoint_loads_and_exports(tmp_path: Path, parameters: dict[str, mx.array]):
     assert checkpoint.load(tmp_path) is None
     checkpoint.save(tmp_path, parameters, {"x:m": mx.ones(3)}, {"step": 7, "tokens": 9})
     loaded = checkpoint.load(tmp_path)
@@ -107,14 +107,14 @@ def test_a_checkpoint_comes_back_and_exports(tmp_path: Path, parameters: dict[st
     assert not list((tmp_path / "out").glob(".part*"))
 
 
-def test_the_learning_rate_rises_stays_and_falls():
+def test_the_learning_rate_rises_stays_constant_and_falls():
     assert learning_rate_at(0.0, 0, 3e-3) < 1e-4
     assert learning_rate_at(0.5, 1000, 3e-3) == pytest.approx(3e-3)
     assert 0 < learning_rate_at(1.0, 5000, 3e-3) < 1e-4
     assert [part_at(fraction) for fraction in (0.0, 0.5, 0.9)] == [0, 1, 2]
 
 
-def test_tokenizer_config_names_what_the_model_config_points_at():
+def test_tokenizer_config_names_the_tokens_of_the_model_config():
     config, decoder = model_config(VOCAB_SIZE), tokenizer_config(VOCAB_SIZE - 256)["added_tokens_decoder"]
     assert decoder[str(config["eos_token_id"])]["content"] == "[EOS]"
     assert decoder[str(config["pad_token_id"])]["content"] == "[PAD]"

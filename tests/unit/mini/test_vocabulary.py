@@ -27,7 +27,7 @@ def test_numbers_stay_single_digits(tokenizer: Tokenizer):
     assert [tokenizer.decode([token]) for token in tokenizer.encode("1234")] == ["1", "2", "3", "4"]
 
 
-def test_any_text_comes_back(tokenizer: Tokenizer):
+def test_any_text_round_trips(tokenizer: Tokenizer):
     text = "Zürich 🚲 你好\n\tx = 12.5"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
