@@ -1,8 +1,8 @@
 """A process that runs mlx-lm for a benchmark: loads the model, then runs batches of requests until its input ends.
 
 Between batches it waits for its input, never in a collective, so that the other side has the CPU to itself. Messages
-(kimi_mlx.cluster.ring.messages): `fill` (a prefix, and the number of caches to fill with it) is answered with `filled`,
-`batch` with `token` messages of the first rank and `finished`.
+(kimi_mlx.cluster.channel.messages): `fill` (a prefix, and the number of caches to fill with it) is answered with
+`filled`, `batch` with `token` messages of the first rank and `finished`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_lm.generate import BatchGenerator, generate_step, generation_stream, wi
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.engine.request import Request, Statistics, Token
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config

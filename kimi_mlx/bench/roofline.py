@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kimi_mlx.bench.measure import Case
-from kimi_mlx.cluster.hosts.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.planner.machines import machine_of_host
@@ -36,7 +36,7 @@ class Bandwidth:
 
 def memory_bandwidth() -> Bandwidth:
     """Return the bandwidth of this Mac's chip from the planner's table, else a measurement."""
-    machine = this_machine()
+    machine = local_machine()
     try:
         chip = machine_of_host("this machine", machine.chip, machine.memory_bytes, None).chip
     except UsageError:

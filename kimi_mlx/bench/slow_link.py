@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from kimi_mlx.cluster.ring.launch import rank_command
+from kimi_mlx.cluster.hosts.launch import rank_command
 from kimi_mlx.errors import RingError
 
 RETRY_DELAY_S = 0.05

@@ -316,7 +316,7 @@ def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack:
     from kimi_mlx.bench.slow_link import slow_links
     from kimi_mlx.cluster.hosts.host import local_cluster
 
-    return replace(local_cluster(ranks, fast_sync), detour=stack.enter_context(slow_links(delay_ms)))
+    return replace(local_cluster(ranks, fast_sync), hostfile_rewriter=stack.enter_context(slow_links(delay_ms)))
 
 
 def _delayed_link(delay_ms: float | None) -> LinkProfile | None:

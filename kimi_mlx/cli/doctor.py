@@ -15,8 +15,8 @@ from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument, model_name
 from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
-from kimi_mlx.cluster.doctor.doctor import examine, with_need
-from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.errors import UsageError
 
@@ -38,7 +38,7 @@ def doctor(
     if save is not None and not option:
         raise UsageError("--save writes a hostfile, but no hosts are given", hint="name them: `--hosts a,b`")
     need = memory_requirement(model_name(model))
-    question = Question(
+    request = DoctorRequest(
         ranks.with_fast_sync(fast_sync),
         need,
         backend=hosts.requested_backend,
@@ -47,10 +47,10 @@ def doctor(
         is_quick=quick,
     )
     with slow_status(is_quiet=json) as set_status:
-        diagnosis = examine(question, sys.executable, set_status)
-    choice = choose_placement_on_hosts(diagnosis, question, None)
-    need = with_placement(need, choice, question.world_size)
-    diagnosis = with_need(diagnosis, replace(question, need=need))
+        diagnosis = diagnose(request, sys.executable, set_status)
+    choice = choose_placement_on_hosts(diagnosis, request, None)
+    need = with_placement(need, choice, request.world_size)
+    diagnosis = with_model_need(diagnosis, replace(request, need=need))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)
@@ -63,5 +63,5 @@ def doctor(
     if save is not None:
         message = f"written: {save}" if is_saved else f"not written: {save}, because no network was found"
         stderr.print(message, markup=False)
-    if diagnosis.has_trouble:
+    if diagnosis.has_problem:
         raise typer.Exit(1)

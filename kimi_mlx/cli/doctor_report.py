@@ -15,18 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
-from kimi_mlx.cluster.doctor.findings import Finding, State
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
 from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.cluster.hosts.findings import Finding, State
 from kimi_mlx.cluster.hosts.hostfile import to_json
-from kimi_mlx.cluster.network.survey import Link
+from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
 
-SYMBOLS: dict[State, str] = {"ok": "✓ ok", "warning": "! warning", "trouble": "✗ trouble"}
-STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "trouble": "bold red"}
+SYMBOLS: dict[State, str] = {"ok": "✓ ok", "warning": "! warning", "problem": "✗ problem"}
+STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 STATE_WIDTH, CHECK_WIDTH = 10, 12
 """Columns; what is left is for the message."""
@@ -130,10 +130,10 @@ def link_table(diagnosis: Diagnosis) -> Table:
         is_chosen = link.network == diagnosis.network
         table.add_row(
             str(link.network),
-            _milliseconds(link.measured.round_trip_s) if link.measured else "-",
-            f"{link.measured.bytes_per_s * 8e-9:.2f}" if link.measured else "-",
+            _milliseconds(link.speed.round_trip_s) if link.speed else "-",
+            f"{link.speed.bytes_per_s * 8e-9:.2f}" if link.speed else "-",
             _milliseconds(one_token.median_s) if is_chosen and one_token else "-",
-            "chosen" if is_chosen else "no answer" if link.measured is None else "",
+            "chosen" if is_chosen else "no answer" if link.speed is None else "",
         )
     return table
 
@@ -193,7 +193,7 @@ def _milliseconds(seconds: float) -> str:
 
 def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, str]:
     """What to do now, and the command for it, if there is one."""
-    trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("trouble", "warning"))
+    trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("problem", "warning"))
     if trouble:
         found = "1 problem found. Fix it" if trouble == 1 else f"{trouble} problems found. Fix them"
         return f"{found} and run doctor again.", ""
@@ -209,7 +209,7 @@ def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
     """All of it as JSON."""
     hostfile = diagnosis.hostfile
     return {
-        "ok": not diagnosis.has_trouble,
+        "ok": not diagnosis.has_problem,
         "model": need.name,
         "backend": diagnosis.backend,
         "hosts": {host: _host(diagnosis.facts.get(host)) for host in diagnosis.hosts},
@@ -249,7 +249,7 @@ def _host(facts: Facts | None) -> dict[str, Any] | None:
 
 
 def _link(link: Link) -> dict[str, Any]:
-    measured = None if link.measured is None else asdict(link.measured)
+    measured = None if link.speed is None else asdict(link.speed)
     return {**asdict(link.network), "measured": measured, "problems": list(link.problems)}
 
 

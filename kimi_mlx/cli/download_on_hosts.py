@@ -12,7 +12,7 @@ from kimi_mlx.cli.download_output import print_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
 from kimi_mlx.cli.output import print_json, stderr
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
 from kimi_mlx.store.locate import ModelRef

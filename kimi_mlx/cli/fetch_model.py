@@ -9,7 +9,7 @@ import typer
 
 from kimi_mlx.cli.download_progress import byte_progress, print_licence_once
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.cluster.hosts.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
@@ -70,7 +70,7 @@ def _confirm(target: ModelRef, repository: Repository, is_quiet: bool) -> None:
     needed = target.entry.minimum_memory_bytes() if target.entry is not None else None
     if needed is not None:
         text += f"; it needs {format_bytes(needed)} of memory, this machine has "
-        text += format_bytes(this_machine().memory_bytes)
+        text += format_bytes(local_machine().memory_bytes)
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
         raise UsageError(text, hint=f"download it with `kimi-mlx download {target.name}`")
     if not typer.confirm(f"{text}. Download it?", default=False, err=True):

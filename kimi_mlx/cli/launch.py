@@ -20,16 +20,16 @@ from kimi_mlx.cli.options import ADVANCED, CLUSTER, FastSyncOption, model_name, 
 from kimi_mlx.cli.output import print_json, slow_status, stderr
 from kimi_mlx.cli.placement import choose_placement_on_hosts, print_placement, with_placement
 from kimi_mlx.cli.stream import count
-from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine, with_need
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose, with_model_need
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
-from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.cluster.hosts.facts import own_interpreter
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.cluster.hosts.hostfile_check import check_envs
 from kimi_mlx.cluster.install.install import install as install_on
 from kimi_mlx.cluster.install.install import needs_install
-from kimi_mlx.cluster.ring.watch import Limits
+from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.errors import MissingModelError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.units import format_bytes
@@ -81,7 +81,7 @@ class LaunchOptions:
             help="Timeout for a silent rank, and for one decode step.",
             rich_help_panel=ADVANCED,
         ),
-    ] = Limits().silence_s
+    ] = RingTimeouts().silence_s
     fast_sync: FastSyncOption = False
 
     def check(self, hosts: HostOptions) -> None:
@@ -100,9 +100,9 @@ class LaunchOptions:
         check_envs(self.env or [], "`--env`")
 
     @property
-    def timeouts(self) -> Limits:
+    def timeouts(self) -> RingTimeouts:
         """Timeouts of the ring."""
-        return Limits(silence_s=self.limit, step_s=self.limit)
+        return RingTimeouts(silence_s=self.limit, step_s=self.limit)
 
 
 @with_option_groups
@@ -124,16 +124,16 @@ def launch(
     refuse_mlx_launch()
     command = _Command(context, words or [])  # first: `launch chat --help` needs no hosts
     options.check(hosts)
-    question, option = _question(hosts, options, command)
-    need = question.need
+    request, option = _question(hosts, options, command)
+    need = request.need
     if command.name == "download" and need.repository is None:
         stderr.print(f"`{need.name}` comes with kimi-mlx; there is nothing to download", markup=False)
         return
     command.require_prompt()
-    diagnosis = _diagnose(question, options.install)
-    choice = choose_placement_on_hosts(diagnosis, question, command.strategy)
-    need = with_placement(need, choice, question.world_size)
-    diagnosis = with_need(diagnosis, replace(question, need=need))
+    diagnosis = _diagnose(request, options.install)
+    choice = choose_placement_on_hosts(diagnosis, request, command.strategy)
+    need = with_placement(need, choice, request.world_size)
+    diagnosis = with_model_need(diagnosis, replace(request, need=need))
     cluster = _require_cluster(diagnosis, need, option, command, is_forced=options.force)
     if hosts.save is not None:
         write_hostfile(hosts.save, replace(cluster.hostfile, backend=cluster.backend))
@@ -228,13 +228,13 @@ class _Command:
         return self._command.make_context(self.name, list(self._words), parent=self._parent)
 
 
-def _question(hosts: HostOptions, options: LaunchOptions, command: _Command) -> tuple[Question, str]:
+def _question(hosts: HostOptions, options: LaunchOptions, command: _Command) -> tuple[DoctorRequest, str]:
     """Return what the checks are to find out, and the option that named the hosts."""
     from kimi_mlx.cli.memory_requirement import memory_requirement
 
     ranks, option = hosts.read()
     command.check_strategy(len(ranks.hosts))
-    question = Question(
+    request = DoctorRequest(
         ranks.with_envs(options.env or []).with_fast_sync(options.fast_sync or command.has_fast_sync),
         memory_requirement(command.model),
         hosts.requested_backend,
@@ -242,19 +242,19 @@ def _question(hosts: HostOptions, options: LaunchOptions, command: _Command) -> 
         is_link_forced=hosts.force_link,
         is_quick=command.name != "check",
     )
-    return question, option
+    return request, option
 
 
-def _diagnose(question: Question, is_install: bool) -> Diagnosis:
+def _diagnose(request: DoctorRequest, is_install: bool) -> Diagnosis:
     """Check the hosts; with is_install, install our version first on hosts that do not have it."""
     own = own_interpreter()
     with slow_status() as set_status:
         if is_install:
-            before = examine(replace(question, is_quick=True), sys.executable, set_status)
+            before = diagnose(replace(request, is_quick=True), sys.executable, set_status)
             lacking = {host: facts for host, facts in before.facts.items() if needs_install(facts, own)}
             if lacking:
                 install_on(lacking, own, set_status)
-        return examine(question, sys.executable, set_status)
+        return diagnose(request, sys.executable, set_status)
 
 
 def _require_cluster(
@@ -268,7 +268,7 @@ def _require_cluster(
     ignored = FIXED_BY_A_DOWNLOAD if command.name == "download" else ()
     findings = tuple(finding for finding in diagnosis.findings if finding.check not in ignored)
     cluster = diagnosis.cluster
-    if cluster is not None and (is_forced or not any(finding.state == "trouble" for finding in findings)):
+    if cluster is not None and (is_forced or not any(finding.state == "problem" for finding in findings)):
         return cluster
     shown = replace(diagnosis, findings=findings)
     if command.is_json:
@@ -296,7 +296,7 @@ def _heading(diagnosis: Diagnosis, cluster: Cluster) -> str:
     text = f"{count(cluster.size, 'rank')} on {names}"
     if diagnosis.network is None:
         return text
-    speeds = [f": {link.measured}" for link in diagnosis.links if link.network == diagnosis.network]
+    speeds = [f": {link.speed}" for link in diagnosis.links if link.network == diagnosis.network]
     return f"{text} over {diagnosis.network}{''.join(speeds)}"
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.cluster.hosts.machine import Machine, this_machine
+from kimi_mlx.cluster.hosts.machine import LocalMachine, local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import (
     CatalogueEntry,
@@ -71,7 +71,7 @@ def models(
     json: JsonOption = False,
 ) -> None:
     """List known models: size, memory, what is here."""
-    machine = this_machine()
+    machine = local_machine()
     if model is None:
         rows = [see(entry, machine) for entry in catalogue()]
         if json:
@@ -97,7 +97,7 @@ def models(
     stdout.print(details(row, machine, has_sources=sources), soft_wrap=False)
 
 
-def see(entry: CatalogueEntry, machine: Machine) -> Row:
+def see(entry: CatalogueEntry, machine: LocalMachine) -> Row:
     """Look for a model here, and whether it fits."""
     here, folder = local_state(entry)
     size = entry.size_bytes
@@ -106,7 +106,7 @@ def see(entry: CatalogueEntry, machine: Machine) -> Row:
     return Row(entry, here, folder, size, entry.hosts_needed(machine.memory_bytes, machine.gpu_bytes))
 
 
-def table(rows: Sequence[Row], machine: Machine, width: int) -> Table:
+def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
     """The models, a line each, in a table for a terminal of `width` columns."""
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for header in ("model", "GB", "needs", "context", "here", "fits"):
@@ -129,7 +129,7 @@ def table(rows: Sequence[Row], machine: Machine, width: int) -> Table:
     return result
 
 
-def footnotes(rows: Sequence[Row], machine: Machine) -> list[str]:
+def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     """What the table's columns mean, and why models are refused."""
     lines = [
         "GB: to download. needs: GB of memory on one host, with 8k tokens of context and "
@@ -142,7 +142,7 @@ def footnotes(rows: Sequence[Row], machine: Machine) -> list[str]:
     return [*lines, "`kimi-mlx models MODEL` says all about one of them."]
 
 
-def details(row: Row, machine: Machine, has_sources: bool = False) -> Table:
+def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table:
     """All facts of one model, in two columns."""
     entry = row.entry
     facts = {
@@ -182,14 +182,14 @@ def _two_units(count: int | None) -> str | None:
     return None if count is None else f"{format_bytes(count)} ({format_gib(count)})"
 
 
-def _fits(row: Row, machine: Machine) -> str:
+def _fits(row: Row, machine: LocalMachine) -> str:
     """Whether the machine has the memory, in seven characters."""
     if row.hosts_needed is None:
         return "no"
     return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
 
 
-def _fits_in_words(row: Row, machine: Machine) -> str:
+def _fits_in_words(row: Row, machine: LocalMachine) -> str:
     """Whether the machine has the memory, and what would help."""
     entry, needed = row.entry, row.hosts_needed
     if entry.refused is not None:
@@ -237,12 +237,12 @@ def _sampling_in_words(values: SamplingValues | None) -> str | None:
     return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.recommended().items())
 
 
-def _machine_in_words(machine: Machine) -> str:
+def _machine_in_words(machine: LocalMachine) -> str:
     """Such as `this Mac of 512.0 GiB, of which the GPU may use 384.0`."""
     kind = "Mac" if machine.is_mac else "machine"
     limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}"
     return f"this {kind} of {format_gib(machine.memory_bytes)}" + limit * (machine.gpu_bytes < machine.memory_bytes)
 
 
-def _hosts(machine: Machine) -> str:
+def _hosts(machine: LocalMachine) -> str:
     return "Macs" if machine.is_mac else "hosts"

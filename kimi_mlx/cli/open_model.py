@@ -14,7 +14,7 @@ from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.hosts.host import Cluster
-from kimi_mlx.cluster.ring.watch import Limits
+from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
@@ -40,7 +40,7 @@ class LaunchContext:
     cluster: Cluster
     option: str
     restarts: int
-    limits: Limits
+    limits: RingTimeouts
     choice: Choice
     doctor: Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from kimi_mlx.cli.plan import shape_of
 from kimi_mlx.cli.plan_hosts import chosen_link
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
-from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
@@ -47,30 +47,30 @@ def choose_placement(target: ModelRef | None, ranks: int, asked: str | None, lin
     return by_rule(None, (), link, "the ranks share one machine")
 
 
-def choose_placement_on_hosts(diagnosis: Diagnosis, question: Question, asked: str | None) -> Choice:
+def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, asked: str | None) -> Choice:
     """The strategy of ranks on hosts.
 
     Args:
         diagnosis: of the hosts.
-        question: that it answers.
+        request: that it answers.
         asked: `--strategy`.
 
     Raises:
         UsageError: weights for another number of ranks.
     """
-    size = question.world_size
+    size = request.world_size
     if size == 1:
         return ALONE
-    shape = _shape(question.need.name)
-    machines = _machines(diagnosis, question)
+    shape = _shape(request.need.name)
+    machines = _machines(diagnosis, request)
     if asked is not None:
         strategy, why = normalize_strategy(asked, size), OVERRIDES
-    elif (stored := _stored_on(diagnosis, question)) is not None:
+    elif (stored := _stored_on(diagnosis, request)) is not None:
         strategy, why = stored, "as it is stored on the hosts"
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:
-        return choose(shape, machines, _link(diagnosis), is_fast_sync=question.hostfile.has_fast_sync)
+        return choose(shape, machines, _link(diagnosis), is_fast_sync=request.hostfile.has_fast_sync)
     return Choice(strategy, why, memory_of(strategy, shape, machines) if machines else ())
 
 
@@ -93,11 +93,11 @@ def _shape(name: str) -> ModelShape | None:
         return None
 
 
-def _machines(diagnosis: Diagnosis, question: Question) -> Sequence[Machine]:
+def _machines(diagnosis: Diagnosis, request: DoctorRequest) -> Sequence[Machine]:
     """One a rank, none if a host did not tell its memory; of ranks that share a host no speed is predicted."""
     machines: list[Machine] = []
-    for host in (each.ssh for each in question.hostfile.hosts):
-        facts, count = diagnosis.facts.get(host), len(question.ranks[host])
+    for host in (each.ssh for each in request.hostfile.hosts):
+        facts, count = diagnosis.facts.get(host), len(request.ranks[host])
         if facts is None or facts.memory_bytes is None:
             return ()
         chip = facts.chip if count == 1 else None
@@ -112,16 +112,16 @@ def _link(diagnosis: Diagnosis) -> LinkProfile | None:
     return RDMA if diagnosis.backend == "jaccl" else replace(RDMA, backend="ring")
 
 
-def _stored_on(diagnosis: Diagnosis, question: Question) -> str | None:
+def _stored_on(diagnosis: Diagnosis, request: DoctorRequest) -> str | None:
     """The strategy of which most ranks have their stores, of equals the newest."""
     counts = Counter(
         (store.commit, store.placement)
-        for host, ranks in question.ranks.items()
+        for host, ranks in request.ranks.items()
         for store in (diagnosis.facts[host].stores if host in diagnosis.facts else ())
-        if store.repository == question.need.repository and store.rank in ranks
+        if store.repository == request.need.repository and store.rank in ranks
     )
     for (_, placement), _ in counts.most_common():
         name = read_folder_name(placement)
-        if name is not None and name[1] == question.world_size:
+        if name is not None and name[1] == request.world_size:
             return name[0]
     return None

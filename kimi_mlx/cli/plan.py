@@ -14,7 +14,7 @@ from kimi_mlx.cli.options import CLUSTER, COST, MODEL, FastSyncOption, JsonOptio
 from kimi_mlx.cli.output import print_json, stdout
 from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_links
 from kimi_mlx.cli.plan_report import Part, backtest_report, cost_lines, plan_report
-from kimi_mlx.cluster.hosts.machine import this_machine
+from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.backtest import backtest
 from kimi_mlx.planner.cost import Cost, CostAssumptions, make_cost
@@ -228,7 +228,7 @@ def _machines_and_links(
 
 
 def _this_mac() -> Machine:
-    here = this_machine()
+    here = local_machine()
     machine = machine_of_host("this Mac", here.chip, here.memory_bytes, None)
     return Machine(machine.name, machine.chip, here.memory_bytes, here.gpu_bytes)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kimi_mlx.cli.host_options import read_hosts
 from kimi_mlx.cli.output import slow_status
-from kimi_mlx.cluster.doctor.doctor import Diagnosis, examine
-from kimi_mlx.cluster.doctor.run_checks import Question
-from kimi_mlx.cluster.network.choose import join_hosts
-from kimi_mlx.cluster.network.topology import topology
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
+from kimi_mlx.cluster.network.choose import choose_network
+from kimi_mlx.cluster.network.topology import read_topology
 from kimi_mlx.errors import LinkError, SshError
 from kimi_mlx.planner.links import RDMA, LinkProfile, measured_link
 from kimi_mlx.planner.machines import Machine, machine_of_host
@@ -31,15 +31,15 @@ def diagnose_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
     from kimi_mlx.cli.memory_requirement import memory_requirement
 
     ranks, _ = read_hosts(None, hostfile, None)
-    question = Question(ranks, memory_requirement(model), is_quick=True)
+    request = DoctorRequest(ranks, memory_requirement(model), is_quick=True)
     with slow_status(is_quiet) as set_status:
-        diagnosis = examine(question, sys.executable, set_status)
+        diagnosis = diagnose(request, sys.executable, set_status)
         if diagnosis.links or len(diagnosis.hosts) == 1 or diagnosis.pythons.keys() < set(diagnosis.hosts):
             return diagnosis
-        networks = topology([*diagnosis.facts.values()])
-        joined = join_hosts(question, diagnosis.pythons, networks, diagnosis.backend, set_status)
-        findings = (*diagnosis.findings, *joined.findings)
-        return replace(diagnosis, findings=findings, links=joined.links, network=joined.network)
+        topology = read_topology([*diagnosis.facts.values()])
+        choice = choose_network(request.hostfile, diagnosis.pythons, topology, diagnosis.backend, set_status)
+        findings = (*diagnosis.findings, *choice.findings)
+        return replace(diagnosis, findings=findings, links=choice.links, network=choice.network)
 
 
 def host_machines(diagnosis: Diagnosis) -> tuple[Machine, ...]:
@@ -63,7 +63,7 @@ def host_machines(diagnosis: Diagnosis) -> tuple[Machine, ...]:
 
 def chosen_link(diagnosis: Diagnosis) -> LinkProfile | None:
     """Return the slowest measured link of the chosen network; None if there is none."""
-    measured = [link.measured for link in diagnosis.links if link.measured and link.network == diagnosis.network]
+    measured = [link.speed for link in diagnosis.links if link.speed and link.network == diagnosis.network]
     if not measured:
         return None
     slowest = max(measured, key=lambda link: link.round_trip_s)
@@ -81,7 +81,7 @@ def measured_links(diagnosis: Diagnosis) -> list[LinkProfile]:
         problems = [
             finding.message
             for finding in diagnosis.findings
-            if finding.state == "trouble" and finding.check in ABOUT_LINKS
+            if finding.state == "problem" and finding.check in ABOUT_LINKS
         ]
         raise LinkError(
             f"no network between the hosts could be measured{': ' if problems else ''}{'; '.join(problems)}",

@@ -1,4 +1,4 @@
-"""A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.ring.messages."""
+"""A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.channel.messages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import BinaryIO, NoReturn
 
+from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode, encode_error
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
-from kimi_mlx.cluster.ring.messages import HEARTBEAT_S, Message, decode, encode, encode_error
 from kimi_mlx.errors import KimiMlxError
 
 

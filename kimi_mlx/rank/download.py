@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.rank.channel import Channel, run_rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from kimi_mlx.cluster.ring.messages import Message, encode, encode_error
+from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token

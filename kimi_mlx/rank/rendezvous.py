@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.doctor.payloads import quick_payloads
+from kimi_mlx.cluster.hosts.launch import available_cpus, cpu_for_rank
 from kimi_mlx.cluster.ring.backends import backend_variables
-from kimi_mlx.cluster.ring.launch import available_processors, processor_of
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
-from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
 from kimi_mlx.rank.channel import Channel
@@ -84,7 +84,7 @@ def pin_to_cpu(place: Sequence[int]) -> None:
         place: index of this rank among the ranks of its host, and their number.
     """
     number, count = place
-    if (processor := processor_of(number, count, available_processors())) is not None:
+    if (processor := cpu_for_rank(number, count, available_cpus())) is not None:
         os.sched_setaffinity(0, {processor})
 
 

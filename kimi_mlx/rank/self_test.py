@@ -7,8 +7,8 @@ import time
 
 import mlx.core as mx
 
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.doctor.payloads import Payload, p99
-from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.rank.channel import Channel, run_rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from kimi_mlx.cluster.ring.messages import encode
+from kimi_mlx.cluster.channel.messages import encode
 from kimi_mlx.engine.request import Finished, FinishReason, Request, Statistics
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.session.session import EventCallback

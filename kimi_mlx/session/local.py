@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from kimi_mlx.cluster.ring.launch import FAST_SYNC
+from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Request

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kimi_mlx.cluster.ring.messages import Message, decode_error
+from kimi_mlx.cluster.channel.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
     Event,
@@ -312,12 +312,12 @@ class RingSession:
         """End the ring and every unfinished request with this error."""
         self._ring.close()
         hint = error.hint
-        if unreached := self._ring.unreached:
+        if unreachable_hosts := self._ring.unreachable_hosts:
             hint = (
-                f"{hint or 'try again'}; could not check that all ranks on {', '.join(unreached)} have ended: "
+                f"{hint or 'try again'}; could not check that all ranks on {', '.join(unreachable_hosts)} have ended: "
                 f"they end on their own after {FRONT_SILENCE_S:.0f} s without contact"
             )
-        if isinstance(error, SshError) or unreached:  # callers see one kind of error, whatever the cause
+        if isinstance(error, SshError) or unreachable_hosts:  # callers see one kind of error, whatever the cause
             error = RingError(error.message, hint, error.rank)
         with self._lock:
             self._failure = error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
-from kimi_mlx.cluster.ring.watch import Limits
+from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
@@ -62,7 +62,7 @@ class SessionOptions:
     model: str | None = None
     cluster: Cluster | None = None
     max_restarts: int = 3
-    timeouts: Limits = field(default_factory=Limits)
+    timeouts: RingTimeouts = field(default_factory=RingTimeouts)
     speculate: int = 0
     check_every: int = 0
     fast_sync: bool = False

@@ -8,8 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.hosts.host import local_cluster
-from kimi_mlx.cluster.ring.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from scripts.loading.files import LoadingFiles, drop_caches
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_tokenizer, sharded_load
 
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.errors import WeightsError
 from scripts.loading.rank import Loader, run
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
 from kimi_mlx.rank.channel import Channel, run_rank

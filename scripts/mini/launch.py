@@ -27,7 +27,7 @@ OPENBLAS_FOLDERS = (
     "/usr/lib",
 )
 VOCABULARY_DIALOGUES = 15_000
-LOOK_EVERY_S = 2.0
+POLL_INTERVAL_S = 2.0
 
 
 def remove_run(folder: Path) -> None:
@@ -93,7 +93,7 @@ def train(settings: Settings, ranks: int) -> None:
                     )
                 )
         while any(process.poll() is None for process in processes):
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_INTERVAL_S)
             failed = [rank for rank, process in enumerate(processes) if process.poll()]
             if failed:
                 raise RuntimeError(f"rank {failed[0]} of the training failed: see {folder / f'rank-{failed[0]}.log'}")

@@ -14,7 +14,7 @@ from scripts.serving.servers import ServerUnderTest
 
 EVENTS_BEFORE_ABORT = 3
 MAX_CONCURRENT_ABORTS = 4
-PAUSE_S = 0.25
+SUSPEND_GAP_S = 0.25
 """Pause of a slow reader before each read."""
 
 READ_BYTES = 1024
@@ -100,7 +100,7 @@ class BadClients:
                 if response.status_code != 200:
                     return f"HTTP {response.status_code}"
                 async for _ in response.aiter_raw(READ_BYTES):
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(SUSPEND_GAP_S)
                     if time.monotonic() > ends_at:
                         break
                 return None

@@ -16,8 +16,8 @@ from kimi_mlx.bench.measure import BenchmarkPlan, Case, make_batch
 from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
 from kimi_mlx.bench.sides import RequestBatch, Side, TimedAnswer, open_kimi_mlx
 from kimi_mlx.bench.slow_link import slow_links
+from kimi_mlx.cluster.channel.messages import encode
 from kimi_mlx.cluster.hosts.host import local_cluster
-from kimi_mlx.cluster.ring.messages import encode
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.session.session import SessionOptions
@@ -102,7 +102,7 @@ def test_kimi_mlx_on_ranks_caches_the_depth_and_reports_memory_per_rank(tiny: Pa
 def test_both_sides_use_the_slow_link(tiny: Path) -> None:
     """A token needs one collective per layer with hybrid, and two in mlx-lm's tensor mode."""
     with slow_links(20) as hostfile_rewriter:
-        options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), detour=hostfile_rewriter))
+        options = SessionOptions(tiny, ranks=2, cluster=replace(local_cluster(2), hostfile_rewriter=hostfile_rewriter))
         with open_kimi_mlx(options) as side:
             assert step_s(side) >= 3 * 0.02
         with open_mlx_lm(options, "tensor") as side:

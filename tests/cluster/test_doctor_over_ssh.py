@@ -46,7 +46,7 @@ class Visit:
     def trouble(self, check: str) -> dict[str, str]:
         """The one trouble there is, of this check."""
         assert self.code == 1, self.document
-        found = [each for each in self.document["findings"] if each["state"] == "trouble"]
+        found = [each for each in self.document["findings"] if each["state"] == "problem"]
         assert [each["check"] for each in found] == [check], found
         return found[0]
 
@@ -142,7 +142,7 @@ def test_a_host_that_ssh_does_not_reach(
 
 def test_a_python_that_is_not_there(hosts: Hosts) -> None:
     found = visit(*HOSTS, "--python", "/no/such/python")
-    troubles = [each for each in found.document["findings"] if each["state"] == "trouble"]
+    troubles = [each for each in found.document["findings"] if each["state"] == "problem"]
     assert {(each["host"], each["message"]) for each in troubles} == {
         (name, "there is no `/no/such/python`") for name in hosts.names
     }
@@ -244,7 +244,7 @@ def test_a_cable_that_is_pulled_during_the_self_test(hosts: Hosts, tmp_path: Pat
     found = finish(process)
     assert found.code == 1
     [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
-    assert trouble["state"] == "trouble"
+    assert trouble["state"] == "problem"
     assert "though all ranks are alive" in trouble["message"] or "did not find the others" in trouble["message"]
     assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer" in trouble["message"]
 
@@ -255,7 +255,7 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     hosts.run("mac-b", "pkill", "-KILL", "-f", "runtime.self_test import")
     found = finish(process)
     [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
-    assert trouble["state"] == "trouble"
+    assert trouble["state"] == "problem"
     assert re.fullmatch(r"rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL", trouble["message"])
 
 

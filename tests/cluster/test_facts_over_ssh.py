@@ -59,7 +59,7 @@ def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: 
     assert time.monotonic() - begin < 20
     assert answers["mac-a"].stdout == "mac-a\n"
     finding = check_reachable(answers["mac-b"])
-    assert finding.state == "trouble"
+    assert finding.state == "problem"
     assert message in finding.message
     assert hint in (finding.remedy or "")
     hosts.heal()

@@ -14,7 +14,7 @@ import pytest
 
 from kimi_mlx.cluster.hosts.facts import FACTS_LIMIT_S, Facts, Interpreter, facts_script, own_interpreter, parse_facts
 from kimi_mlx.cluster.hosts.ssh import run_everywhere, run_script
-from kimi_mlx.cluster.install.install import can_renew, install, needs_install
+from kimi_mlx.cluster.install.install import can_upgrade, install, needs_install
 from kimi_mlx.cluster.install.wheel import pack_wheel
 from kimi_mlx.errors import InstallError
 from tests.cluster.hosts import Hosts
@@ -64,7 +64,7 @@ def ask(hosts: Hosts, *names: str) -> dict[str, Facts]:
 def check_installed(hosts: Hosts, name: str, own: Interpreter) -> Facts:
     (facts,) = ask(hosts, name).values()
     assert not needs_install(facts, own)
-    assert can_renew(facts, own)
+    assert can_upgrade(facts, own)
     assert facts.python is not None
     assert facts.python.path == f"{facts.data_folder}/venv/bin/python"
     program = "import kimi_mlx.cluster.hosts.facts as f; print(f.own_interpreter().code)"

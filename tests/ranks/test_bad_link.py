@@ -96,7 +96,7 @@ def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack, monkeypatch:
     monkeypatch.setattr(self_test_module, "MODULE", MODULE)
     result = self_test(local_cluster(2), quick_payloads(), 128)
     [finding] = result.findings
-    assert (finding.check, finding.state, result.is_stalled) == ("self-test", "trouble", False)
+    assert (finding.check, finding.state, result.is_stalled) == ("self-test", "problem", False)
     assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) garbles data" in finding.message
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring.ring import Ring
-from kimi_mlx.cluster.ring.watch import Limits
+from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.errors import EngineError, PlacementError, RingError
 from kimi_mlx.session.local import LocalSession
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ranks
 GOLDEN = load_golden("k2.5")
 PROMPT = tuple(int(i) for i in GOLDEN.input_ids[0, :50])
 SAMPLED = Sampling(temperature=0.7, top_p=0.9, seed=5)
-QUICK = Limits(silence_s=3)
+QUICK = RingTimeouts(silence_s=3)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 from kimi_mlx.cluster.ring import ring as ring_module
-from kimi_mlx.cluster.ring.launch import FAST_SYNC
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import MissingModelError, RingError
 from tests.cluster.hosts import ROOT
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ranks
 
 BEGINNING = """
 import os, sys, time
-from kimi_mlx.cluster.ring.messages import decode, encode
+from kimi_mlx.cluster.channel.messages import decode, encode
 
 def send(kind, **fields):
     sys.stdout.buffer.write(encode(kind, **fields))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.host_checks import INSTALL
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.versions import PACKAGES
 
 
@@ -25,7 +25,7 @@ def check_versions(hosts: Sequence[Facts]) -> list[Finding]:
         there, here = known[host], known[first]
         diff = [f"{name} {there[name]} (`{first}`: {here[name]})" for name in here if there[name] != here[name]]
         if diff:
-            findings.append(Finding(host, "versions", "trouble", "; ".join(diff), INSTALL))
+            findings.append(Finding(host, "versions", "problem", "; ".join(diff), INSTALL))
         else:
             findings.append(Finding(host, "versions", "ok", f"as on `{first}`"))
     return findings
@@ -44,11 +44,11 @@ def check_front(front: Facts, hosts: Sequence[Facts]) -> list[Finding]:
         theirs = (python.packages["kimi-mlx"], python.code)
         if theirs != ours:
             message = f"kimi-mlx {theirs[0]} (code {theirs[1]}), but this machine has {ours[0]} (code {ours[1]})"
-            findings.append(Finding(facts.host, "versions", "trouble", message, INSTALL))
+            findings.append(Finding(facts.host, "versions", "problem", message, INSTALL))
     return findings
 
 
-def check_different(hosts: Sequence[Facts], addresses: Mapping[str, Sequence[str]]) -> list[Finding]:
+def check_distinct(hosts: Sequence[Facts], addresses: Mapping[str, Sequence[str]]) -> list[Finding]:
     """Hosts that are the same computer under two names: the same host name, and an address in common."""
     findings: list[Finding] = []
     for number, facts in enumerate(hosts):
@@ -57,7 +57,7 @@ def check_different(hosts: Sequence[Facts], addresses: Mapping[str, Sequence[str
             if facts.hostname == other.hostname and shared:
                 message = f"it is the same computer as `{other.host}`, `{facts.hostname}`"
                 remedy = "name each computer once; several ranks on one: `--ranks N`, or hostfiles/two-local.json"
-                findings.append(Finding(facts.host, "host", "trouble", message, remedy))
+                findings.append(Finding(facts.host, "host", "problem", message, remedy))
     return findings
 
 
@@ -83,7 +83,7 @@ def check_macos(hosts: Sequence[Facts], is_rdma_wanted: bool) -> list[Finding]:
             Finding(
                 facts.host,
                 "macOS",
-                "trouble" if is_rdma_wanted else "warning",
+                "problem" if is_rdma_wanted else "warning",
                 f"{message}, but `{first.host}` has {first.macos_version} ({first.macos_build})",
                 "update both to the same: System Settings > General > Software Update, or `softwareupdate --list`",
             )
@@ -152,4 +152,4 @@ def _check_store(
     which = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
     others = sorted({_choice(store) for store in stores} - {right})
     instead = f"; it has {', '.join(f'{commit}, {placement}' for commit, placement in others)}" if others else ""
-    return Finding(host, "stores", "trouble", f"{name}: the store of {which} is missing{instead}", remedy)
+    return Finding(host, "stores", "problem", f"{name}: the store of {which} is missing{instead}", remedy)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.cluster.hosts.findings import Finding
+from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 from kimi_mlx.cluster.hosts.machine import gpu_limit
-from kimi_mlx.cluster.hosts.ssh import Answer
+from kimi_mlx.cluster.hosts.ssh import ScriptResult
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
-from kimi_mlx.cluster.network.links import Measured, Network, slow_because
-from kimi_mlx.cluster.ring.launch import FAST_SYNC
 from kimi_mlx.units import GIB, format_bytes, format_gib, format_seconds
 
 SYSTEM_RESERVE_BYTES = 8 * GIB
@@ -23,12 +22,12 @@ INSTALL = "bring the same version to all: `kimi-mlx launch --hosts ... --install
 _FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 
 
-def check_reachable(answer: Answer) -> Finding:
+def check_reachable(answer: ScriptResult) -> Finding:
     """Whether the host answers over ssh."""
     if answer.is_ok:
         return Finding(answer.host, "reachable", "ok", f"answered in {format_seconds(answer.seconds)}")
     error = explain_ssh(answer)
-    return Finding(answer.host, "reachable", "trouble", error.message, error.hint)
+    return Finding(answer.host, "reachable", "problem", error.message, error.hint)
 
 
 def check_complete(facts: Facts) -> Finding:
@@ -48,16 +47,16 @@ def check_python(facts: Facts, asked: str | None = None) -> Finding:
     python = facts.python
     if python is None and asked is not None and not facts.broken_interpreters:
         remedy = "give a path that is there on every host, or leave `--python` out"
-        return Finding(facts.host, "python", "trouble", f"there is no `{asked}`", remedy)
+        return Finding(facts.host, "python", "problem", f"there is no `{asked}`", remedy)
     if python is None:
         broken = "".join(f"; `{path}` does not run" for path in facts.broken_interpreters)
-        return Finding(facts.host, "python", "trouble", f"no Python was found{broken}", INSTALL)
+        return Finding(facts.host, "python", "problem", f"no Python was found{broken}", INSTALL)
     if missing := [name for name in ("kimi-mlx", "mlx") if name not in python.packages]:
         names = " and ".join(f"`{name}`" for name in missing)
-        return Finding(facts.host, "python", "trouble", f"`{python.path}` has no {names}", INSTALL)
+        return Finding(facts.host, "python", "problem", f"`{python.path}` has no {names}", INSTALL)
     if facts.is_mac and facts.machine == "arm64" != python.machine:
         message = f"`{python.path}` is built for {python.machine} and runs under Rosetta, where MLX does not"
-        return Finding(facts.host, "python", "trouble", message, "install a Python for arm64")
+        return Finding(facts.host, "python", "problem", message, "install a Python for arm64")
     packages = ", ".join(f"{name} {version}" for name, version in python.packages.items())
     return Finding(facts.host, "python", "ok", f"`{python.path}`: Python {python.version}, {packages}")
 
@@ -82,7 +81,7 @@ def check_chip(facts: Facts) -> Finding:
     message = f"{facts.chip or facts.machine or 'unknown chip'}, {memory}"
     # A shell under Rosetta says x86_64 too; the chip's name does not.
     if facts.is_mac and facts.machine != "arm64" and not (facts.chip or "").startswith("Apple"):
-        return Finding(facts.host, "chip", "trouble", f"{message}: MLX needs Apple silicon", "leave this host out")
+        return Finding(facts.host, "chip", "problem", f"{message}: MLX needs Apple silicon", "leave this host out")
     if not facts.is_mac:
         return Finding(facts.host, "chip", "ok", f"{message}; no Mac: it computes on its CPU")
     return Finding(facts.host, "chip", "ok", message)
@@ -107,7 +106,7 @@ def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
         return Finding(
             facts.host,
             "memory",
-            "trouble",
+            "problem",
             message,
             "add a host, or take a smaller model: `kimi-mlx models` says what each needs",
         )
@@ -118,7 +117,7 @@ def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
             "a process that was killed may not have given its memory back"
         )
         return Finding(
-            facts.host, "memory", "trouble", f"{need} are needed, {format_gib(free)} are free{wired}", remedy
+            facts.host, "memory", "problem", f"{need} are needed, {format_gib(free)} are free{wired}", remedy
         )
     now = "" if free is None else f", {format_gib(free)} are free{wired}"
     return Finding(facts.host, "memory", "ok", f"{need} are needed{now}")
@@ -147,9 +146,9 @@ def check_wired_limit(facts: Facts, need_bytes: int | None) -> Finding:
     if wanted_bytes > facts.memory_bytes - SYSTEM_RESERVE_BYTES:
         message = f"{numbers}, and {format_gib(SYSTEM_RESERVE_BYTES)} must be left to the system"
         remedy = "add a host, or take a smaller model: `kimi-mlx models` says what each needs"
-        return Finding(facts.host, "wired limit", "trouble", message, remedy)
+        return Finding(facts.host, "wired limit", "problem", message, remedy)
     remedy = f"until its next restart: `sudo sysctl iogpu.wired_limit_mb={wanted_bytes // 1024**2}`"
-    return Finding(facts.host, "wired limit", "trouble", numbers, remedy)
+    return Finding(facts.host, "wired limit", "problem", numbers, remedy)
 
 
 def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
@@ -163,11 +162,11 @@ def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
     message = f"{format_bytes(need_bytes)} are needed, {format_bytes(free)} are free for `{place}`"
     if need_bytes > free:
         remedy = "make room, or keep stores on another disk: `export KIMI_MLX_STORES=/Volumes/...`"
-        return Finding(facts.host, "disk", "trouble", message, remedy)
+        return Finding(facts.host, "disk", "problem", message, remedy)
     return Finding(facts.host, "disk", "ok", message)
 
 
-def clock_skew(facts: Facts, answer: Answer) -> tuple[float, float] | None:
+def clock_offset(facts: Facts, answer: ScriptResult) -> tuple[float, float] | None:
     """How far a host's clock is ahead of ours, and by how much that may be wrong, in seconds; None if unknown.
 
     The middle of the script's time there is compared with the middle of the question's time here; they are apart by
@@ -180,9 +179,9 @@ def clock_skew(facts: Facts, answer: Answer) -> tuple[float, float] | None:
     return there - here, max(answer.seconds - (facts.clock_end - facts.clock_start), 0) / 2
 
 
-def check_clock(facts: Facts, answer: Answer) -> Finding:
+def check_clock(facts: Facts, answer: ScriptResult) -> Finding:
     """Whether the host's clock agrees with ours."""
-    skew = clock_skew(facts, answer)
+    skew = clock_offset(facts, answer)
     if skew is None:
         return Finding(facts.host, "clock", "warning", "its clock is unknown", "try again")
     apart, doubt = abs(skew[0]), skew[1]
@@ -197,29 +196,12 @@ def check_firewall(facts: Facts) -> Finding:
     """Whether macOS' application firewall lets ranks connect."""
     if facts.firewall == 2:
         remedy = f"`sudo {_FIREWALL} --setblockall off`"
-        return Finding(facts.host, "firewall", "trouble", "it blocks all incoming connections", remedy)
+        return Finding(facts.host, "firewall", "problem", "it blocks all incoming connections", remedy)
     if facts.firewall == 1:
         path = _quoted(facts.python.path if facts.python else "/path/to/python")
         remedy = f"`sudo {_FIREWALL} --add {path} && sudo {_FIREWALL} --unblockapp {path}`"
         return Finding(facts.host, "firewall", "warning", "it is on, and may keep ranks from connecting", remedy)
     return Finding(facts.host, "firewall", "ok", "off" if facts.firewall == 0 else "no application firewall known")
-
-
-def check_link(host: str, network: Network, measured: Measured, is_forced: bool = False) -> Finding:
-    """Whether the network between the ranks is fast enough.
-
-    Args:
-        host: the hosts that it joins, divided by `, `.
-        network: the chosen one.
-        measured: what it does.
-        is_forced: the user wants it, slow or not.
-    """
-    reasons = slow_because(network, measured)
-    message = "; ".join([f"{network}: {measured}", *reasons])
-    if not reasons:
-        return Finding(host, "link", "ok", message)
-    remedy = "join the hosts with a Thunderbolt cable, or at least Ethernet; `--force-link` uses it all the same"
-    return Finding(host, "link", "warning" if is_forced else "trouble", message, remedy)
 
 
 def _quoted(path: str | None) -> str:

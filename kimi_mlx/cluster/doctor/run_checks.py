@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
 from kimi_mlx.cluster.doctor.cluster_checks import (
-    check_different,
+    check_distinct,
     check_front,
     check_macos,
     check_stores,
     check_versions,
 )
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.host_checks import (
     check_chip,
     check_clock,
@@ -28,15 +27,16 @@ from kimi_mlx.cluster.doctor.host_checks import (
 )
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.cluster.hosts.facts import Facts, parse_facts
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Backend, Hostfile
-from kimi_mlx.cluster.hosts.ssh import Answer, is_local
+from kimi_mlx.cluster.hosts.ssh import ScriptResult, is_local
 from kimi_mlx.cluster.network.topology import Topology, check_topology
 from kimi_mlx.errors import SshError
 from kimi_mlx.units import format_bytes
 
 
 @dataclass(frozen=True)
-class Question:
+class DoctorRequest:
     """What is to be examined.
 
     Args:
@@ -79,7 +79,7 @@ class Question:
         return len(self.ranks) == 1 and is_local(self.names[0])
 
 
-def read_answers(answers: Mapping[str, Answer]) -> tuple[dict[str, Facts], list[Finding]]:
+def parse_host_facts(answers: Mapping[str, ScriptResult]) -> tuple[dict[str, Facts], list[Finding]]:
     """The facts of the hosts that answered, and whether each one did."""
     known: dict[str, Facts] = {}
     findings: list[Finding] = []
@@ -89,83 +89,87 @@ def read_answers(answers: Mapping[str, Answer]) -> tuple[dict[str, Facts], list[
             try:
                 known[host] = parse_facts(host, answer.stdout)
             except SshError as error:
-                finding = Finding(host, "reachable", "trouble", error.message, error.hint)
+                finding = Finding(host, "reachable", "problem", error.message, error.hint)
         findings.append(finding)
     return known, findings
 
 
-def check_hosts(question: Question, known: Mapping[str, Facts], answers: Mapping[str, Answer]) -> list[Finding]:
-    """Each host by itself."""
+def check_hosts(
+    request: DoctorRequest, known: Mapping[str, Facts], answers: Mapping[str, ScriptResult]
+) -> list[Finding]:
+    """Check each host on its own."""
     findings: list[Finding] = []
     for host, facts in known.items():
         if not facts.is_complete:
             findings.append(check_complete(facts))
         findings += [
-            check_python(facts, question.python),
+            check_python(facts, request.python),
             check_chip(facts),
-            *_check_room(question, facts),
+            *_check_room(request, facts),
         ]
-        if not question.is_alone:
+        if not request.is_alone:
             findings.append(check_clock(facts, answers[host]))
             findings += [check_firewall(facts)] if facts.is_mac else []
     return findings
 
 
-def _check_room(question: Question, facts: Facts) -> list[Finding]:
+def _check_room(request: DoctorRequest, facts: Facts) -> list[Finding]:
     """Whether a host has the memory and the disk that the model needs there."""
-    ranks, size = question.ranks[facts.host], question.world_size
-    memory = question.need.memory_bytes(facts, ranks, size)
+    ranks, size = request.ranks[facts.host], request.world_size
+    memory = request.need.memory_bytes(facts, ranks, size)
     return [
         check_memory(facts, memory),
         *([check_wired_limit(facts, memory)] if facts.is_mac else []),
-        check_disk(facts, 0 if question.is_alone else question.need.disk_bytes(facts, ranks, size)),
+        check_disk(facts, 0 if request.is_alone else request.need.disk_bytes(facts, ranks, size)),
     ]
 
 
-def check_need(question: Question, known: Mapping[str, Facts], findings: Sequence[Finding]) -> list[Finding]:
-    """Findings with those replaced that depend on what the model needs, which was not known when they were made."""
-    again = [each for facts in known.values() for each in _check_room(question, facts)]
-    again += _check_stores(question, [*known.values()])
+def replace_model_findings(
+    request: DoctorRequest, known: Mapping[str, Facts], findings: Sequence[Finding]
+) -> list[Finding]:
+    """Return the findings, with those that depend on the model's needs checked again."""
+    again = [each for facts in known.values() for each in _check_room(request, facts)]
+    again += _check_stores(request, [*known.values()])
     found = {(each.host, each.check): each for each in again}
     return [found.get((each.host, each.check), each) for each in findings]
 
 
-def _check_stores(question: Question, hosts: Sequence[Facts]) -> list[Finding]:
-    need = question.need
-    if need.repository is None or question.is_alone:
+def _check_stores(request: DoctorRequest, hosts: Sequence[Facts]) -> list[Finding]:
+    need = request.need
+    if need.repository is None or request.is_alone:
         return []
-    return check_stores(hosts, need.repository, question.ranks, prefix=need.store_prefix)
+    return check_stores(hosts, need.repository, request.ranks, prefix=need.store_prefix)
 
 
-def check_together(
-    question: Question, known: Mapping[str, Facts], front: Facts | None, joined: Topology, backend: Backend
+def check_cluster(
+    request: DoctorRequest, known: Mapping[str, Facts], front: Facts | None, topology: Topology, backend: Backend
 ) -> list[Finding]:
     """What must fit together: versions, systems, stores, addresses, RDMA.
 
     Args:
-        question: what is examined.
+        request: what is examined.
         known: the facts of the hosts that answered.
         front: of this machine, if it is none of the hosts.
-        joined: how the hosts are joined.
+        topology: how the hosts are connected.
         backend: how the ranks are to talk.
     """
-    hosts, need = [*known.values()], question.need
-    fence = check_fast_sync(", ".join(question.names), question.hostfile.has_fast_sync)
-    if question.is_alone:
-        return [_check_model(question.names[0], need), fence]
-    findings = check_different(hosts, _addresses(joined))
+    hosts, need = [*known.values()], request.need
+    fence = check_fast_sync(", ".join(request.names), request.hostfile.has_fast_sync)
+    if request.is_alone:
+        return [_check_model(request.names[0], need), fence]
+    findings = check_distinct(hosts, _addresses(topology))
     versions = check_versions(hosts)
     if front is not None and all(finding.state == "ok" for finding in versions):
         versions = check_front(front, hosts) or versions
     findings += [*versions, *check_macos(hosts, backend != "ring")]
-    findings += _check_stores(question, hosts)
-    return [*findings, *check_topology(question.hostfile, hosts, backend, joined), fence]
+    findings += _check_stores(request, hosts)
+    return [*findings, *check_topology(request.hostfile, hosts, backend, topology), fence]
 
 
-def _addresses(joined: Topology) -> dict[str, list[str]]:
+def _addresses(topology: Topology) -> dict[str, list[str]]:
     return {
         host: [str(a.ip) for each in interfaces for a in each.addresses if not ip_address(a.ip).is_loopback]
-        for host, interfaces in joined.interfaces.items()
+        for host, interfaces in topology.interfaces.items()
     }
 
 
@@ -178,7 +182,7 @@ def _check_model(host: str, need: ModelNeed) -> Finding:
     return Finding(host, "model", "warning", message, f"`kimi-mlx download {need.name}`")
 
 
-def with_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Finding]:
+def fill_in_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Finding]:
     """Remedies that say `--hosts ...` with the hosts in it, so that their commands can be typed as they are."""
     option = f"--hosts {','.join(hosts)}"
     return [
@@ -187,7 +191,7 @@ def with_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Findin
     ]
 
 
-def calm(findings: Sequence[Finding]) -> list[Finding]:
+def clear_firewall_warnings(findings: Sequence[Finding]) -> list[Finding]:
     """After a self-test that went well: a firewall that might be in the way is not."""
     return [
         replace(finding, state="ok", message="it is on, and lets ranks connect", remedy=None)

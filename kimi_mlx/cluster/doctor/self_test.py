@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from kimi_mlx.cluster.doctor.findings import Finding
-from kimi_mlx.cluster.doctor.link_diagnosis import find_wrong
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.doctor.payloads import Payload
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Cluster
-from kimi_mlx.cluster.ring.messages import Message
+from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
 from kimi_mlx.cluster.ring.ring import Ring
-from kimi_mlx.cluster.ring.watch import Limits
+from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.errors import RingError, SshError, StallError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 
@@ -69,18 +69,18 @@ def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, s
         hidden_size: values that they sum, a token.
         step_s: how long the slowest exchange may take.
     """
-    with closing(Ring(cluster, Limits(stall_s=STEP_LIMIT_S + step_s), MODULE)) as ring:
+    with closing(Ring(cluster, RingTimeouts(stall_s=STEP_LIMIT_S + step_s), MODULE)) as ring:
         try:
             ring.start(payloads=[payload.to_dict() for payload in payloads], hidden_size=hidden_size)
             done = _results(ring)
         except (RingError, SshError) as error:
             hosts = cluster.names if error.rank is None else [cluster.hostfile.hosts[error.rank].ssh]
-            finding = Finding(", ".join(hosts), "self-test", "trouble", error.message, error.hint)
+            finding = Finding(", ".join(hosts), "self-test", "problem", error.message, error.hint)
             return SelfTest((finding,), is_stalled=isinstance(error, StallError))
     timings = tuple(_slowest(payload, number, done) for number, payload in enumerate(payloads))
-    found = find_wrong(cluster, {rank: message["mismatches"] for rank, message in done.items()})
+    found = find_corrupt_links(cluster, {rank: message["mismatches"] for rank, message in done.items()})
     findings = tuple(
-        Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "trouble", each.message, each.hint)
+        Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "problem", each.message, each.hint)
         for each in found
     )
     sums = done[0]["all_reduce"] and AllReduceChoice.from_dict(done[0]["all_reduce"])

@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from kimi_mlx.cluster.hosts import probes
 from kimi_mlx.cluster.hosts.versions import PACKAGES, describe
-from kimi_mlx.cluster.network.interfaces import LINUX_HINTS
 from kimi_mlx.errors import SshError
 
 T = TypeVar("T")
@@ -27,6 +26,16 @@ FACTS_LIMIT_S = 45.0
 
 VENV_PYTHON = "venv/bin/python"
 """Where the interpreter of `--install` is, below the user's data folder; facts.sh looks there."""
+
+LINUX_HINTS = """\
+cd /sys/class/net && for i in *; do
+  h=$i
+  for f in wireless phy80211 bridge tun_flags device; do [ -e "$i/$f" ] && h="$h $f"; done
+  d=$(readlink "$i/device/driver") && h="$h driver=${d##*/}"
+  echo "$h"
+done
+"""
+"""Shell script that prints a line per network interface: its name and what /sys knows about it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Facts:
         hardware_ports: what `networksetup -listallhardwareports` printed (macOS).
         thunderbolt: what `system_profiler SPThunderboltDataType -json` printed (macOS).
         ip_addr: what `ip -j addr` printed (Linux).
-        linux_hints: what kimi_mlx.cluster.network.interfaces.LINUX_HINTS printed (Linux).
+        linux_hints: what LINUX_HINTS printed (Linux).
     """
 
     host: str

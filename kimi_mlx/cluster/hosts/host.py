@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kimi_mlx.cluster.ring.launch import FAST_SYNC
+from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 
 Backend = Literal["ring", "jaccl", "jaccl-ring"]
 """How the ranks talk: over TCP, over RDMA with a cable between every two hosts, or over RDMA in a circle."""
@@ -54,6 +54,11 @@ class Hostfile:
     backend: Backend | None = None
     envs: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the hosts, without duplicates."""
+        return list(dict.fromkeys(host.ssh for host in self.hosts))
+
     def with_envs(self, envs: Sequence[str]) -> Hostfile:
         """With these variables, too, which come before those of the same names."""
         names = {each.partition("=")[0] for each in envs}
@@ -79,14 +84,14 @@ class Cluster:
         hostfile: the ranks, with the addresses to use.
         backend: how they talk.
         pythons: host -> its interpreter.
-        detour: makes of the ring's file the one of each rank, so that each finds its neighbours where that says;
-            None tells all of them the same.
+        hostfile_rewriter: function from the ring's hostfile to one hostfile per rank, for tests and benchmarks that
+            put a relay between ranks; None gives all ranks the same file.
     """
 
     hostfile: Hostfile
     backend: Backend
     pythons: Mapping[str, str]
-    detour: Callable[[str], Sequence[str]] | None = None
+    hostfile_rewriter: Callable[[str], Sequence[str]] | None = None
 
     @property
     def size(self) -> int:
@@ -95,8 +100,8 @@ class Cluster:
 
     @property
     def names(self) -> list[str]:
-        """The hosts, each once."""
-        return list(dict.fromkeys(host.ssh for host in self.hostfile.hosts))
+        """Names of the hosts, without duplicates."""
+        return self.hostfile.names
 
     def place(self, rank: int) -> tuple[int, int]:
         """Which of the ranks on its host a rank is, and how many these are."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from kimi_mlx.cluster.hosts.host import MESH_LIMIT, WIRE_LIMIT, Host, Hostfile, is_mesh, ring_wires
-from kimi_mlx.cluster.ring.launch import RING_VARIABLES
+from kimi_mlx.cluster.hosts.launch import RING_VARIABLES
 from kimi_mlx.errors import HostfileError
 
 HOST_LIMIT = 64

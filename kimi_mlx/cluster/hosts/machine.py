@@ -8,12 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-GPU_PART = 0.75
+GPU_FRACTION = 0.75
 """Of the memory, what macOS lets the GPU wire by default; roughly, and less on small machines."""
 
 
 @dataclass(frozen=True)
-class Machine:
+class LocalMachine:
     """A computer.
 
     Args:
@@ -29,15 +29,15 @@ class Machine:
     is_mac: bool
 
 
-def this_machine() -> Machine:
+def local_machine() -> LocalMachine:
     """The machine that we run on.
 
     Not yet seen on hardware: macOS' `iogpu.wired_limit_mb`, of which 0 stands for the default.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform != "darwin":
-        return Machine(platform.processor() or platform.machine(), memory, memory, is_mac=False)
-    return Machine(
+        return LocalMachine(platform.processor() or platform.machine(), memory, memory, is_mac=False)
+    return LocalMachine(
         chip=_sysctl("machdep.cpu.brand_string") or platform.machine(),
         memory_bytes=memory,
         gpu_bytes=gpu_limit(memory, _sysctl("iogpu.wired_limit_mb")),
@@ -53,7 +53,7 @@ def gpu_limit(memory_bytes: int, wired_limit_mb: str | None) -> int:
         wired_limit_mb: what `sysctl -n iogpu.wired_limit_mb` printed; None if there is no such thing.
     """
     limit = int(wired_limit_mb) if wired_limit_mb is not None and wired_limit_mb.isdecimal() else 0
-    return min(memory_bytes, limit * 1024**2) if limit else int(memory_bytes * GPU_PART)
+    return min(memory_bytes, limit * 1024**2) if limit else int(memory_bytes * GPU_FRACTION)
 
 
 def _sysctl(name: str) -> str | None:

@@ -36,7 +36,7 @@ _FORBIDDEN_IN_HOST = frozenset("'\"`$\\;&<>|(){}*?!")
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScriptResult:
     """What a host said.
 
     Args:
@@ -77,7 +77,7 @@ def check_host(host: str) -> str:
     )
 
 
-def quote_word(word: str) -> str:
+def quote_argument(word: str) -> str:
     """One word for the login shell of a host: sh, bash, zsh and fish read it alike."""
     # fish, unlike the others, knows escapes between single quotes: a backslash goes between double ones.
     return shlex.quote(word).replace("\\", "'\"\\\\\"'")
@@ -115,7 +115,7 @@ def ssh_command(
     }
     ours = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
     # ssh sends its arguments joined by blanks: one argument, quoted by us, arrives as it is.
-    return ["ssh", *options, *ours, "-T", "--", check_host(host), " ".join(map(quote_word, remote))]
+    return ["ssh", *options, *ours, "-T", "--", check_host(host), " ".join(map(quote_argument, remote))]
 
 
 def script_command(script: bytes) -> list[str]:
@@ -134,7 +134,7 @@ def command_on(host: str, command: Sequence[str]) -> tuple[list[str], bytes]:
     """
     if is_local(host):
         return list(command), b""
-    script = f"exec {' '.join(map(quote_word, command))}".encode()
+    script = f"exec {' '.join(map(quote_argument, command))}".encode()
     return ssh_command(host, script_command(script)), script
 
 
@@ -149,7 +149,7 @@ def is_local(host: str) -> bool:
     return name in {"localhost", own, short, f"{short}.local"} or _is_own_address(name)
 
 
-def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"") -> Answer:
+def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"") -> ScriptResult:
     """Run a script in a host's `sh`, or in ours if the host is this machine.
 
     When the time is over, the client (here: the script and what it started) is ended, and the answer holds what came
@@ -168,12 +168,12 @@ def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"
     return _run([host], script, timeout_s, stdin_extra)[host]
 
 
-def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[str, Answer]:
+def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[str, ScriptResult]:
     """Run a script on all hosts at once; one answer a host, in the order of `hosts`."""
     return _run(list(dict.fromkeys(hosts)), script, timeout_s, b"")
 
 
-def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes) -> dict[str, Answer]:
+def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes) -> dict[str, ScriptResult]:
     starts: list[Future[_Running]] = []
     try:
         with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
@@ -225,7 +225,7 @@ def _start(host: str, script: str) -> _Running:
     return _Running(host, data, process, started, begin)
 
 
-def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> Answer:
+def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
     process = running.process
     try:
         out, err = process.communicate(running.script + stdin_extra, timeout_s)
@@ -235,7 +235,7 @@ def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> Answer:
         _end(process)
         out, err = _rest(process)
     text, errors = out.decode(errors="replace"), err.decode(errors="replace")
-    return Answer(running.host, code, text, errors, time.monotonic() - running.begin, running.started)
+    return ScriptResult(running.host, code, text, errors, time.monotonic() - running.begin, running.started)
 
 
 def _rest(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, Answer
+from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, ScriptResult
 from kimi_mlx.errors import SshError
 
 KEPT_LINES = 6
@@ -94,7 +94,7 @@ _CAUSES = (
 )
 
 
-def explain_ssh(answer: Answer) -> SshError:
+def explain_ssh(answer: ScriptResult) -> SshError:
     """The error that an answer without success stands for: what happened, in ssh's own words too, and the remedy.
 
     Args:
@@ -119,7 +119,7 @@ def _missing_command(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _words(answer: Answer) -> str:
+def _words(answer: ScriptResult) -> str:
     """The last lines of standard error, but for decoration."""
     lines = [line.rstrip() for line in answer.stderr.splitlines()]
     kept = [line for line in lines if line.strip("@ ") and not line.startswith("@")][-KEPT_LINES:]

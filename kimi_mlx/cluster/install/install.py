@@ -14,23 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.hosts.facts import VENV_PYTHON, Facts, Interpreter, parse_interpreter, source, with_variables
 from kimi_mlx.cluster.hosts.ssh import is_local, script_command, ssh_command
 from kimi_mlx.cluster.install.install_errors import (
-    Trouble,
+    InstallProblem,
     explain_ending,
     explain_failure,
     explain_late,
     install_error,
 )
 from kimi_mlx.cluster.install.wheel import build_wheel
-from kimi_mlx.cluster.ring.messages import Message
-from kimi_mlx.cluster.ring.process import RankProcess, end_all
 
 INSTALL_LIMIT_S = 15 * 60.0
 """For all hosts together: they work at the same time."""
 
-SAY_EVERY_S = 5.0
+REPORT_INTERVAL_S = 5.0
 """After so long without news, the last line of pip or uv is told."""
 
 LINE_WIDTH = 100
@@ -42,29 +42,29 @@ END_PATIENCE_S = 2.0
 Say = Callable[[str], None]
 
 
-def is_same(found: Interpreter, own: Interpreter) -> bool:
+def has_same_packages(found: Interpreter, own: Interpreter) -> bool:
     """Whether an interpreter of a host has what ours has: kimi-mlx (its code too), mlx and mlx-lm."""
     return found.code == own.code and all(found.packages.get(name) == each for name, each in own.packages.items())
 
 
 def needs_install(facts: Facts, own: Interpreter) -> bool:
     """Whether none of a host's interpreters will do: the same packages, and the same minor version of Python."""
-    return not any(is_same(found, own) and found.minor == own.minor for found in facts.interpreters)
+    return not any(has_same_packages(found, own) and found.minor == own.minor for found in facts.interpreters)
 
 
-def prefer(facts: Facts, own: Interpreter) -> Facts:
+def prefer_matching(facts: Facts, own: Interpreter) -> Facts:
     """The same facts with interpreters that are like ours first, so that `facts.python` is one of them.
 
     Without this the first one with any kimi-mlx is taken, and an environment of `--install` behind it is not.
     """
 
     def unlike(found: Interpreter) -> tuple[bool, bool]:
-        return not is_same(found, own), found.minor != own.minor
+        return not has_same_packages(found, own), found.minor != own.minor
 
     return replace(facts, interpreters=tuple(sorted(facts.interpreters, key=unlike)))
 
 
-def can_renew(facts: Facts, own: Interpreter) -> bool:
+def can_upgrade(facts: Facts, own: Interpreter) -> bool:
     """Whether a host's environment of `--install` is right but for kimi-mlx itself."""
     path = f"{facts.data_folder}/{VENV_PYTHON}"
     others = {name: version for name, version in own.packages.items() if name != "kimi-mlx"}
@@ -91,7 +91,7 @@ def install_script(facts: Facts, own: Interpreter, wheel: Path) -> str:
         "install_data": facts.data_folder,
         "install_minor": own.minor,
         "install_uv": facts.uv or "",
-        "install_renew": str(int(can_renew(facts, own))),
+        "install_renew": str(int(can_upgrade(facts, own))),
         "install_wheel": wheel.name,
         "install_bytes": str(wheel.stat().st_size),
         "install_pins": "\n".join(pins),
@@ -120,14 +120,14 @@ def install(hosts: Mapping[str, Facts], own: Interpreter, say: Say, limit_s: flo
             run.watch(limit_s)
         finally:
             run.close()
-    if run.troubles:
-        raise install_error(run.troubles)
+    if run.problems:
+        raise install_error(run.problems)
 
 
 @dataclass
 class _Host:
     facts: Facts
-    process: RankProcess
+    process: HostProcess
     step: str = "connecting"
     last_said: float = 0.0
     is_done: bool = False
@@ -135,7 +135,7 @@ class _Host:
 
 class _Run:
     def __init__(self, hosts: Mapping[str, Facts], own: Interpreter, say: Say):
-        self.troubles: dict[str, Trouble] = {}
+        self.problems: dict[str, InstallProblem] = {}
         self._facts = hosts
         self._own = own
         self._say = say
@@ -147,13 +147,13 @@ class _Run:
         data = wheel.read_bytes()
         for number, (name, facts) in enumerate(self._facts.items()):
             if facts.data_folder is None:
-                self.troubles[name] = Trouble("it did not tell where its user's data are", "try again")
+                self.problems[name] = InstallProblem("it did not tell where its user's data are", "try again")
                 continue
             script = install_script(facts, self._own, wheel).encode()
             command = script_command(script)
             if not is_local(name):
                 command = ssh_command(name, command)
-            process = RankProcess(number, command, os.environ, self._deliver, script + data)
+            process = HostProcess(number, command, os.environ, self._deliver, script + data)
             self._hosts[name] = _Host(facts, process, last_said=self._begin)
 
     def watch(self, limit_s: float) -> None:
@@ -177,7 +177,7 @@ class _Run:
 
     def close(self) -> None:
         """End what still runs, on the hosts too: install.sh ends when its input does."""
-        end_all([host.process for host in self._hosts.values()], END_PATIENCE_S)
+        terminate_all([host.process for host in self._hosts.values()], END_PATIENCE_S)
 
     def _hear(self, name: str, message: Message | None) -> None:
         host = self._hosts[name]
@@ -196,24 +196,24 @@ class _Run:
     def _check(self, name: str, found: Interpreter | None) -> None:
         """What is there now, against what is here."""
         host, own = self._hosts[name], self._own
-        if found is None or not is_same(found, own):
+        if found is None or not has_same_packages(found, own):
             there = "nothing" if found is None else f"{dict(found.packages)}, code {found.code}"
             message = f"what was installed is not what is here: {there}; here: {dict(own.packages)}, code {own.code}"
-            self._give_up(name, Trouble(message, "was a file of kimi-mlx changed meanwhile? Then try again"))
+            self._give_up(name, InstallProblem(message, "was a file of kimi-mlx changed meanwhile? Then try again"))
             return
         host.is_done = True
         note = "" if found.minor == own.minor else f"; its Python is {found.minor}, ours {own.minor}: uv would bring it"
         took = time.monotonic() - self._begin
         self._tell(name, f"kimi-mlx {found.packages['kimi-mlx']} is installed, {took:.0f} s{note}")
 
-    def _give_up(self, name: str, trouble: Trouble) -> None:
+    def _give_up(self, name: str, problem: InstallProblem) -> None:
         self._hosts[name].is_done = True
-        self.troubles[name] = trouble
-        self._tell(name, trouble.message.partition("\n")[0])
+        self.problems[name] = problem
+        self._tell(name, problem.message.partition("\n")[0])
 
     def _say_again(self, name: str, now: float) -> None:
         host = self._hosts[name]
-        if now - host.last_said >= SAY_EVERY_S:
+        if now - host.last_said >= REPORT_INTERVAL_S:
             line = host.process.last_line.strip()[:LINE_WIDTH]
             self._tell(name, f"{host.step}, {now - self._begin:.0f} s" + (f": {line}" if line else ""))
 

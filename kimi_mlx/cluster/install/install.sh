@@ -1,4 +1,4 @@
-# Brings kimi-mlx to this host. POSIX sh: macOS and Linux. Sends messages as kimi_mlx.cluster.ring.messages has them: `step`
+# Brings kimi-mlx to this host. POSIX sh: macOS and Linux. Sends messages as kimi_mlx.cluster.channel.messages has them: `step`
 # says what is being done, `failed` why it ends, `installed` what there is now. See install.py, which sets before:
 #   install_data      the user's data folder        install_wheel     the wheel's name; its bytes are our input
 #   install_minor     of Python, such as 3.12       install_bytes     the wheel's size

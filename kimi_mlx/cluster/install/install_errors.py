@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kimi_mlx.cluster.channel.host_process import HostProcess
 from kimi_mlx.cluster.hosts.facts import Facts
-from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, Answer
+from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, ScriptResult
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
-from kimi_mlx.cluster.ring.process import RankProcess
 from kimi_mlx.errors import InstallError
 from kimi_mlx.units import format_seconds
 
@@ -18,7 +18,7 @@ UV = "`curl -LsSf https://astral.sh/uv/install.sh | sh`"
 
 
 @dataclass(frozen=True)
-class Trouble:
+class InstallProblem:
     """Why a host has no kimi-mlx now.
 
     Args:
@@ -48,7 +48,7 @@ _NO_NETWORK = (
 _NO_SUCH = r"no matching distribution|no solution found|could not find a version"
 
 
-def explain_failure(facts: Facts, what: str, words: str) -> Trouble:
+def explain_failure(facts: Facts, what: str, words: str) -> InstallProblem:
     """A failure that install.sh has told.
 
     Args:
@@ -58,44 +58,44 @@ def explain_failure(facts: Facts, what: str, words: str) -> Trouble:
     """
     where = f"{facts.data_folder}/venv"
     if what == "not ours":
-        return Trouble(f"`{where}` is there, but kimi-mlx has not made it", "move it away there")
+        return InstallProblem(f"`{where}` is there, but kimi-mlx has not made it", "move it away there")
     if what == "no Python":
         package = "brew install python" if facts.is_mac else "sudo apt install python3 python3-venv"
-        return Trouble("it has neither uv nor Python 3.10 or newer", f"type there {UV}, or `{package}`")
+        return InstallProblem("it has neither uv nor Python 3.10 or newer", f"type there {UV}, or `{package}`")
     if what.startswith("no venv"):
         minor = what.rpartition(" ")[2]
         message = f"its Python {minor} cannot make environments (`ensurepip` is missing), and it has no uv"
         package = "brew install python" if facts.is_mac else f"sudo apt install python{minor}-venv"
-        return Trouble(message, f"type there `{package}`, or {UV}")
-    return Trouble(f"{_FAILURES.get(what, what)}{_indented(words)}", _hint(facts, words))
+        return InstallProblem(message, f"type there `{package}`, or {UV}")
+    return InstallProblem(f"{_FAILURES.get(what, what)}{_indented(words)}", _hint(facts, words))
 
 
-def explain_ending(host: str, process: RankProcess, seconds: float) -> Trouble:
+def explain_ending(host: str, process: HostProcess, seconds: float) -> InstallProblem:
     """The end of a host's client without a word of install.sh: mostly ssh's own failure."""
-    process.has_ended(1)
+    process.wait(1)
     if process.exit_code == SSH_FAILED:
-        error = explain_ssh(Answer(host, SSH_FAILED, "", process.words, seconds))
-        return Trouble(error.message, error.hint)
-    return Trouble(f"the installation {process.how_it_ended()}", "try again")
+        error = explain_ssh(ScriptResult(host, SSH_FAILED, "", process.words, seconds))
+        return InstallProblem(error.message, error.hint)
+    return InstallProblem(f"the installation {process.describe_exit()}", "try again")
 
 
-def explain_late(limit_s: float, step: str, words: str) -> Trouble:
+def explain_late(limit_s: float, step: str, words: str) -> InstallProblem:
     """A host that was not ready in time."""
     message = f"not ready within {format_seconds(limit_s)}; it was {step}{_indented(words)}"
-    return Trouble(message, "try again: what has been downloaded there is not downloaded twice")
+    return InstallProblem(message, "try again: what has been downloaded there is not downloaded twice")
 
 
-def install_error(troubles: Mapping[str, Trouble]) -> InstallError:
+def install_error(problems: Mapping[str, InstallProblem]) -> InstallError:
     """One error for all hosts that failed."""
-    hosts = ", ".join(f"`{host}`" for host in troubles)
-    if len(troubles) == 1:
-        (trouble,) = troubles.values()
-        return InstallError(f"kimi-mlx was not installed on {hosts}: {trouble.message}", trouble.hint)
-    lines = [f"`{host}`: {trouble.message}" for host, trouble in troubles.items()]
+    hosts = ", ".join(f"`{host}`" for host in problems)
+    if len(problems) == 1:
+        (problem,) = problems.values()
+        return InstallError(f"kimi-mlx was not installed on {hosts}: {problem.message}", problem.hint)
+    lines = [f"`{host}`: {problem.message}" for host, problem in problems.items()]
     hints: dict[str, list[str]] = {}
-    for host, trouble in troubles.items():
-        if trouble.hint is not None:
-            hints.setdefault(trouble.hint, []).append(host)
+    for host, problem in problems.items():
+        if problem.hint is not None:
+            hints.setdefault(problem.hint, []).append(host)
     hint = "; ".join(f"{', '.join(names)}: {each}" for each, names in hints.items())
     return InstallError(f"kimi-mlx was not installed on {hosts}\n" + "\n".join(lines), hint or None)
 

@@ -1,31 +1,33 @@
-"""The network for a cluster: found or given, measured between its hosts, chosen."""
+"""Choose the network for a cluster: measure the given or discovered networks and take the best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kimi_mlx.cluster.doctor.findings import Finding
-from kimi_mlx.cluster.doctor.host_checks import check_link
-from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Backend, Hostfile
-from kimi_mlx.cluster.network.links import Measured, Network, candidates, choose
-from kimi_mlx.cluster.network.survey import Link, Pair, measure_network, measure_pairs, survey
+from kimi_mlx.cluster.network.links import (
+    LinkSpeed,
+    Network,
+    candidates,
+    choose,
+    slow_reasons,
+)
+from kimi_mlx.cluster.network.measure_networks import Link, Pair, measure_network, measure_networks, measure_pairs
 from kimi_mlx.cluster.network.topology import Topology, networks_of, rdma_of
 from kimi_mlx.errors import LinkError
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Joined:
-    """What came of it.
+class NetworkChoice:
+    """The chosen network, with everything that was measured on the way.
 
     Args:
-        findings: one or more.
-        links: the networks that were measured.
-        network: the chosen one; None if there is none, or only rank 0 has an address.
-        hostfile: with its addresses; None if the hosts do not reach each other.
+        findings: findings about the networks, at least one.
+        links: measured networks.
+        network: chosen network; None if no network works, or if only rank 0 has an address.
+        hostfile: hostfile with the addresses to use; None if the hosts cannot reach each other.
     """
 
     findings: tuple[Finding, ...]
@@ -34,82 +36,117 @@ class Joined:
     hostfile: Hostfile | None = None
 
 
-def join_hosts(question: Question, pythons: Mapping[str, str], joined: Topology, backend: Backend, say: Say) -> Joined:
-    """Measure the hostfile's networks, else those that the hosts have in common, and choose.
+def choose_network(
+    hostfile: Hostfile,
+    pythons: Mapping[str, str],
+    topology: Topology,
+    backend: Backend,
+    report: Callable[[str], None],
+    *,
+    is_link_forced: bool = False,
+) -> NetworkChoice:
+    """Measure the networks of the hostfile, or those that all hosts share, and choose one.
 
     Args:
-        question: what is examined.
-        pythons: host -> any interpreter.
-        joined: how the hosts are joined.
-        backend: how the ranks are to talk.
-        say: told what is being measured.
+        hostfile: hosts; networks are discovered if host 0 has no address.
+        pythons: host -> path of any Python interpreter there.
+        topology: interfaces and cables of the hosts.
+        backend: backend of the ranks.
+        report: callback for progress messages.
+        is_link_forced: accept a network that is too slow.
     """
-    hostfile = question.hostfile
-    hosts = [host.ssh for host in hostfile.hosts]
+    chooser = _Chooser(hostfile, pythons, topology, backend, report, is_link_forced)
     if not hostfile.hosts[0].ips:
-        networks = candidates([joined.interfaces[host] for host in hosts], joined.cables)
-        return _choose(question, survey(hosts, networks, pythons, say), joined, backend)
-    networks = networks_of(hostfile, joined)
-    if not networks:
-        return _meet_first(question, pythons, say)
-    links: list[Link] = []
-    for network in networks:
-        say(f"measuring {network}")
-        links.append(measure_network(hosts, network, pythons))
-    return _accept(question, links, backend)
+        return chooser.discover()
+    networks = networks_of(hostfile, topology)
+    return chooser.measure_given(networks) if networks else chooser.check_rank_zero()
 
 
-def _choose(question: Question, links: Sequence[Link], joined: Topology, backend: Backend) -> Joined:
-    """The best of the networks that were found."""
-    measured = {link.network: link.measured for link in links if link.measured is not None}
-    is_forced = question.is_link_forced or backend != "ring"
-    try:
-        network = choose([link.network for link in links], measured, is_forced)
-    except LinkError as error:
-        silent = "".join(f"\n  {problem}" for link in links for problem in link.problems)
-        return Joined((_trouble(question, error.message + silent, error.hint),), tuple(links))
-    rdma = rdma_of(question.hostfile, joined)
-    hosts = [
-        replace(host, ips=(network.addresses[rank],), rdma=rdma[rank] if rdma else ())
-        for rank, host in enumerate(question.hostfile.hosts)
-    ]
-    finding = _check(question, network, measured[network], backend)
-    return Joined((finding,), tuple(links), network, Hostfile(tuple(hosts), backend, question.hostfile.envs))
+def check_link(host: str, network: Network, speed: LinkSpeed, is_forced: bool = False) -> Finding:
+    """Check that the network between the ranks is fast enough.
+
+    Args:
+        host: hosts on the network, separated by `, `.
+        network: chosen network.
+        speed: its measured speed.
+        is_forced: report a slow network as a warning only.
+    """
+    reasons = slow_reasons(network, speed)
+    message = "; ".join([f"{network}: {speed}", *reasons])
+    if not reasons:
+        return Finding(host, "link", "ok", message)
+    remedy = "connect the hosts with a Thunderbolt cable, or at least Ethernet; `--force-link` uses this network anyway"
+    return Finding(host, "link", "warning" if is_forced else "problem", message, remedy)
 
 
-def _accept(question: Question, links: Sequence[Link], backend: Backend) -> Joined:
-    """The networks of a hostfile, if all of them answer."""
-    problems = [problem for link in links for problem in link.problems]
-    if problems:
-        remedy = "check the cable and the firewall, or let another network be found: `kimi-mlx doctor --hosts ...`"
-        finding = _trouble(question, f"hosts do not reach each other: {'; '.join(problems)}", remedy)
-        return Joined((finding,), tuple(links))
-    measured = {link.network: link.measured for link in links if link.measured is not None}
-    findings = [_check(question, network, each, backend) for network, each in measured.items()]
-    return Joined(tuple(findings), tuple(links), links[0].network, replace(question.hostfile, backend=backend))
+@dataclass(frozen=True)
+class _Chooser:
+    """The arguments of `choose_network`, and the three ways to choose."""
 
+    hostfile: Hostfile
+    pythons: Mapping[str, str]
+    topology: Topology
+    backend: Backend
+    report: Callable[[str], None]
+    is_link_forced: bool
 
-def _meet_first(question: Question, pythons: Mapping[str, str], say: Say) -> Joined:
-    """Only rank 0 has an address, as JACCL needs it: do all others reach it?"""
-    first, *others = question.hostfile.hosts
-    say(f"measuring the way to {first.ips[0]}")
-    _, problems = measure_pairs([Pair(host.ssh, first.ssh, first.ips[0]) for host in others], pythons)
-    if problems:
-        message = f"not all reach `{first.ssh}`: {'; '.join(problems)}"
-        return Joined((_trouble(question, message, "check that address, the cable and the firewall"),))
-    finding = Finding(_everybody(question), "link", "ok", f"all reach `{first.ssh}` at {first.ips[0]}")
-    return Joined((finding,), hostfile=question.hostfile)
+    def discover(self) -> NetworkChoice:
+        """Measure the networks that all hosts share, and choose the best."""
+        hosts = [host.ssh for host in self.hostfile.hosts]
+        networks = candidates([self.topology.interfaces[host] for host in hosts], self.topology.cables)
+        links = measure_networks(hosts, networks, self.pythons, self.report)
+        speeds = {link.network: link.speed for link in links if link.speed is not None}
+        try:
+            network = choose([link.network for link in links], speeds, self.is_link_forced or self.backend != "ring")
+        except LinkError as error:
+            problems = "".join(f"\n  {problem}" for link in links for problem in link.problems)
+            return NetworkChoice((self._problem(error.message + problems, error.hint),), tuple(links))
+        finding = self._check(network, speeds[network])
+        return NetworkChoice((finding,), tuple(links), network, self._with_addresses(network))
 
+    def measure_given(self, networks: Sequence[Network]) -> NetworkChoice:
+        """Measure the networks of the hostfile; all of them must work."""
+        hosts = [host.ssh for host in self.hostfile.hosts]
+        links: list[Link] = []
+        for network in networks:
+            self.report(f"measuring {network}")
+            links.append(measure_network(hosts, network, self.pythons))
+        problems = [problem for link in links for problem in link.problems]
+        if problems:
+            remedy = "check the cable and the firewall, or let kimi-mlx find a network: `kimi-mlx doctor --hosts ...`"
+            finding = self._problem(f"the hosts cannot reach each other: {'; '.join(problems)}", remedy)
+            return NetworkChoice((finding,), tuple(links))
+        findings = [self._check(link.network, link.speed) for link in links if link.speed is not None]
+        hostfile = replace(self.hostfile, backend=self.backend)
+        return NetworkChoice(tuple(findings), tuple(links), links[0].network, hostfile)
 
-def _check(question: Question, network: Network, measured: Measured, backend: Backend) -> Finding:
-    if backend == "ring":
-        return check_link(_everybody(question), network, measured, question.is_link_forced)
-    return Finding(_everybody(question), "link", "ok", f"{network}: the ranks meet there, and talk over RDMA")
+    def check_rank_zero(self) -> NetworkChoice:
+        """Check that all hosts reach rank 0, the only one with an address; JACCL needs no more."""
+        first, *others = self.hostfile.hosts
+        self.report(f"measuring the network to {first.ips[0]}")
+        _, problems = measure_pairs([Pair(host.ssh, first.ssh, first.ips[0]) for host in others], self.pythons)
+        if problems:
+            message = f"not every host can reach `{first.ssh}`: {'; '.join(problems)}"
+            return NetworkChoice((self._problem(message, "check that address, the cable and the firewall"),))
+        finding = Finding(self._all_hosts, "link", "ok", f"every host can reach `{first.ssh}` at {first.ips[0]}")
+        return NetworkChoice((finding,), hostfile=self.hostfile)
 
+    def _with_addresses(self, network: Network) -> Hostfile:
+        rdma = rdma_of(self.hostfile, self.topology)
+        hosts = [
+            replace(host, ips=(network.addresses[rank],), rdma=rdma[rank] if rdma else ())
+            for rank, host in enumerate(self.hostfile.hosts)
+        ]
+        return Hostfile(tuple(hosts), self.backend, self.hostfile.envs)
 
-def _trouble(question: Question, message: str, remedy: str | None) -> Finding:
-    return Finding(_everybody(question), "link", "trouble", message, remedy)
+    def _check(self, network: Network, speed: LinkSpeed) -> Finding:
+        if self.backend == "ring":
+            return check_link(self._all_hosts, network, speed, self.is_link_forced)
+        return Finding(self._all_hosts, "link", "ok", f"{network}: used to connect; data goes over RDMA")
 
+    def _problem(self, message: str, remedy: str | None) -> Finding:
+        return Finding(self._all_hosts, "link", "problem", message, remedy)
 
-def _everybody(question: Question) -> str:
-    return ", ".join(question.names)
+    @property
+    def _all_hosts(self) -> str:
+        return ", ".join(self.hostfile.names)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from typing import Any, Literal, cast
 
+from kimi_mlx.cluster.hosts.facts import LINUX_HINTS
 from kimi_mlx.errors import LinkError
 
 Kind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
@@ -21,16 +22,6 @@ Kind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 
 MACOS_COMMANDS = ("ifconfig -a", "networksetup -listallhardwareports")
 """What `macos_interfaces` reads."""
-
-LINUX_HINTS = """\
-cd /sys/class/net && for i in *; do
-  h=$i
-  for f in wireless phy80211 bridge tun_flags device; do [ -e "$i/$f" ] && h="$h $f"; done
-  d=$(readlink "$i/device/driver") && h="$h driver=${d##*/}"
-  echo "$h"
-done
-"""
-"""A shell script that tells of each interface what /sys knows: a line with its name and the hints."""
 
 LINUX_COMMANDS = ("ip -j addr", LINUX_HINTS)
 """What `linux_interfaces` reads."""

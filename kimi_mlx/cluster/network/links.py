@@ -59,7 +59,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Measured:
+class LinkSpeed:
     """What a network does, over its slowest pair of hosts: the time there and back, and the rate one way."""
 
     round_trip_s: float
@@ -160,7 +160,7 @@ def _cabled_end(hosts: Sequence[Sequence[Interface]], host: int, peer: int, cabl
     return next(iter([*told, *(end for end in ours if end[1].network in subnets)]), None)
 
 
-def to_measured(message: Mapping[str, object]) -> Measured:
+def parse_speed(message: Mapping[str, object]) -> LinkSpeed:
     """The figures of the client of `measure`.
 
     Raises:
@@ -169,23 +169,23 @@ def to_measured(message: Mapping[str, object]) -> Measured:
     try:
         if "error" in message:
             raise LinkError(str(message["error"]))
-        return Measured(float(str(message["round_trip_s"])), float(str(message["bytes_per_s"])))
+        return LinkSpeed(float(str(message["round_trip_s"])), float(str(message["bytes_per_s"])))
     except (ValueError, KeyError):
         raise LinkError(f"its figures cannot be read: {str(message)[:200]}") from None
 
 
-def slowest(measured: Iterable[Measured]) -> Measured:
+def slowest(measured: Iterable[LinkSpeed]) -> LinkSpeed:
     """Several pairs of hosts as one: the longest round trip, the lowest rate."""
     pairs = list(measured)
-    return Measured(max(each.round_trip_s for each in pairs), min(each.bytes_per_s for each in pairs))
+    return LinkSpeed(max(each.round_trip_s for each in pairs), min(each.bytes_per_s for each in pairs))
 
 
-def exchange_s(measured: Measured) -> float:
+def exchange_time_s(measured: LinkSpeed) -> float:
     """The time of an exchange of `EXCHANGE_BYTES`."""
     return measured.round_trip_s + EXCHANGE_BYTES / measured.bytes_per_s
 
 
-def slow_because(network: Network, measured: Measured) -> list[str]:
+def slow_reasons(network: Network, measured: LinkSpeed) -> list[str]:
     """Why a network is too slow for a cluster; nothing if it is not."""
     trip, limit = format_seconds(measured.round_trip_s), format_seconds(ROUND_TRIP_LIMIT_S)
     rate, least = measured.bytes_per_s * 8e-9, RATE_LIMIT_BYTES_PER_S * 8e-9
@@ -200,7 +200,7 @@ def slow_because(network: Network, measured: Measured) -> list[str]:
     ]
 
 
-def choose(networks: Sequence[Network], measured: Mapping[Network, Measured], force: bool = False) -> Network:
+def choose(networks: Sequence[Network], measured: Mapping[Network, LinkSpeed], force: bool = False) -> Network:
     """The network to use: of the fast ones the first, unless another is faster by `PREFERENCE`.
 
     Args:
@@ -219,17 +219,17 @@ def choose(networks: Sequence[Network], measured: Mapping[Network, Measured], fo
             hint="join them with a Thunderbolt cable and switch the Thunderbolt Bridge on in the network settings of "
             "each, allow local connections in the firewall, or give addresses in a hostfile",
         )
-    fast = [network for network in seen if not slow_because(network, measured[network])]
+    fast = [network for network in seen if not slow_reasons(network, measured[network])]
     if not fast and not force:
         raise _too_slow(seen, measured)
-    best = min(exchange_s(measured[network]) for network in fast or seen)
+    best = min(exchange_time_s(measured[network]) for network in fast or seen)
     near = PREFERENCE if fast else 1.0
-    return next(network for network in fast or seen if exchange_s(measured[network]) <= best * near)
+    return next(network for network in fast or seen if exchange_time_s(measured[network]) <= best * near)
 
 
-def _too_slow(seen: Sequence[Network], measured: Mapping[Network, Measured]) -> LinkError:
+def _too_slow(seen: Sequence[Network], measured: Mapping[Network, LinkSpeed]) -> LinkError:
     lines = [
-        f"{network}: {measured[network]}; {', '.join(slow_because(network, measured[network]))}" for network in seen
+        f"{network}: {measured[network]}; {', '.join(slow_reasons(network, measured[network]))}" for network in seen
     ]
     return LinkError(
         "every network between the hosts is too slow for a cluster:\n  " + "\n  ".join(lines),

@@ -37,7 +37,7 @@ def backend_file(hostfile: Hostfile, backend: Backend, ports: Iterable[int]) -> 
 
 
 def backend_variables(backend: Backend, rank: int, file: str, coordinator: str) -> dict[str, str]:
-    """What a rank's environment gets on top of `without_ring`.
+    """What a rank's environment gets on top of `without_ring_variables`.
 
     Args:
         backend: how the ranks talk.

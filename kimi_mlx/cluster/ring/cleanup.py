@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from kimi_mlx.cluster.hosts.ssh import run_everywhere
 from kimi_mlx.cluster.ring.guard import FOLDER_PREFIX
 
-SWEEP_LIMIT_S = 8.0
+CLEANUP_LIMIT_S = 8.0
 """For a host, connecting included."""
 
 _SCRIPT = """
@@ -38,5 +38,5 @@ def sweep(hosts: Iterable[str], tag: str, envs: Sequence[str] = ()) -> list[str]
     """
     exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
     script = exports + _SCRIPT.format(tag=tag, prefix=FOLDER_PREFIX)
-    answers = run_everywhere(hosts, script, SWEEP_LIMIT_S)
+    answers = run_everywhere(hosts, script, CLEANUP_LIMIT_S)
     return [host for host, answer in answers.items() if not answer.is_ok]

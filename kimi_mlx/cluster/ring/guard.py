@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from kimi_mlx.cluster.ring.launch import rank_command
+from kimi_mlx.cluster.hosts.launch import rank_command
 
-LOOK_EVERY_S = 0.1
+POLL_INTERVAL_S = 0.1
 """How soon the end of the child is noticed."""
 
 FOLDER_PREFIX = "kimi-mlx-"
@@ -67,7 +67,7 @@ def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
         if silence_s and time.monotonic() - heard > silence_s:
             print(f"nothing was heard for {silence_s:.0f} s of who started this", file=sys.stderr)
             return 1
-        readable, writable, _ = select.select([0], [pipe] if pending else [], [], LOOK_EVERY_S)
+        readable, writable, _ = select.select([0], [pipe] if pending else [], [], POLL_INTERVAL_S)
         if readable:
             data = os.read(0, 1 << 16)
             if not data:
@@ -78,7 +78,7 @@ def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
             try:
                 del pending[: os.write(pipe, pending)]
             except BrokenPipeError:  # it is ending
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(POLL_INTERVAL_S)
     return code
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from kimi_mlx.cluster.ring.messages import HEARTBEAT_S
+from kimi_mlx.cluster.channel.messages import HEARTBEAT_S
 
 
 class LinkWatch:

@@ -11,19 +11,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from kimi_mlx.cluster.doctor.link_diagnosis import find_wrong
+from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
+from kimi_mlx.cluster.channel.messages import Message, decode_error, encode
 from kimi_mlx.cluster.hosts.host import Cluster
-from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, Answer, command_on, is_local
+from kimi_mlx.cluster.hosts.launch import FAST_SYNC, without_ring_variables
+from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, ScriptResult, command_on, is_local
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
-from kimi_mlx.cluster.network.rdma import explain_jaccl
 from kimi_mlx.cluster.ring.backends import backend_file, coordinator
 from kimi_mlx.cluster.ring.cleanup import sweep
 from kimi_mlx.cluster.ring.guard import guard_command
-from kimi_mlx.cluster.ring.launch import FAST_SYNC, without_ring
-from kimi_mlx.cluster.ring.messages import Message, decode_error, encode
-from kimi_mlx.cluster.ring.process import RankProcess, end_all
+from kimi_mlx.cluster.ring.jaccl_errors import explain_jaccl
+from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
 from kimi_mlx.cluster.ring.rank_log import open_logs
-from kimi_mlx.cluster.ring.watch import JOIN_S, START_S, TEST_S, Limits, Watch
+from kimi_mlx.cluster.ring.watch import JOIN_S, START_S, TEST_S, RingTimeouts, RingWatch
 from kimi_mlx.errors import KimiMlxError, RingError, StallError
 
 RANK_MODULE = "kimi_mlx.rank.main"
@@ -35,7 +35,7 @@ FRONT_SILENCE_S = 15.0
 CAUSE_WAIT_S = 0.5
 """How long to wait, when a rank has ended, for word of another that ended before."""
 
-LOOK_EVERY_S = 0.25
+POLL_INTERVAL_S = 0.25
 
 END_PATIENCE_S = 2.0
 """How long a rank may take to end by itself, and again after SIGTERM."""
@@ -64,22 +64,22 @@ class Ring:
     def __init__(
         self,
         cluster: Cluster,
-        limits: Limits | None = None,
+        limits: RingTimeouts | None = None,
         module: str = RANK_MODULE,
         is_over: threading.Event | None = None,
     ):
         self.cluster = cluster
         self.world_size = cluster.size
-        self._limits = limits or Limits()
+        self._limits = limits or RingTimeouts()
         self._module = module
         self._is_over = is_over or threading.Event()
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._early: deque[tuple[int, Message]] = deque()  # what fast ranks say while slow ones still join
-        self._ranks: list[RankProcess] = []
+        self._ranks: list[HostProcess] = []
         self._pids: list[int | None] = []
         self._logs = open_logs(cluster.size)
         self._tag = ""
-        self._watch = Watch(cluster.size, self._limits, time.monotonic())
+        self._watch = RingWatch(cluster.size, self._limits, time.monotonic())
 
     def start(self, **settings: object) -> None:
         """Start the ranks and wait until all are connected; each gets `settings` in its `start` message.
@@ -112,7 +112,7 @@ class Ring:
         except BaseException:
             self.close()
             raise
-        self._watch = Watch(self.world_size, self._limits, time.monotonic())
+        self._watch = RingWatch(self.world_size, self._limits, time.monotonic())
 
     @property
     def pids(self) -> list[int]:
@@ -141,13 +141,13 @@ class Ring:
             while self._early:
                 yield self._early.popleft()
             try:
-                rank, message = self._inbox.get(timeout=LOOK_EVERY_S)
+                rank, message = self._inbox.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
                 self._look()
                 continue
             if message is None:
                 raise self._ended(rank)
-            self._watch.hear(rank, message, time.monotonic())
+            self._watch.on_message(rank, message, time.monotonic())
             if message["kind"] == "error":
                 raise self._ended(rank, decode_error(message))
             if message["kind"] == "alive":
@@ -159,12 +159,12 @@ class Ring:
     def close(self) -> None:
         """End all ranks, on every host, and look that nothing is left; may be called again."""
         ranks, self._ranks = self._ranks, []
-        end_all(ranks, END_PATIENCE_S)
-        doubtful = {self._host(process.rank) for process in ranks if not process.is_surely_gone}
+        terminate_all(ranks, END_PATIENCE_S)
+        doubtful = {self._host(process.rank) for process in ranks if not process.has_confirmed_exit}
         if ranks:
-            self.unreached = sweep(sorted(doubtful), self._tag, self.cluster.hostfile.envs) if doubtful else []
+            self.unreachable_hosts = sweep(sorted(doubtful), self._tag, self.cluster.hostfile.envs) if doubtful else []
 
-    unreached: Sequence[str] = ()
+    unreachable_hosts: Sequence[str] = ()
     """Hosts that could not be asked whether all ranks have ended; they end there by themselves (FRONT_SILENCE_S)."""
 
     def __enter__(self) -> Ring:
@@ -186,10 +186,10 @@ class Ring:
         guard = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
         command, preamble = command_on(host, _with_envs(self.cluster.hostfile.envs, guard))
         try:
-            process = RankProcess(
+            process = HostProcess(
                 rank,
                 command,
-                without_ring(os.environ),
+                without_ring_variables(os.environ),
                 self._delivery(),
                 preamble,
                 beats=True,
@@ -217,7 +217,7 @@ class Ring:
         ports = [port for rank in range(cluster.size) for port in listening[rank]["ports"]]
         is_alone, is_ring = cluster.size == 1, cluster.backend == "ring"
         file = "" if is_alone else backend_file(cluster.hostfile, cluster.backend, ports)
-        files = [file] * cluster.size if cluster.detour is None else cluster.detour(file)
+        files = [file] * cluster.size if cluster.hostfile_rewriter is None else cluster.hostfile_rewriter(file)
         told = {
             "backend": cluster.backend,
             "coordinator": "" if is_alone or is_ring else coordinator(cluster.hostfile, ports[0]),
@@ -246,7 +246,7 @@ class Ring:
             if self._is_over.is_set():
                 raise RingError("the ring has ended", hint=HINT)
             try:
-                rank, message = self._inbox.get(timeout=LOOK_EVERY_S)
+                rank, message = self._inbox.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
                 if time.monotonic() < end:
                     continue
@@ -264,11 +264,11 @@ class Ring:
 
     def _require_right(self, wrong: dict[int, list[Message]]) -> None:
         """What all ranks say of the test of their links."""
-        if found := find_wrong(self.cluster, wrong):
+        if found := find_corrupt_links(self.cluster, wrong):
             raise RingError(found[0].message, hint=found[0].hint, rank=found[0].rank)
 
     def _look(self) -> None:
-        trouble = self._watch.look(time.monotonic())
+        trouble = self._watch.check(time.monotonic())
         if trouble is None:
             return
         kind = StallError if trouble.is_stall else RingError
@@ -290,7 +290,7 @@ class Ring:
             if message is not None and message["kind"] == "error":
                 said.append(decode_error(message))
         own = [error for error in said if not isinstance(error, RingError)]
-        ended = [process for process in self._ranks if process.has_ended(0)]
+        ended = [process for process in self._ranks if process.wait(0)]
         killed = [process.rank for process in ended if process.signal_number is not None]
         if own or (said and not killed):
             return (own or said)[0]
@@ -300,8 +300,8 @@ class Ring:
         if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):
             if self._pids[cause] is not None and not process.words:
                 return self._lost(cause, "was killed, or its ssh session was")
-            return explain_ssh(Answer(self._host(cause), SSH_FAILED, "", process.words, 0))
-        return self._lost(cause, process.how_it_ended())
+            return explain_ssh(ScriptResult(self._host(cause), SSH_FAILED, "", process.words, 0))
+        return self._lost(cause, process.describe_exit())
 
     def _lost(self, rank: int, how: str, kind: type[RingError] = RingError) -> RingError:
         host = self._host(rank)

@@ -15,12 +15,12 @@ from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
 from kimi_mlx.cli.memory_requirement import memory_requirement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.payloads import all_payloads
 from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
-from kimi_mlx.cluster.network.links import Measured, Network
-from kimi_mlx.cluster.network.survey import Link
+from kimi_mlx.cluster.network.links import LinkSpeed, Network
+from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import ConfigError, HostfileError, UsageError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice, AllReduceTiming
 from tests.unit.cluster.doctor.test_host_checks import MAC, OTHER
@@ -48,7 +48,7 @@ GOOD = Diagnosis(
         Finding("mac-b", "versions", "ok", "as on `mac-a`"),
         Finding(BOTH, "link", "ok", "Thunderbolt"),
     ),
-    (Link(TB, Measured(0.0004, 6e9)), Link(LAN, None, ("`mac-a` to `mac-b` at 10.77.1.12: refused",))),
+    (Link(TB, LinkSpeed(0.0004, 6e9)), Link(LAN, None, ("`mac-a` to `mac-b` at 10.77.1.12: refused",))),
     TB,
     hostfile=Hostfile((Host("mac-a", ("10.78.1.11",)), Host("mac-b", ("10.78.1.12",))), "ring"),
     self_test=SelfTest((), TIMINGS, "gpu", SUMS),
@@ -57,10 +57,10 @@ BAD = Diagnosis(
     ("mac-a", "mac-b"),
     {"mac-a": MAC},
     (
-        Finding("mac-a", "bridge", "trouble", "the Thunderbolt Bridge is on, " * 4, f"on `mac-a` type: `{LONG}`"),
+        Finding("mac-a", "bridge", "problem", "the Thunderbolt Bridge is on, " * 4, f"on `mac-a` type: `{LONG}`"),
         Finding("mac-a", "clock", "warning", "7.00 s ahead", "`sudo sntp -sS time.apple.com`"),
         Finding("mac-a", "disk", "ok", "800 GB are free"),
-        Finding("mac-b", "reachable", "trouble", "`mac-b` refuses connections\n  ssh: refused", "Remote Login"),
+        Finding("mac-b", "reachable", "problem", "`mac-b` refuses connections\n  ssh: refused", "Remote Login"),
     ),
 )
 

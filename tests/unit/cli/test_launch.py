@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch as module
-from kimi_mlx.cluster.doctor.run_checks import Question
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from tests.command import call
 
 ASKED = 77
@@ -18,7 +18,7 @@ HOSTS = ("--hosts", "mac-a,mac-b")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The command and the question, instead of hosts that are asked."""
+    """The command and the request, instead of hosts that are asked."""
     found: list[Any] = []
 
     class Command(module._Command):
@@ -26,8 +26,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(context, words)
             found.append(self)
 
-    def diagnose(question: Question, is_install: bool) -> None:
-        found.extend((question, is_install))
+    def diagnose(request: DoctorRequest, is_install: bool) -> None:
+        found.extend((request, is_install))
         raise typer.Exit(ASKED)
 
     monkeypatch.setattr(module, "_Command", Command)
@@ -60,12 +60,12 @@ def test_which_words_are_the_commands(
         return
     done = call("launch", *HOSTS, "--env", "A=b=c", *words)
     assert done.returncode == ASKED, done.stderr
-    command, question, is_install = asked
+    command, request, is_install = asked
     assert (command.name, command.model, command.is_json) == (name, model, is_json)
-    assert question.need.name == model
-    assert question.is_quick == (name != "check")
-    assert [host.ssh for host in question.hostfile.hosts] == ["mac-a", "mac-b"]
-    assert question.hostfile.envs == ("A=b=c",)
+    assert request.need.name == model
+    assert request.is_quick == (name != "check")
+    assert [host.ssh for host in request.hostfile.hosts] == ["mac-a", "mac-b"]
+    assert request.hostfile.envs == ("A=b=c",)
     assert not is_install
 
 
@@ -103,7 +103,7 @@ def test_wrong_usage_is_told_before_any_host_is_asked(asked: list[Any], words: l
     done = call("launch", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
-    assert not any(isinstance(each, Question) for each in asked)
+    assert not any(isinstance(each, DoctorRequest) for each in asked)
 
 
 def test_it_does_not_start_under_another_launcher(asked: list[Any]) -> None:

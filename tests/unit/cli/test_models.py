@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.chat import SamplingOptions, merge_sampling
 from kimi_mlx.cli.models import details, footnotes, see, table
-from kimi_mlx.cluster.hosts.machine import Machine
+from kimi_mlx.cluster.hosts.machine import LocalMachine
 from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
@@ -23,8 +23,8 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
 
-STUDIO = Machine("Apple M3 Ultra", 512 * GIB, 384 * GIB, is_mac=True)
-LAPTOP = Machine("Apple M4", 24 * GIB, 18 * GIB, is_mac=True)
+STUDIO = LocalMachine("Apple M3 Ultra", 512 * GIB, 384 * GIB, is_mac=True)
+LAPTOP = LocalMachine("Apple M4", 24 * GIB, 18 * GIB, is_mac=True)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def entry_of(alias: str) -> CatalogueEntry:
     return entry
 
 
-def lines(width: int, machine: Machine = STUDIO) -> list[str]:
+def lines(width: int, machine: LocalMachine = STUDIO) -> list[str]:
     rows = [see(entry, machine) for entry in catalogue()]
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table(rows, machine, width))
@@ -48,7 +48,7 @@ def lines(width: int, machine: Machine = STUDIO) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
-def in_words(alias: str, machine: Machine = STUDIO) -> str:
+def in_words(alias: str, machine: LocalMachine = STUDIO) -> str:
     console = Console(file=io.StringIO(), width=200, color_system=None)
     console.print(details(see(entry_of(alias), machine), machine))
     assert isinstance(console.file, io.StringIO)
@@ -78,10 +78,10 @@ def test_a_row_is_a_line_and_nothing_is_cut(width: int) -> None:
     [
         (STUDIO, "yes|yes|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|no"),
         (LAPTOP, "yes|yes|no|no|no|no|no|no|no"),
-        (Machine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
+        (LocalMachine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
     ],
 )
-def test_fits_compares_with_the_machine(machine: Machine, fits: str) -> None:
+def test_fits_compares_with_the_machine(machine: LocalMachine, fits: str) -> None:
     header, *rows = lines(60, machine)
     column = header.index("fits")
     assert "|".join(row[column:].strip() for row in rows) == fits

@@ -11,13 +11,13 @@ import pytest
 
 from kimi_mlx.cli.memory_requirement import memory_requirement
 from kimi_mlx.cli.placement import choose_placement, choose_placement_on_hosts, with_placement
-from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_need
-from kimi_mlx.cluster.doctor.run_checks import Question, check_hosts
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_model_need
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
-from kimi_mlx.cluster.hosts.ssh import Answer
-from kimi_mlx.cluster.network.links import Measured, Network
-from kimi_mlx.cluster.network.survey import Link
+from kimi_mlx.cluster.hosts.ssh import ScriptResult
+from kimi_mlx.cluster.network.links import LinkSpeed, Network
+from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.links import measured_link
 from kimi_mlx.store.locate import resolve_model_name
@@ -39,12 +39,12 @@ def studios(round_trip_s: float = 300e-6, memory_gib: tuple[int, int] = (512, 51
         host: Facts(host, True, system="Darwin", chip="Apple M3 Ultra", memory_bytes=size * GIB, wired_limit_mb=0)
         for host, size in zip(("mac-a", "mac-b"), memory_gib, strict=True)
     }
-    link = Link(NETWORK, Measured(round_trip_s, 1e9))
+    link = Link(NETWORK, LinkSpeed(round_trip_s, 1e9))
     return Diagnosis(("mac-a", "mac-b"), known, (), (link,), NETWORK)
 
 
-def question(*envs: str) -> Question:
-    return Question(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), memory_requirement("kimi-k2"))
+def question(*envs: str) -> DoctorRequest:
+    return DoctorRequest(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), memory_requirement("kimi-k2"))
 
 
 def held(rank: int, placement: str, commit: str = "a" * 40) -> HeldStore:
@@ -139,16 +139,16 @@ def test_hosts_take_what_they_have_stored() -> None:
 def test_memory_is_checked_for_the_chosen_placement() -> None:
     """578 GB do not fit evenly on 512 and 192 GB, and fit by memory; what is stored in another way does not count."""
     asked, found = question(), studios(2.4e-3, (512, 192))
-    answers = {host: Answer(host, 0, "", "", 0.1) for host in found.hosts}
+    answers = {host: ScriptResult(host, 0, "", "", 0.1) for host in found.hosts}
     even = check_hosts(asked, found.facts, answers)
     found = with_stores(replace(found, findings=tuple(even)), [], [held(1, "hybrid-2-aaaaaa")])
     assert [(each.host, each.state) for each in even if each.check == "memory"] == [
         ("mac-a", "ok"),
-        ("mac-b", "trouble"),
+        ("mac-b", "problem"),
     ]
-    for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "trouble"])):
+    for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "problem"])):
         choice = choose_placement_on_hosts(found, asked, strategy)
         need = with_placement(asked.need, choice, 2)
-        after = with_need(found, replace(asked, need=need))
+        after = with_model_need(found, replace(asked, need=need))
         assert [each.state for each in after.findings if each.check == "memory"] == states
         assert len(after.findings) == len(even)

@@ -12,10 +12,10 @@ import kimi_mlx.cli.plan
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.plan_hosts import host_machines, measured_links
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.hosts.facts import Facts
-from kimi_mlx.cluster.network.links import Measured, Network
-from kimi_mlx.cluster.network.survey import Link
+from kimi_mlx.cluster.hosts.findings import Finding
+from kimi_mlx.cluster.network.links import LinkSpeed, Network
+from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import LinkError, SshError, UsageError
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
@@ -40,7 +40,7 @@ def diagnosis(**facts: object) -> Diagnosis:
         host: Facts(host, True, chip="Apple M3 Ultra", memory_bytes=512 * GIB, wired_limit_mb=0)
         for host in ("mac-a", "mac-b")
     }
-    links = (Link(NETWORK, Measured(600e-6, 5e9)),)
+    links = (Link(NETWORK, LinkSpeed(600e-6, 5e9)),)
     return Diagnosis(("mac-a", "mac-b"), known, (), links, NETWORK, **facts)  # type: ignore[arg-type]
 
 
@@ -121,7 +121,7 @@ def test_measured_links() -> None:
     (ring,) = measured_links(diagnosis())
     assert (ring.backend, ring.bytes_per_s) == ("ring", 5e9)
     assert [link.backend for link in measured_links(diagnosis(backend="jaccl"))] == ["jaccl", "ring"]
-    problem = Finding("mac-a, mac-b", "link", "trouble", "no answer")
+    problem = Finding("mac-a, mac-b", "link", "problem", "no answer")
     with pytest.raises(LinkError, match="no answer"):
         measured_links(Diagnosis(("mac-a", "mac-b"), {}, (problem,)))
     with pytest.raises(SshError, match="mac-a"):

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from kimi_mlx.cluster.doctor.cluster_checks import check_macos, check_stores, check_versions
-from kimi_mlx.cluster.doctor.findings import Finding, has_trouble
 from kimi_mlx.cluster.doctor.host_checks import (
     check_chip,
     check_clock,
@@ -15,17 +14,19 @@ from kimi_mlx.cluster.doctor.host_checks import (
     check_disk,
     check_fast_sync,
     check_firewall,
-    check_link,
     check_memory,
     check_python,
     check_reachable,
     check_wired_limit,
-    clock_skew,
+    clock_offset,
 )
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore, Interpreter
-from kimi_mlx.cluster.hosts.ssh import Answer
-from kimi_mlx.cluster.network.links import BridgeConflict, Measured, Network
-from kimi_mlx.cluster.network.rdma import JACCL_ERRORS, check_bridge, check_rdma, explain_jaccl
+from kimi_mlx.cluster.hosts.findings import Finding, has_problem
+from kimi_mlx.cluster.hosts.ssh import ScriptResult
+from kimi_mlx.cluster.network.choose import check_link
+from kimi_mlx.cluster.network.links import BridgeConflict, LinkSpeed, Network
+from kimi_mlx.cluster.network.rdma import check_bridge, check_rdma
+from kimi_mlx.cluster.ring.jaccl_errors import JACCL_ERRORS, explain_jaccl
 from kimi_mlx.units import GB, GIB
 
 PYTHON = Interpreter(
@@ -58,14 +59,16 @@ LINUX = Facts("box", is_complete=True, system="Linux", machine="x86_64", memory_
 
 
 def test_only_trouble_stands_in_the_way() -> None:
-    assert not has_trouble([Finding("a", "b", "ok", "c"), Finding("a", "b", "warning", "c", "d")])
-    assert has_trouble([Finding("a", "b", "trouble", "c", "d")])
+    assert not has_problem([Finding("a", "b", "ok", "c"), Finding("a", "b", "warning", "c", "d")])
+    assert has_problem([Finding("a", "b", "problem", "c", "d")])
 
 
 def test_reachable() -> None:
-    assert check_reachable(Answer("mac-a", 0, "", "", 0.4)).message == "answered in 400 ms"
-    finding = check_reachable(Answer("mac-a", 255, "", "ssh: connect to host mac-a port 22: Connection refused", 0.1))
-    assert finding.state == "trouble"
+    assert check_reachable(ScriptResult("mac-a", 0, "", "", 0.4)).message == "answered in 400 ms"
+    finding = check_reachable(
+        ScriptResult("mac-a", 255, "", "ssh: connect to host mac-a port 22: Connection refused", 0.1)
+    )
+    assert finding.state == "problem"
     assert "Connection refused" in finding.message
     assert "setremotelogin" in (finding.remedy or "")
 
@@ -82,16 +85,16 @@ def test_python() -> None:
     )
     bare = replace(PYTHON, packages={"mlx": "0.32.2"})
     finding = check_python(replace(MAC, interpreters=(bare,)))
-    assert (finding.state, finding.message) == ("trouble", "`/opt/py/bin/python` has no `kimi-mlx`")
+    assert (finding.state, finding.message) == ("problem", "`/opt/py/bin/python` has no `kimi-mlx`")
     assert "--install" in (finding.remedy or "")
     rosetta = check_python(replace(MAC, interpreters=(replace(PYTHON, machine="x86_64"),)))
-    assert (rosetta.state, "Rosetta" in rosetta.message) == ("trouble", True)
+    assert (rosetta.state, "Rosetta" in rosetta.message) == ("problem", True)
 
 
 def test_chip() -> None:
     assert check_chip(MAC).message == "Apple M3 Ultra, 512.0 GiB"
     assert check_chip(replace(MAC, machine="x86_64")).state == "ok"  # a shell under Rosetta
-    assert check_chip(replace(MAC, machine="x86_64", chip="Intel(R) Core(TM) i7")).state == "trouble"
+    assert check_chip(replace(MAC, machine="x86_64", chip="Intel(R) Core(TM) i7")).state == "problem"
     assert check_chip(LINUX).state == "ok"
 
 
@@ -99,9 +102,9 @@ def test_chip() -> None:
     ("facts", "need_gib", "state", "words"),
     [
         (MAC, 480, "ok", "480.0 GiB are needed, 490.0 GiB are free"),
-        (MAC, 495, "trouble", "495.0 GiB are needed, 490.0 GiB are free, 6.0 GiB are wired"),
-        (MAC, 505, "trouble", "at most 504.0 GiB can be used"),
-        (replace(MAC, free_bytes=80 * GIB, wired_bytes=420 * GIB), 300, "trouble", "420.0 GiB are wired"),
+        (MAC, 495, "problem", "495.0 GiB are needed, 490.0 GiB are free, 6.0 GiB are wired"),
+        (MAC, 505, "problem", "at most 504.0 GiB can be used"),
+        (replace(MAC, free_bytes=80 * GIB, wired_bytes=420 * GIB), 300, "problem", "420.0 GiB are wired"),
         (replace(MAC, free_bytes=None, wired_bytes=None), 300, "ok", "300.0 GiB are needed"),
         (replace(MAC, memory_bytes=None), 300, "warning", "unknown"),
         (LINUX, 10, "ok", "20.0 GiB are free"),
@@ -118,11 +121,11 @@ def test_memory(facts: Facts, need_gib: int, state: str, words: str) -> None:
     ("limit_mb", "need", "state", "remedy"),
     [
         (0, 384 * GIB, "ok", None),
-        (0, 384 * GIB + 1, "trouble", "`sudo sysctl iogpu.wired_limit_mb=394240`"),
-        (None, 400 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=409600`"),
+        (0, 384 * GIB + 1, "problem", "`sudo sysctl iogpu.wired_limit_mb=394240`"),
+        (None, 400 * GIB, "problem", "`sudo sysctl iogpu.wired_limit_mb=409600`"),
         (409600, 400 * GIB, "ok", None),
-        (0, 504 * GIB, "trouble", "`sudo sysctl iogpu.wired_limit_mb=516096`"),
-        (0, 504 * GIB + 1, "trouble", "kimi-mlx models"),
+        (0, 504 * GIB, "problem", "`sudo sysctl iogpu.wired_limit_mb=516096`"),
+        (0, 504 * GIB + 1, "problem", "kimi-mlx models"),
         (999999, 504 * GIB + 1, "ok", None),
     ],
 )
@@ -142,7 +145,7 @@ def test_disk() -> None:
     assert check_disk(MAC, 300 * GB).state == "ok"
     finding = check_disk(MAC, 900 * GB)
     assert finding.message == "900.0 GB are needed, 800.0 GB are free for `/Users/me/stores`"
-    assert finding.state == "trouble"
+    assert finding.state == "problem"
     assert check_disk(replace(MAC, disk_free_bytes=None), 1).state == "warning"
 
 
@@ -157,15 +160,15 @@ def test_disk() -> None:
     ],
 )
 def test_clock(started: float, state: str, words: str) -> None:
-    finding = check_clock(MAC, Answer("mac-a", 0, "", "", 3.0, started))
+    finding = check_clock(MAC, ScriptResult("mac-a", 0, "", "", 3.0, started))
     assert finding.state == state
     assert words in finding.message
 
 
 def test_half_of_the_way_is_in_doubt() -> None:
-    assert clock_skew(MAC, Answer("mac-a", 0, "", "", 6.0, 998.0)) == (0.0, 2.0)
-    assert clock_skew(replace(MAC, clock_end=None), Answer("mac-a", 0, "", "", 6.0, 998.0)) is None
-    assert check_clock(replace(MAC, clock_start=None), Answer("mac-a", 0, "", "", 6.0)).state == "warning"
+    assert clock_offset(MAC, ScriptResult("mac-a", 0, "", "", 6.0, 998.0)) == (0.0, 2.0)
+    assert clock_offset(replace(MAC, clock_end=None), ScriptResult("mac-a", 0, "", "", 6.0, 998.0)) is None
+    assert check_clock(replace(MAC, clock_start=None), ScriptResult("mac-a", 0, "", "", 6.0)).state == "warning"
 
 
 def test_the_fast_fence_is_a_warning() -> None:
@@ -178,15 +181,15 @@ def test_the_firewall() -> None:
     assert check_firewall(MAC).state == "ok"
     on = check_firewall(replace(MAC, firewall=1))
     assert (on.state, "--unblockapp /opt/py/bin/python" in (on.remedy or "")) == ("warning", True)
-    assert check_firewall(replace(MAC, firewall=2)).state == "trouble"
+    assert check_firewall(replace(MAC, firewall=2)).state == "problem"
     assert check_firewall(LINUX).state == "ok"
 
 
 def test_link() -> None:
     cable = Network("thunderbolt", ("169.254.1.1", "169.254.1.2"), ("bridge0", "bridge0"))
-    fast, slow = Measured(0.0003, 5e9), Measured(0.009, 5e7)
+    fast, slow = LinkSpeed(0.0003, 5e9), LinkSpeed(0.009, 5e7)
     assert check_link("mac-a, mac-b", cable, fast).state == "ok"
-    assert check_link("mac-a, mac-b", cable, slow).state == "trouble"
+    assert check_link("mac-a, mac-b", cable, slow).state == "problem"
     assert check_link("mac-a, mac-b", replace(cable, kind="wifi"), fast, is_forced=True).state == "warning"
 
 
@@ -195,7 +198,7 @@ def test_versions_are_those_of_the_first_host() -> None:
     odd = replace(MAC, host="mac-c", interpreters=(python,))
     assert check_versions([MAC]) == []
     findings = check_versions([MAC, OTHER, odd, replace(MAC, host="mac-d", interpreters=())])
-    assert [(each.host, each.state) for each in findings] == [("mac-b", "ok"), ("mac-c", "trouble")]
+    assert [(each.host, each.state) for each in findings] == [("mac-b", "ok"), ("mac-c", "problem")]
     assert findings[1].message == (
         "Python 3.13 (`mac-a`: 3.12); mlx 0.32.4 (`mac-a`: 0.32.2); kimi-mlx's code abd (`mac-a`: abc)"
     )
@@ -210,7 +213,7 @@ def test_macos_builds() -> None:
     assert check_macos([MAC, old], is_rdma_wanted=False)[0].state == "warning"
     finding = check_macos([MAC, old], is_rdma_wanted=True)[0]
     assert (finding.state, finding.message) == (
-        "trouble",
+        "problem",
         "macOS 26.4.1 (25E250), but `mac-a` has 26.5.1 (25F80)",
     )
 
@@ -232,13 +235,13 @@ def test_stores_of_one_commit_and_placement() -> None:
     ok = ("ok", "complete")
     assert stores([held(0)], [held(1)]) == [ok, ok]
     assert stores([held(0), held(0, ELDER)], [held(1, ELDER)]) == [ok, ok]  # the elder one is complete
-    assert stores([held(0)], [])[1] == ("trouble", "the store of rank 1 is missing")
-    assert stores([held(0)], [held(0)])[1] == ("trouble", "the store of rank 1 is missing")
+    assert stores([held(0)], [])[1] == ("problem", "the store of rank 1 is missing")
+    assert stores([held(0)], [held(0)])[1] == ("problem", "the store of rank 1 is missing")
     assert stores([held(0), held(0, ELDER)], [held(1, ELDER)], wanted=(COMMIT, "hybrid-2-aaaaaa")) == [
         ok,
-        ("trouble", "the store of rank 1 is missing; it has 111111111111, hybrid-2-aaaaaa"),
+        ("problem", "the store of rank 1 is missing; it has 111111111111, hybrid-2-aaaaaa"),
     ]
-    assert stores([held(0)], [held(1, placement="hybrid-2-bbbbbb")])[0][0] == "trouble"
+    assert stores([held(0)], [held(1, placement="hybrid-2-bbbbbb")])[0][0] == "problem"
     assert [state for state, _ in stores([held(0, repository="o/x")], [])] == ["warning", "warning"]
 
 
@@ -258,7 +261,7 @@ def test_stores_of_one_commit_and_placement() -> None:
 def test_rdma_and_how_to_come_by_it(change: dict[str, object], words: str, remedy: str) -> None:
     facts = replace(MAC, **change)  # pyright: ignore[reportArgumentType]
     finding = check_rdma(facts, is_wanted=True)
-    assert finding.state == "trouble"
+    assert finding.state == "problem"
     assert words in finding.message
     assert remedy in (finding.remedy or "")
     assert check_rdma(facts, is_wanted=False) == Finding("mac-a", "RDMA", "ok", finding.message)
@@ -274,7 +277,7 @@ def test_the_bridge_is_in_the_way_of_rdma_alone() -> None:
     assert check_bridge("mac-a", None, is_rdma_wanted=True).state == "ok"
     assert check_bridge("mac-a", conflict, is_rdma_wanted=False).state == "ok"
     finding = check_bridge("mac-a", conflict, is_rdma_wanted=True)
-    assert (finding.state, finding.message, finding.remedy) == ("trouble", conflict.message, conflict.hint)
+    assert (finding.state, finding.message, finding.remedy) == ("problem", conflict.message, conflict.hint)
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,29 @@ from ipaddress import IPv4Interface
 
 import pytest
 
-from kimi_mlx.cluster.doctor.findings import Finding
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
-from kimi_mlx.cluster.doctor.run_checks import Question, calm, check_hosts, check_together, read_answers, with_hosts
+from kimi_mlx.cluster.doctor.run_checks import (
+    DoctorRequest,
+    check_cluster,
+    check_hosts,
+    clear_firewall_warnings,
+    fill_in_hosts,
+    parse_host_facts,
+)
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
-from kimi_mlx.cluster.hosts.ssh import Answer
+from kimi_mlx.cluster.hosts.ssh import ScriptResult
 from kimi_mlx.cluster.network.interfaces import Interface
 from kimi_mlx.cluster.network.topology import (
     Topology,
     check_addresses,
     check_cables,
     check_topology,
+    choose_backend,
     networks_of,
-    pick_backend,
     rdma_of,
-    topology,
+    read_topology,
 )
 from kimi_mlx.units import GB
 from tests.unit.cluster.captures import capture
@@ -34,16 +41,16 @@ TWO = Hostfile((Host("mac-a"), Host("mac-b")))
 STORE = HeldStore("mlx-community/Kimi-K2", "abc", "hybrid-2-a1b2c3", 0, "x", 100 * GB)
 
 
-def question(need: ModelNeed = MINI, hostfile: Hostfile = TWO) -> Question:
-    return Question(hostfile, need)
+def question(need: ModelNeed = MINI, hostfile: Hostfile = TWO) -> DoctorRequest:
+    return DoctorRequest(hostfile, need)
 
 
 def states(findings: list[Finding], host: str = "mac-a") -> dict[str, str]:
     return {finding.check: finding.state for finding in findings if finding.host == host}
 
 
-def answer(host: str) -> Answer:
-    return Answer(host, 0, "", "", 2.0, 1000.0)
+def answer(host: str) -> ScriptResult:
+    return ScriptResult(host, 0, "", "", 2.0, 1000.0)
 
 
 def test_what_a_host_needs() -> None:
@@ -61,7 +68,7 @@ def test_two_macs_that_are_well() -> None:
     known, answers = {"mac-a": MAC, "mac-b": OTHER}, {"mac-a": answer("mac-a"), "mac-b": answer("mac-b")}
     findings = check_hosts(question(K2), known, answers)
     assert all(finding.state == "ok" for finding in findings)
-    findings = check_together(question(K2), known, None, topology([MAC, OTHER]), "ring")
+    findings = check_cluster(question(K2), known, None, read_topology([MAC, OTHER]), "ring")
     assert {finding.check for finding in findings if finding.state != "ok"} == {"stores"}  # none yet
 
 
@@ -69,11 +76,11 @@ def test_k2_on_one_mac_of_512_gb_is_too_much() -> None:
     alone = question(K2, Hostfile((Host("localhost"),)))
     mac = replace(MAC, host="localhost")
     found = states(check_hosts(alone, {"localhost": mac}, {"localhost": answer("localhost")}), "localhost")
-    assert (found["memory"], found["wired limit"], found["disk"]) == ("trouble", "trouble", "ok")
+    assert (found["memory"], found["wired limit"], found["disk"]) == ("problem", "problem", "ok")
     assert "clock" not in found
-    model, _ = check_together(alone, {"localhost": mac}, None, topology([mac]), "ring")
+    model, _ = check_cluster(alone, {"localhost": mac}, None, read_topology([mac]), "ring")
     assert (model.state, model.remedy) == ("warning", "`kimi-mlx download kimi-k2`")
-    model, fence = check_together(replace(alone, need=MINI), {"localhost": mac}, None, topology([mac]), "ring")
+    model, fence = check_cluster(replace(alone, need=MINI), {"localhost": mac}, None, read_topology([mac]), "ring")
     assert (model.state, model.message) == ("ok", "`kimi-mini` comes with kimi-mlx")
     assert (fence.check, fence.state) == ("fence", "ok")
 
@@ -85,12 +92,12 @@ def test_a_model_of_unknown_size_is_no_trouble() -> None:
 
 
 def test_hosts_that_answer_and_others() -> None:
-    good = Answer("mac-a", 0, "kimi_mlx_facts=1\nsystem=Darwin\n", "", 1.0)
-    odd = Answer("mac-b", 0, "hello\n", "", 1.0)
-    refused = Answer("mac-c", 255, "", "ssh: connect to host mac-c port 22: Connection refused", 0.1)
-    known, findings = read_answers({each.host: each for each in (good, odd, refused)})
+    good = ScriptResult("mac-a", 0, "kimi_mlx_facts=1\nsystem=Darwin\n", "", 1.0)
+    odd = ScriptResult("mac-b", 0, "hello\n", "", 1.0)
+    refused = ScriptResult("mac-c", 255, "", "ssh: connect to host mac-c port 22: Connection refused", 0.1)
+    known, findings = parse_host_facts({each.host: each for each in (good, odd, refused)})
     assert [*known] == ["mac-a"]
-    assert [finding.state for finding in findings] == ["ok", "trouble", "trouble"]
+    assert [finding.state for finding in findings] == ["ok", "problem", "problem"]
     assert "did not answer as expected" in findings[1].message
 
 
@@ -98,7 +105,7 @@ def test_the_front_must_have_the_same_kimi_mlx() -> None:
     assert MAC.python is not None
     old = replace(MAC, host="localhost", interpreters=(replace(MAC.python, code="old"),))
     known = {"mac-a": MAC, "mac-b": OTHER}
-    findings = check_together(question(), known, old, topology([MAC, OTHER]), "ring")
+    findings = check_cluster(question(), known, old, read_topology([MAC, OTHER]), "ring")
     versions = [finding for finding in findings if finding.check == "versions"]
     assert [finding.host for finding in versions] == ["mac-a", "mac-b"]
     assert all("this machine has 0.1.0 (code old)" in finding.message for finding in versions)
@@ -113,16 +120,16 @@ def test_one_computer_under_two_names() -> None:
     (one, first), (two, second) = linux("mac-a", "studio", "10.0.0.1/24"), linux("10.0.0.1", "studio", "10.0.0.1/24")
     joined = Topology({**first, **second}, (), (), {})
     hostfile = Hostfile((Host("mac-a"), Host("10.0.0.1")))
-    findings = check_together(question(MINI, hostfile), {"mac-a": one, "10.0.0.1": two}, None, joined, "ring")
+    findings = check_cluster(question(MINI, hostfile), {"mac-a": one, "10.0.0.1": two}, None, joined, "ring")
     [same] = [finding for finding in findings if finding.check == "host"]
-    assert (same.host, same.state, "same computer as `mac-a`" in same.message) == ("10.0.0.1", "trouble", True)
+    assert (same.host, same.state, "same computer as `mac-a`" in same.message) == ("10.0.0.1", "problem", True)
 
 
 def test_addresses_of_a_hostfile() -> None:
     interfaces = {"mac-a": (Interface("en5", "thunderbolt", (IPv4Interface("10.0.0.1/24"),)),)}
     [right] = check_addresses(Host("mac-a", ("10.0.0.1",)), interfaces)
     [wrong] = check_addresses(Host("mac-a", ("10.0.0.2",)), interfaces)
-    assert (right.state, wrong.state) == ("ok", "trouble")
+    assert (right.state, wrong.state) == ("ok", "problem")
     assert wrong.message == "10.0.0.2 is not one of its addresses; it has 10.0.0.1"
     assert check_addresses(Host("mac-a", ("127.0.0.1",)), interfaces)[0].state == "ok"
     assert check_addresses(Host("mac-a"), interfaces) == []
@@ -157,28 +164,28 @@ def rdma_mac(name: str) -> Facts:
 
 def test_rdma_is_taken_where_all_are_ready_and_no_bridge_is_in_the_way() -> None:
     hosts = [rdma_mac("studio"), rdma_mac("macbook")]
-    joined = topology(hosts)
+    joined = read_topology(hosts)
     assert joined.conflicts
-    assert pick_backend(None, hosts, joined) == "ring"
+    assert choose_backend(None, hosts, joined) == "ring"
     ready = replace(joined, conflicts={}, rdma=(((), ("rdma_en5",)), (("rdma_en1",), ())))
-    assert pick_backend(None, hosts, ready) == "jaccl"
-    assert pick_backend("ring", hosts, ready) == "ring"
-    assert pick_backend(None, hosts[:1], ready) == "ring"
-    assert pick_backend(None, [replace(hosts[0], rdma_status="disabled"), hosts[1]], ready) == "ring"
+    assert choose_backend(None, hosts, ready) == "jaccl"
+    assert choose_backend("ring", hosts, ready) == "ring"
+    assert choose_backend(None, hosts[:1], ready) == "ring"
+    assert choose_backend(None, [replace(hosts[0], rdma_status="disabled"), hosts[1]], ready) == "ring"
     hostfile = Hostfile((Host("studio"), Host("macbook")))
     assert rdma_of(hostfile, ready) == ready.rdma
     assert rdma_of(hostfile, joined) in ((), joined.rdma)
     findings = check_topology(hostfile, hosts, "jaccl", joined)
     assert {"bridge", "RDMA"} <= {finding.check for finding in findings}
-    assert "trouble" in {finding.state for finding in findings if finding.check == "bridge"}
+    assert "problem" in {finding.state for finding in findings if finding.check == "bridge"}
     assert all(finding.state == "ok" for finding in check_topology(hostfile, hosts, "ring", joined))
 
 
 def test_devices_of_a_hostfile_that_are_not_there() -> None:
     hosts = [rdma_mac("studio"), rdma_mac("macbook")]
     rdma = Hostfile((Host("studio", ("10.0.0.1",), ((), ("rdma_en19",))), Host("macbook", (), (("rdma_en1",), ()))))
-    found = [f for f in check_topology(rdma, hosts, "jaccl", topology(hosts)) if f.check == "devices"]
-    assert [finding.state for finding in found] == ["trouble", "ok"]
+    found = [f for f in check_topology(rdma, hosts, "jaccl", read_topology(hosts)) if f.check == "devices"]
+    assert [finding.state for finding in found] == ["problem", "ok"]
     assert "rdma_en19 is not there" in found[0].message
 
 
@@ -187,7 +194,7 @@ def test_cables_for_rdma() -> None:
     macs = [replace(MAC, host=f"mac-{letter}") for letter in "abcd"]
     ring = (((), (), a, b), ((), (), b, a), (b, a, (), ()), (a, b, (), ()))  # a-c, a-d, b-c, b-d
     finding = check_cables(macs, "jaccl-ring", ring)
-    assert finding.state == "trouble"
+    assert finding.state == "problem"
     assert finding.remedy == "give the hosts in the order of the cables: `--hosts mac-a,mac-c,mac-b,mac-d`"
     assert "between `mac-a` and `mac-b`" in check_cables(macs, "jaccl", ring).message
     assert check_cables(macs[:2], "jaccl", (((), a), (b, ()))).state == "ok"
@@ -195,14 +202,16 @@ def test_cables_for_rdma() -> None:
 
 def test_no_mac_has_no_rdma() -> None:
     hosts = [replace(LINUX, host="mac-a"), replace(LINUX, host="mac-b")]
-    found = check_topology(TWO, hosts, "jaccl", topology(hosts))
-    assert {finding.check for finding in found if finding.state == "trouble"} == {"RDMA", "cables"}
+    found = check_topology(TWO, hosts, "jaccl", read_topology(hosts))
+    assert {finding.check for finding in found if finding.state == "problem"} == {"RDMA", "cables"}
 
 
 def test_commands_name_the_hosts_and_a_firewall_that_does_no_harm_is_well() -> None:
-    [finding] = with_hosts([Finding("a", "python", "trouble", "m", "`kimi-mlx launch --hosts ... --install`")], "ab")
+    [finding] = fill_in_hosts([Finding("a", "python", "problem", "m", "`kimi-mlx launch --hosts ... --install`")], "ab")
     assert finding.remedy == "`kimi-mlx launch --hosts a,b --install`"
-    [firewall, other] = calm([Finding("a", "firewall", "warning", "on", "x"), Finding("a", "x", "warning", "m", "r")])
+    [firewall, other] = clear_firewall_warnings(
+        [Finding("a", "firewall", "warning", "on", "x"), Finding("a", "x", "warning", "m", "r")]
+    )
     assert (firewall.state, other.state) == ("ok", "warning")
 
 

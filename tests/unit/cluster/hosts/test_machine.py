@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.cluster.hosts.machine import gpu_limit, this_machine
+from kimi_mlx.cluster.hosts.machine import gpu_limit, local_machine
 from kimi_mlx.units import GIB
 
 
 def test_this_machine_has_memory_and_a_chip() -> None:
-    machine = this_machine()
+    machine = local_machine()
     assert machine.memory_bytes > GIB / 4
     assert 0 < machine.gpu_bytes <= machine.memory_bytes
     assert machine.chip

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.cluster.hosts.ssh import (
-    Answer,
+    ScriptResult,
     check_host,
     is_local,
     run_everywhere,
@@ -244,7 +244,7 @@ Host key verification failed.
     ],
 )
 def test_what_ssh_says_becomes_what_to_type(words: str, message: str, hint: str) -> None:
-    error = explain_ssh(Answer("mac-b", 255, "", words, 1.0))
+    error = explain_ssh(ScriptResult("mac-b", 255, "", words, 1.0))
     assert message in error.message
     assert words.splitlines()[-1] in error.message
     assert error.hint is not None
@@ -254,12 +254,12 @@ def test_what_ssh_says_becomes_what_to_type(words: str, message: str, hint: str)
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (Answer("mac-b", None, "", "", 30.2), "did not finish within 30 s"),
-        (Answer("mac-b", 127, "", "sh: line 1: rdma_ctl: command not found", 1), "has no `rdma_ctl`"),
-        (Answer("mac-b", 127, "", "zsh:1: command not found: sh", 1), "has no `sh`"),
-        (Answer("mac-b", 127, "", "sh: 1: uv: not found", 1), "has no `uv`"),
-        (Answer("mac-b", 2, "", "broken\n", 1), "exit code 2\n  broken"),
+        (ScriptResult("mac-b", None, "", "", 30.2), "did not finish within 30 s"),
+        (ScriptResult("mac-b", 127, "", "sh: line 1: rdma_ctl: command not found", 1), "has no `rdma_ctl`"),
+        (ScriptResult("mac-b", 127, "", "zsh:1: command not found: sh", 1), "has no `sh`"),
+        (ScriptResult("mac-b", 127, "", "sh: 1: uv: not found", 1), "has no `uv`"),
+        (ScriptResult("mac-b", 2, "", "broken\n", 1), "exit code 2\n  broken"),
     ],
 )
-def test_other_failures_are_told_too(answer: Answer, message: str) -> None:
+def test_other_failures_are_told_too(answer: ScriptResult, message: str) -> None:
     assert message in explain_ssh(answer).message

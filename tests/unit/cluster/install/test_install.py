@@ -15,8 +15,8 @@ import pytest
 from kimi_mlx.cluster.hosts.facts import Facts, Interpreter, own_interpreter
 from kimi_mlx.cluster.hosts.ssh import script_command
 from kimi_mlx.cluster.install import install as module
-from kimi_mlx.cluster.install.install import can_renew, install, needs_install, prefer
-from kimi_mlx.cluster.install.install_errors import Trouble, explain_failure, install_error
+from kimi_mlx.cluster.install.install import can_upgrade, install, needs_install, prefer_matching
+from kimi_mlx.cluster.install.install_errors import InstallProblem, explain_failure, install_error
 from kimi_mlx.cluster.install.wheel import PACKAGE
 from kimi_mlx.errors import InstallError
 
@@ -53,17 +53,17 @@ def with_package(found: Interpreter, name: str, version: str) -> Interpreter:
 def test_who_needs_it(interpreters: Sequence[Interpreter], is_needed: bool, is_renewed: bool) -> None:
     facts = replace(MAC, interpreters=tuple(interpreters))
     assert needs_install(facts, OWN) is is_needed
-    assert can_renew(facts, OWN) is is_renewed
+    assert can_upgrade(facts, OWN) is is_renewed
 
 
 def test_an_interpreter_like_ours_is_taken_before_one_with_another_kimi_mlx() -> None:
     other = replace(OWN, code="def")
     older = replace(VENV, version="3.11.9")
-    assert prefer(replace(MAC, interpreters=(PLAIN, other, VENV)), OWN).python == VENV
-    assert prefer(replace(MAC, interpreters=(older, OWN)), OWN).python == OWN
-    assert prefer(replace(MAC, interpreters=(other, older)), OWN).python == older
-    assert prefer(replace(MAC, interpreters=(PLAIN, other)), OWN).python == other
-    assert prefer(MAC, OWN).python is None
+    assert prefer_matching(replace(MAC, interpreters=(PLAIN, other, VENV)), OWN).python == VENV
+    assert prefer_matching(replace(MAC, interpreters=(older, OWN)), OWN).python == OWN
+    assert prefer_matching(replace(MAC, interpreters=(other, older)), OWN).python == older
+    assert prefer_matching(replace(MAC, interpreters=(PLAIN, other)), OWN).python == other
+    assert prefer_matching(MAC, OWN).python is None
 
 
 class Uv:
@@ -181,7 +181,7 @@ def test_the_time_is_over_and_the_next_try_begins_anew(
 
 @pytest.mark.slow
 def test_news_keep_coming(here: Facts, uv: Uv, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAY_EVERY_S", 0.2)
+    monkeypatch.setattr(module, "REPORT_INTERVAL_S", 0.2)
     uv.at_install("echo 'Downloading mlx' >&2; sleep 3")
     assert len([line for line in run(here) if line.endswith("s: Downloading mlx")]) >= 2
 
@@ -247,13 +247,13 @@ def test_what_to_type_where_there_is_no_python() -> None:
     assert "`brew install python`" in (explain_failure(MAC, "no Python", "").hint or "")
     assert "`curl -LsSf https://astral.sh/uv/install.sh | sh`" in (explain_failure(MAC, "no Python", "").hint or "")
     assert "`sudo apt install python3 python3-venv`" in (explain_failure(linux, "no Python", "").hint or "")
-    trouble = explain_failure(linux, "no venv for Python 3.11", "")
-    assert "its Python 3.11 cannot make environments" in trouble.message
-    assert "`sudo apt install python3.11-venv`" in (trouble.hint or "")
+    problem = explain_failure(linux, "no venv for Python 3.11", "")
+    assert "its Python 3.11 cannot make environments" in problem.message
+    assert "`sudo apt install python3.11-venv`" in (problem.hint or "")
 
 
 def test_one_error_for_all_hosts() -> None:
-    error = install_error({"a": Trouble("full\n  words", "make room"), "b": Trouble("full", "make room")})
+    error = install_error({"a": InstallProblem("full\n  words", "make room"), "b": InstallProblem("full", "make room")})
     assert error.message == "kimi-mlx was not installed on `a`, `b`\n`a`: full\n  words\n`b`: full"
     assert error.hint == "a, b: make room"
-    assert install_error({"a": Trouble("lost", None)}).hint is None
+    assert install_error({"a": InstallProblem("lost", None)}).hint is None

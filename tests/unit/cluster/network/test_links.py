@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from kimi_mlx.cluster.network.interfaces import Interface, Kind
 from kimi_mlx.cluster.network.links import (
     KINDS,
-    Measured,
+    LinkSpeed,
     Network,
     bridge_conflicts,
     candidates,
     choose,
-    slow_because,
+    parse_speed,
+    slow_reasons,
     slowest,
-    to_measured,
 )
 from kimi_mlx.cluster.network.thunderbolt import Cable
 from kimi_mlx.errors import LinkError
@@ -32,7 +32,7 @@ def interface(name: str, kind: Kind, *addresses: str, is_up: bool = True, member
 TB = Network("thunderbolt", ("169.254.1.1", "169.254.1.2"), ("bridge0", "bridge0"))
 LAN = Network("ethernet", ("192.168.1.1", "192.168.1.2"), ("en0", "en0"))
 AIR = Network("wifi", ("192.168.2.1", "192.168.2.2"), ("en1", "en1"))
-GOOD = Measured(0.0004, 6e9)
+GOOD = LinkSpeed(0.0004, 6e9)
 
 
 def test_a_mac_studio_and_a_macbook_have_thunderbolt_and_wifi() -> None:
@@ -124,22 +124,22 @@ def test_candidates_are_sorted_by_kind_and_of_one_subnet(hosts: list[list[Interf
 
 def test_thunderbolt_is_taken_unless_another_is_clearly_faster() -> None:
     assert choose([TB, LAN], {TB: GOOD, LAN: GOOD}) is TB
-    assert choose([TB, LAN], {TB: Measured(0.00045, 5e9), LAN: Measured(0.0004, 5e9)}) is TB
-    assert choose([TB, LAN], {TB: Measured(0.002, 2e8), LAN: Measured(0.0003, 1.2e9)}) is LAN
-    assert choose([TB, LAN], {LAN: Measured(0.0003, 1.2e9)}) is LAN
+    assert choose([TB, LAN], {TB: LinkSpeed(0.00045, 5e9), LAN: LinkSpeed(0.0004, 5e9)}) is TB
+    assert choose([TB, LAN], {TB: LinkSpeed(0.002, 2e8), LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
+    assert choose([TB, LAN], {LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
 
 
 @pytest.mark.parametrize(
     ("network", "measured", "why"),
     [
         (AIR, GOOD, "it is Wi-Fi"),
-        (LAN, Measured(0.0051, 6e9), "a round trip takes 5 ms, the limit is 5 ms"),
-        (LAN, Measured(0.012, 6e9), "a round trip takes 12 ms, the limit is 5 ms"),
-        (LAN, Measured(0.001, 117e6), "it carries 0.94 Gbit/s, 1 is the least"),
+        (LAN, LinkSpeed(0.0051, 6e9), "a round trip takes 5 ms, the limit is 5 ms"),
+        (LAN, LinkSpeed(0.012, 6e9), "a round trip takes 12 ms, the limit is 5 ms"),
+        (LAN, LinkSpeed(0.001, 117e6), "it carries 0.94 Gbit/s, 1 is the least"),
     ],
 )
 def test_a_slow_network_is_refused_with_its_figures_unless_forced(
-    network: Network, measured: Measured, why: str
+    network: Network, measured: LinkSpeed, why: str
 ) -> None:
     with pytest.raises(LinkError) as caught:
         choose([network], {network: measured})
@@ -151,7 +151,7 @@ def test_a_slow_network_is_refused_with_its_figures_unless_forced(
 
 
 def test_a_slow_network_is_not_taken_beside_a_fast_one_even_if_forced() -> None:
-    slow = Measured(0.02, 1e7)
+    slow = LinkSpeed(0.02, 1e7)
     assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, force=True) is LAN
 
 
@@ -162,12 +162,12 @@ def test_hosts_that_do_not_reach_each_other_have_no_network() -> None:
         choose([], {})
 
 
-measurements = st.builds(Measured, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
+measurements = st.builds(LinkSpeed, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
 
 
 @given(st.dictionaries(st.sampled_from([TB, LAN, AIR]), measurements))
-def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, Measured]) -> None:
-    fast = [each for each in measured if not slow_because(each, measured[each])]
+def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, LinkSpeed]) -> None:
+    fast = [each for each in measured if not slow_reasons(each, measured[each])]
     try:
         assert choose([TB, LAN, AIR], measured) in fast
     except LinkError:
@@ -175,13 +175,13 @@ def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, 
 
 
 def test_figures_are_read_and_the_slowest_pair_counts() -> None:
-    assert to_measured({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
-    assert slowest([GOOD, Measured(0.0003, 1e9)]) == Measured(0.0004, 1e9)
+    assert parse_speed({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
+    assert slowest([GOOD, LinkSpeed(0.0003, 1e9)]) == LinkSpeed(0.0004, 1e9)
     with pytest.raises(LinkError, match="Connection refused"):
-        to_measured({"kind": "error", "error": "Connection refused"})
+        parse_speed({"kind": "error", "error": "Connection refused"})
     for message in ({}, {"round_trip_s": "x", "bytes_per_s": 1}):
         with pytest.raises(LinkError, match="cannot be read"):
-            to_measured(message)
+            parse_speed(message)
 
 
 def test_a_thunderbolt_bridge_that_is_on_is_in_the_way_of_rdma() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cluster.network import measure as module
-from kimi_mlx.cluster.network.links import to_measured
+from kimi_mlx.cluster.network.links import parse_speed
 from kimi_mlx.cluster.network.measure import MeasureError, command, measure, serve
 
 SECRET = "s3cret 'quoted'"
@@ -144,7 +144,7 @@ def test_the_program_needs_nothing_but_a_python() -> None:
             assert client.wait(10) == 0
         assert server.wait(10) == 0
     assert (listening["kind"], measured["kind"]) == ("listening", "measured")
-    assert to_measured(measured).bytes_per_s > 1e6
+    assert parse_speed(measured).bytes_per_s > 1e6
     assert SECRET not in " ".join(command("python3", "serve", "127.0.0.1"))
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
+from kimi_mlx.cluster.hosts.launch import without_ring_variables
 from kimi_mlx.cluster.ring.backends import (
     backend_file,
     backend_variables,
@@ -13,7 +14,6 @@ from kimi_mlx.cluster.ring.backends import (
     jaccl_devices,
     ring_hosts,
 )
-from kimi_mlx.cluster.ring.launch import without_ring
 
 TWO = Hostfile(
     (
@@ -42,4 +42,4 @@ def test_each_backend_has_its_variables_and_none_of_another_ring() -> None:
     assert backend_variables("jaccl", 0, "/f", "10.0.0.1:1") == jaccl
     assert backend_variables("jaccl-ring", 0, "/f", "10.0.0.1:1") == {**jaccl, "MLX_JACCL_RING": "1"}
     base = {"PATH": "/bin", "JACCL_RANK": "3", "MLX_JACCL_RING": "1", "MLX_METAL_FAST_SYNCH": "1"}
-    assert without_ring(base) == {"PATH": "/bin", "MLX_METAL_FAST_SYNCH": "1"}
+    assert without_ring_variables(base) == {"PATH": "/bin", "MLX_METAL_FAST_SYNCH": "1"}

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.cleanup import sweep
 from kimi_mlx.cluster.ring.guard import guard_command
-from kimi_mlx.cluster.ring.messages import Message
-from kimi_mlx.cluster.ring.process import RankProcess, end_all
 from tests.unit.cluster.hosts.test_ssh import is_running
 
 CHILD = """
@@ -109,7 +109,7 @@ def test_it_ends_when_it_is_told_to(child: str) -> None:
 def test_a_shell_may_greet_before_the_first_message() -> None:
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     script = 'echo Welcome!; read -r line; echo "{\\"kind\\": \\"$line\\"}"; echo noise'
-    process = RankProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n")
+    process = HostProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n")
     assert inbox.get(timeout=5) == {"kind": "hello"}
     assert inbox.get(timeout=5) is None  # noise later is none of it
-    end_all([process], 1)
+    terminate_all([process], 1)

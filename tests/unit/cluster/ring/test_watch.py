@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from kimi_mlx.cluster.ring.watch import Limits, Trouble, Watch
+from kimi_mlx.cluster.ring.watch import RingProblem, RingTimeouts, RingWatch
 
-LIMITS = Limits(silence_s=10, step_s=10, stall_s=300)
+LIMITS = RingTimeouts(silence_s=10, step_s=10, stall_s=300)
 
 
 def alive(work: str = "idle", step: int = 0, **links: float) -> dict[str, Any]:
     return {"kind": "alive", "work": work, "step": step, "links": {name[1:]: age for name, age in links.items()}}
 
 
-def run(seconds: float, *beats: Any, start: float = 0) -> tuple[Trouble | None, float]:
+def run(seconds: float, *beats: Any, start: float = 0) -> tuple[RingProblem | None, float]:
     """Two ranks that say every second what `beats` gives for the second; when something is found, and what."""
-    watch = Watch(2, LIMITS, start)
+    watch = RingWatch(2, LIMITS, start)
     now = start
     while now < start + seconds:
         for rank, beat in enumerate(beats):
             if (message := beat(now)) is not None:
-                watch.hear(rank, message, now)
+                watch.on_message(rank, message, now)
         for part in range(4):
-            if (trouble := watch.look(now + part / 4)) is not None:
+            if (trouble := watch.check(now + part / 4)) is not None:
                 return trouble, now + part / 4
         now += 1
     return None, now
@@ -34,7 +34,7 @@ def test_idle_ranks_may_be_idle_for_ever() -> None:
 
 def test_a_silent_rank_is_found_in_time() -> None:
     trouble, at = run(100, lambda now: alive(), lambda now: alive() if now < 20 else None)
-    assert trouble == Trouble("has been silent for 10 s, the limit is 10 s", 1)
+    assert trouble == RingProblem("has been silent for 10 s, the limit is 10 s", 1)
     assert 19 + 10 <= at < 20 + 10.5
 
 
@@ -51,7 +51,7 @@ def test_a_long_load_or_prefill_that_goes_on_is_none_of_our_business() -> None:
 
 def test_tokens_that_stop_coming_are_missed_soon() -> None:
     trouble, at = run(100, *[lambda now: alive("decode", int(min(now, 30)))] * 2)
-    assert trouble == Trouble("no step of the decode for 10 s, though all ranks are alive", is_stall=True)
+    assert trouble == RingProblem("no step of the decode for 10 s, though all ranks are alive", is_stall=True)
     assert 40 <= at < 41
     # one that still reads the prompt may take its time
     assert run(100, lambda now: alive("decode", 1), lambda now: alive("prefill", 1))[0] is None
@@ -78,13 +78,13 @@ def test_a_stopped_rank_is_not_taken_for_a_dead_link() -> None:
         lambda now: alive("prefill", 1, r1=max(now - 50, 0.2)),
         lambda now: alive("prefill", 1, r0=0.9) if now < 50 else None,  # its last word came just before the next one
     )
-    assert trouble == Trouble("has been silent for 10 s, the limit is 10 s", 1)
+    assert trouble == RingProblem("has been silent for 10 s, the limit is 10 s", 1)
     assert 59 <= at < 60
 
 
 def test_a_front_that_slept_gives_everybody_time_anew() -> None:
-    watch = Watch(1, LIMITS, 0)
-    watch.hear(0, alive("decode", 1), 0)
-    assert watch.look(0.5) is None
-    assert watch.look(5000) is None
-    assert watch.look(5001) is None
+    watch = RingWatch(1, LIMITS, 0)
+    watch.on_message(0, alive("decode", 1), 0)
+    assert watch.check(0.5) is None
+    assert watch.check(5000) is None
+    assert watch.check(5001) is None

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from kimi_mlx.cluster.ring.launch import processor_of, rank_command, without_ring
-from kimi_mlx.cluster.ring.messages import decode, decode_error, encode, encode_error
+from kimi_mlx.cluster.channel.messages import decode, decode_error, encode, encode_error
+from kimi_mlx.cluster.hosts.launch import cpu_for_rank, rank_command, without_ring_variables
 from kimi_mlx.errors import EngineError, RingError
 
 
 def test_a_rank_gets_no_other_rings_variables() -> None:
     base = {"PATH": "/bin", "MLX_RANK": "7", "MLX_JACCL_COORDINATOR": "a:1", "MLX_WORLD_SIZE": "9"}
-    assert without_ring(base) == {"PATH": "/bin"}
+    assert without_ring_variables(base) == {"PATH": "/bin"}
 
 
 def test_the_command_is_this_python() -> None:
@@ -30,7 +30,7 @@ def test_the_command_is_this_python() -> None:
 def test_each_rank_stays_on_a_processor_of_its_own(
     rank: int, world_size: int, available: list[int] | None, expected: int | None
 ) -> None:
-    assert processor_of(rank, world_size, available) == expected
+    assert cpu_for_rank(rank, world_size, available) == expected
 
 
 def test_messages_and_errors_survive_the_way() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "warning", "trouble"]
+State = Literal["ok", "warning", "problem"]
 """`trouble` stands in the way of a start; a warning does not."""
 
 
@@ -29,6 +29,6 @@ class Finding:
     remedy: str | None = None
 
 
-def has_trouble(findings: Iterable[Finding]) -> bool:
+def has_problem(findings: Iterable[Finding]) -> bool:
     """Whether anything stands in the way."""
-    return any(finding.state == "trouble" for finding in findings)
+    return any(finding.state == "problem" for finding in findings)

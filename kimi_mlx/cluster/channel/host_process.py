@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode
 from kimi_mlx.cluster.hosts.ssh import SSH_FAILED
-from kimi_mlx.cluster.ring.messages import HEARTBEAT_S, Message, decode, encode
 from kimi_mlx.errors import KimiMlxError
 
 LINE_LIMIT_BYTES = 1 << 28
@@ -22,11 +22,11 @@ LINE_LIMIT_BYTES = 1 << 28
 LOG_LIMIT_BYTES = 10 << 20
 """Of a rank's log."""
 
-LAST_WORDS = 12
+STDERR_TAIL_LINES = 12
 """Lines of a rank's standard error that are kept to be shown."""
 
 
-class RankProcess:
+class HostProcess:
     """A running rank.
 
     Args:
@@ -56,7 +56,7 @@ class RankProcess:
         self._log, self._logged_bytes = log, 0
         self.last_heard = time.monotonic()
         self._deliver = deliver
-        self._words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._words: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         # A session of its own: Ctrl-C in the terminal reaches the front alone, which then ends the ranks in order.
         self._process = subprocess.Popen(
             command,
@@ -95,7 +95,7 @@ class RankProcess:
         """Send a signal, if it still runs."""
         self._process.send_signal(number)
 
-    def has_ended(self, limit_s: float) -> bool:
+    def wait(self, limit_s: float) -> bool:
         """Wait at most so long for the end."""
         try:
             self._process.wait(max(limit_s, 0))
@@ -105,7 +105,7 @@ class RankProcess:
 
     def release(self, limit_s: float) -> None:
         """Wait for the end, then close the pipes."""
-        self.has_ended(limit_s)
+        self.wait(limit_s)
         for thread, pipe in zip(self._threads, (self._process.stdout, self._process.stderr), strict=False):
             thread.join(limit_s)
             if pipe is not None and not thread.is_alive():  # whoever still holds the other end is swept away next
@@ -119,7 +119,7 @@ class RankProcess:
         return number if number in set(signal.Signals) and code != SSH_FAILED else None
 
     @property
-    def is_surely_gone(self) -> bool:
+    def has_confirmed_exit(self) -> bool:
         """Whether its guard (here, or at the other end of ssh) has told its exit code: nothing is left of it then."""
         code = self._process.poll()
         return code is not None and 0 <= code != SSH_FAILED
@@ -139,9 +139,9 @@ class RankProcess:
         """The last one of standard error; empty if there is none."""
         return self._words[-1] if self._words else ""
 
-    def how_it_ended(self) -> str:
+    def describe_exit(self) -> str:
         """In words: the signal or the exit code, and its last lines."""
-        if not self.has_ended(1):
+        if not self.wait(1):
             return "closed its output but runs on"
         self._threads[1].join(1)
         number = self.signal_number
@@ -196,13 +196,13 @@ class RankProcess:
                 file.write(line)
 
 
-def end_all(processes: Sequence[RankProcess], patience_s: float) -> None:
+def terminate_all(processes: Sequence[HostProcess], patience_s: float) -> None:
     """End ranks and wait for them: by closing their input, then SIGTERM, then SIGKILL, each after `patience_s`."""
     for process in processes:
         process.close_input()
     for harder in (signal.SIGTERM, signal.SIGKILL):
         end = time.monotonic() + patience_s
-        left = [process for process in processes if not process.has_ended(end - time.monotonic())]
+        left = [process for process in processes if not process.wait(end - time.monotonic())]
         for process in left:
             process.signal(harder)
     for process in processes:

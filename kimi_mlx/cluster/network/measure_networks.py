@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.hosts.ssh import command_on
-from kimi_mlx.cluster.network.links import Measured, Network, slow_because, slowest, to_measured
+from kimi_mlx.cluster.network.links import LinkSpeed, Network, parse_speed, slow_reasons, slowest
 from kimi_mlx.cluster.network.measure import command
-from kimi_mlx.cluster.ring.messages import Message
-from kimi_mlx.cluster.ring.process import RankProcess, end_all
 from kimi_mlx.errors import LinkError
 
 PAIR_LIMIT_S = 6.0
@@ -48,7 +48,7 @@ class Link:
     """
 
     network: Network
-    measured: Measured | None
+    speed: LinkSpeed | None
     problems: tuple[str, ...] = ()
 
 
@@ -58,8 +58,8 @@ def ring_pairs(hosts: Sequence[str], network: Network) -> list[Pair]:
     return [Pair(hosts[i], hosts[j], network.addresses[j]) for i, j in enumerate(following)]
 
 
-def survey(
-    hosts: Sequence[str], networks: Sequence[Network], pythons: Mapping[str, str], say: Callable[[str], None]
+def measure_networks(
+    hosts: Sequence[str], networks: Sequence[Network], pythons: Mapping[str, str], report: Callable[[str], None]
 ) -> list[Link]:
     """Measure networks, one after the other; of a kind that has a fast one the rest is left out.
 
@@ -74,10 +74,10 @@ def survey(
     for network in networks:
         if network.kind in fast:
             continue
-        say(f"measuring {network}")
+        report(f"measuring {network}")
         link = measure_network(hosts, network, pythons)
         links.append(link)
-        if link.measured is not None and not slow_because(network, link.measured):
+        if link.speed is not None and not slow_reasons(network, link.speed):
             fast.add(network.kind)
     return links
 
@@ -92,7 +92,7 @@ def measure_network(
 
 def measure_pairs(
     pairs: Sequence[Pair], pythons: Mapping[str, str], limit_s: float = PAIR_LIMIT_S
-) -> tuple[list[Measured], list[str]]:
+) -> tuple[list[LinkSpeed], list[str]]:
     """Measure pairs at once; nothing is left of it on any host, whatever happens.
 
     Returns:
@@ -114,13 +114,13 @@ class _Sides:
         self._limit_s = limit_s
         self._secret = secrets.token_hex(16)
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
-        self._processes: dict[int, RankProcess] = {}
+        self._processes: dict[int, HostProcess] = {}
 
-    def run(self) -> tuple[list[Measured], list[str]]:
+    def run(self) -> tuple[list[LinkSpeed], list[str]]:
         for number, pair in enumerate(self._pairs):
             # it listens while the client logs in, too
             self._start(2 * number, pair.server, "serve", pair.address, 0, self._limit_s + LOGIN_LIMIT_S)
-        outcome: dict[int, Measured | str] = {}
+        outcome: dict[int, LinkSpeed | str] = {}
         end = time.monotonic() + self._limit_s + LOGIN_LIMIT_S
         while len(outcome) < len(self._pairs):
             try:
@@ -132,20 +132,20 @@ class _Sides:
                 outcome[number] = found
         late = f"no answer within {self._limit_s + LOGIN_LIMIT_S:.0f} s"
         outcomes = [(pair, outcome.get(number, late)) for number, pair in enumerate(self._pairs)]
-        measured = [each for _, each in outcomes if isinstance(each, Measured)]
+        measured = [each for _, each in outcomes if isinstance(each, LinkSpeed)]
         return measured, [f"{pair}: {each}" for pair, each in outcomes if isinstance(each, str)]
 
     def close(self) -> None:
-        end_all([*self._processes.values()], END_PATIENCE_S)
+        terminate_all([*self._processes.values()], END_PATIENCE_S)
 
-    def _hear(self, number: int, is_client: bool, message: Message | None) -> Measured | str | None:
+    def _hear(self, number: int, is_client: bool, message: Message | None) -> LinkSpeed | str | None:
         """What a pair comes to, if a message of one of its sides tells."""
         pair = self._pairs[number]
         if message is None:
             if not is_client and 2 * number + 1 in self._processes:
                 return None  # the client tells more
             process = self._processes[2 * number + is_client]
-            return f"the measurement on `{pair.client if is_client else pair.server}` {process.how_it_ended()}"
+            return f"the measurement on `{pair.client if is_client else pair.server}` {process.describe_exit()}"
         if message["kind"] == "listening":
             port = int(message["port"])
             self._start(2 * number + 1, pair.client, "measure", pair.address, port, self._limit_s)
@@ -153,14 +153,14 @@ class _Sides:
         if message["kind"] == "error" and not is_client:
             return None if 2 * number + 1 in self._processes else f"`{pair.server}`: {message['error']}"
         try:
-            return to_measured(message)
+            return parse_speed(message)
         except LinkError as error:
             return error.message
 
     def _start(self, side: int, host: str, role: str, address: str, port: int, limit_s: float) -> None:
         line, script = command_on(host, command(self._pythons[host], role, address, port, limit_s))
         preamble = script + f"{self._secret}\n".encode()
-        self._processes[side] = RankProcess(side, line, os.environ, self._deliver, preamble)
+        self._processes[side] = HostProcess(side, line, os.environ, self._deliver, preamble)
 
     def _deliver(self, side: int, message: Message | None) -> None:
         self._inbox.put((side, message))

@@ -27,12 +27,12 @@ FAST_SYNC = "MLX_METAL_FAST_SYNCH"
 restarted (gh:ml-explore/mlx#3142, #3830): nobody gets it who has not asked kimi-mlx for it."""
 
 
-def without_ring(base: Mapping[str, str]) -> dict[str, str]:
+def without_ring_variables(base: Mapping[str, str]) -> dict[str, str]:
     """An environment without the variables of another ring."""
     return {name: value for name, value in base.items() if name not in RING_VARIABLES}
 
 
-def processor_of(rank: int, world_size: int, available: Sequence[int] | None) -> int | None:
+def cpu_for_rank(rank: int, world_size: int, available: Sequence[int] | None) -> int | None:
     """The processor on which a local rank should stay: ring threads spin, and ten times slower if they are moved.
 
     None for a rank alone, if there are fewer processors than ranks, or on a system that does not pin.
@@ -42,6 +42,6 @@ def processor_of(rank: int, world_size: int, available: Sequence[int] | None) ->
     return sorted(available)[rank]
 
 
-def available_processors() -> list[int] | None:
+def available_cpus() -> list[int] | None:
     """Processors that this process may use, where the system tells (Linux)."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None

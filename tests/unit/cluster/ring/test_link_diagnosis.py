@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from kimi_mlx.cluster.doctor.link_diagnosis import find_wrong
 from kimi_mlx.cluster.hosts.host import Backend, Cluster, Host, Hostfile
+from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
 
 HOSTS = Hostfile(tuple(Host(name) for name in ("mac-a", "mac-b", "mac-c")))
 
@@ -22,12 +22,12 @@ def wrong(kind: str, *sources: int) -> dict[str, object]:
 
 
 def test_nobody_is_blamed_where_all_is_right() -> None:
-    assert find_wrong(cluster(), {0: [], 1: [], 2: []}) == []
+    assert find_corrupt_links(cluster(), {0: [], 1: [], 2: []}) == []
 
 
 def test_a_wrong_message_names_the_two_ends_once() -> None:
     said = {0: [wrong("sum")], 1: [wrong("gather", 0, 2), wrong("message", 2)], 2: [wrong("message", 1)]}
-    [found] = find_wrong(cluster(), said)
+    [found] = find_corrupt_links(cluster(), said)
     assert found.message == (
         "the link between rank 2 (`mac-c`) and rank 1 (`mac-b`) garbles data: rank 1 (`mac-b`) got 3 of 1024 values of "
         "the message of 128 tokens, float32 otherwise than they were sent"
@@ -45,7 +45,7 @@ def test_a_wrong_message_names_the_two_ends_once() -> None:
     ],
 )
 def test_a_wrong_gather_names_a_link_where_it_has_come_straight(backend: Backend, message: str) -> None:
-    [found] = find_wrong(cluster(backend), {0: [wrong("gather", 1)], 1: [], 2: []})
+    [found] = find_corrupt_links(cluster(backend), {0: [wrong("gather", 1)], 1: [], 2: []})
     pattern = message.replace("(", r"\(").replace(")", r"\)")
     assert re.search(pattern, found.message)
     assert ("--backend ring" in found.hint) == (backend != "ring")

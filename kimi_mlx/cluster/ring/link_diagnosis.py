@@ -16,7 +16,7 @@ RING_REMEDY = "the link or MLX corrupts data: try another cable or port, another
 
 
 @dataclass(frozen=True)
-class Corruption:
+class CorruptLink:
     """Data that came otherwise than they were sent.
 
     Args:
@@ -30,7 +30,7 @@ class Corruption:
     hint: str
 
 
-def find_wrong(cluster: Cluster, wrong: Mapping[int, Sequence[Wrong]]) -> list[Corruption]:
+def find_corrupt_links(cluster: Cluster, wrong: Mapping[int, Sequence[Wrong]]) -> list[CorruptLink]:
     """The links between two ranks that are to blame, else the ranks that got something wrong; empty if nobody did.
 
     A message goes from one rank to the next, and over a mesh so does a part of a gather; all else passes through
@@ -42,7 +42,7 @@ def find_wrong(cluster: Cluster, wrong: Mapping[int, Sequence[Wrong]]) -> list[C
     """
     direct = ("message", "gather") if cluster.backend == "jaccl" else ("message",)
     remedy = RING_REMEDY if cluster.backend == "ring" else REMEDY
-    links: dict[frozenset[int], Corruption] = {}
+    links: dict[frozenset[int], CorruptLink] = {}
     for rank in sorted(wrong):
         for each in wrong[rank]:
             for source in each["sources"] if each["kind"] in direct else ():
@@ -50,8 +50,8 @@ def find_wrong(cluster: Cluster, wrong: Mapping[int, Sequence[Wrong]]) -> list[C
                     f"the link between {_both(cluster, source, rank)} garbles data: {_name(cluster, rank)} got "
                     f"{each['count']} of {each['of']} values of the {each['payload']} otherwise than they were sent"
                 )
-                links.setdefault(frozenset((source, rank)), Corruption(rank, message, remedy))
-    vague = [Corruption(rank, _vague(cluster, rank, wrong[rank]), remedy) for rank in sorted(wrong) if wrong[rank]]
+                links.setdefault(frozenset((source, rank)), CorruptLink(rank, message, remedy))
+    vague = [CorruptLink(rank, _vague(cluster, rank, wrong[rank]), remedy) for rank in sorted(wrong) if wrong[rank]]
     return list(links.values()) or vague
 
 

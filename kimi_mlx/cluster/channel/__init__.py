@@ -1,0 +1,1 @@
+"""A process on a host, and the JSON messages that are exchanged with it."""
