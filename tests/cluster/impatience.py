@@ -12,7 +12,7 @@ from typing import Any
 
 from kimi_mlx.cluster.doctor import payloads
 from kimi_mlx.cluster.network import choose as joining
-from kimi_mlx.cluster.network import measure, survey
+from kimi_mlx.cluster.network import measure, measure_networks
 
 PAIR_LIMIT_S = 3.0
 RESTART_DELAY_S = 0.5
@@ -42,7 +42,7 @@ def be_impatient(change: Callable[[object, str, object], None] = setattr) -> Non
     """
     from kimi_mlx.session import restart_policy
 
-    impatient = partial(survey.measure_network, limit_s=PAIR_LIMIT_S)
+    impatient = partial(measure_networks.measure_network, limit_s=PAIR_LIMIT_S)
     for module in (survey, joining):
         change(module, "measure_network", impatient)
     change(survey, "command", _short_command)
