@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 from kimi_mlx.cluster.doctor import payloads
-from kimi_mlx.cluster.network import choose as joining
-from kimi_mlx.cluster.network import measure, measure_networks
+from kimi_mlx.cluster.network import choose, measure, measure_networks
 
 PAIR_LIMIT_S = 3.0
 RESTART_DELAY_S = 0.5
@@ -43,9 +42,9 @@ def be_impatient(change: Callable[[object, str, object], None] = setattr) -> Non
     from kimi_mlx.session import restart_policy
 
     impatient = partial(measure_networks.measure_network, limit_s=PAIR_LIMIT_S)
-    for module in (survey, joining):
+    for module in (measure_networks, choose):
         change(module, "measure_network", impatient)
-    change(survey, "command", _short_command)
+    change(measure_networks, "command", _short_command)
     change(payloads, "PAYLOAD_S", 0.1)
     change(restart_policy, "RESTART_DELAYS_S", (RESTART_DELAY_S,))
 
