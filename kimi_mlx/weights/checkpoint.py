@@ -1,8 +1,8 @@
-"""A checkpoint as a table: which tensors there are, and how each matrix is stored. Pure: no tensor is read here.
+"""A checkpoint as a table: its tensors, and how each matrix is stored. This module never reads a tensor.
 
-Four forms are known, told apart by the tensors that are there: floats (`weight`), MLX's affine quantization (`weight`,
-`scales`, `biases`), FP8 blocks (`weight`, `weight_scale_inv`), and the packed integers of compressed-tensors
-(`weight_packed`, `weight_scale`, `weight_shape`). Each is seen here as fields of the canonical form.
+Four formats are supported; the tensor names tell which one a matrix has: floats (`weight`), MLX's affine quantization
+(`weight`, `scales`, `biases`), FP8 blocks (`weight`, `weight_scale_inv`), and the packed integers of compressed-tensors
+(`weight_packed`, `weight_scale`, `weight_shape`). Each is described here as fields of the canonical form.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ BELONG_HINT = "config.json and weights do not belong together: fetch both again"
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One array of a matrix in the canonical form, and where it comes from.
+    """One array of a matrix in the canonical form, and its stored tensors.
 
     Args:
         name: `weight`, `scales` or `biases`.
-        dtype: in the canonical form, in safetensors' words.
-        tensors: what it is made of: one tensor, or FP8's weight and its factors.
+        dtype: type in the canonical form, as safetensors names it.
+        tensors: stored tensors: one, or FP8's weight and its scale factors.
         decode: `copy`, `biases` (made from packed integers' scales) or `fp8`.
-        per: with `values`, stored columns a column of the matrix: bits / 32 for packed weights, 1 / group_size for
-            scales and biases, else 1 / 1.
+        per: stored columns per `values` columns of the matrix: bits per 32 for packed weights, 1 per group_size for
+            scales and biases, else 1 per 1.
         values: see `per`.
     """
 
@@ -57,11 +57,11 @@ class MatrixField:
 
 @dataclass(frozen=True)
 class MatrixFormat:
-    """How one matrix of the checkpoint is stored.
+    """Stored format of one matrix of the checkpoint.
 
     Args:
         fields: `weight`, and `scales` and `biases` if quantized.
-        quantization: in the canonical form; None if float.
+        quantization: quantization in the canonical form; None if float.
     """
 
     fields: tuple[MatrixField, ...]
@@ -69,7 +69,7 @@ class MatrixFormat:
 
     @property
     def kind(self) -> tuple[tuple[str, ...], Quantization | None]:
-        """What must be equal for two matrices to be joined."""
+        """Types and quantization; two matrices can be joined only if theirs are equal."""
         return tuple(field.dtype for field in self.fields), self.quantization
 
 
@@ -77,10 +77,10 @@ class Checkpoint:
     """The tensors of a text model, by their names without `language_model.`.
 
     Args:
-        config: the model's configuration.
-        table: the headers of all files.
-        where: the folder or repository, for messages.
-        fp8_dtype: what FP8 becomes: `F32` loses nothing, a store takes `BF16` as the model computes in it.
+        config: configuration of the model.
+        table: tensors of all files.
+        where: folder or repository, for messages.
+        fp8_dtype: type to which FP8 is converted: `F32` is exact; stores use the compute type of the model.
     """
 
     def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], where: str, fp8_dtype: str = "F32"):
@@ -91,18 +91,18 @@ class Checkpoint:
         self.layout = CheckpointLayout(self.has_matrix, self.quantization)
 
     def has_matrix(self, name: str) -> bool:
-        """Whether there is a matrix whose floats would be called `name`, such as `lm_head.weight`."""
+        """Return whether there is a matrix of this float name, such as `lm_head.weight`, in any format."""
         return name in self.tensors or name.removesuffix(".weight") + ".weight_packed" in self.tensors
 
     def quantization(self, path: str) -> Quantization | None:
-        """How the matrix at `path` is quantized in the canonical form."""
+        """Return the quantization of the matrix at `path` in the canonical form."""
         if f"{path}.weight_packed" in self.tensors:
             packed = self._packed_ints(path)
             return Quantization(packed.bits, packed.group_size)
         if f"{path}.scales" not in self.tensors:
             return None
         quantization = self.config.quantization_of(path)
-        if path not in self.config.quantization_overrides:  # said of the stack, stored one by one
+        if path not in self.config.quantization_overrides:  # may name the stack of experts stored one by one
             quantization = self.config.quantization_of(EXPERT.sub(".mlp.switch_mlp.", path))
         if quantization is None:
             raise WeightsError(
@@ -111,7 +111,7 @@ class Checkpoint:
         return quantization
 
     def tensors_of(self, path: str, suffix: str = ".weight") -> list[str]:
-        """Full names of the tensors that make up a matrix."""
+        """Return the full names of the tensors of a matrix."""
         if suffix != ".weight":
             return [path + suffix]
         if f"{path}.weight_packed" in self.tensors:
@@ -125,12 +125,12 @@ class Checkpoint:
         return [f"{path}.{kind}" for kind in kinds]
 
     def matrix(self, path: str, suffix: str, shape: tuple[int, ...]) -> MatrixFormat:
-        """How the matrix at `path` is stored.
+        """Return the stored format of the matrix at `path`.
 
         Args:
-            path: its name without suffix.
-            suffix: `.weight`, or of the router's bias.
-            shape: of the unquantized matrix, as the configuration says.
+            path: name without suffix.
+            suffix: `.weight`, or the suffix of the router's bias.
+            shape: shape of the unquantized matrix according to the configuration.
 
         Raises:
             WeightsError: a shape or type is not what the configuration says.
@@ -205,7 +205,7 @@ class Checkpoint:
         values: int = 1,
         how: str = "",
     ) -> None:
-        """Check a tensor's stored type and shape; `how` tells of the quantization."""
+        """Check the stored type and shape of a tensor; `how` describes the quantization in messages."""
         info = self.tensors.get(name)
         if info is None:
             raise WeightsError(f"`{self.where}` lacks the tensor `{name}`", hint="finish the download")
@@ -221,7 +221,7 @@ class Checkpoint:
             )
 
     def check_names(self) -> None:
-        """Refuse a checkpoint that lacks a tensor or has one that we would ignore."""
+        """Raise WeightsError if a tensor is missing or unknown."""
         wanted = {
             name
             for entry in self._entries()
@@ -250,12 +250,12 @@ class Checkpoint:
 
 
 def vision_bytes_of(table: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the vision part, which is left out."""
+    """Return the bytes of the vision part, which is not loaded."""
     return sum(info.size_bytes for name, info in table.items() if name.startswith(IGNORED_PREFIXES))
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a text model has no use for a tensor: vision, rotary buffers, layers that predict further tokens."""
+    """Return whether a text model does not use a tensor: vision, rotary buffers, multi-token prediction layers."""
     if name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_SUFFIXES):
         return True
     parts = name.split(".")

@@ -1,4 +1,4 @@
-"""How a safetensors file that we write begins, and where each tensor lies in it.
+"""Layout of a safetensors file that we write: its header and the start of each tensor.
 
 Source of the format: https://github.com/huggingface/safetensors#format.
 """
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from kimi_mlx.weights.index import DTYPE_BYTES
 
 ALIGNMENT = 64
-"""The data of a file starts at a multiple of this."""
+"""Alignment in bytes of the start of the data."""
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A file of known tensors.
+    """Layout of one file.
 
     Args:
-        header: its first bytes.
-        starts: first byte of each tensor, by name.
-        size_bytes: of the whole file.
+        header: first bytes of the file.
+        starts: name of a tensor -> its first byte.
+        size_bytes: size of the whole file.
     """
 
     header: bytes
@@ -32,10 +32,10 @@ class FileLayout:
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
-    """The layout of tensors one behind the other.
+    """Return the layout of consecutive tensors.
 
     Args:
-        tensors: name, type in safetensors' words, shape.
+        tensors: (name, type as safetensors names it, shape) of each tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     offsets: dict[str, int] = {}

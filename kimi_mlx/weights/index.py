@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, from the headers of its safetensors files; no tensor is read here.
+"""Read the tensor table of a checkpoint from the headers of its safetensors files; tensors are not read here.
 
 Source of the format: https://github.com/huggingface/safetensors#format (8 bytes of header size, a JSON header, data).
 """
@@ -19,7 +19,7 @@ from kimi_mlx.model.config import read_json, unreadable_hint
 from kimi_mlx.model.names import IGNORED_PREFIXES
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format."""
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -37,18 +37,18 @@ DTYPE_BYTES = {
 INDEX_NAME = "model.safetensors.index.json"
 
 FILE_NAME = re.compile(r"\w[\w .+-]{0,200}\.safetensors", re.ASCII)
-"""What an index may name: a file beside it, never a path elsewhere."""
+"""Allowed file names in an index: a file in the same folder, never a path."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """Location of a tensor.
 
     Args:
-        dtype: in safetensors' words, such as `BF16`.
-        shape: as stored.
-        file: the file.
-        start: first byte, from the beginning of the file.
+        dtype: type as safetensors names it, such as `BF16`.
+        shape: stored shape.
+        file: path of the file.
+        start: offset of its first byte in the file.
     """
 
     dtype: str
@@ -58,7 +58,7 @@ class TensorInfo:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor; 0 for a type that we do not know."""
+        """Bytes of the tensor; 0 for an unknown type."""
         return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 0)
 
 
@@ -66,7 +66,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all files of a checkpoint.
 
     Raises:
-        WeightsError: no files, a file that is missing, cut short or not safetensors, or a name that occurs twice.
+        WeightsError: there are no files; a file is missing, truncated or not safetensors; a name occurs twice.
     """
     table: dict[str, TensorInfo] = {}
     for file in checkpoint_files(folder):
@@ -78,9 +78,9 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files that the index names, or, without an index, `model*.safetensors`.
+    """Return the safetensors files that the index names, or without an index `model*.safetensors`.
 
-    Files of vision alone may be missing; they are listed if they are there.
+    Files with only vision tensors are optional: they are listed if present.
     """
     index = folder / INDEX_NAME
     try:
@@ -99,11 +99,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """From each tensor to its file, as a checkpoint's index says.
+    """Read the index of a checkpoint: name of a tensor -> file name.
 
     Raises:
         ConfigError: the index cannot be read.
-        WeightsError: it has no `weight_map`, or one that names something else than a file beside it.
+        WeightsError: it has no `weight_map`, or the map names a file outside the folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -118,7 +118,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def files_in_use(weight_map: Mapping[str, str]) -> set[str]:
-    """The files that hold anything of the text model; others, of vision alone, need not be there."""
+    """Return the files with tensors of the text model; files with only vision tensors may be missing."""
     return {file for tensor, file in weight_map.items() if not tensor.startswith(IGNORED_PREFIXES)}
 
 
@@ -130,7 +130,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, checked against the file's size."""
+    """Read the tensors of one safetensors file, checked against its size."""
     try:
         with file.open("rb") as stream:
             return parse_header(file, file.stat().st_size, lambda start, stop: _read(stream, start, stop))
@@ -139,15 +139,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, wherever it lies.
+    """Parse the header of a safetensors file, local or remote.
 
     Args:
-        file: its name, for the table and for messages.
-        size: of the whole file, in bytes.
-        read: returns the bytes from start to stop.
+        file: name of the file, for the table and for messages.
+        size: bytes of the whole file.
+        read: function that returns the bytes from start to stop.
 
     Raises:
-        WeightsError: not a safetensors file, or a tensor that ends behind the end of the file.
+        WeightsError: the file is not safetensors, or a tensor ends after the end of the file.
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -191,7 +191,7 @@ def _tensor_info(name: str, item: dict[str, Any], file: Path, data: int, size: i
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    """Check a shape or a pair of offsets: whole numbers from 0."""
+    """Check a shape or a pair of offsets: a list of non-negative integers."""
     numbers: list[Any] = cast(list[Any], values) if isinstance(values, list) else [-1]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"{reprlib.repr(cast(Any, values))} is not a list of whole numbers from 0")
