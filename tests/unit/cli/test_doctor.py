@@ -95,7 +95,7 @@ def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
     assert "gather of 8 tokens, float32" in verbose
     assert re.search(r"64 +917504 +2\.10 ms +1\.20 ms", verbose)
     text = printed(BAD, 80)
-    assert "✗ trouble reachable   `mac-b` refuses connections" in text
+    assert "✗ problem reachable   `mac-b` refuses connections" in text
     assert "! warning clock       7.00 s ahead" in text
     assert "  → `sudo sntp -sS time.apple.com`" in text
     assert "2 problems found. Fix them and run doctor again." in text
