@@ -1,4 +1,4 @@
-"""Where the figures of `kimi-mlx bench` go: the terminal, a JSON file, a picture."""
+"""Output of `kimi-mlx bench`: the terminal, a JSON file, a plot."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from kimi_mlx.bench.report import Report
 
 TABLE_WIDTH = 200
-"""A narrow terminal wraps lines: figures are not cut."""
+"""Width of tables on any terminal, so that no number is cut; a narrow terminal wraps the lines."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What was asked for.
+    """Formats and files of the results.
 
-    Args:
-        is_json: JSON on stdout.
-        is_markdown: Markdown on stdout.
-        file: for JSON, too.
-        plot: for a PNG.
+    Attributes:
+        is_json: whether to print JSON on stdout.
+        is_markdown: whether to print Markdown on stdout.
+        file: JSON file to write; None for none.
+        plot: PNG file to write; None for none.
     """
 
     is_json: bool
@@ -36,13 +36,15 @@ class Output:
     plot: Path | None
 
     def check(self) -> None:
-        """Before anything is measured: can all of it be written?
+        """Check, before anything is measured, that all results can be written.
 
         Raises:
-            UsageError: it cannot.
+            UsageError: a file cannot be written, or options exclude each other.
         """
         if self.is_json and self.is_markdown:
-            raise UsageError("--json and --markdown exclude each other", hint="--output FILE writes JSON beside either")
+            raise UsageError(
+                "--json and --markdown exclude each other", hint="use `--output FILE` to write JSON as well"
+            )
         if self.plot is not None:
             from kimi_mlx.bench.plot import require_matplotlib
 
@@ -52,10 +54,10 @@ class Output:
                 _check_writable(option, path)
 
     def show(self, report: Report) -> None:
-        """Print the figures, and write the files.
+        """Print the results and write the files.
 
         Raises:
-            KimiMlxError: a file cannot be written any more.
+            KimiMlxError: a file cannot be written.
         """
         if self.is_json:
             print_json(report.to_dict())
@@ -71,7 +73,7 @@ class Output:
 
                 save_plot(report, self.plot)
         except OSError as error:
-            raise KimiMlxError(f"`{error.filename}` cannot be written: {error.strerror}") from error
+            raise KimiMlxError(f"cannot write `{error.filename}`: {error.strerror}") from error
 
 
 def _print_tables(report: Report) -> None:
@@ -86,13 +88,13 @@ def _print_tables(report: Report) -> None:
 
 
 def _check_writable(option: str, path: Path) -> None:
-    is_there = path.exists()
+    exists = path.exists()
     try:
         with path.open("ab"):
             pass
-        if not is_there:
+        if not exists:
             path.unlink()
     except OSError as error:
         raise UsageError(
-            f"{option} `{path}` cannot be written: {error.strerror}", hint="name a file in a folder that is there"
+            f"{option}: cannot write `{path}`: {error.strerror}", hint="name a file in an existing folder"
         ) from error

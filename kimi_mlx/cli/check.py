@@ -1,4 +1,4 @@
-"""`kimi-mlx launch ... check`: let a cluster answer twice and compare."""
+"""`kimi-mlx launch ... check`: let a cluster answer the same prompt twice and compare the answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(
     launch = launch_context(context)
     if launch is None:
         raise UsageError(
-            "`check` is for clusters", hint="`kimi-mlx launch --hosts a,b check`; for this machine: `kimi-mlx doctor`"
+            "`check` needs hosts", hint="run `kimi-mlx launch --hosts a,b check`, or `kimi-mlx doctor` for this machine"
         )
     run = RunOptions(model, strategy=strategy, dtype=dtype)
     target = resolve_model_name(run.model_name)
@@ -49,7 +49,7 @@ def check(
     if first != second:
         position = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
         raise RingError(
-            f"the same prompt got two different answers; they differ from token {position} of {TOKENS}",
+            f"two answers to the same prompt differ from token {position} of {TOKENS} on",
             hint="the link or MLX corrupts data: run `kimi-mlx doctor` with the same hosts",
         )
     result = {
@@ -68,7 +68,7 @@ def check(
         return
     rate = format_rate(finished.statistics.decode_tok_per_s)
     stdout.print(
-        f"{launch.description} answer: loaded in {format_seconds(load_s)}, {rate}, twice the same", markup=False
+        f"{launch.description} answer: loaded in {format_seconds(load_s)}, {rate}, both answers are equal", markup=False
     )
 
 

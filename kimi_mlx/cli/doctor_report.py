@@ -1,4 +1,4 @@
-"""What the doctor has found, for people and for programs."""
+"""Report of the doctor, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ SYMBOLS: dict[State, str] = {"ok": "✓ ok", "warning": "! warning", "problem": 
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 STATE_WIDTH, CHECK_WIDTH = 10, 12
-"""Columns; what is left is for the message."""
+"""Widths of the first two columns; the message gets the rest."""
 
 
 def report(
     diagnosis: Diagnosis, need: ModelNeed, option: str, width: int, is_verbose: bool = False
 ) -> Iterator[RenderableType]:
-    """All of it, part by part; a part that is plain text is not to be wrapped.
+    """Yield the report, part by part; a part of type str must not be wrapped.
 
     Args:
-        diagnosis: what was found.
-        need: of the model.
-        option: how the hosts are given to the next command, such as `--hosts a,b`; empty for this machine alone.
-        width: of the terminal.
-        is_verbose: show each check that is well, and each size of the self-test.
+        diagnosis: diagnosis of the hosts.
+        need: the model's name and memory.
+        option: option that names the hosts in the next command, such as `--hosts a,b`; empty for this machine only.
+        width: width of the terminal.
+        is_verbose: whether to show each check that passed and each size of the self-test.
     """
     for host in _groups(diagnosis):
         yield Text("this machine" if not option else host, style="bold")
@@ -53,34 +53,34 @@ def report(
         yield ""
     if diagnosis.self_test is not None and diagnosis.self_test.timings and len(diagnosis.facts) > 1:
         yield timing_table(diagnosis.self_test) if is_verbose else Text(timing_line(diagnosis.self_test))
-        if (sums := diagnosis.self_test.sums) is not None:
-            text = str(sums)
+        if (choice := diagnosis.self_test.sums) is not None:
+            text = str(choice)
             yield Text(f"{text[0].upper()}{text[1:]}.")
             if is_verbose:
-                yield sums_table(sums)
+                yield all_reduce_table(choice)
         yield ""
-    what, command = next_step(diagnosis, need, option)
-    yield Text(what, style="bold")
+    advice, command = next_step(diagnosis, need, option)
+    yield Text(advice, style="bold")
     if command:
         yield f"  {command}"
 
 
 def _groups(diagnosis: Diagnosis) -> list[str]:
-    """The hosts in their order, then what concerns several."""
+    """Return the hosts in their order, then the groups of hosts that findings are about."""
     named = {finding.host for finding in diagnosis.findings}
     several = [host for host in dict.fromkeys(f.host for f in diagnosis.findings) if host not in diagnosis.hosts]
     return [*(host for host in diagnosis.hosts if host in named), *several]
 
 
 def _group(findings: Sequence[Finding], width: int, is_verbose: bool) -> Iterator[RenderableType]:
-    """The findings of one host, those that are well in a line."""
+    """Yield the findings of one host; checks that passed share a line unless is_verbose."""
     for is_ok, part in groupby(sorted(findings, key=lambda f: f.state == "ok"), key=lambda f: f.state == "ok"):
-        some = list(part)
-        if is_ok and not is_verbose and len(some) > 1:
-            checks = ", ".join(dict.fromkeys(finding.check for finding in some))
-            yield _row("ok", f"{len(some)} checks", checks)
+        same_state = list(part)
+        if is_ok and not is_verbose and len(same_state) > 1:
+            checks = ", ".join(dict.fromkeys(finding.check for finding in same_state))
+            yield _row("ok", f"{len(same_state)} checks", checks)
             continue
-        for finding in some:
+        for finding in same_state:
             yield _row(finding.state, finding.check, finding.message)
             yield from remedy_lines(finding.remedy or "", width)
 
@@ -95,7 +95,7 @@ def _row(state: State, check: str, message: str) -> Table:
 
 
 def remedy_lines(text: str, width: int) -> list[str]:
-    """A remedy, wrapped; a command that is too long for a line stands alone and whole, so that it can be copied."""
+    """Wrap a remedy; a command that is longer than a line gets a line of its own, uncut, so that it can be copied."""
     indent = "  "
     pieces = re.split(r"(`[^`]+`)", text)
     lines: list[str] = []
@@ -104,10 +104,10 @@ def remedy_lines(text: str, width: int) -> list[str]:
             lines += [piece.strip("`") for piece in part]
             continue
         words = "".join(part).strip(" ;,")
-        # blanks within a command do not part lines
-        kept = re.sub(r"`[^`]+`", lambda found: found[0].replace(" ", "\0"), words)
+        # do not break lines at the spaces of a command
+        unbroken = re.sub(r"`[^`]+`", lambda match: match[0].replace(" ", "\0"), words)
         wrapped = textwrap.wrap(
-            kept,
+            unbroken,
             width,
             initial_indent=indent if lines else f"{indent}→ ",
             subsequent_indent=indent * 2,
@@ -119,7 +119,7 @@ def remedy_lines(text: str, width: int) -> list[str]:
 
 
 def link_table(diagnosis: Diagnosis) -> Table:
-    """The networks that were measured."""
+    """Return a table of the measured networks."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("network", overflow="fold")
     for header in ("round trip", "Gbit/s", "sum"):
@@ -139,7 +139,7 @@ def link_table(diagnosis: Diagnosis) -> Table:
 
 
 def timing_line(test: SelfTest) -> str:
-    """How long the sums of the self-test took, in a line."""
+    """Return the durations of the self-test's all-reduces as one line."""
     one, many = _timing(test, "sum", 1), max(test.timings, key=lambda timing: timing.payload.size_bytes)
     assert one is not None
     return (
@@ -150,12 +150,12 @@ def timing_line(test: SelfTest) -> str:
 
 
 def timing_table(test: SelfTest) -> Table:
-    """Every size of the self-test."""
+    """Return a table of all sizes of the self-test."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("self-test")
     for header in ("bytes", "median", "99 %", "rate"):
         table.add_column(header, justify="right", no_wrap=True)
-    for timing in sorted(test.timings, key=lambda each: (each.payload.kind, each.payload.dtype, each.payload.tokens)):
+    for timing in sorted(test.timings, key=lambda t: (t.payload.kind, t.payload.dtype, t.payload.tokens)):
         table.add_row(
             timing.payload.name,
             str(timing.payload.size_bytes),
@@ -166,25 +166,25 @@ def timing_table(test: SelfTest) -> Table:
     return table
 
 
-def sums_table(sums: AllReduceChoice) -> Table:
-    """What the two ways to make a sum take, by size."""
+def all_reduce_table(choice: AllReduceChoice) -> Table:
+    """Return a table of the durations of both all-reduce methods, by size."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("sum of tokens")
     for header in ("bytes", "gathered", "all_sum"):
         table.add_column(header, justify="right", no_wrap=True)
-    for each in sums.timings:
-        times = (_milliseconds(each.gather_s), _milliseconds(each.all_sum_s))
-        table.add_row(str(each.tokens), str(each.size_bytes), *times)
+    for timing in choice.timings:
+        times = (_milliseconds(timing.gather_s), _milliseconds(timing.all_sum_s))
+        table.add_row(str(timing.tokens), str(timing.size_bytes), *times)
     return table
 
 
 def _timing(test: SelfTest | None, kind: str, tokens: int) -> Timing | None:
-    found = (
+    matching = (
         timing
         for timing in (test.timings if test else ())
         if (timing.payload.kind, timing.payload.tokens, timing.payload.dtype) == (kind, tokens, "bfloat16")
     )
-    return next(found, None)
+    return next(matching, None)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -192,21 +192,21 @@ def _milliseconds(seconds: float) -> str:
 
 
 def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, str]:
-    """What to do now, and the command for it, if there is one."""
-    trouble, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("problem", "warning"))
-    if trouble:
-        found = "1 problem found. Fix it" if trouble == 1 else f"{trouble} problems found. Fix them"
-        return f"{found} and run doctor again.", ""
+    """Return the advice at the end of the report and its command, which is empty if there is none."""
+    problems, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("problem", "warning"))
+    if problems:
+        advice = "1 problem found. Fix it" if problems == 1 else f"{problems} problems found. Fix them"
+        return f"{advice} and run doctor again.", ""
     model = "" if need.name == Settings().model else f" {need.name}"
     command = f"kimi-mlx chat{model}"
     if option:
         command = f"kimi-mlx launch {option}" + (f" chat{model}" if model else "")
-    but = "" if not warnings else " (1 warning)" if warnings == 1 else f" ({warnings} warnings)"
-    return f"All checks passed{but}. Next:", command
+    suffix = "" if not warnings else " (1 warning)" if warnings == 1 else f" ({warnings} warnings)"
+    return f"All checks passed{suffix}. Next:", command
 
 
 def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
-    """All of it as JSON."""
+    """Return the whole report for JSON."""
     hostfile = diagnosis.hostfile
     return {
         "ok": not diagnosis.has_problem,
@@ -237,11 +237,11 @@ SUMMARY = (
     "rdma_status",
     "firewall",
 )
-"""The facts that JSON has."""
+"""Facts of a host in JSON."""
 
 
 def _host(facts: Facts | None) -> dict[str, Any] | None:
-    """A host that answered."""
+    """Return the facts of a host; None if it did not answer."""
     if facts is None:
         return None
     python = None if facts.python is None else asdict(facts.python)

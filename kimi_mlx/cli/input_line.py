@@ -1,4 +1,4 @@
-"""The input line of the conversation: one message of the user, on any terminal."""
+"""The input line of the conversation: reads one message of the user, on any terminal."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class InputLine(Protocol):
     """Reads what the user types."""
 
     def read(self) -> str:
-        """One message, perhaps of several lines; empty if there is nothing to do.
+        """Read one message, which may have several lines; return an empty one if it was cleared.
 
         Raises:
-            EOFError: the user leaves (Ctrl-D).
-            KeyboardInterrupt: Ctrl-C on an empty line.
+            EOFError: Ctrl-D was pressed, or the input has ended.
+            KeyboardInterrupt: Ctrl-C was pressed on an empty line.
         """
         ...
 
 
 @contextmanager
 def open_input_line(commands: Mapping[str, str], history: Path | None) -> Generator[InputLine, None, None]:
-    """The best input line that this terminal allows.
+    """Open the best input line that this terminal supports.
 
     Args:
-        commands: names to complete, such as `/help`, with what they do.
-        history: the file of earlier messages; None keeps them only for this run.
+        commands: names to complete, such as `/help`, with their descriptions.
+        history: file of previous messages; None keeps them in memory only.
     """
     stream = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
     if stream is None or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown"):
@@ -67,7 +67,7 @@ def open_input_line(commands: Mapping[str, str], history: Path | None) -> Genera
 
 
 class EditedInputLine:
-    """A line with editing, completion and history. Enter sends, Alt-Enter and Ctrl-J begin a new line."""
+    """An input line with editing, completion and history. Enter sends; Alt-Enter and Ctrl-J start a new line."""
 
     def __init__(self, commands: Mapping[str, str], history: History, stream: TextIO):
         self._session: PromptSession[str] = PromptSession(
@@ -84,20 +84,20 @@ class EditedInputLine:
         )
 
     def read(self) -> str:
-        """One message."""
+        """Read one message."""
         self._session.app.erase_when_done = False
         return _without_surrogates(self._session.prompt())
 
 
 class PlainInputLine:
-    """What is left on a terminal that can do nothing: a line at a time, a backslash at its end continues."""
+    """An input line for a terminal without any control sequences; a backslash at the end continues the line."""
 
     def __init__(self, source: BinaryIO, prompts: TextIO):
         self._source = source
         self._prompts = prompts
 
     def read(self) -> str:
-        """One message."""
+        """Read one message."""
         lines = [self._read_line(PROMPT)]
         while _is_continued(lines[-1]):
             lines[-1] = lines[-1][:-1]
@@ -123,7 +123,7 @@ class _CommandCompleter(Completer):
         self._commands = commands
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        """Commands that begin like the text before the cursor."""
+        """Yield the commands that start with the text before the cursor."""
         typed = document.text_before_cursor
         if typed.startswith("/"):
             for name, about in self._commands.items():
@@ -132,23 +132,23 @@ class _CommandCompleter(Completer):
 
 
 class _PrivateHistory(FileHistory):
-    """A file that goes without what cannot be written to it."""
+    """A history file that ignores errors of reading and writing."""
 
     def load_history_strings(self) -> Iterable[str]:
-        """Messages, the latest first."""
+        """Return the messages, latest first."""
         try:
             return list(super().load_history_strings())
         except OSError:
             return []
 
     def store_string(self, string: str) -> None:
-        """Add a message."""
-        with contextlib.suppress(OSError):  # a full disk is no reason to stop talking
+        """Append a message."""
+        with contextlib.suppress(OSError):  # a full disk must not end the conversation
             super().store_string(_without_surrogates(string))
 
 
 def _open_history(path: Path | None) -> History:
-    """The history's file, readable by its owner alone; in memory where it cannot be written."""
+    """Open the history file, readable only by its owner; use memory if it cannot be written."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -165,10 +165,10 @@ def _open_history(path: Path | None) -> History:
 
 @contextmanager
 def _quiet_between_prompts() -> Generator[None, None, None]:
-    """Keep what is typed while nothing is asked for the next prompt, unseen; Ctrl-C does nothing then."""
+    """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C."""
     modes = termios.tcgetattr(sys.stdin)
     quiet = list(modes)
-    quiet[0] &= ~termios.ICRNL  # Enter stays what the prompt takes for Enter
+    quiet[0] &= ~termios.ICRNL  # keep Enter as the character that prompt_toolkit expects
     quiet[3] &= ~termios.ECHO
     handler = signal.signal(signal.SIGINT, lambda number, frame: None)
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
@@ -203,7 +203,7 @@ def _key_bindings() -> KeyBindings:
     @bindings.add("<sigint>")
     def interrupt(event: KeyPressEvent) -> None:
         if event.app.current_buffer.text:
-            event.app.erase_when_done = True  # as if nothing had been typed
+            event.app.erase_when_done = True  # remove the message from the screen
             event.app.exit(result="")
         else:
             event.app.exit(exception=KeyboardInterrupt())
@@ -218,17 +218,17 @@ def _continuation(width: int, line_number: int, wrap_count: int) -> StyleAndText
 def _output(stream: TextIO) -> Output:
     colours = ColorDepth.from_env()  # none with NO_COLOR
     output = Vt100_Output.from_pty(stream, term=os.environ.get("TERM"), default_color_depth=colours)
-    # No questions about the cursor's position: terminals that do not answer would earn a warning, and late
-    # answers would end up in the next message.
+    # Do not query the cursor position: it warns about terminals that do not answer, and a late answer would become
+    # part of the next message.
     output.enable_cpr = False
     return output
 
 
 def _is_continued(line: str) -> bool:
-    """Whether a line ends in a backslash that is not doubled."""
+    """Return whether a line ends in a single backslash."""
     return line.endswith("\\") and not line.endswith("\\\\")
 
 
 def _without_surrogates(text: str) -> str:
-    """Text in which bytes that were no UTF-8 are question marks."""
+    """Replace bytes that were not UTF-8 by question marks."""
     return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""What a model needs of each host, from the catalogue and from what of it is on this machine; asks nobody."""
+"""Memory that a model needs on each host, from the catalogue and the files on this machine; needs no network."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FALLBACK_MODEL = "kimi-k2"
 
 
 def memory_requirement(name: str) -> ModelNeed:
-    """What a model needs.
+    """Return the memory and dimensions of a model.
 
     Args:
-        name: an alias, a folder, or a repository.
+        name: alias, folder or repository.
 
     Raises:
-        UsageError: no such thing, or a model that we refuse.
-        ConfigError: a configuration that we cannot serve.
+        UsageError: there is no such model, or it is not supported.
+        ConfigError: its configuration is not supported.
     """
     target = resolve_model_name(name)
     folder = config_folder(target)
@@ -45,7 +45,7 @@ def memory_requirement(name: str) -> ModelNeed:
 
 
 def _repository(target: ModelRef) -> str | None:
-    """As stores name it; None for what comes with kimi-mlx."""
+    """Return the name of the model in its stores; None for a model that comes with kimi-mlx."""
     if target.entry is not None and target.entry.is_packaged:
         return None
     return target.repository or str(target.folder and target.folder.resolve())

@@ -1,4 +1,4 @@
-"""`kimi-mlx models`: the known models, what each one needs, and what is on this machine. Never asks the network."""
+"""`kimi-mlx models`: known models, their requirements, and their state on this machine. Needs no network."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from kimi_mlx.store.locate import LocalState, local_state, resolve_model_name, u
 from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76
-"""Columns from which on the table says what a model is; below NARROW it leaves out the format, too."""
+"""Minimum width of the terminal for the description of a model, and for its format."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A known model as this machine sees it.
+    """A known model and its state on this machine.
 
-    Args:
-        entry: the model.
-        local_state: which part of it is on this machine.
-        folder: where.
-        size_bytes: the catalogue's, else of the files here.
-        hosts_needed: machines like this one; None if it takes too many, or the model is refused.
+    Attributes:
+        entry: the model's entry in the catalogue.
+        local_state: which part of the model is on this machine.
+        folder: folder of the model on this machine; None if it is not here.
+        size_bytes: size in the catalogue, else that of the files here.
+        hosts_needed: number of machines like this one that are needed; None if there would be too many, or the model
+            is not supported.
     """
 
     entry: CatalogueEntry
@@ -49,7 +50,7 @@ class Row:
     hosts_needed: int | None
 
     def to_dict(self) -> dict[str, object]:
-        """All fields, for JSON."""
+        """Return all fields, for JSON."""
         return {
             **asdict(self.entry),
             "size_bytes": self.size_bytes,
@@ -63,9 +64,7 @@ class Row:
 def models(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL", help="An alias or a repository to show in detail. Default: a table of all models."
-        ),
+        typer.Argument(metavar="MODEL", help="Alias or repository to show in detail. Default: list all models."),
     ] = None,
     sources: Annotated[bool, typer.Option("--sources", help="Also show where the facts of MODEL come from.")] = False,
     json: JsonOption = False,
@@ -73,7 +72,7 @@ def models(
     """List known models: size, memory, what is here."""
     machine = local_machine()
     if model is None:
-        rows = [see(entry, machine) for entry in catalogue()]
+        rows = [find_row(entry, machine) for entry in catalogue()]
         if json:
             print_json([row.to_dict() for row in rows])
             return
@@ -86,10 +85,11 @@ def models(
     if entry is None:
         if resolve_model_name(model).repository is not None:
             raise UsageError(
-                f"nothing is known of `{model}` here", hint=f"`kimi-mlx download {model} --dry-run` asks the hub"
+                f"`{model}` is not a known model",
+                hint=f"`kimi-mlx download {model} --dry-run` shows its size on Hugging Face",
             )
         raise unknown_model_error(model)
-    row = see(entry, machine)
+    row = find_row(entry, machine)
     if json:
         print_json(row.to_dict())
         return
@@ -97,8 +97,8 @@ def models(
     stdout.print(details(row, machine, has_sources=sources), soft_wrap=False)
 
 
-def see(entry: CatalogueEntry, machine: LocalMachine) -> Row:
-    """Look for a model here, and whether it fits."""
+def find_row(entry: CatalogueEntry, machine: LocalMachine) -> Row:
+    """Return a model's row: look for the model on this machine and check whether it fits."""
     here, folder = local_state(entry)
     size = entry.size_bytes
     if size is None and folder is not None:
@@ -107,11 +107,11 @@ def see(entry: CatalogueEntry, machine: LocalMachine) -> Row:
 
 
 def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
-    """The models, a line each, in a table for a terminal of `width` columns."""
+    """Return a table of the models for a terminal of `width` columns, one line per model."""
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for header in ("model", "GB", "needs", "context", "here", "fits"):
         result.add_column(header, justify="right" if header in ("GB", "needs", "context") else "left", no_wrap=True)
-    last = "what it is" if width >= WIDE else "format" if width >= NARROW else None
+    last = "description" if width >= WIDE else "format" if width >= NARROW else None
     if last is not None:
         result.add_column(last, no_wrap=True, overflow="ellipsis")
     for row in rows:
@@ -123,27 +123,27 @@ def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
             row.local_state,
             _fits(row, machine),
         ]
-        what = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
+        text = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
         style = None if row.entry.refused is None else "dim"
-        result.add_row(*cells, *([] if last is None else [what]), style=style)
+        result.add_row(*cells, *([] if last is None else [text]), style=style)
     return result
 
 
 def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
-    """What the table's columns mean, and why models are refused."""
+    """Return the notes below the table: meaning of the columns, and why models are not supported."""
     lines = [
-        "GB: to download. needs: GB of memory on one host, with 8k tokens of context and "
+        "GB: size of the download. needs: GB of memory on one host, with 8k tokens of context and "
         f"{format_bytes(SYSTEM_BYTES)} for the system.",
-        f"fits: on {_machine_in_words(machine)}, or how many like it you need.",
+        f"fits: on {_machine_text(machine)}, or how many like it you need.",
     ]
     lines += [
         f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
     ]
-    return [*lines, "`kimi-mlx models MODEL` says all about one of them."]
+    return [*lines, "`kimi-mlx models MODEL` shows the details of one model."]
 
 
 def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table:
-    """All facts of one model, in two columns."""
+    """Return a table of all facts of one model, in two columns."""
     entry = row.entry
     facts = {
         "alias": entry.alias,
@@ -152,13 +152,13 @@ def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table
         "format": entry.format,
         "download": _two_units(entry.size_bytes),
         "in memory": _two_units(entry.weights_bytes),
-        "memory needed": _memory_in_words(row),
+        "memory needed": _memory_text(row),
         "context": f"{entry.context_tokens:,} tokens",
-        "sampling": _sampling_in_words(entry.sampling),
-        "without thinking": _sampling_in_words(entry.instant_sampling),
+        "sampling": _sampling_text(entry.sampling),
+        "without thinking": _sampling_text(entry.instant_sampling),
         "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
-        "fits": _fits_in_words(row, machine),
-        "here": _local_state_in_words(row),
+        "fits": _fits_text(row, machine),
+        "here": _local_state_text(row),
         "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()) if has_sources else None,
     }
     result = Table.grid(padding=(0, 2, 0, 0))
@@ -171,56 +171,56 @@ def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table
 
 
 def _gigabytes(count: int | None) -> str:
-    """A number for a column of GB."""
+    """Format bytes for a column of GB."""
     if count is None:
         return "-"
     return f"{count / GB:.1f}" if count >= GB / 10 else "<0.1"
 
 
 def _two_units(count: int | None) -> str | None:
-    """Bytes as shops count them, and as tools do."""
+    """Format bytes in GB and in GiB."""
     return None if count is None else f"{format_bytes(count)} ({format_gib(count)})"
 
 
 def _fits(row: Row, machine: LocalMachine) -> str:
-    """Whether the machine has the memory, in seven characters."""
+    """Say whether the model fits on this machine, in at most 7 characters."""
     if row.hosts_needed is None:
         return "no"
     return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
 
 
-def _fits_in_words(row: Row, machine: LocalMachine) -> str:
-    """Whether the machine has the memory, and what would help."""
+def _fits_text(row: Row, machine: LocalMachine) -> str:
+    """Say whether the model fits on this machine, and what would help."""
     entry, needed = row.entry, row.hosts_needed
     if entry.refused is not None:
         return f"not supported: {entry.refused}"
-    here = _machine_in_words(machine)
+    here = _machine_text(machine)
     if needed is None:
-        answer = f"no: {here} is too small, even several of them"
+        answer = f"no: needs {format_bytes(entry.minimum_memory_bytes() or 0)}; {here} is not enough"
     else:
-        answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} of this size ({here})"
+        answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} like {here}"
     limit = machine.memory_bytes - SYSTEM_BYTES
     with_limit = entry.hosts_needed(machine.memory_bytes, limit)
     if machine.is_mac and with_limit is not None and (needed is None or with_limit < needed):
         command = f"sudo sysctl iogpu.wired_limit_mb={limit // 1024**2}"
-        answer += f"; {with_limit} if the GPU may wire more, until the next restart: `{command}`"
+        answer += f"; {with_limit} with a higher GPU limit (until the next restart): `{command}`"
     return answer
 
 
-def _local_state_in_words(row: Row) -> str:
-    """Where it is, or how to get it."""
+def _local_state_text(row: Row) -> str:
+    """Say where the model is on this machine, or how to download it."""
     if row.entry.refused is not None:
         return "no"
     if row.local_state == "package":
         return f"comes with the package, in {row.folder}"
     if row.local_state in ("yes", "store"):
-        return f"{'yes' if row.local_state == 'yes' else 'as a shard store'}, in {row.folder}"
-    begun = f"partly, in {row.folder}" if row.local_state == "partly" else "no"
-    return f"{begun}; `kimi-mlx download {row.entry.alias}` fetches what is missing"
+        return f"{'yes' if row.local_state == 'yes' else 'as a store'}, in {row.folder}"
+    state = f"partly, in {row.folder}" if row.local_state == "partly" else "no"
+    return f"{state}; `kimi-mlx download {row.entry.alias}` downloads it"
 
 
-def _memory_in_words(row: Row) -> str | None:
-    """The minimum on one host, and on as many as are needed here."""
+def _memory_text(row: Row) -> str | None:
+    """Return the minimum memory on one host, and on as many hosts like this one as are needed."""
     if row.entry.is_packaged:
         return "any machine"
     alone = row.entry.minimum_memory_bytes()
@@ -233,15 +233,15 @@ def _memory_in_words(row: Row) -> str | None:
     return answer
 
 
-def _sampling_in_words(values: SamplingValues | None) -> str | None:
+def _sampling_text(values: SamplingValues | None) -> str | None:
     return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.recommended().items())
 
 
-def _machine_in_words(machine: LocalMachine) -> str:
-    """Such as `this Mac of 512.0 GiB, of which the GPU may use 384.0`."""
+def _machine_text(machine: LocalMachine) -> str:
+    """Return e.g. `this Mac (512.0 GiB, of which the GPU may use 384.0 GiB)`."""
     kind = "Mac" if machine.is_mac else "machine"
     limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}"
-    return f"this {kind} of {format_gib(machine.memory_bytes)}" + limit * (machine.gpu_bytes < machine.memory_bytes)
+    return f"this {kind} ({format_gib(machine.memory_bytes)}{limit * (machine.gpu_bytes < machine.memory_bytes)})"
 
 
 def _hosts(machine: LocalMachine) -> str:

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else on stderr."""
+"""Output of all commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 PROGRESS_AFTER_S = 2.0
+"""Duration after which progress is shown."""
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, in ASCII where that is all that stdout takes."""
+    """Print one JSON document on stdout; non-ASCII characters are escaped if stdout is not UTF-8."""
     is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(value, indent=2, ensure_ascii=not is_utf8), flush=True)
 
 
 def print_error(error: KimiMlxError) -> None:
-    """What failed, and what to do about it."""
+    """Print an error and its hint."""
     rank = f" (rank {error.rank})" if error.rank is not None and "rank" not in error.message else ""
     stderr.print(Text("error: ", style="bold red") + Text(error.message + rank, style="default"))
     if error.hint:
@@ -38,7 +39,11 @@ def print_error(error: KimiMlxError) -> None:
 
 @contextmanager
 def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
-    """Words on stderr of a terminal for what takes over two seconds; yields what to call with them."""
+    """Show a status on stderr of a terminal, from PROGRESS_AFTER_S on.
+
+    Yields:
+        function that sets the text.
+    """
     status = stderr.status("")
     timer = threading.Timer(PROGRESS_AFTER_S, status.start)
     timer.daemon = True
@@ -54,11 +59,15 @@ def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
 
 
 @contextmanager
-def load_progress(what: str | Sequence[str], is_quiet: bool = False) -> Generator[Callable[..., None]]:
-    """A bar of layers loaded, or one for each of several ranks, on stderr of a terminal.
+def load_progress(labels: str | Sequence[str], is_quiet: bool = False) -> Generator[Callable[..., None]]:
+    """Show a progress bar of loaded layers on stderr of a terminal.
+
+    Args:
+        labels: label of the bar, or one label per rank for one bar each.
+        is_quiet: whether to show nothing.
 
     Yields:
-        What to call with (done, total), or (done, total, rank).
+        function to call with (done, total), or (done, total, rank).
     """
     progress = Progress(
         TextColumn("{task.description}"),
@@ -71,7 +80,7 @@ def load_progress(what: str | Sequence[str], is_quiet: bool = False) -> Generato
         disable=is_quiet or not stderr.is_terminal,
     )
     with progress:
-        tasks = [progress.add_task(each, total=None) for each in ([what] if isinstance(what, str) else what)]
+        tasks = [progress.add_task(label, total=None) for label in ([labels] if isinstance(labels, str) else labels)]
 
         def update(done: int, total: int, rank: int = 0) -> None:
             progress.update(tasks[rank], completed=done, total=total)

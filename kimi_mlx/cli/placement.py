@@ -1,4 +1,4 @@
-"""Which strategy a command runs: the user's, else that of the stores that are there, else the planner's choice."""
+"""Choose the strategy of a command: the user's, else that of the stores on disk, else the planner's choice."""
 
 from __future__ import annotations
 
@@ -21,50 +21,52 @@ from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.store.locate import ModelRef, stored_strategy
 from kimi_mlx.store.stores import folder_prefix, read_folder_name
 
-ALONE = Choice("hybrid", "one rank has all of it")
+ALONE = Choice("hybrid", "one rank has the whole model")
 OVERRIDES = "--strategy overrides the choice"
 
 
-def choose_placement(target: ModelRef | None, ranks: int, asked: str | None, link: LinkProfile | None = None) -> Choice:
-    """The strategy of ranks on this machine.
+def choose_placement(
+    target: ModelRef | None, ranks: int, requested: str | None, link: LinkProfile | None = None
+) -> Choice:
+    """Choose the strategy of ranks on this machine.
 
     Args:
         target: the model; None for one that has no stores.
-        ranks: how many.
-        asked: `--strategy`.
-        link: between the ranks; None for the machine's own, which is fast.
+        ranks: number of ranks.
+        requested: value of `--strategy`.
+        link: link between the ranks; None for the machine's own, which is fast.
 
     Raises:
-        UsageError: weights for another number of ranks.
+        UsageError: the weights of the strategy are for another number of ranks.
     """
-    if asked is not None:
-        return Choice(normalize_strategy(asked, ranks), OVERRIDES)
+    if requested is not None:
+        return Choice(normalize_strategy(requested, ranks), OVERRIDES)
     if ranks == 1:
         return ALONE
     if target is not None and (stored := stored_strategy(target, ranks)) is not None:
         return Choice(stored, "as it is stored on this machine")
-    # The planner's chips have one rank each: it cannot tell what several on one come to.
+    # The planner assumes one rank per chip, so it cannot predict several on one machine.
     return by_rule(None, (), link, "the ranks share one machine")
 
 
-def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, asked: str | None) -> Choice:
-    """The strategy of ranks on hosts.
+def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, requested: str | None) -> Choice:
+    """Choose the strategy of ranks on hosts.
 
     Args:
-        diagnosis: of the hosts.
-        request: that it answers.
-        asked: `--strategy`.
+        diagnosis: diagnosis of the hosts.
+        request: hosts and model of the diagnosis.
+        requested: value of `--strategy`.
 
     Raises:
-        UsageError: weights for another number of ranks.
+        UsageError: the weights of the strategy are for another number of ranks.
     """
     size = request.world_size
     if size == 1:
         return ALONE
     shape = _shape(request.need.name)
     machines = _machines(diagnosis, request)
-    if asked is not None:
-        strategy, why = normalize_strategy(asked, size), OVERRIDES
+    if requested is not None:
+        strategy, why = normalize_strategy(requested, size), OVERRIDES
     elif (stored := _stored_on(diagnosis, request)) is not None:
         strategy, why = stored, "as it is stored on the hosts"
     elif not machines:
@@ -75,13 +77,13 @@ def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, aske
 
 
 def with_placement(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
-    """What a model needs of each host with the placement that was chosen."""
-    by_rank = tuple(RankNeed(each.weights_bytes, each.cache_bytes + each.workspace_bytes) for each in choice.memory)
+    """Return the memory need of a model with the chosen placement on each host."""
+    by_rank = tuple(RankNeed(host.weights_bytes, host.cache_bytes + host.workspace_bytes) for host in choice.memory)
     return replace(need, store_prefix=folder_prefix(choice.strategy, ranks), by_rank=by_rank)
 
 
 def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:
-    """Say what was chosen and why, before anything is loaded."""
+    """Print the chosen strategy and the reason, before anything is loaded."""
     if choice is not ALONE and not is_quiet:
         stderr.print(f"{choice.strategy} over {where}: {choice.why}", style="dim", markup=False)
 
@@ -89,14 +91,17 @@ def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:
 def _shape(name: str) -> ModelShape | None:
     try:
         return shape_of(name)
-    except KimiMlxError:  # nothing is known of it here, or its configuration is broken, which is told when it loads
+    except KimiMlxError:  # not known here, or a broken configuration, which is an error when the model is loaded
         return None
 
 
 def _machines(diagnosis: Diagnosis, request: DoctorRequest) -> Sequence[Machine]:
-    """One a rank, none if a host did not tell its memory; of ranks that share a host no speed is predicted."""
+    """Return one machine per rank; none if the memory of a host is unknown.
+
+    Ranks that share a host get no chip, so that no speed is predicted for them.
+    """
     machines: list[Machine] = []
-    for host in (each.ssh for each in request.hostfile.hosts):
+    for host in (host.ssh for host in request.hostfile.hosts):
         facts, count = diagnosis.facts.get(host), len(request.ranks[host])
         if facts is None or facts.memory_bytes is None:
             return ()
@@ -106,14 +111,14 @@ def _machines(diagnosis: Diagnosis, request: DoctorRequest) -> Sequence[Machine]
 
 
 def _link(diagnosis: Diagnosis) -> LinkProfile | None:
-    """What the ranks will talk over: RDMA at its published speed, TCP as it was measured."""
+    """Return the link between the ranks: RDMA at its published speed, or TCP as measured."""
     if diagnosis.backend == "ring":
         return chosen_link(diagnosis)
     return RDMA if diagnosis.backend == "jaccl" else replace(RDMA, backend="ring")
 
 
 def _stored_on(diagnosis: Diagnosis, request: DoctorRequest) -> str | None:
-    """The strategy of which most ranks have their stores, of equals the newest."""
+    """Return the strategy that most ranks have stores of, the newest if there is a tie; None without stores."""
     counts = Counter(
         (store.commit, store.placement)
         for host, ranks in request.ranks.items()

@@ -1,4 +1,4 @@
-"""The conversation in the terminal: messages, answers as they stream, commands that begin with a slash."""
+"""The conversation in the terminal: messages, streamed answers, and commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.units import format_rate, format_seconds
 
 KEYS = {
-    "Enter": "sends the message",
-    "Alt-Enter, Ctrl-J": "begin a new line; so does a backslash at the end of a line",
-    "Ctrl-C": "stops the answer; clears the message; twice in an empty message leaves",
-    "Ctrl-D": "leaves",
-    "Up, Down, Ctrl-R": "earlier messages, search in them",
-    "Tab": "completes a command",
-    "//text": "sends a message that begins with a slash",
+    "Enter": "send the message",
+    "Alt-Enter, Ctrl-J": "start a new line; so does a backslash at the end of a line",
+    "Ctrl-C": "stop the answer, or clear the message; twice on an empty line: exit",
+    "Ctrl-D": "exit",
+    "Up, Down, Ctrl-R": "previous messages, search them",
+    "Tab": "complete a command",
+    "//text": "send a message that starts with a slash",
 }
 REMARKS: dict[FinishReason, str] = {
     "cancelled": "stopped",
@@ -40,11 +40,11 @@ REMARKS: dict[FinishReason, str] = {
 class Command:
     """A command of the conversation.
 
-    Args:
-        name: with its slash.
-        argument: how help writes what follows the name, empty if nothing does.
-        about: what it does.
-        run: gets what follows the name.
+    Attributes:
+        name: name with its slash.
+        argument: placeholder of the argument in the help; empty for none.
+        about: description in the help.
+        run: function that receives the text after the name.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Repl:
     """A conversation with its commands.
 
     Args:
-        conversation: who answers.
-        model_name: for the greeting.
+        conversation: conversation with the model.
+        model_name: name in the greeting.
     """
 
     def __init__(self, conversation: Conversation, model_name: str):
@@ -68,22 +68,22 @@ class Repl:
         self._is_over = False
         commands = [
             Command("/help", "", "list commands and keys", self._help),
-            Command("/reset", "", "forget the conversation; the system prompt stays", self._reset),
+            Command("/reset", "", "clear the conversation; keep the system prompt", self._reset),
             Command("/system", "[TEXT|-]", "show the system prompt, set it to TEXT, or remove it", self._system),
-            Command("/stats", "", "figures of the last answer and of the conversation", self._stats),
-            Command("/quit", "", "leave", self._quit),
-            Command("/exit", "", "leave, as /quit does", self._quit),
+            Command("/stats", "", "statistics of the last answer and of the conversation", self._stats),
+            Command("/quit", "", "exit", self._quit),
+            Command("/exit", "", "exit, like /quit", self._quit),
         ]
         self.commands = {command.name: command for command in commands}
 
     def run(self, line: InputLine) -> None:
-        """Talk until the user leaves.
+        """Read and answer messages until the user leaves.
 
         Raises:
-            RingError: the model is gone.
-            KeyboardInterrupt: Ctrl-C, twice within one answer.
+            RingError: the connection between the hosts was lost.
+            KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
         """
-        _note(f"{self._model_name} · /help lists commands and keys, Ctrl-D leaves\n")
+        _note(f"{self._model_name} · /help lists commands and keys, Ctrl-D exits\n")
         was_interrupted = False
         while not self._is_over:
             try:
@@ -100,7 +100,7 @@ class Repl:
                 self.handle(message)
 
     def handle(self, message: str) -> None:
-        """Run a command, or answer a message; an empty one does nothing."""
+        """Run a command or answer a message; do nothing if it is empty."""
         typed = message.strip()
         try:
             if typed.startswith("//"):
@@ -124,7 +124,7 @@ class Repl:
             stderr.print()
             for item in self._conversation.ask(text):
                 if isinstance(item, Prefilled) and is_stopped():
-                    self._conversation.cancel()  # again: the first time it had perhaps not begun
+                    self._conversation.cancel()  # again: it may not have begun at the first call
                 printer.show(item)
                 if isinstance(item, Finished):
                     printer.finish()
@@ -138,10 +138,10 @@ class Repl:
             self.commands[name].run("".join(rest))
             return
         nearest = difflib.get_close_matches(name, self.commands, n=2, cutoff=0.6)
-        is_it = " or ".join(f"`{candidate}`" for candidate in nearest) or "`/help`"
+        suggestion = " or ".join(f"`{candidate}`" for candidate in nearest) or "`/help`"
         raise UsageError(
             f"there is no command `{name}`",
-            hint=f"try {is_it}; to send a message that starts with /, type //",
+            hint=f"try {suggestion}; to send a message that starts with /, type //",
         )
 
     def _help(self, argument: str) -> None:
@@ -156,7 +156,7 @@ class Repl:
         stderr.print(table, soft_wrap=False)
 
     def _reset(self, argument: str) -> None:
-        self._start_anew()
+        self._clear()
         _note("conversation cleared")
 
     def _system(self, argument: str) -> None:
@@ -164,9 +164,9 @@ class Repl:
             _note(self._conversation.system or "there is no system prompt")
             return
         self._conversation.system = None if argument == "-" else argument
-        self._start_anew()
-        done = "set" if self._conversation.system else "removed"
-        _note(f"the system prompt is {done}; conversation cleared")
+        self._clear()
+        change = "set" if self._conversation.system else "removed"
+        _note(f"system prompt {change}; conversation cleared")
 
     def _stats(self, argument: str) -> None:
         if not self._answers:
@@ -178,17 +178,17 @@ class Repl:
     def _quit(self, argument: str) -> None:
         self._is_over = True
 
-    def _start_anew(self) -> None:
+    def _clear(self) -> None:
         self._conversation.reset()
         self._answers = []
 
 
 def run_repl(conversation: Conversation, model_name: str) -> int:
-    """Talk in the terminal until the user leaves; returns the exit code.
+    """Run a conversation in the terminal until the user leaves; return the exit code.
 
     Raises:
-        RingError: the model is gone.
-        KeyboardInterrupt: Ctrl-C, twice within one answer.
+        RingError: the connection between the hosts was lost.
+        KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
     """
     repl = Repl(conversation, model_name)
     folder = state_folder()
@@ -199,10 +199,10 @@ def run_repl(conversation: Conversation, model_name: str) -> int:
 
 
 def conversation_line(answers: Sequence[Statistics]) -> str:
-    """The figures of a conversation in one line; there is at least one answer."""
+    """Return the statistics of a conversation as one line; it needs at least one answer."""
     tokens = sum(answer.generated_tokens for answer in answers)
     decode_s = sum(answer.decode_s for answer in answers)
-    decoded = sum(max(answer.generated_tokens - 1, 0) for answer in answers)  # the others: see Statistics
+    decoded = sum(max(answer.generated_tokens - 1, 0) for answer in answers)  # without first tokens: see Statistics
     parts = [
         count(len(answers), "answer"),
         f"{count(tokens, 'token')} in {format_seconds(decode_s)}",
@@ -214,7 +214,11 @@ def conversation_line(answers: Sequence[Statistics]) -> str:
 
 @contextmanager
 def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], None, None]:
-    """Let Ctrl-C end the answer, and a second one raise KeyboardInterrupt; yields whether it was pressed."""
+    """Make Ctrl-C stop the answer and a second Ctrl-C raise KeyboardInterrupt.
+
+    Yields:
+        function that returns whether Ctrl-C was pressed.
+    """
     is_stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -232,5 +236,5 @@ def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], N
 
 
 def _note(text: str) -> None:
-    """A word of the program's own, dimmed."""
+    """Print a message of the program itself, dimmed."""
     stderr.print(Text(text, style="dim"), soft_wrap=False)

@@ -1,4 +1,4 @@
-"""An answer as it streams in: text as it comes, and nothing in it that a terminal would obey."""
+"""Print an answer as it streams in, without control sequences that a terminal would execute."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 from kimi_mlx.units import format_bytes, format_rate, format_seconds
 
 # CSI sequences (colours, cursor), other escape sequences, then any control character but newline and tab.
-# The numbers of a sequence are limited, so that an unfinished one never holds much text back.
-_OBEYED = re.compile(r"(?:\x1b\[|\x9b)[0-?]{0,32}[ -/]{0,4}[@-~]|\x1b[ -/]{0,4}[0-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Lengths are limited, so that an unfinished sequence never holds back much text.
+_CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]{0,32}[ -/]{0,4}[@-~]|\x1b[ -/]{0,4}[0-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNFINISHED = re.compile(r"(?:\x1b(?:\[[0-?]{0,32})?|\x9b[0-?]{0,32})[ -/]{0,4}\Z")
 
 PLAIN, DIM, DIM_ITALIC = Style(), Style(dim=True), Style(dim=True, italic=True)
 
 
 class ControlFilter:
-    """Takes out of a stream of text what a terminal would obey; cuts anywhere change nothing."""
+    """Removes control sequences from a stream of text; the result does not depend on where the text is cut."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def add(self, text: str) -> str:
-        """Return what can be shown; the start of an escape sequence waits for its end."""
+        """Return the text that can be shown; the start of an escape sequence is held back until its end arrives."""
         text = self._held + text
         unfinished = _UNFINISHED.search(text)
         self._held = unfinished.group() if unfinished else ""
-        return _OBEYED.sub("", text[: len(text) - len(self._held)])
+        return _CONTROL.sub("", text[: len(text) - len(self._held)])
 
 
 class PrefillProgress:
-    """A bar of prompt tokens, on a terminal only, and only if the prompt takes its time.
+    """Progress bar of prompt tokens; shown only on a terminal, and only if the prompt takes long.
 
-    A timer shows it, because the first sign of progress can be long in coming.
+    A timer shows the bar, because the first progress event may take long itself.
 
     Args:
-        console: where to draw.
-        after_s: how long the prompt may take without a bar.
+        console: console that shows the bar.
+        after_s: time after which the bar appears.
     """
 
     def __init__(self, console: Console, after_s: float = PROGRESS_AFTER_S):
         self._progress = Progress(
-            TextColumn("reading the prompt"),
+            TextColumn("processing the prompt"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("tokens"),
@@ -70,7 +70,7 @@ class PrefillProgress:
         self._timer.daemon = True
 
     def update(self, done: int, total: int) -> None:
-        """Note how far the prompt is; the first call starts the clock, the last one removes the bar."""
+        """Update the progress; the first call starts the timer, the last one removes the bar."""
         self._progress.update(self._task, completed=done, total=total)
         if done >= total:
             self.stop()
@@ -78,7 +78,7 @@ class PrefillProgress:
             self._timer.start()
 
     def stop(self) -> None:
-        """Remove the bar for good; may be called again."""
+        """Remove the bar permanently; further calls do nothing."""
         self._timer.cancel()
         with self._lock:
             if not self._is_over:
@@ -92,15 +92,15 @@ class PrefillProgress:
 
 
 class AnswerPrinter:
-    """Prints one answer; a context manager that leaves the terminal in order whatever happens.
+    """Prints one answer; as a context manager it always ends the line and removes the progress bar.
 
-    Reasoning, text and each tool call are parts with an empty line between them. What the model says is never
-    read as markup; only control characters, and empty lines at the ends of a part, are left out.
+    Reasoning, text and each tool call are parts, separated by an empty line. Text of the model is never interpreted
+    as markup. Control characters and empty lines at both ends of a part are removed.
 
     Args:
-        console: where the answer goes.
-        show_reasoning: whether reasoning is shown, dimmed.
-        plain: the answer alone goes to the console, reasoning to stderr.
+        console: console of the answer.
+        show_reasoning: whether to show the reasoning, dimmed.
+        plain: whether to print only the answer to the console, and the reasoning to stderr.
     """
 
     def __init__(self, console: Console, show_reasoning: bool, plain: bool):
@@ -109,21 +109,21 @@ class AnswerPrinter:
         self._reasoning_console = stderr if plain else console
         self._progress = PrefillProgress(stderr)
         self._filter = ControlFilter()
-        self._part: str | None = None  # being written
+        self._part: str | None = None  # current one
         self._last_console: Console | None = None  # of the last part
         self._has_answer = False
-        self._newlines = ""  # after what was written: shown if the part goes on
+        self._newlines = ""  # at the end of the text so far: printed when the part continues
 
     @property
     def has_shown(self) -> bool:
-        """Whether anything but reasoning could be seen."""
+        """Whether anything other than reasoning was printed."""
         return self._has_answer
 
     def show(self, item: ChatEvent) -> None:
-        """Print the next piece of the answer, or how it is getting on."""
+        """Print the next event of the answer: text, progress, or an interruption."""
         if isinstance(item, Interrupted | Resumed):
             self._progress.stop()
-            # Beside the answer, which goes on in the middle of its line.
+            # on stderr: the answer continues in the middle of its line
             stderr.print(Text(f"\n[{interruption_line(item)}]", style="dim"), soft_wrap=False)
             return
         if isinstance(item, Prefilled):
@@ -142,22 +142,22 @@ class AnswerPrinter:
             self._end_part()
 
     def finish(self) -> None:
-        """End the last line; may be called again."""
+        """End the last line; further calls do nothing."""
         self._progress.stop()
         self._end_part()
 
     def __enter__(self) -> AnswerPrinter:
-        """The printer itself."""
+        """Return the printer."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish."""
+        """Call finish()."""
         self.finish()
 
     def _write(self, part: str, text: str, console: Console, style: Style = PLAIN) -> None:
-        """Go on with a part, or begin it with its first line that is not empty."""
+        """Continue a part, or begin it with its first line that is not empty."""
         text = self._filter.add(text)
         if part != self._part:
             text = text.lstrip("\n")
@@ -175,7 +175,7 @@ class AnswerPrinter:
             _print_exactly(self._last_console, "\n")
         self._part, self._last_console = part, console
         self._has_answer = self._has_answer or part != "reasoning"
-        if part == "reasoning":  # said in words too, for terminals that cannot dim
+        if part == "reasoning":  # as text too, for terminals that cannot dim
             _print_exactly(console, "thinking:\n", DIM_ITALIC)
 
     def _end_part(self) -> None:
@@ -185,7 +185,7 @@ class AnswerPrinter:
 
 
 def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
-    """A tool call as people read it: the name, then the arguments, indented."""
+    """Format a tool call for people: the name, then the arguments, indented."""
     if isinstance(call, UnparsedToolCall):
         return f"broken tool call ({call.reason}):\n{indent(call.raw, '  ')}"
     try:
@@ -196,14 +196,14 @@ def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
 
 
 def interruption_line(event: Interrupted | Resumed) -> str:
-    """What happened to the ring, in a line or a few."""
+    """Describe what happened to the ring, in one or more lines."""
     if isinstance(event, Resumed):
-        return f"the answer goes on after {event.seconds:.0f} s"
-    return f"{event.reason}\n starting the ring again in {event.wait_s:.0f} s, {event.attempt} of {event.attempts}"
+        return f"the answer continues after {event.seconds:.0f} s"
+    return f"{event.reason}\n reconnecting in {event.wait_s:.0f} s, attempt {event.attempt} of {event.attempts}"
 
 
 def statistics_line(statistics: Statistics) -> str:
-    """The figures of an answer in one line."""
+    """Return the statistics of an answer as one line."""
     decode = f"{count(statistics.generated_tokens, 'token')} in {format_seconds(statistics.decode_s)}"
     prompt = f"prompt {statistics.prompt_tokens}"
     if statistics.cached_tokens:
@@ -213,7 +213,7 @@ def statistics_line(statistics: Statistics) -> str:
     if statistics.decode_tok_per_s:
         parts.append(format_rate(statistics.decode_tok_per_s))
     if statistics.tokens_per_step > 1:
-        parts.append(f"{statistics.tokens_per_step:.1f} tokens a step")
+        parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
     parts += [
         prompt,
         f"first token {format_seconds(statistics.ttft_s)}",
@@ -223,10 +223,10 @@ def statistics_line(statistics: Statistics) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things."""
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_exactly(console: Console, text: str, style: Style = PLAIN) -> None:
-    """Print without Rich's wrapping, markup and expansion of tabs."""
+    """Print text without wrapping, markup and expansion of tabs by Rich."""
     console.print(Segments([Segment(text, style)]), end="", soft_wrap=True)

@@ -127,8 +127,8 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["--link-delay-ms", "4"], "for several ranks"),
         (["--link-delay-ms", "nan", "--ranks", "2"], "nan, not from 0 to 1000"),
         (["--json", "--markdown"], "exclude each other"),
-        (["--output", "/no/such/folder/out.json"], "--output `/no/such/folder/out.json` cannot be written: No such"),
-        (["--output", "."], "cannot be written: Is a directory"),
+        (["--output", "/no/such/folder/out.json"], "--output: cannot write `/no/such/folder/out.json`: No such"),
+        (["--output", "."], "--output: cannot write `.`: Is a directory"),
     ],
 )
 def test_wrong_usage_is_said(arguments: list[str], message: str) -> None:

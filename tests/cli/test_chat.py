@@ -167,7 +167,7 @@ def test_a_signal_ends_the_front_and_all_ranks(babbler: Path, number: signal.Sig
 def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
     options = ("chat", str(babbler), "--no-thinking", "-t", "0", "--max-tokens", "150", "-p", "hi")
     expected = call(*options).stdout
-    # bufsize=0: nothing but what is asked for is taken out of the pipe
+    # bufsize=0: reads no more of the pipe than it needs
     front = start(command(*options, "--ranks", "2"), bufsize=0)
     assert front.stdout is not None
     begin = front.stdout.read(1)
@@ -177,8 +177,8 @@ def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
     assert (front.returncode, (begin + text).decode()) == (0, expected)
     said = " ".join(errors.decode().split())
     assert f"(process {pids[1]}) was ended by SIGKILL" in said
-    assert "starting the ring again in 1 s, 1 of 3" in said
-    assert "the answer goes on after" in said
+    assert "reconnecting in 1 s, attempt 1 of 3" in said
+    assert "the answer continues after" in said
     assert are_gone(pids, 10)
 
 

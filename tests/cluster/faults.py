@@ -25,7 +25,7 @@ QUESTION = ("chat", "kimi-mini", "-t", "0", "-p", "Draw a pelican")
 MIDDLE = 100
 """Characters of an answer, or of what follows on the fault before, after which the next fault comes."""
 
-AGAIN, GOES_ON, ERROR = "starting the ring again", "the answer goes on", "error: "
+AGAIN, GOES_ON, ERROR = "reconnecting in", "the answer continues", "error: "
 """What the front says on stderr."""
 
 LIMIT_S = 120.0

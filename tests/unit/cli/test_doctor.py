@@ -1,4 +1,4 @@
-"""`kimi-mlx doctor`: what it prints at several widths, as JSON, and wrong usage."""
+"""`kimi-mlx doctor`: its report at several widths, as JSON, and wrong usage."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def printed(diagnosis: Diagnosis, width: int, is_verbose: bool = False, option: 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("diagnosis", [GOOD, BAD])
-def test_no_line_is_wider_than_the_terminal_but_commands_are_whole(diagnosis: Diagnosis, width: int) -> None:
+def test_lines_fit_the_terminal_and_commands_are_uncut(diagnosis: Diagnosis, width: int) -> None:
     lines = printed(diagnosis, width).splitlines()
     assert [line for line in lines if len(line) > width] == ([LONG] if diagnosis is BAD and width < 107 else [])
     assert diagnosis is GOOD or any(LONG in line for line in lines)
 
 
-def test_what_is_well_is_one_line_and_words_say_what_symbols_do() -> None:
+def test_passed_checks_share_a_line_and_symbols_have_text() -> None:
     text = printed(GOOD, 80)
     assert "✓ ok      2 checks    reachable, disk" in text
     assert "answered in 400 ms" not in text
@@ -118,7 +118,7 @@ def test_a_remedy_is_wrapped_between_commands() -> None:
     assert remedy_lines(f"first `{LONG}`, then `x`", 60) == ["  → first", LONG, "  then `x`"]
 
 
-def test_json_has_all_of_it() -> None:
+def test_json_has_the_whole_report() -> None:
     document = json.loads(json.dumps(to_dict(GOOD, K2)))
     assert (document["ok"], document["model"], document["backend"]) == (True, "kimi-k2", "ring")
     assert document["hosts"]["mac-b"]["python"]["packages"]["mlx"] == "0.32.2"
@@ -132,7 +132,7 @@ def test_json_has_all_of_it() -> None:
     assert bad["findings"][0]["remedy"].endswith(f"`{LONG}`")
 
 
-def test_what_models_need() -> None:
+def test_memory_requirements_of_models() -> None:
     assert (MINI.repository, MINI.is_here) == (None, True)
     assert 10**6 < (MINI.weights_bytes or 0) < 10**8
     assert (K2.weights_bytes, K2.hidden_size, K2.cache_bytes) == (577_600_000_000, 7168, 8192 * 70272)
@@ -155,7 +155,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_this_machine_is_well_and_two_local_ranks_are(tmp_path: Path) -> None:
+def test_this_machine_and_two_local_ranks_pass_all_checks(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["doctor", "--json"])
     document = json.loads(result.stdout)
     assert result.exit_code == 0, document

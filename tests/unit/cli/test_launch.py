@@ -1,4 +1,4 @@
-"""`kimi-mlx launch`: which words are whose, and wrong usage, which is told before any host is asked."""
+"""`kimi-mlx launch`: arguments of launch and its command; wrong usage, which fails before a host is contacted."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from kimi_mlx.cli import launch as module
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from tests.command import call
 
-ASKED = 77
+REACHED = 77
 HOSTS = ("--hosts", "mac-a,mac-b")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The command and the request, instead of hosts that are asked."""
-    found: list[Any] = []
+def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record the command and the request instead of contacting hosts."""
+    reached: list[Any] = []
 
     class Command(module._Command):
         def __init__(self, context: typer.Context, words: list[str]):
             super().__init__(context, words)
-            found.append(self)
+            reached.append(self)
 
     def diagnose(request: DoctorRequest, is_install: bool) -> None:
-        found.extend((request, is_install))
-        raise typer.Exit(ASKED)
+        reached.extend((request, is_install))
+        raise typer.Exit(REACHED)
 
     monkeypatch.setattr(module, "_Command", Command)
     monkeypatch.setattr(module, "_diagnose", diagnose)
-    return found
+    return reached
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         (["chat", "check"], "chat", "check", False),
     ],
 )
-def test_which_words_are_the_commands(
-    asked: list[Any], words: list[str], name: str, model: str, is_json: bool, tmp_path: Path
+def test_arguments_of_the_command(
+    reached: list[Any], words: list[str], name: str, model: str, is_json: bool, tmp_path: Path
 ) -> None:
     if model == "check":
         done = call("launch", *HOSTS, *words)
@@ -59,8 +59,8 @@ def test_which_words_are_the_commands(
         assert "check" in done.stderr
         return
     done = call("launch", *HOSTS, "--env", "A=b=c", *words)
-    assert done.returncode == ASKED, done.stderr
-    command, request, is_install = asked
+    assert done.returncode == REACHED, done.stderr
+    command, request, is_install = reached
     assert (command.name, command.model, command.is_json) == (name, model, is_json)
     assert request.need.name == model
     assert request.is_quick == (name != "check")
@@ -70,10 +70,10 @@ def test_which_words_are_the_commands(
 
 
 @pytest.mark.parametrize("words", [["--fast-sync", "chat", "-p", "hi"], ["bench", "--fast-sync"]])
-def test_the_fast_fence_may_be_asked_for_before_and_behind_the_command(asked: list[Any], words: list[str]) -> None:
+def test_fast_sync_is_accepted_before_and_after_the_command(reached: list[Any], words: list[str]) -> None:
     done = call("launch", *HOSTS, "--env", "MLX_METAL_FAST_SYNCH=0", *words)
-    assert done.returncode == ASKED, done.stderr
-    assert asked[1].hostfile.envs == ("MLX_METAL_FAST_SYNCH=1",)
+    assert done.returncode == REACHED, done.stderr
+    assert reached[1].hostfile.envs == ("MLX_METAL_FAST_SYNCH=1",)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,15 @@ def test_the_fast_fence_may_be_asked_for_before_and_behind_the_command(asked: li
         ([*HOSTS, "chat", "no-such-model"], "no-such-model"),
     ],
 )
-def test_wrong_usage_is_told_before_any_host_is_asked(asked: list[Any], words: list[str], message: str) -> None:
+def test_wrong_usage_fails_before_a_host_is_contacted(reached: list[Any], words: list[str], message: str) -> None:
     done = call("launch", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
-    assert not any(isinstance(each, DoctorRequest) for each in asked)
+    assert not any(isinstance(item, DoctorRequest) for item in reached)
 
 
-def test_it_does_not_start_under_another_launcher(asked: list[Any]) -> None:
+def test_it_does_not_start_under_another_launcher(reached: list[Any]) -> None:
     done = call("launch", *HOSTS, variables={"MLX_RANK": "0"})
     assert done.returncode == 2
     assert "started by `mlx.launch`" in done.stderr
-    assert asked == []
+    assert reached == []

@@ -1,4 +1,4 @@
-"""`kimi-mlx models`: table, details, JSON; and the sampling that chat takes from the catalogue."""
+"""`kimi-mlx models`: table, details, JSON; and the sampling defaults that chat takes from the catalogue."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.chat import SamplingOptions, merge_sampling
-from kimi_mlx.cli.models import details, footnotes, see, table
+from kimi_mlx.cli.models import details, find_row, footnotes, table
 from kimi_mlx.cluster.hosts.machine import LocalMachine
 from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
@@ -41,16 +41,16 @@ def entry_of(alias: str) -> CatalogueEntry:
 
 
 def lines(width: int, machine: LocalMachine = STUDIO) -> list[str]:
-    rows = [see(entry, machine) for entry in catalogue()]
+    rows = [find_row(entry, machine) for entry in catalogue()]
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table(rows, machine, width))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
-def in_words(alias: str, machine: LocalMachine = STUDIO) -> str:
+def details_text(alias: str, machine: LocalMachine = STUDIO) -> str:
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    console.print(details(see(entry_of(alias), machine), machine))
+    console.print(details(find_row(entry_of(alias), machine), machine))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -87,32 +87,32 @@ def test_fits_compares_with_the_machine(machine: LocalMachine, fits: str) -> Non
     assert "|".join(row[column:].strip() for row in rows) == fits
 
 
-def test_why_kimi_k3_is_not_supported_is_said_below_the_table() -> None:
-    notes = footnotes([see(entry, STUDIO) for entry in catalogue()], STUDIO)
+def test_the_reason_why_kimi_k3_is_not_supported_is_below_the_table() -> None:
+    notes = footnotes([find_row(entry, STUDIO) for entry in catalogue()], STUDIO)
     assert any("kimi-k3 is not supported: another architecture (2.8 T parameters" in note for note in notes)
 
 
 def test_one_model_in_detail() -> None:
-    text = in_words("kimi-k2.6")
-    for words in (
+    text = details_text("kimi-k2.6")
+    for part in (
         "595.1 GB (554.3 GiB)",
         "657.6 GB",
         "262,144 tokens",
         "temperature 1, top_p 0.95, min_p 0.01",
         "temperature 0.6, top_p 0.95, min_p 0.01",
         '"Kimi K2.6"',
-        "needs 2 Macs of this size",
-        "`kimi-mlx download kimi-k2.6` fetches",
+        "needs 2 Macs like this Mac (512.0 GiB, of which the GPU may use 384.0 GiB)",
+        "`kimi-mlx download kimi-k2.6` downloads it",
     ):
-        assert words in text
-    assert "comes with the package, in " in in_words("kimi-mini")
-    assert "not supported: another architecture" in in_words("kimi-k3")
+        assert part in text
+    assert "comes with the package, in " in details_text("kimi-mini")
+    assert "not supported: another architecture" in details_text("kimi-k3")
 
 
-def test_a_raised_limit_of_the_gpu_is_advised_where_it_saves_a_mac() -> None:
-    assert "1 if the GPU may wire more" in in_words("kimi-k2-0905")
-    assert f"iogpu.wired_limit_mb={(512 * GIB - 8 * 10**9) // 1024**2}`" in in_words("kimi-k2-0905")
-    assert "wired_limit" not in in_words("kimi-k2.5")
+def test_a_higher_gpu_limit_is_suggested_if_it_saves_a_mac() -> None:
+    assert "1 with a higher GPU limit" in details_text("kimi-k2-0905")
+    assert f"iogpu.wired_limit_mb={(512 * GIB - 8 * 10**9) // 1024**2}`" in details_text("kimi-k2-0905")
+    assert "wired_limit" not in details_text("kimi-k2.5")
 
 
 def test_json_has_all_fields() -> None:

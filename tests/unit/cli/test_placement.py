@@ -1,4 +1,4 @@
-"""Which strategy a command takes: on real stores of kimi-mini, and on what hosts have told."""
+"""The strategy that a command chooses: with real stores of kimi-mini, and with facts of hosts."""
 
 from __future__ import annotations
 
@@ -43,19 +43,20 @@ def studios(round_trip_s: float = 300e-6, memory_gib: tuple[int, int] = (512, 51
     return Diagnosis(("mac-a", "mac-b"), known, (), (link,), NETWORK)
 
 
-def question(*envs: str) -> DoctorRequest:
+def request(*envs: str) -> DoctorRequest:
     return DoctorRequest(Hostfile((Host("mac-a"), Host("mac-b")), envs=envs), memory_requirement("kimi-k2"))
 
 
 def held(rank: int, placement: str, commit: str = "a" * 40) -> HeldStore:
-    repository = question().need.repository
+    repository = request().need.repository
     assert repository is not None
     return HeldStore(repository, commit, placement, rank, "", 10**9)
 
 
-def with_stores(found: Diagnosis, a: list[HeldStore], b: list[HeldStore]) -> Diagnosis:
+def with_stores(diagnosis: Diagnosis, a: list[HeldStore], b: list[HeldStore]) -> Diagnosis:
     stores = {"mac-a": tuple(a), "mac-b": tuple(b)}
-    return replace(found, facts={host: replace(facts, stores=stores[host]) for host, facts in found.facts.items()})
+    facts = {host: replace(known, stores=stores[host]) for host, known in diagnosis.facts.items()}
+    return replace(diagnosis, facts=facts)
 
 
 def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
@@ -76,7 +77,7 @@ def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
 
 
 @pytest.mark.ranks
-def test_every_answer_says_how_it_was_placed() -> None:
+def test_json_answers_contain_the_placement() -> None:
     words = ("chat", "-p", "Hello", "-t", "0", "--max-tokens", "8", "--json")
     alone = json.loads(call(*words).stdout)
     uneven = json.loads(call(*words, "--ranks", "2", "--strategy", "pipeline:6:2").stdout)
@@ -98,7 +99,7 @@ def test_every_answer_says_how_it_was_placed() -> None:
         (("launch", "--hosts", "a,b", "download", "--strategy", "none"), "unknown strategy `none`"),
     ],
 )
-def test_wrong_strategies_are_wrong_usage(words: tuple[str, ...], message: str) -> None:
+def test_invalid_strategies_exit_with_2(words: tuple[str, ...], message: str) -> None:
     done = call(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
@@ -110,45 +111,43 @@ def test_a_slow_link_between_local_ranks() -> None:
     assert "1 ms per message" in choice.why
 
 
-def test_hosts_take_what_the_planner_finds_best() -> None:
-    slow = choose_placement_on_hosts(studios(2.4e-3), question(), None)
+def test_hosts_use_the_planners_choice() -> None:
+    slow = choose_placement_on_hosts(studios(2.4e-3), request(), None)
     assert slow.strategy == "pipeline"
     assert "tok/s predicted, hybrid" in slow.why
-    assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), question(), None).strategy == "hybrid"
+    assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), request(), None).strategy == "hybrid"
     assert (
-        choose_placement_on_hosts(
-            replace(studios(), backend="jaccl"), question("MLX_METAL_FAST_SYNCH=1"), None
-        ).strategy
+        choose_placement_on_hosts(replace(studios(), backend="jaccl"), request("MLX_METAL_FAST_SYNCH=1"), None).strategy
         == "tensor"
     )
-    assert choose_placement_on_hosts(studios(), question(), "expert:4:2").strategy == "expert:2:1"
+    assert choose_placement_on_hosts(studios(), request(), "expert:4:2").strategy == "expert:2:1"
     with pytest.raises(UsageError):
-        choose_placement_on_hosts(studios(), question(), "expert:1:2:3")
+        choose_placement_on_hosts(studios(), request(), "expert:1:2:3")
 
 
-def test_hosts_take_what_they_have_stored() -> None:
+def test_hosts_use_the_strategy_of_their_stores() -> None:
     uneven = "pipeline_3_1-2-aaaaaa"
-    found = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [held(1, uneven)])
-    assert choose_placement_on_hosts(found, question(), None).strategy == "pipeline:3:1"
+    stored = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [held(1, uneven)])
+    assert choose_placement_on_hosts(stored, request(), None).strategy == "pipeline:3:1"
     newest = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [])
-    assert choose_placement_on_hosts(newest, question(), None).strategy == "tensor"  # the other host's part is fetched
+    assert choose_placement_on_hosts(newest, request(), None).strategy == "tensor"  # the other host downloads its part
     others = with_stores(studios(), [held(0, "tensor-3-bbbbbb")], [held(0, uneven)])
-    assert "stored" not in choose_placement_on_hosts(others, question(), None).why
+    assert "stored" not in choose_placement_on_hosts(others, request(), None).why
 
 
 def test_memory_is_checked_for_the_chosen_placement() -> None:
-    """578 GB do not fit evenly on 512 and 192 GB, and fit by memory; what is stored in another way does not count."""
-    asked, found = question(), studios(2.4e-3, (512, 192))
-    answers = {host: ScriptResult(host, 0, "", "", 0.1) for host in found.hosts}
-    even = check_hosts(asked, found.facts, answers)
-    found = with_stores(replace(found, findings=tuple(even)), [], [held(1, "hybrid-2-aaaaaa")])
-    assert [(each.host, each.state) for each in even if each.check == "memory"] == [
+    """578 GB fit on 512 and 192 GB in proportion to memory, not evenly; stores of another placement do not count."""
+    hosts, diagnosis = request(), studios(2.4e-3, (512, 192))
+    answers = {host: ScriptResult(host, 0, "", "", 0.1) for host in diagnosis.hosts}
+    even = check_hosts(hosts, diagnosis.facts, answers)
+    diagnosis = with_stores(replace(diagnosis, findings=tuple(even)), [], [held(1, "hybrid-2-aaaaaa")])
+    assert [(finding.host, finding.state) for finding in even if finding.check == "memory"] == [
         ("mac-a", "ok"),
         ("mac-b", "problem"),
     ]
     for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "problem"])):
-        choice = choose_placement_on_hosts(found, asked, strategy)
-        need = with_placement(asked.need, choice, 2)
-        after = with_model_need(found, replace(asked, need=need))
-        assert [each.state for each in after.findings if each.check == "memory"] == states
+        choice = choose_placement_on_hosts(diagnosis, hosts, strategy)
+        need = with_placement(hosts.need, choice, 2)
+        after = with_model_need(diagnosis, replace(hosts, need=need))
+        assert [finding.state for finding in after.findings if finding.check == "memory"] == states
         assert len(after.findings) == len(even)

@@ -34,7 +34,7 @@ NASTY = "\x1b\x9b\x07\x7f\r\n\t[]m0;1@ aé漢😀"
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
-    """A terminal with colours that keeps what it is sent."""
+    """A terminal with colours that records its input."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR")
     return Console(file=io.StringIO(), force_terminal=True, highlight=False, soft_wrap=True, width=20)
@@ -151,7 +151,7 @@ def test_a_slow_prompt_shows_a_bar_that_goes_away(terminal: Console) -> None:
     while "40/100" not in written(terminal) and time.monotonic() < deadline:
         time.sleep(0.01)
     progress.update(100, 100)
-    assert "reading the prompt" in written(terminal)
+    assert "processing the prompt" in written(terminal)
     assert written(terminal).endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, the line empty
 
 
