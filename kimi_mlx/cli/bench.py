@@ -47,7 +47,7 @@ LOOPBACK_BYTES_PER_S = 1e9
 
 @dataclass(frozen=True)
 class MeasurementOptions:
-    """Options of what is measured."""
+    """Options of the measurement."""
 
     synthetic: Annotated[
         Literal["wide", "deep"] | None,
@@ -325,7 +325,7 @@ def _delayed_link(delay_ms: float | None) -> LinkProfile | None:
 
 
 def _energy(stack: ExitStack) -> EnergyOf | None:
-    """What this machine uses, where it tells."""
+    """Return the power measurement of this machine; None if it has none."""
     from kimi_mlx.bench.power import can_measure_power, power_log
 
     return stack.enter_context(power_log()).energy_j if can_measure_power() else None
@@ -343,7 +343,7 @@ def _open_sides(options: SessionOptions, against: str | None, is_quiet: bool, st
 
 
 def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
-    """mlx-lm's sides; a mode that cannot run this model is left out with a word, none at all is an error."""
+    """Load mlx-lm in each mode that supports the model; print the others and fail if there is none."""
     from kimi_mlx.bench.mlx_lm_side import MODES, open_mlx_lm
 
     sides: list[Side] = []
@@ -363,7 +363,7 @@ def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
 def _collect(
     sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None, is_quiet: bool
 ) -> tuple[list[Run], BaseException | None]:
-    """What was measured, and what stopped it before the end: worth showing once anything has counted."""
+    """Return the runs and the error that ended them early, if any; raise it if only warm-ups have run."""
     from kimi_mlx.bench.measure import measure
 
     runs: list[Run] = []

@@ -88,7 +88,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Options of what is asked."""
+    """Options of the prompt."""
 
     prompt: Annotated[
         str | None,

@@ -51,7 +51,7 @@ def check_disk(result: DownloadReport) -> None:
     """Check that a dry run found enough free disk space.
 
     Raises:
-        WeightsError: there is too little.
+        WeightsError: there is not enough.
     """
     missing = result.get("disk_needed_bytes", 0) - result.get("disk_free_bytes", 0)
     if missing > 0:

@@ -204,8 +204,8 @@ def _server(
     entry = target.entry
     own = [target.name if target.folder is None or entry else folder.resolve().name]
     if entry is not None:
-        own += [each for each in (entry.alias, entry.repository, entry.original_repository) if each is not None]
-    own += [each.partition("/")[2] for each in own if "/" in each]
+        own += [name for name in (entry.alias, entry.repository, entry.original_repository) if name is not None]
+    own += [name.partition("/")[2] for name in own if "/" in name]
     name, *aliases = dict.fromkeys([*names, *own])
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None

@@ -66,7 +66,7 @@ def are_gone(pids: list[int], limit_s: float) -> bool:
 
 @pytest.fixture(scope="module")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights and kimi-mini's text: greedy, it talks without end."""
+    """A checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
     mini = ensure_downloaded("kimi-mini")
     config = json.loads((mini / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
@@ -79,7 +79,7 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_answer_alone_is_on_stdout_and_the_figures_on_stderr() -> None:
+def test_stdout_has_only_the_answer_and_stderr_the_statistics() -> None:
     done = run("chat", "-p", "hi")
     assert done.returncode == 0
     assert done.stdout.strip()
@@ -94,7 +94,7 @@ def test_a_prompt_from_a_pipe_is_the_same() -> None:
     assert call("chat", "-p", "-", stdin="Who are you?").stdout == expected
 
 
-def test_json_has_text_reasoning_and_figures() -> None:
+def test_json_has_text_reasoning_and_statistics() -> None:
     done = call("chat", "--json", "-p", "hi", "--max-tokens", "5")
     answer = json.loads(done.stdout)
     assert set(answer) == {"text", "reasoning", "tool_calls", "finish_reason", "placement", "statistics"}
@@ -111,7 +111,7 @@ def test_two_ranks_answer_as_one_process_does() -> None:
     assert len(alone.stdout) > 50
 
 
-def test_a_wrong_name_gets_the_nearest_ones() -> None:
+def test_a_wrong_name_suggests_near_names() -> None:
     done = call("chat", "kimi-mni", "-p", "hi")
     assert done.returncode == 2
     assert "there is no model `kimi-mni`" in done.stderr
@@ -139,7 +139,7 @@ def test_bad_input_gets_a_clear_error(arguments: tuple[str, ...], words: str) ->
     assert done.stdout == ""
 
 
-def test_a_prompt_beyond_the_context_is_an_error_and_not_a_crash() -> None:
+def test_a_prompt_beyond_the_context_is_an_error() -> None:
     done = call("chat", stdin="1 " * 70_000)
     assert done.returncode == 1
     assert "the context holds 65536" in done.stderr
@@ -164,7 +164,7 @@ def test_a_signal_ends_the_front_and_all_ranks(babbler: Path, number: signal.Sig
 
 @pytest.mark.sweep
 @pytest.mark.ranks
-def test_an_answer_goes_on_after_a_rank_is_killed(babbler: Path) -> None:
+def test_an_answer_continues_after_a_rank_is_killed(babbler: Path) -> None:
     options = ("chat", str(babbler), "--no-thinking", "-t", "0", "--max-tokens", "150", "-p", "hi")
     expected = call(*options).stdout
     # bufsize=0: reads no more of the pipe than it needs

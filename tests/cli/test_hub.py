@@ -1,4 +1,4 @@
-"""Models from the hub: the real client against a small hub on loopback that can break off."""
+"""Models from the hub: the real client against a small hub on loopback that can interrupt downloads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_a_repository_is_fetched_once_and_then_answers(hub: Hub) -> None:
+def test_a_repository_is_downloaded_once_and_then_answers(hub: Hub) -> None:
     first = call("chat", "owner/model", "-p", "hi")
     assert first.returncode == 0, first.stderr
     assert not [name for name in hub.sent if name.endswith((".py", ".md"))]
@@ -34,7 +34,7 @@ def test_a_repository_is_fetched_once_and_then_answers(hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_a_download_that_broke_off_is_an_error_and_goes_on_later(hub: Hub) -> None:
+def test_an_interrupted_download_is_an_error_and_is_resumed_later(hub: Hub) -> None:
     hub.fail("drop", "/cdn/*.safetensors", after_bytes=1000, times=1)
     hub.fail("drop", "/cdn/*.safetensors")
     broken = call("chat", "owner/model", "-p", "hi")

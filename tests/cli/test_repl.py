@@ -224,7 +224,7 @@ def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop(spawn: Spawn) -> None
     assert terminal.has_old_modes()
 
 
-def test_a_terminal_that_can_do_nothing(spawn: Spawn) -> None:
+def test_a_dumb_terminal(spawn: Spawn) -> None:
     terminal = spawn(QUICK, TERM="dumb")
     terminal.expect("\n> ")
     assert "thinking:\nWell, well.\n\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
@@ -237,7 +237,7 @@ def test_a_terminal_that_can_do_nothing(spawn: Spawn) -> None:
 
 
 @pytest.mark.slow
-def test_a_narrow_terminal_without_a_place_for_history(spawn: Spawn, tmp_path: Path) -> None:
+def test_a_narrow_terminal_and_an_unwritable_history(spawn: Spawn, tmp_path: Path) -> None:
     (tmp_path / "kimi-mlx").write_text("a file where the folder should be")
     terminal = spawn(QUICK, columns=20)
     terminal.expect("\n> ")
@@ -287,7 +287,7 @@ def test_the_system_prompt_is_shown_set_and_removed(capfd: pytest.CaptureFixture
     assert "And kind." in said
 
 
-def test_reset_forgets_messages_and_figures(capfd: pytest.CaptureFixture[str]) -> None:
+def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
     say(conversation, "/stats", "hi", "again", "/stats", "/reset", "/stats")
     said = capfd.readouterr().err
@@ -320,7 +320,7 @@ def test_two_slashes_send_one_and_empty_lines_nothing(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out == "yes\nyes\n"
 
 
-def test_an_answer_cut_short_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_answer_has_a_remark(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("one two three four five six seven")
     conversation.options = ChatOptions(max_tokens=4)
     say(conversation, "count")
@@ -329,7 +329,7 @@ def test_an_answer_cut_short_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     assert "[no answer]" in capfd.readouterr().err
 
 
-def test_an_error_is_shown_and_the_conversation_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_shown_and_the_conversation_continues(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = failing_conversation(EngineError("the prompt is too long", hint="use /reset"))
     say(conversation, "hi", "hi again")
     said = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`kimi-mlx serve`, as a process, and what it refuses."""
+"""`kimi-mlx serve` as a process, and the options that it rejects."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Serving:
         return self.process.returncode, said
 
 
-def test_it_answers_and_ends_in_order() -> None:
+def test_it_answers_and_shuts_down_cleanly() -> None:
     serving = Serving()
     assert "curl" in serving.greeting
     assert serving.ask().startswith("Hello!")
@@ -83,7 +83,7 @@ def test_it_answers_and_ends_in_order() -> None:
 
 
 @pytest.mark.ranks
-def test_on_ranks_it_leaves_none() -> None:
+def test_no_rank_is_left_after_shutdown() -> None:
     serving = Serving("--ranks", "2", "--api-key", "secret", "--served-name", "gpt-4o")
     ranks = ranks_of(serving.process)
     assert len(ranks) == 2
@@ -97,7 +97,7 @@ def test_a_second_signal_does_not_wait_for_clients() -> None:
     serving = Serving()
     with closing(socket.create_connection(("127.0.0.1", serving.port))) as connection:
         connection.sendall(b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
-        assert serving.health() == 200  # so that one has been read, too
+        assert serving.health() == 200  # so that one request was read as well
         serving.process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):  # it waits for 10 s
             serving.process.wait(2)
@@ -108,7 +108,7 @@ def test_a_second_signal_does_not_wait_for_clients() -> None:
 
 @pytest.mark.ranks
 @pytest.mark.sweep  # over ssh it is tested always
-def test_a_lost_rank_is_a_pause() -> None:
+def test_a_lost_rank_is_restarted() -> None:
     serving = Serving("--ranks", "2")
     long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True, "max_tokens": 600}
     with closing(begin(serving.port, **long)) as connection:
@@ -141,7 +141,7 @@ def test_the_network_needs_a_key() -> None:
     assert "KIMI_MLX_API_KEY" in refused.stderr
 
 
-def test_keys_must_be_keys(tmp_path: Path) -> None:
+def test_invalid_keys_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     mistakes = (
         (None, "there is no such file"),
@@ -166,13 +166,13 @@ def test_keys_must_be_keys(tmp_path: Path) -> None:
         (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes is too small"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_rejected(arguments: tuple[str, ...], said: str) -> None:
     refused = call("serve", *arguments)
     assert refused.returncode == 2
     assert said in refused.stderr
 
 
-def test_other_machines_are_told_where(tmp_path: Path) -> None:
+def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("se#cret # of the laptop\n")
     serving = Serving("--host", "0.0.0.0", "--api-key-file", str(keys))
@@ -186,7 +186,7 @@ def test_other_machines_are_told_where(tmp_path: Path) -> None:
     assert "an API key is required" in said
 
 
-def test_a_taken_port_is_told() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         port = other.getsockname()[1]
         refused = call("serve", "--port", str(port))
@@ -195,7 +195,7 @@ def test_a_taken_port_is_told() -> None:
     assert f"--port {port + 1}" in refused.stderr
 
 
-def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
+def test_two_servers_cannot_bind_the_same_port() -> None:
     def take_it_too(first: ServerSocket) -> None:
         with closing(ServerSocket("127.0.0.1", first.port)) as second:  # on Linux: nobody listens yet
             first.listen()
@@ -208,7 +208,7 @@ def test_two_that_start_at_once_cannot_both_have_a_port() -> None:
         take_it_too(server_socket)
 
 
-def test_addresses_that_are_not_ours_are_told() -> None:
+def test_addresses_of_other_machines_are_errors() -> None:
     for host in ("203.0.113.7", "no.such.host.invalid"):
         refused = call("serve", "--host", host, "--api-key", "x")
         assert refused.returncode == 2
