@@ -73,7 +73,7 @@ def test_logits_equal_mlx_lm(name: str, layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["k2.5", "moonlight"])
-def test_kv_b_proj_as_a_whole_is_not_quantized_twice(name: str, tmp_path: Path) -> None:
+def test_whole_kv_b_proj_is_not_quantized_twice(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     folder = quantized(golden, tmp_path, bits=4, group_size=32, split_kv_b=False)
     model = load_model(folder, load_config(folder), mx.float32)
@@ -109,7 +109,7 @@ def dequantize(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_parts_quantized_differently_stay_apart(tmp_path: Path) -> None:
+def test_parts_quantized_differently_are_not_fused(tmp_path: Path) -> None:
     folder = quantized(load_golden("k2"), tmp_path, **LAYOUTS["overrides"])
     model = load_model(folder, load_config(folder), mx.float32)
     assert isinstance(model.layers[1].self_attn.qkv_a_proj, ConcatLinear)
@@ -118,7 +118,7 @@ def test_parts_quantized_differently_stay_apart(tmp_path: Path) -> None:
     assert isinstance(model.layers[2].mlp.gate_up_proj, ConcatLinear)
 
 
-def test_shared_experts_quantized_alike_join_the_routed_ones(tmp_path: Path) -> None:
+def test_shared_experts_quantized_alike_are_fused_with_the_routed_ones(tmp_path: Path) -> None:
     folder = quantized(load_golden("moonlight"), tmp_path, **LAYOUTS["4-bit"])
     config = load_config(folder)
     mlp = load_model(folder, config, mx.float32).layers[1].mlp

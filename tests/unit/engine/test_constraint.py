@@ -55,7 +55,7 @@ def random_grammar(rng: random.Random) -> tuple[Any, str]:
             pass
 
 
-def test_masks_along_a_draft_are_those_of_going_along_it() -> None:
+def test_draft_masks_equal_masks_after_advancing() -> None:
     for seed in range(20):
         _, grammar = random_grammar(random.Random(seed))
         answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed, max_tokens=100)
@@ -79,7 +79,7 @@ def test_masks_along_a_draft_are_those_of_going_along_it() -> None:
         assert other.is_finished
 
 
-def test_behind_a_wrong_token_or_an_end_a_draft_is_free() -> None:
+def test_masks_after_a_rejected_or_end_token_allow_everything() -> None:
     constraint = Constraint(VOCABULARY, grammar_for(PERSON))
     (brace,) = TOKENIZER.encode("{")
     end = TOKENIZER.special_tokens["<|im_end|>"]
@@ -90,7 +90,7 @@ def test_behind_a_wrong_token_or_an_end_a_draft_is_free() -> None:
     assert bits(masks[3]).all()
 
 
-def test_a_complete_answer_may_only_end() -> None:
+def test_complete_answer_allows_only_end_tokens() -> None:
     constraint = Constraint(VOCABULARY, grammar_for(PERSON))
     for token in TOKENIZER.encode('{"name": "Ada", "age": 36}'):
         assert bits(constraint.allowed())[token]
@@ -102,13 +102,13 @@ def test_a_complete_answer_may_only_end() -> None:
 
 
 @pytest.mark.parametrize("token", [0, TOKENIZER.special_tokens["<|im_end|>"], TOKENIZER.vocab_size + 1, SIZE + 7])
-def test_what_is_not_allowed_is_refused(token: int) -> None:
+def test_forbidden_tokens_are_rejected(token: int) -> None:
     constraint = Constraint(VOCABULARY, grammar_for({"const": "x"}))
     with pytest.raises(EngineError, match="the grammar does not allow"):
         constraint.advance(token)
 
 
-def test_free_text_takes_every_character_and_no_control_token() -> None:
+def test_free_text_allows_every_character_but_no_control_token() -> None:
     grammar = grammar_for(PERSON, Thinking.OPEN)
     allowed = bits(Constraint(VOCABULARY, grammar).allowed())
     special = set(TOKENIZER.special_tokens.values())
@@ -119,7 +119,7 @@ def test_free_text_takes_every_character_and_no_control_token() -> None:
         constraint.advance(token)
 
 
-def test_broken_grammars_are_the_requests_fault() -> None:
+def test_invalid_grammar_raises_engine_error() -> None:
     with pytest.raises(EngineError, match="cannot be compiled"):
         Constraint(VOCABULARY, "start: nothing")
 
@@ -160,7 +160,7 @@ def mini() -> tuple[Model, ChatTokenizer]:
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_kimi_mini_says_what_it_must(mini: tuple[Model, ChatTokenizer], thinking: bool) -> None:
+def test_kimi_mini_follows_the_grammar(mini: tuple[Model, ChatTokenizer], thinking: bool) -> None:
     model, tokenizer = mini
     vocabulary = load_token_vocabulary(KIMI_MINI, model.config.vocab_size)
     finished = 0

@@ -35,11 +35,11 @@ def run(engine: Engine, request: Request) -> tuple[list[int], Finished]:
     return [event.id for event in events if isinstance(event, Token)], events[-1]
 
 
-Plainest = Callable[[Sequence[int], int], list[int]]
+UncachedGreedy = Callable[[Sequence[int], int], list[int]]
 
 
 @pytest.fixture(scope="module")
-def greedy(model: Model) -> Plainest:
+def greedy(model: Model) -> UncachedGreedy:
     """Decode without a cache: run the whole sequence for each token. Results are memoized."""
     answers: dict[tuple[int, ...], list[int]] = {}
 
@@ -54,7 +54,7 @@ def greedy(model: Model) -> Plainest:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 39, 40, 512])
-def test_greedy_equals_the_plainest_way(model: Model, greedy: Plainest, chunk: int) -> None:
+def test_greedy_equals_decoding_without_a_cache(model: Model, greedy: UncachedGreedy, chunk: int) -> None:
     tokens, end = run(Engine(model, prefill_chunk=chunk), Request(PROMPT, max_tokens=12))
     assert tokens == greedy(PROMPT, 12)
     assert end.reason == "length"
@@ -67,7 +67,7 @@ def test_progress_covers_the_prompt_in_order(model: Model) -> None:
     ]
 
 
-def test_a_stop_token_ends_the_answer_and_is_reported(model: Model, greedy: Plainest) -> None:
+def test_a_stop_token_ends_the_answer_and_is_reported(model: Model, greedy: UncachedGreedy) -> None:
     expected = greedy(PROMPT, 12)
     stop = expected[5]
     tokens, end = run(Engine(model), Request(PROMPT, stop_ids=frozenset({stop}), max_tokens=12))
@@ -76,13 +76,13 @@ def test_a_stop_token_ends_the_answer_and_is_reported(model: Model, greedy: Plai
     assert end.statistics.generated_tokens == len(tokens)
 
 
-def test_the_cache_lives_on_and_only_new_tokens_are_prefilled(model: Model, greedy: Plainest) -> None:
+def test_cached_prefix_is_reused_and_only_new_tokens_are_prefilled(model: Model, greedy: UncachedGreedy) -> None:
     engine = Engine(model)
     first, _ = run(engine, Request(PROMPT, max_tokens=4))
     follow_up = (*PROMPT, *first, 5, 6, 7)
     second, end = run(engine, Request(follow_up, max_tokens=4))
     assert second == greedy(follow_up, 4)
-    assert end.statistics.cached_tokens == len(PROMPT) + 3  # all but the last token, which was never fed
+    assert end.statistics.cached_tokens == len(PROMPT) + 3  # all but the last token, which was never computed
     changed = (*PROMPT[:20], 9, 9, *PROMPT[22:])
     third, end = run(engine, Request(changed, max_tokens=4))
     assert third == greedy(changed, 4)
@@ -98,7 +98,7 @@ def test_the_same_prompt_again_computes_one_token(model: Model) -> None:
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 6])
-def test_an_iteration_broken_off_anywhere_leaves_a_good_cache(model: Model, greedy: Plainest, after: int) -> None:
+def test_closing_the_iterator_early_keeps_the_cache_valid(model: Model, greedy: UncachedGreedy, after: int) -> None:
     engine = Engine(model, prefill_chunk=16)
     events = engine.generate(Request(PROMPT, max_tokens=10))
     for _ in range(after):
@@ -127,9 +127,9 @@ def test_cancellation_ends_soon_and_keeps_the_cache(model: Model) -> None:
 
 def test_cancellation_during_prefill(model: Model) -> None:
     engine = Engine(model, prefill_chunk=16)
-    for turns in range(3):
+    for steps in range(3):
         engine.add(0, Request(PROMPT))
-        for _ in range(turns):
+        for _ in range(steps):
             list(engine.step())
         engine.cancel(0)
         events = [event for _, event in engine.step()]
@@ -137,7 +137,7 @@ def test_cancellation_during_prefill(model: Model) -> None:
         assert (events[-1].reason, events[-1].statistics.generated_tokens) == ("cancelled", 0)
 
 
-def test_a_seed_repeats_and_another_differs(model: Model) -> None:
+def test_same_seed_repeats_the_answer_and_another_seed_does_not(model: Model) -> None:
     def sample(seed: int) -> list[int]:
         return run(Engine(model), Request(PROMPT, max_tokens=16, sampling=Sampling(temperature=1.5, seed=seed)))[0]
 
@@ -145,7 +145,7 @@ def test_a_seed_repeats_and_another_differs(model: Model) -> None:
     assert sample(1) != sample(2)
 
 
-def test_top_k_of_one_is_greedy(model: Model, greedy: Plainest) -> None:
+def test_top_k_of_one_is_greedy(model: Model, greedy: UncachedGreedy) -> None:
     tokens, _ = run(Engine(model), Request(PROMPT, max_tokens=8, sampling=Sampling(temperature=1.0, top_k=1, seed=3)))
     assert tokens == greedy(PROMPT, 8)
 
@@ -187,14 +187,14 @@ def test_requests_and_statistics_survive_json() -> None:
     assert statistics.decode_tok_per_s == 2
 
 
-def test_requests_at_the_same_time_share_the_beginning_of_their_prompts(model: Model, greedy: Plainest) -> None:
+def test_concurrent_requests_share_prompt_prefixes(model: Model, greedy: UncachedGreedy) -> None:
     engine = Engine(model, prefill_chunk=16)
     prompts = [(*PROMPT, 5), (*PROMPT, 6), (*PROMPT[:30], 7)]
     tokens: dict[int, list[int]] = {number: [] for number in range(3)}
     cached: dict[int, int] = {}
     for number, prompt in enumerate(prompts):
         engine.add(number, Request(prompt, max_tokens=4 + number))
-        for _ in range(6):  # the next one comes when this one's prompt is read
+        for _ in range(6):  # the next request arrives after this prompt's prefill
             _take(engine, tokens, cached)
     while not engine.is_idle:
         _take(engine, tokens, cached)
@@ -212,7 +212,7 @@ def _take(engine: Engine, tokens: dict[int, list[int]], cached: dict[int, int]) 
             cached[number] = event.statistics.cached_tokens
 
 
-def test_ids_of_numpy_are_whole_numbers_and_others_are_refused(model: Model, greedy: Plainest) -> None:
+def test_numpy_ids_are_accepted_and_non_integers_rejected(model: Model, greedy: UncachedGreedy) -> None:
     tokens, _ = run(Engine(model), Request(tuple(np.array(PROMPT)), max_tokens=2))
     assert tokens == greedy(PROMPT, 2)
     for wrong in ((1.5,), ("a",)):
@@ -222,7 +222,7 @@ def test_ids_of_numpy_are_whole_numbers_and_others_are_refused(model: Model, gre
         Request((1,), max_tokens="x")  # pyright: ignore[reportArgumentType]
 
 
-def test_commands_taken_while_idle_are_not_awaited_again(model: Model) -> None:
+def test_commands_executed_while_idle_are_not_expected_again(model: Model) -> None:
     engine = Engine(model)
     assert [engine.num_new_commands(taken) for taken in range(1, 400)] == [1] * 399
     engine.add(0, Request(PROMPT, max_tokens=1))
@@ -233,7 +233,7 @@ def make_prompt(length: int, seed: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(0, 192, length).tolist())
 
 
-def test_alone_and_among_eight_the_text_is_the_same(model: Model) -> None:
+def test_text_is_the_same_alone_and_in_a_batch_of_eight(model: Model) -> None:
     engine = Engine(model, prefill_chunk=16)
     prompts = [make_prompt(5 + 7 * number, seed=number) for number in range(8)]
     tokens: dict[int, list[int]] = {number: [] for number in range(8)}
@@ -257,14 +257,14 @@ def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> 
     seen: list[set[tuple[int, type]]] = []
     while not engine.is_idle:
         seen.append({(number, type(event)) for number, event in engine.step()})
-    reading = [turn for turn in seen if (1, Prefilled) in turn]
-    assert len(reading) >= 9
-    assert all((0, Token) in turn for turn in reading[1:])
-    ends = [next(at for at, turn in enumerate(seen) if (number, Finished) in turn) for number in (2, 1)]
+    prefills = [step for step in seen if (1, Prefilled) in step]
+    assert len(prefills) >= 9
+    assert all((0, Token) in step for step in prefills[1:])
+    ends = [next(at for at, step in enumerate(seen) if (number, Finished) in step) for number in (2, 1)]
     assert ends == sorted(ends)  # the short prompt does not wait for the long one
 
 
-def test_what_has_no_room_waits_or_is_put_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_without_room_wait_or_are_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_limits, "MIN_CACHE_TOKENS", 0)
     layers, width = len(model.layers), model.config.kv_lora_rank + model.config.qk_rope_head_dim
     engine = Engine(model, cache_bytes=768 * layers * width * 4)
@@ -278,7 +278,7 @@ def test_what_has_no_room_waits_or_is_put_back(model: Model, monkeypatch: pytest
         _take(engine, tokens, cached)
         most = max(most, sum(len(batch.members) for batch in engine._batches))
         assert engine._pool.busy_tokens + engine._pool.idle_tokens <= 768
-    assert most == 2  # 256 tokens each at first, 512 in the end
+    assert most == 2  # 256 tokens each at first, 512 at the end
     assert all(len(found) == 20 for found in tokens.values())
     alone = Engine(model)
     assert [run(alone, Request(prompts[number], max_tokens=20))[0] for number in (2, 4)] == [tokens[2], tokens[4]]

@@ -53,7 +53,7 @@ def test_all_ranks_use_the_smallest_chunk(model: Model) -> None:
 
 
 @pytest.mark.parametrize(("chunk", "context"), [(128, 1_024), (512, 512), (512, 2_048)])
-def test_the_formula_holds(model: Model, chunk: int, context: int) -> None:
+def test_measured_prefill_memory_matches_the_formula(model: Model, chunk: int, context: int) -> None:
     cache = fill(model, context - chunk)
     active = mx.get_active_memory()
     mx.reset_peak_memory()

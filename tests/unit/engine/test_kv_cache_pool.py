@@ -30,7 +30,7 @@ def make_tokens(count: int, seed: int) -> list[int]:
 SYSTEM = make_tokens(900, 1)
 
 
-def test_a_conversation_goes_on_where_it_was() -> None:
+def test_next_turn_reuses_the_whole_conversation() -> None:
     pool, prompt, cached = KVCachePool(MODEL, 10_000), list(SYSTEM), []
     for number in range(10):
         prompt += make_tokens(50, 10 + number)
@@ -40,7 +40,7 @@ def test_a_conversation_goes_on_where_it_was() -> None:
     assert pool.idle_tokens == padded_length(len(prompt))  # one sequence, not ten
 
 
-def test_conversations_that_share_a_beginning_do_not_cut_each_other() -> None:
+def test_conversations_with_a_common_prefix_do_not_truncate_each_other() -> None:
     pool = KVCachePool(MODEL, 10_000)
     prompts = {agent: [*SYSTEM, *make_tokens(100, 10 + agent)] for agent in range(3)}
     for round_ in range(4):
@@ -51,7 +51,7 @@ def test_conversations_that_share_a_beginning_do_not_cut_each_other() -> None:
             prompt += [*answer, *make_tokens(100, 200 + 10 * round_ + agent)]
 
 
-def test_thinking_that_is_stripped_costs_its_own_turn_and_leaves_nothing_behind() -> None:
+def test_stripped_thinking_recomputes_one_turn_and_leaves_no_stale_cache() -> None:
     pool = KVCachePool(MODEL, 10_000)
     question, thinking, answer = make_tokens(200, 2), make_tokens(300, 3), make_tokens(60, 4)
     assert run_turn(pool, [*SYSTEM, *question], [*thinking, *answer]) == 0
@@ -59,13 +59,13 @@ def test_thinking_that_is_stripped_costs_its_own_turn_and_leaves_nothing_behind(
     assert pool.idle_tokens == padded_length(len([*SYSTEM, *question, *answer, *make_tokens(20, 5)]))
 
 
-def test_another_answer_to_the_same_prompt_leaves_the_first_one() -> None:
+def test_second_answer_to_a_prompt_keeps_the_first_cached() -> None:
     pool = KVCachePool(MODEL, 10_000)
     assert [run_turn(pool, SYSTEM, make_tokens(300, answer)) for answer in (2, 3)] == [0, len(SYSTEM) - 1]
     assert [run_turn(pool, [*SYSTEM, *make_tokens(300, answer), 7]) for answer in (2, 3)] == [len(SYSTEM) + 300] * 2
 
 
-def test_what_was_used_last_stays() -> None:
+def test_least_recently_used_cache_is_evicted() -> None:
     pool = KVCachePool(MODEL, 3 * 512)
     for seed in (1, 2, 3):
         run_turn(pool, make_tokens(400, seed))
@@ -76,7 +76,7 @@ def test_what_was_used_last_stays() -> None:
     assert run_turn(pool, make_tokens(400, 2)) == 0
 
 
-def test_without_room_for_both_a_sequence_is_cut_and_not_copied() -> None:
+def test_sequence_is_truncated_in_place_if_a_copy_does_not_fit() -> None:
     pool = KVCachePool(MODEL, 2048)
     run_turn(pool, [*SYSTEM, *make_tokens(600, 2)])
     assert run_turn(pool, [*SYSTEM, *make_tokens(600, 3)]) == len(SYSTEM)
@@ -98,7 +98,7 @@ def test_a_sequence_in_use_is_copied() -> None:
     assert pool.idle_tokens == 0
 
 
-def test_what_is_held_by_a_longer_one_goes() -> None:
+def test_prefixes_of_a_longer_sequence_are_dropped() -> None:
     pool = KVCachePool(MODEL, 10_000)
     caches = [pool.acquire(tuple(SYSTEM))[0] for _ in range(3)]
     for cache, length in zip(caches, (300, 900, 600), strict=True):
@@ -107,7 +107,7 @@ def test_what_is_held_by_a_longer_one_goes() -> None:
     assert pool.idle_tokens == 1024
 
 
-def test_room_is_made_of_idle_ones_alone_and_only_if_that_is_enough() -> None:
+def test_make_room_evicts_only_idle_caches_and_only_if_that_is_enough() -> None:
     pool = KVCachePool(MODEL, 2048)
     run_turn(pool, make_tokens(500, 1))
     run_turn(pool, make_tokens(500, 2))
@@ -182,7 +182,7 @@ def test_the_budget_is_kept_and_ranks_agree(turns: list[tuple[list[int], list[in
 
 
 @given(a=TOKENS, b=TOKENS, stretch=st.sampled_from([1, 400]))
-def test_common_prefix_is_what_it_says(a: list[int], b: list[int], stretch: int) -> None:
+def test_common_prefix_equals_token_by_token_comparison(a: list[int], b: list[int], stretch: int) -> None:
     a, b = ([token for token in tokens for _ in range(stretch)] for tokens in (a, b))
     expected = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     assert common_prefix(a, b) == expected
@@ -196,7 +196,7 @@ def ask(engine: Engine, prompt: Sequence[int], max_tokens: int = 12) -> tuple[li
     return [event.id for event in events if isinstance(event, Token)], end.statistics.cached_tokens
 
 
-def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
+def test_template_that_strips_thinking_recomputes_only_the_last_exchange() -> None:
     tokenizer = ChatTokenizer.load(KIMI_MINI).tokenizer
     template, pool = ChatTemplate(K2_THINKING.read_text()), KVCachePool(MODEL, 10_000)
     messages: list[dict[str, Any]] = [{"role": "system", "content": "You know the tides. " * 20}]
@@ -209,7 +209,7 @@ def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
         for number in (2 * exchange, 2 * exchange + 1):
             messages.append(tool_call(number))
             spoken = template.encode(tokenizer, messages, add_generation_prompt=False)
-            assert run_turn(pool, prompt, spoken[len(prompt) : -1]) == expected  # <|im_end|> is not fed
+            assert run_turn(pool, prompt, spoken[len(prompt) : -1]) == expected  # <|im_end|> is not computed
             expected = len(spoken) - 1
             messages.append({"role": "tool", "tool_call_id": f"functions.tide:{number}", "content": "06:12"})
             prompt = template.encode(tokenizer, messages)
@@ -218,7 +218,7 @@ def test_a_template_that_strips_thinking_costs_the_last_exchange_only() -> None:
         spoken = [think, *tokenizer.encode("So it is. " * 40), end, *tokenizer.encode(answer)]
         assert run_turn(pool, prompt, spoken) == expected
         messages.append({"role": "assistant", "content": answer})
-        assert pool.idle_tokens == padded_length(len(prompt) + len(spoken))  # nothing that is out of date
+        assert pool.idle_tokens == padded_length(len(prompt) + len(spoken))  # no stale sequence
 
 
 def tool_call(number: int) -> dict[str, Any]:

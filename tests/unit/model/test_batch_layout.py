@@ -33,7 +33,7 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
     assert ComplexRotation(rope, [(offset, length)])(x.astype(mx.bfloat16)).dtype == mx.bfloat16
 
 
-def test_a_mask_is_made_once_for_all_layers() -> None:
+def test_mask_is_computed_once_for_all_layers() -> None:
     step = BatchLayout(Rope(load_config(FOLDER)), [(2, 2)])
     mask = step.decode_groups[0].mask(heads=3, dtype=mx.float32)
     assert mask.tolist() == [[0, 0, 0, -np.inf]] * 3 + [[0, 0, 0, 0]] * 3
@@ -46,20 +46,20 @@ def test_a_mask_is_made_once_for_all_layers() -> None:
     [
         ([(4, 1), (4, 1), (5, 1)], [[0, 1, 2]]),
         ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),  # several tokens of one sequence stay alone
-        ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # one that has none does not part the others
+        ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # a sequence without new tokens does not split a group
         ([(1, 1), (1 + GROUP_MAX_PADDING, 1), (2 + GROUP_MAX_PADDING, 1)], [[0, 1], [2]]),
         ([(GROUP_MAX_KEYS - 1, 1), (GROUP_MAX_KEYS, 1), (GROUP_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
-        ([(4, 1), (0, 100), (4, 1)], [[0]]),  # behind a long one all attend by heads
+        ([(4, 1), (0, 100), (4, 1)], [[0]]),  # after a long segment all attend by heads
     ],
 )
 def test_sequences_of_similar_length_with_one_new_token_are_stacked(
     lengths: list[tuple[int, int]], decode_groups: list[list[int]]
 ) -> None:
-    assert [stack.indices for stack in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
+    assert [group.indices for group in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
 
 
 @pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])
-def test_runs_of_positions_are_rotated_as_each_alone(runs: list[tuple[int, int]]) -> None:
+def test_concatenated_ranges_rotate_like_separate_ones(runs: list[tuple[int, int]]) -> None:
     rope = Rope(load_config(FOLDER))
     rope.magnitude = 1.25
     x = mx.random.normal((1, 3, sum(length for _, length in runs), 32))
@@ -73,13 +73,15 @@ def test_runs_of_positions_are_rotated_as_each_alone(runs: list[tuple[int, int]]
 
 
 @pytest.mark.parametrize(
-    "lengths",  # in the cache, new, asked
+    "lengths",  # cached, new, with logits
     [
         [(3, 1, 1), (30, 4, 2), (0, 20, 0), (9, 12, 1), (300, 2, 2)],
         [(3, 1, 1), (40, 1, 1), (40, 1, 1), (254, 1, 1), (256, 1, 1), (300, 1, 1), (0, 20, 1)],
     ],
 )
-def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model, lengths: list[tuple[int, int, int]]) -> None:
+def test_batched_hidden_states_equal_those_of_single_sequences(
+    model: Model, lengths: list[tuple[int, int, int]]
+) -> None:
     mx.random.seed(6)
     new, parts, expected = [], [], []
     for offset, length, last in lengths:
@@ -98,7 +100,7 @@ def test_sequences_in_one_step_have_the_states_of_each_alone(model: Model, lengt
 
 
 @pytest.mark.parametrize("last", [1, 8, 9, 40])
-def test_the_last_states_alone_are_the_last_of_all_states(model: Model, last: int) -> None:
+def test_last_hidden_states_alone_equal_the_last_of_all(model: Model, last: int) -> None:
     mx.random.seed(5)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 40))
     all_caches, caches = model.make_cache(), model.make_cache()

@@ -34,12 +34,12 @@ def test_blocks_add_up_to_the_plain_formula(past: int, length: int) -> None:
     random = np.random.default_rng(past + length)
     q = random.normal(size=(2, HEADS, length, Q_DIM)) * 3  # peaks that grow from block to block
     k, v = (random.normal(size=(2, HEADS, past + length, dim)) for dim in (Q_DIM, V_DIM))
-    asked: list[int] = []
+    expanded: list[int] = []
 
     def expand(rows: mx.array) -> tuple[mx.array, mx.array]:
-        """Rows hold the numbers of tokens."""
+        """Each row holds the index of its token."""
         tokens = np.array(rows[0, 0, :, 0])
-        asked.extend(tokens.tolist())
+        expanded.extend(tokens.tolist())
         assert len(tokens) <= max(KEY_BLOCK, length)
         return mx.array(k[:, :, tokens], mx.float32), mx.array(v[:, :, tokens], mx.float32)
 
@@ -47,7 +47,7 @@ def test_blocks_add_up_to_the_plain_formula(past: int, length: int) -> None:
     rows = mx.broadcast_to(mx.arange(past + length)[:, None], (2, 1, past + length, 1))
     got = attend(mx.array(q, mx.float32), rows, expand, mask)
     np.testing.assert_allclose(np.array(got), plain(q, k, v), rtol=1e-4, atol=1e-5)
-    assert asked == list(range(past + length))
+    assert expanded == list(range(past + length))
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_a_block_size_need_not_be_square() -> None:
         {"text_config": changed(quantization_config=FP8, quantization=MLX)},
     ],
 )
-def test_the_block_of_mlx_wins(values: dict[str, Any]) -> None:
+def test_mlx_quantization_takes_precedence(values: dict[str, Any]) -> None:
     config = parse_config(changed(**values))
     assert (config.quantization, config.compression) == (Quantization(4, 64), None)
 
@@ -182,7 +182,7 @@ def with_value(block: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in INT4_PATHS.items() for value in values])
-def test_another_kind_of_packing_is_refused_by_its_path(path: str, value: Any) -> None:
+def test_unsupported_packing_is_rejected_with_its_path(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"quantization_config\.{re.escape(path)}.*; only .* is supported") as caught:
         parse_config(changed(quantization_config=with_value(INT4, path, value)))
     assert caught.value.hint is not None
@@ -199,13 +199,13 @@ def test_another_kind_of_packing_is_refused_by_its_path(path: str, value: Any) -
         ({"weight_block_size": "128x128"}, "weight_block_size = '128x128', not two"),
     ],
 )
-def test_another_kind_of_fp8_is_refused_by_its_field(values: dict[str, Any], words: str) -> None:
+def test_unsupported_fp8_is_rejected_with_its_field(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config(changed(quantization_config={**FP8, **values}))
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "awq", "gptq", "bitsandbytes", None, ["fp8"]])
-def test_other_methods_are_refused_by_name(method: Any) -> None:
+def test_other_quantization_methods_are_rejected_by_name(method: Any) -> None:
     with pytest.raises(ConfigError, match=rf"quantization method {re.escape(repr(method))} is not supported"):
         parse_config(changed(quantization_config={"quant_method": method, "bits": 4}))
 
@@ -279,7 +279,7 @@ def flat(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), flat(WRONG))
-def test_a_wrong_value_is_refused_by_file_field_and_value(name: str, value: Any) -> None:
+def test_invalid_value_is_rejected_with_file_field_and_value(name: str, value: Any) -> None:
     shown = re.escape(repr(value)[:10])
     with pytest.raises(ConfigError, match=rf"`some/config\.json` has {name} = {shown}.*, not "):
         parse_config(changed(**{name: value}), "some/config.json")
@@ -288,19 +288,19 @@ def test_a_wrong_value_is_refused_by_file_field_and_value(name: str, value: Any)
 @pytest.mark.parametrize(
     ("block", "name", "value"), [(block, *item) for block, table in WRONG_INNER.items() for item in flat(table)]
 )
-def test_a_wrong_value_in_a_block_is_refused_by_its_path(block: str, name: str, value: Any) -> None:
+def test_invalid_nested_value_is_rejected_with_its_path(block: str, name: str, value: Any) -> None:
     raw = changed(quantization=dict(QUANTIZED))
     raw[block][name] = value
     with pytest.raises(ConfigError, match=rf"`config\.json` has {block}\.{name} = {re.escape(repr(value))}, not "):
         parse_config(raw)
 
 
-def test_a_wrong_override_is_refused_by_its_path() -> None:
+def test_invalid_override_is_rejected_with_its_path() -> None:
     with pytest.raises(ConfigError, match=r"quantization\.lm_head\.bits = 7, not a whole number among 2, 3"):
         parse_config(changed(quantization={**QUANTIZED, "lm_head": {"bits": 7}}))
 
 
-def test_the_message_says_what_is_allowed() -> None:
+def test_message_contains_the_allowed_values() -> None:
     with pytest.raises(ConfigError, match=r"`config\.json` has n_group = 0, not a whole number from 1"):
         parse_config(changed(n_group=0))
     with pytest.raises(ConfigError, match=r"rope_theta = 1, not a number above 1"):
@@ -324,7 +324,7 @@ def test_null_is_absent() -> None:
     assert (config.q_lora_rank, config.n_shared_experts, config.yarn, config.rope_theta) == (None, 0, None, 10000.0)
 
 
-def test_what_is_published_is_accepted() -> None:
+def test_published_configs_are_accepted() -> None:
     assert load_config(Path(__file__).parents[3] / "kimi_mlx/models/kimi-mini").quantization == Quantization(4, 32)
     for name in ("k2", "k2-thinking", "k2.5", "moonlight", "grouped", "grouped-negative"):
         assert isinstance(parse_config(load_golden(name).config), ModelConfig)
@@ -333,14 +333,14 @@ def test_what_is_published_is_accepted() -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, '{"a":' * 200_000, "[]", "{", "\ud800".encode("utf-8", "replace") + b"\xff"]
 )
-def test_a_file_that_is_no_object_is_named(tmp_path: Path, text: str | bytes) -> None:
+def test_file_without_a_json_object_is_named_in_the_error(tmp_path: Path, text: str | bytes) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ConfigError, match=re.escape(str(file))):
         read_json(file)
 
 
-def test_a_forbidden_file_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_error_hints_at_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
 
@@ -367,7 +367,7 @@ VALID = parse_config(K2)
 
 @settings(deadline=None)
 @given(st.sampled_from(PATHS), VALUES)
-def test_any_value_anywhere_is_accepted_or_refused(path: tuple[str, ...], value: Any) -> None:
+def test_any_value_is_accepted_or_raises_config_error(path: tuple[str, ...], value: Any) -> None:
     raw = changed(quantization=dict(QUANTIZED))
     target = raw[path[0]] if len(path) == 2 else raw
     target[path[-1]] = value
@@ -381,7 +381,9 @@ def test_any_value_anywhere_is_accepted_or_refused(path: tuple[str, ...], value:
 
 @settings(deadline=None)
 @given(st.sampled_from(COMPRESSION_PATHS), VALUES)
-def test_any_value_in_a_published_format_is_accepted_or_refused(place: tuple[dict[str, Any], str], value: Any) -> None:
+def test_any_value_in_a_published_format_is_accepted_or_raises_config_error(
+    place: tuple[dict[str, Any], str], value: Any
+) -> None:
     block = with_value(*place, value)
     try:
         config = parse_config(changed(quantization_config=json.loads(json.dumps(block))))

@@ -32,7 +32,7 @@ def timings(*pairs: tuple[float, float]) -> list[AllReduceTiming]:
         ([(1, 1), (1, 1), (1, 1)], NO_LIMIT),
     ],
 )
-def test_the_limit_parts_sizes_where_the_other_way_becomes_faster(pairs: list[tuple[float, float]], limit: int) -> None:
+def test_limit_separates_sizes_by_faster_method(pairs: list[tuple[float, float]], limit: int) -> None:
     assert gather_limit(timings(*pairs), is_complete=True) == limit
     if limit == NO_LIMIT:
         assert gather_limit(timings(*pairs), is_complete=False) == SIZES[-1]
@@ -56,8 +56,8 @@ class Agreeing(MlxGroup):
     """Rank 0 of two whose peer always sends the same data.
 
     Args:
-        gather_s: what a gather takes.
-        all_sum_s: what an all_sum takes.
+        gather_s: duration of a gather.
+        all_sum_s: duration of an all_sum.
         is_exact: whether the peer's all_sum has the same bits.
     """
 
@@ -83,7 +83,7 @@ def chosen(group: MlxGroup) -> AllReduceChoice:
 
 
 @pytest.mark.parametrize(("gather_s", "all_sum_s", "limit"), [(0, 0.004, NO_LIMIT), (0.004, 0, 0)])
-def test_the_faster_way_is_chosen(gather_s: float, all_sum_s: float, limit: int) -> None:
+def test_faster_method_is_chosen(gather_s: float, all_sum_s: float, limit: int) -> None:
     choice = chosen(Agreeing(gather_s, all_sum_s))
     assert choice.gather_limit_bytes == limit
     assert [each.tokens for each in choice.timings] == list(TOKENS)
@@ -99,11 +99,11 @@ def test_a_slow_link_is_not_measured_for_long() -> None:
     assert str(choice) == "sums up to 64 B are gathered and added, larger ones use all_sum"
 
 
-def test_all_sum_is_not_used_where_it_gives_other_bits_elsewhere() -> None:
+def test_all_sum_is_not_used_if_its_bits_differ_between_ranks() -> None:
     choice = chosen(Agreeing(gather_s=0.001, is_exact=False))
     assert (choice.gather_limit_bytes, choice.is_same_bits) == (NO_LIMIT, False)
     assert "different bits" in str(choice)
 
 
-def test_a_rank_alone_has_nothing_to_choose() -> None:
+def test_single_rank_makes_no_choice() -> None:
     assert tune_all_reduce(SingleGroup(), 16, mx.float32) is None

@@ -113,25 +113,25 @@ def answering(
     """Answer requests; -1 marks a stop, -2 a cancellation.
 
     Args:
-        requests: from the start.
-        late: from the sixth turn on.
-        cancelled: after so many turns the request of a number.
+        requests: requests from the start.
+        late: requests added after the sixth step.
+        cancelled: id of the request to cancel, by number of steps.
     """
 
     def work(engine: Engine, found: Found) -> None:
         for number, request in enumerate(requests):
             engine.add(number, request)
-        turns = 0
+        steps = 0
         while not engine.is_idle:
             for number, event in engine.step():
                 if isinstance(event, Token):
                     found.setdefault(number, []).append(event.id)
                 elif isinstance(event, Finished) and event.reason != "length":
                     found.setdefault(number, []).append({"stop": -1, "cancelled": -2}[event.reason])
-            turns += 1
-            if cancelled and turns in cancelled:
-                engine.cancel(cancelled[turns])
-            if turns == 6:
+            steps += 1
+            if cancelled and steps in cancelled:
+                engine.cancel(cancelled[steps])
+            if steps == 6:
                 with pytest.raises(EngineError):
                     engine.add(-1, Request(()))
                 for number, request in enumerate(late, start=len(requests)):
@@ -148,7 +148,7 @@ SAMPLED = Request(make_prompt(3, 4), max_tokens=5, sampling=Sampling(temperature
 
 @pytest.mark.parametrize("speculate", [0, 3])
 @pytest.mark.parametrize("size", [2, 4])
-def test_sequences_of_every_length_stay_in_step(folder: Path, size: int, speculate: int) -> None:
+def test_pipeline_equals_a_single_rank(folder: Path, size: int, speculate: int) -> None:
     stopped = run_one(folder, answering([MIDDLE]))[0][3]
     requests = [SHORT, LONG, replace(MIDDLE, stop_ids=frozenset({stopped})), SHORT]
     work = answering(requests, late=[SAMPLED, SHORT, MIDDLE])
@@ -159,12 +159,12 @@ def test_sequences_of_every_length_stay_in_step(folder: Path, size: int, specula
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
-@pytest.mark.parametrize("turns", [2, 9, 14, 18])
-def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, turns: int, speculate: int) -> None:
+@pytest.mark.parametrize("steps", [2, 9, 14, 18])
+def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int, speculate: int) -> None:
     requests = [LONG, MIDDLE, replace(LONG, prompt=make_prompt(40, 7))]
     expected = run_one(folder, answering(requests))
     for number in (0, 2):
-        found, _ = run_ranks(folder, 3, answering(requests, cancelled={turns: number}), speculate=speculate)
+        found, _ = run_ranks(folder, 3, answering(requests, cancelled={steps: number}), speculate=speculate)
         *tokens, end = found[0][number]
         assert end == -2
         assert len(tokens) < len(expected[number])
@@ -173,22 +173,22 @@ def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, turns: int,
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_step_is_one_message_a_rank(folder: Path, size: int) -> None:
+def test_step_sends_one_message_per_rank(folder: Path, size: int) -> None:
     _, links = run_ranks(folder, size, answering([LONG]))
-    steps = 3 + 9  # chunks of the prompt, then tokens behind the first; what comes back is of the chunk that ends it
+    steps = 3 + 9  # chunks of the prompt, then tokens after the first; the last rank answers only steps with logits
     assert [(each.sent, each.received) for each in links[:-1]] == [(steps, 10), *[(steps, steps)] * (size - 2)]
     assert (links[-1].sent, links[-1].received) == (10, steps)
 
 
-def test_what_is_not_of_this_step_gives_no_token(folder: Path) -> None:
-    heard: list[np.ndarray] = []
+def test_data_of_another_step_raises_ring_error(folder: Path) -> None:
+    received: list[np.ndarray] = []
     receive = CountingLinks.recv
 
     def stale(self: CountingLinks, like: mx.array, rank: int) -> mx.array:
         message = receive(self, like, rank)
         if self.rank == 0:
-            heard.append(np.array(message))
-            return mx.array(heard[2]) if len(heard) == 4 else message
+            received.append(np.array(message))
+            return mx.array(received[2]) if len(received) == 4 else message
         return message
 
     with pytest.MonkeyPatch.context() as patch:

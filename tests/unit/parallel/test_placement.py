@@ -33,7 +33,7 @@ WEIGHTS = st.lists(st.integers(1, 600), min_size=1, max_size=8)
 
 
 @given(total=st.integers(1, 5000), unit=st.integers(1, 128), weights=WEIGHTS)
-def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights: Sequence[int]) -> None:
+def test_ranges_cover_all_rows_once_in_whole_units(total: int, unit: int, weights: Sequence[int]) -> None:
     pieces = -(-total // unit)
     if pieces < len(weights):
         with pytest.raises(PlacementError, match=f"{pieces} pieces, but there are {len(weights)} ranks"):
@@ -51,7 +51,7 @@ def test_spans_cover_all_rows_once_in_whole_units(total: int, unit: int, weights
         assert all(abs(size - exact) <= 1 + 1e-9 for size, exact in zip(sizes, wanted, strict=True))
 
 
-def test_without_a_unit_there_is_nothing_to_divide() -> None:
+def test_without_a_unit_ranges_are_empty() -> None:
     assert [len(span) for span in split_proportionally(100, None, (1, 2), "rows")] == [0, 0]
 
 
@@ -62,7 +62,7 @@ def weights_of(size: int) -> str:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", range(1, 9))
 @pytest.mark.parametrize("is_even", [True, False])
-def test_k2_is_divided_in_what_the_strategy_divides(strategy: str, size: int, is_even: bool) -> None:
+def test_strategy_shards_its_axes_of_k2(strategy: str, size: int, is_even: bool) -> None:
     placement = place(K2, strategy if is_even else f"{strategy}:{weights_of(size)}", size, UNITS)
     assert placement.world_size == size
     name, weights = parse_strategy(placement.strategy)
@@ -115,7 +115,7 @@ def test_a_placement_survives_json(strategy: str) -> None:
         ("expert:7", 1, "hybrid"),
     ],
 )
-def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> None:
+def test_strategies_are_normalized(text: str, size: int, normal: str) -> None:
     assert normalize_strategy(text, size) == normal
 
 
@@ -131,7 +131,7 @@ def test_a_strategy_is_written_in_one_way(text: str, size: int, normal: str) -> 
         ("hybrid:1:2:3", "has 3 weights, but there are 2 ranks"),
     ],
 )
-def test_a_strategy_that_says_nothing_is_refused(text: str, words: str) -> None:
+def test_invalid_strategies_are_rejected(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         normalize_strategy(text, 2)
     assert caught.value.hint is not None
@@ -150,6 +150,6 @@ def small_config() -> ModelConfig:
     return parse_config(load_golden("k2").config)
 
 
-def test_every_span_is_in_the_table() -> None:
+def test_sharded_axes_are_fields_of_rank_share() -> None:
     names = {field.name for field in fields(RankShare)}
     assert set().union(*SHARDED_AXES.values()) <= names

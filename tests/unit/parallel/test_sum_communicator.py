@@ -53,7 +53,7 @@ def load_rank(folder: Path, strategy: str, group: CountingGroup) -> Model:
 
 @pytest.mark.parametrize(("strategy", "sums"), [("hybrid", 1), ("tensor", 2), ("expert", 1)])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_step_needs_so_many_sums_a_layer_and_one_gather(strategy: str, sums: int, rank: int, folder: Path) -> None:
+def test_step_has_the_expected_sums_per_layer_and_one_gather(strategy: str, sums: int, rank: int, folder: Path) -> None:
     group = CountingGroup(2, rank)
     model = load_rank(folder, f"{strategy}:2:1", group)
     for tokens in ([[1, 2, 3]], [[4]]):
@@ -63,7 +63,7 @@ def test_a_step_needs_so_many_sums_a_layer_and_one_gather(strategy: str, sums: i
     group.sums = group.gathers = 0
     engine = Engine(model)
     assert (group.sums, group.gathers) == (0, 1)  # the smallest prefill chunk of all
-    # while generating, the leader's wish to stop rides along
+    # the header is sent with the gather of the logits, so it costs no collective of its own
     group.sums = group.gathers = 0
     list(engine.generate(Request((1, 2, 3), max_tokens=9)))
     steps = 9
@@ -71,7 +71,7 @@ def test_a_step_needs_so_many_sums_a_layer_and_one_gather(strategy: str, sums: i
     assert group.sums == sums * steps * model.config.num_hidden_layers
 
 
-def test_heads_of_unequal_width_are_joined_in_order() -> None:
+def test_logits_of_unequal_width_are_concatenated_in_order() -> None:
     rows = Range(0, 1)
     shares = (RankShare(*[rows] * 7, vocab_rows=span) for span in (Range(0, 3), Range(3, 5)))
     placement = Placement("hybrid", tuple(shares))
@@ -106,7 +106,7 @@ def _noted(events: Iterator[Event], seen: list[Event]) -> Iterator[Event]:
         yield from ()
 
 
-def test_a_gather_that_brings_old_memory_gives_no_token(folder: Path) -> None:
+def test_stale_gather_raises_ring_error_and_yields_no_token(folder: Path) -> None:
     group = StaleGroup(2)
     engine = Engine(load_rank(folder, "hybrid", group), prefill_chunk=2)
     expected = [event.id for event in engine.generate(Request((1, 2, 3), max_tokens=9)) if isinstance(event, Token)]
@@ -120,7 +120,7 @@ def test_a_gather_that_brings_old_memory_gives_no_token(folder: Path) -> None:
         group.stale_from = 10**9
 
 
-def test_one_process_needs_nobody() -> None:
+def test_single_group_returns_its_input() -> None:
     group = SingleGroup()
     assert group.sum(mx.array([2.0])).tolist() == [2]
     assert group.gather(mx.array([2.0])).shape == (1, 1)

@@ -58,14 +58,14 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*/*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
 
 
-def test_a_restart_finds_whole_blocks(tmp_path: Path) -> None:
+def test_complete_blocks_are_found_after_a_restart(tmp_path: Path) -> None:
     write(tmp_path, make_tokens(1000))
     assert len(files(tmp_path)) == 3
     assert found(tmp_path, make_tokens(1000)) == 768
     assert found(tmp_path, [*make_tokens(600), 7]) == 512  # blocks are shared; the rest is another one
     assert found(tmp_path, make_tokens(500, 2)) == 0
     folder = files(tmp_path)[0].parent
-    assert (folder.stat().st_mode | folder.parent.stat().st_mode) & 0o077 == 0  # nobody else reads prompts
+    assert (folder.stat().st_mode | folder.parent.stat().st_mode) & 0o077 == 0  # other users cannot read prompts
 
 
 def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
         write(Path({str(tmp_path)!r}), [*make_tokens(1000), *make_tokens(100, 2)])
     """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert len(files(tmp_path)) == 4  # a turn writes what is new
+    assert len(files(tmp_path)) == 4  # a turn writes only new blocks
     assert found(tmp_path, [*make_tokens(1000), *make_tokens(100, 2)]) == 1024
 
 
-def test_what_waits_to_be_written_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_blocks_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_slow = [True]
     monkeypatch.setattr(
         block_writer, "write_block", lambda *args: [time.sleep(0.01) for _ in iter(lambda: is_slow[0], False)]
@@ -148,12 +148,12 @@ def test_a_broken_block_is_a_miss_and_is_written_again(
     [
         {"key": "another model"},
         {"share": "rank-1"},
-        {"stamp": "written anew"},
+        {"stamp": "rewritten"},
         {"shape": replace(SHAPE, dtype=mx.float16)},
         {"shape": replace(SHAPE, layers=1)},
     ],
 )
-def test_what_another_model_has_left_is_not_used(tmp_path: Path, change: dict[str, str]) -> None:
+def test_blocks_of_another_model_are_not_used(tmp_path: Path, change: dict[str, str]) -> None:
     write(tmp_path, make_tokens(1000))
     store = open_store(tmp_path, **change)  # pyright: ignore[reportArgumentType]
     blocks = store.find(make_tokens(1000))
@@ -165,7 +165,7 @@ def test_what_another_model_has_left_is_not_used(tmp_path: Path, change: dict[st
     store.close()
 
 
-def test_other_files_are_let_alone_and_unfinished_ones_go(tmp_path: Path) -> None:
+def test_other_files_are_kept_and_incomplete_files_removed(tmp_path: Path) -> None:
     write(tmp_path, make_tokens(1000))
     folder = files(tmp_path)[0].parent
     other, part = folder / "notes.txt", folder / f"{files(tmp_path)[0].name}.123.part"
@@ -176,7 +176,7 @@ def test_other_files_are_let_alone_and_unfinished_ones_go(tmp_path: Path) -> Non
     assert not part.exists()
 
 
-def test_garbage_among_the_names_is_harmless(tmp_path: Path) -> None:
+def test_files_with_bogus_names_are_removed(tmp_path: Path) -> None:
     write(tmp_path, make_tokens(1000))
     first = files(tmp_path)[0]
     name, root = first.stem.split("-")
@@ -186,7 +186,7 @@ def test_garbage_among_the_names_is_harmless(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 3
 
 
-def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path) -> None:
+def test_size_is_bounded_and_chains_are_evicted_from_their_ends(tmp_path: Path) -> None:
     store = open_store(tmp_path, max_bytes=6 * FILE_BYTES)
     assert store.capacity == 6
     pool = KVCachePool(MODEL, blocks=store)
@@ -199,14 +199,14 @@ def test_size_is_bounded_and_chains_are_given_up_from_their_ends(tmp_path: Path)
     run_turn(pool, make_tokens(1024, 4))
     lengths = {seed: len(store.find(make_tokens(1024, seed))) for seed in (1, 2, 3, 4)}
     assert lengths == {1: 1, 2: 0, 3: 1, 4: 4}
-    run_turn(pool, make_tokens(10 * 256, 5))  # longer than all there may be
+    run_turn(pool, make_tokens(10 * 256, 5))  # longer than the capacity
     assert len(store.find(make_tokens(10 * 256, 5))) == len(store) == 6
     store.close()
     assert len(files(tmp_path)) == 6
     assert sum(file.stat().st_size for file in files(tmp_path)) <= 6 * FILE_BYTES
 
 
-def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
+def test_time_of_last_use_survives_a_restart(tmp_path: Path) -> None:
     for number, seed in enumerate((1, 2, 1)):
         write(tmp_path, make_tokens(512, seed))
         for file in files(tmp_path):  # an hour passes
@@ -217,19 +217,19 @@ def test_what_was_used_last_is_known_after_a_restart(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 3
 
 
-def test_a_smaller_limit_makes_others_go(tmp_path: Path) -> None:
+def test_smaller_limit_evicts_other_models(tmp_path: Path) -> None:
     for key in ("old", "new"):
         store = open_store(tmp_path, key=key)
         run_turn(KVCachePool(MODEL, blocks=store), make_tokens(1024))
         store.close()
         os.utime(files(tmp_path)[-1].parent, (0, time.time() - 3600 * (key == "old")))
     store = open_store(tmp_path, key="now", max_bytes=10 * FILE_BYTES)
-    assert len(files(tmp_path)) == 4  # half of what may be is left to others
+    assert len(files(tmp_path)) == 4  # other models may use half of the limit
     assert store.capacity == 6
     assert len(open_store(tmp_path, key="new").find(make_tokens(1024))) == 4
 
 
-def test_what_another_process_uses_stays(tmp_path: Path) -> None:
+def test_blocks_in_use_by_another_process_are_kept(tmp_path: Path) -> None:
     busy = open_store(tmp_path, key="busy")
     run_turn(KVCachePool(MODEL, blocks=busy), make_tokens(1024))
     assert busy._writer.flush(10)
@@ -238,7 +238,7 @@ def test_what_another_process_uses_stays(tmp_path: Path) -> None:
     busy.close()
 
 
-def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
+def test_second_process_on_the_same_folder_runs_without_a_store(tmp_path: Path) -> None:
     first, warnings = open_store(tmp_path), []
     second = open_store(tmp_path, warnings)
     assert second.capacity == 0
@@ -247,13 +247,13 @@ def test_two_processes_do_not_harm_each_other(tmp_path: Path) -> None:
     pools = [KVCachePool(MODEL, blocks=store) for store in (first, second)]
     for pool in pools:
         assert run_turn(pool, make_tokens(1000)) == 0
-        assert run_turn(pool, make_tokens(1000)) == 999  # in memory all the same
+        assert run_turn(pool, make_tokens(1000)) == 999  # still cached in memory
     for store in (first, second):
         store.close()
     assert found(tmp_path, make_tokens(1000)) == 768
 
 
-def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_warns_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     warnings: list[str] = []
     pool = KVCachePool(MODEL, blocks=open_store(tmp_path / "file" / "cache", warnings))
@@ -262,7 +262,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
     assert "Not a directory" in warnings[0]
 
 
-def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_stops_only_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     store = open_store(tmp_path, warnings)
     pool = KVCachePool(MODEL, blocks=store)
@@ -281,7 +281,7 @@ def test_a_full_disk_ends_writing_and_nothing_else(tmp_path: Path, monkeypatch: 
     assert "no room" in warnings[1]
 
 
-def test_a_disk_that_is_too_slow_does_not_hold_up_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_disk_does_not_block_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_store, "MAX_NEW_BLOCKS", 2)
     monkeypatch.setattr(block_writer, "write_block", lambda *args: time.sleep(0.5))
     warnings: list[str] = []
@@ -294,7 +294,7 @@ def test_a_disk_that_is_too_slow_does_not_hold_up_anything(tmp_path: Path, monke
     assert "too slow" in warnings[0]
 
 
-def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
+def test_blocks_with_nan_are_not_written(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     rows = mx.zeros((SHAPE.layers, 512, SHAPE.width))
     rows[1, 300, 1] = mx.nan
@@ -303,7 +303,7 @@ def test_rows_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1
 
 
-def test_ranks_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
+def test_ranks_agree_on_their_common_blocks(tmp_path: Path) -> None:
     for share, length in (("rank-0", 1024), ("rank-1", 700)):
         store = open_store(tmp_path, share=share)
         run_turn(KVCachePool(MODEL, blocks=store), make_tokens(length))
@@ -327,7 +327,7 @@ def agree(stores: list[BlockStore], capacity: int = 100) -> None:
         store.keep(names, min(capacity, *(store.capacity for store in stores)))
 
 
-def test_a_rank_that_has_lost_a_block_ends_the_ring_and_the_next_one_does_without(tmp_path: Path) -> None:
+def test_lost_block_stops_the_ring_and_is_recomputed_after_the_restart(tmp_path: Path) -> None:
     write(tmp_path, make_tokens(1000))
     store = open_store(tmp_path)
     agree([store])
@@ -344,7 +344,7 @@ def test_a_rank_that_has_lost_a_block_ends_the_ring_and_the_next_one_does_withou
     capacity=st.integers(1, 6),
     lost=st.lists(st.integers(0, 20), max_size=2),
 )
-def test_ranks_stay_agreed(
+def test_ranks_keep_the_same_index(
     tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, int, int]], capacity: int, lost: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
