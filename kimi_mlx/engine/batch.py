@@ -82,7 +82,7 @@ class Batch:
             self.remove(self.members[-1])
 
     def abandon(self) -> None:
-        """Discard the step in flight, all sequences and their caches."""
+        """Discard the step in flight and all sequences without returning their caches to the pool."""
         self._in_flight = None
         self.members.clear()
 
@@ -142,7 +142,7 @@ class Batch:
         return entries + self._chunks(num_logits)
 
     def _chunks(self, num_logits: int) -> list[BatchEntry]:
-        """Return chunks of prompts: half as many tokens while others decode. Served sequences move to the end.
+        """Return chunks of prompts: half as many tokens while others decode. Scheduled sequences move to the end.
 
         Args:
             num_logits: number of logits that the entries before these need.

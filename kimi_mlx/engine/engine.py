@@ -179,7 +179,7 @@ class Engine:
         if self.is_idle:
             self._num_commands = num_done + 1  # earlier headers are out of date
         new = (self._num_commands - num_done) % SEQUENCE_MODULUS
-        return new if new <= MAX_NEW_COMMANDS else 0  # an older header announces fewer than a newer one did
+        return new if new <= MAX_NEW_COMMANDS else 0  # larger means negative: an older header, read late
 
     def abandon(self) -> None:
         """Drop all requests and caches after a failed step. Only allowed on a single rank."""

@@ -14,7 +14,7 @@ Sampler = Callable[[mx.array], mx.array]
 """Function from logits (B, vocab_size) to token ids (B)."""
 
 SeededSampler = Callable[[mx.array, int], mx.array]
-"""The same, with the position of the token in its sequence."""
+"""Function from logits (B, vocab_size) and the position of the token in its sequence to token ids (B)."""
 
 
 GREEDY_BELOW = 1e-6

@@ -1,1 +1,1 @@
-"""The port: configuration, attention, experts, decoder, and the names of its weights."""
+"""The model in MLX: configuration, attention, experts, decoder, and the names of its weights."""

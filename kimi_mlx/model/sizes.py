@@ -9,7 +9,7 @@ KEY_BLOCK = 512
 """Number of cached tokens that are expanded into keys and values at once, without a fused kernel."""
 
 QUERY_BLOCK = 64
-"""Number of queries per block among the new tokens; at most half of a diagonal block is computed in vain."""
+"""Number of queries per block among the new tokens; at most half of a diagonal block is wasted work."""
 
 EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""

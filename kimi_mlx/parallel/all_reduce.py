@@ -21,7 +21,7 @@ TOKENS = (1, 8, 64, 512)
 """Numbers of tokens per message: decode of one sequence, of several, and up to a chunk of a prompt."""
 
 SUMS_PER_ROUND = 4
-"""Number of sums timed as one: with a single sum, a late rank finds all data there and seems fast."""
+"""Number of sums timed as one: with a single sum, a late rank finds all data already received and seems fast."""
 
 ROUNDS, FEW_ROUNDS = 7, 2
 """Number of rounds per size, and on a slow link."""

@@ -64,8 +64,8 @@ class PipelineCommunicator(RankCommunicator):
         is_end = self.group.rank == self.group.size - 1
         if is_end and not num_logits:
             return kept
-        states, word = (kept, self._fields[:HEADER_SIZE]) if is_end else (hidden, self._fields)
-        parts = [states.reshape(-1), word]
+        states, fields = (kept, self._fields[:HEADER_SIZE]) if is_end else (hidden, self._fields)
+        parts = [states.reshape(-1), fields]
         if self._is_checked(self._number):
             parts.append(_digits(digest(states)).astype(self._dtype))
         sent = self._send(mx.concatenate(parts))
@@ -114,10 +114,10 @@ class PipelineCommunicator(RankCommunicator):
         size = B * L * self._hidden_size
         is_checked = self._is_checked(number)
         message = self._recv(size + header_size + NUM_DIGITS * is_checked, self._dtype)
-        states, word, sent = mx.split(message, [size, size + header_size])
+        states, fields, sent = mx.split(message, [size, size + header_size])
         states = states.reshape(B, L, self._hidden_size)
         digests = mx.stack([sent.astype(mx.float32), _digits(digest(states))]) if is_checked else None
-        return states, StepHeader(word[None], number, digests=digests)
+        return states, StepHeader(fields[None], number, digests=digests)
 
     def _send(self, x: mx.array) -> mx.array:
         """Send to the next rank; the last rank sends to the first."""

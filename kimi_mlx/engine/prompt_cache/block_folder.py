@@ -25,7 +25,7 @@ PART = re.compile(FILE.pattern + r"\.\d+\.part")
 LOCK = "lock"
 
 LOCK_WAIT_S = 2.0
-"""Wait for a process that is just ending, for example when a ring restarts."""
+"""Maximum wait for a process that is about to exit, for example when a ring restarts."""
 
 
 def open_folder(cache_dir: Path, root: str, share: str, stamp: str) -> tuple[Path, int]:
