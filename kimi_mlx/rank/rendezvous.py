@@ -48,7 +48,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
         except RuntimeError as error:
             raise RingError(f"cannot connect to the other ranks: {error}", rank=start["rank"]) from error
     if links is not None:
-        links.start(ring["word"].encode(), _neighbour_addresses(ring["links"], start["rank"]))
+        links.start(ring["ring_token"].encode(), _neighbour_addresses(ring["links"], start["rank"]))
         channel.links = links
     channel.send("joined")
     channel.send("tested", mismatches=[] if group is None else _test_links(channel, MlxGroup(group)))

@@ -121,7 +121,7 @@ def test_what_was_found_is_saved_and_the_answer_survives_kill_stop_and_a_short_c
         1,
         limit_s,
         limit_s + 5,
-        r"^rank 1 of 2 \(`mac-b`, process \d+\) has been silent for \d+ s, the limit is 6 s",
+        r"^rank 1 of 2 \(`mac-b`, process \d+\) has not responded for \d+ s \(limit 6 s\)",
     )
     assert outcome.effects[2].noticed_s is None
 
@@ -138,7 +138,7 @@ def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that
         faults.power_off("mac-b"),
     ]
     outcome = answer(hosts, where, inflicted, program=impatience.MAIN)
-    check_noticed(outcome, 0, 3, 10, r"has not heard from rank \d for \d s: the link between them is dead|no step of")
+    check_noticed(outcome, 0, 3, 10, r"has received nothing from rank \d for \d s: their link is dead|no progress in")
     check_noticed(outcome, 1, 1, 5, r"^rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL")
     assert outcome.effects[2].noticed_s is not None
     assert outcome.effects[2].noticed_s < 3 + DELAY_S

@@ -83,9 +83,9 @@ def test_the_error_at_start_names_the_link_that_corrupts_data(
     with pytest.raises(RingError) as raised:
         ring.start(payloads=[], hidden_size=128)
     named = (
-        rf"the link between rank {corrupted} \(`localhost`\) and rank {corrupted + 1} \(`localhost`\) garbles data: "
+        rf"the link between rank {corrupted} \(`localhost`\) and rank {corrupted + 1} \(`localhost`\) corrupts data: "
     )
-    assert raised.match(f"^{named}rank {corrupted + 1} .* got [1-9].* of .* values of the message of ")
+    assert raised.match(f"^{named}rank {corrupted + 1} .* received [1-9].* of .* values of the message of ")
     assert raised.value.rank == corrupted + 1
     assert "another cable" in (raised.value.hint or "")
     wait_until_gone(ring.pids, 1)
@@ -97,7 +97,7 @@ def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack, monkeypatch:
     result = self_test(local_cluster(2), quick_payloads(), 128)
     [finding] = result.findings
     assert (finding.check, finding.state, result.is_stalled) == ("self-test", "problem", False)
-    assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) garbles data" in finding.message
+    assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) corrupts data" in finding.message
 
 
 def test_a_relay_that_corrupts_nothing_is_fine(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,12 +97,12 @@ def test_messages_of_a_fast_rank_are_kept_while_a_slow_rank_joins(program: Path)
         (
             "JOIN_S",
             f"{LISTENING}    time.sleep(100)",
-            r"rank \d of 2 \(process \d+\) did not find the others at 127\.0\.0\.1 within 2 s",
+            r"rank \d of 2 \(process \d+\) could not connect to the other ranks at 127\.0\.0\.1 within 2 s",
         ),
         (
             "TEST_S",
             f"{LISTENING}    send('joined')\n    time.sleep(100)",
-            r"rank \d of 2 \(process \d+\) did not get through the test of its links within 2 s",
+            r"rank \d of 2 \(process \d+\) did not finish the link test within 2 s",
         ),
     ],
     ids=["ends", "never sends a message", "does not join", "is not tested"],

@@ -1,4 +1,4 @@
-"""What MLX's backends want of a hostfile: a file each, and the environment of each rank. Pure.
+"""Files and environment variables that MLX's backends read, made from a hostfile. Pure.
 
 Source: launch_ring and launch_jaccl of mlx 0.32, python/mlx/_distributed_utils/launch.py.
 """
@@ -13,7 +13,7 @@ from kimi_mlx.cluster.hosts.hostfile import devices_value
 
 
 def ring_hosts(hostfile: Hostfile, ports: Iterable[int]) -> list[list[str]]:
-    """Where each rank listens, with one port an address in the order of ranks and their addresses.
+    """Return the addresses at which each rank listens, with one port per address, in the order of ranks and addresses.
 
     `itertools.count(32323)` numbers them as mlx.launch does.
     """
@@ -22,28 +22,28 @@ def ring_hosts(hostfile: Hostfile, ports: Iterable[int]) -> list[list[str]]:
 
 
 def jaccl_devices(hostfile: Hostfile) -> list[list[str | list[str] | None]]:
-    """The RDMA devices of each rank to each rank."""
-    return [[devices_value(each) for each in host.rdma] for host in hostfile.hosts]
+    """Return the RDMA devices from each rank to each rank."""
+    return [[devices_value(device) for device in host.rdma] for host in hostfile.hosts]
 
 
 def coordinator(hostfile: Hostfile, port: int) -> str:
-    """Where JACCL's rank 0 waits for the others, over TCP."""
+    """Return the TCP address at which JACCL's rank 0 waits for the others."""
     return f"{hostfile.hosts[0].ips[0]}:{port}"
 
 
 def backend_file(hostfile: Hostfile, backend: Backend, ports: Iterable[int]) -> str:
-    """The text of the file that each rank reads at its start; `ports` are for the ring alone."""
+    """Return the text of the file that each rank reads at its start. Only the ring uses `ports`."""
     return json.dumps(ring_hosts(hostfile, ports) if backend == "ring" else jaccl_devices(hostfile))
 
 
 def backend_variables(backend: Backend, rank: int, file: str, coordinator: str) -> dict[str, str]:
-    """What a rank's environment gets on top of `without_ring_variables`.
+    """Return the environment variables of a rank, in addition to `without_ring_variables`.
 
     Args:
-        backend: how the ranks talk.
-        rank: its number.
-        file: the path, on its host, of what `backend_file` made.
-        coordinator: from the function of that name; the ring needs none.
+        backend: backend of the group.
+        rank: number of the rank.
+        file: path, on the rank's host, of the text from backend_file().
+        coordinator: address from coordinator(); unused by the ring.
     """
     if backend == "ring":
         return {"MLX_RANK": str(rank), "MLX_HOSTFILE": file}

@@ -1,4 +1,4 @@
-"""Making sure that nothing is left of ranks on a host: processes and temporary files that carry their tag."""
+"""Kill processes and remove temporary files that ranks have left on a host, found by their tag."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from kimi_mlx.cluster.hosts.ssh import run_everywhere
 from kimi_mlx.cluster.ring.guard import FOLDER_PREFIX
 
 CLEANUP_LIMIT_S = 8.0
-"""For a host, connecting included."""
+"""Timeout for a host, with the connection."""
 
 _SCRIPT = """
 tag={tag}
 pids() {{ ps -A -ww -o pid=,args= | awk -v tag="$tag" 'index($0, tag) && !/awk/ {{print $1}}'; }}
-for turn in 1 2 3 4 5 6 7 8 9 10; do
+for attempt in 1 2 3 4 5 6 7 8 9 10; do
   left=$(pids)
   [ -n "$left" ] || break
   kill -9 $left 2>/dev/null
@@ -25,18 +25,18 @@ rm -rf "${{TMPDIR:-/tmp}}/{prefix}$tag"-*
 """
 
 
-def sweep(hosts: Iterable[str], tag: str, envs: Sequence[str] = ()) -> list[str]:
-    """Kill what is left, and look again; all hosts at once.
+def kill_leftovers(hosts: Iterable[str], tag: str, envs: Sequence[str] = ()) -> list[str]:
+    """Kill the processes that are left and verify that none remains, on all hosts at once.
 
     Args:
-        hosts: their names.
-        tag: of the ranks: letters and digits.
-        envs: `NAME=value` that they were started with; TMPDIR may be one of them.
+        hosts: names of the hosts.
+        tag: tag of the ranks: letters and digits.
+        envs: `NAME=value` that the ranks were started with; TMPDIR may be among them.
 
     Returns:
-        The hosts that could not be asked, or where something is left all the same.
+        Names of hosts that could not be reached, or where processes remain.
     """
-    exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
+    exports = "".join(f"export {shlex.quote(env)}\n" for env in envs)
     script = exports + _SCRIPT.format(tag=tag, prefix=FOLDER_PREFIX)
-    answers = run_everywhere(hosts, script, CLEANUP_LIMIT_S)
-    return [host for host, answer in answers.items() if not answer.is_ok]
+    results = run_everywhere(hosts, script, CLEANUP_LIMIT_S)
+    return [host for host, result in results.items() if not result.is_ok]

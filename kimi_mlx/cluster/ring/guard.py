@@ -1,8 +1,8 @@
-"""A process that does not outlive whoever started it: runs a module of ours and hands its input on.
+"""A guard: run a rank's module as a child process, forward its input, and end it when the front is gone.
 
-MLX's ring holds Python's lock while it connects, so that a rank cannot watch its own input then. The child is killed
-when the input ends (the front is gone, or the ssh session that it came through) or falls silent (the network is gone,
-too: the front says a word every second); what it has put into TMPDIR goes with it.
+MLX's ring holds Python's lock while it connects, so a rank cannot watch its own input then. The guard kills the child
+when its input ends (the front or its ssh session is gone) or stops (the network is gone: the front sends a message
+every second), and removes the child's temporary folder.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from types import FrameType
 from kimi_mlx.cluster.hosts.launch import rank_command
 
 POLL_INTERVAL_S = 0.1
-"""How soon the end of the child is noticed."""
+"""Interval at which the end of the child is checked."""
 
 FOLDER_PREFIX = "kimi-mlx-"
-"""Of the folder for temporary files, before the tag."""
+"""Prefix of the temporary folder; the tag follows."""
 
 
 def guard_command(module: str, python: str, tag: str, silence_s: float | None) -> list[str]:
-    """The command that runs `main` of a module under guard.
+    """Return the command that runs `main` of a module under a guard.
 
     Args:
-        module: of kimi_mlx.
-        python: the interpreter.
-        tag: by which the processes and their folder are found, should they be left over.
-        silence_s: of the input, after which nothing is left of it; None for a front that cannot fall silent unended.
+        module: dotted name of the module.
+        python: path of the interpreter.
+        tag: token that marks the processes and their folder, so that leftovers can be found.
+        silence_s: seconds without input after which the child is killed; None for no limit (a front on this host).
     """
     return [*rank_command(__name__, python), module, tag, str(silence_s or 0)]
 
 
 def main() -> None:
-    """Run the module; the exit code is its own, 128 and its number after a signal, 1 if it was ended by us."""
+    """Run the module. The exit code is the child's, 128 plus the number of a signal, or 1 if the guard killed it."""
     module, tag, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, _leave)
-    _tidy()
+        signal.signal(number, _exit_on_signal)
+    _remove_stale_folders()
     prefix = f"{FOLDER_PREFIX}{tag}-{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         environment = {**os.environ, "TMPDIR": folder}
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
-    """Hand on what comes in until the child has ended, the input has, or it has been silent for too long."""
+    """Forward input until the child ends, the input ends, or nothing arrives for too long."""
     assert child.stdin is not None
-    pipe, heard = child.stdin.fileno(), time.monotonic()
+    pipe, received_at = child.stdin.fileno(), time.monotonic()
     os.set_blocking(pipe, False)  # a child that is stopped must not stop us
     pending = bytearray()
     while (code := child.poll()) is None:
-        if silence_s and time.monotonic() - heard > silence_s:
-            print(f"nothing was heard for {silence_s:.0f} s of who started this", file=sys.stderr)
+        if silence_s and time.monotonic() - received_at > silence_s:
+            print(f"received nothing from the front for {silence_s:.0f} s", file=sys.stderr)
             return 1
         readable, writable, _ = select.select([0], [pipe] if pending else [], [], POLL_INTERVAL_S)
         if readable:
@@ -73,25 +73,25 @@ def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
             if not data:
                 return 1
             pending += data
-            heard = time.monotonic()
+            received_at = time.monotonic()
         if writable:
             try:
                 del pending[: os.write(pipe, pending)]
-            except BrokenPipeError:  # it is ending
+            except BrokenPipeError:  # the child is ending
                 time.sleep(POLL_INTERVAL_S)
     return code
 
 
-def _tidy() -> None:
-    """Remove folders of guards that are gone, such as after a power cut."""
+def _remove_stale_folders() -> None:
+    """Remove the folders of guards that are gone, for example after a power cut."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{'[0-9a-f]' * 16}-*-*"):
         try:
             os.kill(int(folder.name.split("-")[3]), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OSError):  # not one of ours, or of another user
+        except (ValueError, OSError):  # not a guard's folder, or another user's
             continue
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""Which link is to blame for wrong data, from what all ranks say they got. Pure."""
+"""Find the link that corrupts data, from the link tests of all ranks. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from kimi_mlx.cluster.hosts.host import Cluster
 
-Wrong = Mapping[str, Any]
-"""What a rank got wrong of a payload, as kimi_mlx.rank.link_test says it."""
+Mismatch = Mapping[str, Any]
+"""A payload that a rank received corrupted, as kimi_mlx.rank.link_test reports it."""
 
 REMEDY = "the link or MLX corrupts data: try another cable or port, `--backend ring`, the newest MLX on all"
 RING_REMEDY = "the link or MLX corrupts data: try another cable or port, another network, the newest MLX on all"
@@ -17,11 +17,11 @@ RING_REMEDY = "the link or MLX corrupts data: try another cable or port, another
 
 @dataclass(frozen=True)
 class CorruptLink:
-    """Data that came otherwise than they were sent.
+    """A link that corrupted data, or a rank that received corrupt data.
 
     Args:
-        rank: that got them.
-        message: between whom, and how much of what.
+        rank: rank that received the data.
+        message: the ranks, the payload, and the number of corrupt values.
         hint: what may help.
     """
 
@@ -30,40 +30,45 @@ class CorruptLink:
     hint: str
 
 
-def find_corrupt_links(cluster: Cluster, wrong: Mapping[int, Sequence[Wrong]]) -> list[CorruptLink]:
-    """The links between two ranks that are to blame, else the ranks that got something wrong; empty if nobody did.
+def find_corrupt_links(cluster: Cluster, mismatches: Mapping[int, Sequence[Mismatch]]) -> list[CorruptLink]:
+    """Return the corrupt links between two ranks, else the ranks that received corrupt data; empty if there are none.
 
-    A message goes from one rank to the next, and over a mesh so does a part of a gather; all else passes through
-    several hands.
+    Only a message, and on a mesh a part of a gather, goes directly from one rank to another; everything else passes
+    through several ranks.
 
     Args:
         cluster: the ranks.
-        wrong: rank -> what it got wrong.
+        mismatches: rank -> payloads that it received corrupted.
     """
     direct = ("message", "gather") if cluster.backend == "jaccl" else ("message",)
     remedy = RING_REMEDY if cluster.backend == "ring" else REMEDY
     links: dict[frozenset[int], CorruptLink] = {}
-    for rank in sorted(wrong):
-        for each in wrong[rank]:
-            for source in each["sources"] if each["kind"] in direct else ():
+    for rank in sorted(mismatches):
+        for mismatch in mismatches[rank]:
+            for source in mismatch["sources"] if mismatch["kind"] in direct else ():
                 message = (
-                    f"the link between {_both(cluster, source, rank)} garbles data: {_name(cluster, rank)} got "
-                    f"{each['count']} of {each['of']} values of the {each['payload']} otherwise than they were sent"
+                    f"the link between {_both(cluster, source, rank)} corrupts data: {_name(cluster, rank)} "
+                    f"received {mismatch['count']} of {mismatch['of']} values of the {mismatch['payload']} changed"
                 )
                 links.setdefault(frozenset((source, rank)), CorruptLink(rank, message, remedy))
-    vague = [CorruptLink(rank, _vague(cluster, rank, wrong[rank]), remedy) for rank in sorted(wrong) if wrong[rank]]
-    return list(links.values()) or vague
+    if links:
+        return list(links.values())
+    return [
+        CorruptLink(rank, _describe_indirect(cluster, rank, of_rank), remedy)
+        for rank, of_rank in sorted(mismatches.items())
+        if of_rank
+    ]
 
 
-def _vague(cluster: Cluster, rank: int, wrong: Sequence[Wrong]) -> str:
-    """Of what has come through other ranks: whose it was, and who handed it on."""
+def _describe_indirect(cluster: Cluster, rank: int, mismatches: Sequence[Mismatch]) -> str:
+    """Describe corrupt data that passed through several ranks: its sources, and the rank that sent it last."""
     before = f"from {_name(cluster, (rank - 1) % cluster.size)}" if cluster.backend == "ring" else "from its peers"
-    sources = sorted({source for each in wrong for source in each["sources"]})
+    sources = sorted({source for mismatch in mismatches for source in mismatch["sources"]})
     of = f"; parts of {', '.join(_name(cluster, source) for source in sources)}" if sources else ""
-    first = wrong[0]
+    first = mismatches[0]
     return (
-        f"{_name(cluster, rank)} got wrong results of {len(wrong)} payloads; first, the {first['payload']}: "
-        f"{first['count']} of {first['of']} values; its data come {before}{of}"
+        f"{_name(cluster, rank)} received {len(mismatches)} corrupt payloads; the first is the {first['payload']}: "
+        f"{first['count']} of {first['of']} values changed; its data comes {before}{of}"
     )
 
 

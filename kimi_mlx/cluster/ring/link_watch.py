@@ -1,7 +1,7 @@
-"""Whether the network between neighbours of a ring is alive: a word a second over UDP, beside MLX's own connections.
+"""Watch the links between neighbours of a ring with a UDP heartbeat per second, next to MLX's own connections.
 
-MLX waits for ever for a peer whose cable was pulled; this tells it from work that takes its time. A neighbour that was
-never heard (a firewall for UDP) is not watched.
+MLX waits forever for a peer whose cable was pulled; the heartbeat distinguishes that from slow work. A neighbour whose
+heartbeat never arrived (a firewall that blocks UDP) is not watched.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from kimi_mlx.cluster.channel.messages import HEARTBEAT_S
 
 
 class LinkWatch:
-    """A rank's end.
+    """The heartbeats of one rank.
 
     Args:
-        address: the rank's own, of the network that the ring uses.
+        address: the rank's own address in the network of the ring.
 
     Raises:
-        OSError: it is not an address of this host.
+        OSError: the address does not belong to this host.
     """
 
     def __init__(self, address: str):
@@ -32,42 +32,42 @@ class LinkWatch:
         except OSError:
             self._socket.close()
             raise
-        self._heard: dict[int, float] = {}
+        self._received_at: dict[int, float] = {}
 
     @property
     def port(self) -> int:
-        """Where neighbours send to."""
+        """UDP port to which neighbours send."""
         return self._socket.getsockname()[1]
 
-    def start(self, word: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
-        """Talk to the neighbours and listen to them, in threads.
+    def start(self, ring_token: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
+        """Start the threads that send and receive heartbeats.
 
         Args:
-            word: what all of this ring say, and nobody else.
+            ring_token: content of a heartbeat, known only to this ring.
             neighbours: rank -> address and port.
         """
-        threading.Thread(target=self._talk, args=(word, neighbours), daemon=True).start()
-        threading.Thread(target=self._listen, args=(word, neighbours), daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, args=(ring_token, neighbours), daemon=True).start()
+        threading.Thread(target=self._receive_heartbeats, args=(ring_token, neighbours), daemon=True).start()
 
     def ages(self) -> dict[int, float]:
-        """Rank -> seconds since it was heard, of those that were."""
+        """Return the seconds since the last heartbeat of each rank from which one has arrived."""
         now = time.monotonic()
-        return {rank: now - heard for rank, heard in self._heard.copy().items()}
+        return {rank: now - received_at for rank, received_at in self._received_at.copy().items()}
 
-    def _talk(self, word: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
+    def _send_heartbeats(self, ring_token: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
         while True:
-            for place in neighbours.values():
-                with contextlib.suppress(OSError):  # no route now: the other end will miss it
-                    self._socket.sendto(word, place)
+            for address in neighbours.values():
+                with contextlib.suppress(OSError):  # no route: the neighbour misses the heartbeat
+                    self._socket.sendto(ring_token, address)
             time.sleep(HEARTBEAT_S)
 
-    def _listen(self, word: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
-        ranks = {place: rank for rank, place in neighbours.items()}
+    def _receive_heartbeats(self, ring_token: bytes, neighbours: Mapping[int, tuple[str, int]]) -> None:
+        ranks = {address: rank for rank, address in neighbours.items()}
         while True:
             try:
-                data, place = self._socket.recvfrom(256)
-            except OSError:  # a neighbour's port is closed: it is ending
+                data, address = self._socket.recvfrom(256)
+            except OSError:  # a neighbour closed its port: it is ending
                 time.sleep(HEARTBEAT_S)
                 continue
-            if data == word and place in ranks:
-                self._heard[ranks[place]] = time.monotonic()
+            if data == ring_token and address in ranks:
+                self._received_at[ranks[address]] = time.monotonic()

@@ -1,4 +1,4 @@
-"""What ranks write to their standard error, and note, in a file each; those of earlier runs are kept for a while."""
+"""Log files of ranks: their standard error and notes. The newest KEPT_FILES of earlier runs are kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ KEPT_FILES = 64
 
 
 def open_logs(size: int) -> list[Path | None]:
-    """Where each rank's words go, if it has any: `logs/<day>-<time>-<process>-rank-<n>.log` in the user's state folder.
+    """Return the paths of the log files: `logs/<day>-<time>-<process>-rank-<n>.log` in the user's state folder.
 
-    Returns:
-        Their paths; None for a user without a home, or one that cannot be written.
+    A file is created when a rank writes. The paths are None if there is no home folder, or it cannot be written.
     """
     state = state_folder()
     if state is None:
@@ -26,7 +25,7 @@ def open_logs(size: int) -> list[Path | None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in sorted(folder.glob("*-rank-*.log"), key=lambda file: file.name)[: -KEPT_FILES or None]:
-            with contextlib.suppress(FileNotFoundError):  # another front tidies up, too
+            with contextlib.suppress(FileNotFoundError):  # another front removes it at the same time
                 old.unlink()
     except OSError:
         return [None] * size

@@ -1,4 +1,4 @@
-"""Ranks on one or several hosts: start, connect, watch, end."""
+"""Start, connect, watch and end the ranks of a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kimi_mlx.cluster.hosts.launch import FAST_SYNC, without_ring_variables
 from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, ScriptResult, command_on, is_local
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
 from kimi_mlx.cluster.ring.backends import backend_file, coordinator
-from kimi_mlx.cluster.ring.cleanup import sweep
+from kimi_mlx.cluster.ring.cleanup import kill_leftovers
 from kimi_mlx.cluster.ring.guard import guard_command
 from kimi_mlx.cluster.ring.jaccl_errors import explain_jaccl
 from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
@@ -27,38 +27,38 @@ from kimi_mlx.cluster.ring.watch import JOIN_S, START_S, TEST_S, RingTimeouts, R
 from kimi_mlx.errors import KimiMlxError, RingError, StallError
 
 RANK_MODULE = "kimi_mlx.rank.main"
-"""What a rank runs, if it is not told otherwise."""
+"""Default module of a rank."""
 
 FRONT_SILENCE_S = 15.0
-"""After which ranks on other hosts take it that the front is gone, and end."""
+"""Ranks on other hosts end if they receive nothing from the front for this long."""
 
 CAUSE_WAIT_S = 0.5
-"""How long to wait, when a rank has ended, for word of another that ended before."""
+"""Wait after a rank has ended, in case another one ended before it and is the cause."""
 
 POLL_INTERVAL_S = 0.25
 
 END_PATIENCE_S = 2.0
-"""How long a rank may take to end by itself, and again after SIGTERM."""
+"""Time for a rank to end after its input closes, and again after SIGTERM."""
 
 LOST_PEER = "connection to a peer was lost"
-"""What MLX's ring says when another rank has ended."""
+"""Message of MLX's ring when another rank has ended."""
 
 PORT_TAKEN = "Couldn't bind socket"
-"""What it says when another process has taken the port in the moment since it was chosen."""
+"""Message of MLX's ring when another process took the port after it was chosen."""
 
 HINT = "start the command again; `kimi-mlx doctor` looks for the cause"
 
 
 class Ring:
-    """The ranks of a cluster, each a process with a channel to this one: JSON lines through pipes, or through ssh.
+    """The ranks of a cluster. Each is a process that exchanges JSON lines with this one, through pipes or ssh.
 
-    A context manager: leaving it ends every rank.
+    Use it as a context manager: leaving it ends every rank.
 
     Args:
-        cluster: where they run.
-        limits: how long things may take.
-        module: what a rank runs.
-        is_over: set by another thread when nobody wants to hear more.
+        cluster: hosts of the ranks.
+        limits: timeouts.
+        module: module whose `main` a rank runs.
+        is_over: set to stop waiting.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Ring:
         self._module = module
         self._is_over = is_over or threading.Event()
         self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
-        self._early: deque[tuple[int, Message]] = deque()  # what fast ranks say while slow ones still join
+        self._early: deque[tuple[int, Message]] = deque()  # messages of fast ranks while slow ones still join
         self._ranks: list[HostProcess] = []
         self._pids: list[int | None] = []
         self._logs = open_logs(cluster.size)
@@ -85,8 +85,8 @@ class Ring:
         """Start the ranks and wait until all are connected; each gets `settings` in its `start` message.
 
         Raises:
-            RingError: a rank that cannot be started, that does not find the others, or gets other data than were sent.
-            SshError: a host that cannot be reached.
+            RingError: a rank cannot be started, cannot connect to the others, or receives corrupt data.
+            SshError: a host cannot be reached.
         """
         try:
             self._start(settings)
@@ -97,7 +97,7 @@ class Ring:
 
     def _start(self, settings: dict[str, object]) -> None:
         self._tag = secrets.token_hex(8)
-        self._inbox = queue.SimpleQueue()  # what an earlier start may still say is not heard
+        self._inbox = queue.SimpleQueue()  # drops messages of an earlier start
         self._early.clear()
         self._pids = [None] * self.world_size
         try:
@@ -106,9 +106,11 @@ class Ring:
             listening = self._collect("listening", START_S, "did not start")
             self._pids = [listening[rank]["pid"] for rank in range(self.world_size)]
             self._join(listening)
-            self._collect("joined", JOIN_S, f"did not find the others{self._others()}", StallError)
-            tested = self._collect("tested", TEST_S, "did not get through the test of its links", StallError)
-            self._require_right({rank: message["mismatches"] for rank, message in tested.items()})
+            self._collect(
+                "joined", JOIN_S, f"could not connect to the other ranks{self._other_addresses()}", StallError
+            )
+            tested = self._collect("tested", TEST_S, "did not finish the link test", StallError)
+            self._check_links({rank: message["mismatches"] for rank, message in tested.items()})
         except BaseException:
             self.close()
             raise
@@ -116,7 +118,7 @@ class Ring:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the ranks, each on its host."""
+        """Process ids of the ranks, on their hosts."""
         return [pid for pid in self._pids if pid is not None]
 
     def send(self, kind: str, **fields: object) -> None:
@@ -129,10 +131,10 @@ class Ring:
             process.write(line)
 
     def messages(self) -> Iterator[tuple[int, Message]]:
-        """Yield (rank, message) as they come, heartbeats left out, until all is over.
+        """Yield (rank, message) as they arrive, without heartbeats, until `is_over` is set.
 
         Raises:
-            RingError: a rank has ended or fallen silent, a link is dead, or nothing goes on; the ring is to be closed.
+            RingError: a rank has ended or does not respond, a link is dead, or there is no progress; close the ring.
             KimiMlxError: a rank reports an error.
         """
         while self._ranks:
@@ -143,7 +145,7 @@ class Ring:
             try:
                 rank, message = self._inbox.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
-                self._look()
+                self._raise_if_lost()
                 continue
             if message is None:
                 raise self._ended(rank)
@@ -151,24 +153,26 @@ class Ring:
             if message["kind"] == "error":
                 raise self._ended(rank, decode_error(message))
             if message["kind"] == "alive":
-                self._look()
+                self._raise_if_lost()
             else:
                 yield rank, message
-        raise RingError("the ring has ended", hint=HINT)
+        raise RingError("the connection between the ranks was lost", hint=HINT)
 
     def close(self) -> None:
-        """End all ranks, on every host, and look that nothing is left; may be called again."""
+        """End all ranks on all hosts and verify that none is left. It may be called again."""
         ranks, self._ranks = self._ranks, []
         terminate_all(ranks, END_PATIENCE_S)
-        doubtful = {self._host(process.rank) for process in ranks if not process.has_confirmed_exit}
+        unconfirmed = {self._host(process.rank) for process in ranks if not process.has_confirmed_exit}
         if ranks:
-            self.unreachable_hosts = sweep(sorted(doubtful), self._tag, self.cluster.hostfile.envs) if doubtful else []
+            self.unreachable_hosts = (
+                kill_leftovers(sorted(unconfirmed), self._tag, self.cluster.hostfile.envs) if unconfirmed else []
+            )
 
     unreachable_hosts: Sequence[str] = ()
-    """Hosts that could not be asked whether all ranks have ended; they end there by themselves (FRONT_SILENCE_S)."""
+    """Hosts that did not confirm that all ranks have ended. Ranks end there by themselves after FRONT_SILENCE_S."""
 
     def __enter__(self) -> Ring:
-        """Nothing yet: see start."""
+        """Return the ring, not started yet."""
         return self
 
     def __exit__(
@@ -190,7 +194,7 @@ class Ring:
                 rank,
                 command,
                 without_ring_variables(os.environ),
-                self._delivery(),
+                self._message_callback(),
                 preamble,
                 beats=True,
                 log=self._logs[rank],
@@ -207,93 +211,98 @@ class Ring:
             **settings,
         )
 
-    def _delivery(self) -> Callable[[int, Message | None], None]:
+    def _message_callback(self) -> Callable[[int, Message | None], None]:
         inbox = self._inbox
         return lambda rank, message: inbox.put((rank, message))
 
     def _join(self, listening: dict[int, Message]) -> None:
-        """Tell all ranks where they find each other."""
+        """Send all ranks the addresses of the others."""
         cluster = self.cluster
         ports = [port for rank in range(cluster.size) for port in listening[rank]["ports"]]
         is_alone, is_ring = cluster.size == 1, cluster.backend == "ring"
         file = "" if is_alone else backend_file(cluster.hostfile, cluster.backend, ports)
         files = [file] * cluster.size if cluster.hostfile_rewriter is None else cluster.hostfile_rewriter(file)
-        told = {
+        fields = {
             "backend": cluster.backend,
             "coordinator": "" if is_alone or is_ring else coordinator(cluster.hostfile, ports[0]),
-            "word": secrets.token_hex(8),
+            "ring_token": secrets.token_hex(8),
             "links": [self._link(rank, listening[rank]["link_port"]) for rank in range(cluster.size)],
         }
         for process in self._ranks:
-            process.send("join", file=files[process.rank], **told)
+            process.send("join", file=files[process.rank], **fields)
 
     def _link(self, rank: int, port: int | None) -> tuple[str, int] | None:
         return None if port is None else (self.cluster.hostfile.hosts[rank].ips[0], port)
 
-    def _collect(self, kind: str, limit_s: float, how: str, late: type[RingError] = RingError) -> dict[int, Message]:
-        """One message of this kind from each rank, while the ring does not stand yet.
+    def _collect(
+        self, kind: str, limit_s: float, failure: str, timeout_error: type[RingError] = RingError
+    ) -> dict[int, Message]:
+        """Return one message of a kind from each rank, during the start.
 
         Args:
-            kind: of the message.
-            limit_s: to wait for all of them.
-            how: what is said of a rank that sends none.
-            late: the error for that.
+            kind: kind of the message.
+            limit_s: timeout for all of them.
+            failure: what to report of a rank that sends none.
+            timeout_error: class of that error.
         """
-        found = {rank: message for rank, message in self._early if message["kind"] == kind}
-        self._early = deque(each for each in self._early if each[1]["kind"] != kind)
+        received = {rank: message for rank, message in self._early if message["kind"] == kind}
+        self._early = deque(item for item in self._early if item[1]["kind"] != kind)
         end = time.monotonic() + limit_s
-        while len(found) < self.world_size:
+        while len(received) < self.world_size:
             if self._is_over.is_set():
-                raise RingError("the ring has ended", hint=HINT)
+                raise RingError("the connection between the ranks was lost", hint=HINT)
             try:
                 rank, message = self._inbox.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
                 if time.monotonic() < end:
                     continue
-                missing = next(rank for rank in range(self.world_size) if rank not in found)
-                raise self._lost(missing, f"{how} within {limit_s:.0f} s{self._last_words(missing)}", late) from None
+                missing = next(rank for rank in range(self.world_size) if rank not in received)
+                error = f"{failure} within {limit_s:.0f} s{self._last_output(missing)}"
+                raise self._lost(missing, error, timeout_error) from None
             if message is None:
                 raise self._ended(rank)
             if message["kind"] == "error":
                 raise self._ended(rank, decode_error(message))
             if message["kind"] == kind:
-                found[rank] = message
+                received[rank] = message
             elif message["kind"] != "alive":
                 self._early.append((rank, message))
-        return found
+        return received
 
-    def _require_right(self, wrong: dict[int, list[Message]]) -> None:
-        """What all ranks say of the test of their links."""
-        if found := find_corrupt_links(self.cluster, wrong):
-            raise RingError(found[0].message, hint=found[0].hint, rank=found[0].rank)
+    def _check_links(self, mismatches: dict[int, list[Message]]) -> None:
+        """Raise RingError if the link test of a rank failed."""
+        if links := find_corrupt_links(self.cluster, mismatches):
+            raise RingError(links[0].message, hint=links[0].hint, rank=links[0].rank)
 
-    def _look(self) -> None:
-        trouble = self._watch.check(time.monotonic())
-        if trouble is None:
+    def _raise_if_lost(self) -> None:
+        problem = self._watch.check(time.monotonic())
+        if problem is None:
             return
-        kind = StallError if trouble.is_stall else RingError
-        if trouble.rank is None:
-            raise kind(f"the ring of {self.world_size} ranks: {trouble.what}", hint=HINT)
-        raise self._lost(trouble.rank, trouble.what, kind)
+        kind = StallError if problem.is_stall else RingError
+        if problem.rank is None:
+            raise kind(f"the ring of {self.world_size} ranks: {problem.message}", hint=HINT)
+        raise self._lost(problem.rank, problem.message, kind)
 
-    def _ended(self, rank: int, told: KimiMlxError | None = None) -> KimiMlxError:
-        """Why the ring ended: a rank that loses a peer ends, too, so the first to go may not be the cause.
+    def _ended(self, rank: int, error: KimiMlxError | None = None) -> KimiMlxError:
+        """Return the error of a ring that ended.
+
+        A rank that loses a peer ends too, so the first one to end may not be the cause.
 
         Args:
-            rank: that has ended.
-            told: its last word.
+            rank: rank that has ended.
+            error: error that it reported.
         """
         time.sleep(CAUSE_WAIT_S)
-        said = [] if told is None else [told]
+        reported = [] if error is None else [error]
         while not self._inbox.empty():
             _, message = self._inbox.get()
             if message is not None and message["kind"] == "error":
-                said.append(decode_error(message))
-        own = [error for error in said if not isinstance(error, RingError)]
+                reported.append(decode_error(message))
+        own_errors = [error for error in reported if not isinstance(error, RingError)]
         ended = [process for process in self._ranks if process.wait(0)]
         killed = [process.rank for process in ended if process.signal_number is not None]
-        if own or (said and not killed):
-            return (own or said)[0]
+        if own_errors or (reported and not killed):
+            return (own_errors or reported)[0]
         causes = [process.rank for process in ended if LOST_PEER not in process.words]
         cause = next(iter(killed or causes), rank)
         process = self._ranks[cause]
@@ -303,7 +312,7 @@ class Ring:
             return explain_ssh(ScriptResult(self._host(cause), SSH_FAILED, "", process.words, 0))
         return self._lost(cause, process.describe_exit())
 
-    def _lost(self, rank: int, how: str, kind: type[RingError] = RingError) -> RingError:
+    def _lost(self, rank: int, description: str, kind: type[RingError] = RingError) -> RingError:
         host = self._host(rank)
         where = "" if is_local(host) else f"`{host}`, "
         where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
@@ -311,24 +320,24 @@ class Ring:
         path = self._logs[rank]
         log = f"; its log is {path}" if path is not None and path.exists() else ""
         return kind(
-            f"rank {rank} of {self.world_size} ({where}) {how}",
+            f"rank {rank} of {self.world_size} ({where}) {description}",
             hint=(explain_jaccl(words) or HINT) + log,
             rank=rank,
         )
 
-    def _others(self) -> str:
-        """Where ranks look for each other."""
-        places = dict.fromkeys(address for host in self.cluster.hostfile.hosts for address in host.ips[:1])
-        return f" at {', '.join(places)}"
+    def _other_addresses(self) -> str:
+        """Return the addresses at which ranks connect to each other, for a message."""
+        addresses = dict.fromkeys(address for host in self.cluster.hostfile.hosts for address in host.ips[:1])
+        return f" at {', '.join(addresses)}"
 
-    def _last_words(self, rank: int) -> str:
+    def _last_output(self, rank: int) -> str:
         words = self._ranks[rank].words
         return "".join(f"\n  {line}" for line in words.splitlines())
 
 
 def _with_envs(envs: Sequence[str], command: list[str]) -> list[str]:
-    """A command with variables, which libraries may read when they are imported; its path may hold a `=`.
+    """Return a command that runs with environment variables; its path may contain a `=`.
 
-    The fast fence is off unless they turn it on, whatever the host's own environment says.
+    The fast fence is off unless `envs` turns it on, whatever the host's own environment says.
     """
     return ["env", f"{FAST_SYNC}=0", *envs, "sh", "-c", 'exec "$@"', "sh", *command]

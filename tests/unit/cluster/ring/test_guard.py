@@ -16,7 +16,7 @@ import pytest
 
 from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
 from kimi_mlx.cluster.channel.messages import Message
-from kimi_mlx.cluster.ring.cleanup import sweep
+from kimi_mlx.cluster.ring.cleanup import kill_leftovers
 from kimi_mlx.cluster.ring.guard import guard_command
 from tests.unit.cluster.hosts.test_ssh import is_running
 
@@ -78,7 +78,7 @@ def test_it_ends_when_it_hears_nothing(child: str) -> None:
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (False, False)
         assert process.stderr is not None
-        assert "nothing was heard for" in process.stderr.read()
+        assert "received nothing from the front for" in process.stderr.read()
 
 
 def test_a_child_that_is_stopped_does_not_stop_the_guard(child: str) -> None:
@@ -95,7 +95,7 @@ def test_what_a_killed_guard_leaves_is_swept(child: str, tmp_path: Path) -> None
         process.kill()
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (True, True)
-        assert sweep(["localhost"], "tag123") == []
+        assert kill_leftovers(["localhost"], "tag123") == []
         assert (is_running(pid), folder.exists()) == (False, False)
 
 

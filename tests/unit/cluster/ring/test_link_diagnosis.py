@@ -29,8 +29,8 @@ def test_a_wrong_message_names_the_two_ends_once() -> None:
     said = {0: [wrong("sum")], 1: [wrong("gather", 0, 2), wrong("message", 2)], 2: [wrong("message", 1)]}
     [found] = find_corrupt_links(cluster(), said)
     assert found.message == (
-        "the link between rank 2 (`mac-c`) and rank 1 (`mac-b`) garbles data: rank 1 (`mac-b`) got 3 of 1024 values of "
-        "the message of 128 tokens, float32 otherwise than they were sent"
+        "the link between rank 2 (`mac-c`) and rank 1 (`mac-b`) corrupts data: rank 1 (`mac-b`) received "
+        "3 of 1024 values of the message of 128 tokens, float32 changed"
     )
     assert found.rank == 1
     assert "another cable" in found.hint
@@ -39,9 +39,9 @@ def test_a_wrong_message_names_the_two_ends_once() -> None:
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("ring", "rank 0 (`mac-a`) got wrong results of 1 payloads; .*; its data come from rank 2 .*; parts of rank 1"),
-        ("jaccl-ring", "rank 0 .* its data come from its peers; parts of rank 1"),
-        ("jaccl", "the link between rank 1 .* and rank 0 .* garbles data"),
+        ("ring", "rank 0 (`mac-a`) received 1 corrupt payloads; .*; its data comes from rank 2 .*; parts of rank 1"),
+        ("jaccl-ring", "rank 0 .* its data comes from its peers; parts of rank 1"),
+        ("jaccl", "the link between rank 1 .* and rank 0 .* corrupts data"),
     ],
 )
 def test_a_wrong_gather_names_a_link_where_it_has_come_straight(backend: Backend, message: str) -> None:
