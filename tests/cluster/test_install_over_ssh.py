@@ -83,9 +83,9 @@ def test_cut_off_then_again_with_pip_while_another_host_has_no_network(bare: Hos
     config.write_text("[global]\nindex-url = http://10.255.0.1:1/\nextra-index-url =\nretries = 0\ntimeout = 1\n")
     with pytest.raises(InstallError) as caught:
         install(facts, own, said.append)
-    assert caught.value.message.startswith("kimi-mlx was not installed on `mac-b`: kimi-mlx could not be installed\n  ")
-    assert "to the internet (`ssh mac-b curl" in (caught.value.hint or "")
-    assert f"mac-a: making an environment with Python {own.minor}" in said
+    assert caught.value.message.startswith("kimi-mlx was not installed on `mac-b`: cannot install kimi-mlx\n  ")
+    assert "internet access (`ssh mac-b curl" in (caught.value.hint or "")
+    assert f"mac-a: creating a virtual environment with Python {own.minor}" in said
     assert not any(each.startswith("mac-b: kimi-mlx 0") for each in said)
     python = check_installed(bare, "mac-a", own).python
     assert needs_install(ask(bare, "mac-b")["mac-b"], own)
@@ -97,7 +97,7 @@ def test_cut_off_then_again_with_pip_while_another_host_has_no_network(bare: Hos
     assert needs_install(facts["mac-a"], own)
     said.clear()
     install(facts, own, said.append)
-    assert "mac-a: renewing kimi-mlx" in said
+    assert "mac-a: upgrading kimi-mlx" in said
     check_installed(bare, "mac-a", own)
 
 
@@ -128,11 +128,11 @@ def test_with_uv(bare: Hosts, own: Interpreter) -> None:
     facts, said = ask(bare, "mac-a"), list[str]()
     assert facts["mac-a"].uv == str(program)
     install(facts, own, said.append)
-    assert f"mac-a: making an environment with uv and Python {own.minor}" in said
+    assert f"mac-a: creating a virtual environment with uv and Python {own.minor}" in said
     assert (Path(facts["mac-a"].data_folder or "") / "venv").is_symlink()
     facts = check_installed(bare, "mac-a", own)
     install({"mac-a": facts}, own, said.append)
-    assert "mac-a: renewing kimi-mlx" in said
+    assert "mac-a: upgrading kimi-mlx" in said
     check_installed(bare, "mac-a", own)
 
 
@@ -173,7 +173,7 @@ def test_a_data_folder_that_cannot_be_written_and_a_host_that_is_off(bare: Hosts
             install(facts, own, lambda text: None)
     finally:
         bare.run("mac-a", "umount", str(place))
-    assert "`mac-a`: its data folder cannot be written" in caught.value.message
+    assert "`mac-a`: cannot write its data folder" in caught.value.message
     assert "Read-only file system" in caught.value.message
     assert "`mac-b`: `mac-b` refuses connections" in caught.value.message
-    assert "mac-a: whose is it?" in (caught.value.hint or "")
+    assert "mac-a: check its owner" in (caught.value.hint or "")

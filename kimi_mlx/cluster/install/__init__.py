@@ -1,1 +1,1 @@
-"""Put kimi-mlx on hosts that lack it."""
+"""Install kimi-mlx on hosts that lack it."""

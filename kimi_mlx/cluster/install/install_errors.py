@@ -1,4 +1,4 @@
-"""What went wrong when kimi-mlx was brought to a host, and what to type then."""
+"""Messages and hints for failed installations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ UV = "`curl -LsSf https://astral.sh/uv/install.sh | sh`"
 
 @dataclass(frozen=True)
 class InstallProblem:
-    """Why a host has no kimi-mlx now.
+    """Why the installation failed on a host.
 
-    Args:
-        message: what happened, in the host's own words too.
-        hint: what to type.
+    Attributes:
+        message: description of the failure, with the host's output.
+        hint: command to type, or None.
     """
 
     message: str
@@ -31,13 +31,13 @@ class InstallProblem:
 
 
 _FAILURES = {
-    "no folder": "its data folder cannot be written",
-    "no wheel": "the wheel cannot be written",
-    "no environment": "an environment could not be made",
-    "pip": "kimi-mlx could not be installed",
-    "no start": "kimi-mlx was installed, but does not start",
+    "no folder": "cannot write its data folder",
+    "no wheel": "cannot write the wheel",
+    "no environment": "cannot create a virtual environment",
+    "pip": "cannot install kimi-mlx",
+    "no start": "kimi-mlx is installed, but does not start",
 }
-"""What install.sh says -> in words; what needs more words is in explain_failure."""
+"""Failure reported by install.sh -> message; explain_failure has the other failures."""
 
 _FULL = r"no space left|disk quota exceeded|os error 28"
 _DENIED = r"permission denied|read-only file system|not a directory|operation not permitted"
@@ -48,30 +48,30 @@ _NO_NETWORK = (
 _NO_SUCH = r"no matching distribution|no solution found|could not find a version"
 
 
-def explain_failure(facts: Facts, what: str, words: str) -> InstallProblem:
-    """A failure that install.sh has told.
+def explain_failure(facts: Facts, failure: str, stderr: str) -> InstallProblem:
+    """Describe a failure that install.sh reported.
 
     Args:
-        facts: of the host.
-        what: as install.sh names it.
-        words: the last lines of standard error there.
+        facts: facts of the host.
+        failure: name of the failure in install.sh.
+        stderr: last lines of standard error of install.sh.
     """
-    where = f"{facts.data_folder}/venv"
-    if what == "not ours":
-        return InstallProblem(f"`{where}` is there, but kimi-mlx has not made it", "move it away there")
-    if what == "no Python":
+    venv = f"{facts.data_folder}/venv"
+    if failure == "not ours":
+        return InstallProblem(f"`{venv}` exists, but kimi-mlx did not create it", "move or rename it on that host")
+    if failure == "no Python":
         package = "brew install python" if facts.is_mac else "sudo apt install python3 python3-venv"
-        return InstallProblem("it has neither uv nor Python 3.10 or newer", f"type there {UV}, or `{package}`")
-    if what.startswith("no venv"):
-        minor = what.rpartition(" ")[2]
-        message = f"its Python {minor} cannot make environments (`ensurepip` is missing), and it has no uv"
+        return InstallProblem("it has neither uv nor Python 3.10 or newer", f"type on that host {UV}, or `{package}`")
+    if failure.startswith("no venv"):
+        minor = failure.rpartition(" ")[2]
+        message = f"its Python {minor} cannot create virtual environments (`ensurepip` is missing), and it has no uv"
         package = "brew install python" if facts.is_mac else f"sudo apt install python{minor}-venv"
-        return InstallProblem(message, f"type there `{package}`, or {UV}")
-    return InstallProblem(f"{_FAILURES.get(what, what)}{_indented(words)}", _hint(facts, words))
+        return InstallProblem(message, f"type on that host `{package}`, or {UV}")
+    return InstallProblem(f"{_FAILURES.get(failure, failure)}{_indented(stderr)}", _hint(facts, stderr))
 
 
-def explain_ending(host: str, process: HostProcess, seconds: float) -> InstallProblem:
-    """The end of a host's client without a word of install.sh: mostly ssh's own failure."""
+def explain_exit(host: str, process: HostProcess, seconds: float) -> InstallProblem:
+    """Describe an exit of the ssh client without a failure reported by install.sh: mostly ssh itself failed."""
     process.wait(1)
     if process.exit_code == SSH_FAILED:
         error = explain_ssh(ScriptResult(host, SSH_FAILED, "", process.words, seconds))
@@ -79,14 +79,14 @@ def explain_ending(host: str, process: HostProcess, seconds: float) -> InstallPr
     return InstallProblem(f"the installation {process.describe_exit()}", "try again")
 
 
-def explain_late(limit_s: float, step: str, words: str) -> InstallProblem:
-    """A host that was not ready in time."""
-    message = f"not ready within {format_seconds(limit_s)}; it was {step}{_indented(words)}"
-    return InstallProblem(message, "try again: what has been downloaded there is not downloaded twice")
+def explain_timeout(limit_s: float, step: str, stderr: str) -> InstallProblem:
+    """Describe a host that did not finish in time."""
+    message = f"not ready within {format_seconds(limit_s)}; it was {step}{_indented(stderr)}"
+    return InstallProblem(message, "try again; packages that are already downloaded there are not downloaded again")
 
 
 def install_error(problems: Mapping[str, InstallProblem]) -> InstallError:
-    """One error for all hosts that failed."""
+    """Return one error for all hosts that failed."""
     hosts = ", ".join(f"`{host}`" for host in problems)
     if len(problems) == 1:
         (problem,) = problems.values()
@@ -96,23 +96,23 @@ def install_error(problems: Mapping[str, InstallProblem]) -> InstallError:
     for host, problem in problems.items():
         if problem.hint is not None:
             hints.setdefault(problem.hint, []).append(host)
-    hint = "; ".join(f"{', '.join(names)}: {each}" for each, names in hints.items())
+    hint = "; ".join(f"{', '.join(names)}: {text}" for text, names in hints.items())
     return InstallError(f"kimi-mlx was not installed on {hosts}\n" + "\n".join(lines), hint or None)
 
 
-def _hint(facts: Facts, words: str) -> str:
+def _hint(facts: Facts, stderr: str) -> str:
     host, folder = shlex.quote(facts.host), shlex.quote(facts.data_folder or "")
-    look = f"`ssh {host} curl -sSI https://www.python.org`"
-    if re.search(_FULL, words, re.IGNORECASE):
-        return f"make room there; what is full: `ssh {host} df -h`"
-    if re.search(_NO_NETWORK, words, re.IGNORECASE):
-        return f"has it a way to the internet? {look}"
-    if re.search(_DENIED, words, re.IGNORECASE):
-        return f"whose is it? Type there `ls -ld {folder}`"
-    if re.search(_NO_SUCH, words, re.IGNORECASE):
-        return f"has it a way to the internet ({look}), and a system as new as this machine's?"
-    return f"read the lines above; by hand: `ssh {host}`"
+    test = f"`ssh {host} curl -sSI https://www.python.org`"
+    if re.search(_FULL, stderr, re.IGNORECASE):
+        return f"free disk space there; `ssh {host} df -h` shows which disk is full"
+    if re.search(_NO_NETWORK, stderr, re.IGNORECASE):
+        return f"does it have internet access? {test}"
+    if re.search(_DENIED, stderr, re.IGNORECASE):
+        return f"check its owner: type on that host `ls -ld {folder}`"
+    if re.search(_NO_SUCH, stderr, re.IGNORECASE):
+        return f"does it have internet access ({test}), and a system as new as this machine's?"
+    return f"read the lines above, or log in: `ssh {host}`"
 
 
-def _indented(words: str) -> str:
-    return "".join(f"\n  {line}" for line in words.splitlines() if line.strip())
+def _indented(text: str) -> str:
+    return "".join(f"\n  {line}" for line in text.splitlines() if line.strip())

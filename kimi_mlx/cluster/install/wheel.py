@@ -1,4 +1,4 @@
-"""A wheel of the kimi-mlx that runs here, to be installed elsewhere: its metadata, and its files as they are now.
+"""Build a wheel of the running kimi-mlx from its metadata and its current files.
 
 Source: PEP 427, https://packaging.python.org/en/latest/specifications/binary-distribution-format/
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 from kimi_mlx.errors import InstallError
 
 PACKAGE = Path(__file__).parents[2]
-"""The folder of kimi_mlx."""
+"""Folder of the package kimi_mlx."""
 
 DATE = (1980, 1, 1, 0, 0, 0)
-"""Of all files, so that the same files make the same wheel; the first that a zip file can hold."""
+"""Date of all files, so that the same files give the same wheel; the earliest that a zip file can hold."""
 
 TAG = "py3-none-any"
 
@@ -28,34 +28,34 @@ _WHEEL = f"Wheel-Version: 1.0\nGenerator: kimi-mlx\nRoot-Is-Purelib: true\nTag: 
 def build_wheel(folder: Path) -> Path:
     """Write the wheel of the running kimi-mlx; the same files give the same bytes.
 
-    What it depends on is what its installation says: after a change of pyproject.toml, install it anew.
+    The dependencies come from the installed metadata: after a change of pyproject.toml, install kimi-mlx again.
 
     Args:
-        folder: where to, under the name that pip expects.
+        folder: folder for the wheel.
 
     Raises:
-        InstallError: it runs from a folder, without having been installed in any way.
+        InstallError: kimi-mlx runs from a folder and is not installed.
     """
     try:
         own = distribution("kimi-mlx")
     except PackageNotFoundError as error:
         message = f"kimi-mlx runs from {PACKAGE}, but is not installed: it has no metadata"
-        raise InstallError(message, hint="`pip install -e .` in its folder") from error
+        raise InstallError(message, hint="run `pip install -e .` in its folder") from error
     return pack_wheel(folder, "kimi_mlx", own.version, _package_files(), _info_files(own))
 
 
 def pack_wheel(folder: Path, name: str, version: str, files: Mapping[str, bytes], info: Mapping[str, bytes]) -> Path:
-    """Write a wheel of files for any system.
+    """Write a platform-independent wheel.
 
     Args:
-        folder: where to.
-        name: of the distribution, without hyphens.
-        version: of the distribution.
+        folder: folder for the wheel.
+        name: name of the distribution, without hyphens.
+        version: version of the distribution.
         files: path below `site-packages` -> content.
-        info: path below the folder of metadata -> content; `METADATA` at least.
+        info: path below the metadata folder -> content; must contain `METADATA`.
     """
     info_folder = f"{name}-{version}.dist-info"
-    # The metadata come last, as the specification recommends.
+    # Metadata comes last, as the specification recommends.
     contents = dict(sorted(files.items()))
     contents.update((f"{info_folder}/{path}", data) for path, data in sorted(info.items()))
     contents[f"{info_folder}/WHEEL"] = _WHEEL.encode()
@@ -79,7 +79,7 @@ def _record_line(path: str, data: bytes) -> str:
 
 
 def _package_files() -> dict[str, bytes]:
-    """All files of the package but what Python and the Finder leave there."""
+    """Return the files of the package, without bytecode and files of the Finder."""
     return {
         f"kimi_mlx/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
         for path in PACKAGE.rglob("*")
@@ -88,7 +88,7 @@ def _package_files() -> dict[str, bytes]:
 
 
 def _info_files(own: Distribution) -> dict[str, bytes]:
-    """What the installed metadata have that belongs into a wheel."""
+    """Return the files of the installed metadata that belong in a wheel."""
     names = ["METADATA", "entry_points.txt", *(f"licenses/{name}" for name in own.metadata.get_all("License-File", []))]
     texts = {name: own.read_text(name) for name in names}
     return {name: text.encode() for name, text in texts.items() if text is not None}

@@ -1,4 +1,4 @@
-"""The wheel of the running kimi-mlx: what is in it, and that pip takes it."""
+"""The wheel of the running kimi-mlx: contents, and installation with pip."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kimi_mlx.errors import InstallError
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def check_record(archive: zipfile.ZipFile) -> None:
-    """Every file has its line, with the right digest and size; that of the record itself has neither."""
+    """Check that RECORD lists every file with its digest and size (without both for RECORD itself)."""
     (record,) = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
     rows = list(csv.reader(io.StringIO(archive.read(record).decode())))
     assert [row[0] for row in rows] == archive.namelist()
@@ -40,8 +40,8 @@ def check_record(archive: zipfile.ZipFile) -> None:
         assert (digest, size) == (f"sha256={encoded}", str(len(data)))
 
 
-def test_all_files_are_in_it(built: Path) -> None:
-    with zipfile.ZipFile(built) as archive:
+def test_wheel_has_all_files(built_wheel: Path) -> None:
+    with zipfile.ZipFile(built_wheel) as archive:
         names = archive.namelist()
         check_record(archive)
         assert archive.testzip() is None
@@ -62,9 +62,9 @@ def test_all_files_are_in_it(built: Path) -> None:
     }
 
 
-def test_metadata_are_those_of_the_installation(built: Path) -> None:
+def test_metadata_equals_the_installed_one(built_wheel: Path) -> None:
     own = distribution("kimi-mlx")
-    with zipfile.ZipFile(built) as archive:
+    with zipfile.ZipFile(built_wheel) as archive:
         packed = PathDistribution(zipfile.Path(archive, f"kimi_mlx-{own.version}.dist-info/"))  # pyright: ignore[reportArgumentType]
         assert packed.requires == own.requires
         assert packed.version == own.version
@@ -72,17 +72,17 @@ def test_metadata_are_those_of_the_installation(built: Path) -> None:
     assert any(each.startswith("mlx[cpu]") and "sys_platform == 'linux'" in each for each in own.requires or [])
 
 
-def test_the_same_files_make_the_same_wheel(built: Path, tmp_path: Path) -> None:
+def test_same_files_give_the_same_wheel(built_wheel: Path, tmp_path: Path) -> None:
     again = build_wheel(tmp_path)
-    assert again.name == built.name
-    assert again.read_bytes() == built.read_bytes()
+    assert again.name == built_wheel.name
+    assert again.read_bytes() == built_wheel.read_bytes()
 
 
-def test_pip_installs_it(built: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pip")  # environments of uv have none
+def test_pip_installs_it(built_wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip")  # environments of uv have no pip
     target = tmp_path / "it's a target"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-    subprocess.run([*install, "--target", str(target), str(built)], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([*install, "--target", str(target), str(built_wheel)], check=True, capture_output=True, cwd=tmp_path)
     program = (
         "import sys; from kimi_mlx.cluster.hosts.facts import own_interpreter as own;"
         "import kimi_mlx; print(kimi_mlx.__file__, own().packages['kimi-mlx'], own().code)"
@@ -97,18 +97,18 @@ def test_pip_installs_it(built: Path, tmp_path: Path) -> None:
     assert "from kimi_mlx.__main__ import main" in wrapper
 
 
-def test_a_comma_in_a_name(tmp_path: Path) -> None:
+def test_comma_in_a_file_name(tmp_path: Path) -> None:
     packed = pack_wheel(tmp_path, "x_y", "1.0", {"x/a,b.txt": b"1", "x/__init__.py": b""}, {"METADATA": b"Name: x-y\n"})
     assert packed.name == "x_y-1.0-py3-none-any.whl"
     with zipfile.ZipFile(packed) as archive:
         check_record(archive)
 
 
-def test_a_folder_that_was_never_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str) -> None:
+def test_kimi_mlx_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_distribution(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(wheel, "distribution", nothing)
+    monkeypatch.setattr(wheel, "distribution", no_distribution)
     with pytest.raises(InstallError, match="is not installed") as caught:
         build_wheel(tmp_path)
-    assert caught.value.hint == "`pip install -e .` in its folder"
+    assert caught.value.hint == "run `pip install -e .` in its folder"
