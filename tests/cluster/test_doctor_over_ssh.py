@@ -144,7 +144,7 @@ def test_a_python_that_is_not_there(hosts: Hosts) -> None:
     found = visit(*HOSTS, "--python", "/no/such/python")
     troubles = [each for each in found.document["findings"] if each["state"] == "problem"]
     assert {(each["host"], each["message"]) for each in troubles} == {
-        (name, "there is no `/no/such/python`") for name in hosts.names
+        (name, "`/no/such/python` does not exist") for name in hosts.names
     }
     assert found.code == 1
 

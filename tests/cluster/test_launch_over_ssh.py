@@ -262,7 +262,7 @@ def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
     question = ("chat", "kimi-mini", "-p", "hi")
     code, out, err = run(*HOSTS, "--python", "/no/such/python", *question)
     assert (code, out) == (1, "")
-    assert err.count("there is no `/no/such/python`") == 2
+    assert err.count("`/no/such/python` does not exist") == 2
 
     foreign = tmp_path / "foreign.json"
     pair = [{"ssh": "mac-a", "ips": [hosts.address("mac-a")]}, {"ssh": "mac-b", "ips": ["10.99.0.7"]}]

@@ -1,4 +1,4 @@
-"""What a model needs of each host. Pure."""
+"""Memory and disk space that a model needs on each host. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kimi_mlx.sizing.hosts import with_overhead
 
 @dataclass(frozen=True)
 class RankNeed:
-    """What a rank holds: weights; cache and work space."""
+    """Memory of one rank: weights, and everything else (cache and workspace)."""
 
     weights_bytes: int
     other_bytes: int
@@ -19,19 +19,19 @@ class RankNeed:
 
 @dataclass(frozen=True)
 class ModelNeed:
-    """A model as the doctor sees it.
+    """Size and shape of a model, for the doctor.
 
     Args:
-        name: as it was asked for.
-        repository: whose stores the hosts should hold; None if it comes with kimi-mlx.
-        weights_bytes: in memory, over all ranks; None if unknown.
-        cache_bytes: of a usual context, on each rank.
-        hidden_size: values that ranks sum, a token.
-        vocab_size: values that ranks gather, a token.
-        prefill_chunk: tokens of a prompt at once.
-        is_here: whether this machine has all of it.
-        store_prefix: what the folders of the chosen placement's stores begin with; None for any placement.
-        by_rank: what each rank holds with the chosen placement; none if it is not known.
+        name: model name as requested.
+        repository: repository whose stores the hosts should hold; None if the model comes with kimi-mlx.
+        weights_bytes: bytes of the weights in memory, over all ranks; None if unknown.
+        cache_bytes: bytes of the cache of a usual context, on each rank.
+        hidden_size: values per token that ranks sum.
+        vocab_size: values per token that ranks gather.
+        prefill_chunk: prompt tokens per step.
+        is_here: whether this machine has the complete model.
+        store_prefix: start of the folder names of the chosen placement's stores; None for any placement.
+        by_rank: memory of each rank with the chosen placement; empty if unknown.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ModelNeed:
     by_rank: Sequence[RankNeed] = ()
 
     def memory_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
-        """What a host's ranks need: by its stores, if it has them, else by its shares; None if unknown."""
+        """Return the memory that a host's ranks need, from its stores or else from its shares; None if unknown."""
         weights = self._stored_bytes(facts, ranks, world_size)
         if weights is None:
             weights = self._share_bytes(ranks, world_size)
@@ -55,19 +55,19 @@ class ModelNeed:
         return None if weights is None else with_overhead(weights) + self.cache_bytes * len(ranks)
 
     def disk_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
-        """What a host has still to store; None if unknown."""
+        """Return the bytes that a host has yet to store; None if unknown."""
         if self.repository is None or self._stored_bytes(facts, ranks, world_size) is not None:
             return 0
         return self._share_bytes(ranks, world_size)
 
     def _share_bytes(self, ranks: Sequence[int], world_size: int) -> int | None:
-        """Weights of the chosen placement, or even shares."""
+        """Return the weights' bytes of these ranks with the chosen placement, else with equal shares."""
         if self.by_rank:
             return sum(self.by_rank[rank].weights_bytes for rank in ranks)
         return None if self.weights_bytes is None else self.weights_bytes * len(ranks) // world_size
 
     def _stored_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
-        """Of the stores of all these ranks, for so many ranks; None if one is missing."""
+        """Return the bytes of these ranks' stores in a split for `world_size` ranks; None if one is missing."""
         sizes = {
             store.rank: store.size_bytes
             for store in facts.stores
@@ -75,5 +75,5 @@ class ModelNeed:
             and f"-{world_size}-" in store.placement
             and store.placement.startswith(self.store_prefix or "")
         }
-        found = [sizes.get(rank) for rank in ranks]
-        return sum(size for size in found if size is not None) if None not in found else None
+        rank_sizes = [sizes.get(rank) for rank in ranks]
+        return sum(size for size in rank_sizes if size is not None) if None not in rank_sizes else None

@@ -1,4 +1,4 @@
-"""What the ranks will send each other while they serve a model: sizes and types, for the self-test. Pure."""
+"""Sizes and types of the data that ranks exchange while they serve a model, for the self-test. Pure."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any, Literal
 Kind = Literal["sum", "gather", "message"]
 
 BATCHES = (1, 2, 4, 8)
-"""Sequences that are decoded together."""
+"""Numbers of sequences decoded together."""
 
 TYPES = {"float32": 4, "bfloat16": 2}
-"""What ranks compute in -> bytes of a value."""
+"""Data type -> bytes of a value."""
 
 REPEATS = 100
-"""How often a payload is timed, if it is small."""
+"""Number of times that a small payload is timed."""
 
 LARGE_BYTES, LARGE_REPEATS = 1 << 20, 10
-"""How often, if it is large."""
+"""Size from which a payload is large, and the number of times that it is timed."""
 
 PAYLOAD_S = 1.0
-"""On a slow link the repeats of one payload take about so long at most."""
+"""Approximate time limit of all repeats of one payload on a slow link."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """One exchange.
+    """One exchange between ranks.
 
     Args:
-        kind: of partial results of a layer the sum; of the parts of the vocabulary a gather; from a stage to the
-            next a message, here one to each neighbour.
-        tokens: at once.
-        width: values a token, on each rank.
-        dtype: of the values.
-        repeats: how often it is timed.
+        kind: `sum` (a layer's partial results), `gather` (shares of the vocabulary) or `message` (from a pipeline
+            stage to the next; in the self-test, one to each neighbour).
+        tokens: number of tokens.
+        width: values per token, on each rank.
+        dtype: data type of the values.
+        repeats: number of times that it is timed.
     """
 
     kind: Kind
@@ -46,35 +46,35 @@ class Payload:
 
     @property
     def size_bytes(self) -> int:
-        """On each rank."""
+        """Bytes on each rank."""
         return self.tokens * self.width * TYPES[self.dtype]
 
     @property
     def name(self) -> str:
-        """Such as `sum of 1 token, bfloat16`."""
+        """Description, such as `sum of 1 token, bfloat16`."""
         return f"{self.kind} of {self.tokens} token{'s' * (self.tokens > 1)}, {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For a message."""
+        """Return the fields as JSON values, for a message."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Payload:
-        """Read what to_dict has written."""
+        """Return the payload that `to_dict` wrote."""
         return cls(**value)
 
 
 def all_payloads(
     hidden_size: int, vocab_size: int, world_size: int, prefill_chunk: int, bytes_per_s: float | None = None
 ) -> tuple[Payload, ...]:
-    """Every payload that will occur, large ones between small ones and types in turn: shapes alternate.
+    """Return every payload that the model causes. Large and small ones alternate, and so do types.
 
     Args:
-        hidden_size: of the model.
-        vocab_size: of the model.
-        world_size: how many ranks share it.
-        prefill_chunk: tokens of a prompt at once.
-        bytes_per_s: of the slowest link, if it is known.
+        hidden_size: hidden size of the model.
+        vocab_size: vocabulary size of the model.
+        world_size: number of ranks.
+        prefill_chunk: prompt tokens per step.
+        bytes_per_s: rate of the slowest link; None if unknown.
     """
     sums = [(tokens, hidden_size) for tokens in (*BATCHES, prefill_chunk)]
     gathers = [(tokens, math.ceil(vocab_size / world_size)) for tokens in BATCHES]
@@ -84,11 +84,11 @@ def all_payloads(
         if index < len(gathers):
             shapes.append(("gather", *gathers[index]))
     payloads = [Payload(*shape, dtype) for shape in shapes for dtype in TYPES]
-    return tuple(replace(each, repeats=repeats(each.size_bytes, bytes_per_s)) for each in payloads)
+    return tuple(replace(payload, repeats=num_repeats(payload.size_bytes, bytes_per_s)) for payload in payloads)
 
 
 def quick_payloads() -> tuple[Payload, ...]:
-    """What every start of a ring sends once: small and large in turn, whatever the model."""
+    """Return the payloads that every ring sends once at its start: small and large ones in turn, for any model."""
     shapes = [(128, 1024), (1, 7), (16, 1024), (3, 333), (1, 7168), (64, 1025)]
     kinds: tuple[Kind, ...] = ("sum", "gather", "message")
     types = [*TYPES] * len(shapes)
@@ -97,13 +97,13 @@ def quick_payloads() -> tuple[Payload, ...]:
     )
 
 
-def repeats(size_bytes: int, bytes_per_s: float | None) -> int:
-    """How often to time a payload: fewer times if it is large or the link slow, twice at least."""
-    most = LARGE_REPEATS if size_bytes >= LARGE_BYTES else REPEATS
-    return most if bytes_per_s is None else max(2, min(most, int(PAYLOAD_S * bytes_per_s / size_bytes)))
+def num_repeats(size_bytes: int, bytes_per_s: float | None) -> int:
+    """Return how often to time a payload: less often if it is large or the link is slow, but at least twice."""
+    limit = LARGE_REPEATS if size_bytes >= LARGE_BYTES else REPEATS
+    return limit if bytes_per_s is None else max(2, min(limit, int(PAYLOAD_S * bytes_per_s / size_bytes)))
 
 
 def p99(seconds: Sequence[float]) -> float:
-    """The time that 99 of 100 stay below, or the longest of fewer."""
+    """Return the 99th percentile; with fewer than 100 values, the largest."""
     ordered = sorted(seconds)
     return ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99) - 1)]

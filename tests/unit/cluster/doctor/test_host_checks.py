@@ -1,4 +1,4 @@
-"""The doctor's checks: facts in, findings out."""
+"""The doctor's checks of hosts, clusters and links, given facts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ OTHER = replace(MAC, host="mac-b")
 LINUX = Facts("box", is_complete=True, system="Linux", machine="x86_64", memory_bytes=24 * GIB, free_bytes=20 * GIB)
 
 
-def test_only_trouble_stands_in_the_way() -> None:
+def test_only_problems_block_a_start() -> None:
     assert not has_problem([Finding("a", "b", "ok", "c"), Finding("a", "b", "warning", "c", "d")])
     assert has_problem([Finding("a", "b", "problem", "c", "d")])
 
@@ -96,24 +96,25 @@ def test_chip() -> None:
     assert check_chip(replace(MAC, machine="x86_64")).state == "ok"  # a shell under Rosetta
     assert check_chip(replace(MAC, machine="x86_64", chip="Intel(R) Core(TM) i7")).state == "problem"
     assert check_chip(LINUX).state == "ok"
+    assert check_chip(LINUX).message.endswith("24.0 GiB (not a Mac: will run on the CPU)")
 
 
 @pytest.mark.parametrize(
-    ("facts", "need_gib", "state", "words"),
+    ("facts", "need_gib", "state", "text"),
     [
-        (MAC, 480, "ok", "480.0 GiB are needed, 490.0 GiB are free"),
-        (MAC, 495, "problem", "495.0 GiB are needed, 490.0 GiB are free, 6.0 GiB are wired"),
-        (MAC, 505, "problem", "at most 504.0 GiB can be used"),
-        (replace(MAC, free_bytes=80 * GIB, wired_bytes=420 * GIB), 300, "problem", "420.0 GiB are wired"),
-        (replace(MAC, free_bytes=None, wired_bytes=None), 300, "ok", "300.0 GiB are needed"),
+        (MAC, 480, "ok", "needs 480.0 GiB; 490.0 GiB are free"),
+        (MAC, 495, "problem", "needs 495.0 GiB; 490.0 GiB are free (6.0 GiB wired)"),
+        (MAC, 505, "problem", "needs 505.0 GiB; this machine has 512.0 GiB, of which 504.0 GiB are usable"),
+        (replace(MAC, free_bytes=80 * GIB, wired_bytes=420 * GIB), 300, "problem", "420.0 GiB wired"),
+        (replace(MAC, free_bytes=None, wired_bytes=None), 300, "ok", "needs 300.0 GiB"),
         (replace(MAC, memory_bytes=None), 300, "warning", "unknown"),
         (LINUX, 10, "ok", "20.0 GiB are free"),
     ],
 )
-def test_memory(facts: Facts, need_gib: int, state: str, words: str) -> None:
+def test_memory(facts: Facts, need_gib: int, state: str, text: str) -> None:
     finding = check_memory(facts, need_gib * GIB)
     assert finding.state == state
-    assert words in finding.message
+    assert text in finding.message
     assert (finding.remedy is None) == (state == "ok")
 
 
@@ -129,14 +130,14 @@ def test_memory(facts: Facts, need_gib: int, state: str, words: str) -> None:
         (999999, 504 * GIB + 1, "ok", None),
     ],
 )
-def test_the_wired_limit_and_the_one_command(limit_mb: int | None, need: int, state: str, remedy: str | None) -> None:
+def test_wired_limit_problem_gives_the_command(limit_mb: int | None, need: int, state: str, remedy: str | None) -> None:
     finding = check_wired_limit(replace(MAC, wired_limit_mb=limit_mb), need)
     assert finding.state == state
     assert (remedy or "") in (finding.remedy or "")
     assert (finding.remedy is None) == (remedy is None)
 
 
-def test_no_wired_limit_without_a_mac() -> None:
+def test_wired_limit_applies_to_macs_only() -> None:
     assert check_wired_limit(LINUX, 999 * GIB).state == "ok"
     assert check_wired_limit(replace(MAC, memory_bytes=None), GIB).state == "warning"
 
@@ -144,40 +145,40 @@ def test_no_wired_limit_without_a_mac() -> None:
 def test_disk() -> None:
     assert check_disk(MAC, 300 * GB).state == "ok"
     finding = check_disk(MAC, 900 * GB)
-    assert finding.message == "900.0 GB are needed, 800.0 GB are free for `/Users/me/stores`"
+    assert finding.message == "needs 900.0 GB; 800.0 GB are free for `/Users/me/stores`"
     assert finding.state == "problem"
     assert check_disk(replace(MAC, disk_free_bytes=None), 1).state == "warning"
 
 
 @pytest.mark.parametrize(
-    ("started", "state", "words"),
+    ("started", "state", "text"),
     [
-        (999.5, "ok", "within 500 ms"),  # asked from 999.5 to 1002.5, it ran there from 1000 to 1002
+        (999.5, "ok", "within 500 ms"),  # requested at 999.5, answered at 1002.5; ran on the host from 1000 to 1002
         (900.0, "warning", "1 min 40 s ahead of"),
         (1100.0, "warning", "1 min 40 s behind"),
-        (994.1, "ok", "of this machine's"),  # 5.4 s apart, of which 0.5 s may be the way
+        (994.1, "ok", "of this machine's"),  # 5.4 s apart, of which 0.5 s may be the round trip
         (993.9, "warning", "5.60 s ahead of"),
     ],
 )
-def test_clock(started: float, state: str, words: str) -> None:
+def test_clock(started: float, state: str, text: str) -> None:
     finding = check_clock(MAC, ScriptResult("mac-a", 0, "", "", 3.0, started))
     assert finding.state == state
-    assert words in finding.message
+    assert text in finding.message
 
 
-def test_half_of_the_way_is_in_doubt() -> None:
+def test_half_of_the_round_trip_is_uncertain() -> None:
     assert clock_offset(MAC, ScriptResult("mac-a", 0, "", "", 6.0, 998.0)) == (0.0, 2.0)
     assert clock_offset(replace(MAC, clock_end=None), ScriptResult("mac-a", 0, "", "", 6.0, 998.0)) is None
     assert check_clock(replace(MAC, clock_start=None), ScriptResult("mac-a", 0, "", "", 6.0)).state == "warning"
 
 
-def test_the_fast_fence_is_a_warning() -> None:
+def test_fast_sync_is_a_warning() -> None:
     assert check_fast_sync("mac-a, mac-b", is_on=False).state == "ok"
     on = check_fast_sync("mac-a, mac-b", is_on=True)
     assert (on.state, "restarted" in on.message, "--fast-sync" in (on.remedy or "")) == ("warning", True, True)
 
 
-def test_the_firewall() -> None:
+def test_firewall() -> None:
     assert check_firewall(MAC).state == "ok"
     on = check_firewall(replace(MAC, firewall=1))
     assert (on.state, "--unblockapp /opt/py/bin/python" in (on.remedy or "")) == ("warning", True)
@@ -193,7 +194,7 @@ def test_link() -> None:
     assert check_link("mac-a, mac-b", replace(cable, kind="wifi"), fast, is_forced=True).state == "warning"
 
 
-def test_versions_are_those_of_the_first_host() -> None:
+def test_versions_are_compared_with_the_first_host() -> None:
     python = replace(PYTHON, version="3.13.1", packages={**PYTHON.packages, "mlx": "0.32.4"}, code="abd")
     odd = replace(MAC, host="mac-c", interpreters=(python,))
     assert check_versions([MAC]) == []
@@ -218,7 +219,7 @@ def test_macos_builds() -> None:
     )
 
 
-COMMIT, ELDER = "0" * 40, "1" * 40
+COMMIT, OLD_COMMIT = "0" * 40, "1" * 40
 
 
 def held(rank: int, commit: str = COMMIT, placement: str = "hybrid-2-aaaaaa", repository: str = "o/n") -> HeldStore:
@@ -234,10 +235,10 @@ def stores(a: list[HeldStore], b: list[HeldStore], wanted: tuple[str, str] | Non
 def test_stores_of_one_commit_and_placement() -> None:
     ok = ("ok", "complete")
     assert stores([held(0)], [held(1)]) == [ok, ok]
-    assert stores([held(0), held(0, ELDER)], [held(1, ELDER)]) == [ok, ok]  # the elder one is complete
+    assert stores([held(0), held(0, OLD_COMMIT)], [held(1, OLD_COMMIT)]) == [ok, ok]  # the old commit is complete
     assert stores([held(0)], [])[1] == ("problem", "the store of rank 1 is missing")
     assert stores([held(0)], [held(0)])[1] == ("problem", "the store of rank 1 is missing")
-    assert stores([held(0), held(0, ELDER)], [held(1, ELDER)], wanted=(COMMIT, "hybrid-2-aaaaaa")) == [
+    assert stores([held(0), held(0, OLD_COMMIT)], [held(1, OLD_COMMIT)], wanted=(COMMIT, "hybrid-2-aaaaaa")) == [
         ok,
         ("problem", "the store of rank 1 is missing; it has 111111111111, hybrid-2-aaaaaa"),
     ]
@@ -246,7 +247,7 @@ def test_stores_of_one_commit_and_placement() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "remedy"),
+    ("change", "text", "remedy"),
     [
         ({"system": "Linux"}, "needs a Mac", "--backend ring"),
         ({"macos_version": "26.1"}, "macOS 26.1 has no RDMA", "update macOS"),
@@ -258,21 +259,21 @@ def test_stores_of_one_commit_and_placement() -> None:
         ({"rdma_ports": {"rdma_en2": "PORT_DOWN"}}, "no port of RDMA is active", "Thunderbolt Bridge"),
     ],
 )
-def test_rdma_and_how_to_come_by_it(change: dict[str, object], words: str, remedy: str) -> None:
+def test_rdma_problem_gives_the_remedy(change: dict[str, object], text: str, remedy: str) -> None:
     facts = replace(MAC, **change)  # pyright: ignore[reportArgumentType]
     finding = check_rdma(facts, is_wanted=True)
     assert finding.state == "problem"
-    assert words in finding.message
+    assert text in finding.message
     assert remedy in (finding.remedy or "")
     assert check_rdma(facts, is_wanted=False) == Finding("mac-a", "RDMA", "ok", finding.message)
 
 
-def test_rdma_that_is_ready() -> None:
+def test_rdma_ready() -> None:
     assert check_rdma(MAC, is_wanted=True).message == "RDMA is enabled; active: rdma_en5 of rdma_en2, rdma_en5"
     assert check_rdma(replace(MAC, rdma_ports={"rdma_en2": ""}, macos_version="27"), is_wanted=True).state == "ok"
 
 
-def test_the_bridge_is_in_the_way_of_rdma_alone() -> None:
+def test_bridge_is_a_problem_for_rdma_only() -> None:
     conflict = BridgeConflict("mac-a", "bridge0", ("en5",))
     assert check_bridge("mac-a", None, is_rdma_wanted=True).state == "ok"
     assert check_bridge("mac-a", conflict, is_rdma_wanted=False).state == "ok"

@@ -1,4 +1,4 @@
-"""What the self-test sends: every size that occurs, and results that are exact."""
+"""Payloads of the self-test: every size that occurs, with exact results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cluster.doctor.payloads import BATCHES, TYPES, Payload, all_payloads, p99, quick_payloads, repeats
+from kimi_mlx.cluster.doctor.payloads import BATCHES, TYPES, Payload, all_payloads, num_repeats, p99, quick_payloads
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.rank.link_test import EXACT_LIMIT, compare, expected, pattern
 
 
-def test_every_size_that_a_model_sends_is_there_and_shapes_alternate() -> None:
+def test_payloads_cover_every_size_and_alternate() -> None:
     payloads = all_payloads(7168, 163840, 2, 512)
     assert {(each.kind, each.tokens, each.width, each.dtype) for each in payloads} == {
         *(("sum", tokens, 7168, dtype) for tokens in (*BATCHES, 512) for dtype in TYPES),
@@ -27,7 +27,7 @@ def test_every_size_that_a_model_sends_is_there_and_shapes_alternate() -> None:
     assert payloads[0].name == "sum of 512 tokens, float32"
 
 
-def test_the_quick_form_has_every_kind_in_both_types_and_few_bytes() -> None:
+def test_quick_payloads_cover_every_kind_and_type_in_few_bytes() -> None:
     payloads = quick_payloads()
     assert {(each.kind, each.dtype) for each in payloads} == {
         (kind, dtype) for kind in ("sum", "gather", "message") for dtype in TYPES
@@ -37,49 +37,49 @@ def test_the_quick_form_has_every_kind_in_both_types_and_few_bytes() -> None:
 
 
 @given(st.integers(1, 1 << 30), st.one_of(st.none(), st.floats(1e3, 1e11)))
-def test_a_slow_link_is_not_timed_for_ever(size: int, rate: float | None) -> None:
-    count = repeats(size, rate)
+def test_slow_links_get_fewer_repeats(size: int, rate: float | None) -> None:
+    count = num_repeats(size, rate)
     assert 2 <= count <= 100
     assert rate is None or count == 2 or count * size / rate <= 1.001
 
 
-def test_the_99th_percentile() -> None:
+def test_99th_percentile() -> None:
     assert p99([float(each) for each in range(1, 101)]) == 99
     assert p99([3.0, 1.0]) == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_sums_are_exact_in_every_type_and_differ_from_turn_to_turn(size: int, dtype: mx.Dtype) -> None:
+def test_sums_are_exact_in_every_type_and_differ_between_repeats(size: int, dtype: mx.Dtype) -> None:
     payload = Payload("sum", 2, 300, "bfloat16")
     parts = [pattern(payload, rank, 1, size).astype(dtype) for rank in range(size)]
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    right = expected(payload, 1, 0, size)
-    assert int(right.max().item()) <= EXACT_LIMIT  # pyright: ignore[reportArgumentType]
-    assert mx.array_equal(total.astype(mx.int32), right)
-    assert not mx.array_equal(right, expected(payload, 2, 0, size))
+    correct = expected(payload, 1, 0, size)
+    assert int(correct.max().item()) <= EXACT_LIMIT  # pyright: ignore[reportArgumentType]
+    assert mx.array_equal(total.astype(mx.int32), correct)
+    assert not mx.array_equal(correct, expected(payload, 2, 0, size))
 
 
 class Faulty(SingleGroup):
-    """Three ranks, of which one arrives wrong."""
+    """A group of three ranks, one of which delivers wrong values."""
 
     size = 3
 
 
-def test_a_wrong_value_is_seen_and_whose_part_it_is() -> None:
+def test_wrong_value_is_traced_to_its_rank() -> None:
     group = Faulty()
     gather = Payload("gather", 1, 5, "float32")
     result = expected(gather, 0, 0, 3).astype(mx.float32)
     assert compare(group, gather, 0, result) is None
     result[2, 0, 4] += 1
-    wrong = {"payload": "gather of 1 token, float32", "kind": "gather", "count": 1, "of": 15, "sources": [2]}
-    assert compare(group, gather, 0, result) == wrong
+    mismatch = {"payload": "gather of 1 token, float32", "kind": "gather", "count": 1, "of": 15, "sources": [2]}
+    assert compare(group, gather, 0, result) == mismatch
     message = Payload("message", 1, 5, "float32")
     result = expected(message, 0, 0, 3).astype(mx.float32)
     assert compare(group, message, 0, result) is None
-    result[0, 0, 0] = -result[0, 0, 0]  # of rank 2, a bit
+    result[0, 0, 0] = -result[0, 0, 0]  # one bit of rank 2
     found = compare(group, message, 0, result)
     assert found is not None
     assert (found["count"], found["of"], found["sources"]) == (1, 10, [2])
