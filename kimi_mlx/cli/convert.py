@@ -128,7 +128,7 @@ def convert(
 
 def _plan_from_hub(repository: str, options: ConvertOptions) -> ConversionPlan:
     """Return the plan of a repository that is not on this machine; downloads only the headers of its files."""
-    from kimi_mlx.store.sources import read_contents
+    from kimi_mlx.store.hub_source import read_contents
     from kimi_mlx.weights.checkpoint import Checkpoint
     from kimi_mlx.weights.convert_plan import plan_conversion
 

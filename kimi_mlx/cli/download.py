@@ -30,9 +30,9 @@ from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.store.download import StoreOptions, join_group
+from kimi_mlx.store.hub_source import read_contents
 from kimi_mlx.store.locate import ModelRef, resolve_model_name, stores_root
 from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
-from kimi_mlx.store.sources import read_contents
 
 
 @dataclass(frozen=True)

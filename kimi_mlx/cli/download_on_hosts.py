@@ -113,8 +113,8 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
             bars.update(tasks[label], completed=done, total=total)
 
         def show(message: Message) -> None:
-            if message["kind"] == "beginning":
-                TerminalObserver(target, is_quiet).beginning(message["vision_bytes"])
+            if message["kind"] == "starting":
+                TerminalObserver(target, is_quiet).on_start(message["vision_bytes"])
             elif message["kind"] == "checking":
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":

@@ -99,18 +99,18 @@ class TerminalObserver:
     def __init__(self, target: ModelRef, is_quiet: bool):
         self._target, self._is_quiet = target, is_quiet
 
-    def beginning(self, vision_bytes: int) -> None:
+    def on_start(self, vision_bytes: int) -> None:
         """Print the licence, once per model, and that the vision part is not downloaded."""
         print_licence_once(self._target, self._is_quiet)
         if not self._is_quiet and vision_bytes:
             stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
 
-    def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a progress bar of checked bytes."""
         return byte_progress("checking", total_bytes, self._is_quiet)
 
     @contextmanager
-    def building(self) -> Generator[Callable[[BuildProgress], None]]:
+    def on_build(self) -> Generator[Callable[[BuildProgress], None]]:
         """Show a progress bar of downloaded bytes and one of stored bytes."""
         with byte_bars(self._is_quiet) as bars:
             fetching = bars.add_task(f"downloading {self._target.name}", total=None)

@@ -26,12 +26,12 @@ class ShardedAxis:
     """An axis of the unquantized matrix that is sharded over ranks.
 
     Args:
-        share: field of the RankShare with the rank's range, such as `expert_rows` or `heads`.
+        share_field: field of RankShare with the rank's range, such as `expert_rows` or `heads`.
         axis: sharded axis; `stack` is the axis of experts or heads, even where these are stored as separate tensors.
         unit: rows or columns per element of the range, such as those of one head.
     """
 
-    share: str
+    share_field: str
     axis: Literal["stack", "rows", "columns"]
     unit: int = 1
 

@@ -18,17 +18,17 @@ from kimi_mlx.store.rounds import BuildProgress
 
 
 class ChannelObserver:
-    """Reports the progress of a download to the front: `beginning`, `checking`, `building`."""
+    """Reports the progress of a download to the front: `starting`, `checking`, `building`."""
 
     def __init__(self, channel: Channel):
         self._channel = channel
 
-    def beginning(self, vision_bytes: int) -> None:
+    def on_start(self, vision_bytes: int) -> None:
         """Report that the download starts."""
-        self._channel.send("beginning", vision_bytes=vision_bytes)
+        self._channel.send("starting", vision_bytes=vision_bytes)
 
     @contextmanager
-    def checking(self, total_bytes: int) -> Generator[Callable[[int], None]]:
+    def on_check(self, total_bytes: int) -> Generator[Callable[[int], None]]:
         """Report the bytes checked; yields the callback for further bytes."""
         done = 0
 
@@ -41,7 +41,7 @@ class ChannelObserver:
         yield advance
 
     @contextmanager
-    def building(self) -> Generator[Callable[[BuildProgress], None]]:
+    def on_build(self) -> Generator[Callable[[BuildProgress], None]]:
         """Report the building of stores; yields the callback for progress."""
 
         def report(progress: BuildProgress) -> None:

@@ -18,19 +18,14 @@ from kimi_mlx.parallel.group import Group, SingleGroup
 from kimi_mlx.parallel.placement import normalize_strategy, place
 from kimi_mlx.store.build import build_stores
 from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.folder_source import FolderSource
+from kimi_mlx.store.hub_source import HubSource, decode_contents, encode_contents, read_contents
 from kimi_mlx.store.journal import partial_store_commit
 from kimi_mlx.store.locate import find_store
 from kimi_mlx.store.manifest import FORMAT, Manifest
 from kimi_mlx.store.messages import BATCH_BYTES
 from kimi_mlx.store.rounds import BuildProgress
-from kimi_mlx.store.sources import (
-    CheckpointSource,
-    FolderSource,
-    HubSource,
-    decode_contents,
-    encode_contents,
-    read_contents,
-)
+from kimi_mlx.store.sources import CheckpointSource
 from kimi_mlx.store.stores import LocalStore, folder_prefix, repository_folder
 from kimi_mlx.version import __version__
 from kimi_mlx.weights.checkpoint import Checkpoint

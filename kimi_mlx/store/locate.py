@@ -16,9 +16,9 @@ from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.parallel.placement import normalize_strategy
+from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import partial_stores
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.sources import FolderSource
 from kimi_mlx.store.stores import LocalStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
 
 NEAR_NAME_RATIO = 0.7

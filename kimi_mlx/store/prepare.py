@@ -28,16 +28,16 @@ DownloadReport = dict[str, Any]
 class DownloadObserver(Protocol):
     """Observer of a download."""
 
-    def beginning(self, vision_bytes: int) -> None:
-        """A download begins; `vision_bytes` of the repository are skipped."""
+    def on_start(self, vision_bytes: int) -> None:
+        """Handle the start of a download, which skips `vision_bytes` of the repository."""
         ...
 
-    def checking(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Files are being checked; yields a callback for the bytes done."""
+    def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show the verification of files; yields a callback for the number of bytes read."""
         ...
 
-    def building(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
-        """Stores are being built; yields a callback for progress."""
+    def on_build(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
+        """Show the building of stores; yields a callback for progress."""
         ...
 
 
@@ -84,8 +84,8 @@ def prepare_stores(
         )
     if is_check and found is None:
         broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], listener)
-    listener.beginning(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
-    with listener.building() as report:
+    listener.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
+    with listener.on_build() as report:
         manifests = build(options, job, group, report, broken)
     contents, names = job.source.contents, sorted({name for each in broken.values() for name in each})
     return {
@@ -110,7 +110,7 @@ def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> M
         except WeightsError:
             broken[rank] = [MANIFEST_NAME]
     total = sum(manifest.size_bytes for manifest in manifests)
-    with listener.checking(total) as advance:
+    with listener.on_check(total) as advance:
         return broken | {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
 
 

@@ -200,7 +200,7 @@ def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranular
                         quantization = checkpoint.quantization(source.paths[0])
                         group = quantization.group_size if quantization is not None else 1
                         unit = group // math.gcd(group, cut.unit)
-                        units[cut.share] = math.lcm(units.get(cut.share, 1), unit)
+                        units[cut.share_field] = math.lcm(units.get(cut.share_field, 1), unit)
     return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
@@ -219,7 +219,7 @@ def _plan_entries(
 def _holds(share: RankShare | None, entry: TreeEntry) -> bool:
     """Whether a rank has something of an entry."""
     cuts = (cut for part in entry.parts for source in part for cut in source.cuts)
-    return share is None or all(len(share.range_of(cut.share)) for cut in cuts)
+    return share is None or all(len(share.range_of(cut.share_field)) for cut in cuts)
 
 
 def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | None) -> tuple[WeightPlan, ...]:
@@ -293,7 +293,7 @@ def _spans(source: SourceMatrix, share: RankShare | None) -> dict[str, Range]:
     """What a rank takes of each axis that is cut."""
     if share is None:
         return {}
-    spans = ((cut, share.range_of(cut.share)) for cut in source.cuts)
+    spans = ((cut, share.range_of(cut.share_field)) for cut in source.cuts)
     return {cut.axis: Range(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
 
 

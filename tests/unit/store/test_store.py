@@ -30,10 +30,10 @@ from kimi_mlx.store.assign import assign_files
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.disk import check_space
 from kimi_mlx.store.download import StoreOptions, build, find_built_stores, open_build_job
+from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import Journal
 from kimi_mlx.store.locate import find_local_model, resolve_model_name
 from kimi_mlx.store.manifest import Manifest, read_manifest
-from kimi_mlx.store.sources import FolderSource
 from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
 from kimi_mlx.store.transfers import split_into_chunks
 from kimi_mlx.store.writer import RankWriter

@@ -1,0 +1,81 @@
+"""Checkpoint source: a folder on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from kimi_mlx.store.manifest import Origin
+from kimi_mlx.store.sources import CheckpointContents, is_small_file
+from kimi_mlx.weights.index import TensorInfo, checkpoint_files, read_header
+
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Samples of each file in a folder's digest, which distinguish files with the same headers."""
+
+
+class FolderSource:
+    """The folder of a checkpoint on this machine. Its files are neither fetched nor deleted."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.resolve()
+        files = checkpoint_files(self._folder)
+        headers = {file.name: _read_header(file) for file in files}
+        small_files = {
+            path.name: path.read_bytes()
+            for path in sorted(self._folder.iterdir())
+            if path.is_file() and is_small_file(path.name)
+        }
+        digest = hashlib.sha256(small_files.get("config.json", b""))
+        for file in files:
+            _hash_samples(file, digest)
+        origin = Origin(str(self._folder), digest.hexdigest()[:40])
+        sizes = {file.name: file.stat().st_size for file in files}
+        self.contents = CheckpointContents(origin, sizes, headers, small_files)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Return 0: the user expects the folder to stay, so it is not reported."""
+        return 0
+
+    def local_bytes(self, file: str) -> int:
+        """Return the size of the file."""
+        return self.contents.sizes[file]
+
+    def extra_bytes(self, files: Iterable[str]) -> int:
+        """Return 0: files are read in place."""
+        return 0
+
+    def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        """Return the path of a file at once."""
+        progress(self.contents.sizes[file])
+        return self._folder / file
+
+    def release(self, file: str) -> None:
+        """Keep the file: it belongs to the user."""
+
+    def finish(self) -> None:
+        """Do nothing: a folder needs no cleanup."""
+
+    def read(self, info: TensorInfo) -> bytes:
+        """Read one tensor from its file."""
+        with (self._folder / info.file.name).open("rb") as stream:
+            stream.seek(info.start)
+            return stream.read(info.size_bytes)
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a file; their file is a name without folder."""
+    return {name: replace(info, file=Path(file.name)) for name, info in read_header(file).items()}
+
+
+def _hash_samples(file: Path, digest: hashlib._Hash) -> None:
+    """Add a file's name, size and samples to a digest, which is the same for a copy on another host."""
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}\n".encode())
+    with file.open("rb") as stream:
+        for number in range(NUM_SAMPLES):
+            stream.seek(max(0, (size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1)))
+            digest.update(stream.read(SAMPLE_BYTES))

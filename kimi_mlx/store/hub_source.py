@@ -1,0 +1,199 @@
+"""Checkpoint source: a repository on the hub."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.hub.cache import blob_path, cached_bytes, snapshot_folder, write_ref
+from kimi_mlx.hub.client import (
+    Repository,
+    RepositoryFile,
+    cached_file,
+    fetch_file,
+    fetch_to_cache,
+    find_local,
+    needed_files,
+    read_range,
+    remove_cached,
+)
+from kimi_mlx.hub.fetch import matches_checksum
+from kimi_mlx.hub.partial_file import part_path
+from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.store.manifest import Origin
+from kimi_mlx.store.sources import CheckpointContents, is_small_file
+from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, parse_header, read_weight_map
+
+HEADER_WORKERS = 8
+"""Number of headers that are fetched at the same time."""
+
+
+class HubSource:
+    """A repository on the hub. Its weight files are fetched one by one and deleted after use, unless they are kept.
+
+    Args:
+        repository: files of the repository, at a fixed commit.
+        contents: result of read_contents, possibly of another process.
+        folder: folder for temporary files.
+        keep: whether to fetch files into the hub's cache and keep them.
+        branch: branch under which other tools find the kept files.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        contents: CheckpointContents,
+        folder: Path,
+        keep: bool = False,
+        branch: str = "main",
+    ):
+        self.contents = contents
+        self._repository, self._folder, self._keep, self._branch = repository, folder, keep, branch
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the files that stay in the hub's cache because they were there before."""
+        items = (self._repository.file(name) for name in self.contents.sizes)
+        return 0 if self._keep else sum(item.size_bytes for item in items if cached_file(self._repository, item))
+
+    def local_bytes(self, file: str) -> int:
+        """Return the bytes of a file in the hub's cache, or from an interrupted build."""
+        item, path = self._repository.file(file), self._folder / file
+        if self._keep or cached_file(self._repository, item):
+            return cached_bytes(self._repository, item)
+        candidates = (candidate for candidate in (path, part_path(path)) if candidate.is_file())
+        own_bytes = next((candidate.stat().st_size for candidate in candidates), 0)
+        return own_bytes or cached_bytes(self._repository, item)
+
+    def extra_bytes(self, files: Iterable[str]) -> int:
+        """Return the size of the two largest missing files (of all if they are kept), minus the bytes already here."""
+        missing = [file for file in files if cached_file(self._repository, self._repository.file(file)) is None]
+        sizes = sorted(self.contents.sizes[file] for file in missing)
+        return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.local_bytes, missing)))
+
+    def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
+        """Return a file from the hub's cache if it is there and intact, else fetch it from the hub."""
+        item = self._repository.file(file)
+        cached = cached_file(self._repository, item)
+        if cached is not None and matches_checksum(cached, item, stop):
+            progress(item.size_bytes)
+            return cached
+        if cached is not None:
+            remove_cached(self._repository, item)
+        if not self._keep:
+            self._adopt_partial_download(item)
+            fetch_file(self._repository, item, self._folder / file, progress, stop)
+            return self._folder / file
+        fetch_to_cache(self._repository, item, progress, stop)
+        return snapshot_folder(self._repository) / file
+
+    def _adopt_partial_download(self, item: RepositoryFile) -> None:
+        """Move a partial download from the hub's cache into this source's folder, so that fetch_file resumes it."""
+        cached, own = part_path(blob_path(self._repository, item)), part_path(self._folder / item.name)
+        if cached.is_file() and not own.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # fails if another process has locked it or it is on another disk; the file is then fetched from the start
+            with contextlib.suppress(OSError), cached.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rename(cached, own)
+
+    def release(self, file: str) -> None:
+        """Delete the temporary file."""
+        (self._folder / file).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Delete the temporary folder, and let other tools find the kept files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._keep:
+            for file in self._repository.files:
+                if is_small_file(file.name) or file.name == INDEX_NAME:
+                    fetch_to_cache(self._repository, file, lambda count: None, threading.Event())
+            if find_local(self._repository.name) is None:  # do not replace a newer commit
+                write_ref(replace(self._repository, revision=self._branch))
+
+    def read(self, info: TensorInfo) -> bytes:
+        """Read one tensor from the hub by an HTTP range request."""
+        return read_range(self._repository, info.file.name, info.start, info.start + info.size_bytes)
+
+
+def read_contents(repository: Repository) -> CheckpointContents:
+    """Fetch configuration, tokenizer and headers of a repository: a few megabytes.
+
+    Raises:
+        WeightsError: the repository cannot be fetched or is not a checkpoint.
+    """
+    small_files = {file.name: file for file in repository.files if is_small_file(file.name)}
+    index = next((file for file in repository.files if file.name == INDEX_NAME), None)
+    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as name, ThreadPoolExecutor(HEADER_WORKERS) as pool:
+        folder = Path(name)
+
+        def read_small(file: RepositoryFile) -> bytes:
+            path = cached_file(repository, file)
+            if path is None:
+                path = folder / file.name
+                fetch_file(repository, file, path)
+            return path.read_bytes()
+
+        def read_tensors(file: RepositoryFile) -> tuple[str, dict[str, TensorInfo]]:
+            header = parse_header(
+                Path(file.name), file.size_bytes, lambda start, stop: read_range(repository, file.name, start, stop)
+            )
+            return file.name, header
+
+        texts = dict(zip(small_files, pool.map(read_small, small_files.values()), strict=True))
+        weight_map = None
+        if index is not None:
+            (folder / INDEX_NAME).write_bytes(read_small(index))
+            weight_map = read_weight_map(folder / INDEX_NAME)
+        weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
+        if not weights:
+            raise WeightsError(
+                f"`{repository.name}` has no `model*.safetensors`", hint="give a repository that contains a model"
+            )
+        headers = dict(pool.map(read_tensors, weights))
+    sizes = {file.name: file.size_bytes for file in weights}
+    vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
+    vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
+    return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, texts, vision_bytes)
+
+
+def encode_contents(repository: Repository, contents: CheckpointContents) -> bytes:
+    """Serialize a repository and its contents for another process."""
+    headers = {
+        file: {name: [info.dtype, list(info.shape), info.start] for name, info in header.items()}
+        for file, header in contents.headers.items()
+    }
+    value = {
+        "repository": repository.to_dict(),
+        "sizes": dict(contents.sizes),
+        "headers": headers,
+        "small": {name: base64.b64encode(data).decode() for name, data in contents.small_files.items()},
+        "vision_bytes": contents.vision_bytes,
+    }
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode_contents(data: bytes) -> tuple[Repository, CheckpointContents]:
+    """Decode the output of encode_contents."""
+    value = json.loads(data)
+    headers = {
+        file: {
+            name: TensorInfo(dtype, tuple(shape), Path(file), start) for name, (dtype, shape, start) in header.items()
+        }
+        for file, header in value["headers"].items()
+    }
+    small_files = {name: base64.b64decode(text) for name, text in value["small"].items()}
+    repository = Repository.from_dict(value["repository"])
+    origin = Origin(repository.name, repository.commit)
+    return repository, CheckpointContents(origin, value["sizes"], headers, small_files, value["vision_bytes"])
