@@ -230,7 +230,7 @@ def started(hosts: Hosts, mark: str) -> bool:
 
 def wait_until_they_exchange(hosts: Hosts) -> None:
     """The self-test has begun, and its ranks are joined."""
-    wait(lambda: started(hosts, "runtime.self_test import"), 120)
+    wait(lambda: started(hosts, "rank.self_test import"), 120)
     wait(lambda: all(map(hosts.is_joined, hosts.names)), 60)
     time.sleep(0.5)
 
@@ -255,7 +255,7 @@ def test_a_cable_that_is_pulled_during_the_self_test(hosts: Hosts, tmp_path: Pat
 def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path), "kimi-k2")
     wait_until_they_exchange(hosts)
-    hosts.run("mac-b", "pkill", "-KILL", "-f", "runtime.self_test import")
+    hosts.run("mac-b", "pkill", "-KILL", "-f", "rank.self_test import")
     found = finish(process)
     [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
     assert trouble["state"] == "problem"
@@ -267,9 +267,9 @@ def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     ("mark", "number"),
     [
         ("--limit", signal.SIGINT),
-        ("runtime.self_test import", signal.SIGKILL),
+        ("rank.self_test import", signal.SIGKILL),
         pytest.param("--limit", signal.SIGKILL, marks=pytest.mark.sweep),
-        pytest.param("runtime.self_test import", signal.SIGINT, marks=pytest.mark.sweep),
+        pytest.param("rank.self_test import", signal.SIGINT, marks=pytest.mark.sweep),
     ],
 )
 def test_nothing_outlives_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:

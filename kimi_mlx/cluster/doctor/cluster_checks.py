@@ -1,4 +1,4 @@
-"""The doctor's checks of all hosts together: what must be the same everywhere. Pure: facts in, findings out."""
+"""The doctor's checks that compare hosts with each other. Pure functions from facts to findings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kimi_mlx.cluster.hosts.versions import PACKAGES
 
 
 def check_versions(hosts: Sequence[Facts]) -> list[Finding]:
-    """Whether Python's minor version, kimi-mlx (its code too), mlx and mlx-lm are those of the first host.
+    """Check that Python's minor version, kimi-mlx (version and code), mlx and mlx-lm are the same as on the first host.
 
-    Hosts without a Python or without kimi-mlx are left to kimi_mlx.cluster.doctor.host_checks.check_python.
+    Skips hosts without Python or kimi-mlx, which kimi_mlx.cluster.doctor.host_checks.check_python reports.
     """
     known = {facts.host: _versions(facts) for facts in hosts if facts.python and "kimi-mlx" in facts.python.packages}
     if len(known) < 2:
@@ -22,17 +22,21 @@ def check_versions(hosts: Sequence[Facts]) -> list[Finding]:
     first, *others = known
     findings: list[Finding] = []
     for host in others:
-        there, here = known[host], known[first]
-        diff = [f"{name} {there[name]} (`{first}`: {here[name]})" for name in here if there[name] != here[name]]
-        if diff:
-            findings.append(Finding(host, "versions", "problem", "; ".join(diff), INSTALL))
+        theirs, expected = known[host], known[first]
+        differences = [
+            f"{name} {theirs[name]} (`{first}`: {expected[name]})"
+            for name in expected
+            if theirs[name] != expected[name]
+        ]
+        if differences:
+            findings.append(Finding(host, "versions", "problem", "; ".join(differences), INSTALL))
         else:
-            findings.append(Finding(host, "versions", "ok", f"as on `{first}`"))
+            findings.append(Finding(host, "versions", "ok", f"same as on `{first}`"))
     return findings
 
 
 def check_front(front: Facts, hosts: Sequence[Facts]) -> list[Finding]:
-    """Hosts whose kimi-mlx is not that of this machine, which starts their ranks; it need not be the same otherwise."""
+    """Find hosts whose kimi-mlx differs from that of the front, which starts their ranks. Other versions may differ."""
     if front.python is None or front.python.code is None:
         return []
     ours = (front.python.packages.get("kimi-mlx"), front.python.code)
@@ -49,14 +53,16 @@ def check_front(front: Facts, hosts: Sequence[Facts]) -> list[Finding]:
 
 
 def check_distinct(hosts: Sequence[Facts], addresses: Mapping[str, Sequence[str]]) -> list[Finding]:
-    """Hosts that are the same computer under two names: the same host name, and an address in common."""
+    """Find hosts that are one computer under two names: same host name, and an address in common."""
     findings: list[Finding] = []
-    for number, facts in enumerate(hosts):
-        for other in hosts[:number]:
+    for index, facts in enumerate(hosts):
+        for other in hosts[:index]:
             shared = set(addresses.get(facts.host, ())) & set(addresses.get(other.host, ()))
             if facts.hostname == other.hostname and shared:
-                message = f"it is the same computer as `{other.host}`, `{facts.hostname}`"
-                remedy = "name each computer once; several ranks on one: `--ranks N`, or hostfiles/two-local.json"
+                message = f"same computer as `{other.host}` (`{facts.hostname}`)"
+                remedy = (
+                    "name each computer once; for several ranks on one, use `--ranks N` or hostfiles/two-local.json"
+                )
                 findings.append(Finding(facts.host, "host", "problem", message, remedy))
     return findings
 
@@ -67,8 +73,8 @@ def _versions(facts: Facts) -> dict[str, str]:
     return {"Python": facts.python.minor, **packages, "kimi-mlx's code": facts.python.code or "missing"}
 
 
-def check_macos(hosts: Sequence[Facts], is_rdma_wanted: bool) -> list[Finding]:
-    """Whether all Macs have the build of the first one; RDMA between different builds is known to fail."""
+def check_macos(hosts: Sequence[Facts], is_rdma_used: bool) -> list[Finding]:
+    """Check that all Macs have the same macOS build; RDMA between different builds is known to fail."""
     macs = [facts for facts in hosts if facts.is_mac]
     if len(macs) < 2:
         return []
@@ -77,21 +83,21 @@ def check_macos(hosts: Sequence[Facts], is_rdma_wanted: bool) -> list[Finding]:
     for facts in macs[1:]:
         message = f"macOS {facts.macos_version} ({facts.macos_build})"
         if facts.macos_build == first.macos_build:
-            findings.append(Finding(facts.host, "macOS", "ok", f"{message}, as on `{first.host}`"))
+            findings.append(Finding(facts.host, "macOS", "ok", f"{message}, same as on `{first.host}`"))
             continue
         findings.append(
             Finding(
                 facts.host,
                 "macOS",
-                "problem" if is_rdma_wanted else "warning",
+                "problem" if is_rdma_used else "warning",
                 f"{message}, but `{first.host}` has {first.macos_version} ({first.macos_build})",
-                "update both to the same: System Settings > General > Software Update, or `softwareupdate --list`",
+                "update both to one version: System Settings > General > Software Update, or `softwareupdate --list`",
             )
         )
     return findings
 
 
-Choice = tuple[str, str]
+StoreVersion = tuple[str, str]
 """Commit (12 digits) and placement of a store."""
 
 
@@ -99,17 +105,17 @@ def check_stores(
     hosts: Sequence[Facts],
     repository: str,
     ranks: Mapping[str, Sequence[int]],
-    wanted: Choice | None = None,
+    expected: StoreVersion | None = None,
     prefix: str | None = None,
 ) -> list[Finding]:
-    """Whether each host holds the complete stores of its ranks, of the same commit and placement.
+    """Check that each host holds the complete stores of its ranks, with the same commit and placement.
 
     Args:
-        hosts: all.
-        repository: of the model.
+        hosts: facts of all hosts.
+        repository: repository of the model.
         ranks: host -> its ranks.
-        wanted: commit and placement; None for those that most ranks have.
-        prefix: of the placements that count; None for all.
+        expected: commit and placement; None for those that most ranks have.
+        prefix: prefix of the placements to consider; None for all placements.
     """
     held = {
         facts.host: [
@@ -119,37 +125,40 @@ def check_stores(
         ]
         for facts in hosts
     }
-    right = wanted and (wanted[0][:12], wanted[1])
-    right = right or _most_common(held, ranks)
-    return [_check_store(facts.host, repository, held[facts.host], ranks.get(facts.host, ()), right) for facts in hosts]
+    version = (expected[0][:12], expected[1]) if expected else _most_common(held, ranks)
+    return [
+        _check_store(facts.host, repository, held[facts.host], ranks.get(facts.host, ()), version) for facts in hosts
+    ]
 
 
-def _choice(store: HeldStore) -> Choice:
+def _version_of(store: HeldStore) -> StoreVersion:
     return store.commit[:12], store.placement
 
 
-def _most_common(held: Mapping[str, Sequence[HeldStore]], ranks: Mapping[str, Sequence[int]]) -> Choice | None:
-    """The choice that most ranks have; of equals one for as many ranks as there are."""
+def _most_common(held: Mapping[str, Sequence[HeldStore]], ranks: Mapping[str, Sequence[int]]) -> StoreVersion | None:
+    """Return the version that most ranks have; on a tie, prefer one that is split for this number of ranks."""
     world_size = sum(map(len, ranks.values()))
-    counts = Counter(_choice(store) for host, stores in held.items() for store in stores if store.rank in ranks[host])
+    counts = Counter(
+        _version_of(store) for host, stores in held.items() for store in stores if store.rank in ranks[host]
+    )
 
-    def worth(choice: Choice) -> tuple[int, bool, Choice]:
-        return counts[choice], f"-{world_size}-" in choice[1], choice
+    def order(version: StoreVersion) -> tuple[int, bool, StoreVersion]:
+        return counts[version], f"-{world_size}-" in version[1], version
 
-    return max(counts, key=worth, default=None)
+    return max(counts, key=order, default=None)
 
 
 def _check_store(
-    host: str, repository: str, stores: Sequence[HeldStore], ranks: Sequence[int], right: Choice | None
+    host: str, repository: str, stores: Sequence[HeldStore], ranks: Sequence[int], version: StoreVersion | None
 ) -> Finding:
-    remedy = f"`kimi-mlx launch --hosts ... download {repository}` fetches what is missing"
-    if right is None:
+    remedy = f"`kimi-mlx launch --hosts ... download {repository}` downloads the missing files"
+    if version is None:
         return Finding(host, "stores", "warning", f"no host has a store of `{repository}` yet", remedy)
-    name = f"`{repository}` at {right[0]}, {right[1]}"
-    missing = sorted(set(ranks) - {store.rank for store in stores if _choice(store) == right})
+    name = f"`{repository}` at {version[0]}, {version[1]}"
+    missing = sorted(set(ranks) - {store.rank for store in stores if _version_of(store) == version})
     if not missing:
         return Finding(host, "stores", "ok", f"{name}: complete")
-    which = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
-    others = sorted({_choice(store) for store in stores} - {right})
-    instead = f"; it has {', '.join(f'{commit}, {placement}' for commit, placement in others)}" if others else ""
-    return Finding(host, "stores", "problem", f"{name}: the store of {which} is missing{instead}", remedy)
+    missing_ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+    others = sorted({_version_of(store) for store in stores} - {version})
+    present = f"; it has {', '.join(f'{commit}, {placement}' for commit, placement in others)}" if others else ""
+    return Finding(host, "stores", "problem", f"{name}: the store of {missing_ranks} is missing{present}", remedy)

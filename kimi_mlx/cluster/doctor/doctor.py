@@ -74,9 +74,9 @@ class Diagnosis:
 
     @property
     def cluster(self) -> Cluster | None:
-        """The cluster for a launch; None if a host lacks Python, or cannot be reached by us or the others."""
-        is_whole = self.hostfile is not None and self.pythons.keys() >= set(self.hosts)
-        return Cluster(self.hostfile, self.backend, self.pythons) if self.hostfile and is_whole else None
+        """The cluster for a launch; None if a host lacks Python, or cannot be reached."""
+        is_complete = self.hostfile is not None and self.pythons.keys() >= set(self.hosts)
+        return Cluster(self.hostfile, self.backend, self.pythons) if self.hostfile and is_complete else None
 
 
 def diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], None] = lambda text: None) -> Diagnosis:
@@ -110,7 +110,7 @@ def _diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], N
         return _without_test(request, diagnosis)
     if len(request.names) == 1:
         diagnosis = replace(diagnosis, hostfile=request.hostfile)
-    elif not _is_blocked(diagnosis):  # wrong addresses need no measurement
+    elif not _is_blocked(diagnosis):  # do not measure wrong addresses
         choice = choose_network(
             request.hostfile,
             diagnosis.pythons,
@@ -159,8 +159,8 @@ def _test(request: DoctorRequest, diagnosis: Diagnosis, report: Callable[[str], 
     rate = min(rates) if rates and diagnosis.backend == "ring" else None
     payloads = all_payloads(need.hidden_size, need.vocab_size, request.world_size, need.prefill_chunk, rate)
     slowest_s = 4 * request.world_size * max(payload.size_bytes for payload in payloads) / (rate or 1e9)
-    over = "" if request.world_size == 1 else f" of {request.world_size} ranks over {diagnosis.backend}"
-    report(f"self-test{over}")
+    ranks = "" if request.world_size == 1 else f" of {request.world_size} ranks over {diagnosis.backend}"
+    report(f"self-test{ranks}")
     cluster = Cluster(hostfile, diagnosis.backend, diagnosis.pythons)
     result = self_test(cluster, payloads, need.hidden_size, slowest_s)
     if result.is_stalled and diagnosis.network is not None:

@@ -1,4 +1,4 @@
-"""All checks of the doctor that need nothing but facts. Pure: facts in, findings out."""
+"""Run all checks of the doctor that need only facts. Pure functions from facts to findings."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from kimi_mlx.units import format_bytes
 
 @dataclass(frozen=True)
 class DoctorRequest:
-    """What is to be examined.
+    """Hosts and model to check.
 
     Args:
-        hostfile: the ranks; without addresses if they are to be found.
-        need: of the model.
-        backend: how the ranks are to talk; None for the hostfile's, or what suits.
-        python: the interpreter on every host; None for any that fits.
-        is_link_forced: a slow network will do.
-        is_quick: without the self-test.
+        hostfile: hosts of the ranks; without addresses, networks are discovered.
+        need: memory and disk needs of the model.
+        backend: backend of the ranks; None for the hostfile's, or the best that works.
+        python: path of the interpreter on every host; None to search for one.
+        is_link_forced: accept a network that is too slow.
+        is_quick: skip the self-test.
     """
 
     hostfile: Hostfile
@@ -57,12 +57,12 @@ class DoctorRequest:
 
     @property
     def names(self) -> list[str]:
-        """The hosts, each once."""
+        """Names of the hosts, without duplicates."""
         return list(self.ranks)
 
     @property
     def ranks(self) -> dict[str, list[int]]:
-        """Host -> its ranks."""
+        """Mapping from host to its ranks."""
         ranks: dict[str, list[int]] = {}
         for rank, host in enumerate(self.hostfile.hosts):
             ranks.setdefault(host.ssh, []).append(rank)
@@ -70,24 +70,24 @@ class DoctorRequest:
 
     @property
     def world_size(self) -> int:
-        """How many ranks."""
+        """Number of ranks."""
         return len(self.hostfile.hosts)
 
     @property
     def is_alone(self) -> bool:
-        """Whether it is about this machine only."""
+        """Whether this machine is the only host."""
         return len(self.ranks) == 1 and is_local(self.names[0])
 
 
-def parse_host_facts(answers: Mapping[str, ScriptResult]) -> tuple[dict[str, Facts], list[Finding]]:
-    """The facts of the hosts that answered, and whether each one did."""
+def parse_host_facts(results: Mapping[str, ScriptResult]) -> tuple[dict[str, Facts], list[Finding]]:
+    """Return the facts of the hosts that answered, and a finding `reachable` for every host."""
     known: dict[str, Facts] = {}
     findings: list[Finding] = []
-    for host, answer in answers.items():
-        finding = check_reachable(answer)
+    for host, result in results.items():
+        finding = check_reachable(result)
         if finding.state == "ok":
             try:
-                known[host] = parse_facts(host, answer.stdout)
+                known[host] = parse_facts(host, result.stdout)
             except SshError as error:
                 finding = Finding(host, "reachable", "problem", error.message, error.hint)
         findings.append(finding)
@@ -95,9 +95,9 @@ def parse_host_facts(answers: Mapping[str, ScriptResult]) -> tuple[dict[str, Fac
 
 
 def check_hosts(
-    request: DoctorRequest, known: Mapping[str, Facts], answers: Mapping[str, ScriptResult]
+    request: DoctorRequest, known: Mapping[str, Facts], results: Mapping[str, ScriptResult]
 ) -> list[Finding]:
-    """Check each host on its own."""
+    """Check each host by itself."""
     findings: list[Finding] = []
     for host, facts in known.items():
         if not facts.is_complete:
@@ -105,22 +105,22 @@ def check_hosts(
         findings += [
             check_python(facts, request.python),
             check_chip(facts),
-            *_check_room(request, facts),
+            *_check_capacity(request, facts),
         ]
         if not request.is_alone:
-            findings.append(check_clock(facts, answers[host]))
+            findings.append(check_clock(facts, results[host]))
             findings += [check_firewall(facts)] if facts.is_mac else []
     return findings
 
 
-def _check_room(request: DoctorRequest, facts: Facts) -> list[Finding]:
-    """Whether a host has the memory and the disk that the model needs there."""
-    ranks, size = request.ranks[facts.host], request.world_size
-    memory = request.need.memory_bytes(facts, ranks, size)
+def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
+    """Check that a host has the memory and the disk space that the model needs there."""
+    ranks, world_size = request.ranks[facts.host], request.world_size
+    memory = request.need.memory_bytes(facts, ranks, world_size)
     return [
         check_memory(facts, memory),
         *([check_wired_limit(facts, memory)] if facts.is_mac else []),
-        check_disk(facts, 0 if request.is_alone else request.need.disk_bytes(facts, ranks, size)),
+        check_disk(facts, 0 if request.is_alone else request.need.disk_bytes(facts, ranks, world_size)),
     ]
 
 
@@ -128,10 +128,10 @@ def replace_model_findings(
     request: DoctorRequest, known: Mapping[str, Facts], findings: Sequence[Finding]
 ) -> list[Finding]:
     """Return the findings, with those that depend on the model's needs checked again."""
-    again = [each for facts in known.values() for each in _check_room(request, facts)]
-    again += _check_stores(request, [*known.values()])
-    found = {(each.host, each.check): each for each in again}
-    return [found.get((each.host, each.check), each) for each in findings]
+    new_findings = [finding for facts in known.values() for finding in _check_capacity(request, facts)]
+    new_findings += _check_stores(request, [*known.values()])
+    by_check = {(finding.host, finding.check): finding for finding in new_findings}
+    return [by_check.get((finding.host, finding.check), finding) for finding in findings]
 
 
 def _check_stores(request: DoctorRequest, hosts: Sequence[Facts]) -> list[Finding]:
@@ -144,46 +144,51 @@ def _check_stores(request: DoctorRequest, hosts: Sequence[Facts]) -> list[Findin
 def check_cluster(
     request: DoctorRequest, known: Mapping[str, Facts], front: Facts | None, topology: Topology, backend: Backend
 ) -> list[Finding]:
-    """What must fit together: versions, systems, stores, addresses, RDMA.
+    """Check that the hosts match: versions, systems, stores, addresses and RDMA.
 
     Args:
-        request: what is examined.
-        known: the facts of the hosts that answered.
-        front: of this machine, if it is none of the hosts.
+        request: hosts and model to check.
+        known: facts of the hosts that answered.
+        front: facts of this machine; None if it is one of the hosts.
         topology: how the hosts are connected.
-        backend: how the ranks are to talk.
+        backend: backend of the ranks.
     """
     hosts, need = [*known.values()], request.need
-    fence = check_fast_sync(", ".join(request.names), request.hostfile.has_fast_sync)
+    fast_sync = check_fast_sync(", ".join(request.names), request.hostfile.has_fast_sync)
     if request.is_alone:
-        return [_check_model(request.names[0], need), fence]
+        return [_check_model(request.names[0], need), fast_sync]
     findings = check_distinct(hosts, _addresses(topology))
     versions = check_versions(hosts)
     if front is not None and all(finding.state == "ok" for finding in versions):
         versions = check_front(front, hosts) or versions
     findings += [*versions, *check_macos(hosts, backend != "ring")]
     findings += _check_stores(request, hosts)
-    return [*findings, *check_topology(request.hostfile, hosts, backend, topology), fence]
+    return [*findings, *check_topology(request.hostfile, hosts, backend, topology), fast_sync]
 
 
 def _addresses(topology: Topology) -> dict[str, list[str]]:
     return {
-        host: [str(a.ip) for each in interfaces for a in each.addresses if not ip_address(a.ip).is_loopback]
+        host: [
+            str(address.ip)
+            for interface in interfaces
+            for address in interface.addresses
+            if not ip_address(address.ip).is_loopback
+        ]
         for host, interfaces in topology.interfaces.items()
     }
 
 
 def _check_model(host: str, need: ModelNeed) -> Finding:
     if need.is_here:
-        where = "comes with kimi-mlx" if need.repository is None else "is on this machine"
-        return Finding(host, "model", "ok", f"`{need.name}` {where}")
+        origin = "comes with kimi-mlx" if need.repository is None else "is on this machine"
+        return Finding(host, "model", "ok", f"`{need.name}` {origin}")
     size = "" if need.weights_bytes is None else f" ({format_bytes(need.weights_bytes)})"
     message = f"`{need.name}`{size} is not on this machine yet"
     return Finding(host, "model", "warning", message, f"`kimi-mlx download {need.name}`")
 
 
 def fill_in_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Finding]:
-    """Remedies that say `--hosts ...` with the hosts in it, so that their commands can be typed as they are."""
+    """Replace `--hosts ...` in remedies by the actual hosts, so that commands can be copied as they are."""
     option = f"--hosts {','.join(hosts)}"
     return [
         finding if finding.remedy is None else replace(finding, remedy=finding.remedy.replace("--hosts ...", option))
@@ -192,9 +197,9 @@ def fill_in_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Fin
 
 
 def clear_firewall_warnings(findings: Sequence[Finding]) -> list[Finding]:
-    """After a self-test that went well: a firewall that might be in the way is not."""
+    """Turn warnings about the firewall into ok. A self-test that passed shows that ranks can connect."""
     return [
-        replace(finding, state="ok", message="it is on, and lets ranks connect", remedy=None)
+        replace(finding, state="ok", message="on, but ranks can connect", remedy=None)
         if (finding.check, finding.state) == ("firewall", "warning")
         else finding
         for finding in findings

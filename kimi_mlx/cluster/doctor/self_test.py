@@ -1,7 +1,7 @@
-"""The self-test of a cluster: a process on each rank's host, which exchange what the model will exchange.
+"""Self-test of a cluster: start a process per rank, and exchange data of the model's sizes and types.
 
-They start and join as the ranks of a model do (kimi_mlx.cluster.ring.ring), then work; each heartbeat reports their
-progress, and the last message (`done`) their results.
+The processes start and connect like the ranks of a model (kimi_mlx.cluster.ring.ring). Their heartbeats report
+progress; their last message (`done`) has the results.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 MODULE = "kimi_mlx.rank.self_test"
 
 STEP_LIMIT_S = 8.0
-"""Without a step by anybody, on top of what the slowest step may take."""
+"""Time limit without progress by any rank, in addition to the time of the slowest step."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a payload took, on the slowest rank."""
+    """Time of a payload on the slowest rank."""
 
     payload: Payload
     median_s: float
@@ -37,20 +37,20 @@ class Timing:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of a rank's part."""
+        """Rate, counting the bytes of one rank."""
         return self.payload.size_bytes / self.median_s
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came of it.
+    """Result of the self-test.
 
     Args:
-        findings: one in the end, several if several ranks got something wrong.
-        timings: of all payloads; none if it came to nothing.
-        device: on which the ranks compute, such as `gpu`.
-        sums: how they make sums; None for a rank alone.
-        is_stalled: the ranks waited for each other; some link is dead.
+        findings: one finding; several if several links corrupt data.
+        timings: times of all payloads; empty if the test failed.
+        device: device on which the ranks compute, such as `gpu`.
+        sums: how the ranks sum; None for a single rank.
+        is_stalled: whether the ranks waited for each other, because a link is dead.
     """
 
     findings: tuple[Finding, ...]
@@ -61,13 +61,13 @@ class SelfTest:
 
 
 def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, step_s: float = 0.0) -> SelfTest:
-    """Run it; nothing is left of it on any host, whatever happens.
+    """Run the self-test. It leaves no process on any host, even if it fails.
 
     Args:
-        cluster: the ranks, with the addresses to use.
-        payloads: what they exchange.
-        hidden_size: values that they sum, a token.
-        step_s: how long the slowest exchange may take.
+        cluster: hosts and addresses of the ranks.
+        payloads: data to exchange.
+        hidden_size: values per token that ranks sum.
+        step_s: longest time that an exchange may take.
     """
     with closing(Ring(cluster, RingTimeouts(stall_s=STEP_LIMIT_S + step_s), MODULE)) as ring:
         try:
@@ -77,14 +77,14 @@ def self_test(cluster: Cluster, payloads: Sequence[Payload], hidden_size: int, s
             hosts = cluster.names if error.rank is None else [cluster.hostfile.hosts[error.rank].ssh]
             finding = Finding(", ".join(hosts), "self-test", "problem", error.message, error.hint)
             return SelfTest((finding,), is_stalled=isinstance(error, StallError))
-    timings = tuple(_slowest(payload, number, done) for number, payload in enumerate(payloads))
-    found = find_corrupt_links(cluster, {rank: message["mismatches"] for rank, message in done.items()})
+    timings = tuple(_slowest(payload, index, done) for index, payload in enumerate(payloads))
+    corrupt_links = find_corrupt_links(cluster, {rank: message["mismatches"] for rank, message in done.items()})
     findings = tuple(
-        Finding(cluster.hostfile.hosts[each.rank].ssh, "self-test", "problem", each.message, each.hint)
-        for each in found
+        Finding(cluster.hostfile.hosts[link.rank].ssh, "self-test", "problem", link.message, link.hint)
+        for link in corrupt_links
     )
     sums = done[0]["all_reduce"] and AllReduceChoice.from_dict(done[0]["all_reduce"])
-    return SelfTest(findings or (_right(cluster, timings),), timings, str(done[0]["device"]), sums)
+    return SelfTest(findings or (_passed(cluster, timings),), timings, str(done[0]["device"]), sums)
 
 
 def _results(ring: Ring) -> dict[int, Message]:
@@ -97,17 +97,16 @@ def _results(ring: Ring) -> dict[int, Message]:
     return done
 
 
-def _right(cluster: Cluster, timings: Sequence[Timing]) -> Finding:
+def _passed(cluster: Cluster, timings: Sequence[Timing]) -> Finding:
     hosts = ", ".join(cluster.names)
     if cluster.size == 1:
-        return Finding(hosts, "self-test", "ok", "MLX starts and computes")
-    count = sum(each.count for each in timings)
-    over = f"{cluster.size} ranks over {cluster.backend}"
-    message = f"{over}: {len(timings)} payloads right, {count} timed"
+        return Finding(hosts, "self-test", "ok", "MLX starts and runs")
+    count = sum(timing.count for timing in timings)
+    message = f"{cluster.size} ranks over {cluster.backend}: {len(timings)} payloads correct, {count} exchanges timed"
     return Finding(hosts, "self-test", "ok", message)
 
 
-def _slowest(payload: Payload, number: int, done: Mapping[int, Message]) -> Timing:
-    timings = [message["timings"][number] for message in done.values()]
-    median_s, p99_s = (max(float(each[name]) for each in timings) for name in ("median_s", "p99_s"))
+def _slowest(payload: Payload, index: int, done: Mapping[int, Message]) -> Timing:
+    timings = [message["timings"][index] for message in done.values()]
+    median_s, p99_s = (max(float(timing[name]) for timing in timings) for name in ("median_s", "p99_s"))
     return Timing(payload, median_s, p99_s, int(timings[0]["count"]))

@@ -22,15 +22,15 @@ ENABLE = (
 RING = "`--backend ring` does without"
 
 
-def check_rdma(facts: Facts, is_wanted: bool) -> Finding:
+def check_rdma(facts: Facts, is_required: bool) -> Finding:
     """Whether a host can use RDMA over Thunderbolt.
 
     Args:
         facts: of the host.
-        is_wanted: JACCL is to be used; otherwise nothing of this is in the way.
+        is_required: JACCL is to be used; otherwise nothing of this is in the way.
     """
     message, remedy = _rdma(facts)
-    if remedy is None or not is_wanted:
+    if remedy is None or not is_required:
         return Finding(facts.host, "RDMA", "ok", message)
     return Finding(facts.host, "RDMA", "problem", message, f"{remedy}; {RING}")
 
@@ -61,10 +61,10 @@ def _version(text: str | None) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2] or 0)) if found else None
 
 
-def check_bridge(host: str, conflict: BridgeConflict | None, is_rdma_wanted: bool) -> Finding:
+def check_bridge(host: str, conflict: BridgeConflict | None, is_rdma_used: bool) -> Finding:
     """Whether the Thunderbolt Bridge holds ports that RDMA needs; a ring over TCP may use the bridge."""
     if conflict is None:
         return Finding(host, "bridge", "ok", "no Thunderbolt Bridge is in the way of RDMA")
-    if not is_rdma_wanted:
+    if not is_rdma_used:
         return Finding(host, "bridge", "ok", f"the Thunderbolt Bridge `{conflict.interface}` is on")
     return Finding(host, "bridge", "problem", conflict.message, conflict.hint)

@@ -73,7 +73,7 @@ def choose_backend(requested: Backend | None, hosts: Sequence[Facts], topology: 
     """What was requested for, else RDMA if all hosts are ready for it, else the ring."""
     if requested is not None or len(hosts) < 2:
         return requested or "ring"
-    if topology.conflicts or any(check_rdma(facts, is_wanted=True).state != "ok" for facts in hosts):
+    if topology.conflicts or any(check_rdma(facts, is_required=True).state != "ok" for facts in hosts):
         return "ring"
     if is_mesh(topology.rdma):
         return "jaccl"

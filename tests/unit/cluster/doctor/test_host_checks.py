@@ -209,10 +209,10 @@ def test_versions_are_compared_with_the_first_host() -> None:
 
 def test_macos_builds() -> None:
     old = replace(MAC, host="mac-b", macos_version="26.4.1", macos_build="25E250")
-    assert check_macos([LINUX, MAC], is_rdma_wanted=True) == []
-    assert check_macos([LINUX, MAC, OTHER], is_rdma_wanted=True)[0].state == "ok"
-    assert check_macos([MAC, old], is_rdma_wanted=False)[0].state == "warning"
-    finding = check_macos([MAC, old], is_rdma_wanted=True)[0]
+    assert check_macos([LINUX, MAC], is_rdma_used=True) == []
+    assert check_macos([LINUX, MAC, OTHER], is_rdma_used=True)[0].state == "ok"
+    assert check_macos([MAC, old], is_rdma_used=False)[0].state == "warning"
+    finding = check_macos([MAC, old], is_rdma_used=True)[0]
     assert (finding.state, finding.message) == (
         "problem",
         "macOS 26.4.1 (25E250), but `mac-a` has 26.5.1 (25F80)",
@@ -226,9 +226,9 @@ def held(rank: int, commit: str = COMMIT, placement: str = "hybrid-2-aaaaaa", re
     return HeldStore(repository, commit, placement, rank, "")
 
 
-def stores(a: list[HeldStore], b: list[HeldStore], wanted: tuple[str, str] | None = None) -> list[tuple[str, str]]:
+def stores(a: list[HeldStore], b: list[HeldStore], expected: tuple[str, str] | None = None) -> list[tuple[str, str]]:
     hosts = [replace(MAC, stores=tuple(a)), replace(OTHER, stores=tuple(b))]
-    findings = check_stores(hosts, "o/n", {"mac-a": [0], "mac-b": [1]}, wanted)
+    findings = check_stores(hosts, "o/n", {"mac-a": [0], "mac-b": [1]}, expected)
     return [(each.state, each.message.partition(": ")[2]) for each in findings]
 
 
@@ -238,7 +238,7 @@ def test_stores_of_one_commit_and_placement() -> None:
     assert stores([held(0), held(0, OLD_COMMIT)], [held(1, OLD_COMMIT)]) == [ok, ok]  # the old commit is complete
     assert stores([held(0)], [])[1] == ("problem", "the store of rank 1 is missing")
     assert stores([held(0)], [held(0)])[1] == ("problem", "the store of rank 1 is missing")
-    assert stores([held(0), held(0, OLD_COMMIT)], [held(1, OLD_COMMIT)], wanted=(COMMIT, "hybrid-2-aaaaaa")) == [
+    assert stores([held(0), held(0, OLD_COMMIT)], [held(1, OLD_COMMIT)], expected=(COMMIT, "hybrid-2-aaaaaa")) == [
         ok,
         ("problem", "the store of rank 1 is missing; it has 111111111111, hybrid-2-aaaaaa"),
     ]
@@ -261,23 +261,23 @@ def test_stores_of_one_commit_and_placement() -> None:
 )
 def test_rdma_problem_gives_the_remedy(change: dict[str, object], text: str, remedy: str) -> None:
     facts = replace(MAC, **change)  # pyright: ignore[reportArgumentType]
-    finding = check_rdma(facts, is_wanted=True)
+    finding = check_rdma(facts, is_required=True)
     assert finding.state == "problem"
     assert text in finding.message
     assert remedy in (finding.remedy or "")
-    assert check_rdma(facts, is_wanted=False) == Finding("mac-a", "RDMA", "ok", finding.message)
+    assert check_rdma(facts, is_required=False) == Finding("mac-a", "RDMA", "ok", finding.message)
 
 
 def test_rdma_ready() -> None:
-    assert check_rdma(MAC, is_wanted=True).message == "RDMA is enabled; active: rdma_en5 of rdma_en2, rdma_en5"
-    assert check_rdma(replace(MAC, rdma_ports={"rdma_en2": ""}, macos_version="27"), is_wanted=True).state == "ok"
+    assert check_rdma(MAC, is_required=True).message == "RDMA is enabled; active: rdma_en5 of rdma_en2, rdma_en5"
+    assert check_rdma(replace(MAC, rdma_ports={"rdma_en2": ""}, macos_version="27"), is_required=True).state == "ok"
 
 
 def test_bridge_is_a_problem_for_rdma_only() -> None:
     conflict = BridgeConflict("mac-a", "bridge0", ("en5",))
-    assert check_bridge("mac-a", None, is_rdma_wanted=True).state == "ok"
-    assert check_bridge("mac-a", conflict, is_rdma_wanted=False).state == "ok"
-    finding = check_bridge("mac-a", conflict, is_rdma_wanted=True)
+    assert check_bridge("mac-a", None, is_rdma_used=True).state == "ok"
+    assert check_bridge("mac-a", conflict, is_rdma_used=False).state == "ok"
+    finding = check_bridge("mac-a", conflict, is_rdma_used=True)
     assert (finding.state, finding.message, finding.remedy) == ("problem", conflict.message, conflict.hint)
 
 

@@ -1,4 +1,4 @@
-"""From made-up facts to findings, networks and a backend."""
+"""Findings, networks and backend from invented facts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TWO = Hostfile((Host("mac-a"), Host("mac-b")))
 STORE = HeldStore("mlx-community/Kimi-K2", "abc", "hybrid-2-a1b2c3", 0, "x", 100 * GB)
 
 
-def question(need: ModelNeed = MINI, hostfile: Hostfile = TWO) -> DoctorRequest:
+def request_for(need: ModelNeed = MINI, hostfile: Hostfile = TWO) -> DoctorRequest:
     return DoctorRequest(hostfile, need)
 
 
@@ -53,7 +53,7 @@ def answer(host: str) -> ScriptResult:
     return ScriptResult(host, 0, "", "", 2.0, 1000.0)
 
 
-def test_what_a_host_needs() -> None:
+def test_memory_and_disk_needs_of_a_host() -> None:
     assert K2.memory_bytes(MAC, [0], 2) == round(289 * GB * 1.1) + 576 * 10**6
     assert K2.memory_bytes(replace(MAC, stores=(STORE,)), [0], 2) == round(100 * GB * 1.1) + 576 * 10**6
     assert K2.memory_bytes(replace(MAC, stores=(STORE,)), [1], 2) == K2.memory_bytes(MAC, [1], 2)
@@ -64,34 +64,34 @@ def test_what_a_host_needs() -> None:
     assert MINI.disk_bytes(MAC, [0], 2) == 0
 
 
-def test_two_macs_that_are_well() -> None:
+def test_two_macs_without_problems() -> None:
     known, answers = {"mac-a": MAC, "mac-b": OTHER}, {"mac-a": answer("mac-a"), "mac-b": answer("mac-b")}
-    findings = check_hosts(question(K2), known, answers)
+    findings = check_hosts(request_for(K2), known, answers)
     assert all(finding.state == "ok" for finding in findings)
-    findings = check_cluster(question(K2), known, None, read_topology([MAC, OTHER]), "ring")
+    findings = check_cluster(request_for(K2), known, None, read_topology([MAC, OTHER]), "ring")
     assert {finding.check for finding in findings if finding.state != "ok"} == {"stores"}  # none yet
 
 
-def test_k2_on_one_mac_of_512_gb_is_too_much() -> None:
-    alone = question(K2, Hostfile((Host("localhost"),)))
+def test_k2_does_not_fit_on_one_mac_of_512_gb() -> None:
+    alone = request_for(K2, Hostfile((Host("localhost"),)))
     mac = replace(MAC, host="localhost")
     found = states(check_hosts(alone, {"localhost": mac}, {"localhost": answer("localhost")}), "localhost")
     assert (found["memory"], found["wired limit"], found["disk"]) == ("problem", "problem", "ok")
     assert "clock" not in found
     model, _ = check_cluster(alone, {"localhost": mac}, None, read_topology([mac]), "ring")
     assert (model.state, model.remedy) == ("warning", "`kimi-mlx download kimi-k2`")
-    model, fence = check_cluster(replace(alone, need=MINI), {"localhost": mac}, None, read_topology([mac]), "ring")
+    model, fast_sync = check_cluster(replace(alone, need=MINI), {"localhost": mac}, None, read_topology([mac]), "ring")
     assert (model.state, model.message) == ("ok", "`kimi-mini` comes with kimi-mlx")
-    assert (fence.check, fence.state) == ("fence", "ok")
+    assert (fast_sync.check, fast_sync.state) == ("fence", "ok")
 
 
-def test_a_model_of_unknown_size_is_no_trouble() -> None:
+def test_unknown_model_size_is_not_a_problem() -> None:
     need = replace(K2, weights_bytes=None)
-    found = states(check_hosts(question(need), {"mac-a": MAC}, {"mac-a": answer("mac-a")}))
+    found = states(check_hosts(request_for(need), {"mac-a": MAC}, {"mac-a": answer("mac-a")}))
     assert {found["memory"], found["wired limit"], found["disk"]} == {"ok"}
 
 
-def test_hosts_that_answer_and_others() -> None:
+def test_hosts_that_do_not_answer_are_problems() -> None:
     good = ScriptResult("mac-a", 0, "kimi_mlx_facts=1\nsystem=Darwin\n", "", 1.0)
     odd = ScriptResult("mac-b", 0, "hello\n", "", 1.0)
     refused = ScriptResult("mac-c", 255, "", "ssh: connect to host mac-c port 22: Connection refused", 0.1)
@@ -101,11 +101,11 @@ def test_hosts_that_answer_and_others() -> None:
     assert "did not answer as expected" in findings[1].message
 
 
-def test_the_front_must_have_the_same_kimi_mlx() -> None:
+def test_front_must_have_the_same_kimi_mlx() -> None:
     assert MAC.python is not None
     old = replace(MAC, host="localhost", interpreters=(replace(MAC.python, code="old"),))
     known = {"mac-a": MAC, "mac-b": OTHER}
-    findings = check_cluster(question(), known, old, read_topology([MAC, OTHER]), "ring")
+    findings = check_cluster(request_for(), known, old, read_topology([MAC, OTHER]), "ring")
     versions = [finding for finding in findings if finding.check == "versions"]
     assert [finding.host for finding in versions] == ["mac-a", "mac-b"]
     assert all("this machine has 0.1.0 (code old)" in finding.message for finding in versions)
@@ -118,25 +118,25 @@ def linux(host: str, hostname: str, *addresses: str) -> tuple[Facts, dict[str, t
 
 def test_one_computer_under_two_names() -> None:
     (one, first), (two, second) = linux("mac-a", "studio", "10.0.0.1/24"), linux("10.0.0.1", "studio", "10.0.0.1/24")
-    joined = Topology({**first, **second}, (), (), {})
+    topology = Topology({**first, **second}, (), (), {})
     hostfile = Hostfile((Host("mac-a"), Host("10.0.0.1")))
-    findings = check_cluster(question(MINI, hostfile), {"mac-a": one, "10.0.0.1": two}, None, joined, "ring")
+    findings = check_cluster(request_for(MINI, hostfile), {"mac-a": one, "10.0.0.1": two}, None, topology, "ring")
     [same] = [finding for finding in findings if finding.check == "host"]
     assert (same.host, same.state, "same computer as `mac-a`" in same.message) == ("10.0.0.1", "problem", True)
 
 
 def test_addresses_of_a_hostfile() -> None:
     interfaces = {"mac-a": (Interface("en5", "thunderbolt", (IPv4Interface("10.0.0.1/24"),)),)}
-    [right] = check_addresses(Host("mac-a", ("10.0.0.1",)), interfaces)
-    [wrong] = check_addresses(Host("mac-a", ("10.0.0.2",)), interfaces)
-    assert (right.state, wrong.state) == ("ok", "problem")
-    assert wrong.message == "10.0.0.2 is not one of its addresses; it has 10.0.0.1"
+    [valid] = check_addresses(Host("mac-a", ("10.0.0.1",)), interfaces)
+    [invalid] = check_addresses(Host("mac-a", ("10.0.0.2",)), interfaces)
+    assert (valid.state, invalid.state) == ("ok", "problem")
+    assert invalid.message == "10.0.0.2 is not one of its addresses; it has 10.0.0.1"
     assert check_addresses(Host("mac-a", ("127.0.0.1",)), interfaces)[0].state == "ok"
     assert check_addresses(Host("mac-a"), interfaces) == []
 
 
-def test_the_network_of_a_hostfile() -> None:
-    joined = Topology(
+def test_network_of_a_hostfile() -> None:
+    topology = Topology(
         {
             "mac-a": (Interface("en5", "thunderbolt", (IPv4Interface("10.0.0.1/24"),)),),
             "mac-b": (Interface("en0", "wifi", (IPv4Interface("10.0.0.2/24"),)),),
@@ -145,9 +145,9 @@ def test_the_network_of_a_hostfile() -> None:
         (),
         {},
     )
-    [network] = networks_of(Hostfile((Host("mac-a", ("10.0.0.1",)), Host("mac-b", ("10.0.0.2",)))), joined)
+    [network] = networks_of(Hostfile((Host("mac-a", ("10.0.0.1",)), Host("mac-b", ("10.0.0.2",)))), topology)
     assert (network.kind, network.interfaces) == ("wifi", ("en5", "en0"))
-    assert networks_of(Hostfile((Host("mac-a", ("10.0.0.1",)), Host("mac-b"))), joined) == []
+    assert networks_of(Hostfile((Host("mac-a", ("10.0.0.1",)), Host("mac-b"))), topology) == []
 
 
 def rdma_mac(name: str) -> Facts:
@@ -162,26 +162,26 @@ def rdma_mac(name: str) -> Facts:
     )
 
 
-def test_rdma_is_taken_where_all_are_ready_and_no_bridge_is_in_the_way() -> None:
+def test_rdma_is_chosen_if_all_hosts_are_ready_and_no_bridge_is_on() -> None:
     hosts = [rdma_mac("studio"), rdma_mac("macbook")]
-    joined = read_topology(hosts)
-    assert joined.conflicts
-    assert choose_backend(None, hosts, joined) == "ring"
-    ready = replace(joined, conflicts={}, rdma=(((), ("rdma_en5",)), (("rdma_en1",), ())))
+    topology = read_topology(hosts)
+    assert topology.conflicts
+    assert choose_backend(None, hosts, topology) == "ring"
+    ready = replace(topology, conflicts={}, rdma=(((), ("rdma_en5",)), (("rdma_en1",), ())))
     assert choose_backend(None, hosts, ready) == "jaccl"
     assert choose_backend("ring", hosts, ready) == "ring"
     assert choose_backend(None, hosts[:1], ready) == "ring"
     assert choose_backend(None, [replace(hosts[0], rdma_status="disabled"), hosts[1]], ready) == "ring"
     hostfile = Hostfile((Host("studio"), Host("macbook")))
     assert rdma_of(hostfile, ready) == ready.rdma
-    assert rdma_of(hostfile, joined) in ((), joined.rdma)
-    findings = check_topology(hostfile, hosts, "jaccl", joined)
+    assert rdma_of(hostfile, topology) in ((), topology.rdma)
+    findings = check_topology(hostfile, hosts, "jaccl", topology)
     assert {"bridge", "RDMA"} <= {finding.check for finding in findings}
     assert "problem" in {finding.state for finding in findings if finding.check == "bridge"}
-    assert all(finding.state == "ok" for finding in check_topology(hostfile, hosts, "ring", joined))
+    assert all(finding.state == "ok" for finding in check_topology(hostfile, hosts, "ring", topology))
 
 
-def test_devices_of_a_hostfile_that_are_not_there() -> None:
+def test_missing_devices_of_a_hostfile_are_problems() -> None:
     hosts = [rdma_mac("studio"), rdma_mac("macbook")]
     rdma = Hostfile((Host("studio", ("10.0.0.1",), ((), ("rdma_en19",))), Host("macbook", (), (("rdma_en1",), ()))))
     found = [f for f in check_topology(rdma, hosts, "jaccl", read_topology(hosts)) if f.check == "devices"]
@@ -200,13 +200,13 @@ def test_cables_for_rdma() -> None:
     assert check_cables(macs[:2], "jaccl", (((), a), (b, ()))).state == "ok"
 
 
-def test_no_mac_has_no_rdma() -> None:
+def test_rdma_needs_a_mac() -> None:
     hosts = [replace(LINUX, host="mac-a"), replace(LINUX, host="mac-b")]
     found = check_topology(TWO, hosts, "jaccl", read_topology(hosts))
     assert {finding.check for finding in found if finding.state == "problem"} == {"RDMA", "cables"}
 
 
-def test_commands_name_the_hosts_and_a_firewall_that_does_no_harm_is_well() -> None:
+def test_remedies_name_the_hosts_and_firewall_warnings_are_cleared() -> None:
     [finding] = fill_in_hosts([Finding("a", "python", "problem", "m", "`kimi-mlx launch --hosts ... --install`")], "ab")
     assert finding.remedy == "`kimi-mlx launch --hosts a,b --install`"
     [firewall, other] = clear_firewall_warnings(
@@ -216,7 +216,7 @@ def test_commands_name_the_hosts_and_a_firewall_that_does_no_harm_is_well() -> N
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
-def test_alone_is_this_machine_whatever_the_number_of_ranks(name: str) -> None:
-    assert question(hostfile=Hostfile((Host(name), Host(name)))).is_alone
-    assert not question().is_alone
-    assert question(hostfile=Hostfile((Host(name), Host(name)))).ranks == {name: [0, 1]}
+def test_is_alone_ignores_the_number_of_ranks(name: str) -> None:
+    assert request_for(hostfile=Hostfile((Host(name), Host(name)))).is_alone
+    assert not request_for().is_alone
+    assert request_for(hostfile=Hostfile((Host(name), Host(name)))).ranks == {name: [0, 1]}
