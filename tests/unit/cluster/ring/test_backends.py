@@ -1,4 +1,4 @@
-"""What MLX's backends want: files and variables, as mlx.launch makes them."""
+"""Host files and environment variables of MLX's backends, in the format of mlx.launch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ TWO = Hostfile(
 )
 
 
-def test_the_ring_has_a_port_for_each_address() -> None:
+def test_ring_hosts_have_a_port_for_each_address() -> None:
     expected = [["10.0.0.1:32323", "10.0.1.1:32324"], ["10.0.0.2:32325", "10.0.1.2:32326"]]
     assert ring_hosts(TWO, itertools.count(32323)) == expected
     assert json.loads(backend_file(TWO, "ring", itertools.count(32323))) == expected
 
 
-def test_jaccl_has_a_matrix_and_a_coordinator() -> None:
+def test_jaccl_device_matrix_and_coordinator() -> None:
     matrix = [[None, "rdma_en5"], [["rdma_en3", "rdma_en4"], None]]
     assert jaccl_devices(TWO) == matrix
     assert json.loads(backend_file(TWO, "jaccl", ())) == matrix
     assert coordinator(TWO, 32323) == "10.0.0.1:32323"
 
 
-def test_each_backend_has_its_variables_and_none_of_another_ring() -> None:
+def test_variables_of_each_backend() -> None:
     assert backend_variables("ring", 1, "/f", "") == {"MLX_RANK": "1", "MLX_HOSTFILE": "/f"}
     jaccl = {"MLX_RANK": "0", "MLX_IBV_DEVICES": "/f", "MLX_JACCL_COORDINATOR": "10.0.0.1:1"}
     assert backend_variables("jaccl", 0, "/f", "10.0.0.1:1") == jaccl

@@ -1,4 +1,4 @@
-"""A guarded process ends with its input, and when it hears nothing; its files go with it."""
+"""The guard stops its child when standard input ends or stays silent, and removes the child's files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.unit.cluster.hosts.test_ssh import is_running
 CHILD = """
 import os, sys, tempfile, time
 def main():
-    open(os.path.join(tempfile.gettempdir(), "left over"), "w").close()
+    open(os.path.join(tempfile.gettempdir(), "leftover file"), "w").close()
     print(os.getpid(), tempfile.gettempdir(), sys.stdin.readline().strip(), flush=True)
     if sys.stdin.readline():
         sys.exit(3)
-    time.sleep(100)  # its input has ended, which it does not notice
+    time.sleep(100)  # does not notice that its input has ended
 """
 
 
@@ -42,30 +42,30 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @contextmanager
 def guarded(module: str, silence_s: float | None = None) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
-    """The guard, the child's process id, and its folder for temporary files."""
+    """Start a guarded child; yield the guard, the child's process id and its temporary folder."""
     command = guard_command(module, sys.executable, "tag123", silence_s)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        tell(process, "hello")
+        write_line(process, "hello")
         assert process.stdout is not None
-        pid, folder, word = process.stdout.readline().split()
-        assert word == "hello"
+        pid, folder, line = process.stdout.readline().split()
+        assert line == "hello"
         yield process, int(pid), Path(folder)
 
 
-def tell(process: subprocess.Popen[str], line: str) -> None:
+def write_line(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()
 
 
-def test_the_exit_code_is_the_childs(child: str) -> None:
+def test_guard_returns_the_exit_code_of_its_child(child: str) -> None:
     with guarded(child) as (process, _, folder):
-        tell(process, "more")
+        write_line(process, "more")
         assert (process.wait(10), folder.exists()) == (3, False)
 
 
-def test_it_ends_with_its_input(child: str) -> None:
+def test_guard_exits_when_its_input_ends(child: str) -> None:
     with guarded(child) as (process, pid, folder):
         begin = time.monotonic()
         process.communicate(timeout=50)
@@ -73,7 +73,7 @@ def test_it_ends_with_its_input(child: str) -> None:
         assert (process.returncode, is_running(pid), folder.exists()) == (1, False, False)
 
 
-def test_it_ends_when_it_hears_nothing(child: str) -> None:
+def test_guard_exits_when_its_input_is_silent(child: str) -> None:
     with guarded(child, 0.5) as (process, pid, folder):
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (False, False)
@@ -81,15 +81,15 @@ def test_it_ends_when_it_hears_nothing(child: str) -> None:
         assert "received nothing from the front for" in process.stderr.read()
 
 
-def test_a_child_that_is_stopped_does_not_stop_the_guard(child: str) -> None:
+def test_stopped_child_does_not_block_the_guard(child: str) -> None:
     with guarded(child) as (process, pid, folder):
         os.kill(pid, signal.SIGSTOP)
-        tell(process, "x" * (1 << 20))  # more than a pipe holds
+        write_line(process, "x" * (1 << 20))  # more than a pipe holds
         process.communicate(timeout=10)
         assert (is_running(pid), folder.exists()) == (False, False)
 
 
-def test_what_a_killed_guard_leaves_is_swept(child: str, tmp_path: Path) -> None:
+def test_sweep_removes_leftovers_of_a_killed_guard(child: str, tmp_path: Path) -> None:
     with guarded(child) as (process, pid, folder):
         os.kill(pid, signal.SIGSTOP)
         process.kill()
@@ -99,17 +99,17 @@ def test_what_a_killed_guard_leaves_is_swept(child: str, tmp_path: Path) -> None
         assert (is_running(pid), folder.exists()) == (False, False)
 
 
-def test_it_ends_when_it_is_told_to(child: str) -> None:
+def test_guard_exits_on_sigterm(child: str) -> None:
     with guarded(child) as (process, pid, folder):
         process.terminate()
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (False, False)
 
 
-def test_a_shell_may_greet_before_the_first_message() -> None:
+def test_output_of_the_login_shell_is_skipped() -> None:
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     script = 'echo Welcome!; read -r line; echo "{\\"kind\\": \\"$line\\"}"; echo noise'
     process = HostProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n")
     assert inbox.get(timeout=5) == {"kind": "hello"}
-    assert inbox.get(timeout=5) is None  # noise later is none of it
+    assert inbox.get(timeout=5) is None  # a later line that is no message is not delivered
     terminate_all([process], 1)

@@ -1,4 +1,4 @@
-"""Which link is blamed for wrong data."""
+"""Find the link that corrupts data."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
 HOSTS = Hostfile(tuple(Host(name) for name in ("mac-a", "mac-b", "mac-c")))
 
 
-def cluster(backend: Backend = "ring") -> Cluster:
+def make_cluster(backend: Backend = "ring") -> Cluster:
     return Cluster(HOSTS, backend, {})
 
 
-def wrong(kind: str, *sources: int) -> dict[str, object]:
+def mismatch(kind: str, *sources: int) -> dict[str, object]:
     payload = f"{kind} of 128 tokens, float32"
     return {"payload": payload, "kind": kind, "count": 3, "of": 1024, "sources": list(sources)}
 
 
-def test_nobody_is_blamed_where_all_is_right() -> None:
-    assert find_corrupt_links(cluster(), {0: [], 1: [], 2: []}) == []
+def test_no_link_is_reported_without_mismatches() -> None:
+    assert find_corrupt_links(make_cluster(), {0: [], 1: [], 2: []}) == []
 
 
-def test_a_wrong_message_names_the_two_ends_once() -> None:
-    said = {0: [wrong("sum")], 1: [wrong("gather", 0, 2), wrong("message", 2)], 2: [wrong("message", 1)]}
-    [found] = find_corrupt_links(cluster(), said)
-    assert found.message == (
+def test_corrupt_message_names_both_ends_once() -> None:
+    mismatches = {
+        0: [mismatch("sum")],
+        1: [mismatch("gather", 0, 2), mismatch("message", 2)],
+        2: [mismatch("message", 1)],
+    }
+    [diagnosis] = find_corrupt_links(make_cluster(), mismatches)
+    assert diagnosis.message == (
         "the link between rank 2 (`mac-c`) and rank 1 (`mac-b`) corrupts data: rank 1 (`mac-b`) received "
         "3 of 1024 values of the message of 128 tokens, float32 changed"
     )
-    assert found.rank == 1
-    assert "another cable" in found.hint
+    assert diagnosis.rank == 1
+    assert "another cable" in diagnosis.hint
 
 
 @pytest.mark.parametrize(
@@ -44,8 +48,8 @@ def test_a_wrong_message_names_the_two_ends_once() -> None:
         ("jaccl", "the link between rank 1 .* and rank 0 .* corrupts data"),
     ],
 )
-def test_a_wrong_gather_names_a_link_where_it_has_come_straight(backend: Backend, message: str) -> None:
-    [found] = find_corrupt_links(cluster(backend), {0: [wrong("gather", 1)], 1: [], 2: []})
+def test_corrupt_gather_names_a_link_only_if_sent_directly(backend: Backend, message: str) -> None:
+    [diagnosis] = find_corrupt_links(make_cluster(backend), {0: [mismatch("gather", 1)], 1: [], 2: []})
     pattern = message.replace("(", r"\(").replace(")", r"\)")
-    assert re.search(pattern, found.message)
-    assert ("--backend ring" in found.hint) == (backend != "ring")
+    assert re.search(pattern, diagnosis.message)
+    assert ("--backend ring" in diagnosis.hint) == (backend != "ring")

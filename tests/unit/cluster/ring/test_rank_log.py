@@ -1,4 +1,4 @@
-"""Logs of ranks: a file each, the oldest go, and nothing depends on them."""
+"""Rank logs: one file per rank, the oldest are deleted, and a failure to write is ignored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kimi-mlx"
 
 
-def test_each_rank_has_a_file_in_the_users_state_folder(state: Path) -> None:
+def test_each_rank_has_a_file_in_the_state_folder(state: Path) -> None:
     files = open_logs(2)
     assert [file and file.parent for file in files] == [state / "logs"] * 2
     assert [file and file.name.rpartition("-")[2] for file in files] == ["0.log", "1.log"]
-    assert not list(state.rglob("*.log"))  # nobody has said anything
+    assert not list(state.rglob("*.log"))  # files are created at the first output
 
 
-def test_the_oldest_files_go_and_those_of_others_stay(state: Path) -> None:
+def test_oldest_logs_are_deleted_but_no_other_files(state: Path) -> None:
     folder = state / "logs"
     folder.mkdir(parents=True)
     old = [folder / f"20200101-{number:06}-1-rank-0.log" for number in range(KEPT_FILES + 5)]
@@ -34,12 +34,12 @@ def test_the_oldest_files_go_and_those_of_others_stay(state: Path) -> None:
     assert (folder / "notes.txt").exists()
 
 
-def test_a_folder_that_cannot_be_written(state: Path) -> None:
+def test_state_folder_is_not_writable(state: Path) -> None:
     state.touch()
     assert open_logs(2) == [None, None]
 
 
-def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_has_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError
 
