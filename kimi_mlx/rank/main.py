@@ -144,7 +144,7 @@ def _open_blocks(channel: Channel, start: Message, group: Group, folder: Path, m
         model,
         fingerprint(folder, model.config, group.rank, group.size, start["strategy"]),
         group,
-        num_local_ranks=start["place"][1],
+        num_local_ranks=start["cpu_slot"][1],
         warn=lambda text: channel.send("note", text=text),
     )
 

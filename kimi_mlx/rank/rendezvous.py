@@ -38,7 +38,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
     link_port = None if links is None else links.port
     channel.send("listening", pid=os.getpid(), ports=ports, link_port=link_port)
     ring = channel.next_command()
-    pin_to_cpu(start["place"])
+    pin_to_cpu(start["cpu_slot"])
     group = None
     if start["size"] > 1:
         try:
@@ -77,13 +77,13 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
-def pin_to_cpu(place: Sequence[int]) -> None:
+def pin_to_cpu(cpu_slot: Sequence[int]) -> None:
     """Keep this process on its own processor.
 
     Args:
-        place: index of this rank among the ranks of its host, and their number.
+        cpu_slot: index of this rank among the ranks of its host, and their number.
     """
-    number, count = place
+    number, count = cpu_slot
     if (processor := cpu_for_rank(number, count, available_cpus())) is not None:
         os.sched_setaffinity(0, {processor})
 

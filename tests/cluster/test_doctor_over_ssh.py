@@ -123,8 +123,8 @@ def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_p
     [
         ("stop_sshd", "refuses connections", "sudo systemsetup -setremotelogin on"),
         # every run of all tests has these two with `launch`
-        pytest.param("change_host_key", "another host key", "ssh-keygen -R", marks=pytest.mark.sweep),
-        pytest.param("power_off", "cannot be reached", "is it on, awake", marks=pytest.mark.sweep),
+        pytest.param("change_host_key", "a different host key", "ssh-keygen -R", marks=pytest.mark.sweep),
+        pytest.param("power_off", "cannot be reached", "check that it is on, awake", marks=pytest.mark.sweep),
     ],
 )
 def test_a_host_that_ssh_does_not_reach(

@@ -49,7 +49,7 @@ def test_what_is_sent_to_a_host_arrives(hosts: Hosts) -> None:
     ("fault", "message", "hint"),
     [
         ("stop_sshd", "refuses connections", "sudo systemsetup -setremotelogin on"),
-        ("change_host_key", "another host key", "ssh-keygen -R"),
+        ("change_host_key", "a different host key", "ssh-keygen -R"),
     ],
 )
 def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: str) -> None:
@@ -89,7 +89,7 @@ def test_an_unknown_host_and_a_foreign_key(hosts: Hosts) -> None:
     kept = authorized.read_text()
     authorized.write_text("")
     try:
-        assert "does not let us in" in explain_ssh(run_script("mac-a", "true", 20)).message
+        assert "refuses the login" in explain_ssh(run_script("mac-a", "true", 20)).message
     finally:
         authorized.write_text(kept)
 

@@ -147,7 +147,7 @@ def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that
     assert expected.startswith(outcome.text.rstrip("\n"))
     assert len(outcome.text) >= 3 * faults.MIDDLE
     assert "error: `mac-b` cannot be reached" in outcome.errors
-    assert "hint: is it on, awake and on this network? `ping mac-b`" in outcome.errors
+    assert "hint: check that it is on, awake and on this network? `ping mac-b`" in outcome.errors
     assert outcome.left == []
 
 
@@ -241,8 +241,8 @@ def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(ho
     ("fault", "message", "hint"),
     [
         ("stop_sshd", "`mac-b` refuses connections", "sudo systemsetup -setremotelogin on"),
-        ("change_host_key", "`mac-b` has another host key", "ssh-keygen -R"),
-        ("power_off", "`mac-b` cannot be reached", "is it on, awake"),
+        ("change_host_key", "`mac-b` has a different host key", "ssh-keygen -R"),
+        ("power_off", "`mac-b` cannot be reached", "check that it is on, awake"),
     ],
 )
 def test_a_host_that_ssh_does_not_reach(

@@ -1,1 +1,1 @@
-"""A process on a host, and the JSON messages that are exchanged with it."""
+"""A process on a host, and the JSON messages exchanged with it."""

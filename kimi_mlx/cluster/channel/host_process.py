@@ -1,4 +1,4 @@
-"""One rank as the front sees it: a child process (here or of ssh), its messages, its last words."""
+"""The front's side of one rank: a child process (local, or the ssh client), its messages and its last output."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from kimi_mlx.cluster.hosts.ssh import SSH_FAILED
 from kimi_mlx.errors import KimiMlxError
 
 LINE_LIMIT_BYTES = 1 << 28
-"""Of a message; the longest has the files of a tokenizer."""
+"""Limit of one message; the longest carries the files of a tokenizer."""
 
 LOG_LIMIT_BYTES = 10 << 20
-"""Of a rank's log."""
+"""Limit of a rank's log file."""
 
 STDERR_TAIL_LINES = 12
-"""Lines of a rank's standard error that are kept to be shown."""
+"""Number of last lines of standard error kept for error messages."""
 
 
 class HostProcess:
     """A running rank.
 
     Args:
-        rank: its number.
-        command: what to run.
-        environment: its variables.
-        deliver: called from a thread with (rank, message) for each message, and (rank, None) when it has ended.
-        preamble: what its input begins with, such as the script for the shell of a host. A login shell there may
-            print a greeting: lines before the first message are then kept as its words.
-        beats: whether it is told every second that we are there.
-        log: a file that its standard error and its notes are added to.
+        rank: rank of the process.
+        command: command line.
+        environment: environment variables.
+        on_message: callback, called from a thread with (rank, message) for each message, and with (rank, None) when
+            the process closes its output.
+        preamble: bytes written to its input first, such as the script for the shell of a host. A login shell there may
+            print a greeting; with a preamble, lines before the first message are therefore kept as output.
+        sends_heartbeats: whether an `alive` message is sent when nothing else was sent for HEARTBEAT_S.
+        log: file to which its standard error and its notes are appended.
     """
 
     def __init__(
@@ -45,19 +46,18 @@ class HostProcess:
         rank: int,
         command: Sequence[str],
         environment: Mapping[str, str],
-        deliver: Callable[[int, Message | None], None],
+        on_message: Callable[[int, Message | None], None],
         preamble: bytes = b"",
         *,
-        beats: bool = False,
+        sends_heartbeats: bool = False,
         log: Path | None = None,
     ):
         self.rank = rank
-        self._beats = beats
+        self._sends_heartbeats = sends_heartbeats
         self._log, self._logged_bytes = log, 0
-        self.last_heard = time.monotonic()
-        self._deliver = deliver
-        self._words: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
-        # A session of its own: Ctrl-C in the terminal reaches the front alone, which then ends the ranks in order.
+        self._on_message = on_message
+        self._last_lines: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
+        # In its own session, Ctrl-C in the terminal reaches only the front, which then stops the ranks in order.
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -69,8 +69,8 @@ class HostProcess:
         self._is_greeting = bool(preamble)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(preamble)
-        work = (self._listen, self._keep_words, self._write)
-        self._threads = [threading.Thread(target=each, daemon=True) for each in work]
+        loops = (self._read_messages, self._read_stderr, self._write_messages)
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
             thread.start()
 
@@ -80,23 +80,23 @@ class HostProcess:
         return self._process.pid
 
     def send(self, kind: str, **fields: object) -> None:
-        """Send a message; safe from a signal handler, since a thread writes it."""
+        """Queue a message, which a thread writes; safe in a signal handler."""
         self.write(encode(kind, **fields))
 
     def write(self, line: bytes) -> None:
-        """Send an encoded message."""
+        """Queue an encoded message."""
         self._outbox.put(line)
 
     def close_input(self) -> None:
-        """Ask the rank to end: it does when its input ends."""
+        """Close the input; a rank exits when its input ends."""
         self._outbox.put(None)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal, if the process still runs."""
         self._process.send_signal(number)
 
     def wait(self, limit_s: float) -> bool:
-        """Wait at most so long for the end."""
+        """Wait up to `limit_s` for the process to exit; return whether it has."""
         try:
             self._process.wait(max(limit_s, 0))
         except subprocess.TimeoutExpired:
@@ -104,74 +104,75 @@ class HostProcess:
         return True
 
     def release(self, limit_s: float) -> None:
-        """Wait for the end, then close the pipes."""
+        """Wait for the process to exit, then close the pipes."""
         self.wait(limit_s)
         for thread, pipe in zip(self._threads, (self._process.stdout, self._process.stderr), strict=False):
             thread.join(limit_s)
-            if pipe is not None and not thread.is_alive():  # whoever still holds the other end is swept away next
+            if pipe is not None and not thread.is_alive():  # cleanup kills a process that still holds the other end
                 pipe.close()
 
     @property
     def signal_number(self) -> int | None:
-        """The signal that ended it, as its guard tells; None if none did."""
+        """Signal that ended the process, as reported by its guard; None if it exited by itself."""
         code = self._process.poll() or 0
         number = -code if code < 0 else code - 128
         return number if number in set(signal.Signals) and code != SSH_FAILED else None
 
     @property
     def has_confirmed_exit(self) -> bool:
-        """Whether its guard (here, or at the other end of ssh) has told its exit code: nothing is left of it then."""
+        """Whether its guard (local or remote) reported an exit code: the process and its children are gone."""
         code = self._process.poll()
         return code is not None and 0 <= code != SSH_FAILED
 
     @property
     def exit_code(self) -> int | None:
-        """Of the process; None while it runs."""
+        """Exit code; None while the process runs."""
         return self._process.poll()
 
     @property
-    def words(self) -> str:
-        """Its last lines of standard error."""
-        return "\n".join(self._words)
+    def output(self) -> str:
+        """Last lines of standard error."""
+        return "\n".join(self._last_lines)
 
     @property
     def last_line(self) -> str:
-        """The last one of standard error; empty if there is none."""
-        return self._words[-1] if self._words else ""
+        """Last line of standard error; empty if there is none."""
+        return self._last_lines[-1] if self._last_lines else ""
 
     def describe_exit(self) -> str:
-        """In words: the signal or the exit code, and its last lines."""
+        """Describe the exit: the signal or the exit code, and the last lines of output."""
         if not self.wait(1):
-            return "closed its output but runs on"
+            return "closed its output but still runs"
         self._threads[1].join(1)
         number = self.signal_number
-        how = f"exited with code {self.exit_code}" if number is None else f"was ended by {signal.Signals(number).name}"
-        words = "\n".join(f"  {line}" for line in self._words)
-        return f"{how}; its last lines:\n{words}" if words else how
+        exit_text = f"exited with code {self.exit_code}"
+        if number is not None:
+            exit_text = f"was ended by {signal.Signals(number).name}"
+        lines = "\n".join(f"  {line}" for line in self._last_lines)
+        return f"{exit_text}; its last lines:\n{lines}" if lines else exit_text
 
-    def _listen(self) -> None:
+    def _read_messages(self) -> None:
         stdout = self._process.stdout
         assert stdout is not None
         for line in iter(lambda: stdout.readline(LINE_LIMIT_BYTES), b""):
-            self.last_heard = time.monotonic()
             try:
                 message = decode(line)
                 self._is_greeting = False
                 if message["kind"] == "note":
                     self._write_log(f"{message['text']}\n".encode())
                 else:
-                    self._deliver(self.rank, message)
+                    self._on_message(self.rank, message)
             except KimiMlxError as error:
                 if self._is_greeting:
-                    self._words.append(line.decode(errors="replace").rstrip())
+                    self._last_lines.append(line.decode(errors="replace").rstrip())
                     continue
-                self._words.append(error.message)
+                self._last_lines.append(error.message)
                 break
-        self._deliver(self.rank, None)
+        self._on_message(self.rank, None)
 
-    def _write(self) -> None:
+    def _write_messages(self) -> None:
         assert self._process.stdin is not None
-        # A rank that is gone is noticed by the end of its output, not here.
+        # The end of its output, not a failed write, shows that a rank is gone.
         with contextlib.suppress(OSError), self._process.stdin as pipe:
             while (line := self._next_line()) is not None:
                 pipe.write(line)
@@ -179,31 +180,31 @@ class HostProcess:
 
     def _next_line(self) -> bytes | None:
         try:
-            return self._outbox.get(timeout=HEARTBEAT_S if self._beats else None)
+            return self._outbox.get(timeout=HEARTBEAT_S if self._sends_heartbeats else None)
         except queue.Empty:
             return encode("alive")
 
-    def _keep_words(self) -> None:
+    def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self._words.append(line.decode(errors="replace").rstrip())
+            self._last_lines.append(line.decode(errors="replace").rstrip())
             self._write_log(line)
 
     def _write_log(self, line: bytes) -> None:
         self._logged_bytes += len(line)
         if self._log is not None and self._logged_bytes < LOG_LIMIT_BYTES:
-            with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk ends no rank
+            with contextlib.suppress(OSError), self._log.open("ab") as file:  # a full disk must not stop a rank
                 file.write(line)
 
 
 def terminate_all(processes: Sequence[HostProcess], patience_s: float) -> None:
-    """End ranks and wait for them: by closing their input, then SIGTERM, then SIGKILL, each after `patience_s`."""
+    """Stop ranks and wait for them: close their input, then send SIGTERM, then SIGKILL, each `patience_s` later."""
     for process in processes:
         process.close_input()
-    for harder in (signal.SIGTERM, signal.SIGKILL):
+    for stop_signal in (signal.SIGTERM, signal.SIGKILL):
         end = time.monotonic() + patience_s
-        left = [process for process in processes if not process.wait(end - time.monotonic())]
-        for process in left:
-            process.signal(harder)
+        running = [process for process in processes if not process.wait(end - time.monotonic())]
+        for process in running:
+            process.signal(stop_signal)
     for process in processes:
         process.release(patience_s)

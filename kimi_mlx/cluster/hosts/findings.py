@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["ok", "warning", "problem"]
-"""`trouble` stands in the way of a start; a warning does not."""
+"""A `problem` prevents a start; a `warning` does not."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of one host.
+    """Result of one check on one host.
 
     Args:
-        host: as the user names it; several are divided by `, `.
-        check: such as `disk`.
-        state: how bad it is.
-        message: what was found, with the numbers.
-        remedy: what to do, with the command to type on that host; None if nothing is wrong.
+        host: host as the user names it; several names are joined with `, `.
+        check: name of the check, such as `disk`.
+        state: severity.
+        message: result of the check, with the numbers.
+        remedy: instruction with the command to type on that host; None if nothing is wrong.
     """
 
     host: str
@@ -30,5 +30,5 @@ class Finding:
 
 
 def has_problem(findings: Iterable[Finding]) -> bool:
-    """Whether anything stands in the way."""
+    """Return whether a finding is a problem."""
     return any(finding.state == "problem" for finding in findings)

@@ -103,10 +103,11 @@ class Cluster:
         """Names of the hosts, without duplicates."""
         return self.hostfile.names
 
-    def place(self, rank: int) -> tuple[int, int]:
-        """Which of the ranks on its host a rank is, and how many these are."""
-        same = [number for number, host in enumerate(self.hostfile.hosts) if host.ssh == self.hostfile.hosts[rank].ssh]
-        return same.index(rank), len(same)
+    def cpu_slot(self, rank: int) -> tuple[int, int]:
+        """Return the index of a rank among the ranks of its host, and the number of these ranks."""
+        hosts = self.hostfile.hosts
+        local_ranks = [other for other, host in enumerate(hosts) if host.ssh == hosts[rank].ssh]
+        return local_ranks.index(rank), len(local_ranks)
 
     def addresses(self, rank: int) -> tuple[str, ...]:
         """Where a rank listens: all of its addresses in a ring; with JACCL rank 0 alone; a rank alone nowhere."""

@@ -166,7 +166,7 @@ class _Run:
             now = time.monotonic()
             if now > end:
                 for name in pending:
-                    self._fail(name, explain_timeout(limit_s, self._hosts[name].step, self._hosts[name].process.words))
+                    self._fail(name, explain_timeout(limit_s, self._hosts[name].step, self._hosts[name].process.output))
                 return
             for name in pending:
                 self._report_waiting(name, now)
@@ -191,7 +191,7 @@ class _Run:
         elif message["kind"] == "failed":
             host.process.close_input()
             host.process.release(END_PATIENCE_S)  # then all of its standard error has arrived
-            self._fail(name, explain_failure(host.facts, str(message["text"]), host.process.words))
+            self._fail(name, explain_failure(host.facts, str(message["text"]), host.process.output))
         elif message["kind"] == "installed":
             self._check_installed(name, parse_interpreter(json.dumps(message["interpreter"])))
 

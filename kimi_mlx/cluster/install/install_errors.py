@@ -74,7 +74,7 @@ def explain_exit(host: str, process: HostProcess, seconds: float) -> InstallProb
     """Describe an exit of the ssh client without a failure reported by install.sh: mostly ssh itself failed."""
     process.wait(1)
     if process.exit_code == SSH_FAILED:
-        error = explain_ssh(ScriptResult(host, SSH_FAILED, "", process.words, seconds))
+        error = explain_ssh(ScriptResult(host, SSH_FAILED, "", process.output, seconds))
         return InstallProblem(error.message, error.hint)
     return InstallProblem(f"the installation {process.describe_exit()}", "try again")
 

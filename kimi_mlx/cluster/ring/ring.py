@@ -196,7 +196,7 @@ class Ring:
                 without_ring_variables(os.environ),
                 self._message_callback(),
                 preamble,
-                beats=True,
+                sends_heartbeats=True,
                 log=self._logs[rank],
             )
         except OSError as error:
@@ -206,7 +206,7 @@ class Ring:
             "start",
             rank=rank,
             size=self.world_size,
-            place=self.cluster.place(rank),
+            cpu_slot=self.cluster.cpu_slot(rank),
             addresses=self.cluster.addresses(rank),
             **settings,
         )
@@ -303,20 +303,20 @@ class Ring:
         killed = [process.rank for process in ended if process.signal_number is not None]
         if own_errors or (reported and not killed):
             return (own_errors or reported)[0]
-        causes = [process.rank for process in ended if LOST_PEER not in process.words]
+        causes = [process.rank for process in ended if LOST_PEER not in process.output]
         cause = next(iter(killed or causes), rank)
         process = self._ranks[cause]
         if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):
-            if self._pids[cause] is not None and not process.words:
+            if self._pids[cause] is not None and not process.output:
                 return self._lost(cause, "was killed, or its ssh session was")
-            return explain_ssh(ScriptResult(self._host(cause), SSH_FAILED, "", process.words, 0))
+            return explain_ssh(ScriptResult(self._host(cause), SSH_FAILED, "", process.output, 0))
         return self._lost(cause, process.describe_exit())
 
     def _lost(self, rank: int, description: str, kind: type[RingError] = RingError) -> RingError:
         host = self._host(rank)
         where = "" if is_local(host) else f"`{host}`, "
         where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
-        words = "\n".join(process.words for process in self._ranks if process.words)
+        words = "\n".join(process.output for process in self._ranks if process.output)
         path = self._logs[rank]
         log = f"; its log is {path}" if path is not None and path.exists() else ""
         return kind(
@@ -331,7 +331,7 @@ class Ring:
         return f" at {', '.join(addresses)}"
 
     def _last_output(self, rank: int) -> str:
-        words = self._ranks[rank].words
+        words = self._ranks[rank].output
         return "".join(f"\n  {line}" for line in words.splitlines())
 
 

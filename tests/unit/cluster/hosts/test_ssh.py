@@ -228,18 +228,26 @@ Host key verification failed.
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (CHANGED, "another host key", "ssh-keygen -R 10.77.209.12 -f '/Users/me/known hosts'"),
+        (CHANGED, "a different host key", "ssh-keygen -R 10.77.209.12 -f '/Users/me/known hosts'"),
         (UNKNOWN, "not known to ssh yet", "`ssh mac-b`"),
-        ("me@mac-b: Permission denied (publickey,password).", "does not let us in", "ssh-copy-id mac-b"),
+        ("me@mac-b: Permission denied (publickey,password).", "`mac-b` refuses the login", "ssh-copy-id mac-b"),
         ("ssh: connect to host mac-b port 22: Connection refused", "refuses", "sudo systemsetup -setremotelogin on"),
         ("ssh: connect to host mac-b port 22: Operation timed out", "cannot be reached", "ping mac-b"),
         ("ssh: connect to host mac-b port 22: No route to host", "cannot be reached", "Local Network"),
         ("ssh: connect to host mac-b port 22: Host is down", "cannot be reached", "ping mac-b"),
         ("Connection timed out during banner exchange", "cannot be reached", "ping mac-b"),
-        ("ssh: Could not resolve hostname mac-b: nodename nor servname provided", "no address", "mac-b.local"),
-        ("Timeout, server mac-b not responding.", "fallen silent", "ping mac-b"),
-        ("kex_exchange_identification: Connection closed by remote host", "hangs up", "ssh -v mac-b"),
-        ("/root/.ssh/config: line 1: Bad configuration option: nonsense", "config is broken", "mend the lines"),
+        (
+            "ssh: Could not resolve hostname mac-b: nodename nor servname provided",
+            "the name `mac-b` cannot be resolved",
+            "mac-b.local",
+        ),
+        ("Timeout, server mac-b not responding.", "stopped responding", "ping mac-b"),
+        (
+            "kex_exchange_identification: Connection closed by remote host",
+            "closes the connection before login",
+            "ssh -v mac-b",
+        ),
+        ("/root/.ssh/config: line 1: Bad configuration option: nonsense", "config has an error", "fix the lines"),
         ("something new", "ssh to `mac-b` failed", "ssh -v mac-b"),
     ],
 )
