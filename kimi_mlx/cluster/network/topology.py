@@ -1,4 +1,4 @@
-"""What joins the hosts: addresses, the networks of a hostfile, RDMA devices, and the backend that follows. Pure."""
+"""How the hosts are connected (addresses, networks, RDMA devices), and which backend they can use. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kimi_mlx.cluster.network.thunderbolt import (
 )
 from kimi_mlx.errors import LinkError
 
-RING = "`--backend ring` does without"
+RING = "`--backend ring` works without it"
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Topology:
     """How the hosts are connected.
 
     Args:
-        interfaces: of each host, by name.
-        cables: of Thunderbolt between the hosts, by their numbers.
-        rdma: the devices of each host to each other one.
-        conflicts: Thunderbolt Bridges, by host.
+        interfaces: host name -> its network interfaces.
+        cables: Thunderbolt cables between the hosts, which are given by index.
+        rdma: RDMA devices from each host to every other host.
+        conflicts: host name -> its Thunderbolt Bridge.
     """
 
     interfaces: Mapping[str, tuple[Interface, ...]]
@@ -44,7 +44,7 @@ class Topology:
 
 
 def read_topology(hosts: Sequence[Facts]) -> Topology:
-    """Read it from the facts; an unreadable part is as none."""
+    """Read the topology from facts. Parts that cannot be parsed are left empty."""
     interfaces = {facts.host: _interfaces(facts) for facts in hosts}
     cables = find_cables([_ports(facts) for facts in hosts])
     devices = [tuple(facts.rdma_ports or ()) for facts in hosts]
@@ -70,7 +70,7 @@ def _ports(facts: Facts) -> tuple[ThunderboltPort, ...]:
 
 
 def choose_backend(requested: Backend | None, hosts: Sequence[Facts], topology: Topology) -> Backend:
-    """What was requested for, else RDMA if all hosts are ready for it, else the ring."""
+    """Return the requested backend; by default, RDMA if all hosts are ready for it, else the ring."""
     if requested is not None or len(hosts) < 2:
         return requested or "ring"
     if topology.conflicts or any(check_rdma(facts, is_required=True).state != "ok" for facts in hosts):
@@ -81,91 +81,91 @@ def choose_backend(requested: Backend | None, hosts: Sequence[Facts], topology: 
 
 
 def rdma_of(hostfile: Hostfile, topology: Topology) -> tuple[tuple[Devices, ...], ...]:
-    """The devices of a hostfile, else those that were found, if they make a mesh or a ring."""
+    """Return the RDMA devices of a hostfile; by default, the discovered ones if they form a mesh or a ring."""
     if any(host.rdma for host in hostfile.hosts):
         return tuple(host.rdma for host in hostfile.hosts)
-    is_fit = is_mesh(topology.rdma) or ring_wires(topology.rdma) > 0
-    return topology.rdma if is_fit and len(topology.rdma) == len(hostfile.hosts) else ()
+    is_usable = is_mesh(topology.rdma) or ring_wires(topology.rdma) > 0
+    return topology.rdma if is_usable and len(topology.rdma) == len(hostfile.hosts) else ()
 
 
 def check_topology(hostfile: Hostfile, hosts: Sequence[Facts], backend: Backend, topology: Topology) -> list[Finding]:
-    """Whether RDMA is ready where it is wanted, and the hostfile's addresses and devices are there."""
-    is_wanted = backend != "ring"
+    """Check RDMA if the backend needs it, and the addresses and devices of the hostfile."""
+    is_rdma_used = backend != "ring"
     findings = [finding for host in hostfile.hosts for finding in check_addresses(host, topology.interfaces)]
     for facts in hosts:
-        if facts.is_mac or is_wanted:
-            findings.append(check_rdma(facts, is_wanted))
-            findings.append(check_bridge(facts.host, topology.conflicts.get(facts.host), is_wanted))
-    if is_wanted and len(hosts) > 1:
-        given = [*filter(None, (_check_devices(host, hosts) for host in hostfile.hosts))]
-        findings += given or [check_cables(hosts, backend, topology.rdma)]
+        if facts.is_mac or is_rdma_used:
+            findings.append(check_rdma(facts, is_rdma_used))
+            findings.append(check_bridge(facts.host, topology.conflicts.get(facts.host), is_rdma_used))
+    if is_rdma_used and len(hosts) > 1:
+        device_findings = [*filter(None, (_check_devices(host, hosts) for host in hostfile.hosts))]
+        findings += device_findings or [check_cables(hosts, backend, topology.rdma)]
     return findings
 
 
 def check_addresses(host: Host, interfaces: Mapping[str, Sequence[Interface]]) -> list[Finding]:
-    """Whether the addresses of a hostfile are those of the host."""
-    own = [str(address.ip) for each in interfaces.get(host.ssh, ()) for address in each.addresses]
-    foreign = [text for text in host.ips if text not in own and not ip_address(text).is_loopback]
+    """Check that the addresses in a hostfile belong to the host."""
+    own = [str(address.ip) for interface in interfaces.get(host.ssh, ()) for address in interface.addresses]
+    unknown = [ip for ip in host.ips if ip not in own and not ip_address(ip).is_loopback]
     if not host.ips or not own:
         return []
-    if not foreign:
-        return [Finding(host.ssh, "addresses", "ok", f"its own: {', '.join(host.ips)}")]
-    usual = ", ".join(text for text in own if not ip_address(text).is_loopback)
-    message = f"{', '.join(foreign)} is not one of its addresses; it has {usual or 'none'}"
-    remedy = "mend the hostfile, or let the addresses be found: `kimi-mlx doctor --hosts ... --save FILE`"
+    if not unknown:
+        return [Finding(host.ssh, "addresses", "ok", f"belong to this host: {', '.join(host.ips)}")]
+    others = ", ".join(ip for ip in own if not ip_address(ip).is_loopback)
+    message = f"{', '.join(unknown)} is not an address of this host; it has {others or 'none'}"
+    remedy = "fix the hostfile, or let kimi-mlx find the addresses: `kimi-mlx doctor --hosts ... --save FILE`"
     return [Finding(host.ssh, "addresses", "problem", message, remedy)]
 
 
 def _check_devices(host: Host, hosts: Sequence[Facts]) -> Finding | None:
-    """Whether the devices of a hostfile are there; None if it names none."""
+    """Check that the RDMA devices in a hostfile exist; None if it names none."""
     named = [name for devices in host.rdma for name in devices]
-    there = [name for facts in hosts if facts.host == host.ssh for name in facts.rdma_ports or ()]
+    present = [name for facts in hosts if facts.host == host.ssh for name in facts.rdma_ports or ()]
     if not named:
         return None
-    missing = [name for name in named if name not in there]
+    missing = [name for name in named if name not in present]
     if not missing:
-        return Finding(host.ssh, "devices", "ok", f"{', '.join(named)} are there")
-    message = f"{', '.join(missing)} is not there; `ibv_devices` lists {', '.join(there) or 'none'}"
-    remedy = "names change with ports and restarts; let them be found: `kimi-mlx doctor --hosts ... --save FILE`"
+        return Finding(host.ssh, "devices", "ok", f"present: {', '.join(named)}")
+    message = f"{', '.join(missing)} does not exist; `ibv_devices` lists {', '.join(present) or 'none'}"
+    remedy = "names change with ports and restarts; let kimi-mlx find them: `kimi-mlx doctor --hosts ... --save FILE`"
     return Finding(host.ssh, "devices", "problem", message, remedy)
 
 
 def check_cables(hosts: Sequence[Facts], backend: Backend, rdma: Sequence[Sequence[Devices]]) -> Finding:
-    """Whether the cables between RDMA devices are those that a backend needs."""
+    """Check that the cables between RDMA devices are those that the backend needs."""
     names = [facts.host for facts in hosts]
-    everybody = ", ".join(names)
+    all_hosts = ", ".join(names)
     if backend == "jaccl":
         if is_mesh(rdma):
-            return Finding(everybody, "cables", "ok", "RDMA connects every two hosts")
+            return Finding(all_hosts, "cables", "ok", "RDMA connects every pair of hosts")
         i, j = next(((i, j) for i in range(len(rdma)) for j in range(i) if not rdma[i][j]), (1, 0))
         message = f"no Thunderbolt 5 cable with RDMA was found between `{names[j]}` and `{names[i]}`"
-        return Finding(everybody, "cables", "problem", message, f"plug it in, not into `en2` of a Mac Studio; {RING}")
+        return Finding(
+            all_hosts, "cables", "problem", message, f"connect them, but not at `en2` of a Mac Studio; {RING}"
+        )
     if ring_wires(rdma):
-        return Finding(everybody, "cables", "ok", "RDMA connects each host to the next and the last to the first")
+        return Finding(all_hosts, "cables", "ok", "RDMA connects each host to the next and the last to the first")
     order = ring_order(rdma)
-    message = "the cables with RDMA do not lead from each host to the next and from the last to the first"
+    message = "the RDMA cables do not connect each host to the next and the last to the first"
     remedy = f"add the missing cable; {RING}"
     if order is not None:
-        remedy = f"give the hosts in the order of the cables: `--hosts {','.join(names[host] for host in order)}`"
-    return Finding(everybody, "cables", "problem", message, remedy)
+        remedy = f"list the hosts in the order of the cables: `--hosts {','.join(names[host] for host in order)}`"
+    return Finding(all_hosts, "cables", "problem", message, remedy)
 
 
 def networks_of(hostfile: Hostfile, topology: Topology) -> list[Network]:
-    """The networks of a hostfile whose hosts all have addresses, one a column of them."""
+    """Return the networks of a hostfile: network i has the i-th address of every host."""
     columns = zip(*(host.ips for host in hostfile.hosts), strict=False)
     return [_network(hostfile, addresses, topology) for addresses in columns]
 
 
 def _network(hostfile: Hostfile, addresses: tuple[str, ...], topology: Topology) -> Network:
-    ends = [
-        _end(topology.interfaces.get(host.ssh, ()), text) for host, text in zip(hostfile.hosts, addresses, strict=True)
-    ]
-    known: list[Kind] = [kind if kind in KINDS else "other" for _, kind in ends]
-    return Network(max(known, key=KINDS.index), addresses, tuple(name for name, _ in ends))
+    ends = [_end(topology.interfaces.get(host.ssh, ()), ip) for host, ip in zip(hostfile.hosts, addresses, strict=True)]
+    kinds: list[Kind] = [kind if kind in KINDS else "other" for _, kind in ends]
+    return Network(max(kinds, key=KINDS.index), addresses, tuple(name for name, _ in ends))
 
 
-def _end(interfaces: Sequence[Interface], text: str) -> tuple[str, Kind]:
+def _end(interfaces: Sequence[Interface], ip: str) -> tuple[str, Kind]:
     for interface in interfaces:
-        if any(str(address.ip) == text for address in interface.addresses):
+        if any(str(address.ip) == ip for address in interface.addresses):
             return interface.name, interface.kind
     return "?", "other"

@@ -252,11 +252,11 @@ def test_stores_of_one_commit_and_placement() -> None:
         ({"system": "Linux"}, "needs a Mac", "--backend ring"),
         ({"macos_version": "26.1"}, "macOS 26.1 has no RDMA", "update macOS"),
         ({"macos_version": "15.7.2"}, "has no RDMA", "update macOS"),
-        ({"rdma_status": None}, "no `rdma_ctl`", "update macOS"),
+        ({"rdma_status": None}, "`rdma_ctl` is missing", "update macOS"),
         ({"rdma_status": "disabled"}, "`rdma_ctl status` says `disabled`", "`rdma_ctl enable` and restart"),
         ({"rdma_ports": {}}, "lists no device", "Thunderbolt 5"),
         ({"rdma_ports": None}, "lists no device", "Thunderbolt 5"),
-        ({"rdma_ports": {"rdma_en2": "PORT_DOWN"}}, "no port of RDMA is active", "Thunderbolt Bridge"),
+        ({"rdma_ports": {"rdma_en2": "PORT_DOWN"}}, "no RDMA port is active", "Thunderbolt Bridge"),
     ],
 )
 def test_rdma_problem_gives_the_remedy(change: dict[str, object], text: str, remedy: str) -> None:

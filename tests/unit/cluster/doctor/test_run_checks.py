@@ -130,7 +130,7 @@ def test_addresses_of_a_hostfile() -> None:
     [valid] = check_addresses(Host("mac-a", ("10.0.0.1",)), interfaces)
     [invalid] = check_addresses(Host("mac-a", ("10.0.0.2",)), interfaces)
     assert (valid.state, invalid.state) == ("ok", "problem")
-    assert invalid.message == "10.0.0.2 is not one of its addresses; it has 10.0.0.1"
+    assert invalid.message == "10.0.0.2 is not an address of this host; it has 10.0.0.1"
     assert check_addresses(Host("mac-a", ("127.0.0.1",)), interfaces)[0].state == "ok"
     assert check_addresses(Host("mac-a"), interfaces) == []
 
@@ -186,7 +186,7 @@ def test_missing_devices_of_a_hostfile_are_problems() -> None:
     rdma = Hostfile((Host("studio", ("10.0.0.1",), ((), ("rdma_en19",))), Host("macbook", (), (("rdma_en1",), ()))))
     found = [f for f in check_topology(rdma, hosts, "jaccl", read_topology(hosts)) if f.check == "devices"]
     assert [finding.state for finding in found] == ["problem", "ok"]
-    assert "rdma_en19 is not there" in found[0].message
+    assert "rdma_en19 does not exist" in found[0].message
 
 
 def test_cables_for_rdma() -> None:
@@ -195,7 +195,7 @@ def test_cables_for_rdma() -> None:
     ring = (((), (), a, b), ((), (), b, a), (b, a, (), ()), (a, b, (), ()))  # a-c, a-d, b-c, b-d
     finding = check_cables(macs, "jaccl-ring", ring)
     assert finding.state == "problem"
-    assert finding.remedy == "give the hosts in the order of the cables: `--hosts mac-a,mac-c,mac-b,mac-d`"
+    assert finding.remedy == "list the hosts in the order of the cables: `--hosts mac-a,mac-c,mac-b,mac-d`"
     assert "between `mac-a` and `mac-b`" in check_cables(macs, "jaccl", ring).message
     assert check_cables(macs[:2], "jaccl", (((), a), (b, ()))).state == "ok"
 
