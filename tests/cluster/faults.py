@@ -1,6 +1,6 @@
-"""What becomes of an answer when a rank, a cable, a host or the front is lost while it streams in.
+"""Lose a rank, a cable, a host or the front in the middle of an answer, and measure the recovery.
 
-`python -m tests.cluster.faults` prints a table of all faults, each in an answer of its own, on two hosts over real ssh.
+`python -m tests.cluster.faults` prints a table of all faults, one answer each, on two hosts over ssh.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import IO
 from tests.cluster.hosts import ROOT, Hosts, why_not
 
 QUESTION = ("chat", "kimi-mini", "-t", "0", "-p", "Draw a pelican")
-"""Answered with 283 tokens, 559 characters."""
+"""The answer has 283 tokens, 559 characters."""
 
 MIDDLE = 100
-"""Characters of an answer, or of what follows on the fault before, after which the next fault comes."""
+"""Number of characters of the answer between two faults."""
 
-AGAIN, GOES_ON, ERROR = "reconnecting in", "the answer continues", "error: "
-"""What the front says on stderr."""
+RECONNECTING, CONTINUES, ERROR = "reconnecting in", "the answer continues", "error: "
+"""Messages of the front on stderr."""
 
 LIMIT_S = 120.0
-"""For anything to come, on a machine that is busy."""
+"""Time limit of any wait; long, because the machine may be busy."""
 
 MAIN = """
 import signal
@@ -54,8 +54,8 @@ def write_hostfile(hosts: Hosts, path: Path) -> str:
     return str(path)
 
 
-def undisturbed(*options: str) -> str:
-    """The answer of one process on this machine."""
+def run_without_faults(*options: str) -> str:
+    """Return the answer of one process on this machine."""
     command = [sys.executable, "-c", MAIN, *QUESTION, *options]
     done = subprocess.run(
         command,
@@ -70,12 +70,12 @@ def undisturbed(*options: str) -> str:
 
 
 class Front:
-    """`kimi-mlx launch` in a process; what it writes, and when.
+    """A process of `kimi-mlx launch`; its output is recorded with times.
 
     Args:
-        hosts: where `ssh` leads.
-        arguments: of `launch`.
-        code: of the process.
+        hosts: test hosts that `ssh` reaches.
+        arguments: arguments of `launch`.
+        code: Python code that the process runs.
     """
 
     def __init__(self, hosts: Hosts, *arguments: str, code: str = MAIN):
@@ -88,13 +88,13 @@ class Front:
             stderr=subprocess.PIPE,
         )
         self.out: list[tuple[float, str]] = []
-        """Pieces, each with its time."""
+        """(time, text) of each chunk of standard output."""
         self.err: list[tuple[float, str]] = []
-        """Lines, each with its time."""
+        """(time, text) of each chunk of standard error."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self._threads = [
-            threading.Thread(target=_listen, args=each, daemon=True)
+            threading.Thread(target=_record, args=each, daemon=True)
             for each in ((self.process.stdout, self.out), (self.process.stderr, self.err))
         ]
         for thread in self._threads:
@@ -102,35 +102,35 @@ class Front:
 
     @property
     def text(self) -> str:
-        """Standard output until now."""
+        """Standard output so far."""
         return "".join(piece for _, piece in self.out.copy())
 
     @property
     def errors(self) -> str:
-        """Standard error until now."""
+        """Standard error so far."""
         return "".join(line for _, line in self.err.copy())
 
-    def wait(self, is_so: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-        """Wait until something is so; an error if the process ends first, or does not get there."""
+    def wait(self, condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Wait until a condition holds; fail if the process exits first or the time is over."""
         end = time.monotonic() + limit_s
-        while not is_so():
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 self._join()
-                if is_so():
+                if condition():
                     return
                 raise AssertionError(f"{self.process.poll()}: {self.text!r}, {self.errors}")
             time.sleep(0.01)
 
     def wait_for_text(self, characters: int) -> None:
-        """Until standard output has so many."""
+        """Wait until standard output has this number of characters."""
         self.wait(lambda: len(self.text) >= characters)
 
-    def wait_for_word(self, word: str, times: int = 1) -> None:
-        """Until standard error has it, so many times."""
-        self.wait(lambda: self.errors.count(word) >= times)
+    def wait_for_message(self, message: str, times: int = 1) -> None:
+        """Wait until standard error contains a message this number of times."""
+        self.wait(lambda: self.errors.count(message) >= times)
 
     def end(self, limit_s: float = LIMIT_S) -> int:
-        """Wait for the end; the exit code."""
+        """Wait for the process to exit; return its exit code."""
         try:
             code = self.process.wait(limit_s)
         finally:
@@ -144,14 +144,14 @@ class Front:
             thread.join(5)
 
 
-def _listen(pipe: IO[bytes], heard: list[tuple[float, str]]) -> None:
+def _record(pipe: IO[bytes], chunks: list[tuple[float, str]]) -> None:
     with pipe:
         for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
-            heard.append((time.monotonic(), piece.decode()))
+            chunks.append((time.monotonic(), piece.decode()))
 
 
 def rank_pid(hosts: Hosts, name: str, module: str = "kimi_mlx.rank.main") -> int | None:
-    """The process id of a rank on its host; not of its guard."""
+    """Return the process id of the rank on a host, not of its guard."""
     for line in hosts.run(name, "ps", "-A", "-ww", "-o", "pid=,args=").splitlines():
         if f"from {module} import main" in line and "cluster.ring.guard" not in line:
             return int(line.split()[0])
@@ -159,7 +159,7 @@ def rank_pid(hosts: Hosts, name: str, module: str = "kimi_mlx.rank.main") -> int
 
 
 def guard_pid(hosts: Hosts, name: str) -> int:
-    """The process id of a rank's guard on its host."""
+    """Return the process id of the rank's guard on a host."""
     lines = hosts.run(name, "ps", "-A", "-ww", "-o", "pid=,args=").splitlines()
     return next(int(line.split()[0]) for line in lines if "from kimi_mlx.cluster.ring.guard import main" in line)
 
@@ -172,14 +172,14 @@ def send(hosts: Hosts, name: str, number: signal.Signals, pid: int | None) -> No
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong in mid-answer.
+    """A fault in the middle of an answer.
 
     Args:
-        name: in words.
-        inflict: does it, and mends it if that is part of it.
-        options: of `launch` that it is tried with.
-        is_noticed: whether the ring is given up then.
-        ends: whether there is no answer in the end, but an error or a signal.
+        name: description for the table.
+        inflict: function that causes the fault, and repairs it if that belongs to the fault.
+        options: options of `launch` for this fault.
+        is_noticed: whether the ring stops and reconnects.
+        ends: whether the front ends with an error or by a signal, without the whole answer.
     """
 
     name: str
@@ -190,7 +190,7 @@ class Fault:
 
 
 def signalled(number: signal.Signals, name: str, *options: str) -> Fault:
-    """A signal to the rank on a host."""
+    """Send a signal to the rank on a host."""
 
     def inflict(front: Front) -> None:
         send(front.hosts, name, number, rank_pid(front.hosts, name))
@@ -199,7 +199,7 @@ def signalled(number: signal.Signals, name: str, *options: str) -> Fault:
 
 
 def guard_killed(name: str) -> Fault:
-    """The guard of the rank on a host is killed."""
+    """Kill the guard of the rank on a host."""
 
     def inflict(front: Front) -> None:
         send(front.hosts, name, signal.SIGKILL, guard_pid(front.hosts, name))
@@ -208,7 +208,7 @@ def guard_killed(name: str) -> Fault:
 
 
 def session_killed(name: str) -> Fault:
-    """The SSH server's process of the session is killed; the server itself goes on."""
+    """Kill the SSH server's process of the session; the server itself keeps running."""
 
     def inflict(front: Front) -> None:
         parent = front.hosts.run(name, "ps", "-o", "ppid=", "-p", str(guard_pid(front.hosts, name))).strip()
@@ -218,48 +218,48 @@ def session_killed(name: str) -> Fault:
 
 
 def cable_out(link: str, name: str, seconds: float | None, *options: str) -> Fault:
-    """A cable is pulled out, and put back after some seconds; None: when the ring has been given up."""
+    """Pull a cable out and put it back after some seconds; None: after the ring has stopped."""
 
     def inflict(front: Front) -> None:
-        noted = front.errors.count(AGAIN)
+        count = front.errors.count(RECONNECTING)
         front.hosts.cut(name, link)
         if seconds is None:
-            front.wait_for_word(AGAIN, noted + 1)
+            front.wait_for_message(RECONNECTING, count + 1)
             time.sleep(2)
         else:
             time.sleep(seconds)
         front.hosts.plug_in(name, link)
 
-    what = {"tb": "Thunderbolt", "lan": "Ethernet (ssh)"}[link]
-    how = "put back after the ring was given up" if seconds is None else f"put back after {seconds:g} s"
-    return Fault(f"{what} cable of {name} pulled out, {how}", inflict, options, is_noticed=seconds is None)
+    cable = {"tb": "Thunderbolt", "lan": "Ethernet (ssh)"}[link]
+    end = "put back after the ring stopped" if seconds is None else f"put back after {seconds:g} s"
+    return Fault(f"{cable} cable of {name} pulled out, {end}", inflict, options, is_noticed=seconds is None)
 
 
 def power_cycled(name: str, *options: str) -> Fault:
-    """A host goes off, and is switched on again when that was noticed."""
+    """Switch a host off, and on again once the front noticed."""
 
     def inflict(front: Front) -> None:
-        noted = front.errors.count(AGAIN)
+        count = front.errors.count(RECONNECTING)
         front.hosts.power_off(name)
-        front.wait_for_word(AGAIN, noted + 1)
+        front.wait_for_message(RECONNECTING, count + 1)
         front.hosts.boot(name)
 
-    return Fault(f"{name} off, on again when that was noticed", inflict, options)
+    return Fault(f"{name} off, on again once the front noticed", inflict, options)
 
 
 def power_off(name: str, *options: str) -> Fault:
-    """A host goes off for good."""
+    """Switch a host off for good."""
     return Fault(f"{name} off for good", lambda front: front.hosts.power_off(name), options, ends=True)
 
 
 def front_ends(number: signal.Signals) -> Fault:
-    """A signal to the front."""
+    """Send a signal to the front."""
     name = f"{number.name} to the front"
     return Fault(name, lambda front: front.process.send_signal(number), is_noticed=False, ends=True)
 
 
-def front_killed_in_the_dark(name: str) -> Fault:
-    """A host is cut off from all others, and the front is killed: nobody can tell it."""
+def front_killed_while_cut_off(name: str) -> Fault:
+    """Cut a host off the network and kill the front, so that no message can reach the host."""
 
     def inflict(front: Front) -> None:
         front.hosts.cut(name)
@@ -270,12 +270,12 @@ def front_killed_in_the_dark(name: str) -> Fault:
 
 @dataclass(frozen=True)
 class Effect:
-    """What came of a fault.
+    """Measured effect of a fault.
 
     Args:
-        fault: which.
-        noticed_s: from it until the front said so; None if it did not.
-        next_text_s: from it until the answer went on; None if it did not.
+        fault: the fault.
+        noticed_s: seconds from the fault to the front's message; None without one.
+        next_text_s: seconds from the fault to the next text of the answer; None without one.
     """
 
     fault: Fault
@@ -285,16 +285,16 @@ class Effect:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an answer.
+    """Result of an answer with faults.
 
     Args:
-        effects: of each fault.
+        effects: effect of each fault.
         text: standard output.
         errors: standard error.
         code: exit code.
-        end_s: from the last fault until the front had ended.
-        gone_s: from the end of the front until nothing was left of the ranks on any host.
-        left: what was left there all the same: processes and files.
+        end_s: seconds from the last fault to the exit of the front.
+        gone_s: seconds from the exit of the front until no host had leftovers of its rank.
+        left: leftover processes and files.
     """
 
     effects: tuple[Effect, ...]
@@ -307,27 +307,27 @@ class Outcome:
 
 
 def answer(hosts: Hosts, where: Sequence[str], faults: Sequence[Fault], *options: str, program: str = MAIN) -> Outcome:
-    """Run one answer over the hosts, with faults one after the other, each in the midst of it.
+    """Run one answer on the hosts, with faults one after the other.
 
     Args:
-        hosts: that are well.
-        where: options of `launch` that name them.
-        faults: each comes when the answer has gone on after the one before.
-        options: of `chat`.
-        program: of the front.
+        hosts: healthy test hosts.
+        where: options of `launch` that name the hosts.
+        faults: faults in order; each one starts after the answer has continued after the previous one.
+        options: options of `chat`.
+        program: Python code of the front.
     """
     ours = [option for fault in faults for option in fault.options]
     front = Front(hosts, *where, *ours, *QUESTION, *options, code=program)
     begins: list[float] = []
-    goes_on, length = 0, 0
+    num_continued, length = 0, 0
     try:
         for fault in faults:
             front.wait_for_text(length + MIDDLE)
             begins.append(time.monotonic())
             fault.inflict(front)
             if fault.is_noticed and not fault.ends:
-                goes_on += 1
-                front.wait_for_word(GOES_ON, goes_on)
+                num_continued += 1
+                front.wait_for_message(CONTINUES, num_continued)
             length = len(front.text)
         code = front.end()
     finally:
@@ -341,7 +341,7 @@ def answer(hosts: Hosts, where: Sequence[str], faults: Sequence[Fault], *options
 
 
 def wait_until_gone(hosts: Hosts, limit_s: float = 30) -> list[str]:
-    """Wait until nothing is left on any host; what is, after so long."""
+    """Wait until no host has leftovers; return those that remain at the limit."""
     end = time.monotonic() + limit_s
     while (left := [f"{name}: {each}" for name in hosts.names for each in hosts.left(name)]) and time.monotonic() < end:
         time.sleep(0.1)
@@ -349,15 +349,15 @@ def wait_until_gone(hosts: Hosts, limit_s: float = 30) -> list[str]:
 
 
 def _effect(front: Front, fault: Fault, begin: float, end: float) -> Effect:
-    said = [(at, line) for at, line in front.err if begin <= at < end]
-    noticed = next((at for at, line in said if AGAIN in line or ERROR in line), None)
+    messages = [(at, line) for at, line in front.err if begin <= at < end]
+    noticed = next((at for at, line in messages if RECONNECTING in line or ERROR in line), None)
     texts = [at for at, _ in front.out if begin <= at < end]
     if noticed is not None:
-        going_on = next((at for at, line in said if GOES_ON in line), float("inf"))
-        after = next((at for at in texts if at >= going_on), None)
+        continued_at = next((at for at, line in messages if CONTINUES in line), float("inf"))
+        after = next((at for at in texts if at >= continued_at), None)
     elif fault.ends or not texts:
         after = None
-    else:  # the end of the longest pause
+    else:  # no message: take the end of the longest pause
         _, after = max(zip((b - a for a, b in zip([begin, *texts], texts, strict=False)), texts, strict=False))
     return Effect(fault, *(None if at is None else at - begin for at in (noticed, after)))
 
@@ -374,16 +374,16 @@ FAULTS = (
     power_cycled("mac-b"),
     power_off("mac-b", "--restarts", "1"),
     *(front_ends(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
-    front_killed_in_the_dark("mac-b"),
+    front_killed_while_cut_off("mac-b"),
 )
-"""All of the table, with the limits that users have."""
+"""Faults of the table, with the default limits."""
 
 
 def main() -> None:
     """Print the table."""
     if reason := why_not():
         sys.exit(reason)
-    expected = undisturbed()
+    expected = run_without_faults()
     print("| fault | noticed after | next text after | text | exit code | front ended after | nothing left after |")
     print("| --- | --: | --: | --- | --: | --: | --: |", flush=True)
     with Hosts() as hosts:
@@ -395,7 +395,7 @@ def main() -> None:
 
 def _row(outcome: Outcome, expected: str) -> str:
     [effect] = outcome.effects
-    begins = "the beginning of it" if expected.startswith(outcome.text.rstrip("\n")) else "**wrong**"
+    begins = "a prefix" if expected.startswith(outcome.text.rstrip("\n")) else "**wrong**"
     cells = [
         effect.fault.name,
         _seconds(effect.noticed_s),

@@ -1,4 +1,4 @@
-"""`kimi-mlx launch` on two hosts over real ssh: answers, also when ranks, cables, hosts or the front are lost."""
+"""`kimi-mlx launch` on two hosts over ssh, also when ranks, cables, hosts or the front are lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from kimi_mlx.cluster.hosts.hostfile import read_hostfile
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.version import __version__
 from tests.cluster import faults, impatience
-from tests.cluster.faults import Fault, Front, Outcome, answer, cable_out, signalled, undisturbed, wait_until_gone
+from tests.cluster.faults import (
+    Fault,
+    Front,
+    Outcome,
+    answer,
+    cable_out,
+    run_without_faults,
+    signalled,
+    wait_until_gone,
+)
 from tests.cluster.hosts import ROOT, Hosts
 from tests.cluster.impatience import be_impatient
 from tests.command import call
@@ -33,26 +42,26 @@ pytestmark = pytest.mark.slow
 HOSTS = ("--hosts", "mac-a,mac-b")
 RANK, GUARD = "from kimi_mlx.rank.main import main", "cluster.ring.guard"
 DELAY_S = 10.0
-"""For what has a limit, on a machine that is busy."""
+"""Extra time for every limit, because the machine may be busy."""
 
 Where = tuple[str, str]
 
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """The answer of one process."""
-    return undisturbed()
+    """Return the answer of one process."""
+    return run_without_faults()
 
 
 @pytest.fixture
 def where(hosts: Hosts, tmp_path: Path) -> Where:
-    """The hosts by a hostfile."""
+    """Options that name the hosts by a hostfile."""
     return "--hostfile", faults.write_hostfile(hosts, tmp_path / "two.json")
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Not on the hosts, and no folder of the front's; its logs go to a folder of the test."""
+    """Check after each test that the hosts and the front's temporary folder are clean."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XDG_STATE_HOME", str(hosts.folder / "front/state"))
     yield
@@ -64,7 +73,7 @@ def nothing_is_left(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    """`launch` without a process of its own, and with less patience; exit code, stdout, stderr in a line."""
+    """Run `launch` in this process with short limits; return exit code, stdout, and stderr as one line."""
     with pytest.MonkeyPatch.context() as patch:
         be_impatient(patch.setattr)
         done = call("launch", *arguments)
@@ -73,21 +82,21 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def small_payloads(*sizes: Any) -> list[Payload]:
-    """A self-test that is soon over."""
+    """Return the small payloads, for a short self-test."""
     return [each for each in all_payloads(*sizes) if each.size_bytes < 100_000]
 
 
 def check_answer(outcome: Outcome, expected: str) -> None:
-    """As if nothing had happened, on stdout; and nothing is left."""
+    """Check that stdout is as without faults and no leftovers remain."""
     assert outcome.code == 0, outcome.errors
     assert outcome.text == expected
     assert outcome.left == []
     assert outcome.gone_s < DELAY_S
-    assert outcome.errors.count(faults.AGAIN) == outcome.errors.count(faults.GOES_ON)
+    assert outcome.errors.count(faults.RECONNECTING) == outcome.errors.count(faults.CONTINUES)
 
 
 def check_noticed(outcome: Outcome, number: int, noticed_s: float, next_text_s: float, reason: str) -> None:
-    """A fault was told within its time, with its reason, and the answer went on within its own."""
+    """Check that a fault was reported in time with its reason, and that the answer continued in time."""
     effect = outcome.effects[number]
     assert effect.noticed_s is not None
     assert effect.noticed_s < noticed_s + DELAY_S
@@ -99,7 +108,7 @@ def check_noticed(outcome: Outcome, number: int, noticed_s: float, next_text_s: 
     assert re.search(reason, " ".join(notes[number].split())), notes
 
 
-def test_what_was_found_is_saved_and_the_answer_survives_kill_stop_and_a_short_cut(
+def test_hostfile_is_saved_and_the_answer_survives_kill_stop_and_a_short_cut(
     hosts: Hosts, expected: str, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved.json"
@@ -129,7 +138,7 @@ def test_what_was_found_is_saved_and_the_answer_survives_kill_stop_and_a_short_c
 
 
 @pytest.mark.sweep
-def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that_is_off(
+def test_answer_survives_cable_and_kill_then_fails_when_a_host_is_off(
     hosts: Hosts, expected: str, where: Where, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
@@ -153,10 +162,10 @@ def test_a_cable_that_is_put_back_later_a_killed_rank_and_in_the_end_a_host_that
     assert outcome.left == []
 
 
-def test_a_server_of_two_hosts_survives_a_killed_rank_and_leaves_nothing(hosts: Hosts, where: Where) -> None:
+def test_server_survives_a_killed_rank(hosts: Hosts, where: Where) -> None:
     asked = {"messages": [{"role": "user", "content": "Draw a pelican"}], "temperature": 0}
     front = Front(hosts, *where, "serve", "kimi-mini", "--port", "0", code=impatience.TRUSTING_MAIN)
-    front.wait_for_word("try:")
+    front.wait_for_message("try:")
     port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", front.errors)[0])
     whole = raw.chat(port, **asked, max_tokens=None)
     assert whole.status == 200
@@ -189,13 +198,13 @@ PHASES: dict[str, Callable[[Front], None]] = {
     "joins the ranks": lambda front: front.wait(lambda: running(front.hosts, "mac-b", RANK, GUARD)),
     "answers": lambda front: front.wait_for_text(faults.MIDDLE),
 }
-"""What the front does when it is ended."""
+"""Phase -> function that waits until the front has reached it."""
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
 def ways(*chosen: tuple[str, signal.Signals]) -> list[Any]:
-    """Every phase and signal; only the chosen ones in every run of all tests."""
+    """Return every phase and signal; those not chosen run only with the marker `sweep`."""
     return [
         pytest.param(phase, number, marks=() if (phase, number) in chosen else pytest.mark.sweep)
         for phase in PHASES
@@ -217,18 +226,18 @@ def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, numb
     assert wait_until_gone(hosts, DELAY_S) == []
     assert "Traceback" not in front.errors
     assert "error" not in front.errors
-    if number == signal.SIGKILL:  # nobody was there to remove it
+    if number == signal.SIGKILL:  # a killed front cannot remove it
         shutil.rmtree(hosts.folder / "front/tmp")
 
 
 @pytest.mark.sweep
-def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(hosts: Hosts, where: Where) -> None:
+def test_rank_exits_when_the_front_is_killed_and_the_network_is_cut(hosts: Hosts, where: Where) -> None:
     silence_s = 6.0
     code = f"from kimi_mlx.cluster.ring import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"
     front = Front(hosts, *where, *faults.QUESTION, code=code)
     front.wait_for_text(faults.MIDDLE)
     begin = time.monotonic()
-    faults.front_killed_in_the_dark("mac-b").inflict(front)
+    faults.front_killed_while_cut_off("mac-b").inflict(front)
     front.end()
     end = time.monotonic() + DELAY_S
     while hosts.left("mac-a"):
@@ -247,7 +256,7 @@ def test_a_rank_ends_by_itself_when_the_front_is_killed_behind_a_dead_network(ho
         ("power_off", "`mac-b` cannot be reached", "check that it is on, awake"),
     ],
 )
-def test_a_host_that_ssh_does_not_reach(
+def test_host_unreachable_by_ssh(
     hosts: Hosts, fault: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
@@ -260,7 +269,7 @@ def test_a_host_that_ssh_does_not_reach(
     assert hint in err
 
 
-def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
+def test_hosts_with_wrong_python_address_or_version(hosts: Hosts, tmp_path: Path) -> None:
     question = ("chat", "kimi-mini", "-p", "hi")
     code, out, err = run(*HOSTS, "--python", "/no/such/python", *question)
     assert (code, out) == (1, "")
@@ -283,9 +292,7 @@ def test_hosts_that_do_not_fit(hosts: Hosts, tmp_path: Path) -> None:
 
 
 @pytest.mark.sweep
-def test_a_port_that_is_taken_before_a_rank_listens_on_it(
-    hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_port_is_taken_before_a_rank_listens(hosts: Hosts, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     pids: list[str] = []
     join = Ring._join
 
@@ -308,7 +315,7 @@ def test_a_port_that_is_taken_before_a_rank_listens_on_it(
 
 @pytest.fixture
 def hub(hosts: Hosts, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that the hosts reach."""
+    """Start a hub that the hosts can reach."""
     with Hub(
         {"owner/model": make_small(tmp_path / "model")}, (hosts.address("this"), hosts.address("this", "lan"))
     ) as hub:

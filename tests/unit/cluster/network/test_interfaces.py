@@ -1,4 +1,4 @@
-"""Over what an interface goes, from what the host's own commands print."""
+"""Parse interfaces and their kind from the output of the host's commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kimi_mlx.errors import LinkError
 from tests.unit.cluster.captures import capture, linux, mac
 
 
-def test_a_mac_with_the_thunderbolt_bridge_on() -> None:
+def test_mac_with_active_thunderbolt_bridge() -> None:
     studio = {each.name: each for each in mac("studio")}
     assert [name for name, each in studio.items() if each.kind == "thunderbolt"] == [
         "en2", "en3", "en4", "en5", "en6", "en7", "bridge0",
@@ -35,19 +35,19 @@ def test_a_mac_with_the_thunderbolt_bridge_on() -> None:
     assert studio["utun4"].addresses == (IPv4Interface("100.100.0.1/32"),)
 
 
-def test_a_mac_set_up_for_rdma_has_an_address_on_the_port_and_the_bridge_down() -> None:
+def test_mac_set_up_for_rdma_has_port_addresses_and_no_bridge() -> None:
     studio = {each.name: each for each in mac("studio-rdma", "studio")}
     assert studio["en3"].addresses == (IPv4Interface("192.168.0.1/30"),)
     assert not studio["bridge0"].is_up
 
 
-def test_a_bridge_of_virtual_machines_is_no_thunderbolt() -> None:
+def test_bridge_of_virtual_machines_is_not_thunderbolt() -> None:
     macbook = {each.name: each for each in mac("macbook")}
     assert macbook["bridge0"].kind == "thunderbolt"
     assert macbook["bridge100"].kind == "other"
 
 
-def test_a_bridge_of_thunderbolt_ports_is_one_without_its_name() -> None:
+def test_bridge_of_thunderbolt_ports_is_found_without_its_name() -> None:
     unnamed = capture("studio-hardware-ports.txt").replace("Thunderbolt Bridge", "x").replace("bridge0", "x")
     found = {each.name: each for each in macos_interfaces(capture("studio-ifconfig.txt"), unnamed)}
     assert found["bridge0"].kind == "thunderbolt"
@@ -67,7 +67,7 @@ def test_a_bridge_of_thunderbolt_ports_is_one_without_its_name() -> None:
         ("Bluetooth PAN", "other"),
     ],
 )
-def test_a_hardware_port_says_over_what_it_goes(port: str, kind: str) -> None:
+def test_kind_of_a_hardware_port(port: str, kind: str) -> None:
     text = f"Hardware Port: {port}\nDevice: en9\nEthernet Address: N/A\n"
     assert parse_hardware_ports(text) == {"en9": port}
     [interface] = macos_interfaces("en9: flags=8863<UP,RUNNING> mtu 1500\n", text)
@@ -75,12 +75,12 @@ def test_a_hardware_port_says_over_what_it_goes(port: str, kind: str) -> None:
 
 
 @given(st.text(), st.text())
-def test_the_parser_of_macos_takes_any_text(ifconfig: str, ports: str) -> None:
+def test_macos_parser_accepts_any_text(ifconfig: str, ports: str) -> None:
     assert all(interface.name for interface in macos_interfaces(ifconfig, ports))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 32))
-def test_any_address_and_mask_is_read(address: int, prefix: int) -> None:
+def test_any_address_and_mask_is_parsed(address: int, prefix: int) -> None:
     expected = IPv4Interface((address, prefix))
     mask = int(expected.netmask)
     text = f"en0: flags=8863<UP> mtu 1500\n\tinet {expected.ip} netmask 0x{mask:08x} broadcast 1.2.3.4\n"
@@ -114,7 +114,7 @@ tap0 tun_flags
 
 
 @pytest.mark.parametrize("text", ["", "no", "3", '["x"]', "[[1]]", '[{"x": 1}]', "{}x", "null"])
-def test_what_ip_did_not_print_is_an_error(text: str) -> None:
+def test_invalid_output_of_ip_is_an_error(text: str) -> None:
     with pytest.raises(LinkError, match="`ip -j addr` printed"):
         linux_interfaces(text, "")
 

@@ -1,4 +1,4 @@
-"""Which networks hosts have in common, and which of them is taken."""
+"""Find the common networks of hosts and choose one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AIR = Network("wifi", ("192.168.2.1", "192.168.2.2"), ("en1", "en1"))
 GOOD = LinkSpeed(0.0004, 6e9)
 
 
-def test_a_mac_studio_and_a_macbook_have_thunderbolt_and_wifi() -> None:
+def test_mac_studio_and_macbook_have_thunderbolt_and_wifi() -> None:
     found = candidates([mac("studio"), mac("macbook")])
     assert [(each.kind, each.addresses) for each in found] == [
         ("thunderbolt", ("169.254.87.12", "169.254.201.7")),
@@ -43,12 +43,12 @@ def test_a_mac_studio_and_a_macbook_have_thunderbolt_and_wifi() -> None:
     ]
 
 
-def test_a_linux_host_and_a_mac_meet_in_the_lan() -> None:
+def test_linux_host_and_mac_share_the_lan() -> None:
     [network] = candidates([linux(), mac("studio")])
     assert network == Network("ethernet", ("192.168.1.20", "192.168.1.10"), ("eth0", "en0"))
 
 
-def test_what_is_down_or_loopback_or_the_same_everywhere_is_no_network() -> None:
+def test_down_loopback_and_identical_interfaces_are_no_network() -> None:
     one = [
         interface("lo0", "loopback", "127.0.0.1/8"),
         interface("docker0", "other", "172.17.0.1/16"),
@@ -60,7 +60,7 @@ def test_what_is_down_or_loopback_or_the_same_everywhere_is_no_network() -> None
     assert candidates([one]) == []
 
 
-def test_self_assigned_addresses_are_paired_by_kind_and_the_bridge_first() -> None:
+def test_self_assigned_addresses_are_paired_by_kind_bridge_first() -> None:
     hosts = [
         [
             interface("en0", "ethernet", f"169.254.{n}.1/16"),
@@ -74,8 +74,8 @@ def test_self_assigned_addresses_are_paired_by_kind_and_the_bridge_first() -> No
     ]  # fmt: skip
 
 
-def test_a_circle_of_cables_with_a_subnet_each_is_a_network_for_a_ring() -> None:
-    """As mlx.distributed_config sets it up: a /30 for each cable."""
+def test_cable_ring_with_a_subnet_per_cable_is_a_network() -> None:
+    """mlx.distributed_config sets it up like this: a /30 for each cable."""
     hosts = [
         [
             interface("en2", "thunderbolt", f"192.168.0.{4 * n + 1}/30"),
@@ -85,16 +85,16 @@ def test_a_circle_of_cables_with_a_subnet_each_is_a_network_for_a_ring() -> None
     ]
     [network] = candidates(hosts)
     assert not network.is_shared
-    # host 1 is reached by host 0 at its end of their cable, and so on
+    # each host's address is its end of the cable to the previous host
     assert network.addresses == ("192.168.0.10", "192.168.0.2", "192.168.0.6")
 
 
-def test_a_circle_of_cables_with_self_assigned_addresses_needs_to_know_the_cables() -> None:
+def test_cable_ring_with_self_assigned_addresses_needs_the_cables() -> None:
     hosts = [[interface(f"en{k}", "thunderbolt", f"169.254.{n}.{k}/16") for k in (2, 3)] for n in range(3)]
     cables = [Cable(n, "en2", (n + 1) % 3, "en3") for n in range(3)]
     assert not any(not each.is_shared for each in candidates(hosts))
-    circle = next(each for each in candidates(hosts, cables) if not each.is_shared)
-    assert circle.addresses == ("169.254.0.3", "169.254.1.3", "169.254.2.3")
+    ring = next(each for each in candidates(hosts, cables) if not each.is_shared)
+    assert ring.addresses == ("169.254.0.3", "169.254.1.3", "169.254.2.3")
 
 
 kinds = st.sampled_from(KINDS)
@@ -111,7 +111,7 @@ host_interfaces = st.lists(
 
 
 @given(st.lists(host_interfaces, min_size=2, max_size=4))
-def test_candidates_are_sorted_by_kind_and_of_one_subnet(hosts: list[list[Interface]]) -> None:
+def test_candidates_are_sorted_by_kind_and_share_a_subnet(hosts: list[list[Interface]]) -> None:
     found = candidates(hosts)
     order = [KINDS.index(each.kind) for each in found]
     assert order == sorted(order)
@@ -122,7 +122,7 @@ def test_candidates_are_sorted_by_kind_and_of_one_subnet(hosts: list[list[Interf
         assert len(set(network.addresses)) == len(hosts)
 
 
-def test_thunderbolt_is_taken_unless_another_is_clearly_faster() -> None:
+def test_thunderbolt_is_chosen_unless_another_is_clearly_faster() -> None:
     assert choose([TB, LAN], {TB: GOOD, LAN: GOOD}) is TB
     assert choose([TB, LAN], {TB: LinkSpeed(0.00045, 5e9), LAN: LinkSpeed(0.0004, 5e9)}) is TB
     assert choose([TB, LAN], {TB: LinkSpeed(0.002, 2e8), LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
@@ -130,7 +130,7 @@ def test_thunderbolt_is_taken_unless_another_is_clearly_faster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "measured", "why"),
+    ("network", "measured", "reason"),
     [
         (AIR, GOOD, "it is Wi-Fi"),
         (LAN, LinkSpeed(0.0051, 6e9), "a round trip takes 5 ms, the limit is 5 ms"),
@@ -138,24 +138,22 @@ def test_thunderbolt_is_taken_unless_another_is_clearly_faster() -> None:
         (LAN, LinkSpeed(0.001, 117e6), "it carries 0.94 Gbit/s, 1 is the least"),
     ],
 )
-def test_a_slow_network_is_refused_with_its_figures_unless_forced(
-    network: Network, measured: LinkSpeed, why: str
-) -> None:
+def test_slow_network_is_refused_unless_forced(network: Network, measured: LinkSpeed, reason: str) -> None:
     with pytest.raises(LinkError) as caught:
         choose([network], {network: measured})
-    assert why in caught.value.message
+    assert reason in caught.value.message
     assert network.addresses[0] in caught.value.message
     assert "Gbit/s" in caught.value.message
     assert "--force-link" in (caught.value.hint or "")
     assert choose([network], {network: measured}, force=True) is network
 
 
-def test_a_slow_network_is_not_taken_beside_a_fast_one_even_if_forced() -> None:
+def test_fast_network_is_preferred_to_a_slow_one_even_if_forced() -> None:
     slow = LinkSpeed(0.02, 1e7)
     assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, force=True) is LAN
 
 
-def test_hosts_that_do_not_reach_each_other_have_no_network() -> None:
+def test_unreachable_hosts_have_no_network() -> None:
     with pytest.raises(LinkError, match=r"over any of: Thunderbolt \(169.254.1.1, 169.254.1.2\)"):
         choose([TB], {}, force=True)
     with pytest.raises(LinkError, match="no common network"):
@@ -166,7 +164,7 @@ measurements = st.builds(LinkSpeed, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
 
 
 @given(st.dictionaries(st.sampled_from([TB, LAN, AIR]), measurements))
-def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, LinkSpeed]) -> None:
+def test_chosen_network_is_measured_and_fast(measured: dict[Network, LinkSpeed]) -> None:
     fast = [each for each in measured if not slow_reasons(each, measured[each])]
     try:
         assert choose([TB, LAN, AIR], measured) in fast
@@ -174,7 +172,7 @@ def test_a_choice_is_measured_and_fast_or_there_is_none(measured: dict[Network, 
         assert not fast
 
 
-def test_figures_are_read_and_the_slowest_pair_counts() -> None:
+def test_speeds_are_parsed_and_the_slowest_pair_counts() -> None:
     assert parse_speed({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
     assert slowest([GOOD, LinkSpeed(0.0003, 1e9)]) == LinkSpeed(0.0004, 1e9)
     with pytest.raises(LinkError, match="Connection refused"):
@@ -184,7 +182,7 @@ def test_figures_are_read_and_the_slowest_pair_counts() -> None:
             parse_speed(message)
 
 
-def test_a_thunderbolt_bridge_that_is_on_is_in_the_way_of_rdma() -> None:
+def test_active_thunderbolt_bridge_conflicts_with_rdma() -> None:
     hosts = {"a": mac("macbook"), "b": mac("studio-rdma", "studio"), "c": linux()}
     [conflict] = bridge_conflicts(hosts)
     assert (conflict.host, conflict.interface, conflict.members) == ("a", "bridge0", ("en1", "en2", "en3"))

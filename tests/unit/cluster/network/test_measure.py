@@ -1,4 +1,4 @@
-"""The measuring program, for real over loopback."""
+"""The measuring program over loopback."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ SECRET = "s3cret 'quoted'"
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BULK_S", 0.1)
     monkeypatch.setattr(module, "HANDSHAKE_LIMIT_S", 0.3)
 
 
 @contextmanager
 def listening(limit_s: float = 5.0) -> Iterator[tuple[int, list[BaseException]]]:
-    """A listener in a thread: its port, and what ended it."""
+    """Run a listener in a thread; yield its port and a list that gets its error."""
     ports: list[int] = []
     errors: list[BaseException] = []
     is_ready = threading.Event()
 
-    def announce(port: int) -> None:
+    def on_listening(port: int) -> None:
         ports.append(port)
         is_ready.set()
 
     def run() -> None:
         try:
-            serve("127.0.0.1", 0, SECRET, limit_s, announce)
+            serve("127.0.0.1", 0, SECRET, limit_s, on_listening)
         except (MeasureError, OSError) as error:
             errors.append(error)
 
@@ -55,25 +55,25 @@ def listening(limit_s: float = 5.0) -> Iterator[tuple[int, list[BaseException]]]
 
 def test_loopback_is_measured() -> None:
     with listening() as (port, errors):
-        figures = measure("127.0.0.1", port, SECRET, 5)
+        measured = measure("127.0.0.1", port, SECRET, 5)
     assert not errors
-    assert 0 < figures["round_trip_s"] < 0.1
-    assert figures["bytes_per_s"] > 1e6
-    assert 1 <= figures["messages"] <= module.SMALL_COUNT
-    assert figures["bytes"] % module.BLOCK_BYTES == 0
+    assert 0 < measured["round_trip_s"] < 0.1
+    assert measured["bytes_per_s"] > 1e6
+    assert 1 <= measured["messages"] <= module.SMALL_COUNT
+    assert measured["bytes"] % module.BLOCK_BYTES == 0
 
 
-def test_a_stranger_is_turned_away_and_the_next_is_served() -> None:
+def test_wrong_secret_is_refused_and_the_next_client_is_served() -> None:
     with listening() as (port, errors):
         with pytest.raises(MeasureError, match="another secret"):
             measure("127.0.0.1", port, "wrong", 5)
-        with socket.create_connection(("127.0.0.1", port)) as mute:  # says nothing, and is given up
+        with socket.create_connection(("127.0.0.1", port)) as mute:  # sends nothing until the handshake times out
             assert measure("127.0.0.1", port, SECRET, 5)["bytes"]
             mute.close()
     assert not errors
 
 
-def test_a_listener_that_does_not_know_the_secret_is_not_believed() -> None:
+def test_listener_without_the_secret_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -90,7 +90,7 @@ def test_a_listener_that_does_not_know_the_secret_is_not_believed() -> None:
         thread.join(5)
 
 
-def test_nobody_comes() -> None:
+def test_listener_without_a_client_times_out() -> None:
     start = time.monotonic()
     with listening(limit_s=0.3) as (_, errors):
         pass
@@ -98,7 +98,7 @@ def test_nobody_comes() -> None:
     assert isinstance(errors[0], TimeoutError)
 
 
-def test_nobody_answers() -> None:
+def test_client_without_an_answer_fails() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         start = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -109,18 +109,18 @@ def test_nobody_answers() -> None:
         measure("127.0.0.1", port, SECRET, 1)
 
 
-def test_a_client_that_goes_away_ends_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
-    def give_up(connection: socket.socket, deadline: float) -> list[float]:
+def test_listener_fails_when_the_client_disconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(connection: socket.socket, deadline: float) -> list[float]:
         raise MeasureError("enough")
 
-    monkeypatch.setattr(module, "_round_trips", give_up)
+    monkeypatch.setattr(module, "_round_trips", fail)
     with listening() as (port, errors), pytest.raises(MeasureError, match="enough"):
         measure("127.0.0.1", port, SECRET, 5)
     assert "closed the connection" in str(errors[0])
 
 
 def start(*arguments: str | int) -> subprocess.Popen[str]:
-    """The program as a bare Python on another host gets it: with nothing of ours to import, the secret on its input."""
+    """Start the program as on a host without kimi-mlx: passed with `-c`, the secret on standard input."""
     python, *options = command(sys.executable, *arguments)  # pyright: ignore[reportArgumentType]
     options = [each.replace("BULK_S = 1.0", "BULK_S = 0.1") for each in options]
     process = subprocess.Popen(
@@ -131,16 +131,16 @@ def start(*arguments: str | int) -> subprocess.Popen[str]:
     return process
 
 
-def said(process: subprocess.Popen[str]) -> dict[str, object]:
+def read_message(process: subprocess.Popen[str]) -> dict[str, object]:
     assert process.stdout is not None
     return json.loads(process.stdout.readline())
 
 
-def test_the_program_needs_nothing_but_a_python() -> None:
+def test_program_needs_only_python() -> None:
     with start("serve", "127.0.0.1") as server:
-        listening = said(server)
+        listening = read_message(server)
         with start("measure", "127.0.0.1", int(str(listening["port"]))) as client:
-            measured = said(client)
+            measured = read_message(client)
             assert client.wait(10) == 0
         assert server.wait(10) == 0
     assert (listening["kind"], measured["kind"]) == ("listening", "measured")
@@ -148,9 +148,9 @@ def test_the_program_needs_nothing_but_a_python() -> None:
     assert SECRET not in " ".join(command("python3", "serve", "127.0.0.1"))
 
 
-def test_it_ends_with_its_input() -> None:
+def test_program_exits_when_its_input_ends() -> None:
     with start("serve", "127.0.0.1") as server:
-        said(server)
+        read_message(server)
         assert server.stdin is not None
         server.stdin.close()
         assert server.wait(5) == 1
@@ -163,11 +163,11 @@ def run(*arguments: str, secret: str = SECRET) -> tuple[int, dict[str, object]]:
         assert process.stdin is not None
         process.stdin.write(f"{secret}\n")
         process.stdin.flush()
-        message = said(process)
+        message = read_message(process)
         return process.wait(20), message
 
 
-def test_an_error_is_a_line_of_json_and_an_exit_code() -> None:
+def test_error_is_a_json_line_and_an_exit_code() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = str(mute.getsockname()[1])
         code, printed = run("measure", "--address", "127.0.0.1", "--port", port, "--limit", "0.3")
@@ -181,13 +181,13 @@ def test_an_error_is_a_line_of_json_and_an_exit_code() -> None:
     assert "assign" in str(printed["error"])
 
 
-def test_it_ends_even_if_its_input_never_does() -> None:
+def test_program_exits_at_its_limit_with_open_input() -> None:
     arguments = [sys.executable, module.__file__, "serve", "--address", "127.0.0.1", "--limit", "0.2"]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE) as process:
         assert process.wait(20) == 1
 
 
-def test_it_is_for_any_python_that_a_host_may_have() -> None:
+def test_program_runs_with_python_3_8_and_the_standard_library() -> None:
     source = Path(module.__file__).read_text()
     tree = ast.parse(source, feature_version=(3, 8))
     modules = [each.module or "" for each in ast.walk(tree) if isinstance(each, ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""Which port is cabled to which, and the RDMA devices that follow."""
+"""Find the Thunderbolt cables between hosts and their RDMA devices."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from kimi_mlx.errors import LinkError
 from tests.unit.cluster.captures import capture, ports
 
 
-def test_the_ports_of_a_mac_studio() -> None:
+def test_ports_of_a_mac_studio() -> None:
     studio = ports("studio")
-    # the sixth has no identifier, as nothing is in it
+    # the sixth has no identifier, because nothing is plugged in
     assert [(port.receptacle, port.interface) for port in studio] == [(str(n), f"en{n + 1}") for n in range(1, 6)]
-    assert [port.receptacle for port in studio if port.peer_domain] == ["2"]  # not 4, in which a drive is
+    assert [port.receptacle for port in studio if port.peer_domain] == ["2"]  # not 4: it has a drive
     assert [port.gbit_per_s for port in studio] == [None, 80, None, 80, None]
 
 
-def test_the_cable_between_two_macs() -> None:
+def test_cable_between_two_macs() -> None:
     assert find_cables([ports("studio"), ports("macbook")]) == (Cable(0, "en3", 1, "en1", 80),)
     assert find_cables([ports("macbook"), ports("studio")]) == (Cable(0, "en1", 1, "en3", 80),)
     assert find_cables([ports("studio")]) == ()
 
 
-def test_the_rdma_devices_of_a_pair() -> None:
+def test_rdma_devices_of_a_pair() -> None:
     cables = find_cables([ports("studio"), ports("macbook")])
     studio = parse_ibv_devices(capture("studio-ibv-devices.txt"))
     assert studio == ("rdma_en2", "rdma_en3", "rdma_en5", "rdma_en4", "rdma_en6", "rdma_en7")
@@ -46,7 +46,7 @@ def test_the_rdma_devices_of_a_pair() -> None:
     assert rdma_matrix(cables, [studio, ()]) == (((), ()), ((), ()))
 
 
-def test_a_cable_of_thunderbolt_4_carries_no_rdma() -> None:
+def test_thunderbolt_4_has_no_rdma() -> None:
     devices = [("rdma_en1",), ("rdma_en1",)]
     assert not rdma_matrix([Cable(0, "en1", 1, "en1", 40)], devices)[0][1]
     assert rdma_matrix([Cable(0, "en1", 1, "en1", None)], devices)[0][1]
@@ -55,12 +55,12 @@ def test_a_cable_of_thunderbolt_4_carries_no_rdma() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "null", '{"SPThunderboltDataType": 3}', '{"SPThunderboltDataType": [3]}']
 )
-def test_what_is_no_profile_is_an_error(text: str) -> None:
+def test_invalid_system_profile_is_an_error(text: str) -> None:
     with pytest.raises(LinkError, match="printed nothing of Thunderbolt"):
         thunderbolt_ports(text, "")
 
 
-def test_a_host_without_thunderbolt_has_no_ports() -> None:
+def test_host_without_thunderbolt_has_no_ports() -> None:
     assert thunderbolt_ports('{"SPThunderboltDataType": []}', "") == ()
     assert parse_ibv_devices("") == ()
 
@@ -71,8 +71,8 @@ cablings = st.integers(2, 6).flatmap(
 
 
 @given(cablings)
-def test_any_cabling_is_found_again(cabling: tuple[int, set[tuple[int, int]]]) -> None:
-    """Ports made from cables give the cables; their matrix is one that a hostfile takes."""
+def test_any_cabling_is_recovered_from_its_ports(cabling: tuple[int, set[tuple[int, int]]]) -> None:
+    """The ports of given cables yield those cables; their RDMA matrix is valid in a hostfile."""
     count, pairs = cabling
     ends = {frozenset(pair): (f"en{pair[1]}", f"en{pair[0]}") for pair in pairs}
     hosts = [
@@ -97,7 +97,7 @@ def test_any_cabling_is_found_again(cabling: tuple[int, set[tuple[int, int]]]) -
         assert ring_wires([[matrix[i][j] for j in order] for i in order]) == 1
 
 
-def test_two_cables_between_two_hosts_are_two_wires_in_the_same_order() -> None:
+def test_two_cables_between_two_hosts_keep_their_order_at_both_ends() -> None:
     cables = [Cable(0, "en1", 1, "en5"), Cable(1, "en6", 0, "en2")]
     devices = [("rdma_en1", "rdma_en2"), ("rdma_en5", "rdma_en6")]
     matrix = rdma_matrix(cables, devices, wires=4)
