@@ -1,4 +1,4 @@
-"""Hosts for tests over real ssh."""
+"""Fixtures for tests over ssh."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.hosts import Hosts, why_not
+from tests.cluster.hosts import Hosts, missing_requirement
 
 
 @pytest.fixture(scope="module")
 def hosts_of_module() -> Iterator[Hosts]:
-    """Two hosts for all tests of a module."""
-    if reason := why_not():
+    """Start two hosts for all tests of a module."""
+    if reason := missing_requirement():
         pytest.skip(reason)
     with Hosts() as hosts:
         yield hosts
@@ -20,7 +20,7 @@ def hosts_of_module() -> Iterator[Hosts]:
 
 @pytest.fixture
 def hosts(hosts_of_module: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """Two hosts that are well, and `ssh` that knows them; whatever a test does to them is undone."""
+    """Return two healthy hosts and put an `ssh` that knows them on PATH; restore them after the test."""
     monkeypatch.setenv("PATH", hosts_of_module.path)
     yield hosts_of_module
     hosts_of_module.heal()

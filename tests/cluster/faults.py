@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tests.cluster.hosts import ROOT, Hosts, why_not
+from tests.cluster.hosts import ROOT, Hosts, missing_requirement
 
 QUESTION = ("chat", "kimi-mini", "-t", "0", "-p", "Draw a pelican")
 """The answer has 283 tokens, 559 characters."""
@@ -381,7 +381,7 @@ FAULTS = (
 
 def main() -> None:
     """Print the table."""
-    if reason := why_not():
+    if reason := missing_requirement():
         sys.exit(reason)
     expected = run_without_faults()
     print("| fault | noticed after | next text after | text | exit code | front ended after | nothing left after |")

@@ -1,10 +1,10 @@
-"""Two computers on this one, for tests of what runs over ssh. Linux, as root.
+"""Simulate hosts with namespaces, for tests over ssh. Needs Linux and root.
 
-Each host is a set of namespaces (network, mounts, processes, name) round a first process, with an SSH server, a home
-and a host key of its own; files, processors and memory are this machine's. A third network namespace is the switch: it
-holds two bridges, `lan` (ssh goes here) and `tb` (the Thunderbolt cable), that each host and this machine are plugged
-into. No namespace has a name, so that everything, cables included, is gone with the processes that hold it; and these
-end with the test's own process, whatever ends that.
+Each host is a set of namespaces (network, mounts, processes, name) with its own init process, SSH server, home and
+host key; it shares files, processors and memory with this machine. A third network namespace is the switch. It has two
+bridges, `lan` (for ssh) and `tb` (the Thunderbolt cable), which connect the hosts and this machine. No namespace has a
+name, so that everything, cables included, disappears with the processes that hold it. These processes end with the
+test process, even if it is killed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from types import TracebackType
 
 LINKS = {"lan": ("en0", 77), "tb": ("thunderbolt0", 78)}
-"""Link -> its interface on a host, the second part of its addresses."""
+"""Link -> (its interface on a host, the second number of its addresses)."""
 
 ROOT = Path(__file__).parents[2]
-"""Hosts run the kimi-mlx that is tested, whatever is installed."""
+"""Source folder; hosts run the kimi-mlx of this folder."""
 
 LIMIT_S = 15.0
-"""For any one step."""
+"""Time limit of each step."""
 
 TOOLS = ("ip", "tc", "ps", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "sshd")
 
@@ -41,10 +41,10 @@ while :; do sleep 1000 & wait $!; done
 """
 
 
-def why_not() -> str | None:
-    """Why this machine cannot hold test hosts; None if it can."""
+def missing_requirement() -> str | None:
+    """Return why this machine cannot run test hosts; None if it can."""
     if sys.platform != "linux":
-        return "test hosts need Linux' namespaces"
+        return "test hosts need namespaces of Linux"
     if os.geteuid() != 0:
         return "test hosts need root"
     if missing := [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]:
@@ -56,19 +56,19 @@ def why_not() -> str | None:
         "mount --make-rprivate / && ip link add x1 type bridge && ip link add x2 type veth peer name x3",
     ]
     done = subprocess.run(probe, capture_output=True, text=True, env={"PATH": _PATH}, timeout=LIMIT_S, check=False)
-    return f"namespaces are not possible here: {done.stderr.strip()}" if done.returncode else None
+    return f"cannot create namespaces: {done.stderr.strip()}" if done.returncode else None
 
 
 class Hosts:
-    """Hosts `mac-a`, `mac-b` ...; a context manager: leaving it removes them.
+    """Context manager that starts the hosts `mac-a`, `mac-b` ... and removes them on exit.
 
     Args:
-        count: how many.
+        count: number of hosts.
     """
 
     def __init__(self, count: int = 2):
         self.names = [f"mac-{letter}" for letter in "abcdefgh"[:count]]
-        # Not below pytest's folder, which is nobody else's to enter: sshd wants to read keys as anybody.
+        # Not below pytest's folder, which only its owner may enter: sshd reads keys as another user.
         self.folder = Path(tempfile.mkdtemp(prefix="kimi-hosts-"))
         self._id = f"{os.getpid() % 0xFFFFF:05x}{id(self) >> 4 & 0xFFF:03x}"
         self._subnet = _free_subnet()
@@ -76,7 +76,7 @@ class Hosts:
         self._without: set[str] = set()
 
     def __enter__(self) -> Hosts:
-        """Make the switch, the hosts and their SSH servers."""
+        """Start the switch, the hosts and their SSH servers."""
         try:
             self._write_files()
             self._start("switch", ["sh", "-c", ': >"$1"; exec sleep infinity', "switch", str(self._ready("switch"))])
@@ -94,11 +94,11 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove everything."""
+        """Remove the hosts."""
         self.close()
 
     def close(self) -> None:
-        """End all processes, with which the namespaces and cables go, and remove the files."""
+        """Kill all processes, which removes namespaces and cables, and delete the files."""
         for name in [*self.names, "switch"]:
             self._end(name)
         _wait(lambda: not list(Path("/sys/class/net").glob(f"k{self._id}*")), "the end of the cables")
@@ -106,27 +106,27 @@ class Hosts:
 
     @property
     def path(self) -> str:
-        """A PATH in which `ssh` knows the hosts; the user's own ~/.ssh is left alone.
+        """Return a PATH whose `ssh` knows the hosts; the user's ~/.ssh is not used.
 
-        What the variable SSH_OPTIONS holds comes first there, and so overrules what kimi-mlx says.
+        The variable SSH_OPTIONS adds options, which take precedence over those of kimi-mlx.
         """
         return f"{self.folder}/bin:{_PATH}"
 
     def address(self, name: str, link: str = "tb") -> str:
-        """The address of a host on a link; of this machine for `this`."""
+        """Return the address of a host on a link; `this` is this machine."""
         last = 1 if name == "this" else 11 + self.names.index(name)
         return f"10.{LINKS[link][1]}.{self._subnet}.{last}"
 
     def home(self, name: str) -> Path:
-        """The home folder of root on a host, as seen here and there."""
+        """Return root's home folder on a host; the path is valid on this machine too."""
         return self.folder / name / "home"
 
     def packages(self, name: str) -> Path:
-        """What a host's Python looks into first; empty."""
+        """Return the first folder of a host's Python path; it starts empty."""
         return self.folder / name / "packages"
 
     def left(self, name: str) -> list[str]:
-        """The command lines of processes of ours on a host, and what is left in its folder for temporary files."""
+        """Return command lines of our processes on a host, and names of its temporary files."""
         if self._processes[name].poll() is not None:
             return []
         lines = self._in(name, "ps", "-A", "-o", "args=").splitlines()
@@ -136,27 +136,27 @@ class Hosts:
             *os.listdir(self.folder / name / "tmp"),
         ]
 
-    def is_joined(self, name: str) -> bool:
-        """Whether a host has a connection over Thunderbolt."""
+    def is_connected(self, name: str) -> bool:
+        """Return whether a host has a TCP connection over Thunderbolt."""
         number = "".join(f"{int(each):02X}" for each in reversed(self.address(name).split(".")))
         rows = [line.split() for line in self._in(name, "cat", "/proc/net/tcp").splitlines()]
         return any(row[1].startswith(number) and row[3] == "01" for row in rows)
 
     def slow_down(self, name: str, link: str, rate: str) -> None:
-        """Let a host send no faster than this, such as `50mbit`."""
+        """Limit the rate at which a host sends, e.g. `50mbit`."""
         self._in(name, "tc", *f"qdisc add dev {LINKS[link][0]} root tbf rate {rate} burst 64kb latency 100ms".split())
 
     def drop_answers(self, name: str) -> None:
-        """A firewall: whoever connects to a port above 1023 of this host over Thunderbolt never hears of it."""
+        """Act as a firewall: drop answers from ports above 1023 of this host over Thunderbolt."""
         rule = f"rule add pref 100 to 10.78.{self._subnet}.0/24 ipproto tcp sport 1024-65534 blackhole"
         self._in(name, "ip", *rule.split())
 
     def run(self, name: str, *command: str) -> str:
-        """Run a command on a host without ssh; its standard output."""
+        """Run a command on a host without ssh; return its standard output."""
         return self._in(name, *command)
 
     def cut(self, name: str, *links: str) -> None:
-        """Pull cables out (all, if none is named): packets vanish, addresses stay."""
+        """Pull cables out (all, if none is named): packets are lost, addresses stay."""
         for link in links or LINKS:
             self._in("switch", "ip", "link", "set", f"{link}-{name}", "down")
 
@@ -166,38 +166,38 @@ class Hosts:
             self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
 
     def boot(self, name: str) -> None:
-        """Switch a host on again, with its files, but for temporary ones."""
+        """Switch a host on again, with its files except temporary ones."""
         temporary = self.folder / name / "tmp"
         shutil.rmtree(temporary)
         temporary.mkdir()
         self._boot(name)
 
     def stop_sshd(self, name: str) -> None:
-        """End the SSH server; sessions go on."""
+        """Stop the SSH server; open sessions continue."""
         pid = (self.folder / name / "sshd.pid").read_text().strip()
         self._in(name, "sh", "-c", f"kill {pid}")
         _wait(lambda: not self._listens(name), f"the end of sshd on {name}")
 
     def change_host_key(self, name: str) -> None:
-        """Another host key, as after a new installation."""
+        """Replace the host key, as a new installation does."""
         self.stop_sshd(name)
         _make_key(self.folder / name / "host_key", name)
         self._start_sshd(name)
 
-    def take_kimi_mlx(self, name: str) -> None:
-        """Leave a host's Python without the kimi-mlx that is tested, as a computer is on which nobody installed it."""
+    def remove_kimi_mlx(self, name: str) -> None:
+        """Remove kimi-mlx from the path of a host's Python, as if it was never installed."""
         self._without.add(name)
         self._write_sshd_config(name)
         self.stop_sshd(name)
         self._start_sshd(name)
 
     def power_off(self, name: str) -> None:
-        """Switch a host off without a word to its peers."""
+        """Switch a host off without a message to its peers."""
         self.cut(name)
         self._end(name)
 
     def heal(self) -> None:
-        """Undo whatever was done to the hosts."""
+        """Restore all hosts."""
         for name in self.names:
             if self._processes[name].poll() is not None:
                 self.boot(name)
@@ -233,7 +233,7 @@ class Hosts:
         self._start_sshd(name)
 
     def _start(self, name: str, command: Sequence[str]) -> None:
-        """Start the process that holds a network namespace; it ends when ours does."""
+        """Start the process that holds a network namespace; it ends with this process."""
         ready = self._ready(name)
         ready.unlink(missing_ok=True)
         with (self.folder / name / "log").open("ab") as log:
@@ -254,16 +254,16 @@ class Hosts:
             process.wait(LIMIT_S)
 
     def _plug(self, name: str, link: str, pid: int, interface: str, address: str) -> None:
-        """A cable from the switch to a network namespace."""
+        """Connect a network namespace to the switch."""
         port = f"{link}-{name}"
         switch = str(self._processes["switch"].pid)
         inside = ("nsenter", "-t", str(pid), "-n", "ip")
         with contextlib.suppress(subprocess.CalledProcessError):
-            self._in("switch", "ip", "link", "del", port)  # of a host that was switched off
+            self._in("switch", "ip", "link", "del", port)  # left by a host that was switched off
         numbers = [int(each) for each in address.partition("/")[0].split(".")]
-        mac = "02:4b:" + ":".join(f"{each:02x}" for each in numbers)  # a computer keeps its own, and peers remember it
-        ours = ("link", "add", interface, "address", mac, "netns", str(pid))
-        _run("ip", *ours, "type", "veth", "peer", "name", port, "netns", switch)
+        mac = "02:4b:" + ":".join(f"{each:02x}" for each in numbers)  # kept over a restart, because peers cache it
+        new_link = ("link", "add", interface, "address", mac, "netns", str(pid))
+        _run("ip", *new_link, "type", "veth", "peer", "name", port, "netns", switch)
         _run(*inside, "addr", "add", address, "dev", interface)
         _run(*inside, "link", "set", interface, "up")
         self._in("switch", "ip", "link", "set", port, "master", link, "up")
@@ -342,7 +342,7 @@ class Hosts:
 
 
 def _free_subnet() -> int:
-    """A number n for 10.77.n.0/24 and 10.78.n.0/24 that no route touches."""
+    """Return a number n such that no route uses 10.77.n.0/24 or 10.78.n.0/24."""
     routes = _run("ip", "-4", "route", "show", "table", "all")
     start = os.getpid() % 254
     numbers = ((start + i) % 254 + 1 for i in range(254))

@@ -1,7 +1,7 @@
-"""Less patience than users have, and measurements that are sooner over, for tests of what comes then.
+"""Shorter waits and measurements, for tests.
 
-Limits after which something alive is given up stay as users have them, for machines that are busy; a test of such a
-limit shortens it by itself.
+Limits that could stop something alive keep their defaults, because test machines may be busy; a test of such a limit
+shortens it itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ PAIR_LIMIT_S = 3.0
 RESTART_DELAY_S = 0.5
 
 MAIN = """
-from tests.cluster.impatience import be_impatient
-be_impatient()
+from tests.cluster.impatience import shorten_waits
+shorten_waits()
 from kimi_mlx.cli.app import main
 main()
 """
@@ -30,28 +30,25 @@ links.PREFERENCE = links.ROUND_TRIP_LIMIT_S = 1000.0
 links.RATE_LIMIT_BYTES_PER_S = 0
 {MAIN}
 """
-"""The first network that answers is taken: on a machine that is busy each may be found to be the slow one."""
+"""Accept the first network that answers: on a busy machine any of them may measure as slow."""
 
 
-def be_impatient(change: Callable[[object, str, object], None] = setattr) -> None:
-    """Shorten what this process waits for.
+def shorten_waits(change: Callable[[object, str, object], None] = setattr) -> None:
+    """Shorten the waits of this process.
 
     Args:
-        change: how, such as a MonkeyPatch's `setattr`.
+        change: function that sets an attribute, e.g. a MonkeyPatch's `setattr`.
     """
     from kimi_mlx.session import restart_policy
 
-    impatient = partial(measure_networks.measure_network, limit_s=PAIR_LIMIT_S)
+    measure_network = partial(measure_networks.measure_network, limit_s=PAIR_LIMIT_S)
     for module in (measure_networks, choose):
-        change(module, "measure_network", impatient)
+        change(module, "measure_network", measure_network)
     change(measure_networks, "command", _short_command)
     change(payloads, "PAYLOAD_S", 0.1)
     change(restart_policy, "RESTART_DELAYS_S", (RESTART_DELAY_S,))
 
 
 def _short_command(*arguments: Any) -> list[str]:
-    """A measurement that sends for less than a second."""
-    words = measure.command(*arguments)
-    source = words.index(next(word for word in words if "BULK_S = 1.0" in word))
-    words[source] = words[source].replace("BULK_S = 1.0", "BULK_S = 0.2")
-    return words
+    """Return the command of a measurement that sends for 0.2 s."""
+    return [part.replace("BULK_S = 1.0", "BULK_S = 0.2") for part in measure.command(*arguments)]

@@ -1,4 +1,4 @@
-"""The doctor on two hosts over real ssh: well, and with each fault its message, within its limit, and nothing left."""
+"""`kimi-mlx doctor` on two hosts over ssh: without faults, and its message for each fault. No leftovers remain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kimi_mlx.version import __version__
 from tests import processes
 from tests.cluster import faults, impatience
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.impatience import PAIR_LIMIT_S, be_impatient
+from tests.cluster.impatience import PAIR_LIMIT_S, shorten_waits
 from tests.command import call
 
 pytestmark = pytest.mark.slow
@@ -37,42 +37,42 @@ doctor.DEAD_LINK_LIMIT_S = 1.5
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What the doctor said."""
+class Report:
+    """Exit code and document of `kimi-mlx doctor --json`."""
 
     code: int
     document: dict[str, Any]
 
-    def trouble(self, check: str) -> dict[str, str]:
-        """The one trouble there is, of this check."""
+    def problem(self, check: str) -> dict[str, str]:
+        """Return the only problem; it must be of this check."""
         assert self.code == 1, self.document
-        found = [each for each in self.document["findings"] if each["state"] == "problem"]
-        assert [each["check"] for each in found] == [check], found
-        return found[0]
+        problems = [each for each in self.document["findings"] if each["state"] == "problem"]
+        assert [each["check"] for each in problems] == [check], problems
+        return problems[0]
 
 
 def start(*arguments: str, code: str = impatience.MAIN) -> subprocess.Popen[str]:
     return processes.start([sys.executable, "-c", code, "doctor", *arguments, "--json"], text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> Visit:
+def finish(process: subprocess.Popen[str]) -> Report:
     out, err = process.communicate(timeout=180)
     assert "Traceback" not in err, err
-    return Visit(process.returncode, json.loads(out) if out else {"error": err})
+    return Report(process.returncode, json.loads(out) if out else {"error": err})
 
 
-def visit(*arguments: str) -> Visit:
-    """Without a process of its own, and with less patience for links than the command has."""
+def run_doctor(*arguments: str) -> Report:
+    """Run the command in this process with shorter waits."""
     with pytest.MonkeyPatch.context() as patch:
-        be_impatient(patch.setattr)
+        shorten_waits(patch.setattr)
         done = call("doctor", *arguments, "--json")
     document = json.loads(done.stdout) if done.stdout else {"error": done.stderr}
-    return Visit(done.returncode, document)
+    return Report(done.returncode, document)
 
 
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hosts run, too."""
+    """Run the code of this folder, as the hosts do."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
@@ -101,20 +101,20 @@ def good(hosts: Hosts, folder: Path) -> str:
     return write(folder, *map(hosts.address, hosts.names))
 
 
-def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_path: Path) -> None:
+def test_no_problems_and_the_addresses_are_saved(hosts: Hosts, tmp_path: Path) -> None:
     file = tmp_path / "two.json"
-    found = finish(start(*HOSTS, "--save", str(file), code=faults.MAIN))  # with the limits that users have
-    assert found.code == 0, found.document
-    assert found.document["ok"]
-    assert not [each for each in found.document["findings"] if each["state"] != "ok"]
-    kind = found.document["network"]["kind"]  # a busy machine may find its virtual Ethernet much faster
-    assert sorted(each["kind"] for each in found.document["links"]) == ["ethernet", "thunderbolt"]
-    assert all(each["measured"]["bytes_per_s"] > 1e6 for each in found.document["links"])
-    assert len(found.document["self_test"]["timings"]) == 18
+    report = finish(start(*HOSTS, "--save", str(file), code=faults.MAIN))  # with the default limits
+    assert report.code == 0, report.document
+    assert report.document["ok"]
+    assert not [each for each in report.document["findings"] if each["state"] != "ok"]
+    kind = report.document["network"]["kind"]  # a busy machine may find its virtual Ethernet much faster
+    assert sorted(each["kind"] for each in report.document["links"]) == ["ethernet", "thunderbolt"]
+    assert all(each["measured"]["bytes_per_s"] > 1e6 for each in report.document["links"])
+    assert len(report.document["self_test"]["timings"]) == 18
     saved = read_hostfile(file)
     wire = {"thunderbolt": "tb", "ethernet": "lan"}[kind]
     assert [(host.ssh, host.ips) for host in saved.hosts] == [(n, (hosts.address(n, wire),)) for n in hosts.names]
-    again = visit("--hostfile", str(file), "--quick")
+    again = run_doctor("--hostfile", str(file), "--quick")
     assert (again.code, again.document["self_test"]) == (0, None)
 
 
@@ -127,67 +127,67 @@ def test_all_is_well_and_the_thunderbolt_addresses_are_saved(hosts: Hosts, tmp_p
         pytest.param("power_off", "cannot be reached", "check that it is on, awake", marks=pytest.mark.sweep),
     ],
 )
-def test_a_host_that_ssh_does_not_reach(
+def test_host_unreachable_by_ssh(
     hosts: Hosts, fault: str, message: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
     getattr(hosts, fault)("mac-b")
-    found = visit(*HOSTS)
-    trouble = found.trouble("reachable")
-    assert trouble["host"] == "mac-b"
-    assert message in trouble["message"]
-    assert remedy in trouble["remedy"]
-    assert found.document["hosts"]["mac-a"]["hostname"] == "mac-a"
+    report = run_doctor(*HOSTS)
+    problem = report.problem("reachable")
+    assert problem["host"] == "mac-b"
+    assert message in problem["message"]
+    assert remedy in problem["remedy"]
+    assert report.document["hosts"]["mac-a"]["hostname"] == "mac-a"
 
 
-def test_a_python_that_is_not_there(hosts: Hosts) -> None:
-    found = visit(*HOSTS, "--python", "/no/such/python")
-    troubles = [each for each in found.document["findings"] if each["state"] == "problem"]
-    assert {(each["host"], each["message"]) for each in troubles} == {
+def test_python_is_missing(hosts: Hosts) -> None:
+    report = run_doctor(*HOSTS, "--python", "/no/such/python")
+    problems = [each for each in report.document["findings"] if each["state"] == "problem"]
+    assert {(each["host"], each["message"]) for each in problems} == {
         (name, "`/no/such/python` does not exist") for name in hosts.names
     }
-    assert found.code == 1
+    assert report.code == 1
 
 
-def test_another_version_on_one_host(hosts: Hosts) -> None:
+def test_other_version_on_one_host(hosts: Hosts) -> None:
     folder = hosts.packages("mac-b") / "kimi_mlx-0.0.9.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: kimi-mlx\nVersion: 0.0.9\n")
-    trouble = visit(*HOSTS).trouble("versions")
-    assert trouble["message"] == f"kimi-mlx 0.0.9 (`mac-a`: {__version__})"
-    assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in trouble["remedy"]
+    problem = run_doctor(*HOSTS).problem("versions")
+    assert problem["message"] == f"kimi-mlx 0.0.9 (`mac-a`: {__version__})"
+    assert "`kimi-mlx launch --hosts mac-a,mac-b --install`" in problem["remedy"]
 
 
-def test_an_address_that_is_not_of_the_host(hosts: Hosts, tmp_path: Path) -> None:
-    trouble = visit("--hostfile", write(tmp_path, hosts.address("mac-a"), "10.99.0.7")).trouble("addresses")
-    assert trouble["host"] == "mac-b"
-    assert f"it has {hosts.address('mac-b', 'lan')}, {hosts.address('mac-b')}" in trouble["message"]
-    assert "`kimi-mlx doctor --hosts mac-a,mac-b --save FILE`" in trouble["remedy"]
+def test_address_of_another_host(hosts: Hosts, tmp_path: Path) -> None:
+    problem = run_doctor("--hostfile", write(tmp_path, hosts.address("mac-a"), "10.99.0.7")).problem("addresses")
+    assert problem["host"] == "mac-b"
+    assert f"it has {hosts.address('mac-b', 'lan')}, {hosts.address('mac-b')}" in problem["message"]
+    assert "`kimi-mlx doctor --hosts mac-a,mac-b --save FILE`" in problem["remedy"]
 
 
-def test_a_host_that_is_named_twice(hosts: Hosts) -> None:
-    found = visit("--hosts", "mac-a,mac-a")
-    assert (found.code, "has `mac-a` twice" in found.document["error"]) == (2, True)
-    trouble = visit("--hosts", f"mac-a,{hosts.address('mac-a', 'lan')}").trouble("host")
-    assert "same computer as `mac-a`" in trouble["message"]
+def test_host_is_named_twice(hosts: Hosts) -> None:
+    report = run_doctor("--hosts", "mac-a,mac-a")
+    assert (report.code, "has `mac-a` twice" in report.document["error"]) == (2, True)
+    problem = run_doctor("--hosts", f"mac-a,{hosts.address('mac-a', 'lan')}").problem("host")
+    assert "same computer as `mac-a`" in problem["message"]
 
 
 @pytest.mark.sweep
-def test_a_cable_that_is_out(hosts: Hosts, tmp_path: Path) -> None:
+def test_cable_is_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
     hosts.cut("mac-b", "tb")
-    found = visit("--hostfile", good(hosts, tmp_path))
-    trouble = found.trouble("link")
-    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: " in trouble["message"]
-    other = visit(*HOSTS, "--quick")
+    report = run_doctor("--hostfile", good(hosts, tmp_path))
+    problem = report.problem("link")
+    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: " in problem["message"]
+    other = run_doctor(*HOSTS, "--quick")
     assert (other.code, other.document["network"]["kind"]) == (0, "ethernet")
 
 
-def test_a_firewall(hosts: Hosts, tmp_path: Path) -> None:
+def test_firewall(hosts: Hosts, tmp_path: Path) -> None:
     hosts.drop_answers("mac-b")
-    found = visit("--hostfile", good(hosts, tmp_path))
-    trouble = found.trouble("link")
-    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer within {PAIR_LIMIT_S:g} s" in trouble["message"]
-    assert "firewall" in trouble["remedy"]
+    report = run_doctor("--hostfile", good(hosts, tmp_path))
+    problem = report.problem("link")
+    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer within {PAIR_LIMIT_S:g} s" in problem["message"]
+    assert "firewall" in problem["remedy"]
 
 
 def test_a_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -> None:
@@ -195,11 +195,11 @@ def test_a_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -
         for link in ("tb", "lan"):
             hosts.slow_down(name, link, "200mbit")
     file = tmp_path / "slow.json"
-    trouble = visit(*HOSTS, "--save", str(file)).trouble("link")
-    assert re.search(r"carries 0\.[12]\d Gbit/s, 1 is the least", trouble["message"])
-    assert "`--force-link`" in trouble["remedy"]
+    problem = run_doctor(*HOSTS, "--save", str(file)).problem("link")
+    assert re.search(r"carries 0\.[12]\d Gbit/s, 1 is the least", problem["message"])
+    assert "`--force-link`" in problem["remedy"]
     assert not file.exists()
-    forced = visit(*HOSTS, "--force-link", "--save", str(file))
+    forced = run_doctor(*HOSTS, "--force-link", "--save", str(file))
     assert forced.code == 0
     assert [each["check"] for each in forced.document["findings"] if each["state"] == "warning"] == ["link"]
     assert len(read_hostfile(file).hosts) == 2
@@ -212,16 +212,16 @@ def put_store(hosts: Hosts, name: str, rank: int, commit: str) -> None:
     (place / "manifest.json").write_text(json.dumps({"format": 1, "origin": origin}, indent=1))
 
 
-def test_a_store_that_is_missing_and_one_of_another_commit(hosts: Hosts, tmp_path: Path) -> None:
-    asked = ("owner/model", "--hostfile", good(hosts, tmp_path), "--quick")
+def test_missing_store_and_store_of_another_commit(hosts: Hosts, tmp_path: Path) -> None:
+    arguments = ("owner/model", "--hostfile", good(hosts, tmp_path), "--quick")
     put_store(hosts, "mac-a", 0, "a" * 12)
-    trouble = visit(*asked).trouble("stores")
-    assert trouble["host"] == "mac-b"
-    assert "the store of rank 1 is missing" in trouble["message"]
+    problem = run_doctor(*arguments).problem("stores")
+    assert problem["host"] == "mac-b"
+    assert "the store of rank 1 is missing" in problem["message"]
     put_store(hosts, "mac-b", 1, "b" * 12)
-    trouble = visit(*asked).trouble("stores")
-    assert trouble["host"] in hosts.names
-    assert "is missing; it has " in trouble["message"]
+    problem = run_doctor(*arguments).problem("stores")
+    assert problem["host"] in hosts.names
+    assert "is missing; it has " in problem["message"]
 
 
 def started(hosts: Hosts, mark: str) -> bool:
@@ -229,37 +229,37 @@ def started(hosts: Hosts, mark: str) -> bool:
 
 
 def wait_until_they_exchange(hosts: Hosts) -> None:
-    """The self-test has begun, and its ranks are joined."""
+    """Wait until the self-test runs and its ranks are connected."""
     wait(lambda: started(hosts, "rank.self_test import"), 120)
-    wait(lambda: all(map(hosts.is_joined, hosts.names)), 60)
+    wait(lambda: all(map(hosts.is_connected, hosts.names)), 60)
     time.sleep(0.5)
 
 
 @pytest.mark.sweep
-def test_a_cable_that_is_pulled_during_the_self_test(hosts: Hosts, tmp_path: Path) -> None:
-    # of Kimi K2's size, so that it takes a while
+def test_cable_is_pulled_out_during_the_self_test(hosts: Hosts, tmp_path: Path) -> None:
+    # payloads of Kimi K2's size, so that it takes a while
     process = start("--hostfile", good(hosts, tmp_path), "kimi-k2", code=SHORT_STEPS)
     wait_until_they_exchange(hosts)
     hosts.cut("mac-b", "tb")
-    found = finish(process)
-    assert found.code == 1
-    [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
-    assert trouble["state"] == "problem"
+    report = finish(process)
+    assert report.code == 1
+    [problem] = [each for each in report.document["findings"] if each["check"] == "self-test"]
+    assert problem["state"] == "problem"
     assert (
-        "though all ranks are alive" in trouble["message"]
-        or "could not connect to the other ranks" in trouble["message"]
+        "though all ranks are alive" in problem["message"]
+        or "could not connect to the other ranks" in problem["message"]
     )
-    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer" in trouble["message"]
+    assert f"`mac-a` to `mac-b` at {hosts.address('mac-b')}: no answer" in problem["message"]
 
 
-def test_a_rank_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
+def test_rank_is_killed(hosts: Hosts, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path), "kimi-k2")
     wait_until_they_exchange(hosts)
     hosts.run("mac-b", "pkill", "-KILL", "-f", "rank.self_test import")
-    found = finish(process)
-    [trouble] = [each for each in found.document["findings"] if each["check"] == "self-test"]
-    assert trouble["state"] == "problem"
-    assert re.fullmatch(r"rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL", trouble["message"])
+    report = finish(process)
+    [problem] = [each for each in report.document["findings"] if each["check"] == "self-test"]
+    assert problem["state"] == "problem"
+    assert re.fullmatch(r"rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL", problem["message"])
 
 
 @pytest.mark.sweep

@@ -1,4 +1,4 @@
-"""Facts and faults over real ssh, on two hosts."""
+"""Facts of two hosts over ssh, and faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cluster.hosts import Hosts
 pytestmark = pytest.mark.slow
 
 
-def test_two_hosts_tell_their_facts_in_one_trip(hosts: Hosts) -> None:
+def test_facts_of_two_hosts(hosts: Hosts) -> None:
     script = facts_script([sys.executable])
     answers = run_everywhere(["localhost", *hosts.names], script, FACTS_LIMIT_S)
     for name in hosts.names:
@@ -33,11 +33,11 @@ def test_two_hosts_tell_their_facts_in_one_trip(hosts: Hosts) -> None:
         assert check_clock(facts, answers[name]).state == "ok"
 
 
-def test_what_is_sent_to_a_host_arrives(hosts: Hosts) -> None:
-    words = ["", "-x", "it's", "a\nb", '$(id) `id` "$HOME"', "a;b\\", "é *"]
-    sent = ssh_command("mac-a", ["printf", "%s\\0", *words])
+def test_arguments_and_input_arrive_unchanged(hosts: Hosts) -> None:
+    arguments = ["", "-x", "it's", "a\nb", '$(id) `id` "$HOME"', "a;b\\", "é *"]
+    sent = ssh_command("mac-a", ["printf", "%s\\0", *arguments])
     done = subprocess.run(sent, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=20)
-    assert [word.decode() for word in done.stdout.split(b"\0")[:-1]] == words
+    assert [part.decode() for part in done.stdout.split(b"\0")[:-1]] == arguments
     data = bytes(range(256)) * 4000
     answer = run_script("mac-a", "cat >~/x; cksum <~/x", 20, stdin_extra=data)
     assert answer.is_ok
@@ -52,7 +52,7 @@ def test_what_is_sent_to_a_host_arrives(hosts: Hosts) -> None:
         ("change_host_key", "a different host key", "ssh-keygen -R"),
     ],
 )
-def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: str) -> None:
+def test_message_for_each_fault(hosts: Hosts, fault: str, message: str, hint: str) -> None:
     getattr(hosts, fault)("mac-b")
     begin = time.monotonic()
     answers = run_everywhere(hosts.names, "hostname", 30)
@@ -67,7 +67,7 @@ def test_a_fault_is_told_in_words(hosts: Hosts, fault: str, message: str, hint: 
 
 
 @pytest.mark.sweep
-def test_a_pulled_cable_and_a_host_that_is_off(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pulled_cable_and_host_that_is_off(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSH_OPTIONS", "-oConnectTimeout=3")
     hosts.cut("mac-a", "lan")
     hosts.power_off("mac-b")
@@ -80,7 +80,7 @@ def test_a_pulled_cable_and_a_host_that_is_off(hosts: Hosts, monkeypatch: pytest
     assert [each.stdout for each in run_everywhere(hosts.names, "hostname", 20).values()] == ["mac-a\n", "mac-b\n"]
 
 
-def test_an_unknown_host_and_a_foreign_key(hosts: Hosts) -> None:
+def test_unknown_host_and_unknown_key(hosts: Hosts) -> None:
     known = hosts.folder / "known_hosts"
     lines = known.read_text().splitlines(keepends=True)
     known.write_text(lines[0])
@@ -94,7 +94,7 @@ def test_an_unknown_host_and_a_foreign_key(hosts: Hosts) -> None:
         authorized.write_text(kept)
 
 
-def test_a_host_that_vanishes_during_the_work_is_given_up(hosts: Hosts) -> None:
+def test_ssh_exits_when_its_host_disappears(hosts: Hosts) -> None:
     command = ssh_command("mac-a", ["sh", "-c", "echo begun; exec sleep 100"], alive_interval_s=1)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
@@ -102,6 +102,6 @@ def test_a_host_that_vanishes_during_the_work_is_given_up(hosts: Hosts) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
         hosts.cut("mac-a")
-        _, words = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 255
-    assert b"not responding" in words
+    assert b"not responding" in errors

@@ -1,4 +1,4 @@
-"""Bringing kimi-mlx to two hosts over real ssh, by their own Python, pip and uv; what it needs lies in a folder."""
+"""Install kimi-mlx on two hosts over ssh, with their own Python, pip and uv, from a folder of wheels."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a wheel of everything that kimi-mlx needs: the right name and version, and nothing to import."""
-    folder = tmp_path_factory.mktemp("shop")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an empty wheel of each dependency, of the right name and version."""
+    folder = tmp_path_factory.mktemp("wheelhouse")
     folder.parent.chmod(0o755)
     for requirement in requires("kimi-mlx") or []:
         name, marker = re.split(r"[^A-Za-z0-9_-]", requirement)[0], requirement.partition(";")[2]
@@ -37,32 +37,32 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bare(hosts: Hosts, shop: Path) -> Hosts:
-    """Both hosts without kimi-mlx; pip and uv there go to the shop."""
+def bare(hosts: Hosts, wheelhouse: Path) -> Hosts:
+    """Return both hosts without kimi-mlx; their pip and uv use the wheelhouse."""
     for name in hosts.names:
-        hosts.take_kimi_mlx(name)
+        hosts.remove_kimi_mlx(name)
         settings = hosts.home(name) / ".config"
         (settings / "pip").mkdir(parents=True, exist_ok=True)
         (settings / "uv").mkdir(exist_ok=True)
-        (settings / "pip/pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {shop}\n")
-        (settings / "uv/uv.toml").write_text(f'no-index = true\nfind-links = ["{shop}"]\n')
+        (settings / "pip/pip.conf").write_text(f"[global]\nno-index = true\nfind-links = {wheelhouse}\n")
+        (settings / "uv/uv.toml").write_text(f'no-index = true\nfind-links = ["{wheelhouse}"]\n')
     return hosts
 
 
 @pytest.fixture
 def own(bare: Hosts) -> Interpreter:
-    """What is brought; the hosts' Python counts as the same as ours."""
+    """Return our interpreter, with the Python version of the hosts."""
     python = bare.run("mac-a", "python3", "-c", "import platform; print(platform.python_version())").strip()
     return replace(own_interpreter(), version=python)
 
 
-def ask(hosts: Hosts, *names: str) -> dict[str, Facts]:
+def get_facts(hosts: Hosts, *names: str) -> dict[str, Facts]:
     answers = run_everywhere(names or hosts.names, facts_script(), FACTS_LIMIT_S)
     return {name: parse_facts(name, answer.stdout) for name, answer in answers.items()}
 
 
 def check_installed(hosts: Hosts, name: str, own: Interpreter) -> Facts:
-    (facts,) = ask(hosts, name).values()
+    (facts,) = get_facts(hosts, name).values()
     assert not needs_install(facts, own)
     assert can_upgrade(facts, own)
     assert facts.python is not None
@@ -75,46 +75,46 @@ def check_installed(hosts: Hosts, name: str, own: Interpreter) -> Facts:
 
 
 @pytest.mark.sweep
-def test_cut_off_then_again_with_pip_while_another_host_has_no_network(bare: Hosts, own: Interpreter) -> None:
-    cut_off(bare, own)
-    facts, said = ask(bare), list[str]()
+def test_timeout_then_retry_with_pip_while_another_host_is_offline(bare: Hosts, own: Interpreter) -> None:
+    time_out(bare, own)
+    facts, lines = get_facts(bare), list[str]()
     assert [needs_install(each, own) for each in facts.values()] == [True, True]
     config = bare.home("mac-b") / ".config/pip/pip.conf"
     config.write_text("[global]\nindex-url = http://10.255.0.1:1/\nextra-index-url =\nretries = 0\ntimeout = 1\n")
     with pytest.raises(InstallError) as caught:
-        install(facts, own, said.append)
+        install(facts, own, lines.append)
     assert caught.value.message.startswith("kimi-mlx was not installed on `mac-b`: cannot install kimi-mlx\n  ")
     assert "internet access (`ssh mac-b curl" in (caught.value.hint or "")
-    assert f"mac-a: creating a virtual environment with Python {own.minor}" in said
-    assert not any(each.startswith("mac-b: kimi-mlx 0") for each in said)
+    assert f"mac-a: creating a virtual environment with Python {own.minor}" in lines
+    assert not any(each.startswith("mac-b: kimi-mlx 0") for each in lines)
     python = check_installed(bare, "mac-a", own).python
-    assert needs_install(ask(bare, "mac-b")["mac-b"], own)
+    assert needs_install(get_facts(bare, "mac-b")["mac-b"], own)
 
     assert python is not None
     place = next(Path(python.path).parents[1].glob("lib/*/site-packages/kimi_mlx"))
     (place / "units.py").write_text("other = 1\n")
-    facts = ask(bare, "mac-a")
+    facts = get_facts(bare, "mac-a")
     assert needs_install(facts["mac-a"], own)
-    said.clear()
-    install(facts, own, said.append)
-    assert "mac-a: upgrading kimi-mlx" in said
+    lines.clear()
+    install(facts, own, lines.append)
+    assert "mac-a: upgrading kimi-mlx" in lines
     check_installed(bare, "mac-a", own)
 
 
-def cut_off(hosts: Hosts, own: Interpreter) -> None:
-    """Give up an installation that hangs; it ends on the host, and nothing there is taken for an interpreter."""
+def time_out(hosts: Hosts, own: Interpreter) -> None:
+    """Time out a hanging installation; it must end on the host and leave no interpreter."""
     program = hosts.home("mac-a") / ".local/bin/uv"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\n[ "$1" = pip ] || exec mkdir -p "$4"\nsleep 987654\n')
     program.chmod(0o755)
     with pytest.raises(InstallError, match="it was installing kimi-mlx") as caught:
-        install(ask(hosts, "mac-a"), own, lambda text: None, 3.0)
+        install(get_facts(hosts, "mac-a"), own, lambda text: None, 3.0)
     assert "not ready within 3.00 s" in caught.value.message
     end = time.monotonic() + 15
     while "sleep 987654" in hosts.run("mac-a", "ps", "-Aoargs="):
         assert time.monotonic() < end
         time.sleep(0.1)
-    (facts,) = ask(hosts, "mac-a").values()
+    (facts,) = get_facts(hosts, "mac-a").values()
     assert all("venv" not in each.path for each in facts.interpreters)
     assert facts.broken_interpreters == ()
     program.unlink()
@@ -125,14 +125,14 @@ def test_with_uv(bare: Hosts, own: Interpreter) -> None:
     program = bare.home("mac-a") / ".local/bin/uv"
     program.parent.mkdir(parents=True)
     program.symlink_to(shutil.which("uv") or "")
-    facts, said = ask(bare, "mac-a"), list[str]()
+    facts, lines = get_facts(bare, "mac-a"), list[str]()
     assert facts["mac-a"].uv == str(program)
-    install(facts, own, said.append)
-    assert f"mac-a: creating a virtual environment with uv and Python {own.minor}" in said
+    install(facts, own, lines.append)
+    assert f"mac-a: creating a virtual environment with uv and Python {own.minor}" in lines
     assert (Path(facts["mac-a"].data_folder or "") / "venv").is_symlink()
     facts = check_installed(bare, "mac-a", own)
-    install({"mac-a": facts}, own, said.append)
-    assert "mac-a: upgrading kimi-mlx" in said
+    install({"mac-a": facts}, own, lines.append)
+    assert "mac-a: upgrading kimi-mlx" in lines
     check_installed(bare, "mac-a", own)
 
 
@@ -147,8 +147,8 @@ def test_with_uv(bare: Hosts, own: Interpreter) -> None:
         ),
     ],
 )
-def test_no_python_that_will_do(bare: Hosts, own: Interpreter, program: str, message: str, hint: str) -> None:
-    facts = ask(bare, "mac-a")
+def test_no_suitable_python(bare: Hosts, own: Interpreter, program: str, message: str, hint: str) -> None:
+    facts = get_facts(bare, "mac-a")
     fake = bare.folder / "mac-a/fake"
     fake.write_text(f"#!/bin/sh\n{program}\n")
     fake.chmod(0o755)
@@ -162,8 +162,8 @@ def test_no_python_that_will_do(bare: Hosts, own: Interpreter, program: str, mes
     assert hint in (caught.value.hint or "")
 
 
-def test_a_data_folder_that_cannot_be_written_and_a_host_that_is_off(bare: Hosts, own: Interpreter) -> None:
-    facts = ask(bare)
+def test_read_only_data_folder_and_stopped_ssh_server(bare: Hosts, own: Interpreter) -> None:
+    facts = get_facts(bare)
     place = bare.home("mac-a") / ".local"
     place.mkdir()
     bare.run("mac-a", "mount", "-t", "tmpfs", "-o", "ro", "none", str(place))

@@ -31,7 +31,7 @@ from tests.cluster.faults import (
     wait_until_gone,
 )
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.impatience import be_impatient
+from tests.cluster.impatience import shorten_waits
 from tests.command import call
 from tests.download.host import make_small
 from tests.hub import Hub
@@ -75,7 +75,7 @@ def nothing_is_left(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def run(*arguments: str) -> tuple[int, str, str]:
     """Run `launch` in this process with short limits; return exit code, stdout, and stderr as one line."""
     with pytest.MonkeyPatch.context() as patch:
-        be_impatient(patch.setattr)
+        shorten_waits(patch.setattr)
         done = call("launch", *arguments)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, " ".join(done.stderr.split())
