@@ -1,1 +1,1 @@
-"""Hosts: their names, how to reach them, and what they are."""
+"""Hosts: names, addresses, access over ssh, and facts about their hardware and software."""

@@ -1,4 +1,4 @@
-"""How a rank is started: its command and processor, and the variables of MLX's contract that make it one."""
+"""Start of a rank: its command, its processor, and the environment variables by which MLX recognizes it."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Mapping, Sequence
 
 
 def rank_command(module: str, python: str = sys.executable) -> list[str]:
-    """The command of a rank; everything else reaches it through the environment and its standard input."""
-    # Not `-m`, which would import from the folder that the user happens to stand in before anything else.
+    """Return the command of a rank; it gets everything else from the environment and its standard input."""
+    # Not `-m`, which would search the current folder for imports first.
     code = f"import sys; sys.path[:] = filter(None, sys.path); from {module} import main; main()"
     return [python, "-u", "-c", code]
 
 
 RING_VARIABLES = frozenset(
     {"MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_JACCL_COORDINATOR", "MLX_IBV_DEVICES", "MLX_JACCL_RING"}
-    # JACCL's own names, which it reads before MLX's
+    # JACCL's names, which take precedence over MLX's
     | {"JACCL_RANK", "JACCL_COORDINATOR", "JACCL_IBV_DEVICES", "JACCL_RING"}
 )
-"""What makes a process a rank of a ring; only the launcher sets them."""
+"""Variables that make a process a rank of a ring; only the launcher sets them."""
 
 
 FAST_SYNC = "MLX_METAL_FAST_SYNCH"
-"""MLX's variable of the fast fence between GPU and CPU: 0 is off. It can wedge the GPU, and then the Mac must be
-restarted (gh:ml-explore/mlx#3142, #3830): nobody gets it who has not asked kimi-mlx for it."""
+"""MLX's variable for the fast fence between GPU and CPU; 0 is off. It can hang the GPU, and then the Mac must be
+restarted (gh:ml-explore/mlx#3142, #3830), so kimi-mlx sets it only on request."""
 
 
 def without_ring_variables(base: Mapping[str, str]) -> dict[str, str]:
-    """An environment without the variables of another ring."""
+    """Return an environment without the variables of another ring."""
     return {name: value for name, value in base.items() if name not in RING_VARIABLES}
 
 
 def cpu_for_rank(rank: int, world_size: int, available: Sequence[int] | None) -> int | None:
-    """The processor on which a local rank should stay: ring threads spin, and ten times slower if they are moved.
+    """Return the processor for a local rank: MLX's ring threads spin, and are ten times slower if they migrate.
 
-    None for a rank alone, if there are fewer processors than ranks, or on a system that does not pin.
+    None for a single rank, for fewer processors than ranks, or on a system without pinning.
     """
     if available is None or not 1 < world_size <= len(available):
         return None
@@ -43,5 +43,5 @@ def cpu_for_rank(rank: int, world_size: int, available: Sequence[int] | None) ->
 
 
 def available_cpus() -> list[int] | None:
-    """Processors that this process may use, where the system tells (Linux)."""
+    """Return the processors that this process may use; None where the system does not say (not Linux)."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None

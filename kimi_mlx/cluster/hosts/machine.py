@@ -1,4 +1,4 @@
-"""This machine: its chip, its memory, and what the GPU may have of it. Not yet seen on a Mac."""
+"""This machine: its chip, its memory, and the GPU's share of it. Not yet tested on a Mac."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from dataclasses import dataclass
 
 GPU_FRACTION = 0.75
-"""Of the memory, what macOS lets the GPU wire by default; roughly, and less on small machines."""
+"""Approximate fraction of memory that macOS lets the GPU wire by default; less on small machines."""
 
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """A computer.
+    """Hardware of this machine.
 
     Args:
-        chip: such as `Apple M3 Ultra`.
-        memory_bytes: all of it.
-        gpu_bytes: what the GPU may wire of it.
-        is_mac: whether it is one.
+        chip: name of the chip, such as `Apple M3 Ultra`.
+        memory_bytes: total memory.
+        gpu_bytes: memory that the GPU may wire.
+        is_mac: whether it is a Mac.
     """
 
     chip: str
@@ -30,9 +30,9 @@ class LocalMachine:
 
 
 def local_machine() -> LocalMachine:
-    """The machine that we run on.
+    """Return the hardware of this machine.
 
-    Not yet seen on hardware: macOS' `iogpu.wired_limit_mb`, of which 0 stands for the default.
+    Not yet tested on hardware: macOS' `iogpu.wired_limit_mb`, where 0 means the default.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform != "darwin":
@@ -46,18 +46,18 @@ def local_machine() -> LocalMachine:
 
 
 def gpu_limit(memory_bytes: int, wired_limit_mb: str | None) -> int:
-    """What a Mac's GPU may wire.
+    """Return the number of bytes that a Mac's GPU may wire.
 
     Args:
-        memory_bytes: of the Mac.
-        wired_limit_mb: what `sysctl -n iogpu.wired_limit_mb` printed; None if there is no such thing.
+        memory_bytes: total memory of the Mac.
+        wired_limit_mb: output of `sysctl -n iogpu.wired_limit_mb`; None if the key does not exist.
     """
     limit = int(wired_limit_mb) if wired_limit_mb is not None and wired_limit_mb.isdecimal() else 0
     return min(memory_bytes, limit * 1024**2) if limit else int(memory_bytes * GPU_FRACTION)
 
 
 def _sysctl(name: str) -> str | None:
-    """A value of macOS' kernel, None if it has no such one."""
+    """Return a sysctl value; None if the key does not exist."""
     try:
         done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What commands of macOS and Linux print about a machine, read into numbers. Pure; None where nothing fits.
+"""Parse what commands of macOS and Linux print about a machine. Pure functions; None if the text does not match.
 
 Formats: xnu's vm_stat, Apple's TN3205 (`ibv_devices`, `ibv_devinfo`), POSIX `df -P`, Linux' /proc/meminfo.
 """
@@ -10,20 +10,20 @@ from collections.abc import Mapping
 
 
 def number(text: str | None) -> int | None:
-    """A whole number without a sign."""
+    """Parse an unsigned integer."""
     return int(text) if text is not None and text.isascii() and text.isdecimal() else None
 
 
 def seconds(text: str | None) -> float | None:
-    """Seconds since 1970, with a fraction or without."""
+    """Parse seconds since 1970, with or without a fraction."""
     return float(text) if text is not None and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None
 
 
 def vm_stat(text: str) -> tuple[int | None, int | None]:
-    """Bytes that programs could have, and bytes that are wired.
+    """Parse the output of vm_stat into available bytes and wired bytes.
 
-    What programs could have: free pages, pages that only repeat files (vm_stat counts speculative ones among them,
-    but not among the free), and purgeable ones.
+    Available are free pages, file-backed pages (which include the speculative ones, unlike the free pages) and
+    purgeable pages.
     """
     page = re.search(r"page size of (\d+) bytes", text)
     counts = {name.strip('"'): int(count) for name, count in re.findall(r"^(.+?):\s+(\d+)\.?$", text, re.MULTILINE)}
@@ -35,32 +35,32 @@ def vm_stat(text: str) -> tuple[int | None, int | None]:
 
 
 def meminfo(text: str, name: str) -> int | None:
-    """A line of /proc/meminfo, such as `MemTotal`, in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    """Parse a line of /proc/meminfo, such as `MemTotal`, into bytes."""
+    match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def disk_free(text: str) -> int | None:
-    """The column `Available` of a line of `df -Pk`, in bytes; the first and the last column may hold blanks."""
-    found = re.search(r"\s(\d+)\s+(\d+)\s+(-?\d+)\s+(?:\d+%|-)\s+/", text)
-    return max(int(found[3]), 0) * 1024 if found else None
+    """Parse the column `Available` of a line of `df -Pk` into bytes; its outer columns may contain blanks."""
+    match = re.search(r"\s(\d+)\s+(\d+)\s+(-?\d+)\s+(?:\d+%|-)\s+/", text)
+    return max(int(match[3]), 0) * 1024 if match else None
 
 
 def firewall(text: str) -> int | None:
-    """The state that `socketfilterfw --getglobalstate` prints: 0 off, 1 on, 2 blocks all."""
-    found = re.search(r"State = (\d)", text)
-    return int(found[1]) if found else None
+    """Parse the state from `socketfilterfw --getglobalstate`: 0 off, 1 on, 2 blocks all connections."""
+    match = re.search(r"State = (\d)", text)
+    return int(match[1]) if match else None
 
 
 def rdma_ports(devices: str | None, details: str) -> Mapping[str, str] | None:
-    """RDMA devices and the states of their ports.
+    """Parse RDMA devices and the states of their ports.
 
     Args:
-        devices: what `ibv_devices` printed; None if there is no such command.
-        details: what `ibv_devinfo` printed.
+        devices: output of `ibv_devices`; None if the command does not exist.
+        details: output of `ibv_devinfo`.
 
     Returns:
-        Device -> state, such as `PORT_ACTIVE`; an empty text where `ibv_devinfo` does not tell.
+        Device -> state, such as `PORT_ACTIVE`; empty if `ibv_devinfo` does not report it.
     """
     if devices is None:
         return None

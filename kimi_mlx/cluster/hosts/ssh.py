@@ -1,6 +1,6 @@
-"""Running things on hosts, through the system's ssh with the user's own configuration; here, without ssh.
+"""Run scripts and commands on hosts, through the system's ssh with the user's configuration; locally, without ssh.
 
-A script runs in `sh`; it reaches the host on standard input, so that no login shell there ever reads it.
+A script runs in `sh`. It is sent on standard input, so that the login shell of the host never parses it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from kimi_mlx.errors import SshError, UsageError
 
 CONNECT_TIMEOUT_S = 10
-"""How long ssh may take to connect."""
+"""Time limit for ssh to connect."""
 
 ALIVE_INTERVAL_S = 5
-"""How often ssh asks a silent host whether it is there; after three questions without an answer it gives up."""
+"""Interval of ssh's keep-alive messages to a silent host; ssh gives up after three without an answer."""
 
 END_PATIENCE_S = 2.0
-"""How long a client may take to end and to close its pipes when its time is over."""
+"""Time for a client to exit and to close its pipes after a signal."""
 
 SSH_FAILED = 255
 """Exit code of ssh for its own failures."""
@@ -37,15 +37,15 @@ _FORBIDDEN_IN_HOST = frozenset("'\"`$\\;&<>|(){}*?!")
 
 @dataclass(frozen=True)
 class ScriptResult:
-    """What a host said.
+    """Result of a script on a host.
 
     Args:
-        host: as the user names it.
-        exit_code: of the script, or 255 of ssh itself; None if its time was over.
-        stdout: as text; bytes that are no UTF-8 are replaced.
-        stderr: the same; ssh's own words are in it.
-        seconds: how long it took in all, connecting included.
-        started: when we asked, by the clock of this machine (seconds since 1970).
+        host: host as the user names it.
+        exit_code: exit code of the script, or 255 if ssh itself failed; None after a timeout.
+        stdout: standard output; bytes that are not UTF-8 are replaced.
+        stderr: standard error, with messages of ssh itself; bytes that are not UTF-8 are replaced.
+        seconds: duration, including the connection.
+        started: start by the clock of this machine, in seconds since 1970.
     """
 
     host: str
@@ -57,30 +57,30 @@ class ScriptResult:
 
     @property
     def is_ok(self) -> bool:
-        """Whether the script ran and succeeded."""
+        """Whether the script succeeded."""
         return self.exit_code == 0
 
 
 def check_host(host: str) -> str:
-    """Return the name of a host, if ssh can take it for nothing else.
+    """Return a host name after checking that ssh cannot misread it.
 
     Raises:
-        UsageError: empty, like an option, or with blanks or characters that mean something to a shell: the user's
-            configuration may hand the name to one (`ProxyCommand ... %h`).
+        UsageError: the name is empty, looks like an option, or has blanks or shell characters: the user's
+            configuration may pass it to a shell (`ProxyCommand ... %h`).
     """
-    is_plain = host.isprintable() and not any(letter.isspace() or letter in _FORBIDDEN_IN_HOST for letter in host)
-    if is_plain and all(part and not part.startswith("-") for part in host.split("@")):
+    is_safe = host.isprintable() and not any(letter.isspace() or letter in _FORBIDDEN_IN_HOST for letter in host)
+    if is_safe and all(part and not part.startswith("-") for part in host.split("@")):
         return host
     raise UsageError(
-        f"`{host}` cannot be the name of a host",
+        f"`{host}` is not a valid host name",
         hint="give a name that `ssh NAME` understands: one of ~/.ssh/config, `mac-b.local`, `user@10.0.0.2`",
     )
 
 
-def quote_argument(word: str) -> str:
-    """One word for the login shell of a host: sh, bash, zsh and fish read it alike."""
-    # fish, unlike the others, knows escapes between single quotes: a backslash goes between double ones.
-    return shlex.quote(word).replace("\\", "'\"\\\\\"'")
+def quote_argument(argument: str) -> str:
+    """Quote one argument for the login shell of a host; sh, bash, zsh and fish read it the same way."""
+    # fish, unlike the others, reads escapes in single quotes, so a backslash is put in double quotes.
+    return shlex.quote(argument).replace("\\", "'\"\\\\\"'")
 
 
 def ssh_command(
@@ -91,46 +91,46 @@ def ssh_command(
     alive_interval_s: int = ALIVE_INTERVAL_S,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command that runs a command on a host; it asks for nothing and has no terminal there.
+    """Return the ssh command line that runs a command on a host, without prompts and without a terminal.
 
     Args:
-        host: as in check_host.
-        remote: the command there and its arguments, any text but NUL.
-        connect_timeout_s: after which an unreachable host is given up.
-        alive_interval_s: a host that falls silent is given up after three times so long.
-        options: of ssh, which come first and so overrule ours, such as `-o`, `ClearAllForwardings=no`.
+        host: host name as in check_host.
+        remote: remote command and its arguments; any text without NUL.
+        connect_timeout_s: time limit for the connection.
+        alive_interval_s: interval of keep-alive messages; ssh gives up after three without an answer.
+        options: additional options of ssh, such as `-o`, `ClearAllForwardings=no`; they precede and override ours.
 
     Raises:
-        UsageError: not the name of a host.
+        UsageError: the host name is not valid.
     """
     settings = {
         "BatchMode": "yes",
         "ConnectTimeout": str(connect_timeout_s),
         "ServerAliveInterval": str(alive_interval_s),
         "ServerAliveCountMax": "2",
-        # The user's configuration may say otherwise, for sessions in which people type.
-        "LogLevel": "INFO",  # at ERROR ssh ends without a word when a host falls silent
+        # These override settings that the user's configuration has for interactive sessions.
+        "LogLevel": "INFO",  # at ERROR, ssh exits without a message when a host stops responding
         "RemoteCommand": "none",
         "ClearAllForwardings": "yes",
     }
     ours = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
-    # ssh sends its arguments joined by blanks: one argument, quoted by us, arrives as it is.
+    # ssh joins its arguments with blanks, so we send a single argument that is already quoted.
     return ["ssh", *options, *ours, "-T", "--", check_host(host), " ".join(map(quote_argument, remote))]
 
 
 def script_command(script: bytes) -> list[str]:
-    """A command that runs the script which is the start of its input; the rest is the script's own input.
+    """Return a command that reads the script from the start of its input; the rest is the script's own input.
 
-    Not `sh -s`: some shells read ahead and take what is meant for the script. `dd` of one byte at a time never does.
+    It does not use `sh -s`, because some shells read ahead into the script's input; `dd` with `bs=1` does not.
     """
     return ["sh", "-c", f'eval "$(dd bs=1 count={len(script)} 2>/dev/null)"']
 
 
 def command_on(host: str, command: Sequence[str]) -> tuple[list[str], bytes]:
-    """How a command is started on a host, with our pipes as its own.
+    """Return how to start a command on a host, connected to our pipes.
 
     Returns:
-        What to run here, and what its input must begin with; the command itself and nothing on this machine.
+        Local command line, and the bytes with which its input must start (empty if the host is this machine).
     """
     if is_local(host):
         return list(command), b""
@@ -139,7 +139,7 @@ def command_on(host: str, command: Sequence[str]) -> tuple[list[str], bytes]:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host is this machine, so that no ssh is needed: by name or address, and as the same user."""
+    """Return whether a host is this machine (by name or address) and the same user, so that ssh is not needed."""
     user, _, name = host.rpartition("@")
     if user and user != _own_user():
         return False
@@ -152,24 +152,24 @@ def is_local(host: str) -> bool:
 def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"") -> ScriptResult:
     """Run a script in a host's `sh`, or in ours if the host is this machine.
 
-    When the time is over, the client (here: the script and what it started) is ended, and the answer holds what came
-    until then. A script on another host is then cut off from its terminal and pipes, but not ended.
+    After the timeout, the client (locally, the script and its children) is stopped, and the result has the output so
+    far. A script on another host loses its pipes, but is not stopped.
 
     Args:
-        host: as in check_host.
-        script: for a POSIX shell.
-        timeout_s: for everything, connecting included.
-        stdin_extra: the script's standard input.
+        host: host name as in check_host.
+        script: script for a POSIX shell.
+        timeout_s: time limit, including the connection.
+        stdin_extra: standard input of the script.
 
     Raises:
-        UsageError: not the name of a host.
-        SshError: there is no ssh on this machine.
+        UsageError: the host name is not valid.
+        SshError: ssh is not installed on this machine.
     """
     return _run([host], script, timeout_s, stdin_extra)[host]
 
 
 def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[str, ScriptResult]:
-    """Run a script on all hosts at once; one answer a host, in the order of `hosts`."""
+    """Run a script on all hosts at once; return host -> result, in the order of `hosts`."""
     return _run(list(dict.fromkeys(hosts)), script, timeout_s, b"")
 
 
@@ -178,18 +178,18 @@ def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes
     try:
         with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
             try:
-                # In threads, where an interrupt never arrives: it cannot come between a client and our knowing of it.
+                # Threads never receive KeyboardInterrupt, so every started client is known here.
                 starts += [pool.submit(_start, host, script) for host in hosts]
                 running = [start.result() for start in starts]
-                waiting = [pool.submit(_finish, each, timeout_s, stdin_extra) for each in running]
-                return {host: answer.result() for host, answer in zip(hosts, waiting, strict=True)}
+                results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in running]
+                return {host: result.result() for host, result in zip(hosts, results, strict=True)}
             except BaseException:
-                for each in _started(starts):
-                    _end(each.process)  # before the pool waits for its threads
+                for client in _started(starts):
+                    _end(client.process)  # before the pool waits for its threads
                 raise
     except BaseException:
-        for each in _started(starts):
-            _close(each.process)
+        for client in _started(starts):
+            _close(client.process)
         raise
 
 
@@ -218,10 +218,10 @@ def _start(host: str, script: str) -> _Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a group of its own, to be ended as a whole
+            start_new_session=True,  # a separate process group, which can be stopped as a whole
         )
     except FileNotFoundError as error:
-        raise SshError(f"`{command[0]}` is not installed on this machine", hint="install OpenSSH's client") from error
+        raise SshError(f"`{command[0]}` is not installed on this machine", hint="install the OpenSSH client") from error
     return _Running(host, data, process, started, begin)
 
 
@@ -239,7 +239,7 @@ def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> ScriptRe
 
 
 def _rest(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
-    """What an ended process has said; not waiting for a descendant that has left its group and holds the pipes."""
+    """Return the output of a stopped process, without waiting for descendants that hold the pipes."""
     try:
         return process.communicate(timeout=END_PATIENCE_S)
     except subprocess.TimeoutExpired as error:
@@ -255,7 +255,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, and its group: ssh takes leave of its host if it is asked kindly."""
+    """Stop a running process and its group; SIGTERM first lets ssh close its connection."""
     if process.poll() is not None:
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -268,7 +268,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _own_user() -> str | None:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # no such user, no variable that names one
+    except (KeyError, OSError):  # unknown user id, and no variable with the name
         return None
 
 
@@ -280,9 +280,11 @@ def _is_own_address(name: str) -> bool:
     if address.is_unspecified or address.is_multicast:
         return False
     try:
-        family, _, _, _, place = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+        family, _, _, _, address_info = socket.getaddrinfo(
+            name, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
+        )[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind(place)  # only an own address can be bound
+            probe.bind(address_info)  # only an address of this machine can be bound
     except OSError:
         return False
     return True

@@ -1,6 +1,6 @@
-"""What an interpreter has of kimi-mlx and MLX. As a text this is also the program that a host's interpreter runs.
+"""Versions of kimi-mlx and MLX in an interpreter. The source of this module also runs as a program on hosts.
 
-Needs no kimi-mlx there, and Python 3.7: facts.py sends it with facts.sh, install.py with install.sh.
+There it needs Python 3.7 but not kimi-mlx; facts.py sends it with facts.sh, install.py with install.sh.
 """
 
 from __future__ import annotations
@@ -8,40 +8,40 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    sys.path[:] = [place for place in sys.path if place]  # not from the folder in which we happen to be
+    sys.path[:] = [folder for folder in sys.path if folder]  # do not import from the current folder
 
 import contextlib
 import json
 import platform
 
 PACKAGES = ("kimi-mlx", "mlx", "mlx-lm")
-"""Whose versions are told."""
+"""Packages whose versions are reported."""
 
 
 def describe(path: str) -> dict[str, str]:
-    """The running interpreter, as kimi_mlx.cluster.hosts.facts.Interpreter has it; what is missing is left out.
+    """Describe the running interpreter with the fields of facts.Interpreter, without those that are unknown.
 
-    Versions come from the packages' metadata: importing MLX would cost a second, and may fail.
+    Versions come from the packages' metadata, because importing MLX takes a second and may fail.
 
     Args:
-        path: as it was called.
+        path: path by which the interpreter was started.
     """
     python = ".".join(map(str, sys.version_info[:3]))
-    found = {"path": path, "python": python, "machine": platform.machine()}
-    with contextlib.suppress(Exception):  # a Python that is too old or broken is told as what it is
+    description = {"path": path, "python": python, "machine": platform.machine()}
+    with contextlib.suppress(Exception):  # a Python that is too old or broken is still reported
         from importlib.metadata import version
 
         for name in PACKAGES:
             with contextlib.suppress(Exception):
-                found[name] = version(name)
+                description[name] = version(name)
         code = code_digest()
         if code:
-            found["code"] = code
-    return found
+            description["code"] = code
+    return description
 
 
 def code_digest() -> str | None:
-    """A digest of kimi-mlx's files; None without kimi-mlx."""
+    """Return a digest of kimi-mlx's files; None if kimi-mlx is not installed."""
     import hashlib
     from importlib.util import find_spec
     from pathlib import Path

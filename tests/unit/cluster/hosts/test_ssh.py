@@ -1,4 +1,4 @@
-"""What ssh is told, what scripts receive, and how long it may take."""
+"""Arguments of ssh, input of scripts, timeouts, and explanations of failures."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_ssh_asks_nothing_and_does_not_wait_for_ever() -> None:
     "host", ["", "-oProxyCommand=x", "me@-x", "@a", "a b", "a\nb", "a;b", "$(x)", "a'b", 'a"b', "`x`"]
 )
 def test_names_that_ssh_could_take_for_something_else_are_refused(host: str) -> None:
-    with pytest.raises(UsageError, match="name of a host"):
+    with pytest.raises(UsageError, match="not a valid host name"):
         ssh_command(host, ["true"])
 
 
