@@ -1,4 +1,4 @@
-"""One sequence: its request, its tokens, and how many of them the model has computed."""
+"""One sequence: its request, its tokens, and the number of tokens that the model has computed."""
 
 from __future__ import annotations
 

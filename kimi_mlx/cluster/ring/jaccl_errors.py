@@ -30,7 +30,7 @@ _BRIDGE = (
     "switch the Thunderbolt Bridge off on each host: "
     '`sudo networksetup -setnetworkserviceenabled "Thunderbolt Bridge" off && sudo ifconfig bridge0 down`'
 )
-_NAMES = "device names change with restarts and cables: let them be found anew, without the old hostfile"
+_NAMES = "device names change with restarts and cables: search for them again, without the old hostfile"
 
 JACCL_ERRORS = (
     JacclError(
@@ -88,7 +88,7 @@ JACCL_ERRORS = (
     JacclError(
         r"do not form a valid (mesh|ring)|valid mesh or a valid ring|full connectivity matrix",
         "the RDMA devices of the hostfile do not fit the cables that JACCL needs",
-        "a mesh needs a cable between every two Macs; `--backend jaccl-ring` a circle; let the devices be found anew",
+        "a mesh needs a cable between every two Macs; `--backend jaccl-ring` a circle; search for the devices again",
     ),
 )
 """Errors that users reported, more specific patterns first."""

@@ -295,7 +295,7 @@ def test_bridge_is_a_problem_for_rdma_only() -> None:
         ("RuntimeError: [jaccl] Recv failed with errno=60", "errno 60", "ibv_devinfo"),
         ("[jaccl] Send failed with error code 12", "link was lost", "cables"),
         ("[jaccl] Couldn't allocate protection domain", "used up", "restart that Mac"),
-        ("[jaccl] Could not find device rdma_en4 (6 available)", "is not there", "found anew"),
+        ("[jaccl] Could not find device rdma_en4 (6 available)", "is not there", "again, without"),
         ("[jaccl] No IPv4-mapped GID for this device. Thunderbolt RDMA ports", "no IPv4 address", "169.254"),
         ("[jaccl] The devices do not form a valid mesh.", "do not fit the cables", "jaccl-ring"),
     ],
