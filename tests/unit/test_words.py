@@ -20,7 +20,7 @@ PHRASES = {
     "falls? silent|fell silent": "stops responding",
     "hands on|handed on": "send to the next rank",
     "troubles?": "error, or problem",
-        "word by word|a word of its own": "what it is",
+    "word by word|a word of its own": "what it is",
     "shelf|parcels?": "pool, slice",
     "asked for": "requested",
 }
