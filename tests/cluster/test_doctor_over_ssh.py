@@ -18,9 +18,9 @@ import pytest
 from kimi_mlx.cluster.hosts.hostfile import read_hostfile
 from kimi_mlx.version import __version__
 from tests import processes
-from tests.cluster import faults, impatience
+from tests.cluster import faults, short_waits
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.impatience import PAIR_LIMIT_S, shorten_waits
+from tests.cluster.short_waits import PAIR_LIMIT_S, shorten_waits
 from tests.command import call
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ from kimi_mlx.cluster.doctor import doctor
 from kimi_mlx.cluster.doctor import self_test
 self_test.STEP_LIMIT_S = 4.0
 doctor.DEAD_LINK_LIMIT_S = 1.5
-{impatience.MAIN}
+{short_waits.MAIN}
 """
 
 
@@ -51,7 +51,7 @@ class Report:
         return problems[0]
 
 
-def start(*arguments: str, code: str = impatience.MAIN) -> subprocess.Popen[str]:
+def start(*arguments: str, code: str = short_waits.MAIN) -> subprocess.Popen[str]:
     return processes.start([sys.executable, "-c", code, "doctor", *arguments, "--json"], text=True)
 
 

@@ -19,7 +19,7 @@ from kimi_mlx.cluster.doctor.payloads import Payload, all_payloads
 from kimi_mlx.cluster.hosts.hostfile import read_hostfile
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.version import __version__
-from tests.cluster import faults, impatience
+from tests.cluster import faults, short_waits
 from tests.cluster.faults import (
     Fault,
     Front,
@@ -31,7 +31,7 @@ from tests.cluster.faults import (
     wait_until_gone,
 )
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.impatience import shorten_waits
+from tests.cluster.short_waits import shorten_waits
 from tests.command import call
 from tests.download.host import make_small
 from tests.hub import Hub
@@ -118,7 +118,7 @@ def test_hostfile_is_saved_and_the_answer_survives_kill_stop_and_a_short_cut(
         signalled(signal.SIGSTOP, "mac-b"),
         cable_out("tb", "mac-b", 2),
     ]
-    outcome = answer(hosts, [*HOSTS, "--save", str(saved)], inflicted, program=impatience.TRUSTING_MAIN)
+    outcome = answer(hosts, [*HOSTS, "--save", str(saved)], inflicted, program=short_waits.TRUSTING_MAIN)
     check_answer(outcome, expected)
     assert f"written: {saved}" in outcome.errors
     assert "2 ranks on mac-a, mac-b over Thunderbolt" in outcome.errors
@@ -148,7 +148,7 @@ def test_answer_survives_cable_and_kill_then_fails_when_a_host_is_off(
         signalled(signal.SIGKILL, "mac-b"),
         faults.power_off("mac-b"),
     ]
-    outcome = answer(hosts, where, inflicted, program=impatience.MAIN)
+    outcome = answer(hosts, where, inflicted, program=short_waits.MAIN)
     check_noticed(outcome, 0, 3, 10, r"has received nothing from rank \d for \d s: their link is dead|no progress in")
     check_noticed(outcome, 1, 1, 5, r"^rank 1 of 2 \(`mac-b`, process \d+\) was ended by SIGKILL")
     assert outcome.effects[2].noticed_s is not None
@@ -164,7 +164,7 @@ def test_answer_survives_cable_and_kill_then_fails_when_a_host_is_off(
 
 def test_server_survives_a_killed_rank(hosts: Hosts, where: Where) -> None:
     asked = {"messages": [{"role": "user", "content": "Draw a pelican"}], "temperature": 0}
-    front = Front(hosts, *where, "serve", "kimi-mini", "--port", "0", code=impatience.TRUSTING_MAIN)
+    front = Front(hosts, *where, "serve", "kimi-mini", "--port", "0", code=short_waits.TRUSTING_MAIN)
     front.wait_for_message("try:")
     port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", front.errors)[0])
     whole = raw.chat(port, **asked, max_tokens=None)
@@ -233,7 +233,7 @@ def test_nothing_outlives_the_front(hosts: Hosts, where: Where, phase: str, numb
 @pytest.mark.sweep
 def test_rank_exits_when_the_front_is_killed_and_the_network_is_cut(hosts: Hosts, where: Where) -> None:
     silence_s = 6.0
-    code = f"from kimi_mlx.cluster.ring import ring; ring.FRONT_SILENCE_S = {silence_s}\n{impatience.MAIN}"
+    code = f"from kimi_mlx.cluster.ring import ring; ring.FRONT_SILENCE_S = {silence_s}\n{short_waits.MAIN}"
     front = Front(hosts, *where, *faults.QUESTION, code=code)
     front.wait_for_text(faults.MIDDLE)
     begin = time.monotonic()

@@ -17,7 +17,7 @@ PAIR_LIMIT_S = 3.0
 RESTART_DELAY_S = 0.5
 
 MAIN = """
-from tests.cluster.impatience import shorten_waits
+from tests.cluster.short_waits import shorten_waits
 shorten_waits()
 from kimi_mlx.cli.app import main
 main()
@@ -51,4 +51,6 @@ def shorten_waits(change: Callable[[object, str, object], None] = setattr) -> No
 
 def _short_command(*arguments: Any) -> list[str]:
     """Return the command of a measurement that sends for 0.2 s."""
-    return [part.replace("BULK_S = 1.0", "BULK_S = 0.2") for part in measure.command(*arguments)]
+    command = measure.command(*arguments)
+    assert any("BULK_S = 1.0" in part for part in command)
+    return [part.replace("BULK_S = 1.0", "BULK_S = 0.2") for part in command]
