@@ -196,7 +196,7 @@ def test_a_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -
             hosts.slow_down(name, link, "200mbit")
     file = tmp_path / "slow.json"
     problem = run_doctor(*HOSTS, "--save", str(file)).problem("link")
-    assert re.search(r"carries 0\.[12]\d Gbit/s, 1 is the least", problem["message"])
+    assert re.search(r"rate is 0\.[12]\d Gbit/s, the minimum is 1", problem["message"])
     assert "`--force-link`" in problem["remedy"]
     assert not file.exists()
     forced = run_doctor(*HOSTS, "--force-link", "--save", str(file))

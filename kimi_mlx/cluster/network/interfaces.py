@@ -1,7 +1,7 @@
-"""The network interfaces of a host, and over what each goes, from what its own commands print. Pure.
+"""Parse a host's network interfaces and their kinds from the output of its commands. Pure.
 
-Only IPv4: MLX's ring and JACCL connect over nothing else. The macOS side is not yet seen on hardware: it is written
-after published captures.
+IPv4 only, because MLX's ring and JACCL use nothing else. The macOS side has not been tested on hardware yet; it follows
+published captures.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from kimi_mlx.cluster.hosts.facts import LINUX_HINTS
 from kimi_mlx.errors import LinkError
 
 Kind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
-"""Over what an interface goes; `other` is what is no cable and no radio: VPN, AirDrop, containers."""
+"""Medium of an interface. `other` is neither cable nor Wi-Fi: VPN, AirDrop, containers."""
 
 MACOS_COMMANDS = ("ifconfig -a", "networksetup -listallhardwareports")
-"""What `macos_interfaces` reads."""
+"""Commands whose output `macos_interfaces` parses."""
 
 LINUX_COMMANDS = ("ip -j addr", LINUX_HINTS)
-"""What `linux_interfaces` reads."""
+"""Commands whose output `linux_interfaces` parses."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Interface:
     """A network interface.
 
     Args:
-        name: such as `en5`.
-        kind: over what it goes.
-        addresses: IPv4, with the prefix of the network.
-        mac: its hardware address, if it has one.
-        is_up: switched on and, where the system tells, with a link.
-        members: of a bridge, the interfaces that it joins.
+        name: interface name, such as `en5`.
+        kind: medium of the interface.
+        addresses: IPv4 addresses with the network's prefix.
+        mac: hardware address; None if it has none.
+        is_up: whether it is on and, if the system reports that, has a link.
+        members: interfaces that a bridge connects.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Interface:
 
 
 def parse_hardware_ports(text: str) -> dict[str, str]:
-    """Hardware port by device, `{"en5": "Thunderbolt 4"}`, of `networksetup -listallhardwareports`."""
+    """Return device -> port, such as `en5` -> `Thunderbolt 4`, from `networksetup -listallhardwareports`."""
     return {device: port for port, device in re.findall(r"Hardware Port: *(.+?) *\n *Device: *(\S+)", text)}
 
 
 def macos_interfaces(ifconfig: str, hardware_ports: str) -> tuple[Interface, ...]:
-    """The interfaces of a Mac, from what `MACOS_COMMANDS` print. What cannot be understood is left out."""
+    """Return the interfaces of a Mac from the output of `MACOS_COMMANDS`. Unknown blocks are skipped."""
     ports = parse_hardware_ports(hardware_ports)
     blocks = re.split(r"^(?=\S)", ifconfig, flags=re.MULTILINE)
-    found = [each for block in blocks if (each := _macos_interface(block, ports)) is not None]
-    return tuple(found)
+    interfaces = [_macos_interface(block, ports) for block in blocks]
+    return tuple(interface for interface in interfaces if interface is not None)
 
 
 def _macos_interface(block: str, ports: Mapping[str, str]) -> Interface | None:
@@ -72,7 +72,7 @@ def _macos_interface(block: str, ports: Mapping[str, str]) -> Interface | None:
     return Interface(
         name=name,
         kind="loopback" if "LOOPBACK" in flags else _macos_kind(name, ports, members),
-        addresses=tuple(each for address, mask in inet for each in _with_mask(address, int(mask, 16))),
+        addresses=tuple(interface for address, mask in inet for interface in _with_mask(address, int(mask, 16))),
         mac=mac[1] if mac else None,
         is_up="UP" in flags and "status: inactive" not in block,
         members=members,
@@ -85,16 +85,15 @@ def _macos_kind(name: str, ports: Mapping[str, str], members: tuple[str, ...]) -
         return "thunderbolt"
     if port in ("Wi-Fi", "AirPort"):
         return "wifi"
-    if re.search(
-        r"\bEthernet\b|\bLAN\b|\d*Gb?E\b", port
-    ):  # adapters too: `Thunderbolt Ethernet`, `USB 10/100/1000 LAN`
+    # adapters too: `Thunderbolt Ethernet`, `USB 10/100/1000 LAN`
+    if re.search(r"\bEthernet\b|\bLAN\b|\d*Gb?E\b", port):
         return "ethernet"
-    is_bridge = name.startswith("bridge") and bool(members)  # its service may have been removed, and so its name
-    return "thunderbolt" if is_bridge and all("Thunderbolt" in ports.get(each, "") for each in members) else "other"
+    is_bridge = name.startswith("bridge") and bool(members)  # has no port name if its service was removed
+    return "thunderbolt" if is_bridge and all("Thunderbolt" in ports.get(member, "") for member in members) else "other"
 
 
 def _with_mask(address: str, mask: int) -> list[IPv4Interface]:
-    """An address with its network's mask; none if either is none."""
+    """Return the address with its mask; empty if either is invalid."""
     try:
         return [IPv4Interface(f"{address}/{ipaddress.IPv4Address(mask)}")]
     except ValueError:
@@ -102,19 +101,21 @@ def _with_mask(address: str, mask: int) -> list[IPv4Interface]:
 
 
 def linux_interfaces(ip_json: str, hints: str) -> tuple[Interface, ...]:
-    """The interfaces of a Linux host, from what `LINUX_COMMANDS` print.
+    """Return the interfaces of a Linux host from the output of `LINUX_COMMANDS`.
 
     Raises:
-        LinkError: the first is no JSON of `ip`.
+        LinkError: the first output is not the JSON of `ip`.
     """
     try:
-        # older versions of `ip` print an empty object for what was filtered out
+        # older versions of `ip` print an empty object for an entry that was filtered out
         entries = [entry for entry in cast("list[dict[str, Any]]", json.loads(ip_json)) if entry]
-        known = {name: frozenset(words) for name, *words in map(str.split, filter(str.strip, hints.splitlines()))}
-        return tuple(_linux_interface(entry, entries, known) for entry in entries)
+        hints_by_name = {
+            name: frozenset(words) for name, *words in map(str.split, filter(str.strip, hints.splitlines()))
+        }
+        return tuple(_linux_interface(entry, entries, hints_by_name) for entry in entries)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise LinkError(
-            f"`ip -j addr` printed no list of interfaces: {ip_json[:80]!r}", hint="install iproute2 there"
+            f"`ip -j addr` printed no list of interfaces: {ip_json[:80]!r}", hint="install iproute2 on that host"
         ) from None
 
 
@@ -122,13 +123,13 @@ def _linux_interface(
     entry: Mapping[str, Any], entries: Iterable[Mapping[str, Any]], hints: Mapping[str, frozenset[str]]
 ) -> Interface:
     name, flags = entry["ifname"], entry.get("flags", ())
-    members = tuple(each["ifname"] for each in entries if each.get("master") == name)
-    inet = [each for each in entry.get("addr_info", ()) if each.get("family") == "inet"]
+    members = tuple(other["ifname"] for other in entries if other.get("master") == name)
+    inet = [address for address in entry.get("addr_info", ()) if address.get("family") == "inet"]
     is_ether = entry.get("link_type") == "ether"
     return Interface(
         name=name,
         kind=_linux_kind(name, "LOOPBACK" in flags, is_ether, hints, members),
-        addresses=tuple(IPv4Interface(f"{each['local']}/{each['prefixlen']}") for each in inet),
+        addresses=tuple(IPv4Interface(f"{address['local']}/{address['prefixlen']}") for address in inet),
         mac=entry.get("address") if is_ether else None,
         is_up="UP" in flags and "LOWER_UP" in flags,
         members=members,
@@ -145,6 +146,6 @@ def _linux_kind(
         return "thunderbolt"
     if own & {"wireless", "phy80211"}:
         return "wifi"
-    if "bridge" in own:  # of a cable, or of containers only
-        return "ethernet" if any("device" in hints.get(each, ()) for each in members) else "other"
+    if "bridge" in own:  # of an Ethernet port, or of containers only
+        return "ethernet" if any("device" in hints.get(member, ()) for member in members) else "other"
     return "ethernet" if is_ether and "tun_flags" not in own else "other"

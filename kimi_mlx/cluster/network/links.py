@@ -1,6 +1,6 @@
-"""The networks that hosts have in common, and which of them the ranks should use. Pure.
+"""Find the networks that hosts have in common, and choose the one that the ranks use. Pure.
 
-Thunderbolt before Ethernet before Wi-Fi, but what is measured decides.
+Thunderbolt is preferred to Ethernet, and Ethernet to Wi-Fi, unless measurements show that another is clearly faster.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from kimi_mlx.errors import LinkError
 from kimi_mlx.units import format_seconds
 
 KINDS: tuple[Kind, ...] = ("thunderbolt", "ethernet", "wifi", "other")
-"""The best first."""
+"""Kinds of networks, best first."""
 
 ROUND_TRIP_LIMIT_S = 0.005
-"""A token waits for 61 to 122 exchanges: at 5 ms that is one token in half a second."""
+"""A token needs 61 to 122 exchanges; at 5 ms each, they take about half a second."""
 
 RATE_LIMIT_BYTES_PER_S = 1e9 / 8
-"""1 Gbit/s: 512 tokens of a prompt are 7 MB a layer, 430 MB in all."""
+"""1 Gbit/s. 512 prompt tokens cause 7 MB per layer, 430 MB in total."""
 
 EXCHANGE_BYTES = 1 << 18
-"""The size by which networks are compared: between a token's 14 kB and a piece of a prompt's 7 MB."""
+"""Size used to compare networks: between the 14 kB of one token and the 7 MB of a prompt chunk."""
 
 PREFERENCE = 1.25
-"""How much faster a network must be to be taken before one of a better kind."""
+"""Speed-up from which a network is chosen over one of a better kind."""
 
 PAIRING_LIMIT = 16
-"""Self-assigned addresses do not say which cable is which: at most so many pairings are tried."""
+"""Maximum number of pairings to try, as self-assigned addresses do not show which interfaces are connected."""
 
 _LINK_LOCAL = IPv4Network("169.254.0.0/16")
 
@@ -42,10 +42,10 @@ class Network:
     """Addresses at which hosts reach each other.
 
     Args:
-        kind: over what it goes; the worst of its ends.
-        addresses: one a host, in the order of the hosts.
-        interfaces: whose addresses they are.
-        is_shared: whether everybody reaches everybody; else each host only the next, at the next one's address.
+        kind: kind of the network; the worst kind of its interfaces.
+        addresses: one address per host, in the order of the hosts.
+        interfaces: interface of each address.
+        is_shared: whether all hosts reach each other; if not, each host reaches only the next, at its address.
     """
 
     kind: Kind
@@ -60,18 +60,18 @@ class Network:
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """What a network does, over its slowest pair of hosts: the time there and back, and the rate one way."""
+    """Speed of a network over its slowest pair of hosts: round-trip time and one-way rate."""
 
     round_trip_s: float
     bytes_per_s: float
 
     def __str__(self) -> str:
-        return f"{self.round_trip_s * 1e3:.2f} ms there and back, {self.bytes_per_s * 8e-9:.2f} Gbit/s"
+        return f"{self.round_trip_s * 1e3:.2f} ms round trip, {self.bytes_per_s * 8e-9:.2f} Gbit/s"
 
 
 @dataclass(frozen=True)
 class BridgeConflict:
-    """A Thunderbolt Bridge that is in the way of RDMA: its members have no address of their own, which RDMA needs."""
+    """A Thunderbolt Bridge that prevents RDMA: RDMA needs addresses on the bridge's members, which have none."""
 
     host: str
     interface: str
@@ -79,36 +79,36 @@ class BridgeConflict:
 
     @property
     def message(self) -> str:
-        """What is wrong."""
+        """Description of the conflict."""
         ports = ", ".join(self.members)
         return f"`{self.host}`: the Thunderbolt Bridge `{self.interface}` ({ports}) is on, but RDMA needs it off"
 
     @property
     def hint(self) -> str:
-        """What to type there."""
+        """Commands that turn the bridge off."""
         removals = [f"sudo ifconfig {self.interface} deletem {member}" for member in self.members]
         off = 'sudo networksetup -setnetworkserviceenabled "Thunderbolt Bridge" off'
         commands = " && ".join([off, *removals, f"sudo ifconfig {self.interface} down"])
-        return f"on `{self.host}` type: `{commands}`"
+        return f"run on `{self.host}`: `{commands}`"
 
 
 def candidates(hosts: Sequence[Sequence[Interface]], cables: Sequence[Cable] = ()) -> list[Network]:
-    """The networks that all hosts may have in common, the best kind first.
+    """Return the networks that all hosts may have in common, best kind first.
 
     Args:
-        hosts: the interfaces of each.
-        cables: the Thunderbolt cables, if they are known; more than two hosts in a circle of cables need them, unless
-            each cable is a network of its own.
+        hosts: interfaces of each host.
+        cables: Thunderbolt cables, if known. A ring of more than two hosts needs them, unless each cable has its own
+            subnet.
     """
     if len(hosts) < 2:
         return []
-    found = [*_cable_circle(hosts, cables), *_same_subnet(hosts)]
-    usable = [each for each in dict.fromkeys(found) if len(set(each.addresses)) == len(hosts)]
+    networks = dict.fromkeys([*_cable_ring(hosts, cables), *_same_subnet(hosts)])
+    usable = [network for network in networks if len(set(network.addresses)) == len(hosts)]
     return sorted(usable, key=lambda network: (KINDS.index(network.kind), not network.is_shared))
 
 
 _End = tuple[Interface, IPv4Interface]
-"""An address, and whose it is."""
+"""An interface and one of its addresses."""
 
 
 def _ends(interfaces: Iterable[Interface]) -> Iterator[_End]:
@@ -118,19 +118,23 @@ def _ends(interfaces: Iterable[Interface]) -> Iterator[_End]:
 
 
 def _same_subnet(hosts: Sequence[Sequence[Interface]]) -> Iterator[Network]:
-    """One network for each subnet; for self-assigned addresses one for each kind and pairing of interfaces."""
+    """Yield a network per subnet; for self-assigned addresses, one per kind and pairing of interfaces."""
     by_subnet: dict[IPv4Network, list[list[_End]]] = defaultdict(lambda: [[] for _ in hosts])
-    for number, interfaces in enumerate(hosts):
+    for index, interfaces in enumerate(hosts):
         for end in _ends(interfaces):
-            by_subnet[end[1].network][number].append(end)
+            by_subnet[end[1].network][index].append(end)
     for subnet, choices in by_subnet.items():
         if subnet != _LINK_LOCAL:
             if all(choices):
-                yield _network([min(each, key=lambda end: KINDS.index(end[0].kind)) for each in choices])
+                yield _network([min(ends, key=lambda end: KINDS.index(end[0].kind)) for ends in choices])
             continue
         for kind in KINDS:
-            same = [sorted((e for e in each if e[0].kind == kind), key=lambda e: not e[0].members) for each in choices]
-            yield from (_network(ends) for ends in islice(product(*same), PAIRING_LIMIT))
+            # bridges first
+            of_kind = [
+                sorted((end for end in ends if end[0].kind == kind), key=lambda end: not end[0].members)
+                for ends in choices
+            ]
+            yield from (_network(ends) for ends in islice(product(*of_kind), PAIRING_LIMIT))
 
 
 def _network(ends: Sequence[_End], is_shared: bool = True) -> Network:
@@ -142,103 +146,104 @@ def _network(ends: Sequence[_End], is_shared: bool = True) -> Network:
     )
 
 
-def _cable_circle(hosts: Sequence[Sequence[Interface]], cables: Sequence[Cable]) -> Iterator[Network]:
-    """A circle of Thunderbolt cables in the order of the hosts: each end is where the host before reaches the host."""
+def _cable_ring(hosts: Sequence[Sequence[Interface]], cables: Sequence[Cable]) -> Iterator[Network]:
+    """Yield the ring of Thunderbolt cables in the order of the hosts; each address faces the previous host."""
     if len(hosts) < 3:
-        return  # two are one pair, which the subnets tell
+        return  # two hosts share a subnet, see _same_subnet
     ends = [_cabled_end(hosts, host, (host - 1) % len(hosts), cables) for host in range(len(hosts))]
     if all(ends):
         yield _network([end for end in ends if end], is_shared=False)
 
 
 def _cabled_end(hosts: Sequence[Sequence[Interface]], host: int, peer: int, cables: Sequence[Cable]) -> _End | None:
-    """Where the cable from `peer` ends at `host`: told by the cables, else by a subnet of their own."""
-    ours = [end for end in _ends(hosts[host]) if end[0].kind == "thunderbolt"]
+    """Return where the cable from `peer` ends at `host`: from the cables, else from a subnet that only they share."""
+    own = [end for end in _ends(hosts[host]) if end[0].kind == "thunderbolt"]
     cabled = {name for cable in cables for a, b, name in cable.ends() if (a, b) == (host, peer)}
     subnets = {end[1].network for end in _ends(hosts[peer]) if end[0].kind == "thunderbolt"} - {_LINK_LOCAL}
-    told = [end for end in ours if end[0].name in cabled]
-    return next(iter([*told, *(end for end in ours if end[1].network in subnets)]), None)
+    by_cable = [end for end in own if end[0].name in cabled]
+    by_subnet = [end for end in own if end[1].network in subnets]
+    return next(iter([*by_cable, *by_subnet]), None)
 
 
 def parse_speed(message: Mapping[str, object]) -> LinkSpeed:
-    """The figures of the client of `measure`.
+    """Return the speed from a message of `measure`'s client.
 
     Raises:
-        LinkError: the message tells of an error, or is none of its.
+        LinkError: the message reports an error, or cannot be parsed.
     """
     try:
         if "error" in message:
             raise LinkError(str(message["error"]))
         return LinkSpeed(float(str(message["round_trip_s"])), float(str(message["bytes_per_s"])))
     except (ValueError, KeyError):
-        raise LinkError(f"its figures cannot be read: {str(message)[:200]}") from None
+        raise LinkError(f"the measured speed cannot be read: {str(message)[:200]}") from None
 
 
-def slowest(measured: Iterable[LinkSpeed]) -> LinkSpeed:
-    """Several pairs of hosts as one: the longest round trip, the lowest rate."""
-    pairs = list(measured)
-    return LinkSpeed(max(each.round_trip_s for each in pairs), min(each.bytes_per_s for each in pairs))
+def slowest(speeds: Iterable[LinkSpeed]) -> LinkSpeed:
+    """Combine several pairs of hosts: return the longest round trip and the lowest rate."""
+    pairs = list(speeds)
+    return LinkSpeed(max(speed.round_trip_s for speed in pairs), min(speed.bytes_per_s for speed in pairs))
 
 
-def exchange_time_s(measured: LinkSpeed) -> float:
-    """The time of an exchange of `EXCHANGE_BYTES`."""
-    return measured.round_trip_s + EXCHANGE_BYTES / measured.bytes_per_s
+def exchange_time_s(speed: LinkSpeed) -> float:
+    """Return the time of an exchange of `EXCHANGE_BYTES`."""
+    return speed.round_trip_s + EXCHANGE_BYTES / speed.bytes_per_s
 
 
-def slow_reasons(network: Network, measured: LinkSpeed) -> list[str]:
-    """Why a network is too slow for a cluster; nothing if it is not."""
-    trip, limit = format_seconds(measured.round_trip_s), format_seconds(ROUND_TRIP_LIMIT_S)
-    rate, least = measured.bytes_per_s * 8e-9, RATE_LIMIT_BYTES_PER_S * 8e-9
+def slow_reasons(network: Network, speed: LinkSpeed) -> list[str]:
+    """Return the reasons why a network is too slow for a cluster; empty if it is fast enough."""
+    trip, limit = format_seconds(speed.round_trip_s), format_seconds(ROUND_TRIP_LIMIT_S)
+    rate, min_rate = speed.bytes_per_s * 8e-9, RATE_LIMIT_BYTES_PER_S * 8e-9
     return [
         *(["it is Wi-Fi"] if network.kind == "wifi" else []),
-        *([f"a round trip takes {trip}, the limit is {limit}"] if measured.round_trip_s > ROUND_TRIP_LIMIT_S else []),
+        *([f"a round trip takes {trip}, the limit is {limit}"] if speed.round_trip_s > ROUND_TRIP_LIMIT_S else []),
         *(
-            [f"it carries {rate:.2f} Gbit/s, {least:.0f} is the least"]
-            if measured.bytes_per_s < RATE_LIMIT_BYTES_PER_S
+            [f"its rate is {rate:.2f} Gbit/s, the minimum is {min_rate:.0f}"]
+            if speed.bytes_per_s < RATE_LIMIT_BYTES_PER_S
             else []
         ),
     ]
 
 
-def choose(networks: Sequence[Network], measured: Mapping[Network, LinkSpeed], force: bool = False) -> Network:
-    """The network to use: of the fast ones the first, unless another is faster by `PREFERENCE`.
+def choose(networks: Sequence[Network], speeds: Mapping[Network, LinkSpeed], is_forced: bool = False) -> Network:
+    """Return the network to use: the first that is fast enough, unless another is faster by `PREFERENCE`.
 
     Args:
-        networks: from `candidates`, in their order.
-        measured: what was measured; a network that is not in it does not answer.
-        force: take the fastest, though it is too slow.
+        networks: networks from `candidates`, in their order.
+        speeds: measured speeds; a network without one does not work.
+        is_forced: choose the fastest network even if all are too slow.
 
     Raises:
-        LinkError: none answers, or all are too slow.
+        LinkError: no network works, or all are too slow.
     """
-    seen = [network for network in networks if network in measured]
-    if not seen:
+    working = [network for network in networks if network in speeds]
+    if not working:
         tried = "; ".join(map(str, networks))
         raise LinkError(
-            f"the hosts do not reach each other over any of: {tried}" if tried else "the hosts have no common network",
-            hint="join them with a Thunderbolt cable and switch the Thunderbolt Bridge on in the network settings of "
-            "each, allow local connections in the firewall, or give addresses in a hostfile",
+            f"the hosts cannot reach each other over any of: {tried}" if tried else "the hosts have no common network",
+            hint="connect them with a Thunderbolt cable and turn the Thunderbolt Bridge on in the network settings of "
+            "each, allow local connections in the firewall, or put the addresses into a hostfile",
         )
-    fast = [network for network in seen if not slow_reasons(network, measured[network])]
-    if not fast and not force:
-        raise _too_slow(seen, measured)
-    best = min(exchange_time_s(measured[network]) for network in fast or seen)
-    near = PREFERENCE if fast else 1.0
-    return next(network for network in fast or seen if exchange_time_s(measured[network]) <= best * near)
+    fast = [network for network in working if not slow_reasons(network, speeds[network])]
+    if not fast and not is_forced:
+        raise _too_slow(working, speeds)
+    best_s = min(exchange_time_s(speeds[network]) for network in fast or working)
+    tolerance = PREFERENCE if fast else 1.0
+    return next(network for network in fast or working if exchange_time_s(speeds[network]) <= best_s * tolerance)
 
 
-def _too_slow(seen: Sequence[Network], measured: Mapping[Network, LinkSpeed]) -> LinkError:
+def _too_slow(networks: Sequence[Network], speeds: Mapping[Network, LinkSpeed]) -> LinkError:
     lines = [
-        f"{network}: {measured[network]}; {', '.join(slow_reasons(network, measured[network]))}" for network in seen
+        f"{network}: {speeds[network]}; {', '.join(slow_reasons(network, speeds[network]))}" for network in networks
     ]
     return LinkError(
         "every network between the hosts is too slow for a cluster:\n  " + "\n  ".join(lines),
-        hint="join them with a Thunderbolt cable, or use the slow one all the same: `--force-link`",
+        hint="connect them with a Thunderbolt cable, or use the slow network anyway: `--force-link`",
     )
 
 
 def bridge_conflicts(hosts: Mapping[str, Sequence[Interface]]) -> list[BridgeConflict]:
-    """The Thunderbolt Bridges that must go before RDMA can be used, by the names of the hosts."""
+    """Return the Thunderbolt Bridges that must be turned off before RDMA works, given the interfaces of each host."""
     return [
         BridgeConflict(host, interface.name, interface.members)
         for host, interfaces in hosts.items()

@@ -1,10 +1,10 @@
-"""The link between two hosts, measured: small messages there and back, then bytes for a second.
+"""Measure the link between two hosts: round trips of small messages, then the rate of large ones for a second.
 
-A program of one file and the standard library alone (Python 3.8 is enough), so that it also runs on a host that has
-nothing of ours: `command` is what to run there. The secret is never on a command line: it is the first line of standard
-input. One process listens, as MLX's ring does, on the address to be measured, and prints a message with its port; the
-other connects, as MLX's ring does, and prints a message with the figures. Both end at the time limit, and when their
-input ends.
+This program is one file and needs only the standard library of Python 3.8, so that it runs on hosts without kimi-mlx:
+`command` returns the command line to run there. The secret is the first line of standard input, so that it never
+appears on a command line. One process listens on the address to be measured and prints a message with its port; the
+other connects and prints a message with the results, both as MLX's ring does. Both exit at the time limit, and when
+their input ends.
 """
 
 from __future__ import annotations
@@ -24,126 +24,127 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIMIT_S = 10.0
-"""By default, how long either side lives."""
+"""Default time limit of either side."""
 
 HANDSHAKE_LIMIT_S = 2.0
-"""How long a stranger may hold up the listener."""
+"""Time limit of the handshake, so that a client without the secret cannot block the server."""
 
 SMALL_BYTES = 64
 SMALL_COUNT = 200
 SMALL_LIMIT_S = 0.5
-"""Messages there and back; fewer if they take longer."""
+"""Small messages: size, number of round trips, and the time after which no more are sent."""
 
 BLOCK_BYTES = 1 << 18
 BULK_S = 1.0
-"""Blocks one way, for so long."""
+"""Large messages: size, and the time during which they are sent."""
 
 NONCE_BYTES = 32
 PROOF_BYTES = hashlib.sha256().digest_size
 
 PING, BLOCK, END = b"P", b"B", b"E"
-"""What follows: a small message, to be sent back; a block, to be counted; nothing, and the count is sent back."""
+"""Type of the next message: small (to be sent back), block (to be counted), or end (the count is sent back)."""
 
 
 class MeasureError(Exception):
-    """The other side is not there, is a stranger, or is too slow."""
+    """The other side is missing, does not know the secret, or is too slow."""
 
 
 def serve(address: str, port: int, token: str, limit_s: float, announce: Callable[[int], None]) -> None:
-    """Listen, answer one client that knows the token, end.
+    """Listen, serve one client that knows the secret, and return.
 
     Args:
-        address: where to listen; nowhere else.
-        port: 0 for any.
-        token: the secret.
-        limit_s: after which there is nothing left of this.
-        announce: called with the port once it listens.
+        address: address to listen on.
+        port: port to listen on; 0 for any.
+        token: shared secret.
+        limit_s: time limit.
+        announce: called with the port once the server listens.
 
     Raises:
-        MeasureError: nobody came, or the client went away.
-        OSError: the address is not this host's, the port is taken.
+        MeasureError: the client broke the protocol or closed the connection.
+        OSError: the address is not one of this host, the port is in use, or no client came in time.
     """
     deadline = time.monotonic() + limit_s
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen(4)
-        announce(listener.getsockname()[1])
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        server.listen(4)
+        announce(server.getsockname()[1])
         while True:
-            listener.settimeout(_left(deadline))
-            connection, _ = listener.accept()
+            server.settimeout(_remaining(deadline))
+            connection, _ = server.accept()
             with connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if _is_known(connection, token, min(deadline, time.monotonic() + HANDSHAKE_LIMIT_S)):
-                    _answer(connection, deadline)
+                if _authenticate_client(connection, token, min(deadline, time.monotonic() + HANDSHAKE_LIMIT_S)):
+                    _serve_client(connection, deadline)
                     return
 
 
 def measure(address: str, port: int, token: str, limit_s: float) -> dict[str, float]:
-    """Connect to a listener and measure.
+    """Connect to a server and measure.
 
-    Returns: `round_trip_s` (median), `bytes_per_s` (one way), and how many messages and bytes that was.
+    Returns:
+        `round_trip_s` (median), `bytes_per_s` (one way), and the number of `messages` and `bytes` sent.
 
     Raises:
-        MeasureError: nobody answers, or without the token.
-        OSError: refused, no route, connection lost, time is up.
+        MeasureError: the server does not know the secret, or broke the protocol.
+        OSError: connection refused or lost, no route, or time limit exceeded.
     """
     deadline = time.monotonic() + limit_s
-    with socket.create_connection((address, port), timeout=_left(deadline)) as connection:
+    with socket.create_connection((address, port), timeout=_remaining(deadline)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _introduce(connection, token, deadline)
-        trips = _round_trips(connection, deadline)
-        count, seconds = _bulk(connection, deadline)
+        _authenticate_to_server(connection, token, deadline)
+        round_trips = _round_trips(connection, deadline)
+        count, seconds = _send_blocks(connection, deadline)
     return {
-        "round_trip_s": statistics.median(trips),
+        "round_trip_s": statistics.median(round_trips),
         "bytes_per_s": count / seconds,
-        "messages": len(trips),
+        "messages": len(round_trips),
         "bytes": count,
     }
 
 
 def command(python: str, role: str, address: str, port: int = 0, limit_s: float = LIMIT_S) -> list[str]:
-    """What runs one side, `serve` or `measure`, with any Python."""
+    """Return the command line that runs one side, `serve` or `measure`, with any Python."""
     source = Path(__file__).read_text(encoding="utf-8")
-    side = [role, "--address", address, "--port", str(port), "--limit", str(limit_s)]
-    return [python, "-I", "-u", "-c", source, *side]
+    options = [role, "--address", address, "--port", str(port), "--limit", str(limit_s)]
+    return [python, "-I", "-u", "-c", source, *options]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run either side; the exit code is 1, and the message one of an error, if it came to nothing."""
+    """Run either side. On failure, print an error message and return exit code 1."""
     parser = argparse.ArgumentParser(description="Measure the link between two hosts; the secret comes on stdin.")
     parser.add_argument("role", choices=["serve", "measure"])
-    parser.add_argument("--address", required=True, help="IPv4; where to listen, or whom to ask")
-    parser.add_argument("--port", type=int, default=0, help="0: any, and it is printed")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which this ends")
+    parser.add_argument("--address", required=True, help="IPv4 address to listen on, or to connect to")
+    parser.add_argument("--port", type=int, default=0, help="port; 0: any free port, which is printed")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="time limit in seconds")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGALRM, _end_at_once)  # for waits that have no limit of their own, such as standard input
+    signal.signal(signal.SIGALRM, _exit_now)  # covers waits without a limit, such as reading standard input
     signal.setitimer(signal.ITIMER_REAL, options.limit + 1)
     try:
         token = sys.stdin.readline().strip()
         if not token:
             raise MeasureError("no secret on standard input")
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        threading.Thread(target=_exit_when_input_ends, daemon=True).start()
         if options.role == "serve":
             serve(options.address, options.port, token, options.limit, lambda port: _print("listening", port=port))
         else:
             _print("measured", **measure(options.address, options.port, token, options.limit))
     except (MeasureError, OSError) as error:
-        is_late = isinstance(error, socket.timeout)
+        is_timeout = isinstance(error, socket.timeout)
         reason = getattr(error, "strerror", None) or str(error)
-        _print("error", error=f"no answer within {options.limit:g} s" if is_late else reason)
+        _print("error", error=f"no answer within {options.limit:g} s" if is_timeout else reason)
         return 1
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
-def _proof(token: str, who: bytes, nonce: bytes) -> bytes:
-    return hmac.new(token.encode(), who + nonce, hashlib.sha256).digest()
+def _proof(token: str, role: bytes, nonce: bytes) -> bytes:
+    return hmac.new(token.encode(), role + nonce, hashlib.sha256).digest()
 
 
-def _is_known(connection: socket.socket, token: str, deadline: float) -> bool:
-    """Whether the client knows the token; if so it is shown that we do."""
+def _authenticate_client(connection: socket.socket, token: str, deadline: float) -> bool:
+    """Return whether the client knows the secret. If so, prove that the server knows it too."""
     nonce = os.urandom(NONCE_BYTES)
     try:
         _send(connection, nonce, deadline)
@@ -156,34 +157,35 @@ def _is_known(connection: socket.socket, token: str, deadline: float) -> bool:
     return True
 
 
-def _introduce(connection: socket.socket, token: str, deadline: float) -> None:
+def _authenticate_to_server(connection: socket.socket, token: str, deadline: float) -> None:
+    """Prove that the client knows the secret, and check that the server does."""
     nonce = os.urandom(NONCE_BYTES)
     try:
         challenge = _receive(connection, NONCE_BYTES, deadline)
         _send(connection, _proof(token, b"client", challenge) + nonce, deadline)
         answer = _receive(connection, PROOF_BYTES, deadline)
     except (MeasureError, ConnectionError):
-        raise MeasureError("something else listens there, or with another secret") from None
+        raise MeasureError("another program listens on this port, or it has another secret") from None
     if not hmac.compare_digest(answer, _proof(token, b"server", nonce)):
-        raise MeasureError("what listens there does not know the secret")
+        raise MeasureError("the program that listens on this port does not know the secret")
 
 
-def _answer(connection: socket.socket, deadline: float) -> None:
-    """Do what the client says until it has ended the blocks."""
+def _serve_client(connection: socket.socket, deadline: float) -> None:
+    """Handle messages until the client sends `END`."""
     block = bytearray(BLOCK_BYTES)
     count = 0
     while True:
-        word = _receive(connection, 1, deadline)
-        if word == PING:
+        message_type = _receive(connection, 1, deadline)
+        if message_type == PING:
             _send(connection, _receive(connection, SMALL_BYTES, deadline), deadline)
-        elif word == BLOCK:
+        elif message_type == BLOCK:
             _receive_into(connection, block, deadline)
             count += len(block)
-        elif word == END:
+        elif message_type == END:
             _send(connection, count.to_bytes(8, "big"), deadline)
             return
         else:
-            raise MeasureError(f"the client sent {word!r}")
+            raise MeasureError(f"the client sent an unknown message: {message_type!r}")
 
 
 def _round_trips(connection: socket.socket, deadline: float) -> list[float]:
@@ -198,8 +200,8 @@ def _round_trips(connection: socket.socket, deadline: float) -> list[float]:
     return trips
 
 
-def _bulk(connection: socket.socket, deadline: float) -> tuple[int, float]:
-    """Bytes sent, and the seconds until the other side had them all."""
+def _send_blocks(connection: socket.socket, deadline: float) -> tuple[int, float]:
+    """Send blocks; return their bytes, and the seconds until the server had received them all."""
     block = BLOCK + bytes(BLOCK_BYTES)
     start = time.perf_counter()
     count = 0
@@ -207,15 +209,15 @@ def _bulk(connection: socket.socket, deadline: float) -> tuple[int, float]:
         _send(connection, block, deadline)
         count += BLOCK_BYTES
     _send(connection, END, deadline)
-    arrived = int.from_bytes(_receive(connection, 8, deadline), "big")
+    received = int.from_bytes(_receive(connection, 8, deadline), "big")
     seconds = time.perf_counter() - start
-    if arrived != count:
-        raise MeasureError(f"{arrived} of {count} bytes arrived")
+    if received != count:
+        raise MeasureError(f"the server received {received} of {count} bytes")
     return count, seconds
 
 
 def _send(connection: socket.socket, data: bytes, deadline: float) -> None:
-    connection.settimeout(_left(deadline))
+    connection.settimeout(_remaining(deadline))
     connection.sendall(data)
 
 
@@ -228,34 +230,34 @@ def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
 def _receive_into(connection: socket.socket, data: bytearray, deadline: float) -> None:
     view = memoryview(data)
     while view:
-        connection.settimeout(_left(deadline))
+        connection.settimeout(_remaining(deadline))
         count = connection.recv_into(view)
         if not count:
             raise MeasureError("the other side closed the connection")
         view = view[count:]
 
 
-def _left(deadline: float) -> float:
-    """The seconds until then.
+def _remaining(deadline: float) -> float:
+    """Return the seconds until the deadline.
 
     Raises:
-        socket.timeout: there are none, as a wait of the socket itself would say.
+        socket.timeout: the deadline has passed; a socket's own wait raises the same.
     """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise socket.timeout("timed out")  # noqa: UP041, the same as TimeoutError only since Python 3.10
-    return left
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise socket.timeout("timed out")  # noqa: UP041, an alias of TimeoutError only since Python 3.10
+    return remaining
 
 
 def _print(kind: str, **fields: object) -> None:
     print(json.dumps({"kind": kind, **fields}), flush=True)
 
 
-def _end_at_once(number: int, frame: object) -> None:
+def _exit_now(number: int, frame: object) -> None:
     os._exit(1)
 
 
-def _end_with_input() -> None:
+def _exit_when_input_ends() -> None:
     while os.read(0, 4096):
         pass
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The networks between hosts, measured: from each rank's host to the next, all pairs of a network at once."""
+"""Measure the networks between hosts: from each rank's host to the next, all pairs of a network at once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from kimi_mlx.cluster.network.measure import command
 from kimi_mlx.errors import LinkError
 
 PAIR_LIMIT_S = 6.0
-"""For a pair: connect, half a second of small messages, a second of large ones."""
+"""Time limit of a pair: connecting, half a second of small messages, and a second of large ones."""
 
 LOGIN_LIMIT_S = 15.0
-"""On top of it, for logging in twice and starting Python."""
+"""Extra time for two logins and the start of Python."""
 
 END_PATIENCE_S = 1.0
+"""Time that processes get to end before they are killed."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A host that connects, the host that it connects to, and at which address."""
+    """A connection to measure: the host that connects, the host that listens, and the address."""
 
     client: str
     server: str
@@ -39,12 +40,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Link:
-    """A network and what it does.
+    """A network and its measured speed.
 
     Args:
-        network: which.
-        measured: over its slowest pair; None if a pair did not answer.
-        problems: of the pairs that did not, in words.
+        network: measured network.
+        speed: speed of its slowest pair; None if a pair failed.
+        problems: messages about the pairs that failed.
     """
 
     network: Network
@@ -53,21 +54,21 @@ class Link:
 
 
 def ring_pairs(hosts: Sequence[str], network: Network) -> list[Pair]:
-    """Who connects to whom in a ring: each host to the next, the last to the first."""
-    following = [*range(1, len(hosts)), 0]
-    return [Pair(hosts[i], hosts[j], network.addresses[j]) for i, j in enumerate(following)]
+    """Return the connections of a ring: each host to the next, the last to the first."""
+    next_hosts = [*range(1, len(hosts)), 0]
+    return [Pair(hosts[i], hosts[j], network.addresses[j]) for i, j in enumerate(next_hosts)]
 
 
 def measure_networks(
     hosts: Sequence[str], networks: Sequence[Network], pythons: Mapping[str, str], report: Callable[[str], None]
 ) -> list[Link]:
-    """Measure networks, one after the other; of a kind that has a fast one the rest is left out.
+    """Measure networks, one after the other. Once a network is fast enough, skip the others of its kind.
 
     Args:
-        hosts: in the order of the networks' addresses.
-        networks: from `candidates`.
-        pythons: host -> any interpreter.
-        say: told what is being measured.
+        hosts: hosts in the order of the networks' addresses.
+        networks: networks from `candidates`.
+        pythons: host -> path of any Python interpreter there.
+        report: callback for progress messages.
     """
     links: list[Link] = []
     fast: set[str] = set()
@@ -85,65 +86,68 @@ def measure_networks(
 def measure_network(
     hosts: Sequence[str], network: Network, pythons: Mapping[str, str], limit_s: float = PAIR_LIMIT_S
 ) -> Link:
-    """Measure all pairs of a ring at once, as a ring uses them."""
-    measured, problems = measure_pairs(ring_pairs(hosts, network), pythons, limit_s)
-    return Link(network, None if problems else slowest(measured), tuple(problems))
+    """Measure all pairs of a ring at once, because a ring uses them at once."""
+    speeds, problems = measure_pairs(ring_pairs(hosts, network), pythons, limit_s)
+    return Link(network, None if problems else slowest(speeds), tuple(problems))
 
 
 def measure_pairs(
     pairs: Sequence[Pair], pythons: Mapping[str, str], limit_s: float = PAIR_LIMIT_S
 ) -> tuple[list[LinkSpeed], list[str]]:
-    """Measure pairs at once; nothing is left of it on any host, whatever happens.
+    """Measure pairs at once. It leaves no process on any host, even if it fails.
 
     Returns:
-        The figures of those that answered, and what is wrong with the others, in words.
+        Speeds of the pairs that worked, and messages about those that failed.
     """
-    sides = _Sides(pairs, pythons, limit_s)
+    measurement = _PairMeasurement(pairs, pythons, limit_s)
     try:
-        return sides.run()
+        return measurement.run()
     finally:
-        sides.close()
+        measurement.close()
 
 
-class _Sides:
-    """The processes of pairs: number 2 n listens for pair n, number 2 n + 1 connects."""
+class _PairMeasurement:
+    """The processes of a measurement: side 2 n listens for pair n, side 2 n + 1 connects."""
 
     def __init__(self, pairs: Sequence[Pair], pythons: Mapping[str, str], limit_s: float):
         self._pairs = pairs
         self._pythons = pythons
         self._limit_s = limit_s
         self._secret = secrets.token_hex(16)
-        self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self._processes: dict[int, HostProcess] = {}
 
     def run(self) -> tuple[list[LinkSpeed], list[str]]:
         for number, pair in enumerate(self._pairs):
-            # it listens while the client logs in, too
+            # The server listens while the client logs in, so it needs more time.
             self._start(2 * number, pair.server, "serve", pair.address, 0, self._limit_s + LOGIN_LIMIT_S)
-        outcome: dict[int, LinkSpeed | str] = {}
+        results: dict[int, LinkSpeed | str] = {}
         end = time.monotonic() + self._limit_s + LOGIN_LIMIT_S
-        while len(outcome) < len(self._pairs):
+        while len(results) < len(self._pairs):
             try:
-                side, message = self._inbox.get(timeout=max(end - time.monotonic(), 0))
+                side, message = self._messages.get(timeout=max(end - time.monotonic(), 0))
             except queue.Empty:
                 break
             number, is_client = divmod(side, 2)
-            if number not in outcome and (found := self._hear(number, bool(is_client), message)) is not None:
-                outcome[number] = found
-        late = f"no answer within {self._limit_s + LOGIN_LIMIT_S:.0f} s"
-        outcomes = [(pair, outcome.get(number, late)) for number, pair in enumerate(self._pairs)]
-        measured = [each for _, each in outcomes if isinstance(each, LinkSpeed)]
-        return measured, [f"{pair}: {each}" for pair, each in outcomes if isinstance(each, str)]
+            if number in results:
+                continue
+            result = self._handle_message(number, bool(is_client), message)
+            if result is not None:
+                results[number] = result
+        timeout = f"no answer within {self._limit_s + LOGIN_LIMIT_S:.0f} s"
+        outcomes = [(pair, results.get(number, timeout)) for number, pair in enumerate(self._pairs)]
+        speeds = [outcome for _, outcome in outcomes if isinstance(outcome, LinkSpeed)]
+        return speeds, [f"{pair}: {outcome}" for pair, outcome in outcomes if isinstance(outcome, str)]
 
     def close(self) -> None:
         terminate_all([*self._processes.values()], END_PATIENCE_S)
 
-    def _hear(self, number: int, is_client: bool, message: Message | None) -> LinkSpeed | str | None:
-        """What a pair comes to, if a message of one of its sides tells."""
+    def _handle_message(self, number: int, is_client: bool, message: Message | None) -> LinkSpeed | str | None:
+        """Return the result of a pair (speed or error), or None if the message does not decide it."""
         pair = self._pairs[number]
         if message is None:
             if not is_client and 2 * number + 1 in self._processes:
-                return None  # the client tells more
+                return None  # the client's message says more
             process = self._processes[2 * number + is_client]
             return f"the measurement on `{pair.client if is_client else pair.server}` {process.describe_exit()}"
         if message["kind"] == "listening":
@@ -163,4 +167,4 @@ class _Sides:
         self._processes[side] = HostProcess(side, line, os.environ, self._deliver, preamble)
 
     def _deliver(self, side: int, message: Message | None) -> None:
-        self._inbox.put((side, message))
+        self._messages.put((side, message))

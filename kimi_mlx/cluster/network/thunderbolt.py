@@ -1,7 +1,7 @@
-"""Which Thunderbolt port of which host is cabled to which, and the RDMA devices that follow from it. Pure.
+"""Find the Thunderbolt cables between hosts, and the RDMA devices that they connect. Pure.
 
-Each port is a domain with an identifier, and shows the identifier of the domain at the other end of its cable.
-Not yet seen on hardware: written after published captures.
+Each port is a domain with an identifier, and reports the identifier of the domain at the other end of its cable.
+Not yet tested on hardware; it follows published captures.
 Source: extract_connectivity of mlx 0.32, python/mlx/_distributed_utils/config.py.
 """
 
@@ -18,22 +18,22 @@ from kimi_mlx.cluster.network.interfaces import parse_hardware_ports
 from kimi_mlx.errors import LinkError
 
 THUNDERBOLT_COMMANDS = ("system_profiler SPThunderboltDataType -json", "networksetup -listallhardwareports")
-"""What `thunderbolt_ports` reads; `ibv_devices` goes to `parse_ibv_devices`."""
+"""Commands whose output `thunderbolt_ports` parses; `parse_ibv_devices` parses that of `ibv_devices`."""
 
 RDMA_SPEED_GBIT_S = 80
-"""Thunderbolt 5. A slower port has a device too, but it does not work."""
+"""Minimum speed for RDMA (Thunderbolt 5). Slower ports have an RDMA device too, but it does not work."""
 
 
 @dataclass(frozen=True)
 class ThunderboltPort:
-    """A port of a host.
+    """A Thunderbolt port of a host.
 
     Args:
-        receptacle: its number on the case.
-        interface: its network interface, such as `en5`; None if the system lists none.
-        domain: its identifier.
-        peer_domain: the identifier of the port at the other end, if that is of a computer.
-        gbit_per_s: of the link; None if unknown.
+        receptacle: number of the port on the case.
+        interface: network interface, such as `en5`; None if the system lists none.
+        domain: identifier of the port.
+        peer_domain: identifier of the port at the other end; None if no computer is connected.
+        gbit_per_s: speed of the link; None if unknown.
     """
 
     receptacle: str
@@ -45,7 +45,7 @@ class ThunderboltPort:
 
 @dataclass(frozen=True)
 class Cable:
-    """A cable between two hosts, by their numbers, and the network interface at either end."""
+    """A cable between two hosts (indices), with the network interface at either end."""
 
     host: int
     interface: str
@@ -54,15 +54,15 @@ class Cable:
     gbit_per_s: int | None = None
 
     def ends(self) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
-        """Seen from both sides: (host, the other host, interface)."""
+        """Return the cable as seen from both sides: (host, other host, interface)."""
         return (self.host, self.peer, self.interface), (self.peer, self.host, self.peer_interface)
 
 
 def thunderbolt_ports(profile: str, hardware_ports: str) -> tuple[ThunderboltPort, ...]:
-    """The ports of a Mac by receptacle, from what `THUNDERBOLT_COMMANDS` print.
+    """Return the ports of a Mac, sorted by receptacle, from the output of `THUNDERBOLT_COMMANDS`.
 
     Raises:
-        LinkError: the first is not what `system_profiler` prints.
+        LinkError: the first output is not that of `system_profiler`.
     """
     devices = {port: device for device, port in parse_hardware_ports(hardware_ports).items()}
     try:
@@ -70,8 +70,8 @@ def thunderbolt_ports(profile: str, hardware_ports: str) -> tuple[ThunderboltPor
         ports = [_port(bus, devices) for bus in buses if "domain_uuid_key" in bus and "receptacle_1_tag" in bus]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise LinkError(
-            f"`{THUNDERBOLT_COMMANDS[0]}` printed nothing of Thunderbolt: {profile[:80]!r}",
-            hint="type it on that host; if it works there, please report this",
+            f"`{THUNDERBOLT_COMMANDS[0]}` printed no Thunderbolt data: {profile[:80]!r}",
+            hint="run it on that host; if it works there, please report this",
         ) from None
     return tuple(sorted(ports, key=lambda port: (len(port.receptacle), port.receptacle)))
 
@@ -92,8 +92,8 @@ def _port(bus: dict[str, Any], devices: dict[str, str]) -> ThunderboltPort:
 
 
 def find_cables(hosts: Sequence[Sequence[ThunderboltPort]]) -> tuple[Cable, ...]:
-    """The cables between these hosts; those to others are left out, and one that only one end sees counts."""
-    owners = {port.domain: (number, port) for number, ports in enumerate(hosts) for port in ports}
+    """Return the cables between these hosts. A cable counts even if only one end reports it."""
+    owners = {port.domain: (index, port) for index, ports in enumerate(hosts) for port in ports}
     cables: dict[frozenset[str], Cable] = {}
     for host, ports in enumerate(hosts):
         for port in ports:
@@ -105,33 +105,33 @@ def find_cables(hosts: Sequence[Sequence[ThunderboltPort]]) -> tuple[Cable, ...]
 
 
 def parse_ibv_devices(text: str) -> tuple[str, ...]:
-    """The RDMA devices that `ibv_devices` lists."""
+    """Return the RDMA devices that `ibv_devices` lists."""
     return tuple(re.findall(r"^\s*(rdma_\w+)", text, re.MULTILINE | re.ASCII))
 
 
 def rdma_matrix(
     cables: Sequence[Cable], devices: Sequence[Sequence[str]], wires: int = 1
 ) -> tuple[tuple[Devices, ...], ...]:
-    """The devices of each host to each other one, as a hostfile has them.
+    """Return the RDMA devices from each host to every other host, in the form of a hostfile.
 
     Args:
-        cables: between the hosts; one that is too slow, or whose ends are not both RDMA devices, is passed over.
-        devices: of each host, by `parse_ibv_devices`.
-        wires: how many cables between two hosts to use at most; a mesh uses one, a ring up to `WIRE_LIMIT`.
+        cables: cables between the hosts; skipped if too slow, or if one end has no RDMA device.
+        devices: RDMA devices of each host, from `parse_ibv_devices`.
+        wires: maximum number of cables to use between two hosts: one in a mesh, up to `WIRE_LIMIT` in a ring.
     """
     count = len(devices)
-    found: list[list[list[str]]] = [[[] for _ in range(count)] for _ in range(count)]
+    matrix: list[list[list[str]]] = [[[] for _ in range(count)] for _ in range(count)]
     for cable in cables:
         ends = [(host, peer, f"rdma_{interface}") for host, peer, interface in cable.ends()]
         is_fast = cable.gbit_per_s is None or cable.gbit_per_s >= RDMA_SPEED_GBIT_S
         if is_fast and all(device in devices[host] for host, _, device in ends):
             for host, peer, device in ends:
-                found[host][peer].append(device)
-    return tuple(tuple(tuple(each[: min(wires, WIRE_LIMIT)]) for each in row) for row in found)
+                matrix[host][peer].append(device)
+    return tuple(tuple(tuple(names[: min(wires, WIRE_LIMIT)]) for names in row) for row in matrix)
 
 
 def ring_order(rdma: Matrix) -> tuple[int, ...] | None:
-    """An order of the hosts, from host 0 on, in which a cable joins each to the next and the last to the first."""
+    """Return an order of the hosts, starting with host 0, in which cables form a ring; None if there is none."""
     return next(_rings(rdma, (0,)), None) if len(rdma) > 1 else None
 
 

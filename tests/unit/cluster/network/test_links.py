@@ -135,7 +135,7 @@ def test_thunderbolt_is_chosen_unless_another_is_clearly_faster() -> None:
         (AIR, GOOD, "it is Wi-Fi"),
         (LAN, LinkSpeed(0.0051, 6e9), "a round trip takes 5 ms, the limit is 5 ms"),
         (LAN, LinkSpeed(0.012, 6e9), "a round trip takes 12 ms, the limit is 5 ms"),
-        (LAN, LinkSpeed(0.001, 117e6), "it carries 0.94 Gbit/s, 1 is the least"),
+        (LAN, LinkSpeed(0.001, 117e6), "its rate is 0.94 Gbit/s, the minimum is 1"),
     ],
 )
 def test_slow_network_is_refused_unless_forced(network: Network, measured: LinkSpeed, reason: str) -> None:
@@ -145,17 +145,17 @@ def test_slow_network_is_refused_unless_forced(network: Network, measured: LinkS
     assert network.addresses[0] in caught.value.message
     assert "Gbit/s" in caught.value.message
     assert "--force-link" in (caught.value.hint or "")
-    assert choose([network], {network: measured}, force=True) is network
+    assert choose([network], {network: measured}, is_forced=True) is network
 
 
 def test_fast_network_is_preferred_to_a_slow_one_even_if_forced() -> None:
     slow = LinkSpeed(0.02, 1e7)
-    assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, force=True) is LAN
+    assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, is_forced=True) is LAN
 
 
 def test_unreachable_hosts_have_no_network() -> None:
     with pytest.raises(LinkError, match=r"over any of: Thunderbolt \(169.254.1.1, 169.254.1.2\)"):
-        choose([TB], {}, force=True)
+        choose([TB], {}, is_forced=True)
     with pytest.raises(LinkError, match="no common network"):
         choose([], {})
 
