@@ -1,1 +1,1 @@
-"""What is wrong with this machine or a cluster, and the command that fixes it."""
+"""Diagnose this machine or a cluster: problems, and the commands that fix them."""

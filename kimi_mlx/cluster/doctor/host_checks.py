@@ -162,7 +162,7 @@ def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
 
     Args:
         facts: facts of the host.
-        need_bytes: bytes that have yet to be stored; 0 if everything is there, None if unknown.
+        need_bytes: bytes that have yet to be stored; 0 if nothing is missing, None if unknown.
     """
     free, folder = facts.disk_free_bytes, facts.stores_folder
     if free is None:

@@ -147,7 +147,7 @@ class _PairMeasurement:
         pair = self._pairs[number]
         if message is None:
             if not is_client and 2 * number + 1 in self._processes:
-                return None  # the client's message says more
+                return None  # the client's message has the details
             process = self._processes[2 * number + is_client]
             return f"the measurement on `{pair.client if is_client else pair.server}` {process.describe_exit()}"
         if message["kind"] == "listening":
