@@ -106,7 +106,7 @@ class Facts:
         disk_free_bytes: where stores are kept.
         clock_start: its clock when the script began, in seconds since 1970.
         clock_end: the same when it ended.
-        interpreters: that it has, those that were asked for first.
+        interpreters: interpreters of the host, the requested ones first.
         broken_interpreters: paths of those that do not run.
         uv: path of uv.
         stores: complete ones, the newest first.
