@@ -202,7 +202,7 @@ def test_a_stopped_rank_is_replaced(folder: Path, strategy: str) -> None:
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank 1 of 2 (process {pids[1]}) has not responded for " in interrupted.reason
-        assert interrupted.reason.endswith(" s, the limit is 3 s")
+        assert interrupted.reason.endswith(" s (limit 3 s)")
     wait_until_gone(pids)
 
 
