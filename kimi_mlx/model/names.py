@@ -1,7 +1,8 @@
-"""Names: which tensors of a checkpoint make up each entry of the canonical tree (kimi_mlx.model.tree).
+"""Map tensor names of a checkpoint to the entries of the canonical tree (kimi_mlx.model.tree).
 
 Checkpoints come in Hugging Face's layout (experts one by one, `kv_b_proj` whole) and in MLX's (experts stacked as
-`switch_mlp`, `kv_b_proj` often split into `embed_q` and `unembed_out`), float or quantized. Pure: sees names only.
+`switch_mlp`, `kv_b_proj` often split into `embed_q` and `unembed_out`), float or quantized. This module uses
+names and dimensions only, and never reads a file.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Suffixes of tensors that the model does not use: rotary buffers of old files."""
+
 IGNORED_PREFIXES = ("vision_tower.", "mm_projector.")
-"""Tensors that the text model does not use: rotary buffers of old files, K2.5's vision part."""
+"""Prefixes of tensors that the text model does not use: K2.5's vision part."""
 
 TEXT_PREFIX = "language_model."
 """Prefix of the text model's tensors in K2.5 and later."""
@@ -41,17 +44,19 @@ class SourceMatrix:
     """A matrix of the checkpoint and how it is used.
 
     Args:
-        paths: the tensor's name without `.weight`; several when experts are stored one by one.
-        shape: of the unquantized tensor; (rows, columns), with the number of experts or heads before them if stacked.
-        cuts: the axes that may be sharded.
-        blocks: number of shared experts concatenated along the first sharded axis; they become a stack.
-        heads: for `kv_b_proj` alone: (heads, first row of each, end row of each): it becomes a stack by heads.
+        paths: tensor name without suffix; one name per expert if experts are stored one by one.
+        shape: unquantized shape: (rows, columns), or (experts or heads, rows, columns) if stacked, or (extent,).
+        sharded_axes: axes that may be sharded over ranks.
+        blocks: number of shared experts that are concatenated along the first sharded axis and become a stack; 0 for
+            other matrices.
+        heads: (number of heads, first row, end row) for a part of `kv_b_proj`: these rows of each head, out of the
+            rows of all heads, become a stack of one member per head; None for other matrices.
         suffix: suffix of the tensor's name.
     """
 
     paths: tuple[str, ...]
     shape: tuple[int, ...]
-    cuts: tuple[ShardedAxis, ...] = ()
+    sharded_axes: tuple[ShardedAxis, ...] = ()
     blocks: int = 0
     heads: tuple[int, int, int] | None = None
     suffix: str = ".weight"
@@ -62,9 +67,9 @@ class TreeEntry:
     """An entry of the canonical tree.
 
     Args:
-        name: its name there.
-        parts: matrices that are fused side by side (gate and up, q_a and kv_a), each a list of stacked sources
-            (routed experts, then shared ones).
+        name: name of the entry.
+        parts: matrices whose rows are concatenated (gate and up, q_a and kv_a). Each is a tuple of sources that are
+            stacked (routed experts, then shared ones).
     """
 
     name: str
@@ -73,11 +78,11 @@ class TreeEntry:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Facts of a checkpoint that decide its entries.
+    """Properties of a checkpoint that determine its entries.
 
     Args:
-        has: function from a full tensor name to whether it exists.
-        quantization: function from a path to the matrix's quantization; None if float.
+        has: function that returns whether a tensor of this full name exists.
+        quantization: function that returns the quantization of the matrix at a path; None if float.
     """
 
     has: Callable[[str], bool]
@@ -85,7 +90,7 @@ class CheckpointLayout:
 
 
 def top_entries(config: ModelConfig) -> list[TreeEntry]:
-    """Embedding, last norm and head."""
+    """Return the entries of the top: embedding, last norm and head."""
     table = (config.vocab_size, config.hidden_size)
     return [
         _single("model.embed_tokens", "model.embed_tokens", table, ShardedAxis("embed_rows", "rows")),
@@ -100,10 +105,10 @@ def layer_entries(
     """Return the entries of one layer, in the checkpoint's layout.
 
     Args:
-        config: the model's dimensions.
-        layer: its number.
-        layout: of the checkpoint.
-        fuses_shared: whether shared experts join the stack of routed ones, if they are quantized alike.
+        config: dimensions of the model.
+        layer: number of the layer.
+        layout: layout of the checkpoint.
+        fuses_shared: whether to stack shared experts with the routed ones if both have the same quantization.
     """
     prefix = f"model.layers.{layer}."
     norms = ("input_layernorm", "post_attention_layernorm")
@@ -130,12 +135,14 @@ def num_fused_shared(config: ModelConfig, layer: int, layout: CheckpointLayout) 
 
 
 def is_latent_first(layer: int, layout: CheckpointLayout) -> bool:
-    """Whether the key projection is stored as (heads, latent, nope), as mlx-lm's `embed_q` is."""
+    """Return whether the key projection is stored as (heads, latent, nope), as mlx-lm's `embed_q` is."""
     return layout.has(f"model.layers.{layer}.self_attn.embed_q.weight")
 
 
-def _single(name: str, path: str, shape: tuple[int, ...], *cuts: ShardedAxis, suffix: str = ".weight") -> TreeEntry:
-    return TreeEntry(name, ((SourceMatrix((path,), shape, cuts, suffix=suffix),),))
+def _single(
+    name: str, path: str, shape: tuple[int, ...], *sharded_axes: ShardedAxis, suffix: str = ".weight"
+) -> TreeEntry:
+    return TreeEntry(name, ((SourceMatrix((path,), shape, sharded_axes, suffix=suffix),),))
 
 
 def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout) -> list[TreeEntry]:
@@ -168,7 +175,7 @@ def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayou
 
 
 def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> list[TreeEntry]:
-    """Keys and values from the latent: split by mlx-lm, or rows of `kv_b_proj` by head."""
+    """Return the projections from latent to keys and values, stored separately (mlx-lm) or as rows of `kv_b_proj`."""
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank
     by_head = ShardedAxis("heads", "stack")
@@ -183,13 +190,13 @@ def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> l
     return [TreeEntry("self_attn.embed_q", ((keys,),)), TreeEntry("self_attn.unembed_out", ((values,),))]
 
 
-def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share: str) -> list[TreeEntry]:
+def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share_field: str) -> list[TreeEntry]:
     path, hidden = f"{prefix}{name}.", config.hidden_size
-    rows = (ShardedAxis(share, "rows"),)
+    rows = (ShardedAxis(share_field, "rows"),)
     gate, up = (SourceMatrix((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
     return [
         TreeEntry(f"{name}.gate_up_proj", ((gate,), (up,))),
-        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), ShardedAxis(share, "columns")),
+        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), ShardedAxis(share_field, "columns")),
     ]
 
 
@@ -215,18 +222,18 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout, fus
 def _experts(
     config: ModelConfig, prefix: str, name: str, layout: CheckpointLayout, fused: int
 ) -> tuple[SourceMatrix, ...]:
-    """One projection of all routed experts, then of the shared ones that are fused with them."""
+    """Return one projection of all routed experts, and of the shared ones that are fused with them."""
     width, hidden = config.moe_intermediate_size, config.hidden_size
     is_down = name == "down_proj"
-    one = (hidden, width) if is_down else (width, hidden)
-    cut = ShardedAxis("expert_rows", "columns" if is_down else "rows")
+    expert_shape = (hidden, width) if is_down else (width, hidden)
+    sharded = ShardedAxis("expert_rows", "columns" if is_down else "rows")
     paths = _expert_paths(config, prefix, name, layout)
-    shape = one if len(paths) > 1 else (config.n_routed_experts, *one)
-    routed = SourceMatrix(paths, shape, (cut, ShardedAxis("experts", "stack")))
+    shape = expert_shape if len(paths) > 1 else (config.n_routed_experts, *expert_shape)
+    routed = SourceMatrix(paths, shape, (sharded, ShardedAxis("experts", "stack")))
     if not fused:
         return (routed,)
     block = (hidden, width * fused) if is_down else (width * fused, hidden)
-    return routed, SourceMatrix((f"{prefix}shared_experts.{name}",), block, (cut,), blocks=fused)
+    return routed, SourceMatrix((f"{prefix}shared_experts.{name}",), block, (sharded,), blocks=fused)
 
 
 def _expert_paths(config: ModelConfig, prefix: str, name: str, layout: CheckpointLayout) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
-"""The canonical parameter tree: what the model is built from, whatever layout it was read from.
+"""The canonical parameter tree: the form of the weights from which the model is built, for every checkpoint layout.
 
-Fused projections are fused and experts are stacked. A layer's entries, by name (shapes are rows x columns of the
-unquantized matrix; F is the rank's share of the expert rows, S the shared experts fused into the stack):
+Projections with the same input are fused, and experts are stacked. Entries of a layer, with the shape (rows, columns)
+of the unquantized matrix (F: the rank's share of the expert rows; S: shared experts in the stack of experts):
 
     input_layernorm, post_attention_layernorm        (D)
     self_attn.qkv_a_proj                             (q_lora_rank + R + P, D), or (H * (N + P) + R + P, D)
-    self_attn.q_a_layernorm, self_attn.q_b_proj      (q_lora_rank), (H * (N + P), q_lora_rank); not without q_lora
+    self_attn.q_a_layernorm, self_attn.q_b_proj      (q_lora_rank), (H * (N + P), q_lora_rank); only with q_lora
     self_attn.kv_a_layernorm                         (R)
     self_attn.embed_q                                (H, R, N) if latent_first, else (H, N, R)
     self_attn.unembed_out, self_attn.o_proj          (H, V, R), (D, H * V)
     mlp.gate, mlp.gate.e_score_correction_bias       (E, D), (E)                    MoE layers
     mlp.experts.gate_up_proj, .down_proj             (E + S, 2 * F, D), (E + S, D, F)
-    mlp.shared_experts.gate_up_proj, .down_proj      when quantized otherwise than the routed ones
+    mlp.shared_experts.gate_up_proj, .down_proj      if their quantization is not that of the routed ones
     mlp.gate_up_proj, mlp.down_proj                  dense layers
 
 At the top: `model.embed_tokens`, `model.norm`, `lm_head`.
@@ -29,13 +29,13 @@ from kimi_mlx.model.weight import Weight
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The entries of one layer (or of the top), ready to be built into modules.
+    """Weights of one layer (or of the top), from which its modules are built.
 
     Args:
-        entries: name -> the parts of the weight; one part, unless parts are quantized differently.
+        entries: name -> parts of the weight; more than one if fused matrices have different quantizations.
         latent_first: whether self_attn.embed_q is (H, R, N).
-        num_fused_shared: shared experts that stand at the end of the stack of experts.
-        first_expert: the number of the first routed expert in the stack, where a rank holds only some.
+        num_fused_shared: number of shared experts at the end of the stack of experts.
+        first_expert: number of the first routed expert in the stack; above 0 if this rank has only later ones.
     """
 
     entries: Mapping[str, Sequence[Weight]]
@@ -44,20 +44,20 @@ class LayerWeights:
     first_expert: int = 0
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry."""
+        """Return whether an entry exists."""
         return name in self.entries
 
     def matrices(self, name: str) -> Sequence[Weight]:
-        """The parts of a fused matrix."""
+        """Return the parts of a fused matrix."""
         return self.entries[name]
 
     def matrix(self, name: str) -> Weight:
-        """A matrix that has one part."""
+        """Return a matrix that has one part."""
         (part,) = self.entries[name]
         return part
 
     def array(self, name: str) -> mx.array:
-        """A weight that is never quantized."""
+        """Return a weight that is never quantized."""
         return self.matrix(name).weight
 
     @property

@@ -1,6 +1,6 @@
-"""Load a model from a checkpoint: carry out the plans of kimi_mlx.weights.layer_plan in memory, for one rank.
+"""Load a model from a checkpoint: execute the plans of kimi_mlx.weights.layer_plan in memory, for one rank.
 
-Each matrix is read once, only as far as the rank holds it, straight into its place in the fused array.
+Only the rank's slice of each matrix is read, directly into its place in the fused array.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ def load_model(
     """Build the model, or one rank's share of it, layer by layer.
 
     Args:
-        folder: the checkpoint: `*.safetensors`, with an index if there are several.
-        config: its configuration.
-        dtype: of the computation: float weights, scales and biases are cast to it.
+        folder: folder of the checkpoint.
+        config: configuration of the model.
+        dtype: compute dtype; float weights, scales and biases are cast to it.
         share: share of this rank; None for the whole model.
-        communicator: the rank's link to the others; None without others.
+        communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer.
 
     Raises:
-        WeightsError: missing, unknown or wrongly stored tensors, all named.
+        WeightsError: missing, unknown or wrongly stored tensors.
     """
     reader = open_checkpoint(folder, config)
 
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
             yield _load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
-            reader.close()  # mapped pages count as used memory
+            reader.close()  # pages of memory maps count as used memory
         yield _load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
     return build_model(config, layers(), communicator, progress)
@@ -64,9 +64,9 @@ def build_model(
     """Evaluate layers one after the other and build the model from them.
 
     Args:
-        config: its configuration.
-        layers: the layers, then the top; lazy arrays are read here.
-        communicator: the rank's link to the others; None without others.
+        config: configuration of the model.
+        layers: weights of the layers, then of the top; lazy arrays are read here.
+        communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer.
     """
     total = config.num_hidden_layers + 1
@@ -80,13 +80,13 @@ def build_model(
 
 
 def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry: str, dtype: mx.Dtype) -> Weight:
-    """A weight from its stored arrays, floats in the compute dtype.
+    """Return a weight made of its stored arrays, floats in the compute dtype.
 
     Args:
         arrays: weight, and scales and biases if quantized.
-        quantization: of the weight.
-        entry: its name in the canonical tree; the router's bias stays in float32.
-        dtype: of the computation.
+        quantization: quantization of the weight; None if float.
+        entry: name in the canonical tree; the router's bias stays in float32.
+        dtype: compute dtype.
     """
     target = mx.float32 if entry.endswith("e_score_correction_bias") else dtype
     cast = (array if array.dtype == mx.uint32 else array.astype(target) for array in arrays)
@@ -105,7 +105,7 @@ def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> L
 
 
 def _read(reader: CheckpointReader, plan: ArrayPlan) -> mx.array:
-    field = reader.read_array(plan)
-    # numpy reads from the disk without holding Python's lock, so a rank's heartbeat continues
-    array = mx.array(field if field.flags.owndata and field.flags.c_contiguous else np.array(field, order="C"))
+    values = reader.read_array(plan)
+    # numpy's copy of a memory map releases the GIL, so that a rank's heartbeat continues
+    array = mx.array(values if values.flags.owndata and values.flags.c_contiguous else np.array(values, order="C"))
     return array.view(mx.bfloat16) if plan.dtype == "BF16" else array

@@ -1,6 +1,6 @@
-"""A checkpoint as a table: its tensors, and how each matrix is stored. This module never reads a tensor.
+"""The tensors of a checkpoint and the stored format of each matrix. This module reads no tensor.
 
-Four formats are supported; the tensor names tell which one a matrix has: floats (`weight`), MLX's affine quantization
+Four formats are supported and recognized by the names of the tensors: floats (`weight`), MLX's affine quantization
 (`weight`, `scales`, `biases`), FP8 blocks (`weight`, `weight_scale_inv`), and the packed integers of compressed-tensors
 (`weight_packed`, `weight_scale`, `weight_shape`). Each is described here as fields of the canonical form.
 """
@@ -28,9 +28,9 @@ from kimi_mlx.weights.index import TensorInfo
 FLOATS = ("F32", "F16", "BF16")
 """Types in which scales, norms and unquantized matrices may be stored."""
 
-EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
+EXPERT_PATH = re.compile(r"\.mlp\.experts\.\d+\.")
 
-BELONG_HINT = "config.json and weights do not belong together: fetch both again"
+MISMATCH_HINT = "`config.json` and the weights do not match: fetch both again"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class MatrixField:
         dtype: type in the canonical form, as safetensors names it.
         tensors: stored tensors: one, or FP8's weight and its scale factors.
         decode: `copy`, `biases` (made from packed integers' scales) or `fp8`.
-        per: stored columns per `values` columns of the matrix: bits per 32 for packed weights, 1 per group_size for
-            scales and biases, else 1 per 1.
+        per: number of stored columns for every `values` columns of the matrix: bits for 32 in packed weights, 1 for
+            group_size in scales and biases, else 1 for 1.
         values: see `per`.
     """
 
@@ -79,13 +79,13 @@ class Checkpoint:
     Args:
         config: configuration of the model.
         table: tensors of all files.
-        where: folder or repository, for messages.
-        fp8_dtype: type to which FP8 is converted: `F32` is exact; stores use the compute type of the model.
+        location: folder or repository, for messages.
+        fp8_dtype: type to which FP8 is converted: `F32` is exact; stores use the compute dtype of the model.
     """
 
-    def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], where: str, fp8_dtype: str = "F32"):
+    def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], location: str, fp8_dtype: str = "F32"):
         self.config = config
-        self.where = where
+        self.location = location
         self.fp8_dtype = fp8_dtype
         self.tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
         self.layout = CheckpointLayout(self.has_matrix, self.quantization)
@@ -102,8 +102,8 @@ class Checkpoint:
         if f"{path}.scales" not in self.tensors:
             return None
         quantization = self.config.quantization_of(path)
-        if path not in self.config.quantization_overrides:  # may name the stack of experts stored one by one
-            quantization = self.config.quantization_of(EXPERT.sub(".mlp.switch_mlp.", path))
+        if path not in self.config.quantization_overrides:  # it may name the stack of separate experts
+            quantization = self.config.quantization_of(EXPERT_PATH.sub(".mlp.switch_mlp.", path))
         if quantization is None:
             raise WeightsError(
                 f"`{path}` has scales, but `config.json` has no `quantization`", hint="fetch `config.json` again"
@@ -133,7 +133,7 @@ class Checkpoint:
             shape: shape of the unquantized matrix according to the configuration.
 
         Raises:
-            WeightsError: a shape or type is not what the configuration says.
+            WeightsError: a shape or type does not match the configuration.
         """
         names = self.tensors_of(path, suffix)
         if names[0].endswith(".weight_packed"):
@@ -149,10 +149,10 @@ class Checkpoint:
         quantization = self.quantization(path)
         assert quantization is not None
         bits, size = quantization.bits, quantization.group_size
-        how = f" at {bits} bits in groups of {size}"
+        format_note = f" at {bits} bits in groups of {size}"
         packs = ((bits, 32), (1, size), (1, size))
         for name, (per, values) in zip(names, packs, strict=True):
-            self._check(name, ("U32",) if values == 32 and per == bits else FLOATS, shape, per, values, how)
+            self._check(name, ("U32",) if values == 32 and per == bits else FLOATS, shape, per, values, format_note)
         fields = (
             MatrixField(name.rpartition(".")[2], self.tensors[name].dtype, (name,), "copy", per, values)
             for name, (per, values) in zip(names, packs, strict=True)
@@ -162,10 +162,10 @@ class Checkpoint:
     def _packed(self, names: list[str], path: str, shape: tuple[int, ...]) -> MatrixFormat:
         packed = self._packed_ints(path)
         bits, size = packed.bits, packed.group_size
-        how = f" at {bits} bits in groups of {size}"
+        format_note = f" at {bits} bits in groups of {size}"
         words, scale = names[:2]
-        self._check(words, ("I32",), shape, bits, 32, how)
-        self._check(scale, FLOATS, shape, 1, size, how)
+        self._check(words, ("I32",), shape, bits, 32, format_note)
+        self._check(scale, FLOATS, shape, 1, size, format_note)
         dtype = self.tensors[scale].dtype
         fields = (
             MatrixField("weight", "U32", (words,), "copy", bits, 32),
@@ -178,7 +178,7 @@ class Checkpoint:
         compression = self.config.compression
         if not isinstance(compression, PackedInts):
             raise WeightsError(
-                f"`{path}` is packed as compressed-tensors does it, but `config.json` does not say how",
+                f"`{path}` is packed by compressed-tensors, but `config.json` has no `quantization_config` for it",
                 hint="fetch `config.json` again",
             )
         return compression
@@ -203,26 +203,26 @@ class Checkpoint:
         shape: tuple[int, ...],
         per: int = 1,
         values: int = 1,
-        how: str = "",
+        format_note: str = "",
     ) -> None:
-        """Check the stored type and shape of a tensor; `how` describes the quantization in messages."""
+        """Check the stored type and shape of a tensor; `format_note` describes the quantization in messages."""
         info = self.tensors.get(name)
         if info is None:
-            raise WeightsError(f"`{self.where}` lacks the tensor `{name}`", hint="finish the download")
-        where = f"tensor `{name}` in `{info.file}`"
+            raise WeightsError(f"`{self.location}` lacks the tensor `{name}`", hint="finish the download")
+        label = f"tensor `{name}` in `{info.file}`"
         if info.dtype not in dtypes:
-            wanted = dtypes[0] if len(dtypes) == 1 else "a float type"
-            raise WeightsError(f"{where} has type {info.dtype}, not {wanted}", hint=BELONG_HINT)
+            expected_type = dtypes[0] if len(dtypes) == 1 else "a float type"
+            raise WeightsError(f"{label} has type {info.dtype}, not {expected_type}", hint=MISMATCH_HINT)
         *leading, columns = shape
         expected = (*leading, columns * per // values)
         if info.shape != expected or columns * per % values:
             raise WeightsError(
-                f"{where} has shape {info.shape}; `config.json` asks for {expected}{how}", hint=BELONG_HINT
+                f"{label} has shape {info.shape}; `config.json` requires {expected}{format_note}", hint=MISMATCH_HINT
             )
 
     def check_names(self) -> None:
         """Raise WeightsError if a tensor is missing or unknown."""
-        wanted = {
+        expected = {
             name
             for entry in self._entries()
             for part in entry.parts
@@ -231,14 +231,14 @@ class Checkpoint:
             for name in self.tensors_of(path, source.suffix)
         }
         present = {name for name in self.tensors if not is_ignored(name, self.config)}
-        if missing := sorted(wanted - present):
+        if missing := sorted(expected - present):
             raise WeightsError(
-                f"`{self.where}` lacks {_some(missing)}",
+                f"`{self.location}` lacks {_format_names(missing)}",
                 hint="finish the download, or fetch `config.json` again",
             )
-        if unknown := sorted(present - wanted):
+        if unknown := sorted(present - expected):
             raise WeightsError(
-                f"`{self.where}` has {_some(unknown)}, which this model has no place for",
+                f"`{self.location}` has {_format_names(unknown)}, which this model does not use",
                 hint="the checkpoint is of another architecture or layout",
             )
 
@@ -263,6 +263,6 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     return is_layer and int(parts[2]) >= config.num_hidden_layers
 
 
-def _some(names: list[str]) -> str:
+def _format_names(names: list[str]) -> str:
     shown = ", ".join(f"`{name}`" for name in names[:5])
     return f"{len(names)} tensors, first {shown}" if len(names) > 5 else f"the tensor{'s' * (len(names) > 1)} {shown}"

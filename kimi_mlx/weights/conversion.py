@@ -25,7 +25,7 @@ class Conversion:
 
     Args:
         source: folder of the source checkpoint.
-        digest: hash of its configuration and of the names, sizes and times of its files.
+        digest: hash of its configuration and of the names, sizes and modification times of its files.
         options: options of the command.
         config: contents of the new `config.json`.
         plan: the new files.
@@ -47,7 +47,7 @@ class Conversion:
         return self.plan.size_bytes + sum(file.stat().st_size for file in self.small_files)
 
     def record(self) -> dict[str, Any]:
-        """Return what must be equal for a conversion to resume."""
+        """Return the record of the conversion; a conversion resumes only if its record is equal."""
         source = {"folder": str(self.source.resolve()), "digest": self.digest}
         return {"format": RECORD_FORMAT, "source": source, "options": asdict(self.options)}
 
@@ -78,10 +78,10 @@ def _digest(source: Path, reader: CheckpointReader) -> str:
 
 def _small_files(source: Path) -> tuple[Path, ...]:
     """Return the files to copy unchanged."""
-    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
-    unwanted = (".index.json", ".py", ".safetensors")
+    candidates = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
+    excluded_suffixes = (".index.json", ".py", ".safetensors")
     return tuple(
         path
-        for path in sorted(found)
-        if path.name != "config.json" and not path.name.startswith(".") and not path.name.endswith(unwanted)
+        for path in sorted(candidates)
+        if path.name != "config.json" and not path.name.startswith(".") and not path.name.endswith(excluded_suffixes)
     )

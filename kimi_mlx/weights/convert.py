@@ -1,7 +1,7 @@
-"""Convert a checkpoint to MLX's affine layout, as kimi_mlx.weights.convert_plan says.
+"""Convert a checkpoint to MLX's affine layout, following a plan of kimi_mlx.weights.convert_plan.
 
-A file gets its final name only when it is complete, and `config.json` is written last: a killed conversion resumes
-with the file it was writing, and a folder without `config.json` is not a model.
+A file gets its final name only when it is complete, and `config.json` is written last. A killed conversion resumes with
+the file that it was writing, and no reader takes a folder without `config.json` for a model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConversionResult:
         files: number of weight files.
         files_before: number of these that an earlier run wrote.
         size_bytes: total bytes of the weight files.
-        bits_per_weight: average bits, scales and biases included.
+        bits_per_weight: average number of bits, scales and biases included.
         seconds: duration of this run.
     """
 
@@ -58,12 +58,12 @@ def convert(
     """Write the converted checkpoint, or the files that an earlier run did not finish.
 
     Args:
-        conversion: the plan.
+        conversion: planned conversion.
         folder: new or empty folder, or one with an unfinished run of the same conversion.
         progress: callback, at the start and after each chunk.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder contains other files.
         WeightsError: the disk is too small or fails, or another process uses the folder.
     """
     start = time.monotonic()
@@ -102,8 +102,8 @@ def _finish(conversion: Conversion, folder: Path) -> None:
         write_atomically(folder / path.name, path.read_bytes())
     write_atomically(folder / INDEX_NAME, json.dumps(conversion.plan.index(), indent=1).encode())
     write_atomically(folder / "config.json", json.dumps(conversion.config, indent=1).encode())
-    for left in folder.glob("*.part"):
-        left.unlink()
+    for partial in folder.glob("*.part"):
+        partial.unlink()
     (folder / RECORD_NAME).unlink()
 
 

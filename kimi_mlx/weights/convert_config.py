@@ -15,7 +15,7 @@ REMOVED_KEYS = ("quantization", "quantization_config", "compression_config", "au
 def converted_config(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
     """Return the `config.json` of the output: that of the source with MLX's `quantization`.
 
-    Removed are the formats of the source, `auto_map` (code files are not copied), the vision part, and the number of
+    It does not have the formats of the source, `auto_map` (code files are not copied) or the vision part, and it has no
     multi-token prediction layers.
     """
     text = raw.get("text_config")
@@ -49,14 +49,15 @@ def _quantization_block(plan: ConversionPlan) -> dict[str, Any] | None:
     default = counts.most_common(1)[0][0]
     block: dict[str, Any] = {"group_size": default.group_size, "bits": default.bits, "mode": "affine"}
     for weight in matrices:
-        own = weight.quantization
-        if own != default:
-            value = {"group_size": own.group_size, "bits": own.bits} if own else False
+        quantization = weight.quantization
+        if quantization != default:
+            value = quantization and {"group_size": quantization.group_size, "bits": quantization.bits}
+            value = value or False
             block |= dict.fromkeys(_module_paths(weight), value)
     return block
 
 
 def _module_paths(weight: WeightConversion) -> list[str]:
     """Return the names under which readers look up the quantization: mlx-lm splits a whole `kv_b_proj` itself."""
-    before, found, _ = weight.path.partition("kv_b_proj")
-    return [weight.path, f"{before}embed_q", f"{before}unembed_out"] if found else [weight.path]
+    prefix, separator, _ = weight.path.partition("kv_b_proj")
+    return [weight.path, f"{prefix}embed_q", f"{prefix}unembed_out"] if separator else [weight.path]

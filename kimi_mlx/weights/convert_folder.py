@@ -1,6 +1,6 @@
-"""The output folder of a conversion: refuse what is not ours, check the disk, lock the folder, explain disk errors.
+"""The output folder of a conversion: check its contents and its disk, lock it, explain disk errors.
 
-While a conversion is unfinished, a record in the folder says what is being converted.
+A record in the folder identifies an unfinished conversion.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RECORD_NAME = ".convert.json"
 
 
 def check_folder(conversion: Conversion, folder: Path) -> None:
-    """Refuse a folder that holds anything but an earlier run of the same conversion.
+    """Refuse a folder with anything but an earlier run of the same conversion.
 
     Raises:
-        UsageError: the folder holds other files, or a different conversion.
+        UsageError: the folder contains other files or a different conversion.
     """
     try:
         present = {path.name for path in folder.iterdir()} - {".DS_Store"}
@@ -38,13 +38,13 @@ def check_folder(conversion: Conversion, folder: Path) -> None:
     if all(_is_part_of_record(name) for name in present):
         return
     if RECORD_NAME not in present:
-        what = "holds a model already" if "config.json" in present else f"is not empty: it has `{min(present)}`"
-        raise UsageError(f"`{folder}` {what}", hint="choose a new folder; nothing in it was changed")
-    present_record, own_record = _read_record(folder), conversion.record()
-    if present_record != own_record:
+        state = "already contains a model" if "config.json" in present else f"is not empty: it has `{min(present)}`"
+        raise UsageError(f"`{folder}` {state}", hint="choose a new folder; nothing in it was changed")
+    present_record, new_record = _read_record(folder), conversion.record()
+    if present_record != new_record:
         raise UsageError(
-            f"`{folder}` holds an unfinished conversion of {_describe(present_record)}; "
-            f"this command converts {_describe(own_record)}",
+            f"`{folder}` contains an unfinished conversion of {_describe(present_record)}; "
+            f"this command converts {_describe(new_record)}",
             hint="use the same source and options to resume, choose a new folder, or remove this one",
         )
 
@@ -65,7 +65,7 @@ def check_space(conversion: Conversion, folder: Path) -> None:
     if needed > free:
         raise WeightsError(
             f"the result needs {format_bytes(needed)} in `{folder}`, but its disk has {format_bytes(free)} free",
-            hint="free some space, choose another disk, or fewer --bits",
+            hint="free some space, choose another disk, or lower --bits",
         )
 
 
@@ -112,7 +112,7 @@ def explain_disk_errors(conversion: Conversion, folder: Path) -> Generator[None]
         needed = conversion.size_bytes - _present_bytes(conversion, folder)
         free = shutil.disk_usage(folder).free
         raise WeightsError(
-            f"the disk is full: the rest needs {format_bytes(needed)} in `{folder}`, {format_bytes(free)} are free",
+            f"the disk is full: the rest needs {format_bytes(needed)} in `{folder}`, but {format_bytes(free)} are free",
             hint="free some space, then run the same command again to resume",
         ) from error
 
@@ -128,7 +128,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _describe(record: dict[str, Any]) -> str:
-    """Return source and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
+    """Describe source and options, such as `/k2 (1f0c5a3b) with bits 4, group_size 64`."""
     options = ", ".join(f"{name} {value}" for name, value in record["options"].items() if value is not None)
     source = record["source"]
     return f"`{source['folder']}` ({source['digest'][:8]}) with {options or 'no options'}"

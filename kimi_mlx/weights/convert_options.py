@@ -40,7 +40,7 @@ class TargetFormats:
     """Formats of the output.
 
     Args:
-        keeps_quantization: whether each matrix keeps its stored quantization; then `experts` and `others` are unused.
+        keeps_quantization: whether each matrix keeps its stored quantization; `experts` and `others` are then unused.
         experts: quantization of routed experts; None for floats.
         others: quantization of all other matrices; None for floats.
         dtype: type of floats and of new scales, as safetensors names it.
@@ -64,7 +64,7 @@ def target_formats(checkpoint: Checkpoint, options: ConvertOptions, sources: Seq
     if bits is None and expert_bits is None and any(stored.values()):
         if options.group_size is not None:
             raise UsageError(
-                f"--group-size {options.group_size} alone has no effect: `{checkpoint.where}` is already quantized",
+                f"--group-size {options.group_size} alone has no effect: `{checkpoint.location}` is already quantized",
                 hint="add --bits to quantize it again",
             )
         return TargetFormats(True, None, None, dtype)

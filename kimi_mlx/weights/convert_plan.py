@@ -1,9 +1,9 @@
 """Plan a conversion to MLX's affine layout: the files of the output, their tensors, and the source of each tensor.
 
-The plan is made of the same source matrices as the plans of loading (kimi_mlx.weights.layer_plan), unfused and whole,
-each with the quantization that it gets. The output has the layout of mlx-lm: experts stacked as `switch_mlp`,
+The plan has the same source matrices as the plans of loading (kimi_mlx.weights.layer_plan), whole and not fused, each
+with its new quantization. The output has the layout of mlx-lm: experts stacked as `switch_mlp`,
 `kv_b_proj` split into `embed_q` and `unembed_out`, K2.5's prefix kept and its vision part left out. This module reads
-headers and configuration only, never a tensor.
+headers and configuration only, no tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kimi_mlx.weights.index import DTYPE_BYTES
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """A tensor of the output: its full name, its type as safetensors names it, its shape."""
+    """A tensor of the output: full name, type as safetensors names it, and shape."""
 
     name: str
     dtype: str
@@ -42,12 +42,12 @@ class WeightConversion:
 
     Args:
         path: name without suffix, which is the name of mlx-lm's module.
-        kind: kind of matrix for people, a key of KINDS.
-        source: matrix that it is made of; with `heads`, a part of `kv_b_proj`.
-        stored: stored format of the source; of the first expert if they are stored one by one.
+        kind: kind of matrix in reports, a key of KINDS.
+        source: source matrix; with `heads`, a part of `kv_b_proj`.
+        stored: stored format of the source; that of the first expert if experts are stored one by one.
         shape: unquantized shape.
         quantization: quantization in the output; None if float.
-        is_copied: whether the arrays are those of the source in the canonical form, without computation.
+        is_copied: whether the arrays are copied from the canonical form of the source without computation.
         is_indivisible: whether it stays float because its columns do not divide into groups.
         arrays: `weight`, and `scales` and `biases` if quantized.
     """
@@ -69,7 +69,7 @@ class WeightConversion:
 
     @property
     def can_be_quantized(self) -> bool:
-        """False for vectors and the router."""
+        """Whether the weight can be quantized: false for vectors and the router."""
         return _can_be_quantized(self.kind, self.shape)
 
     @property
@@ -144,7 +144,7 @@ KINDS = {
     "embedding": "embed_tokens",
     "head": "lm_head",
 }
-"""Kind of matrix -> mark in its path; the marks of the first two are at the end of the path. The first match counts."""
+"""Kind of matrix -> text in its path; the texts of the first two are at the end of the path. The first match counts."""
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix: bool) -> ConversionPlan:
@@ -157,7 +157,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
 
     Raises:
         UsageError: the options contradict each other or the source.
-        WeightsError: tensors are missing or stored in an unexpected form.
+        WeightsError: missing or wrongly stored tensors.
     """
     config = checkpoint.config
     layers = [layer_entries(config, layer, checkpoint.layout) for layer in range(config.num_hidden_layers)]
@@ -176,13 +176,13 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
 
 def _distinct_sources(entries: Sequence[TreeEntry]) -> list[SourceMatrix]:
     """Return the source matrices of entries of the canonical tree, whole and unfused."""
-    return [replace(source, cuts=(), blocks=0) for entry in entries for part in entry.parts for source in part]
+    return [replace(source, sharded_axes=(), blocks=0) for entry in entries for part in entry.parts for source in part]
 
 
 def _plan_source(
     checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str
 ) -> Iterator[WeightConversion]:
-    """Yield the weights made of one source: one, or for the halves of a `kv_b_proj` that stays whole, none or one."""
+    """Yield the weight made of a source; a `kv_b_proj` that stays whole is yielded only for its first half."""
     stored = [checkpoint.matrix(path, source.suffix, source.shape) for path in source.paths]
     path = _stacked_path(source.paths[0])
     target = _target_quantization(stored, path, source.shape, targets)
@@ -192,23 +192,22 @@ def _plan_source(
         yield _plan_weight(prefix + path, source, stored, shape, target, targets.dtype)
         return
     heads, first, end = source.heads
-    if (
-        target is not None and target == stored[0].quantization
-    ):  # packed by rows: the transposed half would be packed differently
+    # a copied `kv_b_proj` stays whole: it is packed by rows, and the transposed half would be packed differently
+    if target is not None and target == stored[0].quantization:
         if first == 0:
             yield _plan_weight(prefix + path, replace(source, heads=None), stored, source.shape, target, targets.dtype)
         return
-    latent, before = source.shape[-1], prefix + path.removesuffix("kv_b_proj")
+    latent, base = source.shape[-1], prefix + path.removesuffix("kv_b_proj")
     if first == 0:
-        yield _plan_weight(before + "embed_q", source, stored, (heads, latent, end - first), target, targets.dtype)
+        yield _plan_weight(base + "embed_q", source, stored, (heads, latent, end - first), target, targets.dtype)
     else:
-        yield _plan_weight(before + "unembed_out", source, stored, (heads, end - first, latent), target, targets.dtype)
+        yield _plan_weight(base + "unembed_out", source, stored, (heads, end - first, latent), target, targets.dtype)
 
 
 def _target_quantization(
     stored: Sequence[MatrixFormat], path: str, shape: tuple[int, ...], targets: TargetFormats
 ) -> Quantization | None:
-    """Return the quantization that a matrix gets if its columns allow it."""
+    """Return the target quantization of a matrix; its columns may not divide into groups."""
     kind = _kind(path)
     if not _can_be_quantized(kind, shape):
         return None
@@ -237,8 +236,8 @@ def _plan_weight(
     if source.suffix.endswith("e_score_correction_bias"):
         dtype = "F32"
     first = stored[0]
-    is_alike = len({matrix.kind for matrix in stored}) == 1 and source.heads is None
-    is_copied = is_alike and first.quantization == target and (target is not None or _is_plain(first, dtype))
+    is_uniform = len({matrix.kind for matrix in stored}) == 1 and source.heads is None
+    is_copied = is_uniform and first.quantization == target and (target is not None or _is_stored_as(first, dtype))
     is_indivisible = target is not None and not is_copied and shape[-1] % target.group_size != 0
     quantization = None if is_indivisible else target
     arrays = _arrays(path, source.suffix, shape, quantization, dtype)
@@ -247,7 +246,7 @@ def _plan_weight(
     return WeightConversion(path, _kind(path), source, first, shape, quantization, is_copied, is_indivisible, arrays)
 
 
-def _is_plain(matrix: MatrixFormat, dtype: str) -> bool:
+def _is_stored_as(matrix: MatrixFormat, dtype: str) -> bool:
     """Return whether a float matrix is stored in this type."""
     (field,) = matrix.fields
     return field.decode == "copy" and field.dtype == dtype
@@ -259,21 +258,21 @@ def _arrays(
     if quantization is None:
         return (ArraySpec(path + suffix, dtype, shape),)
     *leading, columns = shape
-    words = (*leading, columns * quantization.bits // 32)
+    packed = (*leading, columns * quantization.bits // 32)
     groups = (*leading, columns // quantization.group_size)
     return (
-        ArraySpec(f"{path}.weight", "U32", words),
+        ArraySpec(f"{path}.weight", "U32", packed),
         ArraySpec(f"{path}.scales", dtype, groups),
         ArraySpec(f"{path}.biases", dtype, groups),
     )
 
 
 def _stacked_path(path: str) -> str:
-    """Return the name of a stack of experts from the path of its first: `mlp.switch_mlp.up_proj`."""
-    before, separator, after = path.partition(".mlp.experts.")
-    return f"{before}.mlp.switch_mlp.{after.split('.', 1)[1]}" if separator else path
+    """Return the path of the stack (`mlp.switch_mlp.up_proj`) for the path of an expert; other paths unchanged."""
+    prefix, separator, rest = path.partition(".mlp.experts.")
+    return f"{prefix}.mlp.switch_mlp.{rest.split('.', 1)[1]}" if separator else path
 
 
 def _kind(path: str) -> str:
     is_at_end = {kind: path.endswith(KINDS[kind]) for kind in ("norms", "router")}
-    return next(kind for kind, mark in KINDS.items() if is_at_end.get(kind, mark in path))
+    return next(kind for kind, text in KINDS.items() if is_at_end.get(kind, text in path))

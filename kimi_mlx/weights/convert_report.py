@@ -13,7 +13,7 @@ from kimi_mlx.weights.convert_plan import ConversionPlan, WeightConversion
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """All matrices of one kind: their stored format, their format in the output, and the bytes of the latter."""
+    """All matrices of one kind: stored format, format in the output, and size in the output."""
 
     kind: str
     source: str
@@ -26,11 +26,11 @@ def summarize(plan: ConversionPlan) -> list[SummaryRow]:
     sizes: Counter[tuple[str, str, str]] = Counter()
     for weight in plan.weights:
         sizes[weight.kind, _describe_stored(weight.stored), _describe_target(weight)] += weight.size_bytes
-    return [SummaryRow(*words, size) for words, size in sizes.most_common()]
+    return [SummaryRow(*labels, size) for labels, size in sizes.most_common()]
 
 
 def list_notes(plan: ConversionPlan) -> list[str]:
-    """Return what the user should know about the result."""
+    """Return notes on the result: lost accuracy, matrices that stay float, and skipped parts."""
     notes: list[str] = []
     if requantized := [weight for weight in plan.weights if _is_requantized(weight)]:
         kinds = ", ".join(dict.fromkeys(weight.kind for weight in requantized))
@@ -61,9 +61,9 @@ def _describe_stored(matrix: MatrixFormat) -> str:
 
 
 def _describe_target(weight: WeightConversion) -> str:
-    words = _describe_format(weight.quantization, weight.arrays[0].dtype)
-    is_unchanged = weight.is_copied or (weight.quantization is None and words == _describe_stored(weight.stored))
-    return words + ", unchanged" * is_unchanged
+    description = _describe_format(weight.quantization, weight.arrays[0].dtype)
+    is_unchanged = weight.is_copied or (weight.quantization is None and description == _describe_stored(weight.stored))
+    return description + ", unchanged" * is_unchanged
 
 
 def _describe_format(quantization: Quantization | None, dtype: str) -> str:

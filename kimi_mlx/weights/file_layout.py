@@ -1,4 +1,4 @@
-"""Layout of a safetensors file that we write: its header and the start of each tensor.
+"""Layout of a new safetensors file: its header and the start of each tensor.
 
 Source of the format: https://github.com/huggingface/safetensors#format.
 """

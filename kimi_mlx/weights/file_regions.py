@@ -1,4 +1,4 @@
-"""Places of slices in the files that we write, shared by stores and conversions."""
+"""Locations of slices in the files of a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kimi_mlx.weights.layer_plan import LayerPlan, SliceCopy, as_shape3
 
 @dataclass(frozen=True)
 class FileRegion:
-    """Place of a slice in a file.
+    """Location of a slice in a file of a store.
 
     Args:
         file: number of the layer; the top follows the last layer.
@@ -32,7 +32,7 @@ def layer_layout(plan: LayerPlan) -> FileLayout:
 
 
 def file_regions(plan: LayerPlan, file: int) -> Iterator[tuple[SliceCopy, FileRegion]]:
-    """Yield each slice of a layer, and its place in file number `file`."""
+    """Yield each slice of a layer, and its location in file number `file`."""
     layout = layer_layout(plan)
     for name, array in plan.arrays():
         members, rows, columns = as_shape3(array.shape)

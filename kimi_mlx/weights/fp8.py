@@ -1,7 +1,7 @@
-"""FP8 weights in blocks, as Kimi K2 and K2-0905 are published: bytes and scales into float32. Pure numpy.
+"""FP8 weights in blocks, the format of Kimi K2 and K2-0905: decode bytes and scales to float32. Pure numpy.
 
 A matrix `weight` of 8-bit floats, e4m3fn (sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinities, 0x7f and
-0xff are NaN), comes with `weight_scale_inv`, one float32 a block of `weight_block_size` (128 x 128) values. The last
+0xff are NaN), comes with `weight_scale_inv`, one float32 per block of `weight_block_size` (128 x 128) values. The last
 block of an axis may be partial: 576 rows have 5 blocks.
 
     value[i, j] = e4m3fn(weight[i, j]) * weight_scale_inv[i // block_rows, j // block_columns]
@@ -18,7 +18,7 @@ ALL = slice(None)
 
 
 def _e4m3fn_table() -> np.ndarray:
-    """The values of the 256 codes, float32."""
+    """Return the values of the 256 codes: (256,) float32."""
     codes = np.arange(256)
     exponents, mantissas = codes >> 3 & 15, codes & 7
     is_normal = exponents > 0
@@ -28,7 +28,7 @@ def _e4m3fn_table() -> np.ndarray:
 
 
 E4M3FN = _e4m3fn_table()
-"""The value of each code, (256,) float32."""
+"""Value of each code: (256,) float32."""
 
 
 def decode(
@@ -38,19 +38,19 @@ def decode(
     rows: slice = ALL,
     columns: slice = ALL,
 ) -> np.ndarray:
-    """Decode a matrix, a stack of them, or a window of it; reads no more of `weight` than the window.
+    """Decode a window of a matrix or of a stack of matrices; reads only the window of `weight`.
 
-    Beside the result it needs memory for one row of blocks of one matrix, so `weight` may be a memory map of any size.
+    Memory: the result, and one row of blocks of one matrix; `weight` may be a memory map of any size.
 
     Args:
         weight: (..., rows, columns) uint8.
         scale_inv: (..., ceil(rows / block_rows), ceil(columns / block_columns)) float32.
-        block: rows and columns of a block.
-        rows: of the whole matrix, in elements; need not be aligned to blocks; no step.
-        columns: likewise.
+        block: (rows, columns) of a block.
+        rows: rows of the window, without step; need not be aligned to blocks.
+        columns: columns of the window, likewise.
 
     Returns:
-        (..., rows, columns) of the window, float32, contiguous.
+        The window: (..., rows, columns) float32, contiguous.
     """
     *leading, height, width = weight.shape
     block_rows, block_columns = block
@@ -70,7 +70,7 @@ def decode(
 
 
 def _bounds(window: slice, extent: int) -> tuple[int, int]:
-    """First and end index of a window; the same for both if it is empty."""
+    """Return the first and end index of a window; both are equal if it is empty."""
     first, end, step = window.indices(extent)
     assert step == 1
     return first, max(first, end)

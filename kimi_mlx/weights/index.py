@@ -19,7 +19,7 @@ from kimi_mlx.model.config import read_json, unreadable_hint
 from kimi_mlx.model.names import IGNORED_PREFIXES
 
 MAX_HEADER_BYTES = 100_000_000
-"""Limit of the format."""
+"""Maximum size of a header according to the format."""
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -103,7 +103,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
     Raises:
         ConfigError: the index cannot be read.
-        WeightsError: it has no `weight_map`, or the map names a file outside the folder.
+        WeightsError: the index has no `weight_map`, or the map names a file outside the folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -111,7 +111,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name in cast(dict[str, Any], weight_map).values():
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise WeightsError(
-                f"`{index}` names the file {reprlib.repr(name)}, which is no `*.safetensors` beside it",
+                f"`{index}` names the file {reprlib.repr(name)}, which is not a `*.safetensors` in the same folder",
                 hint="fetch the file again",
             )
     return cast(dict[str, str], weight_map)
@@ -142,17 +142,18 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
     """Parse the header of a safetensors file, local or remote.
 
     Args:
-        file: name of the file, for the table and for messages.
-        size: bytes of the whole file.
+        file: path of the file, for the table and for messages.
+        size: size of the file in bytes.
         read: function that returns the bytes from start to stop.
 
     Raises:
-        WeightsError: the file is not safetensors, or a tensor ends after the end of the file.
+        WeightsError: the file is not a safetensors file, or a tensor ends after the end of the file.
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise WeightsError(
-            f"`{file}` is no safetensors file: header of {length} bytes in {size}", hint="fetch the file again"
+            f"`{file}` is not a safetensors file: its header has {length} bytes, the file {size}",
+            hint="fetch the file again",
         )
     try:
         header: dict[str, Any] = json.loads(read(8, 8 + length))
@@ -177,7 +178,8 @@ def _tensor_info(name: str, item: dict[str, Any], file: Path, data: int, size: i
     first, last = _sizes(item["data_offsets"])
     if first > last:
         raise WeightsError(
-            f"`{file}`: tensor `{name}` begins at byte {first}, behind its end at {last}", hint="fetch the file again"
+            f"`{file}`: tensor `{name}` starts at byte {first}, after its end at byte {last}",
+            hint="fetch the file again",
         )
     if data + last > size:
         raise WeightsError(
@@ -194,5 +196,5 @@ def _sizes(values: Any) -> tuple[int, ...]:
     """Check a shape or a pair of offsets: a list of non-negative integers."""
     numbers: list[Any] = cast(list[Any], values) if isinstance(values, list) else [-1]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{reprlib.repr(cast(Any, values))} is not a list of whole numbers from 0")
+        raise ValueError(f"{reprlib.repr(cast(Any, values))} is not a list of non-negative integers")
     return tuple(numbers)

@@ -1,8 +1,8 @@
 """The plan of a layer: its arrays, and the slices of stored tensors that fill them.
 
-A plan follows from headers, configuration and a rank's share alone. Loading a checkpoint copies the slices into memory,
-building a store copies them into files; a conversion copies slices, too, and quantizes them again (requantize.py).
-No tensor is read here: numpy is used for shapes and views only.
+A plan depends only on headers, configuration and a rank's share. Loading a checkpoint copies the slices into memory,
+building a store copies them into files, and a conversion quantizes them again (requantize.py). This module reads no
+tensor: numpy is used for shapes and views only.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class TensorSlice:
     """A slice of a stored matrix. Ranges count elements of the unquantized matrix; None takes all.
 
     Args:
-        source: the matrix, for its heads and blocks.
+        source: matrix, whose heads and blocks define the stack.
         per: stored columns per `values` columns.
         values: see `per`.
-        stack: members, of a matrix that is stored as a stack or becomes one by heads.
+        stack: members of a matrix that is stored as a stack or becomes one by heads.
         rows: rows of each member.
         columns: columns of each row.
     """
@@ -47,7 +47,7 @@ class TensorSlice:
 
     def view(self, array: np.ndarray) -> np.ndarray:
         """Return the slice of a stored matrix (..., rows, columns), or of a norm, as a view."""
-        return self._cut(self._split_blocks(self._split_heads(array)))
+        return self._slice_axes(self._split_blocks(self._split_heads(array)))
 
     def shape3(self, stored_shape: tuple[int, ...]) -> Shape3:
         """Return the shape of the slice, as a stack."""
@@ -64,11 +64,11 @@ class TensorSlice:
         source = self.source
         if not source.blocks:
             return array
-        if source.cuts[0].axis == "rows":
+        if source.sharded_axes[0].axis == "rows":
             return array.reshape(source.blocks, -1, array.shape[-1])
         return array.reshape(array.shape[0], source.blocks, -1).swapaxes(0, 1)
 
-    def _cut(self, array: np.ndarray) -> np.ndarray:
+    def _slice_axes(self, array: np.ndarray) -> np.ndarray:
         if self.stack is not None:
             array = array[self.stack.start : self.stack.stop]
         if self.rows is not None:
@@ -104,7 +104,7 @@ class ArrayPlan:
 
     Args:
         name: `weight`, `scales` or `biases`.
-        dtype: as named by safetensors.
+        dtype: type as safetensors names it.
         shape: (..., rows, columns), or (extent,).
         copies: copies that fill the array; together they cover it exactly once.
     """
@@ -122,7 +122,7 @@ class ArrayPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """One weight: its arrays, and how it is quantized."""
+    """Arrays and quantization of one weight."""
 
     arrays: tuple[ArrayPlan, ...]
     quantization: Quantization | None
@@ -130,13 +130,13 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The weights that a rank holds of a layer, or of the top.
+    """A rank's weights of a layer, or of the top.
 
     Args:
-        entries: name -> the parts of the weight; one part, unless parts are quantized differently.
-        latent_first: as in kimi_mlx.model.tree.LayerWeights.
-        num_fused_shared: as there.
-        first_expert: as there.
+        entries: name -> parts of the weight; more than one if fused matrices have different quantizations.
+        latent_first: see kimi_mlx.model.tree.LayerWeights.
+        num_fused_shared: see there.
+        first_expert: see there.
     """
 
     entries: dict[str, tuple[WeightPlan, ...]]
@@ -145,7 +145,7 @@ class LayerPlan:
     first_expert: int = 0
 
     def arrays(self) -> Iterator[tuple[str, ArrayPlan]]:
-        """All arrays by full name: entry, part if there are several, array."""
+        """Yield all arrays with their names in a store."""
         for entry, parts in self.entries.items():
             for number, part in enumerate(parts):
                 for array in part.arrays:
@@ -163,7 +163,12 @@ def array_name(entry: str, part: int, parts: int, array: str) -> str:
 
 
 def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> LayerPlan:
-    """Plan a rank's part of `layer`, possibly empty; `share` None means the whole layer.
+    """Plan a rank's share of a layer, which may be empty.
+
+    Args:
+        checkpoint: the checkpoint.
+        layer: number of the layer.
+        share: share of the rank; None for the whole layer.
 
     Raises:
         WeightsError: missing or wrongly stored tensors.
@@ -195,17 +200,17 @@ def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranular
     for layer in range(checkpoint.config.num_hidden_layers):
         for entry in layer_entries(checkpoint.config, layer, checkpoint.layout, fuses_shared):
             for source in (source for part in entry.parts for source in part):
-                for cut in source.cuts:
-                    if cut.axis == "columns":
+                for axis in source.sharded_axes:
+                    if axis.axis == "columns":
                         quantization = checkpoint.quantization(source.paths[0])
                         group = quantization.group_size if quantization is not None else 1
-                        unit = group // math.gcd(group, cut.unit)
-                        units[cut.share_field] = math.lcm(units.get(cut.share_field, 1), unit)
+                        unit = group // math.gcd(group, axis.unit)
+                        units[axis.share_field] = math.lcm(units.get(axis.share_field, 1), unit)
     return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
 def as_shape3(shape: tuple[int, ...]) -> Shape3:
-    """A shape of one to three axes as (members, rows, columns)."""
+    """Return a shape of one to three axes as (members, rows, columns)."""
     members, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
     return members, rows, columns
 
@@ -217,13 +222,13 @@ def _plan_entries(
 
 
 def _holds(share: RankShare | None, entry: TreeEntry) -> bool:
-    """Whether a rank has something of an entry."""
-    cuts = (cut for part in entry.parts for source in part for cut in source.cuts)
-    return share is None or all(len(share.range_of(cut.share_field)) for cut in cuts)
+    """Return whether a rank has a share of an entry."""
+    axes = (axis for part in entry.parts for source in part for axis in source.sharded_axes)
+    return share is None or all(len(share.range_of(axis.share_field)) for axis in axes)
 
 
 def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | None) -> tuple[WeightPlan, ...]:
-    """Plan an entry; its parts are fused into one weight if they are stored alike."""
+    """Plan an entry; fuse its parts into one weight if their types and quantizations are equal."""
     parts = [_members(checkpoint, part, share) for part in entry.parts]
     for members in parts:
         if len({matrix.kind for _, matrix in members}) > 1:
@@ -238,7 +243,7 @@ Member = tuple[SourceMatrix, MatrixFormat]
 
 
 def _members(checkpoint: Checkpoint, sources: Sequence[SourceMatrix], share: RankShare | None) -> list[Member]:
-    """The matrices that are stacked into one part."""
+    """Return the matrices that are stacked into one part, with their stored formats."""
     return [
         (source, checkpoint.matrix(path, source.suffix, source.shape))
         for source in sources
@@ -247,13 +252,13 @@ def _members(checkpoint: Checkpoint, sources: Sequence[SourceMatrix], share: Ran
 
 
 def _held_paths(source: SourceMatrix, share: RankShare | None) -> Sequence[str]:
-    """The matrices of a source that a rank holds, where those of a stack are stored one by one."""
-    span = _spans(source, share).get("stack")
+    """Return the paths of a source's matrices in a rank's share: some of them if a stack is stored one by one."""
+    span = _ranges(source, share).get("stack")
     return source.paths if span is None or len(source.paths) == 1 else source.paths[span.start : span.stop]
 
 
 def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: RankShare | None) -> WeightPlan:
-    """Plan the fusion of parts: side by side by their rows, the members of each in a stack."""
+    """Plan the fusion of parts: concatenate their rows; each part is a stack of its members."""
     matrix = parts[0][0][1]
     arrays = tuple(_plan_array(checkpoint, parts, number, share) for number in range(len(matrix.fields)))
     return WeightPlan(arrays, matrix.quantization)
@@ -263,40 +268,40 @@ def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, 
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
     copies: list[SliceCopy] = []
     field = parts[0][0][1].fields[number]
-    row = members = rank = columns = 0
+    row = members = num_axes = columns = 0
     for part in parts:
         member = height = 0
-        for source, matrices in groupby(part, key=lambda item: item[0]):  # all of a source have one shape
+        for source, matrices in groupby(part, key=lambda item: item[0]):  # matrices of a source have equal shapes
             fields = [matrix.fields[number] for _, matrix in matrices]
-            window = _window(source, fields[0], share)
-            shape = window.shape3(checkpoint.tensors[fields[0].tensors[0]].shape)
-            for own in fields:
-                copies.append(SliceCopy(own, window, shape, member, row))
+            tensor_slice = _tensor_slice(source, fields[0], share)
+            shape = tensor_slice.shape3(checkpoint.tensors[fields[0].tensors[0]].shape)
+            for member_field in fields:
+                copies.append(SliceCopy(member_field, tensor_slice, shape, member, row))
                 member += shape[0]
             _, height, columns = shape
-            rank = max(rank, _num_axes(source))
+            num_axes = max(num_axes, _num_axes(source))
         members = member
         row += height
-    box = (members, row, columns)
-    axes = 3 if len(parts[0]) > 1 else rank
-    return ArrayPlan(field.name, field.dtype, box[3 - axes :], tuple(copies))
+    num_axes = 3 if len(parts[0]) > 1 else num_axes
+    shape3 = (members, row, columns)
+    return ArrayPlan(field.name, field.dtype, shape3[3 - num_axes :], tuple(copies))
 
 
-def _window(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:
-    spans = _spans(source, share)
+def _tensor_slice(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:
+    ranges = _ranges(source, share)
     if len(source.paths) > 1:
-        spans.pop("stack", None)  # chosen by their paths
-    return TensorSlice(source, field.per, field.values, **spans)
+        ranges.pop("stack", None)  # already selected by path
+    return TensorSlice(source, field.per, field.values, **ranges)
 
 
-def _spans(source: SourceMatrix, share: RankShare | None) -> dict[str, Range]:
-    """What a rank takes of each axis that is cut."""
+def _ranges(source: SourceMatrix, share: RankShare | None) -> dict[str, Range]:
+    """Return a rank's range of each sharded axis, in rows, columns or members."""
     if share is None:
         return {}
-    spans = ((cut, share.range_of(cut.share_field)) for cut in source.cuts)
-    return {cut.axis: Range(span.start * cut.unit, span.stop * cut.unit) for cut, span in spans}
+    ranges = ((axis, share.range_of(axis.share_field)) for axis in source.sharded_axes)
+    return {axis.axis: Range(span.start * axis.unit, span.stop * axis.unit) for axis, span in ranges}
 
 
 def _num_axes(source: SourceMatrix) -> int:
-    """Axes of what a window takes of a matrix."""
+    """Return the number of axes of a source's slice."""
     return 3 if source.heads is not None or source.blocks else len(source.shape)

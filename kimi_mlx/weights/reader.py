@@ -1,4 +1,4 @@
-"""Slices of a checkpoint's tensors, read through memory maps, so that only the slices are read from disk."""
+"""Read slices of a checkpoint's tensors through memory maps, so that only the slices are read from disk."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class CheckpointReader:
 
     Args:
         checkpoint: table of the tensors.
-        paths: actual path of each file of the table; None if the table's paths are right.
-        read_range: function that reads a whole (small) tensor of a file not on this machine; None if all are.
+        paths: path on this machine of each file of the table; None if the table has these paths.
+        read_range: function that reads a whole (small) tensor of a file that is not on this machine; None if all
+            files are.
     """
 
     def __init__(
@@ -54,8 +55,7 @@ class CheckpointReader:
         """Read an array; a view of a memory map if it is one slice of a tensor."""
         if len(plan.copies) == 1:
             return self.read_slice(plan.copies[0]).reshape(plan.shape)
-        box = as_shape3(plan.shape)
-        array = np.empty(box, NUMPY_TYPES[plan.dtype])
+        array = np.empty(as_shape3(plan.shape), NUMPY_TYPES[plan.dtype])
         for copy in plan.copies:
             members, rows, _ = copy.shape
             array[copy.member : copy.member + members, copy.row : copy.row + rows] = self.read_slice(copy)
@@ -82,11 +82,11 @@ class CheckpointReader:
         assert isinstance(blocks, Fp8Blocks)
         factors = self._stored(copy.field.tensors[1])
         block = (blocks.block_rows, blocks.block_columns)
-        window, source = copy.tensor_slice, copy.tensor_slice.source
-        if source.heads is None and not source.blocks and window.stack is None:
-            part = decode_fp8(stored, factors, block, _slice(window.rows), _slice(window.columns))
+        tensor_slice, source = copy.tensor_slice, copy.tensor_slice.source
+        if source.heads is None and not source.blocks and tensor_slice.stack is None:
+            part = decode_fp8(stored, factors, block, _slice(tensor_slice.rows), _slice(tensor_slice.columns))
         else:
-            part = window.view(decode_fp8(stored, factors, block))
+            part = tensor_slice.view(decode_fp8(stored, factors, block))
         return to_stored_type(part.reshape(copy.shape), copy.field.dtype)
 
     def _stored(self, name: str) -> np.ndarray:
@@ -106,7 +106,7 @@ def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader:
     """Open the checkpoint in a folder.
 
     Raises:
-        WeightsError: files are missing or broken, or tensors missing or unknown.
+        WeightsError: files are missing or broken, or tensors are missing or unknown.
     """
     checkpoint = Checkpoint(config, read_index(folder), str(folder))
     checkpoint.check_names()
@@ -117,8 +117,8 @@ def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
     """Round float32 values to a stored type; bfloat16 (as uint16) to the nearest, ties to even.
 
     Args:
-        values: float32, finite or not.
-        dtype: `F32`, `F16` or `BF16`.
+        values: float32 values, which may be infinite or NaN.
+        dtype: stored type: `F32`, `F16` or `BF16`.
     """
     if dtype != "BF16":
         return values.astype(NUMPY_TYPES[dtype], copy=False)

@@ -1,6 +1,6 @@
 """Convert weights chunk by chunk: read slices, dequantize, split `kv_b_proj` by heads, quantize.
 
-A chunk is some whole rows of a matrix, so that memory does not depend on the size of the model.
+A chunk consists of whole rows of a matrix, so that memory use does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class RowChunk:
     """Some rows of a source matrix.
 
     Args:
-        matrix: how the matrix is stored.
-        copies: slice of each of its fields.
+        matrix: stored format of the matrix.
+        copies: slice of each field of the matrix.
         member: index in a matrix that is stored as a stack; else 0.
-        row: first row in the output, whose stack is seen as one tall matrix.
+        row: first row in the output; the rows of a stack are counted through.
     """
 
     matrix: MatrixFormat
@@ -61,10 +61,10 @@ def _chunk(
     checkpoint: Checkpoint, source: SourceMatrix, path: str, member: int, rows: Range | None, row: int
 ) -> RowChunk:
     matrix = checkpoint.matrix(path, source.suffix, source.shape)
-    one = SourceMatrix((path,), source.shape, suffix=source.suffix)
+    part = SourceMatrix((path,), source.shape, suffix=source.suffix)
     copies: list[SliceCopy] = []
     for field in matrix.fields:
-        tensor_slice = TensorSlice(one, field.per, field.values, rows=rows)
+        tensor_slice = TensorSlice(part, field.per, field.values, rows=rows)
         shape = tensor_slice.shape3(checkpoint.tensors[field.tensors[0]].shape)
         copies.append(SliceCopy(field, tensor_slice, shape, 0, row))
     return RowChunk(matrix, tuple(copies), member, row)

@@ -105,7 +105,7 @@ def test_a_folder_in_use_is_refused_in_a_dry_run_too(tmp_path: Path) -> None:
 
 def test_the_source_itself_is_refused(tmp_path: Path) -> None:
     source = shutil.copytree(FP8, tmp_path / "source")
-    with pytest.raises(UsageError, match="holds a model already"):
+    with pytest.raises(UsageError, match="already contains a model"):
         run(source, source)
 
 

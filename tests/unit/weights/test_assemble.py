@@ -63,7 +63,7 @@ def test_an_unknown_tensor_is_named(folder: Path) -> None:
 
 def test_a_wrong_shape_is_named_with_both_shapes(folder: Path) -> None:
     rewrite(folder, {"model.norm.weight": mx.zeros((7,))})
-    with pytest.raises(WeightsError, match=r"`model\.norm\.weight` .* shape \(7,\); .* asks for \(\d+,\)"):
+    with pytest.raises(WeightsError, match=r"`model\.norm\.weight` .* shape \(7,\); .* requires \(\d+,\)"):
         load(folder)
 
 

@@ -475,7 +475,7 @@ def test_a_source_that_has_changed_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("config.json", "holds a model already"), ("photo.jpg", "it has `photo.jpg`")]
+    ("name", "message"), [("config.json", "already contains a model"), ("photo.jpg", "it has `photo.jpg`")]
 )
 def test_other_folders_are_left_alone(name: str, message: str, sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
@@ -487,7 +487,7 @@ def test_other_folders_are_left_alone(name: str, message: str, sources: dict[str
 def test_a_finished_model_and_a_file_are_left_alone(sources: dict[str, Path], tmp_path: Path) -> None:
     run(sources["fp8"], tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(UsageError, match="holds a model already"):
+    with pytest.raises(UsageError, match="already contains a model"):
         run(sources["fp8"], tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(UsageError, match="Not a directory"):

@@ -1,4 +1,4 @@
-"""Headers and indices of checkpoints: what is broken or hostile is a WeightsError."""
+"""Headers and indices of checkpoints: broken or malicious ones raise a WeightsError."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, read_header, read_index
 
-GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+VALID = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
 
 def write(folder: Path, header: dict[str, Any] | str, data: bytes = bytes(32)) -> Path:
@@ -27,31 +27,31 @@ def write_index(folder: Path, name: Any) -> None:
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": name}}))
 
 
-def test_a_good_file(tmp_path: Path) -> None:
-    file = write(tmp_path, {"__metadata__": {"format": "mlx"}, "a": GOOD})
+def test_a_valid_header_is_read(tmp_path: Path) -> None:
+    file = write(tmp_path, {"__metadata__": {"format": "mlx"}, "a": VALID})
     info = read_index(tmp_path)["a"]
     assert info == TensorInfo("F32", (2, 2), file, file.stat().st_size - 32)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"data_offsets": [-16, 0]}, "whole numbers from 0"),
-        ({"data_offsets": [16, 0]}, "begins at byte 16, behind its end at 0"),
-        ({"data_offsets": [0, 16.0]}, "whole numbers"),
-        ({"data_offsets": [0, float("inf")]}, "whole numbers"),
+        ({"data_offsets": [-16, 0]}, "non-negative integers"),
+        ({"data_offsets": [16, 0]}, "starts at byte 16, after its end at byte 0"),
+        ({"data_offsets": [0, 16.0]}, "non-negative integers"),
+        ({"data_offsets": [0, float("inf")]}, "non-negative integers"),
         ({"data_offsets": [0]}, "cannot be read"),
-        ({"data_offsets": "01"}, "whole numbers"),
+        ({"data_offsets": "01"}, "non-negative integers"),
         ({"data_offsets": [0, 2**70]}, "cut short"),
-        ({"shape": [-2, -2]}, "whole numbers"),
-        ({"shape": [True, 4]}, "whole numbers"),
-        ({"shape": None}, "whole numbers"),
+        ({"shape": [-2, -2]}, "non-negative integers"),
+        ({"shape": [True, 4]}, "non-negative integers"),
+        ({"shape": None}, "non-negative integers"),
         ({"shape": [2, 3]}, "has 16 bytes, its shape needs 24"),
     ],
 )
-def test_a_wrong_header_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    file = write(tmp_path, {"a": {**GOOD, **change}})
-    with pytest.raises(WeightsError, match=words) as caught:
+def test_an_invalid_header_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = write(tmp_path, {"a": {**VALID, **change}})
+    with pytest.raises(WeightsError, match=message) as caught:
         read_header(file)
     assert str(file) in caught.value.message
 
@@ -71,7 +71,7 @@ VALUES = st.recursive(
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["dtype", "shape", "data_offsets", None]), VALUES)
 def test_any_header_is_accepted_or_refused(tmp_path: Path, field: str | None, value: Any) -> None:
-    file = write(tmp_path, {"a": value if field is None else {**GOOD, field: value}})
+    file = write(tmp_path, {"a": value if field is None else {**VALID, field: value}})
     try:
         info = read_header(file)["a"]
     except WeightsError:
@@ -99,27 +99,27 @@ def test_any_header_is_accepted_or_refused(tmp_path: Path, field: str | None, va
         ["model.safetensors"],
     ],
 )
-def test_an_index_names_only_files_beside_it(tmp_path: Path, name: Any) -> None:
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path, name: Any) -> None:
     write_index(tmp_path, name)
-    with pytest.raises(WeightsError, match=r"index\.json` names the file .*, which is no `\*\.safetensors` beside it"):
+    with pytest.raises(WeightsError, match=r"index\.json` names the file .*, which is not a `\*\.safetensors` in"):
         checkpoint_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-000061.safetensors", "model 1+x_y.z.safetensors"])
-def test_usual_names_are_followed(tmp_path: Path, name: str) -> None:
+def test_usual_file_names_are_accepted(tmp_path: Path, name: str) -> None:
     write_index(tmp_path, name)
     (tmp_path / name).touch()
     assert checkpoint_files(tmp_path) == [tmp_path / name]
 
 
 @pytest.mark.parametrize(("method", "read"), [("open", read_index), ("is_file", checkpoint_files)])
-def test_a_forbidden_file_is_not_fetched_again(
+def test_an_unreadable_file_has_a_hint_about_permissions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, read: Any
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    write(tmp_path, {"a": GOOD})
+    write(tmp_path, {"a": VALID})
     monkeypatch.setattr(Path, method, refuse)
     with pytest.raises(WeightsError, match="cannot be read: Permission denied") as caught:
         read(tmp_path)
