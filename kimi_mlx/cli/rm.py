@@ -35,6 +35,7 @@ def rm(
             stderr.print(_describe(folder), markup=False, highlight=False, soft_wrap=True)
     if not yes:
         _confirm(f"Remove {format_bytes(total)}?", is_quiet=json)
+        check_unused(folders)  # again: a download may have started during the question
     for folder in folders:
         remove(folder)
     if json:
@@ -61,5 +62,9 @@ def _confirm(question: str, is_quiet: bool) -> None:
     """Ask on the terminal; without one, --yes is needed."""
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
         raise UsageError("`rm` needs a terminal to ask, or --yes", hint="add --yes to remove without asking")
-    if not typer.confirm(question, default=False, err=True):
+    try:
+        is_confirmed = typer.confirm(question, default=False, err=True)
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        raise typer.Exit(130) from None
+    if not is_confirmed:
         raise typer.Exit(1)

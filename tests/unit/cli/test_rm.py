@@ -124,3 +124,32 @@ def test_a_name_far_from_all_gets_none(name: str) -> None:
 
 def test_refused_models_are_not_suggested() -> None:
     assert "kimi-k3" not in near_aliases("kimi-k4")
+
+
+def test_the_root_folder_has_no_stores(machine: Path) -> None:
+    assert find_removable(resolve_model_name("/")) == []
+    assert run("/", "--yes").exit_code != 0
+    assert len(list(machine.rglob("*.safetensors"))) == 6
+
+
+def test_stores_of_another_source_with_the_same_folder_name_stay(machine: Path) -> None:
+    rank = machine / "stores" / "mlx-community--Kimi-K2.5" / "000000000000" / "hybrid-2-abc" / "rank-0"
+    (rank / "manifest.json").write_text(json.dumps({"origin": {"repository": "/mlx-community/Kimi-K2.5"}}))
+    assert [each.kind for each in find_removable(resolve_model_name(REPOSITORY))] == ["download"]
+
+
+def test_leftovers_and_a_new_download_are_both_removed(machine: Path) -> None:
+    folder = machine / "stores" / "mlx-community--Kimi-K2.5"
+    leftover = folder.with_name(folder.name + REMOVED_SUFFIX)
+    leftover.mkdir()
+    (leftover / "file").touch()
+    assert run("kimi-k2.5", "--yes").exit_code == 0
+    assert not leftover.exists()
+    assert not folder.exists()
+
+
+def test_an_unreadable_lock_is_no_crash(machine: Path) -> None:
+    lock = machine / "stores" / "mlx-community--Kimi-K2.5" / "000000000000" / "hybrid-2-abc" / "rank-1" / ".lock"
+    lock.unlink()
+    lock.symlink_to(machine / "nowhere")
+    assert run("kimi-k2.5", "--yes").exit_code == 0
