@@ -1,6 +1,6 @@
-"""What a host is and has: asked in one trip by `facts.sh`, read into a frozen value.
+"""Facts about a host: collected by `facts.sh` in one connection, parsed into a frozen value.
 
-Not yet seen on a Mac; the tests read outputs that others have captured.
+Not yet tested on a Mac; the tests use published output of macOS commands.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from kimi_mlx.errors import SshError
 T = TypeVar("T")
 
 FACTS_LIMIT_S = 45.0
-"""For one host, connecting included; usually it takes one or two seconds."""
+"""Time limit per host, including the connection; usually it takes one or two seconds."""
 
 VENV_PYTHON = "venv/bin/python"
-"""Where the interpreter of `--install` is, below the user's data folder; facts.sh looks there."""
+"""Path of the interpreter of `--install` in the user's data folder; facts.sh looks there."""
 
 LINUX_HINTS = """\
 cd /sys/class/net && for i in *; do
@@ -35,19 +35,19 @@ cd /sys/class/net && for i in *; do
   echo "$h"
 done
 """
-"""Shell script that prints a line per network interface: its name and what /sys knows about it."""
+"""Shell script that prints one line per network interface: its name and its properties in /sys."""
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A Python of a host.
+    """Python interpreter of a host.
 
     Args:
-        path: as it was called.
-        version: of Python, such as `3.12.4`.
-        machine: the processor that it is built for, such as `arm64`.
-        packages: name -> version, of those of PACKAGES that it finds.
-        code: a digest of kimi-mlx's files; None without kimi-mlx.
+        path: path by which it was started.
+        version: version of Python, such as `3.12.4`.
+        machine: processor architecture of the build, such as `arm64`.
+        packages: name -> version of the installed packages among PACKAGES.
+        code: digest of kimi-mlx's files; None if kimi-mlx is not installed.
     """
 
     path: str
@@ -58,21 +58,21 @@ class Interpreter:
 
     @property
     def minor(self) -> str:
-        """Such as `3.12`."""
+        """Minor version, such as `3.12`."""
         return ".".join(self.version.split(".")[:2])
 
 
 @dataclass(frozen=True)
 class HeldStore:
-    """A complete store of one rank.
+    """Complete store of one rank.
 
     Args:
         repository: `owner/name` on the hub, or the path of a folder.
-        commit: of the repository.
-        placement: such as `hybrid-2-a1b2c3`: strategy, ranks, digest.
-        rank: whose it is.
-        folder: its place below the stores folder.
-        size_bytes: on the disk, and so nearly in memory; None if not told.
+        commit: commit of the repository.
+        placement: name of the placement, such as `hybrid-2-a1b2c3`: strategy, ranks, digest.
+        rank: rank that the store belongs to.
+        folder: path relative to the stores folder.
+        size_bytes: size on disk, close to the size in memory; None if unknown.
     """
 
     repository: str
@@ -85,39 +85,39 @@ class HeldStore:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a host has said of itself. None: it has no such thing, or did not tell.
+    """Facts about a host. None means that it has no such thing, or did not report it.
 
     Args:
-        host: as the user names it.
-        is_complete: whether the script came to its end.
-        hostname: as the host names itself.
+        host: host as the user names it.
+        is_complete: whether the script ran to its end.
+        hostname: the host's own name.
         system: `Darwin` or `Linux`.
-        machine: processor, such as `arm64`.
-        macos_version: such as `26.3`.
-        macos_build: such as `25D125`.
-        chip: such as `Apple M3 Ultra`.
-        memory_bytes: all of it.
-        free_bytes: what programs could have: free, or kept only for files and caches.
-        wired_bytes: what cannot be moved now, the GPU's included.
-        wired_limit_mb: `iogpu.wired_limit_mb`, in MiB; 0 stands for the system's default.
+        machine: processor architecture, such as `arm64`.
+        macos_version: version of macOS, such as `26.3`.
+        macos_build: build of macOS, such as `25D125`.
+        chip: name of the chip, such as `Apple M3 Ultra`.
+        memory_bytes: total memory.
+        free_bytes: memory available to programs: free, or used only for files and caches.
+        wired_bytes: wired memory, including the GPU's.
+        wired_limit_mb: `iogpu.wired_limit_mb`, in MiB; 0 means the system's default.
         home: the user's home folder.
-        data_folder: the user's data of kimi-mlx.
-        stores_folder: where stores are kept.
-        disk_free_bytes: where stores are kept.
-        clock_start: its clock when the script began, in seconds since 1970.
-        clock_end: the same when it ended.
-        interpreters: interpreters of the host, the requested ones first.
-        broken_interpreters: paths of those that do not run.
+        data_folder: kimi-mlx's data folder of the user.
+        stores_folder: folder of the stores.
+        disk_free_bytes: free space on the disk of the stores folder.
+        clock_start: the host's clock at the start of the script, in seconds since 1970.
+        clock_end: the host's clock at the end of the script.
+        interpreters: Python interpreters, the requested ones first.
+        broken_interpreters: paths of interpreters that do not run.
         uv: path of uv.
-        stores: complete ones, the newest first.
-        rdma_status: what `rdma_ctl status` says, such as `enabled`.
-        rdma_ports: device -> state (`PORT_ACTIVE`), or an empty text where it is not told.
-        firewall: macOS' application firewall: 0 off, 1 on, 2 blocks all.
-        ifconfig: what `ifconfig -a` printed (macOS).
-        hardware_ports: what `networksetup -listallhardwareports` printed (macOS).
-        thunderbolt: what `system_profiler SPThunderboltDataType -json` printed (macOS).
-        ip_addr: what `ip -j addr` printed (Linux).
-        linux_hints: what LINUX_HINTS printed (Linux).
+        stores: complete stores, newest first.
+        rdma_status: output of `rdma_ctl status`, such as `enabled`.
+        rdma_ports: device -> state, such as `PORT_ACTIVE`; empty if unknown.
+        firewall: state of macOS' application firewall: 0 off, 1 on, 2 blocks all connections.
+        ifconfig: output of `ifconfig -a` (macOS).
+        hardware_ports: output of `networksetup -listallhardwareports` (macOS).
+        thunderbolt: output of `system_profiler SPThunderboltDataType -json` (macOS).
+        ip_addr: output of `ip -j addr` (Linux).
+        linux_hints: output of LINUX_HINTS (Linux).
     """
 
     host: str
@@ -153,36 +153,36 @@ class Facts:
 
     @property
     def is_mac(self) -> bool:
-        """Whether it runs macOS."""
+        """Whether the host runs macOS."""
         return self.system == "Darwin"
 
     @property
     def python(self) -> Interpreter | None:
-        """The interpreter to use: the first with kimi-mlx, else the first."""
-        fitting = (each for each in self.interpreters if "kimi-mlx" in each.packages)
-        return next(fitting, self.interpreters[0] if self.interpreters else None)
+        """Interpreter to use: the first one with kimi-mlx, else the first one."""
+        with_kimi_mlx = (python for python in self.interpreters if "kimi-mlx" in python.packages)
+        return next(with_kimi_mlx, self.interpreters[0] if self.interpreters else None)
 
 
 def facts_script(pythons: Sequence[str] = (), envs: Sequence[str] = (), *, is_search: bool = True) -> str:
-    """The script that asks for the facts.
+    """Return the script that collects the facts.
 
     Args:
-        pythons: absolute paths of interpreters to look at first.
-        envs: `NAME=value` of the hostfile, such as where stores are kept.
-        is_search: whether to look for other interpreters: that of `--install`, then `python3`.
+        pythons: absolute paths of interpreters to check first.
+        envs: `NAME=value` variables of the hostfile, such as KIMI_MLX_STORES.
+        is_search: whether to look for other interpreters too: the one of `--install`, then `python3`.
     """
-    wanted = {
+    variables = {
         "facts_pythons": "\n".join(pythons),
         "facts_search": str(int(is_search)),
         "facts_linux_hints": LINUX_HINTS,
         "facts_versions": source("cluster/hosts/versions.py"),
     }
-    exports = "".join(f"export {shlex.quote(each)}\n" for each in envs)
-    return exports + with_variables(wanted, source("cluster/hosts/facts.sh"))
+    exports = "".join(f"export {shlex.quote(variable)}\n" for variable in envs)
+    return exports + with_variables(variables, source("cluster/hosts/facts.sh"))
 
 
 def with_variables(values: Mapping[str, str], script: str) -> str:
-    """A script of the shell that begins by setting variables, to any text but NUL."""
+    """Return a shell script that sets variables (to any text without NUL), then runs `script`."""
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items()) + script
 
 
@@ -193,69 +193,69 @@ def source(name: str) -> str:
 
 
 def own_interpreter() -> Interpreter:
-    """The one that runs this."""
-    found = parse_interpreter(json.dumps(describe(sys.executable)))
-    assert found is not None
-    return found
+    """Return the interpreter that runs this process."""
+    interpreter = parse_interpreter(json.dumps(describe(sys.executable)))
+    assert interpreter is not None
+    return interpreter
 
 
 def parse_facts(host: str, text: str) -> Facts:
-    """Read what the script printed, whole or in part.
+    """Parse complete or partial output of the script.
 
     Raises:
-        SshError: it is not the script's output at all.
+        SshError: the text is not output of the script.
     """
     values = _values(host, text)
 
-    def word(key: str) -> str | None:
+    def line_of(key: str) -> str | None:
         return values[key][0].strip() or None if key in values else None
 
-    def raw(key: str) -> str | None:
+    def lines_of(key: str) -> str | None:
         return "\n".join(values[key]) + "\n" if key in values else None
 
-    meminfo = raw("meminfo") or ""
-    free, wired = probes.vm_stat(raw("vm_stat") or "")
+    meminfo = lines_of("meminfo") or ""
+    free, wired = probes.vm_stat(lines_of("vm_stat") or "")
     return Facts(
         host=host,
         is_complete="complete" in values,
-        hostname=word("hostname"),
-        system=word("system"),
-        machine=word("machine"),
-        macos_version=word("macos_version"),
-        macos_build=word("macos_build"),
-        chip=word("chip"),
-        memory_bytes=probes.number(word("memory_bytes")) or probes.meminfo(meminfo, "MemTotal"),
+        hostname=line_of("hostname"),
+        system=line_of("system"),
+        machine=line_of("machine"),
+        macos_version=line_of("macos_version"),
+        macos_build=line_of("macos_build"),
+        chip=line_of("chip"),
+        memory_bytes=probes.number(line_of("memory_bytes")) or probes.meminfo(meminfo, "MemTotal"),
         free_bytes=free if free is not None else probes.meminfo(meminfo, "MemAvailable"),
         wired_bytes=wired,
-        wired_limit_mb=probes.number(word("wired_limit_mb")),
-        home=word("home"),
-        data_folder=word("data_folder"),
-        stores_folder=word("stores_folder"),
-        disk_free_bytes=probes.disk_free(word("disk") or ""),
-        clock_start=probes.seconds(word("clock")),
-        clock_end=probes.seconds(word("clock_end")),
-        interpreters=_some(map(parse_interpreter, values.get("interpreter", ()))),
+        wired_limit_mb=probes.number(line_of("wired_limit_mb")),
+        home=line_of("home"),
+        data_folder=line_of("data_folder"),
+        stores_folder=line_of("stores_folder"),
+        disk_free_bytes=probes.disk_free(line_of("disk") or ""),
+        clock_start=probes.seconds(line_of("clock")),
+        clock_end=probes.seconds(line_of("clock_end")),
+        interpreters=_without_none(map(parse_interpreter, values.get("interpreter", ()))),
         broken_interpreters=tuple(values.get("broken_interpreter", ())),
-        uv=word("uv"),
-        stores=_some(map(_store, values.get("store", ()))),
-        rdma_status=word("rdma_ctl"),
-        rdma_ports=probes.rdma_ports(raw("ibv_devices"), raw("ibv_devinfo") or ""),
-        firewall=probes.firewall(raw("firewall") or ""),
-        ifconfig=raw("ifconfig"),
-        hardware_ports=raw("hardware_ports"),
-        thunderbolt=raw("thunderbolt"),
-        ip_addr=raw("ip_addr"),
-        linux_hints=raw("linux_hints"),
+        uv=line_of("uv"),
+        stores=_without_none(map(_store, values.get("store", ()))),
+        rdma_status=line_of("rdma_ctl"),
+        rdma_ports=probes.rdma_ports(lines_of("ibv_devices"), lines_of("ibv_devinfo") or ""),
+        firewall=probes.firewall(lines_of("firewall") or ""),
+        ifconfig=lines_of("ifconfig"),
+        hardware_ports=lines_of("hardware_ports"),
+        thunderbolt=lines_of("thunderbolt"),
+        ip_addr=lines_of("ip_addr"),
+        linux_hints=lines_of("linux_hints"),
     )
 
 
 def _values(host: str, text: str) -> dict[str, list[str]]:
-    """Key -> its lines; what login shells print before the first key is left out."""
+    """Return key -> lines, without the output of login shells before the first key."""
     _, start, rest = ("\n" + text).partition("\nkimi_mlx_facts=1\n")
     if not start:
         raise SshError(
-            f"`{host}` did not answer as expected: {text.strip()[:200]!r}",
-            hint=f"what does `ssh {shlex.quote(host)} sh -c true` print? It should print nothing",
+            f"unexpected output from `{host}`: {text.strip()[:200]!r}",
+            hint=f"run `ssh {shlex.quote(host)} sh -c true`: it must not print anything",
         )
     values: dict[str, list[str]] = {}
     for key, value in re.findall(r"^([a-z_]+)=(.*)$", rest, re.MULTILINE):
@@ -263,22 +263,25 @@ def _values(host: str, text: str) -> dict[str, list[str]]:
     return values
 
 
-def _some(values: Iterable[T | None]) -> tuple[T, ...]:
+def _without_none(values: Iterable[T | None]) -> tuple[T, ...]:
     return tuple(value for value in values if value is not None)
 
 
 def parse_interpreter(line: str) -> Interpreter | None:
-    """Read what kimi_mlx.cluster.hosts.versions has found; None if it is something else."""
+    """Parse the output of kimi_mlx.cluster.hosts.versions; None if the line is something else."""
     try:
-        found = {str(key): str(value) for key, value in json.loads(line).items()}
-        packages = {name: found[name] for name in PACKAGES if name in found}
-        return Interpreter(found["path"], found["python"], found["machine"], packages, found.get("code"))
+        fields = {str(key): str(value) for key, value in json.loads(line).items()}
+        packages = {name: fields[name] for name in PACKAGES if name in fields}
+        return Interpreter(fields["path"], fields["python"], fields["machine"], packages, fields.get("code"))
     except (ValueError, KeyError, AttributeError):
         return None
 
 
 def _store(line: str) -> HeldStore | None:
-    """From `owner--name/<commit>/<placement>/rank-<n>`, repository and commit; the manifest's words count for more."""
+    """Parse a folder `owner--name/<commit>/<placement>/rank-<n>`, then repository and commit from the manifest.
+
+    Repository and commit of the manifest take precedence over those of the folder's name.
+    """
     folder, repository, commit, kilobytes = [*line.split("\t"), "", "", ""][:4]
     parts = folder.split("/")
     if len(parts) != 4 or (rank := probes.number(parts[3].removeprefix("rank-"))) is None:

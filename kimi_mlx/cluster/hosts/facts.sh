@@ -1,12 +1,12 @@
-# What the doctor wants to know of a host, in one trip. POSIX sh: macOS and Linux, no Python needed.
-# Prints lines of KEY=VALUE; a key that comes again adds a line to its value. See facts.py, which sets before:
-#   facts_pythons   interpreters to look at first, one a line        facts_search   1: look for others too
-#   facts_versions  versions.py                                      facts_linux_hints   a script of interfaces.py
+# Print facts about this host. POSIX sh for macOS and Linux; needs no Python.
+# Each output line is KEY=VALUE; a repeated key adds a line to its value. facts.py sets these variables first:
+#   facts_pythons   interpreters to check first, one per line        facts_search        1: look for others too
+#   facts_versions  source of versions.py                            facts_linux_hints   LINUX_HINTS of facts.py
 export LC_ALL=C
 PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin
 system=$(uname -s)
 
-# limit SECONDS COMMAND...: runs it without input and without error output, and kills it when its time is over.
+# limit SECONDS COMMAND...: run a command without input and without error output, and kill it after SECONDS.
 limit() {
   limit_s=$1
   shift
@@ -27,31 +27,31 @@ limit() {
   return "$limit_code"
 }
 has() { command -v "$1" >/dev/null 2>&1; }
-say() { printf '%s=%s\n' "$1" "$(printf '%s' "$2" | tr '\n' ' ')"; } # KEY VALUE
-lines() { sed "s/^/$1=/"; }                                          # KEY: input becomes values of it
+put() { printf '%s=%s\n' "$1" "$(printf '%s' "$2" | tr '\n' ' ')"; } # KEY VALUE: print as one line
+lines() { sed "s/^/$1=/"; }                                          # KEY: print each line of the input as KEY=line
 
 now() {
   time=$(date +%s.%N)
   case $time in
-    *[!0-9.]*) # no %N here
+    *[!0-9.]*) # `date` without %N
       time=$(limit 5 perl -MTime::HiRes=time -e 'printf "%.6f", time')
       [ -n "$time" ] || time=$(date +%s)
       ;;
   esac
-  say "$1" "$time"
+  put "$1" "$time"
 }
 
 machine() {
-  say hostname "$(uname -n)"
-  say system "$system"
-  say release "$(uname -r)"
-  say machine "$(uname -m)"
+  put hostname "$(uname -n)"
+  put system "$system"
+  put release "$(uname -r)"
+  put machine "$(uname -m)"
   if [ "$system" = Darwin ]; then
-    say macos_version "$(limit 5 sw_vers -productVersion)"
-    say macos_build "$(limit 5 sw_vers -buildVersion)"
-    say chip "$(limit 5 sysctl -n machdep.cpu.brand_string)"
-    say memory_bytes "$(limit 5 sysctl -n hw.memsize)"
-    say wired_limit_mb "$(limit 5 sysctl -n iogpu.wired_limit_mb)"
+    put macos_version "$(limit 5 sw_vers -productVersion)"
+    put macos_build "$(limit 5 sw_vers -buildVersion)"
+    put chip "$(limit 5 sysctl -n machdep.cpu.brand_string)"
+    put memory_bytes "$(limit 5 sysctl -n hw.memsize)"
+    put wired_limit_mb "$(limit 5 sysctl -n iogpu.wired_limit_mb)"
     limit 5 vm_stat | lines vm_stat
   else
     sed -n 's/^model name[^:]*: */chip=/p' /proc/cpuinfo | sed -n 1p
@@ -71,15 +71,15 @@ folders() {
     '~') stores=$HOME ;;
     '~/'*) stores=$HOME/${stores#'~/'} ;;
   esac
-  say home "$HOME"
-  say data_folder "$data"
-  say stores_folder "$stores"
-  place=$stores # or what of the way to it is there
-  while [ -n "$place" ] && ! [ -d "$place" ]; do place=${place%/*}; done
-  limit 5 df -Pk "${place:-/}" | sed -n '$p' | lines disk
+  put home "$HOME"
+  put data_folder "$data"
+  put stores_folder "$stores"
+  existing=$stores # or its nearest existing parent
+  while [ -n "$existing" ] && ! [ -d "$existing" ]; do existing=${existing%/*}; done
+  limit 5 df -Pk "${existing:-/}" | sed -n '$p' | lines disk
 }
 
-# A line for each complete store, the newest first: its place, repository, commit (both as in JSON), kilobytes; tabs between them.
+# Print a line for each complete store, newest first: folder, repository, commit (both as in JSON) and kilobytes, tab-separated.
 stores() {
   ls -t "$stores"/*/*/*/rank-*/manifest.json 2>/dev/null | while IFS= read -r manifest; do
     [ -f "$manifest" ] || continue
@@ -91,27 +91,27 @@ stores() {
   done
 }
 
-# PATH: looks at an interpreter, if it is one and has not been looked at.
-look_at() {
+# PATH: print the facts of an interpreter, unless it is missing or already checked.
+check_python() {
   [ -n "$1" ] && [ -x "$1" ] && [ ! -d "$1" ] || return 0
-  case $looked in *"<$1>"*) return 0 ;; esac
-  looked="$looked<$1>"
+  case $checked in *"<$1>"*) return 0 ;; esac
+  checked="$checked<$1>"
   if [ "$system" = Darwin ] && [ "$1" = /usr/bin/python3 ]; then
-    limit 5 xcode-select -p >/dev/null || return 0 # a stub, which would open a window
+    limit 5 xcode-select -p >/dev/null || return 0 # without the developer tools this is a stub that opens a window
   fi
-  limit 20 "$1" -c "$facts_versions" "$1" || say broken_interpreter "$1"
+  limit 20 "$1" -c "$facts_versions" "$1" || put broken_interpreter "$1"
 }
 pythons() {
-  looked=
-  while IFS= read -r python; do look_at "$python"; done <<END
+  checked=
+  while IFS= read -r python; do check_python "$python"; done <<END
 $facts_pythons
 END
   [ "$facts_search" = 1 ] || return 0
-  look_at "$data/venv/bin/python"
-  look_at "$(command -v python3)"
+  check_python "$data/venv/bin/python"
+  check_python "$(command -v python3)"
   for uv in "$(command -v uv)" "$HOME/.local/bin/uv" /opt/homebrew/bin/uv /usr/local/bin/uv; do
     if [ -x "$uv" ] && [ ! -d "$uv" ]; then
-      say uv "$uv"
+      put uv "$uv"
       break
     fi
   done
@@ -132,7 +132,7 @@ network() {
   fi
 }
 
-printf '\nkimi_mlx_facts=1\n' # what a login shell may have printed comes before
+printf '\nkimi_mlx_facts=1\n' # marks the end of what a login shell may print first
 now clock
 machine
 folders

@@ -1,8 +1,8 @@
-"""What commands of macOS print, as others have captured and published it; host names and addresses changed.
+"""Published output of macOS commands, with changed host names and addresses.
 
 VM_STAT: a transcript of a Mac with 16 GB. IBV_DEVICES: MLX's documentation, an M3 Ultra. IBV_DEVINFO: Apple's TN3205
-and mlx#3467. SW_VERS and RDMA_CTL: mlx#3777. IFCONFIG, HARDWARE_PORTS: several, an M3 Ultra's ports by MLX's example.
-THUNDERBOLT: the keys that MLX's own `distributed_config` reads, values of mlx#3777 and exo#1390.
+and mlx#3467. SW_VERS and RDMA_CTL: mlx#3777. IFCONFIG, HARDWARE_PORTS: several; M3 Ultra ports: MLX's example.
+THUNDERBOLT: keys that MLX's `distributed_config` reads, values of mlx#3777 and exo#1390.
 """
 
 VM_STAT = """\
@@ -106,12 +106,12 @@ COMMANDS = {
     "sw_vers": "case $1 in -productVersion) echo 26.5.1;; -buildVersion) echo 25F80;; esac",
     "sysctl": 'case $2 in machdep.cpu.brand_string) echo "Apple M3 Ultra";; hw.memsize) echo 549755813888;; '
     "iogpu.wired_limit_mb) echo 0;; esac",
-    "date": "echo 1795330360.N",  # of macOS before it knew %N
+    "date": "echo 1795330360.N",  # output of an old macOS without %N
     "perl": "printf 1795330360.25",
     "xcode-select": "exit 2",
     "rdma_ctl": "echo enabled",
 }
-"""Commands of a Mac that are more than their output: name -> a script."""
+"""Commands of a Mac whose output depends on arguments: name -> script."""
 
 OUTPUTS = {
     "vm_stat": VM_STAT,
@@ -122,4 +122,4 @@ OUTPUTS = {
     "system_profiler": THUNDERBOLT,
     "df": DF,
 }
-"""Commands of a Mac: name -> what they print."""
+"""Commands of a Mac with fixed output: name -> output."""

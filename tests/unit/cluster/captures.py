@@ -1,4 +1,4 @@
-"""What the commands of macOS and Linux print; captures/README.md says where it is from."""
+"""Captured output of macOS and Linux commands, parsed; captures/README.md gives the sources."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from kimi_mlx.cluster.network.thunderbolt import ThunderboltPort, thunderbolt_po
 
 
 def capture(name: str) -> str:
-    """A file of `captures/`."""
+    """Return the text of a file in `captures/`."""
     return (Path(__file__).parent / "captures" / name).read_text()
 
 
 def mac(name: str, ports_of: str = "") -> tuple[Interface, ...]:
-    """The interfaces of `studio`, `studio-rdma` or `macbook`."""
+    """Return the interfaces of `studio`, `studio-rdma` or `macbook`."""
     return macos_interfaces(capture(f"{name}-ifconfig.txt"), capture(f"{ports_of or name}-hardware-ports.txt"))
 
 
 def linux() -> tuple[Interface, ...]:
-    """The interfaces of the Linux host."""
+    """Return the interfaces of the Linux host."""
     return linux_interfaces(capture("linux-ip-addr.json"), capture("linux-hints.txt"))
 
 
 def ports(name: str) -> tuple[ThunderboltPort, ...]:
-    """The Thunderbolt ports of `studio` or `macbook`."""
+    """Return the Thunderbolt ports of `studio` or `macbook`."""
     return thunderbolt_ports(capture(f"{name}-thunderbolt.json"), capture(f"{name}-hardware-ports.txt"))

@@ -1,4 +1,4 @@
-"""What hosts tell of themselves: this machine in truth, a Mac by commands that repeat what others have captured."""
+"""Facts about hosts: of this machine, and of a Mac whose commands are replaced by published output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def put(folder: Path, name: str, script: str) -> Path:
     return program
 
 
-def ask(shell: str, script: str, environment: dict[str, str]) -> Facts:
+def run_facts(shell: str, script: str, environment: dict[str, str]) -> Facts:
     done = subprocess.run([shell], input=script, text=True, capture_output=True, env=environment, check=True)
     return parse_facts("mac-b", done.stdout)
 
@@ -46,7 +46,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mac(tmp_path: Path, home: Path) -> dict[str, str]:
-    """The environment of a Mac."""
+    """Return an environment in which the commands of a Mac are replaced by scripts."""
     folder = tmp_path / "bin"
     for name, script in captured.COMMANDS.items():
         put(folder, name, script)
@@ -56,8 +56,8 @@ def mac(tmp_path: Path, home: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_mac(shell: str, mac: dict[str, str], home: Path) -> None:
-    facts = ask(shell, facts_script(is_search=False), mac)
+def test_mac(shell: str, mac: dict[str, str], home: Path) -> None:
+    facts = run_facts(shell, facts_script(is_search=False), mac)
     assert facts.is_complete
     assert facts.is_mac
     assert (facts.hostname, facts.machine, facts.chip) == ("mac-b.local", "arm64", "Apple M3 Ultra")
@@ -78,18 +78,18 @@ def test_a_mac(shell: str, mac: dict[str, str], home: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_command_that_hangs_costs_only_itself(shell: str, mac: dict[str, str]) -> None:
+def test_hanging_command_only_loses_its_own_fact(shell: str, mac: dict[str, str]) -> None:
     put(Path(mac["PATH"].split(":")[0]), "vm_stat", "exec sleep 60")
     script = facts_script(is_search=False).replace("limit 5 vm_stat", "limit 1 vm_stat")
     begin = time.monotonic()
-    facts = ask(shell, script, mac)
+    facts = run_facts(shell, script, mac)
     assert time.monotonic() - begin < 30
     assert facts.is_complete
     assert facts.free_bytes is None
     assert facts.chip == "Apple M3 Ultra"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="what a Mac says is tested above")
+@pytest.mark.skipif(sys.platform != "linux", reason="the output of a Mac is tested above")
 def test_this_machine() -> None:
     answer = run_script("localhost", facts_script([sys.executable]), 40)
     facts = parse_facts("localhost", answer.stdout)
@@ -111,15 +111,15 @@ def test_this_machine() -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_interpreters_in_their_order(shell: str, tmp_path: Path, home: Path) -> None:
+def test_order_of_interpreters(shell: str, tmp_path: Path, home: Path) -> None:
     usual = put(tmp_path / "a 'b'; $(c)", "python", f'exec {shlex.quote(sys.executable)} "$@"')
     broken = put(tmp_path, "broken", "exit 1")
     venv = put(home / ".local/share/kimi-mlx/venv/bin", "python", f'exec {shlex.quote(sys.executable)} "$@"')
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(home)}
     script = facts_script([str(tmp_path / "missing"), str(broken), str(usual), str(usual), str(tmp_path)])
-    facts = ask(shell, script, environment)
+    facts = run_facts(shell, script, environment)
     assert facts.broken_interpreters == (str(broken),)
-    assert [each.path for each in facts.interpreters[:2]] == [str(usual), str(venv)]
+    assert [python.path for python in facts.interpreters[:2]] == [str(usual), str(venv)]
     assert facts.python == facts.interpreters[0]
 
 
@@ -127,22 +127,22 @@ def test_interpreters_in_their_order(shell: str, tmp_path: Path, home: Path) -> 
 def test_stores(shell: str, tmp_path: Path, home: Path) -> None:
     stores = tmp_path / "all stores"
     commit = "0123456789abcdef0123456789abcdef01234567"
-    place = stores / "moonshotai--Kimi-K2.5" / commit[:12] / "hybrid-2-a1b2c3"
+    folder = stores / "moonshotai--Kimi-K2.5" / commit[:12] / "hybrid-2-a1b2c3"
     origin = {"repository": "moonshotai/Kimi-K2.5", "commit": commit}
     for rank in (0, 1):
-        (place / f"rank-{rank}").mkdir(parents=True)
-    (place / "rank-1/manifest.json").write_text(json.dumps({"format": 1, "origin": origin, "rank": 1}, indent=1))
+        (folder / f"rank-{rank}").mkdir(parents=True)
+    (folder / "rank-1/manifest.json").write_text(json.dumps({"format": 1, "origin": origin, "rank": 1}, indent=1))
     broken = stores / "a--b--c" / "abc" / "hybrid-1-000000" / "rank-0"
     broken.mkdir(parents=True)
     (broken / "manifest.json").write_text("")
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "KIMI_MLX_STORES": str(stores)}
-    facts = ask(shell, facts_script(is_search=False), environment)
+    facts = run_facts(shell, facts_script(is_search=False), environment)
     assert facts.stores_folder == str(stores)
     assert all((store.size_bytes or 0) % 1024 == 0 for store in facts.stores)
     assert facts.stores[1].size_bytes
     assert tuple(replace(store, size_bytes=None) for store in facts.stores) == (
         HeldStore("a/b--c", "abc", "hybrid-1-000000", 0, "a--b--c/abc/hybrid-1-000000/rank-0"),
-        HeldStore("moonshotai/Kimi-K2.5", commit, "hybrid-2-a1b2c3", 1, str((place / "rank-1").relative_to(stores))),
+        HeldStore("moonshotai/Kimi-K2.5", commit, "hybrid-2-a1b2c3", 1, str((folder / "rank-1").relative_to(stores))),
     )
 
 
@@ -156,9 +156,9 @@ def test_stores(shell: str, tmp_path: Path, home: Path) -> None:
         ({"KIMI_MLX_STORES": ""}, "HOME/.local/share/kimi-mlx/stores"),
     ],
 )
-def test_folders_are_those_of_kimi_mlx(environment: dict[str, str], stores: str, home: Path) -> None:
+def test_folders_match_kimi_mlx_folders(environment: dict[str, str], stores: str, home: Path) -> None:
     here = {"PATH": "/usr/bin:/bin", "HOME": str(home), **environment}
-    facts = ask("sh", facts_script(is_search=False), here)
+    facts = run_facts("sh", facts_script(is_search=False), here)
     assert facts.stores_folder == stores.replace("HOME", str(home))
     code = "from kimi_mlx.folders import stores_folder; print(stores_folder())"
     ours = subprocess.run([sys.executable, "-c", code], env={**here, "PYTHONPATH": os.getcwd()}, capture_output=True)
@@ -166,7 +166,7 @@ def test_folders_are_those_of_kimi_mlx(environment: dict[str, str], stores: str,
         assert ours.stdout.decode().strip() == facts.stores_folder
 
 
-def test_what_a_login_shell_prints_is_left_out() -> None:
+def test_output_of_login_shell_is_ignored() -> None:
     facts = parse_facts("mac-b", "Welcome!\nhostname=fake\nno newline\nkimi_mlx_facts=1\nhostname=mac-b\n")
     assert facts.hostname == "mac-b"
     assert not facts.is_complete
@@ -175,12 +175,12 @@ def test_what_a_login_shell_prints_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "sh: not found", "hostname=mac-b\n"])
-def test_something_else_is_an_error(text: str) -> None:
-    with pytest.raises(SshError, match="`mac-b` did not answer as expected"):
+def test_other_output_is_rejected(text: str) -> None:
+    with pytest.raises(SshError, match="unexpected output from `mac-b`"):
         parse_facts("mac-b", text)
 
 
-def test_nonsense_is_unknown() -> None:
+def test_invalid_values_become_none() -> None:
     lines = [
         "memory_bytes=",
         "wired_limit_mb=-1",
@@ -202,7 +202,7 @@ def test_nonsense_is_unknown() -> None:
         ("tmpfs 10 12 -2 - /x", 0),
     ],
 )
-def test_free_room(line: str, free: int) -> None:
+def test_free_disk_space(line: str, free: int) -> None:
     assert probes.disk_free(line) == free * 1024
 
 
@@ -210,5 +210,5 @@ def test_free_room(line: str, free: int) -> None:
     ("text", "state"),
     [("Firewall is enabled. (State = 1) \n", 1), ("Firewall is disabled. (State = 0)", 0), ("", None)],
 )
-def test_the_firewall(text: str, state: int | None) -> None:
+def test_firewall(text: str, state: int | None) -> None:
     assert probes.firewall(text) == state
