@@ -1,4 +1,4 @@
-"""The hosts of a cluster as MLX's hostfile describes them: how to log in, addresses, RDMA devices."""
+"""Hosts of a cluster as MLX's hostfile describes them: ssh name, addresses, RDMA devices."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Literal
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 
 Backend = Literal["ring", "jaccl", "jaccl-ring"]
-"""How the ranks talk: over TCP, over RDMA with a cable between every two hosts, or over RDMA in a circle."""
+"""Transport between ranks: TCP, RDMA with a cable between every two hosts, or RDMA with the cables in a circle."""
 
 Devices = tuple[str, ...]
-"""RDMA devices from one host to another, such as `("rdma_en5",)`; none where there is no cable."""
+"""RDMA devices from one host to another, such as `("rdma_en5",)`; empty without a cable."""
 
 Matrix = Sequence[Sequence[Devices]]
-"""Devices by the host they belong to and the host they lead to."""
+"""RDMA devices, indexed by their own host, then by the host at the other end of the cable."""
 
 MESH_LIMIT = 8
-"""Hosts in a JACCL mesh (MESH_MAX_PEERS in mlx 0.32)."""
+"""Largest number of hosts in a JACCL mesh (MESH_MAX_PEERS in mlx 0.32)."""
 
 WIRE_LIMIT = 4
-"""Cables between two neighbours of a JACCL ring (RING_MAX_CONNS in mlx 0.32)."""
+"""Largest number of cables between two neighbors of a JACCL ring (RING_MAX_CONNS in mlx 0.32)."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A computer of the cluster, or one of the ranks on it.
+    """One rank of the hostfile: a host of the cluster with its addresses.
 
     Args:
-        ssh: what `ssh` is told to reach it: `mac-b`, `me@mac-b.local`.
-        ips: IPv4 addresses. Ring: where its neighbour of the rank before reaches it. JACCL: of rank 0, for everybody.
-        rdma: its devices to each rank, in the order of ranks, none to itself; empty without RDMA.
+        ssh: name for `ssh`, such as `mac-b` or `me@mac-b.local`.
+        ips: IPv4 addresses. Ring: addresses to which the previous rank connects. JACCL: only those of rank 0 are used.
+        rdma: RDMA devices to each rank, in the order of ranks, none to itself; empty without RDMA.
     """
 
     ssh: str
@@ -45,9 +45,9 @@ class Hostfile:
     """Hosts in the order of ranks.
 
     Args:
-        hosts: one a rank.
-        backend: how they talk; None leaves it to the command line, and to `ring` in the end.
-        envs: `NAME=value` for every rank.
+        hosts: one host per rank.
+        backend: transport; None leaves it to the command line, whose default is `ring`.
+        envs: environment variables `NAME=value` of every rank.
     """
 
     hosts: tuple[Host, ...]
@@ -60,30 +60,30 @@ class Hostfile:
         return list(dict.fromkeys(host.ssh for host in self.hosts))
 
     def with_envs(self, envs: Sequence[str]) -> Hostfile:
-        """With these variables, too, which come before those of the same names."""
-        names = {each.partition("=")[0] for each in envs}
-        kept = [each for each in self.envs if each.partition("=")[0] not in names]
+        """Return a copy with these variables added; they replace variables of the same names."""
+        names = {variable.partition("=")[0] for variable in envs}
+        kept = [variable for variable in self.envs if variable.partition("=")[0] not in names]
         return replace(self, envs=(*kept, *envs))
 
     def with_fast_sync(self, is_on: bool) -> Hostfile:
-        """With the fast fence; without leaves it to the variables that are there."""
+        """Return a copy with the fast fence if `is_on`, else this hostfile unchanged."""
         return self.with_envs([f"{FAST_SYNC}=1"]) if is_on else self
 
     @property
     def has_fast_sync(self) -> bool:
-        """Whether its ranks have the fast fence."""
-        values = [value for name, _, value in (each.partition("=") for each in self.envs) if name == FAST_SYNC]
+        """Whether the fast fence is on."""
+        values = [value for name, _, value in (variable.partition("=") for variable in self.envs) if name == FAST_SYNC]
         return values not in ([], ["0"])
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where ranks run and how they talk.
+    """Hosts of the ranks, with interpreters and transport.
 
     Args:
-        hostfile: the ranks, with the addresses to use.
-        backend: how they talk.
-        pythons: host -> its interpreter.
+        hostfile: ranks with their addresses.
+        backend: transport between ranks.
+        pythons: host -> path of its interpreter.
         hostfile_rewriter: function from the ring's hostfile to one hostfile per rank, for tests and benchmarks that
             put a relay between ranks; None gives all ranks the same file.
     """
@@ -95,7 +95,7 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """How many ranks."""
+        """Number of ranks."""
         return len(self.hostfile.hosts)
 
     @property
@@ -110,7 +110,7 @@ class Cluster:
         return local_ranks.index(rank), len(local_ranks)
 
     def addresses(self, rank: int) -> tuple[str, ...]:
-        """Where a rank listens: all of its addresses in a ring; with JACCL rank 0 alone; a rank alone nowhere."""
+        """Return the addresses a rank listens on: all in a ring, only rank 0's with JACCL, none for a single rank."""
         ips = self.hostfile.hosts[rank].ips
         if self.size == 1:
             return ()
@@ -118,19 +118,19 @@ class Cluster:
 
 
 def local_cluster(size: int, fast_sync: bool = False) -> Cluster:
-    """Ranks on this machine, over loopback, with the fast fence or without."""
+    """Return a cluster of ranks on this machine, over loopback, with or without the fast fence."""
     hosts = (Host("localhost", ("127.0.0.1",)),) * size
     return Cluster(Hostfile(hosts).with_fast_sync(fast_sync), "ring", {"localhost": sys.executable})
 
 
 def is_mesh(rdma: Matrix) -> bool:
-    """Whether a cable joins every two hosts."""
+    """Return whether a cable connects every two hosts."""
     count = len(rdma)
     return count > 1 and all(rdma[i][j] for i in range(count) for j in range(count) if i != j)
 
 
 def ring_wires(rdma: Matrix) -> int:
-    """How many cables join each host to the next and the last to the first; 0 if that differs or one has none.
+    """Return the number of cables from each host to the next, and the last to the first; 0 if the numbers differ.
 
     Source: Config::is_valid_ring of mlx 0.32.
     """

@@ -1,4 +1,4 @@
-"""What can be wrong with a hostfile, found before anything is started."""
+"""Check a hostfile before any rank is started."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from kimi_mlx.cluster.hosts.launch import RING_VARIABLES
 from kimi_mlx.errors import HostfileError
 
 HOST_LIMIT = 64
-"""Hosts in a hostfile; more is a mistake, not a cluster of Macs."""
+"""Largest number of hosts in a hostfile; more is surely a mistake."""
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1"})
-"""Names by which every host means itself."""
+"""Names by which every host refers to itself."""
 
 SHELL_CHARACTERS = frozenset("'`\"$\\;&<>|(){}, ")
-"""What OpenSSH refuses in a host name too, since a ProxyCommand hands it to a shell; and what parts names in a list."""
+"""Characters that OpenSSH refuses in a host name (a ProxyCommand passes it to a shell), or that separate a list."""
 
-FIND_ADDRESSES = "let them be found: `kimi-mlx launch --hosts a,b --save FILE`"
+FIND_ADDRESSES = "find the addresses with `kimi-mlx launch --hosts a,b --save FILE`"
 FIND_DEVICES = (
-    "names change with the port and after a restart: `mlx.distributed_config --backend jaccl --hosts a,b` lists them"
+    "list the devices with `mlx.distributed_config --backend jaccl --hosts a,b`; names change after a restart"
 )
 
 
 def check_hostfile(hostfile: Hostfile, where: str) -> None:
-    """Check all of it.
+    """Check a whole hostfile.
 
     Args:
-        hostfile: what was read or made.
-        where: what to call it in messages, such as its path in backticks.
+        hostfile: hostfile to check.
+        where: name of the hostfile in messages, such as its path in backticks.
 
     Raises:
-        HostfileError: says what is wrong, where, and what to do.
+        HostfileError: the hostfile is not valid.
     """
     check_names(hostfile.hosts, where)
     _check_addresses(hostfile.hosts, where)
@@ -45,27 +45,27 @@ def check_hostfile(hostfile: Hostfile, where: str) -> None:
 
 
 def check_names(hosts: Sequence[Host], where: str) -> None:
-    """Check the number of hosts, and that `ssh` can be given each name as it is.
+    """Check the number of hosts, and that each name is safe as an argument of `ssh`.
 
     Raises:
-        HostfileError: too many, none, or a name that is none.
+        HostfileError: there is no host, there are too many, or a name is not valid.
     """
     if not 1 <= len(hosts) <= HOST_LIMIT:
-        raise HostfileError(f"{where} has {len(hosts)} hosts, 1 to {HOST_LIMIT} are possible")
+        raise HostfileError(f"{where} has {len(hosts)} hosts, but must have 1 to {HOST_LIMIT}")
     for rank, host in enumerate(hosts):
         name = host.ssh
         is_option = name.startswith("-") or "@-" in name
         if not name or is_option or not name.isprintable() or SHELL_CHARACTERS & set(name):
             raise HostfileError(
-                f"{where}: host {rank} cannot be logged in to as {name!r}",
-                hint='`ssh` must be a name as you type it after ssh, such as "mac-b" or "me@mac-b.local"'
+                f"{where}: host {rank} has the invalid name {name!r}",
+                hint='write the name as you type it after `ssh`, such as "mac-b" or "me@mac-b.local"'
                 if name
-                else "is there a comma too many?",
+                else "remove the extra comma",
             )
 
 
 def name_duplicate(hosts: Iterable[Host]) -> str | None:
-    """The first name that was there before, whatever the case of its letters."""
+    """Return the first name that repeats an earlier one, ignoring case."""
     return _first_duplicate(host.ssh for host in hosts)
 
 
@@ -77,32 +77,32 @@ def _check_addresses(hosts: Sequence[Host], where: str) -> None:
     if loopback and len(loopback) < len(addresses):
         other = next(text for _, text in addresses if not _is_loopback(text))
         raise HostfileError(
-            f"{where} mixes the loopback address {loopback[0]} with {other}; nobody else reaches the former",
+            f"{where} mixes the loopback address {loopback[0]} with {other}; other hosts cannot reach loopback",
             hint=FIND_ADDRESSES,
         )
     names = {"localhost" if host.ssh in LOCAL_NAMES else host.ssh.casefold() for host in hosts}
     if loopback and len(names) > 1:
         raise HostfileError(
-            f"{where} has loopback addresses only, but {len(names)} different hosts; they would not reach each other",
+            f"{where} has only loopback addresses for {len(names)} hosts, which cannot reach each other there",
             hint=FIND_ADDRESSES,
         )
 
 
-def _check_address(text: str, whose: str) -> None:
+def _check_address(text: str, host: str) -> None:
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
         raise HostfileError(
-            f"{whose} has the address {text!r}, which is none",
-            hint='`ips` holds addresses without port or prefix, such as "192.168.0.1"',
+            f"{host} has the invalid address {text!r}",
+            hint='write addresses without a port or a prefix, such as "192.168.0.1"',
         ) from None
     if address.version == 6:
         raise HostfileError(
-            f"{whose} has the IPv6 address {text}, but MLX's ring and JACCL connect over IPv4 only",
+            f"{host} has the IPv6 address {text}, but MLX's ring and JACCL connect over IPv4 only",
             hint=FIND_ADDRESSES,
         )
     if address.is_unspecified or address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
-        raise HostfileError(f"{whose} has the address {text}, which no host can be reached at", hint=FIND_ADDRESSES)
+        raise HostfileError(f"{host} has the address {text}, which cannot belong to a host", hint=FIND_ADDRESSES)
 
 
 def _is_loopback(text: str) -> bool:
@@ -110,14 +110,14 @@ def _is_loopback(text: str) -> bool:
 
 
 def _check_duplicates(hosts: Sequence[Host], where: str) -> None:
-    """Several ranks on a host are told by loopback addresses: all of them, as `_check_addresses` has seen to."""
+    """Refuse repeated names and addresses, unless all addresses are loopback: then several ranks share this host."""
     addresses = [text for host in hosts for text in host.ips]
     if addresses and all(map(_is_loopback, addresses)):
         return
     if (name := name_duplicate(hosts)) is not None:
         raise HostfileError(
             f"{where} has `{name}` twice",
-            hint="for several ranks on one host give each the address 127.0.0.1, as in hostfiles/two-local.json",
+            hint="for several ranks on this machine, give each the address 127.0.0.1, as in hostfiles/two-local.json",
         )
     if (address := _first_duplicate(addresses)) is not None:
         raise HostfileError(f"{where} has the address {address} twice", hint=FIND_ADDRESSES)
@@ -137,29 +137,31 @@ def _check_devices(hosts: Sequence[Host], where: str) -> None:
         return
     count = len(hosts)
     for rank, host in enumerate(hosts):
-        whose = f"{where}: host {rank} (`{host.ssh}`)"
+        host_name = f"{where}: host {rank} (`{host.ssh}`)"
         if len(host.rdma) != count:
             raise HostfileError(
-                f"{whose} has {len(host.rdma)} entries in `rdma` for {count} hosts",
-                hint="every host needs one entry for each host, `null` for itself",
+                f"{host_name} has {len(host.rdma)} entries in `rdma` for {count} hosts",
+                hint="write one entry for each host, and `null` for the host itself",
             )
         if host.rdma[rank]:
             raise HostfileError(
-                f"{whose} has the device {host.rdma[rank][0]} to itself", hint=f"write `null` as its entry {rank}"
+                f"{host_name} has the device {host.rdma[rank][0]} to itself", hint=f"write `null` as its entry {rank}"
             )
         names = [name for devices in host.rdma for name in devices]
         for name in names:
             if not re.fullmatch(r"rdma_\w+", name, re.ASCII):
-                raise HostfileError(f"{whose} has the device {name!r}; they are called rdma_en5", hint=FIND_DEVICES)
+                raise HostfileError(
+                    f"{host_name} has the device {name!r}; device names look like rdma_en5", hint=FIND_DEVICES
+                )
         if (name := _first_duplicate(names)) is not None:
-            raise HostfileError(f"{whose} has {name} twice; one port has one cable", hint=FIND_DEVICES)
+            raise HostfileError(f"{host_name} has {name} twice, but a port has only one cable", hint=FIND_DEVICES)
     for i in range(count):
         for j in range(i):
-            one, other = len(hosts[i].rdma[j]), len(hosts[j].rdma[i])
-            if one != other:
+            forward, backward = len(hosts[i].rdma[j]), len(hosts[j].rdma[i])
+            if forward != backward:
                 raise HostfileError(
-                    f"{where}: {one} devices lead from host {i} (`{hosts[i].ssh}`) to host {j} (`{hosts[j].ssh}`), "
-                    f"but {other} back; a cable has two ends",
+                    f"{where}: {forward} devices lead from host {i} (`{hosts[i].ssh}`) to host {j} (`{hosts[j].ssh}`), "
+                    f"but {backward} lead back; each cable needs a device at both ends",
                     hint=FIND_DEVICES,
                 )
 
@@ -172,20 +174,21 @@ def _check_backend(hostfile: Hostfile, where: str) -> None:
         return
     if not hosts[0].ips:
         raise HostfileError(
-            f"{where}: host 0 (`{hosts[0].ssh}`) has no address, at which the others find it", hint=FIND_ADDRESSES
+            f"{where}: host 0 (`{hosts[0].ssh}`) has no address; the other ranks need it to connect",
+            hint=FIND_ADDRESSES,
         )
     if hostfile.backend is None:
         return
     if not any(rdma):
-        raise HostfileError(f"{where} asks for {hostfile.backend} but has no `rdma` devices", hint=FIND_DEVICES)
+        raise HostfileError(f"{where} sets the backend {hostfile.backend} but has no `rdma` devices", hint=FIND_DEVICES)
     if hostfile.backend == "jaccl":
         _check_mesh(hosts, where)
     elif not 1 <= (wires := ring_wires(rdma)) <= WIRE_LIMIT:
-        found = f"{wires} cables" if wires else "no or different numbers of cables"
+        cables = f"{wires} cables" if wires else "no or different numbers of cables"
         raise HostfileError(
-            f"{where} asks for jaccl-ring but has {found} from each host to the next and the last to the first; "
-            f"1 to {WIRE_LIMIT} are possible",
-            hint="put the hosts in the order of the cables",
+            f"{where} sets the backend jaccl-ring but has {cables} from each host to the next (last to first); "
+            f"it must have 1 to {WIRE_LIMIT}",
+            hint="list the hosts in the order of the cables",
         )
 
 
@@ -196,7 +199,7 @@ def _check_ring(hosts: Sequence[Host], where: str) -> None:
         if len(host.ips) != len(hosts[0].ips):
             raise HostfileError(
                 f"{where}: host {rank} (`{host.ssh}`) has {len(host.ips)} addresses but host 0 has "
-                f"{len(hosts[0].ips)}; a ring needs the same number everywhere",
+                f"{len(hosts[0].ips)}; a ring needs the same number on each host",
                 hint=FIND_ADDRESSES,
             )
 
@@ -204,41 +207,40 @@ def _check_ring(hosts: Sequence[Host], where: str) -> None:
 def _check_mesh(hosts: Sequence[Host], where: str) -> None:
     if len(hosts) > MESH_LIMIT:
         raise HostfileError(
-            f"{where} asks for jaccl with {len(hosts)} hosts; a mesh has {MESH_LIMIT} at most",
+            f"{where} sets the backend jaccl for {len(hosts)} hosts; a mesh has at most {MESH_LIMIT}",
             hint='write `"backend": "jaccl-ring"`',
         )
     if not is_mesh([host.rdma for host in hosts]):
         i, j = next((i, j) for i in range(len(hosts)) for j in range(len(hosts)) if i != j and not hosts[i].rdma[j])
         raise HostfileError(
-            f"{where} asks for jaccl, which needs a cable between every two hosts, but there is none between "
+            f"{where} sets the backend jaccl, which needs a cable between every two hosts, but there is none between "
             f"host {i} (`{hosts[i].ssh}`) and host {j} (`{hosts[j].ssh}`)",
             hint='add the cable, or write `"backend": "jaccl-ring"` if the cables form a circle',
         )
 
 
 def check_envs(envs: Sequence[str], where: str) -> None:
-    """Check variables for the ranks.
+    """Check the environment variables of the ranks.
 
     Args:
-        envs: `NAME=value`.
-        where: what to call them in messages.
+        envs: variables as `NAME=value`.
+        where: name of the list in messages.
 
     Raises:
-        HostfileError: something else, a control character, one of MLX's own, or one twice.
+        HostfileError: an entry is not `NAME=value`, has a control character, is reserved by MLX, or appears twice.
     """
     names: set[str] = set()
     for text in envs:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise HostfileError(
-                f"{where} has {text!r}, which is not NAME=value", hint='write it like "HF_ENDPOINT=https://example.org"'
+                f"{where} has {text!r}, which is not NAME=value",
+                hint='write it as in "HF_ENDPOINT=https://example.org"',
             )
         if any(letter < " " for letter in value):
             raise HostfileError(f"{where}: the value of `{name}` has a control character")
         if name in RING_VARIABLES:
-            raise HostfileError(
-                f"{where} sets `{name}`, but it differs by rank and is set at the start", hint="remove it"
-            )
+            raise HostfileError(f"{where} sets `{name}`, which the launcher sets for each rank", hint="remove it")
         if name in names:
             raise HostfileError(f"{where} sets `{name}` twice", hint="keep one of them")
         names.add(name)

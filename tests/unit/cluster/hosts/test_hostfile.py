@@ -1,4 +1,4 @@
-"""MLX's hostfile: what we write is what we read, the examples are good, and every mistake has its message."""
+"""MLX's hostfile: round trips, the examples, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ C = {"ssh": "mac-c", "ips": ["192.168.0.3"]}
 
 
 def mesh(count: int, **changes: Any) -> list[dict[str, Any]]:
-    """Hosts with a cable between every two."""
+    """Return hosts with a cable between every two."""
     return [
         {
             "ssh": f"mac-{i}",
@@ -57,7 +57,7 @@ def hostfiles(draw: st.DrawFn) -> Hostfile:
 
 
 @given(hostfiles())
-def test_what_is_written_is_read(hostfile: Hostfile) -> None:
+def test_round_trip(hostfile: Hostfile) -> None:
     assert parse_hostfile(json.loads(to_json(hostfile)), "`x`") == hostfile
 
 
@@ -70,7 +70,7 @@ def test_there_are_examples() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_are_good_and_written_as_we_write(path: Path, tmp_path: Path) -> None:
+def test_examples_are_valid_and_in_our_format(path: Path, tmp_path: Path) -> None:
     hostfile = read_hostfile(path)
     write_hostfile(tmp_path / "copy.json", hostfile)
     assert (tmp_path / "copy.json").read_text() == path.read_text()
@@ -78,7 +78,7 @@ def test_the_examples_are_good_and_written_as_we_write(path: Path, tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # MLX leaves the file open
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_mlx_reads_them_too(path: Path) -> None:
+def test_mlx_reads_examples(path: Path) -> None:
     theirs = pytest.importorskip("mlx._distributed_utils.common").Hostfile.from_file(path)
     ours = read_hostfile(path)
     assert theirs.backend == ours.backend
@@ -88,7 +88,7 @@ def test_mlx_reads_them_too(path: Path) -> None:
     ]
 
 
-def test_the_old_form_is_a_list() -> None:
+def test_list_form() -> None:
     assert parse_hostfile([A, B], "`x`") == Hostfile((Host("mac-a", ("192.168.0.1",)), Host("mac-b", ("192.168.0.2",))))
 
 
@@ -100,32 +100,32 @@ def test_mlx_own_example_of_jaccl_has_an_address_for_rank_0_alone() -> None:
     assert parse_hostfile({"hosts": hosts, "backend": "jaccl", "envs": []}, "`x`").backend == "jaccl"
 
 
-def test_no_backend_may_be_an_empty_text_as_mlx_writes_it() -> None:
+def test_backend_may_be_an_empty_string_as_mlx_writes_it() -> None:
     assert parse_hostfile({"hosts": [A], "backend": ""}, "`x`").backend is None
 
 
 BAD: list[tuple[object, str]] = [
-    (3, "is no object but a number"),
-    ("mac-a", "is no object but a text"),
+    (3, "must be an object, not a number"),
+    ("mac-a", "must be an object, not a string"),
     ({}, "lacks `hosts`"),
-    ({"hosts": {}}, "no list but an object"),
+    ({"hosts": {}}, "must be a list, not an object"),
     ({"hosts": [A, B], "backends": "ring", "x": 1}, "unknown key `backends`, `x`"),
-    ({"hosts": [A, B], "backend": "mpi"}, "the backend 'mpi'"),
-    ({"hosts": [A, B], "backend": ["ring"]}, r"the backend \['ring'\]"),
+    ({"hosts": [A, B], "backend": "mpi"}, "the unknown backend 'mpi'"),
+    ({"hosts": [A, B], "backend": ["ring"]}, r"the unknown backend \['ring'\]"),
     ([], "has 0 hosts"),
-    ([{"ssh": f"m{i}", "ips": [f"10.0.0.{i + 1}"]} for i in range(65)], "has 65 hosts, 1 to 64"),
-    ([A, "mac-b"], "host 1 is no object but a text"),
+    ([{"ssh": f"m{i}", "ips": [f"10.0.0.{i + 1}"]} for i in range(65)], "has 65 hosts, but must have 1 to 64"),
+    ([A, "mac-b"], "host 1 must be an object, not a string"),
     ([A, {"ips": ["1.2.3.4"]}], "host 1 lacks `ssh`"),
     ([A, {**B, "ip": "1.2.3.4"}], "host 1 has the unknown key `ip`"),
-    ([A, {**B, "ssh": None}], "`ssh` is no text but None"),
-    ([A, {**B, "ips": "1.2.3.4"}], "host 1: `ips` holds no list but a text"),
-    ([A, {**B, "ips": [1]}], "holds 1, which is no text"),
-    ([A, {**B, "ips": ["mac-b"]}], "has the address 'mac-b', which is none"),
-    ([A, {**B, "ips": ["192.168.0.2:32323"]}], "which is none"),
-    ([A, {**B, "ips": ["192.168.0.2/24"]}], "which is none"),
+    ([A, {**B, "ssh": None}], "`ssh` must be a string, not None"),
+    ([A, {**B, "ips": "1.2.3.4"}], "host 1: `ips` must be a list, not a string"),
+    ([A, {**B, "ips": [1]}], "contains 1, which is not a string"),
+    ([A, {**B, "ips": ["mac-b"]}], "has the invalid address 'mac-b'"),
+    ([A, {**B, "ips": ["192.168.0.2:32323"]}], "has the invalid address"),
+    ([A, {**B, "ips": ["192.168.0.2/24"]}], "has the invalid address"),
     ([A, {**B, "ips": ["fe80::1"]}], "IPv6 address fe80::1, but MLX"),
-    ([A, {**B, "ips": ["0.0.0.0"]}], "no host can be reached"),
-    ([A, {**B, "ips": ["224.0.0.1"]}], "no host can be reached"),
+    ([A, {**B, "ips": ["0.0.0.0"]}], "cannot belong to a host"),
+    ([A, {**B, "ips": ["224.0.0.1"]}], "cannot belong to a host"),
     ([A, {**B, "ips": []}], r"host 1 \(`mac-b`\) has no address"),
     ([{"ssh": "mac-a"}, {"ssh": "mac-b"}], "host 0 .* has no address"),
     ([A, {**B, "ips": ["192.168.0.2", "10.0.0.2"]}], "has 2 addresses but host 0 has 1"),
@@ -133,28 +133,28 @@ BAD: list[tuple[object, str]] = [
     ([A, {**B, "ips": ["192.168.0.1"]}], "address 192.168.0.1 twice"),
     ([A, {**B, "ips": ["127.0.0.1"]}], "mixes the loopback address 127.0.0.1 with 192.168.0.1"),
     ([{**A, "ips": ["127.0.0.1"]}, {**B, "ips": ["127.0.0.1"]}], "2 different hosts"),
-    ({"hosts": [A, B], "backend": "jaccl"}, "asks for jaccl but has no `rdma`"),
+    ({"hosts": [A, B], "backend": "jaccl"}, "sets the backend jaccl but has no `rdma`"),
     ({"hosts": mesh(3, ips=[]), "backend": "jaccl"}, "host 0 .* has no address"),
-    ({"hosts": mesh(9), "backend": "jaccl"}, "with 9 hosts; a mesh has 8"),
+    ({"hosts": mesh(9), "backend": "jaccl"}, "for 9 hosts; a mesh has at most 8"),
     ([*mesh(2), C], r"host 0 \(`mac-0`\) has 2 entries in `rdma` for 3"),
     ([mesh(2)[0], {**mesh(2)[1], "rdma": []}], "has 0 entries in `rdma` for 2"),
     ([{**mesh(2)[0], "rdma": ["rdma_en0", "rdma_en1"]}, mesh(2)[1]], "the device rdma_en0 to itself"),
-    ([{**mesh(2)[0], "rdma": [None, None]}, mesh(2)[1]], "1 devices lead from host 1 .* but 0 back"),
-    ([{**mesh(2)[0], "rdma": [None, ["rdma_en1", "rdma_en2"]]}, mesh(2)[1]], "1 devices .* but 2 back"),
-    ([{**mesh(2)[0], "rdma": [None, "en1"]}, mesh(2)[1]], "the device 'en1'; they are called rdma_en5"),
-    ([{**mesh(2)[0], "rdma": [None, 5]}, mesh(2)[1]], "entry 1 of `rdma` holds no list but a number"),
-    ([{**mesh(3)[0], "rdma": [None, "rdma_en1", "rdma_en1"]}, *mesh(3)[1:]], "rdma_en1 twice; one port"),
+    ([{**mesh(2)[0], "rdma": [None, None]}, mesh(2)[1]], "1 devices lead from host 1 .* but 0 lead back"),
+    ([{**mesh(2)[0], "rdma": [None, ["rdma_en1", "rdma_en2"]]}, mesh(2)[1]], "1 devices .* but 2 lead back"),
+    ([{**mesh(2)[0], "rdma": [None, "en1"]}, mesh(2)[1]], "the device 'en1'; device names look like rdma_en5"),
+    ([{**mesh(2)[0], "rdma": [None, 5]}, mesh(2)[1]], "entry 1 of `rdma` must be a list, not a number"),
+    ([{**mesh(3)[0], "rdma": [None, "rdma_en1", "rdma_en1"]}, *mesh(3)[1:]], "rdma_en1 twice, but a port"),
     ({"hosts": [A], "envs": ["HOME"]}, "`envs` has 'HOME', which is not NAME=value"),
     ({"hosts": [A], "envs": ["a b=c"]}, "not NAME=value"),
     ({"hosts": [A], "envs": ["A=b\nC=d"]}, "the value of `A` has a control character"),
     ({"hosts": [A], "envs": ["MLX_RANK=1"]}, "sets `MLX_RANK`"),
     ({"hosts": [A], "envs": ["A=1", "A=2"]}, "`envs` sets `A` twice"),
-    ({"hosts": [A], "envs": "A=1"}, "`envs` holds no list"),
+    ({"hosts": [A], "envs": "A=1"}, "`envs` must be a list"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "message"), BAD, ids=[message for _, message in BAD])
-def test_a_mistake_is_named(value: object, message: str) -> None:
+def test_error_message_of_mistake(value: object, message: str) -> None:
     with pytest.raises(HostfileError, match=message) as caught:
         parse_hostfile(value, "`x.json`")
     assert caught.value.message.startswith("`x.json`")
@@ -163,13 +163,13 @@ def test_a_mistake_is_named(value: object, message: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", "-oProxyCommand=touch x", "me@-x", "a b", "a\nb", "a;b", "$(x)", "a'b", 'a"b', "a\x1bb", "a\u202eb"]
 )
-def test_a_name_cannot_be_an_option_or_hold_what_a_shell_reads(name: str) -> None:
-    with pytest.raises(HostfileError, match="cannot be logged in to"):
+def test_name_cannot_be_an_option_or_have_shell_characters(name: str) -> None:
+    with pytest.raises(HostfileError, match="has the invalid name"):
         parse_hostfile([{"ssh": name, "ips": ["1.2.3.4"]}], "`x`")
 
 
 @given(st.text())
-def test_a_name_that_is_accepted_is_one_word_and_no_option(name: str) -> None:
+def test_accepted_name_is_one_word_and_not_an_option(name: str) -> None:
     try:
         parse_hostfile([{"ssh": name}], "`x`")
     except HostfileError:
@@ -180,7 +180,7 @@ def test_a_name_that_is_accepted_is_one_word_and_no_option(name: str) -> None:
 
 
 def circle(count: int, wires: int) -> list[dict[str, Any]]:
-    """Hosts with cables to the one before and the one after."""
+    """Return hosts with cables to their two neighbors."""
     names = itertools.cycle([[f"rdma_en{k}" for k in range(wires)], [f"rdma_en{k + 9}" for k in range(wires)]])
     return [
         {
@@ -198,7 +198,7 @@ def test_a_circle_is_for_jaccl_ring(count: int, wires: int) -> None:
     assert parse_hostfile(value, "`x`").backend == "jaccl-ring"
 
 
-def test_a_circle_is_no_mesh_and_a_line_no_circle() -> None:
+def test_circle_is_not_a_mesh_and_line_is_not_a_circle() -> None:
     with pytest.raises(HostfileError, match=r"none between host 0 .* and host 2") as caught:
         parse_hostfile({"hosts": circle(4, 1), "backend": "jaccl"}, "`x`")
     assert "jaccl-ring" in (caught.value.hint or "")
@@ -213,15 +213,15 @@ def test_a_circle_is_no_mesh_and_a_line_no_circle() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
-        (b"\xff\xfe\xff", "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
-        (b'{"hosts": [], "hosts": []}', "a key is twice"),
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"hosts": [], "hosts": []}', "an object has a key twice"),
         (b" " * (1 << 21), "is larger than"),
     ],
 )
-def test_a_file_that_is_no_json_is_named(data: bytes, message: str, tmp_path: Path) -> None:
+def test_file_that_is_not_json(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "hosts.json"
     path.write_bytes(data)
     with pytest.raises(HostfileError, match=message) as caught:
@@ -249,7 +249,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_whatever_it_is_it_is_a_hostfile_or_an_error_of_ours(value: object) -> None:
+def test_any_json_is_a_hostfile_or_a_hostfile_error(value: object) -> None:
     try:
         hostfile = parse_hostfile(value, "`x`")
     except HostfileError:
@@ -262,7 +262,7 @@ def test_a_list_of_hosts() -> None:
         Host("mac-a"), Host("me@mac-b"), Host("10.0.0.3", ("10.0.0.3",)),
     )  # fmt: skip
     for text in ("", "a,,b", "a,-b"):
-        with pytest.raises(HostfileError, match=r"`--hosts`: host .* cannot be logged in"):
+        with pytest.raises(HostfileError, match=r"`--hosts`: host .* has the invalid name"):
             parse_hosts(text)
     with pytest.raises(HostfileError, match="`--hosts` has `a` twice"):
         parse_hosts("a,b,a")
