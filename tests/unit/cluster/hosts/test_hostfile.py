@@ -132,7 +132,7 @@ BAD: list[tuple[object, str]] = [
     ([A, {**B, "ssh": "MAC-A"}], "has `MAC-A` twice"),
     ([A, {**B, "ips": ["192.168.0.1"]}], "address 192.168.0.1 twice"),
     ([A, {**B, "ips": ["127.0.0.1"]}], "mixes the loopback address 127.0.0.1 with 192.168.0.1"),
-    ([{**A, "ips": ["127.0.0.1"]}, {**B, "ips": ["127.0.0.1"]}], "2 different hosts"),
+    ([{**A, "ips": ["127.0.0.1"]}, {**B, "ips": ["127.0.0.1"]}], "only loopback addresses for 2 hosts"),
     ({"hosts": [A, B], "backend": "jaccl"}, "sets the backend jaccl but has no `rdma`"),
     ({"hosts": mesh(3, ips=[]), "backend": "jaccl"}, "host 0 .* has no address"),
     ({"hosts": mesh(9), "backend": "jaccl"}, "for 9 hosts; a mesh has at most 8"),
