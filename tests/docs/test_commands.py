@@ -187,16 +187,18 @@ def run_client(command: str, folder: Path, environment: dict[str, str]) -> None:
     server.wait(LIMIT_S)
 
 
-def parse(arguments: list[str]) -> None:
-    """Parse a command line of kimi-mlx without running it; a UsageError of Click if it is not understood."""
+def parse(arguments: list[str]) -> str:
+    """Parse a command line of kimi-mlx without running it, and return the name of the command that would run.
+
+    An option or command that does not exist is a UsageError of Click.
+    """
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     root = group.make_context("kimi-mlx", [arguments[0]], resilient_parsing=True)
     command = group.get_command(root, arguments[0])
     assert command is not None, arguments[0]
     context = command.make_context(arguments[0], arguments[1:], parent=root)
-    if context.args:  # the command that `launch` runs
-        parse(context.args)
+    return parse(context.args) if context.args else arguments[0]  # `launch` runs another command
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_command_is_understood(example: Example) -> None:
     arguments = shlex.split(example.command)[1:]
     if any(re.search(r"[|\[\]]|^N$", argument) for argument in arguments):
         return  # a synopsis
-    parse(arguments)
+    assert parse(arguments) in arguments
 
 
 @pytest.mark.network
