@@ -1,4 +1,4 @@
-"""Checkpoints of which stores are made, hubs that serve them, and hosts that fetch them."""
+"""Checkpoints, hubs that serve them, and hosts that download them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def large_host(large_hub: Hub, tmp_path: Path) -> Host:
 
 @pytest.fixture(scope="session")
 def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A host's home with both stores, to be copied."""
+    """Home folder of a host with the stores of both ranks; tests copy it."""
     home = tmp_path_factory.mktemp("finished") / "host"
     with Hub({NAME: small}) as hub:
         succeed(Host(hub, home).run("download", NAME, "--ranks", "2"))
@@ -74,6 +74,6 @@ def finished(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(hub: Hub, finished: Path, tmp_path: Path) -> Host:
-    """A host that has both stores."""
+    """A host with the stores of both ranks."""
     shutil.copytree(finished, tmp_path / "stored")
     return Host(hub, tmp_path / "stored")

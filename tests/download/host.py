@@ -1,4 +1,4 @@
-"""Machines that run `kimi-mlx download` against tests/hub.py, and what must come out of it."""
+"""Hosts that run `kimi-mlx download` against tests/hub.py, and the checksums that their stores must have."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from tests.hub import Hub, environment, use
 
 NAME = "owner/model"
 HEADER_BYTES = 1.02
-"""What may be served for 1 byte of the repository: headers come twice, alone and in their files."""
+"""Maximum number of bytes served per byte of the repository: headers are read first, and again with their files."""
 
 IN_FLIGHT_BYTES = 8 << 20
-"""Served, but lost with the process: what the kernel holds for a connection."""
+"""Maximum number of bytes that a killed process loses: those in the kernel's buffers of its connections."""
 
 Checksums = dict[int, dict[str, str]]
 """Rank -> file -> sha256."""
 
 Expected = Callable[[int], Checksums]
-"""Of how many ranks."""
+"""Function: number of ranks -> checksums."""
 
 MAIN = "from kimi_mlx.cli.app import main; main()"
 
 
 def make_repository(folder: Path, shape: str, **changes: Any) -> Path:
-    """A complete model with random weights, a file a layer and one more."""
+    """Write a complete model with random weights: one file per layer, and one for the top."""
     vocabulary = json.loads((KIMI_MINI / "config.json").read_text())["vocab_size"]
     write_synthetic(folder, synthetic_config(shape, vocab_size=vocabulary, **changes))
     for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -52,12 +52,12 @@ def make_repository(folder: Path, shape: str, **changes: Any) -> Path:
 
 
 def make_large(folder: Path) -> Path:
-    """68 MB in 8 files."""
+    """Write a model of 68 MB in 8 files."""
     return make_repository(folder, "wide", num_hidden_layers=7, n_routed_experts=8, num_experts_per_tok=4)
 
 
 def make_small(folder: Path) -> Path:
-    """In 4 files, for up to 3 ranks."""
+    """Write a model in 4 files, for up to 3 ranks."""
     return make_repository(folder, "deep", num_hidden_layers=3, moe_intermediate_size=192)
 
 
@@ -67,7 +67,7 @@ def repository_bytes(folder: Path) -> int:
 
 @dataclass
 class Host:
-    """A machine: its home, its hub cache, its stores."""
+    """A host with its own home folder, hub cache and stores."""
 
     hub: Hub
     home: Path
@@ -93,7 +93,7 @@ class Host:
         return end(self.start(*arguments, code=code, **variables))
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The same without a process of its own."""
+        """Run a command in this process."""
         with pytest.MonkeyPatch.context() as patch:
             use(self.hub, self.home / "hf", patch)
             return call(*arguments, variables=self._own_variables())
@@ -121,50 +121,50 @@ def fail(done: subprocess.CompletedProcess[str], message: str, code: int = 1) ->
     return done.stderr
 
 
-def wait_until(is_so: Callable[[], bool], limit_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 60) -> None:
     end_s = time.monotonic() + limit_s
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.005)
 
 
 def wait_until_sent(hub: Hub, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the hub has sent so many bytes, or the process has ended."""
+    """Wait until the hub has sent more than `count` bytes, or the process has ended."""
     wait_until(lambda: hub.sent_bytes > count or process.poll() is not None)
 
 
 def checksums(stores: Path) -> Checksums:
-    """Of all complete stores, as their manifests say; what is on the disk must agree."""
+    """Return the checksums in the manifests of all stores; the files on disk must have them."""
     found: Checksums = {}
     for path in stores.rglob("manifest.json"):
         manifest = json.loads(path.read_bytes())
         files = {file["name"]: file["sha256"] for file in manifest["files"]}
         assert {name: sha256((path.parent / name).read_bytes()).hexdigest() for name in files} == files
-        assert {each.name for each in path.parent.glob("*.safetensors*")} == set(files)
+        assert {file.name for file in path.parent.glob("*.safetensors*")} == set(files)
         found[manifest["rank"]] = files
     return found
 
 
 def built_from_folder(repository: Path, stores: Path, ranks: int) -> Checksums:
-    """What must come out: built in this process, without a hub."""
+    """Build stores in this process without a hub; return their checksums."""
     options = StoreOptions(repository, stores, ranks)
     build(options, open_build_job(options, SingleGroup()), SingleGroup())
     return checksums(stores)
 
 
 def files_fetched(hub: Hub) -> set[str]:
-    """Files of weights of which more than the header was served."""
+    """Return the weight files of which more than the header was served."""
     return {
         name.removeprefix(f"{NAME}/") for name, count in hub.sent.items() if "safetensors" in name and count > 30_000
     }
 
 
 class DiskWatch:
-    """The most that a folder takes on the disk meanwhile, and its `sources` in it; a context manager."""
+    """Measure the peak disk usage of a folder, and of the `sources` folders in it; a context manager."""
 
     def __init__(self, folder: Path):
-        self.most_bytes = self.most_source_bytes = 0
-        self._folder, self._is_over = folder, threading.Event()
+        self.peak_bytes = self.peak_source_bytes = 0
+        self._folder, self._is_stopped = folder, threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> DiskWatch:
@@ -172,25 +172,23 @@ class DiskWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over.set()
+        self._is_stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._is_over.wait(0.01):
-            self.most_bytes = max(self.most_bytes, disk_bytes(self._folder))
-            places = (
-                Path(place) for place, _, _ in os.walk(self._folder)
-            )  # unlike rglob, it minds no folder that goes
-            sources = (disk_bytes(place) for place in places if place.name == "sources")
-            self.most_source_bytes = max([self.most_source_bytes, *sources])
+        while not self._is_stopped.wait(0.01):
+            self.peak_bytes = max(self.peak_bytes, disk_bytes(self._folder))
+            folders = (Path(name) for name, _, _ in os.walk(self._folder))  # unlike rglob, ignores vanishing folders
+            sources = (disk_bytes(folder) for folder in folders if folder.name == "sources")
+            self.peak_source_bytes = max([self.peak_source_bytes, *sources])
 
 
 def disk_bytes(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):
+    for root, _, names in os.walk(folder):
         for name in names:
             try:
-                total += (Path(place) / name).stat().st_blocks * 512
+                total += (Path(root) / name).stat().st_blocks * 512
             except FileNotFoundError:
                 continue
     return total

@@ -39,7 +39,7 @@ from tests.download.host import (
 from tests.fakes import KIMI_MINI
 from tests.hub import COMMIT, Hub
 
-KILLED_AT_A_STEP = """
+KILL_AT_STEP = """
 import os, signal, sys, tempfile
 steps, last = 0, int(sys.argv.pop())
 def counted(function):
@@ -60,38 +60,38 @@ finally:
 """
 
 
-class HubWithPast(Hub):
-    """A hub that still serves earlier commits, whose files are in other folders."""
+class HubWithHistory(Hub):
+    """A hub that also serves earlier commits."""
 
-    def __init__(self, past: dict[str, Path]):
-        """From commit to folder, the last one is `main`."""
-        super().__init__({NAME: next(reversed(past.values()))})
-        self.past = past
-        self._asked = threading.local()
-        self.folders = _Answers(lambda: past[self._commit()])
-        self.commits = _Answers(self._commit)
+    def __init__(self, history: dict[str, Path]):
+        """Serve the folder of each commit; the last one is `main`."""
+        super().__init__({NAME: next(reversed(history.values()))})
+        self.history = history
+        self._requested = threading.local()
+        self.folders = _PerRequest(lambda: history[self._commit()])
+        self.commits = _PerRequest(self._commit)
 
     def record_request(self, request: str, is_authorized: bool) -> None:
         super().record_request(request, is_authorized)
         found = re.search(r"/(?:revision|resolve)/([0-9a-f]{40})", request)
-        self._asked.commit = found[1] if found and found[1] in self.past else next(reversed(self.past))
+        self._requested.commit = found[1] if found and found[1] in self.history else next(reversed(self.history))
 
     def _commit(self) -> str:
-        return self._asked.commit
+        return self._requested.commit
 
 
-class _Answers(dict[str, Any]):
-    """A mapping of the one repository to what is right for the question at hand."""
+class _PerRequest(dict[str, Any]):
+    """A mapping of the repository to the value for the current request."""
 
-    def __init__(self, answer: Callable[[], Any]):
+    def __init__(self, value: Callable[[], Any]):
         super().__init__({NAME: None})
-        self._answer = answer
+        self._value = value
 
     def __getitem__(self, name: str) -> Any:
-        return self._answer()
+        return self._value()
 
 
-def test_stores_come_out_of_one_download_and_a_second_run_needs_no_hub(
+def test_one_download_builds_all_stores_and_a_second_run_sends_no_requests(
     host: Host, small: Path, expected_small: Expected
 ) -> None:
     folder = succeed(host.run("download", NAME, "--ranks", "2")).strip()
@@ -103,14 +103,14 @@ def test_stores_come_out_of_one_download_and_a_second_run_needs_no_hub(
     assert host.hub.requests == []
 
 
-def test_a_dry_run_shows_sums_and_fetches_only_what_it_must_know(host: Host, small: Path) -> None:
+def test_a_dry_run_shows_sizes_and_fetches_only_metadata(host: Host, small: Path) -> None:
     result = json.loads(succeed(host.call("download", NAME, "--ranks", "2", "--dry-run", "--json")))
     assert host.hub.sent_bytes < 0.05 * repository_bytes(small)
     assert not list(host.stores.rglob("*"))
     weights = {path.name: path.stat().st_size for path in small.glob("*.safetensors")}
     assert {file["name"]: file["size_bytes"] for file in result["files"]} == weights
     held = sum(rank["size_bytes"] for rank in result["ranks"])
-    assert sum(weights.values()) * 0.95 < held < sum(weights.values()) * 1.5  # attention is on both
+    assert sum(weights.values()) * 0.95 < held < sum(weights.values()) * 1.5  # attention is in both
     two_files = sum(sorted(weights.values())[-2:])
     assert result["disk_needed_bytes"] == held + two_files
     assert 0 < result["disk_free_bytes"] <= shutil.disk_usage(host.home).total
@@ -162,13 +162,13 @@ def test_one_machine_fetches_each_byte_once_and_needs_two_files_of_extra_disk(
     assert checksums(large_host.stores) == expected_large(ranks)
     assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large)
     two_files = sum(sorted(path.stat().st_size for path in large.glob("*.safetensors"))[-2:])
-    assert 0 < watch.most_source_bytes <= two_files + 16384
-    assert watch.most_bytes <= disk_bytes(large_host.stores) + two_files + 65536
+    assert 0 < watch.peak_source_bytes <= two_files + 16384
+    assert watch.peak_bytes <= disk_bytes(large_host.stores) + two_files + 65536
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "int4", "int4-k2.5"])
-def test_every_format_comes_through_the_hub_as_from_a_folder(name: str, tmp_path: Path) -> None:
+def test_stores_of_every_format_equal_those_built_from_a_folder(name: str, tmp_path: Path) -> None:
     with Hub({NAME: FORMATS / name}) as hub:
         host = Host(hub, tmp_path / "host")
         succeed(host.call("download", NAME, "--ranks", "2"))
@@ -176,7 +176,7 @@ def test_every_format_comes_through_the_hub_as_from_a_folder(name: str, tmp_path
 
 
 @pytest.mark.slow
-def test_kept_sources_make_a_checkpoint_that_needs_no_hub(host: Host, small: Path, expected_small: Expected) -> None:
+def test_kept_source_files_are_a_complete_checkpoint(host: Host, small: Path, expected_small: Expected) -> None:
     succeed(host.call("download", NAME, "--ranks", "2", "--keep-source"))
     assert checksums(host.stores) == expected_small(2)
     assert host.hub.sent_bytes <= HEADER_BYTES * repository_bytes(small)
@@ -184,26 +184,26 @@ def test_kept_sources_make_a_checkpoint_that_needs_no_hub(host: Host, small: Pat
     assert Path(offline.strip()).name == COMMIT
     host.hub.reset_counts()
     shutil.rmtree(host.stores)
-    succeed(host.call("download", NAME, "--ranks", "2"))  # out of the cache
+    succeed(host.call("download", NAME, "--ranks", "2"))  # from the cache
     assert checksums(host.stores) == expected_small(2)
     assert not files_fetched(host.hub)
 
 
-# killed
+# kills
 
 
 @pytest.fixture(scope="session")
 def all_steps(small: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many steps on the disk a build takes that is left alone."""
+    """Number of disk operations of an uninterrupted build."""
     with Hub({NAME: small}) as hub:
         host = Host(hub, tmp_path_factory.mktemp("steps"))
-        done = host.run("download", NAME, "--ranks", "2", "10000000", code=KILLED_AT_A_STEP)
+        done = host.run("download", NAME, "--ranks", "2", "10000000", code=KILL_AT_STEP)
     return int(re.findall(r"steps: (\d+)", done.stderr)[-1])
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
-def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
+def test_repeated_kills_fetch_few_bytes_twice(
     large_host: Host, large: Path, expected_large: Expected, arguments: list[str]
 ) -> None:
     """Bound: 1.02 of the repository, and for each kill the headers and what the kernel held."""
@@ -232,12 +232,12 @@ def test_killed_again_and_again_it_ends_well_and_fetches_little_twice(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0.55, -13, -1])
-def test_killed_at_any_step_on_the_disk_it_goes_on(
+def test_a_build_resumes_after_a_kill_at_any_disk_operation(
     host: Host, expected_small: Expected, all_steps: int, part: float
 ) -> None:
-    """Creating, filling, flushing, renaming: a part of all steps, or so many before the end, where all is finished."""
+    """`part`: fraction of all disk operations, or a negative number of operations before the end."""
     last = int(part * all_steps) if part > 0 else all_steps + int(part) + 1
-    killed = host.run("download", NAME, "--ranks", "2", str(last), code=KILLED_AT_A_STEP)
+    killed = host.run("download", NAME, "--ranks", "2", str(last), code=KILL_AT_STEP)
     assert killed.returncode == -signal.SIGKILL
     succeed(host.call("download", NAME, "--ranks", "2"))
     assert checksums(host.stores) == expected_small(2)
@@ -245,9 +245,9 @@ def test_killed_at_any_step_on_the_disk_it_goes_on(
 
 
 @pytest.mark.sweep
-def test_killed_every_500_steps_it_still_comes_to_its_end(host: Host, expected_small: Expected) -> None:
+def test_a_build_killed_every_500_disk_operations_completes(host: Host, expected_small: Expected) -> None:
     for _ in range(8):
-        done = host.run("download", NAME, "--ranks", "2", "500", code=KILLED_AT_A_STEP)
+        done = host.run("download", NAME, "--ranks", "2", "500", code=KILL_AT_STEP)
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL
@@ -257,32 +257,32 @@ def test_killed_every_500_steps_it_still_comes_to_its_end(host: Host, expected_s
 @pytest.mark.sweep
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_it_ends_soon_when_told_to_and_goes_on_later(
+def test_a_signal_ends_a_download_quickly_and_the_next_run_resumes(
     large_host: Host, large: Path, arguments: list[str], number: int, code: int
 ) -> None:
     hub = large_host.hub
     hub.fail("slow", "/cdn/*", bytes_per_s=3_000_000)
     process = large_host.start("download", NAME, *arguments)
     wait_until(lambda: hub.sent_bytes > 4_000_000)
-    told_s = time.monotonic()
+    signalled_s = time.monotonic()
     process.send_signal(number)
     done = end(process)
-    assert time.monotonic() - told_s < 15
+    assert time.monotonic() - signalled_s < 15
     assert done.returncode == code
     hub.clear_faults()
     succeed(large_host.run("download", NAME, *arguments))
     assert hub.sent_bytes <= HEADER_BYTES * repository_bytes(large) + 4 * IN_FLIGHT_BYTES
 
 
-# two at a time
+# concurrent downloads
 
 
 @pytest.mark.slow
-def test_a_second_build_of_the_same_stores_says_so(large_host: Host, expected_large: Expected) -> None:
+def test_a_second_build_of_the_same_stores_is_refused(large_host: Host, expected_large: Expected) -> None:
     large_host.hub.fail("slow", "/cdn/*", bytes_per_s=15_000_000)
     first = large_host.start("download", NAME, "--ranks", "2")
     wait_until(lambda: large_host.hub.sent_bytes > 10_000_000)
-    first.send_signal(signal.SIGSTOP)  # it is not done before the other begins
+    first.send_signal(signal.SIGSTOP)  # so that it is still running when the second one starts
     fail(large_host.call("download", NAME, "--ranks", "2"), "another process is building")
     first.send_signal(signal.SIGCONT)
     large_host.hub.clear_faults()
@@ -291,7 +291,7 @@ def test_a_second_build_of_the_same_stores_says_so(large_host: Host, expected_la
 
 
 @pytest.mark.sweep
-def test_two_placements_and_a_checkpoint_at_the_same_time_do_not_disturb_each_other(
+def test_concurrent_downloads_of_two_placements_and_a_checkpoint(
     host: Host, small: Path, expected_small: Expected
 ) -> None:
     host.hub.fail("slow", "/cdn/*", bytes_per_s=3_000_000)
@@ -357,8 +357,8 @@ DAMAGES: list[tuple[Callable[[Path], None], str | None, set[str]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("damage", "message", "fetched"), DAMAGES, ids=[each[0].__name__ for each in DAMAGES])
-def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
+@pytest.mark.parametrize(("damage", "message", "fetched"), DAMAGES, ids=[damage[0].__name__ for damage in DAMAGES])
+def test_load_reports_damage_and_repair_fetches_only_the_needed_files(
     stored: Host,
     expected_small: Expected,
     damage: Callable[[Path], None],
@@ -377,13 +377,13 @@ def test_damage_is_named_at_load_and_repaired_by_fetching_what_feeds_it(
         assert result["broken"] == ["layer-001.safetensors"]
     stored.hub.reset_counts()
     again = json.loads(succeed(stored.call("download", NAME, "--ranks", "2", "--verify", "--json")))
-    assert again["state"] == "is whole"
+    assert again["state"] == "is verified"
     assert stored.hub.requests == []
 
 
 @pytest.mark.slow
-def test_a_store_of_another_format_is_not_taken_over(stored: Host, expected_small: Expected) -> None:
-    """Files of the right size, but written by another version: journal and manifest agree on that."""
+def test_a_store_of_another_format_is_built_again(stored: Host, expected_small: Expected) -> None:
+    """The files have the right sizes, but journal and manifest are of another version."""
     folder = rank_folder(stored)
     unknown_format(folder)
     journal = (folder / "journal.jsonl").read_text().replace('"format": 2', '"format": 99')
@@ -395,13 +395,13 @@ def test_a_store_of_another_format_is_not_taken_over(stored: Host, expected_smal
 
 @pytest.mark.slow
 def test_a_store_of_another_number_of_ranks_is_refused_without_a_checkpoint(stored: Host) -> None:
-    words = fail(stored.call("chat", NAME, "--ranks", "3", "-p", "hi"), "as a store for 2 ranks, not for 3")
-    assert "--ranks 2" in words
+    message = fail(stored.call("chat", NAME, "--ranks", "3", "-p", "hi"), "as a store for 2 ranks, not for 3")
+    assert "--ranks 2" in message
     assert stored.hub.requests == []
 
 
 @pytest.mark.slow
-def test_a_store_that_is_not_finished_is_refused_and_nothing_is_fetched_beside_it(large_host: Host) -> None:
+def test_an_incomplete_store_is_refused_and_nothing_is_fetched(large_host: Host) -> None:
     hub = large_host.hub
     hub.fail("slow", "/cdn/*", bytes_per_s=20_000_000)
     process = large_host.start("download", NAME, "--ranks", "2")
@@ -414,7 +414,7 @@ def test_a_store_that_is_not_finished_is_refused_and_nothing_is_fetched_beside_i
 
 
 @pytest.mark.slow
-def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, small: Path) -> None:
+def test_verify_of_a_checkpoint_fetches_only_broken_files(host: Host, small: Path) -> None:
     folder = Path(succeed(host.call("download", NAME)).strip())
     broken = (folder / "model-00002-of-00004.safetensors").resolve()
     data = bytearray(broken.read_bytes())
@@ -428,7 +428,7 @@ def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, sm
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-# what the hub does
+# faults of the hub
 
 
 @pytest.mark.sweep
@@ -442,9 +442,9 @@ def test_a_broken_file_of_a_checkpoint_is_found_and_fetched_alone(host: Host, sm
     ],
     ids=["drop", "503", "429", "corrupt"],
 )
-def test_faults_that_pass_heal(host: Host, expected_small: Expected, fault: dict[str, Any]) -> None:
+def test_transient_faults_are_retried(host: Host, expected_small: Expected, fault: dict[str, Any]) -> None:
     process = host.start("download", NAME, "--ranks", "2")
-    if fault["kind"] == "corrupt":  # not the answers with headers, which are too short
+    if fault["kind"] == "corrupt":  # after the requests for headers, which are too short to corrupt
         wait_until(lambda: sum("model-00003" in request and "/cdn/" in request for request in host.hub.requests) >= 2)
     host.hub.fail(**{"path": "/cdn/*", **fault})
     succeed(end(process))
@@ -453,14 +453,14 @@ def test_faults_that_pass_heal(host: Host, expected_small: Expected, fault: dict
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
-def test_faults_that_stay_are_said(host: Host, arguments: list[str]) -> None:
+def test_permanent_faults_are_reported(host: Host, arguments: list[str]) -> None:
     hub = host.hub
     fail(host.run("download", "owner/other", *arguments), "repository `owner/other` does not exist")
     fail(host.run("download", NAME, *arguments, "--revision", "nope"), "does not have this revision")
-    fail(host.run("download", NAME, *arguments, HF_HUB_OFFLINE="1"), "`HF_HUB_OFFLINE` keeps us from the hub")
+    fail(host.run("download", NAME, *arguments, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
     fail(host.run("download", NAME, *arguments, HF_ENDPOINT="http://127.0.0.1:1"), "cannot connect to Hugging Face")
     hub.token = "good"
-    fail(host.run("download", NAME, *arguments, HF_TOKEN="bad"), "refuses your token")
+    fail(host.run("download", NAME, *arguments, HF_TOKEN="bad"), "rejected your token")
     hub.token = None
     hub.gated.add(NAME)
     fail(host.run("download", NAME, *arguments), "is gated")
@@ -476,28 +476,28 @@ def test_faults_that_stay_are_said(host: Host, arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def history(small: Path, tmp_path: Path) -> Iterator[HubWithPast]:
+def history(small: Path, tmp_path: Path) -> Iterator[HubWithHistory]:
     newer = tmp_path / "newer"
     shutil.copytree(small, newer)
     (newer / "generation_config.json").write_text('{"temperature": 0.5}')
-    hub = HubWithPast({COMMIT: small, "b" * 40: newer})
+    hub = HubWithHistory({COMMIT: small, "b" * 40: newer})
     with hub:
         yield hub
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--ranks", "2"]], ids=["checkpoint", "stores"])
-def test_what_is_here_stays_at_its_commit_until_main_is_asked_for(
-    history: HubWithPast, tmp_path: Path, arguments: list[str]
+def test_a_local_model_stays_at_its_commit_until_main_is_requested(
+    history: HubWithHistory, tmp_path: Path, arguments: list[str]
 ) -> None:
     host = Host(history, tmp_path / "host")
 
     def commit(*more: str) -> str:
         return json.loads(succeed(host.call("download", NAME, *arguments, *more, "--json")))["commit"]
 
-    main = history.past.popitem()
+    main = history.history.popitem()
     assert commit() == COMMIT
-    history.past[main[0]] = main[1]
+    history.history[main[0]] = main[1]
     assert commit() == COMMIT
     assert commit("--verify") == COMMIT
     history.reset_counts()
@@ -508,14 +508,14 @@ def test_what_is_here_stays_at_its_commit_until_main_is_asked_for(
 
 
 @pytest.mark.slow
-def test_a_half_built_store_goes_on_at_its_commit(
-    history: HubWithPast, small: Path, tmp_path: Path, expected_small: Expected
+def test_a_partial_store_resumes_at_its_commit(
+    history: HubWithHistory, small: Path, tmp_path: Path, expected_small: Expected
 ) -> None:
     host = Host(history, tmp_path / "host")
-    main = history.past.popitem()
-    killed = host.run("download", NAME, "--ranks", "2", "150", code=KILLED_AT_A_STEP)
+    main = history.history.popitem()
+    killed = host.run("download", NAME, "--ranks", "2", "150", code=KILL_AT_STEP)
     assert killed.returncode == -signal.SIGKILL
-    history.past[main[0]] = main[1]
+    history.history[main[0]] = main[1]
     result = json.loads(succeed(host.call("download", NAME, "--ranks", "2", "--json")))
     assert result["commit"] == COMMIT
     assert checksums(host.stores) == expected_small(2)
@@ -525,7 +525,7 @@ def test_a_half_built_store_goes_on_at_its_commit(
 
 
 @pytest.mark.slow
-def test_a_chat_uses_the_store_and_gives_the_text_of_the_checkpoint(tmp_path: Path) -> None:
+def test_chat_with_a_store_equals_chat_with_the_checkpoint(tmp_path: Path) -> None:
     with Hub({NAME: KIMI_MINI}) as hub:
         host = Host(hub, tmp_path / "host")
         succeed(host.call("download", NAME, "--ranks", "2"))
@@ -541,7 +541,7 @@ def test_a_chat_uses_the_store_and_gives_the_text_of_the_checkpoint(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("has_own_file", [False, True])
-def test_vision_is_left_out_with_one_note(tmp_path: Path, has_own_file: bool) -> None:
+def test_the_vision_part_is_skipped_with_one_note(tmp_path: Path, has_own_file: bool) -> None:
     folder = tmp_path / "k2.5"
     shutil.copytree(FORMATS / "int4-k2.5", folder)
     extra = "model-00003-of-000003.safetensors"
@@ -560,7 +560,7 @@ def test_vision_is_left_out_with_one_note(tmp_path: Path, has_own_file: bool) ->
         assert "is left out" in done.stderr
         assert f"{NAME}/{extra}" not in hub.sent
         if has_own_file:
-            assert "the vision part (5" in done.stderr  # 500 kB and the rest's
+            assert "the vision part (5" in done.stderr  # 500 kB, and the rest
         again = host.call("download", NAME, "--ranks", "2")
         assert "vision" not in again.stderr
 

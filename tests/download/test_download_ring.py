@@ -1,4 +1,4 @@
-"""`kimi-mlx download` over a ring: every process is a host with its own folders, as `mlx.launch` starts them."""
+"""`kimi-mlx download` over a ring: each process, started as by `mlx.launch`, is a host with its own folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LOST = "another host has stopped or cannot be reached any more"
 
 @dataclass
 class Cluster:
-    """Hosts that build together."""
+    """Hosts that download together."""
 
     hosts: Sequence[Host]
 
@@ -68,14 +68,14 @@ class Cluster:
         return end_all(self.start(*arguments, **variables))
 
     def build(self, *arguments: str, **variables: str) -> str:
-        """What host 0 prints; the others are silent."""
+        """Run the command; return the output of host 0. The others print nothing."""
         done = self.run(*arguments, **variables)
-        assert [each.returncode for each in done] == [0] * len(done), [each.stderr for each in done]
-        assert [each.stdout + each.stderr for each in done[1:]] == [""] * (len(done) - 1)
+        assert [process.returncode for process in done] == [0] * len(done), [process.stderr for process in done]
+        assert [process.stdout + process.stderr for process in done[1:]] == [""] * (len(done) - 1)
         return done[0].stdout
 
     def checksums(self) -> Checksums:
-        """Of the one store on each host."""
+        """Return the checksums of the one store on each host."""
         found: Checksums = {}
         for rank, host in enumerate(self.hosts):
             own = checksums(host.stores)
@@ -95,16 +95,16 @@ def end_all(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.Compl
 
 
 def errors(done: Sequence[subprocess.CompletedProcess[str]]) -> list[str]:
-    """What is said after `error:`, without MLX's own lines."""
-    return [line for each in done for line in each.stderr.splitlines() if line.startswith("error: ")]
+    """Return the lines that begin with `error:`; MLX prints other lines."""
+    return [line for process in done for line in process.stderr.splitlines() if line.startswith("error: ")]
 
 
 def error_of(done: Sequence[subprocess.CompletedProcess[str]]) -> str:
-    """What the leader alone says when all hosts fail."""
-    assert not [each for each in done if each.returncode not in (1, 2) or "Traceback" in each.stderr]
-    (said,) = errors(done)
-    assert said in done[0].stderr
-    return said
+    """Return the error that rank 0 alone prints when all hosts fail."""
+    assert not [process for process in done if process.returncode not in (1, 2) or "Traceback" in process.stderr]
+    (error,) = errors(done)
+    assert error in done[0].stderr
+    return error
 
 
 def cluster_of(hub: Hub, folder: Path, size: int) -> Cluster:
@@ -112,7 +112,7 @@ def cluster_of(hub: Hub, folder: Path, size: int) -> Cluster:
 
 
 @pytest.mark.slow
-def test_two_hosts_tell_what_is_to_come_build_the_stores_of_one_and_the_second_time_need_no_hub(
+def test_two_hosts_plan_and_build_the_stores_of_one_host_and_a_second_run_sends_no_requests(
     hub: Hub, small: Path, expected_small: Expected, tmp_path: Path
 ) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
@@ -134,7 +134,7 @@ def test_two_hosts_tell_what_is_to_come_build_the_stores_of_one_and_the_second_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.sweep), 3])
-def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_two_files(
+def test_each_file_is_fetched_by_one_host_and_no_disk_holds_more_than_the_store_and_two_files(
     large_hub: Hub, large: Path, expected_large: Expected, tmp_path: Path, size: int
 ) -> None:
     cluster = cluster_of(large_hub, tmp_path, size)
@@ -152,8 +152,8 @@ def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_tw
     assert large_hub.sent_bytes <= HEADER_BYTES * repository_bytes(large)
     two_files = sum(sorted(sizes.values())[-2:])
     for host, watch in zip(cluster.hosts, watches, strict=True):
-        assert 0 < watch.most_source_bytes <= two_files + 16384
-        assert watch.most_bytes <= disk_bytes(host.stores) + two_files + 65536
+        assert 0 < watch.peak_source_bytes <= two_files + 16384
+        assert watch.peak_bytes <= disk_bytes(host.stores) + two_files + 65536
 
 
 @pytest.mark.slow
@@ -161,10 +161,10 @@ def test_each_file_goes_to_one_host_and_no_disk_holds_more_than_the_store_and_tw
     ("size", "victim", "percent"),
     [(2, 0, 40), pytest.param(2, 1, 90, marks=pytest.mark.sweep), pytest.param(3, 1, 0, marks=pytest.mark.sweep)],
 )
-def test_a_killed_host_ends_all_and_the_same_command_goes_on(
+def test_a_killed_host_ends_all_and_the_next_run_resumes(
     large_hub: Hub, large: Path, expected_large: Expected, tmp_path: Path, size: int, victim: int, percent: int
 ) -> None:
-    """Bound: 1.02 of the repository, the headers once more, and what the kernels held for each host's connection."""
+    """Limit: 1.02 of the repository, the headers once more, and the kernels' buffers of each host's connection."""
     cluster, total = cluster_of(large_hub, tmp_path, size), repository_bytes(large)
     large_hub.fail("slow", "/cdn/*", bytes_per_s=15_000_000)
     processes = cluster.start()
@@ -174,7 +174,9 @@ def test_a_killed_host_ends_all_and_the_same_command_goes_on(
         wait_until(lambda: any("model-00002" in request for request in large_hub.requests))  # headers
     processes[victim].kill()
     done = end_all(processes)
-    assert [each.returncode for each in done] == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)]
+    assert [process.returncode for process in done] == [
+        -signal.SIGKILL if rank == victim else 1 for rank in range(size)
+    ]
     assert errors(done) == [f"error: {LOST}"] * (size - 1)
     large_hub.clear_faults()
     cluster.build()
@@ -183,10 +185,10 @@ def test_a_killed_host_ends_all_and_the_same_command_goes_on(
 
 
 @pytest.mark.sweep
-def test_killed_again_and_again_no_wrong_byte_is_stored(
+def test_repeated_kills_store_no_wrong_byte(
     large_hub: Hub, large: Path, expected_large: Expected, tmp_path: Path
 ) -> None:
-    """What MLX returns for a lost peer is memory of before; it must never reach a file."""
+    """For a lost peer MLX returns stale memory, which must never reach a file."""
     cluster, choose = cluster_of(large_hub, tmp_path, 3), random.Random(1)
     for _ in range(6):
         processes = cluster.start()
@@ -201,19 +203,19 @@ def test_killed_again_and_again_no_wrong_byte_is_stored(
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(("number", "code", "is_for_all"), [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
-def test_it_ends_soon_when_told_to_and_goes_on_later(
+def test_a_signal_ends_a_download_quickly_and_the_next_run_resumes(
     large_hub: Hub, expected_large: Expected, tmp_path: Path, number: int, code: int, is_for_all: bool
 ) -> None:
     cluster = cluster_of(large_hub, tmp_path, 2)
     large_hub.fail("slow", "/cdn/*", bytes_per_s=3_000_000)
     processes = cluster.start()
     wait_until(lambda: large_hub.sent_bytes > 6_000_000)
-    told_s = time.monotonic()
+    signalled_s = time.monotonic()
     for process in processes if is_for_all else processes[1:]:
         process.send_signal(number)
     assert processes[1].wait(15) == code
     done = end_all(processes)
-    assert time.monotonic() - told_s < 15
+    assert time.monotonic() - signalled_s < 15
     assert done[0].returncode in ((code, 1) if is_for_all else (1,))
     large_hub.clear_faults()
     cluster.build()
@@ -235,37 +237,35 @@ def test_it_ends_soon_when_told_to_and_goes_on_later(
     ],
     ids=["drop and corrupt", "503", "429"],
 )
-def test_faults_that_pass_heal(
+def test_transient_faults_are_retried(
     large_hub: Hub, expected_large: Expected, tmp_path: Path, faults: list[dict[str, Any]]
 ) -> None:
     cluster = cluster_of(large_hub, tmp_path, 2)
     processes = cluster.start()
-    wait_until(lambda: large_hub.sent_bytes > 2_000_000)  # headers are over
+    wait_until(lambda: large_hub.sent_bytes > 2_000_000)  # all headers are read
     for fault in faults:
         large_hub.fail(**{"path": "/cdn/*", **fault})
     done = end_all(processes)
-    assert [each.returncode for each in done] == [0, 0], errors(done)
+    assert [process.returncode for process in done] == [0, 0], errors(done)
     assert cluster.checksums() == expected_large(2)
 
 
 @pytest.mark.sweep
-def test_a_file_that_stays_corrupt_ends_all_hosts_with_the_same_words(
-    hub: Hub, expected_small: Expected, tmp_path: Path
-) -> None:
+def test_a_corrupt_file_ends_all_hosts_with_the_same_error(hub: Hub, expected_small: Expected, tmp_path: Path) -> None:
     cluster = cluster_of(hub, tmp_path, 3)
     hub.fail("corrupt", "/cdn/*00003*", after_bytes=500_000)
     done = cluster.run()
-    assert [each.returncode for each in done] == [1, 1, 1]
-    said = error_of(done)
-    assert said.startswith("error: host ")
-    assert "`model-00003-of-00004.safetensors` of `owner/model` is corrupt" in said
+    assert [process.returncode for process in done] == [1, 1, 1]
+    error = error_of(done)
+    assert error.startswith("error: host ")
+    assert "`model-00003-of-00004.safetensors` of `owner/model` is corrupt" in error
     hub.clear_faults()
     cluster.build()
     assert cluster.checksums() == expected_small(3)
 
 
 @pytest.mark.sweep
-def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(large_hub: Hub, tmp_path: Path) -> None:
+def test_an_error_of_the_hub_ends_all_hosts_with_the_same_error(large_hub: Hub, tmp_path: Path) -> None:
     cluster = cluster_of(large_hub, tmp_path, 2)
 
     def expect(message: str, *arguments: str, **variables: str) -> None:
@@ -273,7 +273,7 @@ def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(large_hub: Hub,
         assert re.search(message, error_of(done))
 
     expect("host 0: `owner/model` does not have this revision", "--revision", "nope")
-    expect("host 0: .* `HF_HUB_OFFLINE` keeps us from the hub", HF_HUB_OFFLINE="1")
+    expect("host 0: .*HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
     expect("host 0: .* cannot connect to Hugging Face", HF_ENDPOINT="http://127.0.0.1:1")
     large_hub.token = "good"
     expect("host 0: Hugging Face rejected your token", HF_TOKEN="bad")
@@ -289,7 +289,7 @@ def test_what_the_hub_refuses_ends_all_hosts_with_the_same_words(large_hub: Hub,
 
 
 @pytest.mark.slow
-def test_hosts_with_other_files_or_another_version_do_not_mix_them(small: Path, tmp_path: Path) -> None:
+def test_hosts_with_different_files_are_refused(small: Path, tmp_path: Path) -> None:
     other = shutil.copytree(small, tmp_path / "other")
     for file in other.glob("*.safetensors"):
         data = bytearray(file.read_bytes())
@@ -308,25 +308,25 @@ def test_hosts_with_other_files_or_another_version_do_not_mix_them(small: Path, 
 
 
 @pytest.mark.slow
-def test_a_folder_in_use_on_one_host_is_said_by_all(large_hub: Hub, tmp_path: Path) -> None:
+def test_a_folder_in_use_on_one_host_is_an_error_on_all(large_hub: Hub, tmp_path: Path) -> None:
     large_hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
     first = cluster_of(large_hub, tmp_path, 2)
     running = first.start()
     wait_until(lambda: large_hub.sent_bytes > 3_000_000)
     for process in running:
-        process.send_signal(signal.SIGSTOP)  # it is not done before the other begins
+        process.send_signal(signal.SIGSTOP)  # so that it is still running when the second one starts
     second = Cluster([Host(large_hub, tmp_path / "other"), first.hosts[1]])
     assert "host 1: another process is building" in error_of(second.run())
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path, large: Path) -> Iterator[Path]:
-    """A disk of 80 MB, 20 MB more than a host needs; needs root."""
+    """Mount a disk of 80 MB, 20 MB more than a host needs. This needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk cannot be mounted here: that takes root on Linux")
+        pytest.skip("mounting a small disk needs root on Linux")
     try:
         yield folder
     finally:
@@ -334,7 +334,7 @@ def tiny_disk(tmp_path: Path, large: Path) -> Iterator[Path]:
 
 
 @pytest.mark.sweep
-def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
+def test_a_full_disk_on_one_host_is_an_error_on_all_and_the_next_run_resumes(
     large_hub: Hub, expected_large: Expected, tmp_path: Path, tiny_disk: Path
 ) -> None:
     victim = 1
@@ -344,18 +344,18 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
     cluster.hosts[0].home.parent.mkdir(exist_ok=True)
     ballast = tiny_disk / "ballast"
 
-    ballast.write_bytes(bytes(50_000_000))  # too little to begin with
+    ballast.write_bytes(bytes(50_000_000))  # too little space at the start
     done = cluster.run()
-    said = error_of(done)
-    assert f"error: host {victim}: " in said
-    assert "more, but its disk has" in said
+    error = error_of(done)
+    assert f"error: host {victim}: " in error
+    assert "more, but its disk has" in error
     ballast.unlink()
 
     large_hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
     large_hub.reset_counts()
     processes = cluster.start()
     wait_until(lambda: large_hub.sent_bytes > 20_000_000)
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # full meanwhile
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # fills the disk during the download
         while file.write(bytes(1 << 16)):
             pass
     done = end_all(processes)
@@ -367,9 +367,7 @@ def test_a_full_disk_on_one_host_is_said_by_all_and_space_lets_it_go_on(
 
 
 @pytest.mark.slow
-def test_damage_on_one_host_is_repaired_by_fetching_what_feeds_it(
-    hub: Hub, expected_small: Expected, tmp_path: Path
-) -> None:
+def test_repair_on_one_host_fetches_only_the_needed_files(hub: Hub, expected_small: Expected, tmp_path: Path) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
     cluster.build()
     hub.reset_counts()
@@ -384,9 +382,7 @@ def test_damage_on_one_host_is_repaired_by_fetching_what_feeds_it(
 
 
 @pytest.mark.slow
-def test_a_host_that_has_the_checkpoint_already_gives_from_it(
-    hub: Hub, expected_small: Expected, tmp_path: Path
-) -> None:
+def test_a_host_with_the_checkpoint_shares_it(hub: Hub, expected_small: Expected, tmp_path: Path) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
     succeed(cluster.hosts[1].call("download", NAME))
     hub.reset_counts()
@@ -395,8 +391,8 @@ def test_a_host_that_has_the_checkpoint_already_gives_from_it(
     assert not files_fetched(hub)
 
 
-class Mailbox:
-    """A group of two in which the other says what it is told to."""
+class PrescribedGroup:
+    """A group of two in which the other rank's data are prescribed."""
 
     rank, size = 0, 2
 
@@ -413,17 +409,17 @@ class Mailbox:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "bool"])
-def test_a_checked_gather_gives_what_was_sent(dtype: str) -> None:
+def test_a_checked_gather_returns_the_sent_data(dtype: str) -> None:
     x = np.arange(12).reshape(3, 4).astype(dtype)
-    for group in (CheckedGroup(Mailbox("same")), CheckedGroup(SingleGroup())):
+    for group in (CheckedGroup(PrescribedGroup("same")), CheckedGroup(SingleGroup())):
         rows = np.array(group.gather(mx.array(x)))
         assert rows.dtype == x.dtype
         assert (rows == np.stack([x] * group.size)).all()
 
 
 @pytest.mark.parametrize("answer", ["stale", "memory"])
-def test_a_checked_gather_refuses_what_was_not_sent(answer: str) -> None:
-    group = CheckedGroup(Mailbox("same", answer))
+def test_a_checked_gather_detects_other_data(answer: str) -> None:
+    group = CheckedGroup(PrescribedGroup("same", answer))
     x = mx.array(np.arange(5, dtype=np.int32))
     group.gather(x)
     with pytest.raises(RingError, match=LOST):
