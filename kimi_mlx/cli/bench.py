@@ -29,7 +29,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.session.session import SessionOptions
-from kimi_mlx.store.locate import ModelRef, resolve_model_name
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.units import format_rate
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from kimi_mlx.session.conversation import ChatOptions, Conversation
 from kimi_mlx.text.messages import Delta
 
 if TYPE_CHECKING:
-    from kimi_mlx.store.locate import ModelRef
+    from kimi_mlx.store.model_ref import ModelRef
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def chat(
     """
     # heavy imports: not for a usage error
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
-    from kimi_mlx.store.locate import resolve_model_name
+    from kimi_mlx.store.model_ref import resolve_model_name
 
     refuse_mlx_launch()
     target = resolve_model_name(run.model_name)

@@ -14,7 +14,7 @@ from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.session.session import Session
-from kimi_mlx.store.locate import resolve_model_name
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import format_rate, format_seconds
 
 TOKENS = 32

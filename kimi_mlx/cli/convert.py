@@ -19,7 +19,7 @@ from kimi_mlx.cli.options import QUANTIZATION, JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
-from kimi_mlx.store.locate import ModelRef, resolve_model_name
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

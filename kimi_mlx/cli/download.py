@@ -31,7 +31,8 @@ from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.store.download import StoreOptions, join_group
 from kimi_mlx.store.hub_source import read_contents
-from kimi_mlx.store.locate import ModelRef, resolve_model_name, stores_root
+from kimi_mlx.store.locate import stores_root
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
 
 

@@ -15,7 +15,7 @@ from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
-from kimi_mlx.store.locate import ModelRef
+from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.units import format_bytes

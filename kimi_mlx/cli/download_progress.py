@@ -20,7 +20,7 @@ from rich.progress import (
 
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.hub.licence import show_once
-from kimi_mlx.store.locate import ModelRef
+from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.units import format_bytes, format_seconds
 

@@ -14,7 +14,8 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
 from kimi_mlx.model.names import IGNORED_PREFIXES
-from kimi_mlx.store.locate import ModelRef, find_local_model
+from kimi_mlx.store.locate import find_local_model
+from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.units import GB, format_bytes
 from kimi_mlx.weights.index import read_index
 

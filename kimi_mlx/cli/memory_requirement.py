@@ -8,7 +8,8 @@ from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
-from kimi_mlx.store.locate import ModelRef, config_folder, resolve_model_name
+from kimi_mlx.store.locate import config_folder
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 
 FALLBACK_MODEL = "kimi-k2"
 """Model whose dimensions are assumed for a big one whose configuration is not on this machine."""

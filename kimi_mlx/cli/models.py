@@ -23,7 +23,8 @@ from kimi_mlx.hub.catalogue import (
 )
 from kimi_mlx.hub.licence import notice
 from kimi_mlx.sizing.hosts import SYSTEM_BYTES
-from kimi_mlx.store.locate import LocalState, local_state, resolve_model_name, unknown_model_error
+from kimi_mlx.store.locate import LocalState, local_state
+from kimi_mlx.store.model_ref import resolve_model_name, unknown_model_error
 from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76

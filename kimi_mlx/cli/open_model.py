@@ -21,7 +21,7 @@ from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.session import Session, SessionOptions
-from kimi_mlx.store.locate import ModelRef
+from kimi_mlx.store.model_ref import ModelRef
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
 from kimi_mlx.planner.model_shape import ModelShape
-from kimi_mlx.store.locate import ModelRef, stored_strategy
-from kimi_mlx.store.stores import folder_prefix, read_folder_name
+from kimi_mlx.store.locate import stored_strategy
+from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.store_folders import folder_prefix, read_folder_name
 
 ALONE = Choice("hybrid", "one rank has the whole model")
 OVERRIDES = "--strategy overrides the choice"

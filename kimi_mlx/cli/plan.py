@@ -24,7 +24,8 @@ from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, 
 from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.to_json import backtest_to_dict, plan_to_dict
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.store.locate import config_folder, resolve_model_name
+from kimi_mlx.store.locate import config_folder
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 
 

@@ -10,7 +10,7 @@ import typer
 from kimi_mlx.cli.options import JsonOption
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.store.locate import resolve_model_name
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.store.remove import RemovableFolder, check_unused, find_removable, remove
 from kimi_mlx.units import format_bytes
 

@@ -27,7 +27,7 @@ from kimi_mlx.units import MB
 if TYPE_CHECKING:  # imported by serve() itself: the server's libraries are heavy
     from kimi_mlx.server.http.server_socket import ServerSocket
     from kimi_mlx.server.server import Server, ServingOptions
-    from kimi_mlx.store.locate import ModelRef
+    from kimi_mlx.store.model_ref import ModelRef
 
 COMMENT = re.compile(r"(^|\s)#.*")
 """A comment in a file of keys; a key may contain a `#`."""
@@ -128,7 +128,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     """
     # heavy imports: not for a usage error
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
-    from kimi_mlx.store.locate import resolve_model_name
+    from kimi_mlx.store.model_ref import resolve_model_name
 
     refuse_mlx_launch()
     target = resolve_model_name(run.model_name)

@@ -12,7 +12,8 @@ from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_with_peers
 from kimi_mlx.store.download import StoreOptions
-from kimi_mlx.store.locate import resolve_model_name, stores_root
+from kimi_mlx.store.locate import stores_root
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.store.prepare import prepare_stores
 from kimi_mlx.store.rounds import BuildProgress
 

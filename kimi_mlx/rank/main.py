@@ -26,7 +26,8 @@ from kimi_mlx.runtime.grammars import GrammarCompiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
-from kimi_mlx.store.locate import find_local_model, resolve_model_name
+from kimi_mlx.store.locate import find_local_model
+from kimi_mlx.store.model_ref import resolve_model_name
 
 
 def main() -> None:

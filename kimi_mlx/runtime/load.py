@@ -24,7 +24,8 @@ from kimi_mlx.parallel.placement import Placement, normalize_strategy, place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.store.locate import ensure_downloaded
-from kimi_mlx.store.stores import load_store, open_manifest, stored_ranks
+from kimi_mlx.store.store_folders import stored_ranks
+from kimi_mlx.store.stores import load_store, open_manifest
 from kimi_mlx.weights.assemble import ProgressCallback, load_model
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint

@@ -15,17 +15,17 @@ def assign_files(
     Args:
         sizes: bytes of each file, by file number.
         num_processes: number of processes.
-        local_bytes: (process, file number) -> bytes of the file already on that process's disk. A file goes to the
-            process with the most of it.
+        local_bytes: (process, file number) -> bytes of the file on that process's disk. A file is assigned to a
+            process that already has the largest part of it.
 
     Returns:
-        The files of each process: partly downloaded ones first, then in the order of their numbers.
+        The file numbers of each process: partly downloaded files first, then in ascending order.
     """
     assignments: list[list[int]] = [[] for _ in range(num_processes)]
     loads = [0] * num_processes
-    most = {number: max(local_bytes(process, number) for process in range(num_processes)) for number in sizes}
-    for number in sorted(sizes, key=lambda number: (-most[number], -sizes[number], number)):
-        candidates = [process for process in range(num_processes) if local_bytes(process, number) == most[number]]
+    largest = {number: max(local_bytes(process, number) for process in range(num_processes)) for number in sizes}
+    for number in sorted(sizes, key=lambda number: (-largest[number], -sizes[number], number)):
+        candidates = [process for process in range(num_processes) if local_bytes(process, number) == largest[number]]
         process = min(candidates, key=lambda process: loads[process])
         assignments[process].append(number)
         loads[process] += sizes[number]

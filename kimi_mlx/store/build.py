@@ -1,7 +1,8 @@
 """Build shard stores from the files of a checkpoint.
 
-One process builds the stores of all ranks, or each of several processes (one per host) builds its own. With several,
-each source file is assigned to one process, which reads it and sends the other processes their slices (rounds.py).
+Either one process builds the stores of all ranks, or several processes, one per host, each build the store of their own
+rank. With several, each source file is assigned to one process, which reads it and sends the others their slices
+(rounds.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.manifest import Manifest
 from kimi_mlx.store.rounds import BuildProgress, BuildRounds
-from kimi_mlx.store.stores import rank_folder
+from kimi_mlx.store.store_folders import rank_folder
 from kimi_mlx.store.writer import RankWriter
 
 
@@ -33,7 +34,7 @@ def build_stores(
         ranks: ranks whose stores this process builds: all ranks in a group of one, else the process's own rank.
         group: the processes.
         report: callback for progress, once a round.
-        discard: for each rank, the broken files of its store, which are built again.
+        discard: rank -> broken files of its store, to be built again.
 
     Raises:
         WeightsError: in any process, the disk is full, a file cannot be fetched, or a folder is in use.

@@ -1,4 +1,4 @@
-"""A build of shard stores as data: the source, the placement and the plan of each file. The same in every process."""
+"""Description of a build of shard stores: source, placement and the plan of each file. Equal in all processes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from pathlib import Path
 
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.sources import CheckpointSource
-from kimi_mlx.store.stores import store_folder
+from kimi_mlx.store.store_folders import placement_folder
 from kimi_mlx.weights.checkpoint import Checkpoint, is_ignored
 from kimi_mlx.weights.layer_plan import LayerPlan, plan_layer, plan_top
 
 
 class BuildJob:
-    """The stores to build, numbered files and all.
+    """Description of one build.
 
-    A store file has the number of its layer; the top follows the last layer. A source file has its place in `files`.
+    Store files are numbered by layer; the top (embedding, final norm, head) follows the last layer. Source files are
+    numbered by their position in `files`.
 
     Args:
-        source: supplier of the source files.
-        checkpoint: table of their tensors.
+        source: source of the checkpoint's files.
+        checkpoint: table of the checkpoint's tensors.
         placement: shares of all ranks.
         stores: root folder of all stores.
     """
 
     def __init__(self, source: CheckpointSource, checkpoint: Checkpoint, placement: Placement, stores: Path):
         self.source, self.checkpoint, self.placement = source, checkpoint, placement
-        self.folder = store_folder(stores, source.contents.origin, placement)
+        self.folder = placement_folder(stores, source.contents.origin, placement)
         self.files = sorted(source.contents.sizes)
         self.num_layers = checkpoint.config.num_hidden_layers
         self.plan = lru_cache(maxsize=8 * placement.world_size)(self._plan)
@@ -37,7 +38,7 @@ class BuildJob:
         return sum(self._plan(rank, file).size_bytes for file in range(self.num_layers + 1))
 
     def sources_of_file(self, rank: int) -> list[frozenset[int]]:
-        """Return, for each file of a rank's store, the numbers of the source files that fill it."""
+        """Return for each file of a rank's store the numbers of the source files that it is made from."""
         share = self.placement.shares[rank]
         held = set(range(share.layers.start, share.layers.stop))
         if len(share.embed_rows) or len(share.vocab_rows):
@@ -51,7 +52,7 @@ class BuildJob:
         return plan_layer(self.checkpoint, file, share)
 
     def _find_sources_of_file(self) -> list[frozenset[int]]:
-        """Return the source files of each layer and of the top, as if one rank held the whole model."""
+        """Return the source files of each layer and of the top, for a rank that holds the whole model."""
         numbers = {name: number for number, name in enumerate(self.files)}
         sources: list[set[int]] = [set() for _ in range(self.num_layers + 1)]
         for name, info in self.checkpoint.tensors.items():

@@ -11,7 +11,7 @@ from kimi_mlx.units import format_bytes
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to start a build for which the disk is too small.
+    """Check the free space before a build.
 
     Raises:
         WeightsError: the disk of `folder` has less than `needed_bytes` free.
@@ -36,10 +36,10 @@ def write_error(path: Path, error: OSError) -> WeightsError:
 
 
 def store_disk_bytes(folder: Path) -> int:
-    """Return the disk space that a rank's store takes, complete or not."""
+    """Return the disk space used by the weights of a rank's store, complete or not."""
     return sum(map(allocated_bytes, folder.glob("*.safetensors*")))
 
 
 def allocated_bytes(path: Path) -> int:
-    """Return the disk space that a file takes; 0 if it does not exist."""
+    """Return the disk space used by a file; 0 if it does not exist."""
     return path.stat().st_blocks * 512 if path.is_file() else 0

@@ -1,4 +1,4 @@
-"""From a repository to shard stores: on this machine for all ranks, or over a group for this host's rank."""
+"""Build shard stores from a repository or folder: for all ranks on one machine, or for one rank per host of a group."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from kimi_mlx.store.build import build_stores
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.hub_source import HubSource, decode_contents, encode_contents, read_contents
-from kimi_mlx.store.journal import partial_store_commit
+from kimi_mlx.store.journal import newest_commit
 from kimi_mlx.store.locate import find_store
 from kimi_mlx.store.manifest import FORMAT, Manifest
 from kimi_mlx.store.messages import BATCH_BYTES
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import CheckpointSource
-from kimi_mlx.store.stores import LocalStore, folder_prefix, repository_folder
+from kimi_mlx.store.store_folders import commit_folder, folder_prefix
+from kimi_mlx.store.stores import LocalStore
 from kimi_mlx.version import __version__
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.layer_plan import split_granularity_of
@@ -37,15 +38,15 @@ STORED_FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Stores to build.
+    """Description of the stores to build.
 
     Args:
         source: folder of a checkpoint, or repository `owner/name` on the hub.
         stores: root folder of all stores.
         ranks: number of ranks that share the model.
         strategy: strategy of the placement.
-        revision: of the repository: a branch, a tag or a commit; None is the main branch.
-        keep_source: keep the fetched files, in the hub's cache.
+        revision: branch, tag or commit of the repository; None for the one on this machine, else the main branch.
+        keep_source: whether to keep the fetched files, in the hub's cache.
     """
 
     source: Path | str
@@ -64,7 +65,7 @@ def join_group() -> Group:
     """Join the group given by MLX's environment variables (set by `mlx.launch`), or return a group of one.
 
     Raises:
-        RingError: the other processes cannot be reached.
+        RingError: cannot connect to the other processes.
     """
     if "MLX_RANK" not in os.environ:
         return SingleGroup()
@@ -72,51 +73,51 @@ def join_group() -> Group:
         return join_checked(lambda: mx.distributed.init(strict=True))
     except RuntimeError as error:
         raise RingError(
-            f"the group of hosts could not be joined: {error}",
+            f"cannot join the group of hosts: {error}",
             hint="check the hostfile, and that all hosts are running",
         ) from error
 
 
 def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
-    """Return the stores if they are complete: of all ranks here, or, over a group, of its own rank on every host."""
+    """Return the stores if they are complete: those of all ranks, or in a group that of its own rank on every host."""
     needed = None if group.size == 1 else [group.rank]
     name, revision = str(options.source), options.revision
-    if isinstance(options.source, Path):  # the folder may have changed since
+    if isinstance(options.source, Path):  # its files may have changed since the stores were built
         folder = options.source
         origin = run_on_all_ranks(group, lambda: FolderSource(folder)).contents.origin
         name, revision = origin.repository, origin.commit
     store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
-    text = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
-    rows = np.array(group.gather(mx.array(np.frombuffer(text.encode().ljust(64), np.uint8))))
+    identity = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
+    rows = np.array(group.gather(mx.array(np.frombuffer(identity.encode().ljust(64), np.uint8))))
     return store if (rows == rows[0]).all() else None
 
 
 def any_host(flag: bool, group: Group) -> bool:
-    """Return whether the flag is set on any host."""
+    """Return whether a flag is set on any host."""
     return bool(np.array(group.gather(mx.array([flag]))).any())
 
 
 def open_build_job(options: StoreOptions, group: Group) -> BuildJob:
-    """Read configuration and headers, and plan the build. Rank 0 reads from the hub and sends to the other ranks.
+    """Read configuration and headers, and plan the build. Only rank 0 requests them from the hub.
 
     Raises:
-        ConfigError: unsupported model.
-        WeightsError: a repository that cannot be fetched, or a checkpoint with missing or unknown tensors.
+        ConfigError: the model is not supported.
+        WeightsError: the repository cannot be fetched, or the checkpoint has missing or unknown tensors.
         PlacementError: the model cannot be split over this number of ranks.
     """
-    sources = _open_sources(options, group)
+    source = _open_source(options, group)
 
     def plan() -> BuildJob:
-        contents = sources.contents
+        contents = source.contents
         config = contents.config()
         dtype = STORED_FLOATS.get(config.dtype, "F32")
         checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
         checkpoint.check_names()
         placement = place(config, options.strategy, options.ranks, split_granularity_of(checkpoint, options.strategy))
-        return BuildJob(sources, checkpoint, placement, options.stores)
+        return BuildJob(source, checkpoint, placement, options.stores)
 
     job = run_on_all_ranks(group, plan)
-    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {sources.contents.origin.commit}"
+    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {source.contents.origin.commit}"
     check_same_on_all_ranks(
         group,
         identity,
@@ -136,14 +137,14 @@ def build(
     """Build the stores: of all ranks in a group of one, else of this process's rank.
 
     Args:
-        options: as given to open_build_job.
-        job: from open_build_job.
-        group: the hosts.
+        options: options that were given to open_build_job.
+        job: result of open_build_job.
+        group: group of the hosts.
         report: callback for progress.
-        discard: for each rank of this process the files of its store that are broken.
+        discard: rank -> broken files of its store, to be built again.
 
     Raises:
-        WeightsError: a full disk, a file that cannot be fetched, a folder in use; of any host.
+        WeightsError: on any host, the disk is full, a file cannot be fetched, or a folder is in use.
     """
     if group.size not in (1, options.ranks):
         raise UsageError(f"{options.ranks} ranks over {group.size} hosts", hint=f"use `--ranks {group.size}`")
@@ -151,31 +152,32 @@ def build(
     return build_stores(job, ranks, group, report, discard)
 
 
-def _open_sources(options: StoreOptions, group: Group) -> CheckpointSource:
+def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
     if isinstance(options.source, Path):
         folder = options.source
         return run_on_all_ranks(group, lambda: FolderSource(folder))
     name, revision = options.source, options.revision
-    if revision is None:  # resume or keep an existing store instead of moving to a newer revision
-        revision = partial_store_commit(options.stores, name, options.ranks, options.strategy)
+    if revision is None:  # stay at the commit of an existing store
+        revision = newest_commit(options.stores, name, options.ranks, options.strategy)
     if group.size == 1:
         repository = look_up(name, revision)
         contents = read_contents(repository)
     else:
-        said = run_on_all_ranks(group, lambda: _read(name, revision) if group.rank == 0 else b"")
-        repository, contents = decode_contents(_of_leader(said, group))
-    root = repository_folder(options.stores, contents.origin) / "sources"
-    own = f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"  # others may be built at the same time
-    return HubSource(repository, contents, root / own, options.keep_source, options.revision or "main")
+        encoded = run_on_all_ranks(group, lambda: _read_encoded(name, revision) if group.rank == 0 else b"")
+        repository, contents = decode_contents(_broadcast(encoded, group))
+    root = commit_folder(options.stores, contents.origin) / "sources"
+    # a name of its own, because other placements may be built at the same time
+    folder = root / f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"
+    return HubSource(repository, contents, folder, options.keep_source, options.revision or "main")
 
 
-def _read(name: str, revision: str | None) -> bytes:
+def _read_encoded(name: str, revision: str | None) -> bytes:
     repository = look_up(name, revision)
     return encode_contents(repository, read_contents(repository))
 
 
-def _of_leader(said: bytes, group: Group) -> bytes:
-    """Return rank 0's bytes in every process."""
-    length = int(np.array(group.gather(mx.array([len(said)], mx.int32))).max())
-    row = np.frombuffer(said.ljust(length), np.uint8)
+def _broadcast(data: bytes, group: Group) -> bytes:
+    """Return the bytes of rank 0 on all ranks; the other ranks pass empty bytes."""
+    length = int(np.array(group.gather(mx.array([len(data)], mx.int32))).max())
+    row = np.frombuffer(data.ljust(length), np.uint8)
     return np.array(group.gather(mx.array(row)))[0].tobytes()

@@ -1,4 +1,4 @@
-"""Download the source files of one process ahead of their use, in threads."""
+"""Fetch the source files of one process in threads, ahead of their use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kimi_mlx.hub.retries import Cancelled
 from kimi_mlx.store.build_job import BuildJob
 
 FILES_AHEAD = 2
-"""Maximum number of source files on one process's disk: in use, waiting or downloading."""
+"""Maximum number of source files on one process's disk at the same time: in use, ready or downloading."""
 
 
 class SourceFetcher:
@@ -19,7 +19,7 @@ class SourceFetcher:
 
     Args:
         job: the build.
-        files: numbers of the source files of this process, in the order of fetching.
+        files: numbers of the source files that this process fetches, in this order.
     """
 
     def __init__(self, job: BuildJob, files: Sequence[int]):
@@ -33,7 +33,7 @@ class SourceFetcher:
 
     @property
     def fetched_bytes(self) -> int:
-        """Bytes fetched so far, over all files."""
+        """Bytes fetched so far."""
         return self._fetched_bytes
 
     def start(self) -> None:

@@ -13,11 +13,15 @@ from kimi_mlx.store.sources import CheckpointContents, is_small_file
 from kimi_mlx.weights.index import TensorInfo, checkpoint_files, read_header
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Samples of each file in a folder's digest, which distinguish files with the same headers."""
+"""Samples of each file that a folder's digest covers, because files with equal headers may have other weights."""
 
 
 class FolderSource:
-    """The folder of a checkpoint on this machine. Its files are neither fetched nor deleted."""
+    """A checkpoint's folder on this machine. Its files are read in place and never deleted.
+
+    Raises:
+        WeightsError: the folder is not a complete checkpoint.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder.resolve()
@@ -37,7 +41,7 @@ class FolderSource:
 
     @property
     def kept_bytes(self) -> int:
-        """Return 0: the user expects the folder to stay, so it is not reported."""
+        """0: the user's own folder is not reported as kept."""
         return 0
 
     def local_bytes(self, file: str) -> int:
@@ -67,12 +71,12 @@ class FolderSource:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a file; their file is a name without folder."""
+    """Return the tensors of a file. Their path is the file name, as in a repository."""
     return {name: replace(info, file=Path(file.name)) for name, info in read_header(file).items()}
 
 
 def _hash_samples(file: Path, digest: hashlib._Hash) -> None:
-    """Add a file's name, size and samples to a digest, which is the same for a copy on another host."""
+    """Add a file's name, size and samples to a digest. A copy on another host gets the same digest."""
     size = file.stat().st_size
     digest.update(f"{file.name} {size}\n".encode())
     with file.open("rb") as stream:

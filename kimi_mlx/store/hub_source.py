@@ -40,14 +40,14 @@ HEADER_WORKERS = 8
 
 
 class HubSource:
-    """A repository on the hub. Its weight files are fetched one by one and deleted after use, unless they are kept.
+    """A repository on the hub. Weight files are fetched one by one, and deleted after use unless they are kept.
 
     Args:
-        repository: files of the repository, at a fixed commit.
-        contents: result of read_contents, possibly of another process.
+        repository: the repository, at a fixed commit.
+        contents: contents from read_contents, possibly of another process.
         folder: folder for temporary files.
-        keep: whether to fetch files into the hub's cache and keep them.
-        branch: branch under which other tools find the kept files.
+        keep: whether to fetch files into the hub's cache and keep them there.
+        branch: branch for which the kept files are recorded in the hub's cache.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class HubSource:
         return 0 if self._keep else sum(item.size_bytes for item in items if cached_file(self._repository, item))
 
     def local_bytes(self, file: str) -> int:
-        """Return the bytes of a file in the hub's cache, or from an interrupted build."""
+        """Return the number of bytes of a file in the hub's cache or left by an interrupted build."""
         item, path = self._repository.file(file), self._folder / file
         if self._keep or cached_file(self._repository, item):
             return cached_bytes(self._repository, item)
@@ -77,13 +77,13 @@ class HubSource:
         return own_bytes or cached_bytes(self._repository, item)
 
     def extra_bytes(self, files: Iterable[str]) -> int:
-        """Return the size of the two largest missing files (of all if they are kept), minus the bytes already here."""
+        """Return the size of the two largest missing files (of all if they are kept), minus their bytes on disk."""
         missing = [file for file in files if cached_file(self._repository, self._repository.file(file)) is None]
         sizes = sorted(self.contents.sizes[file] for file in missing)
         return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.local_bytes, missing)))
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
-        """Return a file from the hub's cache if it is there and intact, else fetch it from the hub."""
+        """Return a file from the hub's cache if its checksum is right, else fetch it from the hub."""
         item = self._repository.file(file)
         cached = cached_file(self._repository, item)
         if cached is not None and matches_checksum(cached, item, stop):
@@ -99,11 +99,11 @@ class HubSource:
         return snapshot_folder(self._repository) / file
 
     def _adopt_partial_download(self, item: RepositoryFile) -> None:
-        """Move a partial download from the hub's cache into this source's folder, so that fetch_file resumes it."""
+        """Move a partial download from the hub's cache into this source's folder, where fetch_file resumes it."""
         cached, own = part_path(blob_path(self._repository, item)), part_path(self._folder / item.name)
         if cached.is_file() and not own.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            # fails if another process has locked it or it is on another disk; the file is then fetched from the start
+            # an OSError means a lock of another process or another disk; the file is then fetched from its start
             with contextlib.suppress(OSError), cached.open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.rename(cached, own)
@@ -113,7 +113,7 @@ class HubSource:
         (self._folder / file).unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Delete the temporary folder, and let other tools find the kept files."""
+        """Delete the temporary folder, and record the kept files in the hub's cache, where other tools find them."""
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._keep:
             for file in self._repository.files:
@@ -128,10 +128,10 @@ class HubSource:
 
 
 def read_contents(repository: Repository) -> CheckpointContents:
-    """Fetch configuration, tokenizer and headers of a repository: a few megabytes.
+    """Fetch the configuration, tokenizer and headers of a repository: a few megabytes.
 
     Raises:
-        WeightsError: the repository cannot be fetched or is not a checkpoint.
+        WeightsError: a file cannot be fetched, or the repository is not a checkpoint.
     """
     small_files = {file.name: file for file in repository.files if is_small_file(file.name)}
     index = next((file for file in repository.files if file.name == INDEX_NAME), None)
@@ -151,7 +151,7 @@ def read_contents(repository: Repository) -> CheckpointContents:
             )
             return file.name, header
 
-        texts = dict(zip(small_files, pool.map(read_small, small_files.values()), strict=True))
+        small_contents = dict(zip(small_files, pool.map(read_small, small_files.values()), strict=True))
         weight_map = None
         if index is not None:
             (folder / INDEX_NAME).write_bytes(read_small(index))
@@ -165,7 +165,7 @@ def read_contents(repository: Repository) -> CheckpointContents:
     sizes = {file.name: file.size_bytes for file in weights}
     vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
     vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
-    return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, texts, vision_bytes)
+    return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, small_contents, vision_bytes)
 
 
 def encode_contents(repository: Repository, contents: CheckpointContents) -> bytes:

@@ -8,36 +8,68 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import rename_durably
 from kimi_mlx.store.disk import write_error
 from kimi_mlx.store.manifest import StoredFile
-from kimi_mlx.store.stores import folder_prefix, repository_stores
+from kimi_mlx.store.store_folders import JOURNAL_NAME, folder_prefix, is_same_source, source_folder
 
-JOURNAL_NAME = "journal.jsonl"
+
+@dataclass(frozen=True)
+class BuildState:
+    """State of an earlier build.
+
+    Args:
+        sources: numbers of the source files that are written completely.
+        checksums: number of a finished file -> its sha256.
+    """
+
+    sources: set[int] = field(default_factory=set[int])
+    checksums: dict[int, str] = field(default_factory=dict[int, str])
 
 
 class Journal:
-    """The open journal of one rank's store."""
+    """The open journal of one rank's store.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: folder of the rank.
+        identity: first line: format, repository, commit, placement, rank.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self._path = folder / JOURNAL_NAME
+        self._identity = identity
         self._handle = -1
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the lines of an earlier build, as far as they are intact."""
-        return read_lines(self._path)
+    def read(self) -> BuildState | None:
+        """Return the state of an earlier build; None if that was of another version, commit or placement.
 
-    def rewrite(
-        self, identity: dict[str, Any], sources: Iterable[int], files: Iterable[tuple[int, StoredFile]]
-    ) -> None:
+        Raises:
+            WeightsError: the journal is of a store of another source.
+        """
+        lines = read_lines(self._path)
+        if not lines:
+            return BuildState()
+        source, own_source = str(lines[0].get("repository")), self._identity["repository"]
+        if not is_same_source(source, own_source):
+            raise WeightsError(
+                f"`{self._path.parent}` contains a store of `{source}`, not of `{own_source}`",
+                hint="remove the folder, or set KIMI_MLX_STORES to another one",
+            )
+        if lines[0] != {**self._identity, "repository": source}:
+            return None
+        sources = {line["source"] for line in lines if "source" in line}
+        return BuildState(sources, {line["file"]: line["sha256"] for line in lines if "file" in line})
+
+    def rewrite(self, sources: Iterable[int], files: Iterable[tuple[int, StoredFile]]) -> None:
         """Replace the journal atomically, and leave it open for new lines.
 
         Args:
-            identity: first line.
             sources: numbers of the source files that are written completely.
             files: number and record of each finished file.
         """
@@ -45,7 +77,7 @@ class Journal:
         part = self._path.with_name(self._path.name + ".part")
         try:
             self._handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            self._append(identity)
+            self._append(self._identity)
             for source in sources:
                 self._append({"source": source})
             for number, file in files:
@@ -71,44 +103,46 @@ class Journal:
             os.close(self._handle)
         self._handle = -1
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: Mapping[str, Any]) -> None:
         os.write(self._handle, json.dumps(line).encode() + b"\n")
 
 
-def partial_store_commit(stores: Path, repository: str, ranks: int, strategy: str) -> str | None:
-    """Return the commit of the newest store of a repository, complete or not; None if there is no store.
+def newest_commit(stores: Path, source: str, ranks: int, strategy: str) -> str | None:
+    """Return the commit of the newest store of a source, complete or not; None if there is no store.
 
     Args:
         stores: root folder of all stores.
-        repository: name on the hub.
+        source: repository on the hub, or path of a folder.
         ranks: number of ranks that share the model.
         strategy: strategy of the placement.
     """
-    for folder in partial_stores(stores, repository, ranks, strategy):
-        for journal in folder.glob(f"rank-*/{JOURNAL_NAME}"):
-            lines = read_lines(journal)
-            if lines and lines[0].get("repository") == repository:
-                return str(lines[0]["commit"])
-    return None
+    journals = _journals(stores, source, ranks, strategy)
+    return str(journals[0][1]["commit"]) if journals else None
 
 
-def partial_stores(stores: Path, repository: str, ranks: int, strategy: str | None) -> list[Path]:
-    """Return the folders of a model's placements, complete or not, the most recently written first.
+def partial_stores(stores: Path, source: str, ranks: int, strategy: str | None) -> list[Path]:
+    """Return the folders of a source's placements, complete or not, the most recently written first.
 
     Args:
         stores: root folder of all stores.
-        repository: name on the hub, or the path of a folder.
+        source: repository on the hub, or path of a folder.
         ranks: number of ranks that share the model.
         strategy: strategy of the placement; None for any.
     """
+    return list(dict.fromkeys(path.parent.parent for path, _ in _journals(stores, source, ranks, strategy)))
+
+
+def _journals(stores: Path, source: str, ranks: int, strategy: str | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the journals of a source's stores with their first lines, the most recently written first."""
     prefix = f"*-{ranks}-" if strategy is None else folder_prefix(strategy, ranks)
-    journals = repository_stores(stores, repository).glob(f"*/{prefix}*/rank-*/{JOURNAL_NAME}")
-    newest = sorted(journals, key=lambda path: -path.stat().st_mtime)
-    return list(dict.fromkeys(path.parent.parent for path in newest))
+    paths = source_folder(stores, source).glob(f"*/{prefix}*/rank-*/{JOURNAL_NAME}")
+    newest_first = sorted(paths, key=lambda path: -path.stat().st_mtime)
+    first_lines = [(path, line) for path in newest_first for line in read_lines(path)[:1]]
+    return [(path, line) for path, line in first_lines if is_same_source(str(line.get("repository")), source)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a journal; the last one may have been cut off."""
+    """Return the lines of a journal, up to the first damaged one; a kill may have cut off the last line."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):

@@ -1,105 +1,26 @@
-"""Find a model: in the package, in a folder, in the hub's cache, in shard stores, or on the hub."""
+"""Find a model on this machine: in the package, a folder, the hub's cache or shard stores. Sends no requests."""
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.errors import WeightsError
 from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
-from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
+from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.client import fetch_checkpoint, find_local, look_up
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import partial_stores
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.stores import LocalStore, download_command, find_stores, rank_folder, read_folder_name, stored_ranks
-
-NEAR_NAME_RATIO = 0.7
-"""Similarity (difflib) from which a name counts as a misspelling: `kimi-k25` of `kimi-k2.5`, but not `llama` of any."""
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.store.store_folders import download_command, rank_folder, read_folder_name, stored_ranks
+from kimi_mlx.store.stores import LocalStore, find_stores
 
 LocalState = Literal["package", "yes", "store", "partly", "no"]
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """A model name, resolved.
-
-    Args:
-        name: name as the user typed it.
-        folder: folder that the name refers to, or that comes with the package; None if on the hub.
-        repository: repository on the hub; None for a folder.
-        entry: catalogue entry; None if not in the catalogue.
-    """
-
-    name: str
-    folder: Path | None
-    repository: str | None
-    entry: CatalogueEntry | None
-
-    @property
-    def source(self) -> Path | str:
-        """Folder, or else repository."""
-        source = self.folder or self.repository
-        assert source is not None
-        return source
-
-
-def resolve_model_name(name: str) -> ModelRef:
-    """Resolve a model name, without network access.
-
-    Args:
-        name: alias, folder, or repository `owner/name`.
-
-    Raises:
-        UsageError: unknown name (the message suggests similar ones), or an unsupported model.
-    """
-    for entry in catalogue():
-        if name == entry.alias and entry.refused is None:
-            folder = entry.packaged_folder()
-            if folder is not None and not (folder / "config.json").is_file():
-                raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
-            return ModelRef(name, folder, entry.repository, entry)
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
-        return ModelRef(name, Path(path), None, None)
-    for entry in catalogue():
-        if entry.refused is not None and _is_kind_of(entry, name):
-            raise UsageError(
-                f"`{name}` is of {entry.title}: {entry.refused}, not supported",
-                hint="use a model of the K2 family: `kimi-mlx models` lists them",
-            )
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
-        return ModelRef(name, None, name, find_entry(name))
-    raise unknown_model_error(name)
-
-
-def unknown_model_error(name: str) -> UsageError:
-    """The error for a name that nothing has, with near names if there are any."""
-    if name.startswith((".", "/", "~")):
-        return UsageError(f"there is no folder `{name}`", hint="check the path; `kimi-mlx models` lists known models")
-    near = near_aliases(name)
-    question = f"did you mean {' or '.join(f'`{alias}`' for alias in near)}? " if near else ""
-    return UsageError(
-        f"there is no model `{name}`",
-        hint=f"{question}`kimi-mlx models` lists the known models; a folder or a repository `owner/name` works too",
-    )
-
-
-def near_aliases(name: str) -> list[str]:
-    """Return the aliases that a misspelled name may mean, the nearest first; none if all are far from it."""
-    plain = {re.sub(r"[^a-z0-9]", "", entry.alias): entry.alias for entry in catalogue() if entry.refused is None}
-    typed = re.sub(r"[^a-z0-9]", "", name.lower())
-    near = difflib.get_close_matches(typed, plain, n=3, cutoff=NEAR_NAME_RATIO)
-    if not near and len(typed) > 1:
-        near = [text for text in plain if text.endswith(typed)]  # `k2.5`, `thinking`
-    return [plain[text] for text in near]
+"""Part of a model on this machine: bundled, complete in the hub's cache, as a store, begun to download, or nothing."""
 
 
 def stores_root() -> Path:
@@ -114,12 +35,12 @@ def stores_root() -> Path:
     return folder
 
 
-def find_local_model(target: ModelRef, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
-    """Return the folder of a model on this machine; None if it must be fetched.
+def find_local_model(model: ModelRef, ranks: int, strategy: str = "hybrid", rank: int | None = None) -> Path | None:
+    """Return the folder of a model on this machine; None if it must be downloaded.
 
     Args:
-        target: the model.
-        ranks: number of ranks that will share it.
+        model: the model.
+        ranks: number of ranks that share the model.
         strategy: strategy of the placement.
         rank: rank whose store must be on this machine; None for all ranks.
 
@@ -128,31 +49,31 @@ def find_local_model(target: ModelRef, ranks: int, strategy: str = "hybrid", ran
     """
     strategy = normalize_strategy(strategy, ranks)
     needed = None if rank is None else [rank]
-    if target.folder is not None:
-        store = _store_of_folder(target.folder, ranks, strategy, needed)
-        return target.folder if store is None else store.folder
-    assert target.repository is not None
-    store = find_store(stores_root(), target.repository, ranks, strategy, None, needed)
+    if model.folder is not None:
+        store = _store_of_folder(model.folder, ranks, strategy, needed)
+        return model.folder if store is None else store.folder
+    assert model.repository is not None
+    store = find_store(stores_root(), model.repository, ranks, strategy, None, needed)
     if store is not None:
         return store.folder
-    folder = find_local(target.repository)
+    folder = find_local(model.repository)
     if folder is None:
-        _refuse_other_stores(target, target.repository, ranks, strategy)
+        _refuse_other_stores(model, model.repository, ranks, strategy)
     return folder
 
 
-def config_folder(target: ModelRef) -> Path | None:
+def config_folder(model: ModelRef) -> Path | None:
     """Return the folder with a model's configuration; None if it is not on this machine."""
-    if target.repository is None:
-        return target.folder
-    if (folder := find_local(target.repository)) is not None:
+    if model.repository is None:
+        return model.folder
+    if (folder := find_local(model.repository)) is not None:
         return folder
-    stores = stores_folder()
-    found = find_stores(stores, target.repository) if stores is not None else []
-    return found[0].folder if found else None
+    root = stores_folder()
+    stores = find_stores(root, model.repository) if root is not None else []
+    return stores[0].folder if stores else None
 
 
-def stored_strategy(target: ModelRef, ranks: int) -> str | None:
+def stored_strategy(model: ModelRef, ranks: int) -> str | None:
     """Return the strategy of a model's newest store for this number of ranks; complete stores come first.
 
     None if there is no store: the model can then run in any strategy without a new download.
@@ -160,23 +81,23 @@ def stored_strategy(target: ModelRef, ranks: int) -> str | None:
     stores = stores_folder()
     if stores is None:
         return None
-    if target.folder is not None:
-        store = _store_of_folder(target.folder, ranks, None, None)
-        name = str(target.folder.resolve())
+    if model.folder is not None:
+        store = _store_of_folder(model.folder, ranks, None, None)
+        name = str(model.folder.resolve())
     else:
-        assert target.repository is not None
-        name = target.repository
+        assert model.repository is not None
+        name = model.repository
         store = find_store(stores, name, ranks, None)
     if store is not None:
         return store.placement.strategy
-    begun = (read_folder_name(folder.name) for folder in partial_stores(stores, name, ranks, None))
-    return next((found[0] for found in begun if found is not None), None)
+    parsed = (read_folder_name(folder.name) for folder in partial_stores(stores, name, ranks, None))
+    return next((strategy_and_ranks[0] for strategy_and_ranks in parsed if strategy_and_ranks is not None), None)
 
 
 def _store_of_folder(
     folder: Path, ranks: int, strategy: str | None, needed: Collection[int] | None
 ) -> LocalStore | None:
-    """Return the store built from the current state of a folder; None if there is none."""
+    """Return the store built from the current contents of a folder; None if there is none."""
     stores, name = stores_folder(), str(folder.resolve())
     if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
         return None
@@ -202,77 +123,72 @@ def find_store(
         revision: commit; None for any.
         needed: ranks whose stores must be complete on this machine; None for all.
     """
-    wanted = set(range(ranks) if needed is None else needed)
+    needed_ranks = set(range(ranks) if needed is None else needed)
     for store in find_stores(stores, repository):
-        is_meant = store.placement.world_size == ranks and strategy in (None, store.placement.strategy)
-        if is_meant and wanted <= set(store.ranks) and revision in (None, store.origin.commit):
+        has_placement = store.placement.world_size == ranks and strategy in (None, store.placement.strategy)
+        if has_placement and needed_ranks <= set(store.ranks) and revision in (None, store.origin.commit):
             return store
     return None
 
 
-def _refuse_other_stores(target: ModelRef, repository: str, ranks: int, strategy: str) -> None:
-    """Refuse to fetch the model again if there is a partial store, or one of another placement."""
-    command = f"`{download_command(target.name, ranks, strategy)}`"
+def _refuse_other_stores(model: ModelRef, repository: str, ranks: int, strategy: str) -> None:
+    """Raise if there is an incomplete store of this placement, or a store of another one: do not download again."""
+    command = f"`{download_command(model.name, ranks, strategy)}`"
     for folder in partial_stores(stores_root(), repository, ranks, strategy):
-        here = stored_ranks(folder)
-        missing = [rank for rank in range(ranks) if rank not in here]
-        for rank in here:
+        complete = stored_ranks(folder)
+        missing = [rank for rank in range(ranks) if rank not in complete]
+        for rank in complete:
             read_manifest(rank_folder(folder, rank))
-        if any(rank_folder(folder, rank).exists() for rank in missing) or not here:
+        if not complete or any(rank_folder(folder, rank).exists() for rank in missing):
             raise WeightsError(f"the store `{folder}` is not complete", hint=f"resume it with {command}")
         raise WeightsError(
-            f"this machine holds `{target.name}` for rank {_list(here)} of {ranks}, but not for rank {_list(missing)}",
-            hint=f"run it on the hosts that hold the others: `kimi-mlx launch --hosts ... chat {target.name}`; "
-            f"{command} builds the rest here",
+            f"this machine has `{model.name}` for rank {_join(complete)} of {ranks}, but not for rank {_join(missing)}",
+            hint=f"run it on the hosts that have the others: `kimi-mlx launch --hosts ... chat {model.name}`; "
+            f"{command} builds the rest on this machine",
         )
     for store in find_stores(stores_root(), repository):
-        other = store.placement
-        is_same = other.world_size == ranks
-        there, here = (other.strategy, strategy) if is_same else (f"{other.world_size} ranks", str(ranks))
+        stored = store.placement
+        is_same_size = stored.world_size == ranks
+        on_disk, requested = (stored.strategy, strategy) if is_same_size else (f"{stored.world_size} ranks", str(ranks))
+        option = f"--strategy {stored.strategy}" if is_same_size else f"--ranks {stored.world_size}"
         raise WeightsError(
-            f"`{target.name}` is on this machine as a store for {there}, not for {here}",
-            hint=f"use `{f'--strategy {there}' if is_same else f'--ranks {other.world_size}'}`, or {command}",
+            f"`{model.name}` is on this machine as a store for {on_disk}, not for {requested}",
+            hint=f"use `{option}`, or {command}",
         )
 
 
-def _list(numbers: Sequence[int]) -> str:
+def _join(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
 def ensure_downloaded(name: str, ranks: int = 1, strategy: str = "hybrid", rank: int | None = None) -> Path:
-    """Return the folder of a model; fetch it from the hub if it is not on this machine.
+    """Return the folder of a model; download it if it is not on this machine.
 
     Raises:
         UsageError: unknown or unsupported model.
-        WeightsError: the repository cannot be fetched.
+        WeightsError: the repository cannot be downloaded.
     """
-    target = resolve_model_name(name)
-    folder = find_local_model(target, ranks, strategy, rank)
+    model = resolve_model_name(name)
+    folder = find_local_model(model, ranks, strategy, rank)
     if folder is not None:
         return folder
-    assert target.repository is not None
-    return fetch_checkpoint(look_up(target.repository))
+    assert model.repository is not None
+    return fetch_checkpoint(look_up(model.repository))
 
 
 def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
-    """Return which part of a known model is on this machine, and its folder; no network access."""
+    """Return which part of a known model is on this machine, and its folder."""
     if entry.is_packaged:
         return "package", entry.packaged_folder()
     if entry.repository is None:
         return "no", None
     if (folder := find_local(entry.repository)) is not None:
         return "yes", folder
-    stores = stores_folder()
-    if stores is not None and (found := find_stores(stores, entry.repository)):
-        return "store", found[0].folder
-    begun = repository_folder(entry.repository)
+    root = stores_folder()
+    if root is not None and (stores := find_stores(root, entry.repository)):
+        return "store", stores[0].folder
+    folder = repository_folder(entry.repository)
     try:
-        return ("partly", begun) if any((begun / "blobs").iterdir()) else ("no", None)
+        return ("partly", folder) if any((folder / "blobs").iterdir()) else ("no", None)
     except OSError:
         return "no", None
-
-
-def _is_kind_of(entry: CatalogueEntry, name: str) -> bool:
-    """Return whether a name, such as `mlx-community/Kimi_K3_4bit`, has the entry's version between dashes: `k3`."""
-    mark = entry.alias.split("-")[-1]
-    return mark in name.lower().replace("_", "-").split("/")[-1].split("-")

@@ -1,4 +1,4 @@
-"""The manifest of a shard store: the repository, and the files of one rank."""
+"""Manifest of a shard store: origin, placement, and the files of one rank."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.weights.layer_plan import LayerPlan
 
 FORMAT = 2
-"""Version of the stores on disk; stores of other versions are refused."""
+"""Version of the format on disk; stores of other versions are refused."""
 
 MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of the weights.
+    """Source and version of the weights.
 
     Args:
-        repository: `owner/name` on the hub, or the path of a folder.
+        repository: `owner/name` on the hub, or the absolute path of a folder.
         commit: 40 hexadecimal digits; for a folder, a digest of its files.
     """
 
@@ -35,7 +35,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of a file: its type in safetensors' words, its shape."""
+    """Type (as safetensors names it) and shape of an array in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight: its arrays by name (`weight`, `scales`, `biases`), and how it is quantized."""
+    """Arrays of a weight by name (`weight`, `scales`, `biases`), and its quantization; None for floats."""
 
     arrays: Mapping[str, StoredArray]
     quantization: Quantization | None
@@ -51,13 +51,13 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One layer, or the top.
+    """File of one layer, or of the top.
 
     Args:
         name: file name.
         size_bytes: file size.
         sha256: checksum of the file, in hexadecimal.
-        entries: name in the canonical tree -> the parts of the weight.
+        entries: name in the canonical tree -> parts of the weight.
         latent_first: as in kimi_mlx.model.tree.LayerWeights.
         num_fused_shared: as there.
         first_expert: as there.
@@ -74,13 +74,13 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a store. It is written last: a store with a manifest is complete.
+    """Contents of a store. The manifest is written last, so a store with a manifest is complete.
 
     Args:
         origin: repository and commit.
         placement: shares of all ranks.
         rank: rank of the store.
-        files: layers in order, then the top.
+        files: files of the layers in order, then of the top.
     """
 
     origin: Origin
@@ -94,13 +94,13 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
     def write(self, folder: Path) -> None:
-        """Write it into the store's folder atomically."""
+        """Write the manifest into the store's folder, atomically."""
         value = {"format": FORMAT, **asdict(self), "placement": self.placement.to_dict()}
         write_atomically(folder / MANIFEST_NAME, json.dumps(value, indent=1).encode())
 
 
 def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str) -> StoredFile:
-    """Return the record of a finished file."""
+    """Return the manifest's record of a finished file."""
     entries = {
         entry: tuple(
             StoredWeight({a.name: StoredArray(a.dtype, a.shape) for a in part.arrays}, part.quantization)
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a rank's store.
 
     Raises:
-        WeightsError: no manifest, or one of another version.
+        WeightsError: the manifest is missing or damaged, or of another version.
     """
     path = folder / MANIFEST_NAME
     try:

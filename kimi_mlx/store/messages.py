@@ -1,4 +1,4 @@
-"""Messages that the processes of a build exchange in each round."""
+"""Messages between the processes of a build, one per process and round."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BATCH_BYTES = 1 << 24
 """Maximum number of bytes that a process sends in a round."""
 
 IDLE, BATCH, END, DONE, FAILED = range(5)
-"""Kinds of messages: nothing to send yet, data of a source file, end of a source file, no more files, an error."""
+"""Kinds of messages: nothing to send yet, data of a source file, end of a source file, no more files, error."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RoundMessage:
     data: np.ndarray | None = None
 
     def header(self, fetched_bytes: int, stored_bytes: int) -> np.ndarray:
-        """Return the fixed-size part that every process sends: (6,) int64."""
+        """Return the header that every process sends: (6,) int64."""
         length = 0 if self.data is None else self.data.size
         return np.array([self.kind, self.source, self.batch, length, fetched_bytes, stored_bytes], np.int64)
 

@@ -1,4 +1,4 @@
-"""Prepare shard stores for the user: find, check, repair, build or only plan them, alone or over a group."""
+"""`kimi-mlx download --ranks`: find, verify, repair, build or only plan stores, on one machine or over a group."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.disk import store_disk_bytes
 from kimi_mlx.store.download import StoreOptions, any_host, build, find_built_stores, open_build_job
-from kimi_mlx.store.locate import ModelRef
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import CheckpointContents
-from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size, rank_folder, stored_ranks
+from kimi_mlx.store.store_folders import rank_folder, stored_ranks
+from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
 DownloadReport = dict[str, Any]
-"""The JSON document of a download."""
+"""JSON document of a download."""
 
 
 class DownloadObserver(Protocol):
     """Observer of a download."""
 
     def on_start(self, vision_bytes: int) -> None:
-        """Handle the start of a download, which skips `vision_bytes` of the repository."""
+        """Handle the start of a download.
+
+        Args:
+            vision_bytes: bytes of the vision part, which is not stored.
+        """
         ...
 
     def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show the verification of files; yields a callback for the number of bytes read."""
+        """Show the verification of files; yields a callback for the number of newly read bytes."""
         ...
 
     def on_build(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
@@ -42,10 +47,10 @@ class DownloadObserver(Protocol):
 
 
 def prepare_stores(
-    target: ModelRef,
+    model: ModelRef,
     options: StoreOptions,
     group: Group,
-    listener: DownloadObserver,
+    observer: DownloadObserver,
     *,
     is_dry: bool = False,
     is_check: bool = False,
@@ -53,55 +58,55 @@ def prepare_stores(
     """Prepare the stores of all ranks; over a group, the store of this process's rank.
 
     Args:
-        target: the model.
+        model: the model.
         options: stores to build.
         group: group of the hosts.
-        listener: observer of the progress.
-        is_dry: only report what would be done.
-        is_check: verify checksums, and fetch broken files again.
+        observer: observer of the progress.
+        is_dry: whether to only report what would be done.
+        is_check: whether to verify checksums and build broken files again.
 
     Returns:
-        The JSON document of the download.
+        JSON document of the download.
 
     Raises:
         KimiMlxError: an error of any host.
     """
     broken: Mapping[int, Sequence[str]] = {}
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
-    found = None if is_dry else find_built_stores(options, group)
-    if found is not None:
-        broken = _broken(found.folder, ranks, listener) if is_check else _cut_short(found.folder, ranks)
+    stores = None if is_dry else find_built_stores(options, group)
+    if stores is not None:
+        broken = _find_broken(stores.folder, ranks, observer) if is_check else _find_truncated(stores.folder, ranks)
         if not any_host(any(broken.values()), group):
-            return _stored(target, found, ranks, "is whole" if is_check else "is on this machine")
-        options = replace(options, revision=found.origin.commit)
+            return _report_stores(model, stores, ranks, "is verified" if is_check else "is on this machine")
+        options = replace(options, revision=stores.origin.commit)
     job = open_build_job(options, group)
     if is_dry:
-        holdings = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
-        disk_bytes = _disk_bytes(job, holdings, ranks)
+        rank_bytes = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
+        disk_bytes = _disk_bytes(job, rank_bytes, ranks)
         missing = sum(size - job.source.local_bytes(name) for name, size in job.source.contents.sizes.items())
         return dry_run_report(
-            target, job.source.contents, holdings, missing if disk_bytes else 0, disk_bytes, options.stores
+            model, job.source.contents, rank_bytes, missing if disk_bytes else 0, disk_bytes, options.stores
         )
-    if is_check and found is None:
-        broken = _broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], listener)
-    listener.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
-    with listener.on_build() as report:
+    if is_check and stores is None:
+        broken = _find_broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], observer)
+    observer.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
+    with observer.on_build() as report:
         manifests = build(options, job, group, report, broken)
-    contents, names = job.source.contents, sorted({name for each in broken.values() for name in each})
+    contents, broken_names = job.source.contents, sorted({name for files in broken.values() for name in files})
     return {
-        "model": target.name,
+        "model": model.name,
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "folder": str(job.folder),
-        "state": describe_state(is_check, names, "is fetched and verified" if target.repository else "is built"),
-        "broken": names,
+        "state": describe_state(is_check, broken_names, "is fetched and verified" if model.repository else "is built"),
+        "broken": broken_names,
         "kept_bytes": job.source.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
 
 
-def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> Mapping[int, Sequence[str]]:
-    """Return the files with wrong checksums, unreadable manifests included."""
+def _find_broken(folder: Path, ranks: Sequence[int], observer: DownloadObserver) -> Mapping[int, Sequence[str]]:
+    """Return for each rank the files with a wrong checksum, or the manifest's name if that is unreadable."""
     broken: dict[int, Sequence[str]] = {}
     manifests: list[Manifest] = []
     for rank in ranks:
@@ -110,51 +115,60 @@ def _broken(folder: Path, ranks: Sequence[int], listener: DownloadObserver) -> M
         except WeightsError:
             broken[rank] = [MANIFEST_NAME]
     total = sum(manifest.size_bytes for manifest in manifests)
-    with listener.on_check(total) as advance:
+    with observer.on_check(total) as advance:
         return broken | {manifest.rank: broken_files(folder, manifest, advance) for manifest in manifests}
 
 
-def _cut_short(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
-    """Return the files that are missing or have the wrong size."""
+def _find_truncated(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence[str]]:
+    """Return for each rank the files that are missing or have a wrong size."""
     manifests = (read_manifest(rank_folder(folder, rank)) for rank in ranks)
     return {manifest.rank: files_of_wrong_size(folder, manifest) for manifest in manifests}
 
 
-def _disk_bytes(job: BuildJob, holdings: Mapping[int, int], ranks: Sequence[int]) -> int:
-    """Return the disk space that this machine still needs."""
-    missing = sum(max(0, holdings[rank] - store_disk_bytes(rank_folder(job.folder, rank))) for rank in ranks)
+def _disk_bytes(job: BuildJob, rank_bytes: Mapping[int, int], ranks: Sequence[int]) -> int:
+    """Return the disk space that the build still needs on this machine."""
+    missing = sum(max(0, rank_bytes[rank] - store_disk_bytes(rank_folder(job.folder, rank))) for rank in ranks)
     return missing + job.source.extra_bytes(job.files) if missing else 0
 
 
-def _stored(target: ModelRef, found: LocalStore, ranks: Sequence[int], state: str) -> DownloadReport:
-    manifests = [read_manifest(rank_folder(found.folder, rank)) for rank in ranks]
+def _report_stores(model: ModelRef, stores: LocalStore, ranks: Sequence[int], state: str) -> DownloadReport:
+    manifests = [read_manifest(rank_folder(stores.folder, rank)) for rank in ranks]
     return {
-        "model": target.name,
-        "repository": found.origin.repository,
-        "commit": found.origin.commit,
-        "folder": str(found.folder),
+        "model": model.name,
+        "repository": stores.origin.repository,
+        "commit": stores.origin.commit,
+        "folder": str(stores.folder),
         "state": state,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
 
 
 def dry_run_report(
-    target: ModelRef,
+    model: ModelRef,
     contents: CheckpointContents,
-    holdings: Mapping[int, int],
+    rank_bytes: Mapping[int, int],
     fetch_bytes: int,
     disk_bytes: int,
     folder: Path,
 ) -> DownloadReport:
-    """Return the report of a dry run."""
-    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    """Return the report of a dry run.
+
+    Args:
+        model: the model.
+        contents: contents of the checkpoint.
+        rank_bytes: rank -> bytes of its store; empty for a download without stores.
+        fetch_bytes: bytes that are still to be downloaded.
+        disk_bytes: disk space that is still needed.
+        folder: folder of the stores or of the download, which need not exist.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return {
-        "model": target.name,
+        "model": model.name,
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "files": [{"name": name, "size_bytes": size} for name, size in sorted(contents.sizes.items())],
         "small_bytes": sum(map(len, contents.small_files.values())),
-        "ranks": [{"rank": rank, "size_bytes": size} for rank, size in holdings.items()],
+        "ranks": [{"rank": rank, "size_bytes": size} for rank, size in rank_bytes.items()],
         "fetch_bytes": fetch_bytes,
         "folder": str(folder),
         "disk_needed_bytes": disk_bytes,
@@ -163,7 +177,13 @@ def dry_run_report(
 
 
 def describe_state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
-    """Describe the result for one model."""
+    """Return what happened to a model, as a predicate: `is repaired (1 broken file)`.
+
+    Args:
+        is_check: whether the files were verified.
+        broken: names of the files that were broken.
+        done: result of a download without `--verify`.
+    """
     if broken:
         return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
-    return "is whole" if is_check else done
+    return "is verified" if is_check else done

@@ -1,9 +1,8 @@
-"""Remove what `kimi-mlx download` made of a model on this machine: its stores and its download."""
+"""Remove a model from this machine: its stores, and its download in the Hugging Face cache."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,26 +13,24 @@ from typing import Literal
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
-from kimi_mlx.store.journal import JOURNAL_NAME
-from kimi_mlx.store.locate import ModelRef
-from kimi_mlx.store.manifest import MANIFEST_NAME
-from kimi_mlx.store.stores import repository_stores
+from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.store_folders import is_same_source, source_folder, sources_in
 
 REMOVED_SUFFIX = "~removed"
-"""Suffix of a folder while its files are deleted: an interrupted removal leaves nothing that could be loaded."""
+"""Suffix of a folder while its files are deleted, so that an interrupted removal leaves nothing that can be loaded."""
 
 LOCKED_FILES = ("*/*/rank-*/.lock", "blobs/*.part", "blobs/*.xet-part")
-"""Files that a build or a download locks while it works, relative to a removable folder."""
+"""Files that a running build or download locks, relative to a removable folder."""
 
 
 @dataclass(frozen=True)
 class RemovableFolder:
-    """A folder that `remove` deletes.
+    """A folder that belongs to a model and can be removed.
 
     Args:
         kind: `store` for the stores of all commits and placements, `download` for the model in the Hugging Face cache.
         folder: path of the folder.
-        size_bytes: disk space of its files; links count nothing.
+        size_bytes: size of its files; links do not count.
     """
 
     kind: Literal["store", "download"]
@@ -42,23 +39,23 @@ class RemovableFolder:
 
 
 def find_removable(model: ModelRef) -> list[RemovableFolder]:
-    """Return the folders that belong to a model, complete or not. A folder that the user named is not among them."""
+    """Return the folders that belong to a model, complete or not. The user's own folder is never among them."""
     folders: list[RemovableFolder] = []
     stores = stores_folder()
     source = model.repository or (model.folder and str(model.folder.resolve()))
     if stores is not None and source is not None:
-        existing = _existing("store", repository_stores(stores, source))
-        folders += [removable for removable in existing if _is_of(removable.folder, source)]
+        existing = _existing("store", source_folder(stores, source))
+        folders += [removable for removable in existing if _is_only_of(removable.folder, source)]
     if model.repository is not None:
         folders += _existing("download", repository_folder(model.repository))
     return folders
 
 
 def check_unused(folders: list[RemovableFolder]) -> None:
-    """Check that no process builds or downloads into the folders.
+    """Check that no process writes to the folders.
 
     Raises:
-        WeightsError: one does.
+        WeightsError: a process builds stores or downloads the model.
     """
     for removable in folders:
         for file in _locked_files(removable.folder):
@@ -72,7 +69,7 @@ def remove(removable: RemovableFolder) -> None:
     """Delete a folder and everything in it.
 
     Raises:
-        WeightsError: a file cannot be deleted; run it again after fixing the cause.
+        WeightsError: a file cannot be deleted; a second call continues.
     """
     folder = removable.folder
     renamed = folder if folder.name.endswith(REMOVED_SUFFIX) else folder.with_name(folder.name + REMOVED_SUFFIX)
@@ -87,29 +84,15 @@ def remove(removable: RemovableFolder) -> None:
 
 
 def _existing(kind: Literal["store", "download"], folder: Path) -> Iterator[RemovableFolder]:
-    """Yield what an interrupted removal has left of the folder, then the folder. Links are left alone."""
+    """Yield the rest of an interrupted removal of the folder, then the folder itself. Links are skipped."""
     for path in (folder.with_name(folder.name + REMOVED_SUFFIX), folder):
         if path.is_dir() and not path.is_symlink():
             yield RemovableFolder(kind, path, _size_bytes(path))
 
 
-def _is_of(folder: Path, source: str) -> bool:
-    """Whether all stores in a folder were built from the source: names of different sources may be the same folder."""
-    if not source.strip("/"):
-        return False  # the root of the file system has no name: its folder is that of all stores
-    files = [file for name in (MANIFEST_NAME, JOURNAL_NAME) for file in folder.glob(f"*/*/rank-*/{name}")]
-    return {_read_origin(file) for file in files} <= {source, None}
-
-
-def _read_origin(file: Path) -> str | None:
-    """Return the repository or folder that a manifest or a journal names; None if it is unreadable."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        if file.name == JOURNAL_NAME:
-            return json.loads(text.partition("\n")[0])["repository"]
-        return json.loads(text)["origin"]["repository"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _is_only_of(folder: Path, source: str) -> bool:
+    """Return whether a folder has no stores of other sources; earlier versions could mix two sources in one folder."""
+    return all(is_same_source(other, source) for other in sources_in(folder))
 
 
 def _size_bytes(folder: Path) -> int:

@@ -1,8 +1,8 @@
-"""The rounds in which processes build stores together.
+"""Rounds of communication in which several processes build stores.
 
-Every round, each process announces one message, then all exchange the announced batches. A round is also a barrier:
-once a process has announced the end of a source file and the next round has begun, every process has recorded it, so
-the file can be deleted.
+In each round, every process announces one message, then all exchange the announced batches. A round is also a barrier:
+after a process has announced the end of a source file, the next round shows that all processes have recorded it, so the
+file can be deleted.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
 from kimi_mlx.parallel.all_ranks import raise_if_any_failed
 from kimi_mlx.parallel.group import Group
-from kimi_mlx.store.assign import assign_files
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.disk import check_space, write_error
 from kimi_mlx.store.fetcher import SourceFetcher
 from kimi_mlx.store.messages import BATCH, BATCH_BYTES, DONE, END, FAILED, IDLE, BatchWriter, RoundMessage
+from kimi_mlx.store.transfer_plan import TransferPlan, plan_transfers
 from kimi_mlx.store.transfers import SliceTransfer, slice_transfers, split_into_chunks
 from kimi_mlx.store.writer import RankWriter
 from kimi_mlx.weights.reader import CheckpointReader
@@ -34,7 +34,7 @@ IDLE_S = 0.02
 """Pause after a round without data."""
 
 HEARTBEAT_S = 0.1
-"""Longest time that a process computes without starting a round: the others wait for it, and progress is shown."""
+"""Maximum time between two rounds: the other processes wait for the next one, and rounds report progress."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class BuildRounds:
         self._writers: dict[int, RankWriter] = {}
         self._transfers: dict[int, list[SliceTransfer]] = {}
         self._offsets: dict[tuple[int, int], list[int]] = {}
-        self._missing_files: dict[int, dict[int, list[int]]] = {}
-        self._total_bytes = self._stored_bytes = 0
-        self._assignments: list[list[int]] = []
+        self._plan = TransferPlan({}, {}, [])
+        self._stored_bytes = 0
 
     def fail(self, error: Exception) -> None:
         """Record an error; the next round raises it in every process."""
@@ -89,8 +88,8 @@ class BuildRounds:
             writers: the writer of each rank that this process builds.
         """
         self._writers = writers
-        self._plan_transfers()
-        own_files = self._assignments[self._group.rank]
+        self._plan = plan_transfers(self._job, self._group, writers)
+        own_files = self._plan.assignments[self._group.rank]
         if self._failure is None:
             self._check_space(own_files)
         fetcher = SourceFetcher(self._job, own_files)
@@ -100,37 +99,6 @@ class BuildRounds:
             self._run_rounds(fetcher)
         finally:
             fetcher.stop()
-
-    def _plan_transfers(self) -> None:
-        """Gather which store files each rank lacks, and assign the source files to processes."""
-        job, num_ranks = self._job, self._job.placement.world_size
-        num_files, num_sources = job.num_layers + 1, len(job.files)
-        # one row per own rank: unfinished store files, source files needed, bytes of source files on this disk
-        rows = np.zeros((num_ranks // self._group.size, num_files + 2 * num_sources), np.int64)
-        rows[:, num_files + num_sources :] = [job.source.local_bytes(file) for file in job.files]
-        for row, writer in zip(rows, self._writers.values(), strict=False):
-            row[writer.unfinished] = 1
-            row[num_files : num_files + num_sources] = [writer.needs_source(source) for source in range(num_sources)]
-        gathered = self._gather(rows)
-        local_bytes = gathered[:, 0, num_files + num_sources :]
-        states = gathered.reshape(num_ranks, num_files + 2 * num_sources)
-        sizes: dict[int, int] = {}
-        sources_of_file = [job.sources_of_file(rank) for rank in range(num_ranks)]
-        for source in range(num_sources):
-            missing_files = {
-                rank: [
-                    file for file in range(num_files) if states[rank, file] and source in sources_of_file[rank][file]
-                ]
-                for rank in range(num_ranks)
-                if states[rank, num_files + source]
-            }
-            if missing_files:
-                self._missing_files[source] = missing_files
-                sizes[source] = job.source.contents.sizes[job.files[source]]
-        self._total_bytes = sum(sizes.values())
-        self._assignments = assign_files(
-            sizes, self._group.size, lambda process, source: int(local_bytes[process, source])
-        )
 
     def _check_space(self, own_files: Sequence[int]) -> None:
         try:
@@ -153,7 +121,7 @@ class BuildRounds:
             for number in to_release:  # this round was the barrier: every process has recorded the file
                 fetcher.release(number)
             to_release = [message.source] if message.kind == END else []
-            self._report(BuildProgress(int(headers[:, 4].sum()), int(headers[:, 5].sum()), self._total_bytes))
+            self._report(BuildProgress(int(headers[:, 4].sum()), int(headers[:, 5].sum()), self._plan.total_bytes))
             try:
                 self._exchange_slices(message, headers)
                 self._commit_sources(headers)
@@ -231,7 +199,7 @@ class BuildRounds:
         """Record the source files whose end was announced in this round."""
         for kind, source, *_ in headers.tolist():
             if kind == END:
-                for rank in self._missing_files[source]:
+                for rank in self._plan.missing_files[source]:
                     if rank in self._writers:
                         self._writers[rank].commit(source)
                 self._transfers.pop(source, None)
@@ -254,7 +222,7 @@ class BuildRounds:
     def _transfers_of(self, source: int) -> list[SliceTransfer]:
         if source not in self._transfers:
             name = Path(self._job.files[source])
-            missing_files = self._missing_files[source]
+            missing_files = self._plan.missing_files[source]
             self._transfers[source] = slice_transfers(name, self._job.checkpoint, self._job.plan, missing_files)
         return self._transfers[source]
 

@@ -1,4 +1,4 @@
-"""Contents of a checkpoint, and the interface through which a build gets its files."""
+"""Contents of a checkpoint, and the protocol of checkpoint sources."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """Contents of a checkpoint, without the data of its tensors.
+    """Contents of a checkpoint, except the data of its tensors.
 
     Args:
         origin: repository and commit.
         sizes: size in bytes of each weight file, by name.
         headers: tensors of each weight file, by name.
-        small_files: contents of the other files that a model needs: configuration, tokenizer, template.
-        vision_bytes: size of the skipped files, which have only vision tensors.
+        small_files: name -> content of each other file that a model needs: configuration, tokenizer, template.
+        vision_bytes: bytes of the weight files that are skipped because they have only vision tensors.
     """
 
     origin: Origin
@@ -73,21 +73,21 @@ class CheckpointContents:
 
 
 class CheckpointSource(Protocol):
-    """Supplier of weight files, each fetched when it is needed."""
+    """Source of a checkpoint's files. Weight files are fetched when they are needed."""
 
     contents: CheckpointContents
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of source files that stay on this machine although `--keep-source` is not set."""
+        """Bytes of source files that stay on this machine without `--keep-source`, because they were here before."""
         ...
 
     def local_bytes(self, file: str) -> int:
-        """Return the bytes of a file that are already on this machine."""
+        """Return the number of bytes of a file on this machine."""
         ...
 
     def extra_bytes(self, files: Iterable[str]) -> int:
-        """Return the additional disk space that these files need: all of them if they are kept, else two at a time."""
+        """Return the disk space that these files need in addition: for all if they are kept, else for two at a time."""
         ...
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
@@ -95,13 +95,13 @@ class CheckpointSource(Protocol):
 
         Args:
             file: file name.
-            progress: callback for each number of bytes fetched.
+            progress: callback for the number of newly fetched bytes.
             stop: event that cancels the download.
         """
         ...
 
     def release(self, file: str) -> None:
-        """Free a file that is no longer needed."""
+        """Release a file that is no longer needed."""
         ...
 
     def finish(self) -> None:
@@ -109,7 +109,7 @@ class CheckpointSource(Protocol):
         ...
 
     def read(self, info: TensorInfo) -> bytes:
-        """Read one small tensor of a file that this process does not fetch."""
+        """Read a small tensor from a file that this process does not fetch."""
         ...
 
 

@@ -1,12 +1,7 @@
-"""Shard stores: one rank's share of a model on disk, in the form in which it is loaded.
-
-<stores>/<owner--name>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
-    rank-0/    manifest.json, layer-000.safetensors ... top.safetensors
-"""
+"""Shard stores: one rank's share of a model on disk, in the form in which it is loaded. Find, check and load them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,63 +16,9 @@ from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
+from kimi_mlx.store.store_folders import download_command, is_same_source, rank_folder, source_folder, stored_ranks
 from kimi_mlx.weights.assemble import MLX_TYPES, ProgressCallback, build_model, make_weight
 from kimi_mlx.weights.layer_plan import array_name
-
-MAX_NAME_BYTES = 200
-"""Maximum length of a folder name; file systems allow 255."""
-
-
-def file_name(number: int, num_layers: int) -> str:
-    """Return the file name of a layer; the top follows the last layer."""
-    return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
-
-
-def repository_stores(stores: Path, repository: str) -> Path:
-    """Return the folder of all stores of a repository or folder; long names are hashed."""
-    name = repository.strip("/").replace("/", "--")
-    if len(name.encode()) > MAX_NAME_BYTES:
-        name = name[-64:] + "-" + hashlib.sha256(repository.encode()).hexdigest()[:12]
-    return stores / name
-
-
-def repository_folder(stores: Path, origin: Origin) -> Path:
-    """Return the folder of all stores of one commit."""
-    return repository_stores(stores, origin.repository) / origin.commit[:12]
-
-
-def store_folder(stores: Path, origin: Origin, placement: Placement) -> Path:
-    """Return the folder of one placement's stores."""
-    prefix = folder_prefix(placement.strategy, placement.world_size)
-    return repository_folder(stores, origin) / f"{prefix}{placement.digest}"
-
-
-def folder_prefix(strategy: str, world_size: int) -> str:
-    """Return the common prefix of the folder names of a strategy's placements."""
-    return f"{strategy.replace(':', '_')}-{world_size}-"
-
-
-def read_folder_name(name: str) -> tuple[str, int] | None:
-    """Return strategy and number of ranks of a placement's folder; None for other folders."""
-    parts = name.rsplit("-", 2)
-    return (parts[0].replace("_", ":"), int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
-
-
-def download_command(name: str, ranks: int, strategy: str) -> str:
-    """Return the command that downloads a placement's stores, or resumes the download."""
-    option = "" if strategy == "hybrid" else f" --strategy {strategy}"
-    return f"kimi-mlx download {name} --ranks {ranks}{option}"
-
-
-def rank_folder(folder: Path, rank: int) -> Path:
-    """Return the folder of one rank's store."""
-    return folder / f"rank-{rank}"
-
-
-def stored_ranks(folder: Path) -> list[int]:
-    """Return the ranks with complete stores in a folder."""
-    numbers = (manifest.parent.name.removeprefix("rank-") for manifest in folder.glob(f"rank-*/{MANIFEST_NAME}"))
-    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 @dataclass(frozen=True)
@@ -97,10 +38,10 @@ class LocalStore:
     ranks: tuple[int, ...]
 
 
-def find_stores(stores: Path, repository: str) -> list[LocalStore]:
-    """Return all complete stores of a repository, newest first; broken ones are skipped."""
+def find_stores(stores: Path, source: str) -> list[LocalStore]:
+    """Return all complete stores of a repository or folder, newest first; unreadable ones are skipped."""
     found: list[tuple[float, LocalStore]] = []
-    for folder in repository_stores(stores, repository).glob("*/*-*-*"):
+    for folder in source_folder(stores, source).glob("*/*-*-*"):
         ranks = stored_ranks(folder)
         if not ranks or not (folder / "config.json").is_file():
             continue
@@ -109,8 +50,9 @@ def find_stores(stores: Path, repository: str) -> list[LocalStore]:
             manifest = read_manifest(path)
         except KimiMlxError:
             continue
-        store = LocalStore(folder, manifest.origin, manifest.placement, tuple(ranks))
-        found.append(((path / MANIFEST_NAME).stat().st_mtime, store))
+        if is_same_source(manifest.origin.repository, source):
+            store = LocalStore(folder, manifest.origin, manifest.placement, tuple(ranks))
+            found.append(((path / MANIFEST_NAME).stat().st_mtime, store))
     return [store for _, store in sorted(found, key=lambda item: -item[0])]
 
 
@@ -164,7 +106,7 @@ def load_store(
 
 
 def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:
-    """Return the files of a rank's store whose size or checksum differs from the manifest; reads all files."""
+    """Return the files of a rank's store whose size or checksum differs from the manifest. Reads all files."""
     broken: list[str] = []
     for file in manifest.files:
         path = rank_folder(folder, manifest.rank) / file.name

@@ -1,6 +1,6 @@
-"""Slices of a source file and the ranks that need them, in an order that every process computes alike.
+"""Slices of a source file and the ranks that need them. All processes compute the same list in the same order.
 
-A slice is sent as one run of bytes in C order, so that any chunk of it can be written on its own.
+The bytes of a slice are sent in C order, so that each chunk can be written as it arrives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SliceTransfer:
     Args:
         slice_copy: slice of a source tensor.
         size_bytes: bytes of the slice.
-        regions: for each rank, the place of the slice in its store.
+        regions: rank -> location of the slice in the rank's store.
     """
 
     slice_copy: SliceCopy
@@ -34,7 +34,7 @@ class SliceTransfer:
 
 
 PlanOfFile = Callable[[int, int], LayerPlan]
-"""(rank, number of a store file) -> plan of the file."""
+"""Function: (rank, number of a store file) -> plan of the file."""
 
 
 def slice_transfers(
@@ -46,10 +46,10 @@ def slice_transfers(
     """Return the slices that are taken from a source file.
 
     Args:
-        source: the source file, as the checkpoint's table names it.
+        source: path of the source file in the checkpoint's table.
         checkpoint: table of all tensors.
-        plan_of_file: plans of all ranks.
-        missing_files: for each rank, the store files that still need slices of this source file.
+        plan_of_file: plans of all store files of all ranks.
+        missing_files: rank -> store files that still need slices of this source file.
     """
     transfers: dict[object, SliceTransfer] = {}
     for rank, files in missing_files.items():

@@ -1,6 +1,6 @@
-"""Build one rank's store: files of known size, filled slice by slice in any order, finished one by one.
+"""Build one rank's store: create files of known size, fill them slice by slice in any order, finish one after another.
 
-The journal lets a killed build resume. Writing a slice twice does no harm.
+The journal lets a killed build resume; slices may then be written twice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,14 +16,14 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import rename_durably, sha256_of
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.disk import allocated_bytes, write_error
-from kimi_mlx.store.journal import Journal
+from kimi_mlx.store.journal import BuildState, Journal
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
-from kimi_mlx.store.stores import file_name
+from kimi_mlx.store.store_folders import file_name
 from kimi_mlx.weights.file_regions import FileRegion, layer_layout
 from kimi_mlx.weights.layer_plan import LayerPlan
 
 MAX_OPEN_FILES = 16
-"""Per rank: systems allow 256 open files by default, and a store has hundreds."""
+"""Maximum number of open files per rank: macOS allows a process 256 by default, and a store has up to 62 per rank."""
 
 
 class RankWriter:
@@ -35,8 +34,8 @@ class RankWriter:
         origin: repository and commit.
         placement: shares of all ranks.
         rank: number of the rank.
-        plan: function from the number of a layer (or of the top) to its plan for this rank.
-        sources_of_file: for each file of the store, the numbers of the source files that fill it.
+        plan: number of a store file -> its plan for this rank.
+        sources_of_file: for each store file, the numbers of the source files that it is made from.
     """
 
     def __init__(
@@ -59,7 +58,14 @@ class RankWriter:
         self._finished: dict[int, StoredFile] = {}
         self._written_sources: set[int] = set()
         self._lock = -1
-        self._journal = Journal(folder)
+        identity = {
+            "format": FORMAT,
+            "repository": origin.repository,
+            "commit": origin.commit,
+            "placement": placement.to_dict(),
+            "rank": rank,
+        }
+        self._journal = Journal(folder, identity)
 
     def __enter__(self) -> RankWriter:
         """Lock the folder, read the journal and keep the finished files."""
@@ -101,12 +107,12 @@ class RankWriter:
 
     @property
     def missing_bytes(self) -> int:
-        """Disk space that the unfinished files still need."""
+        """Disk space still needed by the unfinished files."""
         sizes = {number: layer_layout(self._plan(number)).size_bytes for number in self.unfinished}
         return sum(size - allocated_bytes(self._part(number)) for number, size in sizes.items())
 
     def needs_source(self, source: int) -> bool:
-        """Return whether a source file has slices for this rank that are not written yet."""
+        """Return whether slices of a source file are still to be written for this rank."""
         return source not in self._written_sources and any(
             source in self._sources_of_file[number] for number in self.unfinished
         )
@@ -115,8 +121,8 @@ class RankWriter:
         """Write a chunk of a slice.
 
         Args:
-            region: place of the whole slice.
-            offset: first byte of the chunk within the slice.
+            region: location of the whole slice in the store.
+            offset: offset of the chunk within the slice, in bytes.
             data: (bytes,) uint8.
 
         Raises:
@@ -158,7 +164,7 @@ class RankWriter:
         """Remove broken files from the store, so that they are built again.
 
         Args:
-            names: file names. The manifest's name stands for all files whose checksum differs from the journal.
+            names: file names. With the manifest's name, every file whose checksum differs from the journal is removed.
         """
         if MANIFEST_NAME in names:
             finished = self._finished.values()
@@ -210,29 +216,22 @@ class RankWriter:
     def _part(self, number: int) -> Path:
         return self.folder / (file_name(number, self._top) + ".part")
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "repository": self._origin.repository,
-            "commit": self._origin.commit,
-            "placement": self._placement.to_dict(),
-            "rank": self.rank,
-        }
-
     def _read_journal(self) -> None:
-        """Restore the state of an earlier build, as far as its files still exist."""
-        lines = self._journal.read()
-        known: dict[int, str] = {}
-        if lines and lines[0] != self._identity():  # another version or commit
+        """Restore the state of an earlier build, as far as its files still exist.
+
+        Raises:
+            WeightsError: the folder contains a store of another source.
+        """
+        state = self._journal.read()
+        if state is None:
+            state = BuildState()
             for path in self.folder.glob("*.safetensors*"):
                 path.unlink()
-        elif lines:
-            self._written_sources = {line["source"] for line in lines if "source" in line}
-            known = {line["file"]: line["sha256"] for line in lines if "file" in line}
+        self._written_sources = state.sources
         for number in range(self._top + 1):
             if self._is_finished(number):
                 path = self.folder / file_name(number, self._top)
-                checksum = known.get(number) or sha256_of(path)  # killed between rename and record
+                checksum = state.checksums.get(number) or sha256_of(path)  # none if killed between rename and record
                 self._finished[number] = stored_file(self._plan(number), path.name, path.stat().st_size, checksum)
             elif not self._part(number).is_file():  # the file is gone, so its sources must be written again
                 self._written_sources -= self._sources_of_file[number]
@@ -246,4 +245,4 @@ class RankWriter:
         return path.is_file() and path.stat().st_size == layer_layout(self._plan(number)).size_bytes
 
     def _rewrite_journal(self) -> None:
-        self._journal.rewrite(self._identity(), sorted(self._written_sources), self._finished.items())
+        self._journal.rewrite(sorted(self._written_sources), self._finished.items())

@@ -21,7 +21,7 @@ from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.stores import rank_folder
+from kimi_mlx.store.store_folders import rank_folder
 from kimi_mlx.units import GB, format_bytes
 
 Progress = Callable[[str, int, int], None]

@@ -20,7 +20,7 @@ from kimi_mlx.cluster.network.links import LinkSpeed, Network
 from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.links import measured_link
-from kimi_mlx.store.locate import resolve_model_name
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.command import call
 

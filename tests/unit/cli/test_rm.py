@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
-from kimi_mlx.store.locate import near_aliases, resolve_model_name
+from kimi_mlx.store.model_ref import resolve_model_name, similar_aliases
 from kimi_mlx.store.remove import REMOVED_SUFFIX, find_removable, remove
 from tests.fakes import KIMI_MINI
 
@@ -114,16 +114,16 @@ def test_a_link_is_left_alone(machine: Path) -> None:
     ],
 )
 def test_a_misspelled_name_gets_near_names(name: str, near: str) -> None:
-    assert near_aliases(name)[0] == near
+    assert similar_aliases(name)[0] == near
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-4o", "hello", "", "x"])
 def test_a_name_far_from_all_gets_none(name: str) -> None:
-    assert near_aliases(name) == []
+    assert similar_aliases(name) == []
 
 
 def test_refused_models_are_not_suggested() -> None:
-    assert "kimi-k3" not in near_aliases("kimi-k4")
+    assert "kimi-k3" not in similar_aliases("kimi-k4")
 
 
 def test_the_root_folder_has_no_stores(machine: Path) -> None:

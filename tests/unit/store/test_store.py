@@ -1,4 +1,4 @@
-"""Shard stores: they hold each rank's share exactly, go on after any interruption, and notice damage."""
+"""Shard stores: they hold each rank's share exactly, resume after any interruption, and damage is detected."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ from kimi_mlx.store.disk import check_space
 from kimi_mlx.store.download import StoreOptions, build, find_built_stores, open_build_job
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import Journal
-from kimi_mlx.store.locate import find_local_model, resolve_model_name
+from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.manifest import Manifest, read_manifest
-from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest, rank_folder
+from kimi_mlx.store.model_ref import resolve_model_name
+from kimi_mlx.store.store_folders import rank_folder
+from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest
 from kimi_mlx.store.transfers import split_into_chunks
 from kimi_mlx.store.writer import RankWriter
 from kimi_mlx.weights.assemble import load_model
@@ -55,7 +57,7 @@ def checksums(manifests: list[Manifest]) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts and experts quantized in several ways, so that some stay side by side."""
+    """Parts and experts with different quantization, so that some are not fused."""
     folder, golden = tmp_path_factory.mktemp("overrides"), load_golden("k2")
     own = {
         "model.layers.1.mlp.shared_experts.gate_proj": {"bits": 8, "group_size": 32},
@@ -83,7 +85,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int4-k2.5", 2, "pipeline"),
     ],
 )
-def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
+def test_a_store_equals_the_share_loaded_from_the_checkpoint(
     name: str, ranks: int, strategy: str, overrides: Path, tmp_path: Path
 ) -> None:
     source = {"mini": KIMI_MINI, "overrides": overrides}.get(name, FORMATS / name)
@@ -91,9 +93,11 @@ def test_a_store_holds_what_a_rank_would_cut_out_of_the_checkpoint(
     config = load_config(source)
     for rank, share in enumerate(job.placement.shares):
         stored = dict(tree_flatten(load_stored(job, rank).parameters()))
-        cut = dict(tree_flatten(load_model(source, config, mx.float32, share).parameters()))
-        assert stored.keys() == cut.keys()
-        assert all(stored[key].dtype == cut[key].dtype and mx.array_equal(stored[key], cut[key]) for key in cut)
+        loaded = dict(tree_flatten(load_model(source, config, mx.float32, share).parameters()))
+        assert stored.keys() == loaded.keys()
+        assert all(
+            stored[key].dtype == loaded[key].dtype and mx.array_equal(stored[key], loaded[key]) for key in loaded
+        )
 
 
 def load_stored(job: BuildJob, rank: int) -> Model:
@@ -101,16 +105,18 @@ def load_stored(job: BuildJob, rank: int) -> Model:
     return load_store(job.folder, manifest, load_config(job.folder), mx.float32)
 
 
-def test_fp8_is_stored_as_the_type_the_model_computes_in(tmp_path: Path) -> None:
+def test_fp8_is_stored_in_the_compute_type(tmp_path: Path) -> None:
     source = FORMATS / "fp8"
     job, manifests = build_all(source, tmp_path, 2)
     dtypes = {
         a.dtype for f in manifests[0].files for parts in f.entries.values() for w in parts for a in w.arrays.values()
     }
-    assert dtypes == {"BF16", "F32"}  # F32: the router's bias alone
+    assert dtypes == {"BF16", "F32"}  # F32: only the bias of the router
     stored = dict(tree_flatten(load_stored(job, 0).parameters()))
-    cut = dict(tree_flatten(load_model(source, load_config(source), mx.float32, job.placement.shares[0]).parameters()))
-    for name, exact in cut.items():
+    loaded = dict(
+        tree_flatten(load_model(source, load_config(source), mx.float32, job.placement.shares[0]).parameters())
+    )
+    for name, exact in loaded.items():
         rounded = exact if name.endswith("e_score_correction_bias") else exact.astype(mx.bfloat16).astype(mx.float32)
         assert mx.array_equal(stored[name], rounded), name
 
@@ -123,25 +129,25 @@ def test_every_array_is_covered_exactly_once(name: str, strategy: str, overrides
     for file in range(job.num_layers + 1):
         for rank in range(2):
             for array_name, array in job.plan(rank, file).arrays():
-                painted = np.zeros(as_shape3(array.shape), np.uint8)
+                covered = np.zeros(as_shape3(array.shape), np.uint8)
                 for copy in array.copies:
                     members, rows, columns = copy.shape
-                    assert columns == painted.shape[2]
-                    painted[copy.member : copy.member + members, copy.row : copy.row + rows] += 1
-                assert (painted == 1).all(), array_name
+                    assert columns == covered.shape[2]
+                    covered[copy.member : copy.member + members, copy.row : copy.row + rows] += 1
+                assert (covered == 1).all(), array_name
 
 
 @pytest.mark.parametrize("strategy", ["pipeline", "pipeline:1:2"])
-def test_a_store_of_a_pipeline_holds_its_layers_and_needs_no_files_of_others(strategy: str, tmp_path: Path) -> None:
+def test_a_pipeline_store_has_only_its_layers_and_needs_only_their_files(strategy: str, tmp_path: Path) -> None:
     source = tmp_path / "checkpoint"
-    write_synthetic(source, synthetic_config("deep", num_hidden_layers=4))  # a file a layer, and one for the top
+    write_synthetic(source, synthetic_config("deep", num_hidden_layers=4))  # one file per layer, and one for the top
     job, manifests = build_all(source, tmp_path / "stores", 2, strategy)
     for rank, (share, manifest) in enumerate(zip(job.placement.shares, manifests, strict=True)):
         layers = range(share.layers.start, share.layers.stop)
-        held = [number for number, file in enumerate(manifest.files) if file.entries]
-        assert held == [*layers, *([job.num_layers] if rank == 0 else [])]
-        sources = {job.files[number] for feed in job.sources_of_file(rank) for number in feed}
-        assert len(sources) == len(held)
+        stored = [number for number, file in enumerate(manifest.files) if file.entries]
+        assert stored == [*layers, *([job.num_layers] if rank == 0 else [])]
+        sources = {job.files[number] for files in job.sources_of_file(rank) for number in files}
+        assert len(sources) == len(stored)
         sizes = {path.name: path.stat().st_size for path in rank_folder(job.folder, rank).glob("*.safetensors")}
         held_bytes = sum(job.source.contents.sizes[name] for name in sources)
         assert sum(sizes.values()) == pytest.approx(held_bytes, rel=0.01)
@@ -166,13 +172,13 @@ def test_repair_in_a_pipeline_fetches_only_the_files_of_the_layer(
 
 
 class Interrupted(BaseException):
-    """What the tests stop a build with."""
+    """Raised to interrupt a build."""
 
 
 @pytest.fixture(scope="module")
-def whole(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """What comes out of a build that is left alone."""
-    return checksums(build_all(overrides, tmp_path_factory.mktemp("whole"), 2)[1])
+def uninterrupted(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Checksums of an uninterrupted build."""
+    return checksums(build_all(overrides, tmp_path_factory.mktemp("uninterrupted"), 2)[1])
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -180,7 +186,7 @@ def whole(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> list[lis
 def test_a_build_resumes_after_any_interruption(
     moments: list[int],
     overrides: Path,
-    whole: list[list[str]],
+    uninterrupted: list[list[str]],
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -195,11 +201,11 @@ def test_a_build_resumes_after_any_interruption(
                 patch.setattr(module, "rename_durably", interrupted(module.rename_durably, steps, moment))
             build_all(overrides, stores, 2)
     _, resumed = build_all(overrides, stores, 2)
-    assert checksums(resumed) == whole
+    assert checksums(resumed) == uninterrupted
 
 
 def interrupted(method: Callable[..., object], steps: Iterator[int], moment: int) -> Callable[..., object]:
-    """The method, which ends everything at a step."""
+    """Return the method with an interruption at one step."""
 
     def call(*arguments: object) -> object:
         if next(steps) == moment:
@@ -221,9 +227,7 @@ def watch_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return fetched
 
 
-def test_repair_makes_only_what_is_broken_anew(
-    overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repair_rebuilds_only_broken_files(overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, before = build_all(overrides, tmp_path, 2)
     top = rank_folder(job.folder, 1) / "top.safetensors"
     data = bytearray(top.read_bytes())
@@ -286,12 +290,12 @@ def damage_shape(folder: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [damage_size, damage_missing, damage_header, damage_manifest, damage_format, damage_shape]
 )
-def test_damage_is_named_at_load(damage: Callable[[Path], str], tmp_path: Path) -> None:
+def test_load_reports_damage(damage: Callable[[Path], str], tmp_path: Path) -> None:
     job, _ = build_all(KIMI_MINI, tmp_path, 1)
-    words = damage(rank_folder(job.folder, 0))
-    with pytest.raises(WeightsError, match=words) as caught:
+    message = damage(rank_folder(job.folder, 0))
+    with pytest.raises(WeightsError, match=message) as raised:
         load_share(job.folder, load_config(job.folder))
-    assert "download" in (caught.value.hint or "")
+    assert "download" in (raised.value.hint or "")
 
 
 def test_another_placement_is_refused(tmp_path: Path) -> None:
@@ -302,7 +306,7 @@ def test_another_placement_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["expert:1:1", "expert:6:6", "pipeline:4:2", "hybrid:1:1"])
-def test_a_strategy_is_found_however_it_is_written(
+def test_equivalent_spellings_of_a_strategy_find_the_store(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path))
@@ -364,26 +368,24 @@ def test_stores_are_found_by_repository(tmp_path: Path) -> None:
 
 
 @given(sizes=st.dictionaries(st.integers(0, 100), st.integers(0, 10**10), max_size=40), processes=st.integers(1, 8))
-def test_files_are_dealt_out_evenly(sizes: dict[int, int], processes: int) -> None:
-    hands = assign_files(sizes, processes)
-    assert sorted(number for hand in hands for number in hand) == sorted(sizes)
-    loads = [sum(sizes[number] for number in hand) for hand in hands]
+def test_files_are_assigned_evenly(sizes: dict[int, int], processes: int) -> None:
+    assignments = assign_files(sizes, processes)
+    assert sorted(number for files in assignments for number in files) == sorted(sizes)
+    loads = [sum(sizes[number] for number in files) for files in assignments]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
 
 
 @given(shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 5)), limit=st.integers(1, 200))
-def test_pieces_are_the_bytes_in_order(shape: tuple[int, int, int], limit: int) -> None:
+def test_chunks_are_the_bytes_in_order(shape: tuple[int, int, int], limit: int) -> None:
     wide = np.arange(np.prod(shape) * 2, dtype=np.uint32).reshape(*shape[:2], -1)
     part = wide[..., : shape[2]]
-    found = b"".join(piece.tobytes() for _, piece in split_into_chunks(part, limit))
+    joined = b"".join(chunk.tobytes() for _, chunk in split_into_chunks(part, limit))
     offsets = [offset for offset, _ in split_into_chunks(part, limit)]
-    assert found == np.ascontiguousarray(part).tobytes()
+    assert joined == np.ascontiguousarray(part).tobytes()
     assert offsets == sorted(set(offsets))
 
 
-def test_a_store_of_a_folder_is_found_as_long_as_the_folder_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_of_a_folder_is_found_until_the_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
     folder = shutil.copytree(FORMATS / "bf16", tmp_path / "model")
     job, _ = build_all(folder, tmp_path / "stores", 2)
@@ -413,15 +415,15 @@ def test_an_unexpected_error_ends_the_build(tmp_path: Path, monkeypatch: pytest.
         build_all(KIMI_MINI, tmp_path, 2)
 
 
-def test_few_files_are_open_at_a_time(overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, whole = build_all(overrides, tmp_path / "whole", 2)
+def test_the_number_of_open_files_is_limited(overrides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, uninterrupted = build_all(overrides, tmp_path / "uninterrupted", 2)
     monkeypatch.setattr("kimi_mlx.store.writer.MAX_OPEN_FILES", 1)
     _, manifests = build_all(overrides, tmp_path / "one", 2)
-    assert checksums(manifests) == checksums(whole)
+    assert checksums(manifests) == checksums(uninterrupted)
 
 
 @pytest.mark.parametrize("rows", [("", ""), ('{"message": "m", "hint": "h"}', ""), ("{", "")])
-def test_a_failure_of_one_host_is_raised_by_all(rows: tuple[str, str]) -> None:
+def test_an_error_on_one_host_is_raised_on_all(rows: tuple[str, str]) -> None:
     others = [np.frombuffer(row.encode().ljust(ERROR_BYTES), np.uint8) for row in rows]
     group = FixedGather(rank=1, size=3, others=others)
     if not any(rows):
@@ -431,7 +433,7 @@ def test_a_failure_of_one_host_is_raised_by_all(rows: tuple[str, str]) -> None:
         run_on_all_ranks(group, lambda: 5)
 
 
-def test_hosts_that_differ_refuse_to_work_together() -> None:
+def test_hosts_with_different_versions_refuse_to_start() -> None:
     group = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
     with pytest.raises(WeightsError, match="rank 1 has another version than rank 0"):
-        check_same_on_all_ranks(group, "0.1.0", "version", "mend it")
+        check_same_on_all_ranks(group, "0.1.0", "version", "update it")

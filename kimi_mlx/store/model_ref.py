@@ -1,0 +1,106 @@
+"""Model names: aliases, folders and repositories. Resolving a name sends no requests."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
+
+SIMILAR_NAME_RATIO = 0.7
+"""difflib's similarity from which an alias is suggested: `kimi-k25` suggests `kimi-k2.5`, `llama` suggests nothing."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A resolved model name: a folder or a repository.
+
+    Args:
+        name: name as the user typed it.
+        folder: folder given by the user, or bundled with the package; None for a repository.
+        repository: repository on the hub; None for a folder.
+        entry: catalogue entry; None if not in the catalogue.
+    """
+
+    name: str
+    folder: Path | None
+    repository: str | None
+    entry: CatalogueEntry | None
+
+    @property
+    def source(self) -> Path | str:
+        """Folder, or else repository."""
+        source = self.folder or self.repository
+        assert source is not None
+        return source
+
+
+def resolve_model_name(name: str) -> ModelRef:
+    """Resolve a model name.
+
+    Args:
+        name: alias, folder, or repository `owner/name`.
+
+    Raises:
+        UsageError: unknown name (the message suggests similar ones), or an unsupported model.
+    """
+    for entry in catalogue():
+        if name == entry.alias and entry.refused is None:
+            folder = entry.packaged_folder()
+            if folder is not None and not (folder / "config.json").is_file():
+                raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
+            return ModelRef(name, folder, entry.repository, entry)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
+        return ModelRef(name, Path(path), None, None)
+    for entry in catalogue():
+        if entry.refused is not None and _has_version(name, entry):
+            raise UsageError(
+                f"`{name}` is a version of {entry.title}, which is not supported: {entry.refused}",
+                hint="use a model of the K2 family: `kimi-mlx models` lists them",
+            )
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
+        return _resolve_repository(name)
+    raise unknown_model_error(name)
+
+
+def _resolve_repository(name: str) -> ModelRef:
+    repository, mark, revision = name.partition("@")
+    if mark:
+        raise UsageError(
+            f"`{name}`: a model name has no revision",
+            hint=f"run `kimi-mlx download {repository} --revision {revision}`, then use the folder that it prints",
+        )
+    return ModelRef(name, None, name, find_entry(name))
+
+
+def unknown_model_error(name: str) -> UsageError:
+    """Return the error for an unknown name, with suggestions."""
+    if name.startswith((".", "/", "~")):
+        return UsageError(f"there is no folder `{name}`", hint="check the path; `kimi-mlx models` lists known models")
+    similar = similar_aliases(name)
+    question = f"did you mean {' or '.join(f'`{alias}`' for alias in similar)}? " if similar else ""
+    return UsageError(
+        f"there is no model `{name}`",
+        hint=f"{question}`kimi-mlx models` lists the known models; a folder or a repository `owner/name` works too",
+    )
+
+
+def similar_aliases(name: str) -> list[str]:
+    """Return the aliases that a misspelled name may mean, the most similar first."""
+    aliases = {re.sub(r"[^a-z0-9]", "", entry.alias): entry.alias for entry in catalogue() if entry.refused is None}
+    typed = re.sub(r"[^a-z0-9]", "", name.lower())
+    similar = difflib.get_close_matches(typed, aliases, n=3, cutoff=SIMILAR_NAME_RATIO)
+    if not similar and len(typed) > 1:
+        similar = [alias for alias in aliases if alias.endswith(typed)]  # `k2.5`, `thinking`
+    return [aliases[alias] for alias in similar]
+
+
+def _has_version(name: str, entry: CatalogueEntry) -> bool:
+    """Return whether a name, such as `mlx-community/Kimi_K3_4bit`, contains the version of the entry's alias, `k3`."""
+    version = entry.alias.split("-")[-1]
+    return version in name.lower().replace("_", "-").split("/")[-1].split("-")
