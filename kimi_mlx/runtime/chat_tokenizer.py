@@ -14,6 +14,7 @@ from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import OutputParser, opens_reasoning
 from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
 from kimi_mlx.text.tokenizer import TokenIdTokenizer, Tokenizer
+from kimi_mlx.text.tool_calls import names_of
 
 DEFAULT_TEMPERATURE = 0.6
 """Temperature if neither `generation_config.json` nor the catalogue sets one: the value on K2's model cards."""
@@ -118,9 +119,14 @@ class ChatTokenizer:
             )
         return self.template.encode(self.tokenizer, messages, tools, **template_kwargs)
 
-    def output_parser(self, prompt: Sequence[int]) -> OutputParser:
-        """Return a parser for the answer to a prompt."""
-        return OutputParser(self.tokenizer, opens_reasoning(self.tokenizer, prompt))
+    def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
+        """Return a parser for the answer to a prompt.
+
+        Args:
+            prompt: token ids of the prompt.
+            tools: OpenAI-style tools that the model may call.
+        """
+        return OutputParser(self.tokenizer, opens_reasoning(self.tokenizer, prompt), names_of(tools))
 
 
 def _sampling(path: Path, generation: Mapping[str, Any], defaults: Mapping[str, float]) -> Sampling:

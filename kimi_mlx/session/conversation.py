@@ -74,7 +74,8 @@ class Conversation:
         try:
             prompt = self._prompt([*system, *self.messages])
             request = make_request(self._tokenizer, prompt, self.options)
-            for event in parse_events(self._session.generate(request), self._tokenizer.output_parser(prompt)):
+            parser = self._tokenizer.output_parser(prompt, self.options.tools)
+            for event in parse_events(self._session.generate(request), parser):
                 if isinstance(event, Delta):
                     answer = answer + event
                 elif isinstance(event, Finished) and (answer or event.reason != "cancelled"):
@@ -124,7 +125,7 @@ def stream(
     """
     prompt = tokenizer.apply_chat_template(messages, tools, **template_kwargs)
     request = make_request(tokenizer, prompt, ChatOptions(max_tokens, sampling))
-    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt)):
+    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt, tools)):
         if isinstance(event, Delta):
             yield event
 

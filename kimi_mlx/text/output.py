@@ -9,18 +9,19 @@ end of the answer.
 
 A call is returned twice: in deltas while the model writes it, starting when its id is complete, and as a whole when it
 is closed. Only then is it known if its arguments are JSON. If they are not, an UnparsedToolCall with the same index
-follows the deltas. A call that names no tool has no deltas, only an UnparsedToolCall.
+follows the deltas. A call that names no tool has no deltas, only an UnparsedToolCall. Arguments that do not begin with
+`{` are held back until the call is closed: they may be blank, or an object that was encoded twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum, auto
 
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall, join
 from kimi_mlx.text.tokenizer import Tokenizer
-from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, parse_tool_call, tool_name
+from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, normalize_arguments, parse_tool_call, tool_name
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -46,9 +47,11 @@ def opens_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
     return bool(prompt) and prompt[-1] == tokenizer.special_tokens.get(THINK_BEGIN)
 
 
-def parse(tokenizer: Tokenizer, ids: Iterable[int], starts_in_reasoning: bool = False) -> Delta:
+def parse(
+    tokenizer: Tokenizer, ids: Iterable[int], starts_in_reasoning: bool = False, tool_names: Collection[str] = ()
+) -> Delta:
     """Return a whole answer as one delta, equal to the sum of its streamed deltas."""
-    parser = OutputParser(tokenizer, starts_in_reasoning)
+    parser = OutputParser(tokenizer, starts_in_reasoning, tool_names)
     return join([*(parser.add(token_id) for token_id in ids), parser.finish()])
 
 
@@ -58,9 +61,10 @@ class OutputParser:
     Args:
         tokenizer: tokenizer of the model.
         starts_in_reasoning: True if the prompt ends in `<think>`.
+        tool_names: names of the tools that the model may call, for ids that are not quite right.
     """
 
-    def __init__(self, tokenizer: Tokenizer, starts_in_reasoning: bool):
+    def __init__(self, tokenizer: Tokenizer, starts_in_reasoning: bool, tool_names: Collection[str] = ()):
         self._tokenizer = tokenizer
         self._decoder = tokenizer.detokenizer()
         self._markers = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
@@ -68,6 +72,9 @@ class OutputParser:
         self._held = ""  # text that may become a misspelled marker
         self._call_id: list[str] = []
         self._arguments: list[str] = []
+        self._is_object: bool | None = None  # whether the arguments begin with `{`; None while they are blank
+        self._num_emitted = 0  # parts of the arguments that are in deltas
+        self._tool_names = frozenset(tool_names)
         self._index: int | None = None  # of the open call, once its name is known
         self._num_named_calls = 0
         self._new_text = ""
@@ -91,7 +98,7 @@ class OutputParser:
 
     def finish(self) -> Delta:
         """Close everything still open and return the last delta. Call it after the last token."""
-        self._end()
+        self._end(is_truncated=True)
         return self._pop_delta()
 
     def _decode(self, token_id: int) -> str:
@@ -111,6 +118,8 @@ class OutputParser:
             self._emit_held(before_call=True)
             self._state = State.CALL_ID
         elif marker == CALL_END and in_call:
+            if self._state is State.CALL_ID:
+                self._begin_call_without_marker()
             self._close_call(is_cut_off=False)
             self._state = State.SECTION
         elif marker == SECTION_BEGIN:
@@ -178,30 +187,56 @@ class OutputParser:
     def _name_call(self) -> None:
         """Add the first delta of the open call if its id names a tool."""
         call_id = "".join(self._call_id).strip()
-        name = tool_name(call_id)
+        name = tool_name(call_id, self._tool_names)
         if name:
             self._index = self._num_named_calls
             self._num_named_calls += 1
             self._new_call_deltas.append(ToolCallDelta(self._index, call_id, name))
 
+    def _begin_call_without_marker(self) -> None:
+        """Accept a call that consists of an id only, if it names an offered tool."""
+        if tool_name("".join(self._call_id), self._tool_names) in self._tool_names:
+            self._state = State.ARGUMENTS
+            self._name_call()
+
     def _add_arguments(self, text: str) -> None:
         self._arguments.append(text)
-        if self._index is not None:
+        if self._is_object is None and text.strip():
+            self._is_object = text.lstrip().startswith("{")
+        if self._is_object:
+            self._emit_arguments("".join(self._arguments[self._num_emitted :]))
+            self._num_emitted = len(self._arguments)
+
+    def _emit_arguments(self, text: str) -> None:
+        if text and self._index is not None:
             self._new_call_deltas.append(ToolCallDelta(self._index, arguments=text))
 
-    def _close_call(self, is_cut_off: bool) -> None:
+    def _close_call(self, is_cut_off: bool, is_truncated: bool = False) -> None:
+        """End the open call, if there is one.
+
+        Args:
+            is_cut_off: True if the model did not close it.
+            is_truncated: True if the answer was ended before the model could close it.
+        """
         if self._state not in (State.CALL_ID, State.ARGUMENTS):
             return
-        arguments = "".join(self._arguments) if self._state is State.ARGUMENTS else None
-        self._new_calls.append(parse_tool_call("".join(self._call_id), arguments, is_cut_off, self._index))
+        arguments = None
+        if self._state is State.ARGUMENTS:
+            arguments = "".join(self._arguments)
+            if not self._is_object:
+                arguments = arguments if is_truncated else normalize_arguments(arguments)
+                self._emit_arguments(arguments)
+        call_id = "".join(self._call_id)
+        self._new_calls.append(parse_tool_call(call_id, arguments, is_cut_off, self._index, self._tool_names))
         self._call_id, self._arguments, self._index = [], [], None
+        self._is_object, self._num_emitted = None, 0
         self._state = State.SECTION
 
-    def _end(self) -> None:
+    def _end(self, is_truncated: bool = False) -> None:
         if self._state is State.ENDED:
             return
         self._add_text(self._decoder.finish())
-        self._close_call(is_cut_off=True)
+        self._close_call(is_cut_off=True, is_truncated=is_truncated)
         self._emit_held()
         self._state = State.ENDED
 

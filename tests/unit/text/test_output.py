@@ -14,6 +14,7 @@ from kimi_mlx.text.messages import Delta, Message, ToolCall, ToolCallDelta, Unpa
 from kimi_mlx.text.output import OutputParser, opens_reasoning, parse
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
+from kimi_mlx.text.tool_calls import normalize_arguments, tool_name
 from tests.unit.text.vocabularies import SPECIAL, small_ranks, write_tokenizer
 
 MINI = ChatTemplate.load(Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini")
@@ -134,7 +135,7 @@ def test_answers_of_kimi(tokenizer: Tokenizer, case: str):
             f'f:0{ARGUMENTS}{{"a": NaN}}',
             "arguments are not JSON",
         ),
-        ((CALL, "f:0", ARGUMENTS, CALL_END), f"f:0{ARGUMENTS}", "arguments are not JSON"),
+        ((CALL, "f:0", ARGUMENTS), f"f:0{ARGUMENTS}", "the call is not closed: arguments are not JSON"),
         ((CALL, "functions.:0", ARGUMENTS, "{}", CALL_END), f"functions.:0{ARGUMENTS}{{}}", "no tool name"),
         ((CALL, "f:0", CALL_END), "f:0", "no arguments"),
         ((CALL,), "", "the call is not closed: no arguments"),
@@ -153,6 +154,88 @@ def test_invalid_calls_are_returned_with_their_text_and_reason(
     is_call = bool(marker) and named != "functions.:0"
     assert whole.tool_call_deltas == ((ToolCallDelta(0, "f:0", "f", arguments),) if is_call else ())
     assert broken.index == (0 if is_call else None)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("", "{}"),
+        (" \n", "{}"),
+        ("null", "{}"),
+        ('""', "{}"),
+        ('"{\\"a\\": 1}"', '{"a": 1}'),
+        (json.dumps(json.dumps('{"a": "é"}')), '{"a": "é"}'),
+        (' {"a": "{}"} ', ' {"a": "{}"} '),
+    ],
+)
+def test_blank_arguments_and_arguments_encoded_twice_become_an_object(tokenizer: Tokenizer, written: str, meant: str):
+    for ending in ((CALL_END,), (SECTION_END,), ("<|im_end|>",), (CALL,)):
+        whole = parse(tokenizer, ids_of(tokenizer, SECTION, CALL, "functions.f:0", ARGUMENTS, written, *ending))
+        assert whole.tool_calls[0] == call("f", 0, meant)
+        assert_deltas_match_calls(whole)
+
+
+def test_arguments_that_are_cut_off_before_they_begin_are_no_call(tokenizer: Tokenizer):
+    for written in ("", " ", '"{}"'):
+        (broken,) = parse(tokenizer, ids_of(tokenizer, SECTION, CALL, "functions.f:0", ARGUMENTS, written)).tool_calls
+        assert isinstance(broken, UnparsedToolCall)
+
+
+TOOLS = ("exec", "get_weather", "mcp__git__log", "Read", "a.b")
+
+
+@pytest.mark.parametrize(
+    ("call_id", "name"),
+    [
+        ("functions.exec:0", "exec"),
+        ("functionsexec5", "exec"),
+        ("functions.exec5", "exec"),
+        ("functions.exec.5", "exec"),
+        ("functions exec:5", "exec"),
+        ("functions_get_weather_1", "get_weather"),
+        ("function.get_weather:1", "get_weather"),
+        ("get_weather", "get_weather"),
+        ("functions.get-weather:0", "get_weather"),
+        ("functions.read:2", "Read"),
+        ("functions.mcp_git_log:3", "mcp__git__log"),
+        ("functions.a.b:12", "a.b"),
+        ("call_get_weather_7f3a", "get_weather"),
+        ("call-exec-5", "exec"),
+        ("toolu_mcp__git__log", "mcp__git__log"),
+        # nothing fits, so the name stays as it was written
+        ("functions.search:0", "search"),
+        ("functions.exec_all:0", "exec_all"),
+        ("call_7f3a", "call_7f3a"),
+        ("call_exec_or_Read", "call_exec_or_Read"),
+        ("functions.:0", ""),
+    ],
+)
+def test_an_id_that_is_not_quite_right_names_the_tool_that_fits(tokenizer: Tokenizer, call_id: str, name: str):
+    assert tool_name(call_id, TOOLS) == name
+    ids = ids_of(tokenizer, SECTION, CALL, "=" + call_id, ARGUMENTS, "{}", CALL_END)
+    whole = parse(tokenizer, ids, tool_names=TOOLS)
+    assert [part.name for part in whole.tool_call_deltas] == ([name] if name else [])
+    assert [part.name for part in whole.tool_calls if isinstance(part, ToolCall)] == ([name] if name else [])
+
+
+def test_an_id_that_fits_several_tools_names_none_of_them():
+    assert tool_name("functionsexec5", ("exec", "exec5")) == "functionsexec5"
+    assert tool_name("functions.EXEC:5", ("exec", "Exec")) == "EXEC"
+    assert tool_name("call_get_weather_1", ("get_weather", "weather")) == "get_weather"
+    assert tool_name("functions.python30", ("python3",)) == "python3"
+    assert tool_name("functionsexec5") == "functionsexec5"
+
+
+@given(name=st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,12}", fullmatch=True), names=st.lists(st.text(max_size=8)))
+def test_a_right_id_always_names_its_own_tool(name: str, names: list[str]):
+    assert tool_name(f"functions.{name}:3", [*names, name]) == name
+    assert tool_name(name, [*names, name]) == name
+
+
+def test_a_call_of_an_offered_tool_needs_no_argument_marker(tokenizer: Tokenizer):
+    ids = ids_of(tokenizer, SECTION, CALL, "functions.exec:0", CALL_END, SECTION_END)
+    whole = parse(tokenizer, ids, tool_names=TOOLS)
+    assert whole == answer(tool_calls=(call("exec"),))
 
 
 @pytest.mark.parametrize("arguments", ["[" * 100_000, "1" * 10_000, '{"a": ' + "9" * 10_000 + "}"])
@@ -194,11 +277,10 @@ def test_a_call_is_streamed_in_deltas(tokenizer: Tokenizer):
     assert deltas[0] == Delta(tool_call_deltas=(ToolCallDelta(0, "functions.f:7", "f"),))
     assert deltas[1:8] == [Delta(tool_call_deltas=(ToolCallDelta(0, arguments=text),)) for text in '{"a":1}']
     assert deltas[8] == Delta(tool_calls=(ToolCall("functions.f:7", "f", '{"a":1}'),))
-    assert deltas[9:] == [
-        Delta(tool_call_deltas=(ToolCallDelta(1, "functions.f:0", "f"),)),
-        Delta(tool_call_deltas=(ToolCallDelta(1, arguments="x"),)),
-    ]
-    (broken,) = parser.finish().tool_calls
+    assert deltas[9:] == [Delta(tool_call_deltas=(ToolCallDelta(1, "functions.f:0", "f"),))]
+    last = parser.finish()
+    (broken,) = last.tool_calls
+    assert last.tool_call_deltas == (ToolCallDelta(1, arguments="x"),)
     assert isinstance(broken, UnparsedToolCall)
     assert broken.index == 1
 
@@ -215,6 +297,7 @@ def assert_deltas_match_calls(whole: Delta):
             assert call.index == index
             named, _, arguments = call.raw.partition(ARGUMENTS)
             assert (part.id, part.arguments) == (named.strip(), arguments)
+            assert normalize_arguments(arguments) == arguments or call.reason.startswith("the call is not closed")
             assert part.name
     assert next(parts, None) is None
 
