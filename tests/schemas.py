@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from kimi_mlx.engine.constraint import Constraint, TokenVocabulary
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -17,6 +18,46 @@ NAMES = ("name", "age", "a b", "naïve", "日本", "tab\there", 'quo"te', "back\
 STRINGS = ("red", "", "long " * 9, "é\n", '"', "\\", "👍🏽", "\x01", "</think>", "<|im_end|>")
 PATTERNS = ("^[a-z]{2,5}$", "ab+c", "^(\\d{3}-)?\\d{4}$", "^[^x]*$", "^\\w+@\\w+\\.com$", "[À-ÿ]$", "^$|^0x[0-9a-f]+$")
 FORMATS = ("date", "time", "date-time", "duration", "ipv4", "ipv6", "uuid", "email", "hostname", "uri", "made-up")
+KEYWORDS = (
+    *("type", "properties", "items", "enum", "const", "required", "$ref", "$defs", "anyOf", "oneOf", "allOf", "not"),
+    *(
+        "description",
+        "default",
+        "title",
+        "format",
+        "pattern",
+        "minimum",
+        "maximum",
+        "minLength",
+        "maxItems",
+        "examples",
+    ),
+    *("additionalProperties", "patternProperties", "prefixItems", "exclusiveMinimum", "multipleOf", "minProperties"),
+)
+NUMBERS = st.one_of(
+    st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([10**400, -(10**400)])
+)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    NUMBERS,
+    st.text(max_size=6),
+    st.sampled_from(
+        ["string", "object", "array", "null", "integer", "#", "#/$defs/a", "#/properties/a", "a", "]]>\n//"]
+    ),
+)
+ANY_JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.one_of(st.sampled_from(KEYWORDS), st.sampled_from("ab"), st.text(max_size=4)), inner, max_size=4
+        ),
+    ),
+    max_leaves=12,
+)
+ANY_OBJECT = st.dictionaries(st.one_of(st.sampled_from(KEYWORDS), st.text(max_size=4)), ANY_JSON, max_size=5)
+"""Any JSON in the place of a schema, often with a schema's keywords and values in the wrong places."""
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> Schema | bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ MAX_EXACT = 2**53
 """Integers up to this value are exact as floats, in which llguidance computes."""
 MAX_BOUND = 2**63 - 1024
 """The largest float that fits in 64 bits; larger bounds are reduced to it."""
+MAX_FLOAT = sys.float_info.max
 LOCATE_S = 1.0
 """Time limit for the search for the subschema with the error."""
 
@@ -204,11 +206,13 @@ def _count(value: Any) -> str | None:
 
 
 def _number(value: Any) -> str | None:
-    return None if _is_number(value) else f"`{value}` is not a number"
+    if not _is_number(value):
+        return f"`{value}` is not a number"
+    return f"a number beyond {MAX_FLOAT:.2g} is not supported" if abs(value) > MAX_FLOAT else None
 
 
 def _positive(value: Any) -> str | None:
-    return None if _is_number(value) and value > 0 else f"`{value}` is not a number above 0"
+    return _number(value) or (None if value > 0 else f"`{value}` is not a number above 0")
 
 
 def _text(value: Any) -> str | None:

@@ -61,7 +61,10 @@ def to_typescript(tools: Sequence[Mapping[str, Any]]) -> str:
     for tool in tools:
         function = tool.get("function") if tool.get("type") == "function" else None
         if function:
-            functions.append(_function(_mapping(function, "function")))
+            try:
+                functions.append(_function(_mapping(function, "function")))
+            except (ValueError, RecursionError) as error:  # a number or a value that Python cannot write
+                raise ToolDeclarationError(f"tool schema has a value without TypeScript form: {error}") from error
     if not functions:
         return ""
     return "\n".join(["# Tools", "", "## functions", "namespace functions {", *functions, "}", ""])
@@ -196,10 +199,10 @@ def _scalar(kind: Any) -> str:
 
 
 def _union(kinds: list[Any]) -> str:
-    unknown = [kind for kind in kinds if kind not in UNION_MEMBERS]
-    if unknown:
-        raise ToolDeclarationError(f"tool schema has an unknown type: `{unknown[0]}`")
-    return " | ".join(UNION_MEMBERS[kind] for kind in kinds)
+    members = [UNION_MEMBERS.get(kind) if isinstance(kind, str) else None for kind in kinds]
+    if None in members:
+        raise ToolDeclarationError(f"tool schema has an unknown type: `{kinds[members.index(None)]}`")
+    return " | ".join(member for member in members if member is not None)
 
 
 def _enum(schema: Mapping[str, Any]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 import pytest
+from hypothesis import given
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import MAX_DEPTH, check_schema
+from kimi_mlx.text.json_schema import MAX_DEPTH, check_schema, to_lark
+from tests.schemas import ANY_OBJECT
 
 STRING = {"type": "string"}
 
@@ -53,6 +56,9 @@ def nested(depth: int) -> dict[str, Any]:
         ({"required": [f"p{i}" for i in range(1001)]}, "required with more than 1000 names"),
         ({"const": [{f"p{i}": 0 for i in range(1001)}]}, "properties with more than 1000 names"),
         ({"patternProperties": {f"^{i}$": {} for i in range(33)}}, "patternProperties with more than 32 names"),
+        ({"maximum": -(10**400)}, "a number beyond 1.8e+308 is not supported"),
+        ({"multipleOf": 10**400}, "a number beyond"),
+        ({"default": 10**5000}, "not plain JSON"),
         ({"const": "x" * 200_000}, "200013 characters; at most 200000"),
         ({"type": "integer", "multipleOf": 10**9 + 7}, "fuel"),
     ],
@@ -85,3 +91,9 @@ def test_a_union_as_pydantic_writes_it() -> None:
     references = [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}]
     schema = {"$defs": {"Cat": animal("cat"), "Dog": animal("dog")}, "oneOf": references}
     assert check_schema(schema, "here")["oneOf"][0] == {"type": "object", "$ref": "#/$defs/Cat"}
+
+
+@given(schema=ANY_OBJECT)
+def test_any_json_is_a_schema_or_an_error_of_ours(schema: dict[str, Any]) -> None:
+    with contextlib.suppress(GrammarError):
+        to_lark(check_schema(schema, "here"))

@@ -16,6 +16,7 @@ from kimi_mlx.text.control_tokens import ControlTokens, choose_escape
 from kimi_mlx.text.messages import Message, ToolCall
 from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import Tokenizer
+from tests.schemas import ANY_OBJECT
 from tests.unit.text.vocabularies import SPECIAL, write_tokenizer
 
 HERE = Path(__file__).parent
@@ -274,6 +275,13 @@ def test_template_functions():
 def test_options_must_be_plain_values(options: dict[str, Any]):
     with pytest.raises(TextError, match="plain JSON values"):
         MINI.render([], **options)
+
+
+@given(parameters=ANY_OBJECT)
+def test_any_json_in_the_schema_of_a_tool_can_be_declared(parameters: dict[str, Any]):
+    tool = {"type": "function", "function": {"name": "f", "description": "Do it", "parameters": parameters}}
+    for template in (MINI, K2):
+        assert "<|im_system|>tool_declare" in template.render([Message("user", "hi")], [tool])
 
 
 @pytest.mark.parametrize("depth", [300, 600, 900, 100_000])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given
 
 from kimi_mlx.text.tool_declarations import ToolDeclarationError, to_typescript
+from tests.schemas import ANY_JSON, ANY_OBJECT
 
 
 def function(name: str, description: str = "", parameters: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -169,11 +172,23 @@ def test_types(schema: Any, expected: str):
         {"type": "object", "properties": []},
         {"type": "object", "properties": {"y": "string"}},
         {"type": "string", "description": 7},
+        {"type": [["string", "number"]]},
+        {"type": [{"type": "string"}]},
+        {"type": "integer", "default": 10**5000},
+        {"type": "integer", "maximum": 10**5000},
+        {"enum": [10**5000]},
     ],
 )
 def test_a_schema_without_typescript_form_is_an_error(schema: Any):
     with pytest.raises(ToolDeclarationError):
         declared(schema)
+
+
+@given(parameters=ANY_OBJECT, description=ANY_JSON, name=ANY_JSON)
+def test_any_json_has_a_typescript_form_or_is_an_error_of_ours(parameters: Any, description: Any, name: Any):
+    tool = {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    with contextlib.suppress(ToolDeclarationError):
+        assert to_typescript([tool]).startswith("# Tools")
 
 
 def test_endless_nesting_is_an_error_without_a_crash():
