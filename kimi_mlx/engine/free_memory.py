@@ -31,7 +31,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         chunk: prefill chunk; None for the largest useful one that fits.
     """
     mine = engine_limits(
-        model.config, rank_shape_of(model), len(model.layers), free_bytes(), cache_bytes=cache_bytes, chunk=chunk
+        model.config, rank_shape_of(model), len(model.layers), free_memory_bytes(), cache_bytes=cache_bytes, chunk=chunk
     )
     smallest = group.gather(mx.array(astuple(mine), mx.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
@@ -49,7 +49,7 @@ def rank_shape_of(model: Model) -> RankShape:
     )
 
 
-def free_bytes() -> int:
+def free_memory_bytes() -> int:
     """Return free memory. GPU: recommended working set minus active memory. CPU: MemAvailable, or half of RAM."""
     if is_gpu():
         return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()

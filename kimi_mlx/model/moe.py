@@ -49,7 +49,7 @@ def router_scores(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]
 
 
 @cache
-def positions(*shape: int) -> mx.array:
+def grid_indices(*shape: int) -> mx.array:
     """Return 0, 1, 2, ... in a shape; cached, so that decode steps do not recompute it for each layer."""
     indices = mx.arange(math.prod(shape), dtype=mx.uint32).reshape(shape)
     mx.eval(indices)
@@ -178,9 +178,9 @@ class MoE(nn.Module):
     def _experts(self, x: mx.array, ids: mx.array) -> mx.array:
         """Run each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
         if ids.size < SORT_MIN_CHOICES:
-            return self._run(x[..., None, None, :], ids, positions(*ids.shape[:-1], 1), positions(*ids.shape)).squeeze(
-                -2
-            )
+            return self._run(
+                x[..., None, None, :], ids, grid_indices(*ids.shape[:-1], 1), grid_indices(*ids.shape)
+            ).squeeze(-2)
         flat = ids.flatten()
         order = mx.argsort(flat)
         tokens = x.reshape(-1, x.shape[-1])[order // ids.shape[-1]]

@@ -41,7 +41,7 @@ class FastRotation:
 
     def __init__(self, rope: Rope, ranges: Sequence[tuple[int, int]]):
         self._rope, self._is_single = rope, len(ranges) == 1
-        self._offset = ranges[0][0] if self._is_single else positions(ranges)
+        self._offset = ranges[0][0] if self._is_single else token_positions(ranges)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate x, (B, H, L, P); B is 1 if there are several ranges."""
@@ -64,7 +64,7 @@ class ComplexRotation:
     """
 
     def __init__(self, rope: Rope, ranges: Sequence[tuple[int, int]]):
-        angles = positions(ranges).astype(mx.float32)[:, None] * (1.0 / rope.periods)  # (L, P / 2)
+        angles = token_positions(ranges).astype(mx.float32)[:, None] * (1.0 / rope.periods)  # (L, P / 2)
         self._rotations = rope.magnitude * (mx.cos(angles) + 1j * mx.sin(angles))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -76,7 +76,7 @@ class ComplexRotation:
 Rotation = FastRotation | ComplexRotation
 
 
-def positions(ranges: Sequence[tuple[int, int]]) -> mx.array:
+def token_positions(ranges: Sequence[tuple[int, int]]) -> mx.array:
     """Return concatenated ranges of positions, (L,) int32."""
     if len(ranges) == 1:
         (start, length), *_ = ranges

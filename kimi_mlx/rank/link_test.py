@@ -98,4 +98,10 @@ def compare(group: Group, payload: Payload, round_index: int, result: mx.array) 
     has_wrong = cast("list[bool]", is_wrong.any(axis=(1, 2)).tolist()) if payload.kind != "sum" else []
     senders = neighbours(group.rank, group.size) if payload.kind == "message" else range(group.size)
     sources = sorted({rank for rank, row_has_wrong in zip(senders, has_wrong, strict=False) if row_has_wrong})
-    return {"payload": payload.name, "kind": payload.kind, "count": count, "of": is_wrong.size, "sources": sources}
+    return {
+        "payload": payload.name,
+        "kind": payload.kind,
+        "count": count,
+        "num_values": is_wrong.size,
+        "sources": sources,
+    }

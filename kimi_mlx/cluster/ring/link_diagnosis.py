@@ -47,8 +47,8 @@ def find_corrupt_links(cluster: Cluster, mismatches: Mapping[int, Sequence[Misma
         for mismatch in mismatches[rank]:
             for source in mismatch["sources"] if mismatch["kind"] in direct else ():
                 message = (
-                    f"the link between {_both(cluster, source, rank)} corrupts data: {_name(cluster, rank)} "
-                    f"received {mismatch['count']} of {mismatch['of']} values of the {mismatch['payload']} changed"
+                    f"the link between {_both(cluster, source, rank)} corrupts data: {_name(cluster, rank)} received "
+                    f"{mismatch['count']} of {mismatch['num_values']} values of the {mismatch['payload']} changed"
                 )
                 links.setdefault(frozenset((source, rank)), CorruptLink(rank, message, remedy))
     if links:
@@ -68,7 +68,7 @@ def _describe_indirect(cluster: Cluster, rank: int, mismatches: Sequence[Mismatc
     first = mismatches[0]
     return (
         f"{_name(cluster, rank)} received {len(mismatches)} corrupt payloads; the first is the {first['payload']}: "
-        f"{first['count']} of {first['of']} values changed; its data comes {before}{of}"
+        f"{first['count']} of {first['num_values']} values changed; its data comes {before}{of}"
     )
 
 

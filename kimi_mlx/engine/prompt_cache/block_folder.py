@@ -102,7 +102,7 @@ def evict_other_models(cache_dir: Path, root: str, max_bytes: int) -> int:
     return total
 
 
-def free_bytes(folder: Path) -> int:
+def free_disk_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of a folder."""
     return shutil.disk_usage(folder).free
 

@@ -16,7 +16,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS, Block, BlockShape, chain, read_block, root_of
-from kimi_mlx.engine.prompt_cache.block_folder import evict_other_models, free_bytes, oldest_first, open_folder, scan
+from kimi_mlx.engine.prompt_cache.block_folder import (
+    evict_other_models,
+    free_disk_bytes,
+    oldest_first,
+    open_folder,
+    scan,
+)
 from kimi_mlx.engine.prompt_cache.block_writer import RESERVE_BYTES, BlockWriter, PendingBlock
 from kimi_mlx.errors import CacheError, RingError
 
@@ -66,7 +72,7 @@ class BlockStore:
             self._folder, self._lock = open_folder(cache_dir, self._root, share, stamp)
             found = scan(self._folder, shape.block_bytes)
             others = evict_other_models(cache_dir, self._root, max_bytes)
-            free = free_bytes(self._folder) - RESERVE_BYTES
+            free = free_disk_bytes(self._folder) - RESERVE_BYTES
             room = min((max_bytes - others) // parts, self._file_bytes * len(found) + free // parts)
         except BlockingIOError:
             warn(f"no prompt cache on disk: another process uses `{cache_dir}` with this model; give it its own folder")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.free_memory import agreed_limits, free_bytes, rank_shape_of
+from kimi_mlx.engine.free_memory import agreed_limits, free_memory_bytes, rank_shape_of
 from kimi_mlx.engine.request import Finished, Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
@@ -49,7 +49,7 @@ def test_all_ranks_use_the_smallest_chunk(model: Model) -> None:
     assert agreed_limits(model, SingleGroup()).chunk == PREFILL_CHUNK
     assert agreed_limits(model, Peers()) == EngineLimits(64, 64)
     assert rank_shape_of(model) == RankShape(heads=4, expert_rows=96, value_bytes=4, is_fused=False)
-    assert free_bytes() > 0
+    assert free_memory_bytes() > 0
 
 
 @pytest.mark.parametrize(("chunk", "context"), [(128, 1_024), (512, 512), (512, 2_048)])

@@ -74,7 +74,7 @@ def test_wrong_value_is_traced_to_its_rank() -> None:
     result = expected(gather, 0, 0, 3).astype(mx.float32)
     assert compare(group, gather, 0, result) is None
     result[2, 0, 4] += 1
-    mismatch = {"payload": "gather of 1 token, float32", "kind": "gather", "count": 1, "of": 15, "sources": [2]}
+    mismatch = {"payload": "gather of 1 token, float32", "kind": "gather", "count": 1, "num_values": 15, "sources": [2]}
     assert compare(group, gather, 0, result) == mismatch
     message = Payload("message", 1, 5, "float32")
     result = expected(message, 0, 0, 3).astype(mx.float32)
@@ -82,7 +82,7 @@ def test_wrong_value_is_traced_to_its_rank() -> None:
     result[0, 0, 0] = -result[0, 0, 0]  # one bit of rank 2
     found = compare(group, message, 0, result)
     assert found is not None
-    assert (found["count"], found["of"], found["sources"]) == (1, 10, [2])
+    assert (found["count"], found["num_values"], found["sources"]) == (1, 10, [2])
     total = Payload("sum", 1, 5, "bfloat16")
     values = expected(total, 0, 0, 3).astype(mx.bfloat16)
     values[0, 0] = mx.nan

@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""Chip and memory of this machine, and the GPU's share."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def test_this_machine_has_memory_and_a_chip() -> None:
 @pytest.mark.parametrize(
     ("printed", "gib"), [(None, 384), ("0", 384), ("nonsense", 384), ("491520", 480), ("999999999", 512)]
 )
-def test_the_gpu_may_wire_three_quarters_unless_it_is_told_otherwise(printed: str | None, gib: int) -> None:
+def test_gpu_limit_is_the_set_one_or_three_quarters(printed: str | None, gib: int) -> None:
     assert gpu_limit(512 * GIB, printed) == gib * GIB

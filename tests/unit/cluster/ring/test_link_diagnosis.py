@@ -18,7 +18,7 @@ def make_cluster(backend: Backend = "ring") -> Cluster:
 
 def mismatch(kind: str, *sources: int) -> dict[str, object]:
     payload = f"{kind} of 128 tokens, float32"
-    return {"payload": payload, "kind": kind, "count": 3, "of": 1024, "sources": list(sources)}
+    return {"payload": payload, "kind": kind, "count": 3, "num_values": 1024, "sources": list(sources)}
 
 
 def test_no_link_is_reported_without_mismatches() -> None:
