@@ -64,6 +64,27 @@ def test_other_tokens_and_other_ports_are_ignored(ends: list[LinkWatch]) -> None
     assert ends[1].ages() == {}
 
 
+def test_token_is_never_sent_and_a_recorded_heartbeat_is_refused(ends: list[LinkWatch]) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.bind((ADDRESSES[1], 0))
+        peer.settimeout(10)
+        ends[0].start(b"token", {1: peer.getsockname()})
+        first, address = peer.recvfrom(256)
+        assert b"token" not in first
+        assert address == (ADDRESSES[0], ends[0].port)
+        peer.sendto(first, address)  # authentic, but in the other direction
+        valid = link_watch._heartbeat(b"token", 5, peer.getsockname(), address)
+        time.sleep(4 * HEARTBEAT_S)
+        assert ends[0].ages() == {}
+        peer.sendto(valid, address)
+        wait_until(lambda: 1 in ends[0].ages())
+        received_at = ends[0]._received_at[1]
+        for _ in range(5):
+            peer.sendto(valid, address)
+            time.sleep(HEARTBEAT_S)
+        assert ends[0]._received_at[1] == received_at
+
+
 def test_address_of_another_machine(ends: list[LinkWatch]) -> None:
     with pytest.raises(OSError, match="assign requested address"):
         LinkWatch("192.0.2.1")
