@@ -14,6 +14,7 @@ from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.doctor.payloads import quick_payloads
 from kimi_mlx.cluster.hosts.launch import available_cpus, cpu_for_rank
 from kimi_mlx.cluster.ring.backends import backend_variables
+from kimi_mlx.cluster.ring.guard import no_temporary_files
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
@@ -96,11 +97,15 @@ def init_group(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
         rank: rank of this process.
 
     Raises:
+        RingError: the hostfile cannot be written.
         RuntimeError: MLX cannot connect to the other ranks.
     """
-    handle, name = tempfile.mkstemp(suffix=".json")  # TMPDIR is the guard's folder, which is removed with it
-    with os.fdopen(handle, "w") as file:
-        file.write(ring["file"])
+    try:
+        handle, name = tempfile.mkstemp(suffix=".json")  # TMPDIR is the guard's folder, which is removed with it
+        with os.fdopen(handle, "w") as file:
+            file.write(ring["file"])
+    except OSError as error:
+        raise no_temporary_files(error) from error
     os.environ.update(backend_variables(ring["backend"], rank, name, ring["coordinator"]))
     try:
         return mx.distributed.init(strict=True, backend="ring" if ring["backend"] == "ring" else "jaccl")

@@ -7,6 +7,7 @@ every second), and removes the child's temporary folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -18,7 +19,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from kimi_mlx.cluster.channel.messages import encode_error
 from kimi_mlx.cluster.hosts.launch import rank_command
+from kimi_mlx.errors import RingError
 
 POLL_INTERVAL_S = 0.1
 """Interval at which the end of the child is checked."""
@@ -44,9 +47,9 @@ def main() -> None:
     module, tag, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, _exit_on_signal)
-    _remove_stale_folders()
-    prefix = f"{FOLDER_PREFIX}{tag}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+    with contextlib.suppress(OSError):  # no folder can be written
+        _remove_stale_folders()
+    with _make_folder(f"{FOLDER_PREFIX}{tag}-{os.getpid()}-") as folder:
         environment = {**os.environ, "TMPDIR": folder}
         child = subprocess.Popen([*rank_command(module), tag], stdin=subprocess.PIPE, env=environment)
         try:
@@ -55,6 +58,23 @@ def main() -> None:
             child.kill()
             child.wait()
     sys.exit(code if code >= 0 else 128 - code)
+
+
+def _make_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """Create the child's temporary folder; if no folder can be written, report that as the rank's error and exit."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        sys.stdout.buffer.write(encode_error(no_temporary_files(error), rank=None))
+        sys.exit(1)
+
+
+def no_temporary_files(error: OSError) -> RingError:
+    """Return the error for a host on which a rank cannot write its temporary files."""
+    return RingError(
+        f"`{os.uname().nodename}` cannot write temporary files: {error.strerror or error}",
+        hint="free disk space there, or use another folder: `kimi-mlx launch --env TMPDIR=/path ...`",
+    )
 
 
 def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
