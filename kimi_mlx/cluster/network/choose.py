@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Network
 
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Backend, Hostfile
@@ -15,13 +16,13 @@ from kimi_mlx.cluster.network.links import (
     slow_reasons,
 )
 from kimi_mlx.cluster.network.measure_networks import Link, Pair, measure_network, measure_networks, measure_pairs
-from kimi_mlx.cluster.network.topology import Topology, networks_of, rdma_of
+from kimi_mlx.cluster.network.topology import Topology, networks_of, rdma_of, subnet_of
 from kimi_mlx.errors import LinkError
 
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """The chosen network, with everything that was measured on the way.
+    """The chosen network, and all measurements.
 
     Args:
         findings: findings about the networks, at least one.
@@ -79,9 +80,36 @@ def check_link(host: str, network: Network, speed: LinkSpeed, is_forced: bool = 
     return Finding(host, "link", "warning" if is_forced else "problem", message, remedy)
 
 
+def check_encryption(
+    hosts: str, network: Network, subnets: Collection[IPv4Network | None], backend: Backend
+) -> Finding:
+    """Warn if the data between ranks, which MLX does not encrypt, leaves the cable or the local network.
+
+    Args:
+        hosts: hosts on the network, separated by `, `.
+        network: chosen network.
+        subnets: subnet of each host's address; None if unknown.
+        backend: backend of the ranks.
+    """
+    if network.kind == "thunderbolt":
+        return Finding(hosts, "encryption", "ok", "data between ranks is not encrypted; it stays on the cable")
+    if backend != "ring":
+        message = f"data between ranks is not encrypted; it stays on the cables, only the start goes over {network}"
+        return Finding(hosts, "encryption", "ok", message)
+    known = {subnet for subnet in subnets if subnet is not None}
+    is_routed = network.is_shared and (len(known) > 1 or None in subnets)
+    if network.kind == "ethernet" and not is_routed:
+        message = f"data between ranks is not encrypted; trust every device on {', '.join(map(str, known))}"
+        return Finding(hosts, "encryption", "ok", message)
+    path = "a routed network" if is_routed else "Wi-Fi" if network.kind == "wifi" else "a network of unknown kind"
+    message = f"{network} is {path}: anyone who can read its traffic can recover prompts and answers"
+    remedy = "connect the hosts with a cable, or use a network on which you trust every device: MLX encrypts nothing"
+    return Finding(hosts, "encryption", "warning", message, remedy)
+
+
 @dataclass(frozen=True)
 class _Chooser:
-    """The arguments of `choose_network`, and the three ways to choose."""
+    """Arguments of `choose_network`, with a method for each case."""
 
     hostfile: Hostfile
     pythons: Mapping[str, str]
@@ -101,8 +129,8 @@ class _Chooser:
         except LinkError as error:
             problems = "".join(f"\n  {problem}" for link in links for problem in link.problems)
             return NetworkChoice((self._problem(error.message + problems, error.hint),), tuple(links))
-        finding = self._check(network, speeds[network])
-        return NetworkChoice((finding,), tuple(links), network, self._with_addresses(network))
+        findings = (self._check(network, speeds[network]), self._check_encryption(network))
+        return NetworkChoice(findings, tuple(links), network, self._with_addresses(network))
 
     def measure_given(self, networks: Sequence[Network]) -> NetworkChoice:
         """Measure the networks of the hostfile; all of them must work."""
@@ -117,6 +145,7 @@ class _Chooser:
             finding = self._problem(f"the hosts cannot reach each other: {'; '.join(problems)}", remedy)
             return NetworkChoice((finding,), tuple(links))
         findings = [self._check(link.network, link.speed) for link in links if link.speed is not None]
+        findings += [self._check_encryption(link.network) for link in links]
         hostfile = replace(self.hostfile, backend=self.backend)
         return NetworkChoice(tuple(findings), tuple(links), links[0].network, hostfile)
 
@@ -143,6 +172,11 @@ class _Chooser:
         if self.backend == "ring":
             return check_link(self._all_hosts, network, speed, self.is_link_forced)
         return Finding(self._all_hosts, "link", "ok", f"{network}: used to connect; data goes over RDMA")
+
+    def _check_encryption(self, network: Network) -> Finding:
+        interfaces = [self.topology.interfaces.get(host.ssh, ()) for host in self.hostfile.hosts]
+        subnets = [subnet_of(ip, own) for ip, own in zip(network.addresses, interfaces, strict=True)]
+        return check_encryption(self._all_hosts, network, subnets, self.backend)
 
     def _problem(self, message: str, remedy: str | None) -> Finding:
         return Finding(self._all_hosts, "link", "problem", message, remedy)

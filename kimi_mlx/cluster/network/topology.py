@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Network, ip_address
 
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding
@@ -162,6 +162,12 @@ def _network(hostfile: Hostfile, addresses: tuple[str, ...], topology: Topology)
     ends = [_end(topology.interfaces.get(host.ssh, ()), ip) for host, ip in zip(hostfile.hosts, addresses, strict=True)]
     kinds: list[Kind] = [kind if kind in KINDS else "other" for _, kind in ends]
     return Network(max(kinds, key=KINDS.index), addresses, tuple(name for name, _ in ends))
+
+
+def subnet_of(ip: str, interfaces: Sequence[Interface]) -> IPv4Network | None:
+    """Return the subnet of a host's address; None if no interface has this address."""
+    addresses = [address for interface in interfaces for address in interface.addresses if str(address.ip) == ip]
+    return addresses[0].network if addresses else None
 
 
 def _end(interfaces: Sequence[Interface], ip: str) -> tuple[str, Kind]:
