@@ -35,8 +35,9 @@ class HostProcess:
         environment: environment variables.
         on_message: callback, called from a thread with (rank, message) for each message, and with (rank, None) when
             the process closes its output.
-        preamble: bytes written to its input first, such as the script for the shell of a host. A login shell there may
-            print a greeting; with a preamble, lines before the first message are therefore kept as output.
+        preamble: bytes written to its input first, such as the script for the shell of a host.
+        mark: line after which its messages and its standard error begin; what a login shell printed before is kept only
+            until then, for error messages. Empty: they begin at once.
         sends_heartbeats: whether an `alive` message is sent when nothing else was sent for HEARTBEAT_S.
         log: file to which its standard error and its notes are appended.
     """
@@ -48,6 +49,7 @@ class HostProcess:
         environment: Mapping[str, str],
         on_message: Callable[[int, Message | None], None],
         preamble: bytes = b"",
+        mark: bytes = b"",
         *,
         sends_heartbeats: bool = False,
         log: Path | None = None,
@@ -66,7 +68,9 @@ class HostProcess:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._is_greeting = bool(preamble)
+        self._mark = mark
+        self._greeting: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
+        self._has_started = not mark
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(preamble)
         loops = (self._read_messages, self._read_stderr, self._write_messages)
@@ -130,14 +134,24 @@ class HostProcess:
         return self._process.poll()
 
     @property
+    def has_started(self) -> bool:
+        """Whether the command itself began to run, after the login shell."""
+        return self._has_started
+
+    @property
     def output(self) -> str:
-        """Last lines of standard error."""
-        return "\n".join(self._last_lines)
+        """Last lines of standard error; until the command has started, also those of the login shell."""
+        return "\n".join(self._tail)
 
     @property
     def last_line(self) -> str:
-        """Last line of standard error; empty if there is none."""
-        return self._last_lines[-1] if self._last_lines else ""
+        """Last line of the output; empty if there is none."""
+        return self._tail[-1] if self._tail else ""
+
+    @property
+    def _tail(self) -> list[str]:
+        greeting = [] if self._has_started else list(self._greeting)
+        return [*greeting, *self._last_lines]
 
     def describe_exit(self) -> str:
         """Describe the exit: the signal or the exit code, and the last lines of output."""
@@ -148,24 +162,24 @@ class HostProcess:
         exit_text = f"exited with code {self.exit_code}"
         if number is not None:
             exit_text = f"was ended by {signal.Signals(number).name}"
-        lines = "\n".join(f"  {line}" for line in self._last_lines)
+        lines = "\n".join(f"  {line}" for line in self._tail)
         return f"{exit_text}; its last lines:\n{lines}" if lines else exit_text
 
     def _read_messages(self) -> None:
         stdout = self._process.stdout
         assert stdout is not None
         for line in iter(lambda: stdout.readline(LINE_LIMIT_BYTES), b""):
+            if not self._has_started:
+                self._has_started = line.rstrip(b"\n") == self._mark
+                self._greeting.append(line.decode(errors="replace").rstrip())
+                continue
             try:
                 message = decode(line)
-                self._is_greeting = False
                 if message["kind"] == "note":
                     self._write_log(f"{message['text']}\n".encode())
                 else:
                     self._on_message(self.rank, message)
             except KimiMlxError as error:
-                if self._is_greeting:
-                    self._last_lines.append(line.decode(errors="replace").rstrip())
-                    continue
                 self._last_lines.append(error.message)
                 break
         self._on_message(self.rank, None)
@@ -187,6 +201,9 @@ class HostProcess:
     def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
+            if self._mark and line.rstrip(b"\n") == self._mark:
+                self._last_lines.clear()  # of the login shell
+                continue
             self._last_lines.append(line.decode(errors="replace").rstrip())
             self._write_log(line)
 

@@ -188,7 +188,7 @@ def clock_offset(facts: Facts, answer: ScriptResult) -> tuple[float, float] | No
     if facts.clock_start is None or facts.clock_end is None:
         return None
     host_middle = (facts.clock_start + facts.clock_end) / 2
-    own_middle = answer.started + answer.seconds / 2
+    own_middle = answer.started_at + answer.seconds / 2
     return host_middle - own_middle, max(answer.seconds - (facts.clock_end - facts.clock_start), 0) / 2
 
 

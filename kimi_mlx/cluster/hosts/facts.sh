@@ -3,7 +3,6 @@
 #   facts_pythons   interpreters to check first, one per line        facts_search        1: look for others too
 #   facts_versions  source of versions.py                            facts_linux_hints   LINUX_HINTS of facts.py
 export LC_ALL=C
-PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin
 system=$(uname -s)
 
 # limit SECONDS COMMAND...: run a command without input and without error output, and kill it after SECONDS.
@@ -53,6 +52,7 @@ machine() {
     put memory_bytes "$(limit 5 sysctl -n hw.memsize)"
     put wired_limit_mb "$(limit 5 sysctl -n iogpu.wired_limit_mb)"
     limit 5 vm_stat | lines vm_stat
+    limit 10 top -l 1 -stats pid,mem | lines top
   else
     sed -n 's/^model name[^:]*: */chip=/p' /proc/cpuinfo | sed -n 1p
     sed -n -e '/^MemTotal:/p' -e '/^MemAvailable:/p' /proc/meminfo | lines meminfo
@@ -103,9 +103,12 @@ check_python() {
 }
 pythons() {
   checked=
-  while IFS= read -r python; do check_python "$python"; done <<END
-$facts_pythons
-END
+  IFS='
+'
+  set -f # not a here-document, for which some shells need a temporary file
+  for python in $facts_pythons; do check_python "$python"; done
+  set +f
+  unset IFS
   [ "$facts_search" = 1 ] || return 0
   check_python "$data/venv/bin/python"
   check_python "$(command -v python3)"
@@ -132,7 +135,6 @@ network() {
   fi
 }
 
-printf '\nkimi_mlx_facts=1\n' # marks the end of what a login shell may print first
 now clock
 machine
 folders

@@ -1,6 +1,7 @@
 """Run scripts and commands on hosts, through the system's ssh with the user's configuration; locally, without ssh.
 
-A script runs in `sh`. It is sent on standard input, so that the login shell of the host never parses it.
+A script runs in `sh`. It is sent on standard input, so that the login shell of the host never parses it, and what that
+shell prints is separated from the script's own output (kimi_mlx.cluster.hosts.marked_script).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kimi_mlx.cluster.hosts.marked_script import MarkedScript, mark_script, split_at_mark
 from kimi_mlx.errors import SshError, UsageError
 
 CONNECT_TIMEOUT_S = 10
@@ -43,9 +45,11 @@ class ScriptResult:
         host: host as the user names it.
         exit_code: exit code of the script, or 255 if ssh itself failed; None after a timeout.
         stdout: standard output; bytes that are not UTF-8 are replaced.
-        stderr: standard error, with messages of ssh itself; bytes that are not UTF-8 are replaced.
+        stderr: standard error, with later messages of ssh itself; bytes that are not UTF-8 are replaced.
         seconds: duration, including the connection.
-        started: start by the clock of this machine, in seconds since 1970.
+        started_at: start by the clock of this machine, in seconds since 1970.
+        has_started: whether the script began to run. If not, stderr has the messages of ssh and of the login shell.
+        greeting: what the login shell printed to standard output before the script.
     """
 
     host: str
@@ -53,12 +57,14 @@ class ScriptResult:
     stdout: str
     stderr: str
     seconds: float
-    started: float = 0.0
+    started_at: float = 0.0
+    has_started: bool = True
+    greeting: str = ""
 
     @property
     def is_ok(self) -> bool:
         """Whether the script succeeded."""
-        return self.exit_code == 0
+        return self.exit_code == 0 and self.has_started
 
 
 def check_host(host: str) -> str:
@@ -118,24 +124,23 @@ def ssh_command(
     return ["ssh", *options, *ours, "-T", "--", check_host(host), " ".join(map(quote_argument, remote))]
 
 
-def script_command(script: bytes) -> list[str]:
-    """Return a command that reads the script from the start of its input; the rest is the script's own input.
+def script_on(host: str, script: str) -> MarkedScript:
+    """Return a script for a host; its command is the local command line, with ssh if the host is another machine.
 
-    It does not use `sh -s`, because some shells read ahead into the script's input; `dd` with `bs=1` does not.
+    Raises:
+        UsageError: the host name is not valid.
     """
-    return ["sh", "-c", f'eval "$(dd bs=1 count={len(script)} 2>/dev/null)"']
+    if is_local(check_host(host)):
+        return mark_script(script, is_remote=False)
+    marked = mark_script(script, is_remote=True)
+    return replace(marked, command=ssh_command(host, marked.command))
 
 
-def command_on(host: str, command: Sequence[str]) -> tuple[list[str], bytes]:
-    """Return how to start a command on a host, connected to our pipes.
-
-    Returns:
-        Local command line, and the bytes with which its input must start (empty if the host is this machine).
-    """
+def command_on(host: str, command: Sequence[str]) -> MarkedScript:
+    """Return how to start a command on a host, connected to our pipes; without a mark if the host is this machine."""
     if is_local(host):
-        return list(command), b""
-    script = f"exec {' '.join(map(quote_argument, command))}".encode()
-    return ssh_command(host, script_command(script)), script
+        return MarkedScript(command, b"", b"")
+    return script_on(host, f"exec {shlex.join(command)}")
 
 
 def is_local(host: str) -> bool:
@@ -200,42 +205,50 @@ def _started(starts: Iterable[Future[_Running]]) -> list[_Running]:
 @dataclass(frozen=True)
 class _Running:
     host: str
-    script: bytes
+    script: MarkedScript
     process: subprocess.Popen[bytes]
-    started: float
-    begin: float
+    started_at: float
+    monotonic_start: float
 
 
 def _start(host: str, script: str) -> _Running:
-    data = script.encode()
-    command = script_command(data)
-    if not is_local(check_host(host)):
-        command = ssh_command(host, command)
-    begin, started = time.monotonic(), time.time()
+    marked = script_on(host, script)
+    monotonic_start, started_at = time.monotonic(), time.time()
     try:
         process = subprocess.Popen(
-            command,
+            marked.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # a separate process group, which can be stopped as a whole
         )
     except FileNotFoundError as error:
-        raise SshError(f"`{command[0]}` is not installed on this machine", hint="install the OpenSSH client") from error
-    return _Running(host, data, process, started, begin)
+        name = marked.command[0]
+        raise SshError(f"`{name}` is not installed on this machine", hint="install the OpenSSH client") from error
+    return _Running(host, marked, process, started_at, monotonic_start)
 
 
 def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
     process = running.process
     try:
-        out, err = process.communicate(running.script + stdin_extra, timeout_s)
+        out, err = process.communicate(running.script.data + stdin_extra, timeout_s)
         code = process.returncode
     except subprocess.TimeoutExpired:
         code = None
         _end(process)
         out, err = _rest(process)
-    text, errors = out.decode(errors="replace"), err.decode(errors="replace")
-    return ScriptResult(running.host, code, text, errors, time.monotonic() - running.begin, running.started)
+    greeting, own_output = split_at_mark(out, running.script.mark)
+    shell_errors, own_errors = split_at_mark(err, running.script.mark)
+    return ScriptResult(
+        running.host,
+        code,
+        (own_output or b"").decode(errors="replace"),
+        (shell_errors if own_errors is None else own_errors).decode(errors="replace"),
+        time.monotonic() - running.monotonic_start,
+        running.started_at,
+        has_started=own_output is not None,
+        greeting=greeting.decode(errors="replace"),
+    )
 
 
 def _rest(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.hosts.facts import VENV_PYTHON, Facts, Interpreter, parse_interpreter, source, with_variables
-from kimi_mlx.cluster.hosts.ssh import is_local, script_command, ssh_command
+from kimi_mlx.cluster.hosts.ssh import script_on
 from kimi_mlx.cluster.install.install_errors import (
     InstallProblem,
     explain_exit,
@@ -151,11 +151,8 @@ class _Run:
             if facts.data_folder is None:
                 self.problems[name] = InstallProblem("it did not report its data folder", "try again")
                 continue
-            script = install_script(facts, self._own, wheel).encode()
-            command = script_command(script)
-            if not is_local(name):
-                command = ssh_command(name, command)
-            process = HostProcess(number, command, os.environ, self._deliver, script + data)
+            start = script_on(name, install_script(facts, self._own, wheel))
+            process = HostProcess(number, start.command, os.environ, self._deliver, start.data + data, start.mark)
             self._hosts[name] = _Host(facts, process, last_report_at=self._started_at)
 
     def watch(self, limit_s: float) -> None:

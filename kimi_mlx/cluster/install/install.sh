@@ -12,7 +12,6 @@ exec 3<&0 4>&1 </dev/null >&2
 cd / # Python would import from the current folder
 export LC_ALL=C PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off UV_NO_PROGRESS=1
 unset PYTHONPATH PYTHONHOME # packages outside the environment must not count
-PATH=$PATH:/usr/bin:/bin:/usr/sbin:/sbin
 link=$install_data/venv
 all=$install_data/installed
 

@@ -71,10 +71,11 @@ def explain_failure(facts: Facts, failure: str, stderr: str) -> InstallProblem:
 
 
 def explain_exit(host: str, process: HostProcess, seconds: float) -> InstallProblem:
-    """Describe an exit of the ssh client without a failure reported by install.sh: mostly ssh itself failed."""
+    """Describe an exit without a failure reported by install.sh: mostly ssh itself or the login shell failed."""
     process.wait(1)
-    if process.exit_code == SSH_FAILED:
-        error = explain_ssh(ScriptResult(host, SSH_FAILED, "", process.output, seconds))
+    if process.exit_code == SSH_FAILED or not process.has_started:
+        result = ScriptResult(host, process.exit_code, "", process.output, seconds, has_started=process.has_started)
+        error = explain_ssh(result)
         return InstallProblem(error.message, error.hint)
     return InstallProblem(f"the installation {process.describe_exit()}", "try again")
 

@@ -162,9 +162,9 @@ class _PairMeasurement:
             return error.message
 
     def _start(self, side: int, host: str, role: str, address: str, port: int, limit_s: float) -> None:
-        line, script = command_on(host, command(self._pythons[host], role, address, port, limit_s))
-        preamble = script + f"{self._secret}\n".encode()
-        self._processes[side] = HostProcess(side, line, os.environ, self._deliver, preamble)
+        start = command_on(host, command(self._pythons[host], role, address, port, limit_s))
+        preamble = start.data + f"{self._secret}\n".encode()
+        self._processes[side] = HostProcess(side, start.command, os.environ, self._deliver, preamble, start.mark)
 
     def _deliver(self, side: int, message: Message | None) -> None:
         self._messages.put((side, message))

@@ -188,14 +188,15 @@ class Ring:
         host = self._host(rank)
         silence_s = None if is_local(host) else FRONT_SILENCE_S
         guard = guard_command(self._module, self.cluster.pythons[host], self._tag, silence_s)
-        command, preamble = command_on(host, _with_envs(self.cluster.hostfile.envs, guard))
+        start = command_on(host, _with_envs(self.cluster.hostfile.envs, guard))
         try:
             process = HostProcess(
                 rank,
-                command,
+                start.command,
                 without_ring_variables(os.environ),
                 self._message_callback(),
-                preamble,
+                start.data,
+                start.mark,
                 sends_heartbeats=True,
                 log=self._logs[rank],
             )
@@ -310,6 +311,10 @@ class Ring:
             if self._pids[cause] is not None and not process.output:
                 return self._lost(cause, "was killed, or its ssh session was")
             return explain_ssh(ScriptResult(self._host(cause), SSH_FAILED, "", process.output, 0))
+        if process.exit_code is not None and not process.has_started:
+            return explain_ssh(
+                ScriptResult(self._host(cause), process.exit_code, "", process.output, 0, has_started=False)
+            )
         return self._lost(cause, process.describe_exit())
 
     def _lost(self, rank: int, description: str, kind: type[RingError] = RingError) -> RingError:

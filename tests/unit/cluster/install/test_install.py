@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cluster.hosts.facts import Facts, Interpreter, own_interpreter
-from kimi_mlx.cluster.hosts.ssh import script_command
+from kimi_mlx.cluster.hosts.marked_script import MarkedScript
+from kimi_mlx.cluster.hosts.ssh import script_on
 from kimi_mlx.cluster.install import install as module
 from kimi_mlx.cluster.install.install import can_upgrade, install, needs_install, prefer_matching
 from kimi_mlx.cluster.install.install_errors import InstallProblem, explain_failure, install_error
@@ -120,7 +121,11 @@ def run_failing_install(facts: Facts, limit_s: float = 30.0) -> InstallError:
 def test_new_environment_then_upgrade(
     shell: str, here: Facts, uv: Uv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "script_command", lambda script: [shell, *script_command(script)[1:]])
+    def in_shell(host: str, script: str) -> MarkedScript:
+        start = script_on(host, script)
+        return replace(start, command=[shell, *start.command[1:]])
+
+    monkeypatch.setattr(module, "script_on", in_shell)
     own, folder = own_interpreter(), Path(here.data_folder or "")
     lines = run_install(here)
     assert [line.partition(":")[0] for line in lines] == ["localhost"] * len(lines)

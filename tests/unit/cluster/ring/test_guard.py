@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
-from kimi_mlx.cluster.channel.messages import Message
+from kimi_mlx.cluster.channel.messages import Message, decode, decode_error
 from kimi_mlx.cluster.ring.cleanup import kill_leftovers
 from kimi_mlx.cluster.ring.guard import guard_command
 from tests.unit.cluster.hosts.test_ssh import is_running
@@ -108,8 +108,34 @@ def test_guard_exits_on_sigterm(child: str) -> None:
 
 def test_output_of_the_login_shell_is_skipped() -> None:
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    script = 'echo Welcome!; read -r line; echo "{\\"kind\\": \\"$line\\"}"; echo noise'
-    process = HostProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n")
+    script = """printf '{"kind": "wrong"}\\nWelcome!'; echo complaint >&2; printf '\\nmark\\n'; printf '\\nmark\\n' >&2
+        read -r line; echo "{\\"kind\\": \\"$line\\"}"; echo noise"""
+    process = HostProcess(
+        0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n", b"mark"
+    )
     assert inbox.get(timeout=5) == {"kind": "hello"}
-    assert inbox.get(timeout=5) is None  # a later line that is no message is not delivered
+    assert inbox.get(timeout=5) is None  # a later line that is not a message is not delivered
+    assert process.has_started
     terminate_all([process], 1)
+    assert process.output == "a rank sent a line that is not a message: b'noise\\n'"
+
+
+def test_output_of_the_login_shell_is_kept_if_nothing_follows() -> None:
+    inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    script = "echo 'not available'; exit 1"
+    process = HostProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"", b"mark")
+    assert inbox.get(timeout=5) is None
+    assert process.describe_exit() == "exited with code 1; its last lines:\n  not available"
+    assert not process.has_started
+    terminate_all([process], 1)
+
+
+def test_no_folder_for_temporary_files_is_one_error(child: str, tmp_path: Path) -> None:
+    code = f"import tempfile; tempfile._candidate_tempdir_list = lambda: ['{tmp_path}/missing']; "
+    command = guard_command(child, sys.executable, "tag123", None)
+    command[3] = code + command[3]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+    error = decode_error(decode(done.stdout.encode()))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "cannot write temporary files: No usable temporary directory found" in error.message
+    assert "--env TMPDIR=/path" in (error.hint or "")

@@ -1,0 +1,75 @@
+"""Scripts that run in a host's `sh` whatever its login shell does first: print, wait, change folder, define aliases.
+
+sshd hands our command to the user's login shell, which first reads start-up files (.bashrc, .zshenv, config.fish,
+.cshrc). The command is therefore as simple as a command can be, and the script comes on standard input. The script
+prints a mark before its own output; everything before the mark is the login shell's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_EDGE = "#kimi-mlx"
+"""First and last line of a script. If a start-up file has read from it, they are not both there, and it is not run."""
+
+_NAME = "kimi-mlx"
+"""`$0` of the script; another shell that a start-up file starts in our place has another."""
+
+_COMMAND = (
+    "script=$(PATH=/usr/bin:/bin:$PATH command dd bs=1 count={size} 2>/dev/null); case $script in "
+    f'"{_EDGE}"*"{_EDGE}") eval "$script" ;; *) exit 97 ;; esac'
+)
+
+# An exported function of bash would replace a command of the script; `declare` is missing in dash, which has none.
+_PRELUDE = """\
+[ "$0" = {name} ] || exit 97
+set -f
+for word in $(declare -F 2>/dev/null); do
+  case $word in -* | declare) ;; *) unset -f "$word" 2>/dev/null ;; esac
+done
+set +f
+unset word
+PATH=${{PATH:-/usr/bin}}:/usr/bin:/bin:/usr/sbin:/sbin
+{folder}
+printf '\\n{mark}\\n'
+printf '\\n{mark}\\n' >&2
+"""
+
+
+@dataclass(frozen=True)
+class MarkedScript:
+    """A script, and how to run it.
+
+    Attributes:
+        command: command that reads the script from the start of its input; the rest is the script's own input.
+        data: the script, with which the input must start.
+        mark: line that standard output and standard error have before the script's own output.
+    """
+
+    command: Sequence[str]
+    data: bytes
+    mark: bytes
+
+
+def mark_script(script: str, *, is_remote: bool) -> MarkedScript:
+    """Return a script that prints a mark first.
+
+    The command does not use `sh -s`, because some shells read ahead into the script's input; `dd` with `bs=1` does not.
+
+    Args:
+        script: script for a POSIX shell.
+        is_remote: whether to change to the home folder first, as start-up files may have left it.
+    """
+    mark = f"kimi-mlx {secrets.token_hex(8)}"
+    folder = "cd 2>/dev/null || cd /" if is_remote else ""
+    prelude = _PRELUDE.format(name=_NAME, folder=folder, mark=mark)
+    data = f"{_EDGE}\n{prelude}{script}\n{_EDGE}".encode()
+    return MarkedScript(["/bin/sh", "-c", _COMMAND.format(size=len(data)), _NAME], data, mark.encode())
+
+
+def split_at_mark(output: bytes, mark: bytes) -> tuple[bytes, bytes | None]:
+    """Return the output before the mark, and the script's own output; None if it has no mark."""
+    before, found, after = output.partition(b"\n" + mark + b"\n")
+    return before, after if found else None
