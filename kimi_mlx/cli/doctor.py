@@ -50,7 +50,7 @@ def doctor(
         diagnosis = diagnose(request, sys.executable, set_status)
     choice = choose_placement_on_hosts(diagnosis, request, None)
     need = with_placement(need, choice, request.world_size)
-    diagnosis = with_model_need(diagnosis, replace(request, need=need))
+    diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)

@@ -37,8 +37,8 @@ from kimi_mlx.units import format_bytes
 COMMANDS = ("chat", "serve", "bench", "check", "download")
 """Commands that can run on a cluster; the first is the default."""
 
-FIXED_BY_A_DOWNLOAD = ("stores", "memory", "wired limit")
-"""Checks that do not prevent a download."""
+IGNORED_BY_A_DOWNLOAD = ("stores", "memory", "wired memory", "wired limit")
+"""Checks that do not prevent a download, which loads nothing."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def launch(
     diagnosis = _diagnose(request, options.install)
     choice = choose_placement_on_hosts(diagnosis, request, command.strategy)
     need = with_placement(need, choice, request.world_size)
-    diagnosis = with_model_need(diagnosis, replace(request, need=need))
+    diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     cluster = _require_cluster(diagnosis, need, option, command, is_forced=options.force)
     if hosts.save is not None:
         write_hostfile(hosts.save, replace(cluster.hostfile, backend=cluster.backend))
@@ -265,7 +265,7 @@ def _require_cluster(
     Raises:
         typer.Exit: a check failed; the report has been printed.
     """
-    ignored = FIXED_BY_A_DOWNLOAD if command.name == "download" else ()
+    ignored = IGNORED_BY_A_DOWNLOAD if command.name == "download" else ()
     findings = tuple(finding for finding in diagnosis.findings if finding.check not in ignored)
     cluster = diagnosis.cluster
     if cluster is not None and (is_forced or not any(finding.state == "problem" for finding in findings)):

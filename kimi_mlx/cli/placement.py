@@ -9,12 +9,13 @@ from dataclasses import replace
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.plan import shape_of
 from kimi_mlx.cli.plan_hosts import chosen_link
+from kimi_mlx.cluster.doctor.cluster_checks import kernel_difference
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normalize_strategy
-from kimi_mlx.planner.choice import Choice, by_rule, choose, memory_of
+from kimi_mlx.planner.choice import Choice, by_rule, choose, choose_pipeline, memory_of
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
 from kimi_mlx.planner.model_shape import ModelShape
@@ -66,10 +67,13 @@ def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, requ
         return ALONE
     shape = _shape(request.need.name)
     machines = _machines(diagnosis, request)
+    difference = kernel_difference([*diagnosis.facts.values()])
     if requested is not None:
         strategy, why = normalize_strategy(requested, size), OVERRIDES
-    elif (stored := _stored_on(diagnosis, request)) is not None:
+    elif (stored := _stored_on(diagnosis, request)) is not None and (not difference or stored.startswith("pipeline")):
         strategy, why = stored, "as it is stored on the hosts"
+    elif difference is not None:
+        return choose_pipeline(shape if machines else None, machines, difference)
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_mlx.errors import PlacementError
-from kimi_mlx.planner.constants import KIMI_MLX
+from kimi_mlx.planner.constants import KIMI_MLX, Strategy
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import HostMemory, host_memory
@@ -81,8 +81,23 @@ def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkPro
         reason: reason why there is no prediction.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
-    name = "pipeline" if is_slow else "hybrid"
     why = f"{describe_link(link)}, {reason}" if link is not None else reason
+    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, why)
+
+
+def choose_pipeline(shape: ModelShape | None, machines: Sequence[Machine], difference: str) -> Choice:
+    """Return the strategy pipeline, the only one for machines that compute with different kernels.
+
+    Args:
+        shape: the model; None if its dimensions or the machines are not known.
+        machines: one machine per rank; empty if they are not known.
+        difference: how the machines differ.
+    """
+    return _with_shares("pipeline", shape, machines, f"the only strategy for hosts that differ: {difference}")
+
+
+def _with_shares(name: Strategy, shape: ModelShape | None, machines: Sequence[Machine], why: str) -> Choice:
+    """Return a strategy with equal shares, or with shares by memory if the machines differ in size."""
     sizes = [machine.memory_bytes for machine in machines]
     if shape is None or max(sizes) <= UNEVEN * min(sizes):
         return Choice(name, why, memory_of(name, shape, machines))

@@ -73,6 +73,48 @@ def _versions(facts: Facts) -> dict[str, str]:
     return {"Python": facts.python.minor, **packages, "kimi-mlx's code": facts.python.code or "missing"}
 
 
+def kernel_difference(hosts: Sequence[Facts]) -> str | None:
+    """Return how the chips or MLX builds of hosts differ; None if they are equal, as far as they are known.
+
+    MLX chooses kernels by chip and build, and each sums in an order of its own. All strategies except pipeline compute
+    the router on every rank: where two experts score nearly the same, ranks with other kernels choose different ones,
+    and the sum then mixes them without any error.
+    """
+    for describe in (_chip, _mlx_build):
+        known = [(facts.host, text) for facts in hosts if (text := describe(facts)) is not None]
+        for host, text in known[1:]:
+            if text != known[0][1]:
+                return f"`{known[0][0]}` has {known[0][1]}, `{host}` has {text}"
+    return None
+
+
+def _chip(facts: Facts) -> str | None:
+    return facts.chip
+
+
+def _mlx_build(facts: Facts) -> str | None:
+    if facts.python is None or facts.python.mlx_build is None or "mlx" not in facts.python.packages:
+        return None
+    return f"mlx {facts.python.packages['mlx']} built for {facts.python.mlx_build}"
+
+
+def check_kernels(hosts: Sequence[Facts], strategy: str | None = None) -> Finding:
+    """Check that all hosts compute with the same kernels, or that the strategy does not need that.
+
+    Args:
+        hosts: facts of all hosts.
+        strategy: strategy of the ranks; None if it is not chosen yet.
+    """
+    names = ", ".join(facts.host for facts in hosts)
+    difference = kernel_difference(hosts)
+    if difference is None:
+        return Finding(names, "kernels", "ok", "same chip and MLX build on all hosts")
+    if strategy is None or strategy.partition(":")[0] == "pipeline":
+        return Finding(names, "kernels", "ok", f"{difference}; the strategy pipeline works with that")
+    message = f"{difference}: with the strategy {strategy} they would choose different experts and mix their outputs"
+    return Finding(names, "kernels", "problem", message, "leave `--strategy` out, or use `--strategy pipeline`")
+
+
 def check_macos(hosts: Sequence[Facts], is_rdma_used: bool) -> list[Finding]:
     """Check that all Macs have the same macOS build; RDMA between different builds is known to fail."""
     macs = [facts for facts in hosts if facts.is_mac]

@@ -94,9 +94,9 @@ def diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], No
     return replace(diagnosis, findings=tuple(fill_in_hosts(diagnosis.findings, request.names)))
 
 
-def with_model_need(diagnosis: Diagnosis, request: DoctorRequest) -> Diagnosis:
-    """Repeat the checks of memory, disk and stores for the placement that was chosen after `diagnose`."""
-    findings = replace_model_findings(request, diagnosis.facts, diagnosis.findings)
+def with_model_need(diagnosis: Diagnosis, request: DoctorRequest, strategy: str) -> Diagnosis:
+    """Repeat the checks of memory, disk, stores and kernels for the strategy that was chosen after `diagnose`."""
+    findings = replace_model_findings(request, diagnosis.facts, diagnosis.findings, strategy)
     return replace(diagnosis, findings=tuple(fill_in_hosts(findings, request.names)))
 
 

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from kimi_mlx.cluster.doctor.cluster_checks import (
     check_distinct,
     check_front,
+    check_kernels,
     check_macos,
     check_stores,
     check_versions,
@@ -26,12 +27,12 @@ from kimi_mlx.cluster.doctor.host_checks import (
     check_wired_limit,
 )
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.cluster.doctor.wired_memory import check_wired_memory
 from kimi_mlx.cluster.hosts.facts import Facts, parse_facts
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Backend, Hostfile
 from kimi_mlx.cluster.hosts.ssh import ScriptResult, is_local
 from kimi_mlx.cluster.network.topology import Topology, check_topology
-from kimi_mlx.errors import SshError
 from kimi_mlx.units import format_bytes
 
 
@@ -84,13 +85,9 @@ def parse_host_facts(results: Mapping[str, ScriptResult]) -> tuple[dict[str, Fac
     known: dict[str, Facts] = {}
     findings: list[Finding] = []
     for host, result in results.items():
-        finding = check_reachable(result)
-        if finding.state == "ok":
-            try:
-                known[host] = parse_facts(host, result.stdout)
-            except SshError as error:
-                finding = Finding(host, "reachable", "problem", error.message, error.hint)
-        findings.append(finding)
+        if result.is_ok:
+            known[host] = parse_facts(host, result.stdout)
+        findings.append(check_reachable(result))
     return known, findings
 
 
@@ -105,6 +102,7 @@ def check_hosts(
         findings += [
             check_python(facts, request.python),
             check_chip(facts),
+            *([check_wired_memory(facts)] if facts.is_mac else []),
             *_check_capacity(request, facts),
         ]
         if not request.is_alone:
@@ -125,11 +123,11 @@ def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
 
 
 def replace_model_findings(
-    request: DoctorRequest, known: Mapping[str, Facts], findings: Sequence[Finding]
+    request: DoctorRequest, known: Mapping[str, Facts], findings: Sequence[Finding], strategy: str
 ) -> list[Finding]:
-    """Return the findings, with those that depend on the model's needs checked again."""
+    """Return the findings, with those that depend on the model's needs or the strategy checked again."""
     new_findings = [finding for facts in known.values() for finding in _check_capacity(request, facts)]
-    new_findings += _check_stores(request, [*known.values()])
+    new_findings += [*_check_stores(request, [*known.values()]), check_kernels([*known.values()], strategy)]
     by_check = {(finding.host, finding.check): finding for finding in new_findings}
     return [by_check.get((finding.host, finding.check), finding) for finding in findings]
 
@@ -162,6 +160,7 @@ def check_cluster(
     if front is not None and all(finding.state == "ok" for finding in versions):
         versions = check_front(front, hosts) or versions
     findings += [*versions, *check_macos(hosts, backend != "ring")]
+    findings += [check_kernels(hosts)] if len(hosts) > 1 else []
     findings += _check_stores(request, hosts)
     return [*findings, *check_topology(request.hostfile, hosts, backend, topology), fast_sync]
 

@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from kimi_mlx.cluster.hosts import probes
 from kimi_mlx.cluster.hosts.versions import PACKAGES, describe
-from kimi_mlx.errors import SshError
 
 T = TypeVar("T")
 
@@ -48,6 +47,8 @@ class Interpreter:
         machine: processor architecture of the build, such as `arm64`.
         packages: name -> version of the installed packages among PACKAGES.
         code: digest of kimi-mlx's files; None if kimi-mlx is not installed.
+        mlx_build: platform for which MLX's wheel was built, such as `macosx_26_0_arm64`; None if unknown. Wheels of one
+            version for different systems contain different kernels.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Interpreter:
     machine: str
     packages: Mapping[str, str]
     code: str | None
+    mlx_build: str | None = None
 
     @property
     def minor(self) -> str:
@@ -99,6 +101,7 @@ class Facts:
         memory_bytes: total memory.
         free_bytes: memory available to programs: free, or used only for files and caches.
         wired_bytes: wired memory, including the GPU's.
+        process_bytes: memory of all processes except the kernel, wired or not (macOS).
         wired_limit_mb: `iogpu.wired_limit_mb`, in MiB; 0 means the system's default.
         home: the user's home folder.
         data_folder: kimi-mlx's data folder of the user.
@@ -131,6 +134,7 @@ class Facts:
     memory_bytes: int | None = None
     free_bytes: int | None = None
     wired_bytes: int | None = None
+    process_bytes: int | None = None
     wired_limit_mb: int | None = None
     home: str | None = None
     data_folder: str | None = None
@@ -200,12 +204,8 @@ def own_interpreter() -> Interpreter:
 
 
 def parse_facts(host: str, text: str) -> Facts:
-    """Parse complete or partial output of the script.
-
-    Raises:
-        SshError: the text is not output of the script.
-    """
-    values = _values(host, text)
+    """Parse complete or partial output of the script."""
+    values = _values(text)
 
     def line_of(key: str) -> str | None:
         return values[key][0].strip() or None if key in values else None
@@ -227,6 +227,7 @@ def parse_facts(host: str, text: str) -> Facts:
         memory_bytes=probes.number(line_of("memory_bytes")) or probes.meminfo(meminfo, "MemTotal"),
         free_bytes=free if free is not None else probes.meminfo(meminfo, "MemAvailable"),
         wired_bytes=wired,
+        process_bytes=probes.process_memory(lines_of("top") or ""),
         wired_limit_mb=probes.number(line_of("wired_limit_mb")),
         home=line_of("home"),
         data_folder=line_of("data_folder"),
@@ -249,16 +250,10 @@ def parse_facts(host: str, text: str) -> Facts:
     )
 
 
-def _values(host: str, text: str) -> dict[str, list[str]]:
-    """Return key -> lines, without the output of login shells before the first key."""
-    _, start, rest = ("\n" + text).partition("\nkimi_mlx_facts=1\n")
-    if not start:
-        raise SshError(
-            f"unexpected output from `{host}`: {text.strip()[:200]!r}",
-            hint=f"run `ssh {shlex.quote(host)} sh -c true`: it must not print anything",
-        )
+def _values(text: str) -> dict[str, list[str]]:
+    """Return key -> lines."""
     values: dict[str, list[str]] = {}
-    for key, value in re.findall(r"^([a-z_]+)=(.*)$", rest, re.MULTILINE):
+    for key, value in re.findall(r"^([a-z_]+)=(.*)$", text, re.MULTILINE):
         values.setdefault(key, []).append(value)
     return values
 
@@ -272,7 +267,8 @@ def parse_interpreter(line: str) -> Interpreter | None:
     try:
         fields = {str(key): str(value) for key, value in json.loads(line).items()}
         packages = {name: fields[name] for name in PACKAGES if name in fields}
-        return Interpreter(fields["path"], fields["python"], fields["machine"], packages, fields.get("code"))
+        code, build = fields.get("code"), fields.get("mlx_build")
+        return Interpreter(fields["path"], fields["python"], fields["machine"], packages, code, build)
     except (ValueError, KeyError, AttributeError):
         return None
 

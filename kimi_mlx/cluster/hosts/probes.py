@@ -1,6 +1,7 @@
 """Parse what commands of macOS and Linux print about a machine. Pure functions; None if the text does not match.
 
-Formats: xnu's vm_stat, Apple's TN3205 (`ibv_devices`, `ibv_devinfo`), POSIX `df -P`, Linux' /proc/meminfo.
+Formats: xnu's vm_stat, macOS' `top -l 1`, Apple's TN3205 (`ibv_devices`, `ibv_devinfo`), POSIX `df -P`, and Linux'
+/proc/meminfo.
 """
 
 from __future__ import annotations
@@ -32,6 +33,23 @@ def vm_stat(text: str) -> tuple[int | None, int | None]:
     free = sum(counts.get(name, 0) for name in ("Pages free", "File-backed pages", "Pages purgeable"))
     wired = counts.get("Pages wired down")
     return free * int(page[1]), None if wired is None else wired * int(page[1])
+
+
+MIN_PROCESSES = 50
+"""Smallest plausible number of processes of a Mac, which has hundreds; `top` that lists fewer was interrupted."""
+
+_UNITS = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def process_memory(text: str) -> int | None:
+    """Parse the output of `top -l 1 -stats pid,mem` into the bytes of all processes except the kernel (pid 0).
+
+    The column MEM is the physical footprint, which includes memory of the GPU, unlike the resident size of `ps`.
+    """
+    rows = re.findall(r"^ *(\d+)[*+-]* +(\d+)([BKMGT])[+-]?(?: .*)?$", text, re.MULTILINE)
+    if len(rows) < MIN_PROCESSES:
+        return None
+    return sum(int(count) * 1024 ** _UNITS[unit] for pid, count, unit in rows if int(pid))
 
 
 def meminfo(text: str, name: str) -> int | None:

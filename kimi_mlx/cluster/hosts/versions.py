@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import contextlib
 import json
 import platform
+import re
 
 PACKAGES = ("kimi-mlx", "mlx", "mlx-lm")
 """Packages whose versions are reported."""
@@ -37,7 +38,25 @@ def describe(path: str) -> dict[str, str]:
         code = code_digest()
         if code:
             description["code"] = code
+        build = mlx_build()
+        if build:
+            description["mlx_build"] = build
     return description
+
+
+def mlx_build() -> str | None:
+    """Return the platform for which MLX's wheel was built, such as `macosx_26_0_arm64`; None if unknown.
+
+    On a Mac the kernels are in mlx-metal.
+    """
+    from importlib.metadata import distribution
+
+    for name in ("mlx-metal", "mlx"):
+        with contextlib.suppress(Exception):
+            tags = re.findall(r"^Tag: \S+-(\S+)$", distribution(name).read_text("WHEEL") or "", re.MULTILINE)
+            if tags:
+                return "/".join(sorted(set(tags)))
+    return None
 
 
 def code_digest() -> str | None:

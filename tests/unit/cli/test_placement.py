@@ -148,6 +148,6 @@ def test_memory_is_checked_for_the_chosen_placement() -> None:
     for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "problem"])):
         choice = choose_placement_on_hosts(diagnosis, hosts, strategy)
         need = with_placement(hosts.need, choice, 2)
-        after = with_model_need(diagnosis, replace(hosts, need=need))
+        after = with_model_need(diagnosis, replace(hosts, need=need), strategy)
         assert [finding.state for finding in after.findings if finding.check == "memory"] == states
         assert len(after.findings) == len(even)

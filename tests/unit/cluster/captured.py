@@ -31,6 +31,25 @@ Swapins:                                 470789.
 Swapouts:                                929703.
 """
 
+TOP = """\
+Processes: 60 total, 2 running, 58 sleeping, 700 threads
+2026/11/29 09:12:40
+Load Avg: 1.52, 1.65, 1.83
+CPU usage: 3.40% user, 4.80% sys, 91.79% idle
+PhysMem: 15G used (2486M wired, 6934M compressor), 95M unused.
+
+PID    MEM
+0      12G
+612    424G+
+159*   581M
+64353  1016M-
+97979  463B
+""" + "".join(f"{pid}  {pid}K\n" for pid in range(300, 355))
+"""Form of the rows: published transcripts of `top -l 1 -stats pid,mem`; the values are invented."""
+
+PROCESS_BYTES = (424 << 30) + ((581 + 1016) << 20) + 463 + (sum(range(300, 355)) << 10)
+"""Memory of all processes of TOP except the kernel."""
+
 IBV_DEVICES = """\
     device          	   node GUID
     ------          	----------------
@@ -115,6 +134,7 @@ COMMANDS = {
 
 OUTPUTS = {
     "vm_stat": VM_STAT,
+    "top": TOP,
     "ibv_devices": IBV_DEVICES,
     "ibv_devinfo": IBV_DEVINFO,
     "ifconfig": IFCONFIG,

@@ -92,13 +92,13 @@ def test_unknown_model_size_is_not_a_problem() -> None:
 
 
 def test_hosts_that_do_not_answer_are_problems() -> None:
-    good = ScriptResult("mac-a", 0, "kimi_mlx_facts=1\nsystem=Darwin\n", "", 1.0)
-    odd = ScriptResult("mac-b", 0, "hello\n", "", 1.0)
+    good = ScriptResult("mac-a", 0, "system=Darwin\n", "", 1.0)
+    odd = ScriptResult("mac-b", 0, "", "", 1.0, has_started=False, greeting="hello\n")
     refused = ScriptResult("mac-c", 255, "", "ssh: connect to host mac-c port 22: Connection refused", 0.1)
     known, findings = parse_host_facts({each.host: each for each in (good, odd, refused)})
     assert [*known] == ["mac-a"]
     assert [finding.state for finding in findings] == ["ok", "problem", "problem"]
-    assert "unexpected output from" in findings[1].message
+    assert "did not run our command (exit code 0)\n  hello" in findings[1].message
 
 
 def test_front_must_have_the_same_kimi_mlx() -> None:
