@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_mlx.errors import EngineError
+from kimi_mlx.model.device import compile_on_gpu
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
     import llguidance
@@ -167,7 +168,8 @@ class Constraint:
             raise EngineError(f"the grammar is too complex: {_first_line(self._matcher)}", hint="simplify the schema")
 
 
-def _masked(logits: mx.array, masks: mx.array) -> mx.array:
+@compile_on_gpu
+def masked(logits: mx.array, masks: mx.array) -> mx.array:
     """Return logits with -inf for the tokens that a mask forbids.
 
     Args:
@@ -177,10 +179,6 @@ def _masked(logits: mx.array, masks: mx.array) -> mx.array:
     bits = (masks[..., None] >> mx.arange(WORD_BITS, dtype=mx.uint32)) & mx.array(1, mx.uint32)
     is_allowed = bits.flatten(-2)[..., : logits.shape[-1]].astype(mx.bool_)
     return mx.where(is_allowed, logits, mx.array(-mx.inf, logits.dtype))
-
-
-masked = mx.compile(_masked) if mx.metal.is_available() else _masked
-"""One kernel on Metal; on the CPU mx.compile calls a C++ compiler."""
 
 
 def _first_line(matcher: llguidance.LLMatcher) -> str:

@@ -10,10 +10,10 @@ from typing import cast
 
 import mlx.core as mx
 
-from kimi_mlx.model.attention import is_fused
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.device import device_kind
+from kimi_mlx.model.device_traits import has_fused_attention
 from kimi_mlx.model.moe import MoE
-from kimi_mlx.model.rope import is_gpu
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
 from kimi_mlx.sizing.prefill import RankShape
@@ -31,7 +31,13 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         chunk: prefill chunk; None for the largest useful one that fits.
     """
     mine = engine_limits(
-        model.config, rank_shape_of(model), len(model.layers), free_memory_bytes(), cache_bytes=cache_bytes, chunk=chunk
+        model.config,
+        rank_shape_of(model),
+        len(model.layers),
+        free_memory_bytes(),
+        cache_bytes=cache_bytes,
+        chunk=chunk,
+        largest_chunk=model.tuning.prefill_chunk,
     )
     smallest = group.gather(mx.array(astuple(mine), mx.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
@@ -41,18 +47,28 @@ def rank_shape_of(model: Model) -> RankShape:
     """Return the dimensions of a rank's share of a model."""
     config = model.config
     rows = [layer.mlp.down_proj.columns for layer in model.layers if isinstance(layer.mlp, MoE)]
+    value_bytes = model.layers[0]["input_layernorm"].itemsize
     return RankShape(
         heads=max(layer.self_attn.num_heads for layer in model.layers),
         expert_rows=max(rows, default=0),
-        value_bytes=model.layers[0]["input_layernorm"].itemsize,
-        is_fused=is_fused(config.qk_head_dim, config.v_head_dim),
+        value_bytes=value_bytes,
+        is_fused=has_fused_attention(
+            device_kind(), value_bytes, config.qk_head_dim, config.v_head_dim, model.tuning.prefill_chunk
+        ),
     )
 
 
 def free_memory_bytes() -> int:
-    """Return free memory. GPU: recommended working set minus active memory. CPU: MemAvailable, or half of RAM."""
-    if is_gpu():
+    """Return free memory.
+
+    Metal: recommended working set minus active memory. CUDA: free memory of the device. CPU: MemAvailable, or half of
+    the RAM.
+    """
+    kind = device_kind()
+    if kind == "metal":
         return int(mx.device_info()["max_recommended_working_set_size"]) - mx.get_active_memory()
+    if kind == "cuda":
+        return int(mx.device_info()["free_memory"]) + mx.get_cache_memory()
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
     except OSError:  # not Linux

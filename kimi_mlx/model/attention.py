@@ -16,13 +16,11 @@ from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, Segment
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
-from kimi_mlx.model.rope import is_gpu
+from kimi_mlx.model.device import device_kind
+from kimi_mlx.model.device_traits import has_fused_attention
 from kimi_mlx.model.sizes import expanded_width, heads_at_once
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
-
-FUSED_HEAD_DIMS = frozenset({64, 72, 80, 96, 128, 192, 256})
-"""Head sizes for which MLX's Metal attention does not store the scores (queries and values of equal size)."""
 
 
 class KeyProjection(Matrix):
@@ -142,30 +140,63 @@ class Attention(nn.Module):
     def _expanded(self, q: mx.array, cache: LatentCache, segment: Segment) -> mx.array:
         """Attend by heads, for prefill. Neither all scores nor, in a long context, all keys are in memory at once."""
         q, keys = q[:, :, segment.start : segment.stop], cache.fetch(segment.total)
-        if is_fused(q.shape[-1], self.unembed_out.rows):
-            return self._fused(q, keys)
-        return attend(q * self.scale, keys, self._expand, segment.diagonal)
+        kind, v_dim = device_kind(), self.unembed_out.rows
+        if has_fused_attention(kind, q.itemsize, q.shape[-1], v_dim, q.shape[2]):
+            head_bytes = segment.total * expanded_width(self.nope_dim, self.rope_dim, v_dim) * q.itemsize
+            return self.fused(q, keys, heads_at_once(q.shape[1], head_bytes))
+        return self.blockwise(q, keys, segment)
 
-    def _fused(self, q: mx.array, keys: mx.array) -> mx.array:
-        """Attend with a kernel that does not store the scores, for as many heads at a time as fit in memory."""
-        H, T, q_dim, v_dim = q.shape[1], keys.shape[2], q.shape[-1], self.unembed_out.rows
-        at_once = heads_at_once(H, T * expanded_width(self.nope_dim, self.rope_dim, v_dim) * q.itemsize)
+    def blockwise(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
+        """Attend by heads with blocks of keys, on any device.
+
+        Args:
+            q: (B, H, L, N + P), the queries of the segment.
+            keys: (B, 1, T, R + P), its rows of the cache.
+            segment: position of the queries.
+
+        Returns:
+            (B, H, L, V).
+        """
+        return attend(q * self.scale, keys, lambda rows: self._expand(*self._split(rows)), segment.diagonal)
+
+    def fused(self, q: mx.array, keys: mx.array, at_once: int) -> mx.array:
+        """Attend by heads with MLX's kernel, which does not store the scores where has_fused_attention is true.
+
+        Args:
+            q: (B, H, L, N + P), queries of the last L tokens.
+            keys: (B, 1, T, R + P), rows of the cache.
+            at_once: number of heads whose keys and values are in memory at once.
+
+        Returns:
+            (B, H, L, V).
+        """
+        H, q_dim, v_dim = q.shape[1], q.shape[-1], self.unembed_out.rows
+        latent, k_rope = self._split(keys)
         outs: list[mx.array] = []
         for start in range(0, H, at_once):
             heads = slice(start, start + at_once)
             if outs:
-                keys = mx.depends(keys, outs[-1])  # one group of heads after another
-            k, v = self._expand(keys, heads if at_once < H else None)
+                latent = mx.depends(latent, outs[-1])  # one group of heads after another
+            k, v = self._expand(latent, k_rope, heads if at_once < H else None)
             v = mx.pad(v, [(0, 0), (0, 0), (0, 0), (0, q_dim - v_dim)])
+            # On Metal, MLX would store the scores of heads wider than 128, because that is faster while they fit.
+            is_forced = device_kind() == "metal"
             out = mx.fast.scaled_dot_product_attention(
-                q[:, heads], k, v, scale=self.scale, mask="causal", force_fused=is_gpu()
+                q[:, heads], k, v, scale=self.scale, mask="causal", force_fused=is_forced
             )
             outs.append(out[..., :v_dim])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
 
-    def _expand(self, keys: mx.array, heads: slice | None = None) -> tuple[mx.array, mx.array]:
+    def _split(self, keys: mx.array) -> tuple[mx.array, mx.array]:
+        """Split rows of the cache into latents (B, 1, T, R) and rotated keys (B, 1, T, P).
+
+        The latents are made contiguous: quantized_matmul copies an input with gaps between its rows, and does so after
+        broadcasting it to all heads.
+        """
+        return mx.contiguous(keys[..., : self.latent_dim]), keys[..., self.latent_dim :]
+
+    def _expand(self, latent: mx.array, k_rope: mx.array, heads: slice | None = None) -> tuple[mx.array, mx.array]:
         """Return keys (B, H, T, N + P) and values (B, H, T, V) of all heads, or of some."""
-        latent, k_rope = keys[..., : self.latent_dim], keys[..., self.latent_dim :]
         k_nope = self.embed_q.expand(latent, heads)
         k_rope = mx.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))
         return mx.concatenate([k_nope, k_rope], axis=-1), self.unembed_out.matmul(latent, stack=heads)
@@ -174,8 +205,3 @@ class Attention(nn.Module):
 def _concatenate(parts: list[mx.array], axis: int = 2) -> mx.array:
     """Concatenate along `axis`, without a copy if there is one part."""
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
-
-
-def is_fused(q_dim: int, v_dim: int) -> bool:
-    """Return whether MLX has a kernel for these head sizes that does not store the scores."""
-    return is_gpu() and q_dim in FUSED_HEAD_DIMS and v_dim <= q_dim

@@ -11,14 +11,9 @@ from functools import cache, cached_property
 
 import mlx.core as mx
 
+from kimi_mlx.model.device_traits import CPU_TUNING, Tuning
 from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.sizes import QUERY_BLOCK
-
-ABSORB_MAX_LENGTH = 8
-"""Up to this many new tokens attend in the latent space, which is cheaper than expanding T cached tokens into heads."""
-
-GROUP_MAX_KEYS = 512
-"""Caches up to this length are stacked in a copy, which is cheaper than a few kernels for each sequence."""
 
 GROUP_MAX_PADDING = 64
 """Maximum difference in length of the sequences in one group."""
@@ -48,6 +43,7 @@ class DecodeGroup:
     Args:
         index: index of the first segment's sequence.
         segment: the first segment.
+        max_keys: maximum length of caches that are stacked.
 
     Attributes:
         indices: indices of the sequences.
@@ -55,8 +51,8 @@ class DecodeGroup:
         total: T of the longest sequence; the keys of the others are padded to it.
     """
 
-    def __init__(self, index: int, segment: Segment):
-        self.indices, self._totals = [index], [segment.total]
+    def __init__(self, index: int, segment: Segment, max_keys: int):
+        self.indices, self._totals, self._max_keys = [index], [segment.total], max_keys
         self.start, self.stop, self.total = segment.start, segment.stop, segment.total
         self._length = segment.length
         self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
@@ -65,7 +61,7 @@ class DecodeGroup:
         """Add the next segment; return False if it does not fit."""
         totals = [*self._totals, segment.total]
         is_single = self._length == segment.length == 1
-        if not is_single or max(totals) > min(GROUP_MAX_KEYS, min(totals) + GROUP_MAX_PADDING):
+        if not is_single or max(totals) > min(self._max_keys, min(totals) + GROUP_MAX_PADDING):
             return False
         self.indices.append(index)
         self._totals, self.stop, self.total = totals, segment.stop, max(totals)
@@ -90,6 +86,7 @@ class BatchLayout:
     Args:
         rope: rotary embedding of the model.
         lengths: (cached, new) token counts of each sequence; new may be 0.
+        tuning: constants of the device.
 
     Attributes:
         segments: segment of each sequence.
@@ -98,16 +95,16 @@ class BatchLayout:
         rotate: rotates queries and keys of the new tokens, (B, H, L, P), to their positions.
     """
 
-    def __init__(self, rope: Rope, lengths: Sequence[tuple[int, int]]):
+    def __init__(self, rope: Rope, lengths: Sequence[tuple[int, int]], tuning: Tuning = CPU_TUNING):
         self.segments: list[Segment] = []
         self.length = self.num_absorbed_tokens = 0
         for offset, length in lengths:
-            if length <= ABSORB_MAX_LENGTH and self.num_absorbed_tokens == self.length:
+            if length <= tuning.absorb_max_queries and self.num_absorbed_tokens == self.length:
                 self.num_absorbed_tokens += length
             self.segments.append(Segment(offset, length, self.length))
             self.length += length
         self.rotate = rope.at([(offset, length) for offset, length in lengths if length])
-        self._rope = rope
+        self._rope, self._tuning = rope, tuning
 
     @cached_property
     def decode_groups(self) -> list[DecodeGroup]:
@@ -116,7 +113,7 @@ class BatchLayout:
         for index, segment in enumerate(self.segments):
             is_short = segment.length and segment.stop <= self.num_absorbed_tokens
             if is_short and not (decode_groups and decode_groups[-1].add(index, segment)):
-                decode_groups.append(DecodeGroup(index, segment))
+                decode_groups.append(DecodeGroup(index, segment, self._tuning.stack_max_keys))
         return decode_groups
 
     def query_layout(self, counts: Sequence[int]) -> QueryLayout:
@@ -125,7 +122,7 @@ class BatchLayout:
         Args:
             counts: number of final tokens of each sequence; at least one in total.
         """
-        return QueryLayout(self._rope, self.segments, counts)
+        return QueryLayout(self._rope, self.segments, counts, self._tuning)
 
     def select(self, x: mx.array) -> mx.array:
         """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
@@ -139,11 +136,12 @@ class QueryLayout(BatchLayout):
         rope: rotary embedding of the model.
         segments: segments of the other layout.
         counts: number of final tokens of each segment.
+        tuning: constants of the device.
     """
 
-    def __init__(self, rope: Rope, segments: Sequence[Segment], counts: Sequence[int]):
+    def __init__(self, rope: Rope, segments: Sequence[Segment], counts: Sequence[int], tuning: Tuning = CPU_TUNING):
         pairs = list(zip(segments, counts, strict=True))
-        super().__init__(rope, [(segment.total - count, count) for segment, count in pairs])
+        super().__init__(rope, [(segment.total - count, count) for segment, count in pairs], tuning)
         rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
         is_contiguous = rows[-1] - rows[0] == len(rows) - 1
         self._rows = slice(rows[0], rows[-1] + 1) if is_contiguous else mx.array(rows)

@@ -15,6 +15,8 @@ from kimi_mlx.model.attention import Attention
 from kimi_mlx.model.batch_layout import BatchLayout
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.device import device_kind
+from kimi_mlx.model.device_traits import TUNINGS, Tuning
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.tree import LayerWeights
@@ -133,6 +135,14 @@ class Model(nn.Module):
         if top.has("lm_head"):
             self.norm = top.array("model.norm")
             self.lm_head = Linear(top.matrix("lm_head"))
+        self.tune(TUNINGS[device_kind()])
+
+    def tune(self, tuning: Tuning) -> None:
+        """Use other constants than those of the device, to measure them."""
+        self.tuning = tuning
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.sort_min_choices = tuning.sort_min_choices
 
     @property
     def has_head(self) -> bool:
@@ -166,7 +176,7 @@ class Model(nn.Module):
             The input of `logits`. On a rank of a pipeline it is what the rank sends, and must be evaluated.
         """
         x = self.embed_tokens(tokens) if "embed_tokens" in self else self.communicator.recv_from_previous_stage(tokens)
-        layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices])
+        layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.tuning)
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):
             x = layer(x, layer_caches, layout, layout)

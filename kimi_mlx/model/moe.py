@@ -10,29 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.device import elementwise
+from kimi_mlx.model.device_traits import CPU_TUNING
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, linear
-
-SORT_MIN_CHOICES = 64
-"""Minimum number of (token, expert) pairs that are sorted, so that each expert is read once."""
-
-
-F = TypeVar("F", bound=Callable[..., object])
-
-
-def elementwise(function: F) -> F:
-    """Fuse elementwise operations into one kernel on Metal.
-
-    Not on the CPU, where mx.compile calls a C++ compiler at run time (2 s, and not available everywhere).
-    """
-    return cast(F, mx.compile(function, shapeless=True)) if mx.metal.is_available() else function
 
 
 @elementwise
@@ -43,8 +31,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @elementwise
 def router_scores(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-    """Return sigmoid scores in float32, and -(scores + bias), whose smallest values select the experts."""
-    scores = mx.sigmoid(logits.astype(mx.float32))
+    """Return sigmoid scores, and -(scores + bias), whose smallest values select the experts; all in float32."""
+    scores = mx.sigmoid(logits)
     return scores, -(scores + bias)
 
 
@@ -72,8 +60,9 @@ class DenseMLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Top-K router. The S shared experts are appended as experts that always win, with weight 1.
+    """Top-K router, in float32 as published: in bfloat16 near ties choose other experts.
 
+    The S shared experts are appended as experts that always win, with weight 1.
     Their rows of the weight are zero and their `offset` is -inf, so their score is 0 and does not change the
     normalization. Their correction bias is +inf, so they are always selected.
     """
@@ -84,17 +73,16 @@ class Router(nn.Module):
         self.num_routed = config.n_routed_experts
         self.num_chosen = config.num_experts_per_tok + shared
         self.n_group, self.topk_group = config.n_group, config.topk_group
-        weight = weights.array("mlp.gate")
+        weight = weights.array("mlp.gate").astype(mx.float32)
         bias = weights.array("mlp.gate.e_score_correction_bias").astype(mx.float32)
-        offset = mx.zeros((self.num_routed,), weight.dtype)
         self.weight = mx.pad(weight, [(0, shared), (0, 0)])
-        self.offset = mx.pad(offset, (0, shared), constant_values=mx.array(-mx.inf, weight.dtype))
+        self.offset = mx.pad(mx.zeros((self.num_routed,)), (0, shared), constant_values=mx.array(-mx.inf))
         self.e_score_correction_bias = mx.pad(bias, (0, shared), constant_values=mx.array(mx.inf))
-        self._weigh = elementwise(self._weigh_with_constants(config))
+        self._weigh = elementwise(self._weigh_with_constants(config, weights.array("input_layernorm").dtype))
 
-    def _weigh_with_constants(self, config: ModelConfig) -> Callable[..., mx.array]:
+    def _weigh_with_constants(self, config: ModelConfig, dtype: mx.Dtype) -> Callable[..., mx.array]:
         scale, num_routed = config.routed_scaling_factor, self.num_routed
-        is_normed, dtype = config.norm_topk_prob and config.num_experts_per_tok > 1, self.weight.dtype
+        is_normed = config.norm_topk_prob and config.num_experts_per_tok > 1
 
         def weigh(ids: mx.array, chosen: mx.array, total: mx.array) -> mx.array:
             weights = chosen * scale / (total + 1e-20) if is_normed else chosen * scale
@@ -108,7 +96,7 @@ class Router(nn.Module):
         Returns:
             ids (B, L, K + S) uint32 and weights (B, L, K + S) in the compute dtype.
         """
-        logits = mx.addmm(self["offset"], x, self["weight"].swapaxes(-1, -2))
+        logits = mx.addmm(self["offset"], x.astype(mx.float32), self["weight"].swapaxes(-1, -2))
         scores, order = router_scores(logits, self["e_score_correction_bias"])
         if self.n_group > 1:
             order = self._keep_best_groups(order)
@@ -131,6 +119,9 @@ class MoE(nn.Module):
 
     A rank holds some rows of every expert, or all rows of some experts (`_held`).
     """
+
+    sort_min_choices = CPU_TUNING.sort_min_choices
+    """Minimum number of (token, expert) pairs that are sorted; set by Model.tune."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights):
         super().__init__()
@@ -177,7 +168,7 @@ class MoE(nn.Module):
 
     def _experts(self, x: mx.array, ids: mx.array) -> mx.array:
         """Run each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
-        if ids.size < SORT_MIN_CHOICES:
+        if ids.size < self.sort_min_choices:
             return self._run(
                 x[..., None, None, :], ids, grid_indices(*ids.shape[:-1], 1), grid_indices(*ids.shape)
             ).squeeze(-2)

@@ -13,6 +13,7 @@ import numpy as np
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_rope import YarnScaling, yarn_mscale
+from kimi_mlx.model.device import is_gpu
 
 
 class Rope:
@@ -82,11 +83,6 @@ def token_positions(ranges: Sequence[tuple[int, int]]) -> mx.array:
         (start, length), *_ = ranges
         return mx.arange(start, start + length)
     return mx.array(np.concatenate([np.arange(start, start + length, dtype=np.int32) for start, length in ranges]))
-
-
-def is_gpu() -> bool:
-    """Return whether arrays are computed on a GPU, where `mx.fast` functions are single kernels."""
-    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def wavelengths(dims: int, theta: float, yarn: YarnScaling | None) -> mx.array:

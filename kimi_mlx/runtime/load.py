@@ -16,6 +16,7 @@ from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.model.config_quantization import PackedInts
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.device import device_kind
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, MlxGroup
@@ -212,15 +213,17 @@ def compute_dtype(dtype: str | None, config: ModelConfig) -> mx.Dtype:
 def prepare_device(has_sampling: bool) -> None:
     """Set up MLX for a process that serves one model.
 
-    On Metal the weights are wired, so that macOS does not page them out. On the CPU mx.compile is turned off: it would
-    run a C++ compiler, and several ranks would write the same files at the same time.
+    On Metal the weights are wired, so that macOS does not page them out. On the CPU, also on that of a Mac, mx.compile
+    is turned off (mlx-lm's samplers use it): it would run a C++ compiler, and several ranks would write the same files
+    at the same time.
 
     Args:
         has_sampling: True to import mlx-lm's samplers in the background.
     """
     if has_sampling:
         threading.Thread(target=samplers, daemon=True).start()
-    if mx.metal.is_available():
+    kind = device_kind()
+    if kind == "metal":
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    else:
+    elif kind == "cpu":
         mx.disable_compile()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
-from kimi_mlx.sizing.prefill import RankShape, choose_chunk, prefill_bytes
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, choose_chunk, prefill_bytes
 
 PLANNED_CONTEXT = 32_768
 """Tokens of context that the chunk must leave room for; the model's own limit if that is less."""
@@ -45,6 +45,7 @@ def engine_limits(
     *,
     cache_bytes: int | None = None,
     chunk: int | None = None,
+    largest_chunk: int = PREFILL_CHUNK,
 ) -> EngineLimits:
     """Return the limits of one rank. All ranks must use the smallest of each.
 
@@ -55,10 +56,11 @@ def engine_limits(
         free_bytes: memory that is free once the weights are loaded.
         cache_bytes: size of the KV caches; None for most of the free memory, up to MAX_CONTEXTS full contexts.
         chunk: prefill chunk; None for the largest useful one that fits.
+        largest_chunk: largest useful chunk on this device.
     """
     context = min(config.max_position_embeddings, PLANNED_CONTEXT)
     token_bytes = kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
-    chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context)
+    chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context, largest_chunk)
     if cache_bytes is None:
         cache_bytes = int(CACHE_SHARE * (free_bytes - prefill_bytes(config, rank_shape, chunk, context)))
         cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)

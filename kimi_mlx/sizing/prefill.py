@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.device_traits import TUNINGS
 from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 MIN_CHUNK = 32
 MAX_CHUNK = 2048
 
-PREFILL_CHUNK = 512
-"""Chunk size if memory is no limit: large enough to keep the hardware busy, small enough to show progress and to cancel
-quickly. On the CPU the gain of larger chunks is below the noise (docs/benchmark.md)."""
+PREFILL_CHUNK = TUNINGS["metal"].prefill_chunk
+"""Chunk size on a Mac if memory is no limit."""
 
 FLOAT32_BYTES = 4
 
@@ -26,7 +26,7 @@ class RankShape:
         heads: number of attention heads on the rank.
         expert_rows: number of rows of each expert on the rank, moe_intermediate_size for whole experts.
         value_bytes: bytes per value in the compute dtype.
-        is_fused: whether MLX's fused attention supports the model's head sizes (kimi_mlx.model.attention.is_fused).
+        is_fused: whether MLX has a fused kernel for the model's attention (kimi_mlx.model.device_traits).
     """
 
     heads: int

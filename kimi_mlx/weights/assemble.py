@@ -85,10 +85,10 @@ def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry
     Args:
         arrays: weight, and scales and biases if quantized.
         quantization: quantization of the weight; None if float.
-        entry: name in the canonical tree; the router's bias stays in float32.
+        entry: name in the canonical tree; the router stays in float32.
         dtype: compute dtype.
     """
-    target = mx.float32 if entry.endswith("e_score_correction_bias") else dtype
+    target = mx.float32 if entry.startswith("mlp.gate.") or entry == "mlp.gate" else dtype
     cast = (array if array.dtype == mx.uint32 else array.astype(target) for array in arrays)
     return Weight(*cast, quantization=quantization)
 

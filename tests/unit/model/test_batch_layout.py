@@ -8,12 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.model.batch_layout import GROUP_MAX_KEYS, GROUP_MAX_PADDING, BatchLayout
+from kimi_mlx.model.batch_layout import GROUP_MAX_PADDING, BatchLayout
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.model.device_traits import CPU_TUNING
 from kimi_mlx.model.rope import ComplexRotation, FastRotation, Rope
 from kimi_mlx.weights.assemble import load_model
 
+STACK_MAX_KEYS = CPU_TUNING.stack_max_keys
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
 
 
@@ -48,7 +50,7 @@ def test_mask_is_computed_once_for_all_layers() -> None:
         ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),  # several tokens of one sequence stay alone
         ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # a sequence without new tokens does not split a group
         ([(1, 1), (1 + GROUP_MAX_PADDING, 1), (2 + GROUP_MAX_PADDING, 1)], [[0, 1], [2]]),
-        ([(GROUP_MAX_KEYS - 1, 1), (GROUP_MAX_KEYS, 1), (GROUP_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
+        ([(STACK_MAX_KEYS - 1, 1), (STACK_MAX_KEYS, 1), (STACK_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
         ([(4, 1), (0, 100), (4, 1)], [[0]]),  # after a long segment all attend by heads
     ],
 )

@@ -72,7 +72,7 @@ def test_chunks_and_groups_of_heads_give_the_same_logits(
     model, tokens, expected = one_by_one
     monkeypatch.setattr(blockwise, "KEY_BLOCK", 32)
     if at_once is not None:
-        monkeypatch.setattr(attention, "is_fused", lambda q_dim, v_dim: True)
+        monkeypatch.setattr(attention, "has_fused_attention", lambda *args: True)
         monkeypatch.setattr(attention, "heads_at_once", lambda heads, head_bytes: at_once)
     cache, parts, start = model.make_cache(), [], 0
     for length in chunks:
