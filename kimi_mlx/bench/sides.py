@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,9 +11,8 @@ from typing import Protocol
 from kimi_mlx.engine.request import Finished, Request, Statistics, Token
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
-from kimi_mlx.session.open import open_session
 from kimi_mlx.session.ring import RingSession
-from kimi_mlx.session.session import LoadProgress, Session, SessionOptions
+from kimi_mlx.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,3 @@ class SessionSide:
             elif isinstance(event, Finished) and ids:
                 return TimedAnswer(tuple(ids), event.statistics, tuple(arrivals))
         raise EngineError("the session ended without a result")
-
-
-@contextlib.contextmanager
-def open_kimi_mlx(options: SessionOptions, progress: LoadProgress = lambda done, total: None) -> Iterator[SessionSide]:
-    """Load kimi-mlx in this process or on a ring."""
-    with contextlib.closing(open_session(options, progress)) as session:
-        yield SessionSide("kimi-mlx", session)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import typer
 
-from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
 from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RunOptions, StrategyOption
-from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.engine.request import Finished, Request, Token
 from kimi_mlx.errors import RingError, UsageError
-from kimi_mlx.model.config import load_config
-from kimi_mlx.session.session import Session
-from kimi_mlx.store.model_ref import resolve_model_name
-from kimi_mlx.units import format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from kimi_mlx.engine.request import Finished
+    from kimi_mlx.session.session import Session
 
 TOKENS = 32
 PROMPT_TOKENS = 64
@@ -29,6 +27,13 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Check that a cluster answers, twice the same."""
+    # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+    from kimi_mlx.cli.output import print_json, stdout
+    from kimi_mlx.model.config import load_config
+    from kimi_mlx.store.model_ref import resolve_model_name
+    from kimi_mlx.units import format_rate, format_seconds
+
     launch = launch_context(context)
     if launch is None:
         raise UsageError(
@@ -73,6 +78,8 @@ def check(
 
 
 def _answer(session: Session, prompt: tuple[int, ...]) -> tuple[list[int], Finished]:
+    from kimi_mlx.engine.request import Finished, Request, Token
+
     ids: list[int] = []
     for event in session.generate(Request(prompt, max_tokens=TOKENS)):
         if isinstance(event, Token):

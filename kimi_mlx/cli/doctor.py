@@ -9,15 +9,9 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.doctor_report import report, to_dict
 from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument, model_name
-from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
-from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
-from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
-from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.errors import UsageError
 
 
@@ -31,7 +25,14 @@ def doctor(
     fast_sync: FastSyncOption = False,
 ) -> None:
     """Find problems of a Mac or cluster, and the fix."""
-    from kimi_mlx.cli.memory_requirement import memory_requirement
+    # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.doctor_report import report, to_dict
+    from kimi_mlx.cli.model_size import memory_requirement
+    from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
+    from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
+    from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
+    from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
+    from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 
     ranks, option = hosts.read()
     save = hosts.save

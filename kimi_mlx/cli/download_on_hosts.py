@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from kimi_mlx.cli.download import DownloadOptions
 from kimi_mlx.cli.download_output import print_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
@@ -15,7 +16,7 @@ from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError, WeightsError
-from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.units import format_bytes
@@ -26,25 +27,13 @@ STALL_S = 1800.0
 """Timeout without progress: Hugging Face may ask clients to wait for a long time."""
 
 
-def download_on_hosts(
-    launched: LaunchContext,
-    target: ModelRef,
-    revision: str | None,
-    *,
-    is_dry: bool,
-    is_check: bool,
-    keep_source: bool,
-    is_json: bool,
-) -> None:
+def download_on_hosts(launched: LaunchContext, name: str, options: DownloadOptions, is_json: bool) -> None:
     """Download a model, each file by one host only, and print the result.
 
     Args:
         launched: the hosts.
-        target: the model.
-        revision: branch, tag or commit; None for the one that is here, else the main branch.
-        is_dry: whether to only print what would be done.
-        is_check: whether to verify the stores that are there and repair them.
-        keep_source: whether the source files stay in the Hugging Face cache.
+        name: name of the model.
+        options: options of the user; the placement is that of `launched`.
         is_json: whether to print JSON.
 
     Raises:
@@ -55,15 +44,16 @@ def download_on_hosts(
             "there is only one rank", hint="name two or more hosts, or run `kimi-mlx download` without launch"
         )
     started = time.monotonic()
+    target = resolve_model_name(name)
     limits = replace(launched.limits, stall_s=STALL_S)
     with closing(Ring(launched.cluster, limits, MODULE)) as ring, _show_progress(target, is_json) as show:
         ring.start(
             model=name_for_hosts(target),
             strategy=launched.choice.strategy,
-            revision=revision,
-            is_dry=is_dry,
-            is_check=is_check,
-            keep_source=keep_source,
+            revision=options.revision,
+            is_dry=options.dry_run,
+            is_check=options.verify,
+            keep_source=options.keep_source,
         )
         results = _collect(ring, show)
     names = [host.ssh for host in launched.cluster.hostfile.hosts]

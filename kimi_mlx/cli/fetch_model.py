@@ -8,15 +8,17 @@ from pathlib import Path
 import typer
 
 from kimi_mlx.cli.download_progress import byte_progress, print_licence_once
+from kimi_mlx.cli.model_size import entry_shape
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes
 from kimi_mlx.hub.client import Repository, fetch_checkpoint, look_up
 from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.planner.needs import memory_per_host
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import ModelRef
-from kimi_mlx.units import GB, format_bytes
+from kimi_mlx.units import GB, format_bytes, format_gib
 from kimi_mlx.weights.index import read_index
 
 MAX_UNASKED_BYTES = 5 * GB
@@ -68,10 +70,10 @@ def _confirm(target: ModelRef, repository: Repository, is_quiet: bool) -> None:
     if missing <= MAX_UNASKED_BYTES or missing < sum(sizes.values()) / 2:
         return
     text = f"`{target.name}` is not on this machine: {format_bytes(missing)} to download"
-    needed = target.entry.minimum_memory_bytes() if target.entry is not None else None
-    if needed is not None:
-        text += f"; it needs {format_bytes(needed)} of memory, this machine has "
-        text += format_bytes(local_machine().memory_bytes)
+    shape = entry_shape(target.entry) if target.entry is not None else None
+    if shape is not None:
+        text += f"; it needs {format_gib(memory_per_host(shape))} of memory, this machine has "
+        text += format_gib(local_machine().memory_bytes)
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
         raise UsageError(text, hint=f"download it with `kimi-mlx download {target.name}`")
     if not typer.confirm(f"{text}. Download it?", default=False, err=True):

@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from kimi_mlx.cli.options import JsonOption
-from kimi_mlx.cli.output import print_json, stdout
-from kimi_mlx.cluster.hosts.machine import LocalMachine, local_machine
 from kimi_mlx.errors import UsageError
-from kimi_mlx.hub.catalogue import (
-    CatalogueEntry,
-    SamplingValues,
-    catalogue,
-    find_entry,
-)
-from kimi_mlx.hub.licence import notice
-from kimi_mlx.sizing.hosts import SYSTEM_BYTES
-from kimi_mlx.store.locate import LocalState, local_state
-from kimi_mlx.store.model_ref import resolve_model_name, unknown_model_error
-from kimi_mlx.units import GB, format_bytes, format_context, format_gib
 
-WIDE, NARROW = 110, 76
-"""Minimum width of the terminal for the description of a model, and for its format."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A known model and its state on this machine.
-
-    Attributes:
-        entry: the model's entry in the catalogue.
-        local_state: which part of the model is on this machine.
-        folder: folder of the model on this machine; None if it is not here.
-        size_bytes: size in the catalogue, else that of the files here.
-        hosts_needed: number of machines like this one that are needed; None if there would be too many, or the model
-            is not supported.
-    """
-
-    entry: CatalogueEntry
-    local_state: LocalState
-    folder: Path | None
-    size_bytes: int | None
-    hosts_needed: int | None
-
-    def to_dict(self) -> dict[str, object]:
-        """Return all fields, for JSON."""
-        return {
-            **asdict(self.entry),
-            "size_bytes": self.size_bytes,
-            "minimum_memory_bytes": self.entry.minimum_memory_bytes(),
-            "on_this_machine": self.local_state,
-            "folder": str(self.folder) if self.folder else None,
-            "hosts_needed": self.hosts_needed,
-        }
+if TYPE_CHECKING:
+    from kimi_mlx.hub.catalogue import CatalogueEntry
 
 
 def models(
@@ -71,179 +22,45 @@ def models(
     json: JsonOption = False,
 ) -> None:
     """List known models: size, memory, what is here."""
+    # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.models_table import find_row, print_details, print_table
+    from kimi_mlx.cli.output import print_json
+    from kimi_mlx.cluster.hosts.machine import local_machine
+    from kimi_mlx.hub.catalogue import catalogue
+
     machine = local_machine()
     if model is None:
         rows = [find_row(entry, machine) for entry in catalogue()]
         if json:
             print_json([row.to_dict() for row in rows])
-            return
-        stdout.print(table(rows, machine, stdout.width), soft_wrap=False)
-        stdout.print()
-        for line in footnotes(rows, machine):
-            stdout.print(line, style="dim", markup=False, soft_wrap=False)
+        else:
+            print_table(rows, machine)
         return
-    entry = find_entry(model)
-    if entry is None:
-        if resolve_model_name(model).repository is not None:
-            raise UsageError(
-                f"`{model}` is not a known model",
-                hint=f"`kimi-mlx download {model} --dry-run` shows its size on Hugging Face",
-            )
-        raise unknown_model_error(model)
-    row = find_row(entry, machine)
+    row = find_row(_find_entry(model), machine)
     if json:
         print_json(row.to_dict())
-        return
-    stdout.print(Text(f"{entry.title}: {entry.about}", style="bold"), soft_wrap=False)
-    stdout.print(details(row, machine, has_sources=sources), soft_wrap=False)
-
-
-def find_row(entry: CatalogueEntry, machine: LocalMachine) -> Row:
-    """Return a model's row: look for the model on this machine and check whether it fits."""
-    here, folder = local_state(entry)
-    size = entry.size_bytes
-    if size is None and folder is not None:
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return Row(entry, here, folder, size, entry.hosts_needed(machine.memory_bytes, machine.gpu_bytes))
-
-
-def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
-    """Return a table of the models for a terminal of `width` columns, one line per model."""
-    result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("model", "GB", "needs", "context", "here", "fits"):
-        result.add_column(header, justify="right" if header in ("GB", "needs", "context") else "left", no_wrap=True)
-    last = "description" if width >= WIDE else "format" if width >= NARROW else None
-    if last is not None:
-        result.add_column(last, no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        cells = [
-            row.entry.alias,
-            _gigabytes(row.size_bytes),
-            "any" if row.entry.is_packaged else _gigabytes(row.entry.minimum_memory_bytes()),
-            format_context(row.entry.context_tokens),
-            row.local_state,
-            _fits(row, machine),
-        ]
-        text = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
-        style = None if row.entry.refused is None else "dim"
-        result.add_row(*cells, *([] if last is None else [text]), style=style)
-    return result
-
-
-def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
-    """Return the notes below the table: meaning of the columns, and why models are not supported."""
-    lines = [
-        "GB: size of the download. needs: GB of memory on one host, with 8k tokens of context and "
-        f"{format_bytes(SYSTEM_BYTES)} for the system.",
-        f"fits: on {_machine_text(machine)}, or how many like it you need.",
-    ]
-    lines += [
-        f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
-    ]
-    return [*lines, "`kimi-mlx models MODEL` shows the details of one model."]
-
-
-def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table:
-    """Return a table of all facts of one model, in two columns."""
-    entry = row.entry
-    facts = {
-        "alias": entry.alias,
-        "repository": entry.repository,
-        "original": entry.original_repository,
-        "format": entry.format,
-        "download": _two_units(entry.size_bytes),
-        "in memory": _two_units(entry.weights_bytes),
-        "memory needed": _memory_text(row),
-        "context": f"{entry.context_tokens:,} tokens",
-        "sampling": _sampling_text(entry.sampling),
-        "without thinking": _sampling_text(entry.instant_sampling),
-        "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
-        "fits": _fits_text(row, machine),
-        "here": _local_state_text(row),
-        "sources": "\n".join(f"{name}: {source}" for name, source in entry.source.items()) if has_sources else None,
-    }
-    result = Table.grid(padding=(0, 2, 0, 0))
-    result.add_column(style="dim", no_wrap=True)
-    result.add_column(overflow="fold")
-    for name, fact in facts.items():
-        if fact is not None:
-            result.add_row(name, Text(fact))
-    return result
-
-
-def _gigabytes(count: int | None) -> str:
-    """Format bytes for a column of GB."""
-    if count is None:
-        return "-"
-    return f"{count / GB:.1f}" if count >= GB / 10 else "<0.1"
-
-
-def _two_units(count: int | None) -> str | None:
-    """Format bytes in GB and in GiB."""
-    return None if count is None else f"{format_bytes(count)} ({format_gib(count)})"
-
-
-def _fits(row: Row, machine: LocalMachine) -> str:
-    """Say whether the model fits on this machine, in at most 7 characters."""
-    if row.hosts_needed is None:
-        return "no"
-    return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
-
-
-def _fits_text(row: Row, machine: LocalMachine) -> str:
-    """Say whether the model fits on this machine, and what would help."""
-    entry, needed = row.entry, row.hosts_needed
-    if entry.refused is not None:
-        return f"not supported: {entry.refused}"
-    here = _machine_text(machine)
-    if needed is None:
-        answer = f"no: needs {format_bytes(entry.minimum_memory_bytes() or 0)}; {here} is not enough"
     else:
-        answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} like {here}"
-    limit = machine.memory_bytes - SYSTEM_BYTES
-    with_limit = entry.hosts_needed(machine.memory_bytes, limit)
-    if machine.is_mac and with_limit is not None and (needed is None or with_limit < needed):
-        command = f"sudo sysctl iogpu.wired_limit_mb={limit // 1024**2}"
-        answer += f"; {with_limit} with a higher GPU limit (until the next restart): `{command}`"
-    return answer
+        print_details(row, machine, has_sources=sources)
 
 
-def _local_state_text(row: Row) -> str:
-    """Say where the model is on this machine, or how to download it."""
-    if row.entry.refused is not None:
-        return "no"
-    if row.local_state == "package":
-        return f"comes with the package, in {row.folder}"
-    if row.local_state in ("yes", "store"):
-        return f"{'yes' if row.local_state == 'yes' else 'as a store'}, in {row.folder}"
-    state = f"partly, in {row.folder}" if row.local_state == "partly" else "no"
-    return f"{state}; `kimi-mlx download {row.entry.alias}` downloads it"
+def _find_entry(name: str) -> CatalogueEntry:
+    """Return the catalogue entry of a model.
 
+    Raises:
+        UsageError: the model is not in the catalogue.
+    """
+    from kimi_mlx.hub.catalogue import find_entry
+    from kimi_mlx.store.model_ref import resolve_model_name
 
-def _memory_text(row: Row) -> str | None:
-    """Return the minimum memory on one host, and on as many hosts like this one as are needed."""
-    if row.entry.is_packaged:
-        return "any machine"
-    alone = row.entry.minimum_memory_bytes()
-    if alone is None:
-        return None
-    answer = f"{format_bytes(alone)} on one host"
-    if row.hosts_needed is not None and row.hosts_needed > 1:
-        together = row.entry.minimum_memory_bytes(row.hosts_needed) or 0
-        answer += f", {format_bytes(together / row.hosts_needed)} on each of {row.hosts_needed}"
-    return answer
-
-
-def _sampling_text(values: SamplingValues | None) -> str | None:
-    return None if values is None else ", ".join(f"{name} {value:g}" for name, value in values.recommended().items())
-
-
-def _machine_text(machine: LocalMachine) -> str:
-    """Return e.g. `this Mac (512.0 GiB, of which the GPU may use 384.0 GiB)`."""
-    kind = "Mac" if machine.is_mac else "machine"
-    limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}"
-    return f"this {kind} ({format_gib(machine.memory_bytes)}{limit * (machine.gpu_bytes < machine.memory_bytes)})"
-
-
-def _hosts(machine: LocalMachine) -> str:
-    return "Macs" if machine.is_mac else "hosts"
+    entry = find_entry(name)
+    if entry is not None:
+        return entry
+    target = resolve_model_name(name)
+    if target.folder is not None:
+        raise UsageError(
+            f"`{name}` is a folder, and not in the list of known models",
+            hint=f"`kimi-mlx doctor {name}` checks whether it fits this machine, `kimi-mlx chat {name}` runs it",
+        )
+    raise UsageError(
+        f"`{name}` is not a known model", hint=f"`kimi-mlx download {name} --dry-run` shows its size on Hugging Face"
+    )

@@ -15,7 +15,6 @@ from kimi_mlx.cli.output import load_progress
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
-from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile
@@ -88,6 +87,31 @@ def launch_context(context: typer.Context) -> LaunchContext | None:
     return context.obj if isinstance(context.obj, LaunchContext) else None
 
 
+def place_model(
+    target: ModelRef | None,
+    ranks: int,
+    strategy: str | None,
+    *,
+    is_quiet: bool,
+    link: LinkProfile | None = None,
+) -> Choice:
+    """Choose the placement of a model on ranks of this machine, and print it.
+
+    Args:
+        target: the model; None for a synthetic one.
+        ranks: number of ranks.
+        strategy: strategy of the user; None for the stored one, else the planner's choice.
+        is_quiet: whether to print nothing.
+        link: link between the ranks; None for the machine's own, fast one.
+
+    Raises:
+        UsageError: the weights of the strategy are for another number of ranks.
+    """
+    choice = choose_placement(target, ranks, strategy, link)
+    print_placement(choice, f"{ranks} ranks", is_quiet or ranks == 1)
+    return choice
+
+
 def prepare_model(
     launch: LaunchContext | None,
     target: ModelRef,
@@ -112,10 +136,9 @@ def prepare_model(
     """
     if launch is not None:
         return PreparedModel(target, target.name, launch.choice, None, launch)
-    choice = choose_placement(target, run.ranks, run.strategy, link)
+    choice = place_model(target, run.ranks, run.strategy, is_quiet=is_quiet, link=link)
     folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
-    load_config(folder)  # before anything else: an unsupported checkpoint gets the error that says so
-    print_placement(choice, f"{run.ranks} ranks", is_quiet or run.ranks == 1)
+    load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so
     return PreparedModel(target, target.name, choice, folder)
 
 
@@ -160,11 +183,15 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
     """
     if model.launch is not None:
         return _open_on_hosts(model.launch, model, options, is_quiet)
-    assert model.folder is not None
-    options = replace(options, folder=model.folder, ranks=ranks, strategy=model.choice.strategy)
+    options = options_on_this_machine(model, options, ranks)
     suffix = f" on {ranks} ranks" if ranks > 1 else ""
     with load_progress(f"loading {model.name}{suffix}", is_quiet) as progress:
-        return OpenedModel(session_open.open_session(options, progress), model.folder)
+        return OpenedModel(session_open.open_session(options, progress), options.checkpoint)
+
+
+def options_on_this_machine(model: PreparedModel, options: SessionOptions, ranks: int) -> SessionOptions:
+    """Return the options of a session with the folder and the placement of a model on this machine."""
+    return replace(options, folder=model.folder, ranks=ranks, strategy=model.choice.strategy)
 
 
 def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: SessionOptions, is_quiet: bool) -> OpenedModel:
@@ -193,13 +220,3 @@ def name_for_hosts(target: ModelRef) -> str:
     """Return the name that hosts look a model up by; for a folder its absolute path, which each host must have."""
     is_packaged = target.entry is not None and target.entry.is_packaged
     return target.name if target.folder is None or is_packaged else str(target.folder.resolve())
-
-
-def refuse_ranks(ranks: int | None) -> None:
-    """Check that `--ranks` is not given together with hosts.
-
-    Raises:
-        UsageError: it is.
-    """
-    if ranks not in (None, 1):
-        raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kimi_mlx.cli.model_size import model_shape
 from kimi_mlx.cli.output import stderr
-from kimi_mlx.cli.plan import shape_of
 from kimi_mlx.cli.plan_hosts import chosen_link
 from kimi_mlx.cluster.doctor.cluster_checks import kernel_difference
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
@@ -63,22 +63,22 @@ def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, requ
         UsageError: the weights of the strategy are for another number of ranks.
     """
     size = request.world_size
-    if size == 1:
-        return ALONE
     shape = _shape(request.need.name)
     machines = _machines(diagnosis, request)
+    if size == 1:
+        return replace(ALONE, memory=memory_of(ALONE.strategy, shape, machines) if machines else ())
     difference = kernel_difference([*diagnosis.facts.values()])
     if requested is not None:
-        strategy, why = normalize_strategy(requested, size), OVERRIDES
+        strategy, reason = normalize_strategy(requested, size), OVERRIDES
     elif (stored := _stored_on(diagnosis, request)) is not None and (not difference or stored.startswith("pipeline")):
-        strategy, why = stored, "as it is stored on the hosts"
+        strategy, reason = stored, "as it is stored on the hosts"
     elif difference is not None:
         return choose_pipeline(shape if machines else None, machines, difference)
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:
         return choose(shape, machines, _link(diagnosis), is_fast_sync=request.hostfile.has_fast_sync)
-    return Choice(strategy, why, memory_of(strategy, shape, machines) if machines else ())
+    return Choice(strategy, reason, memory_of(strategy, shape, machines) if machines else ())
 
 
 def with_placement(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
@@ -89,13 +89,13 @@ def with_placement(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
 
 def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:
     """Print the chosen strategy and the reason, before anything is loaded."""
-    if choice is not ALONE and not is_quiet:
-        stderr.print(f"{choice.strategy} over {where}: {choice.why}", style="dim", markup=False)
+    if choice.reason != ALONE.reason and not is_quiet:
+        stderr.print(f"{choice.strategy} over {where}: {choice.reason}", style="dim", markup=False)
 
 
 def _shape(name: str) -> ModelShape | None:
     try:
-        return shape_of(name)
+        return model_shape(name)
     except KimiMlxError:  # not known here, or a broken configuration, which is an error when the model is loaded
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kimi_mlx.cli.host_options import read_hosts
+from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cli.output import slow_status
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
@@ -28,8 +29,6 @@ def diagnose_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
         model: name of the model.
         is_quiet: whether to show no status on the terminal.
     """
-    from kimi_mlx.cli.memory_requirement import memory_requirement
-
     ranks, _ = read_hosts(None, hostfile, None)
     request = DoctorRequest(ranks, memory_requirement(model), is_quick=True)
     with slow_status(is_quiet) as set_status:

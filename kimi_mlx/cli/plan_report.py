@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rich.table import Table
 
+from kimi_mlx.cli.output import stdout
 from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
+from kimi_mlx.planner.links import LinkProfile
+from kimi_mlx.planner.machines import MAX_MACHINES
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
-from kimi_mlx.units import GB, GIB, format_bytes, format_context
+from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, sufficient_number
+from kimi_mlx.units import GB, GIB, format_context, format_gib
 
-COLUMNS = ("strategy", "hosts", "backend", "GB/host", "fits", "context", "prefill", "decode")
-RIGHT = {"hosts", "GB/host", "context", "prefill", "decode"}
+COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
+RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode"}
 
 NOTEWORTHY = 0.1
 """Share of a token's time from which the report mentions faster fences."""
@@ -24,10 +28,29 @@ NOTEWORTHY = 0.1
 Part = str | Table
 
 
+def print_parts(parts: Iterable[Part]) -> None:
+    """Print parts of a report on stdout; text is wrapped, and keeps its indentation."""
+    for part in parts:
+        if isinstance(part, str):
+            indent = " " * (len(part) - len(part.lstrip()) + 2) if part.startswith(" ") else ""
+            part = textwrap.fill(part, stdout.width, subsequent_indent=indent, break_long_words=False)
+        stdout.print(part, markup=False, soft_wrap=isinstance(part, str))
+
+
+def number_that_fits(plan: Plan, links: Sequence[LinkProfile]) -> str:
+    """Return a sentence that says how many machines like the largest one are enough for a model that does not fit."""
+    largest = max(plan.machines, key=lambda machine: machine.memory_bytes)
+    name = f"{largest.chip.chip}-{round(largest.memory_bytes / GIB)}"
+    number = sufficient_number(plan, largest, links)
+    if number is None:
+        return f"Does not fit. Even {MAX_MACHINES} x {name} would not be enough."
+    return f"Does not fit. {number} x {name} would be enough."
+
+
 def plan_report(plan: Plan) -> Iterator[Part]:
     """Yield the report of a plan, part by part."""
     names = ", ".join(machine.name for machine in plan.machines)
-    yield f"{plan.shape.name}: {format_bytes(plan.shape.weights_bytes)} of weights, {plan.context:,} tokens of context"
+    yield f"{plan.shape.name}: {format_gib(plan.shape.weights_bytes)} of weights, {plan.context:,} tokens of context"
     yield f"on {names}{', with fast synchronisation' if plan.is_fast_sync else ''}"
     links = dict.fromkeys(option.link for option in plan.options if option.link is not None)
     if links:
@@ -102,9 +125,9 @@ def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
         names.setdefault(replace(share, host=""), []).append(share.host)
     for share, hosts in names.items():
         yield (
-            f"  {', '.join(hosts)}: {share.needed_bytes / GB:.1f} GB (weights {share.weights_bytes / GB:.1f}, cache "
-            f"{share.cache_bytes / GB:.1f}, prefill {share.workspace_bytes / GB:.1f}); GPU limit "
-            f"{share.gpu_bytes / GB:.1f} GB by default, {share.raised_gpu_bytes / GB:.1f} GB if raised."
+            f"  {', '.join(hosts)}: {format_gib(share.needed_bytes)} (weights {share.weights_bytes / GIB:.1f}, cache "
+            f"{share.cache_bytes / GIB:.1f}, prefill {share.workspace_bytes / GIB:.1f}); GPU limit "
+            f"{format_gib(share.gpu_bytes)} by default, {format_gib(share.raised_gpu_bytes)} if raised."
         )
         if share.needed_bytes > share.gpu_bytes:
             limit_mb = -(-share.needed_bytes // GIB) * GIB // 1024**2
@@ -121,7 +144,7 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             f"{option.strategy}{_mark(option)}",
             str(len(option.hosts)),
             option.backend,
-            f"{max(share.needed_bytes for share in option.memory) / GB:.1f}",
+            f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
             option.fits,
             format_context(longest) if longest else "-",
             f"{option.prefill_tok_per_s:.0f}",

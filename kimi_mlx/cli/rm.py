@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kimi_mlx.cli.options import JsonOption
-from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.store.model_ref import resolve_model_name
-from kimi_mlx.store.remove import RemovableFolder, check_unused, find_removable, remove
 from kimi_mlx.units import format_bytes
+
+if TYPE_CHECKING:
+    from kimi_mlx.store.remove import RemovableFolder
 
 
 def rm(
@@ -23,6 +23,11 @@ def rm(
     json: JsonOption = False,
 ) -> None:
     """Remove a model's downloads and stores."""
+    # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.output import print_json, stderr, stdout
+    from kimi_mlx.store.model_ref import resolve_model_name
+    from kimi_mlx.store.remove import check_unused, find_removable, remove
+
     folders = find_removable(resolve_model_name(model))
     if not folders:
         raise WeightsError(
@@ -59,7 +64,14 @@ def _describe(folder: RemovableFolder) -> str:
 
 
 def _confirm(question: str, is_quiet: bool) -> None:
-    """Ask on the terminal; without one, --yes is needed."""
+    """Ask on the terminal.
+
+    Raises:
+        UsageError: there is no terminal.
+        typer.Exit: the answer is no.
+    """
+    from kimi_mlx.cli.output import stderr
+
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
         raise UsageError("`rm` needs a terminal to ask, or --yes", hint="add --yes to remove without asking")
     try:

@@ -13,8 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kimi_mlx.sizing import hosts as sizing
-
 
 @dataclass(frozen=True)
 class SamplingValues:
@@ -90,28 +88,6 @@ class CatalogueEntry:
     def default_sampling(self) -> dict[str, float]:
         """Return the recommended values by name, for those that the checkpoint does not set."""
         return self.sampling.recommended() if self.sampling else {}
-
-    def minimum_memory_bytes(self, hosts: int = 1) -> int | None:
-        """Return the memory of all hosts together: weights + 10 %, and on each host an 8k-token cache and 8 GB.
-
-        None for the packaged model, which runs anywhere, and for refused ones.
-        """
-        if self.weights_bytes is None or self.kv_bytes_per_token is None:
-            return None
-        return sizing.minimum_memory_bytes(self.weights_bytes, self.kv_bytes_per_token, hosts)
-
-    def hosts_needed(self, memory_bytes: int, gpu_bytes: int) -> int | None:
-        """Return the number of equal hosts that hold the model; None if above MAX_HOSTS or the model is refused.
-
-        Args:
-            memory_bytes: memory of each host.
-            gpu_bytes: part of it that the GPU can use.
-        """
-        if self.is_packaged:
-            return 1
-        if self.weights_bytes is None or self.kv_bytes_per_token is None:
-            return None
-        return sizing.hosts_needed(self.weights_bytes, self.kv_bytes_per_token, memory_bytes, gpu_bytes)
 
     def packaged_folder(self) -> Path | None:
         """Return the folder inside the package; None if the model is not bundled."""

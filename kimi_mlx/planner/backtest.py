@@ -100,7 +100,7 @@ def rows() -> list[BacktestRow]:
 
 def left_out() -> list[tuple[str, str]]:
     """Return published measurements that were not used, with the reason."""
-    return [(entry["what"], entry["why"]) for entry in _data()["left_out"]]
+    return [(entry["measurement"], entry["reason"]) for entry in _data()["left_out"]]
 
 
 def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:

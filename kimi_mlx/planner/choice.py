@@ -29,17 +29,17 @@ class Choice:
 
     Args:
         strategy: strategy as `--strategy` takes it.
-        why: reason, shown to the user.
+        reason: why it was chosen, shown to the user.
         memory: memory that each rank needs, if it is known.
     """
 
     strategy: str
-    why: str
+    reason: str
     memory: tuple[HostMemory, ...] = ()
 
     def to_dict(self) -> dict[str, str]:
         """Return the choice for JSON."""
-        return {"strategy": self.strategy, "why": self.why}
+        return {"strategy": self.strategy, "reason": self.reason}
 
 
 def choose(
@@ -65,7 +65,7 @@ def choose(
         return by_rule(shape, machines, link, *plan.notes[:1])
     best = _best(options)
     others = [option for option in options if option.strategy != best.strategy and option.fits == best.fits]
-    return Choice(best.placement, _why(best, best_of(others), link), best.memory)
+    return Choice(best.placement, _reason(best, best_of(others), link), best.memory)
 
 
 def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, reason: str) -> Choice:
@@ -81,8 +81,8 @@ def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkPro
         reason: reason why there is no prediction.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
-    why = f"{describe_link(link)}, {reason}" if link is not None else reason
-    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, why)
+    described = f"{describe_link(link)}, {reason}" if link is not None else reason
+    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, described)
 
 
 def choose_pipeline(shape: ModelShape | None, machines: Sequence[Machine], difference: str) -> Choice:
@@ -96,13 +96,13 @@ def choose_pipeline(shape: ModelShape | None, machines: Sequence[Machine], diffe
     return _with_shares("pipeline", shape, machines, f"the only strategy for hosts that differ: {difference}")
 
 
-def _with_shares(name: Strategy, shape: ModelShape | None, machines: Sequence[Machine], why: str) -> Choice:
+def _with_shares(name: Strategy, shape: ModelShape | None, machines: Sequence[Machine], reason: str) -> Choice:
     """Return a strategy with equal shares, or with shares by memory if the machines differ in size."""
     sizes = [machine.memory_bytes for machine in machines]
     if shape is None or max(sizes) <= UNEVEN * min(sizes):
-        return Choice(name, why, memory_of(name, shape, machines))
+        return Choice(name, reason, memory_of(name, shape, machines))
     strategy = strategy_by_memory(name, machines, shape)
-    return Choice(strategy, f"shares by memory, {why}", memory_of(strategy, shape, machines))
+    return Choice(strategy, f"shares by memory, {reason}", memory_of(strategy, shape, machines))
 
 
 def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
@@ -135,7 +135,7 @@ def _best(options: Sequence[Option]) -> Option:
     return min(options, key=lambda option: max(host.needed_bytes - host.raised_gpu_bytes for host in option.memory))
 
 
-def _why(best: Option, other: Option | None, link: LinkProfile) -> str:
+def _reason(best: Option, other: Option | None, link: LinkProfile) -> str:
     shares = "shares by memory, " if best.shares != "even" else ""
     prediction = f"{shares}{describe_link(link)}: {best.decode_tok_per_s:.1f} tok/s predicted"
     if best.fits == "no":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.search import Plan
 
 DAY_S = 86_400
 DAYS_A_MONTH = 365.25 / 12
@@ -104,3 +105,15 @@ def _sum_of(
             f"the {quantity} of `{unknown[0]}` is not known", hint=f"give the total for all machines: `{example}`"
         )
     return sum(value for value in known if value is not None)
+
+
+def cost_of_plan(plan: Plan, assumptions: CostAssumptions) -> Cost | None:
+    """Return the cost of a plan's choice; None if the model does not fit.
+
+    Raises:
+        UsageError: a price or power that neither the table nor the user gives.
+    """
+    if plan.choice is None:
+        return None
+    used = [machine for machine in plan.machines if machine.name in plan.choice.hosts]
+    return make_cost(used, plan.choice.decode_tok_per_s, assumptions)

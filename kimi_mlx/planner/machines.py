@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from kimi_mlx.cluster.doctor.host_checks import SYSTEM_RESERVE_BYTES
 from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.errors import UsageError
+from kimi_mlx.sizing.hosts import usable_bytes
 from kimi_mlx.units import GIB
 
 MAX_MACHINES = 8
@@ -21,7 +21,10 @@ MAX_MACHINES = 8
 RDMA_THUNDERBOLT = 5
 """Thunderbolt generation that RDMA needs (with macOS 26.2)."""
 
-_MACHINE = re.compile(r"(?P<chip>m\d+(-[a-z]+)?)-(?P<memory>\d+)(gb)?(x(?P<count>\d+))?", re.IGNORECASE)
+NAME_MACHINES = "name the Macs to plan for, for example `--machines m3-ultra-512x2`"
+"""Hint for machines that the planner cannot predict."""
+
+_MACHINE = re.compile(r"(?P<chip>m\d+(-[a-z]+?)?)(-(?P<memory>\d+)(-?gb)?)?(x(?P<count>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Machine:
     @property
     def raised_gpu_bytes(self) -> int:
         """Memory that the GPU can use once `iogpu.wired_limit_mb` is raised, with a reserve for the system."""
-        return max(self.gpu_bytes, self.memory_bytes - SYSTEM_RESERVE_BYTES)
+        return max(self.gpu_bytes, usable_bytes(self.memory_bytes))
 
     @property
     def price_usd(self) -> float | None:
@@ -139,22 +142,36 @@ def parse_machines(text: str) -> tuple[Machine, ...]:
 
 
 def _names(word: str) -> list[str]:
-    match = _MACHINE.fullmatch(word)
-    name = f"{match['chip']}-{int(match['memory'])}".lower() if match else word.lower()
-    if name not in machine_names():
-        raise UsageError(f"unknown machine `{word}`", hint=_suggestion(name))
-    assert match is not None
+    """Return the names of one or more equal machines, such as `m3-ultra-512x2`."""
+    match = _MACHINE.fullmatch(re.sub(r"[\s_-]+", "-", word.strip().lower()))
+    sizes = [] if match is None else _memory_sizes(match["chip"])
+    if match is None or not sizes:
+        raise UsageError(f"unknown machine `{word}`", hint=_near_names(word.lower()))
+    if match["memory"] is None or int(match["memory"]) not in sizes:
+        raise UsageError(_memory_problem(word, match["chip"], match["memory"]), hint=_memory_hint(match["chip"], sizes))
     count = int(match["count"] or 1)
     if not 1 <= count <= MAX_MACHINES:
         raise UsageError(f"`{word}` means {count} machines", hint=f"use 1 to {MAX_MACHINES}")
-    return [name] * count
+    return [f"{match['chip']}-{int(match['memory'])}"] * count
 
 
-def _suggestion(name: str) -> str:
-    chip, _, _ = name.rpartition("-")
-    sizes = [size for known in chips() if known.chip == chip for size in known.memory_gb]
-    if sizes:
-        return f"{chip} was sold with {', '.join(map(str, sorted(sizes)))} GB: try `{chip}-{max(sizes)}`"
+def _memory_sizes(chip: str) -> list[int]:
+    """Return all memory sizes that a chip was sold with, in GB; none for an unknown chip."""
+    return sorted(size for known in chips() if known.chip == chip for size in known.memory_gb)
+
+
+def _memory_problem(word: str, chip: str, memory: str | None) -> str:
+    if memory is None:
+        return f"`{word}` does not say how much memory the Mac has"
+    return f"`{word}`: no Mac with {chip} and {memory} GB was sold"
+
+
+def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
+    listed = f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    return f"it was sold with {listed} GB: for example `{chip}-{sizes[-1]}`, or `{chip}-{sizes[-1]}x2` for two"
+
+
+def _near_names(name: str) -> str:
     near = difflib.get_close_matches(name, machine_names(), n=3, cutoff=0.3) or ["m3-ultra-512", "m4-max-128"]
     return f"did you mean {', '.join(f'`{name}`' for name in near)}? For two: `{near[0]}x2`"
 
@@ -172,7 +189,7 @@ def find_chip(name: str, memory_gb: int) -> Chip:
     """
     known = [chip for chip in chips() if chip.chip == name]
     if not known:
-        raise UsageError(f"unknown chip `{name}`", hint=_suggestion(f"{name}-{memory_gb}"))
+        raise UsageError(f"unknown chip `{name}`", hint=_near_names(f"{name}-{memory_gb}"))
     return next((chip for chip in known if memory_gb in chip.memory_gb), known[0])
 
 
@@ -201,9 +218,8 @@ def machine_of_host(name: str, brand: str | None, memory_bytes: int | None, wire
     Raises:
         UsageError: the description is incomplete, or not of a known Mac.
     """
-    hint = "name the machines, for example `--machines m3-ultra-512x2`"
     if brand is None or memory_bytes is None or not brand.lower().startswith("apple "):
-        raise UsageError(f"`{name}` is not a known Mac (chip: {brand or 'unknown'})", hint=hint)
+        raise UsageError(f"`{name}` is not a known Mac (chip: {brand or 'unknown'})", hint=NAME_MACHINES)
     memory_gb = round(memory_bytes / GIB)
     chip = find_chip(brand.lower().removeprefix("apple ").replace(" ", "-"), memory_gb)
     return make_machine(name, chip, memory_bytes, wired_limit_mb)
@@ -215,4 +231,4 @@ def any_machine(name: str, brand: str | None, memory_bytes: int, wired_limit_mb:
     try:
         return machine_of_host(name, brand, memory_bytes, wired_limit_mb)
     except UsageError:
-        return Machine(name, UNKNOWN_CHIP, memory_bytes, max(memory_bytes - SYSTEM_RESERVE_BYTES, 0))
+        return Machine(name, UNKNOWN_CHIP, memory_bytes, usable_bytes(memory_bytes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_mlx.planner.search import Option, Plan
 from kimi_mlx.planner.speed import TimeBreakdown
-from kimi_mlx.units import GB
+from kimi_mlx.units import format_gib
 
 DESCRIPTIONS = {
     "read_s": "takes {} longer to read weights",
@@ -32,8 +32,8 @@ def rejection_reason(option: Option, plan: Plan) -> str | None:
 
 def _too_large(option: Option) -> str:
     worst = max(option.memory, key=lambda host: host.needed_bytes - host.raised_gpu_bytes)
-    needed, has = worst.needed_bytes / GB, worst.raised_gpu_bytes / GB
-    return f"{worst.host} needs {needed:.1f} GB; its GPU can use {has:.1f} GB at most"
+    needed, limit = format_gib(worst.needed_bytes), format_gib(worst.raised_gpu_bytes)
+    return f"{worst.host} needs {needed}; its GPU can use {limit} at most"
 
 
 def _largest_difference(option: Option, choice: Option) -> str:

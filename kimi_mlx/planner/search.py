@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.parallel.placement import STRATEGIES, normalize_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
-from kimi_mlx.planner.links import LinkProfile
-from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.links import TCP, LinkProfile
+from kimi_mlx.planner.machines import MAX_MACHINES, Machine
 from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
@@ -232,3 +232,15 @@ def _option(setup: Setup, placement: str, context: int) -> Option:
         decode(setup, context),
         prefill(setup, PROMPT_TOKENS),
     )
+
+
+def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]) -> int | None:
+    """Return the smallest number of machines like `machine`, two or more, on which a plan's model fits.
+
+    None if MAX_MACHINES are not enough.
+    """
+    for number in range(2, MAX_MACHINES + 1):
+        machines = [replace(machine, name=f"{machine.chip.chip} #{index + 1}") for index in range(number)]
+        if make_plan(plan.shape, machines, links or [TCP], plan.context).choice is not None:
+            return number
+    return None

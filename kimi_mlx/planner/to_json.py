@@ -15,7 +15,7 @@ from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
 from kimi_mlx.planner.speed import TimeBreakdown
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 
-VERSION = 3
+VERSION = 4
 
 
 def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "median_error": median_error(comparisons),
         "median_error_not_fitted": median_error(comparison for comparison in comparisons if not comparison.row.fit),
         "median_error_new": median_error(comparison for comparison in comparisons if comparison.is_new),
-        "left_out": [{"what": measurement, "why": reason} for measurement, reason in left_out()],
+        "left_out": [{"measurement": measurement, "reason": reason} for measurement, reason in left_out()],
     }
 
 

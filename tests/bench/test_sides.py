@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,26 @@ import pytest
 
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, make_batch
 from kimi_mlx.bench.mlx_lm_side import MODES, MlxLmSide, open_mlx_lm
-from kimi_mlx.bench.sides import RequestBatch, Side, TimedAnswer, open_kimi_mlx
+from kimi_mlx.bench.sides import RequestBatch, SessionSide, Side, TimedAnswer
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.cluster.channel.messages import encode
 from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx.session.open import open_session
 from kimi_mlx.session.session import SessionOptions
 from tests.bench.tiny import write_tiny
 
 PLAN = BenchmarkPlan((24,), 6)
 SINGLE = make_batch(Case(0, 24, 1), 0, PLAN, 512)
 DEEP = make_batch(Case(16, 24, 3), 0, PLAN, 512)
+
+
+@contextmanager
+def open_kimi_mlx(options: SessionOptions) -> Iterator[SessionSide]:
+    """Load kimi-mlx in this process or on a ring."""
+    with closing(open_session(options)) as session:
+        yield SessionSide("kimi-mlx", session)
 
 
 @pytest.fixture(autouse=True)

@@ -340,7 +340,7 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
     code, out, err = run(*where, "chat", "owner/model", "-p", "hi", "-t", "0", "--max-tokens", "5", "--json")
     assert code == 0, err
     assert json.loads(out)["statistics"]["generated_tokens"] == 5
-    assert json.loads(out)["placement"] == {"strategy": "pipeline", "why": "as it is stored on the hosts"}
+    assert json.loads(out)["placement"] == {"strategy": "pipeline", "reason": "as it is stored on the hosts"}
     assert hub.requests == []
 
     shutil.rmtree(stores[1])
@@ -362,7 +362,7 @@ def test_check_and_bench_print_one_document(hosts: Hosts, where: Where, monkeypa
     result = json.loads(out)
     assert (result["hosts"], result["ranks"], result["backend"]) == (hosts.names, 2, "ring")
     assert result["placement"]["strategy"] == "hybrid"  # by the rule: on Linux nothing is predicted
-    assert "a message, no prediction for" in result["placement"]["why"]
+    assert "a message, no prediction for" in result["placement"]["reason"]
     assert result["statistics"]["generated_tokens"] == 32
     sizes = ("--prompt-tokens", "8", "--generation-tokens", "4", "--repeat", "1", "--warmup", "0")
     code, out, err = run(*where, "bench", "kimi-mini", *sizes, "--json")

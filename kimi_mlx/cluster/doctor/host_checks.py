@@ -10,10 +10,8 @@ from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.cluster.hosts.ssh import ScriptResult
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
+from kimi_mlx.sizing.hosts import MAX_HOSTS, SYSTEM_BYTES, usable_bytes
 from kimi_mlx.units import GIB, format_bytes, format_gib, format_seconds
-
-SYSTEM_RESERVE_BYTES = 8 * GIB
-"""Memory reserved for the operating system and other programs."""
 
 CLOCK_LIMIT_S = 5.0
 """Clock difference from which logs are hard to compare and certificates may fail."""
@@ -91,12 +89,13 @@ def check_chip(facts: Facts) -> Finding:
     return Finding(facts.host, "chip", "ok", message)
 
 
-def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
+def check_memory(facts: Facts, need_bytes: int | None, model_bytes: int | None = None) -> Finding:
     """Check that the host's ranks fit in its memory, and in the memory that is free now.
 
     Args:
         facts: facts of the host.
         need_bytes: bytes of weights, caches and workspace of the host's ranks; None if unknown.
+        model_bytes: bytes of the weights of all ranks; None if unknown.
     """
     if need_bytes is None:
         free = "unknown" if facts.free_bytes is None else format_gib(facts.free_bytes)
@@ -107,14 +106,14 @@ def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
         return Finding(
             facts.host, "memory", "warning", f"needs {need}; the memory of this machine is unknown", "run this again"
         )
-    if need_bytes > (usable := max(total - SYSTEM_RESERVE_BYTES, 0)):
+    if need_bytes > (usable := usable_bytes(total)):
         message = f"needs {need}; this machine has {format_gib(total)}, of which {format_gib(usable)} are usable"
         return Finding(
             facts.host,
             "memory",
             "problem",
             message,
-            "add a host, or choose a smaller model: `kimi-mlx models` lists their memory needs",
+            _more_memory(total, model_bytes),
         )
     wired = "" if facts.wired_bytes is None else f" ({format_gib(facts.wired_bytes)} wired)"
     if free is not None and need_bytes > free:
@@ -127,12 +126,13 @@ def check_memory(facts: Facts, need_bytes: int | None) -> Finding:
     return Finding(facts.host, "memory", "ok", f"needs {need}{current}")
 
 
-def check_wired_limit(facts: Facts, need_bytes: int | None) -> Finding:
+def check_wired_limit(facts: Facts, need_bytes: int | None, model_bytes: int | None = None) -> Finding:
     """Check that macOS lets the GPU wire what the host's ranks need. It only prints the command, and never runs it.
 
     Args:
         facts: facts of the host.
         need_bytes: bytes of weights, caches and workspace of the host's ranks; None if unknown.
+        model_bytes: bytes of the weights of all ranks; None if unknown.
     """
     if not facts.is_mac:
         return Finding(facts.host, "wired limit", "ok", "not a Mac: no limit")
@@ -147,14 +147,20 @@ def check_wired_limit(facts: Facts, need_bytes: int | None) -> Finding:
     if need_bytes <= limit:
         return Finding(facts.host, "wired limit", "ok", numbers)
     limit_bytes = -(-need_bytes // GIB) * GIB
-    if limit_bytes > facts.memory_bytes - SYSTEM_RESERVE_BYTES:
-        message = f"{numbers}; {format_gib(SYSTEM_RESERVE_BYTES)} are reserved for the system"
-        remedy = "add a host, or choose a smaller model: `kimi-mlx models` lists their memory needs"
-        return Finding(facts.host, "wired limit", "problem", message, remedy)
+    if limit_bytes > usable_bytes(facts.memory_bytes):
+        message = f"{numbers}; {format_gib(SYSTEM_BYTES)} are reserved for the system"
+        return Finding(facts.host, "wired limit", "problem", message, _more_memory(facts.memory_bytes, model_bytes))
     remedy = (
         f"run on this host (lasts until its next restart): `sudo sysctl iogpu.wired_limit_mb={limit_bytes // 1024**2}`"
     )
     return Finding(facts.host, "wired limit", "problem", numbers, remedy)
+
+
+def _more_memory(memory_bytes: int, model_bytes: int | None) -> str:
+    """Return the remedy for a model that does not fit: more hosts, unless even MAX_HOSTS like this one are too few."""
+    if model_bytes is not None and model_bytes > MAX_HOSTS * usable_bytes(memory_bytes):
+        return f"choose a smaller model: even {MAX_HOSTS} hosts like this one are too small (`kimi-mlx models`)"
+    return "add a host, or choose a smaller model: `kimi-mlx models` lists their memory needs"
 
 
 def check_disk(facts: Facts, need_bytes: int | None) -> Finding:

@@ -30,6 +30,7 @@ class ModelNeed:
         vocab_size: values per token that ranks gather.
         prefill_chunk: prompt tokens per step.
         is_here: whether this machine has the complete model.
+        download_bytes: size of the download; None if unknown.
         store_prefix: start of the folder names of the chosen placement's stores; None for any placement.
         by_rank: memory of each rank with the chosen placement; empty if unknown.
     """
@@ -42,6 +43,7 @@ class ModelNeed:
     vocab_size: int
     prefill_chunk: int
     is_here: bool
+    download_bytes: int | None = None
     store_prefix: str | None = None
     by_rank: Sequence[RankNeed] = ()
 

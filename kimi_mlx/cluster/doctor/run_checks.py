@@ -116,10 +116,18 @@ def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
     ranks, world_size = request.ranks[facts.host], request.world_size
     memory = request.need.memory_bytes(facts, ranks, world_size)
     return [
-        check_memory(facts, memory),
-        *([check_wired_limit(facts, memory)] if facts.is_mac else []),
-        check_disk(facts, 0 if request.is_alone else request.need.disk_bytes(facts, ranks, world_size)),
+        check_memory(facts, memory, request.need.weights_bytes),
+        *([check_wired_limit(facts, memory, request.need.weights_bytes)] if facts.is_mac else []),
+        check_disk(facts, _disk_bytes(request, facts)),
     ]
+
+
+def _disk_bytes(request: DoctorRequest, facts: Facts) -> int | None:
+    """Return the bytes that a host has yet to store: a download on this machine alone, else its part of the stores."""
+    need = request.need
+    if not request.is_alone:
+        return need.disk_bytes(facts, request.ranks[facts.host], request.world_size)
+    return 0 if need.is_here else need.download_bytes
 
 
 def replace_model_findings(
@@ -181,7 +189,7 @@ def _check_model(host: str, need: ModelNeed) -> Finding:
     if need.is_here:
         origin = "comes with kimi-mlx" if need.repository is None else "is on this machine"
         return Finding(host, "model", "ok", f"`{need.name}` {origin}")
-    size = "" if need.weights_bytes is None else f" ({format_bytes(need.weights_bytes)})"
+    size = "" if need.download_bytes is None else f" ({format_bytes(need.download_bytes)})"
     message = f"`{need.name}`{size} is not on this machine yet"
     return Finding(host, "model", "warning", message, f"`kimi-mlx download {need.name}`")
 

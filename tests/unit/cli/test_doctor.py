@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
-from kimi_mlx.cli.memory_requirement import memory_requirement
+from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.payloads import all_payloads
 from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing

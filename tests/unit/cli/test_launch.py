@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from kimi_mlx.cli import launch as module
+from kimi_mlx.cli import launch_checks, launched_command
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from tests.command import call
 
@@ -21,7 +21,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Record the command and the request instead of contacting hosts."""
     reached: list[Any] = []
 
-    class Command(module._Command):
+    class Command(launched_command.LaunchedCommand):
         def __init__(self, context: typer.Context, words: list[str]):
             super().__init__(context, words)
             reached.append(self)
@@ -30,8 +30,8 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         reached.extend((request, is_install))
         raise typer.Exit(REACHED)
 
-    monkeypatch.setattr(module, "_Command", Command)
-    monkeypatch.setattr(module, "_diagnose", diagnose)
+    monkeypatch.setattr(launched_command, "LaunchedCommand", Command)
+    monkeypatch.setattr(launch_checks, "run_diagnosis", diagnose)
     return reached
 
 
@@ -97,6 +97,12 @@ def test_fast_sync_is_accepted_before_and_after_the_command(reached: list[Any], 
         ([*HOSTS, "chat", "-p"], "-p"),
         ([*HOSTS, "bench", "--repeat", "0"], "--repeat"),
         ([*HOSTS, "chat", "no-such-model"], "no-such-model"),
+        (["chat", "kimi-k2", "--hosts", "a,b"], "`--hosts` is an option of `launch`, and must stand before `chat`"),
+        (["serve", "--hostfile=two.json"], "hint: type `kimi-mlx launch --hostfile ... serve ...`"),
+        ([*HOSTS, "list"], "hint: type `kimi-mlx models`"),
+        ([*HOSTS, "pull", "kimi-k2"], "hint: type `kimi-mlx download MODEL`"),
+        ([*HOSTS, "chta", "kimi-k2"], "hint: did you mean `chat`?"),
+        ([*HOSTS, "convert", "a", "b"], "hint: type `kimi-mlx convert` without launch"),
     ],
 )
 def test_wrong_usage_fails_before_a_host_is_contacted(reached: list[Any], words: list[str], message: str) -> None:

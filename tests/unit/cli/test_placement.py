@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.memory_requirement import memory_requirement
+from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cli.placement import choose_placement, choose_placement_on_hosts, with_placement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, with_model_need
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest, check_hosts
@@ -82,7 +82,7 @@ def test_json_answers_contain_the_placement() -> None:
     alone = json.loads(call(*words).stdout)
     uneven = json.loads(call(*words, "--ranks", "2", "--strategy", "pipeline:6:2").stdout)
     assert uneven["text"] == alone["text"]
-    assert uneven["placement"] == {"strategy": "pipeline:3:1", "why": "--strategy overrides the choice"}
+    assert uneven["placement"] == {"strategy": "pipeline:3:1", "reason": "--strategy overrides the choice"}
     assert alone["placement"]["strategy"] == "hybrid"
 
 
@@ -108,13 +108,13 @@ def test_invalid_strategies_exit_with_2(words: tuple[str, ...], message: str) ->
 def test_a_slow_link_between_local_ranks() -> None:
     choice = choose_placement(None, 2, None, measured_link(2e-3, 1e9))
     assert choice.strategy == "pipeline"
-    assert "1 ms per message" in choice.why
+    assert "1 ms per message" in choice.reason
 
 
 def test_hosts_use_the_planners_choice() -> None:
     slow = choose_placement_on_hosts(studios(2.4e-3), request(), None)
     assert slow.strategy == "pipeline"
-    assert "tok/s predicted, hybrid" in slow.why
+    assert "tok/s predicted, hybrid" in slow.reason
     assert choose_placement_on_hosts(replace(studios(), backend="jaccl"), request(), None).strategy == "hybrid"
     assert (
         choose_placement_on_hosts(replace(studios(), backend="jaccl"), request("MLX_METAL_FAST_SYNCH=1"), None).strategy
@@ -132,7 +132,7 @@ def test_hosts_use_the_strategy_of_their_stores() -> None:
     newest = with_stores(studios(), [held(0, "tensor-2-bbbbbb"), held(0, uneven)], [])
     assert choose_placement_on_hosts(newest, request(), None).strategy == "tensor"  # the other host downloads its part
     others = with_stores(studios(), [held(0, "tensor-3-bbbbbb")], [held(0, uneven)])
-    assert "stored" not in choose_placement_on_hosts(others, request(), None).why
+    assert "stored" not in choose_placement_on_hosts(others, request(), None).reason
 
 
 def test_memory_is_checked_for_the_chosen_placement() -> None:
@@ -151,3 +151,22 @@ def test_memory_is_checked_for_the_chosen_placement() -> None:
         after = with_model_need(diagnosis, replace(hosts, need=need), strategy)
         assert [finding.state for finding in after.findings if finding.check == "memory"] == states
         assert len(after.findings) == len(even)
+
+
+def test_models_doctor_and_plan_count_the_same_memory() -> None:
+    lone = DoctorRequest(Hostfile((Host("mac-a"),)), memory_requirement("kimi-k2"))
+    facts = {"mac-a": Facts("mac-a", True, system="Darwin", chip="Apple M3 Ultra", memory_bytes=512 * GIB)}
+    diagnosis = Diagnosis(("mac-a",), facts, ())
+    need = with_placement(lone.need, choose_placement_on_hosts(diagnosis, lone, None), 1)
+    (row,) = (row for row in json.loads(call("models", "--json").stdout) if row["alias"] == "kimi-k2")
+    plan = json.loads(call("plan", "kimi-k2", "--machines", "m3-ultra-512", "--json").stdout)
+    planned = plan["options"][0]["memory"][0]["needed_bytes"]
+    assert need.memory_bytes(facts["mac-a"], [0], 1) == row["minimum_memory_bytes"] == planned
+
+
+def test_a_model_that_is_not_here_needs_disk_space_for_its_download() -> None:
+    lone = DoctorRequest(Hostfile((Host("localhost"),)), memory_requirement("kimi-k2.6"))
+    facts = {"localhost": Facts("localhost", True, memory_bytes=512 * GIB, disk_free_bytes=10**9, stores_folder="/s")}
+    answers = {"localhost": ScriptResult("localhost", 0, "", "", 0.1)}
+    (disk,) = (finding for finding in check_hosts(lone, facts, answers) if finding.check == "disk")
+    assert (disk.state, disk.message) == ("problem", "needs 595.1 GB; 1.0 GB are free for `/s`")

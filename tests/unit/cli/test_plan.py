@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import kimi_mlx.cli.plan
+import kimi_mlx.cli.plan_inputs
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.plan_hosts import host_machines, measured_links
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
@@ -56,7 +56,7 @@ def diagnosis(**facts: object) -> Diagnosis:
 )
 def test_tables_fit_80_columns(words: tuple[str, ...]) -> None:
     result = call(*words)
-    assert result.exit_code == 0
+    assert result.exit_code == (1 if words == ("kimi-k2", "--machines", "m3-ultra-512") else 0)
     assert all(len(line.rstrip()) <= 80 for line in result.stdout.splitlines())
     assert "…" not in result.stdout
 
@@ -68,7 +68,9 @@ def test_the_choice_is_a_sentence() -> None:
 
 
 def test_a_model_that_does_not_fit_says_how_many_machines_are_enough() -> None:
-    shown = call("kimi-k2", "--machines", "m3-ultra-512").stdout
+    result = call("kimi-k2", "--machines", "m3-ultra-512")
+    assert result.exit_code == 1
+    shown = result.stdout
     assert "Choice: none" in shown
     assert shown.startswith("Does not fit. 2 x m3-ultra-512 would be enough.\n")
     assert "fits" in call("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "3").stdout
@@ -91,7 +93,7 @@ def test_a_folder_is_planned_from_its_config() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("kimi-k2", "--machines", "m3-ultra-511"), "unknown machine"),
+        (("kimi-k2", "--machines", "m3-ultra-511"), "no Mac with m3-ultra and 511 GB"),
         (("kimi-k2", "--machines", "m3-ultra-512", "--context", "1000000"), "131072"),
         (("kimi-k2", "--link", "measured"), "needs hosts"),
         (("someone/else", "--machines", "m3-ultra-512"), "are not known here"),
@@ -107,7 +109,7 @@ def test_errors_have_hints(words: tuple[str, ...], message: str) -> None:
 
 
 def test_hosts_and_a_measured_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kimi_mlx.cli.plan, "diagnose_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
+    monkeypatch.setattr(kimi_mlx.cli.plan_inputs, "diagnose_hosts", lambda *words, **more: diagnosis())  # pyright: ignore
     value = json.loads(call("kimi-k2", "--hostfile", "two.json", "--link", "measured", "--json").stdout)
     option = value["options"][value["choice"]]
     assert option["hosts"] == ["mac-a", "mac-b"]

@@ -23,6 +23,11 @@ LIGHT = {
     "kimi_mlx.settings",
     "kimi_mlx.version",
 }
+LIGHT_PACKAGES = {
+    f"kimi_mlx.{name}"
+    for name in ("cluster", "engine", "files", "model", "parallel", "planner", "session", "sizing", "units")
+}
+"""Packages of which a command's options import small modules."""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"], ["--no-such-option"]])
@@ -38,6 +43,24 @@ def test_start_up_imports_only_these_modules(arguments: list[str]) -> None:
     modules = done.stdout.rpartition("modules:")[2].split()
     assert {name for name in modules if name.split(".")[0] == "kimi_mlx"} == LIGHT
     assert [name for name in modules if name.split(".")[0] in HEAVY] == []
+
+
+def test_a_usage_error_of_any_command_imports_no_heavy_module() -> None:
+    code = (
+        "import sys\n"
+        "from kimi_mlx.cli.app import app\n"
+        f"for name in {[info.name for info in COMMANDS]!r}:\n"
+        "    try: app([name, '--no-such-option'])\n"
+        "    except SystemExit as end: assert end.code == 2\n"
+        "    except BaseException as error: assert type(error).__name__ == 'UsageError', error\n"
+        "print('modules:', *sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    modules = done.stdout.rpartition("modules:")[2].split()
+    assert [name for name in modules if name.split(".")[0] in HEAVY] == []
+    of_others = {name for name in modules if name.startswith("kimi_mlx.") and not name.startswith("kimi_mlx.cli.")}
+    assert {name for name in of_others if name.count(".") == 1} <= LIGHT | LIGHT_PACKAGES
+    assert len(of_others) < 40
 
 
 @pytest.mark.parametrize("info", COMMANDS, ids=lambda info: info.name)

@@ -13,7 +13,7 @@ from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry, parse_entry
 from kimi_mlx.model.config import load_config
 from kimi_mlx.store.locate import ensure_downloaded, local_state
-from kimi_mlx.units import GB, GIB
+from kimi_mlx.units import GB
 
 ALIASES = [
     "kimi-mini",
@@ -88,35 +88,6 @@ def test_sizes_of_k2_in_memory() -> None:
 def test_the_cache_is_70_kb_per_token_for_k2() -> None:
     for alias in SERVED[1:]:
         assert entry_of(alias).kv_bytes_per_token == (512 + 64) * 61 * 2
-
-
-def test_minimum_memory_is_weights_plus_10_percent_and_per_host_8k_tokens_and_8_gb() -> None:
-    entry = entry_of("kimi-k2")
-    per_host = 8192 * 70_272 + 8 * GB
-    assert entry.minimum_memory_bytes() == pytest.approx(577.6 * GB * 1.1 + per_host, abs=1)
-    assert entry.minimum_memory_bytes(2) == pytest.approx(577.6 * GB * 1.1 + 2 * per_host, abs=1)
-    assert entry_of("kimi-mini").minimum_memory_bytes() is None
-    assert entry_of("kimi-k3").minimum_memory_bytes() is None
-
-
-@pytest.mark.parametrize(
-    ("alias", "memory_gib", "gpu_part", "hosts"),
-    [
-        ("kimi-mini", 4, 0.75, 1),
-        ("moonlight", 16, 0.75, 2),
-        ("moonlight", 24, 0.75, 1),
-        ("kimi-k2", 512, 0.75, 2),
-        ("kimi-k2.5", 512, 0.75, 2),
-        ("kimi-k2-0905", 512, 0.75, 2),
-        ("kimi-k2-0905", 512, 0.98, 1),
-        ("kimi-k2.5", 256, 0.75, 4),
-        ("kimi-k2.5", 16, 0.75, None),
-        ("kimi-k3", 512, 1.0, None),
-    ],
-)
-def test_hosts_needed(alias: str, memory_gib: int, gpu_part: float, hosts: int | None) -> None:
-    memory = memory_gib * GIB
-    assert entry_of(alias).hosts_needed(memory, int(memory * gpu_part)) == hosts
 
 
 def test_facts_of_the_packaged_model_match_its_files() -> None:

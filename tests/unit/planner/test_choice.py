@@ -24,14 +24,14 @@ def test_choice_for_two_studios(link: LinkProfile, is_fast_sync: bool, strategy:
 
 
 def test_the_reason_names_the_link_its_speed_and_the_next_best_strategy() -> None:
-    why = choose(K2, parse_machines("m3-ultra-512x2"), SLOW).why
-    assert why == "TCP at 1.2 ms per message: 22.8 tok/s predicted, hybrid 8.0"
+    reason = choose(K2, parse_machines("m3-ultra-512x2"), SLOW).reason
+    assert reason == "TCP at 1.2 ms per message: 22.8 tok/s predicted, hybrid 8.0"
 
 
 def test_unequal_macs_get_shares_by_memory() -> None:
     choice = choose(K2, parse_machines("m3-ultra-512,m4-max-128"), SLOW)
     assert choice.strategy.startswith("pipeline:")
-    assert "shares by memory" in choice.why
+    assert "shares by memory" in choice.reason
     large, small = choice.memory
     assert large.weights_bytes > 4 * small.weights_bytes
     assert all(host.needed_bytes <= host.raised_gpu_bytes for host in choice.memory)
@@ -39,13 +39,13 @@ def test_unequal_macs_get_shares_by_memory() -> None:
 
 def test_a_model_that_does_not_fit_is_still_placed() -> None:
     choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA)
-    assert "does not fit" in choice.why
+    assert "does not fit" in choice.reason
     assert len(choice.memory) == 2
 
 
 def test_unknown_hosts_use_the_rule() -> None:
     assert choose(K2, LINUX, FAST).strategy == "hybrid"
-    assert "no prediction for `host-0`" in choose(K2, LINUX, FAST).why
+    assert "no prediction for `host-0`" in choose(K2, LINUX, FAST).reason
     assert choose(K2, LINUX, SLOW).strategy == "pipeline"
     assert choose(K2, LINUX, measured_link(2 * SLOW_HOP_S, 1e9)).strategy == "pipeline"
     small = any_machine("host-2", "x86_64", 32 * GIB, None)

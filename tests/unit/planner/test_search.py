@@ -104,7 +104,7 @@ def test_needed_memory_is_the_sum_of_its_parts(context: int) -> None:
 
 def test_json_fields() -> None:
     value = plan_to_dict(plan("kimi-k2", "m3-ultra-512x2"))
-    assert value["version"] == 3
+    assert value["version"] == 4
     assert list(value) == [
         "version",
         "model",

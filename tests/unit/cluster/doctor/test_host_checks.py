@@ -310,3 +310,10 @@ def test_other_errors_are_not_explained() -> None:
     assert explain_jaccl("[ring] Couldn't connect (error: 60)") is None
     assert explain_jaccl("[jaccl] Something new with errno 222") is None
     assert all(error.meaning and error.remedy for error in JACCL_ERRORS)
+
+
+def test_hosts_are_suggested_only_if_they_help() -> None:
+    small = replace(LINUX, memory_bytes=32 * GIB)
+    assert "add a host" in (check_memory(small, 100 * GIB, 100 * GIB).remedy or "")
+    assert "even 8 hosts like this one are too small" in (check_memory(small, 500 * GIB, 500 * GIB).remedy or "")
+    assert "even 8 hosts" in (check_wired_limit(replace(MAC, memory_bytes=32 * GIB), GIB * 99, GIB * 999).remedy or "")

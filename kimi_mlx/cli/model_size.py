@@ -1,10 +1,12 @@
-"""Memory that a model needs on each host, from the catalogue and the files on this machine; needs no network."""
+"""Memory and dimensions of a model by its name, from the catalogue and the files on this machine; needs no network."""
 
 from __future__ import annotations
 
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.errors import ConfigError, UsageError
+from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.model.config import load_config
-from kimi_mlx.planner.model_shape import known_shape
+from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_folder
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
@@ -42,6 +44,7 @@ def memory_requirement(name: str) -> ModelNeed:
         vocab_size=config.vocab_size,
         prefill_chunk=PREFILL_CHUNK,
         is_here=folder is not None,
+        download_bytes=None if entry is None else entry.size_bytes,
     )
 
 
@@ -50,3 +53,32 @@ def _repository(target: ModelRef) -> str | None:
     if target.entry is not None and target.entry.is_packaged:
         return None
     return target.repository or str(target.folder and target.folder.resolve())
+
+
+def entry_shape(entry: CatalogueEntry) -> ModelShape | None:
+    """Return the dimensions and sizes of a known model; None for the bundled model and for refused ones."""
+    if entry.is_packaged or entry.refused is not None:
+        return None
+    try:
+        return model_shape(entry.alias)
+    except ConfigError:  # a broken checkpoint on this machine: an error when it is loaded
+        return known_shape(entry.alias)
+
+
+def model_shape(name: str) -> ModelShape:
+    """Return a model's dimensions and sizes: of the checkpoint on this machine, else those of a known model.
+
+    Raises:
+        UsageError: there is no such model, or its dimensions are not known here.
+    """
+    target = resolve_model_name(name)
+    folder = config_folder(target)
+    if folder is not None:
+        return shape_of_folder(name, folder)
+    alias = target.entry.alias if target.entry is not None else None
+    if alias in known_models():
+        return known_shape(alias)
+    raise UsageError(
+        f"the dimensions of `{name}` are not known here",
+        hint=f"give a folder with its `config.json`, or one of {', '.join(known_models())}",
+    )

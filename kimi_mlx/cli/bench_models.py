@@ -1,0 +1,162 @@
+"""The models that `kimi-mlx bench` measures, on launched hosts or on this machine, and mlx-lm beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kimi_mlx.bench import machine
+from kimi_mlx.bench.measure import BenchmarkPlan
+from kimi_mlx.bench.mlx_lm_side import MODES, open_mlx_lm
+from kimi_mlx.bench.roofline import Roofline
+from kimi_mlx.bench.sides import SessionSide, Side
+from kimi_mlx.bench.slow_link import slow_links
+from kimi_mlx.bench.workloads import synthetic_checkpoint
+from kimi_mlx.cli.bench import MeasurementOptions
+from kimi_mlx.cli.open_model import (
+    LaunchContext,
+    PreparedModel,
+    open_session,
+    options_on_this_machine,
+    place_model,
+    prepare_model,
+    session_options,
+)
+from kimi_mlx.cli.options import RunOptions
+from kimi_mlx.cli.output import load_progress, stderr
+from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
+from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.planner.links import LinkProfile, measured_link
+from kimi_mlx.runtime.load import compute_dtype
+from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.store.model_ref import resolve_model_name
+
+LOOPBACK_BYTES_PER_S = 1e9
+"""Approximate bandwidth of the relay that delays local links."""
+
+
+@dataclass(frozen=True)
+class BenchmarkModels:
+    """Loaded models to compare.
+
+    Attributes:
+        prepared: the model with its placement.
+        sides: kimi-mlx, then each mode of mlx-lm.
+        config: dimensions of the model.
+        roofline: limit by this machine's memory bandwidth; None on launched hosts.
+    """
+
+    prepared: PreparedModel
+    sides: Sequence[Side]
+    config: ModelConfig
+    roofline: Roofline | None = None
+
+    def settings(self, run: RunOptions, measurement: MeasurementOptions) -> dict[str, Any]:
+        """Return the settings of the benchmark, for its report."""
+        launch = self.prepared.launch
+        all_reduce = (side.all_reduce for side in self.sides if isinstance(side, SessionSide))
+        return {
+            "model": self.prepared.name,
+            "ranks": run.ranks if launch is None else launch.cluster.size,
+            "placement": self.prepared.choice.to_dict(),
+            "hosts": None if launch is None else launch.cluster.names,
+            "link_delay_ms": measurement.link_delay_ms,
+            "speculate": run.speculate,
+            "sums": next((choice.to_dict() for choice in all_reduce if choice), None),
+            "dtype": _dtype_name(run.dtype, self.config),
+            "date": machine.now(),
+            "machine": machine.machine(),
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "roofline": None if self.roofline is None else self.roofline.to_dict(),
+        }
+
+
+def open_models(
+    launch: LaunchContext | None,
+    run: RunOptions,
+    measurement: MeasurementOptions,
+    plan: BenchmarkPlan,
+    is_quiet: bool,
+    stack: ExitStack,
+) -> BenchmarkModels:
+    """Load all models that are measured.
+
+    Args:
+        launch: launched hosts; None for this machine.
+        run: options of the model.
+        measurement: options of the measurement.
+        plan: cases to run, which must fit in the model's context.
+        is_quiet: whether to print neither progress nor notices.
+        stack: closes the models.
+
+    Raises:
+        KimiMlxError: a model cannot be loaded, or the plan does not fit.
+    """
+    prepared = _prepare(launch, run, measurement, is_quiet)
+    if prepared.folder is not None:  # before loading
+        plan.check_context(load_config(prepared.folder).max_position_embeddings)
+    cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
+    options = replace(session_options(run, has_sampling=False), cluster=cluster)
+    opened = open_session(prepared, options, run.ranks, is_quiet)
+    session = stack.enter_context(closing(opened.session))
+    config = load_config(opened.tokenizer_folder)
+    plan.check_context(config.max_position_embeddings)
+    sides: list[Side] = [SessionSide("kimi-mlx", session)]
+    if launch is not None:
+        return BenchmarkModels(prepared, sides, config)
+    if measurement.against is not None:
+        sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack)
+    roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
+    return BenchmarkModels(prepared, sides, config, roofline)
+
+
+def _prepare(
+    launch: LaunchContext | None, run: RunOptions, measurement: MeasurementOptions, is_quiet: bool
+) -> PreparedModel:
+    """Place the model and find its files; a synthetic checkpoint is written first."""
+    link = _delayed_link(measurement.link_delay_ms)
+    name = measurement.synthetic
+    if name is None:
+        return prepare_model(launch, resolve_model_name(run.model_name), run, is_quiet=is_quiet, link=link)
+    if run.model is not None:
+        raise UsageError(f"`{run.model}` and --synthetic exclude each other", hint="leave one of them out")
+    choice = place_model(None, run.ranks, run.strategy, is_quiet=is_quiet, link=link)
+    with load_progress(f"making the checkpoint `{name}`", is_quiet) as progress:
+        return PreparedModel(None, name, choice, synthetic_checkpoint(name, progress))
+
+
+def _dtype_name(dtype: str | None, config: ModelConfig) -> str:
+    """Return the name of the type that both sides compute in."""
+    return str(compute_dtype(dtype, config)).removeprefix("mlx.core.")
+
+
+def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitStack) -> Cluster | None:
+    """Return ranks on this machine with delayed links between them; None without a delay."""
+    if delay_ms is None:
+        return None
+    return replace(local_cluster(ranks, fast_sync), hostfile_rewriter=stack.enter_context(slow_links(delay_ms)))
+
+
+def _delayed_link(delay_ms: float | None) -> LinkProfile | None:
+    """Return the delayed link as the planner describes it; None without a delay."""
+    return None if not delay_ms else measured_link(2 * delay_ms / 1000, LOOPBACK_BYTES_PER_S)
+
+
+def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
+    """Load mlx-lm in each mode that supports the model; print why the others are left out, and fail if none is left."""
+    sides: list[Side] = []
+    failure: KimiMlxError | None = None
+    for mode in MODES[options.ranks > 1]:
+        try:
+            with stderr.status(f"loading mlx-lm ({mode})"):
+                sides.append(stack.enter_context(open_mlx_lm(options, mode)))
+        except KimiMlxError as error:
+            failure = error
+            stderr.print(f"left out: {error.message}", style="yellow", markup=False)
+    if not sides and failure is not None:
+        raise failure
+    return sides

@@ -1,0 +1,42 @@
+"""A single answer, as text or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
+from kimi_mlx.engine.request import Finished
+from kimi_mlx.planner.choice import Choice
+from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.text.messages import Delta
+
+
+def print_answer(conversation: Conversation, prompt: str) -> None:
+    """Stream the answer to stdout; reasoning and statistics go to stderr."""
+    with AnswerPrinter(stdout, show_reasoning=stderr.is_terminal, plain=True) as printer:
+        for item in conversation.ask(prompt):
+            printer.show(item)
+            if isinstance(item, Finished):
+                printer.finish()
+                suffix = " · stopped at the token limit" if item.reason == "length" else ""
+                stderr.print(statistics_line(item.statistics) + suffix, style="dim")
+
+
+def print_answer_json(conversation: Conversation, prompt: str, choice: Choice) -> None:
+    """Print the complete answer as one JSON document."""
+    answer = Delta()
+    for item in conversation.ask(prompt):
+        if isinstance(item, Delta):
+            answer = answer + item
+        elif isinstance(item, Finished):
+            print_json(
+                {
+                    "text": answer.text,
+                    "reasoning": answer.reasoning,
+                    "tool_calls": [asdict(call) for call in answer.tool_calls],
+                    "finish_reason": item.reason,
+                    "placement": choice.to_dict(),
+                    "statistics": item.statistics.to_dict(),
+                }
+            )

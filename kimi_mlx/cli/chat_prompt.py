@@ -1,0 +1,53 @@
+"""The prompt of a single answer: the option `--prompt`, piped input, or both."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+from kimi_mlx.errors import UsageError
+
+
+def require_prompt(prompt: str | None) -> None:
+    """Check that there is a prompt, a pipe or a terminal, without reading from it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    has_stdin = sys.stdin is not None  # pyright: ignore[reportUnnecessaryComparison]
+    mode = os.fstat(sys.stdin.fileno()).st_mode if has_stdin else 0
+    is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    if prompt is None and not is_piped and not (has_stdin and sys.stdin.isatty()):
+        raise UsageError("no prompt given and no terminal to ask on", hint='add a prompt: `-p "Hello"`')
+
+
+def read_prompt(prompt: str | None, is_json: bool) -> str | None:
+    """Return the prompt from --prompt, a pipe, or both; None for a conversation."""
+    if prompt == "-":
+        prompt = _read_pipe()
+        if prompt is None:
+            raise UsageError("`-p -` reads piped input, but nothing is piped", hint='use `kimi-mlx chat -p "Hello"`')
+    elif (piped := _read_pipe()) and piped.strip():
+        prompt = piped if prompt is None else f"{prompt}\n\n{piped}"
+    elif piped is not None and prompt is None:
+        prompt = piped
+    if prompt is None:
+        if sys.stdin is None or not sys.stdin.isatty():  # pyright: ignore[reportUnnecessaryComparison]
+            raise UsageError("no prompt given and no terminal to ask on", hint='use `kimi-mlx chat -p "Hello"`')
+        if is_json:
+            raise UsageError("--json needs a prompt", hint='use `kimi-mlx chat --json -p "Hello"`')
+        return None
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", hint='use `kimi-mlx chat -p "Hello"`, or no -p for a conversation')
+    return prompt
+
+
+def _read_pipe() -> str | None:
+    """Return piped or redirected standard input; None if there is neither."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        return None
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return None
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace")

@@ -1,0 +1,110 @@
+"""`kimi-mlx download` on this machine, also as one of several processes under `mlx.launch`."""
+
+from __future__ import annotations
+
+import time
+
+from kimi_mlx.cli.download import DownloadOptions
+from kimi_mlx.cli.download_output import check_disk, print_result
+from kimi_mlx.cli.download_progress import TerminalObserver, byte_progress
+from kimi_mlx.cli.fetch_model import fetch
+from kimi_mlx.cli.open_model import place_model
+from kimi_mlx.cli.output import print_json, stderr
+from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.cache import cached_bytes, repository_folder
+from kimi_mlx.hub.client import Repository, find_local, look_up, remove_cached, verify_checkpoint
+from kimi_mlx.parallel.all_ranks import run_on_all_ranks
+from kimi_mlx.parallel.group import Group
+from kimi_mlx.store.download import StoreOptions, join_group
+from kimi_mlx.store.hub_source import read_contents
+from kimi_mlx.store.locate import stores_root
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
+
+
+def download_here(name: str, options: DownloadOptions, is_json: bool) -> None:
+    """Download a model and print the result.
+
+    Args:
+        name: name of the model.
+        options: options of the user.
+        is_json: whether to print JSON.
+
+    Raises:
+        KimiMlxError: the model cannot be downloaded; the same command resumes.
+    """
+    started = time.monotonic()
+    group = join_group()  # of several processes if `mlx.launch` started this one
+    target = run_on_all_ranks(group, lambda: resolve_model_name(name))
+    is_quiet = is_json or group.rank > 0
+    options = options.with_ranks(group.size)
+    try:
+        if options.ranks is None:
+            result = _download_checkpoint(target, options, is_quiet)
+        else:
+            result = _download_stores(target, options, options.ranks, group, is_quiet)
+    except (KeyboardInterrupt, SystemExit):
+        if not is_quiet:
+            stderr.print("stopped; run the same command again to resume", markup=False)
+        raise
+    if group.rank == 0:
+        result["seconds"] = round(time.monotonic() - started, 3)
+        if is_json:
+            print_json(result)
+        else:
+            print_result(result)
+        check_disk(result)
+
+
+def _download_stores(
+    target: ModelRef, options: DownloadOptions, ranks: int, group: Group, is_quiet: bool
+) -> DownloadReport:
+    """Build the stores of all ranks, or of this process's rank if it is one of several."""
+    # under `mlx.launch`, processes do not know which stores the others have
+    strategy = options.strategy if group.size == 1 else options.strategy or "hybrid"
+    choice = place_model(target, ranks, strategy, is_quiet=is_quiet)
+    store = StoreOptions(target.source, stores_root(), ranks, choice.strategy, options.revision, options.keep_source)
+    observer = TerminalObserver(target, is_quiet)
+    return prepare_stores(target, store, group, observer, is_dry=options.dry_run, is_check=options.verify)
+
+
+def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: bool) -> DownloadReport:
+    """Download the whole repository into the Hugging Face cache."""
+    if target.repository is None:
+        if options.verify:
+            raise UsageError(
+                f"`{target.name}` is a folder, so there are no checksums to compare with",
+                hint="use `--ranks N` to check the stores that were built from it",
+            )
+        return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
+    local = find_local(target.repository, options.revision)
+    if local is not None and options.revision not in (None, local.name):
+        local = None  # a branch or tag: it may have a newer commit
+    if local is not None and not options.dry_run and not options.verify:
+        return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
+    repository = look_up(target.repository, options.revision if local is None else local.name)
+    if options.dry_run:
+        contents = read_contents(repository)
+        missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
+        return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
+    broken = _remove_broken(target, repository, is_quiet) if options.verify else []
+    folder = fetch(target, repository, is_quiet)
+    return {
+        "model": target.name,
+        "repository": repository.name,
+        "commit": repository.commit,
+        "folder": str(folder),
+        "state": describe_state(options.verify, broken),
+        "broken": broken,
+    }
+
+
+def _remove_broken(target: ModelRef, repository: Repository, is_quiet: bool) -> list[str]:
+    """Check all files in the cache, remove the broken ones and return their names."""
+    total = sum(file.size_bytes for file in repository.files)
+    broken: list[str] = []
+    with byte_progress(f"checking {target.name}", total, is_quiet) as advance:
+        for file in verify_checkpoint(repository, advance):
+            remove_cached(repository, file)
+            broken.append(file.name)
+    return broken

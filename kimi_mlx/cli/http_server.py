@@ -1,0 +1,82 @@
+"""The HTTP server of a loaded model: the names that it answers to, its log, and its greeting."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from kimi_mlx.cli.output import stderr
+from kimi_mlx.model.config import load_config
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.server.http.server_socket import ServerSocket
+from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.server import Server, ServingOptions
+from kimi_mlx.session.session import Session
+from kimi_mlx.settings import Settings
+from kimi_mlx.store.model_ref import ModelRef
+
+
+def make_server(
+    target: ModelRef,
+    session: Session,
+    folder: Path,
+    names: Sequence[str],
+    options: ServingOptions,
+    greet: Callable[[ChatTokenizer], None],
+) -> Server:
+    """Return the server of a loaded model.
+
+    Args:
+        target: the model.
+        session: session of the loaded model.
+        folder: folder with the configuration and the tokenizer.
+        names: additional names of the model for clients.
+        options: options of the server.
+        greet: called once the server answers.
+    """
+    entry = target.entry
+    own = [target.name if target.folder is None or entry else folder.resolve().name]
+    if entry is not None:
+        own += [name for name in (entry.alias, entry.repository, entry.original_repository) if name is not None]
+    own += [name.partition("/")[2] for name in own if "/" in name]
+    name, *aliases = dict.fromkeys([*names, *own])
+    model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
+    instant = entry.instant_sampling if entry is not None else None
+    tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
+    sampling = instant.recommended() if instant else {}
+    return Server(session, tokenizer, model_info, sampling, options, partial(greet, tokenizer))
+
+
+def start_log() -> None:
+    """Send the server's log to stderr, one line per request."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name, level in (("kimi_mlx", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+
+
+def key_as_typed(keys: Sequence[str]) -> str | None:
+    """Return the key as the example command shows it: never the key itself, others may see the terminal."""
+    if not keys:
+        return None
+    return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"
+
+
+def greet(name: str, server_socket: ServerSocket, key: str | None, tokenizer: ChatTokenizer) -> None:
+    """Print the URL, and a command to try."""
+    stderr.print(f"{name} is ready at {server_socket.url}/v1 (Ctrl-C stops the server)", markup=False)
+    if others := server_socket.other_urls:
+        stderr.print(f"from other machines: {', '.join(f'{url}/v1' for url in others)}", markup=False)
+    header = "" if key is None else f' -H "Authorization: Bearer {key}"'
+    if tokenizer.has_chat_template and tokenizer.has_tokenizer:
+        path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'
+    elif tokenizer.has_tokenizer:
+        path, body = "completions", '{"prompt": "Once upon a time", "max_tokens": 20}'
+    else:
+        path, body = "completions", '{"prompt": [1, 2, 3], "max_tokens": 20}'
+    stderr.print(f"try: curl {server_socket.url}/v1/{path}{header} -d '{body}'", style="dim", markup=False)

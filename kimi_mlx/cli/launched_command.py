@@ -1,0 +1,146 @@
+"""The command that `kimi-mlx launch` runs on a cluster; its arguments are checked before a host is contacted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kimi_mlx.cli.chat_prompt import require_prompt
+from kimi_mlx.cli.command_list import FOREIGN_NAMES, command_names
+from kimi_mlx.cli.options import model_name
+from kimi_mlx.cli.other_tools import HINTS
+from kimi_mlx.errors import UsageError
+from kimi_mlx.parallel.placement import normalize_strategy
+
+if TYPE_CHECKING:
+    from kimi_mlx.cli.open_model import LaunchContext
+
+COMMANDS = ("chat", "serve", "bench", "check", "download")
+"""Commands that can run on a cluster; the first is the default."""
+
+
+class LaunchedCommand:
+    """A command with its arguments.
+
+    Args:
+        context: Typer's context of `launch`.
+        words: the command with its arguments; without a command it is a chat.
+
+    Raises:
+        UsageError: the command cannot be launched, or its arguments are wrong.
+    """
+
+    def __init__(self, context: typer.Context, words: Sequence[str]):
+        assert context.parent is not None
+        self._parent = context.parent
+        if words and not words[0].startswith("-"):
+            _check_name(words[0])
+        self.name = words[0] if words and words[0] in COMMANDS else COMMANDS[0]
+        self._words = list(words[1:] if words and words[0] == self.name else words)
+        group: Any = self._parent.command
+        self._command = group.get_command(self._parent, self.name)
+        self._refuse_options_of_launch(context)
+        with self._context() as parsed:
+            self._parameters: dict[str, Any] = dict(parsed.params)
+        if self._parameters.get("model") in COMMANDS:
+            name = self._parameters["model"]
+            raise UsageError(f"`{words[0]}` is before `{name}`", hint=f"put the options of `{name}` after it")
+        if self._parameters.get("ranks") not in (None, 1):
+            raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
+        if self._parameters.get("against") or self._parameters.get("synthetic"):
+            raise UsageError("--against and --synthetic run on one machine only", hint="run bench without launch")
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return model_name(self._parameters.get("model"))
+
+    @property
+    def strategy(self) -> str | None:
+        """Value of its `--strategy`."""
+        return self._parameters.get("strategy")
+
+    def check_strategy(self, num_ranks: int) -> None:
+        """Check that the weights of its `--strategy` are as many as the ranks.
+
+        Raises:
+            UsageError: they are not.
+        """
+        if self.strategy is not None:
+            normalize_strategy(self.strategy, num_ranks)
+
+    def require_prompt(self) -> None:
+        """Check that a chat has a terminal, a pipe or a prompt.
+
+        Raises:
+            UsageError: it has none of them.
+        """
+        if self.name == "chat":
+            require_prompt(self._parameters.get("prompt"))
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it prints JSON."""
+        return bool(self._parameters.get("json"))
+
+    @property
+    def has_fast_sync(self) -> bool:
+        """Whether `--fast-sync` is among its options."""
+        return bool(self._parameters.get("fast_sync"))
+
+    def run(self, launched: LaunchContext) -> None:
+        """Run the command on the cluster."""
+        with self._context() as context:
+            context.obj = launched
+            self._command.invoke(context)
+
+    def _context(self) -> Any:
+        return self._command.make_context(self.name, list(self._words), parent=self._parent)
+
+    def _refuse_options_of_launch(self, context: typer.Context) -> None:
+        """Refuse options of `launch` among the command's words, such as `launch chat --hosts a,b`.
+
+        Raises:
+            UsageError: there is one; the hint has the right order.
+        """
+        command: Any = context.command
+        of_launch, own = _option_names(command), _option_names(self._command)
+        for word in self._words:
+            option = word.partition("=")[0]
+            if option in of_launch and option not in own:
+                example = f"{option} a,b" if option == "--hosts" else option
+                raise UsageError(
+                    f"`{option}` is an option of `launch`, and must stand before `{self.name}`",
+                    hint=f"type `kimi-mlx launch {example} ... {self.name} ...`",
+                )
+
+
+def _option_names(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+
+
+def _check_name(word: str) -> None:
+    """Check the first word: a command that can be launched, or a model.
+
+    Raises:
+        UsageError: it is another command, a misspelled one, or no model.
+    """
+    if word in COMMANDS:
+        return
+    if word in FOREIGN_NAMES:
+        raise UsageError(f"kimi-mlx has no command `{word}`", hint=HINTS[word])
+    if word in command_names():
+        names = ", ".join(f"`{name}`" for name in COMMANDS)
+        raise UsageError(f"launch runs {names}, not `{word}`", hint=f"type `kimi-mlx {word}` without launch")
+    from kimi_mlx.store.model_ref import resolve_model_name  # heavy: not for a usage error of an option
+
+    try:
+        resolve_model_name(word)
+    except UsageError:
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        if not near:
+            raise
+        raise UsageError(f"there is no command and no model `{word}`", hint=f"did you mean `{near[0]}`?") from None

@@ -1,0 +1,75 @@
+"""What `kimi-mlx plan` compares: a model, machines, and links between them, as the options name them."""
+
+from __future__ import annotations
+
+from kimi_mlx.cli.model_size import model_shape
+from kimi_mlx.cli.plan import HardwareOptions
+from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_links
+from kimi_mlx.cluster.hosts.machine import local_machine
+from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile
+from kimi_mlx.planner.machines import NAME_MACHINES, Machine, machine_of_host, parse_machines
+from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits
+
+
+def planned_shape(name: str, context: int | None, expert_bits: int | None) -> ModelShape:
+    """Return a model's dimensions and sizes as the options say.
+
+    Args:
+        name: name of the model.
+        context: requested context length; None for any.
+        expert_bits: bits of the routed experts; None for the model's own.
+
+    Raises:
+        UsageError: the model is not known, or has a shorter context.
+    """
+    shape = model_shape(name)
+    if context is not None and context > shape.context_tokens:
+        raise UsageError(
+            f"--context is {context}, but the context of `{name}` is {shape.context_tokens} tokens",
+            hint=f"use `--context {shape.context_tokens}` or less",
+        )
+    return shape if expert_bits is None else with_expert_bits(shape, expert_bits)
+
+
+def machines_and_links(
+    options: HardwareOptions, model: str, *, is_quiet: bool
+) -> tuple[tuple[Machine, ...], list[LinkProfile]]:
+    """Return the machines and the links to compare between them.
+
+    Args:
+        options: machines and links that the user named.
+        model: name of the model, for the checks of real hosts.
+        is_quiet: whether to show no status.
+
+    Raises:
+        UsageError: a machine is not known, or options do not go together.
+        SshError: a host did not answer.
+        LinkError: no network between the hosts could be measured.
+    """
+    link, hostfile = options.link, options.hostfile
+    if link == "measured" and hostfile is None:
+        raise UsageError("--link measured needs hosts", hint="name them: `--hostfile two.json`")
+    diagnosis = diagnose_hosts(hostfile, model, is_quiet) if hostfile is not None else None
+    if options.machines is not None:
+        machines = parse_machines(options.machines)
+    else:
+        machines = host_machines(diagnosis) if diagnosis is not None else (_this_machine(),)
+    if link == "measured" and diagnosis is not None:
+        return machines, measured_links(diagnosis) if len(machines) > 1 else []
+    if link is None:
+        link = "rdma" if all(machine.chip.has_rdma for machine in machines) else "tcp"
+    return machines, {"rdma": [RDMA, TCP], "wifi": [WIFI]}.get(link, [TCP])
+
+
+def _this_machine() -> Machine:
+    """Return this Mac.
+
+    Raises:
+        UsageError: this machine is not a Mac, or an unknown one.
+    """
+    here = local_machine()
+    if not here.is_mac:
+        raise UsageError("this machine is not a Mac, so nothing can be predicted for it", hint=NAME_MACHINES)
+    machine = machine_of_host("this Mac", here.chip, here.memory_bytes, None)
+    return Machine(machine.name, machine.chip, here.memory_bytes, here.gpu_bytes)
