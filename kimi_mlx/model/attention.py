@@ -109,7 +109,7 @@ class Attention(nn.Module):
             outs.append(self.unembed_out.matmul(_concatenate(attended, axis=1).swapaxes(1, 2)))
         if layout.length > short:
             q = mx.concatenate([q_nope, q_rope], axis=-1)
-            pairs = zip(layout.segments, caches, strict=True)
+            pairs = [pair for pair in zip(layout.segments, caches, strict=True) if pair[0].length]
             outs += [self._expanded(q, cache, segment) for segment, cache in pairs if segment.stop > short]
         return _concatenate(outs)
 

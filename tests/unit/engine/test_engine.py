@@ -13,7 +13,7 @@ from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Prefilled, Request, Sampling, Statistics, Token
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.sizing import engine_limits
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, write_checkpoint
@@ -245,6 +245,14 @@ def test_text_is_the_same_alone_and_in_a_batch_of_eight(model: Model) -> None:
         _take(engine, tokens, cached)
     alone = Engine(model)
     assert tokens == {number: run(alone, Request(prompt, max_tokens=12))[0] for number, prompt in enumerate(prompts)}
+
+
+def test_a_prompt_in_prefill_beside_a_long_draft(model: Model) -> None:
+    draft, chunk = make_prompt(12, 4), make_prompt(20, 5)
+    alone = model.logits(model.hidden(mx.array([draft]), [SequenceSlice(model.make_cache(), 12, 12)]))
+    slices = [SequenceSlice(model.make_cache(), 12, 12), SequenceSlice(model.make_cache(), 20, 0)]
+    together = model.logits(model.hidden(mx.array([draft + chunk]), slices))
+    assert mx.allclose(together, alone, atol=1e-4)
 
 
 def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> None:
