@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.constraint import Constraint, TokenVocabulary
+from kimi_mlx.engine.constraint import Constraint
+from kimi_mlx.engine.grammar_compiler import GrammarCompiler
 from kimi_mlx.text.tokenizer import Tokenizer
 
 Schema = dict[str, Any]
@@ -177,19 +178,19 @@ def _several_types(rng: random.Random, depth: int, definitions: tuple[str, ...])
 
 
 def random_answer(
-    vocabulary: TokenVocabulary, tokenizer: Tokenizer, grammar: str, seed: int, max_tokens: int = 400
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, seed: int, max_tokens: int = 400
 ) -> list[int] | None:
     """Sample tokens that the grammar allows, with a growing bias towards the end; None if there is no end in time.
 
     Args:
-        vocabulary: vocabulary of the tokenizer.
+        compiler: compiler for the vocabulary of the tokenizer.
         tokenizer: tokenizer of the model.
         grammar: grammar of the answer.
         seed: seed of the random numbers.
         max_tokens: limit on the tokens of the answer.
     """
     rng, closes = np.random.default_rng(seed), _closes(tokenizer)
-    constraint = Constraint(vocabulary, grammar)
+    constraint = Constraint(compiler, grammar)
     answer: list[int] = []
     while len(answer) < max_tokens:
         allowed = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[: len(closes)].astype(bool)

@@ -6,122 +6,79 @@ grammar and the tokens so far, so all ranks compute the same masks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from kimi_mlx.engine.grammar_compiler import WORD_BITS, GrammarCompiler, TokenVocabulary, first_line
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.device import compile_on_gpu
 
-if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
+if TYPE_CHECKING:
     import llguidance
 
 Mask: TypeAlias = npt.NDArray[np.uint32]
-
-WORD_BITS = 32
-KEPT_GRAMMARS = 16
-"""Number of compiled grammars that are kept, because agents send the same tools with every request."""
-
-
-class TokenVocabulary:
-    """The vocabulary in llguidance's form. For Kimi this takes half a second, so create it once per process.
-
-    Args:
-        tokens: bytes of each token, by id; empty if an id has no token.
-        special_ids: ids of control tokens, which never match text.
-        end_ids: ids of tokens that end an answer.
-        vocab_size: size of the logits, which may be larger than the number of tokens.
-    """
-
-    def __init__(
-        self, tokens: Sequence[bytes], special_ids: Collection[int], end_ids: Collection[int], vocab_size: int
-    ):
-        import llguidance
-
-        self.vocab_size = vocab_size
-        self.end_ids = frozenset(end_ids)
-        ends = sorted(self.end_ids)
-        padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
-        wrapped = llguidance.TokenizerWrapper(_Tokens(padded, [i for i in special_ids if i < vocab_size], ends[0]))
-        self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends)
-        self._limits = llguidance.LLParserLimits(
-            max_lexer_states=50_000,  # 100 MB
-            max_items_in_row=10_000,  # more than the default, for objects with 1,000 optional properties
-            step_max_items=200_000,
-            verbose_errors=False,
-        )
-        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
-
-    @property
-    def num_words(self) -> int:
-        """Number of words in a mask."""
-        return -(-self.vocab_size // WORD_BITS)
-
-    def matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """Return a matcher at the beginning of a grammar.
-
-        Raises:
-            EngineError: the grammar cannot be compiled.
-        """
-        import llguidance
-
-        compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
-            compiled = llguidance.LLMatcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
-            if compiled.is_error():
-                raise EngineError(f"the grammar cannot be compiled: {_first_line(compiled)}")
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > KEPT_GRAMMARS:
-            self._compiled.popitem(last=False)
-        return compiled.deep_copy()
-
-    def drop(self, grammar: str) -> None:
-        """Drop a compiled grammar whose lexer has grown too large."""
-        self._compiled.pop(grammar, None)
-
-
-class _Tokens:
-    """The part of a tokenizer that llguidance reads: its tokens. It cannot encode text."""
-
-    bos_token_id = None
-
-    def __init__(self, tokens: Sequence[bytes], special_token_ids: Sequence[int], eos_token_id: int):
-        self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_token_ids, eos_token_id
-
-    def __call__(self, text: bytes) -> list[int]:
-        raise NotImplementedError("grammars use `no_forcing`, so no text is tokenized")
 
 
 class Constraint:
     """The state of a sequence in its grammar.
 
+    Two matchers take turns: that of the answer, and between argument-begin and call-end that of the called tool's
+    arguments. Both are created when they are first needed; if they are not compiled yet, this waits for them.
+
     Args:
-        vocabulary: vocabulary of the model.
+        compiler: compiler for the model's vocabulary.
         grammar: grammar of the answer, as written by kimi_mlx.text.grammar.
 
     Raises:
-        EngineError: the grammar cannot be compiled.
+        EngineError: the grammar is not in this form.
     """
 
-    def __init__(self, vocabulary: TokenVocabulary, grammar: str):
-        self._vocabulary, self._grammar = vocabulary, grammar
-        self._matcher = vocabulary.matcher(grammar)
+    def __init__(self, compiler: GrammarCompiler, grammar: str):
+        self._compiler = compiler
+        try:
+            parts: dict[str, Any] = json.loads(grammar)
+            self._answer_grammar: str = parts["answer"]
+            self._arguments_grammars: dict[str, str] = parts.get("arguments", {})
+            self._call_begin, self._argument_begin, self._call_end = parts.get("call_tokens", (None, None, None))
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"the grammar cannot be compiled: {error!r}") from error
+        self._answer_matcher: llguidance.LLMatcher | None = None
+        self._arguments: llguidance.LLMatcher | None = None
+        self._arguments_grammar = ""
+        self._call: bytes | None = None  # text since call-begin, up to argument-begin
         self.is_finished = False
         """Whether an end token was appended."""
+
+    def start_compiling(self) -> None:
+        """Compile all parts of the grammar in the background."""
+        self._compiler.start(self._answer_grammar, *self._arguments_grammars.values())
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the first mask can be computed without waiting for the compiler."""
+        return self._compiler.is_compiled(self._answer_grammar)
 
     def allowed(self) -> Mask:
         """Return the mask of the next token. Once the grammar is complete, it allows only end tokens.
 
         Raises:
-            EngineError: the grammar exceeds the limits.
+            EngineError: the grammar cannot be compiled, or exceeds the limits.
         """
-        mask = np.empty(self._vocabulary.num_words, np.uint32)
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._check()
+        matcher = self._arguments or self._answer
+        vocabulary = self._vocabulary
+        mask = np.empty(vocabulary.num_words, np.uint32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check(matcher)
+        if matcher is self._arguments:
+            for token in vocabulary.end_ids:  # only the call ends here, not the answer
+                mask[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
+            if matcher.is_accepting():
+                mask[self._call_end // WORD_BITS] |= np.uint32(1 << self._call_end % WORD_BITS)
         return mask
 
     def allowed_for_draft(self, draft: Sequence[int]) -> Mask:
@@ -133,39 +90,77 @@ class Constraint:
         Raises:
             EngineError: the grammar exceeds the limits.
         """
-        masks = np.full((len(draft) + 1, self._vocabulary.num_words), 0xFFFFFFFF, np.uint32)
-        masks[0] = self.allowed()
-        num_consumed = 0
+        first = self.allowed()
+        masks = np.full((len(draft) + 1, first.size), 0xFFFFFFFF, np.uint32)
+        masks[0] = first
+        states: list[tuple[Any, ...]] = []
+        consumers: list[llguidance.LLMatcher] = []
         for token in draft:
-            if token in self._vocabulary.end_ids or not self._consume(token):
+            states.append((self._arguments, self._arguments_grammar, self._call))
+            consumer = None if token in self._vocabulary.end_ids else self._consume(token)
+            if consumer is None:
                 break
-            num_consumed += 1
-            masks[num_consumed] = self.allowed()
-        self._matcher.rollback(num_consumed)
-        self._check()
+            consumers.append(consumer)
+            masks[len(consumers)] = self.allowed()
+        for consumer in reversed(consumers):
+            consumer.rollback(1)
+            self._check(consumer)
+        if states:
+            self._arguments, self._arguments_grammar, self._call = states[0]
         return masks
 
     def advance(self, token: int) -> None:
         """Append a token.
 
         Raises:
-            EngineError: the token is not allowed, or the grammar exceeds the limits.
+            EngineError: the token is not allowed, or the grammar cannot be compiled or exceeds the limits.
         """
+        answer = self._answer  # first, because its errors are errors of the engine
         is_end = token in self._vocabulary.end_ids
-        is_allowed = self._matcher.is_accepting() if is_end else self._consume(token)
-        self._check()
+        can_end = self._arguments is None and answer.is_accepting()
+        is_allowed = can_end if is_end else self._consume(token) is not None
+        self._check(self._arguments or answer)
         if self.is_finished or not is_allowed:
             raise EngineError(f"the grammar does not allow token id {token}")
         self.is_finished = is_end
 
-    def _consume(self, token: int) -> bool:
-        """Append a token that is not an end token; return whether it is allowed."""
-        return 0 <= token < self._vocabulary.vocab_size and self._matcher.try_consume_tokens([token]) == 1
+    @property
+    def _vocabulary(self) -> TokenVocabulary:
+        return self._compiler.vocabulary
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
-            self._vocabulary.drop(self._grammar)
-            raise EngineError(f"the grammar is too complex: {_first_line(self._matcher)}", hint="simplify the schema")
+    @property
+    def _answer(self) -> llguidance.LLMatcher:
+        if self._answer_matcher is None:
+            self._answer_matcher = self._compiler.matcher(self._answer_grammar)
+        return self._answer_matcher
+
+    def _consume(self, token: int) -> llguidance.LLMatcher | None:
+        """Append a token that is not an end token; return the matcher that accepted it, or None if it is forbidden."""
+        if not 0 <= token < self._vocabulary.vocab_size:
+            return None
+        if self._arguments is not None:
+            if token != self._call_end:
+                return self._arguments if self._arguments.try_consume_tokens([token]) == 1 else None
+            if not self._arguments.is_accepting():
+                return None
+        if self._answer.try_consume_tokens([token]) != 1:
+            return None
+        if token == self._call_begin:
+            self._call = b""
+        elif token == self._argument_begin:
+            name = (self._call or b"").decode().rpartition(":")[0]  # the rest is the number of the call
+            self._arguments_grammar, self._call = self._arguments_grammars[name], None
+            self._arguments = self._compiler.matcher(self._arguments_grammar)
+        elif token == self._call_end:
+            self._arguments = None
+        elif self._call is not None:
+            self._call += self._vocabulary.tokens[token]
+        return self._answer
+
+    def _check(self, matcher: llguidance.LLMatcher) -> None:
+        if matcher.is_error():
+            self._compiler.drop(self._answer_grammar if matcher is self._answer_matcher else self._arguments_grammar)
+            raise EngineError(f"the grammar is too complex: {first_line(matcher)}", hint="simplify the schema")
 
 
 @compile_on_gpu
@@ -179,7 +174,3 @@ def masked(logits: mx.array, masks: mx.array) -> mx.array:
     bits = (masks[..., None] >> mx.arange(WORD_BITS, dtype=mx.uint32)) & mx.array(1, mx.uint32)
     is_allowed = bits.flatten(-2)[..., : logits.shape[-1]].astype(mx.bool_)
     return mx.where(is_allowed, logits, mx.array(-mx.inf, logits.dtype))
-
-
-def _first_line(matcher: llguidance.LLMatcher) -> str:
-    return matcher.get_error().splitlines()[0]

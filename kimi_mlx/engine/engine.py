@@ -47,7 +47,7 @@ class Engine:
         prefill_chunk: number of prompt tokens per step, the same on all ranks; None for the largest useful one that
             fits.
         speculate: maximum number of draft tokens per step and sequence, from prompt lookup; 0 for none.
-        constrain: creates the constraint of a grammar; None if grammars are not supported.
+        constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
     """
@@ -103,22 +103,21 @@ class Engine:
     def add(self, request_id: int, request: Request) -> None:
         """Add a request. `step` yields its events: Prefilled (several), Token (several), Finished (once, last).
 
-        If its grammar fails later, the last event is the error.
+        Its grammar is compiled in the background. If that fails, or if it fails later, the last event is the error.
 
         Raises:
-            EngineError: an empty prompt, an invalid token id, more tokens than the context holds, or an invalid
-                grammar.
+            EngineError: an empty prompt, an invalid token id, or more tokens than the context holds.
         """
         max_tokens = self._check(request)
         constraint = None
         if request.grammar is not None:
             if self._constrain is None:
                 raise EngineError("grammars are not supported here")
-            constraint = self._constrain(
-                request.grammar
-            )  # also on ranks that do not sample, so that all ranks reject the same requests
-        if not self._runner.has_head:
-            constraint = None
+            constraint = self._constrain(request.grammar)
+            if self._runner.has_head:
+                constraint.start_compiling()
+            else:
+                constraint = None
         sampler = TokenSampler(request, self._model.config.vocab_size, self._seed(request), constraint)
         self._waiting.append(Sequence(request_id, request, max_tokens, sampler, self._speculate))
 

@@ -6,9 +6,11 @@ kimi_mlx.cluster starts it. It reads messages from standard input, and writes on
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
+from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
@@ -22,7 +24,7 @@ from kimi_mlx.parallel.group import Group
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
-from kimi_mlx.runtime.grammars import GrammarCompiler
+from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
@@ -60,6 +62,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         channel.send("loading", done=done, total=total)
 
     config = load_config(folder)
+    grammars = open_grammar_compiler(folder, config.vocab_size)
     model = load_share(folder, config, start["dtype"], group, report_layers, start["strategy"])
     channel.report_progress("load")
     choice = None
@@ -73,7 +76,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         model,
         count_commands=lambda: min(channel.num_received, channel.num_consumed + MAX_NEW_COMMANDS),
         speculate=start["speculate"],
-        constrain=GrammarCompiler(folder, config.vocab_size).compile,
+        constrain=partial(Constraint, grammars),
         cache_bytes=start["cache_memory_bytes"],
         blocks=_open_blocks(channel, start, group, folder, model),
     )

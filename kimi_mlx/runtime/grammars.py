@@ -1,36 +1,24 @@
-"""Compile grammars for one model on this rank. The vocabulary is read when the first grammar needs it."""
+"""The grammar compiler of a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from kimi_mlx.engine.constraint import Constraint, TokenVocabulary
+from kimi_mlx.engine.grammar_compiler import GrammarCompiler, TokenVocabulary
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.tokenizer import Tokenizer
 
 
-class GrammarCompiler:
-    """Compiles grammars to constraints.
+def open_grammar_compiler(folder: Path, vocab_size: int) -> GrammarCompiler:
+    """Return a compiler, and begin to read the vocabulary in the background.
 
     Args:
-        folder: folder of the checkpoint, or store of the rank; both have the tokenizer.
+        folder: folder of the checkpoint, or a store; both have the tokenizer's files.
         vocab_size: number of logits.
     """
-
-    def __init__(self, folder: Path, vocab_size: int):
-        self._folder, self._vocab_size = folder, vocab_size
-        self._vocabulary: TokenVocabulary | None = None
-
-    def compile(self, grammar: str) -> Constraint:
-        """Return the constraint of a grammar.
-
-        Raises:
-            EngineError: the grammar cannot be compiled.
-            TextError: the tokenizer cannot be read.
-        """
-        if self._vocabulary is None:
-            self._vocabulary = load_token_vocabulary(self._folder, self._vocab_size)
-        return Constraint(self._vocabulary, grammar)
+    compiler = GrammarCompiler(lambda: load_token_vocabulary(folder, vocab_size))
+    compiler.start()
+    return compiler
 
 
 def load_token_vocabulary(folder: Path, vocab_size: int) -> TokenVocabulary:

@@ -9,15 +9,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC
+from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import EngineError, StepError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.grammars import GrammarCompiler
+from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
@@ -139,6 +141,7 @@ class LocalSession:
         os.environ[FAST_SYNC] = str(int(options.fast_sync))  # MLX reads it when it first computes
         prepare_device(options.has_sampling)
         folder, config = options.checkpoint, load_config(options.checkpoint)
+        grammars = open_grammar_compiler(folder, config.vocab_size)
         model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
         if options.cache_dir is not None:
             self._blocks = open_prompt_cache(
@@ -149,7 +152,7 @@ class LocalSession:
         return Engine(
             model,
             speculate=options.speculate,
-            constrain=GrammarCompiler(folder, config.vocab_size).compile,
+            constrain=partial(Constraint, grammars),
             cache_bytes=options.cache_memory_bytes,
             blocks=self._blocks,
         )

@@ -1,10 +1,18 @@
-"""Build the grammar of an answer that must match a JSON schema or a choice of tools, as text for llguidance.
+"""Build the grammar of an answer that must match a JSON schema or a choice of tools.
 
     answer:  reasoning? (JSON | text? section?)         then an end token, which is not part of the grammar
     section: section-begin call+ section-end
     call:    call-begin functions.NAME:INDEX argument-begin JSON call-end
 
-The text is in llguidance's dialect of Lark, with control tokens by id. kimi_mlx.engine.constraint reads it.
+The result is JSON, which kimi_mlx.engine.constraint reads:
+
+    answer       grammar of the answer in llguidance's dialect of Lark, with control tokens by id; calls are without
+                 their arguments
+    arguments    grammar of each tool's arguments, by `functions.NAME`
+    call_tokens  ids of call-begin, argument-begin and call-end
+
+The arguments of each tool are a grammar of their own, because the time to compile one grammar of many tools grows with
+the product of tools and calls. They are compiled once, and only those of called tools are used.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from enum import Enum, auto
 from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import Schema, check_schema, find_problem, to_lark
+from kimi_mlx.text.json_schema import Schema, check_schema, to_lark
 from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
@@ -25,6 +33,8 @@ MAX_CALLS = 16
 """Maximum number of tool calls in an answer with a grammar."""
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 ANY_OBJECT: Schema = {"type": "object"}
+NO_FORCING = '%llguidance {"no_forcing": true}'
+"""Directive: llguidance does not tokenize forced text. The model chooses among the tokens that begin it."""
 CHOICES = ("auto", "none", "required")
 
 Ids = Mapping[str, int]
@@ -60,7 +70,9 @@ def build_grammar(
     first_index: int = 0,
     schema_name: str = "response_format",
 ) -> str | None:
-    """Return the grammar of an answer; None if the answer is unconstrained.
+    """Return the grammar of an answer as JSON; None if the answer is unconstrained.
+
+    The sizes of the schemas must have been checked with kimi_mlx.text.schema_bounds.
 
     The schema of a tool that is not `strict` is enforced only if a call is required, and only if it is supported.
 
@@ -95,9 +107,13 @@ def build_grammar(
         MAX_CALLS if parallel_tool_calls and choice in CHOICES else 1,
         first_index,
     )
+    grammar: dict[str, Any] = {"answer": _write(answer, lambda token: f"<[{_id(token, special_tokens)}]>")}
     if answer.functions:
-        _check_total_size(answer)
-    return _write(answer, lambda token: _by_id(token, special_tokens))
+        grammar["arguments"] = {
+            f"{PREFIX}{function.name}": f"{NO_FORCING}\nstart: {function.arguments}" for function in answer.functions
+        }
+        grammar["call_tokens"] = [_id(token, special_tokens) for token in (CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)]
+    return json.dumps(grammar)
 
 
 @dataclass(frozen=True)
@@ -184,30 +200,23 @@ def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Sche
         schema = {**ANY_OBJECT, **cast("Schema", parameters)}
         if schema["type"] != "object":
             raise GrammarError(f"`{where}: $.type`: arguments must be an object, not `{schema['type']}`")
-        return check_schema(schema, where)
+        return check_schema(schema, where, locates_problem=is_strict)
     except GrammarError:
         if is_strict:
             raise
         return ANY_OBJECT
 
 
-def _by_id(token: str, special_tokens: Ids) -> str:
+def _id(token: str, special_tokens: Ids) -> int:
     if token not in special_tokens:
         raise GrammarError(
             f"the model has no `{token}` token, so tool calls cannot be enforced", hint="use another model"
         )
-    return f"<[{special_tokens[token]}]>"
-
-
-def _check_total_size(answer: _Answer) -> None:
-    """Raise an error if the grammar of all tools together is too large for llguidance."""
-    problem = find_problem(_write(answer, json.dumps))
-    if problem:
-        raise GrammarError(f"`tools`: {problem}", hint="send fewer tools")
+    return special_tokens[token]
 
 
 def _write(answer: _Answer, token: Callable[[str], str]) -> str:
-    """Write the grammar.
+    """Write the grammar of an answer, without the arguments of its calls.
 
     Args:
         answer: allowed forms of the answer.
@@ -219,8 +228,7 @@ def _write(answer: _Answer, token: Callable[[str], str]) -> str:
         content = "response | section" if answer.functions else "response"
     else:
         content = "TEXT section?" if answer.functions else "TEXT"
-    # no_forcing: llguidance does not tokenize forced text. The model chooses among the tokens that begin it.
-    rules = ['%llguidance {"no_forcing": true}', f"start: {_reasoning(answer.thinking, token)} answer"]
+    rules = [NO_FORCING, f"start: {_reasoning(answer.thinking, token)} answer"]
     rules += [f"answer: {content}", r"TEXT: /(.|\n)*/"]
     if answer.response:
         rules.append(f"response: {answer.response}")
@@ -237,14 +245,11 @@ def _reasoning(thinking: Thinking, token: Callable[[str], str]) -> str:
 
 def _calls(answer: _Answer, token: Callable[[str], str]) -> list[str]:
     """Return the rules of a section and of its calls; each call may be followed by the next one."""
-    rules = [f"section: {token(SECTION_BEGIN)} call_0 {token(SECTION_END)}"]
-    rules += [f"arguments_{i}: {function.arguments}" for i, function in enumerate(answer.functions)]
+    names = "|".join(re.escape(function.name) for function in answer.functions)
+    rules = [f"section: {token(SECTION_BEGIN)} call_0 {token(SECTION_END)}", f"NAME: /{re.escape(PREFIX)}({names})/"]
     for i_call in range(answer.max_calls):
-        index = answer.first_index + i_call
-        bodies = [
-            f"{json.dumps(f'{PREFIX}{function.name}:{index}')} {token(ARGUMENT_BEGIN)} arguments_{i}"
-            for i, function in enumerate(answer.functions)
-        ]
+        index = json.dumps(f":{answer.first_index + i_call}")
         following = f"call_{i_call + 1}?" if i_call + 1 < answer.max_calls else ""
-        rules.append(f"call_{i_call}: {token(CALL_BEGIN)} ({' | '.join(bodies)}) {token(CALL_END)} {following}")
+        call = f"{token(CALL_BEGIN)} NAME {index} {token(ARGUMENT_BEGIN)} {token(CALL_END)}"
+        rules.append(f"call_{i_call}: {call} {following}")
     return rules

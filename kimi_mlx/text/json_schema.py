@@ -18,11 +18,10 @@ from typing import Any, cast
 import llguidance
 
 from kimi_mlx.errors import GrammarError
+from kimi_mlx.text.schema_bounds import check_value
 
 Schema = dict[str, Any]
 
-MAX_CHARS = 200_000
-"""Maximum number of characters of a schema as JSON."""
 MAX_DEPTH = 32
 """Maximum nesting of schemas."""
 MAX_NAMES = {"patternProperties": 32, "required": 1_000, "properties": 1_000}
@@ -34,7 +33,7 @@ MAX_EXACT = 2**53
 MAX_BOUND = 2**63 - 1024
 """The largest float that fits in 64 bits; larger bounds are reduced to it."""
 MAX_FLOAT = sys.float_info.max
-LOCATE_S = 1.0
+LOCATE_S = 0.3
 """Time limit for the search for the subschema with the error."""
 
 WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,64}"
@@ -59,22 +58,22 @@ UNSUPPORTED = (
 HINT = "see the supported features in docs/structured-output.md"
 
 
-def check_schema(schema: Any, where: str) -> Schema:
+def check_schema(schema: Any, where: str, locates_problem: bool = True) -> Schema:
     """Return a schema without annotations, in the form that llguidance compiles.
 
     Args:
         schema: JSON schema, of draft 6 or later.
         where: name of the schema in error messages.
+        locates_problem: True to search for the subschema that llguidance refuses, which takes up to LOCATE_S.
 
     Raises:
         GrammarError: it is not a schema, has an unsupported feature, is too large, or nothing satisfies it.
     """
+    check_value(schema, where)
     try:
-        size = len(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+        json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise GrammarError(f"`{where}` is not plain JSON: {error}") from error
-    if size > MAX_CHARS:
-        raise GrammarError(f"`{where}` has {size} characters; at most {MAX_CHARS} are allowed")
     if schema is False:
         raise GrammarError(f"`{where}` is `false`: nothing satisfies it")
     clean = _SchemaCleaner(where).clean(schema, "$", 0)
@@ -82,7 +81,8 @@ def check_schema(schema: Any, where: str) -> Schema:
         _check_reference(part, clean, f"{where}: {path}")
     problem = find_problem(f"start: {to_lark(clean)}")
     if problem:
-        raise GrammarError(f"`{where}: {_locate(clean, problem)}`: {problem}", hint=HINT)
+        path = _locate(clean, problem) if locates_problem else "$"
+        raise GrammarError(f"`{where}: {path}`: {problem}", hint=HINT)
     return clean
 
 
@@ -91,11 +91,12 @@ def to_lark(schema: Schema) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=2048)
 def find_problem(grammar: str) -> str | None:
     """Return the reason why llguidance refuses a grammar, or that nothing satisfies it; None if it is valid.
 
-    Takes a second at most, by the limits of llguidance and of this module.
+    Takes a second at most, by the limits of llguidance and of this module. Clients send the same tools with every
+    request, so results are cached.
     """
     matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
     if not matcher.is_error():

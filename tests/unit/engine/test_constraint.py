@@ -11,12 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.constraint import Constraint, TokenVocabulary, masked
+from kimi_mlx.engine.constraint import Constraint, masked
+from kimi_mlx.engine.grammar_compiler import GrammarCompiler
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.runtime.grammars import load_token_vocabulary
+from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import load
+from kimi_mlx.text.control_tokens import ControlTokens
 from kimi_mlx.text.grammar import Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
@@ -26,7 +28,7 @@ TOKENIZER = Tokenizer.load(KIMI_MINI)
 EXTRA = 40
 """Size of the logits: larger than the tokenizer's vocabulary."""
 SIZE = TOKENIZER.vocab_size + EXTRA
-VOCABULARY = load_token_vocabulary(KIMI_MINI, SIZE)
+COMPILER = open_grammar_compiler(KIMI_MINI, SIZE)
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 0}},
@@ -58,10 +60,10 @@ def random_grammar(rng: random.Random) -> tuple[Any, str]:
 def test_draft_masks_equal_masks_after_advancing() -> None:
     for seed in range(20):
         _, grammar = random_grammar(random.Random(seed))
-        answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed, max_tokens=100)
+        answer = random_answer(COMPILER, TOKENIZER, grammar, seed, max_tokens=100)
         if answer is None:
             continue
-        one, other = Constraint(VOCABULARY, grammar), Constraint(load_token_vocabulary(KIMI_MINI, SIZE), grammar)
+        one, other = Constraint(COMPILER, grammar), Constraint(open_grammar_compiler(KIMI_MINI, SIZE), grammar)
         at = len(answer) // 3
         for token in answer[:at]:
             assert (one.allowed() == other.allowed()).all()
@@ -79,8 +81,83 @@ def test_draft_masks_equal_masks_after_advancing() -> None:
         assert other.is_finished
 
 
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def tools(count: int) -> list[dict[str, Any]]:
+    """Return strict tools whose names are prefixes of each other."""
+    names = [f"get{'_more' * (i % 3)}_{i}" for i in range(count - 1)] + ["get"]
+    return [{"type": "function", "function": {"name": name, "parameters": WEATHER, "strict": True}} for name in names]
+
+
+def ids_of(text: str) -> list[int]:
+    parts = ControlTokens(TOKENIZER.special_tokens).split(text)
+    return [id for part in parts for id in ([part] if isinstance(part, int) else TOKENIZER.encode(part))]
+
+
+def test_draft_masks_across_calls_equal_masks_after_advancing() -> None:
+    grammar = build_grammar(TOKENIZER.special_tokens, Thinking.NONE, tools=tools(20))
+    assert grammar is not None
+    calls = "".join(
+        f"<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>"
+        '{"city": "Paris", "days": 3}<|tool_call_end|>'
+        for index, name in enumerate(["get", "get_more_1", "get"])
+    )
+    answer = ids_of(f"So:<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>")
+    other = Constraint(COMPILER, grammar)
+    expected = [other.allowed()]
+    for token in answer:
+        assert bits(expected[-1])[token]
+        other.advance(token)
+        expected.append(other.allowed())
+    assert other.is_finished
+    for length in (1, 5, 16):
+        constraint = Constraint(COMPILER, grammar)
+        for at, token in enumerate(answer):
+            masks = constraint.allowed_for_draft(answer[at:-1][:length])
+            assert all((mask == expected[at + i]).all() for i, mask in enumerate(masks))
+            constraint.advance(token)
+        assert constraint.is_finished
+
+
+def test_an_answer_cannot_end_inside_arguments() -> None:
+    grammar = build_grammar(TOKENIZER.special_tokens, Thinking.NONE, tools=tools(2), tool_choice="required")
+    assert grammar is not None
+    constraint = Constraint(COMPILER, grammar)
+    head = "<|tool_calls_section_begin|><|tool_call_begin|>functions.get:0<|tool_call_argument_begin|>"
+    for token in ids_of(head + '{"city": "Paris", "days": 3}'):
+        constraint.advance(token)
+    allowed = {int(i) for i in np.flatnonzero(bits(constraint.allowed()))}
+    assert TOKENIZER.special_tokens["<|tool_call_end|>"] in allowed
+    assert not allowed & TOKENIZER.eos_token_ids
+    with pytest.raises(EngineError, match="does not allow"):
+        constraint.advance(min(TOKENIZER.eos_token_ids))
+
+
+def test_many_tools_compile_each_on_its_own_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = open_grammar_compiler(KIMI_MINI, SIZE)
+    compiled: list[str] = []
+    compile = compiler.vocabulary.compile
+    monkeypatch.setattr(compiler.vocabulary, "compile", lambda grammar: compiled.append(grammar) or compile(grammar))
+    for first_index in (0, 3):  # two turns of a conversation
+        grammar = build_grammar(
+            TOKENIZER.special_tokens, Thinking.NONE, tools=tools(300), tool_choice="required", first_index=first_index
+        )
+        assert grammar is not None
+        constraint = Constraint(compiler, grammar)
+        constraint.start_compiling()
+        for token in ids_of("<|tool_calls_section_begin|><|tool_call_begin|>functions.get"):
+            constraint.advance(token)
+    assert len(compiled) == len(set(compiled)) <= 3  # the answers of both turns, and the arguments, all alike
+
+
 def test_masks_after_a_rejected_or_end_token_allow_everything() -> None:
-    constraint = Constraint(VOCABULARY, grammar_for(PERSON))
+    constraint = Constraint(COMPILER, grammar_for(PERSON))
     (brace,) = TOKENIZER.encode("{")
     end = TOKENIZER.special_tokens["<|im_end|>"]
     masks = constraint.allowed_for_draft([brace, end, brace])
@@ -91,7 +168,7 @@ def test_masks_after_a_rejected_or_end_token_allow_everything() -> None:
 
 
 def test_complete_answer_allows_only_end_tokens() -> None:
-    constraint = Constraint(VOCABULARY, grammar_for(PERSON))
+    constraint = Constraint(COMPILER, grammar_for(PERSON))
     for token in TOKENIZER.encode('{"name": "Ada", "age": 36}'):
         assert bits(constraint.allowed())[token]
         constraint.advance(token)
@@ -103,32 +180,34 @@ def test_complete_answer_allows_only_end_tokens() -> None:
 
 @pytest.mark.parametrize("token", [0, TOKENIZER.special_tokens["<|im_end|>"], TOKENIZER.vocab_size + 1, SIZE + 7])
 def test_forbidden_tokens_are_rejected(token: int) -> None:
-    constraint = Constraint(VOCABULARY, grammar_for({"const": "x"}))
+    constraint = Constraint(COMPILER, grammar_for({"const": "x"}))
     with pytest.raises(EngineError, match="the grammar does not allow"):
         constraint.advance(token)
 
 
 def test_free_text_allows_every_character_but_no_control_token() -> None:
     grammar = grammar_for(PERSON, Thinking.OPEN)
-    allowed = bits(Constraint(VOCABULARY, grammar).allowed())
+    allowed = bits(Constraint(COMPILER, grammar).allowed())
     special = set(TOKENIZER.special_tokens.values())
     assert {int(i) for i in np.flatnonzero(allowed)} & special == {TOKENIZER.special_tokens["</think>"]}
     assert not allowed[TOKENIZER.vocab_size :].any()
-    constraint = Constraint(VOCABULARY, grammar)
+    constraint = Constraint(COMPILER, grammar)
     for token in TOKENIZER.encode("</think> 名前 👍🏽\n\t<|im_end|>\x00"):
         constraint.advance(token)
 
 
 def test_invalid_grammar_raises_engine_error() -> None:
     with pytest.raises(EngineError, match="cannot be compiled"):
-        Constraint(VOCABULARY, "start: nothing")
+        Constraint(COMPILER, json.dumps({"answer": "start: nothing"})).allowed()
+    with pytest.raises(EngineError, match="cannot be compiled"):
+        Constraint(COMPILER, "start: nothing")
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_masked_logits(dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(0)
     logits = mx.array(rng.normal(size=(3, SIZE))).astype(dtype)
-    masks = rng.integers(0, 2**32, size=(3, VOCABULARY.num_words), dtype=np.uint32)
+    masks = rng.integers(0, 2**32, size=(3, COMPILER.vocabulary.num_words), dtype=np.uint32)
     out = masked(logits, mx.array(masks))
     assert out.dtype == dtype
     expected = np.where(np.stack([bits(row) for row in masks]), np.array(logits.astype(mx.float32)), -np.inf)
@@ -146,7 +225,7 @@ def test_every_answer_to_a_random_schema_is_valid(count: int) -> None:
     unfinished = 0
     for seed in range(count):
         schema, grammar = random_grammar(rng)
-        answer = random_answer(VOCABULARY, TOKENIZER, grammar, seed)
+        answer = random_answer(COMPILER, TOKENIZER, grammar, seed)
         if answer is None:
             unfinished += 1
         else:
@@ -162,23 +241,23 @@ def mini() -> tuple[Model, ChatTokenizer]:
 @pytest.mark.parametrize("thinking", [True, False])
 def test_kimi_mini_follows_the_grammar(mini: tuple[Model, ChatTokenizer], thinking: bool) -> None:
     model, tokenizer = mini
-    vocabulary = load_token_vocabulary(KIMI_MINI, model.config.vocab_size)
+    compiler = open_grammar_compiler(KIMI_MINI, model.config.vocab_size)
     finished = 0
     rng = random.Random(7)
     for schema in [PERSON, *(random_grammar(rng)[0] for _ in range(5))]:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], thinking=thinking)
         how = detect_thinking(TOKENIZER.special_tokens, prompt)
         assert how is (Thinking.OPEN if thinking else Thinking.NONE)
-        answer = greedy(model, vocabulary, prompt, grammar_for(schema, how))
+        answer = greedy(model, compiler, prompt, grammar_for(schema, how))
         if answer[-1] in TOKENIZER.eos_token_ids:
             finished += 1
             check_valid(schema, TOKENIZER.decode(answer[:-1]).rpartition("</think>")[2])
     assert finished
 
 
-def greedy(model: Model, vocabulary: TokenVocabulary, prompt: list[int], grammar: str, most: int = 150) -> list[int]:
+def greedy(model: Model, compiler: GrammarCompiler, prompt: list[int], grammar: str, most: int = 150) -> list[int]:
     """Return the most likely allowed tokens."""
-    constraint, cache = Constraint(vocabulary, grammar), model.make_cache()
+    constraint, cache = Constraint(compiler, grammar), model.make_cache()
     answer: list[int] = []
     tokens = prompt
     while len(answer) < most and not constraint.is_finished:

@@ -10,7 +10,7 @@ import pytest
 
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.errors import EngineError, GrammarError
-from kimi_mlx.runtime.grammars import load_token_vocabulary
+from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.text.control_tokens import ControlTokens
 from kimi_mlx.text.grammar import MAX_CALLS, Thinking, build_grammar, detect_thinking
 from kimi_mlx.text.messages import ToolCall
@@ -19,7 +19,7 @@ from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
 
 TOKENIZER = Tokenizer.load(KIMI_MINI)
-VOCABULARY = load_token_vocabulary(KIMI_MINI, TOKENIZER.vocab_size)
+COMPILER = open_grammar_compiler(KIMI_MINI, TOKENIZER.vocab_size)
 SPECIAL = TOKENIZER.special_tokens
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 ODD = {"type": "object", "properties": {"a": {"not": {}}}}
@@ -52,7 +52,7 @@ def ids_of(text: str) -> list[int]:
 
 def accepts(grammar: str, text: str) -> bool:
     """Return whether a grammar accepts an answer."""
-    constraint = Constraint(VOCABULARY, grammar)
+    constraint = Constraint(COMPILER, grammar)
     try:
         for token in ids_of(text + "<|im_end|>"):
             constraint.advance(token)

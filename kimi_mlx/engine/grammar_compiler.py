@@ -1,0 +1,192 @@
+"""Compile grammars once, in a thread of their own, so that running answers do not wait for it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+from kimi_mlx.errors import EngineError, KimiMlxError
+
+if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
+    import llguidance
+
+WORD_BITS = 32
+"""Number of tokens per word of a mask."""
+
+MAX_COMPILED = 1024
+"""Maximum number of compiled grammars that are kept: agents send the same tools with every request."""
+
+
+class TokenVocabulary:
+    """The vocabulary in llguidance's form. For Kimi this takes half a second, so create it once per process.
+
+    Args:
+        tokens: bytes of each token, by id; empty if an id has no token.
+        special_ids: ids of control tokens, which never match text.
+        end_ids: ids of tokens that end an answer.
+        vocab_size: size of the logits, which may be larger than the number of tokens.
+    """
+
+    def __init__(
+        self, tokens: Sequence[bytes], special_ids: Collection[int], end_ids: Collection[int], vocab_size: int
+    ):
+        import llguidance
+
+        self.vocab_size = vocab_size
+        self.end_ids = frozenset(end_ids)
+        self.tokens = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
+        ends = sorted(self.end_ids)
+        wrapped = llguidance.TokenizerWrapper(_Tokens(self.tokens, [i for i in special_ids if i < vocab_size], ends[0]))
+        self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends)
+        self._limits = llguidance.LLParserLimits(
+            max_lexer_states=50_000,  # 100 MB
+            max_items_in_row=10_000,  # more than the default, for objects with 1,000 optional properties
+            step_max_items=200_000,
+            verbose_errors=False,
+        )
+
+    @property
+    def num_words(self) -> int:
+        """Number of words in a mask."""
+        return -(-self.vocab_size // WORD_BITS)
+
+    def compile(self, grammar: str) -> llguidance.LLMatcher:
+        """Return a matcher at the beginning of a grammar. Other threads run meanwhile.
+
+        Raises:
+            EngineError: the grammar cannot be compiled.
+        """
+        import llguidance
+
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
+        if matcher.is_error():
+            raise EngineError(f"the grammar cannot be compiled: {first_line(matcher)}")
+        return matcher
+
+
+class _Tokens:
+    """The part of a tokenizer that llguidance reads: its tokens. It cannot encode text."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: Sequence[bytes], special_token_ids: Sequence[int], eos_token_id: int):
+        self.tokens, self.special_token_ids, self.eos_token_id = tokens, special_token_ids, eos_token_id
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("grammars use `no_forcing`, so no text is tokenized")
+
+
+class _Compilation:
+    """A grammar that is compiled by the thread that needs it first, while others wait."""
+
+    def __init__(self, compile: Callable[[], llguidance.LLMatcher]):
+        self._compile = compile
+        self._lock = threading.Lock()
+        self._matcher: llguidance.LLMatcher | None = None
+        self._error: EngineError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._matcher is not None or self._error is not None
+
+    def result(self) -> llguidance.LLMatcher:
+        """Return the matcher.
+
+        Raises:
+            EngineError: the grammar cannot be compiled.
+        """
+        with self._lock:
+            if not self.is_done:
+                try:
+                    self._matcher = self._compile()
+                except KimiMlxError as error:
+                    self._error = EngineError(error.message, error.hint)
+        if self._matcher is None:
+            assert self._error is not None
+            raise EngineError(self._error.message, self._error.hint)
+        return self._matcher
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary, each once, and keeps the most recently used ones.
+
+    Args:
+        load_vocabulary: reads the vocabulary; called once, when the first grammar needs it.
+    """
+
+    def __init__(self, load_vocabulary: Callable[[], TokenVocabulary]):
+        self._load_vocabulary = load_vocabulary
+        self._vocabulary: TokenVocabulary | None = None
+        self._vocabulary_lock = threading.Lock()
+        self._compilations: OrderedDict[str, _Compilation] = OrderedDict()
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def vocabulary(self) -> TokenVocabulary:
+        """The vocabulary. Reading it takes about a second for Kimi.
+
+        Raises:
+            KimiMlxError: the tokenizer cannot be read.
+        """
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._load_vocabulary()
+            return self._vocabulary
+
+    def start(self, *grammars: str) -> None:
+        """Read the vocabulary, then compile grammars in the background. Errors are raised when a grammar is used."""
+        compilations = [self._compilation(grammar) for grammar in grammars]
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
+                self._thread.start()
+        self._jobs.put(lambda: self.vocabulary)
+        for compilation in compilations:
+            if not compilation.is_done:
+                self._jobs.put(compilation.result)
+
+    def is_compiled(self, grammar: str) -> bool:
+        """Return whether `matcher` returns at once, or raises at once."""
+        return self._compilation(grammar).is_done
+
+    def matcher(self, grammar: str) -> llguidance.LLMatcher:
+        """Return a matcher at the beginning of a grammar; compile the grammar now if that has not begun.
+
+        Raises:
+            EngineError: the grammar cannot be compiled, or the tokenizer cannot be read.
+        """
+        return self._compilation(grammar).result().deep_copy()
+
+    def drop(self, grammar: str) -> None:
+        """Drop a compiled grammar whose lexer has grown too large."""
+        with self._lock:
+            self._compilations.pop(grammar, None)
+
+    def _compilation(self, grammar: str) -> _Compilation:
+        with self._lock:
+            compilation = self._compilations.pop(grammar, None)
+            if compilation is None:
+                compilation = _Compilation(lambda: self.vocabulary.compile(grammar))
+            self._compilations[grammar] = compilation
+            if len(self._compilations) > MAX_COMPILED:
+                self._compilations.popitem(last=False)
+            return compilation
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                job()
+            except KimiMlxError:  # raised again when the grammar is used
+                continue
+
+
+def first_line(matcher: llguidance.LLMatcher) -> str:
+    """Return the first line of a matcher's error."""
+    return matcher.get_error().splitlines()[0]
