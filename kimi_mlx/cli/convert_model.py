@@ -23,8 +23,9 @@ from kimi_mlx.weights.conversion import Conversion, open_conversion
 from kimi_mlx.weights.convert import ConversionResult, convert
 from kimi_mlx.weights.convert_folder import check_folder, check_space
 from kimi_mlx.weights.convert_options import ConvertOptions
-from kimi_mlx.weights.convert_plan import ConversionPlan, plan_conversion
+from kimi_mlx.weights.convert_plan import plan_conversion
 from kimi_mlx.weights.convert_report import list_notes, summarize
+from kimi_mlx.weights.converted_files import ConversionPlan
 
 
 def show_conversion(source: str, folder: Path, options: ConvertOptions, is_json: bool) -> None:

@@ -29,8 +29,8 @@ NORM_EPS_LATENT = 1e-6
 class ModelConfig:
     """Dimensions and constants of the text model; sizes in elements.
 
-    `quantization` is MLX's layout, `compression` the format of published weights, for matrices that have its scales.
-    At most one of them is set.
+    `quantization` is MLX's layout, `compression` the format of published weights. Each applies to the matrices whose
+    tensors have its form; a file may have both.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""Quantization settings in `config.json`: MLX's affine layout, or the FP8 and INT4 formats of published weights."""
+"""Quantization settings in `config.json`: MLX's modes, and the FP8 and INT4 formats of published weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,25 @@ from typing import Any
 from kimi_mlx.errors import ConfigError
 from kimi_mlx.model.config_values import ValueRange, check_fields, check_value, get_object
 
+MODES: Mapping[str, tuple[int, int] | None] = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+"""MLX's modes, with the only bits and group size of those that have no choice."""
+
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX's affine quantization of a weight: `bits` per value, one scale and one bias per group."""
+    """MLX's quantization of a weight: `bits` per value, and per group one scale, in affine mode also one bias.
+
+    Source: https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
+    """
 
     bits: int
     group_size: int
+    mode: str = "affine"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of MLX's functions for quantized matrices."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
 @dataclass(frozen=True)
@@ -41,21 +53,30 @@ class PackedInts:
 def parse_quantization(
     outer: Mapping[str, Any], raw: Mapping[str, Any], where: str
 ) -> tuple[Quantization | None, dict[str, Quantization], Fp8Blocks | PackedInts | None]:
-    """Return MLX's `quantization` with its overrides per path, or else the format of published weights."""
+    """Return MLX's `quantization` with its overrides per path, and the format of published weights.
+
+    A file may have both. The tensors of a matrix decide which of them applies, so that an unsupported format of
+    published weights is an error only if it is the only one.
+    """
     names = ("quantization", "quantization_config")  # mlx-lm writes a copy of the first as the second
     blocks = [(name, block) for name in names for level in (outer, raw) if (block := get_object(level, name, where))]
-    if not blocks:
-        return None, {}, None
-    name, block = blocks[0]
-    if name == "quantization_config" and "quant_method" in block:
-        return None, {}, _parse_compression(block, where)
+    published = next((block for _, block in blocks if "quant_method" in block), None)
+    name, block = next((item for item in blocks if "quant_method" not in item[1]), ("", None))
+    if block is None:
+        return None, {}, None if published is None else _parse_compression(published, where)
     default = _one_quantization(block, where, name)
     overrides = {
-        path.removeprefix("language_model."): _one_quantization({**block, **value}, where, f"{name}.{path}")
+        path.removeprefix("language_model."): _one_quantization(
+            {**block, "mode": None, **value}, where, f"{name}.{path}"
+        )
         for path, value in block.items()
         if isinstance(value, Mapping)  # `false` marks a matrix that is not quantized
     }
-    return default, overrides, None
+    try:
+        compression = None if published is None else _parse_compression(published, where)
+    except ConfigError:
+        compression = None
+    return default, overrides, compression
 
 
 def _parse_compression(block: Mapping[str, Any], where: str) -> Fp8Blocks | PackedInts:
@@ -67,7 +88,7 @@ def _parse_compression(block: Mapping[str, Any], where: str) -> Fp8Blocks | Pack
         return _parse_packed(block, where)
     raise ConfigError(
         f"`{where}`: quantization method {reprlib.repr(method)} is not supported; supported are 'fp8', "
-        "'compressed-tensors' and MLX's affine layout",
+        "'compressed-tensors' and MLX's quantization",
         hint=_FORMAT_HINT,
     )
 
@@ -135,7 +156,20 @@ def _require(block: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], w
 
 
 def _one_quantization(block: Mapping[str, Any], where: str, name: str) -> Quantization:
-    """Parse one `{bits, group_size, mode}`."""
-    if block.get("mode") not in (None, "affine"):
-        raise ConfigError(f"`{where}` has {name}.mode = {reprlib.repr(block['mode'])}; only 'affine' is supported")
-    return Quantization(**check_fields(Quantization, block, where, f"{name}."))
+    """Parse one `{bits, group_size, mode}`; without a mode it is affine."""
+    mode = block.get("mode") or "affine"
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ConfigError(
+            f"`{where}` has {name}.mode = {reprlib.repr(mode)}; supported are {', '.join(MODES)}", hint=_FORMAT_HINT
+        )
+    fixed = MODES[mode]
+    if fixed is None:
+        return Quantization(**check_fields(Quantization, {**block, "mode": mode}, where, f"{name}."))
+    given = block.get("bits", fixed[0]), block.get("group_size", fixed[1])
+    if given != fixed:
+        raise ConfigError(
+            f"`{where}` has {name} with {given[0]} bits in groups of {given[1]}; {mode} has {fixed[0]} in groups of "
+            f"{fixed[1]}",
+            hint=_FORMAT_HINT,
+        )
+    return Quantization(*fixed, mode)

@@ -61,6 +61,11 @@ class SourceMatrix:
     heads: tuple[int, int, int] | None = None
     suffix: str = ".weight"
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the model needs the matrix as floats: true for vectors and the router."""
+        return len(self.shape) == 1 or self.paths[0].endswith(".mlp.gate")
+
 
 @dataclass(frozen=True)
 class TreeEntry:

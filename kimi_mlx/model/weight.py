@@ -1,4 +1,4 @@
-"""Weights in memory: float matrices, or MLX's affine quantization of them."""
+"""Weights in memory: float matrices, or MLX's quantization of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ class Weight:
 
     Args:
         weight: (..., rows, columns) float, or (..., rows, columns * bits / 32) uint32 if quantized.
-        scales: (..., rows, columns / group_size), only if quantized.
-        biases: same shape as scales.
-        quantization: bits and group size, None for a float weight.
+        scales: (..., rows, columns / group_size), only if quantized; uint8 in modes other than affine.
+        biases: same shape as scales, only in affine mode.
+        quantization: bits, group size and mode, None for a float weight.
+        dtype: compute dtype, to which the values are dequantized.
     """
 
     weight: mx.array
     scales: mx.array | None = None
     biases: mx.array | None = None
     quantization: Quantization | None = None
+    dtype: mx.Dtype = mx.float32
 
     @property
     def rows(self) -> int:
@@ -47,8 +49,9 @@ class Matrix(nn.Module):
     def __init__(self, source: Weight):
         super().__init__()
         self.weight = source.weight
-        if source.quantization is not None:
+        if source.scales is not None:
             self.scales = source.scales
+        if source.biases is not None:
             self.biases = source.biases
         self.quantization = source.quantization
 
@@ -68,16 +71,10 @@ class Matrix(nn.Module):
         weight = self["weight"] if stack is None else self["weight"][stack]
         if self.quantization is None:
             return x @ (weight.swapaxes(-1, -2) if transpose else weight)
-        scales, biases = self["scales"], self["biases"]
-        return mx.quantized_matmul(
-            x,
-            weight,
-            scales if stack is None else scales[stack],
-            biases if stack is None else biases[stack],
-            transpose=transpose,
-            group_size=self.quantization.group_size,
-            bits=self.quantization.bits,
-        )
+        scales, biases = self["scales"], self.get("biases")
+        if stack is not None:
+            scales, biases = scales[stack], None if biases is None else biases[stack]
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=transpose, **self.quantization.arguments)
 
     def gather_matmul(self, x: mx.array, ids: mx.array, inputs: mx.array | None = None) -> mx.array:
         """Return x[inputs] @ weight[ids].T for a stack of matrices.
@@ -95,13 +92,12 @@ class Matrix(nn.Module):
             x,
             self["weight"],
             self["scales"],
-            self["biases"],
+            self.get("biases"),
             lhs_indices=inputs,
             rhs_indices=ids,
             transpose=True,
-            group_size=self.quantization.group_size,
-            bits=self.quantization.bits,
             sorted_indices=is_sorted,
+            **self.quantization.arguments,
         )
 
 
@@ -137,15 +133,14 @@ def linear(parts: Sequence[Weight]) -> Linear | ConcatLinear:
 class Embedding(Matrix):
     """Rows of a matrix, which may be quantized, by token id."""
 
+    def __init__(self, source: Weight):
+        super().__init__(source)
+        self.dtype = source.dtype
+
     def __call__(self, ids: mx.array) -> mx.array:
         """(...) integers -> (..., columns)."""
         rows = self["weight"][ids]
         if self.quantization is None:
             return rows
-        return mx.dequantize(
-            rows,
-            self["scales"][ids],
-            self["biases"][ids],
-            group_size=self.quantization.group_size,
-            bits=self.quantization.bits,
-        )
+        biases = self["biases"][ids] if "biases" in self else None
+        return mx.dequantize(rows, self["scales"][ids], biases, dtype=self.dtype, **self.quantization.arguments)

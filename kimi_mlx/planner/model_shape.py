@@ -192,7 +192,10 @@ def _stored_bits(config: ModelConfig, path: str) -> float:
 
 def _quantized_bits(config: ModelConfig, path: str, floats: int) -> float:
     quantization = config.quantization_of(path)
-    return floats if quantization is None else quantization.bits + 2 * floats / quantization.group_size
+    if quantization is None:
+        return floats
+    scale_bits = 2 * floats if quantization.mode == "affine" else 8
+    return quantization.bits + scale_bits / quantization.group_size
 
 
 @cache

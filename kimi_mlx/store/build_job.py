@@ -9,7 +9,8 @@ from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.sources import CheckpointSource
 from kimi_mlx.store.store_folders import placement_folder
 from kimi_mlx.weights.checkpoint import Checkpoint, is_ignored
-from kimi_mlx.weights.layer_plan import LayerPlan, plan_layer, plan_top
+from kimi_mlx.weights.layer_plan import plan_layer, plan_top
+from kimi_mlx.weights.plan import LayerPlan
 
 
 class BuildJob:

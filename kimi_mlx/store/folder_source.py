@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, is_small_file
-from kimi_mlx.weights.index import TensorInfo, checkpoint_files, read_header
+from kimi_mlx.weights.header import TensorInfo, read_header
+from kimi_mlx.weights.index import checkpoint_files
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 """Samples of each file that a folder's digest covers, because files with equal headers may have other weights."""

@@ -33,7 +33,8 @@ from kimi_mlx.hub.partial_file import part_path
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, is_small_file
-from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, parse_header, read_weight_map
+from kimi_mlx.weights.header import TensorInfo, parse_header
+from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 
 HEADER_WORKERS = 8
 """Number of headers that are fetched at the same time."""

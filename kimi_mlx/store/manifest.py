@@ -12,7 +12,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.parallel.placement import Placement
-from kimi_mlx.weights.layer_plan import LayerPlan
+from kimi_mlx.weights.plan import LayerPlan
 
 FORMAT = 2
 """Version of the format on disk; stores of other versions are refused."""

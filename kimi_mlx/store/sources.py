@@ -14,7 +14,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.hub.client import FILES
 from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.store.manifest import Origin
-from kimi_mlx.weights.index import TensorInfo
+from kimi_mlx.weights.header import TensorInfo
 
 Headers = Mapping[str, Mapping[str, TensorInfo]]
 """File name -> tensor name -> location of the tensor."""

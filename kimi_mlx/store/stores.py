@@ -17,8 +17,9 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
 from kimi_mlx.store.store_folders import download_command, is_same_source, rank_folder, source_folder, stored_ranks
-from kimi_mlx.weights.assemble import MLX_TYPES, ProgressCallback, build_model, make_weight
-from kimi_mlx.weights.layer_plan import array_name
+from kimi_mlx.weights.assemble import ProgressCallback, build_model, make_weight
+from kimi_mlx.weights.dequantize import MLX_TYPES
+from kimi_mlx.weights.plan import array_name
 
 
 @dataclass(frozen=True)

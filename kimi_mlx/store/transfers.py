@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.file_regions import FileRegion, file_regions
-from kimi_mlx.weights.layer_plan import LayerPlan, SliceCopy
+from kimi_mlx.weights.file_layout import FileRegion, file_regions
+from kimi_mlx.weights.plan import LayerPlan, SliceCopy
 
 CHUNK_BYTES = 1 << 24
 

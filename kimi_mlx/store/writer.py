@@ -19,8 +19,8 @@ from kimi_mlx.store.disk import allocated_bytes, write_error
 from kimi_mlx.store.journal import BuildState, Journal
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
 from kimi_mlx.store.store_folders import file_name
-from kimi_mlx.weights.file_regions import FileRegion, layer_layout
-from kimi_mlx.weights.layer_plan import LayerPlan
+from kimi_mlx.weights.file_layout import FileRegion, layer_layout
+from kimi_mlx.weights.plan import LayerPlan
 
 MAX_OPEN_FILES = 16
 """Maximum number of open files per rank: macOS allows a process 256 by default, and a store has up to 62 per rank."""
@@ -128,17 +128,10 @@ class RankWriter:
         Raises:
             WeightsError: the disk is full or fails.
         """
-        handle = self._handle(region.file)
-        view = data.data
-        while view:
-            member, inside = divmod(offset, region.member_bytes)
-            length = min(len(view), region.member_bytes - inside)
-            try:
-                written = os.pwrite(handle, view[:length], region.start + member * region.stride + inside)
-            except OSError as error:
-                raise write_error(self._part(region.file), error) from error
-            view = view[written:]
-            offset += written
+        try:
+            region.write(self._handle(region.file), offset, data)
+        except OSError as error:
+            raise write_error(self._part(region.file), error) from error
 
     def commit(self, source: int) -> None:
         """Record that all slices of a source file are written; finish the files that are complete."""

@@ -1,4 +1,4 @@
-"""Load a model from a checkpoint: execute the plans of kimi_mlx.weights.layer_plan in memory, for one rank.
+"""Load a model from a checkpoint: carry out the plans of kimi_mlx.weights.layer_plan in memory, for one rank.
 
 Only the rank's slice of each matrix is read, directly into its place in the fused array.
 """
@@ -17,10 +17,10 @@ from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.parallel.placement import RankShare
-from kimi_mlx.weights.layer_plan import ArrayPlan, LayerPlan, plan_layer, plan_top
+from kimi_mlx.weights.dequantize import MLX_TYPES
+from kimi_mlx.weights.layer_plan import plan_layer, plan_top
+from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
-
-MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of layers loaded and the total."""
@@ -83,14 +83,23 @@ def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry
     """Return a weight made of its stored arrays, floats in the compute dtype.
 
     Args:
-        arrays: weight, and scales and biases if quantized.
+        arrays: weight, and scales and biases if quantized; lazy arrays are read here if they need a cast.
         quantization: quantization of the weight; None if float.
         entry: name in the canonical tree; the router stays in float32.
         dtype: compute dtype.
     """
     target = mx.float32 if entry.startswith("mlp.gate.") or entry == "mlp.gate" else dtype
-    cast = (array if array.dtype == mx.uint32 else array.astype(target) for array in arrays)
-    return Weight(*cast, quantization=quantization)
+    return Weight(*(_cast(array, target) for array in arrays), quantization=quantization, dtype=dtype)
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Cast floats to a type; integers are packed values or scales of 8-bit floats, and stay as they are."""
+    if array.dtype == dtype or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    mx.eval(array)  # a cast is a GPU operation: waiting for a slow disk in it, it would trip macOS's GPU watchdog
+    cast = array.astype(dtype)
+    mx.eval(cast)  # so that the original lives only as long as this weight is made
+    return cast
 
 
 def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
@@ -105,7 +114,11 @@ def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> L
 
 
 def _read(reader: CheckpointReader, plan: ArrayPlan) -> mx.array:
-    values = reader.read_array(plan)
-    # numpy's copy of a memory map releases the GIL, so that a rank's heartbeat continues
-    array = mx.array(values if values.flags.owndata and values.flags.c_contiguous else np.array(values, order="C"))
-    return array.view(mx.bfloat16) if plan.dtype == "BF16" else array
+    """Read an array directly into MLX's memory, so that there is no second copy of it."""
+    dtype = MLX_TYPES[plan.dtype]
+    array = mx.zeros(plan.shape, mx.uint16 if dtype == mx.bfloat16 else dtype)
+    mx.eval(array)
+    view = np.asarray(array)
+    assert not view.flags.owndata
+    reader.read_into(plan, view)
+    return array.view(dtype)

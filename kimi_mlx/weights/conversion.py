@@ -10,7 +10,8 @@ from typing import Any
 from kimi_mlx.model.config import parse_config, read_json
 from kimi_mlx.weights.convert_config import converted_config
 from kimi_mlx.weights.convert_options import ConvertOptions
-from kimi_mlx.weights.convert_plan import ConversionPlan, plan_conversion
+from kimi_mlx.weights.convert_plan import plan_conversion
+from kimi_mlx.weights.converted_files import ConversionPlan
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 RECORD_FORMAT = 1

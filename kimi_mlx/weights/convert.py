@@ -7,13 +7,11 @@ the file that it was writing, and no reader takes a folder without `config.json`
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -21,11 +19,11 @@ import numpy as np
 from kimi_mlx.files import rename_durably, write_atomically
 from kimi_mlx.weights.conversion import Conversion
 from kimi_mlx.weights.convert_folder import RECORD_NAME, check_folder, check_space, explain_disk_errors, lock_folder
-from kimi_mlx.weights.convert_plan import ConvertedFile, WeightConversion
-from kimi_mlx.weights.file_layout import FileLayout
+from kimi_mlx.weights.converted_files import ConvertedFile, ConvertedWeight
+from kimi_mlx.weights.file_layout import FileLayout, region_of
 from kimi_mlx.weights.index import INDEX_NAME
 from kimi_mlx.weights.reader import CheckpointReader
-from kimi_mlx.weights.requantize import RowChunk, convert_chunk, row_chunks
+from kimi_mlx.weights.requantize import Chunk, chunks, convert_chunk
 
 ProgressCallback = Callable[[int, int], None]
 """Called with bytes written and total bytes."""
@@ -116,11 +114,12 @@ def _write_file(
     try:
         with part.open("wb") as stream:
             stream.write(layout.header)
-            for output in file.weights:
-                for chunk in row_chunks(reader.checkpoint, output):
-                    written += _write_chunk(stream, layout, output, chunk, convert_chunk(reader, output, chunk))
-                    advance(written)
             stream.flush()
+            for weight in file.weights:
+                for chunk in chunks(weight):
+                    values = convert_chunk(reader, weight, chunk)
+                    written += _write_chunk(stream.fileno(), layout, weight, chunk, values)
+                    advance(written)
             os.fsync(stream.fileno())
         rename_durably(part, path)
     finally:
@@ -130,11 +129,11 @@ def _write_file(
 
 
 def _write_chunk(
-    stream: BinaryIO, layout: FileLayout, output: WeightConversion, chunk: RowChunk, values: list[np.ndarray]
+    handle: int, layout: FileLayout, weight: ConvertedWeight, chunk: Chunk, values: list[np.ndarray]
 ) -> int:
-    """Write a chunk of each array of an output; return the number of bytes."""
-    for array, value in zip(output.arrays, values, strict=True):
-        row_bytes = array.size_bytes // math.prod(array.shape[:-1])
-        stream.seek(layout.starts[array.name] + chunk.row * row_bytes)
-        stream.write(np.ascontiguousarray(value).data)
+    """Write the arrays of a chunk; return the number of bytes."""
+    copy = chunk.copies[0]
+    for (name, array), value in zip(weight.arrays, values, strict=True):
+        region = region_of(layout.starts[name], array, copy.member, copy.row, value.shape[1])
+        region.write(handle, 0, np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     return sum(value.nbytes for value in values)

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.weights.convert_options import DTYPE_NAMES
-from kimi_mlx.weights.convert_plan import ConversionPlan, WeightConversion
+from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedWeight
 
 REMOVED_KEYS = ("quantization", "quantization_config", "compression_config", "auto_map", "vision_config")
 
@@ -43,21 +44,26 @@ def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
 def _quantization_block(plan: ConversionPlan) -> dict[str, Any] | None:
     """Return the block `quantization`: the most frequent format, and each path that differs; None if all are floats."""
     matrices = [weight for weight in plan.weights if weight.can_be_quantized]
-    counts = Counter(weight.quantization for weight in matrices if weight.quantization is not None)
+    counts = Counter(weight.plan.quantization for weight in matrices if weight.plan.quantization is not None)
     if not counts:
         return None
     default = counts.most_common(1)[0][0]
-    block: dict[str, Any] = {"group_size": default.group_size, "bits": default.bits, "mode": "affine"}
+    block: dict[str, Any] = {"group_size": default.group_size, "bits": default.bits, "mode": default.mode}
     for weight in matrices:
-        quantization = weight.quantization
-        if quantization != default:
-            value = quantization and {"group_size": quantization.group_size, "bits": quantization.bits}
-            value = value or False
-            block |= dict.fromkeys(_module_paths(weight), value)
+        if weight.plan.quantization != default:
+            block |= dict.fromkeys(_module_paths(weight), _override(weight.plan.quantization))
     return block
 
 
-def _module_paths(weight: WeightConversion) -> list[str]:
+def _override(quantization: Quantization | None) -> dict[str, Any] | bool:
+    """Return the value of a path; without a mode it means affine."""
+    if quantization is None:
+        return False
+    value: dict[str, Any] = {"group_size": quantization.group_size, "bits": quantization.bits}
+    return value if quantization.mode == "affine" else {**value, "mode": quantization.mode}
+
+
+def _module_paths(weight: ConvertedWeight) -> list[str]:
     """Return the names under which readers look up the quantization: mlx-lm splits a whole `kv_b_proj` itself."""
     prefix, separator, _ = weight.path.partition("kv_b_proj")
     return [weight.path, f"{prefix}embed_q", f"{prefix}unembed_out"] if separator else [weight.path]

@@ -58,7 +58,7 @@ def target_formats(checkpoint: Checkpoint, options: ConvertOptions, sources: Seq
     Raises:
         UsageError: the options contradict each other or the checkpoint.
     """
-    stored = {source: checkpoint.quantization(source.paths[0]) for source in sources if source.suffix == ".weight"}
+    stored = {source: checkpoint.matrices.quantization(source.paths[0]) for source in sources if not source.is_float}
     dtype = STORED_TYPES.get(checkpoint.config.dtype, "BF16")
     bits, expert_bits = options.bits, options.expert_bits
     if bits is None and expert_bits is None and any(stored.values()):

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.weights.checkpoint import MatrixFormat
 from kimi_mlx.weights.convert_options import DTYPE_NAMES
-from kimi_mlx.weights.convert_plan import ConversionPlan, WeightConversion
+from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedWeight
+from kimi_mlx.weights.plan import WeightPlan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def summarize(plan: ConversionPlan) -> list[SummaryRow]:
     """Return a row for each kind and format of matrix, the largest first."""
     sizes: Counter[tuple[str, str, str]] = Counter()
     for weight in plan.weights:
-        sizes[weight.kind, _describe_stored(weight.stored), _describe_target(weight)] += weight.size_bytes
+        sizes[weight.kind, _describe_stored(weight.stored[0]), _describe_target(weight)] += weight.plan.size_bytes
     return [SummaryRow(*labels, size) for labels, size in sizes.most_common()]
 
 
@@ -47,26 +47,33 @@ def list_notes(plan: ConversionPlan) -> list[str]:
     return notes
 
 
-def _is_requantized(weight: WeightConversion) -> bool:
-    return not weight.is_copied and weight.stored.quantization is not None and weight.quantization is not None
+def _is_requantized(weight: ConvertedWeight) -> bool:
+    stored = weight.stored[0].quantization
+    return not weight.is_copied and stored is not None and weight.plan.quantization is not None
 
 
-def _describe_stored(matrix: MatrixFormat) -> str:
-    if matrix.fields[0].decode == "fp8":
+def _describe_stored(plan: WeightPlan) -> str:
+    field = plan.arrays[0].copies[0].field
+    if field.decode == "fp8":
         return "FP8"
-    if any(field.decode == "biases" for field in matrix.fields):
-        assert matrix.quantization is not None
-        return f"INT{matrix.quantization.bits}, groups of {matrix.quantization.group_size}"
-    return _describe_format(matrix.quantization, matrix.fields[0].dtype)
+    if field.quantized is not None:
+        return _describe_format(field.quantized.quantization, "F32")
+    if any(array.copies[0].field.decode == "biases" for array in plan.arrays):
+        assert plan.quantization is not None
+        return f"INT{plan.quantization.bits}, groups of {plan.quantization.group_size}"
+    return _describe_format(plan.quantization, field.dtype)
 
 
-def _describe_target(weight: WeightConversion) -> str:
-    description = _describe_format(weight.quantization, weight.arrays[0].dtype)
-    is_unchanged = weight.is_copied or (weight.quantization is None and description == _describe_stored(weight.stored))
+def _describe_target(weight: ConvertedWeight) -> str:
+    description = _describe_format(weight.plan.quantization, weight.plan.arrays[0].dtype)
+    is_float = weight.plan.quantization is None
+    is_unchanged = weight.is_copied or (is_float and description == _describe_stored(weight.stored[0]))
     return description + ", unchanged" * is_unchanged
 
 
 def _describe_format(quantization: Quantization | None, dtype: str) -> str:
     if quantization is None:
         return DTYPE_NAMES[dtype]
+    if quantization.mode != "affine":
+        return quantization.mode
     return f"{quantization.bits} bits, groups of {quantization.group_size}"

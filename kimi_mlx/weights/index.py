@@ -1,65 +1,34 @@
-"""Read the tensor table of a checkpoint from the headers of its safetensors files; tensors are not read here.
+"""The files of a checkpoint, and the table of its tensors.
 
-Source of the format: https://github.com/huggingface/safetensors#format (8 bytes of header size, a JSON header, data).
+The table comes from the headers of the files. `model.safetensors.index.json` only says which files belong to the
+checkpoint: it may be missing, empty, or left over from other files, and then the headers decide.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 import re
 import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import read_json, unreadable_hint
 from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.weights.header import TensorInfo, read_header, unreadable
 
-MAX_HEADER_BYTES = 100_000_000
-"""Maximum size of a header according to the format."""
-
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "I64": 8,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-}
+LOG = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 
 FILE_NAME = re.compile(r"\w[\w .+-]{0,200}\.safetensors", re.ASCII)
 """Allowed file names in an index: a file in the same folder, never a path."""
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Location of a tensor.
-
-    Args:
-        dtype: type as safetensors names it, such as `BF16`.
-        shape: stored shape.
-        file: path of the file.
-        start: offset of its first byte in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor; 0 for an unknown type."""
-        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 0)
+SERIES = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors", re.ASCII)
+"""Names of numbered files, such as `model-00002-of-00061.safetensors`."""
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -72,42 +41,64 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     for file in checkpoint_files(folder):
         for name, info in read_header(file).items():
             if name in table:
-                raise WeightsError(f"tensor `{name}` is in `{table[name].file.name}` and in `{file.name}`")
+                raise WeightsError(
+                    f"tensor `{name}` is in `{table[name].file}` and in `{file.name}`",
+                    hint="remove the file that does not belong to the checkpoint",
+                )
             table[name] = info
     return table
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that the index names, or without an index `model*.safetensors`.
+    """Return the safetensors files of a checkpoint; log a note if they are not those of its index.
 
-    Files with only vision tensors are optional: they are listed if present.
+    - The index lists the files. A listed file with only vision tensors may be missing.
+    - Without a usable index, or if no listed file exists, all `model*.safetensors` are used.
+    - A listed file may also be missing if all its tensors are in other files.
+    - An unlisted `model*.safetensors` is used if it has tensors that no listed file has.
+
+    Raises:
+        WeightsError: there are no files, some are missing or unreadable, or the index names a file outside the folder.
     """
     index = folder / INDEX_NAME
     try:
-        files = _indexed_files(index) if index.exists() else sorted(folder.glob("model*.safetensors"))
-        missing = [file.name for file in files if not file.is_file()]
+        names = {path.name for path in folder.glob("model*.safetensors") if path.is_file()}
+        has_index = index.exists()
+        weight_map = read_weight_map(index) if has_index else {}
+        in_use = files_in_use(weight_map)
+        listed = {name: (folder / name).is_file() for name in sorted(set(weight_map.values()))}
     except OSError as error:
-        raise _unreadable(folder, error) from error
-    if not files:
-        raise WeightsError(f"`{folder}` has no `model*.safetensors`", hint="give the folder of a complete checkpoint")
-    if missing:
-        raise WeightsError(
-            f"{len(missing)} of {len(files)} files of `{folder}` are missing, first `{missing[0]}`",
-            hint="finish the download",
-        )
-    return files
+        raise unreadable(folder, error) from error
+    present = [name for name, exists in listed.items() if exists]
+    missing = [name for name, exists in listed.items() if not exists and name in in_use]
+    unlisted = sorted(names - listed.keys())
+    if present:
+        files = _complete(folder, weight_map, present, missing, unlisted)
+    elif missing and not unlisted:
+        raise _missing_files(folder, missing, len(in_use))
+    else:
+        files = _all_files(folder, unlisted)
+        if has_index:
+            defect = f"lists {len(missing)} files that do not exist" if missing else "lists no files"
+            log_note(f"`{index}` {defect}: all {len(files)} `model*.safetensors` are read instead")
+    return [folder / name for name in files]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read the index of a checkpoint: name of a tensor -> file name.
+    """Read the index of a checkpoint: name of a tensor -> file name. Empty if the file is not a usable index.
 
     Raises:
-        ConfigError: the index cannot be read.
-        WeightsError: the index has no `weight_map`, or the map names a file outside the folder.
+        WeightsError: the file cannot be read, or names a file outside the folder.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"`{index}` has no `weight_map`", hint="fetch the file again")
+    try:
+        value = json.loads(index.read_bytes())
+    except OSError as error:
+        raise unreadable(index, error) from error
+    except (ValueError, RecursionError):
+        return {}
+    weight_map = cast(dict[str, Any], value).get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict):
+        return {}
     for name in cast(dict[str, Any], weight_map).values():
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise WeightsError(
@@ -122,79 +113,70 @@ def files_in_use(weight_map: Mapping[str, str]) -> set[str]:
     return {file for tensor, file in weight_map.items() if not tensor.startswith(IGNORED_PREFIXES)}
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    weight_map = read_weight_map(index)
-    in_use = files_in_use(weight_map)
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    return [file for file in files if file.name in in_use or file.is_file()]
+def unlisted_of_series(weight_map: Mapping[str, str], names: Iterable[str]) -> set[str]:
+    """Return the names that an index does not list although it lists others of the same numbered series."""
+    listed = set(weight_map.values())
+    series = {_series_of(name) for name in listed} - {None}
+    return {name for name in names if name not in listed and _series_of(name) in series}
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read the tensors of one safetensors file, checked against its size."""
-    try:
-        with file.open("rb") as stream:
-            return parse_header(file, file.stat().st_size, lambda start, stop: _read(stream, start, stop))
-    except OSError as error:
-        raise _unreadable(file, error) from error
+@cache
+def log_note(text: str) -> None:
+    """Log a note; the same text only once in a process."""
+    LOG.warning("%s", text)
 
 
-def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
-    """Parse the header of a safetensors file, local or remote.
-
-    Args:
-        file: path of the file, for the table and for messages.
-        size: size of the file in bytes.
-        read: function that returns the bytes from start to stop.
+def _complete(
+    folder: Path,
+    weight_map: Mapping[str, str],
+    present: Sequence[str],
+    missing: Sequence[str],
+    unlisted: Sequence[str],
+) -> list[str]:
+    """Return the listed files that are present, and the unlisted files with further tensors.
 
     Raises:
-        WeightsError: the file is not a safetensors file, or a tensor ends after the end of the file.
+        WeightsError: a tensor of a missing file is in no other file.
     """
-    length = int.from_bytes(read(0, 8), "little")
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise WeightsError(
-            f"`{file}` is not a safetensors file: its header has {length} bytes, the file {size}",
-            hint="fetch the file again",
-        )
-    try:
-        header: dict[str, Any] = json.loads(read(8, 8 + length))
-        header.pop("__metadata__", None)
-        return {name: _tensor_info(name, item, file, 8 + length, size) for name, item in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(file, error) from error
+    if not missing and not unlisted:
+        return list(present)
+    tensors = {name for file in present for name in read_header(folder / file)}
+    added: list[str] = []
+    for file in unlisted:
+        header = read_header(folder / file).keys()
+        if header - tensors:
+            added.append(file)
+            tensors |= header
+    if any(file in missing and name not in tensors for name, file in weight_map.items()):
+        raise _missing_files(folder, missing, len(files_in_use(weight_map)))
+    if missing:
+        log_note(f"`{folder / INDEX_NAME}` lists `{missing[0]}`, which does not exist: its tensors are in other files")
+    if added:
+        log_note(f"`{folder / INDEX_NAME}` does not list `{added[0]}`, which has tensors: it is read too")
+    return sorted([*present, *added])
 
 
-def _read(stream: BinaryIO, start: int, stop: int) -> bytes:
-    stream.seek(start)
-    return stream.read(stop - start)
+def _all_files(folder: Path, names: Collection[str]) -> list[str]:
+    """Return all files, checked for gaps in numbered series."""
+    if not names:
+        raise WeightsError(f"`{folder}` has no `model*.safetensors`", hint="give the folder of a complete checkpoint")
+    series = Counter(series for name in names if (series := _series_of(name)))
+    for stem, total in series:
+        if series[stem, total] < total:
+            raise WeightsError(
+                f"`{folder}` has {series[stem, total]} of the {total} files `{stem}-*-of-{total:05}.safetensors`",
+                hint="finish the download",
+            )
+    return sorted(names)
 
 
-def _unreadable(path: Path, error: Exception) -> WeightsError:
-    reason = error.strerror if isinstance(error, OSError) else repr(error)
-    return WeightsError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(error))
+def _series_of(name: str) -> tuple[str, int] | None:
+    """Return stem and length of the numbered series to which a file belongs."""
+    match = SERIES.fullmatch(name)
+    return (match[1], int(match[3])) if match else None
 
 
-def _tensor_info(name: str, item: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
-    dtype, shape = str(item["dtype"]), _sizes(item["shape"])
-    first, last = _sizes(item["data_offsets"])
-    if first > last:
-        raise WeightsError(
-            f"`{file}`: tensor `{name}` starts at byte {first}, after its end at byte {last}",
-            hint="fetch the file again",
-        )
-    if data + last > size:
-        raise WeightsError(
-            f"`{file}` is cut short: tensor `{name}` ends at byte {data + last} of {size}",
-            hint="fetch the file again",
-        )
-    expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
-    if dtype in DTYPE_BYTES and last - first != expected:
-        raise WeightsError(f"`{file}`: tensor `{name}` has {last - first} bytes, its shape needs {expected}")
-    return TensorInfo(dtype, shape, file, data + first)
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    """Check a shape or a pair of offsets: a list of non-negative integers."""
-    numbers: list[Any] = cast(list[Any], values) if isinstance(values, list) else [-1]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{reprlib.repr(cast(Any, values))} is not a list of non-negative integers")
-    return tuple(numbers)
+def _missing_files(folder: Path, missing: Sequence[str], total: int) -> WeightsError:
+    return WeightsError(
+        f"{len(missing)} of {total} files of `{folder}` are missing, first `{missing[0]}`", hint="finish the download"
+    )

@@ -1,165 +1,23 @@
-"""The plan of a layer: its arrays, and the slices of stored tensors that fill them.
+"""Plan the arrays of a layer: which slices of which stored tensors fill them.
 
-A plan depends only on headers, configuration and a rank's share. Loading a checkpoint copies the slices into memory,
-building a store copies them into files, and a conversion quantizes them again (requantize.py). This module reads no
-tensor: numpy is used for shapes and views only.
+A plan depends only on headers, configuration and a rank's share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
 
-import numpy as np
-
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
-from kimi_mlx.weights.checkpoint import Checkpoint, MatrixField, MatrixFormat
-from kimi_mlx.weights.index import DTYPE_BYTES
+from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.matrix_format import MatrixField, MatrixFormat
+from kimi_mlx.weights.plan import ArrayPlan, LayerPlan, SliceCopy, TensorSlice, WeightPlan
 
-Shape3 = tuple[int, int, int]
-"""(members of a stack, rows, columns); a plain matrix is a stack of one, a norm has one row."""
-
-
-@dataclass(frozen=True)
-class TensorSlice:
-    """A slice of a stored matrix. Ranges count elements of the unquantized matrix; None takes all.
-
-    Args:
-        source: matrix, whose heads and blocks define the stack.
-        per: stored columns per `values` columns.
-        values: see `per`.
-        stack: members of a matrix that is stored as a stack or becomes one by heads.
-        rows: rows of each member.
-        columns: columns of each row.
-    """
-
-    source: SourceMatrix
-    per: int
-    values: int
-    stack: Range | None = None
-    rows: Range | None = None
-    columns: Range | None = None
-
-    def view(self, array: np.ndarray) -> np.ndarray:
-        """Return the slice of a stored matrix (..., rows, columns), or of a norm, as a view."""
-        return self._slice_axes(self._split_blocks(self._split_heads(array)))
-
-    def shape3(self, stored_shape: tuple[int, ...]) -> Shape3:
-        """Return the shape of the slice, as a stack."""
-        return as_shape3(self.view(np.broadcast_to(np.uint8(0), stored_shape)).shape)
-
-    def _split_heads(self, array: np.ndarray) -> np.ndarray:
-        if self.source.heads is None:
-            return array
-        heads, first, end = self.source.heads
-        return array.reshape(heads, -1, array.shape[-1])[:, first:end]
-
-    def _split_blocks(self, array: np.ndarray) -> np.ndarray:
-        """Turn concatenated shared experts into a stack: (S, rows, columns)."""
-        source = self.source
-        if not source.blocks:
-            return array
-        if source.sharded_axes[0].axis == "rows":
-            return array.reshape(source.blocks, -1, array.shape[-1])
-        return array.reshape(array.shape[0], source.blocks, -1).swapaxes(0, 1)
-
-    def _slice_axes(self, array: np.ndarray) -> np.ndarray:
-        if self.stack is not None:
-            array = array[self.stack.start : self.stack.stop]
-        if self.rows is not None:
-            array = array[..., self.rows.start : self.rows.stop, :]
-        if self.columns is not None:
-            start, stop = (bound * self.per // self.values for bound in (self.columns.start, self.columns.stop))
-            array = array[..., start:stop]
-        return array
-
-
-@dataclass(frozen=True)
-class SliceCopy:
-    """Copy of one slice into an array.
-
-    Args:
-        field: stored form of the slice's tensor.
-        tensor_slice: the slice.
-        shape: shape of the slice.
-        member: first member in the destination.
-        row: first row in the destination.
-    """
-
-    field: MatrixField
-    tensor_slice: TensorSlice
-    shape: Shape3
-    member: int
-    row: int
-
-
-@dataclass(frozen=True)
-class ArrayPlan:
-    """An array of the canonical tree.
-
-    Args:
-        name: `weight`, `scales` or `biases`.
-        dtype: type as safetensors names it.
-        shape: (..., rows, columns), or (extent,).
-        copies: copies that fill the array; together they cover it exactly once.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    copies: tuple[SliceCopy, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the array."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """Arrays and quantization of one weight."""
-
-    arrays: tuple[ArrayPlan, ...]
-    quantization: Quantization | None
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """A rank's weights of a layer, or of the top.
-
-    Args:
-        entries: name -> parts of the weight; more than one if fused matrices have different quantizations.
-        latent_first: see kimi_mlx.model.tree.LayerWeights.
-        num_fused_shared: see there.
-        first_expert: see there.
-    """
-
-    entries: dict[str, tuple[WeightPlan, ...]]
-    latent_first: bool = False
-    num_fused_shared: int = 0
-    first_expert: int = 0
-
-    def arrays(self) -> Iterator[tuple[str, ArrayPlan]]:
-        """Yield all arrays with their names in a store."""
-        for entry, parts in self.entries.items():
-            for number, part in enumerate(parts):
-                for array in part.arrays:
-                    yield array_name(entry, number, len(parts), array.name), array
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.size_bytes for _, array in self.arrays())
-
-
-def array_name(entry: str, part: int, parts: int, array: str) -> str:
-    """Return the name of an array in a store, such as `self_attn.o_proj.scales`."""
-    return f"{entry}.{array}" if parts == 1 else f"{entry}.{part}.{array}"
+Member = tuple[SourceMatrix, MatrixFormat]
+"""A matrix of a stack, and its stored format."""
 
 
 def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> LayerPlan:
@@ -193,6 +51,21 @@ def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     return plan
 
 
+def plan_source(checkpoint: Checkpoint, source: SourceMatrix) -> list[WeightPlan]:
+    """Plan a whole source matrix, not fused with others, as a conversion reads it.
+
+    Returns:
+        One plan; several if experts are stored in different formats. Each member is at its place in the whole stack.
+    """
+    plans: list[WeightPlan] = []
+    member = 0
+    for _, group in groupby(_members(checkpoint, (source,), None), key=lambda item: item[1].kind):
+        members = list(group)
+        plans.append(_plan_weight(checkpoint, [members], None, member))
+        member += len(members)
+    return plans
+
+
 def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranularity:
     """Return the smallest parts into which the matrices can be split without splitting quantization groups."""
     fuses_shared = "experts" not in SHARDED_AXES[parse_strategy(strategy)[0]]
@@ -202,17 +75,11 @@ def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranular
             for source in (source for part in entry.parts for source in part):
                 for axis in source.sharded_axes:
                     if axis.axis == "columns":
-                        quantization = checkpoint.quantization(source.paths[0])
+                        quantization = checkpoint.matrices.quantization(source.paths[0])
                         group = quantization.group_size if quantization is not None else 1
                         unit = group // math.gcd(group, axis.unit)
                         units[axis.share_field] = math.lcm(units.get(axis.share_field, 1), unit)
     return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
-
-
-def as_shape3(shape: tuple[int, ...]) -> Shape3:
-    """Return a shape of one to three axes as (members, rows, columns)."""
-    members, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
-    return members, rows, columns
 
 
 def _plan_entries(
@@ -239,13 +106,10 @@ def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | Non
     return (_plan_weight(checkpoint, parts, share),)
 
 
-Member = tuple[SourceMatrix, MatrixFormat]
-
-
 def _members(checkpoint: Checkpoint, sources: Sequence[SourceMatrix], share: RankShare | None) -> list[Member]:
     """Return the matrices that are stacked into one part, with their stored formats."""
     return [
-        (source, checkpoint.matrix(path, source.suffix, source.shape))
+        (source, checkpoint.matrices.format_of(path, source))
         for source in sources
         for path in _held_paths(source, share)
     ]
@@ -257,34 +121,50 @@ def _held_paths(source: SourceMatrix, share: RankShare | None) -> Sequence[str]:
     return source.paths if span is None or len(source.paths) == 1 else source.paths[span.start : span.stop]
 
 
-def _plan_weight(checkpoint: Checkpoint, parts: list[list[Member]], share: RankShare | None) -> WeightPlan:
-    """Plan the fusion of parts: concatenate their rows; each part is a stack of its members."""
+def _plan_weight(
+    checkpoint: Checkpoint, parts: list[list[Member]], share: RankShare | None, first_member: int = 0
+) -> WeightPlan:
+    """Plan the fusion of parts: concatenate their rows; each part is a stack of its members.
+
+    Args:
+        checkpoint: the checkpoint.
+        parts: members of each part, all stored in the same format.
+        share: share of the rank; None for everything.
+        first_member: place of the first member in the destination.
+    """
     matrix = parts[0][0][1]
-    arrays = tuple(_plan_array(checkpoint, parts, number, share) for number in range(len(matrix.fields)))
+    numbers = range(len(matrix.fields))
+    arrays = tuple(_plan_array(checkpoint, parts, number, share, first_member) for number in numbers)
     return WeightPlan(arrays, matrix.quantization)
 
 
-def _plan_array(checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None) -> ArrayPlan:
+def _plan_array(
+    checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None, first_member: int
+) -> ArrayPlan:
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
     copies: list[SliceCopy] = []
     field = parts[0][0][1].fields[number]
-    row = members = num_axes = columns = 0
+    row = num_members = num_axes = columns = 0
     for part in parts:
-        member = height = 0
+        num_members = height = 0
         for source, matrices in groupby(part, key=lambda item: item[0]):  # matrices of a source have equal shapes
             fields = [matrix.fields[number] for _, matrix in matrices]
             tensor_slice = _tensor_slice(source, fields[0], share)
-            shape = tensor_slice.shape3(checkpoint.tensors[fields[0].tensors[0]].shape)
+            shape = tensor_slice.shape3(_decoded_shape(checkpoint, source, fields[0]))
             for member_field in fields:
-                copies.append(SliceCopy(member_field, tensor_slice, shape, member, row))
-                member += shape[0]
+                copies.append(SliceCopy(member_field, tensor_slice, shape, first_member + num_members, row))
+                num_members += shape[0]
             _, height, columns = shape
             num_axes = max(num_axes, _num_axes(source))
-        members = member
         row += height
     num_axes = 3 if len(parts[0]) > 1 else num_axes
-    shape3 = (members, row, columns)
+    shape3 = (num_members, row, columns)
     return ArrayPlan(field.name, field.dtype, shape3[3 - num_axes :], tuple(copies))
+
+
+def _decoded_shape(checkpoint: Checkpoint, source: SourceMatrix, field: MatrixField) -> tuple[int, ...]:
+    """Return the shape of a whole field in the canonical form."""
+    return source.shape if field.decode == "dequantize" else checkpoint.tensors[field.tensors[0]].shape
 
 
 def _tensor_slice(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:

@@ -12,10 +12,13 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts
 from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.dequantize import dequantize
 from kimi_mlx.weights.fp8 import decode as decode_fp8
-from kimi_mlx.weights.index import TensorInfo, read_index
-from kimi_mlx.weights.layer_plan import ArrayPlan, SliceCopy, as_shape3
+from kimi_mlx.weights.header import TensorInfo
+from kimi_mlx.weights.index import read_index
+from kimi_mlx.weights.matrix_format import MatrixField
 from kimi_mlx.weights.packed_int4 import affine_biases
+from kimi_mlx.weights.plan import ArrayPlan, SliceCopy, as_shape3
 
 NUMPY_TYPES = {
     "F32": np.float32,
@@ -23,6 +26,7 @@ NUMPY_TYPES = {
     "BF16": np.uint16,
     "U32": np.uint32,
     "I32": np.uint32,
+    "U8": np.uint8,
     "F8_E4M3": np.uint8,
 }
 """numpy type for each stored type: bfloat16 as uint16, packed integers as unsigned."""
@@ -51,43 +55,61 @@ class CheckpointReader:
         self._read_range = read_range
         self._maps: dict[Path, np.ndarray] = {}
 
-    def read_array(self, plan: ArrayPlan) -> np.ndarray:
-        """Read an array; a view of a memory map if it is one slice of a tensor."""
-        if len(plan.copies) == 1:
-            return self.read_slice(plan.copies[0]).reshape(plan.shape)
-        array = np.empty(as_shape3(plan.shape), NUMPY_TYPES[plan.dtype])
+    def read_into(self, plan: ArrayPlan, array: np.ndarray) -> None:
+        """Fill an array slice by slice.
+
+        Args:
+            plan: plan of the array.
+            array: array of the plan's shape; bfloat16 as uint16.
+        """
+        stack = array.reshape(as_shape3(plan.shape))
         for copy in plan.copies:
             members, rows, _ = copy.shape
-            array[copy.member : copy.member + members, copy.row : copy.row + rows] = self.read_slice(copy)
-        return array.reshape(plan.shape)
+            # numpy releases the GIL while it copies, so that a rank's heartbeat continues
+            stack[copy.member : copy.member + members, copy.row : copy.row + rows] = self.read_slice(copy)
 
     def read_slice(self, copy: SliceCopy) -> np.ndarray:
-        """Read one slice in the canonical form, in its planned shape."""
-        stored = self._stored(copy.field.tensors[0])
-        if copy.field.decode == "fp8":
-            return self._read_fp8_slice(copy, stored)
-        part = copy.tensor_slice.view(stored).reshape(copy.shape)
-        if copy.field.decode == "copy":
-            return part
-        packed = self.checkpoint.config.compression
-        assert isinstance(packed, PackedInts)
-        return affine_biases(part, packed.bits)
+        """Read one slice in the canonical form, in its planned shape; a view of a memory map if it is stored so."""
+        field = copy.field
+        if field.decode == "fp8":
+            values = self._read_fp8_slice(copy)
+        elif field.decode == "dequantize":
+            values = copy.tensor_slice.view(self._dequantize(field))
+        else:
+            values = self._decode(field, copy.tensor_slice.view(self._stored(field.tensors[0])))
+            return values.reshape(copy.shape)
+        return to_stored_type(values.reshape(copy.shape), field.dtype)
 
     def close(self) -> None:
         """Drop the memory maps."""
         self._maps.clear()
 
-    def _read_fp8_slice(self, copy: SliceCopy, stored: np.ndarray) -> np.ndarray:
+    def _decode(self, field: MatrixField, stored: np.ndarray) -> np.ndarray:
+        """Return stored values in the canonical form: unchanged, or biases made from scales."""
+        if field.decode == "copy":
+            return stored
+        packed = self.checkpoint.config.compression
+        assert isinstance(packed, PackedInts)
+        return affine_biases(stored, packed.bits)
+
+    def _dequantize(self, field: MatrixField) -> np.ndarray:
+        """Return a whole matrix or vector that is stored quantized, as float32."""
+        assert field.quantized is not None
+        arrays = [self._decode(part, self._stored(part.tensors[0])) for part in field.quantized.fields]
+        return np.array(dequantize(field.quantized, arrays))
+
+    def _read_fp8_slice(self, copy: SliceCopy) -> np.ndarray:
         blocks = self.checkpoint.config.compression
         assert isinstance(blocks, Fp8Blocks)
-        factors = self._stored(copy.field.tensors[1])
+        stored, factors = (self._stored(name) for name in copy.field.tensors)
         block = (blocks.block_rows, blocks.block_columns)
-        tensor_slice, source = copy.tensor_slice, copy.tensor_slice.source
-        if source.heads is None and not source.blocks and tensor_slice.stack is None:
-            part = decode_fp8(stored, factors, block, _slice(tensor_slice.rows), _slice(tensor_slice.columns))
-        else:
-            part = tensor_slice.view(decode_fp8(stored, factors, block))
-        return to_stored_type(part.reshape(copy.shape), copy.field.dtype)
+        part, source = copy.tensor_slice, copy.tensor_slice.source
+        if source.heads is not None or source.blocks:
+            return part.view(decode_fp8(stored, factors, block))
+        if part.stack is not None:
+            stack = _slice(part.stack)
+            stored, factors = stored[stack], factors[stack]
+        return decode_fp8(stored, factors, block, _slice(part.rows), _slice(part.columns))
 
     def _stored(self, name: str) -> np.ndarray:
         """Return a whole tensor, as stored."""

@@ -95,7 +95,7 @@ def dequantize(folder: Path, target: Path) -> Path:
     floats: dict[str, mx.array] = {}
     for name, value in tensors.items():
         path, _, kind = name.rpartition(".")
-        quantization = checkpoint.quantization(path) if kind == "weight" else None
+        quantization = checkpoint.matrices.quantization(path) if kind == "weight" else None
         if quantization is not None:
             scales, biases = tensors[f"{path}.scales"], tensors[f"{path}.biases"]
             value = mx.dequantize(value, scales, biases, quantization.group_size, quantization.bits)

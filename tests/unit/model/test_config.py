@@ -143,20 +143,34 @@ def test_a_block_size_need_not_be_square() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "compression"),
     [
-        {"quantization": MLX},
-        {"quantization_config": MLX},  # without `quant_method` it is mlx-lm's copy
-        {"quantization": MLX, "quantization_config": MLX},
-        {"quantization": MLX, "quantization_config": INT4},
-        {"quantization": MLX, "text_config": changed(quantization_config=INT4)},
-        {"quantization_config": MLX, "text_config": changed(quantization_config=INT4)},
-        {"text_config": changed(quantization_config=FP8, quantization=MLX)},
+        ({"quantization": MLX}, None),
+        ({"quantization_config": MLX}, None),  # without `quant_method` it is mlx-lm's copy
+        ({"quantization": MLX, "quantization_config": MLX}, None),
+        ({"quantization": MLX, "quantization_config": INT4}, PackedInts(4, 32)),
+        ({"quantization": MLX, "text_config": changed(quantization_config=INT4)}, PackedInts(4, 32)),
+        ({"quantization_config": MLX, "text_config": changed(quantization_config=INT4)}, PackedInts(4, 32)),
+        ({"text_config": changed(quantization_config=FP8, quantization=MLX)}, Fp8Blocks(128, 128)),
+        ({"quantization": MLX, "quantization_config": {"quant_method": "modelopt"}}, None),
+        ({"quantization": MLX, "quantization_config": {**INT4, "format": "nvfp4-pack-quantized"}}, None),
     ],
 )
-def test_mlx_quantization_takes_precedence(values: dict[str, Any]) -> None:
+def test_mlx_quantization_and_the_published_format_side_by_side(
+    values: dict[str, Any], compression: Fp8Blocks | PackedInts | None
+) -> None:
     config = parse_config(changed(**values))
-    assert (config.quantization, config.compression) == (Quantization(4, 64), None)
+    assert (config.quantization, config.compression) == (Quantization(4, 64), compression)
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
+def test_modes_of_mlx_have_fixed_groups(mode: str, bits: int, group_size: int) -> None:
+    block = {"mode": mode, "bits": bits, "group_size": group_size, "lm_head": {"bits": 8, "group_size": 64}}
+    config = parse_config(changed(quantization=block))
+    assert config.quantization_of("model.embed_tokens") == Quantization(bits, group_size, mode)
+    assert config.quantization_of("lm_head") == Quantization(8, 64, "affine")
+    with pytest.raises(ConfigError, match=f"{mode} has {bits} in groups of {group_size}"):
+        parse_config(changed(quantization={**block, "group_size": 64}))
 
 
 INT4_PATHS = {
@@ -226,7 +240,7 @@ def test_other_quantization_methods_are_rejected_by_name(method: Any) -> None:
         ({"num_experts_per_tok": 500}, "384"),
         ({"n_group": 5}, "n_group"),
         ({"qk_rope_head_dim": 63}, "63"),
-        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "mxfp4"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "int4"}}, "int4"),
         ({"quantization": {"bits": 4}}, "group_size"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
     ],

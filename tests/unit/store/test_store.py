@@ -40,7 +40,7 @@ from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_ma
 from kimi_mlx.store.transfers import split_into_chunks
 from kimi_mlx.store.writer import RankWriter
 from kimi_mlx.weights.assemble import load_model
-from kimi_mlx.weights.layer_plan import as_shape3
+from kimi_mlx.weights.plan import as_shape3
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.fakes import KIMI_MINI, FixedGather
 

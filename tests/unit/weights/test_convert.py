@@ -267,11 +267,13 @@ def test_columns_that_do_not_divide_stay_float(sources: dict[str, Path], tmp_pat
     conversion = open_conversion(sources["bf16"], ConvertOptions(bits=4, group_size=64))
     indivisible = [weight for weight in conversion.plan.weights if weight.is_indivisible]
     assert indivisible
-    assert all(output.shape[-1] % 64 and output.quantization is None for output in indivisible)
+    assert all(weight.shape[-1] % 64 and weight.plan.quantization is None for weight in indivisible)
     assert any(f"{len(indivisible)} matrices stay bfloat16" in note for note in list_notes(conversion.plan))
     convert(conversion, tmp_path / "out")
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
-    assert sorted(path for path, value in block.items() if value is False) == sorted(o.path for o in indivisible)
+    assert sorted(path for path, value in block.items() if value is False) == sorted(
+        weight.path for weight in indivisible
+    )
 
 
 def test_notes_name_requantized_matrices(sources: dict[str, Path]) -> None:
@@ -295,7 +297,7 @@ def test_notes_name_requantized_matrices(sources: dict[str, Path]) -> None:
 def test_the_default_group_is_that_of_the_experts(
     name: str, options: ConvertOptions, group_size: int, sources: dict[str, Path]
 ) -> None:
-    quantizations = {o.quantization for o in open_conversion(sources[name], options).plan.weights}
+    quantizations = {weight.plan.quantization for weight in open_conversion(sources[name], options).plan.weights}
     assert {quantization.group_size for quantization in quantizations if quantization} == {group_size}
 
 

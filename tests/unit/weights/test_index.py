@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.index import INDEX_NAME, TensorInfo, checkpoint_files, read_header, read_index
+from kimi_mlx.weights.header import TensorInfo, read_header
+from kimi_mlx.weights.index import INDEX_NAME, checkpoint_files, read_index
 
 VALID = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -40,13 +41,13 @@ def test_a_valid_header_is_read(tmp_path: Path) -> None:
         ({"data_offsets": [16, 0]}, "starts at byte 16, after its end at byte 0"),
         ({"data_offsets": [0, 16.0]}, "non-negative integers"),
         ({"data_offsets": [0, float("inf")]}, "non-negative integers"),
-        ({"data_offsets": [0]}, "cannot be read"),
+        ({"data_offsets": [0]}, "has 1 data_offsets, not 2"),
         ({"data_offsets": "01"}, "non-negative integers"),
-        ({"data_offsets": [0, 2**70]}, "cut short"),
+        ({"data_offsets": [0, 2**62]}, "cut short"),
         ({"shape": [-2, -2]}, "non-negative integers"),
         ({"shape": [True, 4]}, "non-negative integers"),
         ({"shape": None}, "non-negative integers"),
-        ({"shape": [2, 3]}, "has 16 bytes, its shape needs 24"),
+        ({"shape": [2, 3]}, r"has 16 bytes; its shape \(2, 3\) in F32 needs 24"),
     ],
 )
 def test_an_invalid_header_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -14,7 +14,8 @@ from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.parallel.placement import STRATEGIES, Placement, Range, RankShare, place
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.layer_plan import LayerPlan, plan_layer, plan_top, split_granularity_of
+from kimi_mlx.weights.layer_plan import plan_layer, plan_top, split_granularity_of
+from kimi_mlx.weights.plan import LayerPlan
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import CONFIGS, write_divisible
 
