@@ -136,6 +136,8 @@ class Model(nn.Module):
             self.norm = top.array("model.norm")
             self.lm_head = Linear(top.matrix("lm_head"))
         self.tune(TUNINGS[device_kind()])
+        # An array that is still lazy belongs to this thread's stream, and could not be evaluated in another thread.
+        mx.eval(self.parameters(), self._rope.periods)
 
     def tune(self, tuning: Tuning) -> None:
         """Use other constants than those of the device, to measure them."""
