@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import settings
 
+from kimi_mlx.model.device import has_gpu
 from tests import processes
 
 # SIGINT is ignored if the tests run in the background, and then by all processes that they start
@@ -38,16 +39,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def reset_mlx(request: pytest.FixtureRequest) -> None:
+def reset_mlx() -> None:
     """Reset MLX settings that an earlier test may have changed: compilation on, CPU.
 
-    This keeps tolerances valid on a Mac too; tests marked `metal` use the GPU.
+    This keeps tolerances valid on a Mac too; tests marked `gpu` choose the device themselves.
     """
     mx.enable_compile()
-    if request.node.get_closest_marker("metal") is None:
-        mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
-    else:
-        mx.set_default_device(mx.gpu)  # pyright: ignore[reportArgumentType]
+    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +56,10 @@ def kill_started_processes() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `metal` on a machine without an Apple GPU."""
-    if mx.metal.is_available():
+    """Skip tests marked `gpu` where MLX has no GPU."""
+    if has_gpu():
         return
-    skip = pytest.mark.skip(reason="needs an Apple GPU")
+    skip = pytest.mark.skip(reason=f"MLX {mx.__version__} has no GPU on this machine")
     for item in items:
-        if item.get_closest_marker("metal"):
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)

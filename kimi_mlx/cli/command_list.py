@@ -146,6 +146,7 @@ COMMANDS = (
             "kimi-mlx doctor                        this machine",
             "kimi-mlx doctor kimi-k2 --hosts mac-a,mac-b --save two.json",
             "kimi-mlx doctor --hostfile two.json --quick --json",
+            "kimi-mlx doctor --gpu                  the model on this machine's GPU",
         ),
     ),
 )

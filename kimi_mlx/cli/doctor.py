@@ -23,6 +23,14 @@ def doctor(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show the checks that passed.")] = False,
     json: JsonOption = False,
     fast_sync: FastSyncOption = False,
+    gpu: Annotated[
+        bool,
+        typer.Option(
+            "--gpu",
+            help="Instead check the model on this machine's GPU: results against the CPU, times and memory. Takes "
+            "minutes, and downloads nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Find problems of a Mac or cluster, and the fix."""
     # heavy imports: not for `--help` or a usage error
@@ -36,6 +44,16 @@ def doctor(
 
     ranks, option = hosts.read()
     save = hosts.save
+    if gpu:
+        from kimi_mlx.cli.doctor_gpu import check_gpu
+
+        if option or model is not None or quick:
+            raise UsageError(
+                "--gpu checks this machine, without a model",
+                hint="run `kimi-mlx doctor --gpu [--json]`, on each host",
+            )
+        check_gpu(json)
+        return
     if save is not None and not option:
         raise UsageError("--save writes a hostfile, but no hosts are given", hint="name them: `--hosts a,b`")
     need = memory_requirement(model_name(model))

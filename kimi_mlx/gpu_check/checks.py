@@ -1,0 +1,155 @@
+"""The checks, their sizes and their results. Does not import MLX."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check, which runs in a process of its own.
+
+    Args:
+        name: name of the module in kimi_mlx.gpu_check that has the function `check`.
+        title: what is checked.
+        limit_s: time limit. A GPU needs a small part of it; it ends a check that hangs.
+    """
+
+    name: str
+    title: str
+    limit_s: float = 300.0
+
+
+CHECKS = (
+    Check("logits", "logits against the CPU in float32", 900.0),
+    Check("rotations", "rotary embedding, both forms"),
+    Check("attention", "fused against blockwise attention", 600.0),
+    Check("batches", "batches of unequal length"),
+    Check("compiled", "compiled functions against plain ones"),
+    Check("cache_blocks", "blocks of the prompt cache in bfloat16"),
+    Check("two_ranks", "two ranks: hybrid and pipeline"),
+    Check("unload", "memory after unloading"),
+    Check("timings", "times and memory", 900.0),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a check computes.
+
+    Args:
+        has_k2_widths: True for the widths of K2, False for widths that a CPU computes at once.
+        num_experts: number of routed experts of the random model; K2 has 384.
+        prompts: lengths of prompts.
+        attention_totals: numbers of keys in attention.
+        contexts: numbers of cached tokens of a timed decode step.
+        prefill: number of prompt tokens of a timed prefill.
+        repeats: number of timed runs.
+    """
+
+    has_k2_widths: bool
+    num_experts: int
+    prompts: tuple[int, ...]
+    attention_totals: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prefill: int
+    repeats: int
+
+
+FULL = Sizes(True, 24, (1, 7, 9, 64, 700), (9, 512, 4097), (1024, 32_768), 4096, 20)
+SMALL = Sizes(False, 12, (1, 7, 9, 70), (9, 130), (64, 600), 256, 2)
+"""For tests on a CPU."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A value that must not exceed a limit.
+
+    Args:
+        name: what was compared.
+        error: relative error; for a condition 0 if it holds, else infinite.
+        limit: largest error that counts as correct.
+    """
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the error is within the limit; NaN is not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured number, such as 1.2 ms.
+
+    Args:
+        group: what was measured, such as `decode step`; its measurements have the same unit.
+        name: case, such as `1024 cached`.
+        value: the number.
+        unit: its unit.
+    """
+
+    group: str
+    name: str
+    value: float
+    unit: str
+
+
+State = Literal["ok", "failed", "error", "timeout", "skipped"]
+
+
+@dataclass
+class CheckResult:
+    """Result of a check.
+
+    Args:
+        check: the check.
+        state: `ok`; `failed` if a comparison is beyond its limit; `error` if it could not be finished.
+        comparisons: all comparisons so far.
+        measurements: all measurements so far.
+        message: the error, or the reason for skipping.
+        seconds: duration.
+    """
+
+    check: Check
+    state: State = "ok"
+    comparisons: list[Comparison] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    message: str = ""
+    seconds: float = 0.0
+
+    @property
+    def worst(self) -> Comparison | None:
+        """The comparison that is closest to its limit, or farthest beyond it."""
+        return max(self.comparisons, key=_exhaustion, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for JSON, in which infinity and NaN are strings."""
+        return {
+            "name": self.check.name,
+            "title": self.check.title,
+            "state": self.state,
+            "message": self.message,
+            "seconds": round(self.seconds, 2),
+            "comparisons": [
+                {**asdict(comparison), "error": _finite(comparison.error), "ok": comparison.is_ok}
+                for comparison in self.comparisons
+            ],
+            "measurements": [asdict(measurement) for measurement in self.measurements],
+        }
+
+
+def _exhaustion(comparison: Comparison) -> float:
+    share = comparison.error / comparison.limit if comparison.limit else math.inf * bool(comparison.error)
+    return math.inf if math.isnan(share) else share
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,154 @@
+"""Times and peak memory of a decode step, of a fence, and of the neighbours of each constant in device_traits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from kimi_mlx.gpu_check.context import Context
+from kimi_mlx.gpu_check.random_model import RandomWeights, filled_cache, model_config, random_tokens
+from kimi_mlx.model.cache import LatentCache
+from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.model.device_traits import Tuning
+from kimi_mlx.model.moe import MoE
+
+NUM_FENCES = 20
+NUM_SEQUENCES = 8
+ALWAYS, NEVER = 10**9, 0
+
+
+def check(context: Context) -> None:
+    """Measure the random model in bfloat16, or in float32 on a CPU."""
+    dtype = mx.float32 if context.device == "cpu" else mx.bfloat16
+    model = RandomWeights(model_config(context.sizes)).model(dtype)
+    with context.on_device():
+        for run in (_fence, _decode, _few_queries, _stacked_sequences, _sorted_experts, _chunks):
+            context.progress((run.__doc__ or "").partition(".")[0])
+            run(context, model)
+
+
+def _fence(context: Context, model: Model) -> None:
+    """Time for the CPU to wait for the device and the device for the CPU, as in each collective."""
+    cpu, device = mx.new_stream(mx.cpu), mx.default_stream(mx.default_device())  # pyright: ignore[reportArgumentType]
+
+    def chain(first: mx.Stream) -> mx.array:
+        x = mx.zeros((model.config.hidden_size,))
+        for _ in range(NUM_FENCES):
+            x = mx.add(mx.add(x, 1, stream=first), 1, stream=device)
+        return x
+
+    seconds = context.seconds(lambda: chain(cpu)) - context.seconds(lambda: chain(device))
+    context.measure("fence", "there and back", max(seconds, 0.0) / NUM_FENCES * 1e6, "us")
+
+
+def _decode(context: Context, model: Model) -> None:
+    """Decode steps, each launched on the unread token of the one before."""
+    for cached in context.sizes.contexts:
+        cache = filled_cache(model, cached)
+        token = random_tokens(1, model.config.vocab_size)
+        mx.eval(_next_token(model, token, cache))
+        mx.synchronize()
+        mx.clear_cache()
+        active = mx.get_active_memory()
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        for _ in range(context.sizes.repeats):
+            following = _next_token(model, token, cache)
+            mx.async_eval(following)
+            token.tolist()
+            token = following
+        mx.eval(token)
+        seconds = (time.perf_counter() - started) / context.sizes.repeats
+        context.measure("decode step, 2 layers", f"{cached} cached", seconds * 1e3, "ms")
+        cache_bytes = sum(array.nbytes for layer in cache for array in layer.state)
+        context.measure("memory of decode", f"cache of {cached}", cache_bytes / 1e6, "MB")
+        context.measure("memory of decode", "peak", (mx.get_peak_memory() - active) / 1e6, "MB")
+
+
+def _few_queries(context: Context, model: Model) -> None:
+    """Few new tokens on a long context, in latent space and by heads."""
+    cached = context.sizes.contexts[-1] // 4
+    limit = model.tuning.absorb_max_queries
+    cache = filled_cache(model, cached)
+    for length in (limit // 2, limit, 2 * limit, 8 * limit):
+        tokens = random_tokens(length, model.config.vocab_size)
+        run = _trimmed(model, tokens, [(cache, length)])
+        for label, value in (("latent", ALWAYS), ("heads", NEVER)):
+            seconds = _tuned(context, model, run, absorb_max_queries=value)
+            context.measure(f"new tokens on {cached}", f"{length} {label}", seconds * 1e3, "ms")
+
+
+def _stacked_sequences(context: Context, model: Model) -> None:
+    """One token of several sequences, with stacked and with separate caches."""
+    limit = model.tuning.stack_max_keys
+    tokens = random_tokens(NUM_SEQUENCES, model.config.vocab_size)
+    for cached in (limit // 2, limit - 1, 2 * limit, 8 * limit):
+        caches = [filled_cache(model, cached, seed) for seed in range(NUM_SEQUENCES)]
+        run = _trimmed(model, tokens, [(cache, 1) for cache in caches])
+        for label, value in (("stacked", ALWAYS), ("separate", NEVER)):
+            seconds = _tuned(context, model, run, stack_max_keys=value)
+            context.measure(f"{NUM_SEQUENCES} sequences", f"{cached} {label}", seconds * 1e3, "ms")
+
+
+def _sorted_experts(context: Context, model: Model) -> None:
+    """Experts of a few tokens, with sorted and with unsorted choices."""
+    mlp = model.layers[-1].mlp
+    assert isinstance(mlp, MoE)
+    limit = model.tuning.sort_min_choices
+    for choices in (limit // 2, limit, 2 * limit, 8 * limit):
+        length = -(-choices // mlp.gate.num_chosen)
+        x = mx.random.normal((1, length, model.config.hidden_size), key=mx.random.key(length))
+        x = x.astype(model.layers[0]["input_layernorm"].dtype)
+        for label, value in (("sorted", NEVER), ("unsorted", ALWAYS)):
+            seconds = _tuned(context, model, lambda x=x: [mlp(x, None)], sort_min_choices=value)
+            context.measure("experts, choices", f"{length * mlp.gate.num_chosen} {label}", seconds * 1e3, "ms")
+
+
+def _chunks(context: Context, model: Model) -> None:
+    """Prefill in chunks of several sizes."""
+    total, chunk = context.sizes.prefill, model.tuning.prefill_chunk
+    tokens = random_tokens(total, model.config.vocab_size)
+    for size in (chunk // 2, chunk, 2 * chunk, 4 * chunk):
+        if size > total:
+            break
+        started = time.perf_counter()
+        cache = model.make_cache()
+        for start in range(0, total, size):
+            part = tokens[:, start : start + size]
+            mx.eval(model.hidden(part, [SequenceSlice(cache, part.shape[1])]))
+        seconds = time.perf_counter() - started
+        context.measure("prefill, chunk of", f"{size}", total / seconds, "tok/s")
+
+
+def _next_token(model: Model, token: mx.array, cache: list[LatentCache]) -> mx.array:
+    logits = model.logits(model.hidden(token, [SequenceSlice(cache, 1)]))
+    return mx.argmax(logits, axis=-1)
+
+
+def _trimmed(
+    model: Model, tokens: mx.array, sequences: Sequence[tuple[list[LatentCache], int]]
+) -> Callable[[], Sequence[mx.array]]:
+    """Return a function that runs a step and forgets its tokens, so that it can run again."""
+
+    def run() -> Sequence[mx.array]:
+        hidden = model.hidden(tokens, [SequenceSlice(cache, length, length) for cache, length in sequences])
+        mx.eval(hidden)
+        for cache, length in sequences:
+            for layer in cache:
+                layer.trim(length)
+        return [hidden]
+
+    return run
+
+
+def _tuned(context: Context, model: Model, run: Callable[[], Sequence[mx.array]], **constant: int) -> float:
+    """Return the time of `run` with another value of a constant."""
+    tuning: Tuning = model.tuning
+    model.tune(replace(tuning, **constant))
+    try:
+        return context.seconds(run, max(context.sizes.repeats // 4, 2))
+    finally:
+        model.tune(tuning)
