@@ -17,6 +17,7 @@ from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
 from kimi_mlx.store.hub_source import read_contents
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.text.template import check_text_files
 from kimi_mlx.units import format_bytes, format_seconds
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.conversion import Conversion, open_conversion
@@ -44,7 +45,7 @@ def show_conversion(source: str, folder: Path, options: ConvertOptions, is_json:
     if origin.repository is not None and find_local(origin.repository) is None:
         _print_plan(_plan_from_hub(origin.repository, options), folder, is_json)
         return
-    conversion = open_conversion(_source_folder(origin, is_json), options)
+    conversion = _open(origin, options, is_json)
     check_folder(conversion, folder)
     _print_plan(conversion.plan, folder, is_json)
 
@@ -55,7 +56,7 @@ def convert_model(source: str, folder: Path, options: ConvertOptions, is_json: b
     Raises:
         KimiMlxError: the checkpoint cannot be converted, or the folder cannot hold the result.
     """
-    conversion = open_conversion(_source_folder(resolve_model_name(source), is_json), options)
+    conversion = _open(resolve_model_name(source), options, is_json)
     check_folder(conversion, folder)
     check_space(conversion, folder)
     result = _run(conversion, folder, is_json)
@@ -79,6 +80,12 @@ def _plan_from_hub(repository: str, options: ConvertOptions) -> ConversionPlan:
     checkpoint.check_names()
     has_prefix = any(name.startswith(TEXT_PREFIX) for name in contents.table)
     return plan_conversion(checkpoint, options, has_prefix)
+
+
+def _open(origin: ModelRef, options: ConvertOptions, is_json: bool) -> Conversion:
+    folder = _source_folder(origin, is_json)
+    check_text_files(folder)
+    return open_conversion(folder, options)
 
 
 def _source_folder(target: ModelRef, is_quiet: bool) -> Path:

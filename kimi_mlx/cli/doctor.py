@@ -38,6 +38,7 @@ def doctor(
     from kimi_mlx.cli.model_size import memory_requirement
     from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
     from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
+    from kimi_mlx.cli.text_check import text_findings
     from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
     from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
     from kimi_mlx.cluster.hosts.hostfile import write_hostfile
@@ -56,7 +57,8 @@ def doctor(
         return
     if save is not None and not option:
         raise UsageError("--save writes a hostfile, but no hosts are given", hint="name them: `--hosts a,b`")
-    need = memory_requirement(model_name(model))
+    name = model_name(model)
+    need = memory_requirement(name)
     request = DoctorRequest(
         ranks.with_fast_sync(fast_sync),
         need,
@@ -70,6 +72,7 @@ def doctor(
     choice = choose_placement_on_hosts(diagnosis, request, None)
     need = with_placement(need, choice, request.world_size)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
+    diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *text_findings(name, diagnosis.hosts[0])))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)

@@ -57,14 +57,17 @@ class ChatTokenizer:
             defaults: sampling parameters by name, for those that `generation_config.json` does not set.
 
         Raises:
-            TextError: a file is broken.
+            TextError: a file is broken, or the tokenizer lacks a special token that the chat template uses.
         """
+        tokenizer, template = Tokenizer.find(folder), ChatTemplate.find(folder)
+        if tokenizer and template:
+            template.check_markers(tokenizer.special_tokens, folder)
         path = folder / "generation_config.json"
         generation = read_json(path) if path.exists() else {}
         return cls(
             folder,
-            Tokenizer.find(folder) or TokenIdTokenizer.load(folder),
-            ChatTemplate.find(folder),
+            tokenizer or TokenIdTokenizer.load(folder),
+            template,
             _sampling(path, generation, defaults or {}),
             _max_tokens(path, generation),
         )

@@ -1,58 +1,60 @@
 """Render messages and tools as a prompt with the chat template of a checkpoint, as text or as token ids.
 
-A template is an untrusted program. It runs in jinja2's sandbox, without files or network, and with a limited number of
-loop steps. Only the template can write control tokens: text in messages, tools and options stays text.
+A template is an untrusted program. It runs in a sandbox without files or network, and with limited time and memory
+(`template_sandbox`). Only the template can write control tokens: text in messages, tools and options stays text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import traceback
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.control_tokens import ControlTokens, choose_escape, json_escape, strings_in
 from kimi_mlx.text.messages import Message
-from kimi_mlx.text.tokenizer import Tokenizer, read_json
+from kimi_mlx.text.template_sandbox import BoundedEnvironment
+from kimi_mlx.text.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
 from kimi_mlx.text.tool_declarations import ToolDeclarationError, to_typescript
 
 TEMPLATE_FILE = "chat_template.jinja"
-MAX_LOOP_STEPS = 1_000_000
-MAX_PRODUCT = 10_000_000
+LEGACY_TEMPLATE_FILE = "chat_template.json"
+EXTRA_TEMPLATE_FOLDER = "additional_chat_templates"
+DEFAULT_NAME = "default"
+TOOL_NAME = "tool_use"
+MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
+PLACEHOLDERS = frozenset(["<|kimi_k25_video_placeholder|>"])
+"""Markers of published templates that are no tokens: a processor of images or video replaces them."""
 HINT = "the chat template comes with the checkpoint; use one for Kimi K2 to K2.7"
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """The chat template of a checkpoint, or its two templates: one for conversations with tools, one for all others.
 
     Args:
         source: text of the template.
         name: name of its file, for error messages.
+        tool_source: text of the template for conversations with tools; None to use `source` for them too.
 
     Raises:
-        TextError: the source is not a jinja2 template.
+        TextError: a source is not a jinja2 template.
     """
 
-    def __init__(self, source: str, name: str = TEMPLATE_FILE):
-        self.source = source
+    def __init__(self, source: str, name: str = TEMPLATE_FILE, tool_source: str | None = None):
+        self.sources = (source, source if tool_source is None else tool_source)
         self._name = name
-        # From K2-Thinking on, tools reach the template with their keys sorted.
-        self._sorts_tools = "<think>" in source
-        environment = _Environment()
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TextError(f"`{name}` line {error.lineno}: {error.message}", hint=HINT) from error
+        self._environment = BoundedEnvironment()
+        self._template = self._compile(source)
+        self._tool_template = self._template if tool_source is None else self._compile(tool_source)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
-        """Read `chat_template.jinja` of a checkpoint, or the template in its `tokenizer_config.json`.
+        """Read the template of a checkpoint.
 
         Raises:
             TextError: the checkpoint has no template, or it is broken.
@@ -64,20 +66,57 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, folder: Path) -> ChatTemplate | None:
-        """Read the template as `load` does; return None if the checkpoint has none.
+        """Read the template of a checkpoint, from the places that transformers knows; None if there is none.
+
+        They are, best first: `chat_template.jinja` with `additional_chat_templates/*.jinja`, `chat_template.json`, and
+        `chat_template` in `tokenizer_config.json`, one template or a list of named ones. Of several, `tool_use` is used
+        for conversations with tools, `default` for all others.
 
         Raises:
             TextError: the template is broken.
+            Source: `PreTrainedTokenizerBase.get_chat_template` and `ProcessorMixin` of transformers.
         """
-        path = Path(folder) / TEMPLATE_FILE
-        if path.exists():
-            try:
-                return cls(path.read_text(encoding="utf-8"), str(path))
-            except (OSError, UnicodeDecodeError) as error:
-                raise TextError(f"cannot read `{path}`: {error}") from error
-        path = Path(folder) / "tokenizer_config.json"
-        source = _default_template(read_json(path).get("chat_template"))
-        return None if source is None else cls(source, str(path))
+        folder = Path(folder)
+        named: dict[str, str] = {}
+        path = folder / "tokenizer_config.json"
+        for file in (path, folder / LEGACY_TEMPLATE_FILE):
+            if found := _named_templates(file):
+                named, path = found, file
+        extra = {file.stem: file for file in sorted((folder / EXTRA_TEMPLATE_FOLDER).glob("*.jinja"))}
+        if (folder / TEMPLATE_FILE).exists():
+            named, path = {}, folder / TEMPLATE_FILE
+            extra[DEFAULT_NAME] = path
+        named |= {name: _read_text(file) for name, file in extra.items()}
+        default, with_tools = named.get(DEFAULT_NAME), named.get(TOOL_NAME)
+        if default is None:
+            default, with_tools = with_tools, None
+        return None if default is None else cls(default, str(path), with_tools)
+
+    def markers(self) -> frozenset[str]:
+        """Return the markers such as `<|im_end|>` that the templates write and a tokenizer must have as tokens."""
+        texts = "\n".join(text for source in self.sources for text in self._environment.texts_of(source))
+        return frozenset(MARKER.findall(texts)) - PLACEHOLDERS
+
+    def check_markers(self, special_tokens: Iterable[str], folder: Path) -> None:
+        """Check that each marker of the template is a special token. Otherwise the model would read it as plain text.
+
+        Args:
+            special_tokens: texts of the tokenizer's special tokens.
+            folder: folder of the checkpoint, for error messages.
+
+        Raises:
+            TextError: a marker is not a special token.
+        """
+        missing = sorted(self.markers() - set(special_tokens))
+        if missing:
+            names = ", ".join(f"`{name}`" for name in missing[:3])
+            others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise TextError(
+                f"the chat template of `{folder}` uses {names}{others}, which its tokenizer does not have as special"
+                f" tokens (missing {len(missing)} of {len(self.markers())})",
+                hint="special tokens are listed in `tokenizer_config.json` (`added_tokens_decoder`) or `tokenizer.json`"
+                " (`added_tokens`); take both files from the checkpoint's original repository",
+            )
 
     def render(
         self,
@@ -111,7 +150,7 @@ class ChatTemplate:
         variables = self._variables(messages, tools, add_generation_prompt, template_kwargs)
         control_tokens = ControlTokens(tokenizer.special_tokens)
         try:
-            escape = choose_escape([self.source, *strings_in(variables)])
+            escape = choose_escape([*self.sources, *strings_in(variables)])
             variables = control_tokens.escape_in(variables, escape)
         except RecursionError as error:
             raise TextError("messages or tools are nested too deeply") from error
@@ -132,10 +171,12 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return all variables of the template."""
+        # From K2-Thinking on, tools reach the template with their keys sorted.
+        sorts_tools = "<think>" in self.sources[1 if tools else 0]
         parsed = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
         try:
             # A round trip through JSON leaves plain values only, with limited nesting.
-            plain_tools = json.loads(json.dumps(list(tools or ()), sort_keys=self._sorts_tools))
+            plain_tools = json.loads(json.dumps(list(tools or ()), sort_keys=sorts_tools))
             options = json.loads(json.dumps(dict(template_kwargs)))
         except (TypeError, ValueError, RecursionError) as error:
             raise TextError(f"tools and template options must be plain JSON values: {error}") from error
@@ -151,75 +192,31 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
 
-    def _run(self, variables: Mapping[str, Any]) -> str:
+    def _compile(self, source: str) -> jinja2.Template:
         try:
-            return self._template.render(variables, range=_LoopBudget())
+            return self._environment.compile_template(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TextError(f"`{self._name}` line {error.lineno}: {error.message}", hint=HINT) from error
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
+        template = self._tool_template if variables["tools"] else self._template
+        try:
+            return self._environment.render(template, variables)
         except Exception as error:  # a template may fail in any way
             where = _template_line(error)
             at = f" line {where}" if where else ""
             raise TextError(f"`{self._name}`{at}: {error or type(error).__name__}", hint=HINT) from error
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox with the functions and settings that published chat templates need."""
+def check_text_files(folder: Path) -> None:
+    """Check that a checkpoint's tokenizer has the special tokens of its chat template, if it has both.
 
-    intercepted_binops = frozenset(["*", "**"])
-    filters: dict[str, Any]
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        self.filters["tojson"] = _to_json
-        self.globals = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.globals |= {"namespace": jinja2.utils.Namespace, "dict": dict}
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Refuse powers, and products that would exhaust the memory."""
-        if operator == "**" or _product_size(left, right) > MAX_PRODUCT:
-            raise OverflowError(f"`{operator}` makes a value that is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-class _LoopBudget:
-    """`range` for one run of a template. All loops together are limited to `MAX_LOOP_STEPS` steps."""
-
-    def __init__(self) -> None:
-        self._left = MAX_LOOP_STEPS
-
-    def __call__(self, *bounds: int) -> range:
-        steps = range(*bounds)
-        self._left -= len(steps)
-        if self._left < 0:
-            raise OverflowError(f"template loops take more than {MAX_LOOP_STEPS} steps")
-        return steps
-
-
-def _product_size(left: Any, right: Any) -> int:
-    """Return an upper bound of the elements, or bits, of a product; 0 for other types."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left.bit_length() + right.bit_length()
-    for sequence, count in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(count, int):
-            return len(cast("Sequence[Any]", sequence)) * count
-    return 0
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return JSON as Hugging Face's templates expect it: without HTML escapes or Unicode escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+    Raises:
+        TextError: a file is broken, or a special token is missing.
+    """
+    template = ChatTemplate.find(folder)
+    if template and any((folder / name).exists() for name in TOKENIZER_FILES):
+        template.check_markers(Tokenizer.load_decoder(folder).special_tokens, folder)
 
 
 def _template_line(error: Exception) -> int | None:
@@ -228,9 +225,20 @@ def _template_line(error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def _default_template(value: Any) -> str | None:
-    """Return the template of a tokenizer configuration: a string, or the one named `default` in a list."""
-    if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in cast("list[dict[str, Any]]", value)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"cannot read `{path}`: {error}") from error
+
+
+def _named_templates(path: Path) -> dict[str, str]:
+    """Return the templates in `chat_template` of a JSON file by name: one string is the default, or a list."""
+    value = read_json(path).get("chat_template")
+    if isinstance(value, str):
+        return {DEFAULT_NAME: value}
+    listed = cast("list[Any]", value) if isinstance(value, list) else []
+    try:
+        return {str(entry["name"]): str(entry["template"]) for entry in listed}
+    except (KeyError, TypeError) as error:
+        raise TextError(f"`{path}`: `chat_template` is not a list of names and templates", hint=HINT) from error

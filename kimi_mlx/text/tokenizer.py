@@ -83,15 +83,16 @@ class Tokenizer:
 
     @classmethod
     def _read(cls, folder: Path, read_bpe: Callable[[Sequence[bytes], Path], tokenizers.Tokenizer]) -> Tokenizer:
-        added = _added_tokens(folder / "tokenizer_config.json")
+        added = _added_tokens(folder)
         eos_token_ids = _eos_token_ids(folder)
-        path = folder / "tiktoken.model"
+        path, fast_path = folder / "tiktoken.model", folder / "tokenizer.json"
         if path.exists():
             tokens = vocabulary.read_ranks(path)
+            added = {**_listed_tokens(fast_path), **added}
             special = _special_tokens(tokens, added, path)
             return cls(read_bpe(tokens, path), dict(enumerate(tokens)), special, eos_token_ids)
-        if (folder / "tokenizer.json").exists():
-            return cls(*read_fast_tokenizer(folder / "tokenizer.json", added), eos_token_ids)
+        if fast_path.exists():
+            return cls(*read_fast_tokenizer(fast_path, added), eos_token_ids)
         raise TextError(
             f"`{folder}` has neither `tiktoken.model` nor `tokenizer.json`",
             hint="use the folder of a complete checkpoint",
@@ -229,7 +230,7 @@ def _special_tokens(tokens: Sequence[bytes], added: Mapping[int, str], path: Pat
     if outside is not None:
         raise TextError(
             f"added token `{added[outside]}` has id {outside}, outside {len(tokens)} to {size - 1}",
-            hint=f"`{path.name}` and `tokenizer_config.json` are from different checkpoints",
+            hint=f"`{path.name}` and the files beside it are from different checkpoints",
         )
     special = {added.get(i, f"<|reserved_token_{i}|>"): i for i in range(len(tokens), size)}
     if len(special) != NUM_RESERVED_SPECIAL_TOKENS:
@@ -237,13 +238,27 @@ def _special_tokens(tokens: Sequence[bytes], added: Mapping[int, str], path: Pat
     return special
 
 
-def _added_tokens(path: Path) -> dict[int, str]:
-    """Return `added_tokens_decoder` of a tokenizer configuration; empty if there is none."""
-    entries: Any = read_json(path).get("added_tokens_decoder") or {}
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """Return the tokens in `added_tokens_decoder` of `tokenizer_config.json`, else in `added_tokens.json`, by id."""
+    path, plain_path = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    decoder: Any = read_json(path).get("added_tokens_decoder")
+    if decoder:
+        return _token_table(path, lambda: {int(i): str(token["content"]) for i, token in decoder.items()})
+    return _token_table(plain_path, lambda: {int(i): text for text, i in read_json(plain_path).items()})
+
+
+def _listed_tokens(path: Path) -> dict[int, str]:
+    """Return the tokens in `added_tokens` of a `tokenizer.json` by id: transformers 5 writes them nowhere else."""
+    listed: Any = read_json(path).get("added_tokens") or []
+    return _token_table(path, lambda: {int(token["id"]): str(token["content"]) for token in listed})
+
+
+def _token_table(path: Path, read: Callable[[], dict[int, str]]) -> dict[int, str]:
+    """Return what `read` does; a wrong form is a `TextError`."""
     try:
-        return {int(key): str(entry["content"]) for key, entry in entries.items()}
+        return read()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TextError(f"`{path}`: `added_tokens_decoder` is not a table of ids and tokens") from error
+        raise TextError(f"`{path}`: the added tokens are not a table of ids and tokens") from error
 
 
 def _eos_token_ids(folder: Path) -> set[int]:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
-from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
+from kimi_mlx.errors import KimiMlxError, TextError, UsageError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.config_quantization import Quantization
 from tests.checkpoints import FORMATS
@@ -161,3 +161,12 @@ def test_a_dry_run_downloads_no_weights(tmp_path: Path) -> None:
         check=True,
     )
     assert json.loads(done.stdout)["matrices"] == json.loads(local.stdout)["matrices"]
+
+
+def test_a_source_without_the_tokens_of_its_template_is_refused_before_the_work(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "kimi_mlx" / "models" / "kimi-mini", source)
+    (source / "tokenizer_config.json").unlink()
+    with pytest.raises(TextError, match="does not have as special tokens"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import kimi_mlx
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
 from kimi_mlx.cli.model_size import memory_requirement
@@ -29,6 +31,7 @@ TB = Network("thunderbolt", ("10.78.1.11", "10.78.1.12"), ("en5", "en5"))
 LAN = Network("ethernet", ("10.77.1.11", "10.77.1.12"), ("en0", "en0"))
 LONG = 'sudo networksetup -setnetworkserviceenabled "Thunderbolt Bridge" off && sudo ifconfig bridge0 deletem en1'
 BOTH = "mac-a, mac-b"
+MINI_FOLDER = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
 MINI = memory_requirement("kimi-mini")
 K2 = memory_requirement("kimi-k2")
 
@@ -167,3 +170,16 @@ def test_this_machine_and_two_local_ranks_pass_all_checks(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["doctor", "--hostfile", str(file)])
     assert result.exit_code == 0, result.output
     assert "self-test" in result.output
+
+
+def test_a_tokenizer_without_the_tokens_of_the_template_is_a_problem(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MINI_FOLDER, folder)
+    result = CliRunner().invoke(app, ["doctor", str(folder), "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    (folder / "tokenizer_config.json").unlink()
+    result = CliRunner().invoke(app, ["doctor", str(folder), "--quick", "--json"])
+    problems = [finding for finding in json.loads(result.stdout)["findings"] if finding["state"] == "problem"]
+    assert result.exit_code == 1
+    assert [finding["check"] for finding in problems] == ["text"]
+    assert "missing 9 of 9" in problems[0]["message"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.text import template_sandbox
 from kimi_mlx.text.control_tokens import ControlTokens, choose_escape
 from kimi_mlx.text.messages import Message, ToolCall
-from kimi_mlx.text.template import ChatTemplate
+from kimi_mlx.text.template import ChatTemplate, check_text_files
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.schemas import ANY_OBJECT
 from tests.unit.text.vocabularies import SPECIAL, write_tokenizer
@@ -253,6 +256,8 @@ def test_split_prefers_the_longer_token():
         ("{{ messages.append(1) }}", "not safe|unsafe"),
         ("{% include '/etc/passwd' %}", "loader"),
         ("{% for i in range(10**9) %}{% endfor %}", "too large"),
+        ("{" * 300_000, "more than 100000"),
+        ("{{ " + "(" * 90_000 + " }}", "compiled|expected"),
         ("{% for i in range(1000000000) %}{% endfor %}", "loops take more"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops take more"),
         ("{{ 'x' * 1000000000 }}", "too large"),
@@ -264,6 +269,143 @@ def test_harmful_or_broken_templates_are_text_errors(source: str, message: str):
     with pytest.raises(TextError, match=message) as caught:
         ChatTemplate(source).render([Message("user", "x")])
     assert "chat_template.jinja" in caught.value.message
+
+
+def repeated(start: str, operation: str) -> str:
+    """Return a template that applies an operation on `ns.s` 60 times."""
+    return f"{{% set ns = namespace(s={start}) %}}" + f"{{% set ns.s = {operation} %}}" * 60
+
+
+HARMFUL = {
+    "doubled by ~": repeated("'abcdefgh'", "ns.s ~ ns.s"),
+    "doubled by +": repeated("'abcdefgh'", "ns.s + ns.s"),
+    "doubled by %": repeated("'abcdefgh'", "'%s%s' % (ns.s, ns.s)"),
+    "doubled by format": repeated("'abcdefgh'", "'%s%s' | format(ns.s, ns.s)"),
+    "doubled by join": repeated("'abcdefgh'", "[ns.s, ns.s] | join"),
+    "doubled by join method": repeated("'abcdefgh'", "'-'.join([ns.s, ns.s])"),
+    "doubled by replace": repeated("'abcdefgh'", "ns.s | replace('a', 'aa')"),
+    "squared by replace": repeated("'a' * 4000", "ns.s.replace('a', ns.s)"),
+    "doubled by a macro": "{% macro m(s) %}{{ s }}{{ s }}{% endmacro %}" + repeated("'abcdefgh'", "m(ns.s)"),
+    "doubled list": repeated("[1, 2]", "ns.s + ns.s"),
+    "doubled nested list": repeated("[1, 2]", "[ns.s, ns.s]"),
+    "doubled nested tuple": repeated("(1, 2)", "(ns.s, ns.s)"),
+    "doubled object": repeated("{}", "{'a': ns.s, 'b': ns.s}"),
+    "doubled object by dict": repeated("{}", "dict(a=ns.s, b=ns.s)"),
+    "equal nested lists": repeated("[1]", "[ns.s, ns.s]") + repeated("[1]", "[ns.s, ns.s]"),
+    "namespaces in namespaces": "{% set ns = namespace() %}"
+    + "".join(f"{{% set n{i} = namespace(a=n{i - 1}, b=n{i - 1}) %}}" for i in range(1, 60))
+    + "{{ n59 }}"
+    + "{% for a in range(1000000) %}{% endfor %}" * 2,
+    "large list as text": "{% set s = 'x' * 1000000 %}{% set l = [s] * 100000 %}{{ l }}",
+    "large list as JSON": "{% set s = 'x' * 1000000 %}{% set l = [s] * 100000 %}{{ l | tojson }}",
+    "JSON with a wide indent": "{{ [[1]] | tojson(indent=1000000000) }}",
+    "JSON of many lines": "{% set l = [[[[[1]]]]] * 100000 %}{{ l | tojson(indent=900) }}",
+    "large output": "{% set s = 'x' * 1000000 %}{% for i in range(100000) %}{{ s }}{% endfor %}",
+    "large output of a block": "{% set s = 'x' * 1000000 %}{% set t %}{% for i in range(100000) %}{{ s }}{% endfor %}"
+    "{% endset %}",
+    "many large texts": "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}"
+    "{% set ns.l = ns.l + ['x' * 30000000] %}{% endfor %}",
+    "many slices": "{% set s = 'x' * 30000000 %}{% set ns = namespace(l=[]) %}{% for i in range(100000) %}"
+    "{% set ns.l = ns.l + [s[1:]] %}{% endfor %}",
+    "wide percent": "{{ '%1000000000d' % 1 }}",
+    "wide percent by argument": "{{ '%*d' % (1000000000, 1) }}",
+    "wide format filter": "{{ '%1000000000d' | format(1) }}",
+    "format method": "{{ '{:1000000000}'.format(1) }}",
+    "format_map method": "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
+    "center method": "{{ 'x'.center(1000000000) }}",
+    "ljust method": "{{ 'x'.ljust(1000000000) }}",
+    "zfill method": "{{ 'x'.zfill(1000000000) }}",
+    "expandtabs method": "{{ '\\t'.expandtabs(1000000000) }}",
+    "translate method": "{{ ('x' * 1000000).translate({120: 'y' * 100000}) }}",
+    "method by attr": "{{ ('x' | attr('center'))(1000000000) }}",
+    "method by subscript": "{{ 'x'['center'](1000000000) }}",
+    "method by map": "{{ ['x'] | map(attribute='center') | list }}{{ 'x'.center(1000000000) }}",
+    "bytes of an integer": "{{ (1).to_bytes(1000000000, 'big') }}",
+    "center filter": "{{ 'x' | center(1000000000) }}",
+    "wordwrap filter": "{{ ('x ' * 1000000) | wordwrap(3) }}",
+    "indent filter": "{{ ('x\n' * 1000000) | indent(1000000) }}",
+    "xmlattr filter": "{{ {'a': 'x' * 1000000} | xmlattr }}",
+    "urlize filter": "{{ ('x.com ' * 1000000) | urlize }}",
+    "round filter": "{{ 1.5 | round(1000000000, 'ceil') }}",
+    "batch filter": "{{ [1] | batch(1000000000, 0) | list }}",
+    "slice filter": "{{ [1] | slice(1000000000) | list }}",
+    "sum of lists": "{{ ([[1]] * 100000) | sum(start=[]) }}",
+    "power": "{{ 9 ** 9 ** 9 }}",
+    "products": "{% set ns = namespace(n=3) %}" + "{% set ns.n = ns.n * ns.n %}" * 60,
+    "letters of a text": "{% for a in 'x' * 30000000 %}{% for b in 'x' * 30000000 %}{% endfor %}{% endfor %}",
+    "letters as a list": "{{ ('x' * 30000000) | list | length }}",
+    "split into letters": "{{ ('x ' * 15000000).split() | length }}",
+    "split at letters": "{{ ('x,' * 15000000).split(',') | length }}",
+    "lines": "{{ ('\n' * 30000000).splitlines() | length }}",
+    "sorted letters": "{{ ('x' * 30000000) | sort | length }}",
+    "nested loops over a list": "{% set l = [0] * 3000 %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for a in [1, 1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    "branching macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "cross product by map": "{% set l = range(100000) | list %}{% for a in l %}{{ l | map('abs') | max }}{% endfor %}",
+    "wide date": "{{ strftime_now('%1000000000Y') }}",
+    "long date": "{{ strftime_now('%Y' * 1000000) }}",
+    "constant at compile time": "{{ 'x' | replace('x', 'y' * 100000000) }}",
+    "tests": "{% set l = [1] * 900000 %}{% for i in range(1000000) %}{{ l + [i] is eq(l) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_templates_made_to_harm_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch):
+    for limit in ("MAX_STEPS", "MAX_CHARS", "MAX_BYTES"):  # a tenth, to be quick
+        monkeypatch.setattr(template_sandbox, limit, getattr(template_sandbox, limit) // 10)
+    with pytest.raises(TextError, match=r"chat_template\.jinja"):
+        ChatTemplate(HARMFUL[name]).render([Message("user", "x")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HARMFUL)
+def test_templates_made_to_harm_end_in_time_and_memory(name: str):
+    tracemalloc.start()
+    start = time.thread_time()
+    try:
+        with pytest.raises(TextError, match=r"chat_template\.jinja"):
+            ChatTemplate(HARMFUL[name]).render([Message("user", "x")])
+        assert time.thread_time() - start < 10  # below 2 s without tracemalloc, which makes it several times slower
+        assert tracemalloc.get_traced_memory()[1] < 2**30
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_conversation_is_within_the_limits_of_a_template():
+    turns = [Message("user", "word " * 400), Message("assistant", "text " * 400, reasoning_content="think " * 100)]
+    messages = [message for _ in range(1500) for message in turns]  # 6 MB
+    assert len(MINI.render(messages, [TIDE_TOOL] * 100)) > 6_000_000
+    assert len(K2_THINKING.render(messages, [TIDE_TOOL] * 100)) > 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            "{% for c in messages[0].content.split(' ') %}{{ loop.index ~ c }}{{ ',' if not loop.last }}{% endfor %}",
+            "1a,2b,3c",
+        ),
+        ("{{ messages | map(attribute='role') | join('-') }}", "user-assistant"),
+        ("{{ (messages | selectattr('role', 'equalto', 'user') | list | length) + 1 }}", "2"),
+        ("{{ '%s: %d' % ('n', 3) }} {{ '%(a)s' | format(a=1) }} {{ 'a\nb' | indent(2) }}", "n: 3 1 a\n  b"),
+        ("{{ {'b': 1, 'a': [1, 2]} | tojson(indent=1) }}", '{\n "b": 1,\n "a": [\n  1,\n  2\n ]\n}'),
+        ("{% for a in [1, [2, 3]] recursive %}{{ loop(a) if a is iterable else a }}{% endfor %}", "123"),
+        (
+            "{% set n = namespace(l=[]) %}{% for m in messages %}{% set n.l = n.l + [m.role] %}{% endfor %}{{ n.l }}",
+            "['user', 'assistant']",
+        ),
+        (
+            "{{ messages[-1:][0].role }} {{ 'x' ~ 1 ~ none }} {{ 'ab'.replace('a', 'c') | upper }}",
+            "assistant x1None CB",
+        ),
+        (
+            "{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %} {{ 1 < 2 < 3 }} {{ 'a' in 'cab' }}",
+            "x1 True True",
+        ),
+    ],
+)
+def test_what_published_templates_use_works(source: str, expected: str):
+    assert ChatTemplate(source).render([Message("user", "a b c"), Message("assistant", "d")]) == expected
 
 
 def test_template_functions():
@@ -303,17 +445,61 @@ def test_deep_nesting_is_an_error_without_a_crash(tokenizer: Tokenizer, depth: i
     assert depth
 
 
-def test_load_prefers_the_file_then_the_configuration(tmp_path: Path):
+def render_found(folder: Path, tools: list[dict[str, Any]] | None = None) -> str:
+    return ChatTemplate.load(folder).render([], tools)
+
+
+def test_templates_are_read_from_the_places_that_transformers_knows(tmp_path: Path):
     with pytest.raises(TextError, match="no chat template"):
         ChatTemplate.load(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": "A"}))
-    assert ChatTemplate.load(tmp_path).render([]) == "A"
+    assert render_found(tmp_path) == render_found(tmp_path, [TIDE_TOOL]) == "A"
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B"}]
     config.write_text(json.dumps({"chat_template": named}))
-    assert ChatTemplate.load(tmp_path).render([]) == "B"
+    assert (render_found(tmp_path), render_found(tmp_path, [TIDE_TOOL])) == ("B", "T")
+    config.write_text(json.dumps({"chat_template": named[:1]}))
+    assert render_found(tmp_path) == "T"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J"}))
+    assert render_found(tmp_path) == "J"
     (tmp_path / "chat_template.jinja").write_text("C")
-    assert ChatTemplate.load(tmp_path).render([]) == "C"
+    assert render_found(tmp_path) == render_found(tmp_path, [TIDE_TOOL]) == "C"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("U")
+    assert (render_found(tmp_path), render_found(tmp_path, [TIDE_TOOL])) == ("C", "U")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TextError, match="cannot read"):
         ChatTemplate.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [["A"], [{"name": "default"}], [None]])
+def test_named_templates_in_another_form_are_an_error(tmp_path: Path, value: object):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(TextError, match="not a list of names and templates"):
+        ChatTemplate.load(tmp_path)
+
+
+def test_a_marker_that_is_no_special_token_is_an_error(tmp_path: Path):
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text(MINI.sources[0])
+    check_text_files(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    decoder = config.pop("added_tokens_decoder")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TextError, match=r"`<\|im_assistant\|>`.* special tokens \(missing"):
+        check_text_files(folder)
+    listed = [{"id": int(i), **token} for i, token in decoder.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}))
+    check_text_files(folder)  # transformers 5 writes the added tokens to this file only
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text(json.dumps({token["content"]: token["id"] for token in listed}))
+    check_text_files(folder)
+    others = {i: token for i, token in decoder.items() if token["content"] != "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": others}))
+    with pytest.raises(TextError, match=r"`<\|im_end\|>`.*missing 1 of"):
+        check_text_files(folder)
+
+
+def test_placeholders_of_processors_are_not_markers():
+    template = ChatTemplate("<|im_user|>{{ '<|kimi_k25_video_placeholder|>' }}<|im_{{ 1 }}|>")
+    assert template.markers() == {"<|im_user|>"}
