@@ -32,8 +32,8 @@ MAX_SEQUENCES = 16
 RESERVE = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
 
-WORTH_WAITING = 64
-"""A request waits if it shares this many tokens that another prompt is about to prefill."""
+MIN_SHARED_TOKENS = 64
+"""A request waits if it shares at least this many tokens that another prompt is about to prefill."""
 
 
 class Engine:
@@ -200,17 +200,20 @@ class Engine:
         """Admit waiting requests in order while there is room; yield their progress."""
         if not self._running and all(batch.is_idle for batch in self._batches):
             mx.reset_peak_memory()
+        running = self._running
+        prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
         for sequence in list(self._waiting):
-            running = self._running
             needed = len(sequence.tokens) + min(RESERVE, sequence.remaining_tokens)
             if len(running) >= MAX_SEQUENCES or (running and not self._pool.has_room(needed)):
                 return
-            if any(_is_about_to_prefill(other, sequence) for other in running):
+            if any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
             self._waiting.remove(sequence)
             cache, cached = self._pool.acquire(sequence.tokens)
             sequence.begin(cache, cached)
             min(self._batches, key=lambda batch: len(batch.members)).members.append(sequence)
+            running.append(sequence)
+            prefilling.append(sequence)
             if not sequence.generated:
                 yield sequence.request_id, Prefilled(cached, len(sequence.tokens))
 
@@ -229,10 +232,10 @@ class Engine:
         config, length = self._model.config, len(request.prompt)
         if not length:
             raise EngineError("the prompt has no tokens")
-        ids = [*request.prompt, *(id for id, _ in request.logit_bias)]
-        invalid = [id for id in ids if not 0 <= id < config.vocab_size]
-        if invalid:
-            raise EngineError(f"token id {invalid[0]} is outside the vocabulary of {config.vocab_size}")
+        biased = [id for id, _ in request.logit_bias]
+        for id in (min(request.prompt), max(request.prompt), *biased):
+            if not 0 <= id < config.vocab_size:
+                raise EngineError(f"token id {id} is outside the vocabulary of {config.vocab_size}")
         remaining = self.context - length
         if remaining < 1:
             is_memory = self.context < config.max_position_embeddings
@@ -260,8 +263,5 @@ class Engine:
 
 def _is_about_to_prefill(other: Sequence, sequence: Sequence) -> bool:
     """Return whether another sequence will soon prefill tokens that this one begins with, too."""
-    unread = len(other.tokens) - other.num_computed_tokens
-    if unread < 1 or len(sequence.tokens) <= other.num_computed_tokens:
-        return False
-    end = other.num_computed_tokens + WORTH_WAITING
-    return other.tokens[:end] == sequence.tokens[:end] and len(other.tokens) >= end
+    end = other.num_computed_tokens + MIN_SHARED_TOKENS
+    return end <= len(other.tokens) and end <= len(sequence.tokens) and sequence.shares_prefix(other, end)

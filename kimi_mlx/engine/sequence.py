@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from kimi_mlx.engine.drafts import PromptLookup, accepted_length
 from kimi_mlx.engine.kv_cache_pool import SequenceCache
 from kimi_mlx.engine.request import Finished, FinishReason, Logprobs, Request, Statistics, Token
+from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.model.cache import LatentCache
 
@@ -34,12 +35,12 @@ class Sequence:
     def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler, speculate: int):
         self.request_id, self.request, self.max_tokens, self.sampler = request_id, request, max_tokens, sampler
         self.tokens = list(request.prompt)
+        self._token_array = TokenArray(request.prompt)
         self.num_computed_tokens = self.generated = self.epoch = 0
         self.draft: tuple[int, ...] = ()
         self.cache: SequenceCache | None = None
-        self._lookup = PromptLookup(speculate) if speculate else None
-        if self._lookup is not None:
-            self._lookup.extend(request.prompt)
+        self._lookup = PromptLookup(self._token_array, speculate) if speculate else None
+        self._shared: dict[int, int] = {}  # by request id of another sequence: length of the prefix known to be common
         self._cached: int | None = None
         self._steps = 0
         self._started = self._first_token_at = 0.0
@@ -55,10 +56,24 @@ class Sequence:
         """Number of tokens that may still be generated."""
         return self.max_tokens - self.generated
 
+    def shares_prefix(self, other: Sequence, length: int) -> bool:
+        """Return whether the first `length` tokens of two sequences are equal. Each token is compared once.
+
+        Args:
+            other: the other sequence; only sampled tokens may be appended to it.
+            length: number of tokens, at most that of either sequence.
+        """
+        common = self._shared.get(other.request_id, 0)
+        if common < length:
+            common = self._token_array.common_prefix(other._token_array, common, length)
+            self._shared[other.request_id] = common
+        return common >= length
+
     def begin(self, cache: SequenceCache, cached: int) -> None:
         """Begin, or resume after preemption, with a cache that holds the first `cached` tokens."""
         self.cache, self.num_computed_tokens = cache, cached
         self.epoch += 1
+        self._shared.clear()
         if self._cached is None:
             self._cached = cached
             self._started = time.perf_counter()
@@ -108,8 +123,7 @@ class Sequence:
         """Append sampled tokens and yield an event for each."""
         self._steps += bool(self.generated)
         self._first_token_at = self._first_token_at or time.perf_counter()
-        if self._lookup is not None:
-            self._lookup.extend(tokens)
+        self._token_array.extend(tokens)
         self.sampler.advance(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             self.tokens.append(token)

@@ -11,6 +11,7 @@ import pytest
 
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Finished, Prefilled, Request, Sampling, Statistics, Token
+from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
@@ -245,6 +246,26 @@ def test_text_is_the_same_alone_and_in_a_batch_of_eight(model: Model) -> None:
         _take(engine, tokens, cached)
     alone = Engine(model)
     assert tokens == {number: run(alone, Request(prompt, max_tokens=12))[0] for number, prompt in enumerate(prompts)}
+
+
+def test_waiting_prompts_with_a_common_prefix_cost_little_per_step(model: Model) -> None:
+    prefix = make_prompt(400, 6)
+    engine = Engine(model, prefill_chunk=16)
+    for number in range(17):
+        engine.add(number, Request((*prefix, number), max_tokens=1))
+    compared: list[int] = []
+    common_prefix = TokenArray.common_prefix
+
+    def count(self: TokenArray, other: TokenArray, start: int = 0, limit: int | None = None) -> int:
+        end = common_prefix(self, other, start, limit)
+        compared.append(end - start)
+        return end
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenArray, "common_prefix", count)
+        while not engine.is_idle:
+            list(engine.step())
+    assert sum(compared) <= 16 * len(prefix)  # each token of each prompt once
 
 
 def test_a_prompt_in_prefill_beside_a_long_draft(model: Model) -> None:

@@ -1,0 +1,65 @@
+"""Prompt lookup: the drafts are those of a plain search, and are found quickly in long prompts."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_mlx.engine.drafts import NGRAMS, PromptLookup, accepted_length, find_last_ngram
+from kimi_mlx.engine.token_array import COMPARED_TOKENS, TokenArray
+
+TOKENS = st.lists(st.integers(0, 3), max_size=40)
+
+
+def search(tokens: list[int]) -> int | None:
+    """Return the end of the latest earlier occurrence of the longest n-gram, by trying all positions."""
+    for length in NGRAMS:
+        for end in range(len(tokens) - 1, length - 1, -1):
+            if tokens[end - length : end] == tokens[len(tokens) - length :]:
+                return end
+    return None
+
+
+@given(tokens=TOKENS)
+def test_the_longest_and_latest_ngram_is_found(tokens: list[int]) -> None:
+    assert find_last_ngram(np.array(tokens, np.int32)) == search(tokens)
+
+
+@given(parts=st.lists(TOKENS, min_size=1, max_size=4), limit=st.integers(0, 9))
+def test_drafts_follow_tokens_that_are_appended(parts: list[list[int]], limit: int) -> None:
+    tokens, array = [token for part in parts for token in part], TokenArray(parts[0])
+    lookup = PromptLookup(array, 8)
+    for part in parts[1:]:
+        array.extend(part)
+    assert array.ids.tolist() == tokens
+    end = search(tokens)
+    assert lookup.draft(limit) == (() if end is None else tuple(tokens[end : end + min(limit, 8)]))
+
+
+def test_draft_length_adapts() -> None:
+    lookup = PromptLookup(TokenArray([1, 2, *range(10, 30), 1, 2]), 8)
+    lengths: list[int] = []
+    for drafted, accepted in ((8, 0), (4, 0), (2, 1), (2, 2), (4, 4), (8, 8), (0, 0)):
+        lookup.update_draft_length(drafted, accepted)
+        lengths.append(len(lookup.draft(99)))
+    assert lengths == [4, 2, 2, 4, 8, 8, 8]
+    assert accepted_length((1, 2, 3), [1, 2, 9, 4]) == 2
+
+
+def test_a_long_prompt_needs_no_index() -> None:
+    tokens = tuple(range(128_000))
+    begin = time.perf_counter()
+    lookup = PromptLookup(TokenArray(tokens), 8)
+    assert lookup.draft(8) == ()
+    assert time.perf_counter() - begin < 0.25  # an index of all n-grams took 0.4 s
+
+
+@given(common=st.sampled_from([0, 1, COMPARED_TOKENS - 1, COMPARED_TOKENS, 9000]), rest=st.integers(0, 2))
+def test_common_prefix(common: int, rest: int) -> None:
+    a, b = TokenArray([7] * common + [1] * rest), TokenArray([7] * common + [2] * 3)
+    assert a.common_prefix(b) == b.common_prefix(a) == common
+    assert a.common_prefix(b, start=common // 2) == common
+    assert a.common_prefix(b, limit=common // 2) == common // 2
