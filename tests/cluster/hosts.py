@@ -31,6 +31,9 @@ LIMIT_S = 15.0
 
 TOOLS = ("ip", "tc", "ps", "unshare", "nsenter", "setpriv", "mount", "ssh", "ssh-keygen", "sshd")
 
+START_UP_FILES = {"bash": ".bashrc", "zsh": ".zshenv", "fish": ".config/fish/config.fish", "tcsh": ".cshrc"}
+"""Login shell -> file that it reads before every command, relative to the home folder."""
+
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _PLAIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -74,6 +77,7 @@ class Hosts:
         self._subnet = _free_subnet()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._without: set[str] = set()
+        self._read_only: list[tuple[str, Path]] = []
 
     def __enter__(self) -> Hosts:
         """Start the switch, the hosts and their SSH servers."""
@@ -191,6 +195,32 @@ class Hosts:
         self.stop_sshd(name)
         self._start_sshd(name)
 
+    def set_login_shell(self, name: str, shell: str, start_up: str) -> None:
+        """Give root on a host another login shell.
+
+        Args:
+            name: host.
+            shell: path of the shell.
+            start_up: content of the start-up file that it reads for every command.
+        """
+        self._write_passwd(name, shell)
+        file = self.home(name) / START_UP_FILES[Path(shell).name]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(start_up)
+
+    def make_read_only(self, name: str, folder: Path) -> None:
+        """Make a folder read-only on a host, until it is restored."""
+        self._in(name, "mount", "--rbind", str(folder), str(folder))
+        self._read_only.append((name, folder))
+        self._in(name, "mount", "-o", "remount,ro,bind", str(folder))
+
+    def fill_temporary_folder(self, name: str) -> None:
+        """Leave no space in the folder of TMPDIR on a host, until it is restored."""
+        folder = self.folder / name / "tmp"
+        self._in(name, "mount", "-t", "tmpfs", "-o", "size=4k", "none", str(folder))
+        self._read_only.append((name, folder))
+        self._in(name, "sh", "-c", f"dd if=/dev/zero of={folder}/full bs=4k count=1 2>/dev/null")
+
     def power_off(self, name: str) -> None:
         """Switch a host off without a message to its peers."""
         self.cut(name)
@@ -198,7 +228,14 @@ class Hosts:
 
     def heal(self) -> None:
         """Restore all hosts."""
+        while self._read_only:
+            name, folder = self._read_only.pop()
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self._in(name, "umount", "--lazy", str(folder))
         for name in self.names:
+            self._write_passwd(name, "/bin/bash")
+            for file in START_UP_FILES.values():
+                (self.home(name) / file).unlink(missing_ok=True)
             if self._processes[name].poll() is not None:
                 self.boot(name)
                 continue
@@ -319,11 +356,14 @@ class Hosts:
         (place / "home" / ".ssh" / "config").write_text(f"Include {self.folder}/ssh_config\n")
         (place / "home" / ".ssh" / "authorized_keys").write_text(public)
         (place / "etc_hosts").write_text("127.0.0.1 localhost\n" + "\n".join(names) + "\n")
-        users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
-        roots = [[*user[:5], str(self.home(name)), "/bin/bash"] if user[0] == "root" else user for user in users]
-        (place / "passwd").write_text("".join(":".join(user) + "\n" for user in roots))
+        self._write_passwd(name, "/bin/bash")
         _make_key(place / "host_key", name)
         self._write_sshd_config(name)
+
+    def _write_passwd(self, name: str, shell: str) -> None:
+        users = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
+        roots = [[*user[:5], str(self.home(name)), shell] if user[0] == "root" else user for user in users]
+        (self.folder / name / "passwd").write_text("".join(":".join(user) + "\n" for user in roots))
 
     def _write_sshd_config(self, name: str) -> None:
         place = self.folder / name

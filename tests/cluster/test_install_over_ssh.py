@@ -18,6 +18,7 @@ from kimi_mlx.cluster.install.install import can_upgrade, install, needs_install
 from kimi_mlx.cluster.install.wheel import pack_wheel
 from kimi_mlx.errors import InstallError
 from tests.cluster.hosts import Hosts
+from tests.cluster.login_shells import NOISY
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +126,7 @@ def test_with_uv(bare: Hosts, own: Interpreter) -> None:
     program = bare.home("mac-a") / ".local/bin/uv"
     program.parent.mkdir(parents=True)
     program.symlink_to(shutil.which("uv") or "")
+    bare.set_login_shell("mac-a", "/bin/bash", NOISY["bash"])
     facts, lines = get_facts(bare, "mac-a"), list[str]()
     assert facts["mac-a"].uv == str(program)
     install(facts, own, lines.append)
