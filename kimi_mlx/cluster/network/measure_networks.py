@@ -19,8 +19,8 @@ from kimi_mlx.errors import LinkError
 PAIR_LIMIT_S = 6.0
 """Time limit of a pair: connecting, half a second of small messages, and a second of large ones."""
 
-LOGIN_LIMIT_S = 15.0
-"""Extra time for two logins and the start of Python."""
+LOGIN_LIMIT_S = 30.0
+"""Extra time for two logins, whose start-up files may wait some seconds, and the start of Python."""
 
 END_PATIENCE_S = 1.0
 """Time that processes get to end before they are killed."""

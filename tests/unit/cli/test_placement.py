@@ -135,6 +135,22 @@ def test_hosts_use_the_strategy_of_their_stores() -> None:
     assert "stored" not in choose_placement_on_hosts(others, request(), None).reason
 
 
+def test_hosts_with_other_chips_use_pipeline() -> None:
+    diagnosis = studios()
+    facts = {**diagnosis.facts, "mac-b": replace(diagnosis.facts["mac-b"], chip="Apple M4 Max")}
+    unequal = replace(diagnosis, facts=facts)
+    choice = choose_placement_on_hosts(unequal, request(), None)
+    reason = "the only strategy for hosts that differ: `mac-a` has Apple M3 Ultra, `mac-b` has Apple M4 Max"
+    assert (choice.strategy, choice.why) == ("pipeline", reason)
+    assert len(choice.memory) == 2
+    stored = with_stores(unequal, [held(0, "hybrid-2-bbbbbb")], [held(1, "hybrid-2-bbbbbb")])
+    assert choose_placement_on_hosts(stored, request(), None).strategy == "pipeline"
+    uneven = "pipeline_3_1-2-aaaaaa"
+    stored = with_stores(unequal, [held(0, uneven)], [held(1, uneven)])
+    assert choose_placement_on_hosts(stored, request(), None).strategy == "pipeline:3:1"
+    assert choose_placement_on_hosts(unequal, request(), "tensor").strategy == "tensor"  # refused by check_kernels
+
+
 def test_memory_is_checked_for_the_chosen_placement() -> None:
     """578 GB fit on 512 and 192 GB in proportion to memory, not evenly; stores of another placement do not count."""
     hosts, diagnosis = request(), studios(2.4e-3, (512, 192))

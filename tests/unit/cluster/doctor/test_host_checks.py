@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import IPv4Network
 
 import pytest
 
-from kimi_mlx.cluster.doctor.cluster_checks import check_macos, check_stores, check_versions
+from kimi_mlx.cluster.doctor.cluster_checks import check_kernels, check_macos, check_stores, check_versions
 from kimi_mlx.cluster.doctor.host_checks import (
     check_chip,
     check_clock,
@@ -23,7 +24,8 @@ from kimi_mlx.cluster.doctor.host_checks import (
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore, Interpreter
 from kimi_mlx.cluster.hosts.findings import Finding, has_problem
 from kimi_mlx.cluster.hosts.ssh import ScriptResult
-from kimi_mlx.cluster.network.choose import check_link
+from kimi_mlx.cluster.network.choose import check_encryption, check_link
+from kimi_mlx.cluster.network.interfaces import Kind
 from kimi_mlx.cluster.network.links import BridgeConflict, LinkSpeed, Network
 from kimi_mlx.cluster.network.rdma import check_bridge, check_rdma
 from kimi_mlx.cluster.ring.jaccl_errors import JACCL_ERRORS, explain_jaccl
@@ -192,6 +194,50 @@ def test_link() -> None:
     assert check_link("mac-a, mac-b", cable, fast).state == "ok"
     assert check_link("mac-a, mac-b", cable, slow).state == "problem"
     assert check_link("mac-a, mac-b", replace(cable, kind="wifi"), fast, is_forced=True).state == "warning"
+
+
+LAN, OTHER_LAN = IPv4Network("192.168.1.0/24"), IPv4Network("192.168.2.0/24")
+
+
+@pytest.mark.parametrize(
+    ("kind", "subnets", "state", "text"),
+    [
+        ("thunderbolt", (LAN, LAN), "ok", "stays on the cable"),
+        ("ethernet", (LAN, LAN), "ok", "trust every device on 192.168.1.0/24"),
+        ("wifi", (LAN, LAN), "warning", "is Wi-Fi: anyone who can read its traffic"),
+        ("other", (LAN, LAN), "warning", "is a network of unknown kind"),
+        ("ethernet", (LAN, OTHER_LAN), "warning", "is a routed network"),
+        ("ethernet", (LAN, None), "warning", "is a routed network"),
+    ],
+)
+def test_network_that_is_not_a_cable_is_a_warning(
+    kind: Kind, subnets: tuple[IPv4Network | None, ...], state: str, text: str
+) -> None:
+    network = Network(kind, ("192.168.1.1", "192.168.1.2"), ("en0", "en0"))
+    finding = check_encryption("mac-a, mac-b", network, subnets, "ring")
+    assert (finding.check, finding.state, text in finding.message) == ("encryption", state, True), finding
+    over_rdma = check_encryption("mac-a, mac-b", network, subnets, "jaccl")
+    assert over_rdma.state == "ok"
+
+
+def test_hosts_with_other_chips_or_builds_need_pipeline() -> None:
+    assert check_kernels([MAC, OTHER]).message == "same chip and MLX build on all hosts"
+    assert check_kernels([MAC, OTHER], "hybrid").state == "ok"
+    older = replace(OTHER, chip="Apple M4 Max")
+    assert check_kernels([MAC, older], "pipeline:3:1").state == "ok"
+    finding = check_kernels([MAC, older], "hybrid:3:1")
+    assert finding.state == "problem"
+    assert finding.message.startswith(
+        "`mac-a` has Apple M3 Ultra, `mac-b` has Apple M4 Max: with the strategy hybrid:3:1"
+    )
+    assert "--strategy pipeline" in (finding.remedy or "")
+    macs = [
+        replace(mac, interpreters=(replace(PYTHON, mlx_build=f"macosx_{version}_0_arm64"),))
+        for mac, version in ((MAC, 26), (OTHER, 15))
+    ]
+    finding = check_kernels(macs, "tensor")
+    assert (finding.state, "mlx 0.32.2 built for macosx_15_0_arm64" in finding.message) == ("problem", True)
+    assert check_kernels([macs[0], OTHER], "tensor").state == "ok"  # one build is unknown
 
 
 def test_versions_are_compared_with_the_first_host() -> None:
