@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -67,12 +67,13 @@ class Stream:
         return max([time.monotonic() - self._last, *(length for end, length in self.gaps if end > started_at)])
 
     def _run(self) -> None:
-        while True:
-            for _ in _tokens(self.url):
-                now = time.monotonic()
-                if self._last and now - self._last > 0.05:
-                    self.gaps.append((now, now - self._last))
-                self._last = now
+        with suppress(OSError, http.client.HTTPException):  # the server has ended
+            while True:
+                for _ in _tokens(self.url):
+                    now = time.monotonic()
+                    if self._last and now - self._last > 0.05:
+                        self.gaps.append((now, now - self._last))
+                    self._last = now
 
 
 def _tokens(url: str) -> Iterator[bytes]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.server.errors import ApiError
@@ -41,8 +43,36 @@ class AdmissionQueue:
         limit = self._capacity + MAX_SEQUENCES
         if count > limit:
             message = f"the request asks for {count} answers at once; the limit is {limit}"
-            explanation = f"{MAX_SEQUENCES} running and `--max-queue` {self._capacity} waiting"
-            raise ApiError(400, f"{message} ({explanation})", "invalid_value", "n")
+            hint = f"{MAX_SEQUENCES} running and --max-queue {self._capacity} waiting"
+            raise ApiError(400, message, "invalid_value", "n", hint=hint)
+        self._check_free(count, running)
+        self.waiting += count
+        return QueueSlots(self, count)
+
+    @contextmanager
+    def hold_slot(self, running: int) -> Iterator[None]:
+        """Hold one slot while a request is being prepared.
+
+        Args:
+            running: number of answers that the engine has started.
+
+        Raises:
+            ApiError: 429, the queue is full.
+        """
+        self._check_free(1, running)
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def leave(self, count: int, entered_at: float) -> None:
+        """Release slots that were reserved at `entered_at`; their waiting time becomes the next Retry-After."""
+        self._last_wait_s = time.monotonic() - entered_at
+        self.waiting -= count
+
+    def _check_free(self, count: int, running: int) -> None:
+        limit = self._capacity + MAX_SEQUENCES
         if self.waiting + count > limit - min(running, MAX_SEQUENCES):
             self._metrics.refused.inc(count)
             retry_after_s = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
@@ -51,14 +81,8 @@ class AdmissionQueue:
                 f"the queue is full: {running} answers are running and {self.waiting} are waiting; retry later",
                 "queue_full",
                 retry_after_s=retry_after_s,
+                hint=f"--max-queue is {self._capacity}",
             )
-        self.waiting += count
-        return QueueSlots(self, count)
-
-    def leave(self, count: int, entered_at: float) -> None:
-        """Release slots that were reserved at `entered_at`; their waiting time becomes the next Retry-After."""
-        self._last_wait_s = time.monotonic() - entered_at
-        self.waiting -= count
 
 
 class QueueSlots:

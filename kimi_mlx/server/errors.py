@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError, StepError, TextError, UsageError
+
+MAX_MESSAGE_CHARS = 1000
+"""Maximum length of a message: it may quote a value of the request."""
 
 
 class ApiError(KimiMlxError):
@@ -10,11 +15,12 @@ class ApiError(KimiMlxError):
 
     Args:
         status: HTTP status code.
-        message: description, for people.
+        message: description, for the client, with what the client can do about it.
         code: error code, for programs, such as `context_length_exceeded`; None if the status is enough.
         param: location of the error in the body, such as `messages[0].content`.
         retry_after_s: seconds after which to retry, if a retry makes sense.
-        allow: HTTP methods that the path accepts, if the request used another one.
+        headers: additional headers of the response.
+        hint: advice for the operator of the server, for the log; the client does not receive it.
     """
 
     def __init__(
@@ -24,25 +30,41 @@ class ApiError(KimiMlxError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
-        allow: str | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+        hint: str | None = None,
     ):
-        super().__init__(message)
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}..."
+        super().__init__(message, hint)
         self.status = status
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
-        self.allow = allow
+        self.headers = headers
+
+    def __reduce__(self) -> tuple[type[ApiError], tuple[Any, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keep all fields when the error crosses a process boundary."""
+        fields = (self.status, self.message, self.code, self.param, self.retry_after_s, self.headers, self.hint)
+        return type(self), fields
+
+    @property
+    def log_text(self) -> str:
+        """Message and hint, for the log."""
+        return self.message if self.hint is None else f"{self.message} ({self.hint})"
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return the error response for any error: 4xx for errors of the client, 5xx for those of the server."""
+    """Return the error response for any error: 4xx for errors of the client, 5xx for those of the server.
+
+    Hints of other errors name commands and options of the operator, so they stay in the log.
+    """
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, KimiMlxError):
         return ApiError(500, "internal server error; see the server's log", "internal_error")
-    message = error.message if error.hint is None else f"{error.message} ({error.hint})"
     if isinstance(error, UsageError | TextError | EngineError):
-        return ApiError(400, message, "invalid_value")
+        return ApiError(400, error.message, "invalid_value", hint=error.hint)
     if isinstance(error, StepError):
-        return ApiError(500, message, "step_failed")
-    return ApiError(503, message, "ring_lost" if isinstance(error, RingError) else "unavailable")
+        return ApiError(500, f"{error.message}; try again, or send less", "step_failed", hint=error.hint)
+    code = "ring_lost" if isinstance(error, RingError) else "unavailable"
+    return ApiError(503, f"{error.message}; try again later", code, hint=error.hint)

@@ -42,8 +42,8 @@ class ModelInfo:
         if name is None or name in self.names:
             return self.name
         names = ", ".join(f"`{name}`" for name in self.names)
-        message = f"the model `{name:.100}` is not served here; available: {names} (`--served-name` adds names)"
-        raise ApiError(404, message, "model_not_found", "model")
+        message = f"the model `{name:.100}` is not served here; available: {names}"
+        raise ApiError(404, message, "model_not_found", "model", hint="--served-name adds names")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of GET /v1/models."""

@@ -39,6 +39,7 @@ ERRORS = {
     "404": "The model is not served here",
     "408": "The body did not arrive in time",
     "413": "The body is too large",
+    "415": "The content encoding is not supported",
     "429": "The queue is full",
     "500": "Internal server error",
     "503": "The engine is not up",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from kimi_mlx.engine.request import Request, Sampling
-from kimi_mlx.errors import GrammarError, UsageError
+from kimi_mlx.errors import GrammarError, TextError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
-from kimi_mlx.text.output import THINK_END, opens_reasoning
+from kimi_mlx.text.messages import Message
+from kimi_mlx.text.output import THINK_END, OutputParser, opens_reasoning
+from kimi_mlx.text.tokenizer import Tokenizer
+from kimi_mlx.text.tool_calls import names_of
 
 RESERVED = frozenset(
     {"messages", "tools", "tools_ts_str", "add_generation_prompt", "tokenizer", "self"}
@@ -30,20 +34,33 @@ LEADING_NAME = re.compile(r"`([^`]+)`")
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """An engine request, and the readers for its tokens.
+    """A request for the engine, and what is needed to read its answers. It can be pickled.
 
     Args:
         request: request for the first of several answers.
-        new_reader: function that returns a reader for one answer.
+        n: number of answers.
+        stop: texts that end an answer.
+        call_ids: tool call ids of the conversation; None if the answer is plain text.
+        tool_names: names of the tools that the model may call.
     """
 
     request: Request
-    new_reader: Callable[[], TokenReader]
+    n: int
+    stop: tuple[str, ...]
+    call_ids: CallIds | None = None
+    tool_names: tuple[str, ...] = ()
+
+    def new_reader(self, tokenizer: Tokenizer) -> TokenReader:
+        """Return a reader for the tokens of one answer."""
+        if self.call_ids is None:
+            return PlainReader(tokenizer)
+        parser = OutputParser(tokenizer, opens_reasoning(tokenizer, self.request.prompt), self.tool_names)
+        return ChatReader(parser, self.call_ids.allocator())
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Prepares requests for the served model.
+    """Prepares requests for the served model. When it is pickled, the other process loads the tokenizer again.
 
     Args:
         tokenizer: tokenizer with the chat template.
@@ -55,6 +72,12 @@ class PromptBuilder:
     context_tokens: int
     instant_sampling: Mapping[str, float]
 
+    def __reduce__(self) -> tuple[Callable[..., PromptBuilder], tuple[Any, ...]]:
+        """Pickle the builder as the folder of its tokenizer, and the values that may differ from the folder's."""
+        tokenizer = self.tokenizer
+        values = (self.context_tokens, tuple(self.instant_sampling.items()))
+        return _load_builder, (tokenizer.folder, tokenizer.sampling, tokenizer.max_tokens, *values)
+
     def prepare(self, request: ChatRequest | CompletionRequest) -> PreparedRequest:
         """Return the engine request. This takes long for long prompts, so call it in a thread.
 
@@ -62,22 +85,18 @@ class PromptBuilder:
             ApiError: the request can never be served.
             KimiMlxError: the template cannot render the messages.
         """
+        self._check_size(request)
+        grammar, ids, tool_names = None, None, ()
         if isinstance(request, CompletionRequest):
-            prompt, grammar = self._plain_prompt(request), None
-            new_reader = partial(PlainReader, self.tokenizer.tokenizer)
+            prompt = self._plain_prompt(request)
         else:
             prompt, ids = self._chat_prompt(request)
-            new_reader = partial(self._chat_reader, prompt, ids)
             special_tokens = self.tokenizer.tokenizer.special_tokens
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
+            tool_names = names_of(request.tools)
         remaining = self.context_tokens - len(prompt)
         if remaining < 1:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens, but the context is {self.context_tokens} tokens",
-                "context_length_exceeded",
-                "messages" if isinstance(request, ChatRequest) else "prompt",
-            )
+            raise self._too_long(request, f"{len(prompt)}")
         for id, _ in request.logit_bias:
             self._check_id(id, "logit_bias")
         engine_request = Request(
@@ -89,7 +108,7 @@ class PromptBuilder:
             top_logprobs=request.top_logprobs,
             grammar=grammar,
         )
-        return PreparedRequest(engine_request, new_reader)
+        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names)
 
     def count_tokens(self, request: ChatRequest) -> int:
         """Return the number of tokens of the prompt, even if it exceeds the context.
@@ -108,7 +127,7 @@ class PromptBuilder:
         if request.thinking is not None:
             variables["thinking"] = request.thinking
         tools = None if request.tool_choice == "none" else list(request.tools) or None
-        prompt = self.tokenizer.apply_chat_template(messages, tools, **variables)
+        prompt = self._render(messages, tools, variables)
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if opens_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
@@ -116,8 +135,42 @@ class PromptBuilder:
             prompt += tokenizer.encode(request.partial)
         return tuple(prompt), ids
 
-    def _chat_reader(self, prompt: Sequence[int], ids: CallIds) -> TokenReader:
-        return ChatReader(self.tokenizer.output_parser(prompt), ids.allocator())
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools, **variables)
+        except TextError as error:
+            if not self.tokenizer.has_chat_template:
+                message = "this model has no chat template, so it cannot answer messages; use /v1/completions"
+            else:  # the client does not need to know the server's folders
+                message = error.message.replace(f"{self.tokenizer.folder}/", "")
+            raise ApiError(400, message, "invalid_value", "messages", hint=error.hint) from error
+
+    def _check_size(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse a prompt that certainly does not fit the context, before it is rendered and tokenized.
+
+        Each message has at least one token, and no token has more characters than the longest one.
+        """
+        num_messages = 0
+        if isinstance(request, ChatRequest):
+            num_messages = len(request.messages)
+            num_chars = sum(len(message.content) for message in request.messages if isinstance(message.content, str))
+        elif isinstance(request.prompt, str):
+            num_chars = len(request.prompt)
+        else:
+            num_chars = len(request.prompt) * self.tokenizer.tokenizer.max_token_bytes
+        least = num_messages + num_chars // self.tokenizer.tokenizer.max_token_bytes
+        if least > self.context_tokens:
+            raise self._too_long(request, f"at least {least}")
+
+    def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {num_tokens} tokens, but the context is {self.context_tokens} tokens",
+            "context_length_exceeded",
+            "messages" if isinstance(request, ChatRequest) else "prompt",
+        )
 
     def _check_id(self, id: int, param: str) -> None:
         vocab_size = self.tokenizer.tokenizer.vocab_size
@@ -126,6 +179,9 @@ class PromptBuilder:
 
     def _plain_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
+            if not self.tokenizer.has_tokenizer:
+                message = "this model has no tokenizer, so it cannot read text; send token ids as `prompt`"
+                raise ApiError(400, message, "invalid_value", "prompt")
             ids = self.tokenizer.encode(request.prompt)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
             return tuple(ids) if ids or bos is None else (bos,)
@@ -142,7 +198,20 @@ class PromptBuilder:
         try:
             return replace(self.tokenizer.sampling, **{**recommended, **requested})
         except UsageError as error:
-            raise ApiError(400, error.message) from error
+            raise ApiError(400, error.message, "invalid_value", hint=error.hint) from error
+
+
+@lru_cache(maxsize=1)
+def _load_builder(
+    folder: Path,
+    sampling: Sampling,
+    max_tokens: int | None,
+    context_tokens: int,
+    instant_sampling: tuple[tuple[str, float], ...],
+) -> PromptBuilder:
+    """Return the same builder in another process, where it is loaded once."""
+    tokenizer = replace(ChatTokenizer.load(folder), sampling=sampling, max_tokens=max_tokens)
+    return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling))
 
 
 def request_grammar(

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.text.messages import ToolCall
+from kimi_mlx.text.tool_calls import normalize_arguments
 
 MIN_TOP_P = 1e-6
 """Replaces a `top_p` of 0, which would leave no token."""
 
-TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+def to_integer(value: Any) -> Any:
+    """Return a whole number as an integer: for many clients, 40 and 40.0 are the same."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Item = TypeVar("Item")
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is validated up to its first error: a million errors would take seconds."""
+
+Integer = BeforeValidator(to_integer)
+"""Annotation of an integer, which may be written as a float."""
+
+TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1), Integer]
+AlternativeCount = Annotated[int, Field(ge=0, le=20), Integer]
+"""Number of the most likely tokens to report with each token."""
+
 StopText = Annotated[str, Field(min_length=1)]
+Arguments = str | dict[str, Any] | None
+"""Arguments of an earlier tool call: JSON text, in some clients an object or nothing."""
 
 UNSUPPORTED = "unsupported"
 
@@ -34,7 +55,7 @@ def type_discriminator(
             cast("dict[str, Any]", value).get("type") if isinstance(value, dict) else getattr(value, "type", None)
         )
         kind = kind or default(value)
-        return kind if kind in supported else UNSUPPORTED
+        return kind if isinstance(kind, str) and kind in supported else UNSUPPORTED
 
     return type_of
 
@@ -48,6 +69,12 @@ def text_shorthand(**part: Any) -> Callable[[Any], Any]:
         return [{**part, "text": value}] if isinstance(value, str) else value  # pyright: ignore[reportUnknownVariableType]
 
     return to_parts
+
+
+def earlier_call(id: str, name: str, arguments: Arguments) -> ToolCall:
+    """Return a tool call of the conversation. Its arguments may be blank or encoded twice."""
+    text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments or ""
+    return ToolCall(id, name, normalize_arguments(text))
 
 
 def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:
@@ -65,6 +92,26 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
         message = f"`tool_choice` names `{choice['name']:.80}`, which is not among the tools"
         raise ApiError(400, message, "invalid_value", "tool_choice")
     return choice
+
+
+MEDIA = ("image", "audio", "video", "file", "document")
+"""Words in the types of content that is no text."""
+
+
+def unsupported_content(content_type: str, param: str, supported: Collection[str], role: str | None = None) -> ApiError:
+    """Return the error for a part of a message that this server cannot pass to the model.
+
+    Args:
+        content_type: type of the part.
+        param: location of the part.
+        supported: supported types.
+        role: role of the message, if the type is supported in messages of other roles.
+    """
+    subject = f"content of type `{content_type:.60}`"
+    if any(word in content_type for word in MEDIA):
+        return unsupported(f"{subject} is", param, "this model reads text only")
+    place = f" in a message of role `{role}`" if role else ""
+    return unsupported(f"{subject}{place} is", param, f"use {' or '.join(f'`{name}`' for name in supported)}")
 
 
 def unsupported(subject: str, param: str, hint: str | None = None) -> ApiError:

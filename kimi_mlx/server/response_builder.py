@@ -138,6 +138,7 @@ class ResponseBuilder:
         if self.is_stopped:
             return
         self.num_tokens += 1
+        self._num_unassigned += 1
         delta = self._reader.add(token.id)
         if token.logprobs is not None and token.id not in self._control:
             top = tuple((self._bytes(id), logprob) for id, logprob in token.logprobs.top)
@@ -166,7 +167,6 @@ class ResponseBuilder:
 
     def _count_reasoning(self, delta: Delta) -> None:
         """Count reasoning tokens, including earlier tokens that changed nothing, such as parts of a character."""
-        self._num_unassigned += 1
         if delta:
             self._num_reasoning += self._num_unassigned if delta.reasoning else 0
             self._num_unassigned = 0

@@ -100,6 +100,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End all answers, then wait until clients have received them."""
         self.service.close()
+        # in a thread, because a ring that restarts may let it wait
+        asyncio.get_running_loop().run_in_executor(None, self.service.session.cancel_all)
         await super().shutdown(sockets)
 
 

@@ -15,10 +15,11 @@ import anyio.to_thread
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
-from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompletionRequest, FinishEvent, KeepAlive
+from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.metrics import Metrics
-from kimi_mlx.server.prompts import PromptBuilder, request_for_choice
+from kimi_mlx.server.preparation import Preparation, Result, Work
+from kimi_mlx.server.prompts import PreparedRequest, PromptBuilder, request_for_choice
 from kimi_mlx.server.response_builder import ResponseBuilder
 from kimi_mlx.session.session import Session, SessionStatus
 
@@ -43,13 +44,29 @@ class Service:
         self.prompt_builder = prompt_builder
         self.metrics = metrics
         self.is_closing = False
+        self._preparation = Preparation(prompt_builder)
         self.running = 0
         """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
         self._queue = AdmissionQueue(queue_capacity, metrics)
         self._active: set[_ActiveRequest] = set()
 
-    async def answer(self, *requests: ChatRequest | CompletionRequest) -> AsyncGenerator[AnswerEvent, None]:
+    async def prepare(self, work: Work[Result], body: bytes) -> Result:
+        """Prepare a request in a thread or in another process.
+
+        Args:
+            work: function that prepares it.
+            body: its body.
+
+        Raises:
+            ApiError: the request is invalid, or the queue is full.
+        """
+        if self.is_closing:
+            raise shutting_down()
+        with self._queue.hold_slot(self.running):
+            return await self._preparation.run(work, body)
+
+    async def answer(self, *requests: PreparedRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.
 
         Answers are numbered over all requests: first those to the first request, then those to the next.
@@ -62,11 +79,11 @@ class Service:
         slots = self._queue.enter(sum(request.n for request in requests), self.running)
         active = None
         try:
-            builders, engine_requests = await anyio.to_thread.run_sync(self._prepare, requests)
-            active = _ActiveRequest(self, slots, builders)
+            active = _ActiveRequest(self, slots, self._new_builders(requests))
             self._active.add(active)
+            answers = [request_for_choice(request.request, at) for request in requests for at in range(request.n)]
             # in a thread, because the session of a ring writes to its ranks
-            await anyio.to_thread.run_sync(active.submit, engine_requests)
+            await anyio.to_thread.run_sync(active.submit, answers)
             async for event in active.events():
                 yield event
         except Exception as error:
@@ -80,22 +97,16 @@ class Service:
                 self._active.discard(active)
                 active.close()
 
-    def _prepare(
-        self, requests: Sequence[ChatRequest | CompletionRequest]
-    ) -> tuple[list[ResponseBuilder], list[Request]]:
-        """Prepare one builder and one engine request for each answer; runs in a thread, as long prompts take time."""
-        builders: list[ResponseBuilder] = []
-        engine_requests: list[Request] = []
+    def _new_builders(self, requests: Sequence[PreparedRequest]) -> list[ResponseBuilder]:
+        """Return a builder for each answer."""
         tokenizer = self.prompt_builder.tokenizer.tokenizer
+        builders: list[ResponseBuilder] = []
         for request in requests:
-            prepared = self.prompt_builder.prepare(request)
             for choice in range(request.n):
-                reader = prepared.new_reader()
-                builders.append(
-                    ResponseBuilder(len(builders), tokenizer, reader, request.stop, counts_prompt=choice == 0)
-                )
-                engine_requests.append(request_for_choice(prepared.request, choice))
-        return builders, engine_requests
+                reader = request.new_reader(tokenizer)
+                builder = ResponseBuilder(len(builders), tokenizer, reader, request.stop, counts_prompt=choice == 0)
+                builders.append(builder)
+        return builders
 
     def status(self) -> SessionStatus:
         """Return the status of the session."""
@@ -106,12 +117,15 @@ class Service:
         """Number of answers that the engine has not started."""
         return self._queue.waiting
 
+    def cancel(self, request_id: int) -> None:
+        """Cancel a request of the session; in a thread, because a ring that restarts may let it wait."""
+        asyncio.get_running_loop().run_in_executor(None, self.session.cancel, request_id)
+
     def close(self) -> None:
         """End all answers and refuse new requests, without waiting for the engine's current step."""
         self.is_closing = True
         for active in list(self._active):
             active.stop()
-        self.session.cancel_all()
 
 
 class _ActiveRequest:
@@ -166,7 +180,7 @@ class _ActiveRequest:
         for index in list(self._open):
             self._end(index)
             if index in self._request_ids:
-                self._session.cancel(self._request_ids[index])
+                self._service.cancel(self._request_ids[index])
                 self._metrics.cancelled.inc()
 
     def _handle(self, index: int, event: Event | BaseException) -> Iterator[AnswerEvent]:
@@ -196,7 +210,7 @@ class _ActiveRequest:
                 self._observe_latency(index, is_first=builder.num_tokens == 0)
                 yield from builder.add(event)
                 if builder.is_stopped:
-                    self._session.cancel(self._request_ids[index])
+                    self._service.cancel(self._request_ids[index])
         else:
             self._end(index)
             if event.reason == "cancelled" and not builder.is_stopped:

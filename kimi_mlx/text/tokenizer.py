@@ -53,6 +53,7 @@ class Tokenizer:
         ends = [self.special_tokens[text] for text in END_TOKENS if text in self.special_tokens]
         self.eos_token_ids = frozenset([*eos_token_ids, *ends])
         self.vocab_size = max(self._tokens) + 1
+        self.max_token_bytes = max(map(len, self._tokens.values()))
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:

@@ -31,8 +31,8 @@ def test_invalid_fields_are_explained(running: RunningServer, fields: dict[str, 
 @pytest.mark.parametrize(
     ("path", "fields", "message"),
     [
-        ("completions", {"prompt": ["a"] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
-        ("completions", {"prompt": [[1]] * 65}, "`prompt`: has 65 items, but at most 64 are allowed"),
+        ("completions", {"prompt": ["a"] * 65}, "`prompt`: has 65 items, but 1 to 64 are allowed"),
+        ("completions", {"prompt": [[1]] * 65}, "`prompt`: has 65 items, but 1 to 64 are allowed"),
         ("completions", {"prompt": [[1, "x"]]}, "`prompt[0][1]`: must be an integer"),
         ("messages", HI | {"system": 5}, "`system`: must be a string or a list"),
         ("messages", HI | {"system": [{"type": "text"}]}, "`system[0].text`: required field is missing"),

@@ -7,9 +7,8 @@ content and tools are refused, because an answer that ignores them would be wron
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -20,17 +19,28 @@ from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.request_fields import (
     MIN_TOP_P,
     UNSUPPORTED,
+    Arguments,
+    Integer,
+    ListOf,
     StopText,
     TokenCount,
     check_tool_choice,
+    earlier_call,
     text_shorthand,
     type_discriminator,
     unsupported,
+    unsupported_content,
 )
 from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
 MAX_STOP_SEQUENCES = 64
+SUPPORTED = {
+    "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
+    "user": ("text", "tool_result"),
+    "system": ("text",),
+}
+"""Types of content by the role of their message."""
 # Claude Code starts its system prompt with this line. It means nothing to the model, and its number changes with each
 # request, so every prompt would miss the prompt cache.
 BILLING_HEADER = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
@@ -62,7 +72,7 @@ class ToolUseBlock(Body):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
+    input: Arguments = None
 
 
 class UnsupportedBlock(Body):
@@ -77,7 +87,9 @@ ResultBlock = Annotated[
     Annotated[TextBlock, Tag("text")] | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
     Discriminator(type_discriminator(("text",))),
 ]
-ResultBlocks = Annotated[list[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])]
+ResultBlocks = Annotated[
+    ListOf[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])
+]
 
 
 class ToolResultBlock(Body):
@@ -96,10 +108,10 @@ Block = Annotated[
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")]
     | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
-    Discriminator(type_discriminator(("text", "thinking", "redacted_thinking", "tool_use", "tool_result"))),
+    Discriminator(type_discriminator({*SUPPORTED["assistant"], *SUPPORTED["user"]})),
 ]
-Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
-TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
+Blocks = Annotated[ListOf[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
+TextBlocks = Annotated[ListOf[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
 class InputMessage(Body):
@@ -113,7 +125,7 @@ class MessagesTool(Body):
     """A tool of the client; with a `type` other than `custom`, one of Anthropic's own tools."""
 
     type: str | None = None
-    name: str = ""
+    name: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
@@ -124,7 +136,7 @@ class ToolChoice(Body):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
 
 class ThinkingConfig(Body):
@@ -150,9 +162,9 @@ class CountBody(Body):
     """The body of POST /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: list[InputMessage] = Field(min_length=1)
+    messages: ListOf[InputMessage] = Field(min_length=1)
     system: TextBlocks | None = None
-    tools: list[MessagesTool] | None = None
+    tools: ListOf[MessagesTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -165,10 +177,10 @@ class MessagesBody(CountBody):
 
     max_tokens: TokenCount | None = None
     stream: bool | None = None
-    stop_sequences: list[StopText] | None = Field(None, max_length=MAX_STOP_SEQUENCES)
+    stop_sequences: ListOf[StopText] | None = Field(None, max_length=MAX_STOP_SEQUENCES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1), Integer] | None = None
 
 
 def to_chat_request(body: CountBody) -> ChatRequest:
@@ -183,9 +195,9 @@ def to_chat_request(body: CountBody) -> ChatRequest:
     system = _join(_without_billing_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
     for index, message in enumerate(input_messages):
-        messages += _messages(message, f"messages.{index}.content")
+        messages += _messages(message, f"messages[{index}].content")
     generation = body if isinstance(body, MessagesBody) else None
-    tools = tuple(_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ()))
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
     config_format = body.output_config and body.output_config.format
     output_format = config_format or body.output_format
@@ -216,7 +228,7 @@ def _split_prefill(messages: Sequence[InputMessage]) -> tuple[Sequence[InputMess
     last = messages[-1]
     if last.role != "assistant":
         return messages, None
-    location = f"messages.{len(messages) - 1}"
+    location = f"messages[{len(messages) - 1}]"
     if any(isinstance(block, ToolUseBlock) for block in last.content):
         raise ApiError(400, "the last message calls tools, but their results are missing", param=location)
     (message,) = _assistant(last, f"{location}.content")
@@ -239,21 +251,21 @@ def _assistant(message: InputMessage, location: str) -> list[Message]:
         elif isinstance(block, ThinkingBlock):
             reasoning.append(block.thinking)
         elif isinstance(block, ToolUseBlock):
-            calls.append(ToolCall(block.id, block.name, _arguments(block.input)))
+            calls.append(earlier_call(block.id, block.name, _unwrap(block.input)))
         elif not isinstance(block, RedactedThinkingBlock):
-            raise _unsupported_block(block.type, message.role, f"{location}.{index}")
+            raise unsupported_content(block.type, f"{location}[{index}].type", SUPPORTED[message.role], message.role)
     return [Message("assistant", text, "".join(reasoning) or None, tuple(calls))]
 
 
-def _arguments(value: Mapping[str, Any]) -> str:
-    """Return the arguments as JSON. Clients wrap arguments that are not valid JSON in an object: return their text."""
+def _unwrap(value: Arguments) -> Arguments:
+    """Return the arguments of a call; their text, if the client wrapped invalid JSON in an object."""
     match value:
         case {"__unparsedToolInput": {"raw": str(raw)}} if len(value) == 1:  # Claude Code
             return raw
         case {"INVALID_JSON": str(raw)} if len(value) == 1:
             return raw
         case _:
-            return json.dumps(value, ensure_ascii=False)
+            return value
 
 
 def _user(message: InputMessage, location: str) -> Iterator[Message]:
@@ -268,7 +280,7 @@ def _user(message: InputMessage, location: str) -> Iterator[Message]:
                 texts = []
             yield Message("tool", _result(block), tool_call_id=block.tool_use_id)
         else:
-            raise _unsupported_block(block.type, message.role, f"{location}.{index}")
+            raise unsupported_content(block.type, f"{location}[{index}].type", SUPPORTED[message.role], message.role)
     if texts:
         yield Message(message.role, _join(texts))
 
@@ -310,9 +322,3 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:
     if not choice.name:
         raise ApiError(400, "`tool_choice` of type `tool` has no `name`", param="tool_choice.name")
     return {"name": choice.name}
-
-
-def _unsupported_block(block_type: str, role: str, location: str) -> ApiError:
-    if block_type in ("image", "document"):
-        return unsupported(f"content of type `{block_type}` is", location, "this model reads text only")
-    return unsupported(f"content of type `{block_type:.60}` in a message of role `{role}` is", location)

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import anyio.to_thread
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_chat_request
 from kimi_mlx.server.anthropic.response import MessageFormatter
-from kimi_mlx.server.http.body import JsonResponse
-from kimi_mlx.server.http.context import Context, read_body
-from kimi_mlx.server.http.sse import respond
+from kimi_mlx.server.http.body import JsonResponse, parse
+from kimi_mlx.server.http.context import ApiCall, Context
 from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.prompts import PromptBuilder
 
 
 def anthropic_routes(context: Context) -> list[Route]:
     """Return the routes of messages and token counting."""
-    model_info, service = context.model_info, context.service
 
     async def messages(request: Request) -> Response:
-        body = await read_body(request, MessagesBody)
-        formatter = MessageFormatter(_resolve(model_info, body.model))
-        return await respond(request, service.answer(to_chat_request(body)), formatter, is_stream=bool(body.stream))
+        return await context.answer(request, read_messages)
 
     async def count_tokens(request: Request) -> Response:
-        body = await read_body(request, CountBody)
-        _resolve(model_info, body.model)
-        count = await anyio.to_thread.run_sync(service.prompt_builder.count_tokens, to_chat_request(body))
+        count = await context.prepare(request, partial(count_prompt_tokens, context.model_info))
         return JsonResponse({"input_tokens": count})
 
     return [
         Route("/v1/messages", messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     ]
+
+
+def read_messages(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
+    """Read the body of POST /v1/messages; a `ReadCall`."""
+    body = parse(MessagesBody, data)
+    formatter = MessageFormatter(_resolve(model_info, body.model))
+    return ApiCall([to_chat_request(body)], formatter, bool(body.stream))
+
+
+def count_prompt_tokens(model_info: ModelInfo, prompt_builder: PromptBuilder, data: bytes) -> int:
+    """Return the number of tokens of the prompt in the body of POST /v1/messages/count_tokens."""
+    body = parse(CountBody, data)
+    _resolve(model_info, body.model)
+    return prompt_builder.count_tokens(to_chat_request(body))
 
 
 def _resolve(model_info: ModelInfo, name: str | None) -> str:

@@ -22,7 +22,7 @@ CLIENT_CLOSED_REQUEST = 499
 """Status, in the log, of a request whose client disconnected before the response (as in nginx)."""
 
 MAX_PATH_CHARS = 200
-MAX_REASON_CHARS = 100
+MAX_REASON_CHARS = 300
 
 RECORD_KEY = "kimi_mlx.record"
 """Key of a request's RequestRecord in its ASGI scope."""

@@ -1,15 +1,39 @@
-"""JSON bodies: parsing of requests, with errors that name the location, and JSON responses."""
+"""JSON bodies: parsing of requests, with errors that name the location, and JSON responses.
+
+Accepted is what the JSON libraries of Python and JavaScript write: UTF-8, UTF-16 or UTF-32, with or without a byte
+order mark; halves of surrogate pairs, from texts that were cut inside an emoji, which become U+FFFD; names that appear
+twice, of which the last one counts. NaN and Infinity, which are not JSON, are refused, as are numbers that no float can
+represent.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar, cast
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from kimi_mlx.server.errors import ApiError
+
+MAX_DEPTH = 200
+"""Maximum nesting of a body."""
+
+MAX_CONTAINERS = 50_000
+"""Maximum number of lists and objects in a body: a conversation that fits a context of 256 k tokens has fewer."""
+
+MAX_DIGITS = 308
+"""Maximum number of digits of an integer: larger ones cannot be converted to a float."""
+
+ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a surrogate pair
+    r"|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Body(BaseModel):
@@ -21,30 +45,121 @@ class Body(BaseModel):
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
-def parse(model: type[AnyBody], text: bytes) -> AnyBody:
+def parse(model: type[AnyBody], data: bytes) -> AnyBody:
     """Parse a body.
 
     Raises:
         ApiError: 400, the body is invalid; `param` is the location of the error.
     """
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
     try:
-        return model.model_validate_json(text)
+        return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if first["type"] == "json_invalid":
-            raise ApiError(400, f"the body is not valid JSON: {first['msg']}", "invalid_json") from error
-        raise _most_relevant(error, from_json(text)) from error
+        raise _most_relevant(error.errors(include_url=False), value) from error
 
 
-def _most_relevant(validation: ValidationError, body: object) -> ApiError:
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ApiError: 400, the text is not JSON, or has too many or too deeply nested values.
+    """
+    if data.count(b'{"') > MAX_CONTAINERS:  # before they are parsed, which takes a second per million
+        raise _too_many()
+    text = _decode(data)
+    if not text.strip():
+        raise ApiError(400, "the body is empty; send a JSON object", "invalid_json")
+    if HALF_PAIR.search(text):
+        text = ESCAPE.sub(lambda match: r"\ufffd" if match["half"] else match[0], text)
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, parse_int=_parse_int)
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"the body is not valid JSON: {error.msg} at {place}", "invalid_json") from error
+    _check_size(value)
+    return value
+
+
+def _decode(data: bytes) -> str:
+    """Decode a JSON text. Its first bytes show which of the encodings it has."""
+    encoding = json.detect_encoding(data)
+    try:
+        text = data.decode(encoding, "surrogatepass")
+    except UnicodeDecodeError as error:
+        message = f"the body is not valid {encoding.removesuffix('-sig').upper()}: byte {error.start}: {error.reason}"
+        raise ApiError(400, message, "invalid_json") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # halves of surrogate pairs
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.removeprefix("\ufeff")  # of UTF-16 or UTF-32 with explicit byte order
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ApiError(400, f"the body is not valid JSON: `{name}` is not a JSON value; send null", "invalid_json")
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if abs(value) == float("inf"):
+        raise ApiError(400, f"the number `{text:.20}` is too large", "invalid_json")
+    return value
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ApiError(400, f"the integer `{text:.20}...` has more than {MAX_DIGITS} digits", "invalid_json")
+    return int(text)
+
+
+def _check_size(value: Any) -> None:
+    """Refuse values that are nested too deeply, or have too many lists and objects; level by level."""
+    level: list[Any] = [value]
+    num_containers = 0
+    for _ in range(MAX_DEPTH + 1):
+        containers = [part for part in level if isinstance(part, list | dict)]
+        num_containers += len(containers)
+        if num_containers > MAX_CONTAINERS:
+            raise _too_many()
+        if not containers:
+            return
+        level = [item for part in containers for item in _items(part)]
+    raise _too_deep()
+
+
+def _items(part: Any) -> Iterable[Any]:
+    return cast("dict[str, Any]", part).values() if isinstance(part, dict) else part
+
+
+def _too_many() -> ApiError:
+    return ApiError(400, f"the body has more than {MAX_CONTAINERS:,} lists and objects", "invalid_value")
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels", "invalid_value")
+
+
+def _most_relevant(errors: Sequence[ErrorDetails], body: object) -> ApiError:
     """Return the most relevant error.
 
     If a field allows several types, pydantic reports the errors of each. We prefer an error about a value of the right
-    type to an error about the type, and then the deepest error, which belongs to the type that fits best.
+    type to an error about the type, and then the deepest error, furthest in its list, which belongs to the type that
+    fits best.
     """
-    errors = [(location(error, body), error) for error in validation.errors(include_url=False)]
-    param, first = max(errors, key=lambda error: (_has_right_type(error[1]), error[0].count(".") + error[0].count("[")))
-    message = _message(first)
+
+    def relevance(error: ErrorDetails) -> tuple[bool, int, list[int]]:
+        path = location(error, body)
+        indices = [part for part in error["loc"] if isinstance(part, int)]
+        return _has_right_type(error), path.count(".") + path.count("["), indices
+
+    first = max(errors, key=relevance)
+    param = location(first, body)
+    same_value = [error for error in errors if error["input"] is first["input"] and location(error, body) == param]
+    message = _message(same_value)
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"`{param}`: {message}" if param else message, code, param or None)
 
@@ -54,6 +169,17 @@ def _has_right_type(error: ErrorDetails) -> bool:
         return isinstance(error["input"], str)
     return not error["type"].endswith("_type")
 
+
+TYPES = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+"""Names of the types in pydantic's errors."""
 
 MESSAGES = {
     "missing": "required field is missing",
@@ -66,35 +192,58 @@ MESSAGES = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
-    "string_type": "must be a string",
-    "int_type": "must be an integer",
-    "float_type": "must be a number",
-    "bool_type": "must be true or false",
-    "list_type": "must be a list",
-    "dict_type": "must be an object",
-    "model_type": "must be an object",
 }
 """Our messages for pydantic's most common error types."""
 
 
-def _message(error: ErrorDetails) -> str:
+def _message(errors: Sequence[ErrorDetails]) -> str:
+    """Return the message for the errors of one value: of the types it may have, if it has none of them."""
+    if not any(map(_has_right_type, errors)) and all(error["type"] in (*TYPES, "literal_error") for error in errors):
+        names = [TYPES.get(error["type"]) or error.get("ctx", {})["expected"] for error in errors]
+        return f"must be {' or '.join(dict.fromkeys(names))}"
+    error = next((error for error in errors if _has_right_type(error)), errors[0])
     message = MESSAGES.get(error["type"])
     return error["msg"].removeprefix("Value error, ") if message is None else message.format(**error.get("ctx", {}))
 
 
 def location(error: ErrorDetails, body: object) -> str:
     """Return the location of an error in OpenAI's format, `messages[0].content`, without pydantic's type names."""
-    text = ""
-    loc = error["loc"]
-    missing_at = len(loc) - 1 if error["type"] == "missing" else None
-    for at, part in enumerate(loc):
-        if isinstance(part, int) and isinstance(body, list):
-            text += f"[{part}]"
-            body = cast("list[object]", body)[part]
-        elif isinstance(body, dict) and (part in body or at == missing_at):
-            text += f".{part}" if text else str(part)
-            body = cast("dict[str | int, object]", body).get(part)
-    return text
+    paths = list(_paths(error["loc"], body, is_missing=error["type"] == "missing"))
+    exact = (path for path, value in paths if value is error["input"])
+    return next(exact, paths[0][0])
+
+
+def _paths(
+    loc: Sequence[int | str], value: object, path: str = "", *, is_missing: bool
+) -> Iterator[tuple[str, object]]:
+    """Yield the paths that a location of pydantic may mean, with the values there, most likely first.
+
+    A location contains the names of types beside those of fields, and a field may have the name of a type.
+
+    Args:
+        loc: rest of the location.
+        value: value at the path so far.
+        path: path so far.
+        is_missing: whether the last part is the name of a missing field.
+    """
+    if not loc:
+        yield path, value
+        return
+    part, rest = loc[0], loc[1:]
+    if is_missing and not rest:
+        yield _field(path, part), value
+        return
+    if isinstance(part, int) and isinstance(value, list) and part < len(cast("list[object]", value)):
+        yield from _paths(rest, cast("list[object]", value)[part], f"{path}[{part}]", is_missing=is_missing)
+        return
+    if isinstance(value, dict) and part in value:
+        inner = cast("dict[str | int, object]", value)[part]
+        yield from _paths(rest, inner, _field(path, part), is_missing=is_missing)
+    yield from _paths(rest, value, path, is_missing=is_missing)
+
+
+def _field(path: str, name: int | str) -> str:
+    return f"{path}.{name}" if path else str(name)
 
 
 class JsonResponse(Response):

@@ -1,15 +1,25 @@
-"""Service, model info and body reading for the routes of all APIs."""
+"""What the routes of all APIs share: the service, the model's names, and the way from a body to a response."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
+from starlette.responses import Response
 
+from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
+from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
-from kimi_mlx.server.http.body import AnyBody, parse
+from kimi_mlx.server.http.sse import ApiFormatter, respond, while_connected
 from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.preparation import Result, Work
+from kimi_mlx.server.prompts import PreparedRequest, PromptBuilder
 from kimi_mlx.server.service import Service
+
+MAX_PROMPT_TOKENS = 1_000_000
+"""Maximum number of tokens of all prompts of one request."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,74 @@ class Context:
     service: Service
     model_info: ModelInfo
 
+    async def prepare(self, request: Request, work: Work[Result]) -> Result:
+        """Read and record the body of a request, and prepare it.
 
-async def read_body(request: Request, model: type[AnyBody]) -> AnyBody:
-    """Read, record and parse the body of a request.
+        Raises:
+            ApiError: the body is invalid.
+            ClientDisconnectedError: the client has disconnected.
+        """
+        body = await request.body()
+        record: RequestRecord = request.scope[RECORD_KEY]
+        record.body = body
+        return await while_connected(request.receive, self.service.prepare(work, body))
+
+    async def answer(self, request: Request, read: ReadCall) -> Response:
+        """Return the response to a request that the model answers.
+
+        Args:
+            request: request.
+            read: function of its API that reads the body.
+
+        Raises:
+            ApiError: the request cannot be served.
+            ClientDisconnectedError: the client has disconnected.
+        """
+        call = await self.prepare(request, partial(prepare_call, read, self.model_info))
+        return await respond(request, self.service.answer(*call.requests), call.formatter, is_stream=call.is_stream)
+
+
+@dataclass(frozen=True)
+class ApiCall:
+    """The content of a body.
+
+    Args:
+        requests: requests to the model.
+        formatter: formatter of the answers.
+        is_stream: whether the answers are streamed.
+    """
+
+    requests: Sequence[ChatRequest | CompletionRequest]
+    formatter: ApiFormatter
+    is_stream: bool
+
+
+@dataclass(frozen=True)
+class PreparedCall:
+    """The content of a body, ready for the engine."""
+
+    requests: Sequence[PreparedRequest]
+    formatter: ApiFormatter
+    is_stream: bool
+
+
+ReadCall = Callable[[PromptBuilder, ModelInfo, bytes], ApiCall]
+"""Reads the body of one kind of request; a function of a module, so that it can be pickled."""
+
+
+def prepare_call(read: ReadCall, model_info: ModelInfo, prompt_builder: PromptBuilder, body: bytes) -> PreparedCall:
+    """Read a body and prepare its requests.
 
     Raises:
-        ApiError: the body is invalid.
+        ApiError: the body is invalid, or its requests can never be served.
     """
-    text = await request.body()
-    record: RequestRecord = request.scope[RECORD_KEY]
-    record.body = text
-    return parse(model, text)
+    call = read(prompt_builder, model_info, body)
+    prepared: list[PreparedRequest] = []
+    num_tokens = 0
+    for request in call.requests:
+        prepared.append(prompt_builder.prepare(request))
+        num_tokens += len(prepared[-1].request.prompt)
+        if num_tokens > MAX_PROMPT_TOKENS:
+            message = f"the prompts have more than {MAX_PROMPT_TOKENS:,} tokens; send them in several requests"
+            raise ApiError(400, message, "invalid_value", "prompt")
+    return PreparedCall(prepared, call.formatter, call.is_stream)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.http.access_log import RECORD_KEY
 from kimi_mlx.server.http.body import JsonResponse
+from kimi_mlx.server.http.content_encoding import INVALID_ENCODING
 from kimi_mlx.server.http.limits import AMBIGUOUS_LENGTH
 from kimi_mlx.server.http.sse import ClientDisconnectedError
 
@@ -54,7 +55,7 @@ class ErrorMiddleware:
         except Exception as exception:
             is_http = isinstance(exception, HTTPException)
             error = self._routing_error(exception, scope) if is_http else api_error(exception)
-            scope[RECORD_KEY].reason = error.message
+            scope[RECORD_KEY].reason = error.log_text
             if error.code == "internal_error":
                 LOG.exception("%s %s failed", scope["method"], scope["path"])
             if not has_started:
@@ -63,20 +64,20 @@ class ErrorMiddleware:
     def _response(self, path: str, error: ApiError) -> JsonResponse:
         prefixed = (form for prefix, form in self._formats.items() if path.startswith(prefix))
         error_format = next(prefixed, self._default_format)
-        headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-        if error.status in (408, 413) or error.code == AMBIGUOUS_LENGTH:
+        headers = dict(error.headers)
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(error.retry_after_s)
+        if error.status in (408, 413, 415) or error.code in (AMBIGUOUS_LENGTH, INVALID_ENCODING):
             headers["connection"] = "close"  # the beginning of the next request is unknown
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if error.allow is not None:
-            headers["allow"] = error.allow
         return JsonResponse(error_format(error), error.status, headers)
 
     def _routing_error(self, error: HTTPException, scope: Scope) -> ApiError:
         """Return the error for an unknown path or method."""
         if error.status_code == 405:
-            allow = (error.headers or {}).get("Allow")
-            return ApiError(405, f"this path accepts {allow}", "method_not_allowed", allow=allow)
+            allow = (error.headers or {}).get("Allow", "")
+            return ApiError(405, f"this path accepts {allow}", "method_not_allowed", headers=(("allow", allow),))
         message = (
             f"there is no path `{scope['path']:.100}`; the base URL of an OpenAI client ends in `/v1`, that of an "
             f"Anthropic client has no path; available: {', '.join(self._paths)}"

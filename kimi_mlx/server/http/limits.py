@@ -1,4 +1,4 @@
-"""Limits on the size and the duration of request bodies."""
+"""Limits on the size and the duration of request bodies, which may be compressed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.content_encoding import decoder_for
 from kimi_mlx.units import format_bytes
 
 BODY_LIMIT_S = 60.0
@@ -24,11 +25,11 @@ client is still sending, the client might never read the response."""
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies that are too large or arrive too slowly.
+    """Decodes compressed bodies, and refuses bodies that are too large or arrive too slowly.
 
     Args:
         app: wrapped application.
-        max_bytes: size limit of a body.
+        max_bytes: size limit of a body, as it is sent and when it is decoded.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
@@ -44,11 +45,12 @@ class BodyLimitMiddleware:
         if length.isdecimal() and int(length) > self._max_bytes:
             # a client that waits for `100 Continue` has not sent anything yet
             raise self._too_large(int(length)) if "expect" in headers else await self._drain(int(length), receive)
+        decoder = decoder_for(headers.get("content-encoding", ""))
         deadline = time.monotonic() + BODY_LIMIT_S
-        size, is_complete = 0, False
+        size, decoded_size, is_complete = 0, 0, False
 
         async def counting_receive() -> Message:
-            nonlocal size, is_complete
+            nonlocal size, decoded_size, is_complete
             if is_complete:
                 return await receive()
             try:
@@ -59,7 +61,18 @@ class BodyLimitMiddleware:
             is_complete = not message.get("more_body", False)
             if size > self._max_bytes:
                 raise self._too_large(size) if is_complete else await self._drain(size, receive)
-            return message
+            if decoder is None or message["type"] != "http.request":
+                return message
+            pieces: list[bytes] = []
+            for piece in decoder.decode(message.get("body", b"")):
+                pieces.append(piece)
+                decoded_size += len(piece)
+                if decoded_size > self._max_bytes:
+                    raise self._too_large(decoded_size) if is_complete else await self._drain(decoded_size, receive)
+                await asyncio.sleep(0)  # other requests come first
+            if is_complete:
+                decoder.finish()
+            return {**message, "body": b"".join(pieces)}
 
         await self._app(scope, counting_receive, send)
 
@@ -71,8 +84,8 @@ class BodyLimitMiddleware:
 
     def _too_large(self, size: int) -> ApiError:
         limit = format_bytes(self._max_bytes)
-        message = f"the body has at least {format_bytes(size)}, but the limit is {limit} (`--max-body` changes it)"
-        return ApiError(413, message, "request_too_large")
+        message = f"the body has at least {format_bytes(size)}, but the limit is {limit}"
+        return ApiError(413, message, "request_too_large", hint="--max-body changes the limit")
 
 
 async def _discard_body(receive: Receive) -> None:

@@ -51,11 +51,9 @@ class Security:
         """
         name = None if header is None else host_name(header)
         if name is None or not self._is_own(name):
-            raise ApiError(
-                403,
-                f"the host name `{header or ''}` is not allowed; start the server with --allow-host to allow it",
-                "host_not_allowed",
-            )
+            message = f"the host name `{header or ''}` is not allowed"
+            hint = "start the server with --allow-host NAME to allow it"
+            raise ApiError(403, message, "host_not_allowed", hint=hint)
 
     def check_origin(self, origin: str | None, host: str | None) -> None:
         """Refuse requests from pages of other sites.
@@ -66,11 +64,9 @@ class Security:
         if origin is None or "*" in self.origins or origin in self.origins:
             return
         if host is None or origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-            raise ApiError(
-                403,
-                f"the origin `{origin}` is not allowed; start the server with --cors-origin to allow it",
-                "origin_not_allowed",
-            )
+            message = f"the origin `{origin}` is not allowed"
+            hint = "start the server with --cors-origin ORIGIN to allow it"
+            raise ApiError(403, message, "origin_not_allowed", hint=hint)
 
     def check_key(self, headers: Headers) -> None:
         """Refuse requests without a valid key. The comparison takes the same time for every key.

@@ -141,7 +141,7 @@ class EventStream(Response):
                     sent_at = time.monotonic()
             last = formatter.end()
         except ApiError as error:
-            record.reason = f"stopped: {error.message}"
+            record.reason = f"stopped: {error.log_text}"
             last = formatter.fail(error)
         yield _encode(*last)
 

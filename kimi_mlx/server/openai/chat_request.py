@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,23 +10,50 @@ from pydantic import Field, model_validator
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.request_fields import MIN_TOP_P, StopText, TokenCount, check_tool_choice
-from kimi_mlx.text.messages import Message, ToolCall
+from kimi_mlx.server.request_fields import (
+    MIN_TOP_P,
+    AlternativeCount,
+    Arguments,
+    Integer,
+    ListOf,
+    StopText,
+    TokenCount,
+    check_tool_choice,
+    earlier_call,
+    unsupported_content,
+)
+from kimi_mlx.text.messages import Message
 
 MAX_ANSWERS = 128
 MAX_STOPS = 4
-MAX_LOGPROBS = 20
 
-Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)]
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
+REASONING_TYPES = ("thinking", "reasoning", "redacted_thinking")
+
+Stop = StopText | Annotated[ListOf[StopText], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
-class ContentPart(Body):
+class ReasoningPart(Body):
+    """A part of earlier reasoning, in one of the formats of routers and other servers; encrypted parts are ignored."""
+
+    text: str | None = None
+    summary: str | None = None
+    thinking: str | ListOf[ReasoningPart] | None = None
+
+    @property
+    def content(self) -> str:
+        """Text of the part."""
+        parts = self.thinking if isinstance(self.thinking, list) else ()
+        thinking = "".join(part.content for part in parts) if parts else self.thinking
+        return str(thinking or self.text or self.summary or "")
+
+
+class ContentPart(ReasoningPart):
     """A part of a message."""
 
     type: str
-    text: str | None = None
     refusal: str | None = None
 
 
@@ -35,14 +61,14 @@ class FunctionCall(Body):
     """A function call."""
 
     name: str = Field(min_length=1)
-    arguments: str = ""
+    arguments: Arguments = None
 
 
 class ChatToolCall(Body):
     """A tool call of the assistant."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: FunctionCall
 
 
@@ -50,10 +76,13 @@ class ChatMessage(Body):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | ListOf[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ChatToolCall] | None = None
+    reasoning: str | None = Field(None, description="Name of `reasoning_content` in vLLM.")
+    reasoning_details: ListOf[ReasoningPart] | None = Field(None, description="OpenRouter's form of the reasoning.")
+    thinking_blocks: ListOf[ReasoningPart] | None = Field(None, description="LiteLLM's form of the reasoning.")
+    tool_calls: ListOf[ChatToolCall] | None = None
     tool_call_id: str | None = None
     partial: bool | None = Field(None, description="Moonshot's extension: the answer continues the last message.")
 
@@ -83,14 +112,14 @@ class NamedFunction(Body):
 class NamedChoice(Body):
     """The tool that the model must use."""
 
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: NamedFunction
 
 
 class JsonSchema(Body):
     """A schema that the answer must satisfy."""
 
-    name: str = "answer"
+    name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
@@ -122,11 +151,11 @@ class GenerationBody(Body):
     max_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), Integer] | None = None
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Integer] | None = None
     stop: Stop | None = None
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Integer] | None = None
     logit_bias: dict[TokenId, Bias] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
@@ -166,11 +195,11 @@ class GenerationBody(Body):
 class ChatBody(GenerationBody):
     """The body of a chat completion."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: ListOf[ChatMessage] = Field(min_length=1)
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[ChatTool] | None = None
+    top_logprobs: AlternativeCount | None = None
+    tools: ListOf[ChatTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -255,33 +284,40 @@ def _message(message: ChatMessage, location: str) -> Message:
         raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
     role = "system" if message.role == "developer" else message.role
     calls = tuple(
-        ToolCall(call.id, call.function.name, _arguments(call.function.arguments)) for call in message.tool_calls or ()
+        earlier_call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
     )
     return Message(
         role,
-        _text(message.content, f"{location}.content"),
-        message.reasoning_content,
+        _text(message, f"{location}.content"),
+        _reasoning(message),
         calls,
         message.tool_call_id,
         message.name,
     )
 
 
-def _text(content: str | list[ContentPart] | None, location: str) -> str:
+def _text(message: ChatMessage, location: str) -> str:
     """Return the text of a message, with its parts joined.
 
     Raises:
         ApiError: a part is not text.
     """
-    if not isinstance(content, list):
-        return content or ""
-    for at, part in enumerate(content):
-        if part.type not in ("text", "refusal"):
-            message = f"content of type `{part.type:.60}` is not supported: this model reads text only"
-            raise ApiError(400, message, "unsupported_content", f"{location}[{at}].type")
-    return "".join(part.text or part.refusal or "" for part in content)
+    if not isinstance(message.content, list):
+        return message.content or ""
+    texts: list[str] = []
+    for at, part in enumerate(message.content):
+        if part.type in TEXT_TYPES:
+            texts.append(part.text or part.refusal or "")
+        elif part.type not in REASONING_TYPES or message.role != "assistant":
+            role = message.role if part.type in REASONING_TYPES else None
+            raise unsupported_content(part.type, f"{location}[{at}].type", ("text",), role)
+    return "".join(texts)
 
 
-def _arguments(text: str) -> str:
-    """Return the arguments of an earlier call; some clients send an empty string if there are none."""
-    return text if text.strip() else json.dumps({})
+def _reasoning(message: ChatMessage) -> str | None:
+    """Return the reasoning of an earlier answer. Some clients send it in several of its forms: the first one counts."""
+    content = message.content if isinstance(message.content, list) else ()
+    in_content = [part for part in content if part.type in REASONING_TYPES]
+    details = (message.reasoning_details, message.thinking_blocks, in_content)
+    joined = ("".join(part.content for part in parts or ()) for parts in details)
+    return next(filter(None, (message.reasoning_content, message.reasoning, *joined)), None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.api_types import (
     AnswerEvent,
@@ -20,24 +21,42 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.chat_request import GenerationBody
 from kimi_mlx.server.openai.response_fields import DONE, MIN_LOGPROB, openai_error, usage_dict
+from kimi_mlx.server.request_fields import Integer, ListOf, to_integer
 
 MAX_LOGPROBS = 5
 MAX_PROMPTS = 64
 
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Ids = Annotated[list[Id], Field(min_length=1)]
-Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-IdPrompts = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+Ids = Annotated[ListOf[Id], Field(min_length=1)]
+Prompts = Annotated[ListOf[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+IdPrompts = Annotated[ListOf[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
+def _check_prompts(value: Any) -> Any:
+    """Check the kind and the number of prompts before the prompts themselves; convert token ids that are floats."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("prompt_type", "must be a string or a list")
+    items = cast("list[Any]", value)
+    if items and isinstance(items[0], int | float):
+        return [to_integer(id) for id in items]
+    if not items or len(items) > MAX_PROMPTS:
+        counts = {"count": len(items), "maximum": MAX_PROMPTS}
+        raise PydanticCustomError("prompt_count", "has {count} items, but 1 to {maximum} are allowed", counts)
+    return [[to_integer(id) for id in cast("list[Any]", item)] if isinstance(item, list) else item for item in items]
 
 
 class CompletionBody(GenerationBody):
     """The body of a plain completion."""
 
-    prompt: str | Ids | Prompts | IdPrompts
+    prompt: Annotated[str | Ids | Prompts | IdPrompts, BeforeValidator(_check_prompts)]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Integer] | None = None
     suffix: str | None = Field(None, description="Not supported.")
-    best_of: int | None = Field(None, ge=1, le=20, description="Only the value of `n` is supported.")
+    best_of: Annotated[int, Field(ge=1, le=20), Integer] | None = Field(
+        None, description="Only the value of `n` is supported."
+    )
 
     def to_completion_requests(self) -> list[CompletionRequest]:
         """Return one request for each prompt.

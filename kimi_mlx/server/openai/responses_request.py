@@ -15,20 +15,24 @@ from pydantic_core import PydanticCustomError
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.openai.chat_request import MAX_LOGPROBS
 from kimi_mlx.server.request_fields import (
     MIN_TOP_P,
     UNSUPPORTED,
+    AlternativeCount,
+    Arguments,
+    ListOf,
     TokenCount,
     check_tool_choice,
+    earlier_call,
     text_shorthand,
     type_discriminator,
     unsupported,
+    unsupported_content,
 )
 from kimi_mlx.text.messages import Message, ToolCall
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
-TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 
 
 class ItemPart(Body):
@@ -40,14 +44,14 @@ class ItemPart(Body):
 
 
 Parts = Annotated[
-    list[ItemPart], BeforeValidator(text_shorthand(type="input_text"), json_schema_input_type=str | list[ItemPart])
+    ListOf[ItemPart], BeforeValidator(text_shorthand(type="input_text"), json_schema_input_type=str | list[ItemPart])
 ]
 
 
 class MessageItem(Body):
     """A message."""
 
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
 
@@ -58,7 +62,7 @@ class FunctionCallItem(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Arguments = None
 
 
 class FunctionCallOutputItem(Body):
@@ -73,8 +77,8 @@ class ReasoningItem(Body):
     """Reasoning of the model: its content, or else its summary."""
 
     type: Literal["reasoning"]
-    content: list[ItemPart] | None = None
-    summary: list[ItemPart] | None = None
+    content: ListOf[ItemPart] | None = None
+    summary: ListOf[ItemPart] | None = None
 
 
 class UnsupportedItem(Body):
@@ -103,7 +107,7 @@ Item = Annotated[
     | Annotated[UnsupportedItem, Tag(UNSUPPORTED)],
     Discriminator(type_discriminator(ITEM_TYPES, _default_type)),
 ]
-Items = Annotated[list[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
+Items = Annotated[ListOf[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
 
 class ResponsesTool(Body):
@@ -153,7 +157,7 @@ class ResponsesBody(Body):
     input: Items = Field(min_length=1)
     instructions: str | None = None
     stream: bool | None = None
-    tools: list[ResponsesTool] | None = None
+    tools: ListOf[ResponsesTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -161,8 +165,8 @@ class ResponsesBody(Body):
     max_output_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    include: list[str] | None = None
+    top_logprobs: AlternativeCount | None = None
+    include: ListOf[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     background: bool | None = None
@@ -221,7 +225,7 @@ class _Conversation:
                 self._end_message()
             self._reasoning += [part.text or "" for part in item.content or item.summary or ()]
         elif isinstance(item, FunctionCallItem):
-            self._calls.append(ToolCall(item.call_id, item.name, item.arguments))
+            self._calls.append(earlier_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, MessageItem):
             self._add_message(item, _text(item.content, f"{location}.content"))
         elif isinstance(item, FunctionCallOutputItem):
@@ -254,11 +258,9 @@ class _Conversation:
 def _text(parts: Sequence[ItemPart], location: str) -> str:
     texts: list[str] = []
     for index, part in enumerate(parts):
-        text = part.text if part.type in TEXT_TYPES else part.refusal
-        if text is None:
-            subject = f"content of type `{part.type:.60}` is"
-            raise unsupported(subject, f"{location}[{index}]", "this model reads text only")
-        texts.append(text)
+        if part.type not in TEXT_TYPES:
+            raise unsupported_content(part.type, f"{location}[{index}].type", ("input_text", "output_text"))
+        texts.append(part.text or part.refusal or "")
     return "".join(texts)
 
 

@@ -9,53 +9,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_mlx.server.http.body import JsonResponse
-from kimi_mlx.server.http.context import Context, read_body
-from kimi_mlx.server.http.sse import respond
+from kimi_mlx.server.http.body import JsonResponse, parse
+from kimi_mlx.server.http.context import ApiCall, Context
+from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.chat_response import ChatFormatter
 from kimi_mlx.server.openai.completions import CompletionBody, CompletionFormatter
 from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
+from kimi_mlx.server.prompts import PromptBuilder
 
 
 def openai_routes(context: Context) -> list[Route]:
     """Return the routes of chat completions, plain completions, responses and models."""
-    model_info, service = context.model_info, context.service
+    model_info = context.model_info
 
     async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatBody)
-        model = model_info.resolve(body.model)
-        chat_request = body.to_chat_request()
-        formatter = ChatFormatter(
-            f"chatcmpl-{uuid.uuid4().hex}",
-            model,
-            int(time.time()),
-            include_usage=body.include_usage,
-            include_logprobs=bool(body.logprobs),
-        )
-        return await respond(request, service.answer(chat_request), formatter, is_stream=bool(body.stream))
+        return await context.answer(request, read_chat)
 
     async def completions(request: Request) -> Response:
-        body = await read_body(request, CompletionBody)
-        model = model_info.resolve(body.model)
-        completion_requests = body.to_completion_requests()
-        decode = service.prompt_builder.tokenizer.decode
-        echoes = [
-            "" if not body.echo else prompt if isinstance(prompt, str) else decode(prompt)
-            for prompt, n in ((completion.prompt, completion.n) for completion in completion_requests)
-            for _ in range(n)
-        ]
-        formatter = CompletionFormatter(
-            f"cmpl-{uuid.uuid4().hex}", model, int(time.time()), echoes, include_usage=body.include_usage
-        )
-        return await respond(request, service.answer(*completion_requests), formatter, is_stream=bool(body.stream))
+        return await context.answer(request, read_completion)
 
     async def responses(request: Request) -> Response:
-        body = await read_body(request, ResponsesBody)
-        formatter = ResponseFormatter(model_info.resolve(body.model), body)
-        events = service.answer(to_chat_request(body))
-        return await respond(request, events, formatter, is_stream=bool(body.stream))
+        return await context.answer(request, read_response)
 
     async def models(request: Request) -> Response:
         # the last three fields are those of Anthropic's API, which has the same path
@@ -73,3 +49,40 @@ def openai_routes(context: Context) -> list[Route]:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]
+
+
+def read_chat(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
+    """Read the body of POST /v1/chat/completions; a `ReadCall`."""
+    body = parse(ChatBody, data)
+    formatter = ChatFormatter(
+        f"chatcmpl-{uuid.uuid4().hex}",
+        model_info.resolve(body.model),
+        int(time.time()),
+        include_usage=body.include_usage,
+        include_logprobs=bool(body.logprobs),
+    )
+    return ApiCall([body.to_chat_request()], formatter, bool(body.stream))
+
+
+def read_completion(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
+    """Read the body of POST /v1/completions; a `ReadCall`."""
+    body = parse(CompletionBody, data)
+    model = model_info.resolve(body.model)
+    requests = body.to_completion_requests()
+    decode = prompt_builder.tokenizer.decode
+    echoes = [
+        "" if not body.echo else prompt if isinstance(prompt, str) else decode(prompt)
+        for prompt, n in ((request.prompt, request.n) for request in requests)
+        for _ in range(n)
+    ]
+    formatter = CompletionFormatter(
+        f"cmpl-{uuid.uuid4().hex}", model, int(time.time()), echoes, include_usage=body.include_usage
+    )
+    return ApiCall(requests, formatter, bool(body.stream))
+
+
+def read_response(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
+    """Read the body of POST /v1/responses; a `ReadCall`."""
+    body = parse(ResponsesBody, data)
+    formatter = ResponseFormatter(model_info.resolve(body.model), body)
+    return ApiCall([to_chat_request(body)], formatter, bool(body.stream))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kimi_mlx.engine.request import Finished, Statistics, Token
-from kimi_mlx.server.api_types import DeltaEvent
+from kimi_mlx.server.api_types import DeltaEvent, FinishEvent
 from kimi_mlx.server.response_builder import ChatReader, ResponseBuilder
 from kimi_mlx.server.tool_calls import to_kimi_ids
 from kimi_mlx.text.output import OutputParser
@@ -48,3 +48,15 @@ def test_text_held_back_is_sent_before_a_call_and_before_the_end(tokenizer: Toke
 
 def test_a_call_without_a_name_does_not_count_as_a_call(tokenizer: Tokenizer):
     assert build(tokenizer, "ab", *NAMELESS) == ["stop"]
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 3, 4])
+def test_an_answer_that_ends_inside_a_character_has_no_more_reasoning_than_tokens(tokenizer: Tokenizer, num_bytes: int):
+    ids = [*tokenizer.encode("Hm. "), *(tokenizer.tokens().index(bytes([byte])) for byte in "😀".encode()[:num_bytes])]
+    reader = ChatReader(OutputParser(tokenizer, True), to_kimi_ids([])[1].allocator())
+    builder = ResponseBuilder(0, tokenizer, reader, (), counts_prompt=True)
+    for id in ids:
+        list(builder.add(Token(id)))
+    *_, finish = builder.finish(Finished("length", Statistics(1, 0, len(ids), 0.1, 0.1, 0)))
+    assert isinstance(finish, FinishEvent)
+    assert (finish.usage.reasoning_tokens, finish.usage.completion_tokens) == (len(ids), len(ids))

@@ -75,6 +75,11 @@ class ScriptedSession:
         while len(self.requests) < count:
             await asyncio.sleep(0.001)
 
+    async def wait_for_cancellations(self, request_ids: list[int]) -> None:
+        """Wait until exactly these requests have been cancelled."""
+        while self.cancelled != request_ids:
+            await asyncio.sleep(0.001)
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> ChatTokenizer:
@@ -96,7 +101,8 @@ def finished(reason: FinishReason = "stop") -> Finished:
 
 
 async def collect(service: Service, *requests: ChatRequest | CompletionRequest) -> list[AnswerEvent]:
-    return [event async for event in service.answer(*requests)]
+    prepared = [service.prompt_builder.prepare(request) for request in requests]
+    return [event async for event in service.answer(*prepared)]
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -173,7 +179,7 @@ def test_errors_of_the_engine_reach_the_client(
         with pytest.raises(ApiError) as caught:
             await task
         assert caught.value.status == status
-        assert session.cancelled == [1]
+        await session.wait_for_cancellations([1])
         assert "ours" not in caught.value.message
         assert service.waiting == 0
 
@@ -262,7 +268,6 @@ def test_a_stop_text_cancels_the_request(service: Service, session: ScriptedSess
         assert "".join(event.delta.text for event in deltas if isinstance(event, DeltaEvent)) == "Hel"
         assert isinstance(finish, FinishEvent)
         assert (finish.reason, finish.stop_sequence) == ("stop", "lo th")
-        assert session.cancelled == [1]
 
     run(work)
 
@@ -277,7 +282,7 @@ def test_a_disconnect_cancels_all_answers(service: Service, session: ScriptedSes
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert session.cancelled == [2]
+        await session.wait_for_cancellations([2])
         assert (service.running, service.waiting) == (0, 0)
 
     run(work)
@@ -359,5 +364,50 @@ def test_shutdown_does_not_wait_for_the_engine(service: Service, session: Script
         service.close()
         with pytest.raises(ApiError, match="shutting down"):
             await task
+
+    run(work)
+
+
+def test_a_session_that_waits_delays_neither_the_status_nor_other_answers(
+    service: Service, session: ScriptedSession
+) -> None:
+    """A ring holds its lock while it restarts; a cancellation then waits in a thread."""
+    is_free = threading.Event()
+    session.cancel = lambda request_id: is_free.wait(5) and session.cancelled.append(request_id)  # pyright: ignore
+
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, CHAT_REQUEST))
+        await session.wait_for_requests()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        other = asyncio.create_task(collect(service, CHAT_REQUEST))
+        await session.wait_for_requests(2)
+        session.callbacks[1](finished())
+        assert isinstance((await other)[-1], FinishEvent)
+        assert not session.cancelled
+        is_free.set()
+        await session.wait_for_cancellations([1])
+
+    run(work)
+
+
+def test_a_full_queue_refuses_to_prepare_requests(service: Service, session: ScriptedSession) -> None:
+    limit = MAX_SEQUENCES + 3
+    is_free = threading.Event()
+
+    def wait(prompt_builder: PromptBuilder, body: bytes) -> bool:
+        return is_free.wait(5)
+
+    async def work() -> None:
+        tasks = [asyncio.create_task(service.prepare(wait, b"")) for _ in range(limit)]
+        while service.waiting < limit:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ApiError) as caught:
+            await service.prepare(wait, b"")
+        assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        assert "--max-queue" not in caught.value.message
+        is_free.set()
+        assert all(await asyncio.gather(*tasks))
+        assert service.waiting == 0
 
     run(work)

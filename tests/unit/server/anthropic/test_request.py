@@ -149,7 +149,7 @@ def message_with(role: str, **block: Any) -> dict[str, Any]:
     return {"role": role, "content": [block]}
 
 
-FIRST = "messages.0.content.0"
+FIRST = "messages[0].content[0].type"
 RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "x"}
 CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 
@@ -162,10 +162,10 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
         ([message_with("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
         ([message_with("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
         ([message_with("system", **RESULT), HI], {}, FIRST, "of role `system`"),
-        ([HI, message_with("assistant", **CALL)], {}, "messages.1", "results are missing"),
-        ([HI], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0", "`web_search_20250305`"),
-        ([HI], {"tools": [{"name": "f"}]}, "tools.0", "no `input_schema`"),
-        ([HI], {"tools": [{"input_schema": {}}]}, "tools.0", "no `name`"),
+        ([HI, message_with("assistant", **CALL)], {}, "messages[1]", "results are missing"),
+        ([HI], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]", "`web_search_20250305`"),
+        ([HI], {"tools": [{"name": "f"}]}, "tools[0]", "no `input_schema`"),
+        ([HI], {"tools": [{"input_schema": {}}]}, "tools[0]", "no `name`"),
         ([HI], {"tool_choice": {"type": "tool"}}, "tool_choice.name", "no `name`"),
         ([HI], {"tool_choice": {"type": "any"}}, "tool_choice", "there are no tools"),
         ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f`, which is not among the tools"),

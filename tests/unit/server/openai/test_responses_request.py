@@ -130,7 +130,11 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "send the item itself"),
         ({"input": [{"id": "x"}]}, "input[0]", "send the item itself"),
         ({"input": [{"type": "web_search_call"}]}, "input[0]", "`web_search_call`"),
-        ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "`input_image`.*reads text only"),
+        (
+            {"input": [{"role": "user", "content": [IMAGE]}]},
+            "input[0].content[0].type",
+            "`input_image`.*reads text only",
+        ),
     ],
 )
 def test_errors_name_the_unsupported_feature_and_its_location(fields: dict[str, Any], location: str, problem: str):

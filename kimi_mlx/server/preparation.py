@@ -1,0 +1,88 @@
+"""Preparation of requests: parsing, rendering, tokenizing and grammars, apart from the event loop.
+
+Python code of one thread delays all other threads of its process, also those of the engine and of the streams. So only
+short bodies, of which each takes some milliseconds, are prepared in this process; longer ones go to worker processes.
+A short request does not wait for long ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import cache, cached_property
+from typing import TypeVar
+
+import anyio
+import anyio.to_process
+import anyio.to_thread
+
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.prompts import PromptBuilder
+
+SHORT_BODY_BYTES = 32_000
+"""Largest body that is prepared in this process."""
+
+NUM_THREADS = 2
+NUM_PROCESSES = 2
+
+LIMIT_S = 60.0
+"""Time limit for the preparation in a worker process, which is then ended."""
+
+WORKER_NICENESS = 5
+"""Lower priority of the worker processes: the engine and the streams come first."""
+
+Result = TypeVar("Result")
+Work = Callable[[PromptBuilder, bytes], Result]
+"""Prepares a request from its body. It can be pickled, and so can its result and its errors."""
+
+
+class Preparation:
+    """Runs the preparation of requests in threads and processes.
+
+    Args:
+        prompt_builder: builder of the engine's requests.
+    """
+
+    def __init__(self, prompt_builder: PromptBuilder):
+        self._prompt_builder = prompt_builder
+        self._processes = asyncio.Semaphore(NUM_PROCESSES)
+
+    async def run(self, work: Work[Result], body: bytes) -> Result:
+        """Return the result of the work.
+
+        Raises:
+            ApiError: the request is invalid, or its preparation takes too long.
+        """
+        if len(body) <= SHORT_BODY_BYTES:
+            return await anyio.to_thread.run_sync(work, self._prompt_builder, body, limiter=self._threads)
+        async with self._processes:
+            try:
+                with anyio.fail_after(LIMIT_S):
+                    return await anyio.to_process.run_sync(
+                        _run_in_worker, work, self._prompt_builder, body, cancellable=True, limiter=self._workers
+                    )
+            except TimeoutError as error:
+                message = f"preparing the request takes more than {LIMIT_S:.0f} s; send less"
+                raise ApiError(400, message, "invalid_value") from error
+            except anyio.BrokenWorkerProcess as error:
+                hint = "the process that prepared it has ended; there may be too little memory"
+                raise ApiError(503, "the request could not be prepared; try again", "unavailable", hint=hint) from error
+
+    @cached_property
+    def _threads(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(NUM_THREADS)
+
+    @cached_property
+    def _workers(self) -> anyio.CapacityLimiter:
+        return anyio.CapacityLimiter(NUM_PROCESSES)
+
+
+def _run_in_worker(work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
+    _lower_priority()
+    return work(prompt_builder, body)
+
+
+@cache
+def _lower_priority() -> None:
+    os.nice(WORKER_NICENESS)

@@ -1,0 +1,116 @@
+"""Conversations of all APIs: earlier reasoning, earlier calls, and parts of content reach the model alike."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kimi_mlx.server.anthropic.request import MessagesBody
+from kimi_mlx.server.anthropic.request import to_chat_request as from_anthropic
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.body import parse
+from kimi_mlx.server.openai.chat_request import ChatBody
+from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
+from kimi_mlx.text.messages import Message, ToolCall
+
+THOUGHT = "First the weather, then the answer."
+TEXT = {"text": THOUGHT}
+HI = {"role": "user", "content": "Hi"}
+
+
+def chat_messages(*messages: dict[str, Any]) -> tuple[Message, ...]:
+    return parse(ChatBody, json.dumps({"messages": messages}).encode()).to_chat_request().messages
+
+
+def assistant(**fields: Any) -> Message:
+    return chat_messages(HI, {"role": "assistant", "content": "Hello", **fields}, HI)[1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_content": THOUGHT},
+        {"reasoning": THOUGHT},
+        {"reasoning": THOUGHT, "reasoning_content": THOUGHT, "reasoning_details": [{"text": THOUGHT}]},
+        {"reasoning_content": None, "reasoning": "", "reasoning_details": [{"type": "reasoning.text", **TEXT}]},
+        {"reasoning_details": [{"type": "reasoning.summary", "summary": THOUGHT, "id": None, "index": 0}]},
+        {"reasoning_details": [{"text": THOUGHT[:9]}, {"type": "reasoning.encrypted"}, {"text": THOUGHT[9:]}]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": THOUGHT, "signature": "x"}]},
+        {"content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": "Hello"}]},
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]},
+                     {"type": "text", "text": "Hello"}]},
+        {"content": [{"type": "reasoning", "text": THOUGHT}, {"type": "text", "text": "Hello"}]},
+    ],
+)  # fmt: skip
+def test_reasoning_that_comes_back_reaches_the_model_in_every_form(fields: dict[str, Any]) -> None:
+    assert assistant(**fields) == Message("assistant", "Hello", THOUGHT)
+
+
+def test_reasoning_of_all_apis_reaches_the_model_alike() -> None:
+    blocks = [{"type": "thinking", "thinking": THOUGHT, "signature": "x"}, {"type": "text", "text": "Hello"}]
+    anthropic = {"messages": [HI, {"role": "assistant", "content": blocks}, HI]}
+    expected = Message("assistant", "Hello", THOUGHT)
+    assert from_anthropic(parse(MessagesBody, json.dumps(anthropic).encode())).messages[1] == expected
+    for item in (
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": THOUGHT}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": THOUGHT}]},
+        {"type": "reasoning", "id": "rs_1", "content": None, "summary": [{"type": "summary_text", "text": THOUGHT}]},
+    ):
+        answer = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
+        body = parse(ResponsesBody, json.dumps({"input": [HI, item, answer, HI]}).encode())
+        assert from_responses(body).messages[1] == expected
+
+
+ARGUMENTS = [
+    ("", "{}"),
+    (None, "{}"),
+    (" \n", "{}"),
+    ("null", "{}"),
+    ('{"a": 1}', '{"a": 1}'),
+    ({"a": 1}, '{"a": 1}'),
+    ({}, "{}"),
+    (json.dumps('{"a": 1}'), '{"a": 1}'),
+    (json.dumps(json.dumps('{"a": 1}')), '{"a": 1}'),
+    ("not JSON", "not JSON"),
+    ('"not an object"', '"not an object"'),
+    ('["a"]', '["a"]'),
+]
+
+
+@pytest.mark.parametrize(("sent", "expected"), ARGUMENTS)
+def test_arguments_of_earlier_calls(sent: Any, expected: str) -> None:
+    call = ToolCall("c1", "f", expected)
+    function = {"name": "f", "arguments": sent}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": function}]}]
+    assert chat_messages(HI, *messages)[1].tool_calls == (call,)
+    item = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": sent}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "done"}
+    responses = from_responses(parse(ResponsesBody, json.dumps({"input": [HI, item, output]}).encode()))
+    assert responses.messages[1].tool_calls == (call,)
+    block = {"type": "tool_use", "id": "c1", "name": "f", "input": sent}
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": "done"}
+    body = {"messages": [HI, {"role": "assistant", "content": [block]}, {"role": "user", "content": [result]}]}
+    assert from_anthropic(parse(MessagesBody, json.dumps(body).encode())).messages[1].tool_calls == (call,)
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_text_has_several_types(kind: str) -> None:
+    assert chat_messages({"role": "user", "content": [{"type": kind, "text": "Hi"}]})[0].content == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "message"),
+    [
+        ("image_url", "content of type `image_url` is not supported: this model reads text only"),
+        ("input_audio", "content of type `input_audio` is not supported: this model reads text only"),
+        ("txet", "content of type `txet` is not supported: use `text`"),
+        ("thinking", "content of type `thinking` in a message of role `user` is not supported: use `text`"),
+    ],
+)
+def test_only_errors_about_images_and_sounds_say_that_the_model_reads_text(content_type: str, message: str) -> None:
+    with pytest.raises(ApiError) as error:
+        chat_messages({"role": "user", "content": [{"type": content_type}]})
+    assert (error.value.message, error.value.param) == (message, "messages[0].content[0].type")
