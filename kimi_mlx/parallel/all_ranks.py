@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable
 from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx import errors
+from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
 from kimi_mlx.parallel.group import Group
 
 Result = TypeVar("Result")
 
 ERROR_BYTES = 4096
+"""Bytes that each rank contributes to the exchange of errors."""
 
 
 def run_on_all_ranks(group: Group, work: Callable[[], Result]) -> Result:
@@ -38,21 +41,37 @@ def run_on_all_ranks(group: Group, work: Callable[[], Result]) -> Result:
 
 
 def raise_if_any_failed(group: Group, failure: KimiMlxError | None) -> None:
-    """On every rank, raise the failure of the first rank that has one."""
+    """On every rank, raise the failure of the first rank that has one: the same class, message and hint everywhere."""
     if group.size == 1:
         if failure is not None:
             raise failure
         return
-    text = "" if failure is None else json.dumps({"message": failure.message[:2000], "hint": failure.hint})
-    row = np.frombuffer(text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES), np.uint8)
-    for rank, row_bytes in enumerate(np.array(group.gather(mx.array(row)))):
-        if encoded := row_bytes.tobytes().strip():
-            try:
-                error = json.loads(encoded)
-            except ValueError:  # truncated
-                error = {"message": "failed", "hint": None}
-            kind = type(failure) if failure is not None and rank == group.rank else WeightsError
-            raise kind(f"host {rank}: {error['message']}", error["hint"]) from failure
+    encoded = b"" if failure is None else _encode(failure)
+    rows = np.array(group.gather(mx.array(np.frombuffer(encoded.ljust(ERROR_BYTES), np.uint8))))
+    for rank, row in enumerate(rows):
+        if text := row.tobytes().strip():
+            raise _decode(text, rank) from failure
+
+
+def _encode(failure: KimiMlxError) -> bytes:
+    """Encode an error in at most ERROR_BYTES; long messages and hints are cut."""
+    for limit in (ERROR_BYTES, ERROR_BYTES // 4, ERROR_BYTES // 16):  # a character takes up to 6 bytes
+        texts = (type(failure).__name__, platform.node()[:100], failure.message, failure.hint)
+        text = json.dumps([value and value[:limit] for value in texts], ensure_ascii=False)
+        encoded = text.encode(errors="replace")
+        if len(encoded) <= ERROR_BYTES:
+            break
+    return encoded  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _decode(text: bytes, rank: int) -> KimiMlxError:
+    """Return the error of a rank, with the name of its host."""
+    try:
+        name, host, message, hint = json.loads(text)
+    except ValueError:  # of another version of kimi-mlx
+        return RingError(f"rank {rank} failed, but its error cannot be read", hint="run `kimi-mlx doctor`", rank=rank)
+    kind = vars(errors).get(name, KimiMlxError)
+    return kind(f"rank {rank} (`{host}`): {message}", hint, rank)
 
 
 def check_same_on_all_ranks(group: Group, text: str, name: str, hint: str) -> None:

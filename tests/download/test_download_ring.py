@@ -257,7 +257,7 @@ def test_a_corrupt_file_ends_all_hosts_with_the_same_error(hub: Hub, expected_sm
     done = cluster.run()
     assert [process.returncode for process in done] == [1, 1, 1]
     error = error_of(done)
-    assert error.startswith("error: host ")
+    assert error.startswith("error: rank ")
     assert "`model-00003-of-00004.safetensors` of `owner/model` is corrupt" in error
     hub.clear_faults()
     cluster.build()
@@ -272,20 +272,20 @@ def test_an_error_of_the_hub_ends_all_hosts_with_the_same_error(large_hub: Hub, 
         done = cluster.run(*arguments, **variables)
         assert re.search(message, error_of(done))
 
-    expect("host 0: `owner/model` does not have this revision", "--revision", "nope")
-    expect("host 0: .*HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
-    expect("host 0: .* cannot connect to Hugging Face", HF_ENDPOINT="http://127.0.0.1:1")
+    expect(r"rank 0 \(`.*`\): `owner/model` does not have this revision", "--revision", "nope")
+    expect(r"rank 0 \(`.*`\): .*HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
+    expect(r"rank 0 \(`.*`\): .* cannot connect to Hugging Face", HF_ENDPOINT="http://127.0.0.1:1")
     large_hub.token = "good"
-    expect("host 0: Hugging Face rejected your token", HF_TOKEN="bad")
+    expect(r"rank 0 \(`.*`\): Hugging Face rejected your token", HF_TOKEN="bad")
     large_hub.token = None
     large_hub.gated.add(NAME)
-    expect("host 0: `owner/model` is gated")
+    expect(r"rank 0 \(`.*`\): `owner/model` is gated")
     large_hub.gated.clear()
     folder = large_hub.folders.pop(NAME)
-    expect("host 0: repository `owner/model` does not exist")
+    expect(r"rank 0 \(`.*`\): repository `owner/model` does not exist")
     large_hub.folders[NAME] = folder
     large_hub.fail("missing", "*00004*")
-    expect("host 0: .* Hugging Face lists a file that it does not have")
+    expect(r"rank 0 \(`.*`\): .* Hugging Face lists a file that it does not have")
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_a_folder_in_use_on_one_host_is_an_error_on_all(large_hub: Hub, tmp_path
     for process in running:
         process.send_signal(signal.SIGSTOP)  # so that it is still running when the second one starts
     second = Cluster([Host(large_hub, tmp_path / "other"), first.hosts[1]])
-    assert "host 1: another process is building" in error_of(second.run())
+    assert re.search(r"rank 1 \(`.*`\): another process is building", error_of(second.run()))
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from kimi_mlx.bench.workloads import synthetic_config, write_synthetic
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.all_ranks import ERROR_BYTES, check_same_on_all_ranks, run_on_all_ranks
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.runtime.load import load_share
@@ -420,20 +419,3 @@ def test_the_number_of_open_files_is_limited(overrides: Path, tmp_path: Path, mo
     monkeypatch.setattr("kimi_mlx.store.writer.MAX_OPEN_FILES", 1)
     _, manifests = build_all(overrides, tmp_path / "one", 2)
     assert checksums(manifests) == checksums(uninterrupted)
-
-
-@pytest.mark.parametrize("rows", [("", ""), ('{"message": "m", "hint": "h"}', ""), ("{", "")])
-def test_an_error_on_one_host_is_raised_on_all(rows: tuple[str, str]) -> None:
-    others = [np.frombuffer(row.encode().ljust(ERROR_BYTES), np.uint8) for row in rows]
-    group = FixedGather(rank=1, size=3, others=others)
-    if not any(rows):
-        assert run_on_all_ranks(group, lambda: 5) == 5
-        return
-    with pytest.raises(WeightsError, match=r"host 0: (m|failed)"):
-        run_on_all_ranks(group, lambda: 5)
-
-
-def test_hosts_with_different_versions_refuse_to_start() -> None:
-    group = FixedGather(rank=0, size=2, others=[np.zeros(32, np.uint8)])
-    with pytest.raises(WeightsError, match="rank 1 has another version than rank 0"):
-        check_same_on_all_ranks(group, "0.1.0", "version", "update it")
