@@ -17,7 +17,8 @@ from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
-from kimi_mlx.errors import EngineError, StepError
+from kimi_mlx.engine.step_errors import step_error
+from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
@@ -166,7 +167,7 @@ class LocalSession:
                 command(engine)
             try:
                 events = list(engine.step())
-            except Exception as error:  # an error of MLX, such as running out of memory: the next request may succeed
+            except Exception as error:  # for example, MLX ran out of memory: the next request may succeed
                 self._abandon_requests(engine, error)
                 continue
             self._last_step_at = time.monotonic()
@@ -182,9 +183,9 @@ class LocalSession:
         LOG.exception("a step failed")
         self._failed_step = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
         engine.abandon()
-        step_error = StepError(f"a step of the model failed: {error}", "try again; a shorter prompt needs less memory")
+        failure = step_error(error)
         for request_id in list(self._added):
-            self._end(request_id, step_error)
+            self._end(request_id, failure)
 
     def _add(self, engine: Engine, request_id: int, request: Request) -> None:
         try:
