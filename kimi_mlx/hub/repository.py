@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.index import files_in_use
+from kimi_mlx.weights.index import files_in_use, log_note, unlisted_of_series
 
 FILES = ["*.json", "model*.safetensors", "tiktoken.model", "*.jinja"]
 """Files of a repository that a model needs; never Python code."""
@@ -109,20 +109,28 @@ def is_model_file(name: str) -> bool:
 def needed_files(repository: Repository, weight_map: Mapping[str, str] | None) -> tuple[RepositoryFile, ...]:
     """Return the files that the text model needs.
 
+    An index whose files do not exist, or without files, is ignored with a note: all weight files are needed then.
+
     Args:
         repository: the repository.
-        weight_map: tensor -> file, from `model.safetensors.index.json`; None without an index, which needs all files.
+        weight_map: tensor -> file, from `model.safetensors.index.json`; None or empty without a usable index.
 
     Raises:
-        WeightsError: the index names a file that is not in the repository.
+        WeightsError: the index names files of which only some are in the repository.
     """
-    if weight_map is None:
+    if not weight_map:
         return repository.files
     in_use = files_in_use(weight_map)
-    if missing := sorted(in_use - {file.name for file in repository.files}):
+    weights = {file.name for file in repository.files if file.name.endswith(".safetensors")}
+    missing = sorted(in_use - weights)
+    if missing and weights and not in_use & weights:
+        log_note(f"the index of `{repository.name}` lists only files that do not exist: all weight files are used")
+        return repository.files
+    if missing:
         raise WeightsError(
             f"{len(missing)} of {len(in_use)} files in the index of `{repository.name}` do not exist, "
             f"first `{missing[0]}`",
             hint="choose a complete model: `kimi-mlx models` lists known ones",
         )
-    return tuple(file for file in repository.files if not file.name.endswith(".safetensors") or file.name in in_use)
+    skipped = weights - in_use - unlisted_of_series(weight_map, weights)
+    return tuple(file for file in repository.files if file.name not in skipped)

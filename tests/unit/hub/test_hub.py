@@ -133,6 +133,16 @@ def test_without_an_index_all_files_are_needed(repository: Repository) -> None:
     assert needed_files(repository, None) == repository.files
 
 
+@pytest.mark.parametrize("weight_map", [{}, {"a": "other-1.safetensors", "b": "other-2.safetensors"}])
+def test_with_an_index_of_other_files_all_files_are_needed(repository: Repository, weight_map: dict[str, str]) -> None:
+    assert needed_files(repository, weight_map) == repository.files
+
+
+def test_an_unlisted_file_of_a_numbered_series_is_needed(repository: Repository) -> None:
+    weight_map = {"lm_head.weight": WEIGHTS[0], "vision_tower.encoder.weight": WEIGHTS[2]}
+    assert [file.name for file in needed_files(repository, weight_map)] == NEEDED
+
+
 def test_free_space_is_checked_first(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
