@@ -79,8 +79,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     else:
         files = _all_files(folder, unlisted)
         if has_index:
-            defect = f"lists {len(missing)} files that do not exist" if missing else "lists no files"
-            log_note(f"`{index}` {defect}: all {len(files)} `model*.safetensors` are read instead")
+            defect = "lists only files that do not exist" if missing else "lists no files"
+            log_note(f"`{index}` {defect}: the `model*.safetensors` of its folder are read instead")
     return [folder / name for name in files]
 
 

@@ -139,7 +139,7 @@ class StoredMatrices:
                 f"`{names[0]}` is stored as FP8, but `config.json` has no `weight_block_size`",
                 hint="fetch `config.json` again",
             )
-        self._check(names[0], ("F8_E4M3",), shape)
+        self._check(names[0], ("F8_E4M3", "U8"), shape)  # MLX loads the first and saves it as the second
         if len(shape) == 1:
             raise WeightsError(f"`{names[0]}` is a vector stored as FP8 blocks", hint=MISMATCH_HINT)
         *leading, rows, columns = shape
@@ -171,7 +171,7 @@ class StoredMatrices:
             raise WeightsError(f"`{self._location}` lacks the tensor `{name}`", hint="finish the download")
         label = f"tensor `{name}` in `{info.file}`"
         if info.dtype not in dtypes:
-            expected_type = dtypes[0] if len(dtypes) == 1 else "a float type"
+            expected_type = "a float type" if dtypes == FLOATS else dtypes[0]
             raise WeightsError(f"{label} has type {info.dtype}, not {expected_type}", hint=MISMATCH_HINT)
         *leading, columns = shape
         expected = (*leading, columns * per // values)
