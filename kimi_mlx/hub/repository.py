@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.weights.index import files_in_use, log_note, unlisted_of_series
-
-FILES = ["*.json", "model*.safetensors", "tiktoken.model", "*.jinja"]
-"""Files of a repository that a model needs; never Python code."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,7 @@ class RepositoryFile:
     """One file of a repository.
 
     Args:
-        name: file name without a folder.
+        name: path in the repository.
         size_bytes: size.
         sha256: SHA-256 of the content, for files in large-file storage.
         blob_id: git's SHA-1, for other files.
@@ -39,14 +35,16 @@ class Repository:
     Args:
         name: `owner/name`.
         commit: 40 hex digits.
-        files: top-level files that match FILES, sorted by name.
+        files: files of the model, sorted by name.
         revision: requested branch, tag or commit.
+        is_local: whether the files are those in the cache, because the hub could not be asked.
     """
 
     name: str
     commit: str
     files: tuple[RepositoryFile, ...]
     revision: str = "main"
+    is_local: bool = False
 
     def file(self, name: str) -> RepositoryFile:
         """Return the file with this name.
@@ -99,11 +97,6 @@ class Checksum:
     def is_valid(self) -> bool:
         """Whether it equals the hub's checksum; true if the hub lists none."""
         return self.expected is None or self.actual == self.expected.lower()
-
-
-def is_model_file(name: str) -> bool:
-    """Whether a path in a repository is one of FILES."""
-    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in FILES)
 
 
 def needed_files(repository: Repository, weight_map: Mapping[str, str] | None) -> tuple[RepositoryFile, ...]:

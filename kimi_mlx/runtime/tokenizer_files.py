@@ -12,13 +12,12 @@ from pathlib import Path
 from kimi_mlx.errors import RingError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.folders import cache_folder
-from kimi_mlx.store.sources import is_small_file
+from kimi_mlx.model_files import is_small_file, list_small_files
 
 
 def pack_tokenizer_files(folder: Path) -> dict[str, str]:
     """Return the small files of a checkpoint: their names and their contents in base64."""
-    files = [file for file in folder.iterdir() if file.is_file() and is_small_file(file.name)]
-    return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}
+    return {name: base64.b64encode((folder / name).read_bytes()).decode() for name in list_small_files(folder)}
 
 
 def unpack_tokenizer_files(files: Mapping[str, str]) -> Path:
@@ -33,7 +32,8 @@ def unpack_tokenizer_files(files: Mapping[str, str]) -> Path:
     folder = (cache_folder() or Path(tempfile.gettempdir())) / "text" / digest
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if Path(name).name != name or not is_small_file(name):
+        if not is_small_file(name):
             raise RingError(f"rank 0 sent a file with the unexpected name {name!r}")
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, base64.b64decode(content))
     return folder

@@ -64,5 +64,6 @@ def _open_writer(job: BuildJob, rank: int) -> RankWriter:
 def _write_small_files(job: BuildJob) -> None:
     for name, data in job.source.contents.small_files.items():
         path = job.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
+from kimi_mlx.model_files import list_small_files
 from kimi_mlx.store.manifest import Origin
-from kimi_mlx.store.sources import CheckpointContents, is_small_file
-from kimi_mlx.weights.header import TensorInfo, read_header
+from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
+from kimi_mlx.weights.header import TensorInfo
 from kimi_mlx.weights.index import checkpoint_files
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -27,12 +27,8 @@ class FolderSource:
     def __init__(self, folder: Path):
         self._folder = folder.resolve()
         files = checkpoint_files(self._folder)
-        headers = {file.name: _read_header(file) for file in files}
-        small_files = {
-            path.name: path.read_bytes()
-            for path in sorted(self._folder.iterdir())
-            if path.is_file() and is_small_file(path.name)
-        }
+        headers = {file.name: read_header_by_name(file) for file in files}
+        small_files = {name: (self._folder / name).read_bytes() for name in list_small_files(self._folder)}
         digest = hashlib.sha256(small_files.get("config.json", b""))
         for file in files:
             _hash_samples(file, digest)
@@ -69,11 +65,6 @@ class FolderSource:
         with (self._folder / info.file.name).open("rb") as stream:
             stream.seek(info.start)
             return stream.read(info.size_bytes)
-
-
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a file. Their path is the file name, as in a repository."""
-    return {name: replace(info, file=Path(file.name)) for name, info in read_header(file).items()}
 
 
 def _hash_samples(file: Path, digest: hashlib._Hash) -> None:

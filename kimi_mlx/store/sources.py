@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.hub.client import FILES
 from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.store.manifest import Origin
-from kimi_mlx.weights.header import TensorInfo
+from kimi_mlx.weights.header import TensorInfo, read_header
 
 Headers = Mapping[str, Mapping[str, TensorInfo]]
 """File name -> tensor name -> location of the tensor."""
@@ -113,6 +111,10 @@ class CheckpointSource(Protocol):
         ...
 
 
-def is_small_file(name: str) -> bool:
-    """Return whether a file is copied into a store unchanged: configuration, tokenizer, template."""
-    return any(fnmatch(name, pattern) for pattern in FILES) and not name.endswith((".safetensors", ".index.json"))
+def read_header_by_name(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a file. Their path is the file name, as in a repository.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    return {name: replace(info, file=Path(path.name)) for name, info in read_header(path).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mlx.model.config import parse_config, read_json
+from kimi_mlx.model_files import list_small_files
 from kimi_mlx.weights.convert_config import converted_config
 from kimi_mlx.weights.convert_options import ConvertOptions
 from kimi_mlx.weights.convert_plan import plan_conversion
@@ -16,8 +17,8 @@ from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 RECORD_FORMAT = 1
 
-SMALL_FILES = ("*.json", "*.jinja", "tiktoken.model", "tokenizer*", "LICENSE*", "THIRD_PARTY_NOTICES*")
-"""Files copied from the source, except its `config.json` and indices; never Python code."""
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "THIRD_PARTY_NOTICES*")
+"""Patterns of files that are copied from the source beside those of the model."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,6 @@ def _digest(source: Path, reader: CheckpointReader) -> str:
 
 def _small_files(source: Path) -> tuple[Path, ...]:
     """Return the files to copy unchanged."""
-    candidates = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
-    excluded_suffixes = (".index.json", ".py", ".safetensors")
-    return tuple(
-        path
-        for path in sorted(candidates)
-        if path.name != "config.json" and not path.name.startswith(".") and not path.name.endswith(excluded_suffixes)
-    )
+    licences = {path for pattern in LICENCE_FILES for path in source.glob(pattern) if path.is_file()}
+    files = {source / name for name in list_small_files(source) if name != "config.json"}
+    return tuple(sorted(files | licences))

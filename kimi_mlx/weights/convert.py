@@ -97,7 +97,9 @@ def _is_finished(path: Path, layout: FileLayout) -> bool:
 def _finish(conversion: Conversion, folder: Path) -> None:
     """Write the small files, the index and `config.json`; then remove partial files, and the record last."""
     for path in conversion.small_files:
-        write_atomically(folder / path.name, path.read_bytes())
+        target = folder / path.relative_to(conversion.source)
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, path.read_bytes())
     write_atomically(folder / INDEX_NAME, json.dumps(conversion.plan.index(), indent=1).encode())
     write_atomically(folder / "config.json", json.dumps(conversion.config, indent=1).encode())
     for partial in folder.glob("*.part"):
