@@ -6,7 +6,8 @@ KimiMlxError
 │   └── GrammarError        schema or tool choice that cannot be enforced
 ├── ConfigError      unsupported or invalid `config.json` (or similar file)
 ├── WeightsError     checkpoint files that are missing, unsupported or corrupt
-│   └── MissingModelError   model that is not on a host yet
+│   ├── MissingModelError   model that is not on a host yet
+│   └── UnreachableError    hub that cannot be reached, or must not be (HF_HUB_OFFLINE)
 ├── TextError        tokenizer, chat template or messages
 ├── PlacementError   model that cannot be split as requested
 ├── EngineError      generation: request too long, cache misuse
@@ -58,6 +59,10 @@ class WeightsError(KimiMlxError):
 
 class MissingModelError(WeightsError):
     """Model that is not on a host yet."""
+
+
+class UnreachableError(WeightsError):
+    """Hub that cannot be reached, or must not be (HF_HUB_OFFLINE)."""
 
 
 class TextError(KimiMlxError):

@@ -9,30 +9,36 @@ import shutil
 import threading
 from pathlib import Path
 
-from kimi_mlx.errors import KimiMlxError, WeightsError
+from kimi_mlx.errors import KimiMlxError, UnreachableError, WeightsError
 from kimi_mlx.hub.cache import (
     blob_path,
     cached_bytes,
     cached_file,
+    describe_local,
     find_local,
     is_complete,
     link_blob,
+    local_repository,
+    newest_complete,
+    record_absent_files,
     remove_cached,
     snapshot_folder,
+    unknown_files,
     write_ref,
 )
+from kimi_mlx.hub.environment import constants
 from kimi_mlx.hub.error_messages import SPACE_HINT, disk_error, not_a_hub_error
 from kimi_mlx.hub.fetch import fetch_file, matches_checksum, read_range
 from kimi_mlx.hub.partial_file import Progress, ignore_progress
-from kimi_mlx.hub.repository import FILES, Repository, RepositoryFile, is_model_file, needed_files
-from kimi_mlx.hub.retries import MAX_LOOKUP_FAILURES, Retries, with_retries
+from kimi_mlx.hub.repository import Repository, RepositoryFile, needed_files
+from kimi_mlx.hub.retries import LOG, MAX_LOOKUP_FAILURES, Retries, with_retries
 from kimi_mlx.hub.threads import for_each
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model_files import is_model_file
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 
 __all__ = [
-    "FILES",
     "Progress",
     "Repository",
     "RepositoryFile",
@@ -41,6 +47,7 @@ __all__ = [
     "fetch_file",
     "fetch_to_cache",
     "find_local",
+    "find_repository",
     "is_complete",
     "look_up",
     "needed_files",
@@ -50,28 +57,61 @@ __all__ = [
 ]
 
 
-def look_up(name: str, revision: str | None = None) -> Repository:
-    """Return the files of a repository.
+def find_repository(name: str, revision: str | None = None) -> Repository:
+    """Return the files of a repository from the hub; if that fails, those in the cache, if they are complete.
 
     Args:
         name: `owner/name`.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        WeightsError: no such repository, or the hub cannot be reached.
+        WeightsError: as look_up, and the repository is not completely in the cache.
     """
-    from huggingface_hub import HfApi, constants, utils
+    snapshot = find_local(name, revision)
+    try:
+        return look_up(name, revision, max_wait_s=None if snapshot is None else 0)
+    except KimiMlxError as error:
+        if snapshot is None and revision is None and isinstance(error, UnreachableError):
+            snapshot = newest_complete(name)
+        if snapshot is None:
+            raise
+        reason = error.message.rpartition("cannot be downloaded: ")[2]
+        if missing := ", ".join(unknown_files(snapshot)):
+            LOG.warning("note: `%s` may lack %s (%s); `kimi-mlx download %s` fetches it", name, missing, reason, name)
+        else:
+            LOG.warning("note: using the files of `%s` on this machine (%s)", name, reason)
+        return local_repository(snapshot, name)
+
+
+def look_up(name: str, revision: str | None = None, max_wait_s: float | None = None) -> Repository:
+    """Return the files of a repository.
+
+    Args:
+        name: `owner/name`.
+        revision: branch, tag or commit; None for the main branch.
+        max_wait_s: longest wait for a hub that is busy; None for as long as a download waits.
+
+    Raises:
+        WeightsError: no such repository, or the hub refuses to show it.
+        UnreachableError: the hub cannot be reached, or must not be.
+        UsageError: an environment variable is broken.
+    """
+    timeout_s = constants().HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub import HfApi, utils
 
     utils.logging.set_verbosity_error()  # no log line per retry: our error message is enough
-    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
     api = HfApi(library_name="kimi-mlx")
-    retries = Retries(name, threading.Event(), MAX_LOOKUP_FAILURES)
+    retries = Retries(name, threading.Event(), max_wait_s, MAX_LOOKUP_FAILURES)
     try:
         info = with_retries(
             lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
         )
     except (LookupError, TypeError) as error:  # raised by the client while it parses the response
         raise not_a_hub_error(name) from error
+    except UnreachableError as error:
+        reason = error.message.partition(": ")[2]
+        message = f"`{name}` {describe_local(name)}, and cannot be downloaded: {reason}"
+        raise UnreachableError(message, error.hint) from error
     siblings = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
     if info.sha is None or any(sibling.size is None for sibling in siblings):
         raise not_a_hub_error(name)
@@ -118,6 +158,8 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
         _require_space(repository, rest)
         rest.sort(key=lambda file: file.name.endswith(".safetensors"))  # weights last
         for_each(fetch_one, rest, workers)
+        if not repository.is_local:
+            record_absent_files(repository)
         write_ref(repository)
     except OSError as error:
         raise disk_error(error, folder) from error

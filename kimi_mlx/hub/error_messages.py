@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 from json import JSONDecodeError
 from pathlib import Path
 
-from kimi_mlx.errors import WeightsError
+from kimi_mlx.errors import UnreachableError, WeightsError
+from kimi_mlx.hub.environment import (
+    cache_variable,
+    check_settings,
+    check_token,
+    constants,
+    hub_name,
+    offline_variable,
+    proxy_for_hub,
+    token_source,
+)
 from kimi_mlx.units import format_bytes
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -15,9 +26,10 @@ SPACE_HINT = "free some space and run the same command again to resume, or set H
 
 def client_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that a request through huggingface_hub may raise."""
+    from huggingface_hub.errors import OIDCError
     from huggingface_hub.utils import httpx
 
-    return httpx.HTTPError, httpx.InvalidURL, OSError, ValueError
+    return httpx.HTTPError, httpx.InvalidURL, OIDCError, OSError, ValueError
 
 
 def status_of(error: Exception) -> int | None:
@@ -33,8 +45,10 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
     Args:
         error: the exception.
         repository: name of the repository.
+
+    Raises:
+        UsageError: an environment variable is broken, which explains the exception.
     """
-    from huggingface_hub import get_token
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -45,25 +59,22 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
     )
 
     if isinstance(error, OfflineModeIsEnabled):
+        variable = offline_variable()
+        return UnreachableError(
+            f"cannot download `{repository}`: `{variable}` forbids it", hint=f"`unset {variable}` and try again"
+        )
+    if isinstance(error, HFValidationError):
         return WeightsError(
-            f"`{repository}` is not completely on this machine, and `HF_HUB_OFFLINE` forbids downloads",
-            hint="`unset HF_HUB_OFFLINE` and try again",
+            f"`{repository}` cannot be the name of a repository: {_first_line(error)}",
+            hint="check the spelling; `kimi-mlx models` lists known models",
         )
     if isinstance(error, GatedRepoError):
         return WeightsError(
             f"`{repository}` is gated: its terms must be accepted first",
             hint=f"accept the terms at https://huggingface.co/{repository}, then run `hf auth login`",
         )
-    if status_of(error) == 401 and get_token():
-        return WeightsError(
-            f"Hugging Face rejected your token for `{repository}`",
-            hint="run `hf auth login` with a valid token, or `unset HF_TOKEN`",
-        )
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)) or status_of(error) == 401:
-        return WeightsError(
-            f"repository `{repository}` does not exist on Hugging Face, or it is private",
-            hint="check the spelling, or run `hf auth login`; `kimi-mlx models` lists known models",
-        )
+    if status_of(error) is None:
+        check_settings()
     if isinstance(error, RevisionNotFoundError):
         return WeightsError(
             f"`{repository}` does not have this revision",
@@ -71,29 +82,91 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
         )
     if isinstance(error, EntryNotFoundError):
         return WeightsError(
-            f"cannot download `{repository}`: Hugging Face lists a file that it does not have",
+            f"cannot download `{repository}`: {hub_name()} lists a file that it does not have",
             hint="try again: the repository may have changed in the meantime",
         )
+    if isinstance(error, RepositoryNotFoundError) or status_of(error) in (401, 403):
+        return _access_error(error, repository)
     if isinstance(error, JSONDecodeError):
         return not_a_hub_error(repository)
+    if is_certificate_error(error):
+        return _certificate_error(error, repository)
+    return WeightsError(f"cannot download `{repository}`: {describe(error)}", hint=_network_hint())
+
+
+def _access_error(error: Exception, repository: str) -> WeightsError:
+    """Return the error for a repository that the hub does not show: unknown, private, or refused to this token."""
+    check_token()
+    source = token_source()
+    if status_of(error) == 401 and source is not None:
+        remedy = f"`unset {source}`" if source.isupper() else "run `hf auth logout`"
+        return WeightsError(
+            f"{hub_name()} rejected your token for `{repository}`, which is from `{source}`",
+            hint=f"run `hf auth login` with a valid token, or {remedy}",
+        )
     if status_of(error) == 403:
         return WeightsError(
-            f"your token may not read `{repository}` (403)",
+            f"your token may not read `{repository}` (403)"
+            if source
+            else f"{hub_name()} denies access to `{repository}` (403)",
             hint="run `hf auth login` with a token that has read access",
         )
     return WeightsError(
-        f"cannot download `{repository}`: {describe(error)}",
-        hint="check the network, then run the same command again to resume",
+        f"repository `{repository}` does not exist on {hub_name()}, or it is private",
+        hint="check the spelling, or run `hf auth login`; `kimi-mlx models` lists known models",
     )
 
 
-def not_a_hub_error(repository: str) -> WeightsError:
-    """Return the error for a response that is not from a hub, such as the login page of a network."""
-    from huggingface_hub import constants
+def unreachable_error(error: Exception, repository: str, failures: int) -> UnreachableError:
+    """Return the error for a transient exception that did not go away.
 
+    Args:
+        error: the last exception.
+        repository: name of the repository.
+        failures: number of failures in a row.
+    """
+    times = f", {failures} times in a row" if failures > 1 else ""
+    return UnreachableError(f"cannot download `{repository}`: {describe(error)}{times}", hint=_network_hint())
+
+
+def _network_hint() -> str:
+    proxy = proxy_for_hub()
+    through = "" if proxy is None else f" and the proxy `{proxy[1]}`"
+    return f"check the network{through}, then run the same command again to resume"
+
+
+def is_certificate_error(error: Exception) -> bool:
+    """Return whether the server's certificate was refused, or the server does not speak TLS."""
+    return "[SSL:" in str(error) or "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def _certificate_error(error: Exception, repository: str) -> WeightsError:
+    proxy = proxy_for_hub()
+    if proxy is not None and proxy[1].startswith("https:") and "CERTIFICATE_VERIFY_FAILED" not in str(error):
+        hint = f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
+    elif unread := next((name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if name in os.environ), None):
+        hint = f"{unread} is not used here: set SSL_CERT_FILE to the same file"
+    else:
+        hint = "if your network inspects TLS, set SSL_CERT_FILE to its certificate (PEM); if not, check the clock"
     return WeightsError(
-        f"`{constants.ENDPOINT}` did not answer like a Hugging Face server (request for `{repository}`)",
-        hint="`unset HF_ENDPOINT`, check the proxy settings, and check whether the network requires a login",
+        f"cannot download `{repository}`: no secure connection to {hub_name()}: {_first_line(error)}", hint=hint
+    )
+
+
+def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:
+    """Return the error for responses that are not from a hub, such as the login page of a network.
+
+    Args:
+        repository: name of the repository.
+        reason: description of the last response.
+    """
+    proxy = proxy_for_hub()
+    parts = ["`unset HF_ENDPOINT`"] if "HF_ENDPOINT" in os.environ else []
+    parts += ["check the proxy settings" if proxy is None else f"check the proxy of {proxy[0]}, `{proxy[1]}`"]
+    return WeightsError(
+        f"`{constants().ENDPOINT}` did not answer like a Hugging Face server (request for `{repository}`)"
+        + (f": {reason}" if reason else ""),
+        hint=", ".join([*parts, "and check whether the network requires a login"]),
     )
 
 
@@ -102,11 +175,13 @@ def describe(error: Exception) -> str:
     from huggingface_hub.utils import httpx
 
     if (status := status_of(error)) is not None:
-        return f"Hugging Face answered with status {status}"
-    if isinstance(error, httpx.ConnectError):
-        return f"cannot connect to Hugging Face ({_first_line(error)})"
+        return f"{hub_name()} answered with status {status}"
+    proxy = proxy_for_hub()
+    through = "" if proxy is None else f" through the proxy `{proxy[1]}` of {proxy[0]}"
+    if isinstance(error, (httpx.ConnectError, httpx.ProxyError)):
+        return f"cannot connect to {hub_name()}{through} ({_first_line(error)})"
     if isinstance(error, httpx.TimeoutException):
-        return "Hugging Face did not answer in time"
+        return f"{hub_name()} did not answer in time{through}"
     return _first_line(error)
 
 
@@ -125,7 +200,8 @@ def disk_error(error: OSError, path: Path, missing_bytes: int | None = None) -> 
     if error.errno in DISK_FULL_ERRNOS:
         more = "" if missing_bytes is None else f"; {format_bytes(missing_bytes)} are missing"
         return WeightsError(f"the disk is full: `{path}` cannot be written{more}", hint=SPACE_HINT)
+    variable = cache_variable() or "HF_HOME"
     return WeightsError(
         f"`{path}` cannot be written: {error.strerror or error}",
-        hint="check the folder's owner and permissions, or set HF_HOME to a folder of your own",
+        hint=f"check the folder's owner and permissions, or set {variable} to a folder of your own",
     )

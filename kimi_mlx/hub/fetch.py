@@ -47,6 +47,31 @@ def read_range(repository: Repository, file: str, start: int, stop: int) -> byte
     return b"".join(stream_range(repository, entry, start, stop, threading.Event()))
 
 
+def read_file(repository: Repository, file: RepositoryFile) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        WeightsError: the download failed, or the file is corrupt even after a second download.
+    """
+    checksum = Checksum(file)
+    for _ in range(2):
+        data = read_range(repository, file.name, 0, file.size_bytes)
+        checksum = Checksum(file)
+        checksum.update(data)
+        if checksum.is_valid:
+            return data
+    raise corrupt_error(repository, file, checksum)
+
+
+def corrupt_error(repository: Repository, file: RepositoryFile, checksum: Checksum) -> WeightsError:
+    """Return the error for a file whose checksum is wrong after a second download."""
+    return WeightsError(
+        f"`{file.name}` of `{repository.name}` is corrupt: expected checksum {checksum.expected}, got "
+        f"{checksum.actual}",
+        hint="try again later, or over another network",
+    )
+
+
 def fetch_file(
     repository: Repository,
     file: RepositoryFile,
@@ -112,11 +137,7 @@ def _fetch(
         return
     _discard(stream, meter)
     part.unlink()
-    raise WeightsError(
-        f"`{file.name}` of `{repository.name}` is corrupt: expected checksum {checksum.expected}, got "
-        f"{checksum.actual}",
-        hint="try again later, or over another network",
-    )
+    raise corrupt_error(repository, file, checksum)
 
 
 def _discard(stream: FileIO, meter: ProgressMeter) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from kimi_mlx.errors import WeightsError
+from kimi_mlx.hub.environment import constants
 from kimi_mlx.hub.error_messages import client_errors
 from kimi_mlx.hub.repository import Repository, RepositoryFile
-from kimi_mlx.hub.retries import Cancelled, IncompleteResponse, Retries, with_retries
+from kimi_mlx.hub.retries import Cancelled, IncompleteResponse, Retries, WrongResponse, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 def file_metadata(repository: Repository, file: RepositoryFile, stop: threading.Event) -> HfFileMetadata:
     """Return the hub's metadata of a file."""
-    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub import get_hf_file_metadata
 
-    url, timeout_s = _url(repository, file), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    url, timeout_s = _url(repository, file), constants().HF_HUB_DOWNLOAD_TIMEOUT
     retries = Retries(repository.name, stop)
     return with_retries(lambda: get_hf_file_metadata(url, timeout=timeout_s, headers=headers()), retries)
 
@@ -71,7 +71,7 @@ def stream_range(
 def _request(
     repository: Repository, file: RepositoryFile, start: int, end: int
 ) -> AbstractContextManager[httpx.Response]:
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import get_session
 
     fields = headers()
     if end < file.size_bytes:
@@ -82,7 +82,7 @@ def _request(
         "GET",
         _url(repository, file),
         headers=fields,
-        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        timeout=constants().HF_HUB_DOWNLOAD_TIMEOUT,
         follow_redirects=True,
     )
 
@@ -101,10 +101,7 @@ def _check_range(response: httpx.Response, repository: Repository, file: Reposit
         length = response.headers.get("Content-Length") if has_length else None
         if length in (None, str(file.size_bytes)):
             return start
-    raise WeightsError(
-        f"the response for `{file.name}` of `{repository.name}` is not that file of {file.size_bytes} bytes",
-        hint="check HF_ENDPOINT, the proxy settings, and whether the network requires a login; then try again",
-    )
+    raise WrongResponse(f"the response for `{file.name}` is not that file of {file.size_bytes} bytes")
 
 
 def _url(repository: Repository, file: RepositoryFile) -> str:

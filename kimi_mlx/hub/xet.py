@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from kimi_mlx.hub.environment import constants
 from kimi_mlx.hub.repository import Repository, RepositoryFile
 from kimi_mlx.hub.retries import Cancelled
 from kimi_mlx.hub.transfer import file_metadata, headers
@@ -35,9 +36,9 @@ def fetch_by_xet(
     Raises:
         Cancelled: the event is set.
     """
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import file_download
 
-    if file.sha256 is None or constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
+    if file.sha256 is None or constants().HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
         return False
     data = file_metadata(repository, file, stop).xet_file_data
     if data is None:

@@ -142,17 +142,17 @@ def test_a_server_without_range_requests(hub: Hub, repository: Repository, model
 def test_give_up_on_a_server_without_progress(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("ignore_range")
     hub.fail("drop", after_bytes=100_000)
-    with pytest.raises(WeightsError, match="8 times in a row"):
+    with pytest.raises(WeightsError, match=r"\d times in a row"):
         get(repository, target)
     assert partial_file.part_path(target).stat().st_size == 100_000
 
 
 def test_out_of_retries(hub: Hub, repository: Repository, target: Path) -> None:
     hub.fail("drop", "/cdn/*")
-    with pytest.raises(WeightsError, match=r"cannot download `owner/model`: .* 8 times in a row") as raised:
+    with pytest.raises(WeightsError, match=r"cannot download `owner/model`: .* \d+ times in a row") as raised:
         get(repository, target)
     assert raised.value.hint == "check the network, then run the same command again to resume"
-    assert sum(request.startswith("GET /cdn/") for request in hub.requests) == 8
+    assert sum(request.startswith("GET /cdn/") for request in hub.requests) > 4
 
 
 def test_a_missing_file_is_not_retried(hub: Hub, repository: Repository, target: Path) -> None:
@@ -278,6 +278,7 @@ def test_cancel_stops_quickly(
 ) -> None:
     if is_waiting:
         monkeypatch.setattr(retries, "FIRST_DELAY_S", 100.0)
+        monkeypatch.setattr(retries, "MAX_WAIT_S", 1000.0)
         hub.fail("drop")
     else:
         hub.fail("slow", bytes_per_s=20_000)
@@ -293,7 +294,7 @@ def test_cancel_stops_quickly(
     ("headers", "delay_s"),
     [
         ({"Retry-After": "7"}, 7),
-        ({"Retry-After": "4000"}, 300),
+        ({"Retry-After": "4000"}, 3600),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
         ({"RateLimit": '"api";r=0;t=55'}, 55),
         ({"RateLimit": '"api";r=9;t=55'}, 0.001),
@@ -310,11 +311,16 @@ def test_the_hub_can_set_the_delay(
     delay_s: float,
 ) -> None:
     waits_s: list[float] = []
-    monkeypatch.setattr(retries, "_delay_s", lambda error, count, of=retries._delay_s: waits_s.append(of(error, count)))  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: False)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 10_000.0)
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits_s.append(timeout or 0.0)
+            return False
+
     hub.fail("status", status=429, times=1, headers=headers)
-    get(repository, target, SMALL)
-    assert delay_s / 2 <= waits_s[0] <= delay_s
+    fetch_file(repository, repository.file(SMALL), target, stop=Stop())
+    assert delay_s / 2 <= sum(waits_s) <= delay_s
 
 
 def test_delays_grow_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,228 @@
+"""Broken environment variables: named with the character, and never explained as a broken network."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
+from kimi_mlx.hub import environment
+from kimi_mlx.hub.client import fetch_checkpoint, look_up
+from tests.hub import Hub
+
+VARIABLES = (
+    *("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HF_ENDPOINT", "https://hf-mirror.com ", r"`HF_ENDPOINT` contains a space, at position 22 of 22"),
+        ("HF_ENDPOINT", '"https://hf-mirror.com"', r'`HF_ENDPOINT` contains `"`, at position 1 of 23'),
+        ("HF_ENDPOINT", "hf-mirror.com", "`HF_ENDPOINT` is `hf-mirror.com`, not an address"),
+        ("HF_ENDPOINT", "https://host:port", "`HF_ENDPOINT` is `https://host:port`, not an address"),
+        ("HF_ENDPOINT", "", "`HF_ENDPOINT` is ``, not an address"),
+        ("HF_TOKEN", "hf_abc\nhf_def", r"`HF_TOKEN` contains a newline \(U\+000A\), at position 7 of 13"),
+        ("HF_TOKEN", "“hf_abc”", r"`HF_TOKEN` contains `“` \(U\+201C\), at position 1 of 8"),
+        ("HF_TOKEN", "'hf_abc'", "`HF_TOKEN` contains `'`, at position 1 of 8"),
+        ("HUGGING_FACE_HUB_TOKEN", "hf_äbc", r"`HUGGING_FACE_HUB_TOKEN` contains `ä` \(U\+00E4\)"),
+        ("HF_TOKEN", "Bearer hf_abc", "`HF_TOKEN` contains a space, at position 7 of 13"),
+        ("HTTPS_PROXY", "socks://localhost:1080", "`HTTPS_PROXY` is not the address of a proxy that can be used"),
+        ("ALL_PROXY", "socks4://localhost:1080", "`ALL_PROXY` is not the address of a proxy that can be used"),
+        ("https_proxy", "http://me:pass#word@host:1", "`https_proxy` is not the address .*: `http://host:1`"),
+        ("HTTP_PROXY", "http://host:port", "`HTTP_PROXY` is not the address of a proxy"),
+        ("HTTPS_PROXY", "'http://host:1'", "`HTTPS_PROXY` contains `'`, at position 1 of 15"),
+        ("HTTPS_PROXY", "http://host:1\n", r"`HTTPS_PROXY` contains a newline \(U\+000A\), at position 14 of 14"),
+        ("SSL_CERT_FILE", "/no/such.pem", "`SSL_CERT_FILE` is `/no/such.pem`, but there is no such file"),
+        ("SSL_CERT_FILE", '"/etc/hosts"', '`SSL_CERT_FILE` contains `"`, at position 1 of 12'),
+        ("SSL_CERT_FILE", "/etc/hosts", "`SSL_CERT_FILE`: cannot read certificates from `/etc/hosts`"),
+        ("SSL_CERT_DIR", "/no/such", "`SSL_CERT_DIR` is `/no/such`, but there is no such folder"),
+        ("SSLKEYLOGFILE", "/no/such/keys", "`SSLKEYLOGFILE` is `/no/such/keys`, which cannot be written"),
+        ("HF_HUB_USER_AGENT_ORIGIN", "münchen", r"`HF_HUB_USER_AGENT_ORIGIN` contains `ü` \(U\+00FC\)"),
+    ],
+)
+def test_a_broken_variable_is_named(variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=message) as raised:
+        environment.check_settings()
+    assert "network" not in f"{raised.value.message} {raised.value.hint}"
+    assert "pass" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HF_HOME", "", "`HF_HOME` is ``, which is not a folder"),
+        ("HF_HOME", "'/data/hf'", "`HF_HOME` contains `'`, at position 1 of 10"),
+        ("HF_HOME", "/data/hf\n", r"`HF_HOME` contains a newline \(U\+000A\), at position 9 of 9"),
+        ("HF_HOME", "/data/hf ", "`HF_HOME` contains a space, at position 9 of 9"),
+        ("HF_HUB_CACHE", "$NO_SUCH_VARIABLE/hub", r"`HF_HUB_CACHE` is `\$NO_SUCH_VARIABLE/hub`, which is not a folder"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "10s", "`HF_HUB_DOWNLOAD_TIMEOUT` is `10s`, not a number of seconds"),
+        ("HF_HUB_ETAG_TIMEOUT", "-1", "`HF_HUB_ETAG_TIMEOUT` is `-1`, not a number of seconds"),
+    ],
+)
+def test_a_broken_folder_or_number_is_named(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=message):
+        environment.hub_cache()
+
+
+def test_valid_values_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    certificates = ssl.get_default_verify_paths()
+    for variable, value in {
+        "HF_ENDPOINT": "https://hf-mirror.com/",
+        "HF_TOKEN": "hf_abc-DEF.123_=\r\n",
+        "HF_HOME": "~/my models/ü",
+        "HTTPS_PROXY": "http://me:p%40ss@proxy.example.com:3128",
+        "ALL_PROXY": "socks5h://127.0.0.1:1080",
+        "http_proxy": "localhost:8080",
+        "NO_PROXY": "localhost,127.0.0.1,::1,.example.com,10.0.0.0/8",
+        "SSLKEYLOGFILE": str(tmp_path / "keys"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "30",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    if certificates.cafile:
+        monkeypatch.setenv("SSL_CERT_FILE", certificates.cafile)
+    environment.check_settings()
+    assert environment.hub_cache()
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary", "quotes"])
+def test_a_broken_token_file_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "token"
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(path))
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff\xfe" if kind == "binary" else b'"hf_abc"\n')
+    with pytest.raises(UsageError, match='contains `"`' if kind == "quotes" else "cannot be read") as raised:
+        environment.check_token()
+    assert str(path) in raised.value.message
+
+
+@pytest.mark.parametrize("token", ["hf_\nbad", "“hf_x”", '"hf_x"'])
+def test_a_broken_token_is_the_reason_of_a_failed_request(
+    hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "hf_x"
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UsageError, match="`HF_TOKEN` contains "):
+        look_up("owner/model")
+
+
+def test_a_rejected_token_is_named_with_its_source(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_good"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text("hf_bad")
+    with pytest.raises(WeightsError, match=f"rejected your token .* from `{tmp_path}/home/token`"):
+        look_up("owner/model")
+
+
+class SocksServer:
+    """A SOCKS5 server without authentication, on loopback; a context manager. Source: RFC 1928."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"socks5://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections = 0
+
+    def __enter__(self) -> SocksServer:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            _, num_methods = client.recv(2)
+            client.recv(num_methods)
+            client.sendall(b"\5\0")
+            _, _, _, kind = client.recv(4)
+            host = socket.inet_ntoa(client.recv(4)) if kind == 1 else client.recv(client.recv(1)[0]).decode()
+            port = int.from_bytes(client.recv(2), "big")
+            with socket.create_connection((host, port)) as server:
+                client.sendall(b"\5\0\0\1\0\0\0\0\0\0")
+                back = threading.Thread(target=_copy, args=(server, client), daemon=True)
+                back.start()
+                _copy(client, server)
+                back.join()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        return
+
+
+@pytest.fixture
+def fresh_session() -> Iterator[None]:
+    """Let huggingface_hub read the proxies' variables again, now and after the test."""
+    from huggingface_hub import close_session
+
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_a_socks_proxy_works(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SocksServer() as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        fetch_checkpoint(look_up("owner/model"))
+    assert proxy.connections > 0
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "socks5h://127.0.0.1:9"])
+def test_an_unreachable_proxy_is_named(hub: Hub, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", address)
+    with pytest.raises(KimiMlxError, match=f"through the proxy `{address}` of HTTP_PROXY") as raised:
+        look_up("owner/model")
+    assert address in (raised.value.hint or "")
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "SSL_CERT_FILE"])
+def test_a_client_that_cannot_be_made_is_explained(hub: Hub, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "socks://127.0.0.1:9" if variable == "ALL_PROXY" else "/no/such.pem")
+    with pytest.raises(UsageError, match=f"`{variable}`"):
+        look_up("owner/model")
+
+
+def test_a_number_that_breaks_the_import_is_named() -> None:
+    code = "from kimi_mlx.hub.cache import find_local; find_local('a/b')"
+    variables = {**os.environ, "HF_HUB_ETAG_TIMEOUT": "ten"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert "UsageError: `HF_HUB_ETAG_TIMEOUT` is `ten`" in done.stderr
