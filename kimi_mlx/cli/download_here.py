@@ -11,7 +11,7 @@ from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.open_model import place_model
 from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.errors import UsageError
-from kimi_mlx.hub.cache import cached_bytes, repository_folder
+from kimi_mlx.hub.cache import cached_bytes, repository_folder, unknown_files
 from kimi_mlx.hub.client import Repository, find_local, look_up, remove_cached, verify_checkpoint
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
@@ -80,7 +80,7 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
     local = find_local(target.repository, options.revision)
     if local is not None and options.revision not in (None, local.name):
         local = None  # a branch or tag: it may have a newer commit
-    if local is not None and not options.dry_run and not options.verify:
+    if local is not None and not options.dry_run and not options.verify and not unknown_files(local):
         return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
     repository = look_up(target.repository, options.revision if local is None else local.name)
     if options.dry_run:

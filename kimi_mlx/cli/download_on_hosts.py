@@ -55,8 +55,8 @@ def download_on_hosts(launched: LaunchContext, name: str, options: DownloadOptio
             is_check=options.verify,
             keep_source=options.keep_source,
         )
-        results = _collect(ring, show)
-    names = [host.ssh for host in launched.cluster.hostfile.hosts]
+        names = [host.ssh for host in launched.cluster.hostfile.hosts]
+        results = _collect(ring, show, names)
     result: DownloadReport = {**_merge(results, names), "seconds": round(time.monotonic() - started, 3)}
     if is_json:
         print_json(result)
@@ -71,13 +71,15 @@ def download_on_hosts(launched: LaunchContext, name: str, options: DownloadOptio
             )
 
 
-def _collect(ring: Ring, show: Callable[[Message], None]) -> dict[int, DownloadReport]:
-    """Return the report of each rank, after passing on rank 0's progress."""
+def _collect(ring: Ring, show: Callable[[Message], None], names: list[str]) -> dict[int, DownloadReport]:
+    """Return the report of each rank, after passing on rank 0's progress, and which host waits for the hub."""
     results: dict[int, DownloadReport] = {}
     try:
         for rank, message in ring.messages():
             if message["kind"] == "done":
                 results[rank] = message["result"]
+            elif message["kind"] == "waiting":
+                show({**message, "text": f"{names[rank]}: {message['text']}"})
             elif rank == 0:
                 show(message)
             if len(results) == ring.world_size:
@@ -105,6 +107,8 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
         def show(message: Message) -> None:
             if message["kind"] == "starting":
                 TerminalObserver(target, is_quiet).on_start(message["vision_bytes"])
+            elif message["kind"] == "waiting":
+                stderr.print(message["text"], markup=False)
             elif message["kind"] == "checking":
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":

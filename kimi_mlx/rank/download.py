@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 from kimi_mlx.cluster.channel.messages import Message
+from kimi_mlx.hub.retries import LOG
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.rank.channel import Channel, run_rank
@@ -52,6 +54,19 @@ class ChannelObserver:
         yield report
 
 
+class WaitReporter(logging.Handler):
+    """Reports to the front that the hub is waited for: `waiting`. This counts as progress."""
+
+    def __init__(self, channel: Channel):
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report a line of the hub's client."""
+        self._channel.report_progress("download")
+        self._channel.send("waiting", text=record.getMessage())
+
+
 def main() -> None:
     """Run a rank."""
     run_rank(serve)
@@ -59,6 +74,7 @@ def main() -> None:
 
 def serve(channel: Channel, start: Message) -> None:
     """Build the store, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
+    LOG.addHandler(WaitReporter(channel))
     group = join_checked(lambda: join_with_peers(channel, start))
     channel.report_progress("download")
     target = run_on_all_ranks(group, lambda: resolve_model_name(start["model"]))

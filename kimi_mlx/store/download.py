@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError, UsageError
-from kimi_mlx.hub.client import look_up
+from kimi_mlx.hub.client import find_local, find_repository
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks, run_on_all_ranks
 from kimi_mlx.parallel.checked_group import join_checked
 from kimi_mlx.parallel.group import Group, SingleGroup
@@ -157,10 +157,11 @@ def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
         folder = options.source
         return run_on_all_ranks(group, lambda: FolderSource(folder))
     name, revision = options.source, options.revision
-    if revision is None:  # stay at the commit of an existing store
-        revision = newest_commit(options.stores, name, options.ranks, options.strategy)
+    if revision is None:  # stay at the commit of an existing store, or of the checkpoint on this machine
+        snapshot = find_local(name)
+        revision = newest_commit(options.stores, name, options.ranks, options.strategy) or (snapshot and snapshot.name)
     if group.size == 1:
-        repository = look_up(name, revision)
+        repository = find_repository(name, revision)
         contents = read_contents(repository)
     else:
         encoded = run_on_all_ranks(group, lambda: _read_encoded(name, revision) if group.rank == 0 else b"")
@@ -172,7 +173,7 @@ def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
 
 
 def _read_encoded(name: str, revision: str | None) -> bytes:
-    repository = look_up(name, revision)
+    repository = find_repository(name, revision)
     return encode_contents(repository, read_contents(repository))
 
 

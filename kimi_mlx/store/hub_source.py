@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from kimi_mlx.errors import WeightsError
+from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.hub.cache import blob_path, cached_bytes, snapshot_folder, write_ref
 from kimi_mlx.hub.client import (
     Repository,
@@ -28,16 +28,21 @@ from kimi_mlx.hub.client import (
     read_range,
     remove_cached,
 )
-from kimi_mlx.hub.fetch import matches_checksum
+from kimi_mlx.hub.error_messages import disk_error
+from kimi_mlx.hub.fetch import matches_checksum, read_file
 from kimi_mlx.hub.partial_file import part_path
 from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.model_files import is_small_file
 from kimi_mlx.store.manifest import Origin
-from kimi_mlx.store.sources import CheckpointContents, is_small_file
+from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
 from kimi_mlx.weights.header import TensorInfo, parse_header
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 
 HEADER_WORKERS = 8
 """Number of headers that are fetched at the same time."""
+
+HEADER_ATTEMPTS = 3
+"""Number of downloads of a header that cannot be read."""
 
 
 class HubSource:
@@ -84,7 +89,20 @@ class HubSource:
         return max(0, sum(sizes if self._keep else sizes[-2:]) - sum(map(self.local_bytes, missing)))
 
     def fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
-        """Return a file from the hub's cache if its checksum is right, else fetch it from the hub."""
+        """Return a file from the hub's cache if its checksum is right, else fetch it from the hub.
+
+        Raises:
+            WeightsError: the file cannot be fetched, or its header is not the one that the build was planned with.
+        """
+        path = self._fetch(file, progress, stop)
+        if read_header_by_name(path) != self.contents.headers[file]:  # that one came without a checksum
+            raise WeightsError(
+                f"`{file}` of `{self._repository.name}` does not have the header that was received before",
+                hint="run the same command again",
+            )
+        return path
+
+    def _fetch(self, file: str, progress: Callable[[int], None], stop: threading.Event) -> Path:
         item = self._repository.file(file)
         cached = cached_file(self._repository, item)
         if cached is not None and matches_checksum(cached, item, stop):
@@ -124,8 +142,14 @@ class HubSource:
                 write_ref(replace(self._repository, revision=self._branch))
 
     def read(self, info: TensorInfo) -> bytes:
-        """Read one tensor from the hub by an HTTP range request."""
-        return read_range(self._repository, info.file.name, info.start, info.start + info.size_bytes)
+        """Read one tensor from the hub's cache, or from the hub by an HTTP range request."""
+        file, stop = info.file.name, info.start + info.size_bytes
+        path = cached_file(self._repository, self._repository.file(file))
+        if path is None:
+            return read_range(self._repository, file, info.start, stop)
+        with path.open("rb") as stream:
+            stream.seek(info.start)
+            return stream.read(info.size_bytes)
 
 
 def read_contents(repository: Repository) -> CheckpointContents:
@@ -134,39 +158,61 @@ def read_contents(repository: Repository) -> CheckpointContents:
     Raises:
         WeightsError: a file cannot be fetched, or the repository is not a checkpoint.
     """
-    small_files = {file.name: file for file in repository.files if is_small_file(file.name)}
+    small_files = [file for file in repository.files if is_small_file(file.name)]
     index = next((file for file in repository.files if file.name == INDEX_NAME), None)
-    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as name, ThreadPoolExecutor(HEADER_WORKERS) as pool:
-        folder = Path(name)
-
-        def read_small(file: RepositoryFile) -> bytes:
-            path = cached_file(repository, file)
-            if path is None:
-                path = folder / file.name
-                fetch_file(repository, file, path)
-            return path.read_bytes()
-
-        def read_tensors(file: RepositoryFile) -> tuple[str, dict[str, TensorInfo]]:
-            header = parse_header(
-                Path(file.name), file.size_bytes, lambda start, stop: read_range(repository, file.name, start, stop)
-            )
-            return file.name, header
-
-        small_contents = dict(zip(small_files, pool.map(read_small, small_files.values()), strict=True))
-        weight_map = None
-        if index is not None:
-            (folder / INDEX_NAME).write_bytes(read_small(index))
-            weight_map = read_weight_map(folder / INDEX_NAME)
+    with ThreadPoolExecutor(HEADER_WORKERS) as pool:
+        small_contents = dict(pool.map(lambda file: (file.name, _read_small(repository, file)), small_files))
+        weight_map = None if index is None else _read_weight_map(repository, index)
         weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
         if not weights:
             raise WeightsError(
                 f"`{repository.name}` has no `model*.safetensors`", hint="give a repository that contains a model"
             )
-        headers = dict(pool.map(read_tensors, weights))
+        headers = dict(pool.map(lambda file: (file.name, _read_header(repository, file)), weights))
     sizes = {file.name: file.size_bytes for file in weights}
     vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
     vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
     return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, small_contents, vision_bytes)
+
+
+def _read_small(repository: Repository, file: RepositoryFile) -> bytes:
+    path = cached_file(repository, file)
+    if path is not None and matches_checksum(path, file, threading.Event()):
+        return path.read_bytes()
+    return read_file(repository, file)
+
+
+def _read_weight_map(repository: Repository, index: RepositoryFile) -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as folder:
+        path = Path(folder) / INDEX_NAME
+        try:
+            path.write_bytes(_read_small(repository, index))
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return read_weight_map(path)
+
+
+def _read_header(repository: Repository, file: RepositoryFile) -> dict[str, TensorInfo]:
+    """Return the header of a weight file. The hub has no checksum for it, so a broken one is requested again."""
+    path = cached_file(repository, file)
+    if path is not None:
+        with contextlib.suppress(WeightsError):
+            return read_header_by_name(path)
+    attempts = 0
+    while True:
+        try:
+            return parse_header(
+                Path(file.name), file.size_bytes, lambda start, stop: read_range(repository, file.name, start, stop)
+            )
+        except UnreachableError:
+            raise
+        except WeightsError as error:
+            attempts += 1
+            if attempts == HEADER_ATTEMPTS:
+                raise WeightsError(
+                    f"{error.message} ({attempts} downloads of it from `{repository.name}`)",
+                    hint="try again later, or over another network; or choose another repository",
+                ) from error
 
 
 def encode_contents(repository: Repository, contents: CheckpointContents) -> bytes:

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Serves kimi-mini; retries do not wait."""
+    """Serve kimi-mini; retries hardly wait."""
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 1.0)
     with Hub({"owner/model": KIMI_MINI}) as hub:
         use(hub, tmp_path, monkeypatch)
         yield hub

@@ -274,9 +274,9 @@ def test_an_error_of_the_hub_ends_all_hosts_with_the_same_error(large_hub: Hub, 
 
     expect(r"rank 0 \(`.*`\): `owner/model` does not have this revision", "--revision", "nope")
     expect(r"rank 0 \(`.*`\): .*HF_HUB_OFFLINE", HF_HUB_OFFLINE="1")
-    expect(r"rank 0 \(`.*`\): .* cannot connect to Hugging Face", HF_ENDPOINT="http://127.0.0.1:1")
+    expect(r"rank 0 \(`.*`\): .* cannot connect to ", HF_ENDPOINT="http://127.0.0.1:1")
     large_hub.token = "good"
-    expect(r"rank 0 \(`.*`\): Hugging Face rejected your token", HF_TOKEN="bad")
+    expect(r"rank 0 \(`.*`\): .* rejected your token", HF_TOKEN="bad")
     large_hub.token = None
     large_hub.gated.add(NAME)
     expect(r"rank 0 \(`.*`\): `owner/model` is gated")
@@ -285,7 +285,7 @@ def test_an_error_of_the_hub_ends_all_hosts_with_the_same_error(large_hub: Hub, 
     expect(r"rank 0 \(`.*`\): repository `owner/model` does not exist")
     large_hub.folders[NAME] = folder
     large_hub.fail("missing", "*00004*")
-    expect(r"rank 0 \(`.*`\): .* Hugging Face lists a file that it does not have")
+    expect(r"rank 0 \(`.*`\): .* lists a file that it does not have")
 
 
 @pytest.mark.slow
