@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
-from kimi_mlx.text import template_sandbox
+from kimi_mlx.text import template_budget
 from kimi_mlx.text.control_tokens import ControlTokens, choose_escape
 from kimi_mlx.text.messages import Message, ToolCall
 from kimi_mlx.text.template import ChatTemplate, check_text_files
@@ -352,7 +352,7 @@ HARMFUL = {
 @pytest.mark.parametrize("name", HARMFUL)
 def test_templates_made_to_harm_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch):
     for limit in ("MAX_STEPS", "MAX_CHARS", "MAX_BYTES"):  # a tenth, to be quick
-        monkeypatch.setattr(template_sandbox, limit, getattr(template_sandbox, limit) // 10)
+        monkeypatch.setattr(template_budget, limit, getattr(template_budget, limit) // 10)
     with pytest.raises(TextError, match=r"chat_template\.jinja"):
         ChatTemplate(HARMFUL[name]).render([Message("user", "x")])
 
