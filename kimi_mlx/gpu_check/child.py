@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 import threading
+from importlib.metadata import version
 from typing import Any, TextIO, cast
 
 import mlx.core as mx
@@ -47,7 +48,7 @@ def describe(device: Device) -> dict[str, Any]:
     """Return the device and versions; `has_device` is False if MLX cannot use it."""
     versions = {
         "kimi_mlx": __version__,
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "python": platform.python_version(),
         "system": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
     }

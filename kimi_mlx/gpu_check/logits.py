@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.gpu_check.context import Context, row_errors
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config, random_tokens
+from kimi_mlx.gpu_check.reference import plain_products
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.store.locate import ensure_downloaded
@@ -35,37 +36,34 @@ def check(context: Context) -> None:
 
 def _compare_models(context: Context, name: str, model_of: Callable[[mx.Dtype], Model]) -> None:
     reference = model_of(mx.float32)
-    context.progress(f"{name} on the CPU")
-    expected = _logits(context, reference)
+    length = context.sizes.prompts[-1] + sum(CONTINUATION)
+    tokens = random_tokens(length, reference.config.vocab_size)
+    context.progress(f"{name} on the CPU, {length} tokens")
+    with plain_products():
+        expected = reference(tokens)
+        mx.eval(expected)
     for dtype in context.dtypes:
-        context.progress(f"{name} in {_short(dtype)}")
+        short = str(dtype).removeprefix("mlx.core.")
         model = model_of(dtype)
-        with context.on_device():
-            logits = _logits(context, model)
-        for label, got in logits.items():
-            errors = row_errors(got, expected[label])
-            context.report(f"{name} {_short(dtype)} {label}", float(np.median(errors)), LIMITS[dtype])
-            context.report(f"{name} {_short(dtype)} {label}, any", float(errors.max()), ANY_POSITION_LIMITS[dtype])
+        for label, start, logits in _steps(context, model, tokens):
+            context.progress(f"{name} in {short}, {label} tokens")
+            errors = row_errors(logits, expected[:, start : start + logits.shape[1]])
+            context.report(f"{name} {short} {label}", float(np.median(errors)), LIMITS[dtype])
+            context.report(f"{name} {short} {label}, any", float(errors.max()), ANY_POSITION_LIMITS[dtype])
 
 
-def _logits(context: Context, model: Model) -> dict[str, mx.array]:
-    """Return logits by label of the step."""
-    logits: dict[str, mx.array] = {}
+def _steps(context: Context, model: Model, tokens: mx.array) -> Iterator[tuple[str, int, mx.array]]:
+    """Yield a label, the first position, and the logits of each prompt and of each step after the last one.
+
+    All are parts of the same tokens, so that one pass of the reference has the logits of all.
+    """
     prompts = context.sizes.prompts
-    tokens = random_tokens(max(prompts) + sum(CONTINUATION), model.config.vocab_size)
-    cache = model.make_cache()
-    for length in prompts:
-        cache = model.make_cache()
-        logits[f"{length}"] = model(tokens[:, :length], cache)
-        mx.eval(logits[f"{length}"])
-    start = prompts[-1]
-    for length in CONTINUATION:
-        label = f"{start}+{length}"
-        logits[label] = model(tokens[:, start : start + length], cache)
-        mx.eval(logits[label])
+    start, cache = 0, model.make_cache()
+    for index, length in enumerate((*prompts, *CONTINUATION)):
+        if index < len(prompts):
+            start, cache = 0, model.make_cache()
+        with context.on_device():
+            logits = model(tokens[:, start : start + length], cache)
+            mx.eval(logits)
+        yield f"{start}+{length}" if start else f"{length}", start, logits
         start += length
-    return logits
-
-
-def _short(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import IO, Any, Literal
 
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -61,7 +61,7 @@ def run_checks(
     sizes: SizesName,
     on_progress: Callable[[Check, str], None] = lambda check, text: None,
     checks: Sequence[Check] = CHECKS,
-) -> Iterator[CheckResult]:
+) -> Generator[CheckResult]:
     """Run the checks one after the other and yield the result of each. Closing the iterator ends the current one."""
     for check in checks:
         yield run_check(check, device, sizes, on_progress)

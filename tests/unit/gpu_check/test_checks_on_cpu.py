@@ -130,11 +130,11 @@ def test_full_sizes_are_those_of_k2() -> None:
 
 def test_a_random_model_has_the_same_values_in_every_dtype() -> None:
     weights = RandomWeights(model_config(SMALL))
-    wide, narrow = (weights.model(dtype).parameters() for dtype in (mx.float32, mx.bfloat16))
-    for layer in ("0", "1"):
-        a, b = wide["layers"][int(layer)], narrow["layers"][int(layer)]
+    wide, narrow = weights.model(mx.float32), weights.model(mx.bfloat16)
+    for a, b in zip(wide.layers, narrow.layers, strict=True):
         assert mx.array_equal(a["input_layernorm"], b["input_layernorm"].astype(mx.float32))
-        scales = a["self_attn"]["o_proj"]["scales"], b["self_attn"]["o_proj"]["scales"]
+        scales = a.self_attn.o_proj["scales"], b.self_attn.o_proj["scales"]
         assert (scales[0].dtype, scales[1].dtype) == (mx.float32, mx.bfloat16)
         assert mx.array_equal(scales[0], scales[1].astype(mx.float32))
-    assert narrow["layers"][1]["mlp"]["gate"]["weight"].dtype == mx.float32
+    assert isinstance(narrow.layers[1].mlp, moe.MoE)
+    assert narrow.layers[1].mlp.gate["weight"].dtype == mx.float32
