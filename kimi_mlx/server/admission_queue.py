@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from kimi_mlx.engine.engine import MAX_SEQUENCES
@@ -50,7 +50,7 @@ class AdmissionQueue:
         return QueueSlots(self, count)
 
     @contextmanager
-    def hold_slot(self, running: int) -> Iterator[None]:
+    def hold_slot(self, running: int) -> Generator[None]:
         """Hold one slot while a request is being prepared.
 
         Args:

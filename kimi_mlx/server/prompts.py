@@ -19,6 +19,7 @@ from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import THINK_END, OutputParser, opens_reasoning
+from kimi_mlx.text.schema_bounds import check_bounds
 from kimi_mlx.text.tokenizer import Tokenizer
 from kimi_mlx.text.tool_calls import names_of
 
@@ -119,6 +120,10 @@ class PromptBuilder:
         return len(self._chat_prompt(request)[0])
 
     def _chat_prompt(self, request: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
+        try:
+            check_bounds(request.tools, request.response_schema, request.response_schema_name)
+        except GrammarError as error:
+            raise _schema_error(error) from error
         messages, ids = to_kimi_ids(request.messages, request.call_id_prefix)
         variables: dict[str, Any] = dict(request.template_kwargs)
         if reserved := RESERVED & variables.keys():
@@ -243,9 +248,14 @@ def request_grammar(
             request.response_schema_name,
         )
     except GrammarError as error:
-        name = LEADING_NAME.match(error.message)
-        message = error.message if error.hint is None else f"{error.message} ({error.hint})"
-        raise ApiError(400, message, "invalid_schema", name.group(1) if name else None) from error
+        raise _schema_error(error) from error
+
+
+def _schema_error(error: GrammarError) -> ApiError:
+    """Return the response for a schema or a tool that is refused; what to change is up to the client."""
+    name = LEADING_NAME.match(error.message)
+    message = error.message if error.hint is None else f"{error.message} ({error.hint})"
+    return ApiError(400, message, "invalid_schema", name.group(1) if name else None)
 
 
 def request_for_choice(request: Request, index: int) -> Request:

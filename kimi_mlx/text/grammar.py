@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -31,6 +32,8 @@ from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
 MAX_CALLS = 16
 """Maximum number of tool calls in an answer with a grammar."""
+CHECK_S = 10.0
+"""Time limit for checking the schemas of all tools, which usually takes milliseconds each."""
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 ANY_OBJECT: Schema = {"type": "object"}
 NO_FORCING = '%llguidance {"no_forcing": true}'
@@ -169,7 +172,10 @@ def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[
 def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> list[_Function]:
     """Return the tools that the choice allows, with the rules of their arguments."""
     functions: list[_Function] = []
+    deadline = time.monotonic() + CHECK_S
     for i, tool in enumerate(tools):
+        if time.monotonic() > deadline:
+            raise GrammarError(f"`tools`: their schemas take more than {CHECK_S:.0f} s to check", hint="simplify them")
         function, where = tool["function"], f"tools[{i}].function"
         name, is_strict = function.get("name"), _is_strict(function)
         if isinstance(choice, Mapping) and name != choice["name"]:

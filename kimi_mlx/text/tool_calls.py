@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 
@@ -21,7 +21,7 @@ CLIENT_ID = re.compile(r"(?:call|toolu|tool|fc|chatcmpl)[\W_]", re.IGNORECASE)
 
 def names_of(tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
     """Return the names of OpenAI-style tools."""
-    functions = [tool.get("function") for tool in tools or ()]
+    functions = [cast("Mapping[str, Any] | None", tool.get("function")) for tool in tools or ()]
     names = [function.get("name") for function in functions if isinstance(function, Mapping)]
     return tuple(name for name in names if isinstance(name, str) and name)
 

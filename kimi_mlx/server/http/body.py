@@ -57,7 +57,7 @@ def parse(model: type[AnyBody], data: bytes) -> AnyBody:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise _most_relevant(error.errors(include_url=False), value) from error
+        raise _most_relevant(error.errors(include_url=False), cast("object", value)) from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -121,7 +121,7 @@ def _check_size(value: Any) -> None:
     level: list[Any] = [value]
     num_containers = 0
     for _ in range(MAX_DEPTH + 1):
-        containers = [part for part in level if isinstance(part, list | dict)]
+        containers: list[Any] = [part for part in level if isinstance(part, list | dict)]
         num_containers += len(containers)
         if num_containers > MAX_CONTAINERS:
             raise _too_many()
@@ -239,7 +239,7 @@ def _paths(
     if isinstance(value, dict) and part in value:
         inner = cast("dict[str | int, object]", value)[part]
         yield from _paths(rest, inner, _field(path, part), is_missing=is_missing)
-    yield from _paths(rest, value, path, is_missing=is_missing)
+    yield from _paths(rest, cast("object", value), path, is_missing=is_missing)
 
 
 def _field(path: str, name: int | str) -> str:

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -89,8 +90,9 @@ async def respond(
     if is_stream:
         first = await while_connected(request.receive, anext(events))
         return EventStream(first, events, formatter)
-    answers = collect(await while_connected(request.receive, _all(events)))
-    return JsonResponse(formatter.full_response(answers))
+    answers = await while_connected(request.receive, _all(events))
+    # in a thread: with log probabilities, an answer has thousands of parts
+    return await anyio.to_thread.run_sync(lambda: JsonResponse(formatter.full_response(collect(answers))))
 
 
 async def _all(events: AsyncGenerator[AnswerEvent, None]) -> list[AnswerEvent]:
