@@ -48,9 +48,9 @@ def doctor(
     if gpu:
         from kimi_mlx.cli.doctor_gpu import check_gpu
 
-        if option or model is not None or quick:
+        if option or model is not None or save is not None or quick or verbose or fast_sync:
             raise UsageError(
-                "--gpu checks this machine, without a model",
+                "--gpu checks this machine; its only other option is --json",
                 hint="run `kimi-mlx doctor --gpu [--json]`, on each host",
             )
         check_gpu(json)

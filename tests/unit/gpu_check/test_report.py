@@ -87,7 +87,7 @@ def test_a_failed_check_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys
     assert "1 check did not pass (attention)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["kimi-k2"], ["--hosts", "a,b"], ["--quick"]])
+@pytest.mark.parametrize("more", [["kimi-k2"], ["--hosts", "a,b"], ["--quick"], ["--save", "two.json"]])
 def test_the_gpu_is_checked_alone(more: list[str]) -> None:
     error = CliRunner().invoke(app, ["doctor", "--gpu", *more]).exception
     assert isinstance(error, UsageError)
