@@ -12,7 +12,7 @@ from kimi_mlx.cli.open_model import place_model
 from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder, unknown_files
-from kimi_mlx.hub.client import Repository, find_local, look_up, remove_cached, verify_checkpoint
+from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.download import StoreOptions, join_group
@@ -82,7 +82,8 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         local = None  # a branch or tag: it may have a newer commit
     if local is not None and not options.dry_run and not options.verify and not unknown_files(local):
         return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
-    repository = look_up(target.repository, options.revision if local is None else local.name)
+    list_files = find_repository if options.dry_run or options.verify else look_up
+    repository = list_files(target.repository, options.revision if local is None else local.name)
     if options.dry_run:
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())

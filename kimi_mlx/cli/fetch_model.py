@@ -12,8 +12,8 @@ from kimi_mlx.cli.model_size import entry_shape
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
-from kimi_mlx.hub.cache import cached_bytes, snapshot_folder, unknown_files
-from kimi_mlx.hub.client import Repository, fetch_checkpoint, find_repository
+from kimi_mlx.hub.cache import cached_bytes, snapshot_folder
+from kimi_mlx.hub.client import Repository, complete_checkpoint, fetch_checkpoint, find_repository
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.planner.needs import memory_per_host
 from kimi_mlx.store.locate import find_local_model
@@ -39,14 +39,15 @@ def fetch_model(target: ModelRef, ranks: int, strategy: str, is_quiet: bool) -> 
         WeightsError: the model cannot be downloaded, or its store is broken or has another placement.
     """
     folder = find_local_model(target, ranks, strategy)
-    if folder is not None and not unknown_files(folder):
+    if target.repository is None:
+        assert folder is not None
         return folder
-    assert target.repository is not None
-    repository = find_repository(target.repository, None if folder is None else folder.name)
+    if folder is not None:
+        return complete_checkpoint(target.repository, folder, lambda found: fetch(target, found, is_quiet))
+    repository = find_repository(target.repository)
     if repository.is_local:
         return snapshot_folder(repository)
-    if folder is None:
-        _confirm(target, repository, is_quiet)
+    _confirm(target, repository, is_quiet)
     return fetch(target, repository, is_quiet)
 
 

@@ -8,6 +8,7 @@ files instead of links, or broken links; a download by commit has no `refs/`; an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ from kimi_mlx.weights.index import checkpoint_files
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_LINK_BYTES = 200
 
 
 def repository_folder(name: str) -> Path:
@@ -108,11 +110,22 @@ def is_complete(snapshot: Path) -> bool:
 def missing_files(snapshot: Path) -> list[str]:
     """Return the required files that are missing; of the weights, a description."""
     missing = [" or ".join(group) for group in missing_required(snapshot) if not _is_known_absent(snapshot, group)]
+    missing += [path.name for path in sorted(snapshot.iterdir()) if _is_copied_link(path)] if snapshot.is_dir() else []
     try:
         checkpoint_files(snapshot)
     except KimiMlxError:
         missing.append("model*.safetensors")
     return missing
+
+
+def _is_copied_link(path: Path) -> bool:
+    """Return whether a file is the text of a link, as copies to disks without links have it."""
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_LINK_BYTES:
+            return False
+        return path.read_bytes().startswith(b"../../blobs/")
+    except OSError:  # a folder, or unreadable
+        return False
 
 
 def unknown_files(snapshot: Path) -> list[str]:
@@ -138,9 +151,10 @@ def _absence_folder(snapshot: Path) -> Path:
 def record_absent_files(repository: Repository) -> None:
     """Record which of the known files the repository does not have, so that they do not count as missing."""
     absent = _absence_folder(snapshot_folder(repository))
-    for name in {*KNOWN_NAMES} - {file.name for file in repository.files}:
-        absent.mkdir(parents=True, exist_ok=True)
-        (absent / name).touch()
+    with contextlib.suppress(OSError):  # a read-only cache: the hub is asked again next time
+        for name in {*KNOWN_NAMES} - {file.name for file in repository.files}:
+            absent.mkdir(parents=True, exist_ok=True)
+            (absent / name).touch()
 
 
 def describe_local(name: str) -> str:
@@ -150,7 +164,7 @@ def describe_local(name: str) -> str:
         return "is not on this machine"
     if missing := missing_files(snapshot):
         return f"is only partly on this machine (missing: {', '.join(missing)})"
-    return f"may lack {', '.join(unknown_files(snapshot))} on this machine"
+    return f"may lack {', '.join(unknown_files(snapshot)) or 'some files'} on this machine"
 
 
 def local_repository(snapshot: Path, name: str) -> Repository:

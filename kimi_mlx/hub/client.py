@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError, UnreachableError, WeightsError
@@ -43,6 +44,7 @@ __all__ = [
     "Repository",
     "RepositoryFile",
     "cached_file",
+    "complete_checkpoint",
     "fetch_checkpoint",
     "fetch_file",
     "fetch_to_cache",
@@ -75,11 +77,7 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
             snapshot = newest_complete(name)
         if snapshot is None:
             raise
-        reason = error.message.rpartition("cannot be downloaded: ")[2]
-        if missing := ", ".join(unknown_files(snapshot)):
-            LOG.warning("note: `%s` may lack %s (%s); `kimi-mlx download %s` fetches it", name, missing, reason, name)
-        else:
-            LOG.warning("note: using the files of `%s` on this machine (%s)", name, reason)
+        LOG.warning("note: using the files of `%s` on this machine: %s", name, error.message)
         return local_repository(snapshot, name)
 
 
@@ -164,6 +162,27 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
     except OSError as error:
         raise disk_error(error, folder) from error
     return folder
+
+
+def complete_checkpoint(name: str, snapshot: Path, fetch: Callable[[Repository], Path] = fetch_checkpoint) -> Path:
+    """Fetch the optional files of a snapshot if any may be missing; if that fails, log a note.
+
+    Args:
+        name: `owner/name`.
+        snapshot: complete snapshot in the cache, or any other folder, which stays as it is.
+        fetch: function that fetches a repository.
+
+    Returns:
+        The snapshot.
+    """
+    missing = ", ".join(unknown_files(snapshot))
+    if missing:
+        try:
+            return fetch(look_up(name, snapshot.name, max_wait_s=0))
+        except KimiMlxError as error:
+            reason = error.message.rpartition("cannot be downloaded: ")[2]
+            LOG.warning("note: `%s` may lack %s (%s); `kimi-mlx download %s` fetches it", name, missing, reason, name)
+    return snapshot
 
 
 def fetch_to_cache(

@@ -22,6 +22,8 @@ NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 """Variables with the folder of the hub's cache; the first one that is set counts."""
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+NETWORK_VARIABLES = ("HF_ENDPOINT", *PROXY_VARIABLES, "NO_PROXY", "no_proxy")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 URL_CHARACTERS = re.compile(r"[^!-~]|[\"'<>\\^`{|}]")
@@ -82,8 +84,16 @@ def offline_variable() -> str:
 
 def hub_name() -> str:
     """Return the name of the hub for messages, with the variable if it is not Hugging Face's own."""
-    endpoint = constants().ENDPOINT
-    return f"`{endpoint}` (HF_ENDPOINT)" if "HF_ENDPOINT" in os.environ else "Hugging Face"
+    return f"`{endpoint()}` (HF_ENDPOINT)" if "HF_ENDPOINT" in os.environ else "Hugging Face"
+
+
+def endpoint() -> str:
+    """Return the address of the hub, without a password."""
+    return _hide_login(constants().ENDPOINT)
+
+
+def _hide_login(address: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def token_source() -> str | None:
@@ -102,8 +112,7 @@ def proxy_for_hub() -> tuple[str, str] | None:
     scheme = next((name for name in (url.scheme, "all") if proxies.get(name)), None)
     if scheme is None or proxy_bypass(url.hostname or ""):
         return None
-    address = re.sub(r"//[^/@]*@", "//", proxies[scheme])
-    return _proxy_variable(scheme, proxies[scheme]), address
+    return _proxy_variable(scheme, proxies[scheme]), _hide_login(proxies[scheme])
 
 
 def check_settings() -> None:
@@ -113,6 +122,7 @@ def check_settings() -> None:
         UsageError: a variable, or a file that it names, is broken.
     """
     _check_endpoint()
+    _check_folders()
     check_token()
     _check_characters("HF_HUB_USER_AGENT_ORIGIN", os.environ.get("HF_HUB_USER_AGENT_ORIGIN", ""), HEADER_CHARACTERS)
     for scheme, address in getproxies().items():
@@ -143,6 +153,17 @@ def _check_endpoint() -> None:
     raise UsageError(
         f"`HF_ENDPOINT` is `{value}`, not an address such as `https://huggingface.co`", hint="`unset HF_ENDPOINT`"
     )
+
+
+def _check_folders() -> None:
+    for variable in ("HF_HOME", cache_variable()):
+        if variable is None or variable not in os.environ:
+            continue
+        folder = Path(constants().HF_HOME if variable == "HF_HOME" else hub_cache())
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            message = f"`{variable}` is `{os.environ[variable]}`, but `{existing}` is a file"
+            raise UsageError(message, hint=f"set {variable} to a folder")
 
 
 def _is_address(value: str, schemes: Iterable[str]) -> bool:
@@ -189,7 +210,7 @@ def _check_proxy(variable: str, address: str) -> None:
     full_address = address if "://" in address else f"http://{address}"
     if not _is_address(full_address, ("http", "https", "socks5", "socks5h")):
         raise UsageError(
-            f"`{variable}` is not the address of a proxy that can be used: `{re.sub(r'//[^/@]*@', '//', address)}`",
+            f"`{variable}` is not the address of a proxy that can be used: `{_hide_login(address)}`",
             hint="write it as `http://HOST:PORT` or `socks5://HOST:PORT`; in a user name or password, write "
             "`@`, `:`, `/` and `#` as `%40`, `%3A`, `%2F` and `%23`",
         )

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.hub.environment import (
+    NETWORK_VARIABLES,
     cache_variable,
     check_settings,
     check_token,
-    constants,
+    endpoint,
     hub_name,
     offline_variable,
     proxy_for_hub,
@@ -20,6 +21,7 @@ from kimi_mlx.hub.environment import (
 )
 from kimi_mlx.units import format_bytes
 
+PROXY_LOGIN_NEEDED = 407
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 SPACE_HINT = "free some space and run the same command again to resume, or set HF_HOME to a folder on a larger disk"
 
@@ -28,8 +30,9 @@ def client_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that a request through huggingface_hub may raise."""
     from huggingface_hub.errors import OIDCError
     from huggingface_hub.utils import httpx
+    from socksio import SOCKSError
 
-    return httpx.HTTPError, httpx.InvalidURL, OIDCError, OSError, ValueError
+    return httpx.HTTPError, httpx.InvalidURL, OIDCError, SOCKSError, OSError, ValueError
 
 
 def status_of(error: Exception) -> int | None:
@@ -91,7 +94,7 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
         return not_a_hub_error(repository)
     if is_certificate_error(error):
         return _certificate_error(error, repository)
-    return WeightsError(f"cannot download `{repository}`: {describe(error)}", hint=_network_hint())
+    return WeightsError(f"cannot download `{repository}`: {describe(error)}", hint=_hint(error))
 
 
 def _access_error(error: Exception, repository: str) -> WeightsError:
@@ -126,13 +129,24 @@ def unreachable_error(error: Exception, repository: str, failures: int) -> Unrea
         failures: number of failures in a row.
     """
     times = f", {failures} times in a row" if failures > 1 else ""
-    return UnreachableError(f"cannot download `{repository}`: {describe(error)}{times}", hint=_network_hint())
+    return UnreachableError(f"cannot download `{repository}`: {describe(error)}{times}", hint=_hint(error))
 
 
-def _network_hint() -> str:
-    proxy = proxy_for_hub()
-    through = "" if proxy is None else f" and the proxy `{proxy[1]}`"
-    return f"check the network{through}, then run the same command again to resume"
+def _hint(error: Exception) -> str:
+    """Return the hint for an error without a more specific one; only a lost connection is blamed on the network."""
+    from huggingface_hub.utils import httpx
+
+    status, proxy = status_of(error), proxy_for_hub()
+    is_login_needed = status == PROXY_LOGIN_NEEDED or (isinstance(error, httpx.ProxyError) and "407" in str(error))
+    if is_login_needed and proxy is not None:
+        return f"write user name and password into {proxy[0]}: `http://USER:PASSWORD@HOST:PORT`"
+    if status is not None:
+        return "try again later; the same command resumes" if status >= 500 or status in (408, 429) else "report this"
+    if isinstance(error, (httpx.TransportError, ConnectionError, EOFError)):
+        through = "" if proxy is None else f" and the proxy `{proxy[1]}`"
+        return f"check the network{through}, then run the same command again to resume"
+    variables = " and ".join(name for name in NETWORK_VARIABLES if name in os.environ)
+    return f"check {variables}, then run the same command again" if variables else "run it again, and report this"
 
 
 def is_certificate_error(error: Exception) -> bool:
@@ -141,9 +155,11 @@ def is_certificate_error(error: Exception) -> bool:
 
 
 def _certificate_error(error: Exception, repository: str) -> WeightsError:
-    proxy = proxy_for_hub()
-    if proxy is not None and proxy[1].startswith("https:") and "CERTIFICATE_VERIFY_FAILED" not in str(error):
+    proxy, is_refused = proxy_for_hub(), "CERTIFICATE_VERIFY_FAILED" in str(error)
+    if not is_refused and proxy is not None and proxy[1].startswith("https:"):
         hint = f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
+    elif not is_refused and "HF_ENDPOINT" in os.environ:
+        hint = "if this server does not use TLS, write `http://` in HF_ENDPOINT"
     elif unread := next((name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if name in os.environ), None):
         hint = f"{unread} is not used here: set SSL_CERT_FILE to the same file"
     else:
@@ -164,7 +180,7 @@ def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:
     parts = ["`unset HF_ENDPOINT`"] if "HF_ENDPOINT" in os.environ else []
     parts += ["check the proxy settings" if proxy is None else f"check the proxy of {proxy[0]}, `{proxy[1]}`"]
     return WeightsError(
-        f"`{constants().ENDPOINT}` did not answer like a Hugging Face server (request for `{repository}`)"
+        f"`{endpoint()}` did not answer like a Hugging Face server (request for `{repository}`)"
         + (f": {reason}" if reason else ""),
         hint=", ".join([*parts, "and check whether the network requires a login"]),
     )
@@ -173,11 +189,16 @@ def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:
 def describe(error: Exception) -> str:
     """Describe an error in one line, without long signed URLs."""
     from huggingface_hub.utils import httpx
+    from socksio import SOCKSError
 
-    if (status := status_of(error)) is not None:
+    status, proxy = status_of(error), proxy_for_hub()
+    if status == PROXY_LOGIN_NEEDED and proxy is not None:
+        return f"the proxy `{proxy[1]}` of {proxy[0]} requires a login (407)"
+    if status is not None:
         return f"{hub_name()} answered with status {status}"
-    proxy = proxy_for_hub()
     through = "" if proxy is None else f" through the proxy `{proxy[1]}` of {proxy[0]}"
+    if isinstance(error, SOCKSError):
+        return f"the proxy `{proxy[1]}` of {proxy[0]} does not speak SOCKS5" if proxy else _first_line(error)
     if isinstance(error, (httpx.ConnectError, httpx.ProxyError)):
         return f"cannot connect to {hub_name()}{through} ({_first_line(error)})"
     if isinstance(error, httpx.TimeoutException):

@@ -8,9 +8,9 @@ from typing import Literal
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.folders import stores_folder
-from kimi_mlx.hub.cache import repository_folder, unknown_files
+from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry
-from kimi_mlx.hub.client import fetch_checkpoint, find_local, find_repository
+from kimi_mlx.hub.client import complete_checkpoint, fetch_checkpoint, find_local, find_repository
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import partial_stores
@@ -170,10 +170,10 @@ def ensure_downloaded(name: str, ranks: int = 1, strategy: str = "hybrid", rank:
     """
     model = resolve_model_name(name)
     folder = find_local_model(model, ranks, strategy, rank)
-    if folder is not None and not unknown_files(folder):
-        return folder
-    assert model.repository is not None
-    return fetch_checkpoint(find_repository(model.repository, None if folder is None else folder.name))
+    if folder is None:
+        assert model.repository is not None
+        return fetch_checkpoint(find_repository(model.repository))
+    return folder if model.repository is None else complete_checkpoint(model.repository, folder)
 
 
 def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:

@@ -12,7 +12,7 @@ import pytest
 
 from kimi_mlx.errors import UnreachableError
 from kimi_mlx.hub.cache import find_local, missing_files, repository_folder, unknown_files
-from kimi_mlx.hub.client import fetch_checkpoint, find_repository, look_up, verify_checkpoint
+from kimi_mlx.hub.client import complete_checkpoint, fetch_checkpoint, find_repository, look_up, verify_checkpoint
 from kimi_mlx.model_files import TEMPLATE_FOLDER, list_small_files
 from tests.hub import COMMIT, Hub
 
@@ -169,3 +169,38 @@ def test_a_local_model_is_used_whatever_the_hub_says(hub: Hub, snapshot: Path, s
     hub.fail("status", "/api/*", status=status)
     assert find_repository(NAME, COMMIT).is_local
     assert sum("/api/" in request for request in hub.requests) <= 2  # no waiting
+
+
+def test_links_copied_as_text_are_missing_files(hub: Hub, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in list(snapshot.iterdir()):
+        target = os.readlink(path)
+        path.unlink()
+        path.write_text(target)
+    assert find_local(NAME) is None
+    assert {"config.json", "model-1-of-3.safetensors"} <= set(missing_files(snapshot))
+    hub.reset_counts()
+    assert fetch_checkpoint(look_up(NAME)) == find_local(NAME) == snapshot
+    assert hub.sent_bytes == 0  # the blobs are still there
+
+
+def test_optional_files_are_fetched_or_noted(
+    hub: Hub, snapshot: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (snapshot / "chat_template.jinja").unlink()
+    with monkeypatch.context() as patch:
+        go_offline(patch)
+        assert complete_checkpoint(NAME, snapshot) == snapshot
+    (note,) = caplog.messages
+    assert "may lack chat_template.jinja" in note
+    assert f"`kimi-mlx download {NAME}`" in note
+    assert complete_checkpoint(NAME, snapshot) == snapshot
+    assert unknown_files(snapshot) == []
+    hub.reset_counts()
+    assert complete_checkpoint(NAME, snapshot) == snapshot
+    assert hub.requests == []
+
+
+def test_a_folder_of_the_user_is_complete_as_it_is(hub: Hub, model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    assert complete_checkpoint(NAME, model) == model
+    assert hub.requests == []

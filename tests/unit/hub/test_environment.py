@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -226,3 +228,111 @@ def test_a_number_that_breaks_the_import_is_named() -> None:
     variables = {**os.environ, "HF_HUB_ETAG_TIMEOUT": "ten"}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert "UsageError: `HF_HUB_ETAG_TIMEOUT` is `ten`" in done.stderr
+
+
+class FixedServer:
+    """A server that gives every connection the same answer; a context manager.
+
+    Args:
+        answer: bytes to send.
+        context: TLS, if any.
+    """
+
+    def __init__(self, answer: bytes, context: ssl.SSLContext | None = None) -> None:
+        self._answer, self._context = answer, context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+
+    def __enter__(self) -> FixedServer:
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                with self._context.wrap_socket(client, server_side=True) if self._context else client as stream:
+                    stream.recv(4096)
+                    stream.sendall(self._answer)
+            except OSError:
+                continue
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize(
+    ("variable", "scheme", "endpoint", "message", "hint"),
+    [
+        ("HTTP_PROXY", "http", "http", "`http://.*` of HTTP_PROXY requires a login", "password into HTTP_PROXY"),
+        ("HTTPS_PROXY", "http", "https", "`http://.*` of HTTPS_PROXY .407 Proxy", "password into HTTPS_PROXY"),
+        ("HTTPS_PROXY", "https", "https", "no secure connection to", "`http://`: change HTTPS_PROXY"),
+    ],
+)
+def test_a_proxy_that_refuses_is_named(
+    hub: Hub,
+    variable: str,
+    scheme: str,
+    endpoint: str,
+    message: str,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+    with FixedServer(answer) as proxy:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{endpoint}://hub.invalid")
+        monkeypatch.setenv(variable, f"{scheme}://me:secret@127.0.0.1:{proxy.port}")
+        with pytest.raises(WeightsError, match=message) as raised:
+            look_up("owner/model")
+    assert hint in (raised.value.hint or "")
+    assert "secret" not in f"{raised.value.message} {raised.value.hint}"
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the client does not close the socket
+def test_a_proxy_of_another_kind_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FixedServer(b"HTTP/1.1 400 Bad Request\r\n\r\n") as proxy:
+        monkeypatch.setenv("ALL_PROXY", f"socks5://127.0.0.1:{proxy.port}")
+        with pytest.raises(WeightsError, match="of ALL_PROXY does not speak SOCKS5") as raised:
+            look_up("owner/model")
+    assert raised.value.hint == "check ALL_PROXY, then run the same command again"
+    del raised
+    gc.collect()
+
+
+@pytest.mark.usefixtures("fresh_session")
+@pytest.mark.parametrize("is_known", [False, True])
+def test_an_unknown_certificate_is_explained(
+    hub: Hub, tmp_path: Path, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    name = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+    command = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *name)
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nX-Error-Code: RepoNotFound\r\n\r\n"
+    with FixedServer(answer, context) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"https://localhost:{server.port}")
+        monkeypatch.setenv("SSL_CERT_FILE" if is_known else "REQUESTS_CA_BUNDLE", str(certificate))
+        with pytest.raises(
+            WeightsError, match="does not exist on" if is_known else "CERTIFICATE_VERIFY_FAILED"
+        ) as raised:
+            look_up("owner/model")
+    hint = "check the spelling" if is_known else "REQUESTS_CA_BUNDLE is not used here: set SSL_CERT_FILE"
+    assert hint in (raised.value.hint or "")
+
+
+def test_a_file_in_place_of_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("HF_HUB_CACHE", str(file / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(file / "hub"))
+    with pytest.raises(UsageError, match=f"`HF_HUB_CACHE` is `{file}/hub`, but `{file}` is a file"):
+        environment.check_settings()

@@ -311,7 +311,7 @@ def answer_with_other_json(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             answer_503,
             r"`owner/model` .* cannot be downloaded: Hugging Face answered with status 503, \d+ times in a row",
-            "check the network",
+            "try again later",
         ),
         (answer_with_a_page, "did not answer like a Hugging Face server", "whether the network requires a login"),
         (answer_with_other_json, "did not answer like a Hugging Face server", "check the proxy settings"),

@@ -130,7 +130,7 @@ def test_offline(hub: Hub, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(FETCH, HF_HUB_OFFLINE="1")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "`HF_HUB_OFFLINE` forbids downloads" in err
+    assert "`HF_HUB_OFFLINE` forbids it" in err
     folder = finish(start(FETCH))
     hub.reset_counts()
     assert finish(start(FETCH, HF_HUB_OFFLINE="1")) == folder
