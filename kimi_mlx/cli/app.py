@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import os
 import signal
 import sys
@@ -13,9 +11,12 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from kimi_mlx.cli.command_list import LazyGroup
+from kimi_mlx.cli.standard_streams import repair_standard_streams
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
+from kimi_mlx.files import is_disk_full
 from kimi_mlx.settings import Settings
 from kimi_mlx.version import __version__
 
@@ -50,7 +51,8 @@ def root(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 128 + N after signal N."""
+    repair_standard_streams()
     code = EXIT_FAILED
     try:
         run()
@@ -60,43 +62,63 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.flush()
     os._exit(code)  # without MLX's own clean-up, which sometimes aborts the process
 
 
 def run() -> None:
-    """Run a command; print a known error instead of its traceback."""
+    """Run a command; print a known error instead of its traceback.
+
+    Raises:
+        SystemExit: the command failed, or was ended by a signal.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that ranks are stopped, as after Ctrl-C
-        signal.signal(number, _exit_on_signal)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # print "?" where the terminal cannot show a character
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
+            signal.signal(number, _exit_on_signal)
     try:
-        app()
+        code = get_command(app)(standalone_mode=False)  # Typer would print errors itself, and as text only
+        sys.stdout.flush()
+        if code:
+            sys.exit(code)
     except KimiMlxError as error:
         if Settings.from_environment().show_traceback:
             raise
         if os.environ.get("MLX_RANK", "0") == "0" or isinstance(error, RingError):  # other errors: rank 0 prints them
             _print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    except KeyboardInterrupt:
+    except typer.TyperException as error:
+        if _is_json():
+            _print_error(UsageError(error.format_message(), hint="type `kimi-mlx --help` for the commands and options"))
+        else:
+            error.show()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C or Ctrl-D at a question
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: exit silently
-        sys.exit(EXIT_FAILED)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not is_disk_full(error):
             raise
         _print_error(KimiMlxError(f"cannot write the output: {error.strerror}"))
-        os._exit(EXIT_FAILED)  # without another attempt to flush stdout
+        sys.exit(EXIT_FAILED)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _print_error(error: KimiMlxError) -> None:
-    from kimi_mlx.cli.output import print_error  # rich: not for `--version` and `--help`
+def _is_json() -> bool:
+    """Return whether the user asked for JSON, even if the command line is wrong."""
+    return "--json" in sys.argv[1:]
 
+
+def _print_error(error: KimiMlxError) -> None:
+    from kimi_mlx.cli.output import error_to_dict, print_error, print_json  # rich: not for `--version` and `--help`
+
+    if _is_json():
+        try:
+            print_json(error_to_dict(error))
+            return
+        except OSError as failure:
+            if not is_disk_full(failure):
+                raise
     print_error(error)

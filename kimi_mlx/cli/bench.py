@@ -174,9 +174,7 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
         settings = models.settings(run, measurement)
         runs, stop = collect_runs(models.sides, plan, models.config.vocab_size, energy_of, report.json)
     roofline = models.roofline
-    output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share))
-    if stop is not None:
-        raise stop
+    output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share), stop)
 
 
 def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
-from kimi_mlx.cli.output import print_json, stdout
+from kimi_mlx.cli.output import error_to_dict, print_json, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 
 if TYPE_CHECKING:
@@ -53,14 +54,19 @@ class Output:
             if path is not None:
                 _check_writable(option, path)
 
-    def show(self, report: Report) -> None:
+    def show(self, report: Report, stop: BaseException | None) -> None:
         """Print the results and write the files.
 
+        Args:
+            report: the results.
+            stop: error or interrupt that ended the runs early; raised at the end. JSON contains an error's message.
+
         Raises:
-            KimiMlxError: a file cannot be written.
+            KimiMlxError: a file cannot be written, or `stop`.
+            typer.Exit: `stop` is an error that is part of the JSON.
         """
         if self.is_json:
-            print_json(report.to_dict())
+            print_json({**report.to_dict(), **(error_to_dict(stop) if isinstance(stop, KimiMlxError) else {})})
         elif self.is_markdown:
             stdout.print(report.markdown(), end="", markup=False)
         else:
@@ -74,6 +80,8 @@ class Output:
                 save_plot(report, self.plot)
         except OSError as error:
             raise KimiMlxError(f"cannot write `{error.filename}`: {error.strerror}") from error
+        if stop is not None:
+            raise typer.Exit(1) if self.is_json and isinstance(stop, KimiMlxError) else stop
 
 
 def _print_tables(report: Report) -> None:

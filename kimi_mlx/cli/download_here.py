@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from kimi_mlx.cli.download import DownloadOptions
-from kimi_mlx.cli.download_output import check_disk, print_result
+from kimi_mlx.cli.download_output import show_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_progress
 from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.open_model import place_model
-from kimi_mlx.cli.output import print_json, stderr
+from kimi_mlx.cli.output import stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder, unknown_files
 from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
@@ -49,11 +49,7 @@ def download_here(name: str, options: DownloadOptions, is_json: bool) -> None:
         raise
     if group.rank == 0:
         result["seconds"] = round(time.monotonic() - started, 3)
-        if is_json:
-            print_json(result)
-        else:
-            print_result(result)
-        check_disk(result)
+        show_result(result, is_json)
 
 
 def _download_stores(

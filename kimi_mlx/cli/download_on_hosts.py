@@ -9,17 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from kimi_mlx.cli.download import DownloadOptions
-from kimi_mlx.cli.download_output import print_result
+from kimi_mlx.cli.download_output import show_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
-from kimi_mlx.cli.output import print_json, stderr
+from kimi_mlx.cli.output import stderr
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
-from kimi_mlx.errors import RingError, UsageError, WeightsError
+from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.store.rounds import BuildProgress
-from kimi_mlx.units import format_bytes
 
 MODULE = "kimi_mlx.rank.download"
 
@@ -58,17 +57,7 @@ def download_on_hosts(launched: LaunchContext, name: str, options: DownloadOptio
         names = [host.ssh for host in launched.cluster.hostfile.hosts]
         results = _collect(ring, show, names)
     result: DownloadReport = {**_merge(results, names), "seconds": round(time.monotonic() - started, 3)}
-    if is_json:
-        print_json(result)
-    else:
-        print_result(result)
-    for host in result["hosts"]:
-        missing = host.get("disk_needed_bytes", 0) - host.get("disk_free_bytes", 0)
-        if missing > 0:
-            raise WeightsError(
-                f"not enough disk space on `{host['host']}`: {format_bytes(missing)} are missing",
-                hint="free some space there, or use another folder: `--env KIMI_MLX_STORES=FOLDER`",
-            )
+    show_result(result, is_json)
 
 
 def _collect(ring: Ring, show: Callable[[Message], None], names: list[str]) -> dict[int, DownloadReport]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cli.output import stderr, stdout
+from kimi_mlx.cli.output import error_to_dict, print_json, stderr, stdout
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.units import format_bytes, format_gib, format_seconds
 
 
-def print_result(result: DownloadReport) -> None:
+def _print_result(result: DownloadReport) -> None:
     """Print the folder on stdout and the rest on stderr; a dry run prints a table on stdout."""
     if "files" in result:
         _print_dry_run(result)
@@ -47,15 +48,40 @@ def _print_dry_run(result: DownloadReport) -> None:
         stdout.print(f"the disk of {result['folder']} has enough free space; nothing has been downloaded", markup=False)
 
 
-def check_disk(result: DownloadReport) -> None:
-    """Check that a dry run found enough free disk space.
+def show_result(result: DownloadReport, is_json: bool) -> None:
+    """Print the result of a download, or of a dry run.
+
+    Args:
+        result: report of the download.
+        is_json: whether to print JSON.
 
     Raises:
-        WeightsError: there is not enough.
+        WeightsError: a dry run found too little disk space; as JSON, its message is part of the result.
+        typer.Exit: the same, after the JSON.
     """
-    missing = result.get("disk_needed_bytes", 0) - result.get("disk_free_bytes", 0)
-    if missing > 0:
-        raise WeightsError(
-            f"not enough disk space: {format_bytes(missing)} ({format_gib(missing)}) are missing",
-            hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
-        )
+    problem = _disk_problem(result)
+    if is_json:
+        print_json(result if problem is None else {**result, **error_to_dict(problem)})
+        if problem is not None:
+            raise typer.Exit(1)
+        return
+    _print_result(result)
+    if problem is not None:
+        raise problem
+
+
+def _disk_problem(result: DownloadReport) -> WeightsError | None:
+    """Return the error of a disk that is too small, of this machine or of a host; None if there is enough space."""
+    for host in result.get("hosts", [result]):
+        missing = host.get("disk_needed_bytes", 0) - host.get("disk_free_bytes", 0)
+        if missing > 0 and "host" in host:
+            return WeightsError(
+                f"not enough disk space on `{host['host']}`: {format_bytes(missing)} are missing",
+                hint="free some space there, or use another folder: `--env KIMI_MLX_STORES=FOLDER`",
+            )
+        if missing > 0:
+            return WeightsError(
+                f"not enough disk space: {format_bytes(missing)} ({format_gib(missing)}) are missing",
+                hint="free some space, or set KIMI_MLX_STORES (stores) or HF_HUB_CACHE (checkpoints) to a larger disk",
+            )
+    return None

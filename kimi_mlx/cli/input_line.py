@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import termios
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO
@@ -24,6 +24,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
 
 PROMPT, CONTINUATION = "> ", "  "
+
 STYLE = Style.from_dict(
     {
         "prompt": "bold ansicyan",
@@ -62,14 +63,23 @@ def open_input_line(commands: Mapping[str, str], history: Path | None) -> Genera
     if stream is None or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown"):
         yield PlainInputLine(sys.stdin.buffer, sys.stderr)
         return
+    typed_ahead = _read_typed_ahead()
     with _quiet_between_prompts():
-        yield EditedInputLine(commands, _open_history(history), stream)
+        yield EditedInputLine(commands, _open_history(history), stream, typed_ahead)
 
 
 class EditedInputLine:
-    """An input line with editing, completion and history. Enter sends; Alt-Enter and Ctrl-J start a new line."""
+    """An input line with editing, completion and history. Enter sends; Alt-Enter and Ctrl-J start a new line.
 
-    def __init__(self, commands: Mapping[str, str], history: History, stream: TextIO):
+    Args:
+        commands: names to complete, with their descriptions.
+        history: previous messages.
+        stream: terminal to write to.
+        typed_ahead: lines that were typed before; read() returns all but the last one, which is unfinished.
+    """
+
+    def __init__(self, commands: Mapping[str, str], history: History, stream: TextIO, typed_ahead: Sequence[str]):
+        self._typed_ahead = list(typed_ahead)
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             multiline=True,
@@ -86,7 +96,12 @@ class EditedInputLine:
     def read(self) -> str:
         """Read one message."""
         self._session.app.erase_when_done = False
-        return _without_surrogates(self._session.prompt())
+        line = self._typed_ahead.pop(0) if self._typed_ahead else ""
+        is_finished = bool(self._typed_ahead)
+        try:
+            return _without_surrogates(self._session.prompt(default=line, accept_default=is_finished))
+        except (OSError, termios.error):  # the terminal was closed
+            raise EOFError from None
 
 
 class PlainInputLine:
@@ -110,6 +125,8 @@ class PlainInputLine:
             line = self._source.readline()
             if not line:
                 raise EOFError
+        except OSError:  # the terminal was closed
+            raise EOFError from None
         except (KeyboardInterrupt, EOFError):
             print(file=self._prompts)
             raise
@@ -163,6 +180,25 @@ def _open_history(path: Path | None) -> History:
     return _PrivateHistory(str(path))
 
 
+def _read_typed_ahead() -> list[str]:
+    """Return the lines that were typed before the input line is open, for example while the model was loaded.
+
+    The last one is unfinished. The terminal has turned Enter into a line feed, which would mean Ctrl-J at the prompt.
+    """
+    typed = b""
+    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line finds out
+        modes = termios.tcgetattr(sys.stdin)
+        unbuffered = [*modes[:6], [*modes[6]]]
+        unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
+        unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
+        while part := os.read(sys.stdin.fileno(), 4096):
+            typed += part
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+    lines = typed.decode("utf-8", errors="replace").split("\n")
+    return ["".join(character for character in line if character.isprintable()) for line in lines]
+
+
 @contextmanager
 def _quiet_between_prompts() -> Generator[None, None, None]:
     """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C."""
@@ -175,7 +211,8 @@ def _quiet_between_prompts() -> Generator[None, None, None]:
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        with contextlib.suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
         signal.signal(signal.SIGINT, handler)
 
 

@@ -31,10 +31,19 @@ def print_json(value: Any) -> None:
 
 def print_error(error: KimiMlxError) -> None:
     """Print an error and its hint."""
-    rank = f" (rank {error.rank})" if error.rank is not None and "rank" not in error.message else ""
-    stderr.print(Text("error: ", style="bold red") + Text(error.message + rank, style="default"))
+    stderr.print(Text("error: ", style="bold red") + Text(_error_text(error), style="default"))
     if error.hint:
         stderr.print(Text("hint: ", style="bold") + Text(error.hint))
+
+
+def error_to_dict(error: KimiMlxError) -> dict[str, str | None]:
+    """Return an error for JSON."""
+    return {"error": _error_text(error), "hint": error.hint}
+
+
+def _error_text(error: KimiMlxError) -> str:
+    """Return the message, with the rank if it does not name it."""
+    return error.message + (f" (rank {error.rank})" if error.rank is not None and "rank" not in error.message else "")
 
 
 @contextmanager

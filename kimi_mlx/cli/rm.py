@@ -74,9 +74,5 @@ def _confirm(question: str, is_quiet: bool) -> None:
 
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
         raise UsageError("`rm` needs a terminal to ask, or --yes", hint="add --yes to remove without asking")
-    try:
-        is_confirmed = typer.confirm(question, default=False, err=True)
-    except typer.Abort:  # Ctrl-C or Ctrl-D
-        raise typer.Exit(130) from None
-    if not is_confirmed:
+    if not typer.confirm(question, default=False, err=True):
         raise typer.Exit(1)

@@ -29,6 +29,8 @@ from tests.fakes import KIMI_MINI, FixedSession, conversation_of
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30.0
+HANG_UP_S = 5.0
+"""Limit of the end after the terminal is closed: 2 s on a machine that is not busy."""
 ESCAPES = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
 COLOURS = re.compile(rb"\x1b\[([0-9;]*;)?[349][0-9](;[0-9;]*)?m")
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, CTRL_J, UP, TAB = "\x03", "\x04", "\r", "\x1b\r", "\n", "\x1b[A", "\t"
@@ -68,6 +70,7 @@ class Terminal:
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "", **environment},
         )
         self._slave = slave
+        self._is_open = True
         self.raw = b""
         self._seen = 0
 
@@ -109,11 +112,19 @@ class Terminal:
         """Whether the terminal is as it was before the program."""
         return termios.tcgetattr(self._slave) == self.modes
 
+    def hang_up(self) -> int:
+        """Close the terminal, as its window does; returns the exit code of the program."""
+        os.close(self._slave)
+        os.close(self._master)
+        self._is_open = False
+        return self._process.wait(HANG_UP_S)
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._master)
-        os.close(self._slave)
+        if self._is_open:
+            os.close(self._master)
+            os.close(self._slave)
 
     def _read(self, timeout_s: float) -> None:
         while select.select([self._master], [], [], timeout_s)[0]:
@@ -158,6 +169,25 @@ def test_a_signal_at_the_prompt_leaves_the_terminal_in_order(spawn: Spawn) -> No
     terminal.signal(signal.SIGTERM)
     assert terminal.wait() == 128 + signal.SIGTERM
     assert terminal.has_old_modes()
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_closed_terminal_ends_the_conversation(spawn: Spawn, term: str) -> None:
+    terminal = spawn(COMMAND, "chat", "kimi-mini", TERM=term)
+    terminal.expect("\n> ")
+    assert terminal.hang_up() == 128 + signal.SIGHUP
+
+
+def test_lines_that_are_typed_ahead_are_sent(spawn: Spawn) -> None:
+    terminal = spawn(QUICK)
+    terminal.send("first" + ENTER + "second" + ENTER + "unfinished")
+    terminal.expect("> first")
+    terminal.expect("The answer.")
+    terminal.expect("> second")
+    terminal.expect("Well, well.")
+    terminal.expect("> unfinished")
+    terminal.send(CTRL_C + CTRL_D)
+    terminal.expect("['first', 'second']")
 
 
 @pytest.mark.slow

@@ -1,0 +1,67 @@
+"""Standard streams that may be closed from the start, or whose reader or terminal goes away."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+GONE = {errno.EPIPE: signal.SIGPIPE, errno.ECONNRESET: signal.SIGPIPE, errno.EIO: signal.SIGHUP}
+"""Errors of a stream that nobody reads any more -> the signal that ends other programs then. EIO: a closed terminal."""
+
+
+class _Output(io.FileIO):
+    """A file descriptor that turns into /dev/null once nobody reads it.
+
+    Args:
+        descriptor: 1 or 2; it stays open.
+        on_gone: called with the exit code of a program that the signal of GONE ends.
+    """
+
+    def __init__(self, descriptor: int, on_gone: Callable[[int], None]):
+        super().__init__(descriptor, "w", closefd=False)
+        self._on_gone = on_gone
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes; those that nobody can read count as written."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            _open_null(self.fileno())
+            self._on_gone(128 + GONE[error.errno])
+            return len(data)
+
+
+def repair_standard_streams() -> None:
+    """Open closed streams as /dev/null, and keep those that nobody reads any more from raising errors.
+
+    Otherwise the next file or socket would get the number of a closed stream, and receive its text. A lost stdout ends
+    the program quietly, with the exit code of SIGPIPE or SIGHUP; a lost stderr does not matter.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _open_null(descriptor)
+    sys.stdout = _text_stream(sys.stdout, _Output(1, sys.exit))
+    sys.stderr = _text_stream(sys.stderr, _Output(2, lambda code: None))
+
+
+def _open_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def _text_stream(before: TextIO | None, output: _Output) -> TextIO:
+    """Return a text stream like the one before, which is None for a closed one; other characters become `?`."""
+    encoding = "utf-8" if before is None else before.encoding
+    is_terminal = output.isatty()
+    return io.TextIOWrapper(io.BufferedWriter(output), encoding, errors="replace", line_buffering=is_terminal)
