@@ -55,10 +55,11 @@ def broken_pipe() -> Iterator[int]:
     os.close(writing)
 
 
-def run(command: str, redirection: str = "", **streams: int) -> subprocess.CompletedProcess[str]:
-    line = f"exec {sys.executable} -m kimi_mlx {command} {redirection}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(["sh", "-c", line], stdin=subprocess.DEVNULL, text=True, timeout=120, **pipes)
+def run(
+    command: str, redirection: str = "", stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    line = ["sh", "-c", f"exec {sys.executable} -m kimi_mlx {command} {redirection}"]
+    return subprocess.run(line, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, timeout=120)
 
 
 def test_every_command_is_tried() -> None:
@@ -70,7 +71,7 @@ def test_every_command_is_tried() -> None:
 def test_closed_streams_change_nothing(command: str, closed: str) -> None:
     done = run(command, closed)
     assert done.returncode == COMMANDS[command][0]
-    assert "Traceback" not in done.stdout + done.stderr
+    assert "Traceback" not in f"{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("command", ALL)

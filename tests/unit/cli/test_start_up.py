@@ -19,7 +19,9 @@ LIGHT = {
     "kimi_mlx.cli",
     "kimi_mlx.cli.app",
     "kimi_mlx.cli.command_list",
+    "kimi_mlx.cli.standard_streams",
     "kimi_mlx.errors",
+    "kimi_mlx.files",
     "kimi_mlx.settings",
     "kimi_mlx.version",
 }
