@@ -1,4 +1,4 @@
-"""Make tests/parity/formats: tiny checkpoints in the published layouts, each with what transformers computes of it.
+"""Make tests/parity/formats: tiny checkpoints in the published layouts, each with the logits of transformers.
 
 Needs torch and compressed-tensors; transformers comes with mlx-lm. With the environment of `scripts/test`:
 
@@ -7,7 +7,7 @@ Needs torch and compressed-tensors; transformers comes with mlx-lm. With the env
 
 Weights are those of tests/checkpoints.py, rounded to bfloat16 and then compressed: FP8 here, INT4 by the package that
 made the published checkpoints. The logits in `golden.npz` are those of transformers' DeepseekV3ForCausalLM in float32
-with exactly the values that are stored. As in make_goldens.py, a seed with an unclear routing is refused.
+with exactly the stored values. As in make_goldens.py, a seed whose routing has near ties is skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tests.checkpoints import FORMATS, Config, text_config, write_checkpoint  # 
 
 Tensors = dict[str, torch.Tensor]
 Compressed = tuple[Tensors, torch.Tensor]
-"""What is stored, by the suffix of the name, and the float32 values that it stands for."""
+"""Stored tensors by the suffix of their names, and the float32 values that they represent."""
 
 BLOCK = 128
 GROUP = 32
@@ -117,7 +117,7 @@ def uneven(weight: torch.Tensor) -> torch.Tensor:
 
 
 def to_fp8(weight: torch.Tensor) -> Compressed:
-    """8-bit floats with a scale a block, as DeepSeek and Moonshot store them."""
+    """Compress to 8-bit floats with one scale per block, as DeepSeek and Moonshot store them."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # (block rows, 128, block columns, 128)
@@ -128,17 +128,17 @@ def to_fp8(weight: torch.Tensor) -> Compressed:
 
 
 def to_int4(weight: torch.Tensor) -> Compressed:
-    """Packed 4-bit integers with a bfloat16 scale a group."""
+    """Compress to packed 4-bit integers with one bfloat16 scale per group."""
     groups = weight.unflatten(1, (-1, GROUP))
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), SCHEME.weights)
     stored = PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, SCHEME)
     codes = unpack_from_int32(stored["weight_packed"], 4, weight.shape)
-    value = codes.float() * scale.float().repeat_interleave(GROUP, 1)  # the package's own would round to bfloat16
+    value = codes.float() * scale.float().repeat_interleave(GROUP, 1)  # the package's own rounds to bfloat16
     return {f".{name}": tensor for name, tensor in stored.items()}, value
 
 
 def to_int4_of_k25(weight: torch.Tensor) -> Compressed:
-    """As to_int4, but the shape is int32, as in K2.5's files."""
+    """Compress as to_int4, with the shape in int32, as in K2.5's files."""
     stored, value = to_int4(weight)
     return {**stored, ".weight_shape": stored[".weight_shape"].int()}, value
 
@@ -148,10 +148,10 @@ class Format:
     """A published layout.
 
     Args:
-        config: of `config.json`, complete.
-        compress: how a matrix is stored.
-        compresses: a part of the names of the matrices that are compressed; none if empty.
-        ignored: name -> shape of further tensors, which the text model does not have.
+        config: complete contents of `config.json`.
+        compress: function that compresses a matrix; None for floats.
+        compresses: text in the names of the matrices that are compressed.
+        ignored: name -> shape of further tensors, which the text model does not use.
     """
 
     config: Config
@@ -226,9 +226,9 @@ def make_tensors(layout: Format, seed: int) -> tuple[Tensors, Tensors]:
 
 
 def reference(config: Config, values: Tensors, ids: np.ndarray) -> Reference:
-    """Run transformers in float32; as make_goldens.reference, with given values."""
-    not_ours = ("architectures", "model_type", "quantization_config", "torch_dtype")
-    fields = {name: value for name, value in config.items() if name not in not_ours}
+    """Run transformers in float32, as make_goldens.reference does, with these values."""
+    removed = ("architectures", "model_type", "quantization_config", "torch_dtype")
+    fields = {name: value for name, value in config.items() if name not in removed}
     described = DeepseekV3Config(**fields)
     with tempfile.TemporaryDirectory() as folder:
         described.save_pretrained(folder)  # transformers looks for it, although it is also given below
@@ -248,7 +248,7 @@ def reference(config: Config, values: Tensors, ids: np.ndarray) -> Reference:
 
 
 def write_format(folder: Path, config: Config, tensors: Tensors) -> int:
-    """Write config, index and two files; return their bytes."""
+    """Write the configuration, the index and two weight files; return their size in bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     names = sorted(tensors)
@@ -265,7 +265,7 @@ def write_format(folder: Path, config: Config, tensors: Tensors) -> int:
 
 
 def make_format(name: str, layout: Format) -> None:
-    """Find the first seed whose routing is clear, and write its checkpoint and golden file."""
+    """Write the checkpoint and the golden file of the first seed without near ties in the routing."""
     config = text_config(layout.config)
     for seed in range(MAX_SEEDS):
         ids = input_ids(config, seed)
@@ -278,11 +278,11 @@ def make_format(name: str, layout: Format) -> None:
         np.savez_compressed(FORMATS / name / "golden.npz", input_ids=ids, logits=logits)
         print(f"{name}: seed {seed}, {size / 1000:.0f} kB, routing margin {margin:.1e}, logits std {logits.std():.2f}")
         return
-    sys.exit(f"error: no seed below {MAX_SEEDS} gives `{name}` a clear routing")
+    sys.exit(f"error: no seed below {MAX_SEEDS} gives `{name}` a routing without near ties")
 
 
 def main() -> None:
-    """Write the formats that are named, or all."""
+    """Write the formats named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description="Make tests/parity/formats with torch and compressed-tensors.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(FORMATS_BY_NAME)}; default: all")
     names: list[str] = parser.parse_args().names or list(FORMATS_BY_NAME)

@@ -1,7 +1,8 @@
-"""Every stored format against its own dequantized values: published FP8, INT4 and bfloat16, and MLX's affine layouts.
+"""Logits of every stored format equal those of its dequantized values.
 
-The published ones are the committed checkpoints of scripts/make_formats.py, with logits of transformers; the affine
-ones are made here, and their reference is our float model, which test_logits.py holds to transformers.
+The published formats (FP8, INT4, bfloat16) are committed checkpoints of scripts/make_formats.py, with the logits of
+transformers. MLX's affine layouts are made here; their reference is our float model, which test_logits.py compares with
+transformers.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def model(published: Path) -> Model:
     return load_model(published, load_config(published), mx.float32)
 
 
-def test_each_published_format_is_here() -> None:
+def test_each_published_format_is_tested() -> None:
     assert sorted(folder.name for folder in FORMATS.iterdir()) == sorted(COMPRESSIONS)
 
 
-def test_the_configuration_announces_the_format(published: Path) -> None:
+def test_the_format_is_read_from_the_configuration(published: Path) -> None:
     config = load_config(published)
     assert (config.compression, config.quantization) == (COMPRESSIONS[published.name], None)
 
@@ -65,7 +66,7 @@ def test_published_logits_equal_transformers(published: Path, model: Model, size
     assert error < TOLERANCE, f"{published.name} {sizes}: {error:.2e}"
 
 
-def test_the_files_are_laid_out_as_published() -> None:
+def test_tensors_have_the_names_and_types_of_the_published_files() -> None:
     fp8, int4, k25 = (read_index(FORMATS / name) for name in ("fp8", "int4", "int4-k2.5"))
     kv_a = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
     assert (fp8[kv_a].dtype, fp8[kv_a].shape) == ("F8_E4M3", (288, 192))
@@ -108,7 +109,7 @@ FloatCheckpoints = Callable[[str], tuple[Golden, Path]]
 
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> FloatCheckpoints:
-    """The float checkpoint of a golden, in bfloat16 as published; made once."""
+    """Return a function that writes the float checkpoint of a golden, in bfloat16 as published, once per name."""
 
     @cache
     def make(name: str) -> tuple[Golden, Path]:
@@ -120,7 +121,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> FloatCheckpoints:
 
 
 def affine_errors(source: tuple[Golden, Path], folder: Path, **options: Any) -> list[float]:
-    """Errors of an affine checkpoint against the float model of its values, fed whole and in pieces."""
+    """Return the errors of an affine checkpoint against the float model of its values, computed whole and in chunks."""
     golden, float_folder = source
     quantized = quantize_checkpoint(float_folder, folder / "affine", dtype="bfloat16", **options)
     plain = dequantize_checkpoint(quantized, folder / "plain")
@@ -138,7 +139,7 @@ def affine_errors(source: tuple[Golden, Path], folder: Path, **options: Any) -> 
         *(pytest.param(*case, marks=pytest.mark.sweep) for case in SWEEP),
     ],
 )
-def test_affine_logits_equal_those_of_the_values(
+def test_affine_logits_equal_those_of_their_values(
     bits: int, group_size: int, layout: str, floats: FloatCheckpoints, tmp_path: Path
 ) -> None:
     options = {"bits": bits, "group_size": group_size, **LAYOUTS[layout]}
@@ -181,7 +182,7 @@ OVERRIDES: dict[str, dict[str, dict[str, int] | bool]] = {
         *(pytest.param("moonlight", overrides, marks=pytest.mark.slow) for overrides in OVERRIDES),
     ],
 )
-def test_overrides_by_path_equal_their_values(
+def test_logits_with_overrides_equal_those_of_their_values(
     name: str, overrides: str, floats: FloatCheckpoints, tmp_path: Path
 ) -> None:
     source = floats(name)

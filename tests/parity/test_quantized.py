@@ -1,4 +1,4 @@
-"""Quantized checkpoints: against mlx-lm on the same files, and against their own dequantized values."""
+"""Quantized checkpoints: logits equal mlx-lm's on the same files, and those of the dequantized values."""
 
 from __future__ import annotations
 

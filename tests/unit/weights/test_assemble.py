@@ -1,8 +1,9 @@
-"""Loading: what is missing, foreign or broken is named."""
+"""Loading: errors name the tensor or file, and only one copy of an array is in memory."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +12,8 @@ from mlx.utils import tree_flatten
 
 from kimi_mlx.errors import ConfigError, WeightsError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.weights.assemble import load_model
+from kimi_mlx.weights import assemble
+from kimi_mlx.weights.assemble import load_model, make_weight
 from kimi_mlx.weights.index import INDEX_NAME, read_index
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
@@ -29,7 +31,7 @@ def load(folder: Path) -> None:
 
 
 def rewrite(folder: Path, change: dict[str, mx.array | None]) -> None:
-    """Put all tensors into one file, with some changed (None: left out)."""
+    """Put all tensors into one file; change some of them, or leave them out (None)."""
     tensors: dict[str, mx.array] = {}
     for file in sorted(folder.glob("*.safetensors")):
         loaded = mx.load(str(file))
@@ -67,7 +69,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder: Path) -> None:
         load(folder)
 
 
-def test_extra_layers_rotary_buffers_and_vision_are_left_out(folder: Path) -> None:
+def test_extra_layers_rotary_buffers_and_vision_are_ignored(folder: Path) -> None:
     layers = GOLDEN.config["num_hidden_layers"]
     extra = {
         f"model.layers.{layers}.embed_tokens.weight": mx.zeros((4, 4)),
@@ -79,7 +81,7 @@ def test_extra_layers_rotary_buffers_and_vision_are_left_out(folder: Path) -> No
     assert set(extra) <= set(read_index(folder))
 
 
-def test_a_file_cut_short_is_named(folder: Path) -> None:
+def test_a_truncated_file_is_named(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=rf"{file.name}` is cut short"):
@@ -89,7 +91,7 @@ def test_a_file_cut_short_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0not json at all!", b"\x02\0\0\0\0\0\0\0[]"]
 )
-def test_a_file_that_is_no_safetensors_is_named(folder: Path, content: bytes) -> None:
+def test_a_file_of_another_format_is_named(folder: Path, content: bytes) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(content)
     with pytest.raises(WeightsError, match=file.name):
@@ -103,7 +105,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
         load(folder)
 
 
-def test_an_empty_folder_and_a_broken_config(tmp_path: Path, folder: Path) -> None:
+def test_a_missing_or_broken_config_is_an_error(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path)
     (folder / "config.json").write_text("{")
@@ -111,7 +113,7 @@ def test_an_empty_folder_and_a_broken_config(tmp_path: Path, folder: Path) -> No
         load_config(folder)
 
 
-def test_scales_without_a_quantization_block(folder: Path) -> None:
+def test_scales_without_a_quantization_block_are_an_error(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
     (folder / "config.json").write_text(json.dumps(kept))
@@ -119,7 +121,7 @@ def test_scales_without_a_quantization_block(folder: Path) -> None:
         load(folder)
 
 
-def test_an_override_of_the_stack_counts_for_experts_one_by_one(tmp_path: Path) -> None:
+def test_an_override_of_the_stack_applies_to_separate_experts(tmp_path: Path) -> None:
     path = "model.layers.1.mlp.switch_mlp.up_proj"
     source = write_checkpoint(tmp_path / "float", GOLDEN.config, GOLDEN.seed)
     stacks = {
@@ -137,3 +139,39 @@ def test_an_override_of_the_stack_counts_for_experts_one_by_one(tmp_path: Path) 
         dict(tree_flatten(load_model(each, load_config(each), mx.float32).parameters())) for each in stacks.values()
     ]
     assert all(mx.array_equal(value, parameters[1][name]) for name, value in parameters[0].items())
+
+
+@pytest.mark.parametrize("stack_experts", [True, False])
+def test_one_copy_of_an_array_is_in_memory(stack_experts: bool, tmp_path: Path) -> None:
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "n_routed_experts": 64, "num_hidden_layers": 2}
+    source = write_checkpoint(tmp_path / "float", {**GOLDEN.config, **wide}, GOLDEN.seed)
+    folder = quantize_checkpoint(source, tmp_path / "affine", 4, 32, stack_experts=stack_experts)
+    load(folder)  # what is loaded once only
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    model = load_model(folder, load_config(folder), mx.float32)
+    numpy_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    extra = numpy_bytes + mx.get_peak_memory() - mx.get_active_memory()
+    largest = max(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert mx.get_active_memory() - before > 2 * largest
+    assert largest > 1_000_000
+    assert extra < largest
+
+
+def test_an_array_is_read_before_it_is_cast(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[mx.Dtype] = []
+    evaluate = mx.eval
+
+    def record(array: mx.array) -> None:
+        evaluated.append(array.dtype)
+        evaluate(array)
+
+    lazy = mx.load(str(sorted(folder.glob("*.safetensors"))[0]))
+    assert isinstance(lazy, dict)
+    monkeypatch.setattr(assemble.mx, "eval", record)
+    weight = make_weight([lazy["model.layers.0.input_layernorm.weight"]], None, "input_layernorm", mx.bfloat16)
+    assert evaluated == [mx.float32, mx.bfloat16]
+    assert weight.weight.dtype == mx.bfloat16

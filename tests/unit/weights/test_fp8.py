@@ -1,4 +1,4 @@
-"""FP8 in blocks: the codes against MLX, the scales against a loop, windows against the whole."""
+"""FP8 blocks: codes equal MLX's, scales equal a loop over all values, and a window equals a slice of the whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.weights.fp8 import E4M3FN, decode
 
 
 def random_matrix(seed: int, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes without NaN and scales of very different size."""
+    """Return codes without NaN, and scales of very different sizes."""
     rng = np.random.default_rng(seed)
     weight = rng.integers(0, 256, shape, dtype=np.uint8)
     weight[weight & 127 == 127] = 0
@@ -23,7 +23,7 @@ def random_matrix(seed: int, shape: tuple[int, ...], block: tuple[int, int]) -> 
     return weight, np.exp2(rng.uniform(-20, 20, blocks)).astype(np.float32)
 
 
-def test_all_codes_are_those_of_mlx() -> None:
+def test_all_codes_equal_mlx() -> None:
     codes = np.arange(256, dtype=np.uint8)
     expected = np.array(mx.from_fp8(mx.array(codes), mx.float32))
     is_nan = codes & 127 == 127  # MLX decodes these as 480
@@ -35,7 +35,7 @@ def test_all_codes_are_those_of_mlx() -> None:
 @pytest.mark.parametrize(
     ("code", "value"), [(0x00, 0.0), (0x01, 2**-9), (0x07, 7 * 2**-9), (0x08, 2**-6), (0x38, 1.0), (0xFE, -448.0)]
 )
-def test_some_codes_of_the_paper(code: int, value: float) -> None:
+def test_codes_of_the_paper(code: int, value: float) -> None:
     assert E4M3FN[code] == value
 
 
@@ -66,7 +66,7 @@ def test_a_window_is_a_slice_of_the_whole(
     assert window.flags.c_contiguous
 
 
-def test_a_stack_is_its_members() -> None:
+def test_members_of_a_stack_are_decoded_alike() -> None:
     weight, scale = random_matrix(0, (3, 20, 30), (8, 8))
     expected = [decode(*member, (8, 8)) for member in zip(weight, scale, strict=True)]
     np.testing.assert_array_equal(decode(weight, scale, (8, 8)), expected)
@@ -79,13 +79,13 @@ def test_the_blocks_of_k2() -> None:
     np.testing.assert_array_equal(decode(weight, scale, (128, 128)), expected)
 
 
-def test_a_wrong_number_of_scales_is_our_mistake() -> None:
+def test_a_wrong_number_of_scales_fails_an_assertion() -> None:
     weight, scale = random_matrix(0, (20, 30), (8, 8))
     with pytest.raises(AssertionError):
         decode(weight, scale[:2], (8, 8))
 
 
-def test_memory_is_little_more_than_the_result() -> None:
+def test_memory_is_little_more_than_that_of_the_result() -> None:
     weight, scale = random_matrix(0, (2048, 512), (128, 128))
     tracemalloc.start()
     decoded = decode(weight, scale, (128, 128))

@@ -1,4 +1,4 @@
-"""Packed integers: as MLX's affine layout they have exactly the values that were stored."""
+"""Packed integers: MLX's affine layout of them has exactly the stored values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMAL_SCALES = st.floats(2.0**-60, 2.0**60, width=32) | st.floats(-(2.0**60), -
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits of the bfloat16 at or below float32 values."""
+    """Truncate float32 values to bfloat16, and return the bits."""
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -24,7 +24,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """compressed-tensors' packing: (rows, columns) of q -> int32, the first value in the lowest bits."""
+    """Pack (rows, columns) of q into int32 as compressed-tensors does, the first value in the lowest bits."""
     stored = (codes + 2 ** (bits - 1)).astype(np.uint32).reshape(len(codes), -1, 32 // bits)
     words = np.bitwise_or.reduce(stored << np.arange(0, 32, bits, dtype=np.uint32), axis=-1)
     return words.astype(np.uint32).view(np.int32)

@@ -49,19 +49,19 @@ def rows(array: mx.array, span: Range, axis: int = 0) -> mx.array:
 
 
 def columns(array: mx.array, span: Range, total: int) -> mx.array:
-    """Of a matrix of `total` columns, which may be packed or stand for groups."""
+    """Return columns of a matrix with `total` unquantized columns; the stored ones may be packed, or one per group."""
     width = array.shape[-1]
     assert span.start * width % total == span.stop * width % total == 0
     return array[..., span.start * width // total : span.stop * width // total]
 
 
 def halves(array: mx.array, span: Range) -> mx.array:
-    """Rows of gate, then the same of up."""
+    """Return rows of gate, then the same rows of up."""
     return mx.concatenate([rows(half, span, -2) for half in mx.split(array, 2, axis=-2)], axis=-2)
 
 
 class Expected:
-    """A rank's parameters, cut out of those of one process by what they mean; knows nothing of plans and moves."""
+    """A rank's parameters, sliced from those of one process by their meaning, independently of the plans."""
 
     def __init__(self, whole: Arrays, config: ModelConfig, share: RankShare):
         self.whole, self.config, self.share = whole, config, share
@@ -122,7 +122,7 @@ class Expected:
     def _stack(
         self, name: str, array: mx.array, cut: Callable[[mx.array, Range], mx.array]
     ) -> Iterator[tuple[str, mx.array]]:
-        """Gate and up, or down: of a dense layer, or of a stack of experts, whose last ones may be the shared."""
+        """Yield the share of gate and up, or of down; the last experts of a stack may be shared ones."""
         if array.ndim == 2:
             yield name, cut(array, self.share.dense_rows)
             return
@@ -135,7 +135,7 @@ class Expected:
             yield f"mlp.shared_experts.{name.removeprefix('mlp.')}", self._unfused(name, array[routed:])
 
     def _unfused(self, name: str, array: mx.array) -> mx.array:
-        """Shared experts of a stack one behind the other again."""
+        """Return a rank's rows of shared experts, concatenated instead of stacked."""
         span = self.share.shared_rows
         if "down" in name:
             joined = mx.concatenate(list(array), axis=-1)
@@ -170,7 +170,7 @@ def plans(checkpoint: Checkpoint, share: RankShare) -> Iterator[LayerPlan]:
 
 
 def count_elements(checkpoint: Checkpoint, share: RankShare) -> dict[str, np.ndarray]:
-    """How often a rank takes each element of each tensor."""
+    """Return how often a rank copies each element of each tensor."""
     counts = {name: np.zeros(info.shape, np.uint8) for name, info in checkpoint.tensors.items()}
     for plan in plans(checkpoint, share):
         for _, array in plan.arrays():
