@@ -84,7 +84,7 @@ def _restrict_file(_: str, text: str) -> str:
 
 
 def _replace_key(host: str, text: str) -> str:
-    files = re.findall(r'Load key "(.+?)"|no such identity: (.+?):|invalid (?:private )?key file (\S+)', text)
+    files = re.findall(r'Load key "(.+?)"|no such identity: (.+?):', text)
     path = next((name for names in files for name in names if name), "KEY")
     return (
         f"check it with `ssh-keygen -y -f {shlex.quote(path)}`; to replace it: `ssh-keygen -t ed25519 -f NEW_KEY`, "
@@ -104,6 +104,10 @@ def _check_jump_host(host: str, _: str) -> str:
     return f"check `ProxyJump` and `ProxyCommand` in ~/.ssh/config: `ssh -G {host} | grep -i proxy` shows them"
 
 
+def _fix_control_path(host: str, _: str) -> str:
+    return f"create the folder of `ControlPath`, or shorten its path: `ssh -G {host} | grep -i controlpath` shows it"
+
+
 def _update_ssh(host: str, _: str) -> str:
     return f"update the older system, or add the algorithm that ssh names for `Host {host}` to ~/.ssh/config"
 
@@ -112,7 +116,7 @@ def _update_ssh(host: str, _: str) -> str:
 # login. Broken files come first: the network cannot be the cause then.
 _CAUSES = (
     _Cause(
-        r"bad configuration option|terminating, \d+ bad|^\S.* line \d+: (?!.*not found)|can't open user config file",
+        r"terminating, \d+ bad|^\S.* line \d+: (?!.*not found)|can't open user config file|^bind \S+: ",
         "ssh cannot connect to {host}: its configuration has an error",
         _fix_config,
     ),
@@ -122,7 +126,7 @@ _CAUSES = (
         _restrict_file,
     ),
     _Cause(
-        r'load key ".*": (?!.*passphrase)|no such identity: |invalid (private )?key file',
+        r'load key ".*": (?!.*passphrase)|no such identity: ',
         "ssh cannot connect to {host}: a key file cannot be read",
         _replace_key,
     ),
@@ -136,14 +140,19 @@ _CAUSES = (
         "{host} has a different host key than before",
         _remove_old_key,
     ),
-    _Cause(r"host key is known for|host key verification failed", "{host} is not known to ssh yet", _accept_key),
-    _Cause(r"too many authentication failures", "{host} refuses the login: ssh offered too many keys", _limit_keys),
-    _Cause(r"permission denied", "{host} refuses the login", _copy_key),
     _Cause(
-        r"stdio forwarding failed|open failed: |proxyjump|proxycommand|command not found|exec: .*: not found",
+        r"UNKNOWN port 65535|stdio forwarding failed|open failed: |command not found|exec: .*: not found",
         "the jump host or proxy command for {host} failed",
         _check_jump_host,
     ),
+    _Cause(
+        r"unix_listener: |controlpath|control socket path",
+        "ssh cannot connect to {host}: it cannot create its control socket",
+        _fix_control_path,
+    ),
+    _Cause(r"host key is known for|host key verification failed", "{host} is not known to ssh yet", _accept_key),
+    _Cause(r"too many authentication failures", "{host} refuses the login: ssh offered too many keys", _limit_keys),
+    _Cause(r"permission denied", "{host} refuses the login", _copy_key),
     _Cause(r"unable to negotiate|no matching ", "ssh and {host} have no algorithm in common", _update_ssh),
     _Cause(
         r"connect to .*connection refused",

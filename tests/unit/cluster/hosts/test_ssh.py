@@ -326,6 +326,17 @@ Host key verification failed.
             "ProxyCommand",
         ),
         (
+            "ssh: connect to host jump port 22: Connection refused\nConnection closed by UNKNOWN port 65535",
+            "the jump host or proxy command for `mac-b` failed",
+            "ssh -G mac-b",
+        ),
+        (
+            "unix_listener: cannot bind to path /nonexistent/x.dYWdOs7F2J5bYlML: No such file or directory",
+            "cannot create its control socket",
+            "ControlPath",
+        ),
+        ("bind 10.255.255.1: Cannot assign requested address\nssh: connect to host x: failure", "configuration", "fix"),
+        (
             "channel 0: open failed: connect failed: Connection refused\nstdio forwarding failed",
             "the jump host or proxy command for `mac-b` failed",
             "ProxyJump",
