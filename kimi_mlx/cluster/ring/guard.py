@@ -105,12 +105,18 @@ def _watch(child: subprocess.Popen[bytes], silence_s: float) -> int:
 def _remove_stale_folders() -> None:
     """Remove the folders of guards that are gone, for example after a power cut."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{'[0-9a-f]' * 16}-*-*"):
-        try:
-            os.kill(int(folder.name.split("-")[3]), 0)
-        except ProcessLookupError:
+        tag, pid = folder.name.split("-")[2:4]
+        if not _is_guard_running(tag, pid):
             shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OSError):  # not a guard's folder, or another user's
-            continue
+
+
+def _is_guard_running(tag: str, pid: str) -> bool:
+    """Return whether a process is the guard with this tag; after a restart of the host, another may have its id."""
+    try:
+        done = subprocess.run(["ps", "-ww", "-o", "args=", "-p", pid], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # unknown
+    return tag in done.stdout
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

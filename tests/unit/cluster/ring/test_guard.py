@@ -41,9 +41,11 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @contextmanager
-def guarded(module: str, silence_s: float | None = None) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
+def guarded(
+    module: str, silence_s: float | None = None, tag: str = "tag123"
+) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
     """Start a guarded child; yield the guard, the child's process id and its temporary folder."""
-    command = guard_command(module, sys.executable, "tag123", silence_s)
+    command = guard_command(module, sys.executable, tag, silence_s)
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         write_line(process, "hello")
@@ -97,6 +99,16 @@ def test_sweep_removes_leftovers_of_a_killed_guard(child: str, tmp_path: Path) -
         assert (is_running(pid), folder.exists()) == (True, True)
         assert kill_leftovers(["localhost"], "tag123") == []
         assert (is_running(pid), folder.exists()) == (False, False)
+
+
+def test_guard_removes_folders_of_guards_that_are_gone(child: str, tmp_path: Path) -> None:
+    stale = [tmp_path / f"kimi-mlx-{'a' * 16}-{pid}-x" for pid in (os.getpid(), 2**22 + 1)]  # reused id, unused id
+    for folder in stale:
+        folder.mkdir()
+        (folder / "file").write_text("left")
+    with guarded(child, tag="b" * 16) as (_, _, running), guarded(child, tag="c" * 16):
+        assert running.exists()
+        assert not any(folder.exists() for folder in stale)
 
 
 def test_guard_exits_on_sigterm(child: str) -> None:
