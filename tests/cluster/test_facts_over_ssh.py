@@ -29,7 +29,7 @@ def test_facts_of_two_hosts(hosts: Hosts) -> None:
         assert facts.python is not None
         assert facts.python.path == sys.executable
         assert hosts.address(name) in (facts.ip_addr or "")
-        assert "thunderbolt0" in (facts.linux_hints or "")
+        assert "thunderbolt0" in (facts.interface_properties or "")
         assert check_clock(facts, answers[name]).state == "ok"
 
 

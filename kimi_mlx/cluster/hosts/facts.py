@@ -26,7 +26,7 @@ FACTS_LIMIT_S = 45.0
 VENV_PYTHON = "venv/bin/python"
 """Path of the interpreter of `--install` in the user's data folder; facts.sh looks there."""
 
-LINUX_HINTS = """\
+INTERFACE_PROPERTIES = """\
 cd /sys/class/net && for i in *; do
   h=$i
   for f in wireless phy80211 bridge tun_flags device; do [ -e "$i/$f" ] && h="$h $f"; done
@@ -120,7 +120,7 @@ class Facts:
         hardware_ports: output of `networksetup -listallhardwareports` (macOS).
         thunderbolt: output of `system_profiler SPThunderboltDataType -json` (macOS).
         ip_addr: output of `ip -j addr` (Linux).
-        linux_hints: output of LINUX_HINTS (Linux).
+        interface_properties: output of INTERFACE_PROPERTIES (Linux).
     """
 
     host: str
@@ -153,7 +153,7 @@ class Facts:
     hardware_ports: str | None = None
     thunderbolt: str | None = None
     ip_addr: str | None = None
-    linux_hints: str | None = None
+    interface_properties: str | None = None
 
     @property
     def is_mac(self) -> bool:
@@ -178,7 +178,7 @@ def facts_script(pythons: Sequence[str] = (), envs: Sequence[str] = (), *, is_se
     variables = {
         "facts_pythons": "\n".join(pythons),
         "facts_search": str(int(is_search)),
-        "facts_linux_hints": LINUX_HINTS,
+        "facts_interface_properties": INTERFACE_PROPERTIES,
         "facts_versions": source("cluster/hosts/versions.py"),
     }
     exports = "".join(f"export {shlex.quote(variable)}\n" for variable in envs)
@@ -246,7 +246,7 @@ def parse_facts(host: str, text: str) -> Facts:
         hardware_ports=lines_of("hardware_ports"),
         thunderbolt=lines_of("thunderbolt"),
         ip_addr=lines_of("ip_addr"),
-        linux_hints=lines_of("linux_hints"),
+        interface_properties=lines_of("interface_properties"),
     )
 
 

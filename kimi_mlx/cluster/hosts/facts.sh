@@ -1,7 +1,9 @@
 # Print facts about this host. POSIX sh for macOS and Linux; needs no Python.
 # Each output line is KEY=VALUE; a repeated key adds a line to its value. facts.py sets these variables first:
-#   facts_pythons   interpreters to check first, one per line        facts_search        1: look for others too
-#   facts_versions  source of versions.py                            facts_linux_hints   LINUX_HINTS of facts.py
+#   facts_pythons               interpreters to check first, one per line
+#   facts_search                1: look for other interpreters too
+#   facts_versions              source of versions.py
+#   facts_interface_properties  INTERFACE_PROPERTIES of facts.py
 export LC_ALL=C
 system=$(uname -s)
 
@@ -131,7 +133,7 @@ network() {
     ! has ibv_devinfo || limit 5 ibv_devinfo | lines ibv_devinfo
   else
     limit 5 ip -j addr | lines ip_addr
-    limit 5 sh -c "$facts_linux_hints" | lines linux_hints
+    limit 5 sh -c "$facts_interface_properties" | lines interface_properties
   fi
 }
 

@@ -11,8 +11,8 @@ from kimi_mlx.cluster.hosts.host import Backend, Hostfile
 from kimi_mlx.cluster.network.links import (
     LinkSpeed,
     Network,
-    candidates,
-    choose,
+    choose_measured,
+    find_common_networks,
     slow_reasons,
 )
 from kimi_mlx.cluster.network.measure_networks import Link, Pair, measure_network, measure_networks, measure_pairs
@@ -121,11 +121,13 @@ class _Chooser:
     def discover(self) -> NetworkChoice:
         """Measure the networks that all hosts share, and choose the best."""
         hosts = [host.ssh for host in self.hostfile.hosts]
-        networks = candidates([self.topology.interfaces[host] for host in hosts], self.topology.cables)
+        networks = find_common_networks([self.topology.interfaces[host] for host in hosts], self.topology.cables)
         links = measure_networks(hosts, networks, self.pythons, self.report)
         speeds = {link.network: link.speed for link in links if link.speed is not None}
         try:
-            network = choose([link.network for link in links], speeds, self.is_link_forced or self.backend != "ring")
+            network = choose_measured(
+                [link.network for link in links], speeds, self.is_link_forced or self.backend != "ring"
+            )
         except LinkError as error:
             problems = "".join(f"\n  {problem}" for link in links for problem in link.problems)
             return NetworkChoice((self._problem(error.message + problems, error.hint),), tuple(links))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from typing import Any, Literal, cast
 
-from kimi_mlx.cluster.hosts.facts import LINUX_HINTS
+from kimi_mlx.cluster.hosts.facts import INTERFACE_PROPERTIES
 from kimi_mlx.errors import LinkError
 
 Kind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
@@ -23,7 +23,7 @@ Kind = Literal["thunderbolt", "ethernet", "wifi", "loopback", "other"]
 MACOS_COMMANDS = ("ifconfig -a", "networksetup -listallhardwareports")
 """Commands whose output `macos_interfaces` parses."""
 
-LINUX_COMMANDS = ("ip -j addr", LINUX_HINTS)
+LINUX_COMMANDS = ("ip -j addr", INTERFACE_PROPERTIES)
 """Commands whose output `linux_interfaces` parses."""
 
 
@@ -100,7 +100,7 @@ def _with_mask(address: str, mask: int) -> list[IPv4Interface]:
         return []
 
 
-def linux_interfaces(ip_json: str, hints: str) -> tuple[Interface, ...]:
+def linux_interfaces(ip_json: str, properties: str) -> tuple[Interface, ...]:
     """Return the interfaces of a Linux host from the output of `LINUX_COMMANDS`.
 
     Raises:
@@ -109,10 +109,10 @@ def linux_interfaces(ip_json: str, hints: str) -> tuple[Interface, ...]:
     try:
         # older versions of `ip` print an empty object for an entry that was filtered out
         entries = [entry for entry in cast("list[dict[str, Any]]", json.loads(ip_json)) if entry]
-        hints_by_name = {
-            name: frozenset(words) for name, *words in map(str.split, filter(str.strip, hints.splitlines()))
+        by_name = {
+            name: frozenset(words) for name, *words in map(str.split, filter(str.strip, properties.splitlines()))
         }
-        return tuple(_linux_interface(entry, entries, hints_by_name) for entry in entries)
+        return tuple(_linux_interface(entry, entries, by_name) for entry in entries)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise LinkError(
             f"`ip -j addr` printed no list of interfaces: {ip_json[:80]!r}", hint="install iproute2 on that host"
@@ -120,7 +120,7 @@ def linux_interfaces(ip_json: str, hints: str) -> tuple[Interface, ...]:
 
 
 def _linux_interface(
-    entry: Mapping[str, Any], entries: Iterable[Mapping[str, Any]], hints: Mapping[str, frozenset[str]]
+    entry: Mapping[str, Any], entries: Iterable[Mapping[str, Any]], properties: Mapping[str, frozenset[str]]
 ) -> Interface:
     name, flags = entry["ifname"], entry.get("flags", ())
     members = tuple(other["ifname"] for other in entries if other.get("master") == name)
@@ -128,7 +128,7 @@ def _linux_interface(
     is_ether = entry.get("link_type") == "ether"
     return Interface(
         name=name,
-        kind=_linux_kind(name, "LOOPBACK" in flags, is_ether, hints, members),
+        kind=_linux_kind(name, "LOOPBACK" in flags, is_ether, properties, members),
         addresses=tuple(IPv4Interface(f"{address['local']}/{address['prefixlen']}") for address in inet),
         mac=entry.get("address") if is_ether else None,
         is_up="UP" in flags and "LOWER_UP" in flags,
@@ -137,9 +137,9 @@ def _linux_interface(
 
 
 def _linux_kind(
-    name: str, is_loopback: bool, is_ether: bool, hints: Mapping[str, frozenset[str]], members: Iterable[str]
+    name: str, is_loopback: bool, is_ether: bool, properties: Mapping[str, frozenset[str]], members: Iterable[str]
 ) -> Kind:
-    own = hints.get(name, frozenset())
+    own = properties.get(name, frozenset())
     if is_loopback:
         return "loopback"
     if "driver=thunderbolt-net" in own or re.fullmatch(r"thunderbolt\d+", name):
@@ -147,5 +147,5 @@ def _linux_kind(
     if own & {"wireless", "phy80211"}:
         return "wifi"
     if "bridge" in own:  # of an Ethernet port, or of containers only
-        return "ethernet" if any("device" in hints.get(member, ()) for member in members) else "other"
+        return "ethernet" if any("device" in properties.get(member, ()) for member in members) else "other"
     return "ethernet" if is_ether and "tun_flags" not in own else "other"

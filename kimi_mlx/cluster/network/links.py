@@ -92,7 +92,7 @@ class BridgeConflict:
         return f"run on `{self.host}`: `{commands}`"
 
 
-def candidates(hosts: Sequence[Sequence[Interface]], cables: Sequence[Cable] = ()) -> list[Network]:
+def find_common_networks(hosts: Sequence[Sequence[Interface]], cables: Sequence[Cable] = ()) -> list[Network]:
     """Return the networks that all hosts may have in common, best kind first.
 
     Args:
@@ -179,7 +179,7 @@ def parse_speed(message: Mapping[str, object]) -> LinkSpeed:
         raise LinkError(f"the measured speed cannot be read: {str(message)[:200]}") from None
 
 
-def slowest(speeds: Iterable[LinkSpeed]) -> LinkSpeed:
+def combine_speeds(speeds: Iterable[LinkSpeed]) -> LinkSpeed:
     """Combine several pairs of hosts: return the longest round trip and the lowest rate."""
     pairs = list(speeds)
     return LinkSpeed(max(speed.round_trip_s for speed in pairs), min(speed.bytes_per_s for speed in pairs))
@@ -205,11 +205,13 @@ def slow_reasons(network: Network, speed: LinkSpeed) -> list[str]:
     ]
 
 
-def choose(networks: Sequence[Network], speeds: Mapping[Network, LinkSpeed], is_forced: bool = False) -> Network:
+def choose_measured(
+    networks: Sequence[Network], speeds: Mapping[Network, LinkSpeed], is_forced: bool = False
+) -> Network:
     """Return the network to use: the first that is fast enough, unless another is faster by `PREFERENCE`.
 
     Args:
-        networks: networks from `candidates`, in their order.
+        networks: networks from `find_common_networks`, in their order.
         speeds: measured speeds; a network without one does not work.
         is_forced: choose the fastest network even if all are too slow.
 

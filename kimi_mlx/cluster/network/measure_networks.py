@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.hosts.ssh import command_on
-from kimi_mlx.cluster.network.links import LinkSpeed, Network, parse_speed, slow_reasons, slowest
+from kimi_mlx.cluster.network.links import LinkSpeed, Network, combine_speeds, parse_speed, slow_reasons
 from kimi_mlx.cluster.network.measure import command
 from kimi_mlx.errors import LinkError
 
@@ -66,7 +66,7 @@ def measure_networks(
 
     Args:
         hosts: hosts in the order of the networks' addresses.
-        networks: networks from `candidates`.
+        networks: networks from `find_common_networks`.
         pythons: host -> path of any Python interpreter there.
         report: callback for progress messages.
     """
@@ -88,7 +88,7 @@ def measure_network(
 ) -> Link:
     """Measure all pairs of a ring at once, because a ring uses them at once."""
     speeds, problems = measure_pairs(ring_pairs(hosts, network), pythons, limit_s)
-    return Link(network, None if problems else slowest(speeds), tuple(problems))
+    return Link(network, None if problems else combine_speeds(speeds), tuple(problems))
 
 
 def measure_pairs(

@@ -58,7 +58,7 @@ def _interfaces(facts: Facts) -> tuple[Interface, ...]:
     with contextlib.suppress(LinkError):
         if facts.is_mac:
             return macos_interfaces(facts.ifconfig or "", facts.hardware_ports or "")
-        return linux_interfaces(facts.ip_addr or "", facts.linux_hints or "")
+        return linux_interfaces(facts.ip_addr or "", facts.interface_properties or "")
     return ()
 
 

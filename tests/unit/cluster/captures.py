@@ -20,7 +20,7 @@ def mac(name: str, ports_of: str = "") -> tuple[Interface, ...]:
 
 def linux() -> tuple[Interface, ...]:
     """Return the interfaces of the Linux host."""
-    return linux_interfaces(capture("linux-ip-addr.json"), capture("linux-hints.txt"))
+    return linux_interfaces(capture("linux-ip-addr.json"), capture("linux-interface-properties.txt"))
 
 
 def ports(name: str) -> tuple[ThunderboltPort, ...]:

@@ -101,14 +101,14 @@ def test_linux_with_wifi_thunderbolt_and_a_bridge_with_a_cable() -> None:
         for name in ("wlp2s0", "thunderbolt0", "tb1", "br0", "tap0")
     ]
     entries.append({"ifname": "enp1s0", "flags": [], "link_type": "ether", "addr_info": [], "master": "br0"})
-    hints = """\
+    properties = """\
 wlp2s0 wireless device driver=iwlwifi
 tb1 device driver=thunderbolt-net
 br0 bridge
 enp1s0 device driver=igc
 tap0 tun_flags
 """
-    assert [each.kind for each in linux_interfaces(json.dumps(entries), hints)] == [
+    assert [each.kind for each in linux_interfaces(json.dumps(entries), properties)] == [
         "wifi", "thunderbolt", "thunderbolt", "ethernet", "other", "ethernet",
     ]  # fmt: skip
 

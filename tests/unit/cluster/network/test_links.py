@@ -14,11 +14,11 @@ from kimi_mlx.cluster.network.links import (
     LinkSpeed,
     Network,
     bridge_conflicts,
-    candidates,
-    choose,
+    choose_measured,
+    combine_speeds,
+    find_common_networks,
     parse_speed,
     slow_reasons,
-    slowest,
 )
 from kimi_mlx.cluster.network.thunderbolt import Cable
 from kimi_mlx.errors import LinkError
@@ -36,7 +36,7 @@ GOOD = LinkSpeed(0.0004, 6e9)
 
 
 def test_mac_studio_and_macbook_have_thunderbolt_and_wifi() -> None:
-    found = candidates([mac("studio"), mac("macbook")])
+    found = find_common_networks([mac("studio"), mac("macbook")])
     assert [(each.kind, each.addresses) for each in found] == [
         ("thunderbolt", ("169.254.87.12", "169.254.201.7")),
         ("wifi", ("192.168.1.10", "192.168.1.41")),  # one end is Ethernet, the other is not
@@ -44,7 +44,7 @@ def test_mac_studio_and_macbook_have_thunderbolt_and_wifi() -> None:
 
 
 def test_linux_host_and_mac_share_the_lan() -> None:
-    [network] = candidates([linux(), mac("studio")])
+    [network] = find_common_networks([linux(), mac("studio")])
     assert network == Network("ethernet", ("192.168.1.20", "192.168.1.10"), ("eth0", "en0"))
 
 
@@ -56,8 +56,8 @@ def test_down_loopback_and_identical_interfaces_are_no_network() -> None:
         interface("utun0", "other", "10.8.0.1/32"),
     ]
     two = [*one[:2], interface("en0", "ethernet", "10.0.0.2/24"), interface("utun0", "other", "10.8.0.2/32")]
-    assert candidates([one, two]) == []
-    assert candidates([one]) == []
+    assert find_common_networks([one, two]) == []
+    assert find_common_networks([one]) == []
 
 
 def test_self_assigned_addresses_are_paired_by_kind_bridge_first() -> None:
@@ -69,7 +69,7 @@ def test_self_assigned_addresses_are_paired_by_kind_bridge_first() -> None:
         ]
         for n in (1, 2)
     ]
-    assert [each.interfaces for each in candidates(hosts)] == [
+    assert [each.interfaces for each in find_common_networks(hosts)] == [
         ("bridge0", "bridge0"), ("bridge0", "en3"), ("en3", "bridge0"), ("en3", "en3"), ("en0", "en0"),
     ]  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_cable_ring_with_a_subnet_per_cable_is_a_network() -> None:
         ]
         for n in range(3)
     ]
-    [network] = candidates(hosts)
+    [network] = find_common_networks(hosts)
     assert not network.is_shared
     # each host's address is its end of the cable to the previous host
     assert network.addresses == ("192.168.0.10", "192.168.0.2", "192.168.0.6")
@@ -92,8 +92,8 @@ def test_cable_ring_with_a_subnet_per_cable_is_a_network() -> None:
 def test_cable_ring_with_self_assigned_addresses_needs_the_cables() -> None:
     hosts = [[interface(f"en{k}", "thunderbolt", f"169.254.{n}.{k}/16") for k in (2, 3)] for n in range(3)]
     cables = [Cable(n, "en2", (n + 1) % 3, "en3") for n in range(3)]
-    assert not any(not each.is_shared for each in candidates(hosts))
-    ring = next(each for each in candidates(hosts, cables) if not each.is_shared)
+    assert not any(not each.is_shared for each in find_common_networks(hosts))
+    ring = next(each for each in find_common_networks(hosts, cables) if not each.is_shared)
     assert ring.addresses == ("169.254.0.3", "169.254.1.3", "169.254.2.3")
 
 
@@ -112,7 +112,7 @@ host_interfaces = st.lists(
 
 @given(st.lists(host_interfaces, min_size=2, max_size=4))
 def test_candidates_are_sorted_by_kind_and_share_a_subnet(hosts: list[list[Interface]]) -> None:
-    found = candidates(hosts)
+    found = find_common_networks(hosts)
     order = [KINDS.index(each.kind) for each in found]
     assert order == sorted(order)
     assert len(set(found)) == len(found)
@@ -123,10 +123,10 @@ def test_candidates_are_sorted_by_kind_and_share_a_subnet(hosts: list[list[Inter
 
 
 def test_thunderbolt_is_chosen_unless_another_is_clearly_faster() -> None:
-    assert choose([TB, LAN], {TB: GOOD, LAN: GOOD}) is TB
-    assert choose([TB, LAN], {TB: LinkSpeed(0.00045, 5e9), LAN: LinkSpeed(0.0004, 5e9)}) is TB
-    assert choose([TB, LAN], {TB: LinkSpeed(0.002, 2e8), LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
-    assert choose([TB, LAN], {LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
+    assert choose_measured([TB, LAN], {TB: GOOD, LAN: GOOD}) is TB
+    assert choose_measured([TB, LAN], {TB: LinkSpeed(0.00045, 5e9), LAN: LinkSpeed(0.0004, 5e9)}) is TB
+    assert choose_measured([TB, LAN], {TB: LinkSpeed(0.002, 2e8), LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
+    assert choose_measured([TB, LAN], {LAN: LinkSpeed(0.0003, 1.2e9)}) is LAN
 
 
 @pytest.mark.parametrize(
@@ -140,24 +140,24 @@ def test_thunderbolt_is_chosen_unless_another_is_clearly_faster() -> None:
 )
 def test_slow_network_is_refused_unless_forced(network: Network, measured: LinkSpeed, reason: str) -> None:
     with pytest.raises(LinkError) as caught:
-        choose([network], {network: measured})
+        choose_measured([network], {network: measured})
     assert reason in caught.value.message
     assert network.addresses[0] in caught.value.message
     assert "Gbit/s" in caught.value.message
     assert "--force-link" in (caught.value.hint or "")
-    assert choose([network], {network: measured}, is_forced=True) is network
+    assert choose_measured([network], {network: measured}, is_forced=True) is network
 
 
 def test_fast_network_is_preferred_to_a_slow_one_even_if_forced() -> None:
     slow = LinkSpeed(0.02, 1e7)
-    assert choose([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, is_forced=True) is LAN
+    assert choose_measured([TB, LAN, AIR], {TB: slow, LAN: GOOD, AIR: GOOD}, is_forced=True) is LAN
 
 
 def test_unreachable_hosts_have_no_network() -> None:
     with pytest.raises(LinkError, match=r"over any of: Thunderbolt \(169.254.1.1, 169.254.1.2\)"):
-        choose([TB], {}, is_forced=True)
+        choose_measured([TB], {}, is_forced=True)
     with pytest.raises(LinkError, match="no common network"):
-        choose([], {})
+        choose_measured([], {})
 
 
 measurements = st.builds(LinkSpeed, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
@@ -167,14 +167,14 @@ measurements = st.builds(LinkSpeed, st.floats(1e-5, 0.1), st.floats(1e5, 1e10))
 def test_chosen_network_is_measured_and_fast(measured: dict[Network, LinkSpeed]) -> None:
     fast = [each for each in measured if not slow_reasons(each, measured[each])]
     try:
-        assert choose([TB, LAN, AIR], measured) in fast
+        assert choose_measured([TB, LAN, AIR], measured) in fast
     except LinkError:
         assert not fast
 
 
 def test_speeds_are_parsed_and_the_slowest_pair_counts() -> None:
     assert parse_speed({"kind": "measured", "round_trip_s": 0.0004, "bytes_per_s": 6e9, "bytes": 1}) == GOOD
-    assert slowest([GOOD, LinkSpeed(0.0003, 1e9)]) == LinkSpeed(0.0004, 1e9)
+    assert combine_speeds([GOOD, LinkSpeed(0.0003, 1e9)]) == LinkSpeed(0.0004, 1e9)
     with pytest.raises(LinkError, match="Connection refused"):
         parse_speed({"kind": "error", "error": "Connection refused"})
     for message in ({}, {"round_trip_s": "x", "bytes_per_s": 1}):
