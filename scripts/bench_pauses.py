@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -144,11 +145,12 @@ def main(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the longest pause of a stream while other clients send requests that cost much work."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the server ends, too
     with ExitStack() as stack:
         server = ServerUnderTest("server", url) if url else stack.enter_context(serving("server", our_command(MINI)))
         stream = Stream(server.url)
         stream.start()
-        stdout.print(f"{'request':40}{'MB':>8}{'pause s':>9}{'answer s':>10}{'short s':>9}  status", highlight=False)
+        stdout.print(f"{'request':42}{'MB':>8}{'pause s':>9}{'answer s':>10}{'short s':>9}  status", highlight=False)
         for request in heavy_requests():
             if only in request.name:
                 row = measure(server, stream, request)
@@ -156,7 +158,7 @@ def main(
                     print_json(row)
                     continue
                 stdout.print(
-                    f"{row['request']:40}{row['MB']:>8}{row['pause_s']:>9}{row['answered_s']:>10}{row['short_s']:>9}"
+                    f"{row['request']:42}{row['MB']:>8}{row['pause_s']:>9}{row['answered_s']:>10}{row['short_s']:>9}"
                     f"  {row['status']}",
                     highlight=False,
                     markup=False,

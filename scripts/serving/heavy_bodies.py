@@ -32,10 +32,12 @@ class HeavyRequest:
 def heavy_requests() -> list[HeavyRequest]:
     """Return all requests, made one after the other because some are large."""
     return [
+        _request("a short request", {"messages": HI, "max_tokens": 1}),
         _request("a million zeros as messages", {"messages": [0] * 1_000_000}),
         _request("30 MB of small messages", {"messages": HI * 900_000}),
         _request("100,000 items", {"input": HI * 100_000}, RESPONSES),
         _request("100,000 prompts", {"prompt": ["hi"] * 100_000}, COMPLETIONS),
+        _request("a prompt of 20,000 tokens, without tools", _with_text(52_000)),
         _request("128 strict tools", _with_tools(128, strict=True)),
         _request("required, 300 tools", {**_with_tools(300), "tool_choice": "required"}),
         _request("tool schema nested 180 deep", _with_schema(_nested(180))),
