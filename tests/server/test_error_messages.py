@@ -46,6 +46,25 @@ def test_errors_of_a_field_with_several_types_name_the_location(
     assert (response.status, response.error["message"]) == (400, message)
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": HI | {"max_tokens": 1},
+    "/v1/completions": {"prompt": "hi", "max_tokens": 1},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 1},
+    "/v1/messages": HI | {"max_tokens": 1},
+    "/v1/messages/count_tokens": HI,
+}
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_every_optional_field_may_be_null(running: RunningServer, path: str) -> None:
+    document = json.loads(raw.request(running.port, path="/openapi.json").body)
+    content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    fields = document["components"]["schemas"][content["schema"]["$ref"].rsplit("/", 1)[1]]["properties"]
+    body = dict.fromkeys(fields) | REQUIRED[path]
+    response = raw.request(running.port, "POST", path, json.dumps(body).encode())
+    assert (response.status, len(body) > len(REQUIRED[path])) == (200, True), response.body
+
+
 def test_a_wrong_base_url_is_explained(running: RunningServer) -> None:
     response = raw.request(running.port, "POST", "/chat/completions", b"{}")
     assert response.status == 404

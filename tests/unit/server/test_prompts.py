@@ -1,0 +1,95 @@
+"""Preparation of engine requests: any tool schema, bounds before the work, and errors for the client."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.text.messages import Message
+from tests.fakes import KIMI_MINI
+from tests.schemas import ANY_OBJECT
+
+HI = (Message("user", "hi"),)
+
+
+@pytest.fixture(scope="module")
+def builder() -> PromptBuilder:
+    return PromptBuilder(ChatTokenizer.load(KIMI_MINI), 2000, {})
+
+
+def refusal(builder: PromptBuilder, request: ChatRequest) -> ApiError | None:
+    """Return the error of a request; None if it can be served."""
+    try:
+        builder.prepare(request)
+    except ApiError as error:
+        return error
+    return None
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    parameters=ANY_OBJECT,
+    is_strict=st.booleans(),
+    tool_choice=st.sampled_from(["auto", "none", "required", {"name": "f"}]),
+)
+def test_any_json_in_a_tool_schema_is_served_or_refused(
+    builder: PromptBuilder, parameters: dict[str, Any], is_strict: bool, tool_choice: Any
+) -> None:
+    function = {"name": "f", "parameters": parameters, "strict": is_strict}
+    request = ChatRequest(
+        messages=HI, tools=({"type": "function", "function": function},), tool_choice=tool_choice, max_tokens=1
+    )
+    error = refusal(builder, request)
+    # a schema that is not enforced is never a reason for a refusal, unless it is too long
+    codes = ["invalid_schema"] * is_strict + ["context_length_exceeded"]
+    assert error is None or (error.status == 400 and error.code in codes)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ChatRequest(messages=(Message("user", "x" * 30_000_000),)),
+        ChatRequest(messages=HI * 1_000_000),
+        CompletionRequest(prompt="x" * 30_000_000),
+        CompletionRequest(prompt=(5,) * 1_000_000),
+    ],
+    ids=["long message", "many messages", "long prompt", "many ids"],
+)
+def test_prompts_that_cannot_fit_are_refused_before_they_are_tokenized(
+    builder: PromptBuilder, request_: ChatRequest | CompletionRequest
+) -> None:
+    started = time.process_time()
+    with pytest.raises(ApiError, match=r"the prompt has at least \d+ tokens, but the context is 2000") as error:
+        builder.prepare(request_)
+    assert error.value.code == "context_length_exceeded"
+    assert time.process_time() - started < 2  # tokenizing takes 20 s
+
+
+def test_a_prompt_that_just_fits_is_not_refused_by_its_size(builder: PromptBuilder) -> None:
+    longest = max(builder.tokenizer.tokenizer.tokens(), key=len).decode()
+    prompt = longest * 1900
+    assert len(builder.prepare(CompletionRequest(prompt=prompt)).request.prompt) < 2000
+
+
+def test_errors_for_the_client_have_no_folders(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(KIMI_MINI, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors")))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    broken = PromptBuilder(ChatTokenizer.load(folder), 2000, {})
+    with pytest.raises(ApiError) as error:
+        broken.prepare(ChatRequest(messages=HI))
+    assert error.value.message == "`chat_template.jinja` line 1: roles must alternate"
+    assert error.value.hint is not None
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ApiError, match=r"no chat template.*use /v1/completions") as error:
+        PromptBuilder(ChatTokenizer.load(folder), 2000, {}).prepare(ChatRequest(messages=HI))
+    assert str(tmp_path) not in error.value.message
