@@ -86,8 +86,9 @@ def _parse_compression(block: Mapping[str, Any], where: str) -> Fp8Blocks | Pack
         return _parse_fp8(block, where)
     if method == "compressed-tensors":
         return _parse_packed(block, where)
+    algorithm = f" ({reprlib.repr(block['quant_algo'])})" if block.get("quant_algo") else ""
     raise ConfigError(
-        f"`{where}`: quantization method {reprlib.repr(method)} is not supported; supported are 'fp8', "
+        f"`{where}`: quantization method {reprlib.repr(method)}{algorithm} is not supported; supported are 'fp8', "
         "'compressed-tensors' and MLX's quantization",
         hint=_FORMAT_HINT,
     )

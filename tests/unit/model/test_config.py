@@ -173,6 +173,23 @@ def test_modes_of_mlx_have_fixed_groups(mode: str, bits: int, group_size: int) -
         parse_config(changed(quantization={**block, "group_size": 64}))
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {}},
+        {"quant_method": "mxfp4"},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {**INT4, "format": "nvfp4-pack-quantized"},
+        {**INT4, "format": "mxfp4-pack-quantized"},
+    ],
+)
+def test_formats_of_other_tools_are_refused_with_an_alternative(block: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=block.get("quant_algo") or block.get("format") or block["quant_method"]) as e:
+        parse_config(changed(quantization_config=block))
+    assert "mlx-community" in (e.value.hint or "")
+
+
 INT4_PATHS = {
     "format": ["int-quantized", "nvfp4-pack-quantized", None],
     "transform_config": [{"config_groups": {}}],

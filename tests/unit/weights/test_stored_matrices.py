@@ -15,10 +15,20 @@ from mlx.utils import tree_flatten
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.parallel.placement import place
+from kimi_mlx.store.build import build_stores
+from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.folder_source import FolderSource
+from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.stores import load_store
 from kimi_mlx.weights.assemble import load_model
+from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.conversion import open_conversion
 from kimi_mlx.weights.convert import convert
 from kimi_mlx.weights.convert_options import ConvertOptions
+from kimi_mlx.weights.layer_plan import split_granularity_of
+from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.parity.test_logits import relative_error
 
@@ -89,6 +99,47 @@ def test_a_quantized_router_or_norm_is_dequantized(path: str, bits: int, affine:
     assert mx.array_equal(tensors_of(tmp_path / "converted")[f"{path}.weight"], value)
 
 
+def split_files(folder: Path) -> None:
+    """Spread the tensors over three files, so that those of a matrix are apart; there is no index."""
+    tensors = tensors_of(folder)
+    (folder / "model.safetensors").unlink()
+    for number in range(3):
+        part = dict(sorted(tensors.items())[number::3])
+        mx.save_safetensors(str(folder / f"model-0000{number + 1}-of-00003.safetensors"), part)
+
+
+def build_and_load(folder: Path, stores: Path, strategy: str) -> list[Model]:
+    """Build the stores of two ranks, and load both."""
+    config, source = load_config(folder), FolderSource(folder)
+    checkpoint = Checkpoint(config, source.contents.table, str(folder))
+    placement = place(config, strategy, 2, split_granularity_of(checkpoint, strategy))
+    job = BuildJob(source, checkpoint, placement, stores)
+    manifests = build_stores(job, [0, 1], SingleGroup())
+    return [load_store(job.folder, read_manifest(job.folder / f"rank-{m.rank}"), config, mx.float32) for m in manifests]
+
+
+def check_stores(folder: Path, stores: Path, strategy: str) -> None:
+    """Check that stores hold the parameters that each rank loads from the checkpoint."""
+    config = load_config(folder)
+    checkpoint = open_checkpoint(folder, config).checkpoint
+    placement = place(config, strategy, 2, split_granularity_of(checkpoint, strategy))
+    for share, model in zip(placement.shares, build_and_load(folder, stores, strategy), strict=True):
+        expected = dict(tree_flatten(load_model(folder, config, mx.float32, share).parameters()))
+        found = dict(tree_flatten(model.parameters()))
+        assert expected.keys() == found.keys()
+        assert all(mx.array_equal(expected[name], array) for name, array in found.items())
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+def test_stores_hold_a_dequantized_router(strategy: str, affine: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(affine)
+    parts = quantized(ROUTER, tensors.pop(f"{ROUTER}.weight"), 8)
+    override = {ROUTER: {"bits": 8, "group_size": 32}}
+    folder = copy_with(affine, tmp_path / "router", tensors | parts, lambda c: c["quantization"].update(override))
+    split_files(folder)
+    check_stores(folder, tmp_path / "stores", strategy)
+
+
 def test_a_quantized_router_in_a_published_format_is_dequantized(tmp_path: Path) -> None:
     source = FORMATS / "int4"
     tensors = tensors_of(source)
@@ -150,7 +201,9 @@ def in_mode(tensors: Tensors, mode: str) -> tuple[Tensors, Tensors]:
     return stored, values
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["mxfp4", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("mxfp8", "nvfp4"))]
+)
 def test_modes_of_mlx_give_the_logits_of_their_values(mode: str, affine: Path, tmp_path: Path) -> None:
     source = affine.parent / "float"
     bits, group_size = MODES[mode]
@@ -169,6 +222,7 @@ def test_modes_of_mlx_give_the_logits_of_their_values(mode: str, affine: Path, t
     expected = np.asarray(load(plain)(IDS))
     assert relative_error(load(folder)(IDS), expected) < 1e-4
     assert load(folder, mx.float16).embed_tokens(IDS).dtype == mx.float16
+    check_stores(folder, tmp_path / "stores", "hybrid")
     convert(open_conversion(folder, ConvertOptions()), tmp_path / "copied")
     assert json.loads((tmp_path / "copied" / "config.json").read_text())["quantization"]["mode"] == mode
     assert relative_error(load(tmp_path / "copied")(IDS), expected) < 1e-4
