@@ -7,21 +7,18 @@ polled meanwhile.
 
 from __future__ import annotations
 
-import os
 import queue
 import select
-import socket
-import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
-from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.group import Group
 
 SEAL_BYTES = 16
 LOOK_S = 0.5
@@ -107,36 +104,6 @@ class CheckedGroup:
                 self._results.put(np.array(self._group.gather(mx.array(row))))
             except RuntimeError as error:
                 self._results.put(error)
-
-
-def join_checked(connect: Callable[[], mx.distributed.Group]) -> CheckedGroup:
-    """Join a group.
-
-    Args:
-        connect: opens MLX's connections to the neighbours.
-
-    Raises:
-        RuntimeError: the other hosts cannot be reached.
-    """
-    before = _connections()
-    group = MlxGroup(connect())
-    return CheckedGroup(group, sorted(_connections() - before))
-
-
-def _connections() -> set[int]:
-    """Return file descriptors of connected sockets of this process."""
-    return {number for number in map(int, os.listdir("/dev/fd")) if _is_connected(number)}
-
-
-def _is_connected(number: int) -> bool:
-    try:
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):
-            return False
-        with socket.socket(fileno=os.dup(number)) as connection:
-            connection.getpeername()
-    except OSError:  # a listening socket
-        return False
-    return True
 
 
 def _lost() -> RingError:

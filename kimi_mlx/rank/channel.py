@@ -1,19 +1,36 @@
-"""A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.channel.messages."""
+"""A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.channel.messages.
+
+A rank ends when its input ends, or on a signal. The end is the last command: all ranks execute it after the same step.
+A rank that is in a collective with a lost peer never reaches it, so its collectives are broken off after a while.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import BinaryIO, NoReturn
 
+import mlx.core as mx
+
 from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode, encode_error
+from kimi_mlx.cluster.ring.end_limits import BREAK_OFF_S, end_limit_s, unload_limit_s
+from kimi_mlx.cluster.ring.guard import END_SIGNALS
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.parallel.ring_sockets import break_off_collectives
+from kimi_mlx.rank.guard_socket import GuardSocket
+from kimi_mlx.runtime.unload import release_memory
+
+EXIT_ENDED, EXIT_FAILED = 0, 1
+"""Exit codes: the front ended the rank, between two steps; anything else."""
 
 
 class Channel:
@@ -27,17 +44,26 @@ class Channel:
         num_received: number of commands received so far; other ranks may have received fewer or more.
         num_consumed: number of commands taken with `next_command`.
         links: watch over the links to the neighbours, for the heartbeats; None on a single host.
+        cleanup: functions to call before the memory is released.
+        sockets: file descriptors of the connections of MLX's ring; empty before `end_in_order`.
     """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO):
         self._source, self._sink = source, sink
-        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._end_lock = threading.RLock()  # reentrant: a signal handler may run while its thread holds it
         self._step, self._work = 0, "idle"
         self._last_message_at = time.monotonic()
-        self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.num_received = 0
         self.num_consumed = 0
         self.links: LinkWatch | None = None
+        self.cleanup = contextlib.ExitStack()
+        self._guard = GuardSocket()
+        self._end_limit_s = 0.0
+        self.sockets: Sequence[int] = ()
+        self._is_ending = self._is_broken_off = False
+        self._signal: int | None = None  # if it is the reason for the end
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message."""
@@ -45,12 +71,9 @@ class Channel:
 
     def write(self, line: bytes) -> None:
         """Send an encoded message. If the front is gone, end the process."""
-        try:
-            with self._lock:
-                self._sink.write(line)
-                self._sink.flush()
-        except OSError:
-            os._exit(0)
+        if self._is_broken_off:  # made from invalid data
+            return
+        self._write(line)
 
     def report_progress(self, work: str) -> None:
         """Report progress with the next heartbeat.
@@ -58,13 +81,24 @@ class Channel:
         Args:
             work: current work, such as `load`, `prefill` or `decode`; the front chooses its timeout by it.
         """
+        if self._is_broken_off:
+            sys.exit()
         self._work = work
         self._step += 1
+        if self._end_limit_s and self._end_limit_s != end_limit_s(work):
+            self._set_end_limit(end_limit_s(work))
+
+    def leave_if_ending(self) -> None:
+        """Leave the process if it is to end. For long work without steps, such as loading."""
+        if self._is_ending:
+            sys.exit()
 
     def next_command(self) -> Message:
-        """Return the next command; wait until there is one."""
+        """Return the next command; wait until there is one. Leave the process if it is the end."""
         command = self._commands.get()
         self.num_consumed += 1
+        if command is None:
+            sys.exit()
         return command
 
     def start_threads(self) -> None:
@@ -72,22 +106,125 @@ class Channel:
         threading.Thread(target=self._read_messages, daemon=True).start()
         threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
+    def end_in_order(self, sockets: Sequence[int]) -> None:
+        """From now on, release memory before the process ends. Call this in the main thread, once connected.
+
+        Before, a signal ends the process at once: while MLX's ring connects, it holds Python's lock, so that nothing
+        else can run.
+
+        Args:
+            sockets: file descriptors of the connections of MLX's ring.
+        """
+        self.sockets = sockets
+        self._guard.hold(sockets)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)  # a handler does not run while the main thread is in a collective
+        for number in END_SIGNALS:
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._wait_for_signal, args=(reader,), daemon=True).start()
+        self._set_end_limit(end_limit_s(self._work))
+
+    def begin_unload(self, error: BaseException, rank: int | None) -> int:
+        """Report why the process ends, and that it releases its memory now; return the exit code.
+
+        Args:
+            error: SystemExit at the end of the input, else the error that ends the process.
+            rank: number of this rank, if it is known.
+        """
+        for number in END_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        is_in_order = isinstance(error, SystemExit) and not self._is_broken_off and self._signal is None
+        if not is_in_order:
+            self._report(error, rank)
+            self._break_off(0)  # a step in flight may wait for other ranks
+        size = mx.get_active_memory()
+        self._set_end_limit(unload_limit_s(size))
+        self._write(encode("unloading", bytes=size))
+        if self._signal is not None:
+            return 128 + self._signal
+        return EXIT_ENDED if is_in_order else EXIT_FAILED
+
+    def end_unload(self, left_bytes: int) -> None:
+        """Report that the memory is released."""
+        self._write(encode("unloaded", bytes=left_bytes))
+
+    def _report(self, error: BaseException, rank: int | None) -> None:
+        if self._signal is not None:
+            self._write(encode("failed", text=f"was ended by {signal.Signals(self._signal).name}"))
+        elif self._is_ending:
+            return  # the front does not listen any more
+        elif isinstance(error, KimiMlxError):
+            self._write(encode_error(error, rank))
+        else:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error)
+            text = traceback.format_exception_only(type(error), error)[-1].strip()
+            self._write(encode("failed", text=f"failed: {text}"))
+
+    def _set_end_limit(self, seconds: float) -> None:
+        self._end_limit_s = seconds
+        self._guard.set_end_limit(seconds)
+        self._write(encode("end_limit", seconds=seconds))
+
+    def _write(self, line: bytes) -> None:
+        try:
+            with self._write_lock:
+                self._sink.write(line)
+                self._sink.flush()
+        except OSError:  # the front is gone
+            self._end()
+
+    def _end(self, number: int | None = None) -> None:
+        """Let the main thread leave. Any thread may call this, also more than once.
+
+        Args:
+            number: signal that is the reason; None if the front is gone.
+        """
+        with self._end_lock:
+            if self._is_ending:
+                return
+            self._is_ending, self._signal = True, number
+            self._commands.put(None)
+            self.num_received += 1
+        wait_s = BREAK_OFF_S if number is None else 0
+        threading.Thread(target=self._break_off, args=(wait_s,), daemon=True).start()
+
+    def _break_off(self, wait_s: float) -> None:
+        """Let all collectives return, now and later."""
+        time.sleep(wait_s)
+        with self._end_lock:
+            if not self._is_broken_off:
+                self._is_broken_off = True
+                break_off_collectives(self.sockets)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._end(number)
+        sys.exit()
+
+    def _wait_for_signal(self, reader: int) -> None:
+        self._end(os.read(reader, 1)[0])
+
     def _read_messages(self) -> None:
-        for line in self._source:
-            message = decode(line)
-            self._last_message_at = time.monotonic()
-            if message["kind"] != "alive":
-                self._commands.put(message)
-                self.num_received += 1
-        # The front closed our input or is gone. A collective may be waiting for a peer, so end the process here.
-        os._exit(0)
+        try:
+            for line in self._source:
+                message = decode(line)
+                self._last_message_at = time.monotonic()
+                if message["kind"] != "alive":
+                    with self._end_lock:
+                        self._commands.put(message)
+                        self.num_received += 1
+        except (KimiMlxError, OSError) as error:
+            self._write(encode("failed", text=f"cannot read its commands: {error}"))
+        self._end()
 
     def _send_heartbeats(self) -> None:
         while True:
             time.sleep(HEARTBEAT_S)
             ages = {} if self.links is None else self.links.ages()
             front_age_s = time.monotonic() - self._last_message_at
-            self.send("alive", work=self._work, step=self._step, links=ages, front=front_age_s)
+            memory = mx.get_active_memory()
+            self._write(encode("alive", work=self._work, step=self._step, links=ages, front=front_age_s, memory=memory))
 
 
 def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
@@ -98,15 +235,17 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
     """
     channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)  # keep the output of libraries out of the messages
-    rank = None
+    rank, code = None, EXIT_FAILED
     try:
         start = decode(sys.stdin.buffer.readline())
         rank = start["rank"]
         channel.start_threads()
         serve(channel, start)
-    except KimiMlxError as error:
-        channel.write(encode_error(error, rank))
-    except Exception:  # the front shows the last lines of our stderr
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(1)  # do not wait for the reading thread or for MLX's threads
+    except BaseException as error:  # it keeps the frames of serve(), and with them the model, until here
+        code = channel.begin_unload(error, rank)
+    with contextlib.suppress(RuntimeError):  # MLX's, from a collective that failed
+        channel.cleanup.close()
+    channel.end_unload(release_memory())
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)  # do not wait for the reading thread or for MLX's threads

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.hub.retries import LOG
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
-from kimi_mlx.parallel.checked_group import join_checked
+from kimi_mlx.parallel.checked_group import CheckedGroup
+from kimi_mlx.parallel.group import MlxGroup
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_with_peers
 from kimi_mlx.store.download import StoreOptions
@@ -37,6 +38,7 @@ class ChannelObserver:
 
         def advance(count: int) -> None:
             nonlocal done
+            self._channel.leave_if_ending()
             done += count
             self._channel.report_progress("check")
             self._channel.send("checking", done=done, total=total_bytes)
@@ -48,6 +50,7 @@ class ChannelObserver:
         """Report the building of stores; yields the callback for progress."""
 
         def report(progress: BuildProgress) -> None:
+            self._channel.leave_if_ending()
             self._channel.report_progress("download")
             self._channel.send("building", **asdict(progress))
 
@@ -75,7 +78,7 @@ def main() -> None:
 def serve(channel: Channel, start: Message) -> None:
     """Build the store, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
     LOG.addHandler(WaitReporter(channel))
-    group = join_checked(lambda: join_with_peers(channel, start))
+    group = CheckedGroup(MlxGroup(join_with_peers(channel, start)), channel.sockets)
     channel.report_progress("download")
     target = run_on_all_ranks(group, lambda: resolve_model_name(start["model"]))
     options = StoreOptions(

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Load the model, then execute commands and steps until the front ends the process."""
+    """Load the model, then execute commands and steps until the last command, the end."""
     prepare_device(start["has_sampling"])
     group = join_group(channel, start)
     engine = load_engine(channel, start, group)
@@ -58,6 +58,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         channel.send("tokenizer_files", files=pack_tokenizer_files(folder))
 
     def report_layers(done: int, total: int) -> None:
+        channel.leave_if_ending()
         channel.report_progress("load")
         channel.send("loading", done=done, total=total)
 
@@ -142,7 +143,7 @@ def _open_blocks(channel: Channel, start: Message, group: Group, folder: Path, m
     """Open the prompt cache on disk; return None if `cache_dir` is not set."""
     if start["cache_dir"] is None:
         return None
-    return open_prompt_cache(
+    blocks = open_prompt_cache(
         Path(start["cache_dir"]),
         start["cache_disk_bytes"],
         model,
@@ -151,6 +152,8 @@ def _open_blocks(channel: Channel, start: Message, group: Group, folder: Path, m
         num_local_ranks=start["cpu_slot"][1],
         warn=lambda text: channel.send("note", text=text),
     )
+    channel.cleanup.callback(blocks.close)
+    return blocks
 
 
 def _find_folder(start: Message, group: Group) -> Path:

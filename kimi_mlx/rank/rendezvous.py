@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from kimi_mlx.cluster.ring.guard import no_temporary_files
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
+from kimi_mlx.parallel.ring_sockets import find_ring_sockets
 from kimi_mlx.rank.channel import Channel
 from kimi_mlx.rank.link_test import check_links
 
@@ -48,6 +50,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
             mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=group))
         except RuntimeError as error:
             raise RingError(f"cannot connect to the other ranks: {error}", rank=start["rank"]) from error
+    channel.end_in_order([] if group is None else _connections(ring, start["rank"]))
     if links is not None:
         links.start(ring["ring_token"].encode(), _neighbour_addresses(ring["links"], start["rank"]))
         channel.links = links
@@ -111,6 +114,11 @@ def init_group(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
         return mx.distributed.init(strict=True, backend="ring" if ring["backend"] == "ring" else "jaccl")
     finally:
         os.unlink(name)
+
+
+def _connections(ring: Mapping[str, Any], rank: int) -> list[int]:
+    """Return the sockets of MLX's ring; none for JACCL, whose collectives cannot be broken off."""
+    return find_ring_sockets(json.loads(ring["file"]), rank) if ring["backend"] == "ring" else []
 
 
 def _ports(addresses: Sequence[str], rank: int) -> list[int]:

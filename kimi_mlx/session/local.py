@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import mlx.core as mx
+
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC
+from kimi_mlx.cluster.ring.end_limits import OTHER_END_LIMIT_S, SHOW_AFTER_S, unload_limit_s
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
@@ -23,12 +26,12 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
+from kimi_mlx.runtime.unload import forget_frames, release_memory
 from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
+from kimi_mlx.session.signals import deferred_signals
+from kimi_mlx.units import format_bytes
 
 LOG = logging.getLogger(__name__)
-
-CLOSE_LIMIT_S = 30.0
-"""Time limit for the current step to end."""
 
 FAILED_STEP_DOWN_S = 10.0
 """Report "down" for this long after a failed step, unless a later request succeeds."""
@@ -50,12 +53,19 @@ class LocalSession:
         self._failed_step: tuple[float, str] | None = None  # time and reason
         self._engine: Engine | None = None
         self._blocks: BlockStore | None = None
+        self._is_closing = False
+        self._context = 0
         self._last_step_at: float | None = None
         self._lock = threading.Lock()
         load_results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(options, progress, load_results), daemon=True)
         self._thread.start()
-        if (failure := load_results.get()) is not None:
+        try:
+            failure = load_results.get()
+        except BaseException:  # Ctrl-C while the model loads
+            self.close()
+            raise
+        if failure is not None:
             raise failure
 
     def generate(self, request: Request) -> Iterator[Event]:
@@ -69,8 +79,7 @@ class LocalSession:
     @property
     def context(self) -> int:
         """Maximum number of tokens of a sequence."""
-        assert self._engine is not None
-        return self._engine.context
+        return self._context
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
         """Start to answer a request; return its id."""
@@ -115,28 +124,65 @@ class LocalSession:
         self._commands.put(Engine.clear)
 
     def close(self) -> None:
-        """Free the model."""
+        """Cancel all requests and free the model. Wait until its memory is released."""
         self.cancel_all()
+        self._is_closing = True
         self._commands.put(None)
-        self._thread.join(CLOSE_LIMIT_S)
+        with deferred_signals():
+            self._thread.join(SHOW_AFTER_S)
+            if not self._thread.is_alive():
+                return
+            size_bytes = mx.get_active_memory()
+            limit_s = OTHER_END_LIMIT_S + unload_limit_s(size_bytes)
+            LOG.warning(f"releasing {format_bytes(size_bytes)} of memory (up to {limit_s:.0f} s)")
+            self._thread.join(limit_s)
+            if self._thread.is_alive():
+                LOG.warning(
+                    f"the model was not released within {limit_s:.0f} s. On a Mac, its memory may stay in use until "
+                    "that Mac restarts; `kimi-mlx doctor` shows it (or `vm_stat`: pages wired down)"
+                )
 
     def _run(
         self, options: SessionOptions, progress: LoadProgress, load_results: queue.SimpleQueue[BaseException | None]
     ) -> None:
-        """Run the thread: load the model, then answer until the session is closed."""
+        """Run the thread: load the model, answer until the session is closed, and release the model."""
         try:
-            self._engine = self._load(options, progress)
+            self._engine = self._load(options, self._checked(progress))
+            self._context = self._engine.context
         except BaseException as error:  # raised again in __init__
+            self._release(error)
             load_results.put(error)
             return
         load_results.put(None)
+        end: BaseException = EngineError("the session is closed")
         try:
             self._answer_requests(self._engine)
-            self._fail(EngineError("the session is closed"))
         except BaseException as error:  # raised again in every generate()
-            self._fail(error)
+            end = error
+        self._fail(end)
+        self._release(end)
+
+    def _checked(self, progress: LoadProgress) -> LoadProgress:
+        def report(done: int, total: int) -> None:
+            if self._is_closing:
+                raise EngineError("the session is closed")
+            progress(done, total)
+
+        return report
+
+    def _release(self, error: BaseException) -> None:
+        """Write the prompt cache, and release the memory of the model.
+
+        Args:
+            error: error whose frames may hold the model.
+        """
         if self._blocks is not None:
             self._blocks.close()
+        self._engine = self._blocks = None
+        while not self._commands.empty():  # a command may hold a request
+            self._commands.get()
+        forget_frames(error)
+        release_memory()
 
     def _load(self, options: SessionOptions, progress: LoadProgress) -> Engine:
         os.environ[FAST_SYNC] = str(int(options.fast_sync))  # MLX reads it when it first computes

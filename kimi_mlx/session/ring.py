@@ -30,9 +30,6 @@ from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
 from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
 
-CLOSE_LIMIT_S = 30.0
-"""Time limit for ending all ranks, including those on hosts that do not respond."""
-
 
 class RingSession:
     """The engine on a ring. This process only exchanges messages with the ranks, so it survives the loss of one.
@@ -136,21 +133,21 @@ class RingSession:
             self._cancel_job(job)
 
     def status(self) -> SessionStatus:
-        """Return the current status."""
-        with self._lock:
-            reason = self._failure.message if self._failure is not None else None
-            if reason is None and not self._is_up and self._interruption is not None:
-                reason = self._interruption.reason
-            num_running = sum(job.is_running for job in self._jobs.values())
-            return SessionStatus(
-                is_up=self._is_up and self._failure is None,
-                reason=reason,
-                active=num_running,
-                waiting=len(self._jobs) - num_running,
-                last_step_age_s=None if self._last_step_at is None else time.monotonic() - self._last_step_at,
-                restarts=self._num_restarts,
-                cached_tokens=self._cached_tokens,
-            )
+        """Return the current status. This takes no lock, so a restart never delays it."""
+        failure, interruption, is_up, last_step_at = self._failure, self._interruption, self._is_up, self._last_step_at
+        reason = None if failure is None else failure.message
+        if reason is None and not is_up and interruption is not None:
+            reason = interruption.reason
+        are_running = [job.is_running for job in list(self._jobs.values())]
+        return SessionStatus(
+            is_up=is_up and failure is None,
+            reason=reason,
+            active=sum(are_running),
+            waiting=len(are_running) - sum(are_running),
+            last_step_age_s=None if last_step_at is None else time.monotonic() - last_step_at,
+            restarts=self._num_restarts,
+            cached_tokens=self._cached_tokens,
+        )
 
     def reset(self) -> None:
         """Drop the KV caches of all ranks. A ring that is being restarted has none."""
@@ -159,9 +156,10 @@ class RingSession:
                 self._ring.send("reset")
 
     def close(self) -> None:
-        """End the ranks."""
+        """Cancel all requests, and end the ranks. Wait until they have released their memory."""
+        self.cancel_all()  # the ranks then store the sequences in the prompt cache on disk
         self._is_closing.set()
-        self._thread.join(CLOSE_LIMIT_S)  # the thread ends the ranks before it returns
+        self._thread.join()  # the thread ends the ranks before it returns, and has a time limit for each
 
     # Commands to the ranks.
 
@@ -301,12 +299,19 @@ class RingSession:
         """Send the unfinished requests to the restarted ring."""
         self._up_since = time.monotonic()
         self._num_restarts += 1
-        with self._lock:
-            self._is_up = True
-            for job in list(self._jobs.values()):
-                job.was_interrupted = True
-                job.on_event(Resumed(downtime_s))
-                self._send_job(job, job.encode())
+        lines: dict[int, bytes] = {}
+        while True:
+            with self._lock:
+                jobs = list(self._jobs.values())
+                if all(job.request_id in lines for job in jobs):
+                    self._is_up = True
+                    for job in jobs:
+                        job.was_interrupted = True
+                        job.on_event(Resumed(downtime_s))
+                        self._send_job(job, lines[job.request_id])
+                    return
+            # Outside the lock: this takes long for long prompts. Requests may be added or cancelled meanwhile.
+            lines |= {job.request_id: job.encode() for job in jobs if job.request_id not in lines}
 
     def _fail(self, error: KimiMlxError) -> None:
         """End the ring and every unfinished request with this error."""

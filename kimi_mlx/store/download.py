@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import numpy as np
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.hub.client import find_local, find_repository
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks, run_on_all_ranks
-from kimi_mlx.parallel.checked_group import join_checked
-from kimi_mlx.parallel.group import Group, SingleGroup
+from kimi_mlx.parallel.checked_group import CheckedGroup
+from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
 from kimi_mlx.parallel.placement import normalize_strategy, place
+from kimi_mlx.parallel.ring_sockets import find_connections, find_ring_sockets
 from kimi_mlx.store.build import build_stores
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.folder_source import FolderSource
@@ -70,12 +72,21 @@ def join_group() -> Group:
     if "MLX_RANK" not in os.environ:
         return SingleGroup()
     try:
-        return join_checked(lambda: mx.distributed.init(strict=True))
+        group = MlxGroup(mx.distributed.init(strict=True))
     except RuntimeError as error:
         raise RingError(
             f"cannot join the group of hosts: {error}",
             hint="check the hostfile, and that all hosts are running",
         ) from error
+    return CheckedGroup(group, _connections(group.rank))
+
+
+def _connections(rank: int) -> list[int]:
+    """Return the sockets to other hosts: of MLX's ring, or of JACCL's rank 0 to all others."""
+    if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
+        return find_connections([coordinator], [coordinator])
+    hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+    return find_ring_sockets(hosts, rank)
 
 
 def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:

@@ -180,7 +180,7 @@ class HostProcess:
                 else:
                     self._on_message(self.rank, message)
             except KimiMlxError as error:
-                self._last_lines.append(error.message)
+                self._on_message(self.rank, {"kind": "failed", "text": f"sent {error.message}"})
                 break
         self._on_message(self.rank, None)
 

@@ -1,11 +1,12 @@
 """Messages between the front and the ranks: one JSON object per line, in both directions.
 
-Front to rank: `start` (once, first), `join` (addresses of all ranks), then `request` (with its id), `cancel` (the id;
-only to the leader), `reset`; `alive` every second in which nothing else is sent.
+Front to rank: `start` (once, first), `join` (addresses of all ranks), then `request` (with its id), `cancel` (the id),
+`reset`; `alive` every second in which nothing else is sent. The end of the messages tells a rank to end.
 Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links), `loading`, `ready`, `finished`,
-`refused` (a request that cannot be served), `error` (the last message), `note` (only for its log); `alive` every
-second, with its current activity, its steps and its links; from the leader also `text` (files of the tokenizer),
-`prefilled` and `token`.
+`refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,
+its steps, its links and its memory; from the leader also `tokenizer_files`, `prefilled` and `token`.
+About its end: `end_limit` (seconds that the end may take, whenever this changes), `error` (one of our errors) or
+`failed` (any other reason, as text that follows the name of the rank), `unloading` and `unloaded` (bytes held).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def decode(line: bytes) -> Message:
             return cast(Message, message)
     except (ValueError, RecursionError):
         pass
-    raise RingError(f"a rank sent a line that is not a message: {line[:80]!r}")
+    raise RingError(f"a line that is not a message: {line[:80]!r}")
 
 
 def encode_error(error: KimiMlxError, rank: int | None, kind: str = "error", **fields: Any) -> bytes:

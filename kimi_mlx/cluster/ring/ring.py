@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
+from kimi_mlx.cluster.channel.host_process import HostProcess
 from kimi_mlx.cluster.channel.messages import Message, decode_error, encode
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC, without_ring_variables
 from kimi_mlx.cluster.hosts.ssh import SSH_FAILED, ScriptResult, command_on, is_local
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
 from kimi_mlx.cluster.ring.backends import backend_file, coordinator
-from kimi_mlx.cluster.ring.cleanup import kill_leftovers
+from kimi_mlx.cluster.ring.ending import Inbox, RankEnd, end_ranks
 from kimi_mlx.cluster.ring.guard import guard_command
 from kimi_mlx.cluster.ring.jaccl_errors import explain_jaccl
 from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
@@ -36,9 +36,6 @@ CAUSE_WAIT_S = 0.5
 """Wait after a rank has ended, in case another one ended before it and is the cause."""
 
 POLL_INTERVAL_S = 0.25
-
-END_PATIENCE_S = 2.0
-"""Time for a rank to end after its input closes, and again after SIGTERM."""
 
 LOST_PEER = "connection to a peer was lost"
 """Message of MLX's ring when another rank has ended."""
@@ -73,7 +70,8 @@ class Ring:
         self._limits = limits or RingTimeouts()
         self._module = module
         self._is_over = is_over or threading.Event()
-        self._inbox: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._ends: dict[int, RankEnd] = {}
         self._early: deque[tuple[int, Message]] = deque()  # messages of fast ranks while slow ones still join
         self._ranks: list[HostProcess] = []
         self._pids: list[int | None] = []
@@ -99,6 +97,7 @@ class Ring:
         self._tag = secrets.token_hex(8)
         self._inbox = queue.SimpleQueue()  # drops messages of an earlier start
         self._early.clear()
+        self._ends = {rank: RankEnd() for rank in range(self.world_size)}
         self._pids = [None] * self.world_size
         try:
             for rank in range(self.world_size):
@@ -147,11 +146,10 @@ class Ring:
             except queue.Empty:
                 self._raise_if_lost()
                 continue
-            if message is None:
-                raise self._ended(rank)
+            if self._is_about_end(rank, message):
+                continue
+            assert message is not None
             self._watch.on_message(rank, message, time.monotonic())
-            if message["kind"] == "error":
-                raise self._ended(rank, decode_error(message))
             if message["kind"] == "alive":
                 self._raise_if_lost()
             else:
@@ -159,14 +157,17 @@ class Ring:
         raise RingError("the connection between the ranks was lost", hint=HINT)
 
     def close(self) -> None:
-        """End all ranks on all hosts and verify that none is left. It may be called again."""
+        """End all ranks on all hosts, and wait until they have released their memory. It may be called again."""
         ranks, self._ranks = self._ranks, []
-        terminate_all(ranks, END_PATIENCE_S)
-        unconfirmed = {self._host(process.rank) for process in ranks if not process.has_confirmed_exit}
         if ranks:
-            self.unreachable_hosts = (
-                kill_leftovers(sorted(unconfirmed), self._tag, self.cluster.hostfile.envs) if unconfirmed else []
-            )
+            names = {process.rank: self._name(process.rank) for process in ranks}
+            hosts = {process.rank: self._host(process.rank) for process in ranks}
+            envs = self.cluster.hostfile.envs
+            self.unreachable_hosts = end_ranks(ranks, self._ends, self._inbox, names, hosts, self._tag, envs)
+
+    def has_unloaded(self, rank: int) -> bool:
+        """Return whether a rank has reported that it has released its memory."""
+        return self._ends[rank].is_unloaded
 
     unreachable_hosts: Sequence[str] = ()
     """Hosts that did not confirm that all ranks have ended. Ranks end there by themselves after FRONT_SILENCE_S."""
@@ -260,10 +261,9 @@ class Ring:
                 missing = next(rank for rank in range(self.world_size) if rank not in received)
                 error = f"{failure} within {limit_s:.0f} s{self._last_output(missing)}"
                 raise self._lost(missing, error, timeout_error) from None
-            if message is None:
-                raise self._ended(rank)
-            if message["kind"] == "error":
-                raise self._ended(rank, decode_error(message))
+            if self._is_about_end(rank, message):
+                continue
+            assert message is not None
             if message["kind"] == kind:
                 received[rank] = message
             elif message["kind"] != "alive":
@@ -284,27 +284,42 @@ class Ring:
             raise kind(f"the ring of {self.world_size} ranks: {problem.message}", hint=HINT)
         raise self._lost(problem.rank, problem.message, kind)
 
-    def _ended(self, rank: int, error: KimiMlxError | None = None) -> KimiMlxError:
+    def _is_about_end(self, rank: int, message: Message | None) -> bool:
+        """Record what a message says about the end of a rank; return whether it is about nothing else.
+
+        Raises:
+            KimiMlxError: the rank has ended, or is ending.
+        """
+        if message is None or message["kind"] in ("error", "failed"):
+            raise self._ended(rank, message)
+        self._ends[rank].on_message(message, time.monotonic())
+        return message["kind"] in ("end_limit", "unloading", "unloaded")
+
+    def _ended(self, rank: int, message: Message | None) -> KimiMlxError:
         """Return the error of a ring that ended.
 
         A rank that loses a peer ends too, so the first one to end may not be the cause.
 
         Args:
             rank: rank that has ended.
-            error: error that it reported.
+            message: its `error` or `failed`; None if it has closed its output.
         """
         time.sleep(CAUSE_WAIT_S)
-        reported = [] if error is None else [error]
+        last = {rank: message} if message is not None else {}
         while not self._inbox.empty():
-            _, message = self._inbox.get()
-            if message is not None and message["kind"] == "error":
-                reported.append(decode_error(message))
+            other, message = self._inbox.get()
+            if message is not None and message["kind"] in ("error", "failed"):
+                last.setdefault(other, message)
+            elif message is not None:
+                self._ends[other].on_message(message, time.monotonic())
+        reported = [decode_error(message) for message in last.values() if message["kind"] == "error"]
         own_errors = [error for error in reported if not isinstance(error, RingError)]
         ended = [process for process in self._ranks if process.wait(0)]
         killed = [process.rank for process in ended if process.signal_number is not None]
         if own_errors or (reported and not killed):
             return (own_errors or reported)[0]
-        causes = [process.rank for process in ended if LOST_PEER not in process.output]
+        ending = [*(process.rank for process in ended), *last]
+        causes = [each for each in ending if LOST_PEER not in self._ranks[each].output]
         cause = next(iter(killed or causes), rank)
         process = self._ranks[cause]
         if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):
@@ -315,20 +330,21 @@ class Ring:
             return explain_ssh(
                 ScriptResult(self._host(cause), process.exit_code, "", process.output, 0, has_started=False)
             )
+        if cause in last and cause not in killed:
+            return self._lost(cause, last[cause]["text"] + self._last_output(cause))
         return self._lost(cause, process.describe_exit())
 
     def _lost(self, rank: int, description: str, kind: type[RingError] = RingError) -> RingError:
-        host = self._host(rank)
-        where = "" if is_local(host) else f"`{host}`, "
-        where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
         words = "\n".join(process.output for process in self._ranks if process.output)
         path = self._logs[rank]
         log = f"; its log is {path}" if path is not None and path.exists() else ""
-        return kind(
-            f"rank {rank} of {self.world_size} ({where}) {description}",
-            hint=(explain_jaccl(words) or HINT) + log,
-            rank=rank,
-        )
+        return kind(f"{self._name(rank)} {description}", hint=(explain_jaccl(words) or HINT) + log, rank=rank)
+
+    def _name(self, rank: int) -> str:
+        host = self._host(rank)
+        where = "" if is_local(host) else f"`{host}`, "
+        where += f"process {pid}" if (pid := self._pids[rank]) is not None else "not yet started"
+        return f"rank {rank} of {self.world_size} ({where})"
 
     def _other_addresses(self) -> str:
         """Return the addresses at which ranks connect to each other, for a message."""

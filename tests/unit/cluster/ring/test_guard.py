@@ -1,4 +1,4 @@
-"""The guard stops its child when standard input ends or stays silent, and removes the child's files."""
+"""The guard ends its child when standard input ends or stays silent, and removes the child's files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 
 from kimi_mlx.cluster.channel.host_process import HostProcess, terminate_all
 from kimi_mlx.cluster.channel.messages import Message, decode, decode_error
-from kimi_mlx.cluster.ring.cleanup import kill_leftovers
+from kimi_mlx.cluster.ring.cleanup import end_leftovers
 from kimi_mlx.cluster.ring.guard import guard_command
+from kimi_mlx.temporary import LOCK_NAME
 from tests.unit.cluster.hosts.test_ssh import is_running
 
 CHILD = """
@@ -72,7 +73,7 @@ def test_guard_exits_when_its_input_ends(child: str) -> None:
         begin = time.monotonic()
         process.communicate(timeout=50)
         assert time.monotonic() - begin < 20
-        assert (process.returncode, is_running(pid), folder.exists()) == (1, False, False)
+        assert (process.returncode, is_running(pid), folder.exists()) == (128 + signal.SIGTERM, False, False)
 
 
 def test_guard_exits_when_its_input_is_silent(child: str) -> None:
@@ -97,15 +98,16 @@ def test_sweep_removes_leftovers_of_a_killed_guard(child: str, tmp_path: Path) -
         process.kill()
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (True, True)
-        assert kill_leftovers(["localhost"], "tag123") == []
+        left = end_leftovers(["localhost"], "tag123", 5)
+        assert (left.unconfirmed_hosts, left.killed) == ([], {})
         assert (is_running(pid), folder.exists()) == (False, False)
 
 
 def test_guard_removes_folders_of_guards_that_are_gone(child: str, tmp_path: Path) -> None:
-    stale = [tmp_path / f"kimi-mlx-{'a' * 16}-{pid}-x" for pid in (os.getpid(), 2**22 + 1)]  # reused id, unused id
+    stale = [tmp_path / f"kimi-mlx-{'a' * 16}-{name}" for name in "xy"]
     for folder in stale:
         folder.mkdir()
-        (folder / "file").write_text("left")
+        (folder / LOCK_NAME).touch()  # not locked, as after a power failure
     with guarded(child, tag="b" * 16) as (_, _, running), guarded(child, tag="c" * 16):
         assert running.exists()
         assert not any(folder.exists() for folder in stale)
@@ -126,10 +128,10 @@ def test_output_of_the_login_shell_is_skipped() -> None:
         0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n", b"mark"
     )
     assert inbox.get(timeout=5) == {"kind": "hello"}
-    assert inbox.get(timeout=5) is None  # a later line that is not a message is not delivered
+    assert inbox.get(timeout=5) == {"kind": "failed", "text": "sent a line that is not a message: b'noise\\n'"}
+    assert inbox.get(timeout=5) is None
     assert process.has_started
     terminate_all([process], 1)
-    assert process.output == "a rank sent a line that is not a message: b'noise\\n'"
 
 
 def test_output_of_the_login_shell_is_kept_if_nothing_follows() -> None:

@@ -1,0 +1,35 @@
+"""A rank's connection to its guard (kimi_mlx.cluster.ring.guard)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+
+from kimi_mlx.cluster.ring.guard import GUARD_VARIABLE
+
+
+class GuardSocket:
+    """Tells the guard how long the end of this process may take, and gives it copies of the ring's sockets.
+
+    A process that was started without a guard says nothing.
+    """
+
+    def __init__(self) -> None:
+        number = os.environ.pop(GUARD_VARIABLE, None)
+        self._socket = None if number is None else socket.socket(fileno=int(number))
+
+    def set_end_limit(self, seconds: float) -> None:
+        """Set the time that this process may need to end, from now or from the end of its input."""
+        self._send(f"{seconds}\n".encode(), ())
+
+    def hold(self, sockets: Sequence[int]) -> None:
+        """Let the guard keep these sockets open for a while if this process is lost."""
+        if sockets:
+            self._send(b"\n", sockets)
+
+    def _send(self, line: bytes, sockets: Sequence[int]) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # the guard is gone
+                socket.send_fds(self._socket, [line], list(sockets))
