@@ -7,7 +7,6 @@ is replaced by a local one that accepts everything and delivers zeros, until all
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import socket
@@ -70,11 +69,16 @@ def _serve_zeros(selector: selectors.BaseSelector) -> None:
         for key, events in selector.select():
             connection = key.fileobj
             assert isinstance(connection, socket.socket)
-            with contextlib.suppress(BlockingIOError):
+            try:
                 if events & selectors.EVENT_WRITE:
                     connection.send(zeros)
                 if events & selectors.EVENT_READ:
                     connection.recv(CHUNK_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:  # MLX has closed its end
+                selector.unregister(connection)
+                connection.close()
 
 
 def _resolve(addresses: Iterable[str]) -> set[Address]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from kimi_mlx.cluster.install.install_errors import (
     install_error,
 )
 from kimi_mlx.cluster.install.wheel import build_wheel
+from kimi_mlx.temporary import temporary_folder
 
 INSTALL_LIMIT_S = 15 * 60.0
 """Time limit for all hosts; they install in parallel."""
@@ -114,8 +114,8 @@ def install(hosts: Mapping[str, Facts], own: Interpreter, report: Report, limit_
     Raises:
         InstallError: the installation failed on a host. The host keeps its former environment, or has none.
     """
-    with tempfile.TemporaryDirectory(prefix="kimi-mlx-wheel-") as folder:
-        wheel = build_wheel(Path(folder))
+    with temporary_folder("wheel-") as folder:
+        wheel = build_wheel(folder.path)
         run = _Run(hosts, own, report)
         try:
             run.start(wheel)

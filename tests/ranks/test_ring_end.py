@@ -1,0 +1,208 @@
+"""Ranks release their memory and end by themselves; only a rank that is stuck is killed.
+
+Every SIGKILL that a process of ours sends is counted, here and in the guards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.cluster.ring import end_limits, ending, guard
+from kimi_mlx.cluster.ring.ring import Ring
+from kimi_mlx.cluster.ring.watch import RingTimeouts
+from kimi_mlx.engine.request import Event, Finished, Interrupted, Request, Token
+from kimi_mlx.errors import RingError
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import SessionOptions
+from tests.cluster.hosts import ROOT
+from tests.fakes import KIMI_MINI
+from tests.ranks.test_ring import events_with_action, tokens_of, wait_until_gone
+
+pytestmark = pytest.mark.ranks
+
+PROMPT = tuple(range(20, 60))
+ENDLESS = Request(PROMPT, max_tokens=5000, stop_ids=())
+KILL = os.kill
+
+COUNTER = """
+import os, signal
+kill = os.kill
+def counted(pid, number):
+    if number == signal.SIGKILL:
+        with open({path!r}, "a") as file:
+            file.write(f"{{os.getpid()}} kills {{pid}}\\n")
+    kill(pid, number)
+os.kill = counted
+"""
+
+STUCK = """
+import signal, time
+import mlx.core as mx
+from kimi_mlx.rank.channel import run_rank
+from kimi_mlx.rank.rendezvous import join_group
+
+def serve(channel, start):
+    join_group(channel, start)
+    channel.send("ready")
+    while True:  # as in a collective that cannot be broken off
+        try:
+            time.sleep(100)
+        except SystemExit:
+            pass
+
+def main():
+    run_rank(serve)
+"""
+
+
+class Kills:
+    """The SIGKILLs that processes of this test have sent."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    @property
+    def sent(self) -> list[str]:
+        """Return one line for each."""
+        return self._path.read_text().splitlines()
+
+    def kill(self, pid: int, number: int) -> None:
+        """Count and send a signal, instead of os.kill."""
+        if number == signal.SIGKILL:
+            with self._path.open("a") as file:
+                file.write(f"front kills {pid}\n")
+        KILL(pid, number)
+
+
+@pytest.fixture
+def kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kills:
+    """Count the SIGKILLs of this process and its children."""
+    folder, path = tmp_path / "counter", tmp_path / "kills"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(COUNTER.format(path=str(path)))
+    path.touch()
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    kills = Kills(path)
+    monkeypatch.setattr(os, "kill", kills.kill)
+    return kills
+
+
+def check_unloaded(ring: Ring, *ranks: int) -> None:
+    for rank in ranks:
+        assert ring.has_unloaded(rank)
+        assert ring._ends[rank].held_bytes < 1000  # constants of modules
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Kills) -> None:
+    with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2, strategy=strategy))) as session:
+        pids, ring = session.pids, session._ring
+        events = session.generate(ENDLESS)
+        while not isinstance(next(events), Token):
+            pass
+        began = time.monotonic()
+    assert time.monotonic() - began < 8
+    check_unloaded(ring, 0, 1)
+    wait_until_gone(pids, 1)
+    assert kills.sent == []
+
+
+@pytest.mark.parametrize(
+    ("number", "strategy", "lost"),
+    [
+        (signal.SIGKILL, "hybrid", 0),
+        (signal.SIGKILL, "pipeline", 1),
+        (signal.SIGSTOP, "hybrid", 1),
+        pytest.param(signal.SIGSTOP, "pipeline", 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, "hybrid", 0),
+        pytest.param(signal.SIGTERM, "pipeline", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int, kills: Kills) -> None:
+    """Also not the rank that was stopped, and not the one that waits in a collective for the lost rank."""
+    request = Request(PROMPT, max_tokens=120, stop_ids=())
+    options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, timeouts=RingTimeouts(silence_s=3))
+    ends = []
+    with closing(LocalSession(SessionOptions(KIMI_MINI))) as alone:
+        expected = tokens_of(alone, request)
+    with closing(RingSession(options)) as session:
+        first_pids, ring = session.pids, session._ring
+        start = ring.start
+        ring.start = lambda **settings: (ends.append(ring._ends), start(**settings))  # pyright: ignore
+        events: list[Event] = events_with_action(session, request, 10, lambda: KILL(session.pids[lost], number))
+        wait_until_gone(first_pids, 1)
+    assert [event.id for event in events if isinstance(event, Token)] == expected
+    [interrupted] = [event for event in events if isinstance(event, Interrupted)]
+    if number != signal.SIGSTOP:
+        assert f"was ended by {number.name}" in interrupted.reason
+    assert isinstance(events[-1], Finished)
+    unloaded = {rank for rank, end in ends[0].items() if end.is_unloaded}
+    assert unloaded == ({1 - lost} if number == signal.SIGKILL else {0, 1})
+    assert kills.sent == []
+
+
+def test_only_a_stuck_rank_is_killed_and_that_is_said(
+    kills: Kills, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "counter/stuck_rank.py").write_text(STUCK)
+    with (tmp_path / "counter/sitecustomize.py").open("a") as file:
+        file.write("from kimi_mlx.cluster.ring import end_limits\n")
+        file.write("end_limits.END_LIMITS_S = {'idle': 1.0}; end_limits.KILL_S = 1.0\n")
+    monkeypatch.setattr(ending, "SHOW_AFTER_S", 0.5)
+    ring = Ring(local_cluster(2), module="stuck_rank")
+    ring.start()
+    for _, message in ring.messages():
+        if message["kind"] == "ready":
+            break
+    pids = ring.pids
+    with caplog.at_level(logging.WARNING):
+        ring.close()
+    wait_until_gone(pids, 1)
+    assert len(kills.sent) == 2
+    [waiting, killed] = [record.getMessage() for record in caplog.records]
+    assert "waiting for rank 0 of 2" in waiting
+    assert killed.startswith("killed: rank 0 of 2 (process ")
+    assert "may stay in use until that Mac restarts; `kimi-mlx doctor` shows it" in killed
+
+
+def test_a_rank_whose_commands_cannot_be_read_says_so(kills: Kills) -> None:
+    with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2, max_restarts=0))) as session:
+        ring, pids = session._ring, session.pids
+        ring._ranks[1].write(b'{"kind":"cancel","reque\n')
+        with pytest.raises(RingError) as raised:
+            list(session.generate(ENDLESS))
+        assert raised.match(rf"^rank 1 of 2 \(process {pids[1]}\) cannot read its commands: a line that is not a mess")
+    assert kills.sent == []
+
+
+def test_the_prompt_cache_of_a_ring_is_written_at_its_end(tmp_path: Path, kills: Kills) -> None:
+    """Also the blocks of an answer that is cancelled by the end."""
+    request = Request(tuple(20 + i * i % 1700 for i in range(700)), max_tokens=2000, stop_ids=())
+    options = SessionOptions(KIMI_MINI, ranks=2, cache_dir=tmp_path / "cache")
+    with closing(RingSession(options)) as session:
+        events = session.generate(request)
+        while not isinstance(next(events), Token):
+            pass
+    blocks = [len(list((tmp_path / "cache").glob(f"*/rank-{rank}-of-2/*.safetensors"))) for rank in (0, 1)]
+    assert blocks[0] == blocks[1] >= 2
+    with closing(RingSession(options)) as session:
+        [first, *_] = session.generate(Request(request.prompt, max_tokens=1))
+    assert getattr(first, "done", 0) >= 512
+    assert kills.sent == []
+
+
+def test_limits_grow_with_the_weights() -> None:
+    assert end_limits.unload_limit_s(0) == end_limits.UNLOAD_S
+    assert end_limits.unload_limit_s(300 * 10**9) > 120
+    assert end_limits.end_limit_s("load") > end_limits.end_limit_s("decode")
+    assert guard.HOLD_S > end_limits.BREAK_OFF_S + 2
