@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import signal
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +22,7 @@ from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Request, Token
 from kimi_mlx.errors import RingError
+from kimi_mlx.session.job import Job
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import SessionOptions
@@ -206,3 +209,35 @@ def test_limits_grow_with_the_weights() -> None:
     assert end_limits.unload_limit_s(300 * 10**9) > 120
     assert end_limits.end_limit_s("load") > end_limits.end_limit_s("decode")
     assert guard.HOLD_S > end_limits.BREAK_OFF_S + 2
+
+
+def test_status_and_cancel_do_not_wait_while_a_restart_encodes_prompts(
+    kills: Kills, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, is_encoding, may_go_on = Job.encode, threading.Event(), threading.Event()
+    with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2))) as session:
+        events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        session.submit(ENDLESS, events.put)
+        while not isinstance(events.get(timeout=30), Token):
+            pass
+
+        def slow(job: Job) -> bytes:
+            is_encoding.set()
+            assert may_go_on.wait(30)
+            return encode(job)
+
+        monkeypatch.setattr(Job, "encode", slow)
+        KILL(session.pids[1], signal.SIGKILL)
+        assert is_encoding.wait(30)
+        began = time.monotonic()
+        status = session.status()
+        session.cancel_all()
+        assert time.monotonic() - began < 1
+        assert (status.is_up, status.restarts) == (False, 1)
+        assert "was ended by SIGKILL" in str(status.reason)
+        may_go_on.set()
+        while not isinstance(event := events.get(timeout=30), Finished):
+            pass
+        assert event.reason == "cancelled"
+        monkeypatch.undo()
+        assert len(tokens_of(session, Request(PROMPT, max_tokens=5, stop_ids=()))) == 5

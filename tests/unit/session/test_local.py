@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
-from kimi_mlx.errors import StepError
+from kimi_mlx.errors import EngineError, StepError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.session import local as local_session
 from kimi_mlx.session.local import LocalSession
@@ -72,3 +73,21 @@ def test_all_requests_of_a_failed_step_get_the_error(session: LocalSession, monk
         num_unfinished -= isinstance(event, StepError)
         assert isinstance(event, StepError | Prefilled)
     assert session.status().waiting == 0
+
+
+def test_closing_releases_the_memory_of_the_model(session: LocalSession) -> None:
+    """Also after a failed step, whose error refers to frames that hold the model."""
+    before_bytes = mx.get_active_memory()
+    other = LocalSession(SessionOptions(KIMI_MINI))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "hidden", lambda self, *args: 1 / 0)
+        with pytest.raises(StepError):
+            tokens_of(other)
+    tokens_of(other)
+    assert mx.get_active_memory() > before_bytes + 1_000_000
+    other.close()
+    assert mx.get_active_memory() < before_bytes + 1000
+    assert not other.status().is_up
+    with pytest.raises(EngineError, match="the session is closed"):
+        tokens_of(other)
+    other.close()
