@@ -113,7 +113,8 @@ def end_ranks(
             process.release(GUARD_S)
     finally:
         timer.cancel()
-    killed = [names[process.rank] for process in ranks if process.signal_number == signal.SIGKILL]
+    # As a guard reports it; an ssh client or a guard that we killed has no such exit code.
+    killed = [names[process.rank] for process in ranks if process.exit_code == 128 + signal.SIGKILL]
     killed += [f"`{host}`: {count} processes" for host, count in left.killed.items()]
     if killed:
         LOG.warning(
@@ -151,4 +152,5 @@ def _waiting_for(ranks: Sequence[HostProcess], ends: Mapping[int, RankEnd], name
     held_bytes = sum(ends[rank].held_bytes for rank in running)
     limit_s = max((ends[rank].total_limit_s for rank in running), default=0.0)
     who = ", ".join(names[rank] for rank in running) or "the hosts"
-    return f"waiting for {who} to release {format_bytes(held_bytes)} of memory (up to {limit_s:.0f} s)"
+    what = f"release {format_bytes(held_bytes)} of memory" if held_bytes else "end"
+    return f"waiting for {who} to {what} (up to {limit_s:.0f} s)"

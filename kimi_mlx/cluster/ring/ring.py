@@ -165,10 +165,6 @@ class Ring:
             envs = self.cluster.hostfile.envs
             self.unreachable_hosts = end_ranks(ranks, self._ends, self._inbox, names, hosts, self._tag, envs)
 
-    def has_unloaded(self, rank: int) -> bool:
-        """Return whether a rank has reported that it has released its memory."""
-        return self._ends[rank].is_unloaded
-
     unreachable_hosts: Sequence[str] = ()
     """Hosts that did not confirm that all ranks have ended. Ranks end there by themselves after FRONT_SILENCE_S."""
 
