@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +21,24 @@ COLOURS = ("#1f6feb", "#d97706", "#7c8696")
 
 
 def require_matplotlib() -> None:
-    """Raise UsageError if matplotlib is missing."""
+    """Check that matplotlib is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", hint="run `pip install matplotlib`")
+        raise UsageError("--plot needs matplotlib, which is not installed", hint=f"run `{_install_command()}`")
+
+
+def _install_command() -> str:
+    """Return the command that adds matplotlib to this environment, whichever program made it."""
+    folders = Path(sys.prefix).parts
+    if "pipx" in folders:
+        return "pipx inject kimi-mlx matplotlib"
+    python = shlex.quote(sys.executable)
+    if find_spec("pip") is None:
+        return f"uv pip install --python {python} matplotlib"
+    return f"{python} -m pip install matplotlib"
 
 
 def save_plot(report: Report, path: Path) -> None:

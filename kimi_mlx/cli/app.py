@@ -107,7 +107,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _is_json() -> bool:
-    """Return whether the user asked for JSON, even if the command line is wrong."""
+    """Return whether `--json` was given, even if the command line is wrong."""
     return "--json" in sys.argv[1:]
 
 

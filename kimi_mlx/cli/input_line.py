@@ -10,7 +10,7 @@ import termios
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -188,7 +188,7 @@ def _read_typed_ahead() -> list[str]:
     typed = b""
     with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line finds out
         modes = termios.tcgetattr(sys.stdin)
-        unbuffered = [*modes[:6], [*modes[6]]]
+        unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
         unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
         unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
         termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)

@@ -77,7 +77,7 @@ class Repl:
         self.commands = {command.name: command for command in commands}
 
     def run(self, line: InputLine) -> None:
-        """Read and answer messages until the user leaves.
+        """Read and answer messages until the user exits.
 
         Raises:
             RingError: the connection between the hosts was lost.
@@ -184,7 +184,7 @@ class Repl:
 
 
 def run_repl(conversation: Conversation, model_name: str) -> int:
-    """Run a conversation in the terminal until the user leaves; return the exit code.
+    """Run a conversation in the terminal until the user exits; return the exit code.
 
     Raises:
         RingError: the connection between the hosts was lost.

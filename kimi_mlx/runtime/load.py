@@ -55,10 +55,14 @@ def load(
         TextError when one is needed.
 
     Raises:
-        KimiMlxError: there is no such model, or files are missing or broken.
+        KimiMlxError: there is no such model, or files are missing or broken, or `group` is no group.
     """
     if isinstance(group, mx.distributed.Group):
         group = MlxGroup(group) if group.size() > 1 else None
+    elif group is not None and not all(isinstance(getattr(group, name, None), int) for name in ("rank", "size")):
+        raise UsageError(
+            f"group is a {type(group).__name__}, not a group", hint="pass what `mx.distributed.init()` returns"
+        )
     rank, world_size = (None, 1) if group is None else (group.rank, group.size)
     strategy = normalize_strategy(strategy, world_size)
     folder = ensure_downloaded(os.fspath(name), world_size, strategy, rank)

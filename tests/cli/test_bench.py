@@ -84,10 +84,16 @@ def test_the_plot_is_drawn(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_nothing_is_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs matplotlib") as caught:
-        bench(tiny, "--plot", "out.png")
-    assert caught.value.hint == "run `pip install matplotlib`"
+    for prefix, has_pip, command in (
+        ("/home/x/.local/pipx/venvs/kimi-mlx", True, "pipx inject kimi-mlx matplotlib"),
+        ("/home/x/.local/share/uv/tools/kimi-mlx", False, f"uv pip install --python {sys.executable} matplotlib"),
+        ("/home/x/venv", True, f"{sys.executable} -m pip install matplotlib"),
+    ):
+        monkeypatch.setattr("sys.prefix", prefix)
+        monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name, has=has_pip: (name == "pip" and has) or None)
+        with pytest.raises(UsageError, match="needs matplotlib") as caught:
+            bench(tiny, "--plot", "out.png")
+        assert caught.value.hint == f"run `{command}`"
 
 
 @pytest.mark.sweep  # tests/bench/test_sides.py has both sides on two ranks

@@ -377,3 +377,8 @@ def test_ctrl_c_twice_or_the_end_of_input_leaves() -> None:
     say(conversation_of("yes"), KeyboardInterrupt(), "", KeyboardInterrupt(), EOFError(), AssertionError())
     with pytest.raises(AssertionError):
         say(conversation_of("yes"), KeyboardInterrupt(), AssertionError())
+
+
+def test_the_page_of_the_chat_lists_all_commands() -> None:
+    page = (ROOT / "docs" / "chat.md").read_text()
+    assert all(f"`{name}" in page for name in Repl(conversation_of("yes"), "fake").commands)

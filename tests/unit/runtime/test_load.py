@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Request, Token
-from kimi_mlx.errors import TextError
+from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY, ChatTokenizer
 from kimi_mlx.session.conversation import ChatOptions, make_request
@@ -78,3 +79,9 @@ def test_only_kimi_mini_limits_its_answers(tmp_path: Path) -> None:
     path.write_text(json.dumps({MAX_TOKENS_KEY: "many"}))
     with pytest.raises(TextError, match=r"is 'many', not a whole number above 0"):
         ChatTokenizer.load(folder)
+
+
+@pytest.mark.parametrize("group", [object(), 2, mx.distributed.init])
+def test_an_object_that_is_no_group_is_refused(group: Any) -> None:
+    with pytest.raises(UsageError, match="not a group"):
+        kimi_mlx.load("kimi-mini", group=group)
