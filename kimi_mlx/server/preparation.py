@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import TypeVar
@@ -80,10 +81,12 @@ class Preparation:
 
 
 def _run_in_worker(work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
-    _lower_priority()
+    _set_up_worker()
     return work(prompt_builder, body)
 
 
 @cache
-def _lower_priority() -> None:
+def _set_up_worker() -> None:
+    """Lower the priority, and leave Ctrl-C to the server: a terminal sends it to all processes."""
     os.nice(WORKER_NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

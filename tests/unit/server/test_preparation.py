@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pickle
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -51,6 +52,11 @@ def process_id(prompt_builder: PromptBuilder, body: bytes) -> int:
     return os.getpid()
 
 
+def interrupt(prompt_builder: PromptBuilder, body: bytes) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return os.getpid()
+
+
 def sleep(prompt_builder: PromptBuilder, body: bytes) -> None:
     time.sleep(30)
 
@@ -69,7 +75,7 @@ def test_only_long_bodies_go_to_a_worker_process(prompt_builder: PromptBuilder) 
         body = json.dumps({"messages": [{"role": "user", "content": TEXT}]}).encode()
         count = await pool.run(partial(count_prompt_tokens, MODEL_INFO), body)
         assert count == count_prompt_tokens(MODEL_INFO, prompt_builder, body)
-        assert await pool.run(process_id, body) == worker
+        assert await pool.run(interrupt, body) == worker
         with pytest.raises(ApiError) as error:
             await pool.run(partial(prepare_call, read_chat, MODEL_INFO), b'{"messages": []}' + b" " * len(body))
         assert (error.value.status, error.value.param) == (400, "messages")
