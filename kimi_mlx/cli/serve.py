@@ -121,7 +121,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     if not keys and not is_loopback(server.host):
         raise UsageError(f"refusing to listen on `{server.host}` without an API key", hint=KEY_HINT)
     security = Security(server.host, keys, tuple(server.allow_host or ()), tuple(server.cors_origin or ()))
-    serving = ServingOptions(security, server.max_queue, server.max_body * MB, server.log_prompts)
+    serving = ServingOptions(security, server.max_queue, server.max_body * MB, server.log_prompts, starts_worker=True)
     options = session_options(run, disk, has_sampling=True)
     with ExitStack() as stack:
         server_socket = stack.enter_context(closing(ServerSocket(server.host, server.port)))  # before loading

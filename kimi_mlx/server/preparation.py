@@ -8,6 +8,7 @@ A short request does not wait for long ones.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import anyio.to_thread
 
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.prompts import PromptBuilder
+
+LOG = logging.getLogger(__name__)
 
 SHORT_BODY_BYTES = 32_000
 """Largest body that is prepared in this process."""
@@ -58,6 +61,16 @@ class Preparation:
         """
         if len(body) <= SHORT_BODY_BYTES:
             return await anyio.to_thread.run_sync(work, self._prompt_builder, body, limiter=self._threads)
+        return await self._run_in_process(work, body)
+
+    async def start_worker(self) -> None:
+        """Start a worker process, so that the first long request does not wait for its start."""
+        try:
+            await self._run_in_process(_do_nothing, b"")
+        except ApiError as error:
+            LOG.warning("cannot start a worker process: %s", error.log_text)
+
+    async def _run_in_process(self, work: Work[Result], body: bytes) -> Result:
         async with self._processes:
             try:
                 with anyio.fail_after(LIMIT_S):
@@ -83,6 +96,10 @@ class Preparation:
 def _run_in_worker(work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
     _set_up_worker()
     return work(prompt_builder, body)
+
+
+def _do_nothing(prompt_builder: PromptBuilder, body: bytes) -> None:
+    pass
 
 
 @cache

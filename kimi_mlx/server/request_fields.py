@@ -98,6 +98,17 @@ MEDIA = ("image", "audio", "video", "file", "document")
 """Words in the types of content that is no text."""
 
 
+def is_media(content_type: str) -> bool:
+    """Return whether a type of content is that of an image, a sound or a file."""
+    return any(word in content_type for word in MEDIA)
+
+
+def placeholder(content_type: str) -> str:
+    """Return the text that replaces unsupported content in a tool result: refusing it would break the session."""
+    reason = "this model reads text only" if is_media(content_type) else "not supported"
+    return f"[{content_type:.60}: {reason}]"
+
+
 def unsupported_content(content_type: str, param: str, supported: Collection[str], role: str | None = None) -> ApiError:
     """Return the error for a part of a message that this server cannot pass to the model.
 
@@ -108,7 +119,7 @@ def unsupported_content(content_type: str, param: str, supported: Collection[str
         role: role of the message, if the type is supported in messages of other roles.
     """
     subject = f"content of type `{content_type:.60}`"
-    if any(word in content_type for word in MEDIA):
+    if is_media(content_type):
         return unsupported(f"{subject} is", param, "this model reads text only")
     place = f" in a message of role `{role}`" if role else ""
     return unsupported(f"{subject}{place} is", param, f"use {' or '.join(f'`{name}`' for name in supported)}")

@@ -38,12 +38,14 @@ class ServingOptions:
         max_queue: maximum number of answers that wait for the engine.
         max_body_bytes: size limit of a request's body.
         log_prompts: whether request bodies are logged.
+        starts_worker: whether a worker process for long requests is started with the server, and not when it is needed.
     """
 
     security: Security = field(default_factory=Security)
     max_queue: int = 64
     max_body_bytes: int = 32 * MB
     log_prompts: bool = False
+    starts_worker: bool = False
 
 
 class Server(uvicorn.Server):
@@ -67,7 +69,8 @@ class Server(uvicorn.Server):
         options: ServingOptions,
         on_ready: Callable[[], None] = lambda: None,
     ):
-        self._on_ready = on_ready
+        self._on_ready, self._starts_worker = on_ready, options.starts_worker
+        self._worker_start: asyncio.Task[None] | None = None
         model_info = replace(model_info, context_tokens=min(model_info.context_tokens, session.context))
         prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling)
         self.service = Service(session, prompt_builder, options.max_queue, Metrics())
@@ -95,6 +98,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to answer requests."""
         await super().startup(sockets)
+        if self._starts_worker:
+            self._worker_start = asyncio.create_task(self.service.start_worker())
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

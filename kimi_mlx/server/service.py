@@ -97,6 +97,10 @@ class Service:
                 self._active.discard(active)
                 active.close()
 
+    async def start_worker(self) -> None:
+        """Start a worker process for the preparation of long requests."""
+        await self._preparation.start_worker()
+
     def _new_builders(self, requests: Sequence[PreparedRequest]) -> list[ResponseBuilder]:
         """Return a builder for each answer."""
         tokenizer = self.prompt_builder.tokenizer.tokenizer

@@ -26,6 +26,7 @@ from kimi_mlx.server.request_fields import (
     TokenCount,
     check_tool_choice,
     earlier_call,
+    placeholder,
     text_shorthand,
     type_discriminator,
     unsupported,
@@ -286,9 +287,9 @@ def _user(message: InputMessage, location: str) -> Iterator[Message]:
 
 
 def _result(block: ToolResultBlock) -> str:
-    """Return the text of a result. Other content is replaced by its type: refusing an image would break the session."""
+    """Return the text of a result."""
     parts = block.content or []
-    text = _join(p.text if isinstance(p, TextBlock) else f"[{p.type}: this model reads text only]" for p in parts)
+    text = _join(part.text if isinstance(part, TextBlock) else placeholder(part.type) for part in parts)
     return f"Error: {text}" if block.is_error else text
 
 

@@ -24,6 +24,7 @@ from kimi_mlx.server.request_fields import (
     TokenCount,
     check_tool_choice,
     earlier_call,
+    placeholder,
     text_shorthand,
     type_discriminator,
     unsupported,
@@ -230,9 +231,8 @@ class _Conversation:
             self._add_message(item, _text(item.content, f"{location}.content"))
         elif isinstance(item, FunctionCallOutputItem):
             self._end_message()
-            # an image in a result is replaced by its type: refusing it would break the session
-            parts = (part.text or f"[{part.type}: this model reads text only]" for part in item.output)
-            self.messages.append(Message("tool", "\n\n".join(parts), tool_call_id=item.call_id))
+            texts = (part.text or "" if part.type in TEXT_TYPES else placeholder(part.type) for part in item.output)
+            self.messages.append(Message("tool", "\n\n".join(texts), tool_call_id=item.call_id))
         elif item.type in ("item_reference", None):
             raise unsupported("references to items are", location, "items are not stored; send the item itself")
         else:

@@ -98,6 +98,17 @@ def test_an_error_keeps_all_its_fields_when_it_is_pickled() -> None:
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
 
 
+def test_a_worker_can_be_started_in_advance(
+    prompt_builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        monkeypatch.setattr(preparation, "LIMIT_S", 0.0)
+        await Preparation(prompt_builder).start_worker()
+
+    run(work)
+    assert "cannot start a worker process: preparing the request takes more than 0 s" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_worker_that_takes_too_long_or_ends_is_replaced(
     prompt_builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch

@@ -114,3 +114,19 @@ def test_only_errors_about_images_and_sounds_say_that_the_model_reads_text(conte
     with pytest.raises(ApiError) as error:
         chat_messages({"role": "user", "content": [{"type": content_type}]})
     assert (error.value.message, error.value.param) == (message, "messages[0].content[0].type")
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"type": "input_text", "text": ""}, ""),
+        ({"type": "input_text", "text": "21"}, "21"),
+        ({"type": "input_image"}, "[input_image: this model reads text only]"),
+        ({"type": "search_result"}, "[search_result: not supported]"),
+    ],
+)
+def test_unsupported_content_of_a_result_is_replaced(part: dict[str, Any], text: str) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c1", "output": [part]}
+    body = parse(ResponsesBody, json.dumps({"input": [HI, call, output]}).encode())
+    assert from_responses(body).messages[-1].content == text
