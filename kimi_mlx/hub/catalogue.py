@@ -1,6 +1,6 @@
 """Known models: aliases, repositories, sizes and other facts.
 
-The facts are in `catalogue.json`, each with its source; unverified ones are marked there.
+The facts are in `catalogue.json`, each with its source; facts without a confirmed source are marked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SamplingValues:
-    """Recommended sampling; None for values without a recommendation."""
+    """Recommended sampling parameters; None if there is no recommendation."""
 
     temperature: float | None
     top_p: float | None
@@ -34,7 +34,7 @@ class Licence:
     Args:
         name: name of the licence in its file.
         url: address of its text.
-        display: name that large products must display; None if not required.
+        display: name that large products must display; None if there is no such term.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Licence:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A known model. Fields are None if they do not apply, or if the model is refused.
+    """A known model. Fields that do not apply are None; a refused model has few fields.
 
     Args:
         alias: short name.
@@ -86,7 +86,7 @@ class CatalogueEntry:
         return self.repository is None and self.refused is None
 
     def default_sampling(self) -> dict[str, float]:
-        """Return the recommended values by name, for those that the checkpoint does not set."""
+        """Return the recommended sampling parameters by name, as defaults for a checkpoint that sets none."""
         return self.sampling.recommended() if self.sampling else {}
 
     def packaged_folder(self) -> Path | None:

@@ -10,32 +10,25 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from kimi_mlx.errors import KimiMlxError, UnreachableError, WeightsError
+from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.hub.cache import (
     blob_path,
     cached_bytes,
     cached_file,
-    describe_local,
-    find_local,
-    is_complete,
     link_blob,
-    local_repository,
-    newest_complete,
-    record_absent_files,
     remove_cached,
     snapshot_folder,
-    unknown_files,
     write_ref,
 )
-from kimi_mlx.hub.environment import constants
-from kimi_mlx.hub.error_messages import SPACE_HINT, disk_error, not_a_hub_error
+from kimi_mlx.hub.error_messages import SPACE_HINT, disk_error
 from kimi_mlx.hub.fetch import fetch_file, matches_checksum, read_range
+from kimi_mlx.hub.look_up import find_repository, look_up
 from kimi_mlx.hub.partial_file import Progress, ignore_progress
 from kimi_mlx.hub.repository import Repository, RepositoryFile, needed_files
-from kimi_mlx.hub.retries import LOG, MAX_LOOKUP_FAILURES, Retries, with_retries
+from kimi_mlx.hub.retries import LOG
+from kimi_mlx.hub.snapshots import find_local, is_complete, record_absent_files, unknown_files
 from kimi_mlx.hub.threads import for_each
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model_files import is_model_file
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 
@@ -59,76 +52,13 @@ __all__ = [
 ]
 
 
-def find_repository(name: str, revision: str | None = None) -> Repository:
-    """Return the files of a repository from the hub; if that fails, those in the cache, if they are complete.
-
-    Args:
-        name: `owner/name`.
-        revision: branch, tag or commit; None for the main branch.
-
-    Raises:
-        WeightsError: as look_up, and the repository is not completely in the cache.
-    """
-    snapshot = find_local(name, revision)
-    try:
-        return look_up(name, revision, max_wait_s=None if snapshot is None else 0)
-    except KimiMlxError as error:
-        if snapshot is None and revision is None and isinstance(error, UnreachableError):
-            snapshot = newest_complete(name)
-        if snapshot is None:
-            raise
-        LOG.warning("note: using the files of `%s` on this machine: %s", name, error.message)
-        return local_repository(snapshot, name)
-
-
-def look_up(name: str, revision: str | None = None, max_wait_s: float | None = None) -> Repository:
-    """Return the files of a repository.
-
-    Args:
-        name: `owner/name`.
-        revision: branch, tag or commit; None for the main branch.
-        max_wait_s: longest wait for a hub that is busy; None for as long as a download waits.
-
-    Raises:
-        WeightsError: no such repository, or the hub refuses to show it.
-        UnreachableError: the hub cannot be reached, or must not be.
-        UsageError: an environment variable is broken.
-    """
-    timeout_s = constants().HF_HUB_DOWNLOAD_TIMEOUT
-    from huggingface_hub import HfApi, utils
-
-    utils.logging.set_verbosity_error()  # no log line per retry: our error message is enough
-    api = HfApi(library_name="kimi-mlx")
-    retries = Retries(name, threading.Event(), max_wait_s, MAX_LOOKUP_FAILURES)
-    try:
-        info = with_retries(
-            lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=timeout_s), retries
-        )
-    except (LookupError, TypeError) as error:  # raised by the client while it parses the response
-        raise not_a_hub_error(name) from error
-    except UnreachableError as error:
-        reason = error.message.partition(": ")[2]
-        message = f"`{name}` {describe_local(name)}, and cannot be downloaded: {reason}"
-        raise UnreachableError(message, error.hint) from error
-    siblings = [sibling for sibling in info.siblings or [] if is_model_file(sibling.rfilename)]
-    if info.sha is None or any(sibling.size is None for sibling in siblings):
-        raise not_a_hub_error(name)
-    files = [
-        RepositoryFile(sibling.rfilename, sibling.lfs.size, sha256=sibling.lfs.sha256)
-        if sibling.lfs
-        else RepositoryFile(sibling.rfilename, sibling.size or 0, blob_id=sibling.blob_id)
-        for sibling in siblings
-    ]
-    return Repository(name, info.sha, tuple(sorted(files, key=lambda file: file.name)), revision or "main")
-
-
 def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progress, workers: int = 4) -> Path:
     """Download the files that a model needs. The configuration comes first, to refuse unsupported models early.
 
     Args:
         repository: repository to download.
-        progress: callback for new bytes, including those already on disk; never called concurrently.
-        workers: number of concurrent downloads.
+        progress: callback for the number of new bytes, including those already on disk; never called concurrently.
+        workers: number of files that are downloaded at the same time.
 
     Returns:
         The folder in the Hugging Face cache.
@@ -207,12 +137,12 @@ def fetch_to_cache(
 def verify_checkpoint(
     repository: Repository, progress: Progress = ignore_progress, workers: int = 4
 ) -> list[RepositoryFile]:
-    """Return the files in the Hugging Face cache that are missing, truncated or corrupt.
+    """Return the files that are missing, truncated or corrupt in the Hugging Face cache.
 
     Args:
-        repository: repository to verify; files that the model does not need are skipped.
+        repository: repository to verify, except files that the model does not need.
         progress: callback for the number of newly read bytes; never called concurrently.
-        workers: number of concurrent reads.
+        workers: number of files that are read at the same time.
     """
     lock, corrupt = threading.Lock(), list[RepositoryFile]()
 

@@ -11,14 +11,13 @@ from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.hub.environment import (
     NETWORK_VARIABLES,
     cache_variable,
-    check_settings,
-    check_token,
     endpoint,
     hub_name,
     offline_variable,
     proxy_for_hub,
     token_source,
 )
+from kimi_mlx.hub.environment_check import check_settings, check_token
 from kimi_mlx.units import format_bytes
 
 PROXY_LOGIN_NEEDED = 407

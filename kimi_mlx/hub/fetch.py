@@ -1,4 +1,4 @@
-"""Download one file: resume after any interruption, verify it, and only then rename it to its final name."""
+"""Download one file: resume after any interruption, verify the checksum, then rename the file to its final name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def has_size(path: Path, file: RepositoryFile) -> bool:
-    """Whether the file exists with the right size."""
+    """Return whether a file exists with the size that the hub lists."""
     return path.is_file() and path.stat().st_size == file.size_bytes
 
 
@@ -84,8 +84,8 @@ def fetch_file(
     Args:
         repository: repository of the file.
         file: file to download.
-        target: destination; `.part` next to it holds the bytes so far.
-        progress: callback for new bytes, first for those already on disk.
+        target: destination; until the download is complete, its bytes are in `.part` next to it.
+        progress: callback for the number of new bytes; those already on disk come first.
         stop: event that cancels the download.
 
     Raises:
@@ -164,7 +164,7 @@ def _fill(
 
 
 def matches_checksum(path: Path, file: RepositoryFile, stop: threading.Event, progress: Progress | None = None) -> bool:
-    """Whether a file on disk has the size and checksum that the hub lists."""
+    """Return whether a file on disk has the size and checksum that the hub lists."""
     progress = progress or ignore_progress
     if not has_size(path, file):
         return False

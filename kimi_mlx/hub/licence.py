@@ -1,4 +1,4 @@
-"""Notice about the licence of the weights, shown once per machine."""
+"""Notice about the licence of the weights, shown once on each machine."""
 
 from __future__ import annotations
 

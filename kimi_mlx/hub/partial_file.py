@@ -1,4 +1,4 @@
-"""The file of an incomplete download, and its lock."""
+"""File of an incomplete download, and its lock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[int], None]
 """Callback for the number of new bytes; negative if bytes are discarded."""
 
 MAX_LOCK_WAIT_S = 600.0
-"""Longest wait for another process that has locked the file, while the file does not grow."""
+"""Longest wait for a process that has locked the file, while the file does not grow."""
 
 
 def ignore_progress(count: int) -> None:
@@ -26,10 +26,10 @@ def ignore_progress(count: int) -> None:
 
 
 class ProgressMeter:
-    """Converts positions in a file to progress.
+    """Convert positions in a file to numbers of new bytes.
 
     Args:
-        progress: callback for the differences.
+        progress: callback for the number of new bytes.
     """
 
     def __init__(self, progress: Progress):
@@ -43,7 +43,7 @@ class ProgressMeter:
             self.position = position
 
     def advance(self, count: int) -> None:
-        """Add `count` bytes."""
+        """Add to the number of bytes on disk."""
         self.move_to(self.position + count)
 
 
@@ -53,7 +53,7 @@ def part_path(target: Path) -> Path:
 
 
 def xet_part_path(target: Path) -> Path:
-    """Return the path that hf-xet writes to, which cannot resume."""
+    """Return the path that hf-xet writes to. Such a file cannot be resumed."""
     return target.with_name(f"{target.name}.xet-part")
 
 

@@ -1,4 +1,4 @@
-"""Names, sizes and checksums of the files of a repository. Sends no requests and reads no files."""
+"""Names, sizes and checksums of the files of a repository. Reads no files and sends no requests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RepositoryFile:
 
     Args:
         name: path in the repository.
-        size_bytes: size.
-        sha256: SHA-256 of the content, for files in large-file storage.
-        blob_id: git's SHA-1, for other files.
+        size_bytes: size of the content.
+        sha256: SHA-256 of the content; None for files that are not in large-file storage.
+        blob_id: git's SHA-1; None for files in large-file storage.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Repository:
 
 
 class Checksum:
-    """Checksum of a file's bytes, by the method that the hub uses for this file.
+    """Checksum of a file, calculated as the hub does: SHA-256 in large-file storage, else git's SHA-1.
 
     Args:
         file: the file.
@@ -95,7 +95,7 @@ class Checksum:
 
     @property
     def is_valid(self) -> bool:
-        """Whether it equals the hub's checksum; true if the hub lists none."""
+        """Whether the bytes have the hub's checksum; true if the hub lists none."""
         return self.expected is None or self.actual == self.expected.lower()
 
 

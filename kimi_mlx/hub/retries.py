@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
 from typing import ClassVar, TypeVar
 
-from kimi_mlx.hub.environment import check_settings
+from kimi_mlx.hub.environment_check import check_settings
 from kimi_mlx.hub.error_messages import (
     client_errors,
     describe,
@@ -34,12 +34,14 @@ FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 60.0
 MAX_RETRY_AFTER_S = 3600.0
 """Longest delay that the hub can demand."""
+NUM_TRUSTED_DELAYS = 3
+"""Number of failures after which the hub cannot demand a shorter delay than usual: it may say 0 for hours."""
 MAX_WAIT_S = 8 * 3600.0
 """Longest wait without a new byte: a download overnight survives an outage of the hub or of the network."""
 MAX_LOOKUP_FAILURES = 4
-"""Number of failed connections after which a look-up ends: nothing has begun yet, and a user is waiting."""
+"""Maximum number of failed connections of a look-up: nothing has been downloaded yet, and a user is waiting."""
 MAX_WRONG_RESPONSES = 3
-"""Number of consecutive responses that are not from a hub, or not the requested file."""
+"""Maximum number of consecutive responses that are not from a hub, or not the requested file."""
 
 NOTICE_DELAY_S = 4.0
 """Shortest delay that is announced."""
@@ -103,9 +105,9 @@ class Retries:
         if not (is_wrong or is_transient(error)):
             raise hub_error(error, self._repository) from error
         if not self._failures:
-            self._failing_since_s = time.monotonic()
             if status_of(error) is None:
                 check_settings()
+            self._failing_since_s = time.monotonic()
         self._failures += 1
         if is_wrong and self._failures >= MAX_WRONG_RESPONSES:
             raise not_a_hub_error(self._repository, str(error)) from error
@@ -145,10 +147,12 @@ def is_transient(error: Exception) -> bool:
 
 
 def _delay_s(error: Exception, failures: int) -> float:
-    if (retry_after_s := _retry_after_s(error)) is not None:
-        return min(retry_after_s, MAX_RETRY_AFTER_S)
-    delay_s = min(FIRST_DELAY_S * 2 ** (failures - 1), MAX_DELAY_S)
-    return delay_s * random.uniform(0.5, 1.0)  # jitter: else all threads retry at once
+    delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 30), MAX_DELAY_S)
+    delay_s *= random.uniform(0.5, 1.0)  # jitter: else all threads retry at once
+    retry_after_s = _retry_after_s(error)
+    if retry_after_s is None:
+        return delay_s
+    return min(max(retry_after_s, delay_s if failures > NUM_TRUSTED_DELAYS else 0.0), MAX_RETRY_AFTER_S)
 
 
 def _retry_after_s(error: Exception) -> float | None:

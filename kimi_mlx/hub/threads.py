@@ -1,4 +1,4 @@
-"""Run the same function for many items on several threads that stop quickly."""
+"""Run a function for many items on several threads that stop quickly after an error or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 GRACE_S = 1.0
-"""Longest wait for threads to stop. A thread that waits for the network ends later, without effect."""
+"""Longest wait for threads to stop. A thread that waits for the network may end later; its result is ignored."""
 
 
 def for_each(work: Callable[[Item, threading.Event], object], items: Iterable[Item], workers: int) -> None:

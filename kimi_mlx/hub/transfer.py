@@ -1,7 +1,7 @@
 """Requests for the bytes of a file, with retries.
 
-Everything goes through huggingface_hub's session, so that its environment variables, token and proxies apply. Every
-wait for the network is limited: connections and reads by HF_HUB_DOWNLOAD_TIMEOUT, retries by kimi_mlx.hub.retries.
+All requests use huggingface_hub's session, so that its environment variables, token and proxies apply. Every wait for
+the network is limited: connections and reads by HF_HUB_DOWNLOAD_TIMEOUT, retries by kimi_mlx.hub.retries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Download with hf-xet, which is faster but cannot resume."""
+"""Download with hf-xet, which is faster than plain HTTP but cannot resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fetch_by_xet(
         stop: event that cancels the download.
 
     Returns:
-        Whether the file was downloaded (not verified). If not, use plain HTTP.
+        True if the file was downloaded; its checksum is not verified. False if plain HTTP must be used.
 
     Raises:
         Cancelled: the event is set.

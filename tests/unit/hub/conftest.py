@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Serve `model` as `owner/model`."""
     monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.001)
-    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.5)
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 10.0)
     with Hub({"owner/model": model}) as hub:
         use(hub, tmp_path / "home", monkeypatch)
         yield hub

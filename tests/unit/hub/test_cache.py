@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.errors import UnreachableError
-from kimi_mlx.hub.cache import find_local, missing_files, repository_folder, unknown_files
+from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.client import complete_checkpoint, fetch_checkpoint, find_repository, look_up, verify_checkpoint
+from kimi_mlx.hub.snapshots import damaged_files, find_local, missing_files, unknown_files
 from kimi_mlx.model_files import TEMPLATE_FOLDER, list_small_files
 from tests.hub import COMMIT, Hub
 
@@ -204,3 +205,19 @@ def test_a_folder_of_the_user_is_complete_as_it_is(hub: Hub, model: Path) -> Non
     (model / "chat_template.jinja").unlink()
     assert complete_checkpoint(NAME, model) == model
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff" * 100])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model-1-of-3.safetensors"])
+def test_damaged_files_are_named(snapshot: Path, name: str, damage: bytes) -> None:
+    for path in snapshot.glob("*.safetensors"):
+        path.resolve().write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    assert damaged_files(snapshot) == []
+    (snapshot / name).resolve().write_bytes(damage)
+    assert set(damaged_files(snapshot)) == {name}
+
+
+def test_an_unknown_revision_is_named(hub: Hub, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_offline(monkeypatch)
+    with pytest.raises(UnreachableError, match="`owner/model` is not on this machine at revision `v7`"):
+        find_repository(NAME, "v7")

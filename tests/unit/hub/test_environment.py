@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
-from kimi_mlx.hub import environment
+from kimi_mlx.hub import environment, environment_check
 from kimi_mlx.hub.client import fetch_checkpoint, look_up
 from tests.hub import Hub
 
@@ -63,7 +63,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_variable_is_named(variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=message) as raised:
-        environment.check_settings()
+        environment_check.check_settings()
     assert "network" not in f"{raised.value.message} {raised.value.hint}"
     assert "pass" not in raised.value.message
 
@@ -104,7 +104,7 @@ def test_valid_values_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         monkeypatch.setenv(variable, value)
     if certificates.cafile:
         monkeypatch.setenv("SSL_CERT_FILE", certificates.cafile)
-    environment.check_settings()
+    environment_check.check_settings()
     assert environment.hub_cache()
 
 
@@ -117,7 +117,7 @@ def test_a_broken_token_file_is_named(kind: str, tmp_path: Path, monkeypatch: py
     else:
         path.write_bytes(b"\xff\xfe" if kind == "binary" else b'"hf_abc"\n')
     with pytest.raises(UsageError, match='contains `"`' if kind == "quotes" else "cannot be read") as raised:
-        environment.check_token()
+        environment_check.check_token()
     assert str(path) in raised.value.message
 
 
@@ -224,7 +224,7 @@ def test_a_client_that_cannot_be_made_is_explained(hub: Hub, variable: str, monk
 
 
 def test_a_number_that_breaks_the_import_is_named() -> None:
-    code = "from kimi_mlx.hub.cache import find_local; find_local('a/b')"
+    code = "from kimi_mlx.hub.client import find_local; find_local('a/b')"
     variables = {**os.environ, "HF_HUB_ETAG_TIMEOUT": "ten"}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert "UsageError: `HF_HUB_ETAG_TIMEOUT` is `ten`" in done.stderr
@@ -335,4 +335,4 @@ def test_a_file_in_place_of_the_cache_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_CACHE", str(file / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(file / "hub"))
     with pytest.raises(UsageError, match=f"`HF_HUB_CACHE` is `{file}/hub`, but `{file}` is a file"):
-        environment.check_settings()
+        environment_check.check_settings()

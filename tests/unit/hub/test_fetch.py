@@ -139,20 +139,24 @@ def test_a_server_without_range_requests(hub: Hub, repository: Repository, model
     assert hub.sent_bytes == 200_000 + SIZE
 
 
-def test_give_up_on_a_server_without_progress(hub: Hub, repository: Repository, target: Path) -> None:
+def test_give_up_on_a_server_without_progress(
+    hub: Hub, repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.1)
     hub.fail("ignore_range")
     hub.fail("drop", after_bytes=100_000)
-    with pytest.raises(WeightsError, match=r"\d times in a row"):
+    with pytest.raises(WeightsError, match="cannot download `owner/model`"):
         get(repository, target)
     assert partial_file.part_path(target).stat().st_size == 100_000
 
 
-def test_out_of_retries(hub: Hub, repository: Repository, target: Path) -> None:
+def test_out_of_retries(hub: Hub, repository: Repository, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "MAX_WAIT_S", 0.1)
     hub.fail("drop", "/cdn/*")
-    with pytest.raises(WeightsError, match=r"cannot download `owner/model`: .* \d+ times in a row") as raised:
+    with pytest.raises(WeightsError, match=r"cannot download `owner/model`: ") as raised:
         get(repository, target)
     assert raised.value.hint == "check the network, then run the same command again to resume"
-    assert sum(request.startswith("GET /cdn/") for request in hub.requests) > 4
+    assert sum(request.startswith("GET /cdn/") for request in hub.requests) > 1
 
 
 def test_a_missing_file_is_not_retried(hub: Hub, repository: Repository, target: Path) -> None:

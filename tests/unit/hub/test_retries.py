@@ -44,9 +44,14 @@ def clock(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@pytest.mark.parametrize(
-    "fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "300"}}, {"status": 500}], ids=str
-)
+OUTAGES: list[dict[str, Any]] = [
+    {"status": 503},
+    {"status": 429, "headers": {"Retry-After": "300"}},
+    {"status": 500, "headers": {"Retry-After": "0"}},
+]
+
+
+@pytest.mark.parametrize("fault", OUTAGES, ids=["503", "429", "500"])
 def test_a_download_survives_hours_of_outage(
     hub: Hub, model: Path, tmp_path: Path, clock: Clock, fault: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
