@@ -11,8 +11,9 @@ from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.open_model import place_model
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.errors import UsageError
-from kimi_mlx.hub.cache import cached_bytes, repository_folder, unknown_files
+from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
+from kimi_mlx.hub.snapshots import damaged_files, unknown_files
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.download import StoreOptions, join_group
@@ -76,7 +77,9 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
     local = find_local(target.repository, options.revision)
     if local is not None and options.revision not in (None, local.name):
         local = None  # a branch or tag: it may have a newer commit
-    if local is not None and not options.dry_run and not options.verify and not unknown_files(local):
+    damaged = [] if local is None else damaged_files(local)
+    is_complete = local is not None and not damaged and not unknown_files(local)
+    if local is not None and is_complete and not options.dry_run and not options.verify:
         return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
     list_files = find_repository if options.dry_run or options.verify else look_up
     repository = list_files(target.repository, options.revision if local is None else local.name)
@@ -84,7 +87,9 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
         return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
-    broken = _remove_broken(target, repository, is_quiet) if options.verify else []
+    broken = _remove_broken(target, repository, is_quiet) if options.verify else damaged
+    for name in damaged:
+        remove_cached(repository, repository.file(name))
     folder = fetch(target, repository, is_quiet)
     return {
         "model": target.name,

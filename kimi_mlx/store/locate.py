@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.client import complete_checkpoint, fetch_checkpoint, find_local, find_repository
+from kimi_mlx.hub.environment import check_folder_variable
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import partial_stores
@@ -18,6 +20,8 @@ from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.store_folders import download_command, rank_folder, read_folder_name, stored_ranks
 from kimi_mlx.store.stores import LocalStore, find_stores
+
+STORES_VARIABLE = "KIMI_MLX_STORES"
 
 LocalState = Literal["package", "yes", "store", "partly", "no"]
 """Part of a model on this machine: bundled, complete in the hub's cache, as a store, begun to download, or nothing."""
@@ -28,7 +32,10 @@ def stores_root() -> Path:
 
     Raises:
         WeightsError: the user has no home folder.
+        UsageError: KIMI_MLX_STORES is broken.
     """
+    if os.environ.get(STORES_VARIABLE):
+        check_folder_variable(STORES_VARIABLE)
     folder = stores_folder()
     if folder is None:
         raise WeightsError("there is no home folder to keep weights in", hint="set KIMI_MLX_STORES to a folder")

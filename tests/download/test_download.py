@@ -428,6 +428,30 @@ def test_verify_of_a_checkpoint_fetches_only_broken_files(host: Host, small: Pat
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00004.safetensors"])
+def test_a_truncated_file_of_a_checkpoint_is_fetched_again(host: Host, small: Path, name: str) -> None:
+    folder = Path(succeed(host.call("download", NAME)).strip())
+    os.truncate((folder / name).resolve(), 100)
+    result = json.loads(succeed(host.call("download", NAME, "--json")))
+    assert result["broken"] == [name]
+    for path in small.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_this_machine_becomes_stores_offline(host: Host, expected_small: Expected) -> None:
+    folder = Path(succeed(host.call("download", NAME)).strip())
+    shutil.rmtree(folder.parent.parent / "refs")
+    host.hub.reset_counts()
+    succeed(host.run("download", NAME, "--ranks", "2", HF_HUB_OFFLINE="1"))
+    assert checksums(host.stores) == expected_small(2)
+    plan = succeed(host.run("download", NAME, "--ranks", "3", "--dry-run", "--json", HF_ENDPOINT="http://127.0.0.1:1"))
+    assert [rank["rank"] for rank in json.loads(plan)["ranks"]] == [0, 1, 2]
+    assert json.loads(succeed(host.run("download", NAME, "--verify", "--json", HF_HUB_OFFLINE="1")))["broken"] == []
+    assert host.hub.requests == []
+
+
 # faults of the hub
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.errors import WeightsError
+from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.journal import newest_commit, partial_stores
-from kimi_mlx.store.locate import find_local_model, stored_strategy
+from kimi_mlx.store.locate import find_local_model, stored_strategy, stores_root
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.store.remove import find_removable
 from kimi_mlx.store.store_folders import rank_folder, source_folder
@@ -75,3 +75,9 @@ def test_a_build_does_not_overwrite_the_store_of_another_source(tmp_path: Path) 
     with pytest.raises(WeightsError, match=f"contains a store of `/another/folder`, not of `{FOLDER}`"):
         build_mini(tmp_path)
     assert (rank_folder(job.folder, 1) / "top.safetensors").stat() == before
+
+
+def test_a_broken_variable_of_the_stores_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KIMI_MLX_STORES", '"/data/stores"')
+    with pytest.raises(UsageError, match='`KIMI_MLX_STORES` contains `"`, at position 1 of 14'):
+        stores_root()
