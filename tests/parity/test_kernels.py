@@ -55,10 +55,10 @@ def metal_like(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "elementwise", mx.compile)
 
 
-def decode_graph(folder: Path, layers: int) -> Counter[str]:
+def decode_graph(folder: Path, layers: int, dtype: mx.Dtype) -> Counter[str]:
     """Return the graph of one decode step with the first `layers` layers."""
     config = load_config(folder)
-    model = load_model(folder, config, mx.float32)
+    model = load_model(folder, config, dtype)
     model.layers = model.layers[:layers]
     cache = model.make_cache()
     mx.eval(model(mx.array([[1, 2, 3]]), cache), [layer.state for layer in cache])
@@ -69,11 +69,12 @@ def decode_graph(folder: Path, layers: int) -> Counter[str]:
     not mx.metal.is_available() and shutil.which("g++") is None,
     reason="without a C++ compiler mx.compile does not fuse on the CPU",
 )
-def test_an_moe_layer_takes_at_most_30_dispatches(tmp_path: Path, metal_like: None) -> None:
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_an_moe_layer_takes_at_most_30_dispatches(tmp_path: Path, metal_like: None, dtype: mx.Dtype) -> None:
     golden = load_golden("k2.5")
     source = write_checkpoint(tmp_path / "float", golden.config, golden.seed)
     folder = quantize_checkpoint(source, tmp_path / "quantized", bits=4, group_size=32)
-    fewer, more = decode_graph(folder, layers=2), decode_graph(folder, layers=3)
+    fewer, more = decode_graph(folder, 2, dtype), decode_graph(folder, 3, dtype)
     layer = more - fewer
     assert sum(more.values()) - sum(fewer.values()) == sum(layer.values())
     assert 20 < sum(layer.values()) <= MAX_DISPATCHES, dict(layer)
