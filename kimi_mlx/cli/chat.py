@@ -120,13 +120,13 @@ def chat(
     prompt = read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
-    text_side = None
-    if prepared.folder is not None:  # read before loading: its errors come early, its defaults may be greedy
-        text_side = _read_text_side(prepared.folder, target, sampling)
-        options = replace(options, has_sampling=_is_sampling(text_side[1]))
+    text = None
+    if prepared.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
+        text = _read_tokenizer(prepared.folder, target, sampling)
+        options = replace(options, has_sampling=_is_sampling(text[1]))
     opened = open_session(prepared, options, run.ranks, json)
     with closing(opened.session) as session:
-        tokenizer, chat_options = text_side or _read_text_side(opened.tokenizer_folder, target, sampling)
+        tokenizer, chat_options = text or _read_tokenizer(opened.tokenizer_folder, target, sampling)
         conversation = Conversation(session, tokenizer, chat_options, prompts.system)
         if prompt is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for a single answer
@@ -138,7 +138,7 @@ def chat(
             print_answer(conversation, prompt)
 
 
-def _read_text_side(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:
+def _read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:
     """Read the tokenizer of a checkpoint, and combine its defaults with the user's options.
 
     Raises:

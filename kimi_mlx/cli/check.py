@@ -26,7 +26,7 @@ def check(
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check that a cluster answers, twice the same."""
+    """Check that a cluster gives equal answers."""
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.cli.output import print_json, stdout

@@ -20,15 +20,15 @@ PANELS = (
 
 @dataclass(frozen=True)
 class CommandInfo:
-    """What `kimi-mlx --help` needs to know of a command.
+    """A command in the list of `kimi-mlx --help`.
 
     Attributes:
-        name: what the user types; also the module in `cli/` and its function.
+        name: word that the user types; also the name of the function, and of its module in `cli/`.
         summary: first line of the function's docstring, at most 50 characters.
         examples: lines at the end of the command's help.
-        is_hidden: left out of the list of commands.
-        settings: Click's settings of the command's context.
-        module: module in `cli/` if it is not called like the command.
+        is_hidden: True to leave it out of the list.
+        settings: settings of the command's context, see Click.
+        module: name of its module in `cli/`, if that is another one.
     """
 
     name: str
@@ -138,7 +138,7 @@ COMMANDS = (
         # the words after COMMAND belong to it
         settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     ),
-    CommandInfo("check", "Check that a cluster answers, twice the same.", is_hidden=True),
+    CommandInfo("check", "Check that a cluster gives equal answers.", is_hidden=True),
     CommandInfo(
         "doctor",
         "Find problems of a Mac or cluster, and the fix.",
@@ -150,13 +150,13 @@ COMMANDS = (
         ),
     ),
 )
-FOREIGN_NAMES = ("list", "ls", "pull", "run", "ps")
+OTHER_TOOLS_COMMANDS = ("list", "ls", "pull", "run", "ps")
 """Commands of other tools; each exits with a hint to ours."""
 
 _ANY_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
 _BY_NAME = {info.name: info for info in COMMANDS} | {
     name: CommandInfo(name, "Not a command of kimi-mlx.", (), True, _ANY_ARGUMENTS, "other_tools")
-    for name in FOREIGN_NAMES
+    for name in OTHER_TOOLS_COMMANDS
 }
 
 

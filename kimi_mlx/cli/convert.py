@@ -25,8 +25,8 @@ class QuantizationOptions:
         Bits | None,
         typer.Option(
             "--bits",
-            help="Bits of all quantizable matrices; bf16 keeps floats, as bfloat16. Default: quantized matrices are "
-            "copied unchanged; if there are none (FP8, floats), 4.",
+            help="Bits of all quantizable matrices; bf16 keeps them as bfloat16. Default: copy quantized matrices "
+            "unchanged, or use 4 bits if there are none (FP8, floats).",
             show_default=False,
             rich_help_panel=QUANTIZATION,
         ),
@@ -35,8 +35,8 @@ class QuantizationOptions:
         Bits | None,
         typer.Option(
             "--expert-bits",
-            help="Bits of the routed experts, which are most of the model; --bits is then for the rest. Default: as "
-            "--bits. Without --bits the rest gets 8 bits.",
+            help="Bits of the routed experts, which are most of the model. Default: --bits. With --expert-bits, --bits "
+            "applies to the rest (default: 8).",
             show_default=False,
             rich_help_panel=QUANTIZATION,
         ),

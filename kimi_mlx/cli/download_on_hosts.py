@@ -26,35 +26,35 @@ STALL_S = 1800.0
 """Timeout without progress: Hugging Face may ask clients to wait for a long time."""
 
 
-def download_on_hosts(launched: LaunchContext, name: str, options: DownloadOptions, is_json: bool) -> None:
+def download_on_hosts(launch: LaunchContext, name: str, options: DownloadOptions, is_json: bool) -> None:
     """Download a model, each file by one host only, and print the result.
 
     Args:
-        launched: the hosts.
+        launch: the hosts.
         name: name of the model.
-        options: options of the user; the placement is that of `launched`.
+        options: options of the user; the placement is that of `launch`.
         is_json: whether to print JSON.
 
     Raises:
         KimiMlxError: error of any host; the same command resumes.
     """
-    if launched.cluster.size < 2:
+    if launch.cluster.size < 2:
         raise UsageError(
             "there is only one rank", hint="name two or more hosts, or run `kimi-mlx download` without launch"
         )
     started = time.monotonic()
     target = resolve_model_name(name)
-    limits = replace(launched.limits, stall_s=STALL_S)
-    with closing(Ring(launched.cluster, limits, MODULE)) as ring, _show_progress(target, is_json) as show:
+    timeouts = replace(launch.timeouts, stall_s=STALL_S)
+    with closing(Ring(launch.cluster, timeouts, MODULE)) as ring, _show_progress(target, is_json) as show:
         ring.start(
             model=name_for_hosts(target),
-            strategy=launched.choice.strategy,
+            strategy=launch.choice.strategy,
             revision=options.revision,
             is_dry=options.dry_run,
             is_check=options.verify,
             keep_source=options.keep_source,
         )
-        names = [host.ssh for host in launched.cluster.hostfile.hosts]
+        names = [host.ssh for host in launch.cluster.hostfile.hosts]
         results = _collect(ring, show, names)
     result: DownloadReport = {**_merge(results, names), "seconds": round(time.monotonic() - started, 3)}
     show_result(result, is_json)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 15.0
 
 
-class Lines(Progress):
+class ProgressLines(Progress):
     """Progress in lines instead of bars: each task prints one when it begins, then one every LINE_EVERY_S."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Lines(Progress):
 def byte_bars(is_quiet: bool) -> Progress:
     """Return progress bars of bytes, with speed and remaining time; use them as a context manager."""
     if not is_quiet and not stderr.is_terminal:
-        return Lines()
+        return ProgressLines()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -21,8 +21,8 @@ from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.units import GB, format_bytes, format_gib
 from kimi_mlx.weights.index import read_index
 
-MAX_UNASKED_BYTES = 5 * GB
-"""Largest download that starts without a question."""
+MAX_UNCONFIRMED_BYTES = 5 * GB
+"""Largest download that starts without confirmation."""
 
 
 def fetch_model(target: ModelRef, ranks: int, strategy: str, is_quiet: bool) -> Path:
@@ -71,7 +71,7 @@ def _confirm(target: ModelRef, repository: Repository, is_quiet: bool) -> None:
     """
     sizes = {file.name: file.size_bytes for file in repository.files}
     missing = sum(sizes.values()) - sum(cached_bytes(repository, file) for file in repository.files)
-    if missing <= MAX_UNASKED_BYTES or missing < sum(sizes.values()) / 2:
+    if missing <= MAX_UNCONFIRMED_BYTES or missing < sum(sizes.values()) / 2:
         return
     text = f"`{target.name}` is not on this machine: {format_bytes(missing)} to download"
     shape = entry_shape(target.entry) if target.entry is not None else None

@@ -42,9 +42,7 @@ class LaunchOptions:
     )
     restarts: Annotated[
         int,
-        typer.Option(
-            "--restarts", min=0, help="How many times to reconnect before giving up.", rich_help_panel=ADVANCED
-        ),
+        typer.Option("--restarts", min=0, help="Maximum number of attempts to reconnect.", rich_help_panel=ADVANCED),
     ] = 3
     limit: Annotated[
         float,

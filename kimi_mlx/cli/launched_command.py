@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kimi_mlx.cli.chat_prompt import require_prompt
-from kimi_mlx.cli.command_list import FOREIGN_NAMES, command_names
+from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
@@ -130,7 +130,7 @@ def _check_name(word: str) -> None:
     """
     if word in COMMANDS:
         return
-    if word in FOREIGN_NAMES:
+    if word in OTHER_TOOLS_COMMANDS:
         raise UsageError(f"kimi-mlx has no command `{word}`", hint=HINTS[word])
     if word in command_names():
         names = ", ".join(f"`{name}`" for name in COMMANDS)

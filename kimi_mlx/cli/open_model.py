@@ -31,7 +31,7 @@ class LaunchContext:
         cluster: hosts of the ranks.
         option: option that named the hosts, for hints: `--hosts a,b`.
         restarts: maximum number of restarts of a lost ring.
-        limits: timeouts of the ring.
+        timeouts: timeouts of the ring.
         choice: placement of the model.
         doctor: report of the checks, for JSON.
     """
@@ -39,7 +39,7 @@ class LaunchContext:
     cluster: Cluster
     option: str
     restarts: int
-    limits: RingTimeouts
+    timeouts: RingTimeouts
     choice: Choice
     doctor: Mapping[str, Any]
 
@@ -205,7 +205,7 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
         model=name_for_hosts(model.target),
         cluster=launch.cluster,
         max_restarts=launch.restarts,
-        timeouts=launch.limits,
+        timeouts=launch.timeouts,
     )
     names = [
         f"loading {model.name} on {host.ssh}" + (f", rank {rank}" if len(launch.cluster.names) == 1 else "")

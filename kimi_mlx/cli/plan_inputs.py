@@ -8,7 +8,7 @@ from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_link
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile
-from kimi_mlx.planner.machines import NAME_MACHINES, Machine, machine_of_host, parse_machines
+from kimi_mlx.planner.machines import MACHINES_HINT, Machine, machine_of_host, parse_machines
 from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits
 
 
@@ -70,6 +70,6 @@ def _this_machine() -> Machine:
     """
     here = local_machine()
     if not here.is_mac:
-        raise UsageError("this machine is not a Mac, so nothing can be predicted for it", hint=NAME_MACHINES)
+        raise UsageError("this machine is not a Mac, so nothing can be predicted for it", hint=MACHINES_HINT)
     machine = machine_of_host("this Mac", here.chip, here.memory_bytes, None)
     return Machine(machine.name, machine.chip, here.memory_bytes, here.gpu_bytes)

@@ -21,7 +21,7 @@ MAX_MACHINES = 8
 RDMA_THUNDERBOLT = 5
 """Thunderbolt generation that RDMA needs (with macOS 26.2)."""
 
-NAME_MACHINES = "name the Macs to plan for, for example `--machines m3-ultra-512x2`"
+MACHINES_HINT = "name the Macs to plan for, for example `--machines m3-ultra-512x2`"
 """Hint for machines that the planner cannot predict."""
 
 _MACHINE = re.compile(r"(?P<chip>m\d+(-[a-z]+?)?)(-(?P<memory>\d+)(-?gb)?)?(x(?P<count>\d+))?")
@@ -219,7 +219,7 @@ def machine_of_host(name: str, brand: str | None, memory_bytes: int | None, wire
         UsageError: the description is incomplete, or not of a known Mac.
     """
     if brand is None or memory_bytes is None or not brand.lower().startswith("apple "):
-        raise UsageError(f"`{name}` is not a known Mac (chip: {brand or 'unknown'})", hint=NAME_MACHINES)
+        raise UsageError(f"`{name}` is not a known Mac (chip: {brand or 'unknown'})", hint=MACHINES_HINT)
     memory_gb = round(memory_bytes / GIB)
     chip = find_chip(brand.lower().removeprefix("apple ").replace(" ", "-"), memory_gb)
     return make_machine(name, chip, memory_bytes, wired_limit_mb)

@@ -137,7 +137,7 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["--output", "."], "--output: cannot write `.`: Is a directory"),
     ],
 )
-def test_wrong_usage_is_said(arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_an_error(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bench(*arguments)
 
@@ -190,7 +190,7 @@ def test_no_process_outlives_the_command(tiny: Path, number: signal.Signals, cod
     wait_for(lambda: not any(map(is_running, ranks)), 10)
 
 
-def test_what_was_measured_is_shown_on_ctrl_c(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_runs_are_shown_after_ctrl_c(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, done = SessionSide.run, list[BatchResult]()
 
     def run_or_interrupt(side: SessionSide, batch: RequestBatch) -> BatchResult:

@@ -141,7 +141,7 @@ def test_hosts_with_other_chips_use_pipeline() -> None:
     unequal = replace(diagnosis, facts=facts)
     choice = choose_placement_on_hosts(unequal, request(), None)
     reason = "the only strategy for hosts that differ: `mac-a` has Apple M3 Ultra, `mac-b` has Apple M4 Max"
-    assert (choice.strategy, choice.why) == ("pipeline", reason)
+    assert (choice.strategy, choice.reason) == ("pipeline", reason)
     assert len(choice.memory) == 2
     stored = with_stores(unequal, [held(0, "hybrid-2-bbbbbb")], [held(1, "hybrid-2-bbbbbb")])
     assert choose_placement_on_hosts(stored, request(), None).strategy == "pipeline"

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 
-from kimi_mlx.cli.command_list import COMMANDS, FOREIGN_NAMES
+from kimi_mlx.cli.command_list import COMMANDS, OTHER_TOOLS_COMMANDS
 from tests.command import call
 
 # not pydantic: Typer itself imports it for an unknown command
@@ -80,7 +80,7 @@ def test_the_list_of_commands_is_whole() -> None:
     assert " check " not in shown
 
 
-@pytest.mark.parametrize("name", FOREIGN_NAMES)
+@pytest.mark.parametrize("name", OTHER_TOOLS_COMMANDS)
 def test_commands_of_other_tools_get_a_hint(name: str) -> None:
     done = call(name, "kimi-k2", "--all", "-q", "--help")
     assert done.returncode == 2
