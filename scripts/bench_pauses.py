@@ -141,7 +141,9 @@ def measure(server: ServerUnderTest, stream: Stream, request: HeavyRequest) -> d
 
 def main(
     url: Annotated[str | None, typer.Option("--url", help="Measure a running server.")] = None,
-    only: Annotated[str, typer.Option("--only", help="Only requests whose names contain this.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Only requests whose names contain this; repeatable.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the longest pause of a stream while other clients send requests that cost much work."""
@@ -152,7 +154,7 @@ def main(
         stream.start()
         stdout.print(f"{'request':42}{'MB':>8}{'pause s':>9}{'answer s':>10}{'short s':>9}  status", highlight=False)
         for request in heavy_requests():
-            if only in request.name:
+            if only is None or any(text in request.name for text in only):
                 row = measure(server, stream, request)
                 if json_output:
                     print_json(row)

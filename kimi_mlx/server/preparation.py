@@ -24,7 +24,7 @@ from kimi_mlx.server.prompts import PromptBuilder
 
 LOG = logging.getLogger(__name__)
 
-SHORT_BODY_BYTES = 32_000
+SHORT_BODY_BYTES = 8_000
 """Largest body that is prepared in this process."""
 
 NUM_THREADS = 2

@@ -51,6 +51,7 @@ def heavy_requests() -> list[HeavyRequest]:
         _request("a text of 30 MB", _with_text(30_000_000)),
         _request("40 texts of 400 kB to count", _with_text(400_000), COUNT_TOKENS, count=40),
         _request("40 texts of 30 kB to count", _with_text(30_000), COUNT_TOKENS, count=40),
+        _request("40 texts of 7 kB to count", _with_text(7_000), COUNT_TOKENS, count=40),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kimi_mlx.server.preparation import SHORT_BODY_BYTES
 from tests.server import raw
 from tests.server.running_server import RunningServer, wait_until
 
@@ -63,6 +64,24 @@ def test_every_optional_field_may_be_null(running: RunningServer, path: str) -> 
     body = dict.fromkeys(fields) | REQUIRED[path]
     response = raw.request(running.port, "POST", path, json.dumps(body).encode())
     assert (response.status, len(body) > len(REQUIRED[path])) == (200, True), response.body
+
+
+@pytest.mark.parametrize("path", REQUIRED)
+def test_long_bodies_have_the_same_responses_as_short_ones(running: RunningServer, path: str) -> None:
+    """Long bodies are prepared in another process; spaces make a body long."""
+    for fields in (
+        {"temperature": 0, "top_logprobs": None},
+        {"temperature": 9},
+        {"messages": 5, "input": 5, "prompt": 5},
+    ):
+        short = json.dumps(REQUIRED[path] | fields).encode()
+        responses = [raw.request(running.port, "POST", path, body) for body in (short, short + b" " * SHORT_BODY_BYTES)]
+        statuses, bodies = [response.status for response in responses], [json.loads(r.body) for r in responses]
+        assert statuses[0] == statuses[1]
+        for body in bodies:
+            for name in ("id", "created", "created_at", "output"):
+                body.pop(name, None)
+        assert bodies[0] == bodies[1]
 
 
 def test_a_wrong_base_url_is_explained(running: RunningServer) -> None:
