@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     security = Security(server.host, keys, tuple(server.allow_host or ()), tuple(server.cors_origin or ()))
     serving = ServingOptions(security, server.max_queue, server.max_body * MB, server.log_prompts, starts_worker=True)
     options = session_options(run, disk, has_sampling=True)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes must not import modules of the current folder
     with ExitStack() as stack:
         server_socket = stack.enter_context(closing(ServerSocket(server.host, server.port)))  # before loading
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)

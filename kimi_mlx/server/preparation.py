@@ -51,7 +51,6 @@ class Preparation:
     def __init__(self, prompt_builder: PromptBuilder):
         self._prompt_builder = prompt_builder
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
-        os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes must not import modules of the current folder
 
     async def run(self, work: Work[Result], body: bytes) -> Result:
         """Return the result of the work.
