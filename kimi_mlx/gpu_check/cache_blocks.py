@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import mlx.core as mx
 
 from kimi_mlx.engine.kv_cache_pool import SequenceCache
@@ -16,6 +13,7 @@ from kimi_mlx.model.decoder import SequenceSlice
 from kimi_mlx.runtime.load import Fingerprint
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.store.locate import ensure_downloaded
+from kimi_mlx.temporary import temporary_folder
 from kimi_mlx.weights.assemble import load_model
 
 MAX_BYTES = 10**9
@@ -29,16 +27,17 @@ def check(context: Context) -> None:
     length = BLOCKS * BLOCK_TOKENS
     ids = random_tokens(length + 1, model.config.vocab_size)
     tokens = [int(token) for token in ids[0].tolist()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
-    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as cache_dir, context.on_device():
+    with temporary_folder("check-") as created, context.on_device():
+        cache_dir = created.path
         computed = SequenceCache(model)
         mx.eval(model.hidden(ids[:, :length], [SequenceSlice(computed.layers, length)]))
         computed.tokens = tokens[:length]
         warnings: list[str] = []
         fingerprint = Fingerprint("check", "check")
-        store = open_prompt_cache(Path(cache_dir), MAX_BYTES, model, fingerprint, warn=warnings.append)
+        store = open_prompt_cache(cache_dir, MAX_BYTES, model, fingerprint, warn=warnings.append)
         store.put(computed.tokens, computed.rows)
         store.close()
-        store = open_prompt_cache(Path(cache_dir), MAX_BYTES, model, fingerprint, warn=warnings.append)
+        store = open_prompt_cache(cache_dir, MAX_BYTES, model, fingerprint, warn=warnings.append)
         restored = SequenceCache(model)
         for index, block in enumerate(store.find(tokens)):
             block_tokens = tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]

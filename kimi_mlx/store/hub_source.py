@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.model_files import is_small_file
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
+from kimi_mlx.temporary import temporary_folder
 from kimi_mlx.weights.header import TensorInfo, parse_header
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
 
@@ -183,8 +183,8 @@ def _read_small(repository: Repository, file: RepositoryFile) -> bytes:
 
 
 def _read_weight_map(repository: Repository, index: RepositoryFile) -> dict[str, str]:
-    with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as folder:
-        path = Path(folder) / INDEX_NAME
+    with temporary_folder("index-") as folder:
+        path = folder.path / INDEX_NAME
         try:
             path.write_bytes(_read_small(repository, index))
         except OSError as error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +22,7 @@ from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import SessionOptions
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
+from tests.ranks.kill_count import KILL, count_kills
 
 pytestmark = pytest.mark.ranks
 
@@ -39,8 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+def kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restart quickly; check that neither an end nor a restart kills a rank."""
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    kills = count_kills(tmp_path / "counter", monkeypatch)
+    yield
+    assert kills.sent == []
 
 
 def tokens_of(session: LocalSession | RingSession, request: Request) -> list[int]:
@@ -49,7 +53,7 @@ def tokens_of(session: LocalSession | RingSession, request: Request) -> list[int
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        KILL(pid, 0)
     except ProcessLookupError:
         return False
     return True
@@ -162,7 +166,7 @@ def test_an_answer_resumes_after_a_rank_is_killed(folder: Path, strategy: str, l
 
         def kill() -> None:
             times.append(time.monotonic())
-            os.kill(ring.pids[lost], signal.SIGKILL)
+            KILL(ring.pids[lost], signal.SIGKILL)
 
         events = events_with_action(ring, request, 10, kill)
         assert [event.id for event in events if isinstance(event, Token)] == expected
@@ -185,7 +189,7 @@ def test_a_rank_lost_while_idle_is_restarted(folder: Path) -> None:
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         expected = tokens_of(ring, request)
         pids = ring.pids
-        os.kill(pids[1], signal.SIGKILL)
+        KILL(pids[1], signal.SIGKILL)
         wait_until_gone(pids)  # noticed without a request
         assert tokens_of(ring, request) == expected
 
@@ -198,7 +202,7 @@ def test_a_stopped_rank_is_replaced(folder: Path, strategy: str) -> None:
         expected = tokens_of(alone, request)
     with closing(RingSession(SessionOptions(folder, ranks=2, timeouts=QUICK, strategy=strategy))) as ring:
         pids = ring.pids
-        events = events_with_action(ring, request, 10, lambda: os.kill(pids[1], signal.SIGSTOP))
+        events = events_with_action(ring, request, 10, lambda: KILL(pids[1], signal.SIGSTOP))
         assert [event.id for event in events if isinstance(event, Token)] == expected
         [interrupted] = [event for event in events if isinstance(event, Interrupted)]
         assert f"rank 1 of 2 (process {pids[1]}) has not responded for " in interrupted.reason
@@ -214,7 +218,7 @@ def test_cancelling_does_not_wait_for_the_restart(folder: Path, monkeypatch: pyt
         stopped_at = 0.0
         for event in ring.generate(Request(PROMPT, max_tokens=5000)):
             if isinstance(event, Token) and not any(isinstance(each, Token) for each in events):
-                os.kill(ring.pids[1], signal.SIGKILL)
+                KILL(ring.pids[1], signal.SIGKILL)
             if isinstance(event, Interrupted):
                 ring.cancel_all()
                 stopped_at = time.monotonic()
@@ -233,7 +237,7 @@ def test_without_restarts_the_session_fails(folder: Path) -> None:
         pids = ring.pids
         events = ring.generate(Request(PROMPT, max_tokens=5000))
         next(events)
-        os.kill(pids[0], signal.SIGKILL)
+        KILL(pids[0], signal.SIGKILL)
         with pytest.raises(RingError, match=r"rank 0 of 2 \(process \d+\) was ended by SIGKILL") as raised:
             for _ in events:
                 pass
@@ -262,15 +266,17 @@ time.sleep(60)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as front:
         assert front.stdout is not None
         pids = [int(pid) for pid in front.stdout.readline().split()]
-        front.kill()
+        KILL(front.pid, signal.SIGKILL)
     assert len(pids) == 2
     wait_until_gone(pids)
 
 
 def test_no_temporary_file_is_left(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     with Ring(local_cluster(2)) as ring:
         ring.start(folder=str(folder), dtype=None, strategy="hybrid", has_sampling=False, needs_tokenizer_files=False)
         next(ring.messages())
-        assert len(list(tmp_path.iterdir())) == 2
-    assert not list(tmp_path.iterdir())
+        assert len(list(temporary.iterdir())) == 2
+    assert not list(temporary.iterdir())

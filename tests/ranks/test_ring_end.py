@@ -1,12 +1,8 @@
-"""Ranks release their memory and end by themselves; only a rank that is stuck is killed.
-
-Every SIGKILL that a process of ours sends is counted, here and in the guards.
-"""
+"""Ranks release their memory and end by themselves; only a rank that is stuck is killed. SIGKILLs are counted."""
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import signal
 import threading
@@ -26,27 +22,14 @@ from kimi_mlx.session.job import Job
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import SessionOptions
-from tests.cluster.hosts import ROOT
 from tests.fakes import KIMI_MINI
+from tests.ranks.kill_count import KILL, Kills, count_kills
 from tests.ranks.test_ring import events_with_action, tokens_of, wait_until_gone
 
 pytestmark = pytest.mark.ranks
 
 PROMPT = tuple(range(20, 60))
 ENDLESS = Request(PROMPT, max_tokens=5000, stop_ids=())
-KILL = os.kill
-
-COUNTER = """
-import os, signal
-kill = os.kill
-def counted(pid, number):
-    if number == signal.SIGKILL:
-        with open({path!r}, "a") as file:
-            file.write(f"{{os.getpid()}} kills {{pid}}\\n")
-    kill(pid, number)
-os.kill = counted
-"""
-
 STUCK = """
 import signal, time
 import mlx.core as mx
@@ -67,37 +50,11 @@ def main():
 """
 
 
-class Kills:
-    """The SIGKILLs that processes of this test have sent."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    @property
-    def sent(self) -> list[str]:
-        """Return one line for each."""
-        return self._path.read_text().splitlines()
-
-    def kill(self, pid: int, number: int) -> None:
-        """Count and send a signal, instead of os.kill."""
-        if number == signal.SIGKILL:
-            with self._path.open("a") as file:
-                file.write(f"front kills {pid}\n")
-        KILL(pid, number)
-
-
 @pytest.fixture
 def kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kills:
-    """Count the SIGKILLs of this process and its children."""
-    folder, path = tmp_path / "counter", tmp_path / "kills"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(COUNTER.format(path=str(path)))
-    path.touch()
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    """Count the SIGKILLs of this process and of the guards."""
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
-    kills = Kills(path)
-    monkeypatch.setattr(os, "kill", kills.kill)
-    return kills
+    return count_kills(tmp_path / "counter", monkeypatch)
 
 
 def check_unloaded(ring: Ring, *ranks: int) -> None:
@@ -106,7 +63,7 @@ def check_unloaded(ring: Ring, *ranks: int) -> None:
         assert ring._ends[rank].held_bytes < 1000  # constants of modules
 
 
-@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+@pytest.mark.parametrize("strategy", ["hybrid", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Kills) -> None:
     with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2, strategy=strategy))) as session:
         pids, ring = session.pids, session._ring
@@ -120,15 +77,16 @@ def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Ki
     assert kills.sent == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "strategy", "lost"),
     [
         (signal.SIGKILL, "hybrid", 0),
         (signal.SIGKILL, "pipeline", 1),
         (signal.SIGSTOP, "hybrid", 1),
-        pytest.param(signal.SIGSTOP, "pipeline", 0, marks=pytest.mark.slow),
+        (signal.SIGSTOP, "pipeline", 0),
         (signal.SIGTERM, "hybrid", 0),
-        pytest.param(signal.SIGTERM, "pipeline", 1, marks=pytest.mark.slow),
+        (signal.SIGTERM, "pipeline", 1),
     ],
 )
 def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int, kills: Kills) -> None:
@@ -154,11 +112,12 @@ def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int
     assert kills.sent == []
 
 
+@pytest.mark.slow
 def test_only_a_stuck_rank_is_killed_and_that_is_said(
-    kills: Kills, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kills: Kills, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "counter/stuck_rank.py").write_text(STUCK)
-    with (tmp_path / "counter/sitecustomize.py").open("a") as file:
+    (kills.folder / "stuck_rank.py").write_text(STUCK)
+    with (kills.folder / "sitecustomize.py").open("a") as file:
         file.write("from kimi_mlx.cluster.ring import end_limits\n")
         file.write("end_limits.END_LIMITS_S = {'idle': 1.0}; end_limits.KILL_S = 1.0\n")
     monkeypatch.setattr(ending, "SHOW_AFTER_S", 0.5)
@@ -178,6 +137,7 @@ def test_only_a_stuck_rank_is_killed_and_that_is_said(
     assert "may stay in use until that Mac restarts; `kimi-mlx doctor` shows it" in killed
 
 
+@pytest.mark.slow
 def test_a_rank_whose_commands_cannot_be_read_says_so(kills: Kills) -> None:
     with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2, max_restarts=0))) as session:
         ring, pids = session._ring, session.pids
@@ -188,6 +148,7 @@ def test_a_rank_whose_commands_cannot_be_read_says_so(kills: Kills) -> None:
     assert kills.sent == []
 
 
+@pytest.mark.slow
 def test_the_prompt_cache_of_a_ring_is_written_at_its_end(tmp_path: Path, kills: Kills) -> None:
     """Also the blocks of an answer that is cancelled by the end."""
     request = Request(tuple(20 + i * i % 1700 for i in range(700)), max_tokens=2000, stop_ids=())
@@ -211,6 +172,7 @@ def test_limits_grow_with_the_weights() -> None:
     assert guard.HOLD_S > end_limits.BREAK_OFF_S + 2
 
 
+@pytest.mark.slow
 def test_status_and_cancel_do_not_wait_while_a_restart_encodes_prompts(
     kills: Kills, monkeypatch: pytest.MonkeyPatch
 ) -> None:
