@@ -175,11 +175,12 @@ class Channel:
         except OSError:  # the front is gone
             self._end()
 
-    def _end(self, number: int | None = None) -> None:
+    def _end(self, number: int | None = None, wait_s: float = BREAK_OFF_S) -> None:
         """Let the main thread leave. Any thread may call this, also more than once.
 
         Args:
-            number: signal that is the reason; None if the front is gone.
+            number: signal that is the reason; None for the end of the input.
+            wait_s: time until the collectives are broken off.
         """
         with self._end_lock:
             if self._is_ending:
@@ -187,7 +188,6 @@ class Channel:
             self._is_ending, self._signal = True, number
             self._commands.put(None)
             self.num_received += 1
-        wait_s = BREAK_OFF_S if number is None else 0
         threading.Thread(target=self._break_off, args=(wait_s,), daemon=True).start()
 
     def _break_off(self, wait_s: float) -> None:
@@ -199,18 +199,20 @@ class Channel:
                 break_off_collectives(self.sockets)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._end(number)
+        self._end(number, 0)
         sys.exit()
 
     def _wait_for_signal(self, reader: int) -> None:
-        self._end(os.read(reader, 1)[0])
+        self._end(os.read(reader, 1)[0], 0)
 
     def _read_messages(self) -> None:
         try:
             for line in self._source:
                 message = decode(line)
                 self._last_message_at = time.monotonic()
-                if message["kind"] != "alive":
+                if message["kind"] == "lost":
+                    self._end(wait_s=0)
+                elif message["kind"] != "alive":
                     with self._end_lock:
                         self._commands.put(message)
                         self.num_received += 1

@@ -1,7 +1,8 @@
 """Messages between the front and the ranks: one JSON object per line, in both directions.
 
 Front to rank: `start` (once, first), `join` (addresses of all ranks), then `request` (with its id), `cancel` (the id),
-`reset`; `alive` every second in which nothing else is sent. The end of the messages tells a rank to end.
+`reset`; `alive` every second in which nothing else is sent. The end of the messages tells a rank to end, after the same
+step as the others; `lost` tells it not to wait for them.
 Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links), `loading`, `ready`, `finished`,
 `refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,
 its steps, its links and its memory; from the leader also `tokenizer_files`, `prefilled` and `token`.

@@ -72,6 +72,7 @@ class Ring:
         self._is_over = is_over or threading.Event()
         self._inbox: Inbox = queue.SimpleQueue()
         self._ends: dict[int, RankEnd] = {}
+        self._is_lost = False
         self._early: deque[tuple[int, Message]] = deque()  # messages of fast ranks while slow ones still join
         self._ranks: list[HostProcess] = []
         self._pids: list[int | None] = []
@@ -95,6 +96,7 @@ class Ring:
 
     def _start(self, settings: dict[str, object]) -> None:
         self._tag = secrets.token_hex(8)
+        self._is_lost = False
         self._inbox = queue.SimpleQueue()  # drops messages of an earlier start
         self._early.clear()
         self._ends = {rank: RankEnd() for rank in range(self.world_size)}
@@ -158,6 +160,8 @@ class Ring:
 
     def close(self) -> None:
         """End all ranks on all hosts, and wait until they have released their memory. It may be called again."""
+        if self._is_lost:
+            self.send("lost")
         ranks, self._ranks = self._ranks, []
         if ranks:
             names = {process.rank: self._name(process.rank) for process in ranks}
@@ -275,6 +279,7 @@ class Ring:
         problem = self._watch.check(time.monotonic())
         if problem is None:
             return
+        self._is_lost = True
         kind = StallError if problem.is_stall else RingError
         if problem.rank is None:
             raise kind(f"the ring of {self.world_size} ranks: {problem.message}", hint=HINT)
@@ -300,6 +305,7 @@ class Ring:
             rank: rank that has ended.
             message: its `error` or `failed`; None if it has closed its output.
         """
+        self._is_lost = True
         time.sleep(CAUSE_WAIT_S)
         last = {rank: message} if message is not None else {}
         while not self._inbox.empty():
