@@ -195,7 +195,5 @@ def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
     if root is not None and (stores := find_stores(root, entry.repository)):
         return "store", stores[0].folder
     folder = repository_folder(entry.repository)
-    try:
-        return ("partly", folder) if any((folder / "blobs").iterdir()) else ("no", None)
-    except OSError:
-        return "no", None
+    has_files = any(folder.glob("blobs/*")) or any(folder.glob("snapshots/*/*"))
+    return ("partly", folder) if has_files else ("no", None)

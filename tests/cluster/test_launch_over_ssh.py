@@ -324,8 +324,10 @@ def hub(hosts: Hosts, tmp_path: Path) -> Iterator[Hub]:
 
 def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Hosts, where: Where, hub: Hub) -> None:
     envs = ("--env", f"HF_ENDPOINT={hub.url}", "--env", "HF_HUB_DISABLE_XET=1")
+    hub.fail("status", "/cdn/*", status=429, times=1, headers={"Retry-After": "5"})
     code, out, err = run(*where, *envs, "download", "owner/model", "--strategy", "pipeline", "--json")
     assert code == 0, err
+    assert re.search(r"^mac-[ab]: waiting: .* answered with status 429\.", err, re.MULTILINE), err
     result = json.loads(out)
     assert [each["host"] for each in result["hosts"]] == hosts.names
     size = sum(path.stat().st_size for path in hub.folders["owner/model"].iterdir())
