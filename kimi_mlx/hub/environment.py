@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 from kimi_mlx.errors import UsageError
 
 NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+MAX_TIMEOUT_S = 10**6
 CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
 """Variables with the folder of the hub's cache; the first one that is set counts."""
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -39,7 +40,7 @@ def constants() -> ModuleType:
     for variable in NUMBERS:
         value = os.environ.get(variable)
         try:
-            is_valid = value is None or int(value) >= 0
+            is_valid = value is None or 0 <= int(value) <= MAX_TIMEOUT_S
         except ValueError:
             is_valid = False
         if not is_valid:

@@ -22,6 +22,7 @@ from kimi_mlx.weights.index import checkpoint_files
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+WEIGHTS_NAME = re.compile(r"`([^`/]+\.safetensors)`")
 MAX_LINK_BYTES = 200
 
 
@@ -75,13 +76,14 @@ def is_complete(snapshot: Path) -> bool:
 
 
 def missing_files(snapshot: Path) -> list[str]:
-    """Return the required files that are missing; of the weights, a description."""
+    """Return the required files that are missing; of the weights only the first."""
     missing = [" or ".join(group) for group in missing_required(snapshot) if not _is_known_absent(snapshot, group)]
     missing += [path.name for path in sorted(snapshot.iterdir()) if _is_copied_link(path)] if snapshot.is_dir() else []
     try:
         checkpoint_files(snapshot)
-    except KimiMlxError:
-        missing.append("model*.safetensors")
+    except KimiMlxError as error:
+        named = WEIGHTS_NAME.findall(error.message)
+        missing.append(named[0] if named else "model*.safetensors")
     return missing
 
 

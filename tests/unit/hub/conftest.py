@@ -28,7 +28,9 @@ def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(KIMI_MINI, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for number in (1, 2, 3):
-        (folder / f"model-{number}-of-3.safetensors").write_bytes(random.Random(number).randbytes(300_000))
+        header = (2).to_bytes(8, "little") + b"{}"
+        data = random.Random(number).randbytes(300_000 - len(header))
+        (folder / f"model-{number}-of-3.safetensors").write_bytes(header + data)
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": WEIGHT_MAP}))
     (folder / "modeling_deepseek.py").write_text("raise SystemExit")
     (folder / "figures").mkdir()

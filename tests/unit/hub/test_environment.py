@@ -77,6 +77,7 @@ def test_a_broken_variable_is_named(variable: str, value: str, message: str, mon
         ("HF_HOME", "/data/hf ", "`HF_HOME` contains a space, at position 9 of 9"),
         ("HF_HUB_CACHE", "$NO_SUCH_VARIABLE/hub", r"`HF_HUB_CACHE` is `\$NO_SUCH_VARIABLE/hub`, which is not a folder"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "10s", "`HF_HUB_DOWNLOAD_TIMEOUT` is `10s`, not a number of seconds"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "9" * 20, "`HF_HUB_DOWNLOAD_TIMEOUT` is `9*`, not a number of seconds"),
         ("HF_HUB_ETAG_TIMEOUT", "-1", "`HF_HUB_ETAG_TIMEOUT` is `-1`, not a number of seconds"),
     ],
 )
