@@ -197,6 +197,15 @@ def test_a_client_that_sends_a_large_body_can_read_the_error(protected: RunningS
         assert b" 413 " in connection.recv(100)  # at once
 
 
+@pytest.mark.parametrize(("encoding", "status"), [("br", 415), ("gzip", 400)])
+def test_a_client_that_sends_a_large_body_in_an_invalid_encoding_can_read_the_error(
+    running: RunningServer, encoding: str, status: int
+) -> None:
+    body = b"x" * 8_000_000
+    response = raw.request(running.port, "POST", "/v1/messages", body, {"content-encoding": encoding})
+    assert (response.status, response.headers["connection"]) == (status, "close")
+
+
 def test_a_body_with_two_lengths_is_refused(running: RunningServer) -> None:
     headers = {"content-length": "5", "transfer-encoding": "chunked"}
     response = raw.request(running.port, "POST", "/v1/completions", b"0\r\n\r\n", headers)
