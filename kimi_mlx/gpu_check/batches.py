@@ -24,7 +24,8 @@ def check(context: Context) -> None:
     """Compare the logits of all new tokens."""
     weights = RandomWeights(model_config(context.sizes))
     for dtype in context.dtypes:
-        model = weights.model(dtype)
+        with context.on_device():
+            model = weights.model(dtype)
         for label, lengths in BATCHES.items():
             context.progress(f"{label} in {str(dtype).removeprefix('mlx.core.')}")
             tokens = [random_tokens(new, model.config.vocab_size, seed) for seed, (_, new) in enumerate(lengths)]

@@ -23,7 +23,8 @@ BLOCKS = 2
 def check(context: Context) -> None:
     """Store the rows of a prompt, open the cache again, and continue from what it returns."""
     folder = ensure_downloaded("kimi-mini", 1, "hybrid", None)
-    model = load_model(folder, load_config(folder), mx.bfloat16)
+    with context.on_device():  # with the tuning of that device
+        model = load_model(folder, load_config(folder), mx.bfloat16)
     length = BLOCKS * BLOCK_TOKENS
     ids = random_tokens(length + 1, model.config.vocab_size)
     tokens = [int(token) for token in ids[0].tolist()]  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]

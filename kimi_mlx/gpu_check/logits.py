@@ -44,7 +44,8 @@ def _compare_models(context: Context, name: str, model_of: Callable[[mx.Dtype], 
         mx.eval(expected)
     for dtype in context.dtypes:
         short = str(dtype).removeprefix("mlx.core.")
-        model = model_of(dtype)
+        with context.on_device():
+            model = model_of(dtype)
         for label, start, logits in _steps(context, model, tokens):
             context.progress(f"{name} in {short}, {label} tokens")
             errors = row_errors(logits, expected[:, start : start + logits.shape[1]])

@@ -23,8 +23,9 @@ ALWAYS, NEVER = 10**9, 0
 def check(context: Context) -> None:
     """Measure the random model in bfloat16, or in float32 on a CPU."""
     dtype = mx.float32 if context.device == "cpu" else mx.bfloat16
-    model = RandomWeights(model_config(context.sizes)).model(dtype)
+    weights = RandomWeights(model_config(context.sizes))
     with context.on_device():
+        model = weights.model(dtype)
         for run in (_fence, _decode, _few_queries, _stacked_sequences, _sorted_experts, _chunks):
             context.progress((run.__doc__ or "").partition(".")[0])
             run(context, model)
