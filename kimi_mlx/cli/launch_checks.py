@@ -113,11 +113,14 @@ def _require_cluster(
 
 
 def _print_start(diagnosis: Diagnosis, need: ModelNeed, option: str, cluster: Cluster, *, is_full: bool) -> None:
-    """Print the whole report, or a line on ranks and network."""
+    """Print the whole report, or a line on ranks and network, and a warning if others may read the ranks' data."""
     if is_full:
         _print_report(diagnosis, need, option)
-    else:
-        stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
+        return
+    stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
+    for finding in diagnosis.findings:
+        if finding.check == "encryption" and finding.state == "warning":
+            stderr.print(f"warning: {finding.message}; {finding.remedy}", style="yellow", markup=False)
 
 
 def _print_report(diagnosis: Diagnosis, need: ModelNeed, option: str) -> None:

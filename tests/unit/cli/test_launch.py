@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,22 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch_checks, launched_command
+from kimi_mlx.cli.open_model import LaunchContext
+from kimi_mlx.cluster.doctor.cluster_checks import check_kernels
+from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
+from kimi_mlx.cluster.doctor.wired_memory import check_wired_memory
+from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.cluster.hosts.findings import Finding
+from kimi_mlx.cluster.hosts.host import Host, Hostfile
+from kimi_mlx.cluster.network.choose import check_encryption
+from kimi_mlx.cluster.network.links import Network
+from kimi_mlx.units import GIB
 from tests.command import call
+from tests.unit.cluster.doctor.test_host_checks import MAC, OTHER
 
 REACHED = 77
+HOSTFILE = Hostfile((Host("mac-a", ("10.0.0.1",)), Host("mac-b", ("10.0.0.2",))), "ring")
 HOSTS = ("--hosts", "mac-a,mac-b")
 
 
@@ -110,6 +125,49 @@ def test_wrong_usage_fails_before_a_host_is_contacted(reached: list[Any], words:
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
     assert not any(isinstance(item, DoctorRequest) for item in reached)
+
+
+def launch_with(
+    finding: Finding, monkeypatch: pytest.MonkeyPatch, *words: str, other: Facts = OTHER
+) -> subprocess.CompletedProcess[str]:
+    """Run launch with a diagnosis that has a finding; the command itself exits with REACHED."""
+
+    class Command(launched_command.LaunchedCommand):
+        def run(self, launched: LaunchContext) -> None:
+            raise typer.Exit(REACHED)
+
+    diagnosis = Diagnosis(("mac-a", "mac-b"), {"mac-a": MAC, "mac-b": other}, (finding,), hostfile=HOSTFILE)
+    monkeypatch.setattr(launched_command, "LaunchedCommand", Command)
+    monkeypatch.setattr(launch_checks, "run_diagnosis", lambda request, is_install: diagnosis)
+    return call("launch", *HOSTS, *words)
+
+
+def test_lost_wired_memory_prevents_loading_but_not_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = check_wired_memory(replace(MAC, wired_bytes=414 * GIB, process_bytes=8 * GIB))
+    refused = launch_with(finding, monkeypatch, "chat", "-p", "hi")
+    assert refused.returncode == 1
+    assert "restart this Mac" in refused.stderr
+    assert launch_with(finding, monkeypatch, "--force", "chat", "-p", "hi").returncode == REACHED
+    assert launch_with(finding, monkeypatch, "download", "kimi-k2").returncode == REACHED
+
+
+def test_hosts_with_other_chips_do_not_run_hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
+    unequal = replace(OTHER, chip="Apple M4 Max")
+    finding = check_kernels([MAC, unequal])
+    assert (
+        launch_with(finding, monkeypatch, "chat", "-p", "hi", other=unequal).returncode == REACHED
+    )  # pipeline is chosen
+    refused = launch_with(finding, monkeypatch, "chat", "-p", "hi", "--strategy", "hybrid", other=unequal)
+    assert refused.returncode == 1
+    assert "leave `--strategy` out" in " ".join(refused.stderr.split())
+
+
+def test_wifi_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network("wifi", ("10.0.0.1", "10.0.0.2"), ("en0", "en0"))
+    finding = check_encryption("mac-a, mac-b", network, [IPv4Network("10.0.0.0/24")], "ring")
+    done = launch_with(finding, monkeypatch, "chat", "-p", "hi")
+    assert done.returncode == REACHED
+    assert "is Wi-Fi: anyone who can read its traffic can recover prompts and answers" in " ".join(done.stderr.split())
 
 
 def test_it_does_not_start_under_another_launcher(reached: list[Any]) -> None:
