@@ -2,7 +2,7 @@
 
 sshd hands our command to the user's login shell, which first reads start-up files (.bashrc, .zshenv, config.fish,
 .cshrc). The command is therefore as simple as a command can be, and the script comes on standard input. The script
-prints a mark before its own output; everything before the mark is the login shell's.
+prints a mark before its own output, and may print one after it; everything else is the login shell's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ _EDGE = "#kimi-mlx"
 
 _NAME = "kimi-mlx"
 """`$0` of the script; another shell that a start-up file starts in our place has another."""
+
+_END = " end"
+"""What follows the mark in the mark at the end."""
 
 _COMMAND = (
     "script=$(PATH=/usr/bin:/bin:$PATH command dd bs=1 count={size} 2>/dev/null); case $script in "
@@ -53,7 +56,7 @@ class MarkedScript:
     mark: bytes
 
 
-def mark_script(script: str, *, is_remote: bool) -> MarkedScript:
+def mark_script(script: str, *, is_remote: bool, has_end_mark: bool = False) -> MarkedScript:
     """Return a script that prints a mark first.
 
     The command does not use `sh -s`, because some shells read ahead into the script's input; `dd` with `bs=1` does not.
@@ -61,8 +64,11 @@ def mark_script(script: str, *, is_remote: bool) -> MarkedScript:
     Args:
         script: script for a POSIX shell.
         is_remote: whether to change to the home folder first, as start-up files may have left it.
+        has_end_mark: whether to print a mark after the output too.
     """
     mark = f"kimi-mlx {secrets.token_hex(8)}"
+    if has_end_mark:  # also if the script calls `exit`
+        script = f"(\n{script}\n)\nset -- $?\nprintf '\\n{mark}{_END}\\n'\nexit $1"
     folder = "cd 2>/dev/null || cd /" if is_remote else ""
     prelude = _PRELUDE.format(name=_NAME, folder=folder, mark=mark)
     data = f"{_EDGE}\n{prelude}{script}\n{_EDGE}".encode()
@@ -70,6 +76,6 @@ def mark_script(script: str, *, is_remote: bool) -> MarkedScript:
 
 
 def split_at_mark(output: bytes, mark: bytes) -> tuple[bytes, bytes | None]:
-    """Return the output before the mark, and the script's own output; None if it has no mark."""
+    """Return the output before the mark, and the script's own output up to its end; None if it has no mark."""
     before, found, after = output.partition(b"\n" + mark + b"\n")
-    return before, after if found else None
+    return before, after.partition(b"\n" + mark + _END.encode() + b"\n")[0] if found else None

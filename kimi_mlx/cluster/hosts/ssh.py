@@ -124,15 +124,20 @@ def ssh_command(
     return ["ssh", *options, *ours, "-T", "--", check_host(host), " ".join(map(quote_argument, remote))]
 
 
-def script_on(host: str, script: str) -> MarkedScript:
+def script_on(host: str, script: str, *, has_end_mark: bool = False) -> MarkedScript:
     """Return a script for a host; its command is the local command line, with ssh if the host is another machine.
+
+    Args:
+        host: host name as in check_host.
+        script: script for a POSIX shell.
+        has_end_mark: whether to print a mark after the output too.
 
     Raises:
         UsageError: the host name is not valid.
     """
     if is_local(check_host(host)):
-        return mark_script(script, is_remote=False)
-    marked = mark_script(script, is_remote=True)
+        return mark_script(script, is_remote=False, has_end_mark=has_end_mark)
+    marked = mark_script(script, is_remote=True, has_end_mark=has_end_mark)
     return replace(marked, command=ssh_command(host, marked.command))
 
 
@@ -212,7 +217,7 @@ class _Running:
 
 
 def _start(host: str, script: str) -> _Running:
-    marked = script_on(host, script)
+    marked = script_on(host, script, has_end_mark=True)
     monotonic_start, started_at = time.monotonic(), time.time()
     try:
         process = subprocess.Popen(
