@@ -7,6 +7,7 @@ depends on anything local to a rank, such as the progress of its disk.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import OrderedDict
@@ -66,6 +67,7 @@ class BlockStore:
         self._blocks: OrderedDict[str, Block] = OrderedDict()
         """Blocks by name, in order of eviction: a block always comes before its parent."""
         self.capacity = 0
+        self._warn = warn
         self._is_agreed = False
         self._lock: int | None = None
         try:
@@ -123,7 +125,7 @@ class BlockStore:
         """Return the rows of a block from `find`, (layers, BLOCK_TOKENS, width).
 
         Raises:
-            CacheError: the block cannot be used; it is removed from the index.
+            CacheError: the block cannot be used. It is removed, so this is reported once.
             RingError: the same if other ranks rely on the block: they must agree again.
         """
         if (pending := self._writer.waiting(block.name)) is not None:
@@ -132,13 +134,16 @@ class BlockStore:
         try:
             return read_block(path, block, tokens, self.shape)
         except CacheError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # without its name in the index the file is ignored
+                path.unlink()
             del self._blocks[block.name]
             if self._is_agreed:
                 raise RingError(
                     f"{error.message}, but the other ranks rely on it",
                     hint="the ring restarts without it; if this happens again, check the disk, or omit `--cache-dir`",
                 ) from error
+            if not isinstance(error.__cause__, FileNotFoundError):  # never written, because the disk was full
+                self._warn(f"{error.message}; it is removed, and its tokens are computed again")
             raise
 
     def put(self, tokens: Sequence[int], rows_of: RowsOf) -> None:

@@ -47,7 +47,7 @@ def write(folder: Path, tokens: list[int]) -> None:
 
 def found(folder: Path, tokens: list[int]) -> int:
     """Return the number of cached tokens of a conversation in a new process."""
-    store = open_store(folder)
+    store = open_store(folder, [])
     cached = run_turn(KVCachePool(MODEL, blocks=store), [*tokens, 1])
     store.close()
     return cached
@@ -136,11 +136,39 @@ def test_a_broken_block_is_a_miss_and_is_written_again(
         harm(files(tmp_path)[1])
         assert found(tmp_path, make_tokens(1000)) == 256
     else:
-        store = open_store(tmp_path)
+        store = open_store(tmp_path, [])
         harm(files(tmp_path)[1])
         assert run_turn(KVCachePool(MODEL, blocks=store), make_tokens(1000)) == 256
         store.close()
     assert found(tmp_path, make_tokens(1000)) == 768
+
+
+@pytest.mark.parametrize("harm", [garble, replace_by_folder])
+def test_a_broken_block_is_reported_once_and_not_read_again(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    write(tmp_path, make_tokens(1000))
+    warnings: list[str] = []
+    store = open_store(tmp_path, warnings)
+    harm(files(tmp_path)[1])  # a folder cannot be deleted like a file, so it stays
+    pool = KVCachePool(MODEL, blocks=store)
+    for _ in range(3):
+        assert len(pool.acquire(make_tokens(1000))[0].tokens) == 256
+        pool.discard_all()
+    assert len(warnings) == 1
+    assert "it is removed, and its tokens are computed again" in warnings[0]
+    store.close()
+
+
+@settings(max_examples=60)
+@given(at=st.integers(0, 2000), value=st.integers(0, 255))
+def test_a_damaged_header_is_a_miss(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    write(folder, make_tokens(300))
+    [file] = files(folder)
+    data = bytearray(file.read_bytes())
+    header_bytes = len(data) - SHAPE.block_bytes
+    data[at % header_bytes] = value
+    file.write_bytes(data)
+    assert found(folder, make_tokens(300)) in (0, 256)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +183,7 @@ def test_a_broken_block_is_a_miss_and_is_written_again(
 )
 def test_blocks_of_another_model_are_not_used(tmp_path: Path, change: dict[str, str]) -> None:
     write(tmp_path, make_tokens(1000))
-    store = open_store(tmp_path, **change)  # pyright: ignore[reportArgumentType]
+    store = open_store(tmp_path, [], **change)  # pyright: ignore[reportArgumentType]
     blocks = store.find(make_tokens(1000))
     assert not blocks or "shape" in change
     for block in blocks[:1]:
