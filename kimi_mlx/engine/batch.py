@@ -75,14 +75,17 @@ class Batch:
         self.members.remove(sequence)
         self._pool.release(sequence.end())
 
-    def drop(self) -> None:
-        """Discard the step in flight and remove all sequences. Only allowed on a single rank."""
+    def remove_all(self) -> None:
+        """Discard the step in flight and remove all sequences; their caches return to the pool.
+
+        Only allowed on a single rank.
+        """
         self._in_flight = None
         while self.members:
             self.remove(self.members[-1])
 
-    def abandon(self) -> None:
-        """Discard the step in flight and all sequences without returning their caches to the pool."""
+    def discard_all(self) -> None:
+        """Discard the step in flight and all sequences, with their caches."""
         self._in_flight = None
         self.members.clear()
 
@@ -159,7 +162,11 @@ class Batch:
             budget -= len(tokens)
             is_last = int(sequence.num_computed_tokens == len(sequence.tokens))
             position = sequence.num_computed_tokens + 1 - is_last
-            entries.append(BatchEntry(sequence, sequence.epoch, len(tokens), is_last, position, num_logits, tokens))
+            entries.append(
+                BatchEntry(
+                    sequence, sequence.epoch, len(tokens), is_last, position, num_logits, tokens, is_prefill=True
+                )
+            )
             num_logits += is_last
             self.members.remove(sequence)
             self.members.append(sequence)
@@ -245,5 +252,5 @@ class Batch:
 def _progress(entry: BatchEntry) -> Events:
     """Yield the progress of the prompt, if the entry is a part of it."""
     sequence = entry.sequence
-    if entry.previous_entry is None and not sequence.generated:
+    if entry.is_prefill and not sequence.generated:
         yield sequence.request_id, Prefilled(entry.position + entry.num_logits - 1, len(sequence.request.prompt))

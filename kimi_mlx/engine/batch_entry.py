@@ -21,6 +21,7 @@ class BatchEntry:
         tokens: input tokens; empty if the input is the token that `previous_entry` samples.
         previous_entry: index of the entry of the previous step whose token is the input.
         draft: speculated tokens, the last ones of `tokens`.
+        is_prefill: whether the tokens are a chunk of a prompt.
     """
 
     sequence: Sequence
@@ -32,6 +33,7 @@ class BatchEntry:
     tokens: tuple[int, ...] = ()
     previous_entry: int | None = None
     draft: tuple[int, ...] = ()
+    is_prefill: bool = False
 
     @property
     def is_alive(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import mlx.core as mx
 
@@ -21,7 +20,7 @@ from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
-from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.parallel.group import SingleGroup, gather_on_host
 
 MAX_NEW_COMMANDS = SEQUENCE_MODULUS // 2
 """Maximum number of commands that a header can announce at a time: counts are sent modulo SEQUENCE_MODULUS."""
@@ -141,7 +140,11 @@ class Engine:
         Raises:
             RingError: a rank is lost.
         """
+        num_running = self.num_running
         yield from self._admit()
+        if self.num_running > num_running and self._runner.communicator is not None:
+            # A rank may be late: its command arrived later, or it read blocks from its disk.
+            self._runner.communicator.synchronize()
         while self._ended:
             yield self._ended.pop(0)
         for _ in range(len(self._batches)):
@@ -165,7 +168,7 @@ class Engine:
             self._waiting.clear()
             self._ended.clear()
             for batch in self._batches:
-                batch.drop()
+                batch.remove_all()
 
     def num_new_commands(self, num_done: int) -> int:
         """Return the number of commands to execute before the next step: the same on all ranks at the same step.
@@ -180,13 +183,13 @@ class Engine:
         new = (self._num_commands - num_done) % SEQUENCE_MODULUS
         return new if new <= MAX_NEW_COMMANDS else 0  # larger means negative: an older header, read late
 
-    def abandon(self) -> None:
-        """Drop all requests and caches after a failed step. Only allowed on a single rank."""
+    def discard_all(self) -> None:
+        """Discard all requests and caches after a failed step. Only allowed on a single rank."""
         for batch in self._batches:
-            batch.abandon()
+            batch.discard_all()
         self._ended.clear()
         self._waiting.clear()
-        self._pool.abandon()
+        self._pool.discard_all()
 
     def clear(self) -> None:
         """Drop the caches that are kept for later requests."""
@@ -254,10 +257,9 @@ class Engine:
         """Return the seed, the same on every rank. The leader chooses one if the request has none."""
         seed, communicator = request.sampling.seed, self._runner.communicator
         if seed is None and request.sampling.temperature > 0:
-            seed = random.getrandbits(24)  # as many bits as a float32 sum represents exactly
+            seed = random.getrandbits(24)
             if communicator is not None and self._runner.pipeline is None:  # in a pipeline only the leader samples
-                mine = mx.array([float(seed if communicator.is_leader else 0)])
-                seed = int(cast(float, communicator.group.sum(mine).item()))
+                seed = int(gather_on_host(communicator.group, [seed])[0, 0])
         return seed
 
 

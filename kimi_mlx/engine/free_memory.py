@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
 from kimi_mlx.model.moe import MoE
-from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.group import Group, gather_on_host
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
 from kimi_mlx.sizing.prefill import RankShape
 
@@ -39,7 +40,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         chunk=chunk,
         largest_chunk=model.tuning.prefill_chunk,
     )
-    smallest = group.gather(mx.array(astuple(mine), mx.int32)).min(axis=0)
+    smallest = gather_on_host(group, np.array(astuple(mine), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
 
 

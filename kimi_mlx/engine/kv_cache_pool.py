@@ -213,8 +213,8 @@ class KVCachePool:
         """Drop idle caches and free their memory; blocks on disk stay."""
         self._idle.clear()
 
-    def abandon(self) -> None:
-        """Drop all caches, also those in use: after a failed step their contents are unknown."""
+    def discard_all(self) -> None:
+        """Discard all caches, also those in use: after a failed step their contents are unknown."""
         self._busy.clear()
         self._idle.clear()
 

@@ -89,6 +89,8 @@ class StepRunner:
         num_commands = self._count_commands()
         if self._communicator is not None:
             self._communicator.set_header(num_commands, sum(entry.previous_entry is not None for entry in entries))
+            if any(entry.is_prefill for entry in entries):
+                self._communicator.expect_long_steps()
         slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
         step = InFlightStep(entries, self._model.hidden(self._tokens(entries, previous), slices), num_commands)
         if self._communicator is not None:

@@ -54,6 +54,14 @@ class Communicator:
         """Return x + the sum of all ranks' partial attention outputs, the same bits on each rank."""
         return x + partial
 
+    def check_same(self, name: str, x: mx.array) -> None:
+        """Compare a value that every rank computes for itself with those of the other ranks, if this step is checked.
+
+        Args:
+            name: plural name of the value, for error messages.
+            x: the value; integers are sets in the last dimension, whose order does not matter.
+        """
+
     def sum_experts(self, partial: mx.array) -> mx.array:
         """Return the sum of all ranks' partial expert outputs, the same bits on each rank."""
         return partial
@@ -87,7 +95,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, communicator: Communicator):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self._communicator = communicator
+        self.communicator = communicator
+        self._states_name, self._experts_name = f"hidden states in layer {layer}", f"chosen experts of layer {layer}"
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
         self.self_attn = Attention(config, weights)
@@ -98,10 +107,16 @@ class DecoderLayer(nn.Module):
     ) -> mx.array:
         """(B, L, D) -> (B, M, D), the hidden states of the M queries. The caches get all L tokens."""
         attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), caches, layout, query_layout)
-        x = self._communicator.add_attention(query_layout.select(x), attended)
+        communicator = self.communicator
+        x = communicator.add_attention(query_layout.select(x), attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
-        residual = x if self._communicator.owns_residual else None
-        return self._communicator.sum_experts(self.mlp(h, residual))
+        communicator.check_same(self._states_name, h)
+        residual = x if communicator.owns_residual else None
+        if not isinstance(self.mlp, MoE):
+            return communicator.sum_experts(self.mlp(h, residual))
+        ids, weights = self.mlp.gate(h)
+        communicator.check_same(self._experts_name, ids)
+        return communicator.sum_experts(self.mlp(h, residual, ids, weights))
 
 
 class Model(nn.Module):
@@ -145,6 +160,12 @@ class Model(nn.Module):
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.sort_min_choices = tuning.sort_min_choices
+
+    def set_communicator(self, communicator: Communicator) -> None:
+        """Use another communicator from the next step on."""
+        self.communicator = communicator
+        for layer in self.layers:
+            layer.communicator = communicator
 
     @property
     def has_head(self) -> bool:

@@ -135,9 +135,15 @@ class MoE(nn.Module):
         if weights.has("mlp.shared_experts.down_proj"):
             self.shared_experts = DenseMLP(weights, "mlp.shared_experts")
 
-    def __call__(self, x: mx.array, residual: mx.array | None) -> mx.array:
-        """(B, L, D) -> (B, L, D), added to the residual if given."""
-        ids, weights = self.gate(x)
+    def __call__(self, x: mx.array, residual: mx.array | None, ids: mx.array, weights: mx.array) -> mx.array:
+        """(B, L, D) -> (B, L, D), added to the residual if given.
+
+        Args:
+            x: hidden states.
+            residual: what to add.
+            ids: chosen experts from `gate`, (B, L, K + S).
+            weights: their weights.
+        """
         if "shared_experts" in self:
             residual = self.shared_experts(x, residual)
         if self._held is not None:

@@ -8,12 +8,11 @@ import platform
 from collections.abc import Callable
 from typing import TypeVar
 
-import mlx.core as mx
 import numpy as np
 
 from kimi_mlx import errors
 from kimi_mlx.errors import KimiMlxError, RingError, WeightsError
-from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.group import Group, gather_on_host
 
 Result = TypeVar("Result")
 
@@ -47,7 +46,7 @@ def raise_if_any_failed(group: Group, failure: KimiMlxError | None) -> None:
             raise failure
         return
     encoded = b"" if failure is None else _encode(failure)
-    rows = np.array(group.gather(mx.array(np.frombuffer(encoded.ljust(ERROR_BYTES), np.uint8))))
+    rows = gather_on_host(group, np.frombuffer(encoded.ljust(ERROR_BYTES), np.uint8))
     for rank, row in enumerate(rows):
         if text := row.tobytes().strip():
             raise _decode(text, rank) from failure
@@ -81,7 +80,7 @@ def check_same_on_all_ranks(group: Group, text: str, name: str, hint: str) -> No
         WeightsError: it differs on a rank.
     """
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    rows = np.array(group.gather(mx.array(digest)))
+    rows = gather_on_host(group, digest)
     for rank, row in enumerate(rows):
         if not np.array_equal(row, rows[0]):
             raise WeightsError(f"rank {rank} has another {name} than rank 0", hint)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.parallel.all_reduce_choice import NO_LIMIT, AllReduceChoice, AllReduceTiming, gather_limit
-from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.group import Group, MlxGroup, barrier, gather_on_host
 
 TOKENS = (1, 8, 64, 512)
 """Numbers of tokens per message: decode of one sequence, of several, and up to a chunk of a prompt."""
@@ -23,13 +23,13 @@ TOKENS = (1, 8, 64, 512)
 SUMS_PER_ROUND = 4
 """Number of sums timed as one: with a single sum, a late rank finds all data already received and seems fast."""
 
-ROUNDS, FEW_ROUNDS = 7, 2
-"""Number of rounds per size, and on a slow link."""
+MIN_ROUNDS, MAX_ROUNDS = 2, 7
+"""Number of rounds per size: on a slow link, and on a fast one."""
 
-SIZE_S = 0.05
+TIME_PER_SIZE_S = 0.05
 """Time per size above which there are fewer rounds."""
 
-LIMIT_S = 1.5
+TIME_LIMIT_S = 1.5
 """Total time limit: rounds and sizes that would exceed it are skipped."""
 
 Times = tuple[float, float]
@@ -45,11 +45,11 @@ def tune_all_reduce(group: Group, width: int, dtype: mx.Dtype) -> AllReduceChoic
         dtype: dtype of the values.
 
     Returns:
-        The choice on rank 0; None on other ranks, and for a group without a choice.
+        The choice on rank 0; None on other ranks, and for a group without a choice, as with the fast fence.
     """
-    if not isinstance(group, MlxGroup):
+    if not isinstance(group, MlxGroup) or group.has_fast_fence:
         return None
-    _broadcast(group, 0)  # barrier
+    barrier(group)
     begin = time.perf_counter()
     sizes: list[tuple[int, int, int]] = []
     medians: list[Times] = []
@@ -67,12 +67,12 @@ def tune_all_reduce(group: Group, width: int, dtype: mx.Dtype) -> AllReduceChoic
         gather_s, all_sum_s = (statistics.median(each) for each in zip(*times, strict=True))
         medians.append((gather_s, all_sum_s))
         sizes.append((tokens, x.nbytes, len(times)))
-    means: list[list[float]] = np.array(group.gather(mx.array(medians))).mean(axis=0).tolist()
+    means: list[list[float]] = gather_on_host(group, medians).mean(axis=0).tolist()
     timings = [
         AllReduceTiming(tokens, size_bytes, gather_s, all_sum_s, rounds)
         for (tokens, size_bytes, rounds), (gather_s, all_sum_s) in zip(sizes, means, strict=True)
     ]
-    all_checksums = np.array(group.gather(mx.array(checksums, mx.uint32)))
+    all_checksums = gather_on_host(group, np.array(checksums, np.uint32))
     is_same_bits = bool((all_checksums == all_checksums[0]).all())
     limit = gather_limit(timings, len(timings) == len(TOKENS)) if is_same_bits else NO_LIMIT
     [group.gather_limit_bytes] = _broadcast(group, limit)
@@ -98,6 +98,7 @@ def _time_both(group: MlxGroup, x: mx.array, round_index: int, num_sums: int) ->
     methods = (group.sum_gathered, group.all_sum)
     seconds = [0.0, 0.0]
     for index in (0, 1) if round_index % 2 == 0 else (1, 0):
+        barrier(group)  # so that no rank is late under the GPU operations of another
         begin = time.perf_counter()
         total = x
         for _ in range(num_sums):
@@ -110,18 +111,18 @@ def _time_both(group: MlxGroup, x: mx.array, round_index: int, num_sums: int) ->
 def _plan(warm: Times, elapsed_s: float) -> tuple[int, bool]:
     """Return the number of rounds for this size, and whether to measure the next, whose time may grow with its size."""
     round_s = SUMS_PER_ROUND * sum(warm)
-    rounds = min(max(int(SIZE_S / round_s), FEW_ROUNDS), ROUNDS)
-    if elapsed_s + rounds * round_s > LIMIT_S:
+    rounds = min(max(int(TIME_PER_SIZE_S / round_s), MIN_ROUNDS), MAX_ROUNDS)
+    if elapsed_s + rounds * round_s > TIME_LIMIT_S:
         return 0, False
     growth = max(after / before for before, after in pairwise(TOKENS))
-    return rounds, elapsed_s + rounds * round_s + 2 * growth * sum(warm) < LIMIT_S
+    return rounds, elapsed_s + rounds * round_s + 2 * growth * sum(warm) < TIME_LIMIT_S
 
 
 def _broadcast(group: MlxGroup, *numbers: int) -> list[int]:
     """Return the numbers of rank 0."""
-    rows = group.gather(mx.array(numbers, mx.int64))
-    return [int(number) for number in np.array(rows)[0]]
+    return [int(number) for number in gather_on_host(group, np.array(numbers, np.int64))[0]]
 
 
 def _checksum(x: mx.array) -> int:
+    mx.eval(x)  # before the view, which may be an operation on the GPU
     return crc32(np.array(x.view(mx.uint8)).tobytes())

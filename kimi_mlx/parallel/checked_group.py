@@ -20,8 +20,10 @@ import numpy as np
 from kimi_mlx.errors import RingError
 from kimi_mlx.parallel.group import Group
 
-SEAL_BYTES = 16
-LOOK_S = 0.5
+FRAME_HEADER_BYTES = 16
+"""Size of the sequence number and the checksum in front of each row."""
+
+POLL_INTERVAL_S = 0.5
 """Interval at which the connections are polled."""
 
 GRACE_S = 2.0
@@ -32,7 +34,7 @@ SILENCE_LIMIT_S = 1800.0
 
 HINT = "run the same command again on all hosts to resume"
 
-GONE = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+HANGUP_EVENTS = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
 
 
 class CheckedGroup:
@@ -46,13 +48,13 @@ class CheckedGroup:
     def __init__(self, group: Group, connections: Sequence[int] = ()):
         self.rank, self.size = group.rank, group.size
         self._group = group
-        self._number = 0
+        self._sequence_number = 0
         self._poll = select.poll()
         for connection in connections:
-            self._poll.register(connection, GONE)
+            self._poll.register(connection, HANGUP_EVENTS)
         self._requests: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[np.ndarray | RuntimeError] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=self._run_gathers, daemon=True).start()
 
     def sum(self, x: mx.array) -> mx.array:
         """Sum over the hosts."""
@@ -66,38 +68,41 @@ class CheckedGroup:
         """
         row = np.array(x)
         data = row.reshape(-1).view(np.uint8)
-        self._number += 1
-        seal = np.array([self._number, crc32(data.data)], np.int64)
-        self._requests.put(np.concatenate([seal.view(np.uint8), data]))
+        self._sequence_number += 1
+        header = np.array([self._sequence_number, crc32(data.data)], np.int64)
+        self._requests.put(np.concatenate([header.view(np.uint8), data]))
         rows = self._wait()
-        if not all(map(self._is_sealed, rows)):
-            raise _lost()
-        return mx.array(np.ascontiguousarray(rows[:, SEAL_BYTES:]).view(row.dtype).reshape(self.size, *row.shape))
+        if not all(map(self._is_valid, rows)):
+            raise _lost_host_error()
+        return mx.array(
+            np.ascontiguousarray(rows[:, FRAME_HEADER_BYTES:]).view(row.dtype).reshape(self.size, *row.shape)
+        )
 
     def _wait(self) -> np.ndarray:
         """Wait for MLX's gather. Unlike MLX's own wait it ends when a host is lost, and on Ctrl-C."""
         deadline = time.monotonic() + SILENCE_LIMIT_S
-        timeout_s = LOOK_S
+        timeout_s = POLL_INTERVAL_S
         while True:
             try:
                 answer = self._results.get(timeout=timeout_s)
             except queue.Empty:
                 if timeout_s == GRACE_S:
-                    raise _lost() from None
+                    raise _lost_host_error() from None
                 if time.monotonic() > deadline:
                     raise RingError(f"the other hosts have not answered for {SILENCE_LIMIT_S:.0f} s", HINT) from None
                 if self._poll.poll(0):
                     timeout_s = GRACE_S
                 continue
             if isinstance(answer, RuntimeError):
-                raise _lost() from answer
+                raise _lost_host_error() from answer
             return answer
 
-    def _is_sealed(self, sealed: np.ndarray) -> bool:
-        number, checksum = np.frombuffer(sealed[:SEAL_BYTES].tobytes(), np.int64)
-        return number == self._number and checksum == crc32(sealed[SEAL_BYTES:].data)
+    def _is_valid(self, frame: np.ndarray) -> bool:
+        """Return whether a row belongs to this gather and arrived intact."""
+        number, checksum = np.frombuffer(frame[:FRAME_HEADER_BYTES].tobytes(), np.int64)
+        return number == self._sequence_number and checksum == crc32(frame[FRAME_HEADER_BYTES:].data)
 
-    def _work(self) -> None:
+    def _run_gathers(self) -> None:
         while True:
             row = self._requests.get()
             try:
@@ -106,5 +111,5 @@ class CheckedGroup:
                 self._results.put(error)
 
 
-def _lost() -> RingError:
+def _lost_host_error() -> RingError:
     return RingError("another host has stopped or cannot be reached any more", HINT)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -28,12 +30,14 @@ class StepHeader:
         number: expected step number.
         previous: header of an earlier step that is checked together with this one.
         digests: (rows, ...) digests of data that must be the same in all rows, if this step is checked.
+        names: names of the digests of a row, for error messages.
     """
 
     fields: mx.array
     number: int
     previous: StepHeader | None = None
     digests: mx.array | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -84,6 +88,12 @@ class RankCommunicator(Communicator, ABC):
         """
         self._num_commands, self._num_tokens = num_commands % SEQUENCE_MODULUS, num_tokens
 
+    def expect_long_steps(self) -> None:
+        """Announce that the next step contains a chunk of a prompt, so that ranks wait long for each other."""
+
+    def synchronize(self) -> None:
+        """Wait on the CPU until all ranks have admitted a request. In a pipeline ranks do not wait for each other."""
+
     def finish_step(self, hidden: mx.array) -> None:
         """Finish a step without logits.
 
@@ -106,7 +116,7 @@ class RankCommunicator(Communicator, ABC):
         if header.previous is not None:
             self.decode_header(header.previous)
         if header.digests is not None:
-            self._compare(np.array(header.digests))
+            self._compare(np.array(header.digests), header.names)
         rows = np.array(header.fields.astype(mx.float32))
         if not (rows[:, 0] == header.number).all():
             raise lost_error(self.group.rank)
@@ -119,7 +129,7 @@ class RankCommunicator(Communicator, ABC):
         return self.check_every > 0 and number % self.check_every == 0
 
     @abstractmethod
-    def _compare(self, digests: np.ndarray) -> None:
+    def _compare(self, digests: np.ndarray, names: Sequence[str]) -> None:
         """Raise RingError if the digests of the ranks differ."""
 
     def _next_header(self) -> list[float]:
@@ -131,7 +141,15 @@ def digest(x: mx.array) -> mx.array:
     """Return a checksum, (1,) uint32, that changes with any bit of x and with the order of its elements."""
     flat = x.reshape(-1)
     bits = flat.view(mx.uint32 if flat.itemsize == 4 else mx.uint16).astype(mx.uint32)
-    return (bits * (2 * mx.arange(bits.size, dtype=mx.uint32) + 1)).sum(keepdims=True)
+    return (bits * _odd_numbers(bits.size)).sum(keepdims=True)
+
+
+@lru_cache(maxsize=8)
+def _odd_numbers(count: int) -> mx.array:
+    """Return 1, 3, 5, ... as uint32; cached, so that each check of a decode step does not compute them again."""
+    numbers = 2 * mx.arange(count, dtype=mx.uint32) + 1
+    mx.eval(numbers)
+    return numbers
 
 
 def lost_error(rank: int) -> RingError:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+FAST_FENCE = "MLX_METAL_FAST_SYNCH"
+"""MLX's variable for the fast fence between GPU and network; 0 is off."""
 
 
 class Group(Protocol):
@@ -57,13 +64,21 @@ class SingleGroup:
 
 
 class MlxGroup:
-    """A group over `mx.distributed`."""
+    """A group over `mx.distributed`.
+
+    With the fast fence all_gather sometimes returns stale data (gh:exo-explore/exo#1620), so it is replaced by all_sum.
+
+    Args:
+        group: MLX's group.
+        has_fast_fence: whether the fast fence is on; None reads MLX's variable.
+    """
 
     gather_limit_bytes = 0
     """Maximum size of sums that are gathered and added locally, set by kimi_mlx.parallel.all_reduce on all ranks."""
 
-    def __init__(self, group: mx.distributed.Group):
+    def __init__(self, group: mx.distributed.Group, has_fast_fence: bool | None = None):
         self._group = group
+        self.has_fast_fence = os.environ.get(FAST_FENCE, "0") != "0" if has_fast_fence is None else has_fast_fence
         self.rank = group.rank()
         self.size = group.size()
 
@@ -81,7 +96,10 @@ class MlxGroup:
 
     def gather(self, x: mx.array) -> mx.array:
         """Stack x of all ranks in their order."""
-        return mx.distributed.all_gather(x[None], group=self._group)
+        if not self.has_fast_fence:
+            return mx.distributed.all_gather(x[None], group=self._group)
+        before, after = (mx.zeros((count, *x.shape), x.dtype) for count in (self.rank, self.size - 1 - self.rank))
+        return self.all_sum(mx.concatenate([before, x[None], after]))
 
     def send(self, x: mx.array, rank: int) -> mx.array:
         """Send x to another rank (on a ring, a neighbour) when the returned array (x) is evaluated."""
@@ -90,3 +108,18 @@ class MlxGroup:
     def recv(self, like: mx.array, rank: int) -> mx.array:
         """Receive an array like `like` from another rank (on a ring, a neighbour)."""
         return mx.distributed.recv_like(like, rank, group=self._group)
+
+
+def gather_on_host(group: Group, values: npt.NDArray[Any] | Sequence[Any]) -> npt.NDArray[Any]:
+    """Gather small values of all ranks and wait for them on the CPU; return them as (ranks, ...).
+
+    For collectives whose sender may be late, by minutes while weights are loaded: if a GPU operation consumed the
+    result, its command buffer would wait for the sender, and macOS ends a command buffer after about 5 s.
+    """
+    return np.array(group.gather(mx.array(values)))
+
+
+def barrier(group: Group) -> None:
+    """Wait on the CPU until all ranks are here."""
+    if group.size > 1:
+        gather_on_host(group, np.zeros(1, np.int32))

@@ -38,6 +38,19 @@ class PipelineCommunicator(RankCommunicator):
         self._fields = mx.zeros((0,), dtype)
         self._awaited: deque[tuple[int, mx.array]] = deque()
         self._returned: StepHeader | None = None
+        self._num_long_steps = 0
+
+    def set_header(self, num_commands: int, num_tokens: int) -> None:
+        """Set the contents of the next step's header."""
+        super().set_header(num_commands, num_tokens)
+        self._num_long_steps = max(self._num_long_steps - 1, 0)
+
+    def expect_long_steps(self) -> None:
+        """Wait on the CPU for what is received in the next step, and in those that may be in flight with it.
+
+        The sender is late by the time of a chunk of a prompt; a GPU operation must not wait for it.
+        """
+        self._num_long_steps = self.group.size + 1
 
     def recv_from_previous_stage(self, tokens: mx.array) -> mx.array:
         """Receive the hidden states from the previous rank."""
@@ -114,6 +127,8 @@ class PipelineCommunicator(RankCommunicator):
         size = B * L * self._hidden_size
         is_checked = self._is_checked(number)
         message = self._recv(size + header_size + NUM_DIGITS * is_checked, self._dtype)
+        if self._num_long_steps:
+            mx.eval(message)
         states, fields, sent = mx.split(message, [size, size + header_size])
         states = states.reshape(B, L, self._hidden_size)
         digests = mx.stack([sent.astype(mx.float32), _digits(digest(states))]) if is_checked else None
@@ -127,7 +142,7 @@ class PipelineCommunicator(RankCommunicator):
         """Receive `size` values from the previous rank."""
         return self._links.recv(mx.zeros((size,), dtype), (self.group.rank - 1) % self.group.size)
 
-    def _compare(self, digests: np.ndarray) -> None:
+    def _compare(self, digests: np.ndarray, names: Sequence[str]) -> None:
         """Compare the sent hidden states with the received ones.
 
         Raises:

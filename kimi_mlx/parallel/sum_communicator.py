@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
-from kimi_mlx.parallel.communicator import HEADER_SIZE, RankCommunicator, StepHeader, digest
-from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.communicator import HEADER_SIZE, SEQUENCE_MODULUS, RankCommunicator, StepHeader, digest
+from kimi_mlx.parallel.group import Group, barrier
 from kimi_mlx.parallel.placement import Placement
 
 
@@ -19,6 +21,7 @@ class SumCommunicator(RankCommunicator):
         self._widths = [len(share.vocab_rows) for share in placement.shares]
         self._has_sharded_heads = placement.is_sharded("heads")
         self.owns_residual = self.is_leader
+        self._digests: list[tuple[str, mx.array]] = []
 
     def add_attention(self, x: mx.array, partial: mx.array) -> mx.array:
         """Add the attention to x: one collective if the heads are sharded, otherwise none."""
@@ -30,6 +33,15 @@ class SumCommunicator(RankCommunicator):
         """Sum the experts: one collective."""
         return self.group.sum(partial)
 
+    def check_same(self, name: str, x: mx.array) -> None:
+        """Keep a digest of x for the comparison at the end of the step, if this step is checked."""
+        if self._is_checked((self._number + 1) % SEQUENCE_MODULUS):  # the header increments the number
+            self._digests.append((name, digest(mx.sort(x, axis=-1) if x.dtype == mx.uint32 else x)))
+
+    def synchronize(self) -> None:
+        """Wait on the CPU until all ranks are here: later sums are consumed on the GPU, which must not wait long."""
+        barrier(self.group)
+
     def gather_logits(self, logits: mx.array) -> mx.array:
         """Concatenate the logits of all ranks. Shorter ones are padded, because a gather needs equal shapes."""
         padding = max(self._widths) - logits.shape[-1]
@@ -38,25 +50,35 @@ class SumCommunicator(RankCommunicator):
         parts = self.group.gather(mx.concatenate([logits, tail], axis=-1))  # (ranks, ..., widest + HEADER_SIZE)
         fields = parts.reshape(self.group.size, -1, parts.shape[-1])[:, 0, -HEADER_SIZE:]
         joined = mx.concatenate([parts[rank, ..., :width] for rank, width in enumerate(self._widths)], axis=-1)
-        digests = self.group.gather(digest(joined)) if self._is_checked(self._number) else None
-        self._header = StepHeader(fields, self._number, digests=digests)
+        if self._is_checked(self._number):
+            self._digests.append(("logits", digest(joined)))
+        self._header = self._checked_header(fields)
         return joined
 
-    def _compare(self, digests: np.ndarray) -> None:
-        """Compare the logits of all ranks.
+    def _checked_header(self, fields: mx.array) -> StepHeader:
+        """Return the header of a step, with a gather of all digests of the step, if there are any."""
+        names, digests = [name for name, _ in self._digests], [value for _, value in self._digests]
+        self._digests.clear()
+        gathered = self.group.gather(mx.concatenate(digests)) if digests else None
+        return StepHeader(fields, self._number, digests=gathered, names=tuple(names))
+
+    def _compare(self, digests: np.ndarray, names: Sequence[str]) -> None:
+        """Compare what all ranks should have computed alike; report the first difference of the step.
 
         Raises:
-            RingError: they differ.
+            RingError: a value differs.
         """
-        others = [rank for rank, row in enumerate(digests) if (row != digests[0]).any()]
-        if others:
-            raise RingError(
-                f"the logits of rank {', '.join(map(str, others))} differ from those of rank 0 in the same step",
-                hint="a link or the memory of a host is faulty: test them with `kimi-mlx doctor` on the same hosts",
-                rank=others[0],
-            )
+        for name, column in zip(names, digests.T, strict=True):
+            others = np.flatnonzero(column != column[0])
+            if others.size:
+                raise RingError(
+                    f"the {name} of rank {', '.join(map(str, others))} differ from those of rank 0 in the same step",
+                    hint="use equal chips and MLX builds, or `--strategy pipeline`; if they are equal, a link or the "
+                    "memory of a host is faulty: test them with `kimi-mlx doctor` on the same hosts",
+                    rank=int(others[0]),
+                )
 
     def finish_step(self, hidden: mx.array) -> None:
         """Send the header of a step without logits in a gather of its own, after the sums of the step."""
         fields = mx.depends(mx.array(self._next_header()), hidden)
-        self._header = StepHeader(self.group.gather(fields), self._number)
+        self._header = self._checked_header(self.group.gather(fields))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from kimi_mlx.cluster.doctor.payloads import Payload
-from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.group import Group, MlxGroup, barrier
 
 EXACT_LIMIT = 256
 """Integers up to this value are exact in bfloat16."""
@@ -36,6 +36,7 @@ def check_links(
             on_payload(payload.name)
             x = pattern(payload, group.rank, round_index, group.size).astype(PAYLOAD_DTYPES[payload.dtype])
             mx.eval(x)
+            barrier(group)  # so that no rank is late under the GPU operations of another
             mismatch = compare(group, payload, round_index, exchange(group, payload, x))
             if mismatch is not None:
                 mismatches.setdefault(payload.name, mismatch)

@@ -20,7 +20,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.communicator import RankCommunicator
-from kimi_mlx.parallel.group import Group
+from kimi_mlx.parallel.group import Group, barrier
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
@@ -28,6 +28,7 @@ from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
+from kimi_mlx.runtime.warm_up import warm_up
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import resolve_model_name
 
@@ -83,6 +84,8 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     )
     if start["has_sampling"]:
         samplers()  # wait for the import that prepare_device started
+    warm_up(model)
+    barrier(group)
     channel.report_progress("idle")
     channel.send("ready", context=engine.context, all_reduce=None if choice is None else choice.to_dict())
     return engine

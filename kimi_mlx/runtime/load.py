@@ -19,7 +19,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator
-from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.group import Group, MlxGroup, barrier
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import Placement, normalize_strategy, place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
@@ -82,6 +82,8 @@ def load_share(
 ) -> Model:
     """Load one rank's share of a model; the whole model without a group, or with a group of one.
 
+    It returns when all ranks have loaded their shares.
+
     Args:
         folder: checkpoint, or store of this rank.
         config: configuration of the model.
@@ -107,7 +109,9 @@ def load_share(
             f"run `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
         communicator = _communicator(group, manifest.placement, config, resolved_dtype)
-        return load_store(folder, manifest, config, resolved_dtype, communicator, progress)
+        model = load_store(folder, manifest, config, resolved_dtype, communicator, progress)
+        barrier(group)
+        return model
     if group is None or world_size == 1:
         return load_model(folder, config, resolved_dtype, progress=progress)
     placement = _place(folder, config, world_size, strategy)
@@ -118,7 +122,9 @@ def load_share(
         "copy the same files to all hosts, or download them: `kimi-mlx launch --hosts ... download MODEL`",
     )
     communicator = _communicator(group, placement, config, resolved_dtype)
-    return load_model(folder, config, resolved_dtype, placement.shares[rank], communicator, progress)
+    model = load_model(folder, config, resolved_dtype, placement.shares[rank], communicator, progress)
+    barrier(group)
+    return model
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:

@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.engine.kv_cache_pool import shape_of
 from kimi_mlx.engine.prompt_cache.block_file import NAME_BYTES
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.parallel.group import Group, SingleGroup
+from kimi_mlx.parallel.group import Group, SingleGroup, gather_on_host
 from kimi_mlx.runtime.load import Fingerprint
 from kimi_mlx.version import __version__
 
@@ -51,10 +50,10 @@ def open_prompt_cache(
 def keep_common_blocks(store: BlockStore, group: Group) -> None:
     """Keep only the blocks that all ranks have, in the order of rank 0. This takes two gathers."""
     names = store.names()
-    counts, capacities = np.array(group.gather(mx.array([len(names), store.capacity]))).T
+    counts, capacities = gather_on_host(group, [len(names), store.capacity]).T
     table = np.zeros((max(counts.max(), 1), NAME_BYTES), np.uint8)
     table[: len(names)] = np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, NAME_BYTES)
-    tables = np.array(group.gather(mx.array(table)))
+    tables = gather_on_host(group, table)
     names_of_ranks = [[row.tobytes().hex() for row in rows[:count]] for rows, count in zip(tables, counts, strict=True)]
     common = set.intersection(*map(set, names_of_ranks))
     store.keep([name for name in names_of_ranks[0] if name in common], int(capacities.min()))

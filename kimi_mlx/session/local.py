@@ -228,7 +228,7 @@ class LocalSession:
         """End all requests of the engine and drop its caches, after a step has failed."""
         LOG.exception("a step failed")
         self._failed_step = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
-        engine.abandon()
+        engine.discard_all()
         failure = step_error(error)
         for request_id in list(self._added):
             self._end(request_id, failure)

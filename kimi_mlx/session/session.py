@@ -25,6 +25,9 @@ MAX_RANKS = 64
 MAX_CHECK_EVERY = 250
 """Longer intervals are not possible: step numbers wrap around at parallel.communicator.SEQUENCE_MODULUS."""
 
+FAST_SYNC_CHECK_EVERY = 16
+"""Number of steps between comparisons with the fast fence, which may deliver stale data, unless another is set."""
+
 MAX_DRAFT_TOKENS = 16
 """Maximum number of draft tokens per step. Longer drafts are rarely accepted, and each rejected token costs time."""
 
@@ -47,7 +50,8 @@ class SessionOptions:
         max_restarts: maximum number of restarts of a lost ring without progress.
         timeouts: timeouts of a ring.
         speculate: maximum number of draft tokens per step; 0 turns drafts off.
-        check_every: number of steps between comparisons of the ranks' results; 0 turns them off.
+        check_every: number of steps between comparisons of the ranks' results; 0 turns them off, but with
+            `fast_sync` they stay on.
         fast_sync: True to use MLX's fast synchronisation between GPU and network on this machine.
         cache_dir: folder of each host's prompt cache on disk; None keeps it in memory only.
         cache_disk_bytes: size limit of that folder, per host.
@@ -84,6 +88,8 @@ class SessionOptions:
                 f"a check every {self.check_every} steps is not between 0 and {MAX_CHECK_EVERY}",
                 hint=f"use `--check-every` with 0 to {MAX_CHECK_EVERY}",
             )
+        if not self.check_every and self.effective_cluster.hostfile.has_fast_sync:
+            object.__setattr__(self, "check_every", FAST_SYNC_CHECK_EVERY)
         ranks = self.ranks if self.cluster is None else self.cluster.size
         object.__setattr__(self, "strategy", normalize_strategy(self.strategy, ranks))
 

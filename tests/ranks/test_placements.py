@@ -78,12 +78,18 @@ def assert_equal(actual: Answers, expected: Answers) -> None:
     assert all(mine == theirs for mine, theirs in zip(cancelled, expected_ids, strict=False) if mine >= 0)
 
 
-def run_ring(size: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[list[Answers]]:
-    """Run all cases on one ring; return the answers by rank and by case."""
+def run_ring(
+    size: int,
+    cases: Sequence[dict[str, Any]],
+    folder: Path,
+    module: str = "tests.ranks.placement_rank",
+    **variables: str,
+) -> list[list[Any]]:
+    """Run all cases on one ring; return the results by rank and by case."""
     hostfile = folder / "hostfile.json"
     hostfile.write_text(loopback_hostfile(size))
-    command = [sys.executable, "-m", "tests.ranks.placement_rank", str(size)]
-    environment = {"PYTHONPATH": f"{ROOT}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", module, str(size)]
+    environment = {"PYTHONPATH": f"{ROOT}", "PATH": "/usr/bin:/bin", **variables}
     ranks = [
         subprocess.Popen(
             command,
@@ -133,6 +139,17 @@ def check(
         assert_equal(answers[0], [alone, *(others[index] for index in indices)])
         if not fields["strategy"].startswith("pipeline"):  # only rank 0 of a pipeline knows every token
             assert all(rank_answers == answers[0] for rank_answers in answers), fields["strategy"]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
+def test_with_the_fast_fence_only_sums_are_used(
+    size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path
+) -> None:
+    cases = [case(folders["k2"], strategy, indices=FEW) for strategy in ("hybrid", "tensor")]
+    by_rank = run_ring(size, cases, tmp_path, MLX_METAL_FAST_SYNCH="1")
+    alone, *others = expected("k2")
+    for answers in itertools.chain(*by_rank):
+        assert_equal(answers, [alone, *(others[index] for index in FEW)])
 
 
 SIZES = [2, *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4))]

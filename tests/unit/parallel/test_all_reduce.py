@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.parallel.all_reduce import FEW_ROUNDS, LIMIT_S, TOKENS, tune_all_reduce
+from kimi_mlx.parallel.all_reduce import MIN_ROUNDS, TIME_LIMIT_S, TOKENS, tune_all_reduce
 from kimi_mlx.parallel.all_reduce_choice import NO_LIMIT, AllReduceChoice, AllReduceTiming, gather_limit
 from kimi_mlx.parallel.group import MlxGroup, SingleGroup
 
@@ -62,7 +62,7 @@ class Agreeing(MlxGroup):
     """
 
     def __init__(self, gather_s: float = 0.0, all_sum_s: float = 0.0, is_exact: bool = True):
-        self.rank, self.size = 0, 2
+        self.rank, self.size, self.has_fast_fence = 0, 2, False
         self._gather_s, self._all_sum_s, self._is_exact = gather_s, all_sum_s, is_exact
 
     def gather(self, x: mx.array) -> mx.array:
@@ -87,14 +87,14 @@ def test_faster_method_is_chosen(gather_s: float, all_sum_s: float, limit: int) 
     choice = chosen(Agreeing(gather_s, all_sum_s))
     assert choice.gather_limit_bytes == limit
     assert [each.tokens for each in choice.timings] == list(TOKENS)
-    assert all(each.rounds >= FEW_ROUNDS for each in choice.timings)
+    assert all(each.rounds >= MIN_ROUNDS for each in choice.timings)
     assert "1 tokens, 64 B: gathered " in choice.details()
 
 
 def test_a_slow_link_is_not_measured_for_long() -> None:
     begin = time.perf_counter()
     choice = chosen(Agreeing(0.1, 0.2))
-    assert time.perf_counter() - begin < LIMIT_S + 0.5
+    assert time.perf_counter() - begin < TIME_LIMIT_S + 0.5
     assert (len(choice.timings), choice.gather_limit_bytes) == (1, 64)
     assert str(choice) == "sums up to 64 B are gathered and added, larger ones use all_sum"
 

@@ -63,11 +63,12 @@ def test_step_has_the_expected_sums_per_layer_and_one_gather(strategy: str, sums
     group.sums = group.gathers = 0
     engine = Engine(model)
     assert (group.sums, group.gathers) == (0, 1)  # the smallest prefill chunk of all
-    # the header is sent with the gather of the logits, so it costs no collective of its own
+    # The header is sent with the gather of the logits, so it costs no collective of its own. One is the barrier at the
+    # beginning of a request.
     group.sums = group.gathers = 0
     list(engine.generate(Request((1, 2, 3), max_tokens=9)))
     steps = 9
-    assert group.gathers == steps
+    assert group.gathers == 1 + steps
     assert group.sums == sums * steps * model.config.num_hidden_layers
 
 
@@ -110,7 +111,8 @@ def test_stale_gather_raises_ring_error_and_yields_no_token(folder: Path) -> Non
     group = StaleGroup(2)
     engine = Engine(load_rank(folder, "hybrid", group), prefill_chunk=2)
     expected = [event.id for event in engine.generate(Request((1, 2, 3), max_tokens=9)) if isinstance(event, Token)]
-    for stale_from, tokens in ((2, 0), (3, 1), (6, 4)):  # the first gather is of a chunk of the prompt
+    # The first gather is a barrier, the second is of a chunk of the prompt.
+    for stale_from, tokens in ((3, 0), (4, 1), (7, 4)):
         engine.clear()
         group.gathers, group.stale_from = 0, stale_from
         seen: list[Event] = []
