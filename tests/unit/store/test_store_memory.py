@@ -1,4 +1,4 @@
-"""Loading a store takes the share's memory and at most a layer's more, in any type."""
+"""Loading a store needs memory for the share and at most one more layer, in every compute type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kimi_mlx.store.stores import load_store, open_manifest
 folder, dtype, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 manifest = open_manifest(folder, 0, ranks, "hybrid")
 config = load_config(folder)
-mx.eval(mx.array([1.0]) + 1)  # MLX's threads and its allocator are no part of a share
+mx.eval(mx.array([1.0]) + 1)  # start MLX's threads and allocator before measuring
 print(json.dumps(measure(lambda: load_store(folder, manifest, config, DTYPES[dtype]))))
 """
 
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def store(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Path, int]:
-    """The folder of a store, and for how many ranks it is."""
+    """Folder of a store, and its number of ranks."""
     options = StoreOptions(checkpoint, checkpoint.parent / "stores", request.param)
     job = open_build_job(options, SingleGroup())
     build(options, job, SingleGroup())
@@ -49,7 +49,7 @@ def store(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Path, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where a peak can be told from what was there before")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where the peak of memory can be reset")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_the_peak_is_the_share_and_one_layer(store: tuple[Path, int], dtype: str) -> None:
     folder, ranks = store
