@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from kimi_mlx.files import write_atomically
 from kimi_mlx.hub.environment import constants, hub_cache
 from kimi_mlx.hub.fetch import has_size
 from kimi_mlx.hub.partial_file import part_path, xet_part_path
@@ -72,9 +73,7 @@ def write_ref(repository: Repository) -> None:
         return
     reference = repository_folder(repository.name) / "refs" / repository.revision
     reference.parent.mkdir(parents=True, exist_ok=True)
-    new = reference.with_name(f"{reference.name}.{os.getpid()}.tmp")
-    new.write_text(repository.commit, encoding="utf-8")
-    os.replace(new, reference)
+    write_atomically(reference, repository.commit.encode())
 
 
 def remove_cached(repository: Repository, file: RepositoryFile) -> None:

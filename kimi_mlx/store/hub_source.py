@@ -27,16 +27,14 @@ from kimi_mlx.hub.client import (
     read_range,
     remove_cached,
 )
-from kimi_mlx.hub.error_messages import disk_error
 from kimi_mlx.hub.fetch import matches_checksum, read_file
 from kimi_mlx.hub.partial_file import part_path
 from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.model_files import is_small_file
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
-from kimi_mlx.temporary import temporary_folder
 from kimi_mlx.weights.header import TensorInfo, parse_header
-from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
+from kimi_mlx.weights.index import INDEX_NAME, parse_weight_map
 
 HEADER_WORKERS = 8
 """Number of headers that are fetched at the same time."""
@@ -162,7 +160,8 @@ def read_contents(repository: Repository) -> CheckpointContents:
     index = next((file for file in repository.files if file.name == INDEX_NAME), None)
     with ThreadPoolExecutor(HEADER_WORKERS) as pool:
         small_contents = dict(pool.map(lambda file: (file.name, _read_small(repository, file)), small_files))
-        weight_map = None if index is None else _read_weight_map(repository, index)
+        where = f"{repository.name}/{INDEX_NAME}"
+        weight_map = {} if index is None else parse_weight_map(_read_small(repository, index), where)
         weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
         if not weights:
             raise WeightsError(
@@ -170,7 +169,7 @@ def read_contents(repository: Repository) -> CheckpointContents:
             )
         headers = dict(pool.map(lambda file: (file.name, _read_header(repository, file)), weights))
     sizes = {file.name: file.size_bytes for file in weights}
-    vision = {file for name, file in (weight_map or {}).items() if name.startswith(IGNORED_PREFIXES)}
+    vision = {file for name, file in weight_map.items() if name.startswith(IGNORED_PREFIXES)}
     vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
     return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, small_contents, vision_bytes)
 
@@ -180,16 +179,6 @@ def _read_small(repository: Repository, file: RepositoryFile) -> bytes:
     if path is not None and matches_checksum(path, file, threading.Event()):
         return path.read_bytes()
     return read_file(repository, file)
-
-
-def _read_weight_map(repository: Repository, index: RepositoryFile) -> dict[str, str]:
-    with temporary_folder("index-") as folder:
-        path = folder.path / INDEX_NAME
-        try:
-            path.write_bytes(_read_small(repository, index))
-        except OSError as error:
-            raise disk_error(error, path) from error
-        return read_weight_map(path)
 
 
 def _read_header(repository: Repository, file: RepositoryFile) -> dict[str, TensorInfo]:

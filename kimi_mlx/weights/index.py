@@ -85,15 +85,30 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read the index of a checkpoint: name of a tensor -> file name. Empty if the file is not a usable index.
+    """Read the index of a checkpoint, as parse_weight_map does.
 
     Raises:
         WeightsError: the file cannot be read, or names a file outside the folder.
     """
     try:
-        value = json.loads(index.read_bytes())
+        data = index.read_bytes()
     except OSError as error:
         raise unreadable(index, error) from error
+    return parse_weight_map(data, str(index))
+
+
+def parse_weight_map(data: bytes, where: str) -> dict[str, str]:
+    """Parse the index of a checkpoint: name of a tensor -> file name. Empty if it is not a usable index.
+
+    Args:
+        data: content of the file.
+        where: path or repository, for messages.
+
+    Raises:
+        WeightsError: it names a file outside the folder.
+    """
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     weight_map = cast(dict[str, Any], value).get("weight_map") if isinstance(value, dict) else None
@@ -102,7 +117,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name in cast(dict[str, Any], weight_map).values():
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise WeightsError(
-                f"`{index}` names the file {reprlib.repr(name)}, which is not a `*.safetensors` in the same folder",
+                f"`{where}` names the file {reprlib.repr(name)}, which is not a `*.safetensors` in the same folder",
                 hint="fetch the file again",
             )
     return cast(dict[str, str], weight_map)
