@@ -39,6 +39,7 @@ def doctor(
     from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
     from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
     from kimi_mlx.cli.text_check import text_findings
+    from kimi_mlx.cli.weights_check import weights_findings
     from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
     from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
     from kimi_mlx.cluster.hosts.hostfile import write_hostfile
@@ -72,7 +73,9 @@ def doctor(
     choice = choose_placement_on_hosts(diagnosis, request, None)
     need = with_placement(need, choice, request.world_size)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
-    diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *text_findings(name, diagnosis.hosts[0])))
+    own = diagnosis.hosts[0]
+    findings = (*diagnosis.findings, *weights_findings(name, own), *text_findings(name, own))
+    diagnosis = replace(diagnosis, findings=findings)
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
@@ -16,6 +17,7 @@ from kimi_mlx.model.names import (
     top_entries,
 )
 from kimi_mlx.weights.header import TensorInfo
+from kimi_mlx.weights.index import read_index
 from kimi_mlx.weights.stored_matrices import StoredMatrices
 
 
@@ -63,6 +65,17 @@ class Checkpoint:
         for layer in range(self.config.num_hidden_layers):
             entries += layer_entries(self.config, layer, self.layout)
         return entries
+
+
+def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    """Read the headers of the checkpoint in a folder.
+
+    Raises:
+        WeightsError: files are missing or broken, or tensors are missing or unknown.
+    """
+    checkpoint = Checkpoint(config, read_index(folder), str(folder))
+    checkpoint.check_names()
+    return checkpoint
 
 
 def vision_bytes_of(table: Mapping[str, TensorInfo]) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
-from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
 from kimi_mlx.weights.matrix_format import MatrixField, MatrixFormat
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan, SliceCopy, TensorSlice, WeightPlan
 
@@ -49,6 +51,18 @@ def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     if "lm_head" not in plan.entries:
         plan.entries.pop("model.norm")
     return plan
+
+
+def check_checkpoint(folder: Path, config: ModelConfig) -> None:
+    """Check names, types and shapes of all tensors of a checkpoint by the headers of its files.
+
+    Raises:
+        WeightsError: files or tensors are missing, broken, unknown or wrongly stored.
+    """
+    checkpoint = read_checkpoint(folder, config)
+    for layer in range(config.num_hidden_layers):
+        plan_layer(checkpoint, layer, None)
+    plan_top(checkpoint, None)
 
 
 def plan_source(checkpoint: Checkpoint, source: SourceMatrix) -> list[WeightPlan]:

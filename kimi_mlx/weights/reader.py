@@ -11,11 +11,10 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts
 from kimi_mlx.parallel.placement import Range
-from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
 from kimi_mlx.weights.dequantize import dequantize
 from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.header import TensorInfo
-from kimi_mlx.weights.index import read_index
 from kimi_mlx.weights.matrix_format import MatrixField
 from kimi_mlx.weights.packed_int4 import affine_biases
 from kimi_mlx.weights.plan import ArrayPlan, SliceCopy, as_shape3
@@ -125,14 +124,8 @@ class CheckpointReader:
 
 
 def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader:
-    """Open the checkpoint in a folder.
-
-    Raises:
-        WeightsError: files are missing or broken, or tensors are missing or unknown.
-    """
-    checkpoint = Checkpoint(config, read_index(folder), str(folder))
-    checkpoint.check_names()
-    return CheckpointReader(checkpoint)
+    """Open the checkpoint in a folder; raises as read_checkpoint does."""
+    return CheckpointReader(read_checkpoint(folder, config))
 
 
 def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:

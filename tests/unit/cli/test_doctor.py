@@ -163,13 +163,25 @@ def test_this_machine_and_two_local_ranks_pass_all_checks(tmp_path: Path) -> Non
     document = json.loads(result.stdout)
     assert result.exit_code == 0, document
     assert [each["check"] for each in document["findings"]] == [
-        *("python", "chip", "memory", "disk", "model", "fence", "self-test"),
+        *("python", "chip", "memory", "disk", "model", "fence", "self-test", "weights", "text"),
     ] or document["hosts"]["localhost"]["system"] == "Darwin"
     file = tmp_path / "local.json"
     file.write_text(json.dumps([{"ssh": "localhost", "ips": ["127.0.0.1"]}] * 2))
     result = CliRunner().invoke(app, ["doctor", "--hostfile", str(file)])
     assert result.exit_code == 0, result.output
     assert "self-test" in result.output
+
+
+def test_weight_files_with_a_damaged_header_are_a_problem(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MINI_FOLDER, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    result = CliRunner().invoke(app, ["doctor", str(folder), "--quick", "--json"])
+    problems = [finding for finding in json.loads(result.stdout)["findings"] if finding["state"] == "problem"]
+    assert result.exit_code == 1
+    assert [finding["check"] for finding in problems] == ["weights"]
+    assert "is cut short: tensor `" in problems[0]["message"]
 
 
 def test_a_tokenizer_without_the_tokens_of_the_template_is_a_problem(tmp_path: Path) -> None:
