@@ -16,7 +16,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry, SamplingValues
 from kimi_mlx.hub.licence import notice
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.needs import hosts_needed, memory_per_host
-from kimi_mlx.sizing.hosts import SYSTEM_BYTES, usable_bytes
+from kimi_mlx.sizing.hosts import MAX_HOSTS, SYSTEM_BYTES, usable_bytes
 from kimi_mlx.store.locate import LocalState, local_state
 from kimi_mlx.units import GB, GIB, format_bytes, format_context, format_gib
 
@@ -172,7 +172,9 @@ def _fits_text(row: Row, machine: LocalMachine) -> str:
         return f"not supported: {entry.refused}"
     here = _machine_text(machine)
     if needed is None:
-        answer = f"no: needs {format_gib(row.memory_bytes or 0)}; {here} is not enough"
+        answer = (
+            f"no: needs {format_gib(row.memory_bytes or 0)}; even {MAX_HOSTS} {_hosts(machine)} like {here} are too few"
+        )
     else:
         answer = f"yes, on {here}" if needed == 1 else f"needs {needed} {_hosts(machine)} like {here}"
     limit = usable_bytes(machine.memory_bytes)

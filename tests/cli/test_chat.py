@@ -139,6 +139,25 @@ def test_bad_input_gets_a_clear_error(arguments: tuple[str, ...], words: str) ->
     assert done.stdout == ""
 
 
+def test_a_base_model_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored = shutil.ignore_patterns("chat_template.jinja", "*.safetensors")
+    folder = shutil.copytree(ensure_downloaded("kimi-mini"), tmp_path / "base", ignore=ignored)
+    done = call("chat", str(folder), "-p", "hi")
+    assert done.returncode == 1
+    assert f"`{folder}` has no chat template" in " ".join(done.stderr.split())
+
+
+def test_errors_are_json_if_results_are() -> None:
+    for arguments, code in ((("chat", "no-such-model", "-p", "hi", "--json"), 2), (("rm", "moonlight", "--json"), 1)):
+        done = call(*arguments)
+        assert done.returncode == code
+        assert set(json.loads(done.stdout)) == {"error", "hint"}
+        assert done.stderr == ""
+    wrong = json.loads(call("models", "--json", "--no-such-option").stdout)
+    assert "--no-such-option" in wrong["error"]
+    assert json.loads(call("plan", "kimi-k2", "--machines", "m9", "--json").stdout)["error"] == "unknown machine `m9`"
+
+
 def test_a_prompt_beyond_the_context_is_an_error() -> None:
     done = call("chat", stdin="1 " * 70_000)
     assert done.returncode == 1

@@ -106,6 +106,7 @@ def test_one_model_in_detail() -> None:
     ):
         assert part in text
     assert "comes with the package, in " in details_text("kimi-mini")
+    assert "even 8 Macs like this Mac (24.0 GiB" in " ".join(details_text("kimi-k2.6", LAPTOP).split())
     assert "not supported: another architecture" in details_text("kimi-k3")
 
 
@@ -161,6 +162,13 @@ def test_options_come_before_instant_values_before_the_checkpoint_before_the_cat
 
 def test_a_model_without_a_switch_keeps_its_values() -> None:
     assert merge_sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), SamplingOptions()) == Sampling(1.0)
+
+
+def test_a_folder_is_not_in_the_list(tmp_path: Path) -> None:
+    error = run(str(tmp_path)).exception
+    assert isinstance(error, UsageError)
+    assert "is a folder, and not in the list" in error.message
+    assert f"kimi-mlx chat {tmp_path}" in (error.hint or "")
 
 
 def test_sources_are_shown_only_on_request() -> None:
