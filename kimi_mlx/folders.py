@@ -6,6 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+VARIABLES = (
+    *("KIMI_MLX_STORES", "HF_HUB_CACHE", "HF_HOME", "TMPDIR", "HOME"),
+    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"),
+)
+"""Environment variables that name folders of ours, or of libraries."""
+
 
 def cache_folder() -> Path | None:
     """Return the folder for files that can be recreated; None for a user without a home folder."""
@@ -28,6 +34,13 @@ def stores_folder() -> Path | None:
         return Path(os.path.expanduser(chosen))
     folder = data_folder()
     return None if folder is None else folder / "stores"
+
+
+def variable_of(path: str) -> str | None:
+    """Return the environment variable that names the folder of a file; None if no variable does."""
+    values = {name: os.path.expanduser(os.environ.get(name, "")) for name in VARIABLES}
+    names = [name for name, value in values.items() if os.path.isabs(value) and f"{path}/".startswith(f"{value}/")]
+    return max(names, key=lambda name: len(values[name]), default=None)
 
 
 def _folder(variable: str, linux_path: str, macos_name: str) -> Path | None:

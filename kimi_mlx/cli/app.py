@@ -16,7 +16,6 @@ from typer.main import get_command
 from kimi_mlx.cli.command_list import LazyGroup
 from kimi_mlx.cli.standard_streams import repair_standard_streams
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
-from kimi_mlx.files import is_disk_full
 from kimi_mlx.settings import Settings
 from kimi_mlx.version import __version__
 
@@ -96,10 +95,24 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C or Ctrl-D at a question
         sys.exit(EXIT_INTERRUPTED)
     except OSError as error:
-        if not is_disk_full(error):
+        if Settings.from_environment().show_traceback or (known := _explain(error)) is None:
             raise
-        _print_error(KimiMlxError(f"cannot write the output: {error.strerror}"))
+        _print_error(known)
         sys.exit(EXIT_FAILED)
+
+
+def _explain(error: OSError) -> KimiMlxError | None:
+    """Return the error for a full stdout, or a file or folder that cannot be used; None for any other error."""
+    from kimi_mlx.files import is_disk_full
+    from kimi_mlx.folders import variable_of
+
+    if error.filename is None:
+        return KimiMlxError(f"cannot write the output: {error.strerror}") if is_disk_full(error) else None
+    path = os.fsdecode(error.filename)
+    variable = variable_of(path)
+    remedy = "free some space" if is_disk_full(error) else "check its owner and permissions"
+    other = "" if variable is None else f", or set {variable} to another folder"
+    return KimiMlxError(f"cannot use `{path}`: {error.strerror}", hint=f"{remedy}{other}")
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -115,10 +128,7 @@ def _print_error(error: KimiMlxError) -> None:
     from kimi_mlx.cli.output import error_to_dict, print_error, print_json  # rich: not for `--version` and `--help`
 
     if _is_json():
-        try:
+        with contextlib.suppress(OSError):  # a full disk: print the error on stderr
             print_json(error_to_dict(error))
             return
-        except OSError as failure:
-            if not is_disk_full(failure):
-                raise
     print_error(error)

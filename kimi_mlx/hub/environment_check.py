@@ -70,7 +70,7 @@ def _check_folders() -> None:
         if variable is None or variable not in os.environ:
             continue
         folder = Path(constants().HF_HOME if variable == "HF_HOME" else hub_cache())
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
         if not existing.is_dir():
             message = f"`{variable}` is `{os.environ[variable]}`, but `{existing}` is a file"
             raise UsageError(message, hint=f"set {variable} to a folder")

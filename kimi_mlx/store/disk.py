@@ -32,7 +32,10 @@ def write_error(path: Path, error: OSError) -> WeightsError:
             f"the disk is full: `{path}` cannot be written",
             hint="free some space, then run the same command again to resume",
         )
-    return WeightsError(f"`{path}` cannot be written: {error.strerror}", hint="check the folder and its disk")
+    return WeightsError(
+        f"`{path}` cannot be written: {error.strerror}",
+        hint="check its owner and permissions, or set KIMI_MLX_STORES to another folder",
+    )
 
 
 def store_disk_bytes(folder: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.folders import cache_folder, data_folder, state_folder, stores_folder
+from kimi_mlx.folders import VARIABLES, cache_folder, data_folder, state_folder, stores_folder, variable_of
 
 
 def test_folders_follow_absolute_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -36,3 +36,13 @@ def test_stores_are_in_the_data_folder_unless_configured_otherwise(
     folder = data_folder()
     assert folder is not None
     assert folder.is_relative_to(tmp_path)
+
+
+def test_the_variable_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setenv("XDG_DATA_HOME", "/home/x/data")
+    assert variable_of("/home/x/data/kimi-mlx/stores") == "XDG_DATA_HOME"
+    assert variable_of("/home/x/.cache") == "HOME"
+    assert variable_of("/home/xy") is None

@@ -21,7 +21,6 @@ LIGHT = {
     "kimi_mlx.cli.command_list",
     "kimi_mlx.cli.standard_streams",
     "kimi_mlx.errors",
-    "kimi_mlx.files",
     "kimi_mlx.settings",
     "kimi_mlx.version",
 }
