@@ -13,6 +13,7 @@ from typing import Literal
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
+from kimi_mlx.hub.shared_blobs import freed_bytes, remove_unused, shared_blobs
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.store_folders import is_same_source, source_folder, sources_in
 
@@ -30,7 +31,7 @@ class RemovableFolder:
     Args:
         kind: `store` for the stores of all commits and placements, `download` for the model in the Hugging Face cache.
         folder: path of the folder.
-        size_bytes: size of its files; links do not count.
+        size_bytes: bytes that its removal frees; links to blobs of other repositories do not count.
     """
 
     kind: Literal["store", "download"]
@@ -71,12 +72,13 @@ def remove(removable: RemovableFolder) -> None:
     Raises:
         WeightsError: a file cannot be deleted; a second call continues.
     """
-    folder = removable.folder
+    folder, shared = removable.folder, shared_blobs(removable.folder)
     renamed = folder if folder.name.endswith(REMOVED_SUFFIX) else folder.with_name(folder.name + REMOVED_SUFFIX)
     try:
         if renamed != folder:
             folder.rename(renamed)
         shutil.rmtree(renamed)
+        remove_unused(shared)
     except OSError as error:
         raise WeightsError(
             f"cannot remove `{folder}`: {error.filename}: {error.strerror}", hint="check its owner and permissions"
@@ -87,7 +89,7 @@ def _existing(kind: Literal["store", "download"], folder: Path) -> Iterator[Remo
     """Yield the rest of an interrupted removal of the folder, then the folder itself. Links are skipped."""
     for path in (folder.with_name(folder.name + REMOVED_SUFFIX), folder):
         if path.is_dir() and not path.is_symlink():
-            yield RemovableFolder(kind, path, _size_bytes(path))
+            yield RemovableFolder(kind, path, _size_bytes(path) + freed_bytes(path))
 
 
 def _is_only_of(folder: Path, source: str) -> bool:

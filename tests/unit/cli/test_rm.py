@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
@@ -153,3 +154,22 @@ def test_an_unreadable_lock_is_no_crash(machine: Path) -> None:
     lock.unlink()
     lock.symlink_to(machine / "nowhere")
     assert run("kimi-k2.5", "--yes").exit_code == 0
+
+
+def test_blobs_in_the_shared_folder_are_removed_with_their_last_repository(machine: Path) -> None:
+    cache, digest = machine / "hub", "ab" * 32
+    for name in ("mlx-community--Kimi-K2.5", "owner--other"):
+        blob = cache / f"models--{name}" / "blobs" / "a1"
+        assert publish_blob_to_shared_store(
+            blob_path=str(blob), xet_hash=digest, cache_dir=cache, expected_size=blob.stat().st_size
+        )
+    shared = cache / "blobs" / "ab" / digest
+    assert shared.stat().st_size == 1000
+    first, second = (find_removable(resolve_model_name(name))[-1] for name in (REPOSITORY, "owner/other"))
+    assert (first.kind, first.size_bytes) == ("download", 0)
+    remove(first)
+    assert shared.is_file()
+    (second,) = (each for each in find_removable(resolve_model_name("owner/other")) if each.kind == "download")
+    assert second.size_bytes == 1000
+    remove(second)
+    assert not shared.exists()
