@@ -107,7 +107,7 @@ def send(url: str, path: str, body: bytes) -> tuple[str, float]:
         status = str(response.status)
         if response.status != 200:
             status += f" {json.loads(text)['error']['message']:.70}"
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         status = type(error).__name__
     return status, time.monotonic() - started
 

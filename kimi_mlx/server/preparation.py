@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TypeVar
 
 import anyio
@@ -32,9 +31,6 @@ NUM_PROCESSES = 2
 
 LIMIT_S = 60.0
 """Time limit for the preparation in a worker process, which is then ended."""
-
-WORKER_NICENESS = 5
-"""Lower priority of the worker processes: the engine and the streams come first."""
 
 Result = TypeVar("Result")
 Work = Callable[[PromptBuilder, bytes], Result]
@@ -93,16 +89,9 @@ class Preparation:
 
 
 def _run_in_worker(work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
-    _set_up_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the server handles it
     return work(prompt_builder, body)
 
 
 def _do_nothing(prompt_builder: PromptBuilder, body: bytes) -> None:
     pass
-
-
-@cache
-def _set_up_worker() -> None:
-    """Lower the priority, and leave Ctrl-C to the server: a terminal sends it to all processes."""
-    os.nice(WORKER_NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
