@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from kimi_mlx.cli.download import DownloadOptions
 from kimi_mlx.cli.download_output import show_result
@@ -75,20 +76,22 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
             )
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, options.revision)
-    if local is not None and options.revision not in (None, local.name):
-        local = None  # a branch or tag: it may have a newer commit
     damaged = [] if local is None else damaged_files(local)
     is_complete = local is not None and not damaged and not unknown_files(local)
-    if local is not None and is_complete and not options.dry_run and not options.verify:
-        return {"model": target.name, "folder": str(local), "commit": local.name, "state": "is on this machine"}
-    list_files = find_repository if options.dry_run or options.verify else look_up
-    repository = list_files(target.repository, options.revision if local is None else local.name)
+    is_commit = local is not None and local.name.startswith(options.revision or "")  # a branch may have a newer one
+    has_work = options.dry_run or options.verify
+    if local is not None and is_complete and is_commit and not has_work:
+        return _report_local(target, local)
+    list_files = find_repository if is_complete or has_work else look_up
+    repository = list_files(target.repository, local.name if local is not None and is_commit else options.revision)
+    if repository.is_local and local is not None and not has_work:  # the hub cannot say where the branch is now
+        return _report_local(target, local)
     if options.dry_run:
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
         return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
     broken = _remove_broken(target, repository, is_quiet) if options.verify else damaged
-    for name in damaged:
+    for name in damaged if is_commit else ():
         remove_cached(repository, repository.file(name))
     folder = fetch(target, repository, is_quiet)
     return {
@@ -99,6 +102,10 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         "state": describe_state(options.verify, broken),
         "broken": broken,
     }
+
+
+def _report_local(target: ModelRef, folder: Path) -> DownloadReport:
+    return {"model": target.name, "folder": str(folder), "commit": folder.name, "state": "is on this machine"}
 
 
 def _remove_broken(target: ModelRef, repository: Repository, is_quiet: bool) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -119,6 +118,8 @@ def _check_proxy(variable: str, address: str) -> None:
 
 
 def _check_certificates() -> None:
+    import ssl  # takes 10 ms, and nothing else at the start needs it
+
     for variable, is_folder in (("SSL_CERT_FILE", False), ("SSL_CERT_DIR", True)):
         value = os.environ.get(variable)
         if not value:

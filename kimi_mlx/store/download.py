@@ -90,7 +90,7 @@ def _connections(rank: int) -> list[int]:
 
 
 def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
-    """Return the stores if they are complete: those of all ranks, or in a group that of its own rank on every host."""
+    """Return the stores if they are complete: those of all ranks, or in a group the one of each host's own rank."""
     needed = None if group.size == 1 else [group.rank]
     name, revision = str(options.source), options.revision
     if isinstance(options.source, Path):  # its files may have changed since the stores were built

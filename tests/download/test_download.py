@@ -449,6 +449,11 @@ def test_a_checkpoint_on_this_machine_becomes_stores_offline(host: Host, expecte
     plan = succeed(host.run("download", NAME, "--ranks", "3", "--dry-run", "--json", HF_ENDPOINT="http://127.0.0.1:1"))
     assert [rank["rank"] for rank in json.loads(plan)["ranks"]] == [0, 1, 2]
     assert json.loads(succeed(host.run("download", NAME, "--verify", "--json", HF_HUB_OFFLINE="1")))["broken"] == []
+    for revision in (COMMIT, COMMIT[:10]):
+        assert succeed(host.run("download", NAME, "--revision", revision, HF_HUB_OFFLINE="1")).strip() == str(folder)
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "v1").write_text(COMMIT)
+    assert succeed(host.run("download", NAME, "--revision", "v1", HF_HUB_OFFLINE="1")).strip() == str(folder)
     assert host.hub.requests == []
 
 
