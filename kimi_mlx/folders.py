@@ -37,10 +37,13 @@ def stores_folder() -> Path | None:
 
 
 def variable_of(path: str) -> str | None:
-    """Return the environment variable that names the folder of a file; None if no variable does."""
-    values = {name: os.path.expanduser(os.environ.get(name, "")) for name in VARIABLES}
-    names = [name for name, value in values.items() if os.path.isabs(value) and f"{path}/".startswith(f"{value}/")]
-    return max(names, key=lambda name: len(values[name]), default=None)
+    """Return the environment variable to set so that a file is looked for elsewhere; None if there is none."""
+    folders: dict[str, str | Path | None] = {name: os.environ.get(name) for name in VARIABLES if name != "HOME"}
+    folders |= {"XDG_CACHE_HOME": cache_folder(), "XDG_STATE_HOME": state_folder(), "KIMI_MLX_STORES": stores_folder()}
+    folders["HF_HOME"] = folders["HF_HOME"] or "~/.cache/huggingface"
+    known = {name: os.path.expanduser(folder) for name, folder in folders.items() if folder}
+    names = [name for name, folder in known.items() if f"{path}/".startswith(f"{folder}/")]
+    return max(names, key=lambda name: len(known[name]), default=None)
 
 
 def _folder(variable: str, linux_path: str, macos_name: str) -> Path | None:

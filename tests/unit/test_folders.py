@@ -43,6 +43,11 @@ def test_the_variable_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/x")
     monkeypatch.setenv("XDG_DATA_HOME", "/home/x/data")
-    assert variable_of("/home/x/data/kimi-mlx/stores") == "XDG_DATA_HOME"
-    assert variable_of("/home/x/.cache") == "HOME"
-    assert variable_of("/home/xy") is None
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    assert variable_of("/home/x/data/kimi-mlx/stores/a--b") == "KIMI_MLX_STORES"
+    assert variable_of(f"{cache_folder()}/synthetic") == "XDG_CACHE_HOME"
+    assert variable_of("/home/x/.cache/huggingface/hub/a") == "HF_HOME"
+    assert variable_of("/scratch/a") == "TMPDIR"
+    assert variable_of("/home/x/data/other") == "XDG_DATA_HOME"
+    assert variable_of("/home/x/mine") is None
+    assert variable_of("/scratch-a") is None
