@@ -65,12 +65,12 @@ def are_gone(pids: list[int], limit_s: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
     mini = ensure_downloaded("kimi-mini")
     config = json.loads((mini / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
-    folder = write_checkpoint(tmp_path_factory.mktemp("babbler"), kept, seed=1)
+    folder = write_checkpoint(tmp_path_factory.mktemp("endless"), kept, seed=1)
     for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(mini / name, folder)
     generation = json.loads((mini / "generation_config.json").read_text())
@@ -168,8 +168,8 @@ def test_a_prompt_beyond_the_context_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_ends_the_front_and_all_ranks(babbler: Path, number: signal.Signals, code: int) -> None:
-    front = start(command("chat", str(babbler), "--ranks", "2", "--no-thinking", "-p", "hi"), text=True)
+def test_a_signal_ends_the_front_and_all_ranks(endless_model: Path, number: signal.Signals, code: int) -> None:
+    front = start(command("chat", str(endless_model), "--ranks", "2", "--no-thinking", "-p", "hi"), text=True)
     assert front.stdout is not None
     assert front.stdout.read(1)  # it is answering
     pids = ranks_of(front)
@@ -183,8 +183,8 @@ def test_a_signal_ends_the_front_and_all_ranks(babbler: Path, number: signal.Sig
 
 @pytest.mark.sweep
 @pytest.mark.ranks
-def test_an_answer_continues_after_a_rank_is_killed(babbler: Path) -> None:
-    options = ("chat", str(babbler), "--no-thinking", "-t", "0", "--max-tokens", "150", "-p", "hi")
+def test_an_answer_continues_after_a_rank_is_killed(endless_model: Path) -> None:
+    options = ("chat", str(endless_model), "--no-thinking", "-t", "0", "--max-tokens", "150", "-p", "hi")
     expected = call(*options).stdout
     # bufsize=0: reads no more of the pipe than it needs
     front = start(command(*options, "--ranks", "2"), bufsize=0)
@@ -194,10 +194,10 @@ def test_an_answer_continues_after_a_rank_is_killed(babbler: Path) -> None:
     os.kill(pids[1], signal.SIGKILL)
     text, errors = front.communicate(timeout=60)
     assert (front.returncode, (begin + text).decode()) == (0, expected)
-    said = " ".join(errors.decode().split())
-    assert f"(process {pids[1]}) was ended by SIGKILL" in said
-    assert "reconnecting in 1 s, attempt 1 of 3" in said
-    assert "the answer continues after" in said
+    output = " ".join(errors.decode().split())
+    assert f"(process {pids[1]}) was ended by SIGKILL" in output
+    assert "reconnecting in 1 s, attempt 1 of 3" in output
+    assert "the answer continues after" in output
     assert are_gone(pids, 10)
 
 

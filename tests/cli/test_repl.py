@@ -272,8 +272,8 @@ def test_a_narrow_terminal_and_an_unwritable_history(spawn: Spawn, tmp_path: Pat
     terminal = spawn(QUICK, columns=20)
     terminal.expect("\n> ")
     assert "The answer." in terminal.ask("a longer message" + ENTER)
-    _, *said = terminal.ask("/help" + ENTER).splitlines()
-    assert max(len(line) for line in said) <= 20
+    _, *output = terminal.ask("/help" + ENTER).splitlines()
+    assert max(len(line) for line in output) <= 20
     terminal.send(CTRL_D)
     assert terminal.wait() == 0
 
@@ -291,7 +291,7 @@ class Lines:
         return line
 
 
-def say(conversation: Conversation, *lines: str | BaseException) -> None:
+def send_all(conversation: Conversation, *lines: str | BaseException) -> None:
     Repl(conversation, "fake").run(Lines(*lines, "/quit"))
 
 
@@ -308,44 +308,44 @@ def failing_conversation(error: KimiMlxError) -> Conversation:
 
 def test_the_system_prompt_is_shown_set_and_removed(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
-    say(conversation, "hi", "/system Be brief. \n And kind. ")
+    send_all(conversation, "hi", "/system Be brief. \n And kind. ")
     assert (conversation.system, conversation.messages) == ("Be brief. \n And kind.", [])
-    say(conversation, "/system", "/system -")
+    send_all(conversation, "/system", "/system -")
     assert conversation.system is None
-    said = capfd.readouterr().err
-    assert said.count("conversation cleared") == 2
-    assert "And kind." in said
+    output = capfd.readouterr().err
+    assert output.count("conversation cleared") == 2
+    assert "And kind." in output
 
 
 def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
-    say(conversation, "/stats", "hi", "again", "/stats", "/reset", "/stats")
-    said = capfd.readouterr().err
+    send_all(conversation, "/stats", "hi", "again", "/stats", "/reset", "/stats")
+    output = capfd.readouterr().err
     assert conversation.messages == []
-    assert said.count("there is no answer yet") == 2
-    assert "conversation: 2 answers · " in said
+    assert output.count("there is no answer yet") == 2
+    assert "conversation: 2 answers · " in output
 
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     repl = Repl(conversation_of("yes"), "fake")
     repl.handle("/help")
-    said = capfd.readouterr().err
-    assert all(f"{name} " in said for name in repl.commands)
+    output = capfd.readouterr().err
+    assert all(f"{name} " in output for name in repl.commands)
 
 
 def test_an_unknown_command_is_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
-    say(conversation, "/rest", "/systen x", "/usr/bin/env is what?", "/")
-    said = capfd.readouterr().err
+    send_all(conversation, "/rest", "/systen x", "/usr/bin/env is what?", "/")
+    output = capfd.readouterr().err
     assert users(conversation) == []
-    assert "try `/reset`" in said
-    assert "try `/system`" in said
-    assert said.count("error: there is no command") == 4
+    assert "try `/reset`" in output
+    assert "try `/system`" in output
+    assert output.count("error: there is no command") == 4
 
 
 def test_two_slashes_send_one_and_empty_lines_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
-    say(conversation, "", " \n ", "//usr/bin", "  indented\n")
+    send_all(conversation, "", " \n ", "//usr/bin", "  indented\n")
     assert users(conversation) == ["/usr/bin", "  indented"]
     assert capfd.readouterr().out == "yes\nyes\n"
 
@@ -353,30 +353,30 @@ def test_two_slashes_send_one_and_empty_lines_nothing(capfd: pytest.CaptureFixtu
 def test_a_truncated_answer_has_a_remark(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("one two three four five six seven")
     conversation.options = ChatOptions(max_tokens=4)
-    say(conversation, "count")
+    send_all(conversation, "count")
     assert "[stopped at the token limit]" in capfd.readouterr().err
-    say(conversation_of(""), "say nothing")
+    send_all(conversation_of(""), "say nothing")
     assert "[no answer]" in capfd.readouterr().err
 
 
 def test_an_error_is_shown_and_the_conversation_continues(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = failing_conversation(EngineError("the prompt is too long", hint="use /reset"))
-    say(conversation, "hi", "hi again")
-    said = capfd.readouterr().err
-    assert said.count("error: the prompt is too long\nhint: use /reset") == 2
+    send_all(conversation, "hi", "hi again")
+    output = capfd.readouterr().err
+    assert output.count("error: the prompt is too long\nhint: use /reset") == 2
     assert conversation.messages == []
 
 
 def test_a_lost_ring_ends_the_conversation() -> None:
     with pytest.raises(RingError, match="rank 1"):
-        say(failing_conversation(RingError("rank 1 is gone")), "hi")
+        send_all(failing_conversation(RingError("rank 1 is gone")), "hi")
 
 
 def test_ctrl_c_twice_or_the_end_of_input_leaves() -> None:
-    say(conversation_of("yes"), KeyboardInterrupt(), KeyboardInterrupt(), AssertionError())
-    say(conversation_of("yes"), KeyboardInterrupt(), "", KeyboardInterrupt(), EOFError(), AssertionError())
+    send_all(conversation_of("yes"), KeyboardInterrupt(), KeyboardInterrupt(), AssertionError())
+    send_all(conversation_of("yes"), KeyboardInterrupt(), "", KeyboardInterrupt(), EOFError(), AssertionError())
     with pytest.raises(AssertionError):
-        say(conversation_of("yes"), KeyboardInterrupt(), AssertionError())
+        send_all(conversation_of("yes"), KeyboardInterrupt(), AssertionError())
 
 
 def test_the_page_of_the_chat_lists_all_commands() -> None:

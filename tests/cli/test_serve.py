@@ -59,10 +59,10 @@ class Serving:
         return raw.request(self.port, path="/metrics").body.decode()
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """The exit code, and what it had still said."""
+        """The exit code, and what it had still output."""
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=PATIENCE_S)
-        return self.process.returncode, said
+        _, output = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, output
 
 
 def test_it_answers_and_shuts_down_cleanly() -> None:
@@ -72,14 +72,14 @@ def test_it_answers_and_shuts_down_cleanly() -> None:
     long = {"logit_bias": {"1537": -100, "1538": -100}, "stream": True}
     with closing(begin(serving.port, **long)) as connection:
         assert connection.recv(100)
-        code, said = serving.end(signal.SIGINT)
+        code, output = serving.end(signal.SIGINT)
         data = b"".join(iter(lambda: connection.recv(65536), b""))
     assert code == 130
     assert b'"code":"stopping"' in data
     assert b"data: [DONE]" in data
-    assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is shutting down", said)
-    assert "Traceback" not in said
-    assert '"content"' not in said
+    assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is shutting down", output)
+    assert "Traceback" not in output
+    assert '"content"' not in output
 
 
 @pytest.mark.ranks
@@ -88,8 +88,8 @@ def test_no_rank_is_left_after_shutdown() -> None:
     ranks = ranks_of(serving.process)
     assert len(ranks) == 2
     assert serving.ask("secret").startswith("Hello!")
-    code, said = serving.end(signal.SIGTERM)
-    assert (code, "Traceback" in said) == (143, False)
+    code, output = serving.end(signal.SIGTERM)
+    assert (code, "Traceback" in output) == (143, False)
     assert are_gone(ranks, 10)
 
 
@@ -101,9 +101,9 @@ def test_a_second_signal_does_not_wait_for_clients() -> None:
         serving.process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):  # it waits for 10 s
             serving.process.wait(2)
-        code, said = serving.end(signal.SIGINT)
+        code, output = serving.end(signal.SIGINT)
     assert code == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 @pytest.mark.ranks
@@ -128,10 +128,10 @@ def test_a_lost_rank_is_restarted() -> None:
     assert b'"finish_reason":"length"' in data
     assert b'"error"' not in data
     assert "kimi_mlx_ring_restarts 1.0" in serving.figures()
-    code, said = serving.end(signal.SIGTERM)
+    code, output = serving.end(signal.SIGTERM)
     assert code == 143
-    assert said.count("lost the ring: rank 1") == 1
-    assert said.count("the ring is up again after ") == 1
+    assert output.count("lost the ring: rank 1") == 1
+    assert output.count("the ring is up again after ") == 1
 
 
 def test_the_network_needs_a_key() -> None:
@@ -148,17 +148,17 @@ def test_invalid_keys_are_rejected(tmp_path: Path) -> None:
         ("# nothing\n\n", "has no key"),
         ("one # first\none two\n", "line 2: an API key consists of"),
     )
-    for text, said in mistakes:
+    for text, output in mistakes:
         if text is not None:
             file.write_text(text)
         refused = call("serve", "--api-key-file", str(file))
         assert refused.returncode == 2
-        assert said in refused.stderr
+        assert output in refused.stderr
     assert "without spaces" in call("serve", "--api-key", "").stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (("--cors-origin", "example.org"), "write `https://example.org`"),
         (("--cors-origin", "https://example.org/page"), "write `https://example.org`"),
@@ -166,10 +166,10 @@ def test_invalid_keys_are_rejected(tmp_path: Path) -> None:
         (("--cache-dir", "x", "--cache-disk", "5kB"), "a cache of 5000 bytes is too small"),
     ],
 )
-def test_invalid_options_are_rejected(arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_rejected(arguments: tuple[str, ...], output: str) -> None:
     refused = call("serve", *arguments)
     assert refused.returncode == 2
-    assert said in refused.stderr
+    assert output in refused.stderr
 
 
 def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
     assert "Bearer KEY" in serving.greeting
     assert serving.ask("se#cret").startswith("Hello!")
     assert raw.request(serving.port, "POST", "/chat/completions").status == 401
-    code, said = serving.end(signal.SIGTERM)
+    code, output = serving.end(signal.SIGTERM)
     assert code == 143
-    assert "127.0.0.1 POST /chat/completions 401" in said
-    assert "an API key is required" in said
+    assert "127.0.0.1 POST /chat/completions 401" in output
+    assert "an API key is required" in output
 
 
 def test_a_port_in_use_is_an_error() -> None:

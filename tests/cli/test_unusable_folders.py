@@ -39,9 +39,7 @@ def check(code: int, text: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_models_and_dry_runs_find_no_traceback(
-    variable: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_prints_no_traceback(variable: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KIMI_MLX_STORES", raising=False)
     done = call("models", variables={variable: str(unusable(tmp_path, kind))})

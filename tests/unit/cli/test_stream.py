@@ -79,7 +79,7 @@ def test_control_characters_never_pass_and_cuts_change_nothing(text: str, cuts: 
         ("\x1b[" + "1" * 100, "1" * 100),
     ],
 )
-def test_what_a_terminal_would_obey_is_left_out(text: str, shown: str) -> None:
+def test_control_sequences_are_removed(text: str, shown: str) -> None:
     assert ControlFilter().add(text) == shown
 
 
