@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 from kimi_mlx.cli.command_list import LazyGroup
-from kimi_mlx.cli.standard_streams import repair_standard_streams
+from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 from kimi_mlx.version import __version__
@@ -102,12 +102,14 @@ def run() -> None:
 
 
 def _explain(error: OSError) -> KimiMlxError | None:
-    """Return the error for a full stdout, or a file or folder that cannot be used; None for any other error."""
+    """Return the error for a full disk, or for a file or folder that cannot be used; None for any other error."""
     from kimi_mlx.files import is_disk_full
     from kimi_mlx.folders import variable_of
 
+    if error.filename == OUTPUT:
+        return KimiMlxError(f"cannot write the output: {error.strerror}")
     if error.filename is None:
-        return KimiMlxError(f"cannot write the output: {error.strerror}") if is_disk_full(error) else None
+        return KimiMlxError("the disk is full", hint="free some space") if is_disk_full(error) else None
     path = os.fsdecode(error.filename)
     variable = variable_of(path)
     remedy = "free some space" if is_disk_full(error) else "check its owner and permissions"

@@ -13,6 +13,9 @@ from typing import Any, TextIO
 GONE = {errno.EPIPE: signal.SIGPIPE, errno.ECONNRESET: signal.SIGPIPE, errno.EIO: signal.SIGHUP}
 """Errors of a stream that nobody reads any more -> the signal that ends other programs then. EIO: a closed terminal."""
 
+OUTPUT = "standard output"
+"""File name of errors of stdout and stderr."""
+
 
 class _Output(io.FileIO):
     """A file descriptor that turns into /dev/null once nobody reads it.
@@ -32,6 +35,7 @@ class _Output(io.FileIO):
             return super().write(data)
         except OSError as error:
             if error.errno not in GONE:
+                error.filename = OUTPUT  # else a full disk of stdout looks like any other
                 raise
             _open_null(self.fileno())
             self._on_gone(128 + GONE[error.errno])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,17 +27,45 @@ def pack_tokenizer_files(folder: Path) -> dict[str, str]:
 def unpack_tokenizer_files(files: Mapping[str, str]) -> Path:
     """Write files from `pack_tokenizer_files` to a folder in the user's cache; return the folder.
 
-    The folder is named by the digest of the files.
+    The folder is named by the digest of the files. If the cache cannot be written, it is in a temporary folder.
 
     Raises:
-        RingError: a file is not one of the expected small files.
+        RingError: a file is not one of the expected small files, or no folder can be written.
     """
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
-    folder = (cache_folder() or Path(tempfile.gettempdir())) / "text" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
+    for name in files:
         if not is_small_file(name):
             raise RingError(f"rank 0 sent a file with the unexpected name {name!r}")
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    caches = cache_folder()
+    if caches is not None:
+        with contextlib.suppress(OSError):
+            return _write(caches / "text" / digest, files)
+    try:
+        return _write(_temporary_folder() / "text" / digest, files)
+    except OSError as error:
+        raise RingError(
+            f"the model's tokenizer cannot be written on this machine: {error.strerror} ({error.filename or 'TMPDIR'})",
+            hint="free some space, or set XDG_CACHE_HOME or TMPDIR to a folder of your own",
+        ) from error
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, base64.b64decode(content))
+    return folder
+
+
+def _temporary_folder() -> Path:
+    """Return this user's own folder among the temporary ones. It stays, so that runs do not add up.
+
+    Raises:
+        OSError: it cannot be made, or others may write to it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"kimi-mlx-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode) or state.st_mode & 0o022:
+        raise PermissionError(errno.EACCES, "Others may write to it", str(folder))
     return folder
