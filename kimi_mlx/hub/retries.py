@@ -34,8 +34,8 @@ FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 60.0
 MAX_RETRY_AFTER_S = 3600.0
 """Longest delay that the hub can demand."""
-NUM_TRUSTED_DELAYS = 3
-"""Number of failures after which the hub cannot demand a shorter delay than usual: it may say 0 for hours."""
+MIN_RETRY_AFTER_S, NUM_TRUSTED_DELAYS = 1.0, 3
+"""A shorter delay that the hub demands is ignored after this number of failures: it may say 0 for hours."""
 MAX_WAIT_S = 8 * 3600.0
 """Longest wait without a new byte: a download overnight survives an outage of the hub or of the network."""
 MAX_LOOKUP_FAILURES = 4
@@ -43,8 +43,8 @@ MAX_LOOKUP_FAILURES = 4
 MAX_WRONG_RESPONSES = 3
 """Maximum number of consecutive responses that are not from a hub, or not the requested file."""
 
-NOTICE_DELAY_S = 4.0
-"""Shortest delay that is announced."""
+NOTICE_AFTER_S = 4.0
+"""Shortest total wait that is announced."""
 NOTICE_EVERY_S = 600.0
 """Shortest time between two announcements of one process."""
 
@@ -116,14 +116,15 @@ class Retries:
         if waited_s + delay_s > self._max_wait_s or (limit is not None and self._failures >= limit):
             raise unreachable_error(error, self._repository, self._failures) from error
         while delay_s > 0:
-            self._announce(error, delay_s)
+            if limit is None and waited_s + delay_s >= NOTICE_AFTER_S:
+                self._announce(error, delay_s)
             if self._stop.wait(min(delay_s, NOTICE_EVERY_S)):
                 raise Cancelled
             delay_s -= NOTICE_EVERY_S
 
     def _announce(self, error: Exception, delay_s: float) -> None:
         now_s = time.monotonic()
-        if delay_s >= NOTICE_DELAY_S and now_s - Retries._announced_s >= NOTICE_EVERY_S:
+        if now_s - Retries._announced_s >= NOTICE_EVERY_S:
             Retries._announced_s = now_s
             LOG.warning(
                 "waiting: %s. Trying again in %.0f s, for up to %.3g h; Ctrl-C stops, and the same command resumes",
@@ -150,9 +151,9 @@ def _delay_s(error: Exception, failures: int) -> float:
     delay_s = min(FIRST_DELAY_S * 2 ** min(failures - 1, 30), MAX_DELAY_S)
     delay_s *= random.uniform(0.5, 1.0)  # jitter: else all threads retry at once
     retry_after_s = _retry_after_s(error)
-    if retry_after_s is None:
+    if retry_after_s is None or (retry_after_s < MIN_RETRY_AFTER_S and failures > NUM_TRUSTED_DELAYS):
         return delay_s
-    return min(max(retry_after_s, delay_s if failures > NUM_TRUSTED_DELAYS else 0.0), MAX_RETRY_AFTER_S)
+    return min(retry_after_s, MAX_RETRY_AFTER_S)
 
 
 def _retry_after_s(error: Exception) -> float | None:

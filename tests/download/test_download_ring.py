@@ -347,7 +347,7 @@ def test_a_full_disk_on_one_host_is_an_error_on_all_and_the_next_run_resumes(
     ballast.write_bytes(bytes(50_000_000))  # too little space at the start
     done = cluster.run()
     error = error_of(done)
-    assert f"error: host {victim}: " in error
+    assert f"error: rank {victim} (" in error
     assert "more, but its disk has" in error
     ballast.unlink()
 
@@ -359,7 +359,7 @@ def test_a_full_disk_on_one_host_is_an_error_on_all_and_the_next_run_resumes(
         while file.write(bytes(1 << 16)):
             pass
     done = end_all(processes)
-    assert f"error: host {victim}: the disk is full: `{tiny_disk}" in error_of(done)
+    assert re.search(rf"error: rank {victim} \(`.*`\): the disk is full: `{tiny_disk}", error_of(done))
     ballast.unlink()
     large_hub.clear_faults()
     cluster.build()

@@ -112,3 +112,16 @@ def test_a_response_that_is_not_the_file_is_requested_again(
 def test_a_look_up_is_repeated_after_a_page_that_is_not_json(hub: Hub) -> None:
     hub.fail("status", "/api/*", status=200, body=b"<html>please log in</html>", times=2)
     assert look_up("owner/model").name == "owner/model"
+
+
+def test_many_short_waits_are_announced(
+    hub: Hub, tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = look_up("owner/model")
+    hub.fail("status", "/cdn/*", status=429, times=8, headers={"Retry-After": "1"})
+    started_s = clock.now_s
+    with caplog.at_level(logging.WARNING, "kimi_mlx.hub"):
+        fetch_file(repository, repository.file(NAME), tmp_path / "file", stop=clock)
+    assert clock.now_s - started_s == 8.0
+    (message,) = caplog.messages
+    assert "Trying again in 1 s" in message
