@@ -27,7 +27,10 @@ SHORT_BODY_BYTES = 8_000
 """Largest body that is prepared in this process."""
 
 NUM_THREADS = 2
+"""Maximum number of short bodies that are prepared at once."""
+
 NUM_PROCESSES = 2
+"""Maximum number of worker processes, each with a tokenizer of its own."""
 
 LIMIT_S = 60.0
 """Time limit for the preparation in a worker process, which is then ended."""

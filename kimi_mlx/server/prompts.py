@@ -87,17 +87,18 @@ class PromptBuilder:
             KimiMlxError: the template cannot render the messages.
         """
         self._check_size(request)
-        grammar, ids, tool_names = None, None, ()
-        if isinstance(request, CompletionRequest):
-            prompt = self._plain_prompt(request)
-        else:
+        if isinstance(request, ChatRequest):
             prompt, ids = self._chat_prompt(request)
-            special_tokens = self.tokenizer.tokenizer.special_tokens
-            grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
-            tool_names = names_of(request.tools)
+        else:
+            prompt, ids = self._plain_prompt(request), None
         remaining = self.context_tokens - len(prompt)
         if remaining < 1:
             raise self._too_long(request, f"{len(prompt)}")
+        grammar, tool_names = None, ()
+        if isinstance(request, ChatRequest) and ids is not None:
+            special_tokens = self.tokenizer.tokenizer.special_tokens
+            grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
+            tool_names = names_of(request.tools)
         for id, _ in request.logit_bias:
             self._check_id(id, "logit_bias")
         engine_request = Request(
