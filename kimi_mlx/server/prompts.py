@@ -29,6 +29,15 @@ RESERVED = frozenset(
 )
 """Names of the chat template that `chat_template_kwargs` cannot set."""
 
+USUAL_CHARS_PER_TOKEN = 8
+"""Texts with more characters than this per token of the context rarely fit."""
+
+PART_CHARS = 400_000
+"""Size of the parts in which long texts are tokenized to see whether they fit; the tokenizer cuts them there, too."""
+
+CUT_TOKENS = 16
+"""Number of tokens that a part may have because of its cuts, generously."""
+
 LEADING_NAME = re.compile(r"`([^`]+)`")
 """Location of the error, at the beginning of a GrammarError's message."""
 
@@ -154,21 +163,34 @@ class PromptBuilder:
             raise ApiError(400, message, "invalid_value", "messages", hint=error.hint) from error
 
     def _check_size(self, request: ChatRequest | CompletionRequest) -> None:
-        """Refuse a prompt that certainly does not fit the context, before it is rendered and tokenized.
-
-        Each message has at least one token, and no token has more characters than the longest one.
-        """
-        num_messages = 0
-        if isinstance(request, ChatRequest):
-            num_messages = len(request.messages)
-            num_chars = sum(len(message.content) for message in request.messages if isinstance(message.content, str))
-        elif isinstance(request.prompt, str):
-            num_chars = len(request.prompt)
+        """Refuse a prompt that certainly does not fit the context, before it is rendered and tokenized as a whole."""
+        if isinstance(request, CompletionRequest) and not isinstance(request.prompt, str):
+            least = len(request.prompt)
+        elif isinstance(request, CompletionRequest):
+            least = self._least_tokens([str(request.prompt)])
         else:
-            num_chars = len(request.prompt) * self.tokenizer.tokenizer.max_token_bytes
-        least = num_messages + num_chars // self.tokenizer.tokenizer.max_token_bytes
+            contents = [message.content for message in request.messages if isinstance(message.content, str)]
+            least = len(request.messages) + self._least_tokens(contents)  # each message has a token of its own
         if least > self.context_tokens:
             raise self._too_long(request, f"at least {least}")
+
+    def _least_tokens(self, texts: Sequence[str]) -> int:
+        """Return a number of tokens that the texts have at least; if it exceeds the context, it may be much too small.
+
+        No token has more characters than the longest one. If that leaves it open whether long texts fit, they are
+        tokenized in parts, until there are too many tokens.
+        """
+        num_chars = sum(map(len, texts))
+        least = num_chars // self.tokenizer.tokenizer.max_token_bytes
+        if num_chars <= USUAL_CHARS_PER_TOKEN * self.context_tokens or not self.tokenizer.has_tokenizer:
+            return least
+        num_tokens = 0
+        for text in texts:
+            for at in range(0, len(text), PART_CHARS):
+                if max(least, num_tokens) > self.context_tokens:
+                    return max(least, num_tokens)
+                num_tokens += max(len(self.tokenizer.encode(text[at : at + PART_CHARS])) - CUT_TOKENS, 0)
+        return max(least, num_tokens)
 
     def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: str) -> ApiError:
         return ApiError(

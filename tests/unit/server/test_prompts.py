@@ -75,6 +75,15 @@ def test_prompts_that_cannot_fit_are_refused_before_they_are_tokenized(
     assert time.process_time() - started < 2  # tokenizing takes 20 s
 
 
+def test_long_texts_are_tokenized_only_until_they_do_not_fit(builder: PromptBuilder) -> None:
+    words = "nobody waits for long, " * 60_000  # 1.4 MB; by its bytes alone it might fit a context of 40,000
+    whole = len(builder.tokenizer.encode(words))
+    larger = PromptBuilder(builder.tokenizer, 40_000, {})
+    with pytest.raises(ApiError, match="the prompt has at least") as error:
+        larger.prepare(ChatRequest(messages=(Message("user", words),)))
+    assert 40_000 < int(error.value.message.split()[5]) < whole
+
+
 def test_a_prompt_that_just_fits_is_not_refused_by_its_size(builder: PromptBuilder) -> None:
     longest = max(builder.tokenizer.tokenizer.tokens(), key=len).decode()
     prompt = longest * 1900
