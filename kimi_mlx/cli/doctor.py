@@ -34,7 +34,8 @@ def doctor(
 ) -> None:
     """Find problems of a Mac or cluster, and the fix."""
     # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.doctor_report import report, to_dict
+    from kimi_mlx.cli.doctor_json import to_dict
+    from kimi_mlx.cli.doctor_report import report
     from kimi_mlx.cli.model_size import memory_requirement
     from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
     from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement

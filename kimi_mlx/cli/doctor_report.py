@@ -1,14 +1,11 @@
-"""Report of the doctor, as text and as JSON."""
+"""Report of the doctor, as text."""
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -17,10 +14,7 @@ from rich.text import Text
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
-from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding, State
-from kimi_mlx.cluster.hosts.hostfile import to_json
-from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import format_bytes
@@ -203,59 +197,3 @@ def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, 
         command = f"kimi-mlx launch {option}" + (f" chat{model}" if model else "")
     suffix = "" if not warnings else " (1 warning)" if warnings == 1 else f" ({warnings} warnings)"
     return f"All checks passed{suffix}. Next:", command
-
-
-def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
-    """Return the whole report for JSON."""
-    hostfile = diagnosis.hostfile
-    return {
-        "ok": not diagnosis.has_problem,
-        "model": need.name,
-        "backend": diagnosis.backend,
-        "hosts": {host: _host(diagnosis.facts.get(host)) for host in diagnosis.hosts},
-        "findings": [asdict(finding) for finding in diagnosis.findings],
-        "links": [_link(link) for link in diagnosis.links],
-        "network": None if diagnosis.network is None else asdict(diagnosis.network),
-        "hostfile": None if hostfile is None else json.loads(to_json(hostfile)),
-        "self_test": None if diagnosis.self_test is None else _self_test(diagnosis.self_test),
-    }
-
-
-SUMMARY = (
-    "hostname",
-    "system",
-    "machine",
-    "macos_version",
-    "macos_build",
-    "chip",
-    "memory_bytes",
-    "free_bytes",
-    "wired_bytes",
-    "wired_limit_mb",
-    "stores_folder",
-    "disk_free_bytes",
-    "rdma_status",
-    "firewall",
-)
-"""Facts of a host in JSON."""
-
-
-def _host(facts: Facts | None) -> dict[str, Any] | None:
-    """Return the facts of a host; None if it did not answer."""
-    if facts is None:
-        return None
-    python = None if facts.python is None else asdict(facts.python)
-    return {**{name: getattr(facts, name) for name in SUMMARY}, "python": python}
-
-
-def _link(link: Link) -> dict[str, Any]:
-    measured = None if link.speed is None else asdict(link.speed)
-    return {**asdict(link.network), "measured": measured, "problems": list(link.problems)}
-
-
-def _self_test(test: SelfTest) -> dict[str, Any]:
-    timings = [
-        {**asdict(timing), "size_bytes": timing.payload.size_bytes, "bytes_per_s": timing.bytes_per_s}
-        for timing in test.timings
-    ]
-    return {"device": test.device, "timings": timings, "sums": test.sums and test.sums.to_dict()}

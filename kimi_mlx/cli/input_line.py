@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import termios
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import BinaryIO, Protocol, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -22,6 +21,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
+
+from kimi_mlx.cli.terminal_modes import quiet_between_prompts, read_typed_ahead
 
 PROMPT, CONTINUATION = "> ", "  "
 
@@ -63,8 +64,8 @@ def open_input_line(commands: Mapping[str, str], history: Path | None) -> Genera
     if stream is None or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown"):
         yield PlainInputLine(sys.stdin.buffer, sys.stderr)
         return
-    typed_ahead = _read_typed_ahead()
-    with _quiet_between_prompts():
+    typed_ahead = read_typed_ahead()
+    with quiet_between_prompts():
         yield EditedInputLine(commands, _open_history(history), stream, typed_ahead)
 
 
@@ -178,42 +179,6 @@ def _open_history(path: Path | None) -> History:
     except OSError:
         return InMemoryHistory()
     return _PrivateHistory(str(path))
-
-
-def _read_typed_ahead() -> list[str]:
-    """Return the lines that were typed before the input line is open, for example while the model was loaded.
-
-    The last one is unfinished. The terminal has turned Enter into a line feed, which would mean Ctrl-J at the prompt.
-    """
-    typed = b""
-    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line finds out
-        modes = termios.tcgetattr(sys.stdin)
-        unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
-        unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
-        unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
-        while part := os.read(sys.stdin.fileno(), 4096):
-            typed += part
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-    lines = typed.decode("utf-8", errors="replace").split("\n")
-    return ["".join(character for character in line if character.isprintable()) for line in lines]
-
-
-@contextmanager
-def _quiet_between_prompts() -> Generator[None, None, None]:
-    """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C."""
-    modes = termios.tcgetattr(sys.stdin)
-    quiet = list(modes)
-    quiet[0] &= ~termios.ICRNL  # keep Enter as the character that prompt_toolkit expects
-    quiet[3] &= ~termios.ECHO
-    handler = signal.signal(signal.SIGINT, lambda number, frame: None)
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):  # the terminal was closed
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        signal.signal(signal.SIGINT, handler)
 
 
 def _key_bindings() -> KeyBindings:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import typer
 from rich.text import Text
 
-from kimi_mlx.cli.doctor_report import report, to_dict
+from kimi_mlx.cli.doctor_json import to_dict
+from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand

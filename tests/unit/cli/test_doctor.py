@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import kimi_mlx
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report, to_dict
+from kimi_mlx.cli.doctor_json import to_dict
+from kimi_mlx.cli.doctor_report import next_step, remedy_lines, report
 from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.doctor.payloads import all_payloads

@@ -1,0 +1,48 @@
+"""Modes of the terminal around the input line: what is typed before it is open, and between two prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import termios
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+
+def read_typed_ahead() -> list[str]:
+    """Return the lines that were typed before the input line is open, for example while the model was loaded.
+
+    The last one is unfinished. The terminal has turned Enter into a line feed, which would mean Ctrl-J at the prompt.
+    """
+    typed = b""
+    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line finds out
+        modes = termios.tcgetattr(sys.stdin)
+        unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
+        unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
+        unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
+        while part := os.read(sys.stdin.fileno(), 4096):
+            typed += part
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+    lines = typed.decode("utf-8", errors="replace").split("\n")
+    return ["".join(character for character in line if character.isprintable()) for line in lines]
+
+
+@contextmanager
+def quiet_between_prompts() -> Generator[None, None, None]:
+    """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C."""
+    modes = termios.tcgetattr(sys.stdin)
+    quiet = list(modes)
+    quiet[0] &= ~termios.ICRNL  # keep Enter as the character that prompt_toolkit expects
+    quiet[3] &= ~termios.ECHO
+    handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal was closed
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+        signal.signal(signal.SIGINT, handler)
