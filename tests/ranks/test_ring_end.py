@@ -31,8 +31,7 @@ pytestmark = pytest.mark.ranks
 PROMPT = tuple(range(20, 60))
 ENDLESS = Request(PROMPT, max_tokens=5000, stop_ids=())
 STUCK = """
-import signal, time
-import mlx.core as mx
+import time
 from kimi_mlx.rank.channel import run_rank
 from kimi_mlx.rank.rendezvous import join_group
 
@@ -79,20 +78,22 @@ def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Ki
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "strategy", "lost"),
+    ("number", "strategy", "lost", "size"),
     [
-        (signal.SIGKILL, "hybrid", 0),
-        (signal.SIGKILL, "pipeline", 1),
-        (signal.SIGSTOP, "hybrid", 1),
-        (signal.SIGSTOP, "pipeline", 0),
-        (signal.SIGTERM, "hybrid", 0),
-        (signal.SIGTERM, "pipeline", 1),
+        (signal.SIGKILL, "hybrid", 0, 2),
+        (signal.SIGKILL, "hybrid", 1, 3),
+        (signal.SIGKILL, "pipeline", 1, 2),
+        (signal.SIGKILL, "pipeline", 2, 3),
+        (signal.SIGSTOP, "hybrid", 1, 2),
+        (signal.SIGSTOP, "pipeline", 0, 2),
+        (signal.SIGTERM, "hybrid", 0, 2),
+        (signal.SIGTERM, "pipeline", 1, 3),
     ],
 )
-def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int, kills: Kills) -> None:
+def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int, size: int, kills: Kills) -> None:
     """Also not the rank that was stopped, and not the one that waits in a collective for the lost rank."""
     request = Request(PROMPT, max_tokens=120, stop_ids=())
-    options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, timeouts=RingTimeouts(silence_s=3))
+    options = SessionOptions(KIMI_MINI, ranks=size, strategy=strategy, timeouts=RingTimeouts(silence_s=3))
     ends = []
     with closing(LocalSession(SessionOptions(KIMI_MINI))) as alone:
         expected = tokens_of(alone, request)
@@ -108,7 +109,27 @@ def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int
         assert f"was ended by {number.name}" in interrupted.reason
     assert isinstance(events[-1], Finished)
     unloaded = {rank for rank, end in ends[0].items() if end.is_unloaded}
-    assert unloaded == ({1 - lost} if number == signal.SIGKILL else {0, 1})
+    assert unloaded == set(range(size)) - ({lost} if number == signal.SIGKILL else set())
+    assert kills.sent == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_ranks_load_kills_nobody(kills: Kills, monkeypatch: pytest.MonkeyPatch) -> None:
+    rings: list[Ring] = []
+    start = Ring.start
+
+    def remember_and_start(ring: Ring, **settings: object) -> None:
+        rings.append(ring)
+        start(ring, **settings)
+
+    def interrupt(done: int, total: int, rank: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ring, "start", remember_and_start)
+    with pytest.raises(KeyboardInterrupt):
+        RingSession(SessionOptions(KIMI_MINI, ranks=2), interrupt)
+    check_unloaded(rings[0], 0, 1)
+    wait_until_gone(rings[0].pids, 1)
     assert kills.sent == []
 
 
