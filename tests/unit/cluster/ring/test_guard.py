@@ -32,6 +32,19 @@ def main():
 """
 
 
+RELEASING_CHILD = """
+import os, socket, sys, tempfile, time
+def main():
+    guard = socket.socket(fileno=int(os.environ["KIMI_MLX_GUARD"]))
+    guard.send(b"5.0\\n")
+    print(os.getpid(), tempfile.gettempdir(), sys.stdin.readline().strip(), flush=True)
+    assert sys.stdin.readline() == ""
+    guard.send(b"0.2\\n")
+    time.sleep(DELAY)
+    sys.exit(7)
+"""
+
+
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "guarded_child.py").write_text(CHILD)
@@ -111,6 +124,14 @@ def test_guard_removes_folders_of_guards_that_are_gone(child: str, tmp_path: Pat
     with guarded(child, tag="b" * 16) as (_, _, running), guarded(child, tag="c" * 16):
         assert running.exists()
         assert not any(folder.exists() for folder in stale)
+
+
+@pytest.mark.parametrize(("delay_s", "code"), [(0.0, 7), (100.0, 128 + signal.SIGTERM)])
+def test_a_child_gets_the_time_that_it_says_it_needs(child: str, tmp_path: Path, delay_s: float, code: int) -> None:
+    (tmp_path / "releasing_child.py").write_text(RELEASING_CHILD.replace("DELAY", str(delay_s)))
+    with guarded("releasing_child") as (process, pid, folder):
+        process.communicate(timeout=20)
+        assert (process.returncode, is_running(pid), folder.exists()) == (code, False, False)
 
 
 def test_guard_exits_on_sigterm(child: str) -> None:
