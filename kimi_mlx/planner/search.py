@@ -148,7 +148,7 @@ def make_plan(
     options: list[Option] = []
     fence_s = FAST_FENCE_S if is_fast_sync else FENCE_S
     for strategy, shares, hosts, link in _candidates(machines, links):
-        if link is not None and (problem := _link_problem(hosts, link)) is not None:
+        if problem := _chip_problem(hosts, strategy) or (link and _link_problem(hosts, link)):
             notes[problem] = None
             continue
         placement = strategy_by_memory(strategy, hosts, shape) if shares == "by memory" else strategy
@@ -199,6 +199,18 @@ def _free_bytes(machine: Machine, strategy: Strategy, shape: ModelShape) -> floa
         base = Portion(shape.layers, shape.moe_layers, head=0, heads=heads, expert_rows=0, shared_rows=0, dense_rows=0)
     base_bytes = host_memory(machine, base, shape, KIMI_MLX, min(CONTEXT_TOKENS, shape.context_tokens)).needed_bytes
     return max(machine.raised_gpu_bytes - base_bytes, 1.0)
+
+
+def _chip_problem(hosts: Sequence[Machine], strategy: Strategy) -> str | None:
+    """Return why these hosts cannot use the strategy; None if they can.
+
+    MLX chooses kernels by chip, and each rounds differently. All strategies for several ranks except pipeline compute
+    the router on every rank, and ranks that round differently choose different experts.
+    """
+    chips = {machine.chip.chip for machine in hosts if machine.is_known}
+    if strategy in ("single", "pipeline") or len(chips) < 2:
+        return None
+    return f"only pipeline with {' and '.join(sorted(chips))}: different chips round differently"
 
 
 def _link_problem(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
