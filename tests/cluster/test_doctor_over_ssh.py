@@ -99,7 +99,7 @@ def wait(is_done: Callable[[], bool], limit_s: float, what: Callable[[], str] = 
 
 
 def write(folder: Path, *addresses: str) -> str:
-    """A hostfile of mac-a and mac-b."""
+    """Write a hostfile of mac-a and mac-b; return its path."""
     path = folder / "two.json"
     hosts = [{"ssh": name, "ips": [ip]} for name, ip in zip(("mac-a", "mac-b"), addresses, strict=True)]
     path.write_text(json.dumps(hosts))
@@ -199,7 +199,7 @@ def test_firewall(hosts: Hosts, tmp_path: Path) -> None:
     assert "firewall" in problem["remedy"]
 
 
-def test_a_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -> None:
+def test_slow_network_is_refused_unless_forced(hosts: Hosts, tmp_path: Path) -> None:
     for name in hosts.names:
         for link in ("tb", "lan"):
             hosts.slow_down(name, link, "200mbit")
@@ -281,7 +281,7 @@ def test_rank_is_killed(hosts: Hosts, tmp_path: Path) -> None:
         pytest.param("rank.self_test import", signal.SIGINT, marks=pytest.mark.sweep),
     ],
 )
-def test_nothing_outlives_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_no_process_is_left_after_the_doctor(hosts: Hosts, mark: str, number: signal.Signals, tmp_path: Path) -> None:
     process = start("--hostfile", good(hosts, tmp_path))
     wait(lambda: started(hosts, mark), 120)
     begin = time.monotonic()

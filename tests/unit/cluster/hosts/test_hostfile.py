@@ -61,7 +61,7 @@ def test_round_trip(hostfile: Hostfile) -> None:
     assert parse_hostfile(json.loads(to_json(hostfile)), "`x`") == hostfile
 
 
-def test_there_are_examples() -> None:
+def test_examples_exist() -> None:
     assert [path.stem for path in EXAMPLES] == [
         "four-mesh-jaccl", "two-local", "two-m3-ultra-jaccl", "two-m3-ultra-ring", "unequal",
     ]  # fmt: skip
@@ -92,7 +92,7 @@ def test_list_form() -> None:
     assert parse_hostfile([A, B], "`x`") == Hostfile((Host("mac-a", ("192.168.0.1",)), Host("mac-b", ("192.168.0.2",))))
 
 
-def test_mlx_own_example_of_jaccl_has_an_address_for_rank_0_alone() -> None:
+def test_jaccl_needs_only_the_address_of_rank_0() -> None:
     hosts = mesh(4)
     for host in hosts[1:]:
         host["ips"] = []
@@ -193,7 +193,7 @@ def circle(count: int, wires: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("count", "wires"), [(2, 1), (3, 1), (4, 1), (4, 2), (9, 4)])
-def test_a_circle_is_for_jaccl_ring(count: int, wires: int) -> None:
+def test_cables_in_a_circle_are_valid_for_jaccl_ring(count: int, wires: int) -> None:
     value = {"hosts": circle(count, wires), "backend": "jaccl-ring"}
     assert parse_hostfile(value, "`x`").backend == "jaccl-ring"
 
@@ -229,7 +229,7 @@ def test_file_that_is_not_json(data: bytes, message: str, tmp_path: Path) -> Non
     assert str(path) in caught.value.message
 
 
-def test_a_file_that_is_not_there_or_a_folder(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(HostfileError, match="No such file"):
         read_hostfile(tmp_path / "none.json")
     with pytest.raises(HostfileError, match="directory"):
@@ -257,7 +257,7 @@ def test_any_json_is_a_hostfile_or_a_hostfile_error(value: object) -> None:
     assert parse_hostfile(json.loads(to_json(hostfile)), "`x`") == hostfile
 
 
-def test_a_list_of_hosts() -> None:
+def test_hosts_option_is_parsed() -> None:
     assert parse_hosts("mac-a, me@mac-b,10.0.0.3") == (
         Host("mac-a"), Host("me@mac-b"), Host("10.0.0.3", ("10.0.0.3",)),
     )  # fmt: skip
