@@ -211,6 +211,8 @@ class Engine:
                 return
             if any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
+            if running and self._runner.communicator is None and not sequence.sampler.is_ready:
+                continue  # ranks cannot wait for it: each is ready at another time
             self._waiting.remove(sequence)
             cache, cached = self._pool.acquire(sequence.tokens)
             sequence.begin(cache, cached)

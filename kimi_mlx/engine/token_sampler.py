@@ -37,6 +37,11 @@ class TokenSampler:
         if request.answered:
             self.advance(request.prompt[-request.answered :])
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a token can be sampled without waiting for the grammar to be compiled."""
+        return self._constraint is None or self._constraint.is_compiled
+
     def bias(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
         """Add the bias to logits, and -inf to tokens that the grammar forbids.
 

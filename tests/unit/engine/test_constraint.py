@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from functools import partial
 from typing import Any, cast
 
 import jsonschema
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 
 from kimi_mlx.engine.constraint import Constraint, masked
+from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.grammar_compiler import GrammarCompiler
+from kimi_mlx.engine.request import Request, Token
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -154,6 +158,26 @@ def test_many_tools_compile_each_on_its_own_and_once(monkeypatch: pytest.MonkeyP
         for token in ids_of("<|tool_calls_section_begin|><|tool_call_begin|>functions.get"):
             constraint.advance(token)
     assert len(compiled) == len(set(compiled)) <= 3  # the answers of both turns, and the arguments, all alike
+
+
+def test_running_answers_do_not_wait_for_a_grammar(mini: tuple[Model, ChatTokenizer]) -> None:
+    model, tokenizer = mini
+    compiler = open_grammar_compiler(KIMI_MINI, model.config.vocab_size)
+    compile, may_compile = compiler.vocabulary.compile, threading.Event()
+    compiler.vocabulary.compile = lambda grammar: may_compile.wait(30) and compile(grammar)  # pyright: ignore
+    prompt = tuple(tokenizer.encode("Name a colour."))
+    engine = Engine(model, constrain=partial(Constraint, compiler))
+    engine.add(0, Request(prompt, max_tokens=60))
+    list(engine.step())
+    engine.add(1, Request(prompt, max_tokens=5, grammar=grammar_for({"enum": ["red", "green"]})))
+    seen: list[int] = []
+    while not engine.is_idle:
+        seen += [request_id for request_id, event in engine.step() if isinstance(event, Token)]
+        if seen.count(0) == 20:
+            assert seen.count(1) == 0
+            may_compile.set()
+    assert seen.count(0) == 60
+    assert seen.count(1) == 5
 
 
 def test_masks_after_a_rejected_or_end_token_allow_everything() -> None:
