@@ -16,6 +16,7 @@ from kimi_mlx.weights.converted_files import ConversionPlan
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 RECORD_FORMAT = 1
+"""Version of the record in the folder of an unfinished conversion."""
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "THIRD_PARTY_NOTICES*")
 """Patterns of files that are copied from the source beside those of the model."""
@@ -27,7 +28,7 @@ class Conversion:
 
     Args:
         source: folder of the source checkpoint.
-        digest: hash of its configuration and of the names, sizes and modification times of its files.
+        digest: hash of the source's configuration, and of the names, sizes and modification times of its files.
         options: options of the command.
         config: contents of the new `config.json`.
         plan: the new files.

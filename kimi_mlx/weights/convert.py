@@ -1,4 +1,4 @@
-"""Convert a checkpoint to MLX's affine layout, following a plan of kimi_mlx.weights.convert_plan.
+"""Write a converted checkpoint, following a plan of kimi_mlx.weights.convert_plan.
 
 A file gets its final name only when it is complete, and `config.json` is written last. A killed conversion resumes with
 the file that it was writing, and no reader takes a folder without `config.json` for a model.

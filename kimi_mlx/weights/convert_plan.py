@@ -67,7 +67,7 @@ def _whole_sources(entries: Sequence[TreeEntry]) -> list[SourceMatrix]:
 def _plan_source(
     checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str
 ) -> Iterator[ConvertedWeight]:
-    """Yield the weight made of a source; a `kv_b_proj` that stays whole is yielded only for its first half."""
+    """Yield the weight made of a source. A `kv_b_proj` that stays whole is yielded for the first of its two halves."""
     path = _stacked_path(source.paths[0])
     stored = plan_source(checkpoint, source)
     target = _target_quantization(stored, source, path, targets)
@@ -158,7 +158,8 @@ def _is_stored_as(plan: WeightPlan, dtype: str) -> bool:
 
 
 def _requantized(shape: tuple[int, ...], quantization: Quantization | None, dtype: str) -> WeightPlan:
-    """Return the plan of a weight whose arrays are computed."""
+    """Return the plan of a weight whose arrays are computed, in floats or in affine mode."""
+    assert quantization is None or quantization.mode == "affine"
     if quantization is None:
         return WeightPlan((ArrayPlan("weight", dtype, shape),), None)
     *leading, columns = shape

@@ -1,7 +1,7 @@
 """Headers of safetensors files: the tensors of a file, without their data.
 
 Source of the format: https://github.com/huggingface/safetensors#format (8 bytes of header size, a JSON header, data).
-A header is checked before anything is read by it: it may be damaged, or written to do harm.
+A header is checked before any tensor is read: it may be damaged or malicious.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ MAX_HEADER_BYTES = 100_000_000
 """Maximum size of a header according to the format."""
 
 MAX_AXES = 16
+"""Maximum number of axes of a tensor."""
 MAX_SIZE = 2**63
-"""Shapes and offsets stay below this number."""
+"""Limit of sizes and offsets."""
 MAX_NAME_LENGTH = 500
+"""Maximum length of the name of a tensor in characters."""
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -116,7 +118,7 @@ def unreadable(path: Path, error: Exception) -> WeightsError:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object before a name that occurs twice is lost."""
+    """A JSON object as a list of pairs, in which a name may occur twice."""
 
 
 def _unique(pairs: Any, label: str) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _tensor_slice(source: SourceMatrix, field: MatrixField, share: RankShare | N
     ranges = _ranges(source, share)
     if len(source.paths) > 1:
         ranges.pop("stack", None)  # already selected by path
-    return TensorSlice(source, field.per, field.values, **ranges)
+    return TensorSlice(source, field.packing, **ranges)
 
 
 def _ranges(source: SourceMatrix, share: RankShare | None) -> dict[str, Range]:

@@ -22,6 +22,33 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Ratio of the columns of a stored array to those of the unquantized matrix.
+
+    Every `values` columns of the matrix take `stored` columns. In packed weights 32 columns take `bits`, in scales and
+    biases `group_size` columns take 1.
+    """
+
+    stored: int = 1
+    values: int = 1
+
+    def divides(self, columns: int) -> bool:
+        """Return whether this number of columns is stored as a whole number of columns."""
+        return columns * self.stored % self.values == 0
+
+    def stored_columns(self, columns: int) -> int:
+        """Return the number of stored columns."""
+        return columns * self.stored // self.values
+
+    def columns(self, stored_columns: int) -> int:
+        """Return the number of columns of the unquantized matrix."""
+        return stored_columns * self.values // self.stored
+
+
+NOT_PACKED = Packing()
+
+
+@dataclass(frozen=True)
 class MatrixField:
     """One array of a matrix in the canonical form, and its stored tensors.
 
@@ -31,9 +58,7 @@ class MatrixField:
         tensors: stored tensors; only `fp8` and `dequantize` need more than one.
         decode: way from the tensors to the array: `copy`, `biases` (made from packed integers' scales), `fp8`, or
             `dequantize` (a weight that the model needs as floats).
-        per: number of stored columns for every `values` columns of the matrix: bits for 32 in packed weights, 1 for
-            group_size in scales and biases, else 1 for 1.
-        values: see `per`.
+        packing: packing of the columns.
         quantized: for `dequantize`, the format of the stored matrix.
     """
 
@@ -41,8 +66,7 @@ class MatrixField:
     dtype: str
     tensors: tuple[str, ...]
     decode: Literal["copy", "biases", "fp8", "dequantize"] = "copy"
-    per: int = 1
-    values: int = 1
+    packing: Packing = NOT_PACKED
     quantized: MatrixFormat | None = None
 
 

@@ -16,7 +16,7 @@ from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.names import SourceMatrix
 from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.header import DTYPE_BYTES
-from kimi_mlx.weights.matrix_format import MatrixField
+from kimi_mlx.weights.matrix_format import MatrixField, Packing
 
 Shape3 = tuple[int, int, int]
 """(members of a stack, rows, columns); a plain matrix is a stack of one, a norm has one row."""
@@ -28,16 +28,14 @@ class TensorSlice:
 
     Args:
         source: matrix, whose heads and blocks define the stack.
-        per: stored columns per `values` columns.
-        values: see `per`.
+        packing: packing of the stored columns.
         stack: members of a matrix that is stored as a stack or becomes one by heads.
         rows: rows of each member.
         columns: columns of each row.
     """
 
     source: SourceMatrix
-    per: int
-    values: int
+    packing: Packing
     stack: Range | None = None
     rows: Range | None = None
     columns: Range | None = None
@@ -71,7 +69,7 @@ class TensorSlice:
         if self.rows is not None:
             array = array[..., self.rows.start : self.rows.stop, :]
         if self.columns is not None:
-            start, stop = (bound * self.per // self.values for bound in (self.columns.start, self.columns.stop))
+            start, stop = map(self.packing.stored_columns, (self.columns.start, self.columns.stop))
             array = array[..., start:stop]
         return array
 

@@ -31,6 +31,7 @@ NUMPY_TYPES = {
 """numpy type for each stored type: bfloat16 as uint16, packed integers as unsigned."""
 
 ReadRange = Callable[[TensorInfo], bytes]
+"""Returns the bytes of a tensor."""
 
 
 class CheckpointReader:

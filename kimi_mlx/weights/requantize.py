@@ -40,7 +40,7 @@ def chunks(weight: ConvertedWeight) -> Iterator[Chunk]:
     for plan in weight.stored:
         for copies in zip(*(array.copies for array in plan.arrays), strict=True):
             members, rows, columns = copies[0].shape
-            num_columns = columns * copies[0].field.values // copies[0].field.per
+            num_columns = copies[0].field.packing.columns(columns)
             num_rows = rows if weight.is_transposed else min(rows, max(1, CHUNK_VALUES // num_columns))
             num_members = max(1, CHUNK_VALUES // (rows * num_columns)) if num_rows == rows else 1
             for member in range(0, members, num_members):

@@ -10,7 +10,7 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization
 from kimi_mlx.model.names import SourceMatrix
 from kimi_mlx.weights.header import TensorInfo
-from kimi_mlx.weights.matrix_format import FLOATS, MatrixField, MatrixFormat, tensor_names
+from kimi_mlx.weights.matrix_format import FLOATS, NOT_PACKED, MatrixField, MatrixFormat, Packing, tensor_names
 
 EXPERT_PATH = re.compile(r"\.mlp\.experts\.\d+\.")
 
@@ -90,36 +90,31 @@ class StoredMatrices:
 
     def _mlx(self, names: tuple[str, ...], path: str, shape: tuple[int, ...]) -> MatrixFormat:
         quantization = self._mlx_quantization(path, names)
-        bits, size = quantization.bits, quantization.group_size
         scale_types = FLOATS if quantization.mode == "affine" else ("U8",)
-        fields = [self._field(names[0], ("U32",), shape, quantization, bits, 32)]
-        fields += [self._field(name, scale_types, shape, quantization, 1, size) for name in names[1:]]
+        fields = [self._field(names[0], ("U32",), shape, quantization, Packing(quantization.bits, 32))]
+        per_group = Packing(1, quantization.group_size)
+        fields += [self._field(name, scale_types, shape, quantization, per_group) for name in names[1:]]
         return MatrixFormat(tuple(fields), quantization)
 
     def _field(
-        self,
-        name: str,
-        dtypes: tuple[str, ...],
-        shape: tuple[int, ...],
-        quantization: Quantization,
-        per: int,
-        values: int,
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], quantization: Quantization, packing: Packing
     ) -> MatrixField:
         """Return the field of a tensor that has the canonical form already."""
-        self._check(name, dtypes, shape, per, values, quantization)
-        return MatrixField(name.rpartition(".")[2], self._tensors[name].dtype, (name,), "copy", per, values)
+        self._check(name, dtypes, shape, packing, quantization)
+        return MatrixField(name.rpartition(".")[2], self._tensors[name].dtype, (name,), "copy", packing)
 
     def _packed(self, names: tuple[str, ...], path: str, shape: tuple[int, ...]) -> MatrixFormat:
         packed = self._packed_ints(path)
         quantization = Quantization(packed.bits, packed.group_size)
         words, scale = names[:2]
-        self._check(words, ("I32",), shape, packed.bits, 32, quantization)
-        self._check(scale, FLOATS, shape, 1, packed.group_size, quantization)
+        in_words, per_group = Packing(packed.bits, 32), Packing(1, packed.group_size)
+        self._check(words, ("I32",), shape, in_words, quantization)
+        self._check(scale, FLOATS, shape, per_group, quantization)
         dtype = self._tensors[scale].dtype
         fields = (
-            MatrixField("weight", "U32", (words,), "copy", packed.bits, 32),
-            MatrixField("scales", dtype, (scale,), "copy", 1, packed.group_size),
-            MatrixField("biases", dtype, (scale,), "biases", 1, packed.group_size),
+            MatrixField("weight", "U32", (words,), "copy", in_words),
+            MatrixField("scales", dtype, (scale,), "copy", per_group),
+            MatrixField("biases", dtype, (scale,), "biases", per_group),
         )
         return MatrixFormat(fields, quantization)
 
@@ -152,8 +147,7 @@ class StoredMatrices:
         name: str,
         dtypes: tuple[str, ...],
         shape: tuple[int, ...],
-        per: int = 1,
-        values: int = 1,
+        packing: Packing = NOT_PACKED,
         quantization: Quantization | None = None,
     ) -> None:
         """Check the stored type and shape of a tensor.
@@ -162,8 +156,7 @@ class StoredMatrices:
             name: name of the tensor.
             dtypes: allowed types.
             shape: shape of the unquantized matrix.
-            per: number of stored columns for every `values` columns.
-            values: see `per`.
+            packing: packing of the columns.
             quantization: quantization, for the message.
         """
         info = self._tensors.get(name)
@@ -174,8 +167,8 @@ class StoredMatrices:
             expected_type = "a float type" if dtypes == FLOATS else dtypes[0]
             raise WeightsError(f"{label} has type {info.dtype}, not {expected_type}", hint=MISMATCH_HINT)
         *leading, columns = shape
-        expected = (*leading, columns * per // values)
-        if info.shape != expected or columns * per % values:
+        expected = (*leading, packing.stored_columns(columns))
+        if info.shape != expected or not packing.divides(columns):
             note = f" at {quantization.bits} bits in groups of {quantization.group_size}" if quantization else ""
             raise WeightsError(
                 f"{label} has shape {info.shape}; `config.json` requires {expected}{note}", hint=MISMATCH_HINT
