@@ -156,6 +156,10 @@ def describe_local(name: str, revision: str | None) -> str:
         name: `owner/name`.
         revision: branch, tag or commit; None for the main branch.
     """
+    folder = repository_folder(name)
+    for path in (folder.parent, folder, folder / "snapshots"):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK):
+            return f"cannot be read on this machine (no permission for `{path}`)"
     snapshot = _snapshot_of(name, revision or "main")
     if snapshot is None and revision is not None and _snapshots(name):
         return f"is not on this machine at revision `{revision}`"
