@@ -71,12 +71,13 @@ def doctor(
     )
     with slow_status(is_quiet=json) as set_status:
         diagnosis = diagnose(request, sys.executable, set_status)
+        set_status("checking the model's files")
+        own = diagnosis.hosts[0]
+        file_findings = (*weights_findings(name, own), *text_findings(name, own))
     choice = choose_placement_on_hosts(diagnosis, request, None)
     need = with_placement(need, choice, request.world_size)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
-    own = diagnosis.hosts[0]
-    findings = (*diagnosis.findings, *weights_findings(name, own), *text_findings(name, own))
-    diagnosis = replace(diagnosis, findings=findings)
+    diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *file_findings))
     is_saved = save is not None and diagnosis.hostfile is not None
     if save is not None and diagnosis.hostfile is not None:
         write_hostfile(save, diagnosis.hostfile)
