@@ -28,7 +28,7 @@ MAX_NEW_COMMANDS = SEQUENCE_MODULUS // 2
 MAX_SEQUENCES = 16
 """Maximum number of sequences that run at the same time; further requests wait."""
 
-RESERVE = 256
+RESERVED_TOKENS = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
 
 MIN_SHARED_TOKENS = 64
@@ -206,7 +206,7 @@ class Engine:
         running = self._running
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
         for sequence in list(self._waiting):
-            needed = len(sequence.tokens) + min(RESERVE, sequence.remaining_tokens)
+            needed = len(sequence.tokens) + min(RESERVED_TOKENS, sequence.remaining_tokens)
             if len(running) >= MAX_SEQUENCES or (running and not self._pool.has_room(needed)):
                 return
             if any(_is_about_to_prefill(other, sequence) for other in prefilling):
