@@ -169,11 +169,12 @@ class Hosts:
         for link in links or LINKS:
             self._in("switch", "ip", "link", "set", f"{link}-{name}", "up")
 
-    def boot(self, name: str) -> None:
-        """Switch a host on again, with its files except temporary ones."""
-        temporary = self.folder / name / "tmp"
-        shutil.rmtree(temporary)
-        temporary.mkdir()
+    def boot(self, name: str, *, keeps_temporary_files: bool = False) -> None:
+        """Switch a host on again, with its files."""
+        if not keeps_temporary_files:
+            temporary = self.folder / name / "tmp"
+            shutil.rmtree(temporary)
+            temporary.mkdir()
         self._boot(name)
 
     def stop_sshd(self, name: str) -> None:
