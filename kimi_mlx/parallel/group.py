@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -110,7 +109,7 @@ class MlxGroup:
         return mx.distributed.recv_like(like, rank, group=self._group)
 
 
-def gather_on_host(group: Group, values: npt.NDArray[Any] | Sequence[Any]) -> npt.NDArray[Any]:
+def gather_on_host(group: Group, values: npt.NDArray[Any] | list[Any]) -> npt.NDArray[Any]:
     """Gather small values of all ranks and wait for them on the CPU; return them as (ranks, ...).
 
     For collectives whose sender may be late, by minutes while weights are loaded: if a GPU operation consumed the
