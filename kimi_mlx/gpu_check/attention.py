@@ -68,5 +68,5 @@ def _compare(context: Context, layers: dict[mx.Dtype, Attention], total: int) ->
             if kind == "cpu" or has_fused_attention(kind, dtype.size, q_dim, v_dim, length):
                 outputs |= {f"fused, {n} heads": layers[dtype].fused(*inputs, n) for n in (HEADS, 3, 1)}
             mx.eval(outputs)
-        for label, got in outputs.items():
-            context.compare(f"{name} {label}", got, expected, limit)
+        for label, actual in outputs.items():
+            context.compare(f"{name} {label}", actual, expected, limit)

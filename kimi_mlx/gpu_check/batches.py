@@ -30,16 +30,16 @@ def check(context: Context) -> None:
             context.progress(f"{label} in {str(dtype).removeprefix('mlx.core.')}")
             tokens = [random_tokens(new, model.config.vocab_size, seed) for seed, (_, new) in enumerate(lengths)]
             with context.on_device():
-                alone = [
+                single = [
                     _logits(model, part, [(filled_cache(model, cached, seed), part.shape[1])])
                     for seed, (part, (cached, _)) in enumerate(zip(tokens, lengths, strict=True))
                 ]
                 slices = [(filled_cache(model, cached, seed), new) for seed, (cached, new) in enumerate(lengths)]
-                together = _logits(model, mx.concatenate(tokens, axis=1), slices)
-                expected = mx.concatenate(alone, axis=1)
-                mx.eval(together, expected)
+                batched = _logits(model, mx.concatenate(tokens, axis=1), slices)
+                expected = mx.concatenate(single, axis=1)
+                mx.eval(batched, expected)
             name = f"{label} {str(dtype).removeprefix('mlx.core.')}"
-            context.compare(name, together, expected, LIMITS[dtype])
+            context.compare(name, batched, expected, LIMITS[dtype])
 
 
 def _logits(model: Model, tokens: mx.array, slices: list[tuple[list[LatentCache], int]]) -> mx.array:

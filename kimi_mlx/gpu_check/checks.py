@@ -16,7 +16,7 @@ class Check:
     Args:
         name: name of the module in kimi_mlx.gpu_check that has the function `check`.
         title: what is checked.
-        limit_s: time limit. A GPU needs a small part of it; it ends a check that hangs.
+        limit_s: time limit, for checks that hang. A GPU needs a small part of it.
     """
 
     name: str
@@ -39,10 +39,10 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a check computes.
+    """Sizes of what the checks compute.
 
     Args:
-        has_k2_widths: True for the widths of K2, False for widths that a CPU computes at once.
+        has_k2_widths: True for the widths of K2, False for small widths, for a CPU.
         num_experts: number of routed experts of the random model; K2 has 384.
         prompts: lengths of prompts.
         attention_totals: numbers of keys in attention.
@@ -128,7 +128,7 @@ class CheckResult:
     @property
     def worst(self) -> Comparison | None:
         """The comparison that is closest to its limit, or farthest beyond it."""
-        return max(self.comparisons, key=_exhaustion, default=None)
+        return max(self.comparisons, key=_limit_fraction, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON, in which infinity and NaN are strings."""
@@ -146,9 +146,10 @@ class CheckResult:
         }
 
 
-def _exhaustion(comparison: Comparison) -> float:
-    share = comparison.error / comparison.limit if comparison.limit else math.inf * bool(comparison.error)
-    return math.inf if math.isnan(share) else share
+def _limit_fraction(comparison: Comparison) -> float:
+    """Return the error as a fraction of its limit; NaN counts as infinite."""
+    fraction = comparison.error / comparison.limit if comparison.limit else math.inf * bool(comparison.error)
+    return math.inf if math.isnan(fraction) else fraction
 
 
 def _finite(value: float) -> float | str:

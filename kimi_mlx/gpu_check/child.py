@@ -1,6 +1,6 @@
 """The process of one check: `python -m kimi_mlx.gpu_check.child NAME DEVICE SIZES`.
 
-It writes its results to stdout, one JSON object per line. The first argument `describe` describes the device instead.
+It writes its results to stdout, one JSON object per line. With `describe` as NAME, it describes the device instead.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def describe(device: Device) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """End this process and those that it started when the parent's end of stdin is closed."""
+    """End this process and its children when the parent closes stdin."""
     while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold at the end of the process
         pass
     if os.getpgrp() == os.getpid():

@@ -45,16 +45,18 @@ def _compare(
         outputs, expected = function(*args), plain(*args)
         mx.eval(outputs, expected)
     outputs, expected = (value if isinstance(value, tuple) else (value,) for value in (outputs, expected))
-    for got, reference in zip(outputs, expected, strict=True):
-        # -inf, of forbidden tokens, must be at the same places
+    for actual, reference in zip(outputs, expected, strict=True):
+        # forbidden tokens, and no others, have logits of -inf
         is_finite = np.isfinite(np.array(reference.astype(mx.float32)))
-        same = np.isfinite(np.array(got.astype(mx.float32))) == is_finite
+        same = np.isfinite(np.array(actual.astype(mx.float32))) == is_finite
         context.require(f"{name}, infinities", bool(same.all()))
-        context.compare(name, mx.where(mx.array(is_finite), got, 0), mx.where(mx.array(is_finite), reference, 0), limit)
+        context.compare(
+            name, mx.where(mx.array(is_finite), actual, 0), mx.where(mx.array(is_finite), reference, 0), limit
+        )
 
 
 def _compare_routers(context: Context) -> None:
-    """Compare the chosen experts and their weights for a router of K2's size, of bfloat16 states."""
+    """Compare the chosen experts and their weights for a router of K2's size, with states in bfloat16."""
     config = replace(model_config(context.sizes), n_routed_experts=K2_EXPERTS)
     weights = RandomWeights(replace(config, moe_intermediate_size=32))
     x = mx.random.normal((1, TOKENS, config.hidden_size), key=mx.random.key(6)).astype(mx.bfloat16)
@@ -62,13 +64,13 @@ def _compare_routers(context: Context) -> None:
     router = Router(config, weights.layer(1, mx.bfloat16))
     mx.eval(expected, router.parameters())
     with context.on_device():
-        got = router(x)
-        mx.eval(got)
+        actual = router(x)
+        mx.eval(actual)
     (ids, shares), (expected_ids, expected_shares) = (
-        (np.array(ids), np.array(shares.astype(mx.float32))) for ids, shares in (got, expected)
+        (np.array(ids), np.array(shares.astype(mx.float32))) for ids, shares in (actual, expected)
     )
     differs = np.array([set(a) != set(b) for a, b in zip(ids[0], expected_ids[0], strict=True)])
-    # Sums in another order move exact ties; a router in bfloat16 differs for 2 to 6 tokens of 100.
+    # Another order of summation changes who wins an exact tie. A router in bfloat16 differs for 2 to 6 % of the tokens.
     context.report("router, tokens with other experts", float(differs.mean()), 0.01)
     by_id = [
         np.take_along_axis(values, np.argsort(order, axis=-1), axis=-1)[0][~differs]

@@ -1,4 +1,4 @@
-"""What a check gets: the device and sizes, and functions that report its results."""
+"""The context of a check: its device, its sizes, and functions that report its results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Context:
 
     Args:
         device: device to check.
-        sizes: how much to compute.
+        sizes: sizes of what to compute.
         send: function that receives each message, a dict with the key `kind`.
     """
 
@@ -45,19 +45,19 @@ class Context:
             mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
 
     def progress(self, text: str) -> None:
-        """Report what is being done."""
+        """Report the current work."""
         self._send({"kind": "progress", "text": text})
 
-    def compare(self, name: str, got: mx.array, expected: mx.array, limit: float) -> None:
+    def compare(self, name: str, actual: mx.array, expected: mx.array, limit: float) -> None:
         """Compare rows, the last dimension, and report the largest relative error of any row.
 
         Args:
             name: what is compared.
-            got: array of the checked device.
+            actual: array computed on the checked device.
             expected: array of the same shape.
             limit: largest error of a row.
         """
-        self.report(name, float(row_errors(got, expected).max()), limit)
+        self.report(name, float(row_errors(actual, expected).max()), limit)
 
     def report(self, name: str, error: float, limit: float) -> None:
         """Report an error and its limit."""
@@ -72,11 +72,11 @@ class Context:
         self._send({"kind": "measurement", **asdict(Measurement(group, name, value, unit))})
 
     def skip(self, reason: str) -> None:
-        """Report that the check, or what is left of it, cannot run here."""
+        """Report that the check cannot run here."""
         self._send({"kind": "skipped", "text": reason})
 
-    def seconds(self, run: Callable[[], Sequence[mx.array] | mx.array], repeats: int | None = None) -> float:
-        """Return the median time of evaluating what `run` returns, after one run that is not counted."""
+    def median_s(self, run: Callable[[], Sequence[mx.array] | mx.array], repeats: int | None = None) -> float:
+        """Return the median time of calling `run` and evaluating its result. One more run before is not counted."""
         times: list[float] = []
         mx.eval(run())
         for _ in range(repeats or self.sizes.repeats):
@@ -86,10 +86,11 @@ class Context:
         return statistics.median(times)
 
 
-def row_errors(got: mx.array, expected: mx.array) -> np.ndarray:
+def row_errors(actual: mx.array, expected: mx.array) -> np.ndarray:
     """Return the norm of the difference of each row, relative to the norm of the expected row, in float64."""
     rows, reference = (
-        np.array(array.astype(mx.float32)).astype(np.float64).reshape(-1, array.shape[-1]) for array in (got, expected)
+        np.array(array.astype(mx.float32)).astype(np.float64).reshape(-1, array.shape[-1])
+        for array in (actual, expected)
     )
     norms = np.maximum(np.linalg.norm(reference, axis=-1), 1e-12)
     errors = np.linalg.norm(rows - reference, axis=-1) / norms

@@ -1,7 +1,7 @@
-"""Products with quantized matrices as plain float32 products, for the reference on the CPU.
+"""Products with quantized matrices, computed by numpy in float32, for the reference on the CPU.
 
-The reference then shares no kernel for quantized matrices with what is checked, and is fast: on a CPU, those of MLX use
-one thread, and so do its plain products on Linux, while numpy's use all.
+So the reference uses none of MLX's kernels for quantized matrices, which are checked. It is also faster: on Linux,
+MLX's matrix products use one thread of the CPU, numpy's use all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def plain_products() -> Iterator[None]:
 def quantized_matmul(
     x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, *, transpose: bool, **quantization: Any
 ) -> mx.array:
-    """Do what mx.quantized_matmul does; evaluates."""
+    """Compute mx.quantized_matmul with numpy. This evaluates the arrays."""
     matrix = np.array(mx.dequantize(w, scales, biases, **quantization))
     return mx.array(np.array(x) @ (matrix.swapaxes(-1, -2) if transpose else matrix))
 
@@ -45,7 +45,7 @@ def gather_qmm(
     sorted_indices: bool,
     **quantization: Any,
 ) -> mx.array:
-    """Do what mx.gather_qmm does, matrix by matrix; evaluates.
+    """Compute mx.gather_qmm with numpy, matrix by matrix. This evaluates the arrays.
 
     Args:
         x: (..., 1, columns).
@@ -53,7 +53,7 @@ def gather_qmm(
         lhs_indices: indices into the leading dimensions of x, broadcast against rhs_indices; None for one row each.
         rhs_indices: indices of the matrices.
         transpose: must be true.
-        sorted_indices: whether rhs_indices ascend; without effect.
+        sorted_indices: ignored; whether rhs_indices are in ascending order.
         quantization: arguments of mx.dequantize.
     """
     assert transpose
@@ -62,8 +62,8 @@ def gather_qmm(
     inputs = np.array(x).reshape(-1, x.shape[-1])
     out = np.empty((ids.size, w.shape[-2]), np.float32)
     for index in map(int, np.unique(ids)):
-        chosen = np.flatnonzero(ids.reshape(-1) == index)
-        out[chosen] = (
-            inputs[rows[chosen]] @ np.array(mx.dequantize(w[index], scales[index], biases[index], **quantization)).T
+        positions = np.flatnonzero(ids.reshape(-1) == index)
+        out[positions] = (
+            inputs[rows[positions]] @ np.array(mx.dequantize(w[index], scales[index], biases[index], **quantization)).T
         )
     return mx.array(out).reshape(*ids.shape, 1, -1)

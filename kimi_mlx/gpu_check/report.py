@@ -52,20 +52,20 @@ def measurement_lines(results: Sequence[CheckResult]) -> Iterator[str]:
 
 def conclusion(results: Sequence[CheckResult]) -> str:
     """Return the last line."""
-    bad = [result.check.name for result in results if result.state not in ("ok", "skipped")]
-    if not bad:
+    names = [result.check.name for result in results if result.state not in ("ok", "skipped")]
+    if not names:
         return "All checks passed."
-    count = "1 check" if len(bad) == 1 else f"{len(bad)} checks"
-    return f"{count} did not pass ({', '.join(bad)}). Please open an issue with `kimi-mlx doctor --gpu --json`."
+    count = "1 check" if len(names) == 1 else f"{len(names)} checks"
+    return f"{count} did not pass ({', '.join(names)}). Please open an issue with `kimi-mlx doctor --gpu --json`."
 
 
 def is_ok(results: Sequence[CheckResult]) -> bool:
-    """Return whether nothing failed."""
+    """Return whether no check failed."""
     return all(result.state in ("ok", "skipped") for result in results)
 
 
 def to_dict(description: Mapping[str, Any], results: Sequence[CheckResult]) -> dict[str, Any]:
-    """Return the whole report for JSON."""
+    """Return the report for JSON."""
     return {"ok": is_ok(results), "device": dict(description), "checks": [result.to_dict() for result in results]}
 
 
@@ -80,8 +80,5 @@ def _summary(result: CheckResult, num_failures: int) -> str:
 
 
 def _value(measurement: Measurement) -> str:
-    return (
-        f"{measurement.name} {measurement.value:.3g}"
-        if measurement.value < 1000
-        else (f"{measurement.name} {measurement.value:.0f}")
-    )
+    number = f"{measurement.value:.3g}" if measurement.value < 1000 else f"{measurement.value:.0f}"
+    return f"{measurement.name} {number}"

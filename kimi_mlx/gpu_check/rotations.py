@@ -31,10 +31,10 @@ def check(context: Context) -> None:
             expected = _formula(rope, np.array(rounded.astype(mx.float32)), positions)
             for form in (FastRotation, ComplexRotation):
                 with context.on_device():
-                    got = form(rope, ranges)(rounded)
-                    mx.eval(got)
+                    actual = form(rope, ranges)(rounded)
+                    mx.eval(actual)
                 name = f"{form.__name__} {label} {str(dtype).removeprefix('mlx.core.')}"
-                context.compare(name, got, mx.array(expected.astype(np.float32)), limit)
+                context.compare(name, actual, mx.array(expected.astype(np.float32)), limit)
 
 
 def _formula(rope: Rope, x: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ END_LIMIT_S = 15.0
 """Time that a process gets to end by itself: killing one that holds wired memory can lose that memory."""
 
 ENVIRONMENT = {"MLX_ENABLE_TF32": "0"}
-"""So that float32 is float32: on an M5 or on CUDA, MLX's matrix products would round their inputs to 10 bits."""
+"""Turns TF32 off: on an M5 or on CUDA, MLX's float32 matrix products would round their inputs to 10 bits."""
 
 INSTALL_HINT = (
     "on a Mac, use a Python for arm64; on Linux with an NVIDIA GPU, run `pip uninstall mlx-cpu`, then "
@@ -46,7 +46,7 @@ def describe(device: Device) -> dict[str, Any]:
     description: dict[str, Any] = {}
     result = CheckResult(Check("describe", "device", DESCRIBE_LIMIT_S))
     with _child("describe", device, "full") as (process, messages, errors):
-        for message in _until(messages, DESCRIBE_LIMIT_S):
+        for message in _messages_of(messages, DESCRIBE_LIMIT_S):
             description = message["device"]
         _finish(result, process, errors, is_done=bool(description))
     if result.state != "ok":
@@ -70,13 +70,13 @@ def run_checks(
 def run_check(
     check: Check, device: Device, sizes: SizesName, on_progress: Callable[[Check, str], None] = lambda check, text: None
 ) -> CheckResult:
-    """Run one check in a new process; never raises an error of the check."""
+    """Run one check in a new process. An error of the check is part of the result."""
     result = CheckResult(check)
     started, last, is_done = time.monotonic(), "start", False
     on_progress(check, last)
     with _child(check.name, device, sizes) as (process, messages, errors):
         try:
-            for message in _until(messages, check.limit_s):
+            for message in _messages_of(messages, check.limit_s):
                 kind = message.pop("kind")
                 if kind == "comparison":
                     result.comparisons.append(Comparison(**message))
@@ -99,7 +99,7 @@ def run_check(
 
 @contextlib.contextmanager
 def _child(name: str, device: Device, sizes: SizesName) -> Iterator[tuple[subprocess.Popen[bytes], Any, IO[bytes]]]:
-    """Start a check's process; end it, and the processes that it has started, at the end of the block."""
+    """Start a check's process; end it and its children at the end of the block."""
     messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -126,11 +126,11 @@ def _read(process: subprocess.Popen[bytes], messages: queue.SimpleQueue[bytes | 
     messages.put(None)
 
 
-def _until(messages: queue.SimpleQueue[bytes | None], limit_s: float) -> Iterator[dict[str, Any]]:
+def _messages_of(messages: queue.SimpleQueue[bytes | None], limit_s: float) -> Iterator[dict[str, Any]]:
     """Yield messages until the process closes its output.
 
     Raises:
-        TimeoutError: that takes longer than the limit.
+        TimeoutError: the process has not closed its output within the limit.
     """
     deadline = time.monotonic() + limit_s
     while True:
@@ -144,7 +144,7 @@ def _until(messages: queue.SimpleQueue[bytes | None], limit_s: float) -> Iterato
 
 
 def _finish(result: CheckResult, process: subprocess.Popen[bytes], errors: IO[bytes], is_done: bool) -> None:
-    """Wait for a process that has closed its output; set the error if it did not reach its end."""
+    """Wait for a process that has closed its output; set the error of the result if the check is not done."""
     try:
         code = process.wait(END_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -159,7 +159,7 @@ def _finish(result: CheckResult, process: subprocess.Popen[bytes], errors: IO[by
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started: politely first."""
+    """End a process and its children: SIGTERM first, then SIGKILL."""
     for number, limit_s in ((signal.SIGTERM, END_LIMIT_S), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

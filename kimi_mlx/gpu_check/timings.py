@@ -17,7 +17,8 @@ from kimi_mlx.model.moe import MoE
 
 NUM_FENCES = 20
 NUM_SEQUENCES = 8
-ALWAYS, NEVER = 10**9, 0
+NO_LIMIT = 10**9
+"""Value of a constant above all sizes that occur."""
 
 
 def check(context: Context) -> None:
@@ -32,7 +33,7 @@ def check(context: Context) -> None:
 
 
 def _fence(context: Context, model: Model) -> None:
-    """Time for the CPU to wait for the device and the device for the CPU, as in each collective."""
+    """Round trip of a fence: the device waits for the CPU, and the CPU for the device, as in each collective."""
     cpu, device = mx.new_stream(mx.cpu), mx.default_stream(mx.default_device())  # pyright: ignore[reportArgumentType]
 
     def chain(first: mx.Stream) -> mx.array:
@@ -41,8 +42,8 @@ def _fence(context: Context, model: Model) -> None:
             x = mx.add(mx.add(x, 1, stream=first), 1, stream=device)
         return x
 
-    seconds = context.seconds(lambda: chain(cpu)) - context.seconds(lambda: chain(device))
-    context.measure("fence", "there and back", max(seconds, 0.0) / NUM_FENCES * 1e6, "us")
+    seconds = context.median_s(lambda: chain(cpu)) - context.median_s(lambda: chain(device))
+    context.measure("fence", "round trip", max(seconds, 0.0) / NUM_FENCES * 1e6, "us")
 
 
 def _decode(context: Context, model: Model) -> None:
@@ -57,10 +58,10 @@ def _decode(context: Context, model: Model) -> None:
         mx.reset_peak_memory()
         started = time.perf_counter()
         for _ in range(context.sizes.repeats):
-            following = _next_token(model, token, cache)
-            mx.async_eval(following)
+            next_token = _next_token(model, token, cache)
+            mx.async_eval(next_token)
             token.tolist()
-            token = following
+            token = next_token
         mx.eval(token)
         seconds = (time.perf_counter() - started) / context.sizes.repeats
         context.measure("decode step, 2 layers", f"{cached} cached", seconds * 1e3, "ms")
@@ -70,15 +71,15 @@ def _decode(context: Context, model: Model) -> None:
 
 
 def _few_queries(context: Context, model: Model) -> None:
-    """Few new tokens on a long context, in latent space and by heads."""
+    """Few new tokens on a long context, attending in the latent space and by heads."""
     cached = context.sizes.contexts[-1] // 4
     limit = model.tuning.absorb_max_queries
     cache = filled_cache(model, cached)
     for length in (limit // 2, limit, 2 * limit, 8 * limit):
         tokens = random_tokens(length, model.config.vocab_size)
-        run = _trimmed(model, tokens, [(cache, length)])
-        for label, value in (("latent", ALWAYS), ("heads", NEVER)):
-            seconds = _tuned(context, model, run, absorb_max_queries=value)
+        run = _repeatable_step(model, tokens, [(cache, length)])
+        for label, value in (("latent", NO_LIMIT), ("heads", 0)):
+            seconds = _seconds_with(context, model, run, absorb_max_queries=value)
             context.measure(f"new tokens on {cached}", f"{length} {label}", seconds * 1e3, "ms")
 
 
@@ -88,9 +89,9 @@ def _stacked_sequences(context: Context, model: Model) -> None:
     tokens = random_tokens(NUM_SEQUENCES, model.config.vocab_size)
     for cached in (limit // 2, limit - 1, 2 * limit, 8 * limit):
         caches = [filled_cache(model, cached, seed) for seed in range(NUM_SEQUENCES)]
-        run = _trimmed(model, tokens, [(cache, 1) for cache in caches])
-        for label, value in (("stacked", ALWAYS), ("separate", NEVER)):
-            seconds = _tuned(context, model, run, stack_max_keys=value)
+        run = _repeatable_step(model, tokens, [(cache, 1) for cache in caches])
+        for label, value in (("stacked", NO_LIMIT), ("separate", 0)):
+            seconds = _seconds_with(context, model, run, stack_max_keys=value)
             context.measure(f"{NUM_SEQUENCES} sequences", f"{cached} {label}", seconds * 1e3, "ms")
 
 
@@ -103,8 +104,8 @@ def _sorted_experts(context: Context, model: Model) -> None:
         length = -(-choices // mlp.gate.num_chosen)
         x = mx.random.normal((1, length, model.config.hidden_size), key=mx.random.key(length))
         x = x.astype(model.layers[0]["input_layernorm"].dtype)
-        for label, value in (("sorted", NEVER), ("unsorted", ALWAYS)):
-            seconds = _tuned(context, model, lambda x=x: [mlp(x, None)], sort_min_choices=value)
+        for label, value in (("sorted", 0), ("unsorted", NO_LIMIT)):
+            seconds = _seconds_with(context, model, lambda x=x: [mlp(x, None)], sort_min_choices=value)
             context.measure("experts, choices", f"{length * mlp.gate.num_chosen} {label}", seconds * 1e3, "ms")
 
 
@@ -129,10 +130,10 @@ def _next_token(model: Model, token: mx.array, cache: list[LatentCache]) -> mx.a
     return mx.argmax(logits, axis=-1)
 
 
-def _trimmed(
+def _repeatable_step(
     model: Model, tokens: mx.array, sequences: Sequence[tuple[list[LatentCache], int]]
 ) -> Callable[[], Sequence[mx.array]]:
-    """Return a function that runs a step and forgets its tokens, so that it can run again."""
+    """Return a function that runs a step and removes its tokens from the caches, so that it can run again."""
 
     def run() -> Sequence[mx.array]:
         hidden = model.hidden(tokens, [SequenceSlice(cache, length, length) for cache, length in sequences])
@@ -145,11 +146,11 @@ def _trimmed(
     return run
 
 
-def _tuned(context: Context, model: Model, run: Callable[[], Sequence[mx.array]], **constant: int) -> float:
+def _seconds_with(context: Context, model: Model, run: Callable[[], Sequence[mx.array]], **constant: int) -> float:
     """Return the time of `run` with another value of a constant."""
     tuning: Tuning = model.tuning
     model.tune(replace(tuning, **constant))
     try:
-        return context.seconds(run, max(context.sizes.repeats // 4, 2))
+        return context.median_s(run, max(context.sizes.repeats // 4, 2))
     finally:
         model.tune(tuning)

@@ -1,4 +1,4 @@
-"""Memory after a model was loaded, used and dropped: MLX's and the system's."""
+"""Memory of MLX and of the system after a model was loaded, used and dropped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config, random_tokens
 from kimi_mlx.model.device import device_kind
 
-KEPT_BYTES = 64 * 2**20
-"""Memory that MLX may keep, such as masks, and that other processes may wire meanwhile."""
+TOLERANCE_BYTES = 64 * 2**20
+"""Tolerance for what MLX keeps, such as masks, and for what other processes wire meanwhile."""
 
-KEPT_SHARE = 0.25
-"""Part of the model that the system may still count as wired, because its counter is that of all processes."""
+TOLERANCE_FRACTION = 0.25
+"""Tolerance of the system's counter of wired memory, which includes all processes, as a fraction of the model."""
 
 WAIT_S = 60.0
-"""Time that the system gets: releasing 300 GB takes seconds to a minute."""
+"""Time limit for the system: releasing 300 GB takes seconds to a minute."""
 
 
 def check(context: Context) -> None:
@@ -47,14 +47,15 @@ def check(context: Context) -> None:
         mx.clear_cache()
         if is_metal:
             mx.set_wired_limit(0)
-        allowed = KEPT_BYTES + KEPT_SHARE * loaded
-        context.report("bytes that MLX keeps", max(mx.get_active_memory() - before, 0), KEPT_BYTES)
+        limit = TOLERANCE_BYTES + TOLERANCE_FRACTION * loaded
+        context.report("bytes that MLX keeps", max(mx.get_active_memory() - before, 0), TOLERANCE_BYTES)
         if system_before is None or not is_metal:  # CUDA keeps freed memory for the process
             return
-        while (kept := (system_bytes() or 0) - system_before) > allowed and time.perf_counter() - started < WAIT_S:
+        deadline = started + WAIT_S
+        while (left_bytes := (system_bytes() or 0) - system_before) > limit and time.perf_counter() < deadline:
             time.sleep(0.5)
         context.measure("time to unload", "model", time.perf_counter() - started, "s")
-        context.report("bytes that the system keeps", max(kept, 0), allowed)
+        context.report("bytes that the system keeps", max(left_bytes, 0), limit)
 
 
 def system_bytes() -> int | None:
