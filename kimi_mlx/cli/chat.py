@@ -120,13 +120,13 @@ def chat(
     prompt = read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
-    text = None
+    early = None
     if prepared.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
-        text = _read_tokenizer(prepared.folder, target, sampling)
-        options = replace(options, has_sampling=_is_sampling(text[1]))
+        early = _read_tokenizer(prepared.folder, target, sampling)
+        options = replace(options, has_sampling=_is_sampling(early[1]))
     opened = open_session(prepared, options, run.ranks, json)
     with closing(opened.session) as session:
-        tokenizer, chat_options = text or _read_tokenizer(opened.tokenizer_folder, target, sampling)
+        tokenizer, chat_options = early or _read_tokenizer(opened.tokenizer_folder, target, sampling)
         conversation = Conversation(session, tokenizer, chat_options, prompts.system)
         if prompt is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for a single answer

@@ -28,7 +28,7 @@ class CommandInfo:
         examples: lines at the end of the command's help.
         is_hidden: True to leave it out of the list.
         settings: settings of the command's context, see Click.
-        module: name of its module in `cli/`, if that is another one.
+        module: name of its module in `cli/`, if it is not `name`.
     """
 
     name: str

@@ -30,7 +30,7 @@ from kimi_mlx.weights.converted_files import ConversionPlan
 
 
 def show_conversion(source: str, folder: Path, options: ConvertOptions, is_json: bool) -> None:
-    """Print what a conversion would do; of a repository that is not here, only the files' headers are downloaded.
+    """Print the plan of a conversion. For a repository that is not on this machine, download only the files' headers.
 
     Args:
         source: name of the checkpoint.
@@ -39,7 +39,7 @@ def show_conversion(source: str, folder: Path, options: ConvertOptions, is_json:
         is_json: whether to print JSON.
 
     Raises:
-        KimiMlxError: the checkpoint cannot be converted, or the folder has something else.
+        KimiMlxError: the checkpoint cannot be converted, or the folder contains something else.
     """
     origin = resolve_model_name(source)
     if origin.repository is not None and find_local(origin.repository) is None:
@@ -128,7 +128,7 @@ def _progress(is_quiet: bool) -> Generator[Callable[[int, int], None]]:
 
 
 def _print_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
-    """Print what would be done."""
+    """Print the plan of a conversion."""
     if is_json:
         print_json(
             {
@@ -157,6 +157,5 @@ def _print_plan(plan: ConversionPlan, folder: Path, is_json: bool) -> None:
 
 
 def _print_notes(plan: ConversionPlan) -> None:
-
     for note in list_notes(plan):
         stderr.print(f"note: {note}", markup=False)

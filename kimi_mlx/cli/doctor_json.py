@@ -15,7 +15,7 @@ from kimi_mlx.cluster.network.measure_networks import Link
 
 
 def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
-    """Return the whole report for JSON."""
+    """Return the report for JSON."""
     hostfile = diagnosis.hostfile
     return {
         "ok": not diagnosis.has_problem,

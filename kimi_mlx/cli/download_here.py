@@ -67,7 +67,7 @@ def _download_stores(
 
 
 def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: bool) -> DownloadReport:
-    """Download the whole repository into the Hugging Face cache."""
+    """Download a repository into the Hugging Face cache."""
     if target.repository is None:
         if options.verify:
             raise UsageError(
@@ -78,20 +78,22 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
     local = find_local(target.repository, options.revision)
     damaged = [] if local is None else damaged_files(local)
     is_complete = local is not None and not damaged and not unknown_files(local)
-    is_commit = local is not None and local.name.startswith(options.revision or "")  # a branch may have a newer one
+    # False for the name of a branch, which may have a newer commit
+    is_right_commit = local is not None and local.name.startswith(options.revision or "")
     has_work = options.dry_run or options.verify
-    if local is not None and is_complete and is_commit and not has_work:
+    if local is not None and is_complete and is_right_commit and not has_work:
         return _report_local(target, local)
     list_files = find_repository if is_complete or has_work else look_up
-    repository = list_files(target.repository, local.name if local is not None and is_commit else options.revision)
-    if repository.is_local and local is not None and not has_work:  # the hub cannot say where the branch is now
+    revision = local.name if local is not None and is_right_commit else options.revision
+    repository = list_files(target.repository, revision)
+    if repository.is_local and local is not None and not has_work:  # the hub cannot be asked for a newer commit
         return _report_local(target, local)
     if options.dry_run:
         contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
         return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
     broken = _remove_broken(target, repository, is_quiet) if options.verify else damaged
-    for name in damaged if is_commit else ():
+    for name in damaged if is_right_commit else ():
         remove_cached(repository, repository.file(name))
     folder = fetch(target, repository, is_quiet)
     return {

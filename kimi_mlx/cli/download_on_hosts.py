@@ -61,7 +61,7 @@ def download_on_hosts(launch: LaunchContext, name: str, options: DownloadOptions
 
 
 def _collect(ring: Ring, show: Callable[[Message], None], names: list[str]) -> dict[int, DownloadReport]:
-    """Return the report of each rank, after passing on rank 0's progress, and which host waits for the hub."""
+    """Return the report of each rank. Meanwhile show rank 0's progress, and which host waits for the hub."""
     results: dict[int, DownloadReport] = {}
     try:
         for rank, message in ring.messages():

@@ -60,8 +60,8 @@ def start_log() -> None:
         logger.setLevel(level)
 
 
-def key_as_typed(keys: Sequence[str]) -> str | None:
-    """Return the key as the example command shows it: never the key itself, others may see the terminal."""
+def key_placeholder(keys: Sequence[str]) -> str | None:
+    """Return a placeholder for the key in the example command: others may see the terminal. None without keys."""
     if not keys:
         return None
     return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"

@@ -29,7 +29,7 @@ from kimi_mlx.cluster.install.install import needs_install
 from kimi_mlx.errors import MissingModelError
 from kimi_mlx.units import format_bytes
 
-IGNORED_BY_A_DOWNLOAD = ("stores", "memory", "wired memory", "wired limit")
+IGNORED_FOR_DOWNLOAD = ("stores", "memory", "wired memory", "wired limit")
 """Checks that do not prevent a download, which loads nothing."""
 
 
@@ -86,9 +86,9 @@ def run_diagnosis(request: DoctorRequest, is_install: bool) -> Diagnosis:
     with slow_status() as set_status:
         if is_install:
             before = diagnose(replace(request, is_quick=True), sys.executable, set_status)
-            lacking = {host: facts for host, facts in before.facts.items() if needs_install(facts, own)}
-            if lacking:
-                install_on(lacking, own, set_status)
+            targets = {host: facts for host, facts in before.facts.items() if needs_install(facts, own)}
+            if targets:
+                install_on(targets, own, set_status)
         return diagnose(request, sys.executable, set_status)
 
 
@@ -100,21 +100,21 @@ def _require_cluster(
     Raises:
         typer.Exit: a check failed; the report has been printed.
     """
-    ignored = IGNORED_BY_A_DOWNLOAD if command.name == "download" else ()
+    ignored = IGNORED_FOR_DOWNLOAD if command.name == "download" else ()
     findings = tuple(finding for finding in diagnosis.findings if finding.check not in ignored)
     cluster = diagnosis.cluster
     if cluster is not None and (is_forced or not any(finding.state == "problem" for finding in findings)):
         return cluster
-    shown = replace(diagnosis, findings=findings)
+    relevant = replace(diagnosis, findings=findings)
     if command.is_json:
-        print_json(to_dict(shown, need))
+        print_json(to_dict(relevant, need))
     else:
-        _print_report(shown, need, option)
+        _print_report(relevant, need, option)
     raise typer.Exit(1)
 
 
 def _print_start(diagnosis: Diagnosis, need: ModelNeed, option: str, cluster: Cluster, *, is_full: bool) -> None:
-    """Print the whole report, or a line on ranks and network, and a warning if others may read the ranks' data."""
+    """Print the full report, or a line on ranks and network, and a warning if others may read the ranks' data."""
     if is_full:
         _print_report(diagnosis, need, option)
         return

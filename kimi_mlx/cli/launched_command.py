@@ -64,10 +64,10 @@ class LaunchedCommand:
         return self._parameters.get("strategy")
 
     def check_strategy(self, num_ranks: int) -> None:
-        """Check that the weights of its `--strategy` are as many as the ranks.
+        """Check that its `--strategy`, if it has weights, has one for each rank.
 
         Raises:
-            UsageError: they are not.
+            UsageError: the numbers differ.
         """
         if self.strategy is not None:
             normalize_strategy(self.strategy, num_ranks)
@@ -113,7 +113,7 @@ class LaunchedCommand:
             if option in of_launch and option not in own:
                 example = f"{option} a,b" if option == "--hosts" else option
                 raise UsageError(
-                    f"`{option}` is an option of `launch`, and must stand before `{self.name}`",
+                    f"`{option}` is an option of `launch`, and must come before `{self.name}`",
                     hint=f"type `kimi-mlx launch {example} ... {self.name} ...`",
                 )
 
@@ -140,7 +140,7 @@ def _check_name(word: str) -> None:
     try:
         resolve_model_name(word)
     except UsageError:
-        near = difflib.get_close_matches(word, COMMANDS, n=1)
-        if not near:
+        similar = difflib.get_close_matches(word, COMMANDS, n=1)
+        if not similar:
             raise
-        raise UsageError(f"there is no command and no model `{word}`", hint=f"did you mean `{near[0]}`?") from None
+        raise UsageError(f"there is no command and no model `{word}`", hint=f"did you mean `{similar[0]}`?") from None

@@ -159,14 +159,14 @@ def _in_units(count: int | None, unit: int) -> str:
 
 
 def _fits(row: Row, machine: LocalMachine) -> str:
-    """Say whether the model fits on this machine, in at most 7 characters."""
+    """Return the cell of the column `fits`, such as `yes` or `2 Macs`."""
     if row.hosts_needed is None:
         return "no"
     return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
 
 
 def _fits_text(row: Row, machine: LocalMachine) -> str:
-    """Say whether the model fits on this machine, and what would help."""
+    """Return whether the model fits on this machine, and what would help."""
     entry, needed = row.entry, row.hosts_needed
     if entry.refused is not None:
         return f"not supported: {entry.refused}"
@@ -186,7 +186,7 @@ def _fits_text(row: Row, machine: LocalMachine) -> str:
 
 
 def _local_state_text(row: Row) -> str:
-    """Say where the model is on this machine, or how to download it."""
+    """Return where the model is on this machine, or how to download it."""
     if row.entry.refused is not None:
         return "no"
     if row.local_state == "package":
@@ -216,8 +216,9 @@ def _sampling_text(values: SamplingValues | None) -> str | None:
 def _machine_text(machine: LocalMachine) -> str:
     """Return e.g. `this Mac (512.0 GiB, of which the GPU may use 384.0 GiB)`."""
     kind = "Mac" if machine.is_mac else "machine"
-    limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}"
-    return f"this {kind} ({format_gib(machine.memory_bytes)}{limit * (machine.gpu_bytes < machine.memory_bytes)})"
+    is_limited = machine.gpu_bytes < machine.memory_bytes
+    limit = f", of which the GPU may use {format_gib(machine.gpu_bytes)}" if is_limited else ""
+    return f"this {kind} ({format_gib(machine.memory_bytes)}{limit})"
 
 
 def _hosts(machine: LocalMachine) -> str:

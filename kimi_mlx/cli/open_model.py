@@ -102,7 +102,7 @@ def place_model(
         ranks: number of ranks.
         strategy: strategy of the user; None for the stored one, else the planner's choice.
         is_quiet: whether to print nothing.
-        link: link between the ranks; None for the machine's own, fast one.
+        link: link between the ranks; None for the fast one within a machine.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.

@@ -97,7 +97,7 @@ CheckEveryOption = Annotated[
         max=MAX_CHECK_EVERY,
         metavar="K",
         help="Compare checksums of hidden states, chosen experts and logits across ranks every K steps; 0 disables. "
-        "Cheap enough to leave on, e.g. 64.",
+        "The cost is low; 64 is a good value.",
         rich_help_panel=ADVANCED,
     ),
 ]

@@ -1,4 +1,4 @@
-"""What `kimi-mlx plan` compares: a model, machines, and links between them, as the options name them."""
+"""Inputs of `kimi-mlx plan`: the model, the machines and their links, from the options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def machines_and_links(
         is_quiet: whether to show no status.
 
     Raises:
-        UsageError: a machine is not known, or options do not go together.
+        UsageError: a machine is not known, or options exclude each other.
         SshError: a host did not answer.
         LinkError: no network between the hosts could be measured.
     """

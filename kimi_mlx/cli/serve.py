@@ -110,7 +110,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.api_keys import KEY_HINT, read_keys
-    from kimi_mlx.cli.http_server import greet, key_as_typed, make_server, start_log
+    from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.server.http.security import Security, is_loopback
     from kimi_mlx.server.http.server_socket import ServerSocket
@@ -130,7 +130,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
         session = stack.enter_context(closing(opened.session))
-        on_ready = partial(greet, target.name, server_socket, key_as_typed(keys))
+        on_ready = partial(greet, target.name, server_socket, key_placeholder(keys))
         http_server = make_server(target, session, opened.tokenizer_folder, server.served_name or (), serving, on_ready)
         start_log()
         server_socket.listen()

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 GONE = {errno.EPIPE: signal.SIGPIPE, errno.ECONNRESET: signal.SIGPIPE, errno.EIO: signal.SIGHUP}
-"""Errors of a stream that nobody reads any more -> the signal that ends other programs then. EIO: a closed terminal."""
+"""Error of a stream without a reader -> signal that ends other programs in this case. EIO: a closed terminal."""
 
 OUTPUT = "standard output"
 """File name of errors of stdout and stderr."""
 
 
 class _Output(io.FileIO):
-    """A file descriptor that turns into /dev/null once nobody reads it.
+    """A file descriptor that becomes /dev/null when its reader goes away.
 
     Args:
         descriptor: 1 or 2; it stays open.
-        on_gone: called with the exit code of a program that the signal of GONE ends.
+        on_gone: callback for the loss of the reader; gets the exit code, 128 plus the signal in GONE.
     """
 
     def __init__(self, descriptor: int, on_gone: Callable[[int], None]):
@@ -30,7 +30,7 @@ class _Output(io.FileIO):
         self._on_gone = on_gone
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; those that nobody can read count as written."""
+        """Write bytes. Without a reader they are dropped, and count as written."""
         try:
             return super().write(data)
         except OSError as error:
@@ -43,7 +43,7 @@ class _Output(io.FileIO):
 
 
 def repair_standard_streams() -> None:
-    """Open closed streams as /dev/null, and keep those that nobody reads any more from raising errors.
+    """Open closed streams as /dev/null, and make streams that lose their reader raise no errors.
 
     Otherwise the next file or socket would get the number of a closed stream, and receive its text. A lost stdout ends
     the program quietly, with the exit code of SIGPIPE or SIGHUP; a lost stderr does not matter.
@@ -65,7 +65,7 @@ def _open_null(descriptor: int) -> None:
 
 
 def _text_stream(before: TextIO | None, output: _Output) -> TextIO:
-    """Return a text stream like the one before, which is None for a closed one; other characters become `?`."""
+    """Return a text stream with the encoding of the previous one (None if closed); characters outside it become `?`."""
     encoding = "utf-8" if before is None else before.encoding
     is_terminal = output.isatty()
     return io.TextIOWrapper(io.BufferedWriter(output), encoding, errors="replace", line_buffering=is_terminal)

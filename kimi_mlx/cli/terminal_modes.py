@@ -1,4 +1,4 @@
-"""Modes of the terminal around the input line: what is typed before it is open, and between two prompts."""
+"""Modes of the terminal for text that is typed before the input line is open, and between two prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_typed_ahead() -> list[str]:
     The last one is unfinished. The terminal has turned Enter into a line feed, which would mean Ctrl-J at the prompt.
     """
     typed = b""
-    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line finds out
+    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line reports it
         modes = termios.tcgetattr(sys.stdin)
         unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
         unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
