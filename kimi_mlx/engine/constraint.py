@@ -27,15 +27,15 @@ Mask: TypeAlias = npt.NDArray[np.uint32]
 class Constraint:
     """The state of a sequence in its grammar.
 
-    Two matchers take turns: that of the answer, and between argument-begin and call-end that of the called tool's
-    arguments. Both are created when they are first needed; if they are not compiled yet, this waits for them.
+    There are two matchers. Between argument-begin and call-end, the one for the called tool's arguments is used;
+    elsewhere, the one for the answer. Each is created when it is first needed, which waits until it is compiled.
 
     Args:
         compiler: compiler for the model's vocabulary.
         grammar: grammar of the answer, as written by kimi_mlx.text.grammar.
 
     Raises:
-        EngineError: the grammar is not in this form.
+        EngineError: the grammar is not in the form that kimi_mlx.text.grammar writes.
     """
 
     def __init__(self, compiler: GrammarCompiler, grammar: str):
@@ -48,9 +48,9 @@ class Constraint:
         except (ValueError, TypeError, KeyError) as error:
             raise EngineError(f"the grammar cannot be compiled: {error!r}") from error
         self._answer_matcher: llguidance.LLMatcher | None = None
-        self._arguments: llguidance.LLMatcher | None = None
+        self._arguments_matcher: llguidance.LLMatcher | None = None
         self._arguments_grammar = ""
-        self._call: bytes | None = None  # text since call-begin, up to argument-begin
+        self._call_id: bytes | None = None  # text between call-begin and argument-begin
         self.is_finished = False
         """Whether an end token was appended."""
 
@@ -69,13 +69,13 @@ class Constraint:
         Raises:
             EngineError: the grammar cannot be compiled, or exceeds the limits.
         """
-        matcher = self._arguments or self._answer
+        matcher = self._arguments_matcher or self._answer
         vocabulary = self._vocabulary
         mask = np.empty(vocabulary.num_words, np.uint32)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check(matcher)
-        if matcher is self._arguments:
-            for token in vocabulary.end_ids:  # only the call ends here, not the answer
+        if matcher is self._arguments_matcher:
+            for token in vocabulary.end_ids:  # the answer cannot end inside a call
                 mask[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
             if matcher.is_accepting():
                 mask[self._call_end // WORD_BITS] |= np.uint32(1 << self._call_end % WORD_BITS)
@@ -94,19 +94,19 @@ class Constraint:
         masks = np.full((len(draft) + 1, first.size), 0xFFFFFFFF, np.uint32)
         masks[0] = first
         states: list[tuple[Any, ...]] = []
-        consumers: list[llguidance.LLMatcher] = []
+        matchers: list[llguidance.LLMatcher] = []
         for token in draft:
-            states.append((self._arguments, self._arguments_grammar, self._call))
-            consumer = None if token in self._vocabulary.end_ids else self._consume(token)
-            if consumer is None:
+            states.append((self._arguments_matcher, self._arguments_grammar, self._call_id))
+            matcher = None if token in self._vocabulary.end_ids else self._accept(token)
+            if matcher is None:
                 break
-            consumers.append(consumer)
-            masks[len(consumers)] = self.allowed()
-        for consumer in reversed(consumers):
-            consumer.rollback(1)
-            self._check(consumer)
+            matchers.append(matcher)
+            masks[len(matchers)] = self.allowed()
+        for matcher in reversed(matchers):
+            matcher.rollback(1)
+            self._check(matcher)
         if states:
-            self._arguments, self._arguments_grammar, self._call = states[0]
+            self._arguments_matcher, self._arguments_grammar, self._call_id = states[0]
         return masks
 
     def advance(self, token: int) -> None:
@@ -115,11 +115,11 @@ class Constraint:
         Raises:
             EngineError: the token is not allowed, or the grammar cannot be compiled or exceeds the limits.
         """
-        answer = self._answer  # first, because its errors are errors of the engine
+        answer = self._answer
         is_end = token in self._vocabulary.end_ids
-        can_end = self._arguments is None and answer.is_accepting()
-        is_allowed = can_end if is_end else self._consume(token) is not None
-        self._check(self._arguments or answer)
+        can_end = self._arguments_matcher is None and answer.is_accepting()
+        is_allowed = can_end if is_end else self._accept(token) is not None
+        self._check(self._arguments_matcher or answer)
         if self.is_finished or not is_allowed:
             raise EngineError(f"the grammar does not allow token id {token}")
         self.is_finished = is_end
@@ -134,27 +134,27 @@ class Constraint:
             self._answer_matcher = self._compiler.matcher(self._answer_grammar)
         return self._answer_matcher
 
-    def _consume(self, token: int) -> llguidance.LLMatcher | None:
+    def _accept(self, token: int) -> llguidance.LLMatcher | None:
         """Append a token that is not an end token; return the matcher that accepted it, or None if it is forbidden."""
         if not 0 <= token < self._vocabulary.vocab_size:
             return None
-        if self._arguments is not None:
+        if self._arguments_matcher is not None:
             if token != self._call_end:
-                return self._arguments if self._arguments.try_consume_tokens([token]) == 1 else None
-            if not self._arguments.is_accepting():
+                return self._arguments_matcher if self._arguments_matcher.try_consume_tokens([token]) == 1 else None
+            if not self._arguments_matcher.is_accepting():
                 return None
         if self._answer.try_consume_tokens([token]) != 1:
             return None
         if token == self._call_begin:
-            self._call = b""
+            self._call_id = b""
         elif token == self._argument_begin:
-            name = (self._call or b"").decode().rpartition(":")[0]  # the rest is the number of the call
-            self._arguments_grammar, self._call = self._arguments_grammars[name], None
-            self._arguments = self._compiler.matcher(self._arguments_grammar)
+            name = (self._call_id or b"").decode().rpartition(":")[0]  # without the index of the call
+            self._arguments_grammar, self._call_id = self._arguments_grammars[name], None
+            self._arguments_matcher = self._compiler.matcher(self._arguments_grammar)
         elif token == self._call_end:
-            self._arguments = None
-        elif self._call is not None:
-            self._call += self._vocabulary.tokens[token]
+            self._arguments_matcher = None
+        elif self._call_id is not None:
+            self._call_id += self._vocabulary.tokens[token]
         return self._answer
 
     def _check(self, matcher: llguidance.LLMatcher) -> None:

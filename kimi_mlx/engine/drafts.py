@@ -34,7 +34,7 @@ class PromptLookup:
             limit: maximum number of tokens.
         """
         ids = self._tokens.ids
-        end = find_last_ngram(ids)
+        end = find_earlier_ngram(ids)
         return () if end is None else tuple(ids[end : end + min(self._length, limit)].tolist())
 
     def update_draft_length(self, drafted: int, accepted: int) -> None:
@@ -45,20 +45,24 @@ class PromptLookup:
             self._length = max(1, self._length // 2)
 
 
-def find_last_ngram(ids: Ids) -> int | None:
-    """Return the end of the latest earlier occurrence of the longest n-gram at the end; None if there is none."""
+def find_earlier_ngram(ids: Ids) -> int | None:
+    """Find the longest n-gram at the end of `ids` that also occurs earlier.
+
+    Returns:
+        End of its latest earlier occurrence; None if there is none.
+    """
     if ids.size < NGRAMS[-1]:
         return None
-    ends = np.flatnonzero(ids[:-1] == ids[-1]) + 1  # ends of candidates that agree in the last token
-    found = None
+    ends = np.flatnonzero(ids[:-1] == ids[-1]) + 1  # ends of the occurrences of the last token
+    earlier_end = None
     for length in range(2, NGRAMS[0] + 1):
         ends = ends[ends >= length]
         ends = ends[ids[ends - length] == ids[-length]] if length <= ids.size else ends[:0]
         if not ends.size:
             break
         if length in NGRAMS:
-            found = int(ends[-1])
-    return found
+            earlier_end = int(ends[-1])
+    return earlier_end
 
 
 def accepted_length(draft: tuple[int, ...], sampled: list[int]) -> int:

@@ -32,7 +32,7 @@ RESERVED_TOKENS = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
 
 MIN_SHARED_TOKENS = 64
-"""A request waits if it shares at least this many tokens that another prompt is about to prefill."""
+"""A request waits while another one is about to prefill at least this many tokens that both begin with."""
 
 
 class Engine:
@@ -102,7 +102,8 @@ class Engine:
     def add(self, request_id: int, request: Request) -> None:
         """Add a request. `step` yields its events: Prefilled (several), Token (several), Finished (once, last).
 
-        Its grammar is compiled in the background. If that fails, or if it fails later, the last event is the error.
+        Its grammar is compiled in the background. If that fails, or if the grammar fails during the answer, the last
+        event is the error.
 
         Raises:
             EngineError: an empty prompt, an invalid token id, or more tokens than the context holds.
@@ -212,7 +213,7 @@ class Engine:
             if any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
             if running and self._runner.communicator is None and not sequence.sampler.is_ready:
-                continue  # ranks cannot wait for it: each is ready at another time
+                continue  # several ranks cannot skip it: they are ready at different times
             self._waiting.remove(sequence)
             cache, cached = self._pool.acquire(sequence.tokens)
             sequence.begin(cache, cached)
@@ -266,6 +267,6 @@ class Engine:
 
 
 def _is_about_to_prefill(other: Sequence, sequence: Sequence) -> bool:
-    """Return whether another sequence will soon prefill tokens that this one begins with, too."""
+    """Return whether another sequence is about to prefill tokens that this one begins with, too."""
     end = other.num_computed_tokens + MIN_SHARED_TOKENS
     return end <= len(other.tokens) and end <= len(sequence.tokens) and sequence.shares_prefix(other, end)

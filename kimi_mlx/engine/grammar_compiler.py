@@ -1,4 +1,4 @@
-"""Compile grammars once, in a thread of their own, so that running answers do not wait for it."""
+"""Compile grammars, each once, in a background thread, so that running answers do not wait for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
 WORD_BITS = 32
 """Number of tokens per word of a mask."""
 
-MAX_COMPILED = 1024
-"""Maximum number of compiled grammars that are kept: agents send the same tools with every request."""
+MAX_GRAMMARS = 1024
+"""Maximum number of grammars in the cache: agents send the same tools with every request."""
 
 
 class TokenVocabulary:
@@ -80,7 +80,7 @@ class _Tokens:
 
 
 class _Compilation:
-    """A grammar that is compiled by the thread that needs it first, while others wait."""
+    """One grammar. The first thread that needs it compiles it; others wait."""
 
     def __init__(self, compile: Callable[[], llguidance.LLMatcher]):
         self._compile = compile
@@ -112,7 +112,7 @@ class _Compilation:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary, each once, and keeps the most recently used ones.
+    """Compiles grammars for one vocabulary, each once, and caches the most recently used ones.
 
     Args:
         load_vocabulary: reads the vocabulary; called once, when the first grammar needs it.
@@ -144,7 +144,7 @@ class GrammarCompiler:
         compilations = [self._compilation(grammar) for grammar in grammars]
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
+                self._thread = threading.Thread(target=self._run_jobs, name="grammars", daemon=True)
                 self._thread.start()
         self._jobs.put(lambda: self.vocabulary)
         for compilation in compilations:
@@ -152,11 +152,11 @@ class GrammarCompiler:
                 self._jobs.put(compilation.result)
 
     def is_compiled(self, grammar: str) -> bool:
-        """Return whether `matcher` returns at once, or raises at once."""
+        """Return whether compilation is over, so that `matcher` returns or raises at once."""
         return self._compilation(grammar).is_done
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """Return a matcher at the beginning of a grammar; compile the grammar now if that has not begun.
+        """Return a matcher at the beginning of a grammar. Compile the grammar here, or wait for the thread that does.
 
         Raises:
             EngineError: the grammar cannot be compiled, or the tokenizer cannot be read.
@@ -174,11 +174,11 @@ class GrammarCompiler:
             if compilation is None:
                 compilation = _Compilation(lambda: self.vocabulary.compile(grammar))
             self._compilations[grammar] = compilation
-            if len(self._compilations) > MAX_COMPILED:
+            if len(self._compilations) > MAX_GRAMMARS:
                 self._compilations.popitem(last=False)
             return compilation
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             job = self._jobs.get()
             try:

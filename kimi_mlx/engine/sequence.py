@@ -40,7 +40,9 @@ class Sequence:
         self.draft: tuple[int, ...] = ()
         self.cache: SequenceCache | None = None
         self._lookup = PromptLookup(self._token_array, speculate) if speculate else None
-        self._shared: dict[int, int] = {}  # by request id of another sequence: length of the prefix known to be common
+        self._equal_prefixes: dict[
+            int, int
+        ] = {}  # request id of another sequence -> length of the prefix known to be equal
         self._cached: int | None = None
         self._steps = 0
         self._started = self._first_token_at = 0.0
@@ -63,17 +65,17 @@ class Sequence:
             other: the other sequence; only sampled tokens may be appended to it.
             length: number of tokens, at most that of either sequence.
         """
-        common = self._shared.get(other.request_id, 0)
+        common = self._equal_prefixes.get(other.request_id, 0)
         if common < length:
             common = self._token_array.common_prefix(other._token_array, common, length)
-            self._shared[other.request_id] = common
+            self._equal_prefixes[other.request_id] = common
         return common >= length
 
     def begin(self, cache: SequenceCache, cached: int) -> None:
         """Begin, or resume after preemption, with a cache that holds the first `cached` tokens."""
         self.cache, self.num_computed_tokens = cache, cached
         self.epoch += 1
-        self._shared.clear()
+        self._equal_prefixes.clear()
         if self._cached is None:
             self._cached = cached
             self._started = time.perf_counter()

@@ -14,6 +14,6 @@ OUT_OF_MEMORY = re.compile(
 
 def step_error(error: Exception) -> StepError:
     """Return the error for the requests of a failed step; only a lack of memory is explained as such."""
-    is_memory = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
-    remedy = "a shorter prompt needs less memory" if is_memory else "if it fails again, report it as a bug"
+    is_out_of_memory = isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+    remedy = "a shorter prompt needs less memory" if is_out_of_memory else "if it fails again, report it as a bug"
     return StepError(f"a step of the model failed: {str(error) or type(error).__name__}", hint=f"try again; {remedy}")

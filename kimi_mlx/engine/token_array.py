@@ -1,4 +1,4 @@
-"""The token ids of a sequence as a numpy array that grows, for comparisons and searches in long prompts."""
+"""A growable array of token ids, for comparisons and searches in long prompts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 
-COMPARED_TOKENS = 4096
-"""Number of tokens that are compared at a time."""
+COMPARISON_TOKENS = 4096
+"""Number of tokens per comparison."""
 
 
 class TokenArray:
-    """Token ids, of which more can be appended.
+    """A growable numpy array of token ids.
 
     Args:
         tokens: the first ids.
@@ -49,8 +49,8 @@ class TokenArray:
             limit: length at which to stop.
         """
         end = min(len(self), len(other)) if limit is None else min(len(self), len(other), limit)
-        for begin in range(start, end, COMPARED_TOKENS):
-            stop = min(begin + COMPARED_TOKENS, end)
+        for begin in range(start, end, COMPARISON_TOKENS):
+            stop = min(begin + COMPARISON_TOKENS, end)
             differs = self._buffer[begin:stop] != other._buffer[begin:stop]
             if differs.any():
                 return begin + int(differs.argmax())

@@ -98,7 +98,7 @@ def _time_both(group: MlxGroup, x: mx.array, round_index: int, num_sums: int) ->
     methods = (group.sum_gathered, group.all_sum)
     seconds = [0.0, 0.0]
     for index in (0, 1) if round_index % 2 == 0 else (1, 0):
-        barrier(group)  # so that no rank is late under the GPU operations of another
+        barrier(group)  # so that no GPU operation waits long for a late rank
         begin = time.perf_counter()
         total = x
         for _ in range(num_sums):

@@ -89,7 +89,7 @@ class RankCommunicator(Communicator, ABC):
         self._num_commands, self._num_tokens = num_commands % SEQUENCE_MODULUS, num_tokens
 
     def expect_long_steps(self) -> None:
-        """Announce that the next step contains a chunk of a prompt, so that ranks wait long for each other."""
+        """Announce that the next step contains a chunk of a prompt: ranks may wait long for each other."""
 
     def synchronize(self) -> None:
         """Wait on the CPU until all ranks have admitted a request. In a pipeline ranks do not wait for each other."""

@@ -119,6 +119,6 @@ def gather_on_host(group: Group, values: npt.NDArray[Any] | list[Any]) -> npt.ND
 
 
 def barrier(group: Group) -> None:
-    """Wait on the CPU until all ranks are here."""
+    """Wait on the CPU until all ranks have called this."""
     if group.size > 1:
         gather_on_host(group, np.zeros(1, np.int32))

@@ -1,4 +1,4 @@
-"""The sockets of MLX's ring in this process: find them, and break off collectives that wait for a lost rank.
+"""The sockets of MLX's ring in this process: find them, and abort collectives that wait for a lost rank.
 
 MLX's ring (0.32) has no way to interrupt a collective. If one of its sockets fails, the thread of that socket ends: the
 pending operation fails, and all later ones of the same step wait forever. So the sockets must not fail. Instead, each
@@ -33,18 +33,16 @@ def find_connections(own: Iterable[str], peers: Iterable[str]) -> list[int]:
     """Return the file descriptors of TCP connections of this process, by their addresses.
 
     Args:
-        own: `address:port` strings; connections with one of them as their own address are found.
-        peers: the same for the other end.
+        own: `address:port` strings; their connections are found by this process's own end.
+        peers: `address:port` strings; their connections are found by the peer's end.
     """
     own_addresses, peer_addresses = _resolve(own), _resolve(peers)
-    ends = {number: _ends_of(number) for number in map(int, os.listdir("/dev/fd"))}
-    return sorted(
-        number for number, pair in ends.items() if pair and (pair[0] in own_addresses or pair[1] in peer_addresses)
-    )
+    ends = {fd: _ends_of(fd) for fd in map(int, os.listdir("/dev/fd"))}
+    return sorted(fd for fd, pair in ends.items() if pair and (pair[0] in own_addresses or pair[1] in peer_addresses))
 
 
-def break_off_collectives(sockets: Iterable[int]) -> None:
-    """Let all collectives of this process return, now and later, with invalid data.
+def abort_collectives(sockets: Iterable[int]) -> None:
+    """Make all collectives of this process return, now and later, with invalid data.
 
     The connections stay open, so that the neighbours do not see them fail.
 
@@ -52,12 +50,12 @@ def break_off_collectives(sockets: Iterable[int]) -> None:
         sockets: file descriptors from find_ring_sockets().
     """
     selector = selectors.DefaultSelector()
-    for number in sockets:
-        os.dup(number)  # stays open until this process ends
+    for fd in sockets:
+        os.dup(fd)  # stays open until this process ends
         theirs, ours = socket.socketpair()
         for end in (theirs, ours):
             end.setblocking(False)
-        os.dup2(theirs.fileno(), number)
+        os.dup2(theirs.fileno(), fd)
         theirs.close()
         selector.register(ours, selectors.EVENT_READ | selectors.EVENT_WRITE)
     threading.Thread(target=_serve_zeros, args=(selector,), daemon=True).start()
@@ -87,12 +85,12 @@ def _resolve(addresses: Iterable[str]) -> set[Address]:
     return {(str(address[0]), int(address[1])) for address in found}
 
 
-def _ends_of(number: int) -> tuple[Address, Address] | None:
+def _ends_of(fd: int) -> tuple[Address, Address] | None:
     """Return the own and the peer's address of a TCP connection; None for any other file descriptor."""
     try:
-        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return None
-        with socket.socket(fileno=os.dup(number)) as connection:
+        with socket.socket(fileno=os.dup(fd)) as connection:
             if connection.family != socket.AF_INET:
                 return None
             return connection.getsockname(), connection.getpeername()

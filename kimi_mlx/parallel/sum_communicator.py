@@ -39,7 +39,7 @@ class SumCommunicator(RankCommunicator):
             self._digests.append((name, digest(mx.sort(x, axis=-1) if x.dtype == mx.uint32 else x)))
 
     def synchronize(self) -> None:
-        """Wait on the CPU until all ranks are here: later sums are consumed on the GPU, which must not wait long."""
+        """Wait on the CPU until all ranks have called this: a GPU consumes the later sums, and must not wait long."""
         barrier(self.group)
 
     def gather_logits(self, logits: mx.array) -> mx.array:

@@ -1,7 +1,7 @@
 """A rank's end of the channel to the front. The messages are described in kimi_mlx.cluster.channel.messages.
 
 A rank ends when its input ends, or on a signal. The end is the last command: all ranks execute it after the same step.
-A rank that is in a collective with a lost peer never reaches it, so its collectives are broken off after a while.
+A rank that is in a collective with a lost peer never reaches it, so its collectives are aborted after a while.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import BinaryIO, NoReturn
 import mlx.core as mx
 
 from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode, encode_error
-from kimi_mlx.cluster.ring.end_limits import BREAK_OFF_S, end_limit_s, unload_limit_s
+from kimi_mlx.cluster.ring.end_limits import ABORT_AFTER_S, end_limit_s, unload_limit_s
 from kimi_mlx.cluster.ring.guard import END_SIGNALS
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.parallel.ring_sockets import break_off_collectives
+from kimi_mlx.parallel.ring_sockets import abort_collectives
 from kimi_mlx.rank.guard_socket import GuardSocket
 from kimi_mlx.runtime.unload import release_memory
 
@@ -62,7 +62,7 @@ class Channel:
         self._guard = GuardSocket()
         self._end_limit_s = 0.0
         self.sockets: Sequence[int] = ()
-        self._is_ending = self._is_broken_off = False
+        self._is_ending = self._has_aborted = False
         self._signal: int | None = None  # if it is the reason for the end
 
     def send(self, kind: str, **fields: object) -> None:
@@ -71,7 +71,7 @@ class Channel:
 
     def write(self, line: bytes) -> None:
         """Send an encoded message. If the front is gone, end the process."""
-        if self._is_broken_off:  # made from invalid data
+        if self._has_aborted:  # made from invalid data
             return
         self._write(line)
 
@@ -81,7 +81,7 @@ class Channel:
         Args:
             work: current work, such as `load`, `prefill` or `decode`; the front chooses its timeout by it.
         """
-        if self._is_broken_off:
+        if self._has_aborted:
             sys.exit()
         self._work = work
         self._step += 1
@@ -134,10 +134,10 @@ class Channel:
         """
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        is_in_order = isinstance(error, SystemExit) and not self._is_broken_off and self._signal is None
+        is_in_order = isinstance(error, SystemExit) and not self._has_aborted and self._signal is None
         if not is_in_order:
             self._report(error, rank)
-            self._break_off(0)  # a step in flight may wait for other ranks
+            self._abort_collectives(0)  # a step in flight may wait for other ranks
         size = mx.get_active_memory()
         self._set_end_limit(unload_limit_s(size))
         self._write(encode("unloading", bytes=size))
@@ -175,12 +175,12 @@ class Channel:
         except OSError:  # the front is gone
             self._end()
 
-    def _end(self, number: int | None = None, wait_s: float = BREAK_OFF_S) -> None:
+    def _end(self, number: int | None = None, wait_s: float = ABORT_AFTER_S) -> None:
         """Let the main thread leave. Any thread may call this, also more than once.
 
         Args:
             number: signal that is the reason; None for the end of the input.
-            wait_s: time until the collectives are broken off.
+            wait_s: time until the collectives are aborted.
         """
         with self._end_lock:
             if self._is_ending:
@@ -188,15 +188,15 @@ class Channel:
             self._is_ending, self._signal = True, number
             self._commands.put(None)
             self.num_received += 1
-        threading.Thread(target=self._break_off, args=(wait_s,), daemon=True).start()
+        threading.Thread(target=self._abort_collectives, args=(wait_s,), daemon=True).start()
 
-    def _break_off(self, wait_s: float) -> None:
-        """Let all collectives return, now and later."""
+    def _abort_collectives(self, wait_s: float) -> None:
+        """Make all collectives return, now and later."""
         time.sleep(wait_s)
         with self._end_lock:
-            if not self._is_broken_off:
-                self._is_broken_off = True
-                break_off_collectives(self.sockets)
+            if not self._has_aborted:
+                self._has_aborted = True
+                abort_collectives(self.sockets)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._end(number, 0)

@@ -36,7 +36,7 @@ def check_links(
             on_payload(payload.name)
             x = pattern(payload, group.rank, round_index, group.size).astype(PAYLOAD_DTYPES[payload.dtype])
             mx.eval(x)
-            barrier(group)  # so that no rank is late under the GPU operations of another
+            barrier(group)  # so that no GPU operation waits long for a late rank
             mismatch = compare(group, payload, round_index, exchange(group, payload, x))
             if mismatch is not None:
                 mismatches.setdefault(payload.name, mismatch)

@@ -117,7 +117,7 @@ def init_group(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
 
 
 def _connections(ring: Mapping[str, Any], rank: int) -> list[int]:
-    """Return the sockets of MLX's ring; none for JACCL, whose collectives cannot be broken off."""
+    """Return the sockets of MLX's ring; none for JACCL, whose collectives cannot be aborted."""
     return find_ring_sockets(json.loads(ring["file"]), rank) if ring["backend"] == "ring" else []
 
 

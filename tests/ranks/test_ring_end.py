@@ -38,7 +38,7 @@ from kimi_mlx.rank.rendezvous import join_group
 def serve(channel, start):
     join_group(channel, start)
     channel.send("ready")
-    while True:  # as in a collective that cannot be broken off
+    while True:  # as in a collective that cannot be aborted
         try:
             time.sleep(100)
         except SystemExit:
@@ -190,7 +190,7 @@ def test_limits_grow_with_the_weights() -> None:
     assert end_limits.unload_limit_s(0) == end_limits.UNLOAD_S
     assert end_limits.unload_limit_s(300 * 10**9) > 120
     assert end_limits.end_limit_s("load") > end_limits.end_limit_s("decode")
-    assert guard.HOLD_S > end_limits.BREAK_OFF_S + 2
+    assert guard.HOLD_S > end_limits.ABORT_AFTER_S + 2
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ UNLOAD_S = 30.0
 UNLOAD_BYTES_PER_S = 2e9
 """Slowest release of memory that is waited for; releasing 300 GB takes seconds to a minute."""
 
-BREAK_OFF_S = 1.0
-"""Time for the ranks to leave their loops after the same step. Then their collectives are broken off."""
+ABORT_AFTER_S = 1.0
+"""Time for the ranks to leave their loops after the same step. After it, their collectives are aborted."""
 
 KILL_S = 10.0
 """Time between SIGTERM and SIGKILL."""

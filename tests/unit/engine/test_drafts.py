@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.drafts import NGRAMS, PromptLookup, accepted_length, find_last_ngram
-from kimi_mlx.engine.token_array import COMPARED_TOKENS, TokenArray
+from kimi_mlx.engine.drafts import NGRAMS, PromptLookup, accepted_length, find_earlier_ngram
+from kimi_mlx.engine.token_array import COMPARISON_TOKENS, TokenArray
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
@@ -25,7 +25,7 @@ def search(tokens: list[int]) -> int | None:
 
 @given(tokens=TOKENS)
 def test_the_longest_and_latest_ngram_is_found(tokens: list[int]) -> None:
-    assert find_last_ngram(np.array(tokens, np.int32)) == search(tokens)
+    assert find_earlier_ngram(np.array(tokens, np.int32)) == search(tokens)
 
 
 @given(parts=st.lists(TOKENS, min_size=1, max_size=4), limit=st.integers(0, 9))
@@ -57,7 +57,7 @@ def test_a_long_prompt_needs_no_index() -> None:
     assert time.perf_counter() - begin < 0.25  # an index of all n-grams took 0.4 s
 
 
-@given(common=st.sampled_from([0, 1, COMPARED_TOKENS - 1, COMPARED_TOKENS, 9000]), rest=st.integers(0, 2))
+@given(common=st.sampled_from([0, 1, COMPARISON_TOKENS - 1, COMPARISON_TOKENS, 9000]), rest=st.integers(0, 2))
 def test_common_prefix(common: int, rest: int) -> None:
     a, b = TokenArray([7] * common + [1] * rest), TokenArray([7] * common + [2] * 3)
     assert a.common_prefix(b) == b.common_prefix(a) == common

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from kimi_mlx.parallel.ring_sockets import break_off_collectives, find_ring_sockets
+from kimi_mlx.parallel.ring_sockets import abort_collectives, find_ring_sockets
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -50,9 +50,11 @@ def test_several_connections_of_a_neighbour_are_found(stack: ExitStack) -> None:
     assert find_ring_sockets(hosts, 0) == sorted(client.fileno() for _, (client, _) in pairs)
 
 
-def test_a_broken_off_socket_delivers_and_takes_everything_and_its_peer_sees_nothing(stack: ExitStack) -> None:
+def test_an_aborted_socket_delivers_and_takes_everything_and_its_peer_sees_nothing(
+    stack: ExitStack,
+) -> None:
     _, (client, accepted) = connect(stack)
-    break_off_collectives([client.fileno()])
+    abort_collectives([client.fileno()])
     number = client.fileno()
     received = sent = 0
     while received < 3_000_000 or sent < 3_000_000:  # as MLX's thread does: without waiting
