@@ -30,7 +30,7 @@ from kimi_mlx.rank.guard_socket import GuardSocket
 from kimi_mlx.runtime.unload import release_memory
 
 EXIT_ENDED, EXIT_FAILED = 0, 1
-"""Exit codes: the front ended the rank, between two steps; anything else."""
+"""Exit codes: EXIT_ENDED if the front ended the rank between two steps, EXIT_FAILED otherwise."""
 
 
 class Channel:
@@ -45,7 +45,7 @@ class Channel:
         num_consumed: number of commands taken with `next_command`.
         links: watch over the links to the neighbours, for the heartbeats; None on a single host.
         cleanup: functions to call before the memory is released.
-        sockets: file descriptors of the connections of MLX's ring; empty before `end_in_order`.
+        sockets: file descriptors of the connections of MLX's ring; empty before `enable_graceful_exit`.
     """
 
     def __init__(self, source: BinaryIO, sink: BinaryIO):
@@ -63,7 +63,7 @@ class Channel:
         self._end_limit_s = 0.0
         self.sockets: Sequence[int] = ()
         self._is_ending = self._has_aborted = False
-        self._signal: int | None = None  # if it is the reason for the end
+        self._signal: int | None = None  # the signal that is the reason for the end, if any
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message."""
@@ -71,7 +71,7 @@ class Channel:
 
     def write(self, line: bytes) -> None:
         """Send an encoded message. If the front is gone, end the process."""
-        if self._has_aborted:  # made from invalid data
+        if self._has_aborted:  # the message was computed from invalid data
             return
         self._write(line)
 
@@ -88,13 +88,13 @@ class Channel:
         if self._end_limit_s and self._end_limit_s != end_limit_s(work):
             self._set_end_limit(end_limit_s(work))
 
-    def leave_if_ending(self) -> None:
-        """Leave the process if it is to end. For long work without steps, such as loading."""
+    def exit_if_ending(self) -> None:
+        """Exit if this process is ending. For long work without steps, such as loading."""
         if self._is_ending:
             sys.exit()
 
     def next_command(self) -> Message:
-        """Return the next command; wait until there is one. Leave the process if it is the end."""
+        """Return the next command; wait until there is one. Exit if it is the end."""
         command = self._commands.get()
         self.num_consumed += 1
         if command is None:
@@ -106,11 +106,11 @@ class Channel:
         threading.Thread(target=self._read_messages, daemon=True).start()
         threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
-    def end_in_order(self, sockets: Sequence[int]) -> None:
+    def enable_graceful_exit(self, sockets: Sequence[int]) -> None:
         """From now on, release memory before the process ends. Call this in the main thread, once connected.
 
-        Before, a signal ends the process at once: while MLX's ring connects, it holds Python's lock, so that nothing
-        else can run.
+        Before this call a signal ends the process at once: while MLX's ring connects, it holds Python's lock, so no
+        Python code can run.
 
         Args:
             sockets: file descriptors of the connections of MLX's ring.
@@ -134,8 +134,8 @@ class Channel:
         """
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        is_in_order = isinstance(error, SystemExit) and not self._has_aborted and self._signal is None
-        if not is_in_order:
+        is_graceful = isinstance(error, SystemExit) and not self._has_aborted and self._signal is None
+        if not is_graceful:
             self._report(error, rank)
             self._abort_collectives(0)  # a step in flight may wait for other ranks
         size = mx.get_active_memory()
@@ -143,7 +143,7 @@ class Channel:
         self._write(encode("unloading", bytes=size))
         if self._signal is not None:
             return 128 + self._signal
-        return EXIT_ENDED if is_in_order else EXIT_FAILED
+        return EXIT_ENDED if is_graceful else EXIT_FAILED
 
     def end_unload(self, left_bytes: int) -> None:
         """Report that the memory is released."""
@@ -176,7 +176,7 @@ class Channel:
             self._end()
 
     def _end(self, number: int | None = None, wait_s: float = ABORT_AFTER_S) -> None:
-        """Let the main thread leave. Any thread may call this, also more than once.
+        """Make the main thread exit. Any thread may call this, also more than once.
 
         Args:
             number: signal that is the reason; None for the end of the input.
@@ -243,7 +243,7 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
         rank = start["rank"]
         channel.start_threads()
         serve(channel, start)
-    except BaseException as error:  # it keeps the frames of serve(), and with them the model, until here
+    except BaseException as error:  # it keeps the frames of serve(), and so the model, until the end of this block
         code = channel.begin_unload(error, rank)
     with contextlib.suppress(RuntimeError):  # MLX's, from a collective that failed
         channel.cleanup.close()

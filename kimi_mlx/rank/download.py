@@ -38,7 +38,7 @@ class ChannelObserver:
 
         def advance(count: int) -> None:
             nonlocal done
-            self._channel.leave_if_ending()
+            self._channel.exit_if_ending()
             done += count
             self._channel.report_progress("check")
             self._channel.send("checking", done=done, total=total_bytes)
@@ -50,7 +50,7 @@ class ChannelObserver:
         """Report the building of stores; yields the callback for progress."""
 
         def report(progress: BuildProgress) -> None:
-            self._channel.leave_if_ending()
+            self._channel.exit_if_ending()
             self._channel.report_progress("download")
             self._channel.send("building", **asdict(progress))
 
@@ -58,7 +58,7 @@ class ChannelObserver:
 
 
 class WaitReporter(logging.Handler):
-    """Reports to the front that the hub is waited for: `waiting`. This counts as progress."""
+    """Sends the waits of the hub's client to the front as `waiting` messages. Each counts as progress."""
 
     def __init__(self, channel: Channel):
         super().__init__()

@@ -11,9 +11,9 @@ from kimi_mlx.cluster.ring.guard import GUARD_VARIABLE
 
 
 class GuardSocket:
-    """Tells the guard how long the end of this process may take, and gives it copies of the ring's sockets.
+    """Sends the guard the time that the end of this process may take, and copies of the ring's sockets.
 
-    A process that was started without a guard says nothing.
+    Without a guard, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -59,7 +59,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         channel.send("tokenizer_files", files=pack_tokenizer_files(folder))
 
     def report_layers(done: int, total: int) -> None:
-        channel.leave_if_ending()
+        channel.exit_if_ending()
         channel.report_progress("load")
         channel.send("loading", done=done, total=total)
 

@@ -15,7 +15,7 @@ from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.doctor.payloads import quick_payloads
 from kimi_mlx.cluster.hosts.launch import available_cpus, cpu_for_rank
 from kimi_mlx.cluster.ring.backends import backend_variables
-from kimi_mlx.cluster.ring.guard import no_temporary_files
+from kimi_mlx.cluster.ring.guard import temporary_files_error
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import RingError, UsageError
 from kimi_mlx.parallel.group import Group, MlxGroup, SingleGroup
@@ -50,7 +50,7 @@ def join_mlx_group(channel: Channel, start: Message) -> mx.distributed.Group | N
             mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=group))
         except RuntimeError as error:
             raise RingError(f"cannot connect to the other ranks: {error}", rank=start["rank"]) from error
-    channel.end_in_order([] if group is None else _connections(ring, start["rank"]))
+    channel.enable_graceful_exit([] if group is None else _connections(ring, start["rank"]))
     if links is not None:
         links.start(ring["ring_token"].encode(), _neighbour_addresses(ring["links"], start["rank"]))
         channel.links = links
@@ -108,7 +108,7 @@ def init_group(ring: Mapping[str, Any], rank: int) -> mx.distributed.Group:
         with os.fdopen(handle, "w") as file:
             file.write(ring["file"])
     except OSError as error:
-        raise no_temporary_files(error) from error
+        raise temporary_files_error(error) from error
     os.environ.update(backend_variables(ring["backend"], rank, name, ring["coordinator"]))
     try:
         return mx.distributed.init(strict=True, backend="ring" if ring["backend"] == "ring" else "jaccl")

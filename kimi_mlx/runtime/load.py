@@ -55,7 +55,7 @@ def load(
         TextError when one is needed.
 
     Raises:
-        KimiMlxError: there is no such model, or files are missing or broken, or `group` is no group.
+        KimiMlxError: there is no such model, or files are missing or broken, or `group` is not a group.
     """
     if isinstance(group, mx.distributed.Group):
         group = MlxGroup(group) if group.size() > 1 else None

@@ -58,14 +58,14 @@ def _write(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def _temporary_folder() -> Path:
-    """Return this user's own folder among the temporary ones. It stays, so that runs do not add up.
+    """Return this user's folder in the folder for temporary files. All runs share it, and none removes it.
 
     Raises:
-        OSError: it cannot be made, or others may write to it.
+        OSError: it cannot be created, or other users may write to it.
     """
     folder = Path(tempfile.gettempdir()) / f"kimi-mlx-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     state = folder.lstat()
     if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode) or state.st_mode & 0o022:
-        raise PermissionError(errno.EACCES, "Others may write to it", str(folder))
+        raise PermissionError(errno.EACCES, "Other users may write to it", str(folder))
     return folder

@@ -12,7 +12,7 @@ def release_memory() -> int:
     """Free everything that is no longer referenced, also on the GPU; return the bytes that MLX still holds.
 
     A process that is killed while it holds wired memory can take that memory from a Mac until it restarts. Drop all
-    references to the model before, also those of exceptions: see `forget_frames`.
+    references to the model before, also those of exceptions: see `clear_frames`.
     """
     gc.collect()
     mx.synchronize()
@@ -22,7 +22,7 @@ def release_memory() -> int:
     return mx.get_active_memory()
 
 
-def forget_frames(error: BaseException | None) -> None:
+def clear_frames(error: BaseException | None) -> None:
     """Clear the local variables of the functions that an exception has left; they may hold the model."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

@@ -26,9 +26,9 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
-from kimi_mlx.runtime.unload import forget_frames, release_memory
+from kimi_mlx.runtime.unload import clear_frames, release_memory
 from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
-from kimi_mlx.session.signals import deferred_signals
+from kimi_mlx.session.signals import defer_signals
 from kimi_mlx.units import format_bytes
 
 LOG = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class LocalSession:
         self.cancel_all()
         self._is_closing = True
         self._commands.put(None)
-        with deferred_signals():
+        with defer_signals():
             self._thread.join(SHOW_AFTER_S)
             if not self._thread.is_alive():
                 return
@@ -147,7 +147,7 @@ class LocalSession:
     ) -> None:
         """Run the thread: load the model, answer until the session is closed, and release the model."""
         try:
-            self._engine = self._load(options, self._checked(progress))
+            self._engine = self._load(options, self._cancel_on_close(progress))
             self._context = self._engine.context
         except BaseException as error:  # raised again in __init__
             self._release(error)
@@ -162,7 +162,9 @@ class LocalSession:
         self._fail(end)
         self._release(end)
 
-    def _checked(self, progress: LoadProgress) -> LoadProgress:
+    def _cancel_on_close(self, progress: LoadProgress) -> LoadProgress:
+        """Return a callback that also ends loading when the session is closed."""
+
         def report(done: int, total: int) -> None:
             if self._is_closing:
                 raise EngineError("the session is closed")
@@ -181,7 +183,7 @@ class LocalSession:
         self._engine = self._blocks = None
         while not self._commands.empty():  # a command may hold a request
             self._commands.get()
-        forget_frames(error)
+        clear_frames(error)
         release_memory()
 
     def _load(self, options: SessionOptions, progress: LoadProgress) -> Engine:

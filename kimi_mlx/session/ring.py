@@ -317,12 +317,12 @@ class RingSession:
         """End the ring and every unfinished request with this error."""
         self._ring.close()
         hint = error.hint
-        if unreachable_hosts := self._ring.unreachable_hosts:
+        if unconfirmed_hosts := self._ring.unconfirmed_hosts:
             hint = (
-                f"{hint or 'try again'}; could not check that all ranks on {', '.join(unreachable_hosts)} have ended: "
+                f"{hint or 'try again'}; could not check that all ranks on {', '.join(unconfirmed_hosts)} have ended: "
                 f"they end on their own after {FRONT_SILENCE_S:.0f} s without contact"
             )
-        if isinstance(error, SshError) or unreachable_hosts:  # callers see one kind of error, whatever the cause
+        if isinstance(error, SshError) or unconfirmed_hosts:  # callers see one kind of error, whatever the cause
             error = RingError(error.message, hint, error.rank)
         with self._lock:
             self._failure = error

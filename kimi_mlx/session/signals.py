@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def deferred_signals() -> Iterator[None]:
-    """Handle Ctrl-C and the signals that end a process only after the block. In other threads this does nothing.
+def defer_signals() -> Iterator[None]:
+    """Defer Ctrl-C and the signals that end a process until the end of the block. Only in the main thread.
 
     A process that ends while it still holds wired memory can take that memory from a Mac until it restarts.
     """
@@ -25,7 +25,7 @@ def deferred_signals() -> Iterator[None]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    handlers = {number: signal.signal(number, on_signal) for number in DEFERRED}
+    handlers = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         yield
     finally:

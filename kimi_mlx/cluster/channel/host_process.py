@@ -36,8 +36,8 @@ class HostProcess:
         on_message: callback, called from a thread with (rank, message) for each message, and with (rank, None) when
             the process closes its output.
         preamble: bytes written to its input first, such as the script for the shell of a host.
-        mark: line after which its messages and its standard error begin; what a login shell printed before is kept only
-            until then, for error messages. Empty: they begin at once.
+        mark: line that precedes its messages and its standard error; empty for none. What a login shell prints before
+            it is only used in error messages, until the mark arrives.
         sends_heartbeats: whether an `alive` message is sent when nothing else was sent for HEARTBEAT_S.
         log: file to which its standard error and its notes are appended.
     """
@@ -69,7 +69,7 @@ class HostProcess:
             start_new_session=True,
         )
         self._mark = mark
-        self._greeting: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
+        self._shell_lines: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         self._has_started = not mark
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(preamble)
@@ -135,7 +135,7 @@ class HostProcess:
 
     @property
     def has_started(self) -> bool:
-        """Whether the command itself began to run, after the login shell."""
+        """Whether the command has started, after the login shell."""
         return self._has_started
 
     @property
@@ -150,8 +150,8 @@ class HostProcess:
 
     @property
     def _tail(self) -> list[str]:
-        greeting = [] if self._has_started else list(self._greeting)
-        return [*greeting, *self._last_lines]
+        shell_lines = [] if self._has_started else list(self._shell_lines)
+        return [*shell_lines, *self._last_lines]
 
     def describe_exit(self) -> str:
         """Describe the exit: the signal or the exit code, and the last lines of output."""
@@ -171,7 +171,7 @@ class HostProcess:
         for line in iter(lambda: stdout.readline(LINE_LIMIT_BYTES), b""):
             if not self._has_started:
                 self._has_started = line.rstrip(b"\n") == self._mark
-                self._greeting.append(line.decode(errors="replace").rstrip())
+                self._shell_lines.append(line.decode(errors="replace").rstrip())
                 continue
             try:
                 message = decode(line)

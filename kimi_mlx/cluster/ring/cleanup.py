@@ -35,19 +35,19 @@ echo "kimi-mlx-killed $killed"
 
 
 @dataclass(frozen=True)
-class Leftovers:
-    """What was left of ranks.
+class CleanupResult:
+    """Result of end_leftovers.
 
     Args:
         unconfirmed_hosts: hosts that could not be reached, or where processes remain.
-        killed: host -> number of processes that did not end by themselves.
+        num_killed: host -> number of processes that did not end by themselves.
     """
 
     unconfirmed_hosts: list[str]
-    killed: Mapping[str, int]
+    num_killed: Mapping[str, int]
 
 
-def end_leftovers(hosts: Sequence[str], tag: str, limit_s: float, envs: Sequence[str] = ()) -> Leftovers:
+def end_leftovers(hosts: Sequence[str], tag: str, limit_s: float, envs: Sequence[str] = ()) -> CleanupResult:
     """End the processes that are left, kill those that do not end in time, and verify that none remains.
 
     Args:
@@ -57,12 +57,12 @@ def end_leftovers(hosts: Sequence[str], tag: str, limit_s: float, envs: Sequence
         envs: `NAME=value` that the ranks were started with; TMPDIR may be among them.
     """
     if not hosts:
-        return Leftovers([], {})
+        return CleanupResult([], {})
     exports = "".join(f"export {shlex.quote(env)}\n" for env in envs)
     script = exports + _SCRIPT.format(tag=tag, prefix=PREFIX, limit_s=int(limit_s) + 1)
     results = run_everywhere(hosts, script, limit_s + CLEANUP_LIMIT_S)
     counts = {host: result.stdout.rpartition("kimi-mlx-killed ")[2].strip() for host, result in results.items()}
-    return Leftovers(
+    return CleanupResult(
         [host for host, result in results.items() if not result.is_ok],
         {host: int(count) for host, count in counts.items() if count.isdigit() and int(count)},
     )

@@ -7,14 +7,14 @@ A hard kill of a process with wired memory can take that memory from the Mac unt
 from __future__ import annotations
 
 END_LIMITS_S = {"idle": 10.0, "decode": 10.0, "load": 120.0}
-"""Work of a rank -> time until it must have begun to release its memory: one step, or one layer of a slow disk."""
+"""Work of a rank -> time until it must have begun to release its memory: one step, or one layer from a slow disk."""
 
 OTHER_END_LIMIT_S = 60.0
 """The same for any other work, such as a chunk of a long prompt."""
 
 UNLOAD_S = 30.0
 UNLOAD_BYTES_PER_S = 2e9
-"""Slowest release of memory that is waited for; releasing 300 GB takes seconds to a minute."""
+"""Lowest rate of releasing memory; releasing 300 GB takes seconds to a minute."""
 
 ABORT_AFTER_S = 1.0
 """Time for the ranks to leave their loops after the same step. After it, their collectives are aborted."""

@@ -19,7 +19,7 @@ from kimi_mlx.units import format_bytes
 LOG = logging.getLogger(__name__)
 
 ANSWER_S = 3.0
-"""A rank that sends nothing for this long, not even heartbeats, is not waited for over its own connection."""
+"""A rank that sends nothing for this long, not even a heartbeat, is ended over a new connection to its host."""
 
 GUARD_S = 3.0
 """Time for a guard to report the end of its rank."""
@@ -32,11 +32,11 @@ Inbox = queue.SimpleQueue[tuple[int, Message | None]]
 
 @dataclass
 class RankEnd:
-    """How far the end of one rank has come. Pure: the caller passes the time.
+    """Progress of the end of one rank. Pure: the caller passes the time.
 
     Args:
-        limit_s: time that the rank has said it may need to end; 0 before it is connected to the others.
-        held_bytes: memory that it holds, as far as it has said.
+        limit_s: time that the rank may need to end, as it reported; 0 before it is connected to the others.
+        held_bytes: memory that it holds, as it last reported.
         is_unloading: whether it has begun to release its memory.
         is_unloaded: whether it has released its memory.
     """
@@ -45,8 +45,8 @@ class RankEnd:
     held_bytes: int = 0
     is_unloading: bool = False
     is_unloaded: bool = False
-    _since: float = 0.0
-    _heard_at: float = 0.0
+    _started_at: float = 0.0
+    _last_message_at: float = 0.0
 
     @property
     def total_limit_s(self) -> float:
@@ -55,13 +55,13 @@ class RankEnd:
 
     def begin(self, now: float) -> None:
         """Start the clock: the input of the rank is closed."""
-        self._since = self._heard_at = now
+        self._started_at = self._last_message_at = now
 
     def on_message(self, message: Message, now: float) -> None:
         """Record a message of the rank."""
-        self._heard_at = now
+        self._last_message_at = now
         if message["kind"] == "end_limit":
-            self.limit_s, self._since = message["seconds"], now
+            self.limit_s, self._started_at = message["seconds"], now
         elif message["kind"] == "alive":
             self.held_bytes = message.get("memory", 0)
         elif message["kind"] == "unloading":
@@ -70,10 +70,10 @@ class RankEnd:
             self.is_unloaded, self.held_bytes = True, message["bytes"]
 
     def is_overdue(self, now: float) -> bool:
-        """Return whether the rank is not waited for any more."""
+        """Return whether to stop waiting for the rank."""
         # While it releases memory, Python's lock may keep it from sending heartbeats.
-        is_silent = not self.is_unloading and now > self._heard_at + ANSWER_S
-        return is_silent or now > self._since + self.limit_s + KILL_S + GUARD_S
+        is_silent = not self.is_unloading and now > self._last_message_at + ANSWER_S
+        return is_silent or now > self._started_at + self.limit_s + KILL_S + GUARD_S
 
 
 def end_ranks(
@@ -89,7 +89,7 @@ def end_ranks(
 
     Args:
         ranks: processes of the ranks.
-        ends: rank -> what it has said about its end so far.
+        ends: rank -> progress of its end.
         inbox: messages of the ranks.
         names: rank -> name for messages.
         hosts: rank -> host.
@@ -99,7 +99,7 @@ def end_ranks(
     Returns:
         Hosts that did not confirm that all ranks have ended.
     """
-    timer = threading.Timer(SHOW_AFTER_S, lambda: LOG.warning(_waiting_for(ranks, ends, names)))
+    timer = threading.Timer(SHOW_AFTER_S, lambda: LOG.warning(_waiting_message(ranks, ends, names)))
     timer.daemon = True
     timer.start()
     try:
@@ -113,19 +113,19 @@ def end_ranks(
             process.release(GUARD_S)
     finally:
         timer.cancel()
-    # As a guard reports it; an ssh client or a guard that we killed has no such exit code.
+    # The exit code of a guard whose rank was killed. An ssh client or a guard that was killed here has another one.
     killed = [names[process.rank] for process in ranks if process.exit_code == 128 + signal.SIGKILL]
-    killed += [f"`{host}`: {count} processes" for host, count in left.killed.items()]
+    killed += [f"{count} process{'es' * (count > 1)} on `{host}`" for host, count in left.num_killed.items()]
     if killed:
         LOG.warning(
-            f"killed: {', '.join(killed)}. On a Mac, the memory of its weights may stay in use until that Mac "
+            f"killed: {', '.join(killed)}. On a Mac, the memory of the weights may stay in use until that Mac "
             "restarts; `kimi-mlx doctor` shows it (or `vm_stat`: pages wired down)"
         )
     return left.unconfirmed_hosts
 
 
 def _wait(ranks: Sequence[HostProcess], ends: Mapping[int, RankEnd], inbox: Inbox) -> None:
-    """Close the inputs, and wait for the ranks that answer; stop the connection to the others."""
+    """Close the inputs, and wait for the ranks that answer; close the connections to the others."""
     for process in ranks:
         process.close_input()
         ends[process.rank].begin(time.monotonic())
@@ -133,7 +133,7 @@ def _wait(ranks: Sequence[HostProcess], ends: Mapping[int, RankEnd], inbox: Inbo
     while waiting:
         _receive(inbox, ends)
         waiting = [process for process in waiting if not process.wait(0)]
-        for process in [each for each in waiting if ends[each.rank].is_overdue(time.monotonic())]:
+        for process in [process for process in waiting if ends[process.rank].is_overdue(time.monotonic())]:
             process.signal(signal.SIGTERM)  # an ssh client, or a guard on this host, which ends its rank
             waiting.remove(process)
 
@@ -147,10 +147,10 @@ def _receive(inbox: Inbox, ends: Mapping[int, RankEnd]) -> None:
         ends[rank].on_message(message, time.monotonic())
 
 
-def _waiting_for(ranks: Sequence[HostProcess], ends: Mapping[int, RankEnd], names: Mapping[int, str]) -> str:
+def _waiting_message(ranks: Sequence[HostProcess], ends: Mapping[int, RankEnd], names: Mapping[int, str]) -> str:
     running = [process.rank for process in ranks if process.exit_code is None]
     held_bytes = sum(ends[rank].held_bytes for rank in running)
     limit_s = max((ends[rank].total_limit_s for rank in running), default=0.0)
-    who = ", ".join(names[rank] for rank in running) or "the hosts"
-    what = f"release {format_bytes(held_bytes)} of memory" if held_bytes else "end"
-    return f"waiting for {who} to {what} (up to {limit_s:.0f} s)"
+    rank_names = ", ".join(names[rank] for rank in running) or "the hosts"
+    task = f"release {format_bytes(held_bytes)} of memory" if held_bytes else "end"
+    return f"waiting for {rank_names} to {task} (up to {limit_s:.0f} s)"

@@ -2,8 +2,8 @@
 
 MLX's ring holds Python's lock while it connects, so a rank cannot watch its own input then. The guard ends the child
 when its own input ends (the front or its ssh session is gone), when the input stops (the network is gone: the front
-sends a message every second), or on a signal. It closes the child's input, waits as long as the child has said that it
-may need, then sends SIGTERM, and SIGKILL last. It removes the child's temporary folder.
+sends a message every second), or on a signal. It closes the child's input, waits for the time that the
+child has asked for, then sends SIGTERM, and SIGKILL last. It removes the child's temporary folder.
 
 The guard also holds copies of the ring's sockets. If the child is lost, they stay open for HOLD_S, because MLX's ring
 waits forever in a rank that sees a connection fail. Meanwhile the front tells the other ranks to end.
@@ -70,7 +70,7 @@ def main() -> None:
         try:
             folder = stack.enter_context(temporary_folder(f"{tag}-"))
         except OSError as error:
-            sys.stdout.buffer.write(encode_error(no_temporary_files(error), rank=None))
+            sys.stdout.buffer.write(encode_error(temporary_files_error(error), rank=None))
             sys.exit(1)
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "TMPDIR": str(folder.path), GUARD_VARIABLE: str(theirs.fileno())}
@@ -84,7 +84,7 @@ def main() -> None:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def no_temporary_files(error: OSError) -> RingError:
+def temporary_files_error(error: OSError) -> RingError:
     """Return the error for a host on which a rank cannot write its temporary files."""
     return RingError(
         f"`{os.uname().nodename}` cannot write temporary files: {error.strerror or error}",
@@ -150,20 +150,20 @@ class _Guard:
         return self._child.wait()
 
     def _wait(self, limit_s: float) -> int | None:
-        """Wait for the child, for `limit_s` or as long as it says meanwhile; return its exit code, or None."""
+        """Wait for the child, for `limit_s` or the time that it asks for meanwhile; return its exit code, or None."""
         began = time.monotonic()
         while (code := self._child.poll()) is None:
             if not self._pending and not self._input.closed:
                 self._input.close()
-            has_answered = self._limit_set_at > began
-            end = self._limit_set_at + self._end_limit_s if has_answered else began + limit_s
+            has_new_limit = self._limit_set_at > began
+            end = self._limit_set_at + self._end_limit_s if has_new_limit else began + limit_s
             if time.monotonic() > end:
                 return None
             self._transfer()
         return code
 
     def _transfer(self) -> None:
-        """Forward input, and read what the child says; wait for at most POLL_INTERVAL_S."""
+        """Forward input, and read messages of the child; wait for at most POLL_INTERVAL_S."""
         readers = [0] * self._has_input + [self._connection.fileno()] * self._is_connected
         readable, writable, _ = select.select(readers, [self._input] if self._pending else [], [], POLL_INTERVAL_S)
         if 0 in readable:

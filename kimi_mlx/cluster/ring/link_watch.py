@@ -3,7 +3,7 @@
 MLX waits forever for a peer whose cable was pulled; the heartbeat distinguishes that from slow work. A neighbour whose
 heartbeat never arrived (a firewall that blocks UDP) is not watched.
 
-A heartbeat is a number of 8 bytes that grows, and an HMAC-SHA256 of it and of both addresses, with the ring's token as
+A heartbeat is an increasing number of 8 bytes, and an HMAC-SHA256 of it and of both addresses, with the ring's token as
 the key: the token itself is never sent over the link, and a recorded heartbeat is not accepted again.
 """
 

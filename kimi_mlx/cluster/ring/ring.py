@@ -148,7 +148,7 @@ class Ring:
             except queue.Empty:
                 self._raise_if_lost()
                 continue
-            if self._is_about_end(rank, message):
+            if self._handle_end_message(rank, message):
                 continue
             assert message is not None
             self._watch.on_message(rank, message, time.monotonic())
@@ -167,9 +167,9 @@ class Ring:
             names = {process.rank: self._name(process.rank) for process in ranks}
             hosts = {process.rank: self._host(process.rank) for process in ranks}
             envs = self.cluster.hostfile.envs
-            self.unreachable_hosts = end_ranks(ranks, self._ends, self._inbox, names, hosts, self._tag, envs)
+            self.unconfirmed_hosts = end_ranks(ranks, self._ends, self._inbox, names, hosts, self._tag, envs)
 
-    unreachable_hosts: Sequence[str] = ()
+    unconfirmed_hosts: Sequence[str] = ()
     """Hosts that did not confirm that all ranks have ended. Ranks end there by themselves after FRONT_SILENCE_S."""
 
     def __enter__(self) -> Ring:
@@ -261,7 +261,7 @@ class Ring:
                 missing = next(rank for rank in range(self.world_size) if rank not in received)
                 error = f"{failure} within {limit_s:.0f} s{self._last_output(missing)}"
                 raise self._lost(missing, error, timeout_error) from None
-            if self._is_about_end(rank, message):
+            if self._handle_end_message(rank, message):
                 continue
             assert message is not None
             if message["kind"] == kind:
@@ -285,18 +285,18 @@ class Ring:
             raise kind(f"the ring of {self.world_size} ranks: {problem.message}", hint=HINT)
         raise self._lost(problem.rank, problem.message, kind)
 
-    def _is_about_end(self, rank: int, message: Message | None) -> bool:
-        """Record what a message says about the end of a rank; return whether it is about nothing else.
+    def _handle_end_message(self, rank: int, message: Message | None) -> bool:
+        """Record the information of a message about the end of its rank; return whether the message has no other.
 
         Raises:
             KimiMlxError: the rank has ended, or is ending.
         """
         if message is None or message["kind"] in ("error", "failed"):
-            raise self._ended(rank, message)
+            raise self._end_error(rank, message)
         self._ends[rank].on_message(message, time.monotonic())
         return message["kind"] in ("end_limit", "unloading", "unloaded")
 
-    def _ended(self, rank: int, message: Message | None) -> KimiMlxError:
+    def _end_error(self, rank: int, message: Message | None) -> KimiMlxError:
         """Return the error of a ring that ended.
 
         A rank that loses a peer ends too, so the first one to end may not be the cause.
@@ -337,10 +337,10 @@ class Ring:
         return self._lost(cause, process.describe_exit())
 
     def _lost(self, rank: int, description: str, kind: type[RingError] = RingError) -> RingError:
-        words = "\n".join(process.output for process in self._ranks if process.output)
+        outputs = "\n".join(process.output for process in self._ranks if process.output)
         path = self._logs[rank]
         log = f"; its log is {path}" if path is not None and path.exists() else ""
-        return kind(f"{self._name(rank)} {description}", hint=(explain_jaccl(words) or HINT) + log, rank=rank)
+        return kind(f"{self._name(rank)} {description}", hint=(explain_jaccl(outputs) or HINT) + log, rank=rank)
 
     def _name(self, rank: int) -> str:
         host = self._host(rank)
@@ -354,8 +354,8 @@ class Ring:
         return f" at {', '.join(addresses)}"
 
     def _last_output(self, rank: int) -> str:
-        words = self._ranks[rank].output
-        return "".join(f"\n  {line}" for line in words.splitlines())
+        output = self._ranks[rank].output
+        return "".join(f"\n  {line}" for line in output.splitlines())
 
 
 def _with_envs(envs: Sequence[str], command: list[str]) -> list[str]:

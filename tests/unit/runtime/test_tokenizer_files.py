@@ -42,7 +42,7 @@ def test_an_unusable_cache_is_replaced_by_a_private_temporary_folder(file: Path)
 
 def test_a_temporary_folder_of_others_is_refused(file: Path) -> None:
     (file.parent / f"kimi-mlx-{os.getuid()}").symlink_to("/")
-    with pytest.raises(RingError, match="cannot be written on this machine: Others may write to it") as caught:
+    with pytest.raises(RingError, match="cannot be written on this machine: Other users may write to it") as caught:
         unpack_tokenizer_files(pack_tokenizer_files(KIMI_MINI))
     assert "XDG_CACHE_HOME or TMPDIR" in (caught.value.hint or "")
 

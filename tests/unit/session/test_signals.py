@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from kimi_mlx.session.signals import deferred_signals
+from kimi_mlx.session.signals import defer_signals
 
 INTERRUPTED_LOAD = """
 import os, signal
@@ -34,7 +34,7 @@ except KeyboardInterrupt:
 def test_signals_wait_for_the_end_of_the_block() -> None:
     order: list[str] = []
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with deferred_signals():
+        with defer_signals():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             order.append("released")
@@ -47,7 +47,7 @@ def test_nothing_changes_in_other_threads() -> None:
     results: list[str] = []
 
     def run() -> None:
-        with deferred_signals():
+        with defer_signals():
             results.append("done")
 
     thread = threading.Thread(target=run)

@@ -112,7 +112,7 @@ def test_sweep_removes_leftovers_of_a_killed_guard(child: str, tmp_path: Path) -
         process.wait(10)
         assert (is_running(pid), folder.exists()) == (True, True)
         left = end_leftovers(["localhost"], "tag123", 5)
-        assert (left.unconfirmed_hosts, left.killed) == ([], {})
+        assert (left.unconfirmed_hosts, left.num_killed) == ([], {})
         assert (is_running(pid), folder.exists()) == (False, False)
 
 
