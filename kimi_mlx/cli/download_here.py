@@ -86,7 +86,7 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
     list_files = find_repository if is_complete or has_work else look_up
     revision = local.name if local is not None and is_right_commit else options.revision
     repository = list_files(target.repository, revision)
-    if repository.is_local and local is not None and not has_work:  # the hub cannot be asked for a newer commit
+    if repository.is_local and local is not None and not has_work:  # offline: the newest commit is unknown
         return _report_local(target, local)
     if options.dry_run:
         contents = read_contents(repository)

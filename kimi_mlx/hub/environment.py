@@ -1,8 +1,8 @@
 """Environment variables that huggingface_hub and its HTTP client read.
 
 Sources: https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables and
-https://www.python-httpx.org/environment_variables/. Only functions import huggingface_hub: that takes half a second,
-and fails if a number is not one.
+https://www.python-httpx.org/environment_variables/. Only functions import huggingface_hub: the import takes half a
+second, and fails if a numeric variable is not a number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kimi_mlx.errors import UsageError
 NUMBERS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 MAX_TIMEOUT_S = 10**6
 CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
-"""Variables with the folder of the hub's cache; the first one that is set counts."""
+"""Variables with the folder of the hub's cache; the first one that is set takes precedence."""
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 NETWORK_VARIABLES = ("HF_ENDPOINT", *PROXY_VARIABLES, "NO_PROXY", "no_proxy")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 PATH_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ufeff]|^[\"'\s\u2018-\u201d]|[\"'\s\u2018-\u201d]$")
-"""Characters that the name of a folder or file must not contain: each is a mistake of typing or quoting."""
+"""Characters that the name of a folder or file must not contain: each is an error of typing or quoting."""
 
 CHARACTER_NAMES = {"\n": "a newline", "\r": "a carriage return", "\t": "a tab", " ": "a space", "\ufeff": "a BOM"}
 

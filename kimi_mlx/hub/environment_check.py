@@ -1,4 +1,4 @@
-"""Find the broken environment variable, or the broken file that one names, and say which character is wrong."""
+"""Find a broken environment variable, or a broken file that one names, and the wrong character in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kimi_mlx.hub.environment import (
 URL_CHARACTERS = re.compile(r"[^!-~]|[\"'<>\\^`{|}]")
 TOKEN_CHARACTERS = re.compile(r"[^!-~]|[\"'`<>]")
 HEADER_CHARACTERS = re.compile(r"[^ -~]")
-"""Characters that a value must not contain: each is a mistake of typing or quoting."""
+"""Characters that a value must not contain: each is an error of typing or quoting."""
 
 
 def check_settings() -> None:

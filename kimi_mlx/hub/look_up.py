@@ -21,7 +21,7 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        WeightsError: as look_up, and the repository is not completely in the cache.
+        WeightsError: look_up failed, and the cache does not have the complete repository.
     """
     snapshot = find_local(name, revision)
     try:
@@ -45,7 +45,7 @@ def look_up(name: str, revision: str | None = None, max_wait_s: float | None = N
 
     Raises:
         WeightsError: no such repository, or the hub refuses to show it.
-        UnreachableError: the hub cannot be reached, or must not be.
+        UnreachableError: the hub cannot be reached, or offline mode forbids requests.
         UsageError: an environment variable is broken.
     """
     timeout_s = constants().HF_HUB_DOWNLOAD_TIMEOUT

@@ -1,6 +1,6 @@
 """Retries: which errors are transient, how long to wait, and when to give up.
 
-While a wait lasts, a line about it goes to the logger `kimi_mlx.hub`; Python prints such lines on stderr by default.
+Long waits are logged to `kimi_mlx.hub`; by default, Python prints these lines on stderr.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_DELAY_S = 60.0
 MAX_RETRY_AFTER_S = 3600.0
 """Longest delay that the hub can demand."""
 MIN_RETRY_AFTER_S, NUM_TRUSTED_DELAYS = 1.0, 3
-"""A shorter delay that the hub demands is ignored after this number of failures: it may say 0 for hours."""
+"""After this number of failures, a `Retry-After` below the minimum is ignored: the hub may send 0 for hours."""
 MAX_WAIT_S = 8 * 3600.0
 """Longest wait without a new byte: a download overnight survives an outage of the hub or of the network."""
 MAX_LOOKUP_FAILURES = 4

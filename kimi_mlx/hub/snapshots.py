@@ -1,4 +1,4 @@
-"""Snapshots in the Hugging Face cache: find them, and judge what is missing. Sends no requests.
+"""Snapshots in the Hugging Face cache: find them, and list their missing files. Sends no requests.
 
 Caches in practice lack parts of the layout: copies have files instead of links, or broken links; a download by commit
 has no `refs/`; an interrupted one has some of the files.
@@ -71,7 +71,7 @@ def _snapshot_of(name: str, revision: str) -> Path | None:
 
 
 def is_complete(snapshot: Path) -> bool:
-    """Return whether a snapshot has all files that a model requires, and that its repository is not known to lack."""
+    """Return whether a snapshot has all files that a model requires, except those known not to be in the repository."""
     return not missing_files(snapshot)
 
 
@@ -88,7 +88,7 @@ def missing_files(snapshot: Path) -> list[str]:
 
 
 def _is_copied_link(path: Path) -> bool:
-    """Return whether a file is the text of a link, as copies to disks without links have it."""
+    """Return whether a file contains the target of a link as text: copies to disks without links have such files."""
     try:
         if path.is_symlink() or path.stat().st_size > MAX_LINK_BYTES:
             return False

@@ -81,8 +81,8 @@ def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkPro
         reason: reason why there is no prediction.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
-    described = f"{describe_link(link)}, {reason}" if link is not None else reason
-    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, described)
+    full_reason = f"{describe_link(link)}, {reason}" if link is not None else reason
+    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, full_reason)
 
 
 def choose_pipeline(shape: ModelShape | None, machines: Sequence[Machine], difference: str) -> Choice:

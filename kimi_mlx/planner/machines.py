@@ -146,7 +146,7 @@ def _names(word: str) -> list[str]:
     match = _MACHINE.fullmatch(re.sub(r"[\s_-]+", "-", word.strip().lower()))
     sizes = [] if match is None else _memory_sizes(match["chip"])
     if match is None or not sizes:
-        raise UsageError(f"unknown machine `{word}`", hint=_near_names(word.lower()))
+        raise UsageError(f"unknown machine `{word}`", hint=_similar_names_hint(word.lower()))
     if match["memory"] is None or int(match["memory"]) not in sizes:
         raise UsageError(_memory_problem(word, match["chip"], match["memory"]), hint=_memory_hint(match["chip"], sizes))
     count = int(match["count"] or 1)
@@ -171,9 +171,9 @@ def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
     return f"it was sold with {listed} GB: for example `{chip}-{sizes[-1]}`, or `{chip}-{sizes[-1]}x2` for two"
 
 
-def _near_names(name: str) -> str:
-    near = difflib.get_close_matches(name, machine_names(), n=3, cutoff=0.3) or ["m3-ultra-512", "m4-max-128"]
-    return f"did you mean {', '.join(f'`{name}`' for name in near)}? For two: `{near[0]}x2`"
+def _similar_names_hint(name: str) -> str:
+    similar = difflib.get_close_matches(name, machine_names(), n=3, cutoff=0.3) or ["m3-ultra-512", "m4-max-128"]
+    return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`"
 
 
 def _chip_and_memory(name: str) -> tuple[Chip, int]:
@@ -189,7 +189,7 @@ def find_chip(name: str, memory_gb: int) -> Chip:
     """
     known = [chip for chip in chips() if chip.chip == name]
     if not known:
-        raise UsageError(f"unknown chip `{name}`", hint=_near_names(f"{name}-{memory_gb}"))
+        raise UsageError(f"unknown chip `{name}`", hint=_similar_names_hint(f"{name}-{memory_gb}"))
     return next((chip for chip in known if memory_gb in chip.memory_gb), known[0])
 
 

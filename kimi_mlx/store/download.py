@@ -178,7 +178,7 @@ def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
         encoded = run_on_all_ranks(group, lambda: _read_encoded(name, revision) if group.rank == 0 else b"")
         repository, contents = decode_contents(_broadcast(encoded, group))
     root = commit_folder(options.stores, contents.origin) / "sources"
-    # a name of its own, because other placements may be built at the same time
+    # a separate folder, because other placements may be built at the same time
     folder = root / f"{folder_prefix(options.strategy, options.ranks)}host-{group.rank}"
     return HubSource(repository, contents, folder, options.keep_source, options.revision or "main")
 

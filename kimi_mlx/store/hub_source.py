@@ -93,7 +93,7 @@ class HubSource:
             WeightsError: the file cannot be fetched, or its header is not the one that the build was planned with.
         """
         path = self._fetch(file, progress, stop)
-        if read_header_by_name(path) != self.contents.headers[file]:  # that one came without a checksum
+        if read_header_by_name(path) != self.contents.headers[file]:  # it came without a checksum
             raise WeightsError(
                 f"`{file}` of `{self._repository.name}` does not have the header that was received before",
                 hint="run the same command again",

@@ -25,7 +25,7 @@ class BuildState:
     """State of an earlier build.
 
     Args:
-        sources: numbers of the source files that are written completely.
+        sources: numbers of the source files whose slices have all been written.
         checksums: number of a finished file -> its sha256.
     """
 
@@ -70,7 +70,7 @@ class Journal:
         """Replace the journal atomically, and leave it open for new lines.
 
         Args:
-            sources: numbers of the source files that are written completely.
+            sources: numbers of the source files whose slices have all been written.
             files: number and record of each finished file.
         """
         self.close()

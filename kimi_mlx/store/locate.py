@@ -24,7 +24,7 @@ from kimi_mlx.store.stores import LocalStore, find_stores
 STORES_VARIABLE = "KIMI_MLX_STORES"
 
 LocalState = Literal["package", "yes", "store", "partly", "no"]
-"""Part of a model on this machine: bundled, complete in the hub's cache, as a store, begun to download, or nothing."""
+"""Part of a model on this machine: bundled, complete in the hub's cache, a store, a partial download, or nothing."""
 
 
 def stores_root() -> Path:
@@ -139,7 +139,7 @@ def find_store(
 
 
 def _refuse_other_stores(model: ModelRef, repository: str, ranks: int, strategy: str) -> None:
-    """Raise if there is an incomplete store of this placement, or a store of another one: do not download again."""
+    """Raise an error, instead of a second download, for an incomplete store or a store of another placement."""
     command = f"`{download_command(model.name, ranks, strategy)}`"
     for folder in partial_stores(stores_root(), repository, ranks, strategy):
         complete = stored_ranks(folder)

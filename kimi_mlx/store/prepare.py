@@ -177,7 +177,7 @@ def dry_run_report(
 
 
 def describe_state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
-    """Return what happened to a model, as a predicate: `is repaired (1 broken file)`.
+    """Return the result for a model as a predicate, such as `is repaired (1 broken file)`.
 
     Args:
         is_check: whether the files were verified.

@@ -1,4 +1,4 @@
-"""Folders of shard stores: where the stores of a source lie, and of which source the stores in a folder are.
+"""Folders of shard stores: their paths, and the sources that are recorded in them.
 
 <stores>/<source>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
     rank-0/    manifest.json, journal.jsonl, layer-000.safetensors ... top.safetensors

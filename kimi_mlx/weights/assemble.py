@@ -96,9 +96,9 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     """Cast floats to a type; integers are packed values or scales of 8-bit floats, and stay as they are."""
     if array.dtype == dtype or not mx.issubdtype(array.dtype, mx.floating):
         return array
-    mx.eval(array)  # a cast is a GPU operation: waiting for a slow disk in it, it would trip macOS's GPU watchdog
+    mx.eval(array)  # else the cast, a GPU operation, would wait for the disk, and macOS may end it
     cast = array.astype(dtype)
-    mx.eval(cast)  # so that the original lives only as long as this weight is made
+    mx.eval(cast)  # so that the original is freed now
     return cast
 
 

@@ -56,7 +56,7 @@ def _quantization_block(plan: ConversionPlan) -> dict[str, Any] | None:
 
 
 def _override(quantization: Quantization | None) -> dict[str, Any] | bool:
-    """Return the value of a path; without a mode it means affine."""
+    """Return the entry of one path in `quantization`. An entry without a mode is affine."""
     if quantization is None:
         return False
     value: dict[str, Any] = {"group_size": quantization.group_size, "bits": quantization.bits}

@@ -1,8 +1,8 @@
 """Plan a conversion to MLX's quantized layout: the files of the output, and the source of each weight.
 
-The plans are those of loading (kimi_mlx.weights.layer_plan), of whole matrices that are not fused, each with the
-quantization in which it is written. The output has the layout of mlx-lm: experts stacked as `switch_mlp`, `kv_b_proj`
-split into `embed_q` and `unembed_out`, K2.5's prefix kept and its vision part left out.
+As for loading, kimi_mlx.weights.layer_plan plans the weights, but each is a whole matrix, not fused with others, and
+has the quantization in which it is written. The output has the layout of mlx-lm: experts stacked as `switch_mlp`,
+`kv_b_proj` split into `embed_q` and `unembed_out`, K2.5's prefix kept and its vision part left out.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ def _whole_sources(entries: Sequence[TreeEntry]) -> list[SourceMatrix]:
 def _plan_source(
     checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str
 ) -> Iterator[ConvertedWeight]:
-    """Yield the weight made of a source. A `kv_b_proj` that stays whole is yielded for the first of its two halves."""
+    """Yield the weight made from a source. An unsplit `kv_b_proj` is yielded for the first of its two halves."""
     path = _stacked_path(source.paths[0])
     stored = plan_source(checkpoint, source)
     target = _target_quantization(stored, source, path, targets)
     is_stack = path != source.paths[0]
     output = _Output(prefix + path, source, (len(source.paths), *source.shape) if is_stack else source.shape)
     if source.heads is not None:
-        # a copied `kv_b_proj` stays whole: it is packed by rows, and the transposed half would be packed differently
-        is_whole, is_first = target is not None and target == stored[0].quantization, source.heads[1] == 0
-        if is_whole and not is_first:
+        # a copied `kv_b_proj` is not split: it is packed by rows, and the transposed half would be packed differently
+        is_unsplit, is_first = target is not None and target == stored[0].quantization, source.heads[1] == 0
+        if is_unsplit and not is_first:
             return
-        if is_whole:
+        if is_unsplit:
             output = replace(output, source=replace(source, heads=None))
             stored = plan_source(checkpoint, output.source)
         else:

@@ -1,4 +1,4 @@
-"""The files of a conversion as data: the plan of each weight, in its stored form and as it is written."""
+"""The files of a conversion as data. Each weight has a plan of its stored form and one of its written form."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with file.open("rb") as stream:
             return parse_header(file, file.stat().st_size, lambda start, stop: _read(stream, start, stop))
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
 
 
 def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
@@ -103,7 +103,7 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
     try:
         header = json.loads(read(8, 8 + length).decode(), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     names = _unique(header, f"the header of `{file}`")
     names.pop("__metadata__", None)
     tensors = {name: _tensor(name, item, file, 8 + length, size) for name, item in names.items()}
@@ -111,7 +111,7 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
     return {name: info for name, (info, _) in tensors.items()}
 
 
-def unreadable(path: Path, error: Exception) -> WeightsError:
+def unreadable_error(path: Path, error: Exception) -> WeightsError:
     """Return the error for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else reprlib.repr(error)
     return WeightsError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(error))
@@ -124,13 +124,13 @@ class _Pairs(list[tuple[str, Any]]):
 def _unique(pairs: Any, label: str) -> dict[str, Any]:
     """Return a JSON object whose names are distinct and printable."""
     if not isinstance(pairs, _Pairs):
-        raise _invalid(f"{label} is not a JSON object")
+        raise _invalid_error(f"{label} is not a JSON object")
     values: dict[str, Any] = {}
     for name, value in pairs:
         if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
-            raise _invalid(f"{label} has the invalid name {name[:50]!a}")
+            raise _invalid_error(f"{label} has the invalid name {name[:50]!a}")
         if name in values:
-            raise _invalid(f"{label} has `{name}` twice")
+            raise _invalid_error(f"{label} has `{name}` twice")
         values[name] = value
     return values
 
@@ -141,18 +141,18 @@ def _tensor(name: str, pairs: Any, file: Path, data: int, size: int) -> tuple[Te
     item = _unique(pairs, label)
     dtype = item.get("dtype")
     if not isinstance(dtype, str) or not dtype.isprintable() or len(dtype) > 20:
-        raise _invalid(f"{label} has dtype {reprlib.repr(dtype)}, which is not a type")
+        raise _invalid_error(f"{label} has dtype {reprlib.repr(dtype)}, which is not a type")
     shape, offsets = (_sizes(item.get(key), f"{label} has {key}") for key in ("shape", "data_offsets"))
     if len(offsets) != 2:
-        raise _invalid(f"{label} has {len(offsets)} data_offsets, not 2")
+        raise _invalid_error(f"{label} has {len(offsets)} data_offsets, not 2")
     first, last = offsets
     if first > last:
-        raise _invalid(f"{label} starts at byte {first}, after its end at byte {last}")
+        raise _invalid_error(f"{label} starts at byte {first}, after its end at byte {last}")
     if data + last > size:
-        raise _invalid(f"`{file}` is cut short: tensor `{name}` ends at byte {data + last} of {size}")
+        raise _invalid_error(f"`{file}` is truncated: tensor `{name}` ends at byte {data + last} of {size}")
     expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
     if dtype in DTYPE_BYTES and last - first != expected:
-        raise _invalid(f"{label} has {last - first} bytes; its shape {shape} in {dtype} needs {expected}")
+        raise _invalid_error(f"{label} has {last - first} bytes; its shape {shape} in {dtype} needs {expected}")
     return TensorInfo(dtype, shape, file, data + first), data + last
 
 
@@ -161,7 +161,7 @@ def _sizes(values: Any, label: str) -> tuple[int, ...]:
     numbers: list[Any] = cast(list[Any], values) if isinstance(values, list) else [-1]
     is_valid = len(numbers) <= MAX_AXES and all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers)
     if not is_valid:
-        raise _invalid(f"{label} {reprlib.repr(cast(Any, values))}, which is not a list of non-negative integers")
+        raise _invalid_error(f"{label} {reprlib.repr(cast(Any, values))}, which is not a list of non-negative integers")
     return tuple(numbers)
 
 
@@ -171,13 +171,13 @@ def _check_overlaps(file: Path, tensors: dict[str, tuple[TensorInfo, int]]) -> N
     ranges = sorted((info.start, end, name) for name, (info, end) in tensors.items() if end > info.start)
     for start, end, name in ranges:
         if start < previous_end:
-            raise _invalid(
+            raise _invalid_error(
                 f"tensor `{name}` in `{file}` starts at byte {start}, before tensor `{previous}` ends at {previous_end}"
             )
         previous, previous_end = name, end
 
 
-def _invalid(message: str) -> WeightsError:
+def _invalid_error(message: str) -> WeightsError:
     return WeightsError(message, hint="fetch the file again")
 
 

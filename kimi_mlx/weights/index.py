@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.names import IGNORED_PREFIXES
-from kimi_mlx.weights.header import TensorInfo, read_header, unreadable
+from kimi_mlx.weights.header import TensorInfo, read_header, unreadable_error
 
 LOG = logging.getLogger(__name__)
 
@@ -68,16 +68,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
         in_use = files_in_use(weight_map)
         listed = {name: (folder / name).is_file() for name in sorted(set(weight_map.values()))}
     except OSError as error:
-        raise unreadable(folder, error) from error
+        raise unreadable_error(folder, error) from error
     present = [name for name, exists in listed.items() if exists]
     missing = [name for name, exists in listed.items() if not exists and name in in_use]
     unlisted = sorted(names - listed.keys())
     if present:
-        files = _complete(folder, weight_map, present, missing, unlisted)
+        files = _files_by_index(folder, weight_map, present, missing, unlisted)
     elif missing and not unlisted:
-        raise _missing_files(folder, missing, len(in_use))
+        raise _missing_error(folder, missing, len(in_use))
     else:
-        files = _all_files(folder, unlisted)
+        files = _files_without_index(folder, unlisted)
         if has_index:
             defect = "lists only files that do not exist" if missing else "lists no files"
             log_note(f"`{index}` {defect}: the `model*.safetensors` of its folder are read instead")
@@ -93,7 +93,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     try:
         data = index.read_bytes()
     except OSError as error:
-        raise unreadable(index, error) from error
+        raise unreadable_error(index, error) from error
     return parse_weight_map(data, str(index))
 
 
@@ -141,7 +141,7 @@ def log_note(text: str) -> None:
     LOG.warning("%s", text)
 
 
-def _complete(
+def _files_by_index(
     folder: Path,
     weight_map: Mapping[str, str],
     present: Sequence[str],
@@ -163,7 +163,7 @@ def _complete(
             added.append(file)
             tensors |= header
     if any(file in missing and name not in tensors for name, file in weight_map.items()):
-        raise _missing_files(folder, missing, len(files_in_use(weight_map)))
+        raise _missing_error(folder, missing, len(files_in_use(weight_map)))
     if missing:
         log_note(f"`{folder / INDEX_NAME}` lists `{missing[0]}`, which does not exist: its tensors are in other files")
     if added:
@@ -171,7 +171,7 @@ def _complete(
     return sorted([*present, *added])
 
 
-def _all_files(folder: Path, names: Collection[str]) -> list[str]:
+def _files_without_index(folder: Path, names: Collection[str]) -> list[str]:
     """Return all files, checked for gaps in numbered series."""
     if not names:
         raise WeightsError(f"`{folder}` has no `model*.safetensors`", hint="give the folder of a complete checkpoint")
@@ -191,7 +191,7 @@ def _series_of(name: str) -> tuple[str, int] | None:
     return (match[1], int(match[3])) if match else None
 
 
-def _missing_files(folder: Path, missing: Sequence[str], total: int) -> WeightsError:
+def _missing_error(folder: Path, missing: Sequence[str], total: int) -> WeightsError:
     return WeightsError(
         f"{len(missing)} of {total} files of `{folder}` are missing, first `{missing[0]}`", hint="finish the download"
     )

@@ -57,7 +57,7 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     """Check names, types and shapes of all tensors of a checkpoint by the headers of its files.
 
     Raises:
-        WeightsError: files or tensors are missing, broken, unknown or wrongly stored.
+        WeightsError: a file or tensor is missing, broken or unknown, or has a wrong type or shape.
     """
     checkpoint = read_checkpoint(folder, config)
     for layer in range(config.num_hidden_layers):

@@ -1,6 +1,6 @@
 """Stored formats of matrices: which tensors a matrix has, and how they become arrays of the canonical form.
 
-Formats are recognized by the names of the tensors, whatever `config.json` announces:
+Formats are recognized by the names of the tensors, not by `config.json`:
 
     weight                                         floats
     weight, scales, biases                         MLX's affine quantization
@@ -56,8 +56,8 @@ class MatrixField:
         name: `weight`, `scales` or `biases`.
         dtype: type in the canonical form, as safetensors names it.
         tensors: stored tensors; only `fp8` and `dequantize` need more than one.
-        decode: way from the tensors to the array: `copy`, `biases` (made from packed integers' scales), `fp8`, or
-            `dequantize` (a weight that the model needs as floats).
+        decode: conversion of the tensors into the array: `copy`, `biases` (computed from the scales of packed
+            integers), `fp8`, or `dequantize` (a weight that the model needs as floats).
         packing: packing of the columns.
         quantized: for `dequantize`, the format of the stored matrix.
     """

@@ -69,7 +69,7 @@ class CheckpointReader:
             stack[copy.member : copy.member + members, copy.row : copy.row + rows] = self.read_slice(copy)
 
     def read_slice(self, copy: SliceCopy) -> np.ndarray:
-        """Read one slice in the canonical form, in its planned shape; a view of a memory map if it is stored so."""
+        """Read one slice in the canonical form, in its planned shape; without conversion, as a view of a memory map."""
         field = copy.field
         if field.decode == "fp8":
             values = self._read_fp8_slice(copy)

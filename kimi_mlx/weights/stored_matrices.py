@@ -84,7 +84,7 @@ class StoredMatrices:
         if not has_biases:
             raise WeightsError(f"`{self._location}` lacks the tensor `{path}.biases`", hint="finish the download")
         raise WeightsError(
-            f"`{path}` has biases; in mode `{quantization.mode}`, which `config.json` has for it, there are none",
+            f"`{path}` has biases, but `config.json` gives it the mode `{quantization.mode}`, which has none",
             hint=MISMATCH_HINT,
         )
 

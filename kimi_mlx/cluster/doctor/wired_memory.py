@@ -1,4 +1,4 @@
-"""Find wired memory that belongs to no process, which only a restart of the Mac returns. Pure; not yet seen on a Mac.
+"""Find wired memory that belongs to no process, which only a restart of the Mac returns. Not yet seen on a Mac.
 
 If a process with a large wired model is killed, macOS may keep the model's memory wired after the process is gone:
 414 GiB on a Mac with 512 GB, against 5 GiB after an orderly exit.

@@ -1,7 +1,7 @@
 """Scripts that run in a host's `sh` whatever its login shell does first: print, wait, change folder, define aliases.
 
 sshd hands our command to the user's login shell, which first reads start-up files (.bashrc, .zshenv, config.fish,
-.cshrc). The command is therefore as simple as a command can be, and the script comes on standard input. The script
+.cshrc). The command is therefore as simple as possible, and the script comes on standard input. The script
 prints a mark before its own output, and may print one after it; everything else is the login shell's.
 """
 
@@ -15,10 +15,10 @@ _EDGE = "#kimi-mlx"
 """First and last line of a script. If a start-up file has read from it, they are not both there, and it is not run."""
 
 _NAME = "kimi-mlx"
-"""`$0` of the script; another shell that a start-up file starts in our place has another."""
+"""`$0` of the script. It differs in another shell that a start-up file has started instead."""
 
 _END = " end"
-"""What follows the mark in the mark at the end."""
+"""Suffix that turns the mark into the mark at the end of the output."""
 
 _COMMAND = (
     "script=$(PATH=/usr/bin:/bin:$PATH command dd bs=1 count={size} 2>/dev/null); case $script in "
@@ -77,5 +77,5 @@ def mark_script(script: str, *, is_remote: bool, has_end_mark: bool = False) -> 
 
 def split_at_mark(output: bytes, mark: bytes) -> tuple[bytes, bytes | None]:
     """Return the output before the mark, and the script's own output up to its end; None if it has no mark."""
-    before, found, after = output.partition(b"\n" + mark + b"\n")
-    return before, after.partition(b"\n" + mark + _END.encode() + b"\n")[0] if found else None
+    before, separator, after = output.partition(b"\n" + mark + b"\n")
+    return before, after.partition(b"\n" + mark + _END.encode() + b"\n")[0] if separator else None

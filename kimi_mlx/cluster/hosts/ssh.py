@@ -184,7 +184,7 @@ def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[
 
 
 def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes) -> dict[str, ScriptResult]:
-    starts: list[Future[_Running]] = []
+    starts: list[Future[_RunningScript]] = []
     try:
         with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
             try:
@@ -203,12 +203,12 @@ def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes
         raise
 
 
-def _started(starts: Iterable[Future[_Running]]) -> list[_Running]:
+def _started(starts: Iterable[Future[_RunningScript]]) -> list[_RunningScript]:
     return [start.result() for start in starts if start.exception() is None]
 
 
 @dataclass(frozen=True)
-class _Running:
+class _RunningScript:
     host: str
     script: MarkedScript
     process: subprocess.Popen[bytes]
@@ -216,7 +216,7 @@ class _Running:
     monotonic_start: float
 
 
-def _start(host: str, script: str) -> _Running:
+def _start(host: str, script: str) -> _RunningScript:
     marked = script_on(host, script, has_end_mark=True)
     monotonic_start, started_at = time.monotonic(), time.time()
     try:
@@ -230,10 +230,10 @@ def _start(host: str, script: str) -> _Running:
     except FileNotFoundError as error:
         name = marked.command[0]
         raise SshError(f"`{name}` is not installed on this machine", hint="install the OpenSSH client") from error
-    return _Running(host, marked, process, started_at, monotonic_start)
+    return _RunningScript(host, marked, process, started_at, monotonic_start)
 
 
-def _finish(running: _Running, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
+def _finish(running: _RunningScript, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
     process = running.process
     try:
         out, err = process.communicate(running.script.data + stdin_extra, timeout_s)

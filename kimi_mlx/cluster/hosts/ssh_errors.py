@@ -80,7 +80,7 @@ def _fix_config(host: str, _: str) -> str:
 def _restrict_file(_: str, text: str) -> str:
     files = re.findall(r"Bad owner or permissions on (\S+)|Permissions \d+ for '(.+?)' are too open", text)
     path = next((name for pair in files for name in pair if name), "FILE")
-    return f"make it yours alone: `chmod go-rwx {shlex.quote(path)}`; `ls -l` shows its owner"
+    return f"remove the access of other users: `chmod go-rwx {shlex.quote(path)}`; `ls -l` shows its owner"
 
 
 def _replace_key(host: str, text: str) -> str:

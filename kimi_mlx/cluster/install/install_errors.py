@@ -71,7 +71,7 @@ def explain_failure(facts: Facts, failure: str, stderr: str) -> InstallProblem:
 
 
 def explain_exit(host: str, process: HostProcess, seconds: float) -> InstallProblem:
-    """Describe an exit without a failure reported by install.sh: mostly ssh itself or the login shell failed."""
+    """Describe an exit without a failure reported by install.sh: usually ssh itself or the login shell failed."""
     process.wait(1)
     if process.exit_code == SSH_FAILED or not process.has_started:
         result = ScriptResult(host, process.exit_code, "", process.output, seconds, has_started=process.has_started)

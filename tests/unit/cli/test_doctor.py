@@ -182,7 +182,7 @@ def test_weight_files_with_a_damaged_header_are_a_problem(tmp_path: Path) -> Non
     problems = [finding for finding in json.loads(result.stdout)["findings"] if finding["state"] == "problem"]
     assert result.exit_code == 1
     assert [finding["check"] for finding in problems] == ["weights"]
-    assert "is cut short: tensor `" in problems[0]["message"]
+    assert "is truncated: tensor `" in problems[0]["message"]
 
 
 def test_a_tokenizer_without_the_tokens_of_the_template_is_a_problem(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_extra_layers_rotary_buffers_and_vision_are_ignored(folder: Path) -> Non
 def test_a_truncated_file_is_named(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=rf"{file.name}` is cut short"):
+    with pytest.raises(WeightsError, match=rf"{file.name}` is truncated"):
         load(folder)
 
 

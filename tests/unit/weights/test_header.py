@@ -39,7 +39,7 @@ def test_a_valid_header_is_read(tmp_path: Path) -> None:
         ({"data_offsets": [0, float("inf")]}, "non-negative integers"),
         ({"data_offsets": [0]}, "has 1 data_offsets, not 2"),
         ({"data_offsets": "01"}, "non-negative integers"),
-        ({"data_offsets": [0, 2**62]}, "cut short"),
+        ({"data_offsets": [0, 2**62]}, "truncated"),
         ({"data_offsets": [0, 2**70]}, "non-negative integers"),
         ({"shape": [-2, -2]}, "non-negative integers"),
         ({"shape": [True, 4]}, "non-negative integers"),
