@@ -150,9 +150,9 @@ def _read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) -
     entry = target.entry
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])  # refuses a base model before it is loaded
-    merged = merge_sampling(tokenizer.sampling, entry if sampling.thinking is False else None, sampling)
+    parameters = merge_sampling(tokenizer.sampling, entry if sampling.thinking is False else None, sampling)
     template = {} if sampling.thinking is None else {"thinking": sampling.thinking}
-    return tokenizer, ChatOptions(sampling.max_tokens, merged, None, template)
+    return tokenizer, ChatOptions(sampling.max_tokens, parameters, None, template)
 
 
 def _is_sampling(options: ChatOptions) -> bool:
@@ -169,5 +169,5 @@ def merge_sampling(recommended: Sampling, instant: CatalogueEntry | None, option
     """
     without_thinking = instant.instant_sampling.recommended() if instant and instant.instant_sampling else {}
     names = ("temperature", "top_p", "top_k", "min_p", "seed")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(recommended, **{**without_thinking, **given})
+    user_values = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return replace(recommended, **{**without_thinking, **user_values})

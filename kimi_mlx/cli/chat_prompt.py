@@ -8,6 +8,8 @@ import sys
 
 from kimi_mlx.errors import UsageError
 
+NO_PROMPT = "no prompt given and no terminal to ask on"
+
 
 def require_prompt(prompt: str | None) -> None:
     """Check that there is a prompt, a pipe or a terminal, without reading from it.
@@ -15,11 +17,8 @@ def require_prompt(prompt: str | None) -> None:
     Raises:
         UsageError: there is none.
     """
-    has_stdin = sys.stdin is not None  # pyright: ignore[reportUnnecessaryComparison]
-    mode = os.fstat(sys.stdin.fileno()).st_mode if has_stdin else 0
-    is_piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-    if prompt is None and not is_piped and not (has_stdin and sys.stdin.isatty()):
-        raise UsageError("no prompt given and no terminal to ask on", hint='add a prompt: `-p "Hello"`')
+    if prompt is None and not _is_piped() and not _is_terminal():
+        raise UsageError(NO_PROMPT, hint='add a prompt: `-p "Hello"`')
 
 
 def read_prompt(prompt: str | None, is_json: bool) -> str | None:
@@ -33,8 +32,8 @@ def read_prompt(prompt: str | None, is_json: bool) -> str | None:
     elif piped is not None and prompt is None:
         prompt = piped
     if prompt is None:
-        if sys.stdin is None or not sys.stdin.isatty():  # pyright: ignore[reportUnnecessaryComparison]
-            raise UsageError("no prompt given and no terminal to ask on", hint='use `kimi-mlx chat -p "Hello"`')
+        if not _is_terminal():
+            raise UsageError(NO_PROMPT, hint='use `kimi-mlx chat -p "Hello"`')
         if is_json:
             raise UsageError("--json needs a prompt", hint='use `kimi-mlx chat --json -p "Hello"`')
         return None
@@ -45,9 +44,16 @@ def read_prompt(prompt: str | None, is_json: bool) -> str | None:
 
 def _read_pipe() -> str | None:
     """Return piped or redirected standard input; None if there is neither."""
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace") if _is_piped() else None
+
+
+def _is_piped() -> bool:
+    """Return whether standard input is a pipe or a file."""
     if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
-        return None
+        return False
     mode = os.fstat(sys.stdin.fileno()).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return None
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()  # pyright: ignore[reportUnnecessaryComparison]

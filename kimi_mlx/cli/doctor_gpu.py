@@ -38,8 +38,8 @@ def check_gpu(
         description = describe(device)
         if not is_json:
             stdout.print(heading(description), markup=False)
-        with closing(run_checks(device, sizes, show, checks)) as running:
-            for result in running:
+        with closing(run_checks(device, sizes, show, checks)) as new_results:
+            for result in new_results:
                 results.append(result)
                 if not is_json:
                     stdout.print(*check_lines(result), sep="\n", markup=False)

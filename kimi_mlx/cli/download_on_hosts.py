@@ -125,5 +125,5 @@ def _merge(results: dict[int, DownloadReport], names: list[str]) -> DownloadRepo
         if "files" in results[0]
         else [item for r in sorted(results) for item in results[r]["ranks"]]
     )
-    kept = sum(result.get("kept_bytes", 0) for result in results.values())
-    return {**results[0], "ranks": ranks, "hosts": hosts, "kept_bytes": kept}
+    kept_bytes = sum(result.get("kept_bytes", 0) for result in results.values())
+    return {**results[0], "ranks": ranks, "hosts": hosts, "kept_bytes": kept_bytes}

@@ -43,7 +43,7 @@ def fetch_model(target: ModelRef, ranks: int, strategy: str, is_quiet: bool) -> 
         assert folder is not None
         return folder
     if folder is not None:
-        return complete_checkpoint(target.repository, folder, lambda found: fetch(target, found, is_quiet))
+        return complete_checkpoint(target.repository, folder, lambda repository: fetch(target, repository, is_quiet))
     repository = find_repository(target.repository)
     if repository.is_local:
         return snapshot_folder(repository)

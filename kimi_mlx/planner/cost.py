@@ -115,5 +115,5 @@ def cost_of_plan(plan: Plan, assumptions: CostAssumptions) -> Cost | None:
     """
     if plan.choice is None:
         return None
-    used = [machine for machine in plan.machines if machine.name in plan.choice.hosts]
-    return make_cost(used, plan.choice.decode_tok_per_s, assumptions)
+    machines = [machine for machine in plan.machines if machine.name in plan.choice.hosts]
+    return make_cost(machines, plan.choice.decode_tok_per_s, assumptions)

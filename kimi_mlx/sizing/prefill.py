@@ -94,6 +94,6 @@ def _mlp_values(config: ModelConfig, rank_shape: RankShape, chunk: int) -> int:
 
     A MoE layer has, for each token and chosen expert, the input, gate and up twice, and the output twice.
     """
-    chosen = config.num_experts_per_tok + config.n_shared_experts
-    moe = chosen * (3 * config.hidden_size + 4 * rank_shape.expert_rows)
+    num_experts = config.num_experts_per_tok + config.n_shared_experts
+    moe = num_experts * (3 * config.hidden_size + 4 * rank_shape.expert_rows)
     return chunk * max(moe, 4 * config.intermediate_size)

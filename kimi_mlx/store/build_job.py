@@ -41,10 +41,10 @@ class BuildJob:
     def sources_of_file(self, rank: int) -> list[frozenset[int]]:
         """Return for each file of a rank's store the numbers of the source files that it is made from."""
         share = self.placement.shares[rank]
-        held = set(range(share.layers.start, share.layers.stop))
+        own_files = set(range(share.layers.start, share.layers.stop))
         if len(share.embed_rows) or len(share.vocab_rows):
-            held.add(self.num_layers)
-        return [sources if file in held else frozenset() for file, sources in enumerate(self._sources_of_file)]
+            own_files.add(self.num_layers)
+        return [sources if file in own_files else frozenset() for file, sources in enumerate(self._sources_of_file)]
 
     def _plan(self, rank: int, file: int) -> LayerPlan:
         share = self.placement.shares[rank]

@@ -91,13 +91,13 @@ def _connections(rank: int) -> list[int]:
 
 def find_built_stores(options: StoreOptions, group: Group) -> LocalStore | None:
     """Return the stores if they are complete: those of all ranks, or in a group the one of each host's own rank."""
-    needed = None if group.size == 1 else [group.rank]
+    needed_ranks = None if group.size == 1 else [group.rank]
     name, revision = str(options.source), options.revision
     if isinstance(options.source, Path):  # its files may have changed since the stores were built
         folder = options.source
         origin = run_on_all_ranks(group, lambda: FolderSource(folder)).contents.origin
         name, revision = origin.repository, origin.commit
-    store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed)
+    store = find_store(options.stores, name, options.ranks, options.strategy, revision, needed_ranks)
     identity = "" if store is None else f"{store.origin.commit} {store.placement.digest}"
     rows = np.array(group.gather(mx.array(np.frombuffer(identity.encode().ljust(64), np.uint8))))
     return store if (rows == rows[0]).all() else None

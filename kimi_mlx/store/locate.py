@@ -55,12 +55,12 @@ def find_local_model(model: ModelRef, ranks: int, strategy: str = "hybrid", rank
         WeightsError: the model is here, but its store is broken or for another number of ranks.
     """
     strategy = normalize_strategy(strategy, ranks)
-    needed = None if rank is None else [rank]
+    needed_ranks = None if rank is None else [rank]
     if model.folder is not None:
-        store = _store_of_folder(model.folder, ranks, strategy, needed)
+        store = _store_of_folder(model.folder, ranks, strategy, needed_ranks)
         return model.folder if store is None else store.folder
     assert model.repository is not None
-    store = find_store(stores_root(), model.repository, ranks, strategy, None, needed)
+    store = find_store(stores_root(), model.repository, ranks, strategy, None, needed_ranks)
     if store is not None:
         return store.folder
     folder = find_local(model.repository)
@@ -102,14 +102,14 @@ def stored_strategy(model: ModelRef, ranks: int) -> str | None:
 
 
 def _store_of_folder(
-    folder: Path, ranks: int, strategy: str | None, needed: Collection[int] | None
+    folder: Path, ranks: int, strategy: str | None, needed_ranks: Collection[int] | None
 ) -> LocalStore | None:
     """Return the store built from the current contents of a folder; None if there is none."""
     stores, name = stores_folder(), str(folder.resolve())
-    if stores is None or find_store(stores, name, ranks, strategy, None, needed) is None:
+    if stores is None or find_store(stores, name, ranks, strategy, None, needed_ranks) is None:
         return None
     origin = FolderSource(folder).contents.origin
-    return find_store(stores, name, ranks, strategy, origin.commit, needed)
+    return find_store(stores, name, ranks, strategy, origin.commit, needed_ranks)
 
 
 def find_store(
@@ -118,7 +118,7 @@ def find_store(
     ranks: int,
     strategy: str | None,
     revision: str | None = None,
-    needed: Collection[int] | None = None,
+    needed_ranks: Collection[int] | None = None,
 ) -> LocalStore | None:
     """Return the newest store of a repository or folder for this number of ranks.
 
@@ -128,12 +128,12 @@ def find_store(
         ranks: number of ranks that share the model.
         strategy: strategy of the placement; None for any.
         revision: commit; None for any.
-        needed: ranks whose stores must be complete on this machine; None for all.
+        needed_ranks: ranks whose stores must be complete on this machine; None for all.
     """
-    needed_ranks = set(range(ranks) if needed is None else needed)
+    required = set(range(ranks) if needed_ranks is None else needed_ranks)
     for store in find_stores(stores, repository):
         has_placement = store.placement.world_size == ranks and strategy in (None, store.placement.strategy)
-        if has_placement and needed_ranks <= set(store.ranks) and revision in (None, store.origin.commit):
+        if has_placement and required <= set(store.ranks) and revision in (None, store.origin.commit):
             return store
     return None
 

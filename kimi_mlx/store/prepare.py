@@ -81,12 +81,7 @@ def prepare_stores(
         options = replace(options, revision=stores.origin.commit)
     job = open_build_job(options, group)
     if is_dry:
-        rank_bytes = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
-        disk_bytes = _disk_bytes(job, rank_bytes, ranks)
-        missing = sum(size - job.source.local_bytes(name) for name, size in job.source.contents.sizes.items())
-        return dry_run_report(
-            model, job.source.contents, rank_bytes, missing if disk_bytes else 0, disk_bytes, options.stores
-        )
+        return _dry_run(model, options, job, ranks)
     if is_check and stores is None:
         broken = _find_broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], observer)
     observer.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
@@ -103,6 +98,15 @@ def prepare_stores(
         "kept_bytes": job.source.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
     }
+
+
+def _dry_run(model: ModelRef, options: StoreOptions, job: BuildJob, ranks: Sequence[int]) -> DownloadReport:
+    """Return the report of a dry run that would build stores."""
+    contents = job.source.contents
+    rank_bytes = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
+    disk_bytes = _disk_bytes(job, rank_bytes, ranks)
+    missing_bytes = sum(size - job.source.local_bytes(name) for name, size in contents.sizes.items())
+    return dry_run_report(model, contents, rank_bytes, missing_bytes if disk_bytes else 0, disk_bytes, options.stores)
 
 
 def _find_broken(folder: Path, ranks: Sequence[int], observer: DownloadObserver) -> Mapping[int, Sequence[str]]:

@@ -41,7 +41,7 @@ class LocalStore:
 
 def find_stores(stores: Path, source: str) -> list[LocalStore]:
     """Return all complete stores of a repository or folder, newest first; unreadable ones are skipped."""
-    found: list[tuple[float, LocalStore]] = []
+    dated_stores: list[tuple[float, LocalStore]] = []
     for folder in source_folder(stores, source).glob("*/*-*-*"):
         ranks = stored_ranks(folder)
         if not ranks or not (folder / "config.json").is_file():
@@ -53,8 +53,8 @@ def find_stores(stores: Path, source: str) -> list[LocalStore]:
             continue
         if is_same_source(manifest.origin.repository, source):
             store = LocalStore(folder, manifest.origin, manifest.placement, tuple(ranks))
-            found.append(((path / MANIFEST_NAME).stat().st_mtime, store))
-    return [store for _, store in sorted(found, key=lambda item: -item[0])]
+            dated_stores.append(((path / MANIFEST_NAME).stat().st_mtime, store))
+    return [store for _, store in sorted(dated_stores, key=lambda item: -item[0])]
 
 
 def open_manifest(folder: Path, rank: int, world_size: int, strategy: str) -> Manifest:
@@ -170,7 +170,7 @@ def _arrays(
     manifest: Manifest,
 ) -> list[mx.array]:
     """Return the arrays of a weight, checked against the manifest."""
-    found: list[mx.array] = []
+    checked_arrays: list[mx.array] = []
     for name, expected in weight.arrays.items():
         array = arrays.get(array_name(entry, number, parts, name))
         if array is None or array.shape != expected.shape or array.dtype != MLX_TYPES.get(expected.dtype):
@@ -178,5 +178,5 @@ def _arrays(
                 f"the store's file `{path}` does not have the `{entry}` that its manifest lists",
                 hint=repair_hint(manifest),
             )
-        found.append(array)
-    return found
+        checked_arrays.append(array)
+    return checked_arrays

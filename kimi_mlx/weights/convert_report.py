@@ -25,7 +25,7 @@ def summarize(plan: ConversionPlan) -> list[SummaryRow]:
     """Return a row for each kind and format of matrix, the largest first."""
     sizes: Counter[tuple[str, str, str]] = Counter()
     for weight in plan.weights:
-        sizes[weight.kind, _describe_stored(weight.stored[0]), _describe_target(weight)] += weight.plan.size_bytes
+        sizes[weight.kind, _describe_stored(weight.stored_plans[0]), _describe_target(weight)] += weight.plan.size_bytes
     return [SummaryRow(*labels, size) for labels, size in sizes.most_common()]
 
 
@@ -48,7 +48,7 @@ def list_notes(plan: ConversionPlan) -> list[str]:
 
 
 def _is_requantized(weight: ConvertedWeight) -> bool:
-    stored = weight.stored[0].quantization
+    stored = weight.stored_plans[0].quantization
     return not weight.is_copied and stored is not None and weight.plan.quantization is not None
 
 
@@ -67,7 +67,7 @@ def _describe_stored(plan: WeightPlan) -> str:
 def _describe_target(weight: ConvertedWeight) -> str:
     description = _describe_format(weight.plan.quantization, weight.plan.arrays[0].dtype)
     is_float = weight.plan.quantization is None
-    is_unchanged = weight.is_copied or (is_float and description == _describe_stored(weight.stored[0]))
+    is_unchanged = weight.is_copied or (is_float and description == _describe_stored(weight.stored_plans[0]))
     return description + ", unchanged" * is_unchanged
 
 

@@ -21,7 +21,7 @@ class ConvertedWeight:
         suffix: `.weight`, or the suffix of the router's bias.
         kind: kind of matrix in reports, a key of kimi_mlx.weights.convert_plan.KINDS.
         shape: unquantized shape.
-        stored: plans of the stored form: one; several if experts are stored in different formats.
+        stored_plans: plans of the stored form: one; several if experts are stored in different formats.
         plan: plan of the written form: that of the stored form if it is copied unchanged; else its arrays have no
             copies, because they are quantized again (kimi_mlx.weights.requantize).
         can_be_quantized: whether the weight can be quantized: false for vectors and the router.
@@ -33,7 +33,7 @@ class ConvertedWeight:
     suffix: str
     kind: str
     shape: tuple[int, ...]
-    stored: tuple[WeightPlan, ...]
+    stored_plans: tuple[WeightPlan, ...]
     plan: WeightPlan
     can_be_quantized: bool
     is_transposed: bool = False

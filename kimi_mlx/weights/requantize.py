@@ -37,7 +37,7 @@ class Chunk:
 
 def chunks(weight: ConvertedWeight) -> Iterator[Chunk]:
     """Split a weight into chunks of about CHUNK_VALUES values: some members, or some rows of one member."""
-    for plan in weight.stored:
+    for plan in weight.stored_plans:
         for copies in zip(*(array.copies for array in plan.arrays), strict=True):
             members, rows, columns = copies[0].shape
             num_columns = copies[0].field.packing.columns(columns)

@@ -159,7 +159,7 @@ def check_stores(
         expected: commit and placement; None for those that most ranks have.
         prefix: prefix of the placements to consider; None for all placements.
     """
-    held = {
+    stores_by_host = {
         facts.host: [
             store
             for store in facts.stores
@@ -167,9 +167,10 @@ def check_stores(
         ]
         for facts in hosts
     }
-    version = (expected[0][:12], expected[1]) if expected else _most_common(held, ranks)
+    version = (expected[0][:12], expected[1]) if expected else _most_common(stores_by_host, ranks)
     return [
-        _check_store(facts.host, repository, held[facts.host], ranks.get(facts.host, ()), version) for facts in hosts
+        _check_store(facts.host, repository, stores_by_host[facts.host], ranks.get(facts.host, ()), version)
+        for facts in hosts
     ]
 
 
@@ -177,11 +178,13 @@ def _version_of(store: HeldStore) -> StoreVersion:
     return store.commit[:12], store.placement
 
 
-def _most_common(held: Mapping[str, Sequence[HeldStore]], ranks: Mapping[str, Sequence[int]]) -> StoreVersion | None:
+def _most_common(
+    stores_by_host: Mapping[str, Sequence[HeldStore]], ranks: Mapping[str, Sequence[int]]
+) -> StoreVersion | None:
     """Return the version that most ranks have; on a tie, prefer one that is split for this number of ranks."""
     world_size = sum(map(len, ranks.values()))
     counts = Counter(
-        _version_of(store) for host, stores in held.items() for store in stores if store.rank in ranks[host]
+        _version_of(store) for host, stores in stores_by_host.items() for store in stores if store.rank in ranks[host]
     )
 
     def order(version: StoreVersion) -> tuple[int, bool, StoreVersion]:

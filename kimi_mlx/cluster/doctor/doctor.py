@@ -101,12 +101,12 @@ def with_model_need(diagnosis: Diagnosis, request: DoctorRequest, strategy: str)
 
 
 def _diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], None]) -> Diagnosis:
-    known, front, findings = _gather_facts(request, own_python, report)
-    topology = read_topology([*known.values()])
-    backend = choose_backend(request.backend or request.hostfile.backend, [*known.values()], topology)
-    findings += check_cluster(request, known, front, topology, backend)
-    diagnosis = Diagnosis(tuple(request.names), known, tuple(findings), backend=backend)
-    if len(known) < len(request.names) or any(facts.python is None for facts in known.values()):
+    facts_by_host, front, findings = _gather_facts(request, own_python, report)
+    topology = read_topology([*facts_by_host.values()])
+    backend = choose_backend(request.backend or request.hostfile.backend, [*facts_by_host.values()], topology)
+    findings += check_cluster(request, facts_by_host, front, topology, backend)
+    diagnosis = Diagnosis(tuple(request.names), facts_by_host, tuple(findings), backend=backend)
+    if len(facts_by_host) < len(request.names) or any(facts.python is None for facts in facts_by_host.values()):
         return _without_test(request, diagnosis)
     if len(request.names) == 1:
         diagnosis = replace(diagnosis, hostfile=request.hostfile)
@@ -143,11 +143,11 @@ def _gather_facts(
     script = facts_script([request.python or own_python], envs=envs, is_search=request.python is None)
     front_name = None if any(map(is_local, names)) else "localhost"
     results = run_everywhere([*names, *([front_name] if front_name else [])], script, FACTS_LIMIT_S)
-    known, reachable = parse_host_facts(results)
-    known = {host: prefer_matching(facts, own_interpreter()) for host, facts in known.items()}
-    front = known.pop(front_name, None) if front_name else None
+    facts_by_host, reachable = parse_host_facts(results)
+    facts_by_host = {host: prefer_matching(facts, own_interpreter()) for host, facts in facts_by_host.items()}
+    front = facts_by_host.pop(front_name, None) if front_name else None
     reachable = [finding for finding in reachable if finding.host != front_name and not request.is_alone]
-    return known, front, [*reachable, *check_hosts(request, known, results)]
+    return facts_by_host, front, [*reachable, *check_hosts(request, facts_by_host, results)]
 
 
 def _test(request: DoctorRequest, diagnosis: Diagnosis, report: Callable[[str], None]) -> Diagnosis:

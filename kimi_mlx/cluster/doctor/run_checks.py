@@ -82,21 +82,21 @@ class DoctorRequest:
 
 def parse_host_facts(results: Mapping[str, ScriptResult]) -> tuple[dict[str, Facts], list[Finding]]:
     """Return the facts of the hosts that answered, and a finding `reachable` for every host."""
-    known: dict[str, Facts] = {}
+    facts_by_host: dict[str, Facts] = {}
     findings: list[Finding] = []
     for host, result in results.items():
         if result.is_ok:
-            known[host] = parse_facts(host, result.stdout)
+            facts_by_host[host] = parse_facts(host, result.stdout)
         findings.append(check_reachable(result))
-    return known, findings
+    return facts_by_host, findings
 
 
 def check_hosts(
-    request: DoctorRequest, known: Mapping[str, Facts], results: Mapping[str, ScriptResult]
+    request: DoctorRequest, facts_by_host: Mapping[str, Facts], results: Mapping[str, ScriptResult]
 ) -> list[Finding]:
     """Check each host by itself."""
     findings: list[Finding] = []
-    for host, facts in known.items():
+    for host, facts in facts_by_host.items():
         if not facts.is_complete:
             findings.append(check_complete(facts))
         findings += [
@@ -131,11 +131,14 @@ def _disk_bytes(request: DoctorRequest, facts: Facts) -> int | None:
 
 
 def replace_model_findings(
-    request: DoctorRequest, known: Mapping[str, Facts], findings: Sequence[Finding], strategy: str
+    request: DoctorRequest, facts_by_host: Mapping[str, Facts], findings: Sequence[Finding], strategy: str
 ) -> list[Finding]:
     """Return the findings, with those that depend on the model's needs or the strategy checked again."""
-    new_findings = [finding for facts in known.values() for finding in _check_capacity(request, facts)]
-    new_findings += [*_check_stores(request, [*known.values()]), check_kernels([*known.values()], strategy)]
+    new_findings = [finding for facts in facts_by_host.values() for finding in _check_capacity(request, facts)]
+    new_findings += [
+        *_check_stores(request, [*facts_by_host.values()]),
+        check_kernels([*facts_by_host.values()], strategy),
+    ]
     by_check = {(finding.host, finding.check): finding for finding in new_findings}
     return [by_check.get((finding.host, finding.check), finding) for finding in findings]
 
@@ -148,18 +151,22 @@ def _check_stores(request: DoctorRequest, hosts: Sequence[Facts]) -> list[Findin
 
 
 def check_cluster(
-    request: DoctorRequest, known: Mapping[str, Facts], front: Facts | None, topology: Topology, backend: Backend
+    request: DoctorRequest,
+    facts_by_host: Mapping[str, Facts],
+    front: Facts | None,
+    topology: Topology,
+    backend: Backend,
 ) -> list[Finding]:
     """Check that the hosts match: versions, systems, stores, addresses and RDMA.
 
     Args:
         request: hosts and model to check.
-        known: facts of the hosts that answered.
+        facts_by_host: facts of the hosts that answered.
         front: facts of this machine; None if it is one of the hosts.
         topology: how the hosts are connected.
         backend: backend of the ranks.
     """
-    hosts, need = [*known.values()], request.need
+    hosts, need = [*facts_by_host.values()], request.need
     fast_sync = check_fast_sync(", ".join(request.names), request.hostfile.has_fast_sync)
     if request.is_alone:
         return [_check_model(request.names[0], need), fast_sync]

@@ -190,20 +190,20 @@ def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes
             try:
                 # Threads never receive KeyboardInterrupt, so every started client is known here.
                 starts += [pool.submit(_start, host, script) for host in hosts]
-                running = [start.result() for start in starts]
-                results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in running]
+                running_scripts = [start.result() for start in starts]
+                results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in running_scripts]
                 return {host: result.result() for host, result in zip(hosts, results, strict=True)}
             except BaseException:
-                for client in _started(starts):
+                for client in _started_scripts(starts):
                     _end(client.process)  # before the pool waits for its threads
                 raise
     except BaseException:
-        for client in _started(starts):
+        for client in _started_scripts(starts):
             _close(client.process)
         raise
 
 
-def _started(starts: Iterable[Future[_RunningScript]]) -> list[_RunningScript]:
+def _started_scripts(starts: Iterable[Future[_RunningScript]]) -> list[_RunningScript]:
     return [start.result() for start in starts if start.exception() is None]
 
 
@@ -233,24 +233,24 @@ def _start(host: str, script: str) -> _RunningScript:
     return _RunningScript(host, marked, process, started_at, monotonic_start)
 
 
-def _finish(running: _RunningScript, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
-    process = running.process
+def _finish(running_script: _RunningScript, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
+    process = running_script.process
     try:
-        out, err = process.communicate(running.script.data + stdin_extra, timeout_s)
+        out, err = process.communicate(running_script.script.data + stdin_extra, timeout_s)
         code = process.returncode
     except subprocess.TimeoutExpired:
         code = None
         _end(process)
         out, err = _rest(process)
-    greeting, own_output = split_at_mark(out, running.script.mark)
-    shell_errors, own_errors = split_at_mark(err, running.script.mark)
+    greeting, own_output = split_at_mark(out, running_script.script.mark)
+    shell_errors, own_errors = split_at_mark(err, running_script.script.mark)
     return ScriptResult(
-        running.host,
+        running_script.host,
         code,
         (own_output or b"").decode(errors="replace"),
         (shell_errors if own_errors is None else own_errors).decode(errors="replace"),
-        time.monotonic() - running.monotonic_start,
-        running.started_at,
+        time.monotonic() - running_script.monotonic_start,
+        running_script.started_at,
         has_started=own_output is not None,
         greeting=greeting.decode(errors="replace"),
     )

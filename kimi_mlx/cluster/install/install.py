@@ -51,7 +51,7 @@ def has_same_packages(interpreter: Interpreter, own: Interpreter) -> bool:
 
 def needs_install(facts: Facts, own: Interpreter) -> bool:
     """Return whether no interpreter of a host has our packages and our minor version of Python."""
-    return not any(has_same_packages(each, own) and each.minor == own.minor for each in facts.interpreters)
+    return not any(has_same_packages(python, own) and python.minor == own.minor for python in facts.interpreters)
 
 
 def prefer_matching(facts: Facts, own: Interpreter) -> Facts:
@@ -71,11 +71,11 @@ def can_upgrade(facts: Facts, own: Interpreter) -> bool:
     path = f"{facts.data_folder}/{VENV_PYTHON}"
     others = {name: version for name, version in own.packages.items() if name != "kimi-mlx"}
     return any(
-        each.path == path
-        and each.minor == own.minor
-        and "kimi-mlx" in each.packages
-        and all(each.packages.get(name) == version for name, version in others.items())
-        for each in facts.interpreters
+        python.path == path
+        and python.minor == own.minor
+        and "kimi-mlx" in python.packages
+        and all(python.packages.get(name) == version for name, version in others.items())
+        for python in facts.interpreters
     )
 
 

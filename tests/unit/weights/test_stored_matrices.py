@@ -233,5 +233,5 @@ def test_modes_of_mlx_give_the_logits_of_their_values(mode: str, affine: Path, t
 def test_a_mode_without_biases_refuses_biases_by_name(affine: Path, tmp_path: Path) -> None:
     block = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
     folder = copy_with(affine, tmp_path / "a", tensors_of(affine), lambda config: config.update(quantization=block))
-    with pytest.raises(WeightsError, match="has biases, but .* mode `mxfp4`"):
+    with pytest.raises(WeightsError, match=r"has biases, but .* mode `mxfp4`"):
         load(folder)
