@@ -25,7 +25,7 @@ def make_server(
     folder: Path,
     names: Sequence[str],
     options: ServingOptions,
-    greet: Callable[[ChatTokenizer], None],
+    on_ready: Callable[[ChatTokenizer], None],
 ) -> Server:
     """Return the server of a loaded model.
 
@@ -35,19 +35,21 @@ def make_server(
         folder: folder with the configuration and the tokenizer.
         names: additional names of the model for clients.
         options: options of the server.
-        greet: called once the server answers.
+        on_ready: callback, called once the server answers.
     """
     entry = target.entry
-    own = [target.name if target.folder is None or entry else folder.resolve().name]
+    default_names = [target.name if target.folder is None or entry else folder.resolve().name]
     if entry is not None:
-        own += [name for name in (entry.alias, entry.repository, entry.original_repository) if name is not None]
-    own += [name.partition("/")[2] for name in own if "/" in name]
-    name, *aliases = dict.fromkeys([*names, *own])
+        default_names += [
+            name for name in (entry.alias, entry.repository, entry.original_repository) if name is not None
+        ]
+    default_names += [name.partition("/")[2] for name in default_names if "/" in name]
+    name, *aliases = dict.fromkeys([*names, *default_names])
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     sampling = instant.recommended() if instant else {}
-    return Server(session, tokenizer, model_info, sampling, options, partial(greet, tokenizer))
+    return Server(session, tokenizer, model_info, sampling, options, partial(on_ready, tokenizer))
 
 
 def start_log() -> None:

@@ -47,7 +47,7 @@ class LaunchedCommand:
             self._parameters: dict[str, Any] = dict(parsed.params)
         if self._parameters.get("model") in COMMANDS:
             name = self._parameters["model"]
-            raise UsageError(f"`{words[0]}` is before `{name}`", hint=f"put the options of `{name}` after it")
+            raise UsageError(f"`{words[0]}` must come after `{name}`", hint=f"put the options of `{name}` after it")
         if self._parameters.get("ranks") not in (None, 1):
             raise UsageError("--ranks and hosts exclude each other: each host is a rank", hint="leave --ranks out")
         if self._parameters.get("against") or self._parameters.get("synthetic"):

@@ -64,8 +64,8 @@ def _open_null(descriptor: int) -> None:
         os.close(null)
 
 
-def _text_stream(before: TextIO | None, output: _Output) -> TextIO:
+def _text_stream(previous: TextIO | None, output: _Output) -> TextIO:
     """Return a text stream with the encoding of the previous one (None if closed); characters outside it become `?`."""
-    encoding = "utf-8" if before is None else before.encoding
+    encoding = "utf-8" if previous is None else previous.encoding
     is_terminal = output.isatty()
     return io.TextIOWrapper(io.BufferedWriter(output), encoding, errors="replace", line_buffering=is_terminal)
