@@ -35,7 +35,7 @@ done
 set +f
 unset word
 PATH=${{PATH:-/usr/bin}}:/usr/bin:/bin:/usr/sbin:/sbin
-{folder}
+{go_home}
 printf '\\n{mark}\\n'
 printf '\\n{mark}\\n' >&2
 """
@@ -69,8 +69,8 @@ def mark_script(script: str, *, is_remote: bool, has_end_mark: bool = False) -> 
     mark = f"kimi-mlx {secrets.token_hex(8)}"
     if has_end_mark:  # also if the script calls `exit`
         script = f"(\n{script}\n)\nset -- $?\nprintf '\\n{mark}{_END}\\n'\nexit $1"
-    folder = "cd 2>/dev/null || cd /" if is_remote else ""
-    prelude = _PRELUDE.format(name=_NAME, folder=folder, mark=mark)
+    go_home = "cd 2>/dev/null || cd /" if is_remote else ""
+    prelude = _PRELUDE.format(name=_NAME, go_home=go_home, mark=mark)
     data = f"{_EDGE}\n{prelude}{script}\n{_EDGE}".encode()
     return MarkedScript(["/bin/sh", "-c", _COMMAND.format(size=len(data)), _NAME], data, mark.encode())
 
