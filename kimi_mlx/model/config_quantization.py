@@ -166,10 +166,10 @@ def _one_quantization(block: Mapping[str, Any], where: str, name: str) -> Quanti
     fixed = MODES[mode]
     if fixed is None:
         return Quantization(**check_fields(Quantization, {**block, "mode": mode}, where, f"{name}."))
-    given = block.get("bits", fixed[0]), block.get("group_size", fixed[1])
-    if given != fixed:
+    actual = block.get("bits", fixed[0]), block.get("group_size", fixed[1])
+    if actual != fixed:
         raise ConfigError(
-            f"`{where}` has {name} with {given[0]} bits in groups of {given[1]}; {mode} has {fixed[0]} in groups of "
+            f"`{where}` has {name} with {actual[0]} bits in groups of {actual[1]}; {mode} has {fixed[0]} in groups of "
             f"{fixed[1]}",
             hint=_FORMAT_HINT,
         )

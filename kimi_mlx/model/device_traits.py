@@ -1,4 +1,4 @@
-"""What depends on the kind of device: which attention kernels exist, and the constants that trade one cost for another.
+"""Properties of each kind of device: its attention kernels, and constants whose best value depends on it.
 
 Does not import MLX; kimi_mlx.model.device says which kind is in use.
 Source of the kernels: `has_fused_kernel` in scaled_dot_product_attention.cpp of MLX's Metal and CUDA backends (0.32).

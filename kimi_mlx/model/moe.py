@@ -140,7 +140,7 @@ class MoE(nn.Module):
 
         Args:
             x: hidden states.
-            residual: what to add.
+            residual: array to add, if any.
             ids: chosen experts from `gate`, (B, L, K + S).
             weights: their weights.
         """

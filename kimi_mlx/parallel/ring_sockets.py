@@ -1,6 +1,6 @@
 """The sockets of MLX's ring in this process: find them, and abort collectives that wait for a lost rank.
 
-MLX's ring (0.32) has no way to interrupt a collective. If one of its sockets fails, the thread of that socket ends: the
+MLX's ring (0.32) has no way to abort a collective. If one of its sockets fails, the thread of that socket ends: the
 pending operation fails, and all later ones of the same step wait forever. So the sockets must not fail. Instead, each
 is replaced by a local one that accepts everything and delivers zeros, until all collectives have returned.
 """

@@ -1,8 +1,8 @@
-"""Preparation of requests: parsing, rendering, tokenizing and grammars, apart from the event loop.
+"""Prepare requests outside of the event loop: parse, render, tokenize, and build grammars.
 
-Python code of one thread delays all other threads of its process, also those of the engine and of the streams. So only
-short bodies, of which each takes some milliseconds, are prepared in this process; longer ones go to worker processes.
-A short request does not wait for long ones.
+Python code in one thread delays all other threads of its process, including the engine and the streams. So this process
+prepares only short bodies, which take some milliseconds each; longer ones go to worker processes. A short request does
+not wait for long ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NUM_PROCESSES = 2
 """Maximum number of worker processes, each with a tokenizer of its own."""
 
 LIMIT_S = 60.0
-"""Time limit for the preparation in a worker process, which is then ended."""
+"""Time limit for the preparation in a worker process; a process that exceeds it is ended."""
 
 Result = TypeVar("Result")
 Work = Callable[[PromptBuilder, bytes], Result]

@@ -20,7 +20,7 @@ from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import THINK_END, OutputParser, opens_reasoning
 from kimi_mlx.text.schema_bounds import check_bounds
-from kimi_mlx.text.tokenizer import Tokenizer
+from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS, Tokenizer
 from kimi_mlx.text.tool_calls import names_of
 
 RESERVED = frozenset(
@@ -32,11 +32,8 @@ RESERVED = frozenset(
 USUAL_CHARS_PER_TOKEN = 8
 """Texts with more characters than this per token of the context rarely fit."""
 
-PART_CHARS = 400_000
-"""Size of the parts in which long texts are tokenized to see whether they fit; the tokenizer cuts them there, too."""
-
 CUT_TOKENS = 16
-"""Number of tokens that a part may have because of its cuts, generously."""
+"""Upper estimate of the additional tokens of a part that come from cutting the text."""
 
 LEADING_NAME = re.compile(r"`([^`]+)`")
 """Location of the error, at the beginning of a GrammarError's message."""
@@ -163,34 +160,34 @@ class PromptBuilder:
             raise ApiError(400, message, "invalid_value", "messages", hint=error.hint) from error
 
     def _check_size(self, request: ChatRequest | CompletionRequest) -> None:
-        """Refuse a prompt that certainly does not fit the context, before it is rendered and tokenized as a whole."""
+        """Refuse a prompt that cannot fit the context, before it is rendered and all of it is tokenized."""
         if isinstance(request, CompletionRequest) and not isinstance(request.prompt, str):
-            least = len(request.prompt)
+            min_tokens = len(request.prompt)
         elif isinstance(request, CompletionRequest):
-            least = self._least_tokens([str(request.prompt)])
+            min_tokens = self._min_tokens([str(request.prompt)])
         else:
             contents = [message.content for message in request.messages if isinstance(message.content, str)]
-            least = len(request.messages) + self._least_tokens(contents)  # each message has a token of its own
-        if least > self.context_tokens:
-            raise self._too_long(request, f"at least {least}")
+            min_tokens = len(request.messages) + self._min_tokens(contents)  # each message has a token of its own
+        if min_tokens > self.context_tokens:
+            raise self._too_long(request, f"at least {min_tokens}")
 
-    def _least_tokens(self, texts: Sequence[str]) -> int:
-        """Return a number of tokens that the texts have at least; if it exceeds the context, it may be much too small.
+    def _min_tokens(self, texts: Sequence[str]) -> int:
+        """Return a lower bound of the number of tokens of the texts. Counting stops once it exceeds the context.
 
-        No token has more characters than the longest one. If that leaves it open whether long texts fit, they are
-        tokenized in parts, until there are too many tokens.
+        The first bound is the number of characters divided by the length of the longest token. If long texts could
+        still fit, they are tokenized in parts, which are those of the tokenizer.
         """
         num_chars = sum(map(len, texts))
-        least = num_chars // self.tokenizer.tokenizer.max_token_bytes
+        min_tokens = num_chars // self.tokenizer.tokenizer.max_token_bytes
         if num_chars <= USUAL_CHARS_PER_TOKEN * self.context_tokens or not self.tokenizer.has_tokenizer:
-            return least
+            return min_tokens
         num_tokens = 0
         for text in texts:
-            for at in range(0, len(text), PART_CHARS):
-                if max(least, num_tokens) > self.context_tokens:
-                    return max(least, num_tokens)
-                num_tokens += max(len(self.tokenizer.encode(text[at : at + PART_CHARS])) - CUT_TOKENS, 0)
-        return max(least, num_tokens)
+            for at in range(0, len(text), MAX_ENCODE_CHARS):
+                if max(min_tokens, num_tokens) > self.context_tokens:
+                    return max(min_tokens, num_tokens)
+                num_tokens += max(len(self.tokenizer.encode(text[at : at + MAX_ENCODE_CHARS])) - CUT_TOKENS, 0)
+        return max(min_tokens, num_tokens)
 
     def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: str) -> ApiError:
         return ApiError(
@@ -237,7 +234,7 @@ def _load_builder(
     context_tokens: int,
     instant_sampling: tuple[tuple[str, float], ...],
 ) -> PromptBuilder:
-    """Return the same builder in another process, where it is loaded once."""
+    """Load a pickled builder in another process. The last one is cached, so each process loads it once."""
     tokenizer = replace(ChatTokenizer.load(folder), sampling=sampling, max_tokens=max_tokens)
     return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling))
 
@@ -275,7 +272,7 @@ def request_grammar(
 
 
 def _schema_error(error: GrammarError) -> ApiError:
-    """Return the response for a schema or a tool that is refused; what to change is up to the client."""
+    """Return the response for a schema or a tool that is refused; its hint is for the client too."""
     name = LEADING_NAME.match(error.message)
     message = error.message if error.hint is None else f"{error.message} ({error.hint})"
     return ApiError(400, message, "invalid_schema", name.group(1) if name else None)

@@ -18,7 +18,7 @@ MIN_TOP_P = 1e-6
 
 
 def to_integer(value: Any) -> Any:
-    """Return a whole number as an integer: for many clients, 40 and 40.0 are the same."""
+    """Return a float without a fraction as an integer: many clients write 40 as 40.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

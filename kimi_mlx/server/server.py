@@ -38,7 +38,7 @@ class ServingOptions:
         max_queue: maximum number of answers that wait for the engine.
         max_body_bytes: size limit of a request's body.
         log_prompts: whether request bodies are logged.
-        starts_worker: whether a worker process for long requests is started with the server, and not when it is needed.
+        starts_worker: whether a worker process for long requests is started with the server, before one is needed.
     """
 
     security: Security = field(default_factory=Security)
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End all answers, then wait until clients have received them."""
         self.service.close()
-        # in a thread, because a ring that restarts may let it wait
+        # in a thread, because it waits while a ring restarts
         asyncio.get_running_loop().run_in_executor(None, self.service.session.cancel_all)
         await super().shutdown(sockets)
 

@@ -122,7 +122,7 @@ class Service:
         return self._queue.waiting
 
     def cancel(self, request_id: int) -> None:
-        """Cancel a request of the session; in a thread, because a ring that restarts may let it wait."""
+        """Cancel a request of the session; in a thread, because it waits while a ring restarts."""
         asyncio.get_running_loop().run_in_executor(None, self.session.cancel, request_id)
 
     def close(self) -> None:

@@ -50,7 +50,7 @@ def opens_reasoning(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 def parse(
     tokenizer: Tokenizer, ids: Iterable[int], starts_in_reasoning: bool = False, tool_names: Collection[str] = ()
 ) -> Delta:
-    """Return a whole answer as one delta, equal to the sum of its streamed deltas."""
+    """Return a complete answer as one delta, equal to the sum of its streamed deltas."""
     parser = OutputParser(tokenizer, starts_in_reasoning, tool_names)
     return join([*(parser.add(token_id) for token_id in ids), parser.finish()])
 
@@ -61,7 +61,7 @@ class OutputParser:
     Args:
         tokenizer: tokenizer of the model.
         starts_in_reasoning: True if the prompt ends in `<think>`.
-        tool_names: names of the tools that the model may call, for ids that are not quite right.
+        tool_names: names of the tools that the model may call, to correct inexact ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, starts_in_reasoning: bool, tool_names: Collection[str] = ()):

@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, folder: Path) -> ChatTemplate | None:
-        """Read the template of a checkpoint, from the places that transformers knows; None if there is none.
+        """Read the template of a checkpoint, from the files that transformers reads; None if there is none.
 
         They are, best first: `chat_template.jinja` with `additional_chat_templates/*.jinja`, `chat_template.json`, and
         `chat_template` in `tokenizer_config.json`, one template or a list of named ones. Of several, `tool_use` is used
@@ -74,7 +74,8 @@ class ChatTemplate:
 
         Raises:
             TextError: the template is broken.
-            Source: `PreTrainedTokenizerBase.get_chat_template` and `ProcessorMixin` of transformers.
+
+        Source: `PreTrainedTokenizerBase.get_chat_template` and `ProcessorMixin` of transformers.
         """
         folder = Path(folder)
         named: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What one run of a chat template may use: operations, processor time, and memory of the values it makes."""
+"""Limits of one run of a chat template: operations, processor time, and memory of the values that it creates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CHARS = 32_000_000
 """Limit of one text; also of the texts in one list or object together, where each entry counts as `ENTRY_CHARS`."""
 ENTRY_CHARS = 32
 MAX_BYTES = 512 * 2**20
-"""Limit of all values that one run makes, including those that it no longer uses."""
+"""Limit of all values that one run creates, including those that it no longer uses."""
 MAX_SPLIT_CHARS = 4_000_000
 """Limit of a text that is cut into words or lines, because each part is an object of its own."""
 CONTAINERS = (list, tuple, dict, set, frozenset)
@@ -28,7 +28,7 @@ class TemplateLimitError(Exception):
 
 
 class Budget:
-    """What one run of a template may still use."""
+    """Remaining budget of one run of a template."""
 
     def __init__(self) -> None:
         self._steps = MAX_STEPS
@@ -56,7 +56,7 @@ class Budget:
             TemplateLimitError: the value has more than `MAX_CHARS`.
         """
         if isinstance(value, str):
-            return require(len(value))
+            return check_chars(len(value))
         if not is_container(value):
             return ENTRY_CHARS
         if (known := self._sizes.get(id(value))) is not None:
@@ -66,7 +66,7 @@ class Budget:
             entries = itertools.chain(*cast("dict[Any, Any]", value).items())
         total = ENTRY_CHARS
         for entry in entries:
-            total = require(total + ENTRY_CHARS + self.size(entry))
+            total = check_chars(total + ENTRY_CHARS + self.size(entry))
         self._sizes[id(cast("Any", value))] = (value, total)
         return total
 
@@ -90,12 +90,12 @@ budget_of_run: ContextVar[Budget] = ContextVar("budget_of_run")
 
 
 def budget() -> Budget:
-    """Return the budget of the run that is under way in this thread."""
+    """Return the budget of the current run in this thread."""
     return budget_of_run.get()
 
 
-def require(num_chars: int) -> int:
-    """Return the number of characters.
+def check_chars(num_chars: int) -> int:
+    """Check a number of characters and return it.
 
     Raises:
         TemplateLimitError: there are more than `MAX_CHARS`.
@@ -110,7 +110,7 @@ def is_container(value: Any) -> bool:
     return isinstance(value, CONTAINERS)
 
 
-def counted(values: Iterable[Any]) -> Iterator[Any]:
+def count_steps(values: Iterable[Any]) -> Iterator[Any]:
     """Count the entries of an iterable as steps, when they are used."""
     limits = budget()
     for value in values:

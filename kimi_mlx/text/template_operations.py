@@ -1,4 +1,4 @@
-"""Filters, tests and functions of chat templates, with the size of each result checked before it is made."""
+"""Filters, tests and functions of chat templates, with the size of each result checked before it is computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kimi_mlx.text.template_budget import (
     Budget,
     TemplateLimitError,
     budget,
-    counted,
+    check_chars,
+    count_steps,
     is_container,
-    require,
 )
 
 MAX_INTEGER_BITS = 10_000
@@ -37,7 +37,7 @@ OTHER_FILTERS = (
     " lower replace reverse round safe string title trim truncate upper"
 )
 SAFE_FILTERS = (*ITERATING_FILTERS, *OTHER_FILTERS.split())
-"""Filters that a template may use, beside `tojson`."""
+"""Filters that a template may use, besides `tojson`."""
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -48,7 +48,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _bounded_range(*bounds: int) -> range:
-    """Return a range that is no longer than a run may take steps."""
+    """Return a range, if it is not longer than MAX_STEPS."""
     steps = range(*bounds)
     if len(steps) > MAX_STEPS:
         raise TemplateLimitError(f"loops take more than {MAX_STEPS} steps")
@@ -59,12 +59,12 @@ def concat(parts: Iterable[str]) -> str:
     """Join the output of a template, a macro or a block."""
     limits = budget()
     total = 0
-    kept: list[str] = []
+    texts: list[str] = []
     for part in parts:
-        total = require(total + len(part))
-        kept.append(part)
+        total = check_chars(total + len(part))
+        texts.append(part)
         limits.step()
-    return limits.charge("".join(kept))
+    return limits.charge("".join(texts))
 
 
 def length_of(value: Any) -> int:
@@ -88,7 +88,7 @@ def as_text(value: Any) -> str:
     return limits.charge(str(value))
 
 
-def predict_product(limits: Budget, left: Any, right: Any) -> None:
+def check_product(limits: Budget, left: Any, right: Any) -> None:
     """Check the size of `left * right`."""
     if isinstance(left, int) and isinstance(right, int):
         if left.bit_length() + right.bit_length() > MAX_INTEGER_BITS:
@@ -96,36 +96,36 @@ def predict_product(limits: Budget, left: Any, right: Any) -> None:
         return
     for sequence, count in ((left, right), (right, left)):
         if isinstance(sequence, str | list | tuple) and isinstance(count, int):
-            require(length_of(sequence) * max(count, 0))
+            check_chars(length_of(sequence) * max(count, 0))
 
 
-def predict_method(limits: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check what a string method makes, if that can be more than its inputs."""
+def check_method(limits: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check the size of the result of a string method, if it can be larger than its inputs."""
     values = [*args, *kwargs.values()]
     if name == "replace":
-        _predict_replace(text, *values[:2])
+        _check_replace(text, *values[:2])
     elif name == "join":
         parts = values[0] if values else ()
-        require(limits.size(parts) + len(text) * len(cast("list[Any]", parts)))
+        check_chars(limits.size(parts) + len(text) * len(cast("list[Any]", parts)))
     elif name in ("split", "rsplit", "splitlines"):
         separator = values[0] if values and name != "splitlines" else None
         if not (isinstance(separator, str) and separator):
-            _require_short(text)
+            _check_length(text)
         else:
             limits.step(text.count(separator))
 
 
-def _predict_replace(text: str, old: Any = "", new: Any = "", *_: Any) -> None:
+def _check_replace(text: str, old: Any = "", new: Any = "", *_: Any) -> None:
     old, new = str(old), str(new)
-    require(len(text) + text.count(old) * max(len(new) - len(old), 0))
+    check_chars(len(text) + text.count(old) * max(len(new) - len(old), 0))
 
 
-def _require_short(text: str) -> None:
+def _check_length(text: str) -> None:
     if len(text) > MAX_SPLIT_CHARS:
         raise TemplateLimitError(f"a text of {len(text)} characters is too large to be split")
 
 
-def _require_width(value: Any) -> None:
+def _check_width(value: Any) -> None:
     width = len(value) if isinstance(value, str) else value
     if isinstance(width, int) and abs(width) > MAX_WIDTH:
         raise TemplateLimitError(f"a width of {width} is too large")
@@ -137,8 +137,8 @@ def format_percent(limits: Budget, text: str, values: Any) -> str:
         if "*" in conversion:
             raise TemplateLimitError("`*` as a width in a format is not available")
         for digits in re.findall(r"\d+", conversion):
-            _require_width(int(digits[:9]))
-    require(len(text) + text.count("%") * (MAX_WIDTH + limits.size(values)))
+            _check_width(int(digits[:9]))
+    check_chars(len(text) + text.count("%") * (MAX_WIDTH + limits.size(values)))
     return text % values
 
 
@@ -153,35 +153,35 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         before, (value, *options) = args[:first], args[first:]
         limits.size(value)
         if name in ITERATING_FILTERS:
-            value = list(counted(value))
+            value = list(count_steps(value))
             limits.charge(value)
-        _predict_filter(limits, name, value, [*options, *kwargs.values()])
+        _check_filter(limits, name, value, [*options, *kwargs.values()])
         if name == "format":
             return limits.charge(format_percent(limits, str(value), kwargs or tuple(options)))
         result = function(*before, value, *options, **kwargs)
-        return counted(cast("Iterator[Any]", result)) if isinstance(result, Iterator) else limits.charge(result)
+        return count_steps(cast("Iterator[Any]", result)) if isinstance(result, Iterator) else limits.charge(result)
 
     return run
 
 
-def _predict_filter(limits: Budget, name: str, value: Any, options: list[Any]) -> None:
-    """Check what a filter makes, if that can be more than a few times its input."""
+def _check_filter(limits: Budget, name: str, value: Any, options: list[Any]) -> None:
+    """Check the size of the result of a filter, if it can be much larger than its input."""
     for option in options:
         limits.size(option)
     if name == "replace":
-        _predict_replace(str(value), *options)
+        _check_replace(str(value), *options)
     elif name == "join":
         separator = next((option for option in options if isinstance(option, str)), "")
-        require(limits.size(value) + len(separator) * len(value))
+        check_chars(limits.size(value) + len(separator) * len(value))
     elif name == "title":
-        _require_short(str(value))
+        _check_length(str(value))
     elif name in ("indent", "round", "tojson", "batch", "slice"):
         for option in options:
-            _require_width(option)
+            _check_width(option)
         if name == "indent":
             width = max([4, *(len(option) if isinstance(option, str) else int(option) for option in options)])
             text = str(value)
-            require(len(text) + (text.count("\n") + 1) * width)
+            check_chars(len(text) + (text.count("\n") + 1) * width)
 
 
 def _bounded_test(test: Callable[..., Any]) -> Callable[..., Any]:

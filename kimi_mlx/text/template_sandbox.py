@@ -1,4 +1,4 @@
-"""jinja2's sandbox with limits on time and memory, because a chat template may be made to harm.
+"""jinja2's sandbox with limits on time and memory, because a chat template may be malicious.
 
 Limits on loop steps alone do not help: `{% set s = s ~ s %}` written 40 times makes a terabyte. So every operation that
 can repeat work or enlarge a value is counted: loops, calls, filters, tests, comparisons, operators, slices, literals
@@ -23,8 +23,8 @@ from kimi_mlx.text.template_budget import (
     TemplateLimitError,
     budget,
     budget_of_run,
-    counted,
-    require,
+    check_chars,
+    count_steps,
 )
 
 MAX_SOURCE_CHARS = 100_000
@@ -40,7 +40,7 @@ SAFE_METHODS: Mapping[type, frozenset[str]] = {
     list: frozenset(["count", "index"]),
     tuple: frozenset(["count", "index"]),
 }
-"""Methods that a template may use. Results are at most as large as the inputs, or `predict_method` checks them."""
+"""Methods that a template may use. Results are at most as large as the inputs, or `check_method` checks them."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -104,7 +104,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Offer no `str.format`."""
+        """Return None, so that `str.format` is not available."""
 
     def call(self, context: jinja2.runtime.Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function for a template."""
@@ -115,7 +115,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         limits.step()
         if isinstance(owner, str):
             args = tuple(map(_as_list, args))
-            operations.predict_method(limits, owner, function.__name__, args, kwargs)
+            operations.check_method(limits, owner, function.__name__, args, kwargs)
         return limits.charge(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
@@ -127,9 +127,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             return limits.charge(operations.format_percent(limits, left, right))
         if operator == "*":
-            operations.predict_product(limits, left, right)
+            operations.check_product(limits, left, right)
         elif operator == "+":
-            require(operations.length_of(left) + operations.length_of(right))
+            check_chars(operations.length_of(left) + operations.length_of(right))
         return limits.charge(super().call_binop(context, operator, left, right))
 
     # The names below are called by compiled templates; see `_InsertChecks`.
@@ -143,7 +143,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def count_steps(self, values: Iterable[Any]) -> Iterator[Any]:
         """Count the steps of a loop."""
-        return counted(values)
+        return count_steps(values)
 
     def charge(self, value: Any) -> Any:
         """Count a literal or a slice."""
@@ -151,7 +151,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         limits.step()
         return limits.charge(value)
 
-    def checked(self, value: Any) -> Any:
+    def check_operand(self, value: Any) -> Any:
         """Check an operand of a comparison."""
         limits = budget()
         limits.step()
@@ -160,7 +160,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _InsertChecks(NodeTransformer):
-    """Lets loops, `~`, literals, slices and comparisons of a template call the checks of `BoundedEnvironment`."""
+    """Makes loops, `~`, literals, slices and comparisons of a template call the checks of `BoundedEnvironment`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -189,9 +189,9 @@ class _InsertChecks(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _call("checked", node.expr)
+        node.expr = _call("check_operand", node.expr)
         for operand in node.ops:
-            operand.expr = _call("checked", operand.expr)
+            operand.expr = _call("check_operand", operand.expr)
         return node
 
 

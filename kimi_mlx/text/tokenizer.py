@@ -255,7 +255,7 @@ def _listed_tokens(path: Path) -> dict[int, str]:
 
 
 def _token_table(path: Path, read: Callable[[], dict[int, str]]) -> dict[int, str]:
-    """Return what `read` does; a wrong form is a `TextError`."""
+    """Return the table that `read` returns; raise TextError if the file has another form."""
     try:
         return read()
     except (AttributeError, KeyError, TypeError, ValueError) as error:

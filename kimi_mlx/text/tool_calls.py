@@ -30,7 +30,7 @@ def tool_name(call_id: str, tool_names: Collection[str] = ()) -> str:
     """Return the name of the tool in a call's id; empty if there is none.
 
     Kimi sometimes writes an id that differs from `functions.NAME:INDEX`: `functionsNAME5`, `functions_NAME_5`, `NAME`
-    or `call_NAME_5`. If exactly one offered tool fits such an id, it is meant.
+    or `call_NAME_5`. If exactly one offered tool fits such an id, its name is returned.
 
     Args:
         call_id: id as the model wrote it.
@@ -64,7 +64,7 @@ def _letters(text: str) -> str:
 
 
 def normalize_arguments(arguments: str) -> str:
-    """Return the arguments of a call as the JSON text of an object where that is certainly meant.
+    """Return the arguments of a call, with two forms that models and clients write corrected to a JSON object.
 
     Blank arguments and `null` become `{}`; an object that was encoded twice is decoded once. All other text is returned
     unchanged.

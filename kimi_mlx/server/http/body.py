@@ -1,9 +1,8 @@
 """JSON bodies: parsing of requests, with errors that name the location, and JSON responses.
 
-Accepted is what the JSON libraries of Python and JavaScript write: UTF-8, UTF-16 or UTF-32, with or without a byte
-order mark; halves of surrogate pairs, from texts that were cut inside an emoji, which become U+FFFD; names that appear
-twice, of which the last one counts. NaN and Infinity, which are not JSON, are refused, as are numbers that no float can
-represent.
+Bodies may be in UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Halves of surrogate pairs, from texts that
+were cut inside an emoji, become U+FFFD. Of names that appear twice, the last one counts. Refused are NaN and Infinity,
+which are not JSON, and numbers that no float can represent.
 """
 
 from __future__ import annotations
@@ -156,8 +155,8 @@ def _most_relevant(errors: Sequence[ErrorDetails], body: object) -> ApiError:
     """Return the most relevant error.
 
     If a field allows several types, pydantic reports the errors of each. We prefer an error about a value of the right
-    type to an error about the type, and then the deepest error, furthest in its list, which belongs to the type that
-    fits best.
+    type to an error about the type. Of these we prefer the deepest, then the last in its list: it belongs to the type
+    that fits best.
     """
 
     def relevance(error: ErrorDetails) -> tuple[bool, int, list[int]]:

@@ -54,7 +54,7 @@ class Decoder:
         if not data:
             return
         if self._zlib is None:
-            # some clients leave out the header, whose first four bits would be 8 for deflate
+            # some clients omit the header, whose low four bits are 8 for deflate
             self._zlib = zlib.decompressobj(WITH_HEADER if data[0] & 15 == 8 and data[0] >> 4 <= 7 else RAW)
         try:
             is_full = False  # whether the last piece had the maximum size, so that more may be waiting

@@ -1,4 +1,4 @@
-"""What the routes of all APIs share: the service, the model's names, and the way from a body to a response."""
+"""Context of the routes of all APIs: the service, the model's names, and the steps from a body to a response."""
 
 from __future__ import annotations
 

@@ -82,13 +82,13 @@ class _BodyReceiver:
             raise ApiError(408, f"the body did not arrive within {BODY_LIMIT_S:.0f} s", "timeout") from error
         self._is_complete = not message.get("more_body", False)
         try:
-            return await self._decoded(message)
+            return await self._decode(message)
         except ApiError:
             if not self._is_complete:
                 await _discard_body(self._receive)
             raise
 
-    async def _decoded(self, message: Message) -> Message:
+    async def _decode(self, message: Message) -> Message:
         body: bytes = message.get("body", b"")
         self._size += len(body)
         if self._size > self._max_bytes:
@@ -101,7 +101,7 @@ class _BodyReceiver:
             self._decoded_size += len(piece)
             if self._decoded_size > self._max_bytes:
                 raise _too_large(self._decoded_size, self._max_bytes)
-            await asyncio.sleep(0)  # other requests come first
+            await asyncio.sleep(0)  # lets other requests run between the pieces
         if self._is_complete:
             self._decoder.finish()
         return {**message, "body": b"".join(pieces)}
