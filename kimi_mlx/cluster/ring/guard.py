@@ -3,7 +3,7 @@
 MLX's ring holds Python's lock while it connects, so a rank cannot watch its own input then. The guard ends the child
 when its own input ends (the front or its ssh session is gone), when the input stops (the network is gone: the front
 sends a message every second), or on a signal. It closes the child's input, waits for the time that the
-child has asked for, then sends SIGTERM, and SIGKILL last. It removes the child's temporary folder.
+child has requested, then sends SIGTERM, and SIGKILL last. It removes the child's temporary folder.
 
 The guard also holds copies of the ring's sockets. If the child is lost, they stay open for HOLD_S, because MLX's ring
 waits forever in a rank that sees a connection fail. Meanwhile the front tells the other ranks to end.
