@@ -63,7 +63,7 @@ def _download_stores(
     choice = place_model(target, ranks, strategy, is_quiet=is_quiet)
     store = StoreOptions(target.source, stores_root(), ranks, choice.strategy, options.revision, options.keep_source)
     observer = TerminalObserver(target, is_quiet)
-    return prepare_stores(target, store, group, observer, is_dry=options.dry_run, is_check=options.verify)
+    return prepare_stores(target, store, group, observer, dry_run=options.dry_run, verify=options.verify)
 
 
 def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: bool) -> DownloadReport:

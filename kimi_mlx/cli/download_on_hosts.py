@@ -50,8 +50,8 @@ def download_on_hosts(launch: LaunchContext, name: str, options: DownloadOptions
             model=name_for_hosts(target),
             strategy=launch.choice.strategy,
             revision=options.revision,
-            is_dry=options.dry_run,
-            is_check=options.verify,
+            dry_run=options.dry_run,
+            verify=options.verify,
             keep_source=options.keep_source,
         )
         names = [host.ssh for host in launch.cluster.hostfile.hosts]

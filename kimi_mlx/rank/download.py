@@ -90,7 +90,7 @@ def serve(channel: Channel, start: Message) -> None:
         keep_source=start["keep_source"],
     )
     result = prepare_stores(
-        target, options, group, ChannelObserver(channel), is_dry=start["is_dry"], is_check=start["is_check"]
+        target, options, group, ChannelObserver(channel), dry_run=start["dry_run"], verify=start["verify"]
     )
     channel.report_progress("idle")
     channel.send("done", result=result)

@@ -52,8 +52,8 @@ def prepare_stores(
     group: Group,
     observer: DownloadObserver,
     *,
-    is_dry: bool = False,
-    is_check: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
 ) -> DownloadReport:
     """Prepare the stores of all ranks; over a group, the store of this process's rank.
 
@@ -62,8 +62,8 @@ def prepare_stores(
         options: stores to build.
         group: group of the hosts.
         observer: observer of the progress.
-        is_dry: whether to only report what would be done.
-        is_check: whether to verify checksums and build broken files again.
+        dry_run: whether to only report what would be done.
+        verify: whether to verify checksums and build broken files again.
 
     Returns:
         JSON document of the download.
@@ -73,16 +73,16 @@ def prepare_stores(
     """
     broken: Mapping[int, Sequence[str]] = {}
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
-    stores = None if is_dry else find_built_stores(options, group)
+    stores = None if dry_run else find_built_stores(options, group)
     if stores is not None:
-        broken = _find_broken(stores.folder, ranks, observer) if is_check else _find_truncated(stores.folder, ranks)
+        broken = _find_broken(stores.folder, ranks, observer) if verify else _find_truncated(stores.folder, ranks)
         if not any_host(any(broken.values()), group):
-            return _report_stores(model, stores, ranks, "is verified" if is_check else "is on this machine")
+            return _report_stores(model, stores, ranks, "is verified" if verify else "is on this machine")
         options = replace(options, revision=stores.origin.commit)
     job = open_build_job(options, group)
-    if is_dry:
+    if dry_run:
         return _dry_run(model, options, job, ranks)
-    if is_check and stores is None:
+    if verify and stores is None:
         broken = _find_broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], observer)
     observer.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
     with observer.on_build() as report:
@@ -93,7 +93,7 @@ def prepare_stores(
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "folder": str(job.folder),
-        "state": describe_state(is_check, broken_names, "is fetched and verified" if model.repository else "is built"),
+        "state": describe_state(verify, broken_names, "is fetched and verified" if model.repository else "is built"),
         "broken": broken_names,
         "kept_bytes": job.source.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
@@ -180,14 +180,14 @@ def dry_run_report(
     }
 
 
-def describe_state(is_check: bool, broken: list[str], done: str = "is fetched and verified") -> str:
+def describe_state(verify: bool, broken: list[str], done: str = "is fetched and verified") -> str:
     """Return the result for a model as a predicate, such as `is repaired (1 broken file)`.
 
     Args:
-        is_check: whether the files were verified.
+        verify: whether the files were verified.
         broken: names of the files that were broken.
         done: result of a download without `--verify`.
     """
     if broken:
         return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
-    return "is verified" if is_check else done
+    return "is verified" if verify else done
