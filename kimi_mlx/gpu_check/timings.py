@@ -105,7 +105,7 @@ def _sorted_experts(context: Context, model: Model) -> None:
         x = mx.random.normal((1, length, model.config.hidden_size), key=mx.random.key(length))
         x = x.astype(model.layers[0]["input_layernorm"].dtype)
         for label, value in (("sorted", 0), ("unsorted", NO_LIMIT)):
-            seconds = _seconds_with(context, model, lambda x=x: [mlp(x, None)], sort_min_choices=value)
+            seconds = _seconds_with(context, model, lambda x=x: [mlp(x, None, *mlp.gate(x))], sort_min_choices=value)
             context.measure("experts, choices", f"{length * mlp.gate.num_chosen} {label}", seconds * 1e3, "ms")
 
 
