@@ -31,7 +31,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         chunk: prefill chunk; None for the largest useful one that fits.
     """
-    mine = engine_limits(
+    own_limits = engine_limits(
         model.config,
         rank_shape_of(model),
         len(model.layers),
@@ -40,7 +40,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         chunk=chunk,
         largest_chunk=model.tuning.prefill_chunk,
     )
-    smallest = gather_on_host(group, np.array(astuple(mine), np.int32)).min(axis=0)
+    smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
 
 

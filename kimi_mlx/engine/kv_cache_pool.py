@@ -80,8 +80,8 @@ class SequenceCache:
 
     def copy(self, other: SequenceCache, length: int) -> None:
         """Replace the contents with the first `length` tokens of another cache; at least one."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.copy(theirs, length)
+        for layer, other_layer in zip(self.layers, other.layers, strict=True):
+            layer.copy(other_layer, length)
         self.tokens = other.tokens[:length]
 
     def resize(self, tokens: int) -> None:
@@ -89,9 +89,9 @@ class SequenceCache:
         rows = padded_length(tokens)
         for layer in self.layers:
             if layer.keys is not None and layer.keys.shape[2] != rows:
-                kept = layer.keys[:, :, : layer.offset]
-                shape = (*kept.shape[:2], rows - layer.offset, kept.shape[3])
-                layer.keys = mx.concatenate([kept, mx.zeros(shape, kept.dtype)], axis=2)
+                keys = layer.keys[:, :, : layer.offset]
+                shape = (*keys.shape[:2], rows - layer.offset, keys.shape[3])
+                layer.keys = mx.concatenate([keys, mx.zeros(shape, keys.dtype)], axis=2)
         mx.async_eval([layer.state for layer in self.layers])
 
     def append(self, tokens: Sequence[int], rows: mx.array, capacity: int) -> None:

@@ -148,15 +148,15 @@ class StepRunner:
             for entry in entries
             if entry.previous_entry is not None
         ]
-        known = [token for entry in entries if entry.previous_entry is None for token in entry.tokens]
+        known_tokens = [token for entry in entries if entry.previous_entry is None for token in entry.tokens]
         if not rows:
-            return mx.array([known])
+            return mx.array([known_tokens])
         if previous is None or previous.sampled is None:
-            return mx.array([[0] * len(rows) + known])
+            return mx.array([[0] * len(rows) + known_tokens])
         sampled = previous.sampled.tokens
         if rows != list(range(sampled.size)):
             sampled = sampled[mx.array(rows)]
-        return (mx.concatenate([sampled, mx.array(known, sampled.dtype)]) if known else sampled)[None]
+        return (mx.concatenate([sampled, mx.array(known_tokens, sampled.dtype)]) if known_tokens else sampled)[None]
 
     def _leader_state(self, step: InFlightStep) -> LeaderState:
         if self._communicator is None or step.header is None:

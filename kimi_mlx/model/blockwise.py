@@ -54,14 +54,14 @@ def attend(q: mx.array, rows: mx.array, expand: Expand, mask: mx.array) -> mx.ar
         block = rows[:, :, start : min(start + KEY_BLOCK, past)]
         sums = _add(sums, q, *expand(_after(sums, block)))
     k, v = expand(_after(sums, rows[:, :, past:]))
-    done: list[mx.array] = []
+    outputs: list[mx.array] = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         before = None if sums is None else sums.rows(start, stop)
-        queries = _after(done[-1:], q[:, :, start:stop])
+        queries = _after(outputs[-1:], q[:, :, start:stop])
         final = _add(before, queries, k[:, :, :stop], v[:, :, :stop], mask[start - stop :, -stop:])
-        done.append((final.values / final.total).astype(q.dtype))
-    return done[0] if len(done) == 1 else mx.concatenate(done, axis=2)
+        outputs.append((final.values / final.total).astype(q.dtype))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
 def _after(first: Sequence[mx.array] | None, then: mx.array) -> mx.array:

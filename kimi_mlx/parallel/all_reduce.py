@@ -64,7 +64,7 @@ def tune_all_reduce(group: Group, width: int, dtype: mx.Dtype) -> AllReduceChoic
         elapsed_s = time.perf_counter() - begin
         rounds, is_next = _broadcast(group, *_plan(warm, elapsed_s))
         times = [_time_both(group, x, index, SUMS_PER_ROUND) for index in range(rounds)] or [warm]
-        gather_s, all_sum_s = (statistics.median(each) for each in zip(*times, strict=True))
+        gather_s, all_sum_s = (statistics.median(column) for column in zip(*times, strict=True))
         medians.append((gather_s, all_sum_s))
         sizes.append((tokens, x.nbytes, len(times)))
     means: list[list[float]] = gather_on_host(group, medians).mean(axis=0).tolist()

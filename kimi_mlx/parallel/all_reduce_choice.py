@@ -61,9 +61,9 @@ class AllReduceChoice:
     def details(self) -> str:
         """Return the sentence with the timings, for a log."""
         rows = [
-            f"{each.tokens} tokens, {format_bytes(each.size_bytes)}: gathered {each.gather_s * 1e3:.2f} ms, "
-            f"all_sum {each.all_sum_s * 1e3:.2f} ms ({each.rounds} rounds)"
-            for each in self.timings
+            f"{timing.tokens} tokens, {format_bytes(timing.size_bytes)}: gathered {timing.gather_s * 1e3:.2f} ms, "
+            f"all_sum {timing.all_sum_s * 1e3:.2f} ms ({timing.rounds} rounds)"
+            for timing in self.timings
         ]
         return f"{self}; measured in {self.seconds:.2f} s: {'; '.join(rows)}"
 
@@ -76,7 +76,7 @@ class AllReduceChoice:
     def from_dict(cls, value: Mapping[str, Any]) -> AllReduceChoice:
         """Read the output of to_dict."""
         limit = NO_LIMIT if value["gather_limit_bytes"] is None else value["gather_limit_bytes"]
-        timings = tuple(AllReduceTiming(**each) for each in value["timings"])
+        timings = tuple(AllReduceTiming(**timing) for timing in value["timings"])
         return cls(limit, timings, value["is_same_bits"], value["seconds"])
 
 
@@ -100,5 +100,5 @@ def gather_limit(timings: Sequence[AllReduceTiming], is_complete: bool) -> int:
 
 
 def _relative_time(timings: Sequence[AllReduceTiming], cut: int) -> float:
-    chosen = [each.gather_s if index < cut else each.all_sum_s for index, each in enumerate(timings)]
-    return sum(taken / min(each.gather_s, each.all_sum_s) for taken, each in zip(chosen, timings, strict=True))
+    times = [timing.gather_s if index < cut else timing.all_sum_s for index, timing in enumerate(timings)]
+    return sum(time_s / min(timing.gather_s, timing.all_sum_s) for time_s, timing in zip(times, timings, strict=True))

@@ -66,24 +66,24 @@ class PipelineCommunicator(RankCommunicator):
 
         The message is sent immediately, so that it precedes everything that is built later.
         """
-        kept = hidden[:, :num_logits]
+        logit_states = hidden[:, :num_logits]
         if self.is_leader:
             header = [_digits(tokens[:, : self._num_tokens])] if self._num_tokens else []
             self._fields = mx.concatenate([mx.array(self._next_header()), *header]).astype(self._dtype)
             self._header = StepHeader(self._fields[None], self._number, self._returned)
             self._returned = None
             if num_logits:
-                self._awaited.append((self._number, kept))
+                self._awaited.append((self._number, logit_states))
         is_end = self.group.rank == self.group.size - 1
         if is_end and not num_logits:
-            return kept
-        states, fields = (kept, self._fields[:HEADER_SIZE]) if is_end else (hidden, self._fields)
+            return logit_states
+        states, fields = (logit_states, self._fields[:HEADER_SIZE]) if is_end else (hidden, self._fields)
         parts = [states.reshape(-1), fields]
         if self._is_checked(self._number):
             parts.append(_digits(digest(states)).astype(self._dtype))
         sent = self._send(mx.concatenate(parts))
         mx.async_eval(sent)
-        return kept if self.is_leader else sent
+        return logit_states if self.is_leader else sent
 
     def recv_last_hidden(self, hidden: mx.array) -> mx.array:
         """Receive the output of the last layer on rank 0, in the order of the calls of send_to_next_stage.

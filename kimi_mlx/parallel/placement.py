@@ -189,7 +189,7 @@ def place(config: ModelConfig, strategy: str, world_size: int, granularity: Spli
     """
     strategy = normalize_strategy(strategy, world_size)
     name, weights = parse_strategy(strategy)
-    is_sharded = {field: field in SHARDED_AXES[name] for field in (each.name for each in fields(RankShare))}
+    is_sharded = {field: field in SHARDED_AXES[name] for field in (item.name for item in fields(RankShare))}
 
     def ranges(field: str, total: int, unit: int | None, axis: str) -> list[Range]:
         if not is_sharded[field]:

@@ -81,8 +81,10 @@ def _serve_zeros(selector: selectors.BaseSelector) -> None:
 
 def _resolve(addresses: Iterable[str]) -> set[Address]:
     pairs = (address.rsplit(":", 1) for address in addresses)
-    found = [socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4] for host, port in pairs]
-    return {(str(address[0]), int(address[1])) for address in found}
+    socket_addresses = [
+        socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4] for host, port in pairs
+    ]
+    return {(str(address[0]), int(address[1])) for address in socket_addresses}
 
 
 def _ends_of(fd: int) -> tuple[Address, Address] | None:

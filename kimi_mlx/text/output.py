@@ -158,12 +158,12 @@ class OutputParser:
     def _add_text_in_section(self, text: str) -> None:
         """Drop blanks and the misspelled end of the section. Any other text ends the section."""
         self._held += text
-        seen = self._held.lstrip()
-        if seen.startswith(MISSPELLED_END):
+        content = self._held.lstrip()
+        if content.startswith(MISSPELLED_END):
             self._held = ""
             self._state = State.TEXT
-            self._add_plain_text(seen.removeprefix(MISSPELLED_END))
-        elif not MISSPELLED_END.startswith(seen):
+            self._add_plain_text(content.removeprefix(MISSPELLED_END))
+        elif not MISSPELLED_END.startswith(content):
             text, self._held = self._held, ""
             self._state = State.TEXT
             self._add_plain_text(text)

@@ -81,8 +81,8 @@ class ChatTemplate:
         named: dict[str, str] = {}
         path = folder / "tokenizer_config.json"
         for file in (path, folder / LEGACY_TEMPLATE_FILE):
-            if found := _named_templates(file):
-                named, path = found, file
+            if templates := _named_templates(file):
+                named, path = templates, file
         extra = {file.stem: file for file in sorted((folder / EXTRA_TEMPLATE_FOLDER).glob("*.jinja"))}
         if (folder / TEMPLATE_FILE).exists():
             named, path = {}, folder / TEMPLATE_FILE

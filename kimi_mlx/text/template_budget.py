@@ -59,8 +59,8 @@ class Budget:
             return check_chars(len(value))
         if not is_container(value):
             return ENTRY_CHARS
-        if (known := self._sizes.get(id(value))) is not None:
-            return known[1]
+        if (record := self._sizes.get(id(value))) is not None:
+            return record[1]
         entries = cast("Iterable[Any]", value)
         if isinstance(value, dict):
             entries = itertools.chain(*cast("dict[Any, Any]", value).items())

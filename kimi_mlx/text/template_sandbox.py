@@ -78,8 +78,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def texts_of(self, source: str) -> list[str]:
         """Return the texts that a template can write: what is outside of tags, and its string constants."""
-        found = self.parse(source).find_all((nodes.TemplateData, nodes.Const))
-        values = [node.data if isinstance(node, nodes.TemplateData) else node.value for node in found]
+        text_nodes = self.parse(source).find_all((nodes.TemplateData, nodes.Const))
+        values = [node.data if isinstance(node, nodes.TemplateData) else node.value for node in text_nodes]
         return [value for value in values if isinstance(value, str)]
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:

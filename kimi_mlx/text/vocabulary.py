@@ -57,23 +57,23 @@ def read_ranks(path: Path) -> list[bytes]:
     """
     data = _read(path)
     by_rank: dict[int, bytes] = {}
-    seen: dict[bytes, int] = {}
+    rank_of_token: dict[bytes, int] = {}
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         token, rank = _parse_line(line, path, number)
         if rank in by_rank:
             raise TextError(f"`{path}` line {number}: rank {rank} appears twice", hint=HINT)
-        if token in seen:
-            raise TextError(f"`{path}` line {number}: same token as rank {seen[token]}", hint=HINT)
+        if token in rank_of_token:
+            raise TextError(f"`{path}` line {number}: same token as rank {rank_of_token[token]}", hint=HINT)
         by_rank[rank] = token
-        seen[token] = rank
+        rank_of_token[token] = rank
     if not by_rank:
         raise TextError(f"`{path}` has no tokens", hint=HINT)
     gap = next((rank for rank in range(len(by_rank)) if rank not in by_rank), None)
     if gap is not None:
         raise TextError(f"`{path}` has {len(by_rank)} tokens but none of rank {gap}", hint=HINT)
-    missing = next((byte for byte in range(256) if bytes([byte]) not in seen), None)
+    missing = next((byte for byte in range(256) if bytes([byte]) not in rank_of_token), None)
     if missing is not None:
         raise TextError(f"`{path}` has no token for the single byte 0x{missing:02x}", hint=HINT)
     return [by_rank[rank] for rank in range(len(by_rank))]

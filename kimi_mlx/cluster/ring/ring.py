@@ -321,7 +321,7 @@ class Ring:
         if own_errors or (reported and not killed):
             return (own_errors or reported)[0]
         ending = [*(process.rank for process in ended), *last]
-        causes = [each for each in ending if LOST_PEER not in self._ranks[each].output]
+        causes = [number for number in ending if LOST_PEER not in self._ranks[number].output]
         cause = next(iter(killed or causes), rank)
         process = self._ranks[cause]
         if process.exit_code == SSH_FAILED and not is_local(self._host(cause)):

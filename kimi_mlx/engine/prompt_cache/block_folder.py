@@ -44,8 +44,8 @@ def open_folder(cache_dir: Path, root: str, share: str, stamp: str) -> tuple[Pat
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.parent.chmod(0o700)
     lock = _lock(folder, LOCK_WAIT_S)
-    found = os.pread(lock, 1 << 16, 0)
-    if found != stamp.encode():
+    old_stamp = os.pread(lock, 1 << 16, 0)
+    if old_stamp != stamp.encode():
         for file in _blocks_in(folder):
             file.unlink()
         os.ftruncate(lock, 0)
@@ -55,31 +55,31 @@ def open_folder(cache_dir: Path, root: str, share: str, stamp: str) -> tuple[Pat
 
 def scan(folder: Path, block_bytes: int) -> dict[Block, float]:
     """Return the blocks in a folder with the time of their last use. Remove incomplete files."""
-    found: dict[Block, float] = {}
+    last_uses: dict[Block, float] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if match := FILE.fullmatch(entry.name):
                 status = entry.stat()
                 if status.st_size > block_bytes:
-                    found[Block(match[1], match[2])] = status.st_mtime
+                    last_uses[Block(match[1], match[2])] = status.st_mtime
                     continue
             if match or PART.fullmatch(entry.name):
                 _unlink(Path(entry.path))
-    return found
+    return last_uses
 
 
-def oldest_first(found: dict[Block, float], root: str) -> list[Block]:
+def oldest_first(last_uses: dict[Block, float], root: str) -> list[Block]:
     """Return the blocks reachable from the root, least recently used first.
 
     A block is as recent as its most recent descendant, so a chain is evicted from its end.
     """
     children: dict[str, list[Block]] = {}
-    for block in {block.name: block for block in found if block.name != root}.values():
+    for block in {block.name: block for block in last_uses if block.name != root}.values():
         children.setdefault(block.parent, []).append(block)
     reached: list[Block] = list(children.get(root, []))
     for block in reached:  # grows while iterating; each block comes after its parent
         reached += children.get(block.name, [])
-    recent = {block.name: found[block] for block in reached}
+    recent = {block.name: last_uses[block] for block in reached}
     for block in reversed(reached):
         recent[block.parent] = max(recent.get(block.parent, 0.0), recent[block.name])
     reached.reverse()

@@ -72,10 +72,10 @@ class BlockStore:
         self._lock: int | None = None
         try:
             self._folder, self._lock = open_folder(cache_dir, self._root, share, stamp)
-            found = scan(self._folder, shape.block_bytes)
+            last_uses = scan(self._folder, shape.block_bytes)
             others = evict_other_models(cache_dir, self._root, max_bytes)
             free = free_disk_bytes(self._folder) - RESERVE_BYTES
-            room = min((max_bytes - others) // parts, self._file_bytes * len(found) + free // parts)
+            room = min((max_bytes - others) // parts, self._file_bytes * len(last_uses) + free // parts)
         except BlockingIOError:
             warn(f"no prompt cache on disk: another process uses `{cache_dir}` with this model; give it its own folder")
             return
@@ -86,8 +86,8 @@ class BlockStore:
         self.capacity = max(room // self._file_bytes, 0)
         if not self.capacity:
             warn(f"no prompt cache on disk: there is no room in `{cache_dir}` for a block of {self._file_bytes} bytes")
-        self._blocks.update((block.name, block) for block in oldest_first(found, self._root))
-        for block in found.keys() - set(self._blocks.values()):
+        self._blocks.update((block.name, block) for block in oldest_first(last_uses, self._root))
+        for block in last_uses.keys() - set(self._blocks.values()):
             self._writer.remove(block)
         self._evict()
 
@@ -109,10 +109,10 @@ class BlockStore:
             names: names of the blocks that all ranks have, in the order of one rank.
             capacity: smallest capacity of any rank, in blocks.
         """
-        kept = OrderedDict((name, self._blocks.pop(name)) for name in names)
+        common_blocks = OrderedDict((name, self._blocks.pop(name)) for name in names)
         for block in self._blocks.values():
             self._writer.remove(block)
-        self._blocks, self.capacity, self._is_agreed = kept, capacity, True
+        self._blocks, self.capacity, self._is_agreed = common_blocks, capacity, True
         self._evict()
 
     def find(self, tokens: Sequence[int]) -> list[Block]:
