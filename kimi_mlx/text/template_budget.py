@@ -13,13 +13,14 @@ MAX_STEPS = 1_000_000
 """Limit of loop steps, calls, filters and other operations in one run."""
 MAX_CPU_S = 1.5
 """Limit of processor time in one run."""
-MAX_CHARS = 32_000_000
+MAX_CHARS = 10_000_000
 """Limit of one text; also of the texts in one list or object together, where each entry counts as `ENTRY_CHARS`."""
 ENTRY_CHARS = 32
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 384 * 2**20
 """Limit of all values that one run creates, including those that it no longer uses."""
-MAX_SPLIT_CHARS = 4_000_000
+MAX_SPLIT_CHARS = 2_000_000
 """Limit of a text that is cut into words or lines, because each part is an object of its own."""
+MAX_INTEGER_BITS = 10_000
 CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
@@ -79,6 +80,8 @@ class Budget:
         self.size(value)
         if isinstance(value, str):
             self._bytes -= sys.getsizeof(value)
+        elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            raise TemplateLimitError(f"a number of {value.bit_length()} bits is too large")
         elif is_container(value):
             self._bytes -= 64 * len(value)
         if self._bytes < 0:

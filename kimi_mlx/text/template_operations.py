@@ -13,6 +13,7 @@ import jinja2
 
 from kimi_mlx.text.template_budget import (
     ENTRY_CHARS,
+    MAX_INTEGER_BITS,
     MAX_SPLIT_CHARS,
     MAX_STEPS,
     Budget,
@@ -23,11 +24,19 @@ from kimi_mlx.text.template_budget import (
     is_container,
 )
 
-MAX_INTEGER_BITS = 10_000
-CONVERSION = re.compile(r"%(?:\([^)]*\))?([^a-zA-Z%]*)")
-"""A conversion of a `%` format; the group has its flags, width and precision."""
+CONVERSION = re.compile(r"%(?:%|(?:\([^()]*\))?([^a-zA-Z%(]*)(\(?))")
+"""A conversion of a `%` format: its flags, width and precision, and a parenthesis if its key has parentheses."""
 MAX_WIDTH = 1_000
-"""Limit of widths, indents and precisions."""
+"""Limit of widths, indents and precisions, and of the length of texts that name something, such as an attribute."""
+MAX_SEARCH_CHARS = 64
+"""Limit of a text to search from the end and of a set of characters to strip: both take time times its length."""
+
+MAX_GROWTH: Mapping[str, int] = {
+    **dict.fromkeys(["capitalize", "casefold", "lower", "swapcase", "title", "upper"], 3),
+    **dict.fromkeys(["e", "escape", "forceescape"], 6),
+}
+"""Largest number of characters that a method or filter makes of one, by its name."""
+SLOW_SEARCHES = frozenset(["lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"])
 
 ITERATING = "batch groupby join list map max min reject rejectattr select selectattr slice sort unique"
 ITERATING_FILTERS = frozenset(ITERATING.split())
@@ -102,6 +111,7 @@ def check_product(limits: Budget, left: Any, right: Any) -> None:
 def check_method(limits: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Check the size of the result of a string method, if it can be larger than its inputs."""
     values = [*args, *kwargs.values()]
+    _check_text(name, text, values)
     if name == "replace":
         _check_replace(text, *values[:2])
     elif name == "join":
@@ -113,6 +123,14 @@ def check_method(limits: Budget, text: str, name: str, args: tuple[Any, ...], kw
             _check_length(text)
         else:
             limits.step(text.count(separator))
+
+
+def _check_text(name: str, text: str, options: list[Any]) -> None:
+    """Check what string methods and filters of the same names have in common."""
+    check_chars(MAX_GROWTH.get(name, 1) * len(text))
+    searched = [option for option in options if isinstance(option, str)] if name in SLOW_SEARCHES else []
+    if any(len(option) > MAX_SEARCH_CHARS for option in searched):
+        raise TemplateLimitError(f"a text of more than {MAX_SEARCH_CHARS} characters is too large for `{name}`")
 
 
 def _check_replace(text: str, old: Any = "", new: Any = "", *_: Any) -> None:
@@ -133,9 +151,9 @@ def _check_width(value: Any) -> None:
 
 def format_percent(limits: Budget, text: str, values: Any) -> str:
     """Return `text % values` if its widths and its values are small enough."""
-    for conversion in CONVERSION.findall(text):
-        if "*" in conversion:
-            raise TemplateLimitError("`*` as a width in a format is not available")
+    for conversion, parenthesis in CONVERSION.findall(text):
+        if "*" in conversion or parenthesis:
+            raise TemplateLimitError("`*` and keys with parentheses are not available in a format")
         for digits in re.findall(r"\d+", conversion):
             _check_width(int(digits[:9]))
     check_chars(len(text) + text.count("%") * (MAX_WIDTH + limits.size(values)))
@@ -156,6 +174,8 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             value = list(count_steps(value))
             limits.charge(value)
         _check_filter(limits, name, value, [*options, *kwargs.values()])
+        if name in ("e", "escape", "forceescape", "safe"):  # plain text, because `Markup` escapes text added to it
+            return limits.charge("".join((function(*before, value), "")))
         if name == "format":
             return limits.charge(format_percent(limits, str(value), kwargs or tuple(options)))
         result = function(*before, value, *options, **kwargs)
@@ -168,8 +188,14 @@ def _check_filter(limits: Budget, name: str, value: Any, options: list[Any]) -> 
     """Check the size of the result of a filter, if it can be much larger than its input."""
     for option in options:
         limits.size(option)
+        if name not in ("replace", "join", "default", "d", "format"):
+            _check_width(option if isinstance(option, str) else 0)
+    if isinstance(value, str):
+        _check_text(name, value, options)
     if name == "replace":
         _check_replace(str(value), *options)
+    elif name == "int":
+        _check_width(value if isinstance(value, str) else 0)
     elif name == "join":
         separator = next((option for option in options if isinstance(option, str)), "")
         check_chars(limits.size(value) + len(separator) * len(value))
@@ -178,6 +204,8 @@ def _check_filter(limits: Budget, name: str, value: Any, options: list[Any]) -> 
     elif name in ("indent", "round", "tojson", "batch", "slice"):
         for option in options:
             _check_width(option)
+            if isinstance(option, list | tuple) and limits.size(option) > MAX_WIDTH:
+                raise TemplateLimitError("separators of JSON are too long")
         if name == "indent":
             width = max([4, *(len(option) if isinstance(option, str) else int(option) for option in options)])
             text = str(value)
@@ -206,6 +234,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Return JSON as Hugging Face's templates expect it: without HTML escapes or Unicode escapes."""
+    check_chars(
+        budget().size(value) * (12 if ensure_ascii else 1)
+    )  # an emoji is written as two escapes of 6 characters
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if indent is None:
         return encoder.encode(value)

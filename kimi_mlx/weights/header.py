@@ -20,6 +20,9 @@ from kimi_mlx.model.config import unreadable_hint
 MAX_HEADER_BYTES = 100_000_000
 """Maximum size of a header according to the format."""
 
+LFS_POINTER = b"version "
+"""First bytes of the text file that stands for a file in a clone without Git LFS."""
+
 MAX_AXES = 16
 """Maximum number of axes of a tensor."""
 MAX_SIZE = 2**63
@@ -94,7 +97,13 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
         WeightsError: the file is not a safetensors file, a name occurs twice, or a tensor has an invalid type, shape or
             range: one that is reversed, longer than the file, shared with another tensor, or not that of its shape.
     """
-    length = int.from_bytes(read(0, 8), "little")
+    start = read(0, 8)
+    if start == LFS_POINTER:
+        raise WeightsError(
+            f"`{file}` is a pointer of Git LFS, not the file itself",
+            hint="run `git lfs pull` in its folder, or fetch the model with `kimi-mlx download`",
+        )
+    length = int.from_bytes(start, "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise WeightsError(
             f"`{file}` is not a safetensors file: its header has {length} bytes, the file {size}",

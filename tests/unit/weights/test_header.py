@@ -94,6 +94,14 @@ def test_a_header_of_impossible_length_is_not_read(length: int) -> None:
         parse_header(Path("model.safetensors"), 2**40, read)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n")
+    with pytest.raises(WeightsError, match=r"model\.safetensors` is a pointer of Git LFS") as caught:
+        read_header(file)
+    assert "git lfs pull" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(("first", "second"), [([0, 16], [0, 16]), ([0, 16], [12, 28]), ([4, 20], [0, 16])])
 def test_tensors_that_overlap_are_refused(tmp_path: Path, first: list[int], second: list[int]) -> None:
     file = write(tmp_path, {"a": {**VALID, "data_offsets": first}, "b": {**VALID, "data_offsets": second}})
