@@ -22,11 +22,11 @@ class HardwareOptions:
     """Options of the machines and the link between them."""
 
     machines: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--machines",
             metavar="CHIP-GB[xN],...",
-            help="Macs to plan for, e.g. `m3-ultra-512x2` or `m3-ultra-512,m4-max-128`. Default: this Mac.",
+            help="Macs to plan for, e.g. `m3-ultra-512x2` or `m3-ultra-512,m4-max-128`; repeatable. Default: this Mac.",
             show_default=False,
             rich_help_panel=CLUSTER,
         ),

@@ -51,8 +51,8 @@ def machines_and_links(
     if link == "measured" and hostfile is None:
         raise UsageError("--link measured needs hosts", hint="name them: `--hostfile two.json`")
     diagnosis = diagnose_hosts(hostfile, model, is_quiet) if hostfile is not None else None
-    if options.machines is not None:
-        machines = parse_machines(options.machines)
+    if options.machines:
+        machines = parse_machines(",".join(options.machines))
     else:
         machines = host_machines(diagnosis) if diagnosis is not None else (_this_machine(),)
     if link == "measured" and diagnosis is not None:

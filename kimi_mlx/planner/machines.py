@@ -21,6 +21,9 @@ MAX_MACHINES = 8
 RDMA_THUNDERBOLT = 5
 """Thunderbolt generation that RDMA needs (with macOS 26.2)."""
 
+SIMILAR_NAME_RATIO = 0.7
+"""difflib's similarity from which a machine is suggested: `m3-ulta-512` has similar names, `mac-studio` has none."""
+
 MACHINES_HINT = "name the Macs to plan for, for example `--machines m3-ultra-512x2`"
 """Hint for machines that the planner cannot predict."""
 
@@ -131,7 +134,12 @@ def parse_machines(text: str) -> tuple[Machine, ...]:
     Raises:
         UsageError: unknown machine (the hint has similar names), or too many machines.
     """
-    names = [name for word in text.split(",") for name in _names(word.strip())]
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UsageError(
+            f"`{text}` has a comma without a machine" if text.strip(", ") else "no machine is named", hint=MACHINES_HINT
+        )
+    names = [name for word in words for name in _names(word)]
     if len(names) > MAX_MACHINES:
         raise UsageError(f"{len(names)} machines, but at most {MAX_MACHINES} can be planned for", hint="remove some")
     has_duplicates = len(names) != len(set(names))
@@ -172,7 +180,9 @@ def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
 
 
 def _similar_names_hint(name: str) -> str:
-    similar = difflib.get_close_matches(name, machine_names(), n=3, cutoff=0.3) or ["m3-ultra-512", "m4-max-128"]
+    similar = difflib.get_close_matches(name, machine_names(), n=3, cutoff=SIMILAR_NAME_RATIO)
+    if not similar:
+        return f"a machine is a chip and its memory in GB; {MACHINES_HINT}"
     return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`"
 
 

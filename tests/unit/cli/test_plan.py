@@ -85,6 +85,11 @@ def test_json() -> None:
     assert value["median_error"] < 0.1
 
 
+def test_machines_is_repeatable() -> None:
+    value = json.loads(call("kimi-k2", "--machines", "m3-ultra-512", "--machines", "m4-max-128", "--json").stdout)
+    assert max(len(option["hosts"]) for option in value["options"]) == 2
+
+
 def test_a_folder_is_planned_from_its_config() -> None:
     value = json.loads(call(str(KIMI_MINI), "--machines", "m1-8", "--json").stdout)
     assert value["options"][value["choice"]]["strategy"] == "single"
