@@ -38,6 +38,8 @@ class LaunchedCommand:
         self._parent = context.parent
         if words and not words[0].startswith("-"):
             _check_name(words[0])
+        elif words:
+            self._check_option(words[0])
         self.name = words[0] if words and words[0] in COMMANDS else COMMANDS[0]
         self._words = list(words[1:] if words and words[0] == self.name else words)
         group: Any = self._parent.command
@@ -99,6 +101,21 @@ class LaunchedCommand:
 
     def _context(self) -> Any:
         return self._command.make_context(self.name, list(self._words), parent=self._parent)
+
+    def _check_option(self, word: str) -> None:
+        """Check an option before the command: one of `launch`, or else of a chat.
+
+        Raises:
+            UsageError: neither has it.
+        """
+        group: Any = self._parent.command
+        of_launch, of_chat = (_option_names(group.get_command(self._parent, name)) for name in ("launch", COMMANDS[0]))
+        option = word.partition("=")[0]
+        if not option.startswith("--") or option == "--help" or option in of_launch | of_chat:
+            return
+        near = difflib.get_close_matches(option, sorted(of_launch | of_chat), n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "type `kimi-mlx launch --help` for the options"
+        raise UsageError(f"launch has no option `{option}`", hint=hint)
 
     def _refuse_options_of_launch(self, context: typer.Context) -> None:
         """Refuse options of `launch` among the command's words, such as `launch chat --hosts a,b`.

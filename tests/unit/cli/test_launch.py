@@ -108,7 +108,8 @@ def test_fast_sync_is_accepted_before_and_after_the_command(reached: list[Any], 
         ([*HOSTS, "bench", "--ranks", "2"], "--ranks and hosts exclude each other"),
         ([*HOSTS, "download", "kimi-k2", "--ranks", "2"], "--ranks and hosts exclude each other"),
         ([*HOSTS, "chat", "--no-such-option"], "--no-such-option"),
-        ([*HOSTS, "--no-such-option"], "--no-such-option"),
+        ([*HOSTS, "--no-such-option"], "launch has no option `--no-such-option`"),
+        (["--host", "mac-a,mac-b"], "launch has no option `--host` hint: did you mean `--hosts`?"),
         ([*HOSTS, "chat", "-p"], "-p"),
         ([*HOSTS, "bench", "--repeat", "0"], "--repeat"),
         ([*HOSTS, "chat", "no-such-model"], "no-such-model"),
@@ -147,6 +148,7 @@ def test_lost_wired_memory_prevents_loading_but_not_a_download(monkeypatch: pyte
     refused = launch_with(finding, monkeypatch, "chat", "-p", "hi")
     assert refused.returncode == 1
     assert "restart this Mac" in refused.stderr
+    assert "1 problem found. Fix it and run the launch again." in refused.stderr
     assert launch_with(finding, monkeypatch, "--force", "chat", "-p", "hi").returncode == REACHED
     assert launch_with(finding, monkeypatch, "download", "kimi-k2").returncode == REACHED
 
