@@ -36,7 +36,7 @@ def doctor(
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.doctor_json import to_dict
     from kimi_mlx.cli.doctor_report import report
-    from kimi_mlx.cli.model_size import memory_requirement
+    from kimi_mlx.cli.model_size import download_disk, memory_requirement
     from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
     from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
     from kimi_mlx.cli.text_check import text_findings
@@ -44,6 +44,7 @@ def doctor(
     from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
     from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
     from kimi_mlx.cluster.hosts.hostfile import write_hostfile
+    from kimi_mlx.cluster.hosts.ssh import is_local
 
     ranks, option = hosts.read()
     save = hosts.save
@@ -68,11 +69,13 @@ def doctor(
         python=hosts.python,
         is_link_forced=hosts.force_link,
         is_quick=quick,
+        option=option,
+        download=None if option else download_disk(),
     )
     with slow_status(is_quiet=json) as set_status:
         diagnosis = diagnose(request, sys.executable, set_status)
         set_status("checking the model's files")
-        own = diagnosis.hosts[0]
+        own = next((host for host in diagnosis.hosts if is_local(host)), "this machine")
         file_findings = (*weights_findings(name, own), *text_findings(name, own))
     choice = choose_placement_on_hosts(diagnosis, request, None)
     need = with_placement(need, choice, request.world_size)

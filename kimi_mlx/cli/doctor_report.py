@@ -27,7 +27,7 @@ STATE_WIDTH, CHECK_WIDTH = 10, 12
 
 
 def report(
-    diagnosis: Diagnosis, need: ModelNeed, option: str, width: int, is_verbose: bool = False
+    diagnosis: Diagnosis, need: ModelNeed, option: str, width: int, is_verbose: bool = False, *, is_launch: bool = False
 ) -> Iterator[RenderableType]:
     """Yield the report, part by part; a part of type str must not be wrapped.
 
@@ -37,6 +37,7 @@ def report(
         option: option that names the hosts in the next command, such as `--hosts a,b`; empty for this machine only.
         width: width of the terminal.
         is_verbose: whether to show each check that passed and each size of the self-test.
+        is_launch: whether `launch` prints the report; then its command is the next step.
     """
     for host in _groups(diagnosis):
         yield Text("this machine" if not option else host, style="bold")
@@ -53,7 +54,9 @@ def report(
             if is_verbose:
                 yield all_reduce_table(choice)
         yield ""
-    advice, command = next_step(diagnosis, need, option)
+    if is_launch and not diagnosis.has_problem:
+        return
+    advice, command = next_step(diagnosis, need, option, is_launch=is_launch)
     yield Text(advice, style="bold")
     if command:
         yield f"  {command}"
@@ -185,12 +188,12 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms"
 
 
-def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str) -> tuple[str, str]:
+def next_step(diagnosis: Diagnosis, need: ModelNeed, option: str, *, is_launch: bool = False) -> tuple[str, str]:
     """Return the advice at the end of the report and its command, which is empty if there is none."""
     problems, warnings = (sum(f.state == state for f in diagnosis.findings) for state in ("problem", "warning"))
     if problems:
         advice = "1 problem found. Fix it" if problems == 1 else f"{problems} problems found. Fix them"
-        return f"{advice} and run doctor again.", ""
+        return f"{advice} and run {'the launch' if is_launch else 'doctor'} again.", ""
     model = "" if need.name == Settings().model else f" {need.name}"
     command = f"kimi-mlx chat{model}"
     if option:

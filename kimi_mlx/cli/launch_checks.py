@@ -76,6 +76,7 @@ def _doctor_request(hosts: HostOptions, options: LaunchOptions, command: Launche
         hosts.python,
         is_link_forced=hosts.force_link,
         is_quick=command.name != "check",
+        option=option,
     )
     return request, option
 
@@ -125,7 +126,7 @@ def _print_start(diagnosis: Diagnosis, need: ModelNeed, option: str, cluster: Cl
 
 
 def _print_report(diagnosis: Diagnosis, need: ModelNeed, option: str) -> None:
-    for part in report(diagnosis, need, option, stderr.width):
+    for part in report(diagnosis, need, option, stderr.width, is_launch=True):
         stderr.print(part, soft_wrap=isinstance(part, str), markup=False)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+import shutil
+
+from kimi_mlx.cluster.doctor.memory_need import DiskSpace, ModelNeed
 from kimi_mlx.errors import ConfigError, UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry
+from kimi_mlx.hub.environment import hub_cache
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_folder
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
@@ -46,6 +49,13 @@ def memory_requirement(name: str) -> ModelNeed:
         is_here=folder is not None,
         download_bytes=None if entry is None else entry.size_bytes,
     )
+
+
+def download_disk() -> DiskSpace:
+    """Return the disk of a download without stores: that of the Hugging Face cache."""
+    folder = hub_cache()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return DiskSpace(str(folder), shutil.disk_usage(existing).free, "HF_HUB_CACHE")
 
 
 def _repository(target: ModelRef) -> str | None:

@@ -29,8 +29,8 @@ def diagnose_hosts(hostfile: Path, model: str, is_quiet: bool) -> Diagnosis:
         model: name of the model.
         is_quiet: whether to show no status on the terminal.
     """
-    ranks, _ = read_hosts(None, hostfile, None)
-    request = DoctorRequest(ranks, memory_requirement(model), is_quick=True)
+    ranks, option = read_hosts(None, hostfile, None)
+    request = DoctorRequest(ranks, memory_requirement(model), is_quick=True, option=option)
     with slow_status(is_quiet) as set_status:
         diagnosis = diagnose(request, sys.executable, set_status)
         if diagnosis.links or len(diagnosis.hosts) == 1 or diagnosis.pythons.keys() < set(diagnosis.hosts):

@@ -91,13 +91,13 @@ def diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], No
         UsageError: a host name is not valid for ssh.
     """
     diagnosis = _diagnose(request, own_python, report)
-    return replace(diagnosis, findings=tuple(fill_in_hosts(diagnosis.findings, request.names)))
+    return replace(diagnosis, findings=tuple(fill_in_hosts(diagnosis.findings, request)))
 
 
 def with_model_need(diagnosis: Diagnosis, request: DoctorRequest, strategy: str) -> Diagnosis:
     """Repeat the checks of memory, disk, stores and kernels for the strategy that was chosen after `diagnose`."""
     findings = replace_model_findings(request, diagnosis.facts, diagnosis.findings, strategy)
-    return replace(diagnosis, findings=tuple(fill_in_hosts(findings, request.names)))
+    return replace(diagnosis, findings=tuple(fill_in_hosts(findings, request)))
 
 
 def _diagnose(request: DoctorRequest, own_python: str, report: Callable[[str], None]) -> Diagnosis:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from kimi_mlx.cluster.doctor.memory_need import DiskSpace
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC
@@ -163,14 +164,16 @@ def _more_memory(memory_bytes: int, model_bytes: int | None) -> str:
     return "add a host, or choose a smaller model: `kimi-mlx models` lists their memory needs"
 
 
-def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
-    """Check that the disk has space for the stores.
+def check_disk(facts: Facts, need_bytes: int | None, download: DiskSpace | None = None) -> Finding:
+    """Check that the disk has space for the model.
 
     Args:
         facts: facts of the host.
         need_bytes: bytes that have yet to be stored; 0 if nothing is missing, None if unknown.
+        download: disk of a download without stores; None if the host writes stores.
     """
-    free, folder = facts.disk_free_bytes, facts.stores_folder
+    space = download or DiskSpace(facts.stores_folder, facts.disk_free_bytes, "KIMI_MLX_STORES")
+    free, folder = space.free_bytes, space.folder
     if free is None:
         return Finding(
             facts.host, "disk", "warning", f"free space for `{folder}` is unknown", f"`df -h {_quoted(folder)}`"
@@ -180,7 +183,7 @@ def check_disk(facts: Facts, need_bytes: int | None) -> Finding:
         return Finding(facts.host, "disk", "ok", f"{need}; {format_bytes(free)} are free for `{folder}`")
     message = f"needs {format_bytes(need_bytes)}; {format_bytes(free)} are free for `{folder}`"
     if need_bytes > free:
-        remedy = "free disk space, or keep stores on another disk: `export KIMI_MLX_STORES=/Volumes/...`"
+        remedy = f"free disk space, or use another disk: `export {space.variable}=/Volumes/...`"
         return Finding(facts.host, "disk", "problem", message, remedy)
     return Finding(facts.host, "disk", "ok", message)
 

@@ -10,6 +10,21 @@ from kimi_mlx.sizing.hosts import with_overhead
 
 
 @dataclass(frozen=True)
+class DiskSpace:
+    """Free space for files that are yet to be written.
+
+    Args:
+        folder: folder of the files.
+        free_bytes: free bytes on its disk; None if unknown.
+        variable: environment variable that chooses another folder.
+    """
+
+    folder: str | None
+    free_bytes: int | None
+    variable: str
+
+
+@dataclass(frozen=True)
 class RankNeed:
     """Memory of one rank: weights, and everything else (cache and workspace)."""
 

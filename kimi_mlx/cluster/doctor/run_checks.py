@@ -26,7 +26,7 @@ from kimi_mlx.cluster.doctor.host_checks import (
     check_reachable,
     check_wired_limit,
 )
-from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.cluster.doctor.memory_need import DiskSpace, ModelNeed
 from kimi_mlx.cluster.doctor.wired_memory import check_wired_memory
 from kimi_mlx.cluster.hosts.facts import Facts, parse_facts
 from kimi_mlx.cluster.hosts.findings import Finding
@@ -47,6 +47,8 @@ class DoctorRequest:
         python: path of the interpreter on every host; None to search for one.
         is_link_forced: accept a network that is too slow.
         is_quick: skip the self-test.
+        option: option that names the hosts, for commands in remedies; empty for this machine without launch.
+        download: disk of a download without stores; None if the hosts write stores.
     """
 
     hostfile: Hostfile
@@ -55,6 +57,8 @@ class DoctorRequest:
     python: str | None = None
     is_link_forced: bool = False
     is_quick: bool = False
+    option: str = ""
+    download: DiskSpace | None = None
 
     @property
     def names(self) -> list[str]:
@@ -118,14 +122,14 @@ def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
     return [
         check_memory(facts, memory, request.need.weights_bytes),
         *([check_wired_limit(facts, memory, request.need.weights_bytes)] if facts.is_mac else []),
-        check_disk(facts, _disk_bytes(request, facts)),
+        check_disk(facts, _disk_bytes(request, facts), request.download),
     ]
 
 
 def _disk_bytes(request: DoctorRequest, facts: Facts) -> int | None:
     """Return the bytes that a host has yet to store: a download on this machine alone, else its part of the stores."""
     need = request.need
-    if not request.is_alone:
+    if not request.is_alone or (request.option and not need.is_here):
         return need.disk_bytes(facts, request.ranks[facts.host], request.world_size)
     return 0 if need.is_here else need.download_bytes
 
@@ -167,9 +171,10 @@ def check_cluster(
         backend: backend of the ranks.
     """
     hosts, need = [*facts_by_host.values()], request.need
-    fast_sync = check_fast_sync(", ".join(request.names), request.hostfile.has_fast_sync)
+    names = ", ".join(facts_by_host)
+    fast_sync = [check_fast_sync(names, request.hostfile.has_fast_sync)] if names else []
     if request.is_alone:
-        return [_check_model(request.names[0], need), fast_sync]
+        return [_check_model(request.names[0], need, request.option), *fast_sync]
     findings = check_distinct(hosts, _addresses(topology))
     versions = check_versions(hosts)
     if front is not None and all(finding.state == "ok" for finding in versions):
@@ -177,7 +182,7 @@ def check_cluster(
     findings += [*versions, *check_macos(hosts, backend != "ring")]
     findings += [check_kernels(hosts)] if len(hosts) > 1 else []
     findings += _check_stores(request, hosts)
-    return [*findings, *check_topology(request.hostfile, hosts, backend, topology), fast_sync]
+    return [*findings, *check_topology(request.hostfile, hosts, backend, topology), *fast_sync]
 
 
 def _addresses(topology: Topology) -> dict[str, list[str]]:
@@ -192,18 +197,19 @@ def _addresses(topology: Topology) -> dict[str, list[str]]:
     }
 
 
-def _check_model(host: str, need: ModelNeed) -> Finding:
+def _check_model(host: str, need: ModelNeed, option: str) -> Finding:
     if need.is_here:
         origin = "comes with kimi-mlx" if need.repository is None else "is on this machine"
         return Finding(host, "model", "ok", f"`{need.name}` {origin}")
     size = "" if need.download_bytes is None else f" ({format_bytes(need.download_bytes)})"
     message = f"`{need.name}`{size} is not on this machine yet"
-    return Finding(host, "model", "warning", message, f"`kimi-mlx download {need.name}`")
+    launch = f"launch {option} " if option else ""
+    return Finding(host, "model", "warning", message, f"`kimi-mlx {launch}download {need.name}`")
 
 
-def fill_in_hosts(findings: Sequence[Finding], hosts: Sequence[str]) -> list[Finding]:
-    """Replace `--hosts ...` in remedies by the actual hosts, so that commands can be copied as they are."""
-    option = f"--hosts {','.join(hosts)}"
+def fill_in_hosts(findings: Sequence[Finding], request: DoctorRequest) -> list[Finding]:
+    """Replace `--hosts ...` in remedies by the user's option, so that commands can be copied as they are."""
+    option = request.option or f"--hosts {','.join(request.names)}"
     return [
         finding if finding.remedy is None else replace(finding, remedy=finding.remedy.replace("--hosts ...", option))
         for finding in findings

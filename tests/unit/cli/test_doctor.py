@@ -146,6 +146,36 @@ def run(*arguments: str) -> BaseException | None:
     return CliRunner().invoke(app, ["doctor", *arguments]).exception
 
 
+def test_the_disk_is_that_of_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
+    hostfile = tmp_path / "one.json"
+    hostfile.write_text('[{"ssh": "localhost", "ips": ["127.0.0.1"]}]')
+
+    def findings(*options: str) -> dict[str, dict[str, str]]:
+        document = json.loads(CliRunner().invoke(app, ["doctor", "kimi-k2", "--quick", "--json", *options]).stdout)
+        return {finding["check"]: finding for finding in document["findings"]}
+
+    plain, launched = findings(), findings("--hostfile", str(hostfile))
+    assert plain["model"]["remedy"] == "`kimi-mlx download kimi-k2`"
+    assert str(tmp_path / "hub") in plain["disk"]["message"]
+    assert launched["model"]["remedy"] == f"`kimi-mlx launch --hostfile {hostfile} download kimi-k2`"
+    assert str(tmp_path / "stores") in launched["disk"]["message"]
+
+
+def test_hosts_that_were_not_reached_pass_no_check() -> None:
+    hosts = "kimi-mlx-no-host-a.invalid,kimi-mlx-no-host-b.invalid"
+    document = json.loads(CliRunner().invoke(app, ["doctor", "--hosts", hosts, "--json"]).stdout)
+    assert {finding["host"] for finding in document["findings"] if finding["state"] == "ok"} == {"this machine"}
+    states = {each["host"]: each["state"] for each in document["findings"] if each["host"] in hosts.split(",")}
+    assert states == dict.fromkeys(hosts.split(","), "problem")
+
+
+def test_a_report_of_launch_names_its_own_next_step() -> None:
+    assert list(report(GOOD, MINI, "--hosts a,b", 80, is_launch=True))[-1] == ""
+    assert next_step(BAD, MINI, "--hosts a,b", is_launch=True)[0].endswith("Fix them and run the launch again.")
+
+
 def test_wrong_usage(tmp_path: Path) -> None:
     for arguments in (["--hosts", "a,b", "--hostfile", "f"], ["--save", "f"], ["--python", "python3"], ["no-model"]):
         assert isinstance(run(*arguments), UsageError)

@@ -207,8 +207,12 @@ def test_rdma_needs_a_mac() -> None:
 
 
 def test_remedies_name_the_hosts_and_firewall_warnings_are_cleared() -> None:
-    [finding] = fill_in_hosts([Finding("a", "python", "problem", "m", "`kimi-mlx launch --hosts ... --install`")], "ab")
+    problem = Finding("a", "python", "problem", "m", "`kimi-mlx launch --hosts ... --install`")
+    two = Hostfile((Host("a"), Host("b")))
+    [finding] = fill_in_hosts([problem], DoctorRequest(two, K2))
     assert finding.remedy == "`kimi-mlx launch --hosts a,b --install`"
+    [finding] = fill_in_hosts([problem], DoctorRequest(two, K2, option="--hostfile two.json"))
+    assert finding.remedy == "`kimi-mlx launch --hostfile two.json --install`"
     [firewall, other] = clear_firewall_warnings(
         [Finding("a", "firewall", "warning", "on", "x"), Finding("a", "x", "warning", "m", "r")]
     )
