@@ -53,7 +53,7 @@ class BlockWriter:
         self._jobs = queue.SimpleQueue[Callable[[], None]]()
         self.has_failed = False
         """Whether writing has stopped after an error."""
-        threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=self._run_jobs, daemon=True).start()
 
     def write(self, pending: PendingBlock) -> bool:
         """Queue a block; return False if it is dropped."""
@@ -84,7 +84,7 @@ class BlockWriter:
         self._jobs.put(done.set)
         return done.wait(limit_s)
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             job = self._jobs.get()
             with contextlib.suppress(OSError):  # from removing or touching a missing file
