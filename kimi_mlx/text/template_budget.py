@@ -83,7 +83,7 @@ class Budget:
         elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
             raise TemplateLimitError(f"a number of {value.bit_length()} bits is too large")
         elif is_container(value):
-            self._bytes -= 64 * len(value)
+            self._bytes -= 64 * len(cast("list[Any]", value))
         if self._bytes < 0:
             raise TemplateLimitError(f"the template makes values of more than {MAX_BYTES} bytes: too large")
         return value
