@@ -106,15 +106,15 @@ class LaunchedCommand:
         """Check an option before the command: one of `launch`, or else of a chat.
 
         Raises:
-            UsageError: neither has it.
+            UsageError: neither command has it.
         """
         group: Any = self._parent.command
         of_launch, of_chat = (_option_names(group.get_command(self._parent, name)) for name in ("launch", COMMANDS[0]))
         option = word.partition("=")[0]
         if not option.startswith("--") or option == "--help" or option in of_launch | of_chat:
             return
-        near = difflib.get_close_matches(option, sorted(of_launch | of_chat), n=1)
-        hint = f"did you mean `{near[0]}`?" if near else "type `kimi-mlx launch --help` for the options"
+        similar = difflib.get_close_matches(option, sorted(of_launch | of_chat), n=1)
+        hint = f"did you mean `{similar[0]}`?" if similar else "type `kimi-mlx launch --help` for the options"
         raise UsageError(f"launch has no option `{option}`", hint=hint)
 
     def _refuse_options_of_launch(self, context: typer.Context) -> None:
