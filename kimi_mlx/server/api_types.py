@@ -40,11 +40,13 @@ class ChatRequest(GenerationParams):
 
     Args:
         messages: conversation; tool call ids may have any format.
+        messages_name: name of the body's field with the messages, for error messages.
+        places: locations of the messages in the body, for error messages; empty if they are `messages[0]` and so on.
         tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
-        response_schema_name: name of the body's field with the schema, for error messages.
+        response_schema_name: location of the schema in the body, for error messages.
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: other variables of the chat template, such as `preserve_thinking`.
         partial: beginning of the assistant's message, which the answer continues without repeating it.
@@ -52,6 +54,8 @@ class ChatRequest(GenerationParams):
     """
 
     messages: tuple[Message, ...] = ()
+    messages_name: str = "messages"
+    places: tuple[str, ...] = field(default=(), compare=False)
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True

@@ -72,15 +72,21 @@ class Preparation:
         async with self._processes:
             try:
                 with anyio.fail_after(LIMIT_S):
-                    return await anyio.to_process.run_sync(
-                        _run_in_worker, work, self._prompt_builder, body, cancellable=True, limiter=self._workers
-                    )
+                    try:
+                        return await self._run_in_worker(work, body)
+                    except anyio.BrokenWorkerProcess:  # it may have ended while it was idle
+                        return await self._run_in_worker(work, body)
             except TimeoutError as error:
                 message = f"preparing the request takes more than {LIMIT_S:.0f} s; send less"
                 raise ApiError(400, message, "invalid_value") from error
             except anyio.BrokenWorkerProcess as error:
                 hint = "the process that prepared it has ended; there may be too little memory"
                 raise ApiError(503, "the request could not be prepared; try again", "unavailable", hint=hint) from error
+
+    async def _run_in_worker(self, work: Work[Result], body: bytes) -> Result:
+        return await anyio.to_process.run_sync(
+            _run_in_worker, work, self._prompt_builder, body, cancellable=True, limiter=self._workers
+        )
 
     @cached_property
     def _threads(self) -> anyio.CapacityLimiter:

@@ -35,8 +35,20 @@ USUAL_CHARS_PER_TOKEN = 8
 CUT_TOKENS = 16
 """Upper estimate of the additional tokens of a part that come from cutting the text."""
 
+MESSAGE_TOKENS = 3
+"""Minimum number of tokens of a message: the markers of its role, of its text and of its end."""
+
+CALL_TOKENS = 6
+"""Minimum number of tokens of a tool call: three markers, and the parts of its id."""
+
+MANY_MESSAGES = 1_000
+"""Number of messages from which on an error of the template names their number."""
+
 LEADING_NAME = re.compile(r"`([^`]+)`")
 """Location of the error, at the beginning of a GrammarError's message."""
+
+SCHEMA_PATH = re.compile(r"`([^`]+): \$([^`]*)`")
+"""Location of a schema, and of the error in it, at the beginning of a GrammarError's message."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class PromptBuilder:
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
             tool_names = names_of(request.tools)
         for id, _ in request.logit_bias:
-            self._check_id(id, "logit_bias")
+            self._check_id(id, f"logit_bias.{id}")
         engine_request = Request(
             prompt,
             max_tokens=min(remaining, request.max_tokens or self.tokenizer.max_tokens or remaining),
@@ -131,7 +143,7 @@ class PromptBuilder:
             check_bounds(request.tools, request.response_schema, request.response_schema_name)
         except GrammarError as error:
             raise _schema_error(error) from error
-        messages, ids = to_kimi_ids(request.messages, request.call_id_prefix)
+        messages, ids = to_kimi_ids(request.messages, request.call_id_prefix, request.places)
         variables: dict[str, Any] = dict(request.template_kwargs)
         if reserved := RESERVED & variables.keys():
             message = f"`{min(reserved)}` is reserved and cannot be set as a variable of the chat template"
@@ -139,7 +151,7 @@ class PromptBuilder:
         if request.thinking is not None:
             variables["thinking"] = request.thinking
         tools = None if request.tool_choice == "none" else list(request.tools) or None
-        prompt = self._render(messages, tools, variables)
+        prompt = self._render(messages, tools, variables, request.messages_name)
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if opens_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
@@ -148,7 +160,11 @@ class PromptBuilder:
         return tuple(prompt), ids
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        param: str,
     ) -> list[int]:
         try:
             return self.tokenizer.apply_chat_template(messages, tools, **variables)
@@ -157,7 +173,9 @@ class PromptBuilder:
                 message = "this model has no chat template, so it cannot answer messages; use /v1/completions"
             else:  # the client does not need to know the server's folders
                 message = error.message.replace(f"{self.tokenizer.folder}/", "")
-            raise ApiError(400, message, "invalid_value", "messages", hint=error.hint) from error
+            if len(messages) >= MANY_MESSAGES:
+                message = f"`{param}` has {len(messages)} messages: {message}"
+            raise ApiError(400, message, "invalid_value", param, hint=error.hint) from error
 
     def _check_size(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a prompt that cannot fit the context, before it is rendered and all of it is tokenized."""
@@ -166,10 +184,22 @@ class PromptBuilder:
         elif isinstance(request, CompletionRequest):
             min_tokens = self._min_tokens([str(request.prompt)])
         else:
-            contents = [message.content for message in request.messages if isinstance(message.content, str)]
-            min_tokens = len(request.messages) + self._min_tokens(contents)  # each message has a token of its own
+            num_calls = sum(len(message.tool_calls) for message in request.messages)
+            min_tokens = MESSAGE_TOKENS * len(request.messages) + CALL_TOKENS * num_calls
+            if min_tokens <= self.context_tokens:
+                min_tokens += self._min_tokens(self._texts(request))
         if min_tokens > self.context_tokens:
             raise self._too_long(request, f"at least {min_tokens}")
+
+    def _texts(self, request: ChatRequest) -> list[str]:
+        """Return the texts of a conversation that its prompt contains; others only if they could never fit."""
+        calls = [call for message in request.messages for call in message.tool_calls]
+        texts = [message.content for message in request.messages if isinstance(message.content, str)]
+        texts += [call.arguments for call in calls]
+        texts.append(request.partial or "")
+        others = [text for message in request.messages for text in (message.reasoning_content, message.name) if text]
+        others += [call.name for call in calls]
+        return texts + [text for text in others if len(text) > USUAL_CHARS_PER_TOKEN * self.context_tokens]
 
     def _min_tokens(self, texts: Sequence[str]) -> int:
         """Return a lower bound of the number of tokens of the texts. Counting stops once it exceeds the context.
@@ -194,7 +224,7 @@ class PromptBuilder:
             400,
             f"the prompt has {num_tokens} tokens, but the context is {self.context_tokens} tokens",
             "context_length_exceeded",
-            "messages" if isinstance(request, ChatRequest) else "prompt",
+            request.messages_name if isinstance(request, ChatRequest) else "prompt",
         )
 
     def _check_id(self, id: int, param: str) -> None:
@@ -273,8 +303,9 @@ def request_grammar(
 
 def _schema_error(error: GrammarError) -> ApiError:
     """Return the response for a schema or a tool that is refused; its hint is for the client too."""
-    name = LEADING_NAME.match(error.message)
-    message = error.message if error.hint is None else f"{error.message} ({error.hint})"
+    message = SCHEMA_PATH.sub(r"`\1\2`", error.message, 1) if SCHEMA_PATH.match(error.message) else error.message
+    name = LEADING_NAME.match(message)
+    message = message if error.hint is None else f"{message} ({error.hint})"
     return ApiError(400, message, "invalid_schema", name.group(1) if name else None)
 
 

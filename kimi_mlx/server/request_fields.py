@@ -81,9 +81,15 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
     """Return the tool choice of a ChatRequest if its tools allow it.
 
     Raises:
-        ApiError: the choice requires a tool that the request does not have.
+        ApiError: the choice requires a tool that the request does not have, or two tools have one name.
     """
-    names = {tool["function"]["name"] for tool in tools}
+    names: dict[str, int] = {}
+    for index, tool in enumerate(tools):
+        name = tool["function"]["name"]
+        first = names.setdefault(name, index)
+        if first != index:
+            message = f"`tools[{index}]` has the name `{name:.80}`, as `tools[{first}]` has: use different names"
+            raise ApiError(400, message, "invalid_value", f"tools[{index}]")
     if choice == "required" and not names:
         raise ApiError(
             400, "`tool_choice` requires a tool call, but there are no tools", "invalid_value", "tool_choice"

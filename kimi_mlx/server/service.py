@@ -8,8 +8,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
+import anyio
 import anyio.to_thread
 
 from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
@@ -50,6 +52,25 @@ class Service:
         self.ring_log = RingLog()
         self._queue = AdmissionQueue(queue_capacity, metrics)
         self._active: set[_ActiveRequest] = set()
+        self._incoming: set[anyio.CancelScope] = set()
+
+    @contextmanager
+    def until_closing(self) -> Iterator[None]:
+        """Receive and prepare a request in this context, which ends when the server shuts down.
+
+        Raises:
+            ApiError: 503, the server is shutting down.
+        """
+        if self.is_closing:
+            raise shutting_down()
+        with anyio.CancelScope() as scope:
+            self._incoming.add(scope)
+            try:
+                yield
+            finally:
+                self._incoming.discard(scope)
+        if scope.cancelled_caught:
+            raise shutting_down()
 
     async def prepare(self, work: Work[Result], body: bytes) -> Result:
         """Prepare a request in a thread or in another process.
@@ -61,8 +82,6 @@ class Service:
         Raises:
             ApiError: the request is invalid, or the queue is full.
         """
-        if self.is_closing:
-            raise shutting_down()
         with self._queue.hold_slot(self.running):
             return await self._preparation.run(work, body)
 
@@ -117,6 +136,11 @@ class Service:
         return self.session.status()
 
     @property
+    def is_receiving(self) -> bool:
+        """Whether a request is being received or prepared."""
+        return bool(self._incoming)
+
+    @property
     def waiting(self) -> int:
         """Number of answers that the engine has not started."""
         return self._queue.waiting
@@ -128,6 +152,8 @@ class Service:
     def close(self) -> None:
         """End all answers and refuse new requests, without waiting for the engine's current step."""
         self.is_closing = True
+        for scope in list(self._incoming):
+            scope.cancel()
         for active in list(self._active):
             active.stop()
 

@@ -37,12 +37,15 @@ class CallIds:
         return CallIdAllocator(self)
 
 
-def to_kimi_ids(messages: Sequence[Message], prefix: str | None = None) -> tuple[tuple[Message, ...], CallIds]:
+def to_kimi_ids(
+    messages: Sequence[Message], prefix: str | None = None, places: Sequence[str] = ()
+) -> tuple[tuple[Message, ...], CallIds]:
     """Return the conversation with Kimi's ids, and the ids that the client used.
 
     Args:
         messages: conversation with ids in any format; an id may be reused once its call has a result.
         prefix: prefix of the ids of new calls if the conversation has no calls yet; None uses Kimi's ids.
+        places: locations of the messages in the body; empty if they are `messages[0]` and so on.
 
     Raises:
         ApiError: 400 for a result without a call, a second result, or two open calls with one id.
@@ -50,28 +53,29 @@ def to_kimi_ids(messages: Sequence[Message], prefix: str | None = None) -> tuple
     client_ids: list[str] = []
     open_calls: dict[str, str] = {}
     renamed: list[Message] = []
-    for message in messages:
+    for index, message in enumerate(messages):
+        place = places[index] if places else f"messages[{index}]"
         calls: list[ToolCall] = []
         for call in message.tool_calls:
             if call.id in open_calls:
-                raise _invalid_id(f"two tool calls have the id `{call.id:.80}`, and the first has no result yet")
+                raise _invalid_id(place, f"two tool calls have the id `{call.id:.80}`, and the first has no result yet")
             open_calls[call.id] = f"functions.{call.name}:{len(client_ids)}"
             client_ids.append(call.id)
             calls.append(replace(call, id=open_calls[call.id]))
         call_id = message.tool_call_id
         if message.role == "tool":
-            call_id = _close(call_id, open_calls, client_ids)
+            call_id = _close(call_id, open_calls, client_ids, place)
         renamed.append(replace(message, tool_calls=tuple(calls), tool_call_id=call_id))
     return tuple(renamed), CallIds(tuple(client_ids), _new_prefix(client_ids, prefix))
 
 
-def _close(call_id: str | None, open_calls: dict[str, str], client_ids: Sequence[str]) -> str:
+def _close(call_id: str | None, open_calls: dict[str, str], client_ids: Sequence[str], place: str) -> str:
     """Close the call that a result belongs to, and return its Kimi id."""
     if call_id is None:
-        raise _invalid_id("a tool result has no tool call id")
+        raise _invalid_id(place, "a tool result has no tool call id")
     if call_id not in open_calls:
         problem = "already has a result" if call_id in client_ids else "does not appear before its result"
-        raise _invalid_id(f"the tool call `{call_id:.80}` {problem}")
+        raise _invalid_id(place, f"the tool call `{call_id:.80}` {problem}")
     return open_calls.pop(call_id)
 
 
@@ -85,8 +89,8 @@ def _new_prefix(client_ids: Sequence[str], default: str | None) -> str | None:
     return match.group() if match else DEFAULT_PREFIX
 
 
-def _invalid_id(message: str) -> ApiError:
-    return ApiError(400, message, "invalid_tool_call_id")
+def _invalid_id(place: str, message: str) -> ApiError:
+    return ApiError(400, f"`{place}`: {message}", "invalid_tool_call_id", place)
 
 
 class CallIdAllocator:

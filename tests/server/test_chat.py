@@ -250,7 +250,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": 1}, "presence_penalty"),
     ({"frequency_penalty": -0.5}, "frequency_penalty"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias.99999"),
     ({"logit_bias": {"a": 1}}, "logit_bias.a"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "nobody", "content": "hi"}]}, "messages[0].role"),
@@ -263,7 +263,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
-        "response_format: $.type",
+        "response_format.json_schema.schema.type",
     ),
     ({"extra_body": {"chat_template_kwargs": {"messages": 1}}}, "chat_template_kwargs"),
 ]

@@ -126,6 +126,24 @@ def test_shutdown_ends_running_streams(session: Session) -> None:
         assert json.loads(lines[-1].removeprefix(b"data: "))["error"]["code"] == "stopping"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [b'{"prompt": [%s]}' % b",".join([b"1"] * 1_000_000), b'{"prompt": '])
+def test_shutdown_ends_requests_that_are_received_or_prepared(session: Session, body: bytes) -> None:
+    with closing(socket.socket()) as connection, serving(session) as server:
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", server.port))
+        length = len(body) if len(body) > 100 else 1000
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % length)
+        connection.sendall(body)
+        wait_until(lambda: server.server.service.is_receiving)
+        server.server.should_exit = True
+        started = time.monotonic()
+        response = read_until(connection, b"}}")
+        assert response.startswith(b"HTTP/1.1 503")
+        assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["message"] == "the server is shutting down"
+    assert time.monotonic() - started < 5  # the time for running requests is 10 s
+
+
 def test_health_and_metrics(running: RunningServer) -> None:
     response = raw.request(running.port, path="/health")
     assert (response.status, json.loads(response.body)["status"]) == (200, "ok")

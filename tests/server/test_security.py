@@ -129,6 +129,7 @@ ENCODERS: dict[str, Callable[[bytes], bytes]] = {
     "deflate": zlib.compress,
     "Deflate": lambda data: zlib.compress(data)[2:-4],  # without zlib's header and checksum
     "identity": bytes,
+    "identity, gzip": lambda data: gzip.compress(data[:100]) + gzip.compress(data[100:]) + bytes(9),
 }
 
 
@@ -149,6 +150,7 @@ def test_invalid_compressed_bodies_are_refused(running: RunningServer, encoding:
         (b"", "its end is missing"),
         (whole + b"x", "there is data after its end"),
         (whole[:9] + bytes(9), "Error -3"),
+        (whole * 2_001, "more than 2,000 members" if encoding == "gzip" else "there is data after its end"),
     ):
         response = raw.request(running.port, "POST", "/v1/completions", body, {"content-encoding": encoding})
         assert (response.status, response.error["code"]) == (400, "invalid_encoding")
@@ -174,7 +176,7 @@ def test_the_limit_of_a_body_counts_what_is_decoded(session: Session) -> None:
 
 def test_compressed_bodies_are_decoded_in_pieces() -> None:
     text = bytes(range(256)) * 20_000
-    for encoding in ("gzip", "deflate"):
+    for encoding in ("gzip", "deflate", "identity, gzip"):
         encoded = ENCODERS[encoding](text)
         for size in (7, 1000, len(encoded)):
             decoder = decoder_for(encoding)

@@ -195,8 +195,10 @@ def to_chat_request(body: CountBody) -> ChatRequest:
     input_messages, partial = _split_prefill(body.messages)
     system = _join(_without_billing_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
+    places = ["system"] if system else []
     for index, message in enumerate(input_messages):
         messages += _messages(message, f"messages[{index}].content")
+        places += [f"messages[{index}]"] * (len(messages) - len(places))
     generation = body if isinstance(body, MessagesBody) else None
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
@@ -207,11 +209,12 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         sampling=_sampling(generation) if generation else {},
         stop=tuple((generation and generation.stop_sequences) or ()),
         messages=tuple(messages),
+        places=tuple(places),
         tools=tools,
         tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=output_format.schema_ if output_format else None,
-        response_schema_name="output_config.format" if config_format else "output_format",
+        response_schema_name=f"{'output_config.format' if config_format else 'output_format'}.schema",
         # as with Anthropic's models, thinking is off unless requested
         thinking=body.thinking is not None and body.thinking.type != "disabled",
         partial=partial,

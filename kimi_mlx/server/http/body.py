@@ -24,6 +24,15 @@ MAX_DEPTH = 200
 MAX_CONTAINERS = 50_000
 """Maximum number of lists and objects in a body: a conversation that fits a context of 256 k tokens has fewer."""
 
+MAX_FIELDS = 250_000
+"""Maximum number of fields of all objects in a body."""
+
+MAX_STRINGS = 500_000
+"""Maximum number of strings in a body, names of fields included."""
+
+MAX_VALUES = 1_100_000
+"""Maximum number of values in a body: slightly more than the token ids of the longest prompts."""
+
 MAX_DIGITS = 308
 """Maximum number of digits of an integer: larger ones cannot be converted to a float."""
 
@@ -32,6 +41,7 @@ ESCAPE = re.compile(
     r"|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
     re.DOTALL,
 )
+STRING = re.compile('"[^"]*"?')
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -65,12 +75,12 @@ def parse_json(data: bytes) -> Any:
     Raises:
         ApiError: 400, the text is not JSON, or has too many or too deeply nested values.
     """
-    check_count(data)
     text = _decode(data)
     if not text.strip():
         raise ApiError(400, "the body is empty; send a JSON object", "invalid_json")
     if HALF_PAIR.search(text):
         text = ESCAPE.sub(lambda match: r"\ufffd" if match["half"] else match[0], text)
+    _check_counts(text)
     try:
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, parse_int=_parse_int)
     except RecursionError:
@@ -78,18 +88,23 @@ def parse_json(data: bytes) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ApiError(400, f"the body is not valid JSON: {error.msg} at {place}", "invalid_json") from error
-    _check_size(value)
+    _check_depth(value)
     return value
 
 
-def check_count(data: bytes) -> None:
-    """Refuse a JSON text with too many objects, before they are parsed, which takes a second per million.
-
-    Raises:
-        ApiError: 400, it has more than MAX_CONTAINERS.
-    """
-    if data.count(b'{"') > MAX_CONTAINERS:
-        raise _too_many()
+def _check_counts(text: str) -> None:
+    """Refuse a JSON text with too many values, before they are parsed and checked, which takes seconds per million."""
+    without_quotes = text.replace("\\\\", "").replace('\\"', "")  # escaped backslashes and quotes, in this order
+    bare, num_strings = STRING.subn("", without_quotes, MAX_STRINGS + 1)
+    counts = {
+        "strings": (num_strings, MAX_STRINGS),
+        "lists and objects": (bare.count("[") + bare.count("{"), MAX_CONTAINERS),
+        "fields": (bare.count(":"), MAX_FIELDS),
+        "values": (bare.count(","), MAX_VALUES),
+    }
+    for name, (count, limit) in counts.items():
+        if count > limit:
+            raise ApiError(400, f"the body has more than {limit:,} {name}; send less", "invalid_value")
 
 
 def _decode(data: bytes) -> str:
@@ -124,15 +139,11 @@ def _parse_int(text: str) -> int:
     return int(text)
 
 
-def _check_size(value: Any) -> None:
-    """Refuse values that are nested too deeply, or have too many lists and objects; level by level."""
+def _check_depth(value: Any) -> None:
+    """Refuse values that are nested too deeply; level by level."""
     level: list[Any] = [value]
-    num_containers = 0
     for _ in range(MAX_DEPTH + 1):
         containers: list[Any] = [part for part in level if isinstance(part, list | dict)]
-        num_containers += len(containers)
-        if num_containers > MAX_CONTAINERS:
-            raise _too_many()
         if not containers:
             return
         level = [item for part in containers for item in _items(part)]
@@ -141,10 +152,6 @@ def _check_size(value: Any) -> None:
 
 def _items(part: Any) -> Iterable[Any]:
     return cast("dict[str, Any]", part).values() if isinstance(part, dict) else part
-
-
-def _too_many() -> ApiError:
-    return ApiError(400, f"the body has more than {MAX_CONTAINERS:,} lists and objects", "invalid_value")
 
 
 def _too_deep() -> ApiError:
@@ -200,6 +207,7 @@ MESSAGES = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "the name must be a token id of 1 to 9 digits",
 }
 """Our messages for pydantic's most common error types."""
 

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
-from kimi_mlx.server.http.body import check_count
 from kimi_mlx.server.http.sse import ApiFormatter, respond, while_connected
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.preparation import Result, Work
@@ -39,14 +38,14 @@ class Context:
         """Read and record the body of a request, and prepare it.
 
         Raises:
-            ApiError: the body is invalid.
+            ApiError: the body is invalid, or the server is shutting down.
             ClientDisconnectedError: the client has disconnected.
         """
-        body = await request.body()
-        record: RequestRecord = request.scope[RECORD_KEY]
-        record.body = body
-        check_count(body)
-        return await while_connected(request.receive, self.service.prepare(work, body))
+        with self.service.until_closing():
+            body = await request.body()
+            record: RequestRecord = request.scope[RECORD_KEY]
+            record.body = body
+            return await while_connected(request.receive, self.service.prepare(work, body))
 
     async def answer(self, request: Request, read: ReadCall) -> Response:
         """Return the response to a request that the model answers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -210,9 +210,11 @@ class ChatBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _refuse_deprecated(cls, value: Any) -> Any:
-        if isinstance(value, dict) and ("functions" in value or "function_call" in value):
-            raise ValueError("`functions` and `function_call` are not supported: use `tools` and `tool_choice`")
-        return value  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, dict):
+            fields = cast("dict[str, Any]", value)
+            if any(fields.get(name) is not None for name in ("functions", "function_call")):
+                raise ValueError("`functions` and `function_call` are not supported: use `tools` and `tool_choice`")
+        return cast("Any", value)
 
     def to_chat_request(self) -> ChatRequest:
         """Return the chat request.
@@ -234,6 +236,7 @@ class ChatBody(GenerationBody):
             tool_choice=check_tool_choice(self._tool_choice(), tools),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_schema=self._response_schema(),
+            response_schema_name=self._response_schema_name,
             thinking=self._thinking(),
             template_kwargs=self.chat_template_kwargs or {},
             partial=partial,
@@ -250,9 +253,14 @@ class ChatBody(GenerationBody):
         if response_format.type == "json_object":
             return True
         if response_format.json_schema is None or response_format.json_schema.schema_ is None:
-            param = "response_format.json_schema.schema"
+            param = self._response_schema_name
             raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
         return response_format.json_schema.schema_
+
+    @property
+    def _response_schema_name(self) -> str:
+        has_schema = self.response_format is not None and self.response_format.type == "json_schema"
+        return "response_format.json_schema.schema" if has_schema else "response_format"
 
     def _thinking(self) -> bool | None:
         if self.thinking is not None:

@@ -185,16 +185,19 @@ def to_chat_request(body: ResponsesBody) -> ChatRequest:
     _refuse_state(body)
     top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
+    conversation = _Conversation(body)
     return ChatRequest(
         max_tokens=body.max_output_tokens,
         sampling={"temperature": body.temperature, "top_p": top_p},
         top_logprobs=_top_logprobs(body),
-        messages=tuple(_Conversation(body).messages),
+        messages=tuple(conversation.messages),
+        messages_name="input",
+        places=tuple(conversation.places),
         tools=tools,
         tool_choice=check_tool_choice(_tool_choice(body.tool_choice), tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_schema=_response_schema(body.text and body.text.format),
-        response_schema_name="text.format",
+        response_schema_name="text.format.schema",
         thinking=_thinking(body.reasoning and body.reasoning.effort),
     )
 
@@ -213,6 +216,8 @@ class _Conversation:
 
     def __init__(self, body: ResponsesBody):
         self.messages = [Message("system", body.instructions)] if body.instructions else []
+        self.places = ["instructions"] if body.instructions else []
+        self._place = ""  # location of the last item that is part of an assistant message
         self._reasoning: list[str] = []
         self._text = ""
         self._calls: list[ToolCall] = []
@@ -224,27 +229,32 @@ class _Conversation:
         if isinstance(item, ReasoningItem):
             if self._text or self._calls:
                 self._end_message()
+            self._place = location
             self._reasoning += [part.text or "" for part in item.content or item.summary or ()]
         elif isinstance(item, FunctionCallItem):
+            self._place = location
             self._calls.append(earlier_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, MessageItem):
-            self._add_message(item, _text(item.content, f"{location}.content"))
+            self._add_message(item, _text(item.content, f"{location}.content"), location)
         elif isinstance(item, FunctionCallOutputItem):
             self._end_message()
             texts = (part.text or "" if part.type in TEXT_TYPES else placeholder(part.type) for part in item.output)
             self.messages.append(Message("tool", "\n\n".join(texts), tool_call_id=item.call_id))
+            self.places.append(location)
         elif item.type in ("item_reference", None):
             raise unsupported("references to items are", location, "items are not stored; send the item itself")
         else:
             raise unsupported(f"items of type `{item.type:.60}` are", location)
 
-    def _add_message(self, item: MessageItem, text: str) -> None:
+    def _add_message(self, item: MessageItem, text: str, location: str) -> None:
         if item.role != "assistant":
             self._end_message()
             self.messages.append(Message("system" if item.role == "developer" else item.role, text))
+            self.places.append(location)
             return
         if self._text:
             self._end_message()
+        self._place = location
         self._text = text
 
     def _end_message(self) -> None:
@@ -252,6 +262,7 @@ class _Conversation:
         if self._reasoning or self._text or self._calls:
             reasoning = "".join(self._reasoning) or None
             self.messages.append(Message("assistant", self._text, reasoning, tuple(self._calls)))
+            self.places.append(self._place)
         self._reasoning, self._text, self._calls = [], "", []
 
 

@@ -110,6 +110,19 @@ def test_a_worker_can_be_started_in_advance(
 
 
 @pytest.mark.slow
+def test_a_worker_that_ended_while_it_was_idle_is_replaced(prompt_builder: PromptBuilder) -> None:
+    async def work() -> None:
+        pool = Preparation(prompt_builder)
+        long = b"x" * (SHORT_BODY_BYTES + 1)
+        for _ in range(3):
+            worker = await pool.run(process_id, long)
+            os.kill(worker, signal.SIGKILL)
+            assert await pool.run(process_id, long) != worker
+
+    run(work)
+
+
+@pytest.mark.slow
 def test_a_worker_that_takes_too_long_or_ends_is_replaced(
     prompt_builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ def test_minimal_body():
         max_tokens=9,
         sampling={"temperature": None, "top_p": None, "top_k": None},
         messages=(Message("user", "Hi"),),
-        response_schema_name="output_format",
+        response_schema_name="output_format.schema",
         thinking=False,
         call_id_prefix="toolu_",
     )

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from kimi_mlx.server.anthropic.request import MessagesBody
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.http.body import MAX_CONTAINERS, MAX_DEPTH, MAX_DIGITS, Body, parse, parse_json
+from kimi_mlx.server.http.body import (
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    MAX_FIELDS,
+    MAX_STRINGS,
+    MAX_VALUES,
+    Body,
+    parse,
+    parse_json,
+)
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_request import ResponsesBody
@@ -72,7 +82,8 @@ def test_an_escaped_backslash_before_a_surrogate_is_text() -> None:
         (b'{"a": 1e999}', "the number `1e999` is too large"),
         (b'{"a": %s}' % (b"9" * 5000), f"has more than {MAX_DIGITS} digits"),
         (b'{"a": %s}' % nested(MAX_DEPTH), f"nested deeper than {MAX_DEPTH} levels"),
-        (b'{"a": %s}' % nested(100_000), f"nested deeper than {MAX_DEPTH} levels"),
+        (b'{"a": %s}' % nested(40_000), f"nested deeper than {MAX_DEPTH} levels"),
+        (b'{"a": %s}' % nested(100_000), "more than 50,000 lists and objects"),
         (b'{"a": [%s]}' % b",".join([b"[]"] * MAX_CONTAINERS), "more than 50,000 lists and objects"),
     ],
 )
@@ -81,6 +92,41 @@ def test_errors_of_json(data: bytes, message: str) -> None:
         parse(ChatBody, data)
     assert error.value.status == 400
     assert message in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("item", "count", "name"),
+    [
+        ("1", 3_000_000, "values"),
+        ("[ ]", 3_000_000, "lists and objects"),
+        ("{ }", 3_000_000, "lists and objects"),
+        (r'"\\"', 3_000_000, "strings"),
+        ('{"a":1,"b":2,"c":3,"d":4,"e":5,"f":6,"g":7}', 49_000, "fields"),
+    ],
+    ids=["ids", "lists", "objects", "strings", "fields"],
+)
+def test_bodies_with_millions_of_values_are_refused_before_they_are_parsed(item: str, count: int, name: str) -> None:
+    data = b'{"messages": [%s]}' % ",".join([item] * count).encode()
+    started = time.process_time()
+    with pytest.raises(ApiError, match=rf"the body has more than [\d,]+ {name}; send less"):
+        parse_json(data)
+    assert time.process_time() - started < 2
+
+
+def test_bodies_at_the_limits_are_parsed() -> None:
+    assert len(parse_json(b"[%s]" % b",".join([b"1"] * MAX_VALUES))) == MAX_VALUES
+    assert len(parse_json(b"[%s]" % b",".join([b"{}"] * (MAX_CONTAINERS - 1)))) == MAX_CONTAINERS - 1
+    assert len(parse_json(b"[%s]" % b",".join([rb'"\\\""'] * MAX_STRINGS))) == MAX_STRINGS
+    assert len(parse_json(json.dumps(dict.fromkeys(map(str, range(MAX_FIELDS)))).encode())) == MAX_FIELDS
+    text = '[{,:"\\' * 1_000_000  # what is in a string does not count
+    assert parse_json(json.dumps([text]).encode()) == [text]
+
+
+@pytest.mark.parametrize("name", ["functions", "function_call"])
+def test_deprecated_fields_may_be_null(name: str) -> None:
+    parse(ChatBody, json.dumps(HI | {name: None}).encode())
+    with pytest.raises(ApiError, match="use `tools` and `tool_choice`"):
+        parse(ChatBody, json.dumps(HI | {name: []}).encode())
 
 
 def test_the_last_of_two_fields_with_one_name_counts() -> None:
@@ -120,7 +166,7 @@ def test_hostile_bodies_are_refused_quickly(body: bytes) -> None:
         (ChatBody, HI | {"stop": ["a", 5]}, "`stop[1]`: must be a string"),
         (ChatBody, HI | {"tool_choice": 5}, "`tool_choice`: must be 'auto', 'none' or 'required' or an object"),
         (ChatBody, HI | {"tool_choice": {"function": {}}}, "`tool_choice.function.name`: required field is missing"),
-        (ChatBody, HI | {"logit_bias": {"a": 1}}, "`logit_bias.a`: String should match pattern"),
+        (ChatBody, HI | {"logit_bias": {"a": 1}}, "`logit_bias.a`: the name must be a token id of 1 to 9 digits"),
         (CompletionBody, {"prompt": []}, "`prompt`: has 0 items, but 1 to 64 are allowed"),
         (CompletionBody, {"prompt": [{}] * 65}, "`prompt`: has 65 items, but 1 to 64 are allowed"),
         (CompletionBody, {"prompt": ["a", 5]}, "`prompt[1]`: must be a string"),

@@ -25,7 +25,8 @@ def test_minimal_body():
     assert request_of() == ChatRequest(
         sampling={"temperature": None, "top_p": None},
         messages=(Message("user", "Hi"),),
-        response_schema_name="text.format",
+        messages_name="input",
+        response_schema_name="text.format.schema",
     )
 
 
