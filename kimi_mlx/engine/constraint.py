@@ -159,8 +159,17 @@ class Constraint:
 
     def _check(self, matcher: llguidance.LLMatcher) -> None:
         if matcher.is_error():
-            self._compiler.drop(self._answer_grammar if matcher is self._answer_matcher else self._arguments_grammar)
-            raise EngineError(f"the grammar is too complex: {first_line(matcher)}", hint="simplify the schema")
+            is_answer = matcher is self._answer_matcher
+            self._compiler.drop(self._answer_grammar if is_answer else self._arguments_grammar)
+            raise EngineError(
+                f"the schema of {'the answer' if is_answer else self._tools()} is too complex ({first_line(matcher)}): "
+                "use fewer or shorter patterns, enums and limits of lengths"
+            )
+
+    def _tools(self) -> str:
+        """Return the names of tools with the current grammar of arguments, for an error message."""
+        same = [name for name, grammar in self._arguments_grammars.items() if grammar == self._arguments_grammar]
+        return "the tools " + ", ".join(f"`{name.partition('.')[2]}`" for name in same[:3])
 
 
 @compile_on_gpu

@@ -208,10 +208,10 @@ class _ActiveRequest:
         with self._lock:
             self._is_closed = True
         for index in list(self._open):
-            self._end(index)
             if index in self._request_ids:
                 self._service.cancel(self._request_ids[index])
                 self._metrics.cancelled.inc()
+            self._end(index)
 
     def _handle(self, index: int, event: Event | BaseException) -> Iterator[AnswerEvent]:
         if isinstance(event, BaseException):

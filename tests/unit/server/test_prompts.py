@@ -15,7 +15,7 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.prompts import PromptBuilder
-from kimi_mlx.text.messages import Message
+from kimi_mlx.text.messages import Message, ToolCall
 from tests.fakes import KIMI_MINI
 from tests.schemas import ANY_OBJECT
 
@@ -60,10 +60,18 @@ def test_any_json_in_a_tool_schema_is_served_or_refused(
     [
         ChatRequest(messages=(Message("user", "x" * 30_000_000),)),
         ChatRequest(messages=HI * 1_000_000),
+        ChatRequest(messages=HI * 700),
+        ChatRequest(messages=(Message("assistant", "", None, (ToolCall("c", "f", "{}"),) * 400),)),
+        ChatRequest(messages=(Message("assistant", "", None, (ToolCall("c", "f", "[[]," * 5_000_000),)),)),
+        ChatRequest(messages=(Message("assistant", "", "thinks " * 4_000_000),)),
+        ChatRequest(messages=HI, partial="[[]," * 5_000_000),
         CompletionRequest(prompt="x" * 30_000_000),
         CompletionRequest(prompt=(5,) * 1_000_000),
     ],
-    ids=["long message", "many messages", "long prompt", "many ids"],
+    ids=[
+        *("long message", "many messages", "messages with markers", "many calls", "long arguments", "long reasoning"),
+        *("long partial message", "long prompt", "many ids"),
+    ],
 )
 def test_prompts_that_cannot_fit_are_refused_before_they_are_tokenized(
     builder: PromptBuilder, request_: ChatRequest | CompletionRequest
@@ -88,6 +96,34 @@ def test_a_prompt_that_just_fits_is_not_refused_by_its_size(builder: PromptBuild
     longest = max(builder.tokenizer.tokenizer.tokens(), key=len).decode()
     prompt = longest * 1900
     assert len(builder.prepare(CompletionRequest(prompt=prompt)).request.prompt) < 2000
+
+
+@pytest.mark.parametrize(
+    ("schema", "param"),
+    [
+        ({"properties": {"a": {"type": "nonsense"}}}, ".properties.a.type"),
+        ({"$ref": "#/x"}, ".$ref"),
+        ({"type": "string"}, ".type"),
+    ],
+)
+def test_errors_of_a_schema_name_a_path_in_the_body(builder: PromptBuilder, schema: dict[str, Any], param: str) -> None:
+    function = {"name": "f", "parameters": schema, "strict": True}
+    error = refusal(builder, ChatRequest(messages=HI, tools=({"type": "function", "function": function},)))
+    assert error is not None
+    assert error.param == f"tools[0].function.parameters{param}"
+    assert error.message.startswith(f"`{error.param}`: ")
+
+
+def test_a_token_id_outside_the_vocabulary_is_named(builder: PromptBuilder) -> None:
+    error = refusal(builder, ChatRequest(messages=HI, logit_bias=((5, 1.0), (999_999, 1.0))))
+    assert error is not None
+    assert error.param == "logit_bias.999999"
+
+
+def test_a_prompt_that_is_too_long_names_the_field_of_its_api(builder: PromptBuilder) -> None:
+    error = refusal(builder, ChatRequest(messages=HI * 1_000, messages_name="input"))
+    assert error is not None
+    assert (error.code, error.param) == ("context_length_exceeded", "input")
 
 
 def test_errors_for_the_client_have_no_folders(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kimi_mlx.server.anthropic.request import MessagesBody
 from kimi_mlx.server.anthropic.request import to_chat_request as from_anthropic
+from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.responses_request import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
+from kimi_mlx.server.tool_calls import to_kimi_ids
 from kimi_mlx.text.messages import Message, ToolCall
 
 THOUGHT = "First the weather, then the answer."
@@ -130,3 +133,53 @@ def test_unsupported_content_of_a_result_is_replaced(part: dict[str, Any], text:
     output = {"type": "function_call_output", "call_id": "c1", "output": [part]}
     body = parse(ResponsesBody, json.dumps({"input": [HI, call, output]}).encode())
     assert from_responses(body).messages[-1].content == text
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ITEM = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "place"),
+    [
+        (lambda: chat_request(messages=[HI, {"role": "tool", "tool_call_id": "a", "content": ""}]), "messages[1]"),
+        (lambda: chat_request(messages=[HI, {"role": "assistant", "tool_calls": [CALL, CALL]}]), "messages[1]"),
+        (lambda: responses_request(instructions="x", input=[HI, ITEM, ITEM]), "input[2]"),
+        (lambda: responses_request(input=[HI, {"type": "function_call_output", "call_id": "a", "output": ""}]),
+         "input[1]"),
+        (lambda: anthropic_request(
+            system="x", messages=[HI, {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]),
+         "messages[1]"),
+    ],
+)  # fmt: skip
+def test_errors_of_tool_call_ids_name_the_message(request_: Callable[[], ChatRequest], place: str) -> None:
+    request = request_()
+    with pytest.raises(ApiError) as error:
+        to_kimi_ids(request.messages, places=request.places)
+    assert error.value.param == place
+    assert error.value.message.startswith(f"`{place}`: ")
+
+
+def test_two_tools_with_one_name_are_refused() -> None:
+    names = ("f", "g", "f")
+    chat = [{"type": "function", "function": {"name": name}} for name in names]
+    for read in (
+        lambda: chat_request(messages=[HI], tools=chat),
+        lambda: responses_request(input="x", tools=[{"type": "function", "name": name} for name in names]),
+        lambda: anthropic_request(messages=[HI], tools=[{"name": name, "input_schema": {}} for name in names]),
+    ):
+        with pytest.raises(ApiError, match=r"`tools\[2\]` has the name `f`, as `tools\[0\]` has") as error:
+            read()
+        assert error.value.param == "tools[2]"
+
+
+def chat_request(**fields: Any) -> ChatRequest:
+    return parse(ChatBody, json.dumps(fields).encode()).to_chat_request()
+
+
+def responses_request(**fields: Any) -> ChatRequest:
+    return from_responses(parse(ResponsesBody, json.dumps(fields).encode()))
+
+
+def anthropic_request(**fields: Any) -> ChatRequest:
+    return from_anthropic(parse(MessagesBody, json.dumps(fields).encode()))
