@@ -52,7 +52,7 @@ def check(
         session.reset()
         second, _ = _answer(session, prompt)
     if first != second:
-        position = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+        position = first_difference(first, second)
         raise RingError(
             f"two answers to the same prompt differ from token {position} of {TOKENS} on",
             hint="the link or MLX corrupts data: run `kimi-mlx doctor` with the same hosts",
@@ -75,6 +75,12 @@ def check(
     stdout.print(
         f"{launch.description} answer: loaded in {format_seconds(load_s)}, {rate}, both answers are equal", markup=False
     )
+
+
+def first_difference(first: list[int], second: list[int]) -> int:
+    """Return the index of the first token in which two answers differ; one may be the beginning of the other."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _answer(session: Session, prompt: tuple[int, ...]) -> tuple[list[int], Finished]:

@@ -20,8 +20,11 @@ def main() -> int:
     parser.add_argument("--sizes", choices=("full", "small"), default="full")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--limit-s", type=float, help="time limit of each check; a CPU needs more than a GPU")
-    parser.add_argument("checks", nargs="*", help="names of the checks; all if there are none")
+    names = [check.name for check in CHECKS]
+    parser.add_argument("checks", nargs="*", help=f"checks to run, of {', '.join(names)}; default: all")
     options = parser.parse_args()
+    if unknown := set(options.checks) - set(names):
+        parser.error(f"no such check: {', '.join(sorted(unknown))}")
     checks = [check for check in CHECKS if not options.checks or check.name in options.checks]
     if options.limit_s is not None:
         checks = [replace(check, limit_s=options.limit_s) for check in checks]

@@ -178,13 +178,15 @@ class LocalSession:
         Args:
             error: error whose frames may hold the model.
         """
-        if self._blocks is not None:
-            self._blocks.close()
-        self._engine = self._blocks = None
-        while not self._commands.empty():  # a command may hold a request
-            self._commands.get()
-        clear_frames(error)
-        release_memory()
+        try:
+            if self._blocks is not None:
+                self._blocks.close()
+        finally:
+            self._engine = self._blocks = None
+            while not self._commands.empty():  # a command may hold a request
+                self._commands.get()
+            clear_frames(error)
+            release_memory()
 
     def _load(self, options: SessionOptions, progress: LoadProgress) -> Engine:
         os.environ[FAST_SYNC] = str(int(options.fast_sync))  # MLX reads it when it first computes

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch_checks, launched_command
+from kimi_mlx.cli.check import first_difference
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cluster.doctor.cluster_checks import check_kernels
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
@@ -177,3 +178,8 @@ def test_it_does_not_start_under_another_launcher(reached: list[Any]) -> None:
     assert done.returncode == 2
     assert "started by `mlx.launch`" in done.stderr
     assert reached == []
+
+
+@pytest.mark.parametrize(("second", "index"), [([1, 2, 4], 2), ([1, 2], 2), ([1, 2, 3, 4], 3), ([], 0)])
+def test_the_first_difference_of_two_answers(second: list[int], index: int) -> None:
+    assert first_difference([1, 2, 3], second) == index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.doctor_gpu import check_gpu
 from kimi_mlx.errors import UsageError
+from kimi_mlx.gpu_check.__main__ import main
 from kimi_mlx.gpu_check.checks import CHECKS, CheckResult, Comparison, Measurement
 from kimi_mlx.gpu_check.report import check_lines, conclusion, heading, is_ok, measurement_lines, to_dict
 from kimi_mlx.model.device import has_gpu
@@ -77,6 +79,14 @@ def test_the_command_runs_the_checks(capsys: pytest.CaptureFixture[str]) -> None
     report = json.loads(capsys.readouterr().out)
     assert report["ok"]
     assert len(report["checks"][0]["comparisons"]) == 16
+
+
+def test_an_unknown_check_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "nosuch"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "no such check: nosuch" in capsys.readouterr().err
 
 
 def test_a_failed_check_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
