@@ -29,7 +29,7 @@ def call(
         stdin: text for standard input; None for /dev/null.
         variables: environment variables to set.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -41,6 +41,7 @@ def call(
             source.write(stdin)
             source.seek(0)
         patch.setattr(sys, "stdin", source)
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         patch.setattr(sys, "argv", ["kimi-mlx", *arguments])
         for name, value in (variables or {}).items():
             patch.setenv(name, value)

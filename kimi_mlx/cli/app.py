@@ -7,19 +7,19 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
 from kimi_mlx.cli.command_list import LazyGroup
+from kimi_mlx.cli.signals import EndSignals
 from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 from kimi_mlx.version import __version__
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 app = typer.Typer(
     name="kimi-mlx",
@@ -72,9 +72,7 @@ def run() -> None:
     Raises:
         SystemExit: the command failed, or was ended by a signal.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that ranks are stopped, as after Ctrl-C
-        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup
-            signal.signal(number, _exit_on_signal)
+    signals = EndSignals()
     try:
         code = get_command(app)(standalone_mode=False)  # Typer would print errors itself, and as text only
         sys.stdout.flush()
@@ -93,7 +91,7 @@ def run() -> None:
             error.show()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # Abort: Ctrl-C or Ctrl-D at a question
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(128 + (signals.first or signal.SIGINT))
     except OSError as error:
         if Settings.from_environment().show_traceback or (known := _explain(error)) is None:
             raise
@@ -115,10 +113,6 @@ def _explain(error: OSError) -> KimiMlxError | None:
     remedy = "free some space" if is_disk_full(error) else "check its owner and permissions"
     other = "" if variable is None else f", or set {variable} to another folder"
     return KimiMlxError(f"cannot use `{path}`: {error.strerror}", hint=f"{remedy}{other}")
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 def _is_json() -> bool:

@@ -19,6 +19,7 @@ LIGHT = {
     "kimi_mlx.cli",
     "kimi_mlx.cli.app",
     "kimi_mlx.cli.command_list",
+    "kimi_mlx.cli.signals",
     "kimi_mlx.cli.standard_streams",
     "kimi_mlx.errors",
     "kimi_mlx.settings",
