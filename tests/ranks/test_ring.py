@@ -232,7 +232,7 @@ def test_cancelling_does_not_wait_for_the_restart(folder: Path, monkeypatch: pyt
         assert len([event for event in seen if isinstance(event, Token)]) == 5
 
 
-def test_without_restarts_the_session_fails(folder: Path) -> None:
+def test_without_restarts_the_session_fails(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with closing(RingSession(SessionOptions(folder, ranks=2, max_restarts=0))) as ring:
         pids = ring.pids
         events = ring.generate(Request(PROMPT, max_tokens=5000))
@@ -245,6 +245,7 @@ def test_without_restarts_the_session_fails(folder: Path) -> None:
         with pytest.raises(RingError, match="SIGKILL"):
             next(ring.generate(Request(PROMPT)))
     wait_until_gone(pids)
+    assert "killed:" not in caplog.text  # only what we kill is reported so
 
 
 def test_too_many_ranks_are_refused(folder: Path) -> None:

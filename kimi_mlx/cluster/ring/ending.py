@@ -14,6 +14,7 @@ from kimi_mlx.cluster.channel.host_process import HostProcess
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.cleanup import end_leftovers
 from kimi_mlx.cluster.ring.end_limits import KILL_S, SHOW_AFTER_S, unload_limit_s
+from kimi_mlx.cluster.ring.guard import EXIT_KILLED
 from kimi_mlx.units import format_bytes
 
 LOG = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ def end_ranks(
             process.release(GUARD_S)
     finally:
         timer.cancel()
-    # The exit code of a guard whose rank was killed. An ssh client or a guard that was killed here has another one.
-    killed = [names[process.rank] for process in ranks if process.exit_code == 128 + signal.SIGKILL]
+    killed = [names[process.rank] for process in ranks if process.exit_code == EXIT_KILLED]
     killed += [f"{count} process{'es' * (count > 1)} on `{host}`" for host, count in left.num_killed.items()]
     if killed:
         LOG.warning(

@@ -36,6 +36,9 @@ HOLD_S = 5
 
 MAX_SOCKETS = 64
 
+EXIT_KILLED = 9
+"""Exit code of a guard that had to kill its child. A child that something else has killed gives 128 + SIGKILL."""
+
 GUARD_VARIABLE = "KIMI_MLX_GUARD"
 """Environment variable with the file descriptor of a socket to the guard. Over it a rank sends the ring's sockets, and
 lines with the seconds that it may need to end. A rank that has sent none has no memory to release, and is ended by
@@ -57,7 +60,7 @@ def guard_command(module: str, python: str, tag: str, silence_s: float | None) -
 
 
 def main() -> None:
-    """Run the module. The exit code is the child's, or 128 plus the number of the signal that ended it."""
+    """Run the module. The exit code is the child's, 128 plus the number of the signal that ended it, or EXIT_KILLED."""
     module, tag, silence_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
     signals: list[int] = []
 
@@ -126,7 +129,7 @@ class _Guard:
         os.set_blocking(self._input.fileno(), False)  # a child that is stopped must not stop us
 
     def run(self) -> int:
-        """Forward input until the child ends, the input ends, or nothing arrives for too long; return its exit code."""
+        """Forward input until the child ends, the input ends, or nothing arrives for too long; return the exit code."""
         while self._has_input and not self._signals:
             if (code := self._child.poll()) is not None:
                 return code
@@ -137,7 +140,7 @@ class _Guard:
         return self._end()
 
     def _end(self) -> int:
-        """End the child; return its exit code."""
+        """End the child; return its exit code, or EXIT_KILLED."""
         self._has_input = False
         self._child.send_signal(signal.SIGCONT)  # a stopped process cannot end by itself
         if (code := self._wait(self._end_limit_s)) is not None:
@@ -147,7 +150,8 @@ class _Guard:
             return code
         _print("did not end by itself and was killed")
         self._child.kill()
-        return self._child.wait()
+        self._child.wait()
+        return EXIT_KILLED
 
     def _wait(self, limit_s: float) -> int | None:
         """Wait for the child, for `limit_s` or the time that it asks for meanwhile; return its exit code, or None."""
