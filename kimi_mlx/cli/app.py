@@ -86,7 +86,7 @@ def run() -> None:
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except typer.TyperException as error:
         if _is_json():
-            _print_error(UsageError(error.format_message(), hint="type `kimi-mlx --help` for the commands and options"))
+            _print_error(UsageError(error.format_message(), hint=f"type `{_command_of(error)} --help` for the options"))
         else:
             error.show()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
         sys.exit(error.exit_code)
@@ -97,6 +97,16 @@ def run() -> None:
             raise
         _print_error(known)
         sys.exit(EXIT_FAILED)
+
+
+def _command_of(error: typer.TyperException) -> str:
+    """Return the command that an error is about, such as `kimi-mlx chat`."""
+    context = getattr(error, "ctx", None)
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, context.info_name)
+        context = context.parent
+    return " ".join(("kimi-mlx", *names))
 
 
 def _explain(error: OSError) -> KimiMlxError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
+
+from kimi_mlx.errors import UsageError
 
 PANELS = (
     *("Options", "Model", "Sampling", "Quantization", "Cluster", "Server"),
@@ -150,7 +153,9 @@ COMMANDS = (
         ),
     ),
 )
-OTHER_TOOLS_COMMANDS = ("list", "ls", "pull", "run", "ps")
+OTHER_TOOLS_COMMANDS = (
+    *("list", "ls", "pull", "run", "ps", "remove", "delete", "show", "info", "help", "version", "stop"),
+)
 """Commands of other tools; each exits with a hint to ours."""
 
 _ANY_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": list[str]()}
@@ -201,9 +206,28 @@ class LazyGroup(TyperGroup):
             formatter.write_dl([(info.name, info.summary) for info in COMMANDS if not info.is_hidden])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command of a command line; an unknown name is an error that lists near names."""
-        self.commands = dict.fromkeys(command_names())  # pyright: ignore[reportAttributeAccessIssue]
+        """Find the command of a command line.
+
+        Raises:
+            UsageError: unknown command; the hint has a similar name.
+        """
+        name = args[0]
+        if name not in _BY_NAME and not name.startswith("-"):
+            visible = [info.name for info in COMMANDS if not info.is_hidden]
+            similar = difflib.get_close_matches(name, visible, n=1)
+            hint = f"did you mean `{similar[0]}`?" if similar else "type `kimi-mlx --help` for the commands"
+            raise UsageError(f"kimi-mlx has no command `{name}`", hint=hint)
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the options before the command.
+
+        Raises:
+            UsageError: `-v`, which other tools have.
+        """
+        if args[:1] in (["-v"], ["-V"]):
+            raise UsageError(f"kimi-mlx has no option `{args[0]}`", hint="type `kimi-mlx --version`")
+        return super().parse_args(ctx, args)
 
 
 def _epilog(examples: Sequence[str]) -> str | None:

@@ -14,6 +14,13 @@ HINTS = {
     "ls": "type `kimi-mlx models`",
     "pull": "type `kimi-mlx download MODEL`",
     "run": "type `kimi-mlx chat MODEL`",
+    "remove": "type `kimi-mlx rm MODEL`",
+    "delete": "type `kimi-mlx rm MODEL`",
+    "show": "type `kimi-mlx models MODEL`",
+    "info": "type `kimi-mlx models MODEL`",
+    "help": "type `kimi-mlx --help`, or `kimi-mlx COMMAND --help`",
+    "version": "type `kimi-mlx --version`",
+    "stop": "type Ctrl-C where the model runs",
     "ps": "type `kimi-mlx doctor` to check this machine; a server reports its state at `/health`",
 }
 
