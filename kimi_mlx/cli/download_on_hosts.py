@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_mlx.cli.download import DownloadOptions
 from kimi_mlx.cli.download_output import show_result
-from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars
+from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars, fetch_label
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cluster.channel.messages import Message
@@ -102,7 +102,7 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
                 bar("checking", message["done"], message["total"])
             elif message["kind"] == "building":
                 progress = BuildProgress(**{name: value for name, value in message.items() if name != "kind"})
-                bar(f"downloading {target.name}", progress.fetched_bytes, progress.total_bytes)
+                bar(fetch_label(target), progress.fetched_bytes, progress.total_bytes)
                 bar("storing", progress.stored_bytes, progress.total_bytes)
 
         try:

@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
 from kimi_mlx.hub.licence import show_once
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.rounds import BuildProgress
@@ -31,11 +31,12 @@ LINE_EVERY_S = 15.0
 
 
 class ProgressLines(Progress):
-    """Progress in lines instead of bars: each task prints one when it begins, then one every LINE_EVERY_S."""
+    """Progress in lines instead of bars: a task that takes long prints one every LINE_EVERY_S, and one at its end."""
 
     def __init__(self) -> None:
         super().__init__(disable=True)
-        self._printed_s: dict[TaskID, float] = {}
+        self._due_s: dict[TaskID, float] = {}
+        self._with_lines: set[TaskID] = set()  # unfinished tasks that have printed a line
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         """Update a task and print its line if one is due."""
@@ -49,9 +50,14 @@ class ProgressLines(Progress):
 
     def _print_line(self, task: Task) -> None:
         now = time.monotonic()
-        if not task.total or task.finished or now - self._printed_s.get(task.id, -LINE_EVERY_S) < LINE_EVERY_S:
+        if not task.total:
             return
-        self._printed_s[task.id] = now
+        due_s = self._due_s.setdefault(task.id, now + PROGRESS_AFTER_S)
+        has_line = task.id in self._with_lines
+        if not (has_line if task.finished else now >= due_s):
+            return
+        (self._with_lines.discard if task.finished else self._with_lines.add)(task.id)
+        self._due_s[task.id] = now + LINE_EVERY_S
         parts = [f"{task.description}: {format_bytes(task.completed)} of {format_bytes(task.total)}"]
         if task.speed:
             parts.append(f"{format_bytes(task.speed)}/s")
@@ -88,6 +94,11 @@ def byte_progress(label: str, total_bytes: int, is_quiet: bool) -> Generator[Cal
         yield lambda count: progress.advance(task, count)
 
 
+def fetch_label(target: ModelRef) -> str:
+    """Return the label of the progress of a model's files, which are read from a folder or downloaded."""
+    return f"{'downloading' if target.folder is None else 'reading'} {target.name}"
+
+
 class TerminalObserver:
     """Observer of a download that shows progress bars, or lines in a pipe.
 
@@ -113,7 +124,7 @@ class TerminalObserver:
     def on_build(self) -> Generator[Callable[[BuildProgress], None]]:
         """Show a progress bar of downloaded bytes and one of stored bytes."""
         with byte_bars(self._is_quiet) as bars:
-            fetching = bars.add_task(f"downloading {self._target.name}", total=None)
+            fetching = bars.add_task(fetch_label(self._target), total=None)
             storing = bars.add_task("storing", total=None)
 
             def report(progress: BuildProgress) -> None:

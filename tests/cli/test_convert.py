@@ -135,7 +135,7 @@ def test_a_stopped_run_is_resumed(number: signal.Signals, code: int, tmp_path: P
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code, error
-    assert error.endswith("\nstopped; run the same command again to resume\n")
+    assert error.endswith("stopped; run the same command again to resume\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".convert.json",
         "model-00001-of-00003.safetensors",
