@@ -19,6 +19,9 @@ from kimi_mlx.server.http.sse import ClientDisconnectedError
 
 LOG = logging.getLogger(__name__)
 
+UNKNOWN_PATH = "not_found"
+"""Error code of an unknown path."""
+
 ErrorFormat = Callable[[ApiError], dict[str, Any]]
 """Returns the body of an API's error response."""
 
@@ -55,7 +58,7 @@ class ErrorMiddleware:
         except Exception as exception:
             is_http = isinstance(exception, HTTPException)
             error = self._routing_error(exception, scope) if is_http else api_error(exception)
-            scope[RECORD_KEY].reason = error.log_text
+            scope[RECORD_KEY].reason = "unknown path" if error.code == UNKNOWN_PATH else error.log_text
             if error.code == "internal_error":
                 LOG.exception("%s %s failed", scope["method"], scope["path"])
             if not has_started:
@@ -82,4 +85,4 @@ class ErrorMiddleware:
             f"there is no path `{scope['path']:.100}`; the base URL of an OpenAI client ends in `/v1`, that of an "
             f"Anthropic client has no path; available: {', '.join(self._paths)}"
         )
-        return ApiError(error.status_code, message, "not_found")
+        return ApiError(error.status_code, message, UNKNOWN_PATH)
