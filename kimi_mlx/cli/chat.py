@@ -11,6 +11,9 @@ import typer
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, JsonOption, RunOptions, refuse_mlx_launch
 
+MAX_TEMPERATURE = 2
+"""Maximum temperature: that of the OpenAI API."""
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -31,6 +34,8 @@ class SamplingOptions:
             "--temperature",
             "--temp",
             "-t",
+            min=0,
+            max=MAX_TEMPERATURE,
             help="Sampling temperature; 0 is greedy. Default: the model's.",
             rich_help_panel=SAMPLING,
         ),
@@ -39,6 +44,8 @@ class SamplingOptions:
         float | None,
         typer.Option(
             "--top-p",
+            min=0,
+            max=1,
             metavar="P",
             help="Nucleus sampling: keep the most likely tokens whose probabilities add up to P.",
             rich_help_panel=SAMPLING,
@@ -47,19 +54,25 @@ class SamplingOptions:
     top_k: Annotated[
         int | None,
         typer.Option(
-            "--top-k", metavar="K", help="Sample from the K most likely tokens; 0 disables.", rich_help_panel=SAMPLING
+            "--top-k",
+            min=0,
+            metavar="K",
+            help="Sample from the K most likely tokens; 0 disables.",
+            rich_help_panel=SAMPLING,
         ),
     ] = None
     min_p: Annotated[
         float | None,
         typer.Option(
             "--min-p",
+            min=0,
+            max=1,
             metavar="P",
             help="Drop tokens with less than P times the top token's probability.",
             rich_help_panel=SAMPLING,
         ),
     ] = None
-    seed: Annotated[int | None, typer.Option("--seed", help="Random seed.", rich_help_panel=SAMPLING)] = None
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.", rich_help_panel=SAMPLING)] = None
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -111,12 +124,11 @@ def chat(
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.chat_answer import print_answer, print_answer_json
-    from kimi_mlx.cli.chat_prompt import read_prompt
+    from kimi_mlx.cli.chat_prompt import read_prompt, resolve_chat_model
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.session.conversation import Conversation
-    from kimi_mlx.store.model_ref import resolve_model_name
 
-    target = resolve_model_name(run.model_name)
+    target = resolve_chat_model(run.model_name, prompts.prompt)
     prompt = read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kimi_mlx.cli.output import print_json, stderr, stdout
-from kimi_mlx.cli.stream import AnswerPrinter, statistics_line
+from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
 from kimi_mlx.engine.request import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
@@ -15,12 +15,25 @@ from kimi_mlx.text.messages import Delta
 def print_answer(conversation: Conversation, prompt: str) -> None:
     """Stream the answer to stdout; reasoning and statistics go to stderr."""
     with AnswerPrinter(stdout, show_reasoning=stderr.is_terminal, plain=True) as printer:
+        has_reasoning = False
         for item in conversation.ask(prompt):
             printer.show(item)
+            has_reasoning = has_reasoning or (isinstance(item, Delta) and bool(item.reasoning))
             if isinstance(item, Finished):
                 printer.finish()
+                if not printer.has_shown:
+                    stderr.print(_empty_answer(item, has_reasoning), markup=False)
                 suffix = " · stopped at the token limit" if item.reason == "length" else ""
                 stderr.print(statistics_line(item.statistics) + suffix, style="dim")
+
+
+def _empty_answer(finished: Finished, has_reasoning: bool) -> str:
+    """Return the message for an answer without text and tool calls."""
+    tokens = count(finished.statistics.generated_tokens, "token")
+    if not has_reasoning:
+        return f"the answer is empty: the model generated {tokens}, none of them text or reasoning"
+    remedy = "; raise --max-tokens" if finished.reason == "length" else ""
+    return f"the answer is empty: the model generated {tokens}, all of them reasoning{remedy}"
 
 
 def print_answer_json(conversation: Conversation, prompt: str, choice: Choice) -> None:

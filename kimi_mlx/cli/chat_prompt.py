@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import sys
+from typing import TYPE_CHECKING
 
 from kimi_mlx.errors import UsageError
 
+if TYPE_CHECKING:
+    from kimi_mlx.store.model_ref import ModelRef
+
 NO_PROMPT = "no prompt given and no terminal to ask on"
+
+
+def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
+    """Resolve the name of the model; without a prompt, an unknown name may be meant as one.
+
+    Raises:
+        UsageError: unknown name, or an unsupported model.
+    """
+    from kimi_mlx.store.model_ref import resolve_model_name, similar_aliases
+
+    try:
+        return resolve_model_name(name)
+    except UsageError as error:
+        if prompt is not None or "/" in name or similar_aliases(name):
+            raise
+        hint = f"to send it as a prompt, type `kimi-mlx chat -p {shlex.quote(name)}`; {error.hint}"
+        raise UsageError(error.message, hint=hint) from None
 
 
 def require_prompt(prompt: str | None) -> None:

@@ -17,7 +17,7 @@ class Sampling:
     """Sampling parameters.
 
     Args:
-        temperature: temperature; 0 takes the most likely token, and more than 2 is not useful.
+        temperature: temperature; from 0, which takes the most likely token, to 2.
         top_p: total probability of the most likely tokens to keep; 1 keeps all.
         top_k: number of most likely tokens to keep; 0 keeps all.
         min_p: minimum probability, as a fraction of that of the most likely token.
@@ -36,7 +36,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         ranges = {
-            "temperature": (0, 100),
+            "temperature": (0, 2),
             "top_p": (0, 1),
             "top_k": (0, 2**31),
             "min_p": (0, 1),
