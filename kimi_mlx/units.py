@@ -30,8 +30,8 @@ def parse_bytes(text: str) -> int:
 
 
 def format_gib(count: float) -> str:
-    """Format bytes in GiB, such as `958.5 GiB`."""
-    return f"{count / GIB:.1f} GiB"
+    """Format bytes in GiB, such as `958.5 GiB`, or below 1 GiB in MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB or count == 0 else f"{count / 1024**2:.1f} MiB"
 
 
 def format_context(tokens: int) -> str:

@@ -73,7 +73,8 @@ def check(
         return
     rate = format_rate(finished.statistics.decode_tok_per_s)
     stdout.print(
-        f"{launch.description} answer: loaded in {format_seconds(load_s)}, {rate}, both answers are equal", markup=False
+        f"{launch.description}: two answers to the same prompt are equal; loaded in {format_seconds(load_s)}, {rate}",
+        markup=False,
     )
 
 

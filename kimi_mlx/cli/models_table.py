@@ -90,8 +90,8 @@ def print_details(row: Row, machine: LocalMachine, has_sources: bool) -> None:
 def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
     """Return a table of the models for a terminal of `width` columns, one line per model."""
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("model", "GB", "needs", "context", "here", "fits"):
-        result.add_column(header, justify="right" if header in ("GB", "needs", "context") else "left", no_wrap=True)
+    for header in ("model", "GB", "GiB", "context", "here", "fits"):
+        result.add_column(header, justify="right" if header in ("GB", "GiB", "context") else "left", no_wrap=True)
     last = "description" if width >= WIDE else "format" if width >= NARROW else None
     if last is not None:
         result.add_column(last, no_wrap=True, overflow="ellipsis")
@@ -113,9 +113,10 @@ def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
 def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     """Return the notes below the table: meaning of the columns, and why models are not supported."""
     lines = [
-        "GB: size of the download. needs: GiB of memory on one host, with 8k tokens of context; the system needs "
+        "GB: size of the download. GiB: memory on one host, with 8k tokens of context; the system needs "
         f"another {format_gib(SYSTEM_BYTES)}.",
-        f"fits: on {_machine_text(machine)}, or how many like it you need.",
+        f"fits: whether the model fits on {_machine_text(machine)}, or the number of {_hosts(machine)} like it that "
+        f"it needs; no: even {MAX_HOSTS} are too few.",
     ]
     lines += [
         f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None

@@ -12,6 +12,7 @@ from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:
+    from kimi_mlx.store.model_ref import ModelRef
     from kimi_mlx.store.remove import RemovableFolder
 
 
@@ -28,11 +29,10 @@ def rm(
     from kimi_mlx.store.model_ref import resolve_model_name
     from kimi_mlx.store.remove import check_unused, find_removable, remove
 
-    folders = find_removable(resolve_model_name(model))
+    target = resolve_model_name(model)
+    folders = find_removable(target)
     if not folders:
-        raise WeightsError(
-            f"nothing of `{model}` is on this machine", hint="`kimi-mlx models` shows which models are here"
-        )
+        raise _nothing_here(target)
     check_unused(folders)
     total = sum(folder.size_bytes for folder in folders)
     if not json:
@@ -58,6 +58,20 @@ def rm(
         stdout.print(f"removed {format_bytes(total)} of {model}", markup=False, highlight=False)
 
 
+def _nothing_here(target: ModelRef) -> WeightsError:
+    """Return the error for a model that has no stores and no download."""
+    from kimi_mlx.folders import stores_folder
+
+    if target.repository is None:
+        return WeightsError(
+            f"no stores of `{target.name}` are on this machine",
+            hint=f"stores are in `{stores_folder()}`; the folder itself is never removed",
+        )
+    return WeightsError(
+        f"nothing of `{target.name}` is on this machine", hint="`kimi-mlx models` shows which models are here"
+    )
+
+
 def _describe(folder: RemovableFolder) -> str:
     kind = {"store": "stores", "download": "Hugging Face cache"}[folder.kind]
     return f"{format_bytes(folder.size_bytes):>10}  {kind}: {folder.folder}"
@@ -73,6 +87,9 @@ def _confirm(question: str, is_quiet: bool) -> None:
     from kimi_mlx.cli.output import stderr
 
     if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
-        raise UsageError("`rm` needs a terminal to ask, or --yes", hint="add --yes to remove without asking")
+        raise UsageError(
+            "there is no terminal to ask on; nothing is removed", hint="add --yes to remove without asking"
+        )
     if not typer.confirm(question, default=False, err=True):
+        stderr.print("nothing is removed")
         raise typer.Exit(1)

@@ -112,6 +112,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     from kimi_mlx.cli.api_keys import KEY_HINT, read_keys
     from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+    from kimi_mlx.cli.output import stderr
     from kimi_mlx.server.http.security import Security, is_loopback
     from kimi_mlx.server.http.server_socket import ServerSocket
     from kimi_mlx.server.server import ServingOptions
@@ -134,4 +135,8 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         http_server = make_server(target, session, opened.tokenizer_folder, server.served_name or (), serving, on_ready)
         start_log()
         server_socket.listen()
-        http_server.run([server_socket.socket])
+        try:
+            http_server.run([server_socket.socket])
+        finally:
+            if http_server.started:
+                stderr.print("stopped")

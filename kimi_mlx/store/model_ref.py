@@ -57,6 +57,9 @@ def resolve_model_name(name: str) -> ModelRef:
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
         return ModelRef(name, Path(path), None, None)
+    entry = find_entry(name)
+    if entry is not None and entry.refused is None and name != entry.alias == name.lower():
+        return resolve_model_name(entry.alias)
     for entry in catalogue():
         if entry.refused is not None and _has_version(name, entry):
             raise UsageError(

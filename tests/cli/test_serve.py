@@ -75,6 +75,7 @@ def test_it_answers_and_shuts_down_cleanly() -> None:
         code, output = serving.end(signal.SIGINT)
         data = b"".join(iter(lambda: connection.recv(65536), b""))
     assert code == 130
+    assert output.endswith("stopped\n")
     assert b'"code":"stopping"' in data
     assert b"data: [DONE]" in data
     assert re.search("127.0.0.1 POST /v1/chat/completions 200 .* stopped: the server is shutting down", output)

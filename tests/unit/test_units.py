@@ -15,6 +15,7 @@ def test_format_bytes_seconds_and_rates() -> None:
 
 def test_format_gib_and_context() -> None:
     assert format_gib(1_029_200_000_000) == "958.5 GiB"
+    assert (format_gib(34 * 1024**2), format_gib(0)) == ("34.0 MiB", "0.0 GiB")
     assert [format_context(tokens) for tokens in (8192, 131_072, 262_144, 1_048_576)] == ["8k", "128k", "256k", "1M"]
 
 

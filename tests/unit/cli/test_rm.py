@@ -104,6 +104,16 @@ def test_a_link_is_left_alone(machine: Path) -> None:
     assert [each.kind for each in find_removable(resolve_model_name(REPOSITORY))] == ["download"]
 
 
+def test_a_folder_without_stores_names_the_folder_of_the_stores(machine: Path, tmp_path: Path) -> None:
+    done = run(str(tmp_path), "--yes")
+    assert isinstance(done.exception, WeightsError)
+    assert str(machine / "stores") in (done.exception.hint or "")
+
+
+def test_names_are_matched_without_case(machine: Path) -> None:
+    assert resolve_model_name("Kimi-K2.5") == resolve_model_name("kimi-k2.5")
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [

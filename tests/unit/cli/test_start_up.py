@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -39,6 +40,7 @@ def test_start_up_imports_only_these_modules(arguments: list[str]) -> None:
         "from kimi_mlx.cli.app import app\n"
         f"try: app({arguments!r})\n"
         "except SystemExit: pass\n"
+        "except Exception as error: assert type(error).__name__ == 'UsageError', error\n"
         "print('modules:', *sorted(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -84,8 +86,46 @@ def test_the_list_of_commands_is_whole() -> None:
 def test_commands_of_other_tools_get_a_hint(name: str) -> None:
     done = call(name, "kimi-k2", "--all", "-q", "--help")
     assert done.returncode == 2
-    assert "hint: type `kimi-mlx " in done.stderr
+    assert "hint: type `kimi-mlx " in done.stderr or name == "stop"
     assert f"  {name} " not in call("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["modles"], "did you mean `models`?"),
+        (["frobnicate"], "type `kimi-mlx --help` for the commands"),
+        (["remove", "moonlight"], "type `kimi-mlx rm MODEL`"),
+        (["help"], "type `kimi-mlx --help`, or `kimi-mlx COMMAND --help`"),
+        (["version"], "type `kimi-mlx --version`"),
+        (["-v"], "type `kimi-mlx --version`"),
+        (["-V"], "type `kimi-mlx --version`"),
+    ],
+)
+def test_a_mistyped_command_gets_a_hint(words: list[str], hint: str) -> None:
+    done = call(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: kimi-mlx has no {'option' if words[0].startswith('-') else 'command'} ")
+    assert done.stderr.endswith(f"hint: {hint}\n")
+
+
+def test_a_usage_error_as_json_names_the_help_of_the_command() -> None:
+    assert json.loads(call("chat", "--bogus", "--json").stdout)["hint"] == "type `kimi-mlx chat --help` for the options"
+    assert json.loads(call("--bogus", "--json").stdout)["hint"] == "type `kimi-mlx --help` for the options"
+
+
+def test_a_name_that_may_be_a_prompt_gets_a_hint() -> None:
+    assert "hint: to send it as a prompt, type `kimi-mlx chat -p 'hello you'`" in call("chat", "hello you").stderr
+    assert "did you mean `moonlight`?" in call("chat", "moonlite").stderr
+
+
+@pytest.mark.parametrize("option", [("--temp", "9"), ("--temp", "-1"), ("--top-p", "2"), ("--min-p", "2")])
+def test_sampling_options_have_the_range_of_the_server(option: tuple[str, str]) -> None:
+    done = call("chat", "-p", "hi", *option)
+    assert done.returncode == 2
+    assert "should be " in done.stderr
+    assert option[0] in done.stderr
+    assert "0<=x<=2" in call("chat", "--help").stdout.replace(".0", "")
 
 
 def test_temp_is_temperature_and_help_has_panels() -> None:
