@@ -6,10 +6,45 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 22
+
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""Kinds of entries of a folder that cannot be read like a file."""
+
+
+def irregular_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return what is at a path in place of a regular file, such as `a folder`; None for a file, or for nothing.
+
+    A pipe or a device must not be opened: reading one may never end.
+    """
+    try:
+        return FILE_KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a loop of links"
+        return "a broken link" if os.path.islink(path) else None
+
+
+def read_regular_file(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or it is a pipe, a device or a folder.
+    """
+    kind = irregular_kind(path)
+    if kind not in (None, "a broken link"):
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return path.read_bytes()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlsplit
@@ -25,6 +26,9 @@ PROXY_VARIABLES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "AL
 NETWORK_VARIABLES = ("HF_ENDPOINT", *PROXY_VARIABLES, "NO_PROXY", "no_proxy")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
+URL_CHARACTERS = re.compile(r"[^!-~]|[\"'<>\\^`{|}]")
+"""Characters that an address must not contain: each is an error of typing or quoting."""
+
 PATH_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ufeff]|^[\"'\s\u2018-\u201d]|[\"'\s\u2018-\u201d]$")
 """Characters that the name of a folder or file must not contain: each is an error of typing or quoting."""
 
@@ -35,7 +39,7 @@ def constants() -> ModuleType:
     """Return `huggingface_hub.constants`.
 
     Raises:
-        UsageError: a variable that must be a number is not one.
+        UsageError: a variable that must be a number is not one, or huggingface_hub cannot parse HF_ENDPOINT.
     """
     for variable in NUMBERS:
         value = os.environ.get(variable)
@@ -45,9 +49,41 @@ def constants() -> ModuleType:
             is_valid = False
         if not is_valid:
             raise UsageError(f"`{variable}` is `{value}`, not a number of seconds", hint=f"`unset {variable}`")
+    try:
+        _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
+    except ValueError:  # the import would fail
+        check_endpoint()
     from huggingface_hub import constants
 
     return constants
+
+
+def check_endpoint() -> None:
+    """Check HF_ENDPOINT.
+
+    Raises:
+        UsageError: it is not the address of a server.
+    """
+    value = os.environ.get("HF_ENDPOINT")
+    if value is None:
+        return
+    check_characters("HF_ENDPOINT", value, URL_CHARACTERS)
+    if not is_address(value, ("http", "https")):
+        raise UsageError(
+            f"`HF_ENDPOINT` is `{hide_login(value)}`, not an address such as `https://huggingface.co`",
+            hint="`unset HF_ENDPOINT`",
+        )
+
+
+def is_address(value: str, schemes: Iterable[str]) -> bool:
+    """Return whether a text is the address of a server, without a query or a fragment."""
+    try:
+        url = urlsplit(value)
+        host = (url.hostname or "").encode("idna")  # a ValueError for empty or long parts
+        is_plain = url.netloc.count("@") <= 1 and not {"?", "#"} & set(value)
+        return url.scheme in schemes and bool(host) and url.port != 0 and is_plain
+    except ValueError:
+        return False
 
 
 def hub_cache() -> Path:
@@ -56,11 +92,11 @@ def hub_cache() -> Path:
     Raises:
         UsageError: the variable that sets it is empty, or contains quotes, control characters or an unknown variable.
     """
-    folder = Path(constants().HF_HUB_CACHE).expanduser()
+    folder = constants().HF_HUB_CACHE
     variable = cache_variable()
     if variable is not None:
         check_folder_variable(variable)
-    return folder
+    return Path(folder).expanduser()
 
 
 def check_folder_variable(variable: str) -> None:
@@ -97,22 +133,28 @@ def endpoint() -> str:
 
 
 def hide_login(address: str) -> str:
-    """Return an address without user name and password."""
-    return re.sub(r"//[^/@]*@", "//", address)
+    """Return an address without user name and password, which may contain any character."""
+    return re.sub(r"^((?:[^/@]*//)?).*@", r"\1", address, flags=re.DOTALL)
 
 
 def token_source() -> str | None:
-    """Return the variable or file with the user's token; None without one."""
+    """Return the variable or file with the user's token; None without one. The file may be unreadable."""
     for variable in TOKEN_VARIABLES:
         if os.environ.get(variable, "").strip():
             return variable
-    path = Path(constants().HF_TOKEN_PATH)
-    return str(path) if path.exists() else None
+    path = constants().HF_TOKEN_PATH
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError:  # a loop of links, or a file in place of the folder: a request would fail too
+        return path
+    return path
 
 
-def proxy_for_hub() -> tuple[str, str] | None:
-    """Return the variable and the address (without password) of the proxy to the hub; None without a proxy."""
-    url = urlsplit(constants().ENDPOINT)
+def proxy_for(address: str) -> tuple[str, str] | None:
+    """Return the variable and the address (without password) of the proxy to a server; None without a proxy."""
+    url = urlsplit(address)
     proxies = getproxies()
     scheme = next((name for name in (url.scheme, "all") if proxies.get(name)), None)
     if scheme is None or proxy_bypass(url.hostname or ""):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from kimi_mlx.errors import UsageError
+from kimi_mlx.files import irregular_kind, read_regular_file
 from kimi_mlx.hub.environment import (
+    CACHE_VARIABLES,
     PATH_CHARACTERS,
     TOKEN_VARIABLES,
+    URL_CHARACTERS,
     cache_variable,
     check_characters,
+    check_endpoint,
     constants,
     hide_login,
     hub_cache,
+    is_address,
     proxy_variable,
     token_source,
 )
 
-URL_CHARACTERS = re.compile(r"[^!-~]|[\"'<>\\^`{|}]")
 TOKEN_CHARACTERS = re.compile(r"[^!-~]|[\"'`<>]")
 HEADER_CHARACTERS = re.compile(r"[^ -~]")
 """Characters that a value must not contain: each is an error of typing or quoting."""
+
+MAX_TOKEN_LENGTH = 8000
+"""Longest token: most servers refuse longer headers."""
 
 
 def check_settings() -> None:
@@ -34,7 +39,7 @@ def check_settings() -> None:
     Raises:
         UsageError: a variable, or a file that it names, is broken.
     """
-    _check_endpoint()
+    check_endpoint()
     _check_folders()
     check_token()
     check_characters("HF_HUB_USER_AGENT_ORIGIN", os.environ.get("HF_HUB_USER_AGENT_ORIGIN", ""), HEADER_CHARACTERS)
@@ -44,34 +49,15 @@ def check_settings() -> None:
     _check_certificates()
 
 
-def _check_endpoint() -> None:
-    value = os.environ.get("HF_ENDPOINT")
-    if value is None:
-        return
-    check_characters("HF_ENDPOINT", value, URL_CHARACTERS)
-    if _is_address(value, ("http", "https")):
-        return
-    raise UsageError(
-        f"`HF_ENDPOINT` is `{value}`, not an address such as `https://huggingface.co`", hint="`unset HF_ENDPOINT`"
-    )
-
-
-def _is_address(value: str, schemes: Iterable[str]) -> bool:
-    try:
-        url = urlsplit(value)
-        return url.scheme in schemes and bool(url.hostname) and url.port != 0
-    except ValueError:
-        return False
-
-
 def _check_folders() -> None:
     for variable in ("HF_HOME", cache_variable()):
         if variable is None or variable not in os.environ:
             continue
         folder = Path(constants().HF_HOME if variable == "HF_HOME" else hub_cache())
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not existing.is_dir():
-            message = f"`{variable}` is `{os.environ[variable]}`, but `{existing}` is a file"
+            kind = irregular_kind(existing) or "a file"
+            message = f"`{variable}` is `{os.environ[variable]}`, but `{existing}` is {kind}"
             raise UsageError(message, hint=f"set {variable} to a folder")
 
 
@@ -96,20 +82,28 @@ def check_token() -> None:
     if source is None:
         return
     try:
-        token = os.environ[source] if source in TOKEN_VARIABLES else Path(source).read_text(encoding="utf-8")
+        token = os.environ[source] if source in TOKEN_VARIABLES else read_regular_file(Path(source)).decode()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        variable = next((name for name in ("HF_TOKEN_PATH", *CACHE_VARIABLES[2:]) if name in os.environ), None)
+        origin = "" if variable is None else f" (its path comes from {variable})"
         raise UsageError(
             f"the token's file `{source}` cannot be read: {reason}",
-            hint="check the file (its path comes from HF_TOKEN_PATH or HF_HOME), or run `hf auth login`",
+            hint=f"check the file{origin}, or run `hf auth login`",
         ) from error
     check_characters(source, token.strip(), TOKEN_CHARACTERS)
+    if len(token.strip()) > MAX_TOKEN_LENGTH:
+        raise UsageError(
+            f"the token in `{source}` has {len(token.strip())} characters, more than {MAX_TOKEN_LENGTH}",
+            hint="run `hf auth login` with a valid token",
+        )
 
 
 def _check_proxy(variable: str, address: str) -> None:
     check_characters(variable, address, URL_CHARACTERS)
     full_address = address if "://" in address else f"http://{address}"
-    if not _is_address(full_address, ("http", "https", "socks5", "socks5h")):
+    has_late_login = "@" in full_address.partition("://")[2].partition("/")[2]  # a `/` in the password
+    if has_late_login or not is_address(full_address, ("http", "https", "socks5", "socks5h")):
         raise UsageError(
             f"`{variable}` is not the address of a proxy that can be used: `{hide_login(address)}`",
             hint="write it as `http://HOST:PORT` or `socks5://HOST:PORT`; in a user name or password, write "

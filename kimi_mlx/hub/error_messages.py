@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from json import JSONDecodeError
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.hub.environment import (
     NETWORK_VARIABLES,
     cache_variable,
+    constants,
     endpoint,
     hub_name,
     offline_variable,
-    proxy_for_hub,
+    proxy_for,
     token_source,
 )
 from kimi_mlx.hub.environment_check import check_settings, check_token
@@ -93,6 +96,7 @@ def hub_error(error: Exception, repository: str) -> WeightsError:
         return not_a_hub_error(repository)
     if is_certificate_error(error):
         return _certificate_error(error, repository)
+    check_settings()  # a status such as 404 or 431 may come from a broken address or token too
     return WeightsError(f"cannot download `{repository}`: {describe(error)}", hint=_hint(error))
 
 
@@ -135,14 +139,16 @@ def _hint(error: Exception) -> str:
     """Return the hint for an error without a more specific one; only a lost connection is blamed on the network."""
     from huggingface_hub.utils import httpx
 
-    status, proxy = status_of(error), proxy_for_hub()
+    status, proxy = status_of(error), proxy_for(_address(error))
     is_login_needed = status == PROXY_LOGIN_NEEDED or (isinstance(error, httpx.ProxyError) and "407" in str(error))
     if is_login_needed and proxy is not None:
         return f"write user name and password into {proxy[0]}: `http://USER:PASSWORD@HOST:PORT`"
+    if status is not None and (status >= 500 or status in (408, 429)):
+        return "try again later; the same command resumes"
     if status is not None:
-        return "try again later; the same command resumes" if status >= 500 or status in (408, 429) else "report this"
+        return "check HF_ENDPOINT: is it the address of a hub?" if "HF_ENDPOINT" in os.environ else "report this"
     if isinstance(error, (httpx.TransportError, ConnectionError, EOFError)):
-        through = "" if proxy is None else f" and the proxy `{proxy[1]}`"
+        through = "" if proxy is None else f" and the proxy `{proxy[1]}` of {proxy[0]}"
         return f"check the network{through}, then run the same command again to resume"
     variables = " and ".join(name for name in NETWORK_VARIABLES if name in os.environ)
     return f"check {variables}, then run the same command again" if variables else "run it again, and report this"
@@ -154,7 +160,7 @@ def is_certificate_error(error: Exception) -> bool:
 
 
 def _certificate_error(error: Exception, repository: str) -> WeightsError:
-    proxy, is_refused = proxy_for_hub(), "CERTIFICATE_VERIFY_FAILED" in str(error)
+    proxy, is_refused = proxy_for(_address(error)), "CERTIFICATE_VERIFY_FAILED" in str(error)
     if not is_refused and proxy is not None and proxy[1].startswith("https:"):
         hint = f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
     elif not is_refused and "HF_ENDPOINT" in os.environ:
@@ -164,7 +170,8 @@ def _certificate_error(error: Exception, repository: str) -> WeightsError:
     else:
         hint = "if your network inspects TLS, set SSL_CERT_FILE to its certificate (PEM); if not, check the clock"
     return WeightsError(
-        f"cannot download `{repository}`: no secure connection to {hub_name()}: {_first_line(error)}", hint=hint
+        f"cannot download `{repository}`: no secure connection to {_server_name(error)}: {_first_line(error)}",
+        hint=hint,
     )
 
 
@@ -175,7 +182,7 @@ def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:
         repository: name of the repository.
         reason: description of the last response.
     """
-    proxy = proxy_for_hub()
+    proxy = proxy_for(constants().ENDPOINT)
     parts = ["`unset HF_ENDPOINT`"] if "HF_ENDPOINT" in os.environ else []
     parts += ["check the proxy settings" if proxy is None else f"check the proxy of {proxy[0]}, `{proxy[1]}`"]
     return WeightsError(
@@ -185,12 +192,31 @@ def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:
     )
 
 
+def _address(error: Exception) -> str:
+    """Return the address of the server of a failed request; after a redirect, that of the hub's storage."""
+    from huggingface_hub.utils import httpx
+
+    if isinstance(error, httpx.RequestError):
+        with contextlib.suppress(RuntimeError):  # raised without a request
+            url = error.request.url
+            return f"{url.scheme}://{url.netloc.decode()}"
+    return constants().ENDPOINT
+
+
+def _server_name(error: Exception) -> str:
+    """Return the name of the server of a failed request, for messages."""
+    address = _address(error)
+    if urlsplit(address).hostname == urlsplit(constants().ENDPOINT).hostname:
+        return hub_name()
+    return f"`{address}`, the storage of {hub_name()}"
+
+
 def describe(error: Exception) -> str:
     """Describe an error in one line, without long signed URLs."""
     from huggingface_hub.utils import httpx
     from socksio import SOCKSError
 
-    status, proxy = status_of(error), proxy_for_hub()
+    status, proxy = status_of(error), proxy_for(_address(error))
     if status == PROXY_LOGIN_NEEDED and proxy is not None:
         return f"the proxy `{proxy[1]}` of {proxy[0]} requires a login (407)"
     if status is not None:
@@ -199,9 +225,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, SOCKSError):
         return f"the proxy `{proxy[1]}` of {proxy[0]} does not speak SOCKS5" if proxy else _first_line(error)
     if isinstance(error, (httpx.ConnectError, httpx.ProxyError)):
-        return f"cannot connect to {hub_name()}{through} ({_first_line(error)})"
+        return f"cannot connect to {_server_name(error)}{through} ({_first_line(error)})"
     if isinstance(error, httpx.TimeoutException):
-        return f"{hub_name()} did not answer in time{through}"
+        return f"{_server_name(error)} did not answer in time{through}"
     return _first_line(error)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.hub import environment, environment_check
-from kimi_mlx.hub.client import fetch_checkpoint, look_up
+from kimi_mlx.hub.client import fetch_checkpoint, look_up, read_range
 from tests.hub import Hub
 
 VARIABLES = (
@@ -41,6 +41,14 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         ("HF_ENDPOINT", "hf-mirror.com", "`HF_ENDPOINT` is `hf-mirror.com`, not an address"),
         ("HF_ENDPOINT", "https://host:port", "`HF_ENDPOINT` is `https://host:port`, not an address"),
         ("HF_ENDPOINT", "", "`HF_ENDPOINT` is ``, not an address"),
+        ("HF_ENDPOINT", "http://a..b", "`HF_ENDPOINT` is `http://a..b`, not an address"),
+        ("HF_ENDPOINT", "http://host?a=b", r"`HF_ENDPOINT` is `http://host\?a=b`, not an address"),
+        ("HF_ENDPOINT", "http://host#x", "`HF_ENDPOINT` is `http://host#x`, not an address"),
+        ("HF_ENDPOINT", "http://me:pa@ss#pass@host", "`HF_ENDPOINT` is `http://host`, not an address"),
+        ("HF_TOKEN", "h" * 70_000, "the token in `HF_TOKEN` has 70000 characters, more than 8000"),
+        ("HTTP_PROXY", "http://me:x@pass#@127.0.0.1:1", "`HTTP_PROXY` is not .*: `http://127.0.0.1:1`$"),
+        ("HTTP_PROXY", "http://me:1/pass@127.0.0.1:1", "`HTTP_PROXY` is not .*: `http://127.0.0.1:1`$"),
+        ("HTTP_PROXY", "me:x@pass@host:1", "`HTTP_PROXY` is not .*: `host:1`$"),
         ("HF_TOKEN", "hf_abc\nhf_def", r"`HF_TOKEN` contains a newline \(U\+000A\), at position 7 of 13"),
         ("HF_TOKEN", "“hf_abc”", r"`HF_TOKEN` contains `“` \(U\+201C\), at position 1 of 8"),
         ("HF_TOKEN", "'hf_abc'", "`HF_TOKEN` contains `'`, at position 1 of 8"),
@@ -76,6 +84,13 @@ def test_a_broken_variable_is_named(variable: str, value: str, message: str, mon
         ("HF_HOME", "/data/hf\n", r"`HF_HOME` contains a newline \(U\+000A\), at position 9 of 9"),
         ("HF_HOME", "/data/hf ", "`HF_HOME` contains a space, at position 9 of 9"),
         ("HF_HUB_CACHE", "$NO_SUCH_VARIABLE/hub", r"`HF_HUB_CACHE` is `\$NO_SUCH_VARIABLE/hub`, which is not a folder"),
+        ("HF_HUB_CACHE", "~nouser/x", "`HF_HUB_CACHE` is `~nouser/x`, which is not a folder"),
+        ("HF_HOME", "~nouser/x", "`HF_HOME` is `~nouser/x`, which is not a folder"),
+        ("XDG_CACHE_HOME", "~nouser/x", "`XDG_CACHE_HOME` is `~nouser/x`, which is not a folder"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999", "`HF_ENDPOINT` is `http://127.0.0.1:99999`, not an address"),
+        ("HF_ENDPOINT", "http://127.0.0.1:abc", "`HF_ENDPOINT` is `http://127.0.0.1:abc`, not an address"),
+        ("HF_ENDPOINT", "http://[::1", r"`HF_ENDPOINT` is `http://\[::1`, not an address"),
+        ("HF_ENDPOINT", "http://127.0.0.1:1 ", "`HF_ENDPOINT` contains a space, at position 19 of 19"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "10s", "`HF_HUB_DOWNLOAD_TIMEOUT` is `10s`, not a number of seconds"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "9" * 20, "`HF_HUB_DOWNLOAD_TIMEOUT` is `9*`, not a number of seconds"),
         ("HF_HUB_ETAG_TIMEOUT", "-1", "`HF_HUB_ETAG_TIMEOUT` is `-1`, not a number of seconds"),
@@ -107,6 +122,32 @@ def test_valid_values_are_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         monkeypatch.setenv("SSL_CERT_FILE", certificates.cafile)
     environment_check.check_settings()
     assert environment.hub_cache()
+
+
+@pytest.mark.parametrize("kind", ["file in its path", "loop"])
+def test_the_variable_of_a_broken_token_path_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    if kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.touch()
+        path /= "x"
+    monkeypatch.setenv("HF_TOKEN_PATH", str(path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(path))
+    with pytest.raises(UsageError, match=f"token's file `{path}` cannot be read") as raised:
+        environment_check.check_settings()
+    assert "its path comes from HF_TOKEN_PATH" in (raised.value.hint or "")
+
+
+def test_a_loop_of_links_in_place_of_the_home_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    monkeypatch.setenv("HF_HOME", str(loop))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(loop))
+    with pytest.raises(UsageError, match=f"`HF_HOME` is `{loop}`, but `{loop}` is a loop of links"):
+        environment_check.check_settings()
 
 
 @pytest.mark.parametrize("kind", ["folder", "binary", "quotes"])
@@ -197,6 +238,26 @@ def fresh_session() -> Iterator[None]:
     close_session()
     yield
     close_session()
+
+
+@pytest.mark.usefixtures("fresh_session")
+def test_a_dead_proxy_of_the_storage_only_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    repository = look_up("owner/model")
+    monkeypatch.setattr("kimi_mlx.hub.retries.MAX_WAIT_S", 0.0)
+    message = "cannot connect to `http://localhost:.*through the proxy .* of HTTP_PROXY"
+    with pytest.raises(WeightsError, match=message) as raised:
+        read_range(repository, "tiktoken.model", 0, 10)
+    assert "the proxy `http://127.0.0.1:1` of HTTP_PROXY" in (raised.value.hint or "")
+
+
+def test_an_address_below_a_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/sub")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"{hub.url}/sub")
+    with pytest.raises(WeightsError, match="status 404") as raised:
+        look_up("owner/model")
+    assert "check HF_ENDPOINT" in (raised.value.hint or "")
 
 
 @pytest.mark.usefixtures("fresh_session")
