@@ -11,6 +11,9 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 SMALL_FILE = re.compile(rf"[^/.][^/]*\.(json|jinja)|tiktoken\.model|{TEMPLATE_FOLDER}/[^/.][^/]*\.jinja")
 WEIGHTS_FILE = re.compile(r"model[^/]*\.safetensors")
+CACHED_FILE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]{40}/")
+"""Part of the path of a file in the Hugging Face cache, with the owner and the name of its repository."""
+
 INDEX_SUFFIX = ".index.json"
 
 REQUIRED = (("config.json",), ("tokenizer_config.json",), ("tiktoken.model", "tokenizer.json"))
@@ -41,6 +44,12 @@ def list_small_files(folder: Path) -> list[str]:
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
     names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
     return sorted(name for name in names if is_small_file(name))
+
+
+def fetch_again_hint(path: Path | str) -> str:
+    """Return the hint for a damaged file of a model, with the command if the file is in the Hugging Face cache."""
+    match = CACHED_FILE.search(str(path))
+    return "fetch the file again" if match is None else f"`kimi-mlx download {match[1]}/{match[2]}` fetches it again"
 
 
 def missing_required(folder: Path) -> list[tuple[str, ...]]:

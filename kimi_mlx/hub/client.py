@@ -5,6 +5,7 @@ Other packages import from this module. huggingface_hub is imported inside funct
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import threading
 from collections.abc import Callable
@@ -123,6 +124,12 @@ def fetch_to_cache(
 ) -> Path:
     """Download one file into the Hugging Face cache, as fetch_file does, and return its path there."""
     path = snapshot_folder(repository) / file.name
+    for target in (path, blob_path(repository, file)):
+        if target.is_dir() and not target.is_symlink():
+            raise WeightsError(
+                f"`{target}` is a folder, but must be a file",
+                hint=f"`rm -r {shlex.quote(str(target))}`, then run the same command again",
+            )
     if cached_file(repository, file):
         progress(file.size_bytes)
         return path

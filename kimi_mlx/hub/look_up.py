@@ -31,7 +31,8 @@ def find_repository(name: str, revision: str | None = None) -> Repository:
             snapshot = newest_complete(name)
         if snapshot is None:
             raise
-        LOG.warning("note: using the files of `%s` on this machine: %s", name, error.message)
+        reason = error.message.rpartition("cannot be downloaded: ")[2]
+        LOG.warning("note: using the files of `%s` on this machine: %s", name, reason)
         return local_repository(snapshot, name)
 
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.files import read_regular_file
 from kimi_mlx.hub.cache import repository_folder, snapshot_folder
 from kimi_mlx.hub.repository import Repository, RepositoryFile
 from kimi_mlx.model_files import KNOWN_NAMES, is_model_file, list_small_files, missing_optional, missing_required
@@ -51,9 +52,13 @@ def _snapshots(name: str) -> list[Path]:
     """Return the snapshots of a repository, newest first."""
     try:
         folders = [path for path in (repository_folder(name) / "snapshots").iterdir() if COMMIT.fullmatch(path.name)]
-        return sorted(folders, key=lambda path: -path.stat().st_mtime)
     except (OSError, ValueError):  # no such folder, or an invalid name
         return []
+    changed_s: dict[Path, float] = {}
+    for path in folders:
+        with contextlib.suppress(OSError):  # a broken link
+            changed_s[path] = path.stat().st_mtime
+    return sorted(changed_s, key=lambda path: -changed_s[path])
 
 
 def _snapshot_of(name: str, revision: str) -> Path | None:
@@ -62,7 +67,7 @@ def _snapshot_of(name: str, revision: str) -> Path | None:
         return next((path for path in _snapshots(name) if path.name.startswith(revision)), None)
     folder = repository_folder(name)
     try:
-        text = (folder / "refs" / revision).read_text(encoding="utf-8-sig")  # editors add a BOM or a newline
+        text = read_regular_file(folder / "refs" / revision).decode("utf-8-sig")  # editors add a BOM or a newline
     except (OSError, ValueError):  # no such file, or an invalid file name
         return None
     commit = text.strip().lower()
@@ -92,8 +97,8 @@ def _is_copied_link(path: Path) -> bool:
     try:
         if path.is_symlink() or path.stat().st_size > MAX_LINK_BYTES:
             return False
-        return path.read_bytes().startswith(b"../../blobs/")
-    except OSError:  # a folder, or unreadable
+        return read_regular_file(path).startswith(b"../../blobs/")
+    except OSError:  # a folder, a pipe, or unreadable
         return False
 
 
@@ -112,7 +117,7 @@ def damaged_files(snapshot: Path) -> list[str]:
 def _is_plausible(path: Path) -> bool:
     """Return whether a small file is not empty, and JSON if its name says so."""
     try:
-        data = path.read_bytes()
+        data = read_regular_file(path)
         if path.suffix == ".json":
             json.loads(data)
     except (OSError, ValueError, RecursionError):
@@ -168,7 +173,10 @@ def describe_local(name: str, revision: str | None) -> str:
         return "is not on this machine"
     if missing := missing_files(snapshot):
         return f"is only partly on this machine (missing: {', '.join(missing)})"
-    return f"may lack {', '.join(unknown_files(snapshot)) or 'some files'} on this machine"
+    if damaged := damaged_files(snapshot):
+        return f"has damaged files on this machine ({', '.join(damaged)})"
+    unknown = ", ".join(unknown_files(snapshot))
+    return f"may lack {unknown} on this machine" if unknown else "is on this machine"
 
 
 def local_repository(snapshot: Path, name: str) -> Repository:

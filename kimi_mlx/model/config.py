@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mlx.errors import ConfigError
+from kimi_mlx.files import read_regular_file
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization, parse_quantization
 from kimi_mlx.model.config_rope import YarnScaling, parse_rope, yarn_mscale
 from kimi_mlx.model.config_values import check_fields, first_given, get_object
+from kimi_mlx.model_files import fetch_again_hint
 
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 """Supported values of `model_type` of the text model."""
@@ -97,21 +99,22 @@ def load_config(folder: Path) -> ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`; raise ConfigError if it is missing or invalid."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular_file(path).decode())
     except FileNotFoundError:
         raise ConfigError(
             f"`{path}` does not exist", hint="give the folder of a checkpoint: it contains `config.json`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"`{path}` cannot be read: {error}", hint=unreadable_hint(error)) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(path, error)) from None
     if not isinstance(value, dict):
-        raise ConfigError(f"`{path}` holds {type(value).__name__}, not an object")
+        raise ConfigError(f"`{path}` holds {type(value).__name__}, not an object", hint=fetch_again_hint(path))
     return value
 
 
-def unreadable_hint(error: Exception) -> str:
+def unreadable_hint(path: Path, error: Exception) -> str:
     """Return the hint for a file that cannot be read."""
-    return "check its permissions" if isinstance(error, PermissionError) else "fetch the file again"
+    return "check its permissions" if isinstance(error, PermissionError) else fetch_again_hint(path)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

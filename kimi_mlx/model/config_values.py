@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from kimi_mlx.errors import ConfigError
 
+INVALID_HINT = "fetch this file again, or use another checkpoint: `kimi-mlx models` lists them"
+"""Hint for a field that is missing or invalid."""
+
 
 class ValueRange(NamedTuple):
     """Values that a numeric field may have: from `low` (or above it) to `high`, or one of `choices`."""
@@ -77,7 +80,7 @@ def check_fields(target: type[Any], raw: Mapping[str, Any], where: str, prefix: 
         elif item.default is MISSING and item.default_factory is MISSING:
             missing.append(f"`{prefix}{item.name}`")
     if missing:
-        raise ConfigError(f"`{where}` lacks {', '.join(sorted(missing))}")
+        raise ConfigError(f"`{where}` lacks {', '.join(sorted(missing))}", hint=INVALID_HINT)
     return values
 
 
@@ -95,7 +98,7 @@ def check_value(value: Any, kind: str, value_range: ValueRange, where: str, name
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         is_valid = is_number and value_range.contains(value) and (kind == "float" or value == int(value))
     if not is_valid:
-        raise ConfigError(f"`{where}` has {name} = {reprlib.repr(value)}, not {expected}")
+        raise ConfigError(f"`{where}` has {name} = {reprlib.repr(value)}, not {expected}", hint=INVALID_HINT)
     return _TYPES[kind](value)
 
 

@@ -6,6 +6,7 @@ A header is checked before any tensor is read: it may be damaged or malicious.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import reprlib
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.files import irregular_kind
 from kimi_mlx.model.config import unreadable_hint
+from kimi_mlx.model_files import fetch_again_hint
 
 MAX_HEADER_BYTES = 100_000_000
 """Maximum size of a header according to the format."""
@@ -79,6 +82,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         WeightsError: as for parse_header, or the file cannot be read.
     """
     try:
+        if (kind := irregular_kind(file)) is not None:
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file")
         with file.open("rb") as stream:
             return parse_header(file, file.stat().st_size, lambda start, stop: _read(stream, start, stop))
     except OSError as error:
@@ -107,13 +112,13 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
     if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise WeightsError(
             f"`{file}` is not a safetensors file: its header has {length} bytes, the file {size}",
-            hint="fetch the file again",
+            hint=fetch_again_hint(file),
         )
     try:
         header = json.loads(read(8, 8 + length).decode(), object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise unreadable_error(file, error) from error
-    names = _unique(header, f"the header of `{file}`")
+    names = _unique(header, f"the header of `{file}`", file)
     names.pop("__metadata__", None)
     tensors = {name: _tensor(name, item, file, 8 + length, size) for name, item in names.items()}
     _check_overlaps(file, tensors)
@@ -123,23 +128,23 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
 def unreadable_error(path: Path, error: Exception) -> WeightsError:
     """Return the error for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else reprlib.repr(error)
-    return WeightsError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(error))
+    return WeightsError(f"`{path}` cannot be read: {reason}", hint=unreadable_hint(path, error))
 
 
 class _Pairs(list[tuple[str, Any]]):
     """A JSON object as a list of pairs, in which a name may occur twice."""
 
 
-def _unique(pairs: Any, label: str) -> dict[str, Any]:
+def _unique(pairs: Any, label: str, file: Path) -> dict[str, Any]:
     """Return a JSON object whose names are distinct and printable."""
     if not isinstance(pairs, _Pairs):
-        raise _invalid_error(f"{label} is not a JSON object")
+        raise _invalid_error(f"{label} is not a JSON object", file)
     values: dict[str, Any] = {}
     for name, value in pairs:
         if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
-            raise _invalid_error(f"{label} has the invalid name {name[:50]!a}")
+            raise _invalid_error(f"{label} has the invalid name {name[:50]!a}", file)
         if name in values:
-            raise _invalid_error(f"{label} has `{name}` twice")
+            raise _invalid_error(f"{label} has `{name}` twice", file)
         values[name] = value
     return values
 
@@ -147,30 +152,31 @@ def _unique(pairs: Any, label: str) -> dict[str, Any]:
 def _tensor(name: str, pairs: Any, file: Path, data: int, size: int) -> tuple[TensorInfo, int]:
     """Return a checked tensor, and the offset of its end in the file."""
     label = f"tensor `{name}` in `{file}`"
-    item = _unique(pairs, label)
+    item = _unique(pairs, label, file)
     dtype = item.get("dtype")
     if not isinstance(dtype, str) or not dtype.isprintable() or len(dtype) > 20:
-        raise _invalid_error(f"{label} has dtype {reprlib.repr(dtype)}, which is not a type")
-    shape, offsets = (_sizes(item.get(key), f"{label} has {key}") for key in ("shape", "data_offsets"))
+        raise _invalid_error(f"{label} has dtype {reprlib.repr(dtype)}, which is not a type", file)
+    shape, offsets = (_sizes(item.get(key), f"{label} has {key}", file) for key in ("shape", "data_offsets"))
     if len(offsets) != 2:
-        raise _invalid_error(f"{label} has {len(offsets)} data_offsets, not 2")
+        raise _invalid_error(f"{label} has {len(offsets)} data_offsets, not 2", file)
     first, last = offsets
     if first > last:
-        raise _invalid_error(f"{label} starts at byte {first}, after its end at byte {last}")
+        raise _invalid_error(f"{label} starts at byte {first}, after its end at byte {last}", file)
     if data + last > size:
-        raise _invalid_error(f"`{file}` is truncated: tensor `{name}` ends at byte {data + last} of {size}")
+        raise _invalid_error(f"`{file}` is truncated: tensor `{name}` ends at byte {data + last} of {size}", file)
     expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
     if dtype in DTYPE_BYTES and last - first != expected:
-        raise _invalid_error(f"{label} has {last - first} bytes; its shape {shape} in {dtype} needs {expected}")
+        raise _invalid_error(f"{label} has {last - first} bytes; its shape {shape} in {dtype} needs {expected}", file)
     return TensorInfo(dtype, shape, file, data + first), data + last
 
 
-def _sizes(values: Any, label: str) -> tuple[int, ...]:
+def _sizes(values: Any, label: str, file: Path) -> tuple[int, ...]:
     """Check a shape or a pair of offsets: a short list of non-negative integers."""
     numbers: list[Any] = cast(list[Any], values) if isinstance(values, list) else [-1]
     is_valid = len(numbers) <= MAX_AXES and all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers)
     if not is_valid:
-        raise _invalid_error(f"{label} {reprlib.repr(cast(Any, values))}, which is not a list of non-negative integers")
+        message = f"{label} {reprlib.repr(cast(Any, values))}, which is not a list of non-negative integers"
+        raise _invalid_error(message, file)
     return tuple(numbers)
 
 
@@ -181,13 +187,15 @@ def _check_overlaps(file: Path, tensors: dict[str, tuple[TensorInfo, int]]) -> N
     for start, end, name in ranges:
         if start < previous_end:
             raise _invalid_error(
-                f"tensor `{name}` in `{file}` starts at byte {start}, before tensor `{previous}` ends at {previous_end}"
+                f"tensor `{name}` in `{file}` starts at byte {start}, before tensor `{previous}` ends at "
+                f"{previous_end}",
+                file,
             )
         previous, previous_end = name, end
 
 
-def _invalid_error(message: str) -> WeightsError:
-    return WeightsError(message, hint="fetch the file again")
+def _invalid_error(message: str, file: Path) -> WeightsError:
+    return WeightsError(message, hint=fetch_again_hint(file))
 
 
 def _read(stream: BinaryIO, start: int, stop: int) -> bytes:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.files import irregular_kind, read_regular_file
 from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.model_files import fetch_again_hint
 from kimi_mlx.weights.header import TensorInfo, read_header, unreadable_error
 
 LOG = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
         WeightsError: the file cannot be read, or names a file outside the folder.
     """
     try:
-        data = index.read_bytes()
+        data = read_regular_file(index)
     except OSError as error:
         raise unreadable_error(index, error) from error
     return parse_weight_map(data, str(index))
@@ -118,7 +120,7 @@ def parse_weight_map(data: bytes, where: str) -> dict[str, str]:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise WeightsError(
                 f"`{where}` names the file {reprlib.repr(name)}, which is not a `*.safetensors` in the same folder",
-                hint="fetch the file again",
+                hint=fetch_again_hint(where),
             )
     return cast(dict[str, str], weight_map)
 
@@ -174,6 +176,9 @@ def _files_by_index(
 def _files_without_index(folder: Path, names: Collection[str]) -> list[str]:
     """Return all files, checked for gaps in numbered series."""
     if not names:
+        for path in folder.glob("model*.safetensors"):
+            if kind := irregular_kind(path):
+                raise WeightsError(f"`{path}` is {kind}, not a file", hint="remove it, then finish the download")
         raise WeightsError(f"`{folder}` has no `model*.safetensors`", hint="give the folder of a complete checkpoint")
     series = Counter(series for name in names if (series := _series_of(name)))
     for stem, total in series:
@@ -192,6 +197,9 @@ def _series_of(name: str) -> tuple[str, int] | None:
 
 
 def _missing_error(folder: Path, missing: Sequence[str], total: int) -> WeightsError:
+    kind = irregular_kind(folder / missing[0])
     return WeightsError(
-        f"{len(missing)} of {total} files of `{folder}` are missing, first `{missing[0]}`", hint="finish the download"
+        f"{len(missing)} of {total} files of `{folder}` are missing, first `{missing[0]}`"
+        + (f", which is {kind} in place of the file" if kind else ""),
+        hint=f"remove `{folder / missing[0]}`, then finish the download" if kind else "finish the download",
     )

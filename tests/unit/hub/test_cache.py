@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.errors import UnreachableError
+from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.client import complete_checkpoint, fetch_checkpoint, find_repository, look_up, verify_checkpoint
 from kimi_mlx.hub.snapshots import damaged_files, find_local, missing_files, unknown_files
 from kimi_mlx.model_files import TEMPLATE_FOLDER, list_small_files
+from kimi_mlx.weights.header import read_header
 from tests.hub import COMMIT, Hub
 
 NAME = "owner/model"
@@ -220,3 +221,46 @@ def test_an_unknown_revision_is_named(hub: Hub, snapshot: Path, monkeypatch: pyt
     go_offline(monkeypatch)
     with pytest.raises(UnreachableError, match="`owner/model` is not on this machine at revision `v7`"):
         find_repository(NAME, "v7")
+
+
+@pytest.mark.parametrize("target", ["nothing", "d" * 40])
+def test_a_broken_link_does_not_hide_the_other_snapshots(hub: Hub, snapshot: Path, target: str) -> None:
+    remove_refs(snapshot.parent.parent)
+    (snapshot.parent / ("d" * 40)).symlink_to(target)
+    assert find_local(NAME) == find_local(NAME, COMMIT) == snapshot
+
+
+def test_a_complete_model_offline_lacks_nothing(
+    hub: Hub, snapshot: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_offline(monkeypatch)
+    assert find_repository(NAME, COMMIT).is_local
+    (note,) = caplog.messages
+    assert "forbids it" in note
+    assert "lack" not in note
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-1-of-3.safetensors"])
+def test_a_folder_in_place_of_a_file_is_named(hub: Hub, snapshot: Path, name: str) -> None:
+    (snapshot / name).unlink()
+    (snapshot / name).mkdir()
+    with pytest.raises(WeightsError, match=f"`{snapshot / name}` is a folder, but must be a file") as raised:
+        fetch_checkpoint(look_up(NAME))
+    assert f"`rm -r {snapshot / name}`" in (raised.value.hint or "")
+
+
+def test_a_pipe_in_place_of_a_file_is_replaced(hub: Hub, snapshot: Path) -> None:
+    for name in ("config.json", "model-1-of-3.safetensors"):
+        (snapshot / name).unlink()
+        os.mkfifo(snapshot / name)
+    assert "config.json" in missing_files(snapshot)
+    assert find_local(NAME) is None
+    assert fetch_checkpoint(look_up(NAME)) == find_local(NAME)
+
+
+def test_a_damaged_file_in_the_cache_names_the_command(snapshot: Path) -> None:
+    path = snapshot / "model-1-of-3.safetensors"
+    path.resolve().write_bytes(b"\xff" * 100)
+    with pytest.raises(WeightsError) as raised:
+        read_header(path)
+    assert raised.value.hint == f"`kimi-mlx download {NAME}` fetches it again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -372,10 +373,10 @@ def test_file_without_a_json_object_is_named_in_the_error(tmp_path: Path, text: 
 
 
 def test_permission_error_hints_at_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
+    def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ConfigError, match="cannot be read") as caught:
         load_config(tmp_path)
     assert caught.value.hint == "check its permissions"
@@ -421,3 +422,23 @@ def test_any_value_in_a_published_format_is_accepted_or_raises_config_error(
     except ConfigError:
         return
     assert isinstance(config.compression, (Fp8Blocks, PackedInts))
+
+
+@pytest.mark.parametrize("block", [{"group_size": 0, "bits": 4}, {"bits": 4}, {"group_size": 64, "bits": 99}])
+def test_an_invalid_quantization_has_a_hint(block: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="quantization") as caught:
+        parse_config({**K2, "quantization": block})
+    assert "another checkpoint" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(ConfigError, match=f"it is {kind}, not a file"):
+        load_config(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,21 @@ def test_an_unreadable_file_has_a_hint_about_permissions(
     with pytest.raises(WeightsError, match="cannot be read: Permission denied") as caught:
         read(tmp_path)
     assert caught.value.hint == "check its permissions"
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("model.safetensors", "a loop of links"), ("none", "a broken link"), ("/dev/zero", "a device"), (None, "a pipe")],
+)
+def test_what_is_in_place_of_a_file_is_named(target: str | None, kind: str, has_index: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    if target is None:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    if has_index:
+        (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": path.name}}))
+    with pytest.raises(WeightsError, match=f"`.*model.safetensors`.* is {kind}") as raised:
+        read_index(tmp_path)
+    assert "remove" in (raised.value.hint or "")
