@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -55,7 +55,7 @@ class Service:
         self._incoming: set[anyio.CancelScope] = set()
 
     @contextmanager
-    def until_closing(self) -> Iterator[None]:
+    def until_closing(self) -> Generator[None]:
         """Receive and prepare a request in this context, which ends when the server shuts down.
 
         Raises:

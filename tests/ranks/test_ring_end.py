@@ -29,7 +29,7 @@ from tests.ranks.test_ring import events_with_action, tokens_of, wait_until_gone
 pytestmark = pytest.mark.ranks
 
 PROMPT = tuple(range(20, 60))
-ENDLESS = Request(PROMPT, max_tokens=5000, stop_ids=())
+ENDLESS = Request(PROMPT, max_tokens=5000, stop_ids=frozenset())
 STUCK = """
 import time
 from kimi_mlx.rank.channel import run_rank
@@ -92,7 +92,7 @@ def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Ki
 )
 def test_a_restart_kills_nobody(number: signal.Signals, strategy: str, lost: int, size: int, kills: Kills) -> None:
     """Also not the rank that was stopped, and not the one that waits in a collective for the lost rank."""
-    request = Request(PROMPT, max_tokens=120, stop_ids=())
+    request = Request(PROMPT, max_tokens=120, stop_ids=frozenset())
     options = SessionOptions(KIMI_MINI, ranks=size, strategy=strategy, timeouts=RingTimeouts(silence_s=3))
     ends = []
     with closing(LocalSession(SessionOptions(KIMI_MINI))) as alone:
@@ -172,7 +172,7 @@ def test_a_rank_whose_commands_cannot_be_read_says_so(kills: Kills) -> None:
 @pytest.mark.slow
 def test_the_prompt_cache_of_a_ring_is_written_at_its_end(tmp_path: Path, kills: Kills) -> None:
     """Also the blocks of an answer that is cancelled by the end."""
-    request = Request(tuple(20 + i * i % 1700 for i in range(700)), max_tokens=2000, stop_ids=())
+    request = Request(tuple(20 + i * i % 1700 for i in range(700)), max_tokens=2000, stop_ids=frozenset())
     options = SessionOptions(KIMI_MINI, ranks=2, cache_dir=tmp_path / "cache")
     with closing(RingSession(options)) as session:
         events = session.generate(request)
@@ -223,4 +223,4 @@ def test_status_and_cancel_do_not_wait_while_a_restart_encodes_prompts(
             pass
         assert event.reason == "cancelled"
         monkeypatch.undo()
-        assert len(tokens_of(session, Request(PROMPT, max_tokens=5, stop_ids=()))) == 5
+        assert len(tokens_of(session, Request(PROMPT, max_tokens=5, stop_ids=frozenset()))) == 5
