@@ -20,7 +20,7 @@ from typing import BinaryIO, NoReturn
 
 import mlx.core as mx
 
-from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode, encode_error
+from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode, encode_error, own_prefix
 from kimi_mlx.cluster.ring.end_limits import ABORT_AFTER_S, end_limit_s, unload_limit_s
 from kimi_mlx.cluster.ring.guard import END_SIGNALS
 from kimi_mlx.cluster.ring.link_watch import LinkWatch
@@ -50,6 +50,7 @@ class Channel:
 
     def __init__(self, source: BinaryIO, sink: BinaryIO):
         self._source, self._sink = source, sink
+        self._prefix = own_prefix()
         self._write_lock = threading.Lock()
         self._end_lock = threading.RLock()  # reentrant: a signal handler may run while its thread holds it
         self._step, self._work = 0, "idle"
@@ -170,7 +171,7 @@ class Channel:
     def _write(self, line: bytes) -> None:
         try:
             with self._write_lock:
-                self._sink.write(line)
+                self._sink.write(self._prefix + line)
                 self._sink.flush()
         except OSError:  # the front is gone
             self._end()

@@ -44,3 +44,11 @@ cd /usr
 """,
 }
 """Name of a shell -> content of the start-up file that it reads for every command."""
+
+BACKGROUND_JOBS = {
+    "a job that prints later": "(sleep 2; while :; do echo late; printf partial; sleep 1; done) &",
+    "a job that keeps the output open": "sleep 1000 &",
+    "a job with a copy of the output": "exec 3>&1; sleep 1000 >/dev/null 2>&1 &",
+    "ignored signals": "trap '' TERM HUP INT",
+}
+"""Description -> start-up file of bash that leaves a job in the background, or makes all processes ignore signals."""

@@ -13,7 +13,7 @@ from kimi_mlx.cluster.hosts.ssh import run_script
 from tests.cluster import faults
 from tests.cluster.faults import Fault, answer, rank_pid, run_without_faults, send, wait_until_gone
 from tests.cluster.hosts import ROOT, Hosts
-from tests.cluster.login_shells import NOISY
+from tests.cluster.login_shells import BACKGROUND_JOBS, NOISY
 from tests.cluster.test_doctor_over_ssh import HOSTS, run_doctor
 from tests.cluster.test_launch_over_ssh import run
 
@@ -57,6 +57,26 @@ def test_banner_that_appears_during_an_answer_does_not_prevent_the_restart(hosts
 
     where = ("--hostfile", faults.write_hostfile(hosts, tmp_path / "two.json"))
     outcome = answer(hosts, where, [Fault("banner", inflict)])
+    assert (outcome.code, outcome.text) == (0, run_without_faults()), outcome.errors
+    assert outcome.left == []
+
+
+@pytest.mark.parametrize("start_up", BACKGROUND_JOBS.values(), ids=BACKGROUND_JOBS.keys())
+def test_background_job_does_not_disturb_the_doctor(hosts: Hosts, start_up: str) -> None:
+    hosts.set_login_shell("mac-b", "/bin/bash", start_up)
+    report = run_doctor(*HOSTS)
+    assert report.code == 0, report.document
+    assert report.document["self_test"]["timings"]
+
+
+@pytest.mark.parametrize("start_up", BACKGROUND_JOBS.values(), ids=BACKGROUND_JOBS.keys())
+def test_background_job_does_not_prevent_the_restart(hosts: Hosts, tmp_path: Path, start_up: str) -> None:
+    def inflict(front: faults.Front) -> None:
+        hosts.set_login_shell("mac-b", "/bin/bash", start_up)
+        send(hosts, "mac-b", signal.SIGKILL, rank_pid(hosts, "mac-b"))
+
+    where = ("--hostfile", faults.write_hostfile(hosts, tmp_path / "two.json"))
+    outcome = answer(hosts, where, [Fault("background job", inflict)])
     assert (outcome.code, outcome.text) == (0, run_without_faults()), outcome.errors
     assert outcome.left == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import signal
 import subprocess
@@ -13,8 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kimi_mlx.cluster.channel.messages import HEARTBEAT_S, Message, decode, encode
+from kimi_mlx.cluster.hosts.marked_script import PREFIX_VARIABLE, message_prefix
 from kimi_mlx.cluster.hosts.ssh import SSH_FAILED
 from kimi_mlx.errors import KimiMlxError
+
+LOG = logging.getLogger(__name__)
 
 LINE_LIMIT_BYTES = 1 << 28
 """Limit of one message; the longest carries the files of a tokenizer."""
@@ -24,6 +28,9 @@ LOG_LIMIT_BYTES = 10 << 20
 
 STDERR_TAIL_LINES = 12
 """Number of last lines of standard error kept for error messages."""
+
+EXIT_PATIENCE_S = 0.5
+"""Time for a process to exit after its guard reported the end. A job of the login shell can keep ssh from exiting."""
 
 
 class HostProcess:
@@ -37,7 +44,8 @@ class HostProcess:
             the process closes its output.
         preamble: bytes written to its input first, such as the script for the shell of a host.
         mark: line that precedes its messages and its standard error; empty for none. What a login shell prints before
-            it is only used in error messages, until the mark arrives.
+            it is only used in error messages, until the mark arrives. After it, lines without the prefix of the
+            mark (`message_prefix`) are dropped.
         sends_heartbeats: whether an `alive` message is sent when nothing else was sent for HEARTBEAT_S.
         log: file to which its standard error and its notes are appended.
     """
@@ -62,13 +70,15 @@ class HostProcess:
         # In its own session, Ctrl-C in the terminal reaches only the front, which then stops the ranks in order.
         self._process = subprocess.Popen(
             command,
-            env=dict(environment),
+            env={name: value for name, value in environment.items() if name != PREFIX_VARIABLE},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self._mark = mark
+        self._mark, self._prefix = mark, message_prefix(mark)
+        self._reported_code: int | None = None
+        self._has_foreign_lines = False
         self._shell_lines: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         self._has_started = not mark
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -118,20 +128,20 @@ class HostProcess:
     @property
     def signal_number(self) -> int | None:
         """Signal that ended the process, as reported by its guard; None if it exited by itself."""
-        code = self._process.poll() or 0
+        code = self.exit_code or 0
         number = -code if code < 0 else code - 128
         return number if number in set(signal.Signals) and code != SSH_FAILED else None
 
     @property
     def has_confirmed_exit(self) -> bool:
         """Whether its guard (local or remote) reported an exit code: the process and its children are gone."""
-        code = self._process.poll()
+        code = self.exit_code
         return code is not None and 0 <= code != SSH_FAILED
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code; None while the process runs."""
-        return self._process.poll()
+        """Exit code, as its guard reported it or else of the process; None while it runs."""
+        return self._process.poll() if self._reported_code is None else self._reported_code
 
     @property
     def has_started(self) -> bool:
@@ -173,8 +183,15 @@ class HostProcess:
                 self._has_started = line.rstrip(b"\n") == self._mark
                 self._shell_lines.append(line.decode(errors="replace").rstrip())
                 continue
+            _, prefix, text = line.partition(self._prefix) if self._prefix else (b"", b"", line)
+            if prefix != self._prefix:
+                self._note_foreign_line(line)
+                continue
             try:
-                message = decode(line)
+                message = decode(text)
+                if message["kind"] == "exited":
+                    self._end_after_report(message["code"])
+                    break
                 if message["kind"] == "note":
                     self._write_log(f"{message['text']}\n".encode())
                 else:
@@ -183,6 +200,19 @@ class HostProcess:
                 self._on_message(self.rank, {"kind": "failed", "text": f"sent {error.message}"})
                 break
         self._on_message(self.rank, None)
+
+    def _note_foreign_line(self, line: bytes) -> None:
+        if not self._has_foreign_lines and line.strip():
+            self._has_foreign_lines = True
+            LOG.debug("rank %d: dropping lines that are not ours, such as %r", self.rank, line[:80])
+
+    def _end_after_report(self, code: int) -> None:
+        """Record the exit code that the guard reported; stop the process if it does not exit by itself."""
+        self._reported_code = code
+        for stop_signal in (signal.SIGTERM, signal.SIGKILL):
+            if not self.wait(EXIT_PATIENCE_S):
+                self.signal(stop_signal)
+        self.wait(EXIT_PATIENCE_S)
 
     def _write_messages(self) -> None:
         assert self._process.stdin is not None

@@ -7,15 +7,20 @@ Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links)
 `refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,
 its steps, its links and its memory; from the leader also `tokenizer_files`, `prefilled` and `token`.
 About its end: `end_limit` (seconds that the end may take, whenever this changes), `error` (one of our errors) or
-`failed` (any other reason, as text that follows the name of the rank), `unloading` and `unloaded` (bytes held).
+`failed` (any other reason, as text that follows the name of the rank), `unloading` and `unloaded` (bytes held);
+last, from its guard, `exited` (exit code).
+On a host that is reached over ssh, each message to the front begins with a random prefix (`own_prefix`). Lines without
+it are not ours, but of a job that the login shell left in the background.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, cast
 
 import kimi_mlx.errors as errors
+from kimi_mlx.cluster.hosts.marked_script import PREFIX_VARIABLE
 from kimi_mlx.errors import KimiMlxError, RingError
 
 Message = dict[str, Any]
@@ -27,6 +32,11 @@ HEARTBEAT_S = 1.0
 def encode(kind: str, **fields: Any) -> bytes:
     """Encode a message of a kind as one line of JSON."""
     return json.dumps({"kind": kind, **fields}, separators=(",", ":")).encode() + b"\n"
+
+
+def own_prefix() -> bytes:
+    """Return what this process writes before each message to the front; empty if the front is on this host."""
+    return os.environ.get(PREFIX_VARIABLE, "").encode()
 
 
 def decode(line: bytes) -> Message:

@@ -13,17 +13,17 @@ limit() {
   shift
   "$@" </dev/null 2>/dev/null &
   limit_child=$!
-  (
-    trap 'kill "$nap"; exit 0' TERM
-    sleep "$limit_s" &
-    nap=$!
-    wait "$nap"
+  ( # short sleeps, of which a killed one is soon over
+    while [ "$limit_s" -gt 0 ]; do
+      sleep 1
+      limit_s=$((limit_s - 1))
+    done
     kill -KILL "$limit_child"
   ) >/dev/null 2>&1 &
   limit_watch=$!
   wait "$limit_child" 2>/dev/null
   limit_code=$?
-  kill "$limit_watch" 2>/dev/null
+  kill -KILL "$limit_watch" 2>/dev/null # a start-up file may make all our processes ignore SIGTERM
   wait "$limit_watch" 2>/dev/null
   return "$limit_code"
 }

@@ -31,6 +31,9 @@ ALIVE_INTERVAL_S = 5
 END_PATIENCE_S = 2.0
 """Time for a client to exit and to close its pipes after a signal."""
 
+POLL_INTERVAL_S = 0.5
+"""Interval at which a client that does not exit is checked for the end of its script."""
+
 SSH_FAILED = 255
 """Exit code of ssh for its own failures."""
 
@@ -162,8 +165,9 @@ def is_local(host: str) -> bool:
 def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"") -> ScriptResult:
     """Run a script in a host's `sh`, or in ours if the host is this machine.
 
-    After the timeout, the client (locally, the script and its children) is stopped, and the result has the output so
-    far. A script on another host loses its pipes, but is not stopped.
+    The result is complete at the end of the script, even if a process still holds its output open: a job that a
+    start-up file started. After the timeout, the client (locally, the script and its children) is stopped, and the
+    result has the output so far. A script on another host loses its pipes, but is not stopped.
 
     Args:
         host: host name as in check_host.
@@ -234,26 +238,43 @@ def _start(host: str, script: str) -> _RunningScript:
 
 
 def _finish(running_script: _RunningScript, timeout_s: float, stdin_extra: bytes) -> ScriptResult:
-    process = running_script.process
-    try:
-        out, err = process.communicate(running_script.script.data + stdin_extra, timeout_s)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        code = None
-        _end(process)
-        out, err = _rest(process)
-    greeting, own_output = split_at_mark(out, running_script.script.mark)
-    shell_errors, own_errors = split_at_mark(err, running_script.script.mark)
+    process, mark = running_script.process, running_script.script.mark
+    out, err, code = _communicate(process, mark, running_script.script.data + stdin_extra, timeout_s)
+    stdout, stderr = split_at_mark(out, mark), split_at_mark(err, mark)
     return ScriptResult(
         running_script.host,
-        code,
-        (own_output or b"").decode(errors="replace"),
-        (shell_errors if own_errors is None else own_errors).decode(errors="replace"),
+        code if stdout.exit_code is None else stdout.exit_code,
+        (stdout.own or b"").decode(errors="replace"),
+        (stderr.before if stderr.own is None else stderr.own).decode(errors="replace"),
         time.monotonic() - running_script.monotonic_start,
         running_script.started_at,
-        has_started=own_output is not None,
-        greeting=greeting.decode(errors="replace"),
+        has_started=stdout.own is not None,
+        greeting=stdout.before.decode(errors="replace"),
     )
+
+
+def _communicate(
+    process: subprocess.Popen[bytes], mark: bytes, data: bytes, timeout_s: float
+) -> tuple[bytes, bytes, int | None]:
+    """Write the input and read the output, until the client exits, the script has ended, or the time is over.
+
+    Returns:
+        Standard output, standard error, and the exit code of the client; None if it was stopped.
+    """
+    end = time.monotonic() + timeout_s
+    unsent: bytes | None = data
+    while True:
+        try:
+            out, err = process.communicate(unsent, max(min(POLL_INTERVAL_S, end - time.monotonic()), 0))
+        except subprocess.TimeoutExpired as error:
+            unsent = None  # `communicate` goes on with what it was given first
+            outputs = (error.stdout or b"", error.stderr or b"")
+            has_ended = all(split_at_mark(output, mark).exit_code is not None for output in outputs)
+            if has_ended or time.monotonic() >= end:
+                _end(process)
+                return *_rest(process), None
+        else:
+            return out, err, process.returncode
 
 
 def _rest(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

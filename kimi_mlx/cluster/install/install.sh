@@ -15,7 +15,7 @@ unset PYTHONPATH PYTHONHOME # packages outside the environment must not count
 link=$install_data/venv
 all=$install_data/installed
 
-send() { printf '{"kind":"%s","text":"%s"}\n' "$1" "$2" >&4; } # KIND TEXT; the text must not contain quotes or backslashes
+send() { printf '%s{"kind":"%s","text":"%s"}\n' "$KIMI_MLX_PREFIX" "$1" "$2" >&4; } # KIND TEXT; the text must not contain quotes or backslashes
 step() { send step "$1"; }
 fail() {
   [ -z "$watcher" ] || kill "$watcher"
@@ -141,7 +141,7 @@ cd /
 interpreter=$("$folder/venv/bin/python" -c "$install_versions" "$link/bin/python") || fail "no start"
 ln -s "installed/${folder##*/}/venv" "$folder/link" &&
   "$folder/venv/bin/python" -c 'import os, sys; os.replace(*sys.argv[1:])' "$folder/link" "$link" || fail "no folder"
-printf '{"kind":"installed","interpreter":%s}\n' "$(printf '%s\n' "$interpreter" | sed -n 's/^interpreter=//p')" >&4
+printf '%s{"kind":"installed","interpreter":%s}\n' "$KIMI_MLX_PREFIX" "$(printf '%s\n' "$interpreter" | sed -n 's/^interpreter=//p')" >&4
 kill "$watcher"
 wait "$watcher" 2>/dev/null
 exit 0

@@ -250,7 +250,9 @@ def _remaining(deadline: float) -> float:
 
 
 def _print(kind: str, **fields: object) -> None:
-    print(json.dumps({"kind": kind, **fields}), flush=True)
+    prefix = os.environ.get("KIMI_MLX_PREFIX", "")  # see kimi_mlx.cluster.channel.messages
+    sys.stdout.write(f"{prefix}{json.dumps({'kind': kind, **fields})}\n")  # at once: others may write there too
+    sys.stdout.flush()
 
 
 def _exit_now(number: int, frame: object) -> None:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from kimi_mlx.cluster.channel.messages import encode_error
+from kimi_mlx.cluster.channel.messages import encode, encode_error, own_prefix
 from kimi_mlx.cluster.hosts.launch import rank_command
 from kimi_mlx.cluster.ring.end_limits import KILL_S
 from kimi_mlx.errors import RingError
@@ -33,6 +33,9 @@ POLL_INTERVAL_S = 0.1
 
 HOLD_S = 5
 """Time for which the sockets of a lost rank stay open."""
+
+SEND_LIMIT_S = 1.0
+"""Time limit for a message to the front."""
 
 MAX_SOCKETS = 64
 
@@ -73,7 +76,7 @@ def main() -> None:
         try:
             folder = stack.enter_context(temporary_folder(f"{tag}-"))
         except OSError as error:
-            sys.stdout.buffer.write(encode_error(temporary_files_error(error), rank=None))
+            _send(encode_error(temporary_files_error(error), rank=None))
             sys.exit(1)
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "TMPDIR": str(folder.path), GUARD_VARIABLE: str(theirs.fileno())}
@@ -84,7 +87,9 @@ def main() -> None:
         code = guard.run()
         if code:
             hold(guard.sockets)
-    sys.exit(code if code >= 0 else 128 - code)
+    code = code if code >= 0 else 128 - code
+    _send(encode("exited", code=code))
+    sys.exit(code)
 
 
 def temporary_files_error(error: OSError) -> RingError:
@@ -190,6 +195,13 @@ class _Guard:
         self.sockets += sockets
         if limits := data.split():
             self._end_limit_s, self._limit_set_at = float(limits[-1]), time.monotonic()
+
+
+def _send(message: bytes) -> None:
+    """Send a short message to the front, if there is space for it: the network may be gone."""
+    with contextlib.suppress(OSError):  # the front is gone
+        if select.select([], [1], [], SEND_LIMIT_S)[1]:
+            os.write(1, own_prefix() + message)
 
 
 def _print(text: str) -> None:

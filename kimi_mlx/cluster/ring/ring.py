@@ -316,7 +316,7 @@ class Ring:
                 self._ends[other].on_message(message, time.monotonic())
         reported = [decode_error(message) for message in last.values() if message["kind"] == "error"]
         own_errors = [error for error in reported if not isinstance(error, RingError)]
-        ended = [process for process in self._ranks if process.wait(0)]
+        ended = [process for process in self._ranks if process.exit_code is not None]
         killed = [process.rank for process in ended if process.signal_number is not None]
         if own_errors or (reported and not killed):
             return (own_errors or reported)[0]

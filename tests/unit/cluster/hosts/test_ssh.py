@@ -218,6 +218,9 @@ SHELL_START = {
     "has another PATH": "PATH=/nowhere",
     "prints at its end": "trap 'echo bye' EXIT",
     "waits": "sleep 0.3",
+    "leaves a job": "sleep 60 &",
+    "leaves a job with a copy of the output": "exec 3>&1; sleep 60 >/dev/null 2>&1 &",
+    "ignores signals": "trap '' TERM HUP INT",
 }
 
 
@@ -231,6 +234,15 @@ def test_login_shell_cannot_change_the_output(start: str, tmp_path: Path, monkey
     assert answer.is_ok, answer
     assert answer.stdout == f"{tmp_path}\ninput"
     assert answer.stderr == "error\n"
+
+
+def test_exit_code_arrives_although_a_job_keeps_the_output_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_ssh(tmp_path, monkeypatch, f"sleep 60 & {RUN_REMOTE}")
+    result = run_script("mac-b", "echo out; echo error >&2; exit 3", 30)
+    assert (result.exit_code, result.stdout, result.stderr) == (3, "out\n", "error\n")
+    assert result.seconds < 20
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,27 @@ def test_guard_exits_on_sigterm(child: str) -> None:
 def test_output_of_the_login_shell_is_skipped() -> None:
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     script = """printf '{"kind": "wrong"}\\nWelcome!'; echo complaint >&2; printf '\\nmark\\n'; printf '\\nmark\\n' >&2
-        read -r line; echo "{\\"kind\\": \\"$line\\"}"; echo noise"""
+        echo late; printf partial; read -r line
+        echo "mark: {\\"kind\\": \\"$line\\"}"
+        echo '{"kind": "wrong"}'; echo mark: x"""
     process = HostProcess(
         0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"hello\n", b"mark"
     )
     assert inbox.get(timeout=5) == {"kind": "hello"}
-    assert inbox.get(timeout=5) == {"kind": "failed", "text": "sent a line that is not a message: b'noise\\n'"}
+    assert inbox.get(timeout=5) == {"kind": "failed", "text": "sent a line that is not a message: b'x\\n'"}
     assert inbox.get(timeout=5) is None
     assert process.has_started
+    terminate_all([process], 1)
+
+
+def test_job_that_keeps_the_output_open_does_not_delay_the_end() -> None:
+    inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    script = """printf '\\nmark\\n'; sleep 60 & echo 'mark: {"kind": "exited", "code": 3}'; wait"""
+    process = HostProcess(0, ["sh", "-c", script], os.environ, lambda _, message: inbox.put(message), b"", b"mark")
+    assert inbox.get(timeout=20) is None
+    assert process.wait(0)
+    assert (process.exit_code, process.has_confirmed_exit) == (3, True)
+    os.killpg(process.pid, signal.SIGKILL)
     terminate_all([process], 1)
 
 
