@@ -37,6 +37,9 @@ StopText = Annotated[str, Field(min_length=1)]
 Arguments = str | dict[str, Any] | None
 """Arguments of an earlier tool call: JSON text, in some clients an object or nothing."""
 
+MAX_ARGUMENTS_CHARS = 2_000_000
+"""Maximum size of the arguments of an earlier call that are decoded: larger ones do not fit the context."""
+
 UNSUPPORTED = "unsupported"
 
 
@@ -74,7 +77,7 @@ def text_shorthand(**part: Any) -> Callable[[Any], Any]:
 def earlier_call(id: str, name: str, arguments: Arguments) -> ToolCall:
     """Return a tool call of the conversation. Its arguments may be blank or encoded twice."""
     text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments or ""
-    return ToolCall(id, name, normalize_arguments(text))
+    return ToolCall(id, name, normalize_arguments(text) if len(text) <= MAX_ARGUMENTS_CHARS else text)
 
 
 def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str, Any]]) -> str | dict[str, str]:

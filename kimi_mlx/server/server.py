@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import uvicorn
@@ -49,7 +52,7 @@ class ServingOptions:
 
 
 class Server(uvicorn.Server):
-    """Serves a model until `should_exit` is set, which SIGINT and SIGTERM do; start it with `run([socket])`.
+    """Serves a model until `should_exit` is set, which SIGINT, SIGTERM and SIGHUP do; start it with `run([socket])`.
 
     Args:
         session: session with the loaded model.
@@ -94,6 +97,23 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_is_relevant)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Shut down at SIGHUP as at SIGINT and SIGTERM, unless it is ignored, as after `nohup`."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            with super().capture_signals():
+                yield
+            return
+        original_handler = signal.signal(signal.SIGHUP, self.handle_exit)
+        try:
+            with super().capture_signals():
+                yield
+        finally:
+            signal.signal(signal.SIGHUP, original_handler)
+        if signal.SIGHUP in self._captured_signals:
+            signal.raise_signal(signal.SIGHUP)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to answer requests."""

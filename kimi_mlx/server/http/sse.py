@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import anyio
 import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
@@ -164,7 +165,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
     finally:
         for task in (working, listening):
             task.cancel()
-        await asyncio.gather(working, listening, return_exceptions=True)
+        with anyio.CancelScope(shield=True):  # at a shutdown, a worker process is ended before the event loop
+            await asyncio.gather(working, listening, return_exceptions=True)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
