@@ -208,10 +208,18 @@ def _check_model(host: str, need: ModelNeed, option: str) -> Finding:
 
 
 def fill_in_hosts(findings: Sequence[Finding], request: DoctorRequest) -> list[Finding]:
-    """Replace `--hosts ...` in remedies by the user's option, so that commands can be copied as they are."""
-    option = request.option or f"--hosts {','.join(request.names)}"
+    """Complete the commands in remedies, so that they can be copied as they are.
+
+    `--hosts ...` becomes the user's option. `--hosts HOSTS` becomes the hosts by name even if the user gave a hostfile,
+    because its addresses may be what is wrong.
+    """
+    by_name = f"--hosts {','.join(request.names)}"
+    option = request.option or by_name
     return [
-        finding if finding.remedy is None else replace(finding, remedy=finding.remedy.replace("--hosts ...", option))
+        replace(
+            finding,
+            remedy=finding.remedy and finding.remedy.replace("--hosts ...", option).replace("--hosts HOSTS", by_name),
+        )
         for finding in findings
     ]
 

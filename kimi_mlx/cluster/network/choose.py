@@ -143,7 +143,7 @@ class _Chooser:
             links.append(measure_network(hosts, network, self.pythons))
         problems = [problem for link in links for problem in link.problems]
         if problems:
-            remedy = "check the cable and the firewall, or let kimi-mlx find a network: `kimi-mlx doctor --hosts ...`"
+            remedy = "check the cable and the firewall, or let kimi-mlx find a network: `kimi-mlx doctor --hosts HOSTS`"
             finding = self._problem(f"the hosts cannot reach each other: {'; '.join(problems)}", remedy)
             return NetworkChoice((finding,), tuple(links))
         findings = [self._check(link.network, link.speed) for link in links if link.speed is not None]

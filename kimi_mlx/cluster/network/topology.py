@@ -112,7 +112,7 @@ def check_addresses(host: Host, interfaces: Mapping[str, Sequence[Interface]]) -
         return [Finding(host.ssh, "addresses", "ok", f"belong to this host: {', '.join(host.ips)}")]
     others = ", ".join(ip for ip in own if not ip_address(ip).is_loopback)
     message = f"{', '.join(unknown)} is not an address of this host; it has {others or 'none'}"
-    remedy = "fix the hostfile, or let kimi-mlx find the addresses: `kimi-mlx doctor --hosts ... --save FILE`"
+    remedy = "fix the hostfile, or let kimi-mlx find the addresses: `kimi-mlx doctor --hosts HOSTS --save FILE`"
     return [Finding(host.ssh, "addresses", "problem", message, remedy)]
 
 
@@ -126,7 +126,7 @@ def _check_devices(host: Host, hosts: Sequence[Facts]) -> Finding | None:
     if not missing:
         return Finding(host.ssh, "devices", "ok", f"present: {', '.join(named)}")
     message = f"{', '.join(missing)} does not exist; `ibv_devices` lists {', '.join(present) or 'none'}"
-    remedy = "names change with ports and restarts; let kimi-mlx find them: `kimi-mlx doctor --hosts ... --save FILE`"
+    remedy = "names change with ports and restarts; let kimi-mlx find them: `kimi-mlx doctor --hosts HOSTS --save FILE`"
     return Finding(host.ssh, "devices", "problem", message, remedy)
 
 
