@@ -10,6 +10,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.files import read_regular_file
 from kimi_mlx.text.vocabulary import CHAR_TO_BYTE
 
 HINT = "only byte-level BPE tokenizers are supported"
@@ -26,7 +27,7 @@ def read_fast_tokenizer(path: Path, added: Mapping[int, str]) -> tuple[Tokenizer
         TextError: the file is broken or not a byte-level BPE.
     """
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = json.loads(read_regular_file(path))
         model: dict[str, Any] = spec["model"]
         vocab = {str(text): int(i) for text, i in model["vocab"].items()}
         merges: list[Any] = model["merges"]

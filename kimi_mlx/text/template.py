@@ -16,6 +16,7 @@ from typing import Any, cast
 import jinja2
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.files import read_regular_file
 from kimi_mlx.text.control_tokens import ControlTokens, choose_escape, json_escape, strings_in
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.template_sandbox import BoundedEnvironment
@@ -228,7 +229,7 @@ def _template_line(error: Exception) -> int | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular_file(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot read `{path}`: {error}") from error
 

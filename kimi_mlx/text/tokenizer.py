@@ -17,6 +17,7 @@ from typing import Any, cast
 import tokenizers
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.files import read_regular_file
 from kimi_mlx.text import vocabulary
 from kimi_mlx.text.fast_tokenizer import read_fast_tokenizer
 from kimi_mlx.text.vocabulary_cache import cached_splits
@@ -220,7 +221,7 @@ def _well_formed(text: str) -> str:
 
 def _read_bpe(tokens: Sequence[bytes], path: Path) -> tokenizers.Tokenizer:
     """Build the BPE of the tokens in a tiktoken file."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_regular_file(path)).hexdigest()
     return vocabulary.build(tokens, cached_splits(tokens, digest))
 
 
@@ -284,7 +285,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular_file(path))
     except (OSError, ValueError) as error:
         raise TextError(f"`{path}` is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.files import read_regular_file
 
 # Kimi's published pattern; the engines of `tokenizers` and tiktoken agree on it, code point by code point.
 PATTERN = "|".join(
@@ -81,7 +82,7 @@ def read_ranks(path: Path) -> list[bytes]:
 
 def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_regular_file(path)
     except OSError as error:
         raise TextError(f"cannot read `{path}`: {error.strerror}", hint=HINT) from error
     if data.startswith(b"version https://git-lfs"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
+from kimi_mlx.text.template import ChatTemplate
 from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS, MAX_RUN_CHARS, Tokenizer, _split_long
 from tests.unit.text.vocabularies import SPECIAL, reference, small_ranks, write_tokenizer
 
@@ -167,3 +169,15 @@ def test_broken_configuration_is_a_text_error(tmp_path: Path, text: str):
     (folder / "tokenizer_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(TextError, match=r"tokenizer_config\.json"):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tiktoken.model", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_place_of_a_file_is_an_error_and_does_not_block(tmp_path: Path, name: str):
+    folder = write_tokenizer(tmp_path)
+    if name == "tokenizer.json":
+        (folder / "tiktoken.model").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    load = ChatTemplate.load if name == "chat_template.jinja" else Tokenizer.load
+    with pytest.raises(TextError, match="a pipe"):
+        load(folder)
