@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -33,65 +30,19 @@ def doctor(
     ] = False,
 ) -> None:
     """Find problems of a Mac or cluster, and the fix."""
-    # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.doctor_json import to_dict
-    from kimi_mlx.cli.doctor_report import report
-    from kimi_mlx.cli.model_size import download_disk, memory_requirement
-    from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
-    from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
-    from kimi_mlx.cli.text_check import text_findings
-    from kimi_mlx.cli.weights_check import weights_findings
-    from kimi_mlx.cluster.doctor.doctor import diagnose, with_model_need
-    from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
-    from kimi_mlx.cluster.hosts.hostfile import write_hostfile
-    from kimi_mlx.cluster.hosts.ssh import is_local
-
-    ranks, option = hosts.read()
-    save = hosts.save
+    _, option = hosts.read()
     if gpu:
-        from kimi_mlx.cli.doctor_gpu import check_gpu
-
-        if option or model is not None or save is not None or quick or verbose or fast_sync:
+        if option or model is not None or hosts.save is not None or quick or verbose or fast_sync:
             raise UsageError(
                 "--gpu checks this machine; its only other option is --json",
                 hint="run `kimi-mlx doctor --gpu [--json]`, on each host",
             )
+        from kimi_mlx.cli.doctor_gpu import check_gpu  # heavy: not for `--help` or a usage error
+
         check_gpu(json)
         return
-    if save is not None and not option:
+    if hosts.save is not None and not option:
         raise UsageError("--save writes a hostfile, but no hosts are given", hint="name them: `--hosts a,b`")
-    name = model_name(model)
-    need = memory_requirement(name)
-    request = DoctorRequest(
-        ranks.with_fast_sync(fast_sync),
-        need,
-        backend=hosts.requested_backend,
-        python=hosts.python,
-        is_link_forced=hosts.force_link,
-        is_quick=quick,
-        option=option,
-        download=None if option else download_disk(),
-    )
-    with slow_status(is_quiet=json) as set_status:
-        diagnosis = diagnose(request, sys.executable, set_status)
-        set_status("checking the model's files")
-        own = next((host for host in diagnosis.hosts if is_local(host)), "this machine")
-        file_findings = (*weights_findings(name, own), *text_findings(name, own))
-    choice = choose_placement_on_hosts(diagnosis, request, None)
-    need = with_placement(need, choice, request.world_size)
-    diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
-    diagnosis = replace(diagnosis, findings=(*diagnosis.findings, *file_findings))
-    is_saved = save is not None and diagnosis.hostfile is not None
-    if save is not None and diagnosis.hostfile is not None:
-        write_hostfile(save, diagnosis.hostfile)
-        option = f"--hostfile {shlex.quote(str(save))}"
-    if json:
-        print_json(to_dict(diagnosis, need))
-    else:
-        for part in report(diagnosis, need, option, stdout.width, verbose):
-            stdout.print(part, soft_wrap=isinstance(part, str), markup=False)
-    if save is not None:
-        message = f"written: {save}" if is_saved else f"not written: {save}, because no network was found"
-        stderr.print(message, markup=False)
-    if diagnosis.has_problem:
-        raise typer.Exit(1)
+    from kimi_mlx.cli.run_doctor import run_doctor  # heavy: not for `--help` or a usage error
+
+    run_doctor(hosts, model_name(model), quick=quick, verbose=verbose, json=json, fast_sync=fast_sync)

@@ -28,7 +28,18 @@ LIGHT = {
 }
 LIGHT_PACKAGES = {
     f"kimi_mlx.{name}"
-    for name in ("cluster", "engine", "files", "model", "parallel", "planner", "session", "sizing", "units")
+    for name in (
+        "cluster",
+        "engine",
+        "files",
+        "model",
+        "model_files",
+        "parallel",
+        "planner",
+        "session",
+        "sizing",
+        "units",
+    )
 }
 """Packages of which a command's options import small modules."""
 

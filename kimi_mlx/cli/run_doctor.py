@@ -1,0 +1,84 @@
+"""Run the doctor's checks on this machine or on hosts, and print their report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from kimi_mlx.cli.doctor_json import to_dict
+from kimi_mlx.cli.doctor_report import report
+from kimi_mlx.cli.host_options import HostOptions
+from kimi_mlx.cli.model_size import download_disk, memory_requirement
+from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
+from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
+from kimi_mlx.cli.text_check import text_findings
+from kimi_mlx.cli.weights_check import weights_findings
+from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose, with_model_need
+from kimi_mlx.cluster.doctor.memory_need import ModelNeed
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
+from kimi_mlx.cluster.hosts.hostfile import write_hostfile
+from kimi_mlx.cluster.hosts.ssh import is_local
+
+
+def run_doctor(hosts: HostOptions, name: str, *, quick: bool, verbose: bool, json: bool, fast_sync: bool) -> None:
+    """Check hosts and a model, print the report, and save the hostfile if `--save` is given.
+
+    Args:
+        hosts: options that name the hosts.
+        name: name of the model.
+        quick: whether to skip the self-test.
+        verbose: whether to show the checks that passed.
+        json: whether to print JSON.
+        fast_sync: whether ranks would use the fast fence.
+
+    Raises:
+        typer.Exit: 1, a check found a problem.
+        KimiMlxError: the hosts or the model cannot be checked.
+    """
+    ranks, option = hosts.read()
+    request = DoctorRequest(
+        ranks.with_fast_sync(fast_sync),
+        memory_requirement(name),
+        backend=hosts.requested_backend,
+        python=hosts.python,
+        is_link_forced=hosts.force_link,
+        is_quick=quick,
+        option=option,
+        download=None if option else download_disk(),
+    )
+    diagnosis, need = _diagnose(request, name, json)
+    is_saved = hosts.save is not None and diagnosis.hostfile is not None
+    if hosts.save is not None and diagnosis.hostfile is not None:
+        write_hostfile(hosts.save, diagnosis.hostfile)
+        option = f"--hostfile {shlex.quote(str(hosts.save))}"
+    if json:
+        print_json(to_dict(diagnosis, need))
+    else:
+        for part in report(diagnosis, need, option, stdout.width, verbose):
+            stdout.print(part, soft_wrap=isinstance(part, str), markup=False)
+    if hosts.save is not None:
+        _report_save(hosts.save, is_saved)
+    if diagnosis.has_problem:
+        raise typer.Exit(1)
+
+
+def _diagnose(request: DoctorRequest, name: str, is_quiet: bool) -> tuple[Diagnosis, ModelNeed]:
+    """Return the result of all checks, and what the model needs with the placement that would be chosen."""
+    with slow_status(is_quiet=is_quiet) as set_status:
+        diagnosis = diagnose(request, sys.executable, set_status)
+        set_status("checking the model's files")
+        own = next((host for host in diagnosis.hosts if is_local(host)), "this machine")
+        file_findings = (*weights_findings(name, own), *text_findings(name, own))
+    choice = choose_placement_on_hosts(diagnosis, request, None)
+    need = with_placement(request.need, choice, request.world_size)
+    diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
+    return replace(diagnosis, findings=(*diagnosis.findings, *file_findings)), need
+
+
+def _report_save(file: Path, is_saved: bool) -> None:
+    message = f"written: {file}" if is_saved else f"not written: {file}, because no network was found"
+    stderr.print(message, markup=False)
