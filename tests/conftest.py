@@ -18,8 +18,10 @@ from hypothesis import settings
 from kimi_mlx.model.device import has_gpu
 from tests import processes
 
-# SIGINT is ignored if the tests run in the background, and then by all processes that they start
+# Signals that were ignored by whoever started the tests (in the background, under nohup) would be ignored by all
+# processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # no deadline, because the machine may be busy; the same examples in every CI run, new ones elsewhere
 settings.register_profile("kimi-mlx", deadline=None, derandomize="CI" in os.environ)
