@@ -154,7 +154,7 @@ def test_schemas_and_required_calls(client: anthropic.Anthropic):
         assert "city" in use.input
         assert called.stop_reason == "tool_use"
     invalid: Any = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}
-    with pytest.raises(anthropic.BadRequestError, match=r"`output_config\.format\.schema\.type`: `nonsense` is not a type"):
+    with pytest.raises(anthropic.BadRequestError, match=r"format\.schema\.type`: `nonsense` is not a type"):
         client.messages.create(model="kimi-mini", max_tokens=9, messages=SUM, extra_body=invalid)
 
 
