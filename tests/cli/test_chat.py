@@ -123,7 +123,7 @@ def test_a_wrong_name_suggests_near_names() -> None:
     ("arguments", "words"),
     [
         (("chat", "-p", ""), "the prompt is empty"),
-        (("chat", "-p", "hi", "--temperature", "-3"), "temperature is -3"),
+        (("chat", "-p", "hi", "--temperature", "-3"), "greater than or equal to 0"),
         (("chat", "-p", "hi", "--ranks", "0"), "--ranks"),
         (("chat", "-p", "hi", "--ranks", "50"), "but there are 50 ranks"),
         (("chat", "-p", "hi", "--dtype", "float99"), "float99"),
