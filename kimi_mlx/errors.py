@@ -9,6 +9,7 @@ KimiMlxError
 │   ├── MissingModelError   model that is not on a host yet
 │   └── UnreachableError    hub that cannot be reached, or must not be (HF_HUB_OFFLINE)
 ├── TextError        tokenizer, chat template or messages
+├── ImageError       image or video that cannot be read, or that the model cannot see
 ├── PlacementError   model that cannot be split as requested
 ├── EngineError      generation: request too long, cache misuse
 │   └── CacheError          unusable block of the prompt cache on disk
@@ -67,6 +68,26 @@ class UnreachableError(WeightsError):
 
 class TextError(KimiMlxError):
     """Error in the tokenizer, the chat template or the messages."""
+
+
+class ImageError(KimiMlxError):
+    """Image or video that cannot be read, or that the model cannot see.
+
+    Args:
+        place: name of the file, or location of the image in the messages; the message begins with it.
+        reason: what is wrong with the image.
+        hint: remedy, usually a command to type.
+        rank: rank on which the error occurred, if not this process.
+    """
+
+    def __init__(self, place: str, reason: str, hint: str | None = None, rank: int | None = None):
+        super().__init__(f"`{place}`: {reason}", hint, rank)
+        self.place = place
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str | None, int | None]]:
+        """Keep all fields when the error crosses a process boundary."""
+        return type(self), (self.place, self.reason, self.hint, self.rank)
 
 
 class PlacementError(KimiMlxError):

@@ -1,0 +1,50 @@
+"""Data URLs, in which images arrive: `data:image/png;base64,...`."""
+
+from __future__ import annotations
+
+import binascii
+from urllib.parse import unquote_to_bytes
+
+from kimi_mlx.errors import ImageError
+from kimi_mlx.images.limits import DEFAULT_LIMITS
+from kimi_mlx.units import format_bytes
+
+DATA_URL_HINT = "send the file as a data URL: `data:image/png;base64,...`"
+
+
+def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
+    """Return the contents of a data URL. Its media type is not read, because the bytes say what they are.
+
+    Args:
+        url: the URL.
+        place: location of the URL, for error messages.
+        max_bytes: limit of the contents, checked before they are decoded.
+
+    Raises:
+        ImageError: the URL has another scheme, is not valid, or is too large.
+
+    Source: RFC 2397.
+    """
+    header, comma, data = url.partition(",")
+    if header[:5].lower() != "data:":
+        scheme = header.partition(":")[0] if ":" in header[:16] else ""
+        reason = f"`{scheme}:` URLs are not read" if scheme else f"`{url[:40]}` is not a URL"
+        raise ImageError(place, reason, hint=DATA_URL_HINT)
+    if not comma:
+        raise ImageError(place, "the data URL has no comma, after which the data begins", hint=DATA_URL_HINT)
+    is_base64 = header[-7:].lower() == ";base64"
+    num_bytes = len(data) * 3 // 4 if is_base64 else len(data)
+    if num_bytes > max_bytes + 3:  # 3: padding, which is no content
+        raise too_large(place, num_bytes, max_bytes)
+    if not is_base64:
+        return unquote_to_bytes(data)
+    try:
+        return binascii.a2b_base64(data if data.isascii() else data.encode())
+    except binascii.Error as error:
+        raise ImageError(place, f"the data URL is not valid base64: {error}", hint=DATA_URL_HINT) from error
+
+
+def too_large(place: str, num_bytes: int, max_bytes: int) -> ImageError:
+    """Return the error for a file above the limit."""
+    reason = f"the file has {format_bytes(num_bytes)}, more than {format_bytes(max_bytes)}"
+    return ImageError(place, reason, hint="send a smaller version")

@@ -1,0 +1,35 @@
+"""Limits of images and videos. They are checked before anything is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kimi_mlx.units import MB
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """Limits of the images and videos of one prompt.
+
+    Decoding takes 4 bytes per pixel, twice that if the image is rotated, and one image is decoded at a time.
+
+    Args:
+        max_images: number of images in a prompt; each chunk of a video counts as one.
+        max_bytes: size of an image file.
+        max_pixels: width times height of an image or of a video frame. Not above PIL's own limit, 89,478,485.
+        max_side: width or height of an image or of a video frame, in pixels.
+        max_video_bytes: size of a video file.
+        max_video_s: duration of a video, in seconds.
+        max_video_frames: number of frames of a video before sampling.
+    """
+
+    max_images: int = 100
+    max_bytes: int = 32 * MB
+    max_pixels: int = 80_000_000
+    max_side: int = 100_000
+    max_video_bytes: int = 100 * MB
+    max_video_s: float = 120.0
+    max_video_frames: int = 20_000
+
+
+DEFAULT_LIMITS = MediaLimits()
