@@ -14,6 +14,7 @@ import numpy as np
 
 import kimi_mlx
 from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
+from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.session.session import EventCallback, Session, SessionStatus
@@ -84,6 +85,7 @@ class FixedSession:
         self.cancel_all()
 
     context = 65536
+    image_error: EngineError | None = None
 
     def status(self) -> SessionStatus:
         """Report a healthy session."""

@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
-from kimi_mlx.engine.request import Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.engine.request import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.session.conversation import ChatEvent
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 from kimi_mlx.units import format_bytes, format_rate, format_seconds
@@ -125,6 +125,8 @@ class AnswerPrinter:
             self._progress.stop()
             # on stderr: the answer continues in the middle of its line
             stderr.print(Text(f"\n[{interruption_line(item)}]", style="dim"), soft_wrap=False)
+            return
+        if isinstance(item, Encoded):
             return
         if isinstance(item, Prefilled):
             self._progress.update(item.done, item.total)

@@ -95,6 +95,13 @@ class Engine:
         return self._pool.busy_tokens + self._pool.idle_tokens
 
     @property
+    def image_error(self) -> EngineError | None:
+        """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
+        return EngineError(
+            "this model does not see images", hint="choose one that does: `kimi-mlx models` lists the models"
+        )
+
+    @property
     def is_prefilling(self) -> bool:
         """Whether a prompt is in prefill, so that steps take long."""
         return any(batch.is_prefilling for batch in self._batches)
@@ -238,6 +245,8 @@ class Engine:
         config, length = self._model.config, len(request.prompt)
         if not length:
             raise EngineError("the prompt has no tokens")
+        if request.images and (error := self.image_error) is not None:
+            raise error
         biased = [id for id, _ in request.logit_bias]
         for id in (min(request.prompt), max(request.prompt), *biased):
             if not 0 <= id < config.vocab_size:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from kimi_mlx.errors import UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 FinishReason = Literal["stop", "length", "cancelled"]
+
+FIRST_IMAGE_KEY = 1 << 62
+"""Keys of images are integers from this up, below 2**63: above every token id, and signed 64-bit integers hold them."""
+
+DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,58 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """An image in a prompt, or a chunk of a video: its features replace the embeddings of its placeholder tokens.
+
+    Args:
+        start: position of its first placeholder token in the prompt.
+        num_tokens: number of its placeholder tokens.
+        grid: number of frames, and of rows and columns of patches: (t, h, w).
+        digest: hash of patches and grid, 32 hexadecimal digits. Images with equal digests are the same image.
+        patches: uint8 (t * h * w, 3, 14, 14), in the order of the grid; None where they are not needed, on every rank
+            but rank 0.
+
+    Raises:
+        UsageError: a value is invalid, or there are not as many patches as the grid has.
+    """
+
+    start: int
+    num_tokens: int
+    grid: tuple[int, int, int]
+    digest: str
+    patches: npt.NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        object.__setattr__(self, "grid", tuple(map(operator.index, self.grid)))
+        if self.start < 0 or self.num_tokens < 1 or len(self.grid) != 3 or min(self.grid) < 1:
+            raise UsageError(f"{self} has an invalid number")
+        if not DIGEST.fullmatch(self.digest):
+            raise UsageError(f"the digest of an image is {self.digest!r}, not 32 hexadecimal digits")
+        if self.patches is not None:
+            shape, count = tuple(self.patches.shape), math.prod(self.grid)
+            if shape[:2] != (count, 3) or len(shape) != 4 or self.patches.dtype != "uint8":
+                raise UsageError(
+                    f"the patches of an image are {shape} of {self.patches.dtype}, "
+                    f"but its grid {self.grid} needs {count} patches of 3 colours in uint8"
+                )
+
+    @property
+    def stop(self) -> int:
+        """Position after its last placeholder token."""
+        return self.start + self.num_tokens
+
+    @property
+    def key(self) -> int:
+        """Number that stands for each of its placeholder tokens in the keys of caches: 62 bits of the digest."""
+        return FIRST_IMAGE_KEY | int(self.digest[:16], 16) >> 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the image as JSON, without its patches."""
+        return {"start": self.start, "num_tokens": self.num_tokens, "grid": self.grid, "digest": self.digest}
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt to continue.
 
@@ -68,9 +131,10 @@ class Request:
             log probabilities at all.
         grammar: grammar of the answer, as written by kimi_mlx.text.grammar; None for no constraint.
         answered: number of tokens at the end of the prompt that already belong to the answer.
+        images: images of the prompt, by position.
 
     Raises:
-        UsageError: token ids or max_tokens are not integers.
+        UsageError: token ids or max_tokens are not integers, or images overlap or end after the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -81,24 +145,42 @@ class Request:
     top_logprobs: int | None = None
     grammar: str | None = None
     answered: int = 0
+    images: tuple[ImageInput, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the types; convert other integers (numpy's) to int."""
+        """Check types and positions; convert other integers (numpy's) to int."""
         try:
             object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
             if self.max_tokens is not None:
                 object.__setattr__(self, "max_tokens", operator.index(self.max_tokens))
         except TypeError as error:
             raise UsageError(f"token ids and max_tokens must be whole numbers: {error}") from error
+        limits = [*(image.start for image in self.images[1:]), len(self.prompt)]
+        for image, limit in zip(self.images, limits, strict=False):  # without images the end is left over
+            if image.stop > limit:
+                raise UsageError(f"{image} ends at token {image.stop}, but the next image or the end is at {limit}")
+
+    def cache_key(self) -> list[int]:
+        """Return the prompt as caches know it: each placeholder token of an image is replaced by the image's key."""
+        key = list(self.prompt)
+        for image in self.images:
+            key[image.start : image.stop] = [image.key] * image.num_tokens
+        return key
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the request as JSON."""
+        """Return the request as JSON, without the patches of its images."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict would copy every id
-        return {**values, "sampling": asdict(self.sampling), "stop_ids": sorted(self.stop_ids)}
+        images = [image.to_dict() for image in self.images]
+        return {**values, "sampling": asdict(self.sampling), "stop_ids": sorted(self.stop_ids), "images": images}
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Request:
-        """Read the output of to_dict."""
+    def from_dict(cls, value: Mapping[str, Any], patches: Mapping[str, npt.NDArray[np.uint8]] | None = None) -> Request:
+        """Read the output of to_dict.
+
+        Args:
+            value: output of to_dict.
+            patches: patches of the images by digest; None on ranks that do not need them.
+        """
         return cls(
             tuple(value["prompt"]),
             value["max_tokens"],
@@ -108,6 +190,10 @@ class Request:
             value["top_logprobs"],
             value["grammar"],
             value["answered"],
+            tuple(
+                ImageInput(**image, patches=None if patches is None else patches[image["digest"]])
+                for image in value["images"]
+            ),
         )
 
 
@@ -116,7 +202,8 @@ class Statistics:
     """Statistics of one answer; times in seconds, memory in bytes.
 
     Time starts when the engine admits the request. Prefill ends, and decode starts, when the first new token is known
-    (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others.
+    (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others. encode_s is the part of
+    ttft_s in which the vision tower encoded images of the request.
     """
 
     prompt_tokens: int
@@ -126,6 +213,7 @@ class Statistics:
     decode_s: float
     peak_memory_bytes: int
     decode_steps: int = 0
+    encode_s: float = 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -134,8 +222,9 @@ class Statistics:
 
     @property
     def prefill_tok_per_s(self) -> float:
-        """Prompt tokens computed (not taken from the cache) per second to the first token."""
-        return (self.prompt_tokens - self.cached_tokens) / self.ttft_s if self.ttft_s > 0 else 0.0
+        """Prompt tokens computed (not taken from the cache) per second to the first token, without encoding images."""
+        prefill_s = self.ttft_s - self.encode_s
+        return (self.prompt_tokens - self.cached_tokens) / prefill_s if prefill_s > 0 else 0.0
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -161,6 +250,23 @@ class Statistics:
 class Prefilled:
     """Progress of prefill: `done` of `total` prompt tokens are in the cache."""
 
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Progress of the vision tower: `done` of `total` parts of an image's encoding are computed.
+
+    Args:
+        image: number of the image in the prompt, from 1.
+        num_images: number of images in the prompt.
+        done: number of parts that are computed.
+        total: number of parts of this image.
+    """
+
+    image: int
+    num_images: int
     done: int
     total: int
 
@@ -223,4 +329,4 @@ class Resumed:
     seconds: float
 
 
-Event = Prefilled | Token | Finished | Interrupted | Resumed
+Event = Encoded | Prefilled | Token | Finished | Interrupted | Resumed

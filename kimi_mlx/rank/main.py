@@ -87,7 +87,13 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     warm_up(model)
     barrier(group)
     channel.report_progress("idle")
-    channel.send("ready", context=engine.context, all_reduce=None if choice is None else choice.to_dict())
+    error = engine.image_error
+    channel.send(
+        "ready",
+        context=engine.context,
+        image_error=None if error is None else (error.message, error.hint),
+        all_reduce=None if choice is None else choice.to_dict(),
+    )
     return engine
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
+from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
 from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive
@@ -231,8 +231,10 @@ class _ActiveRequest:
             self._start(index)
             yield from self._build(index, event)
 
-    def _build(self, index: int, event: Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
+    def _build(self, index: int, event: Encoded | Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
         builder = self._open[index]
+        if isinstance(event, Encoded):
+            return
         if isinstance(event, Prefilled):
             self._state = KeepAlive(event.done, event.total)
         elif isinstance(event, Token):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
+from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer, MessageLike
 from kimi_mlx.session.session import Session
 from kimi_mlx.text.messages import Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
 
-ChatEvent = Delta | Prefilled | Finished | Interrupted | Resumed
+ChatEvent = Delta | Encoded | Prefilled | Finished | Interrupted | Resumed
 """Event of an answer: new text, or progress."""
 
 

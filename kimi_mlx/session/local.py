@@ -55,6 +55,7 @@ class LocalSession:
         self._blocks: BlockStore | None = None
         self._is_closing = False
         self._context = 0
+        self._image_error: EngineError | None = None
         self._last_step_at: float | None = None
         self._lock = threading.Lock()
         load_results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -80,6 +81,11 @@ class LocalSession:
     def context(self) -> int:
         """Maximum number of tokens of a sequence."""
         return self._context
+
+    @property
+    def image_error(self) -> EngineError | None:
+        """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
+        return self._image_error
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
         """Start to answer a request; return its id."""
@@ -148,7 +154,7 @@ class LocalSession:
         """Run the thread: load the model, answer until the session is closed, and release the model."""
         try:
             self._engine = self._load(options, self._cancel_on_close(progress))
-            self._context = self._engine.context
+            self._context, self._image_error = self._engine.context, self._engine.image_error
         except BaseException as error:  # raised again in __init__
             self._release(error)
             load_results.put(error)

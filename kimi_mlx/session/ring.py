@@ -23,7 +23,7 @@ from kimi_mlx.engine.request import (
     Statistics,
     Token,
 )
-from kimi_mlx.errors import KimiMlxError, RingError, SshError
+from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
 from kimi_mlx.session.job import Job
@@ -63,6 +63,7 @@ class RingSession:
         self._is_up = False
         self._up_since = time.monotonic()
         self._context = self._num_restarts = self._cached_tokens = 0
+        self._image_error: EngineError | None = None
         self._last_step_at: float | None = None
         self._interruption: Interrupted | None = None
         self._failure: KimiMlxError | None = None
@@ -89,6 +90,11 @@ class RingSession:
     def context(self) -> int:
         """Maximum number of tokens of a sequence."""
         return self._context
+
+    @property
+    def image_error(self) -> EngineError | None:
+        """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
+        return self._image_error
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -187,6 +193,8 @@ class RingSession:
                 self._received_folder = unpack_tokenizer_files(message["files"])
             elif message["kind"] == "ready":
                 self._context = int(message["context"])
+                error = message["image_error"]
+                self._image_error = None if error is None else EngineError(*error)
                 choice = message["all_reduce"]
                 self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
                 loading_ranks.discard(rank)

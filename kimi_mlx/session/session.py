@@ -11,7 +11,7 @@ from typing import Protocol
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.engine.request import Event, Finished, Request
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
 
 LoadProgress = Callable[[int, int], None]
@@ -138,6 +138,11 @@ class Session(Protocol):
     @property
     def context(self) -> int:
         """Maximum number of tokens of a sequence, limited by the model and by the memory for its KV cache."""
+        ...
+
+    @property
+    def image_error(self) -> EngineError | None:
+        """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
         ...
 
     def submit(self, request: Request, on_event: EventCallback) -> int:
