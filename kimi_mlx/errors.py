@@ -10,6 +10,7 @@ KimiMlxError
 │   └── UnreachableError    hub that cannot be reached, or must not be (HF_HUB_OFFLINE)
 ├── TextError        tokenizer, chat template or messages
 ├── ImageError       image or video that cannot be read, or that the model cannot see
+├── VisionError      patches, grids or placeholders of images that do not fit the model or each other
 ├── PlacementError   model that cannot be split as requested
 ├── EngineError      generation: request too long, cache misuse
 │   └── CacheError          unusable block of the prompt cache on disk
@@ -88,6 +89,10 @@ class ImageError(KimiMlxError):
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str | None, int | None]]:
         """Keep all fields when the error crosses a process boundary."""
         return type(self), (self.place, self.reason, self.hint, self.rank)
+
+
+class VisionError(KimiMlxError):
+    """Patches, grids or placeholders of images that do not fit the model or each other."""
 
 
 class PlacementError(KimiMlxError):

@@ -43,7 +43,7 @@ from scripts.make_goldens import (  # noqa: E402
     input_ids,
     routing_margin,
 )
-from tests.checkpoints import FORMATS, Config, text_config, write_checkpoint  # noqa: E402
+from tests.checkpoints import FORMATS, VISION, VISION_PREFIXES, Config, text_config, write_checkpoint  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
 Compressed = tuple[Tensors, torch.Tensor]
@@ -151,7 +151,7 @@ class Format:
         config: complete contents of `config.json`.
         compress: function that compresses a matrix; None for floats.
         compresses: text in the names of the matrices that are compressed.
-        ignored: name -> shape of further tensors, which the text model does not use.
+        ignored: name -> shape of further tensors, which the model does not use.
     """
 
     config: Config
@@ -169,6 +169,7 @@ FORMATS_BY_NAME = {
             "bos_token_id": 62,
             "dtype": "bfloat16",
             "eos_token_id": 63,
+            "media_placeholder_token_id": 61,
             "model_type": "kimi_k25",
             "text_config": {
                 **SMALL,
@@ -177,17 +178,10 @@ FORMATS_BY_NAME = {
                 "quantization_config": INT4_CONFIG,
             },
             "tie_word_embeddings": False,
-            "vision_config": {"vt_hidden_size": 32},
+            "vision_config": {**VISION, "text_hidden_size": SMALL["hidden_size"]},
         },
         to_int4_of_k25,
         ".mlp.experts.",
-        ignored={
-            "vision_tower.patch_embed.proj.weight": (32, 3, 14, 14),
-            "vision_tower.encoder.blocks.0.wqkv.weight": (96, 32),
-            "vision_tower.encoder.blocks.0.wqkv.bias": (96,),
-            "mm_projector.pre_norm.weight": (32,),
-            "mm_projector.proj.0.weight": (64, 64),
-        },
     ),
     "bf16": Format(
         NARROW,
@@ -211,10 +205,13 @@ def make_tensors(layout: Format, seed: int) -> tuple[Tensors, Tensors]:
     values: Tensors = {}
     prefix = "language_model." if "text_config" in layout.config else ""
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), text_config(layout.config), seed, "bfloat16")
+        write_checkpoint(Path(folder), layout.config, seed, "bfloat16")
         tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
-    for name, tensor in sorted(tensors.items()):
-        if layout.compress is not None and layout.compresses in name:
+    for full_name, tensor in sorted(tensors.items()):
+        name = full_name.removeprefix(prefix)
+        if name.startswith(VISION_PREFIXES):
+            stored[name] = tensor
+        elif layout.compress is not None and layout.compresses in name:
             parts, values[name] = layout.compress(uneven(tensor))
             path = prefix + name.removesuffix(".weight")
             stored |= {path + suffix: part for suffix, part in parts.items()}

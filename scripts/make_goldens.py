@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.checkpoints import GOLDENS, Config, text_config, write_checkpoint  # noqa: E402
+from tests.checkpoints import GOLDENS, VISION, Config, text_config, write_checkpoint  # noqa: E402
 
 LENGTH = 96  # three times the original context of the YaRN configurations
 MIN_MARGIN = (
@@ -119,10 +119,11 @@ CONFIGS: dict[str, Config] = {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "bos_token_id": 188,
         "eos_token_id": 190,
+        "media_placeholder_token_id": 187,
         "model_type": "kimi_k25",
         "text_config": K25_TEXT,
         "tie_word_embeddings": False,
-        "vision_config": {"vt_hidden_size": 32},
+        "vision_config": VISION,
     },
     "moonlight": {
         **K2,

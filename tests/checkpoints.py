@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,40 @@ Shapes = dict[str, tuple[int, ...]]
 GOLDENS = Path(__file__).parent / "parity" / "goldens"
 FORMATS = Path(__file__).parent / "parity" / "formats"
 BIAS = "mlp.gate.e_score_correction_bias"
+BIAS_SUFFIX = ".bias"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 LINEAR_GAIN = 1.0  # standard deviation of a matrix times sqrt(inputs): keeps activations of order 1
 ROUTER_GAIN = 1.5  # spreads the sigmoid scores
 HEAD_GAIN = 3.0  # logits of order 1 to 10
-BIAS_RANGE = 0.2  # large enough to change the choice of experts
+BIAS_RANGE = 0.2  # of the router: large enough to change the choice of experts; of the vision tower
+POSITION_GAIN = 0.5
 NORM_RANGE = 0.3
+
+VISION: Config = {
+    "init_pos_emb_height": 8,
+    "init_pos_emb_time": 4,
+    "init_pos_emb_width": 8,
+    "merge_kernel_size": [2, 2],
+    "merge_type": "sd2_tpool",
+    "mm_hidden_size": 64,
+    "mm_projector_type": "patchmerger",
+    "patch_size": 14,
+    "pos_emb_type": "divided_fixed",
+    "projector_hidden_act": "gelu",
+    "projector_ln_eps": 1e-5,
+    "text_hidden_size": 128,
+    "video_attn_type": "spatial_temporal",
+    "vt_hidden_size": 64,
+    "vt_intermediate_size": 80,  # like K2.5's 4304 not a multiple of 32, so that mlp.fc1 cannot be quantized
+    "vt_num_attention_heads": 4,
+    "vt_num_hidden_layers": 2,
+}
+"""The `vision_config` of a tiny tower for a text model with hidden size 128."""
+
+VISION_72: Config = {**VISION, "mm_hidden_size": 288, "vt_hidden_size": 288, "vt_num_attention_heads": 4}
+"""The same with heads of K2.5's width, 72; its matrices can be quantized in groups of 32."""
+
+VISION_PREFIXES = ("vision_tower.", "mm_projector.")
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,8 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
 
     Args:
         folder: target; created if missing.
-        config: fields of `config.json`; with `text_config`, names get K2.5's prefix, and there are vision tensors.
+        config: fields of `config.json`; with `text_config`, names get K2.5's prefix, and with `vision_config`
+            there is a vision tower.
         seed: random seed of the weights.
         dtype: dtype of all tensors except the router's correction bias, which is float32 as in real checkpoints.
 
@@ -81,8 +111,9 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
         prefix + name: _store(name, _values(name, shape, seed), dtype)
         for name, shape in tensor_shapes(text_config(config)).items()
     }
-    if prefix:
-        tensors |= {name: _store(name, _values(name, shape, seed), dtype) for name, shape in _VISION.items()}
+    if "vision_config" in config:
+        shapes = vision_shapes(config["vision_config"])
+        tensors |= {name: _store(name, _values(name, shape, seed), dtype) for name, shape in shapes.items()}
     _write_folder(folder, {**config, "torch_dtype": dtype}, tensors)
     return folder
 
@@ -105,6 +136,43 @@ def tensor_shapes(config: Config) -> Shapes:
         }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
+
+
+def vision_shapes(config: Config) -> Shapes:
+    """Return the shape of each tensor of the vision tower and its projector by name, in the published layout.
+
+    Args:
+        config: the `vision_config`.
+    """
+    hidden, inner, size = config["vt_hidden_size"], config["vt_intermediate_size"], config["patch_size"]
+    merged = math.prod(config["merge_kernel_size"]) * hidden
+    shapes: Shapes = {
+        "vision_tower.patch_embed.pos_emb.weight": (
+            config["init_pos_emb_height"],
+            config["init_pos_emb_width"],
+            hidden,
+        ),
+        **_with_bias("vision_tower.patch_embed.proj", (hidden, 3, size, size)),
+        **_with_bias("vision_tower.encoder.final_layernorm", (hidden,)),
+        **_with_bias("mm_projector.pre_norm", (hidden,)),
+        **_with_bias("mm_projector.proj.0", (merged, merged)),
+        **_with_bias("mm_projector.proj.2", (config["text_hidden_size"], merged)),
+    }
+    for block in range(config["vt_num_hidden_layers"]):
+        path = f"vision_tower.encoder.blocks.{block}"
+        shapes |= {
+            **_with_bias(f"{path}.norm0", (hidden,)),
+            **_with_bias(f"{path}.norm1", (hidden,)),
+            **_with_bias(f"{path}.wqkv", (3 * hidden, hidden)),
+            **_with_bias(f"{path}.wo", (hidden, hidden)),
+            **_with_bias(f"{path}.mlp.fc0", (inner, hidden)),
+            **_with_bias(f"{path}.mlp.fc1", (hidden, inner)),
+        }
+    return shapes
+
+
+def _with_bias(path: str, shape: tuple[int, ...]) -> Shapes:
+    return {f"{path}.weight": shape, f"{path}.bias": shape[:1]}
 
 
 def quantize_checkpoint(
@@ -219,12 +287,6 @@ def _moe_shapes(config: Config) -> Shapes:
     return shapes
 
 
-_VISION: Shapes = {
-    "vision_tower.encoder.blocks.0.wqkv.weight": (96, 32),
-    "mm_projector.proj.0.weight": (64, 64),
-}
-
-
 def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Return reproducible float32 values.
 
@@ -234,13 +296,15 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     words = np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(int(np.prod(shape)))
     uniform = ((words >> 40).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
-    if name.endswith(BIAS):
+    if name.endswith((BIAS, BIAS_SUFFIX)):
         return uniform * np.float32(BIAS_RANGE)
     if len(shape) == 1:
         return np.float32(1.0) + uniform * np.float32(NORM_RANGE)
     gain = HEAD_GAIN if name == "lm_head.weight" else LINEAR_GAIN
     gain = ROUTER_GAIN if name.endswith("mlp.gate.weight") else gain
-    inputs = 1 if name == "model.embed_tokens.weight" else shape[-1]
+    gain = POSITION_GAIN if name.endswith("pos_emb.weight") else gain
+    is_table = name.endswith(("embed_tokens.weight", "pos_emb.weight"))
+    inputs = 1 if is_table else math.prod(shape[1:])
     return uniform * np.float32(gain * (3.0 / inputs) ** 0.5)
 
 
@@ -268,7 +332,7 @@ def _read_language_tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:
     for file in sorted(set(index["weight_map"].values())):
         tensors = mx.load(str(folder / file))
         assert isinstance(tensors, dict)
-        yield from ((name, value) for name, value in tensors.items() if name not in _VISION)
+        yield from ((name, value) for name, value in tensors.items() if not name.startswith(VISION_PREFIXES))
 
 
 def _split_kv_b(tensors: dict[str, mx.array], config: Config) -> dict[str, mx.array]:

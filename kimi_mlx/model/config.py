@@ -18,6 +18,7 @@ from kimi_mlx.files import read_regular_file
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization, parse_quantization
 from kimi_mlx.model.config_rope import YarnScaling, parse_rope, yarn_mscale
 from kimi_mlx.model.config_values import check_fields, first_given, get_object
+from kimi_mlx.model.vision_config import VisionConfig, parse_vision
 from kimi_mlx.model_files import fetch_again_hint
 
 MODEL_TYPES = ("kimi_k2", "deepseek_v3")
@@ -29,7 +30,7 @@ NORM_EPS_LATENT = 1e-6
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions and constants of the text model; sizes in elements.
+    """Dimensions and constants of the text model, and of the vision tower if there is one; sizes in elements.
 
     `quantization` is MLX's layout, `compression` the format of published weights. Each applies to the matrices whose
     tensors have its form; a file may have both.
@@ -64,6 +65,7 @@ class ModelConfig:
     quantization: Quantization | None = None
     quantization_overrides: Mapping[str, Quantization] = field(default_factory=dict)
     compression: Fp8Blocks | PackedInts | None = None
+    vision: VisionConfig | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -140,6 +142,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         quantization=quantization,
         quantization_overrides=overrides,
         compression=compression,
+        vision=parse_vision(outer, plain["hidden_size"], where),
     )
     _reject_contradictions(config, where)
     return config

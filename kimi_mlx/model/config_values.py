@@ -44,6 +44,10 @@ VALUE_RANGES = {
     "rms_norm_eps": ValueRange(0, 1, is_above=True),
     "rope_theta": ValueRange(1, is_above=True),
     "routed_scaling_factor": _POSITIVE,
+    "vt_num_hidden_layers": ValueRange(1, 1_000),
+    "media_placeholder_token_id": ValueRange(0),
+    "patch_size": ValueRange(1, 1_000),
+    "projector_ln_eps": ValueRange(0, 1, is_above=True),
     "factor": _POSITIVE,
     "beta_fast": _POSITIVE,
     "beta_slow": _POSITIVE,
@@ -52,7 +56,7 @@ VALUE_RANGES = {
     "bits": ValueRange(choices=(2, 3, 4, 5, 6, 8)),
     "group_size": ValueRange(choices=(32, 64, 128)),
 }
-"""Ranges of the fields of ModelConfig, YarnScaling and Quantization whose range is not the default `ValueRange()`."""
+"""Ranges of fields of ModelConfig, VisionConfig, YarnScaling and Quantization; of others it is `ValueRange()`."""
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str}

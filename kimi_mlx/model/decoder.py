@@ -5,21 +5,24 @@ Letters: B batch, L length, D hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from kimi_mlx.errors import VisionError
 from kimi_mlx.model.attention import Attention
 from kimi_mlx.model.batch_layout import BatchLayout
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import TUNINGS, Tuning
+from kimi_mlx.model.image_rows import ImageRows, place_features, replace_rows
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.tree import LayerWeights
+from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.weight import Embedding, Linear
 
 
@@ -127,6 +130,7 @@ class Model(nn.Module):
         top: entries `model.embed_tokens`, `model.norm` and `lm_head`, if the rank holds them.
         layers: entries of each layer; empty for a layer that the rank does not hold.
         communicator: communicator to the other ranks; None for a single rank.
+        vision: vision tower, if the rank holds it.
     """
 
     def __init__(
@@ -135,8 +139,10 @@ class Model(nn.Module):
         top: LayerWeights,
         layers: Sequence[LayerWeights],
         communicator: Communicator | None = None,
+        vision: VisionTower | None = None,
     ):
         super().__init__()
+        self.vision = vision
         self.config = config
         self.communicator = communicator or Communicator()
         self._rope = Rope(config)
@@ -172,33 +178,72 @@ class Model(nn.Module):
         """Whether this rank computes logits. In a pipeline only one rank does."""
         return "lm_head" in self
 
-    def __call__(self, tokens: mx.array, cache: list[LatentCache] | None = None) -> mx.array:
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[LatentCache] | None = None,
+        pixel_values: mx.array | None = None,
+        grid_thw: mx.array | Iterable[Sequence[int]] = (),
+    ) -> mx.array:
         """Return the logits of every position.
 
         Args:
             tokens: (batch, length) integers below vocab_size.
             cache: caches from make_cache, extended by the call; None for a new one.
+            pixel_values: patches of the images of these tokens, as of image_features; batch is 1 then, and each
+                `media_placeholder_token_id` among the tokens stands for one feature.
+            grid_thw: grids of these images.
 
         Returns:
             (batch, length, vocab_size) in the compute dtype. A rank of a pipeline without the head returns the hidden
             states that it sends, which must be evaluated.
+
+        Raises:
+            VisionError: as of image_features, or the tokens have another number of placeholders.
         """
         length = tokens.shape[1]
-        hidden = self.hidden(tokens, [SequenceSlice(cache or self.make_cache(), length, length)])
+        images: list[ImageRows] = []
+        if pixel_values is not None:
+            features = self.image_features(pixel_values, grid_thw)
+            images = place_features(tokens, self._tower.config.media_placeholder_token_id, features)
+        hidden = self.hidden(tokens, [SequenceSlice(cache or self.make_cache(), length, length)], images)
         return self.logits(hidden) if self.has_head else hidden
 
-    def hidden(self, tokens: mx.array, slices: Sequence[SequenceSlice]) -> mx.array:
+    def image_features(self, pixels: mx.array, grid_thw: mx.array | Iterable[Sequence[int]]) -> mx.array:
+        """Return the features of images, (T, hidden_size) in the compute dtype, evaluated.
+
+        Args:
+            pixels: (P, 3, patch_size, patch_size), patches of all images; see kimi_mlx.model.vision.Encoding.
+            grid_thw: (images, 3) integers: frames, rows and columns of patches.
+
+        Raises:
+            VisionError: the model has no vision tower here, or the grids do not fit the patches.
+        """
+        return self._tower(pixels, grid_thw)
+
+    @property
+    def _tower(self) -> VisionTower:
+        if self.vision is None:
+            raise VisionError("this model has no vision tower here, so it takes no images")
+        return self.vision
+
+    def hidden(self, tokens: mx.array, slices: Sequence[SequenceSlice], features: Sequence[ImageRows] = ()) -> mx.array:
         """Return the hidden states before the last norm, (B, L) -> (B, M, D), and extend the caches.
 
         Args:
             tokens: (B, L) integers, the tokens of all slices concatenated; in a pipeline only rank 0 reads them. B is
                 1 if there are several slices.
             slices: sequences of the tokens. The last layer computes only the M states that need logits.
+            features: features of images that replace embeddings, in the order of their tokens; B is 1 if there are any.
+                Ignored on a rank without the embedding.
 
         Returns:
             The input of `logits`. On a rank of a pipeline it is what the rank sends, and must be evaluated.
         """
-        x = self.embed_tokens(tokens) if "embed_tokens" in self else self.communicator.recv_from_previous_stage(tokens)
+        if "embed_tokens" in self:
+            x = replace_rows(self.embed_tokens(tokens), features)
+        else:
+            x = self.communicator.recv_from_previous_stage(tokens)
         layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.tuning)
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):

@@ -6,7 +6,7 @@ Source of the kernels: `has_fused_kernel` in scaled_dot_product_attention.cpp of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
@@ -61,20 +61,24 @@ class Tuning:
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
         prefill_chunk: number of prompt tokens per step: large enough to keep the hardware busy, small enough to show
             progress and to cancel quickly.
+        encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images: about the time of a
+            decode step, which runs between two parts.
     """
 
     absorb_max_queries: int
     stack_max_keys: int
     sort_min_choices: int
     prefill_chunk: int
+    encode_multiply_adds: int
 
 
-CPU_TUNING = Tuning(absorb_max_queries=8, stack_max_keys=512, sort_min_choices=64, prefill_chunk=512)
+CPU_TUNING = Tuning(
+    absorb_max_queries=8, stack_max_keys=512, sort_min_choices=64, prefill_chunk=512, encode_multiply_adds=4 * 10**9
+)
 """Measured on Linux with two cores (docs/benchmark.md)."""
 
-TUNINGS: dict[DeviceKind, Tuning] = {
-    "cpu": CPU_TUNING,
-    # Not measured on a GPU yet: `kimi-mlx doctor --gpu` times the neighbours of each value.
-    "metal": CPU_TUNING,
-    "cuda": CPU_TUNING,
-}
+GPU_TUNING = replace(CPU_TUNING, encode_multiply_adds=5 * 10**11)
+"""Not measured yet: `kimi-mlx doctor --gpu` times the neighbours of the values for text. 10**12 operations take about
+50 ms on an M3 Ultra, as long as a decode step of K2."""
+
+TUNINGS: dict[DeviceKind, Tuning] = {"cpu": CPU_TUNING, "metal": GPU_TUNING, "cuda": GPU_TUNING}

@@ -13,12 +13,18 @@ from typing import Literal
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
+from kimi_mlx.model.vision_config import VisionConfig
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Suffixes of tensors that the model does not use: rotary buffers of old files."""
 
-IGNORED_PREFIXES = ("vision_tower.", "mm_projector.")
+VISION_PATH, PROJECTOR_PATH = "vision_tower.", "mm_projector."
+
+IGNORED_PREFIXES = (VISION_PATH, PROJECTOR_PATH)
 """Prefixes of tensors that the text model does not use: K2.5's vision part."""
+
+FLOAT_MATRICES = (".mlp.gate", ".patch_embed.proj", ".patch_embed.pos_emb")
+"""Ends of the paths of matrices that are never quantized: the router, and the vision tower's patches and positions."""
 
 TEXT_PREFIX = "language_model."
 """Prefix of the text model's tensors in K2.5 and later."""
@@ -63,8 +69,8 @@ class SourceMatrix:
 
     @property
     def is_float(self) -> bool:
-        """Whether the model needs the matrix as floats: true for vectors and the router."""
-        return len(self.shape) == 1 or self.paths[0].endswith(".mlp.gate")
+        """Whether the model needs the matrix as floats: vectors, and those of FLOAT_MATRICES."""
+        return len(self.shape) == 1 or self.paths[0].endswith(FLOAT_MATRICES)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,48 @@ def layer_entries(
     else:
         entries += _mlp_entries(config, prefix, "mlp", config.intermediate_size, "dense_rows")
     return entries
+
+
+def vision_entries(config: VisionConfig, layout: CheckpointLayout) -> list[TreeEntry]:
+    """Return the entries of the vision tower and its projector, named as published: one per matrix and one per bias.
+
+    The patch embedding is stored as a convolution, (D, 3, rows, columns), and used as a matrix with these rows of
+    columns. mlx-vlm stores it as (D, rows, columns, 3), and has other names for the blocks.
+    """
+    hidden, merged = config.vt_hidden_size, config.merged_size
+    is_of_mlx_vlm = layout.has(f"{VISION_PATH}final_layernorm.weight")
+    tables = (config.init_pos_emb_height, config.init_pos_emb_width, hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{VISION_PATH}patch_embed.proj": (hidden, config.patch_values),
+        f"{VISION_PATH}encoder.final_layernorm": (hidden,),
+        f"{PROJECTOR_PATH}pre_norm": (hidden,),
+        f"{PROJECTOR_PATH}proj.0": (merged, merged),
+        f"{PROJECTOR_PATH}proj.2": (config.text_hidden_size, merged),
+    }
+    for index in range(config.vt_num_hidden_layers):
+        path = f"{VISION_PATH}encoder.blocks.{index}."
+        shapes |= {path + name: shape for name, shape in _vision_block_shapes(config).items()}
+    entries = [_single(f"{VISION_PATH}patch_embed.pos_emb", f"{VISION_PATH}patch_embed.pos_emb", tables)]
+    for name, shape in shapes.items():
+        path = _mlx_vlm_path(name) if is_of_mlx_vlm else name
+        entries += [_single(name, path, shape), _single(f"{name}.bias", path, shape[:1], suffix=".bias")]
+    return entries
+
+
+def _mlx_vlm_path(path: str) -> str:
+    return path.replace("encoder.", "").replace(".wqkv", ".attn.wqkv").replace(".wo", ".attn.wo")
+
+
+def _vision_block_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.vt_hidden_size, config.vt_intermediate_size
+    return {
+        "norm0": (hidden,),
+        "norm1": (hidden,),
+        "wqkv": (3 * hidden, hidden),
+        "wo": (hidden, hidden),
+        "mlp.fc0": (inner, hidden),
+        "mlp.fc1": (hidden, inner),
+    }
 
 
 def num_fused_shared(config: ModelConfig, layer: int, layout: CheckpointLayout) -> int:

@@ -1,4 +1,4 @@
-"""Block sizes of prefill attention, which limit its temporary memory. Does not import MLX.
+"""Block sizes of attention over many keys, which limit its temporary memory. Does not import MLX.
 
 Letters: B batch, H heads, T tokens in the cache, N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim.
 """
@@ -13,6 +13,15 @@ QUERY_BLOCK = 64
 
 EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
+
+
+SCORES_AT_ONCE = 2**24
+"""Maximum number of scores in memory at once in the vision tower, without a fused kernel: 64 MiB in float32."""
+
+
+def query_block(heads: int, keys: int) -> int:
+    """Return the number of patches of an image that attend at once to all of its patches; at least one."""
+    return max(1, min(keys, SCORES_AT_ONCE // (heads * keys)))
 
 
 def expanded_width(nope: int, rope: int, value: int) -> int:
