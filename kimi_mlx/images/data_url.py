@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import binascii
-from urllib.parse import unquote_to_bytes
+import base64
+import re
+from urllib.parse import unquote, unquote_to_bytes
 
 from kimi_mlx.errors import ImageError
 from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.units import format_bytes
 
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 DATA_URL_HINT = "send the file as a data URL: `data:image/png;base64,...`"
 
 
@@ -26,21 +28,21 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
     Source: RFC 2397.
     """
     header, comma, data = url.partition(",")
-    if header[:5].lower() != "data:":
-        scheme = header.partition(":")[0] if ":" in header[:16] else ""
-        reason = f"`{scheme}:` URLs are not read" if scheme else f"`{url[:40]}` is not a URL"
+    scheme = SCHEME.match(header)
+    if scheme is None or scheme[1].lower() != "data":
+        reason = f"`{scheme[0]}` URLs are not read" if scheme else f"{url[:40]!r} is not a URL"
         raise ImageError(place, reason, hint=DATA_URL_HINT)
     if not comma:
-        raise ImageError(place, "the data URL has no comma, after which the data begins", hint=DATA_URL_HINT)
+        raise ImageError(place, "the data URL has no comma, behind which its data begins", hint=DATA_URL_HINT)
     is_base64 = header[-7:].lower() == ";base64"
     num_bytes = len(data) * 3 // 4 if is_base64 else len(data)
     if num_bytes > max_bytes + 3:  # 3: padding, which is no content
         raise too_large(place, num_bytes, max_bytes)
-    if not is_base64:
-        return unquote_to_bytes(data)
     try:
-        return binascii.a2b_base64(data if data.isascii() else data.encode())
-    except binascii.Error as error:
+        if not is_base64:
+            return unquote_to_bytes(data)
+        return base64.b64decode("".join(unquote(data).split()), validate=True)
+    except ValueError as error:  # binascii.Error, or characters outside of ASCII
         raise ImageError(place, f"the data URL is not valid base64: {error}", hint=DATA_URL_HINT) from error
 
 

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from io import BytesIO
 
 import numpy as np
@@ -157,7 +157,7 @@ def _broken(data: bytes, place: str, error: Exception) -> ImageError:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def _without_warnings() -> Generator[None, None, None]:
     """Ignore PIL's warnings, of odd metadata and the like: nobody who could act on them would see them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

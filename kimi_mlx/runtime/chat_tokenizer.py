@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kimi_mlx.engine.request import Sampling
-from kimi_mlx.errors import TextError, UsageError
+from kimi_mlx.errors import ImageError, TextError, UsageError
+from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.model.config import read_json
+from kimi_mlx.runtime.prompt import Prompt, build_prompt
+from kimi_mlx.text.media import MEDIA_PAD, Media, take_media
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import OutputParser, opens_reasoning
 from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
 from kimi_mlx.text.tokenizer import TokenIdTokenizer, Tokenizer
 from kimi_mlx.text.tool_calls import names_of
+
+if TYPE_CHECKING:
+    from kimi_mlx.images.cache import MediaCache
+    from kimi_mlx.images.video import MediaChunk
 
 DEFAULT_TEMPERATURE = 0.6
 """Temperature if neither `generation_config.json` nor the catalogue sets one: the value on K2's model cards."""
@@ -105,7 +113,7 @@ class ChatTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
-        """Return the ids of a conversation, up to the beginning of the assistant's answer.
+        """Return the ids of a conversation of text, up to the beginning of the assistant's answer.
 
         Args:
             messages: messages, as objects or in OpenAI's format.
@@ -114,13 +122,58 @@ class ChatTokenizer:
 
         Raises:
             TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
+            ImageError: the messages have images, whose pixels ids cannot hold.
+        """
+        prompt = self.prompt(messages, tools, **template_kwargs)
+        if prompt.images:
+            raise ImageError("messages", "token ids cannot hold their images", hint="use `ChatTokenizer.prompt`")
+        return prompt.ids
+
+    def prompt(
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        places: Sequence[str] = (),
+        **template_kwargs: Any,
+    ) -> Prompt:
+        """Return the prompt of a conversation, with its images, up to the beginning of the assistant's answer.
+
+        Images and videos are parts of a message's content: `{"type": "image_url", "image_url": {"url": DATA_URL}}`, or
+        the same with `video_url`.
+
+        Args:
+            messages: messages, as objects or in OpenAI's format.
+            tools: OpenAI-style tools that the model may call.
+            places: locations of the messages, for errors of images; empty if they are `messages[0]` and so on.
+            template_kwargs: variables of the chat template, such as `thinking`.
+
+        Raises:
+            TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
+            ImageError: an image or video cannot be read, there are too many, or the template has no place for them.
         """
         if self.template is None:
             raise TextError(
                 f"`{self.folder}` has no chat template, so it cannot answer messages",
                 hint=f"use plain completions, /v1/completions of `kimi-mlx serve`, or add a `{TEMPLATE_FILE}`",
             )
-        return self.template.encode(self.tokenizer, messages, tools, **template_kwargs)
+        parsed = [message if isinstance(message, Message) else Message.from_dict(message) for message in messages]
+        stripped, media = take_media(parsed, places)
+        parts = self.template.render_parts(self.tokenizer, stripped, tools, **template_kwargs)
+        return build_prompt(self.tokenizer, parts, media, self._prepare, DEFAULT_LIMITS.max_images)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the chat template has a place for images. The checkpoint may still lack the vision tower."""
+        return self.template is not None and MEDIA_PAD in self.template.markers()
+
+    def _prepare(self, media: Media) -> Sequence[MediaChunk]:
+        return self._media_cache.prepare(media.kind, media.source, media.place)
+
+    @cached_property
+    def _media_cache(self) -> MediaCache:
+        from kimi_mlx.images.cache import MediaCache  # imports PIL, which text does not need
+
+        return MediaCache()
 
     def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
         """Return a parser for the answer to a prompt.

@@ -18,6 +18,7 @@ import jinja2
 from kimi_mlx.errors import TextError
 from kimi_mlx.files import read_regular_file
 from kimi_mlx.text.control_tokens import ControlTokens, choose_escape, json_escape, strings_in
+from kimi_mlx.text.media import VIDEO_PLACEHOLDER
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.template_sandbox import BoundedEnvironment
 from kimi_mlx.text.tokenizer import TOKENIZER_FILES, Tokenizer, read_json
@@ -29,8 +30,8 @@ EXTRA_TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT_NAME = "default"
 TOOL_NAME = "tool_use"
 MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
-PLACEHOLDERS = frozenset(["<|kimi_k25_video_placeholder|>"])
-"""Markers of published templates that are no tokens: a processor of images or video replaces them."""
+VIDEO_ID = -1
+"""Stands for the place of a video, which is no token, among the ids of control tokens."""
 HINT = "the chat template comes with the checkpoint; use one for Kimi K2 to K2.7"
 
 
@@ -97,7 +98,7 @@ class ChatTemplate:
     def markers(self) -> frozenset[str]:
         """Return the markers such as `<|im_end|>` that the templates write and a tokenizer must have as tokens."""
         texts = "\n".join(text for source in self.sources for text in self._environment.texts_of(source))
-        return frozenset(MARKER.findall(texts)) - PLACEHOLDERS
+        return frozenset(MARKER.findall(texts)) - {VIDEO_PLACEHOLDER}
 
     def check_markers(self, special_tokens: Iterable[str], folder: Path) -> None:
         """Check that each marker of the template is a special token. Otherwise the model would read it as plain text.
@@ -148,22 +149,36 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> list[int]:
-        """Return the prompt as token ids; arguments and errors as for `render`."""
+        """Return the prompt as token ids; arguments and errors as for `render`. The messages must be text only."""
+        ids: list[int] = []
+        for part in self.render_parts(tokenizer, messages, tools, add_generation_prompt, **template_kwargs):
+            ids += [part] if isinstance(part, int) else tokenizer.encode(part)
+        return ids
+
+    def render_parts(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message | Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[str | int]:
+        """Return the prompt as plain texts and ids of control tokens, in order; arguments and errors as for `render`.
+
+        A control token in a text is text of a user. The place of a video is `VIDEO_ID`.
+        """
         variables = self._variables(messages, tools, add_generation_prompt, template_kwargs)
-        control_tokens = ControlTokens(tokenizer.special_tokens)
+        control_tokens = ControlTokens({**tokenizer.special_tokens, VIDEO_PLACEHOLDER: VIDEO_ID})
         try:
             escape = choose_escape([*self.sources, *strings_in(variables)])
             variables = control_tokens.escape_in(variables, escape)
         except RecursionError as error:
             raise TextError("messages or tools are nested too deeply") from error
-        prompt = self._run(variables)
-        ids: list[int] = []
-        for part in control_tokens.split(prompt):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += tokenizer.encode(part.replace(escape, "").replace(json_escape(escape), ""))
-        return ids
+        escape_in_json = json_escape(escape)
+        return [
+            part if isinstance(part, int) else part.replace(escape, "").replace(escape_in_json, "")
+            for part in control_tokens.split(self._run(variables))
+        ]
 
     def _variables(
         self,

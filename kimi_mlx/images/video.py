@@ -1,0 +1,138 @@
+"""Sample a video as Kimi K2.5 expects it: two frames a second, in chunks of four with a time stamp."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from kimi_mlx.errors import ImageError
+from kimi_mlx.images.data_url import too_large
+from kimi_mlx.images.decode import check_size
+from kimi_mlx.images.limits import DEFAULT_LIMITS, MediaLimits
+from kimi_mlx.images.prepared import PreparedImage, to_patches
+from kimi_mlx.images.resize import MAX_PATCHES_PER_FRAME
+
+SAMPLE_FPS = 2.0
+"""`sample_fps`: frames per second that the model sees; a slower video is seen whole."""
+CHUNK_FRAMES = 4
+"""`temporal_merge_kernel_size`: frames that are encoded together."""
+FORMATS = "mov,mp4,matroska,webm,avi"
+"""FFmpeg's names of the formats that it may open. Some others are lists of further files, which it would open too."""
+
+
+class MediaChunk(NamedTuple):
+    """An image, or up to four frames of a video.
+
+    Args:
+        image: the prepared image or frames.
+        time_stamp: time of the first frame of a video, `HH:MM:SS.mmm`; empty for an image.
+    """
+
+    image: PreparedImage
+    time_stamp: str = ""
+
+
+def prepare_video(data: bytes, place: str, limits: MediaLimits = DEFAULT_LIMITS) -> list[MediaChunk]:
+    """Decode a video file and sample, resize and cut its frames.
+
+    Args:
+        data: contents of a file that FFmpeg reads, such as MP4, MOV, WebM or MKV.
+        place: name or location of the video, for error messages.
+        limits: limits of its bytes, duration, frames and pixels.
+
+    Raises:
+        ImageError: the extra `video` is not installed, or the file is too large, broken or of an unknown format.
+
+    Source: `split_video_chunks` in the image processor that Moonshot publishes with Kimi K2.5.
+    """
+    if len(data) > limits.max_video_bytes:
+        raise too_large(place, len(data), limits.max_video_bytes)
+    try:
+        av: Any = importlib.import_module("av")
+    except ImportError as error:
+        hint = "run `pip install 'kimi-mlx[video]'`, or send single frames as images"
+        raise ImageError(place, "videos need the extra `video`", hint=hint) from error
+    try:
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
+        with av.open(BytesIO(data), metadata_errors="ignore", container_options=options) as container:
+            num_frames, fps = _measure(av, container, place, limits)
+            indices = sampled_frames(num_frames, fps)
+            frames = _decode(container, indices, place, limits)
+    except ImageError:
+        raise
+    except Exception as error:  # a broken file can make its decoder fail in any way
+        reason = f"it is not a video file, or it is broken: {getattr(error, 'strerror', None) or error}"
+        raise ImageError(place, reason, hint="open it in a player and save it again") from error
+    return [
+        MediaChunk(
+            to_patches(frames[at : at + CHUNK_FRAMES], MAX_PATCHES_PER_FRAME), format_time_stamp(indices[at] / fps)
+        )
+        for at in range(0, len(frames), CHUNK_FRAMES)
+    ]
+
+
+def sampled_frames(num_frames: int, fps: float) -> list[int]:
+    """Return the numbers of the frames that the model sees, from 0.
+
+    Args:
+        num_frames: number of frames of the video.
+        fps: its frames per second.
+    """
+    num_sampled = max(1, round(num_frames * min(SAMPLE_FPS, fps) / fps))
+    return np.linspace(0, num_frames - 1, num_sampled).round().astype(int).tolist()
+
+
+def format_time_stamp(seconds: float) -> str:
+    """Return a time as `HH:MM:SS.mmm`; milliseconds are cut, not rounded."""
+    whole = int(seconds)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}.{int(seconds % 1 * 1000):03}"
+
+
+def _measure(av: Any, container: Any, place: str, limits: MediaLimits) -> tuple[int, float]:
+    """Return the number of frames and frames per second, without decoding; check them and the size of a frame.
+
+    Frames are counted in the packets, since the number in the header may be missing or wrong.
+    """
+    if not container.streams.video:
+        raise ImageError(place, "the file has no video stream")
+    stream = container.streams.video[0]
+    check_size((stream.width, stream.height), place, limits)
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if fps <= 0:
+        raise ImageError(place, "the number of frames per second is unknown")
+    num_frames = 0
+    for packet in container.demux(stream):
+        num_frames += packet.size > 0
+        if num_frames > min(limits.max_video_frames, limits.max_video_s * fps):
+            raise ImageError(
+                place,
+                f"the video has more than {num_frames - 1:,} frames at {fps:.4g} per second; the limits are"
+                f" {limits.max_video_frames:,} frames and {limits.max_video_s:.0f} s",
+                hint="send a shorter part of it",
+            )
+    if not num_frames:
+        raise ImageError(place, "the video has no frames")
+    container.seek(0)
+    return num_frames, fps
+
+
+def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLimits) -> list[Image.Image]:
+    """Return the frames with these numbers, upright, as RGB images. A video with fewer frames repeats the last."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    frames: list[Image.Image] = []
+    for number, frame in enumerate(container.decode(stream)):
+        check_size((frame.width, frame.height), place, limits)
+        if number == indices[len(frames)]:
+            image: Image.Image = frame.to_image()
+            frames.append(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
+        if len(frames) == len(indices):
+            return frames
+    if not frames:
+        raise ImageError(place, "no frame of the video can be decoded")
+    return frames + frames[-1:] * (len(indices) - len(frames))

@@ -1,0 +1,143 @@
+"""Prompts: token ids, with the images that belong to their placeholder tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kimi_mlx.engine.request import ImageInput
+from kimi_mlx.errors import ImageError, TextError
+from kimi_mlx.text.media import MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, Media
+from kimi_mlx.text.template import VIDEO_ID
+from kimi_mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # at run time they import PIL, which text does not need
+    from kimi_mlx.images.prepared import PreparedImage
+    from kimi_mlx.images.video import MediaChunk
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for the engine.
+
+    Args:
+        ids: token ids, with one placeholder token for each token of an image.
+        images: images and chunks of videos, in the order of their tokens.
+    """
+
+    ids: list[int]
+    images: tuple[ImageInput, ...] = ()
+
+
+def build_prompt(
+    tokenizer: Tokenizer,
+    parts: Sequence[str | int],
+    media: Sequence[Media],
+    prepare: Callable[[Media], Sequence[MediaChunk]],
+    max_images: int,
+) -> Prompt:
+    """Return the prompt of a rendered conversation, with images in the places that the template wrote for them.
+
+    Args:
+        tokenizer: tokenizer of the checkpoint.
+        parts: rendered conversation, from `ChatTemplate.render_parts`.
+        media: images and videos of the messages, in order.
+        prepare: function that decodes an image or a video.
+        max_images: limit of the number of images and chunks of videos.
+
+    Raises:
+        ImageError: an image cannot be read, there are too many, or the template did not write one place for each.
+        TextError: the template wrote places for images although the messages have none.
+    """
+    pad = tokenizer.special_tokens.get(MEDIA_PAD, VIDEO_ID)
+    _check_places(["video" if part == VIDEO_ID else "image" for part in parts if part in (pad, VIDEO_ID)], media)
+    if len(media) > max_images:
+        raise _too_many(media[max_images], len(media), max_images)
+    remaining = iter(media)
+    writer = _PromptWriter(tokenizer, pad)
+    for part in parts:
+        if isinstance(part, str):
+            writer.add_text(part)
+        elif part not in (pad, VIDEO_ID):
+            writer.add_token(part)
+        else:
+            item = next(remaining)
+            for chunk in prepare(item):
+                writer.add_image(chunk.image) if part == pad else writer.add_video_chunk(chunk)
+            if writer.num_images > max_images:
+                raise _too_many(item, writer.num_images, max_images)
+    return writer.finish()
+
+
+def _too_many(item: Media, num_images: int, max_images: int) -> ImageError:
+    reason = f"with it the prompt has {num_images} images or chunks of videos, more than {max_images}"
+    return ImageError(item.place, reason, hint="send fewer images or shorter videos")
+
+
+def _check_places(written: Sequence[str], media: Sequence[Media]) -> None:
+    """Check that the template wrote one place for each image and each video, in their order."""
+    kinds = [item.kind for item in media]
+    if written == kinds:
+        return
+    if not kinds:
+        raise TextError(f"the chat template wrote places for {len(written)} images, but the messages have none")
+    wanted, found = Counter(kinds), Counter(written)
+    kind = next((kind for kind in wanted if wanted[kind] != found[kind]), kinds[0])
+    raise ImageError(
+        next(item.place for item in media if item.kind == kind),
+        f"the chat template of this model wrote places for {found[kind]} {kind}s, but the messages have {wanted[kind]}",
+        hint=None if found[kind] else f"use a model that sees {kind}s, such as Kimi K2.5",
+    )
+
+
+class _PromptWriter:
+    """Joins parts of a prompt. Adjacent texts are encoded together, since tokens may cross their border."""
+
+    def __init__(self, tokenizer: Tokenizer, pad: int):
+        self._tokenizer = tokenizer
+        self._pad = pad
+        self._text = ""
+        self._ids: list[int] = []
+        self._images: list[ImageInput] = []
+
+    @property
+    def num_images(self) -> int:
+        """Number of images and chunks of videos so far."""
+        return len(self._images)
+
+    def add_text(self, text: str) -> None:
+        """Add plain text."""
+        self._text += text
+
+    def add_token(self, token_id: int) -> None:
+        """Add a control token."""
+        self._flush()
+        self._ids.append(token_id)
+
+    def add_image(self, image: PreparedImage) -> None:
+        """Add the placeholder tokens of an image."""
+        self._flush()
+        self._images.append(ImageInput(len(self._ids), image.num_tokens, image.grid, image.digest, image.patches))
+        self._ids += [self._pad] * image.num_tokens
+
+    def add_video_chunk(self, chunk: MediaChunk) -> None:
+        """Add a chunk of a video as Kimi's image processor writes it: its time, then its tokens between marks."""
+        begin, content, end = (self._tokenizer.special_tokens[name] for name in (MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END))
+        self.add_text(chunk.time_stamp)
+        self.add_token(begin)
+        self.add_text("video")
+        self.add_token(content)
+        self.add_image(chunk.image)
+        self.add_token(end)
+
+    def finish(self) -> Prompt:
+        """Return the prompt."""
+        self._flush()
+        return Prompt(self._ids, tuple(self._images))
+
+    def _flush(self) -> None:
+        if self._text:
+            self._ids += self._tokenizer.encode(self._text)
+            self._text = ""
