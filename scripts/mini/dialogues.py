@@ -34,6 +34,7 @@ LOSS_WEIGHT: dict[str, float] = {
     "tools": 1.0,
     "several": 1.0,
     "pelican": 2.0,
+    "picture": 1.5,
 }
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

@@ -41,6 +41,12 @@ class Score:
     total: int = 0
     first_mismatch: str = ""
 
+    def add(self, mismatch: str | None) -> None:
+        """Count one dialogue, by its first mismatch."""
+        self.total += 1
+        self.num_correct += mismatch is None
+        self.first_mismatch = self.first_mismatch or mismatch or ""
+
     def __str__(self) -> str:
         return f"{self.num_correct} of {self.total}" if self.total else "-"
 
@@ -74,11 +80,7 @@ class Evaluator:
         scores = {True: Score(), False: Score()}
         for _ in range(count):
             dialogue = generate(task, rng, max_tokens, questions=1)
-            score = scores[dialogue.thinking]
-            mismatch = self.first_mismatch(dialogue)
-            score.total += 1
-            score.num_correct += mismatch is None
-            score.first_mismatch = score.first_mismatch or mismatch or ""
+            scores[dialogue.thinking].add(self.first_mismatch(dialogue))
         return scores
 
 

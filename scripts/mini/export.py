@@ -13,6 +13,7 @@ import mlx.core as mx
 from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY
 from scripts.mini import checkpoint
 from scripts.mini.architecture import CONFIG
+from scripts.mini.model import Parameters
 from scripts.mini.quantize import BITS, GROUP_SIZE, quantize
 from scripts.mini.vocabulary import SPECIAL_IDS, SPECIAL_TOKENS
 
@@ -65,19 +66,31 @@ def export(run: Path, vocabulary: Path, target: Path = SHIPPED) -> int:
     parameters, _, progress = saved
     target.mkdir(parents=True, exist_ok=True)
     vocab_size = parameters["model.embed_tokens.weight"].shape[0]
-    part = target / ".part.safetensors"
-    metadata = {"format": "mlx", "step": str(progress["step"]), "tokens": str(progress["tokens"])}
-    mx.save_safetensors(str(part), quantize(parameters), metadata)
-    os.replace(part, target / "model.safetensors")
-    for name, content in (
-        ("config.json", model_config(vocab_size)),
-        ("generation_config.json", generation_config(vocab_size)),
-    ):
-        part = target / f".part.{name}"
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(part, target / name)
+    write_tensors(target, quantize(parameters), progress)
+    write_json(target, "config.json", model_config(vocab_size))
+    write_json(target, "generation_config.json", generation_config(vocab_size))
     for source in (*(vocabulary / name for name in VOCABULARY_FILES), SHIPPED / "chat_template.jinja"):
         if source.resolve() != (target / source.name).resolve():
             shutil.copyfile(source, target / f".part.{source.name}")
             os.replace(target / f".part.{source.name}", target / source.name)
-    return sum(path.stat().st_size for path in target.iterdir() if path.is_file())
+    return folder_bytes(target)
+
+
+def write_tensors(target: Path, tensors: Parameters, progress: dict[str, Any]) -> None:
+    """Write `model.safetensors` atomically, with the run's progress as metadata."""
+    part = target / ".part.safetensors"
+    metadata = {"format": "mlx", "step": str(progress["step"]), "tokens": str(progress["tokens"])}
+    mx.save_safetensors(str(part), tensors, metadata)
+    os.replace(part, target / "model.safetensors")
+
+
+def write_json(target: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    part = target / f".part.{name}"
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, target / name)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

@@ -106,9 +106,9 @@ def train(settings: Settings, ranks: int) -> None:
     print(file=sys.stderr)
 
 
-def evaluate(model: Path, count: int, examples: bool) -> None:
+def evaluate(model: Path, count: int, examples: bool, module: str = "scripts.mini.evaluate") -> None:
     """Print the accuracies of an exported model, measured in a process with a fast BLAS."""
-    command = [sys.executable, "-m", "scripts.mini.evaluate", str(model), str(count)]
+    command = [sys.executable, "-m", module, str(model), str(count)]
     subprocess.run([*command, "examples"] if examples else command, cwd=ROOT, env=fast_environment(), check=True)
 
 

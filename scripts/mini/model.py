@@ -8,7 +8,6 @@ F expert width, M supervised positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import mlx.core as mx
 
@@ -185,8 +184,34 @@ def feed_forward(p: Parameters, index: int, h: mx.array, shape: Shape) -> tuple[
     return h + out + swiglu(p, f"{layer}.mlp.shared_experts", x), load
 
 
-def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions: mx.array, shape: Shape):
+def _replace(rows: mx.array, others: mx.array, places: mx.array) -> mx.array:
+    index = mx.arange(rows.shape[0])
+    index[places] = rows.shape[0] + mx.arange(others.shape[0])
+    return mx.concatenate([rows, others])[index]
+
+
+def _replace_gradient(inputs: list[mx.array], cotangent: mx.array, _: mx.array):
+    places = inputs[2]
+    kept = mx.ones((cotangent.shape[0], 1))
+    kept[places] = 0.0
+    return cotangent * kept, cotangent[places], mx.zeros_like(places)
+
+
+# Replace rows (T, D) at some places (n,) by others (n, D), without a scatter in the gradient.
+replace_rows = with_gradient(_replace, _replace_gradient)
+
+
+def hidden_states(
+    p: Parameters,
+    tokens: mx.array,
+    segments: mx.array,
+    positions: mx.array,
+    shape: Shape,
+    features: tuple[mx.array, mx.array] | None = None,
+):
     """Run the layers. tokens, segments: (B, L); attention stays inside a segment.
+
+    features: embeddings of pictures (n, D), and the places in the flattened rows that they fill (n,).
 
     Returns: hidden states (M, D) after the last norm at the M positions in the flattened rows, the largest
     attention logit of each layer's heads (layers, H), and the number of tokens per expert (MoE layers, E).
@@ -197,6 +222,8 @@ def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions
     angles = mx.arange(L)[:, None] * mx.array(yarn_inverse_frequencies(shape.qk_rope_head_dim))
     rope = (mx.cos(angles), mx.sin(angles))
     h = p["model.embed_tokens.weight"][tokens.reshape(-1)]  # (T, D)
+    if features is not None:
+        h = replace_rows(h, *features)
     logits, loads = [], []
     for index in range(shape.num_hidden_layers):
         layer = f"model.layers.{index}"
@@ -212,18 +239,13 @@ def hidden_states(p: Parameters, tokens: mx.array, segments: mx.array, positions
     return mx.fast.rms_norm(h, p["model.norm.weight"], shape.rms_norm_eps), mx.stack(logits), mx.stack(loads)
 
 
-def loss(p: Parameters, batch: Parameters, shape: Shape):
+def loss(p: Parameters, batch: Parameters, shape: Shape, features: tuple[mx.array, mx.array] | None = None):
     """Return the weighted mean of the cross-entropies, and the metrics of `hidden_states`.
 
     batch: tokens, segments (B, L); positions (M,) into the flattened rows, targets (M,), weights (M,).
     """
-    h, logits, loads = hidden_states(p, batch["tokens"], batch["segments"], batch["positions"], shape)
+    h, logits, loads = hidden_states(p, batch["tokens"], batch["segments"], batch["positions"], shape, features)
     scores = h @ p["lm_head.weight"].T
     picked = mx.take_along_axis(scores, batch["targets"][:, None], axis=-1)[:, 0]
     losses = (logsumexp(scores) - picked) * batch["weights"]
     return losses.sum() / batch["weights"].sum(), logits, loads
-
-
-def gradient_function(shape: Shape):
-    """Return the function (parameters, batch) -> ((loss, logits, loads), gradients)."""
-    return mx.value_and_grad(partial(loss, shape=shape))

@@ -21,6 +21,7 @@ MOMENTUM = 0.95
 WEIGHT_DECAY = 0.1
 QK_CLIP_THRESHOLD = 60.0
 BIAS_STEP = 0.002  # step of the router's correction bias, by DeepSeek's sign rule
+MUON_PREFIXES = ("model.layers.", "vision_tower.encoder.")
 
 
 def is_trained(name: str) -> bool:
@@ -30,7 +31,13 @@ def is_trained(name: str) -> bool:
 
 def is_muon_matrix(name: str, value: mx.array) -> bool:
     """Return whether Muon updates it: matrices inside layers, also stacked; not embedding, head or routers."""
-    return value.ndim >= 2 and name.startswith("model.layers.") and not name.endswith("mlp.gate.weight")
+    return value.ndim >= 2 and name.startswith(MUON_PREFIXES) and not name.endswith("mlp.gate.weight")
+
+
+def _matrix_shape(name: str, value: mx.array) -> tuple[int, int]:
+    """Return the shape of a parameter's matrices: `wqkv` is three of them."""
+    rows, columns = value.shape[-2:]
+    return (rows // 3 if name.endswith("wqkv.weight") else rows), columns
 
 
 class MuonClip:
@@ -46,7 +53,7 @@ class MuonClip:
         self.state |= {f"{name}:v": mx.zeros_like(trained[name]) for name in self._adam}
 
     def step(self, parameters: Parameters, gradients: Parameters, learning_rate: float, step: int) -> Parameters:
-        """Return the new parameters; step counts from 1."""
+        """Return the new parameters; step counts from 1. Parameters without a gradient stay as they are."""
         new = dict(parameters)
         self._step_adam(new, gradients, learning_rate, step)
         self._step_muon(new, gradients, learning_rate)
@@ -54,6 +61,8 @@ class MuonClip:
 
     def _step_adam(self, parameters: Parameters, gradients: Parameters, learning_rate: float, step: int) -> None:
         for name in self._adam:
+            if name not in gradients:
+                continue
             gradient = gradients[name]
             m = BETA_1 * self.state[f"{name}:m"] + (1 - BETA_1) * gradient
             v = BETA_2 * self.state[f"{name}:v"] + (1 - BETA_2) * gradient * gradient
@@ -65,7 +74,8 @@ class MuonClip:
     def _step_muon(self, parameters: Parameters, gradients: Parameters, learning_rate: float) -> None:
         by_shape: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
         for name in self._muon:
-            by_shape[gradients[name].shape[-2:]].append(name)
+            if name in gradients:
+                by_shape[_matrix_shape(name, gradients[name])].append(name)
         for (rows, columns), names in by_shape.items():
             directions = [self._momentum(name, gradients[name]).reshape(-1, rows, columns) for name in names]
             updates = self._orthogonalize(mx.concatenate(directions)) * (0.2 * max(rows, columns) ** 0.5)

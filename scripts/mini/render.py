@@ -6,20 +6,23 @@ The tests compare every prompt with what `kimi_mlx.text.template` renders from `
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from kimi_mlx.text.tokenizer import Tokenizer
 from kimi_mlx.text.tool_declarations import to_typescript
 from scripts.mini.dialogues import LOSS_WEIGHT, Dialogue, Message
+from scripts.mini.scenes import Scene
 
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, and the loss weight of each (0: it belongs to a prompt)."""
+    """Token ids, the loss weight of each (0: it belongs to a prompt), and the scene of the picture, if there is one."""
 
     ids: list[int]
     weights: list[float]
+    scene: Scene | None = None
 
 
 class Renderer:
@@ -27,20 +30,21 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._special = tokenizer.special_tokens
+        self.media_pad = self._special["<|media_pad|>"]
         self._text = lru_cache(maxsize=20000)(lambda text: tuple(tokenizer.encode(text)))
 
-    def render(self, dialogue: Dialogue) -> Row:
+    def render(self, dialogue: Dialogue, scene: Scene | None = None) -> Row:
         """Return the whole dialogue: prompts as the model reads them, answers as it writes them."""
         ids: list[int] = []
         weights: list[float] = []
 
         def prompt(*pieces: str) -> None:
-            new = self._encode(pieces)
+            new = self.encode(pieces)
             ids.extend(new)
             weights.extend([0.0] * len(new))
 
         def answer(*pieces: str) -> None:
-            new = self._encode(pieces)
+            new = self.encode(pieces)
             ids.extend(new)
             weights.extend([LOSS_WEIGHT[dialogue.task]] * len(new))
 
@@ -55,9 +59,10 @@ class Renderer:
             thought = message["reasoning_content"] if just_now else ""
             (answer if just_now else prompt)(thought, "</think>")
             answer(message["content"], *_calls(message), "<|im_end|>")
-        return Row(ids, weights)
+        return Row(ids, weights, scene)
 
-    def _encode(self, pieces: tuple[str, ...]) -> list[int]:
+    def encode(self, pieces: Sequence[str]) -> list[int]:
+        """Return the ids of pieces: each a special token or a text."""
         ids: list[int] = []
         for piece in pieces:
             special = self._special.get(piece)
@@ -73,7 +78,22 @@ def _turn(message: Message) -> tuple[str, ...]:
     if role == "tool":
         content = f"## Return of {message['tool_call_id']}\n{content}"
     marker = {"user": "<|im_user|>", "system": "<|im_system|>", "tool": "<|im_system|>"}[role]
-    return (marker, role, "<|im_middle|>", content, "<|im_end|>")
+    body = (content,) if isinstance(content, str) else _parts(content)
+    return (marker, role, "<|im_middle|>", *body, "<|im_end|>")
+
+
+def _parts(content: list[Message]) -> tuple[str, ...]:
+    """Return text and pictures; a picture ends in a line break, which is one text with what follows."""
+    pieces: list[str] = []
+    rest = ""
+    for part in content:
+        if part["type"] == "text":
+            rest += part["text"]
+        else:
+            pads = ["<|media_pad|>"] * part["num_tokens"]
+            pieces += [rest, "<|media_begin|>", "image", "<|media_content|>", *pads, "<|media_end|>"]
+            rest = "\n"
+    return (*pieces, rest)
 
 
 def _calls(message: Message) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from kimi_mlx.text.tokenizer import Tokenizer
 from scripts.mini import checkpoint
 from scripts.mini.architecture import Shape
 from scripts.mini.averaging import StepMetrics, average, clip_by_norm
-from scripts.mini.batches import make_batch
-from scripts.mini.model import gradient_function, init_parameters, loss
+from scripts.mini.batches import Batch, make_batch
+from scripts.mini.model import Parameters, init_parameters, loss
 from scripts.mini.optimizer import MuonClip, balance_experts, is_trained, qk_clip
 from scripts.mini.quantize import fake_quantize
 from scripts.mini.render import Renderer
@@ -38,6 +38,7 @@ class Settings:
     learning_rate: float = 3e-3
     use_muon: bool = True
     seed: str = "kimi-mini"
+    vision: bool = False  # trains kimi-mini-vl
     checkpoint_every_s: float = 150.0
     stop_after_s: float = 0.0  # ends the run early, for trials
 
@@ -71,9 +72,7 @@ class Trainer:
         self.tokenizer = Tokenizer.load(Path(settings.vocabulary))
         self.renderer = Renderer(self.tokenizer)
         self.shape = Shape(self.tokenizer.vocab_size)
-        self.gradients = gradient_function(self.shape)
-        self.quantized_gradients = mx.value_and_grad(lambda p, batch: loss(fake_quantize(p), batch, self.shape))
-        self.parameters = init_parameters(self.shape, seed=1)
+        self.parameters = self.initial_parameters()
         self.optimizer = MuonClip(self.parameters, settings.use_muon, group)
         self.progress = Progress()
         self._clock = time.monotonic()
@@ -81,6 +80,36 @@ class Trainer:
         if saved is not None:
             self.parameters, self.optimizer.state, progress = saved
             self.progress = Progress(**progress)
+
+    def initial_parameters(self) -> Parameters:
+        """Return the parameters of step 0."""
+        return init_parameters(self.shape, seed=1)
+
+    def part_at(self, fraction: float) -> int:
+        """Return the number of the training's current part."""
+        return part_at(fraction)
+
+    def is_quantized(self, fraction: float) -> bool:
+        """Return whether the forward pass uses rounded weights."""
+        return fraction >= QUANTIZED_FROM
+
+    def learning_rate(self, fraction: float) -> float:
+        """Return the learning rate of the current step."""
+        return learning_rate_at(fraction, self.progress.step, self.settings.learning_rate)
+
+    def gradients(self, fraction: float) -> tuple[Batch, tuple[mx.array, mx.array, mx.array], Parameters]:
+        """Return the batch of the current step; its loss, largest logits and loads; the gradients."""
+        batch = make_batch(
+            self.renderer,
+            pad=self.shape.vocab_size - 1,
+            seed=self.settings.seed,
+            step=self.progress.step,
+            rank=self.group.rank(),
+            part=part_at(fraction),
+        )
+        rounded = fake_quantize if self.is_quantized(fraction) else dict
+        function = mx.value_and_grad(lambda p: loss(rounded(p), batch.arrays, self.shape))
+        return batch, *function(self.parameters)
 
     @property
     def fraction(self) -> float:
@@ -103,23 +132,13 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         progress, fraction = self.progress, self.fraction
-        batch = make_batch(
-            self.renderer,
-            pad=self.shape.vocab_size - 1,
-            seed=self.settings.seed,
-            step=progress.step,
-            rank=self.group.rank(),
-            part=part_at(fraction),
-        )
-        quantized = fraction >= QUANTIZED_FROM
-        function = self.quantized_gradients if quantized else self.gradients
-        (value, logits, loads), gradients = function(self.parameters, batch.arrays)
+        batch, (value, logits, loads), gradients = self.gradients(fraction)
         trained = {name: gradient for name, gradient in gradients.items() if is_trained(name)}
         mx.eval(trained, value, logits, loads)
         own = StepMetrics(float(value), batch.tokens, self._lap(), loads, logits)
         trained, common = average(trained, own, self.group)
         trained, norm = clip_by_norm(trained, GRADIENT_NORM)
-        rate = learning_rate_at(fraction, progress.step, self.settings.learning_rate)
+        rate = self.learning_rate(fraction)
         self.parameters = self.optimizer.step(self.parameters, trained, rate, progress.step + 1)
         clipped = qk_clip(self.parameters, common.logits, self.shape)
         balance_experts(self.parameters, common.loads, self.shape)
@@ -133,13 +152,13 @@ class Trainer:
             "minutes": round(progress.seconds / 60, 2),
             "loss": round(common.loss, 4),
             "row": batch.row_length,
-            "part": part_at(fraction),
-            "quantized": quantized,
+            "part": self.part_at(fraction),
+            "quantized": self.is_quantized(fraction),
             "rate": rate,
             "norm": round(norm, 3),
             "logit": round(float(common.logits.max()), 1),
             "clipped": len(clipped),
-            "load": round(float(common.loads.max() / common.loads.mean()), 2),
+            "load": round(float(common.loads.max() / mx.maximum(common.loads.mean(), 1)), 2),
         }
 
     def _lap(self) -> float:
