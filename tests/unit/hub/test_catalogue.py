@@ -17,6 +17,7 @@ from kimi_mlx.units import GB
 
 ALIASES = [
     "kimi-mini",
+    "kimi-mini-vl",
     "moonlight",
     "kimi-k2",
     "kimi-k2-0905",
@@ -26,7 +27,7 @@ ALIASES = [
     "kimi-k2.7-code",
     "kimi-k3",
 ]
-SERVED = [alias for alias in ALIASES if alias not in ("kimi-mini", "kimi-k3")]
+SERVED = [alias for alias in ALIASES if alias not in ("kimi-mini", "kimi-mini-vl", "kimi-k3")]
 FACTS = ("repository", "size_bytes", "weights_bytes", "kv_bytes_per_token", "context_tokens", "sampling", "refused")
 
 
@@ -90,10 +91,11 @@ def test_the_cache_is_70_kb_per_token_for_k2() -> None:
         assert entry_of(alias).kv_bytes_per_token == (512 + 64) * 61 * 2
 
 
-def test_facts_of_the_packaged_model_match_its_files() -> None:
-    entry, config = entry_of("kimi-mini"), load_config(ensure_downloaded("kimi-mini"))
+@pytest.mark.parametrize("alias", ["kimi-mini", "kimi-mini-vl"])
+def test_facts_of_the_packaged_models_match_their_files(alias: str) -> None:
+    entry, config = entry_of(alias), load_config(ensure_downloaded(alias))
     assert entry.context_tokens == config.max_position_embeddings
-    assert local_state(entry) == ("package", ensure_downloaded("kimi-mini"))
+    assert local_state(entry) == ("package", ensure_downloaded(alias))
 
 
 @pytest.mark.parametrize(
