@@ -1,0 +1,327 @@
+"""Images by URL: allowed hosts and addresses, redirects, limits and faults, with a real HTTP server on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.server import remote_images
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.message_content import RemoteUrl
+from kimi_mlx.server.remote_images import ImageFetcher, normalize_host
+
+IMAGE = bytes(range(256)) * 40
+PLACE = "messages[0].content[1]"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by path; the paths of the requests and their headers are recorded."""
+
+    requests: list[tuple[str, dict[str, str]]]
+
+    def do_GET(self) -> None:
+        self.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+        name, _, argument = self.path[1:].partition("/")
+        getattr(self, f"answer_{name}")(argument)
+
+    def answer_image(self, argument: str) -> None:
+        self._send(200, IMAGE)
+
+    def answer_unsized(self, argument: str) -> None:
+        self._send(200, IMAGE * int(argument), has_length=False)
+
+    def answer_sized(self, argument: str) -> None:
+        self._send(200, IMAGE * int(argument))
+
+    def answer_status(self, argument: str) -> None:
+        self._send(int(argument), b"")
+
+    def answer_redirect(self, argument: str) -> None:
+        self._send(302, b"", location=argument)
+
+    def answer_loop(self, argument: str) -> None:
+        self._send(307, b"", location="/loop")
+
+    def answer_compressed(self, argument: str) -> None:
+        self._send(200, IMAGE, content_encoding="gzip")
+
+    def answer_cut(self, argument: str) -> None:
+        self._send(200, IMAGE[:-1], content_length=str(len(IMAGE)))
+
+    def answer_slow_headers(self, argument: str) -> None:
+        self._drip(b"HTTP/1.1 200 OK\r\nx: " + b"y" * 10_000)
+
+    def answer_slow_body(self, argument: str) -> None:
+        self._drip(b"HTTP/1.1 200 OK\r\ncontent-length: 10000\r\n\r\n" + IMAGE)
+
+    def answer_nonsense(self, argument: str) -> None:
+        self.wfile.write(b"220 smtp.example ESMTP\r\n")
+
+    def _send(self, status: int, body: bytes, *, has_length: bool = True, **headers: str) -> None:
+        self.send_response(status)
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        if has_length:
+            names.setdefault("content-length", str(len(body)))
+        for name, value in names.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _drip(self, data: bytes) -> None:
+        try:
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+                time.sleep(0.02)
+        except OSError:
+            pass
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class PictureServer(ThreadingHTTPServer):
+    """The server; its host names are resolved by the test."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        super().__init__(("127.0.0.1", 0), type("RecordingHandler", (Handler,), {"requests": self.requests}))
+
+    def url(self, path: str, host: str = "pictures.example") -> str:
+        return f"http://{host}:{self.server_port}/{path}"
+
+    def fetcher(self, max_bytes: int = 10**6, resolve: Callable[[str, int], list[str]] | None = None) -> ImageFetcher:
+        """Return a fetcher that may connect to this machine."""
+        hosts = [normalize_host(f"{name}:{self.server_port}") for name in ("pictures.example", "other.example")]
+        return ImageFetcher(hosts, max_bytes, resolve or (lambda name, port: ["127.0.0.1"]), lambda address: True)
+
+
+@pytest.fixture
+def server() -> Iterator[PictureServer]:
+    with PictureServer() as opened:
+        Thread(target=opened.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield opened
+        opened.shutdown()
+
+
+def fetch(fetcher: ImageFetcher, *urls: str) -> dict[str, bytes]:
+    return asyncio.run(fetcher.fetch([RemoteUrl(url, PLACE) for url in urls]))
+
+
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Expect a 400 with the place of the image."""
+    with pytest.raises(ApiError, match=message) as error:
+        yield
+    assert (error.value.status, error.value.param) == (400, PLACE)
+    assert error.value.message.startswith(f"`{PLACE}`: ")
+
+
+def test_images_are_fetched_from_the_address_of_an_allowed_host(server: PictureServer) -> None:
+    first, second = server.url("image/1?size=2&x=%20y"), server.url("image/2", "Other.Example.")
+    assert fetch(server.fetcher(), first, second, first) == {first: IMAGE, second: IMAGE}
+    assert sorted(path for path, _ in server.requests) == ["/image/1?size=2&x=%20y", "/image/2"]
+    (headers,) = [headers for path, headers in server.requests if path.startswith("/image/1")]
+    assert headers["host"] == f"pictures.example:{server.server_port}"
+    assert not {"cookie", "authorization", "referer"} & set(headers)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://evil.example/x.png", r"does not fetch images from `evil.example`; send it as a data URL"),
+        ("http://pictures.example/x.png", "does not fetch"),  # without the port
+        ("http://pictures.example:1/x.png", "does not fetch"),
+        ("http://pictures.example.evil.example/x.png", "does not fetch"),
+        ("http://user:secret@pictures.example/x.png", "no user name or password"),
+        ("http://pictures.example:0@evil.example/x.png", "no user name or password"),
+        ("http://pictures.example\\@evil.example/x.png", "no user name or password"),
+        ("http:///x.png", "must have a host"),
+        ("http://pictures.example:99999999/", "does not fetch|not a valid URL"),
+        ("http://pictures.example/\r\nx: y", "not a valid URL"),
+        ("file:///etc/passwd", "`file` URLs are not supported"),
+        ("ftp://pictures.example/x.png", "`ftp` URLs are not supported"),
+        ("ms://file-123", "`ms` URLs are not supported"),
+        ("blob:http://pictures.example/1234", "`blob` URLs are not supported"),
+        ("iVBORw0KGgoAAAANSUhEUgAA", "not a URL; send it as a data URL"),
+        ("", "not a URL"),
+        ("pictures.example/x.png", "not a URL"),
+        ("http://" + "x" * 100_000, "not a valid URL"),
+        ("http://[::1/", "does not fetch|not a valid URL"),
+    ],
+)
+def test_urls_that_are_not_allowed(server: PictureServer, url: str, message: str) -> None:
+    started = time.monotonic()
+    with refused(message):
+        fetch(server.fetcher(), server.url("image"), url)
+    assert time.monotonic() - started < 2
+    assert server.requests == []  # all URLs are checked before the first one is fetched
+
+
+def test_without_allowed_hosts_no_url_is_fetched() -> None:
+    with refused("this server does not fetch images from URLs; send it as a data URL"):
+        fetch(ImageFetcher(), "https://upload.wikimedia.org/x.png")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fd00:ec2::254", "64:ff9b::7f00:1"],
+)
+def test_a_host_whose_addresses_are_not_public_is_refused(server: PictureServer, address: str) -> None:
+    fetcher = ImageFetcher(["pictures.example"], 10**6, lambda name, port: [address])
+    with refused("the host `pictures.example` has no public address"):
+        fetch(fetcher, "http://pictures.example/image")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "127.1", "[::ffff:127.0.0.1]", "localhost"])
+def test_an_allowed_host_of_this_machine_is_still_refused(server: PictureServer, host: str) -> None:
+    fetcher = ImageFetcher([normalize_host(f"{host}:{server.server_port}")], 10**6)
+    with refused("has no public address|not a valid URL"):
+        fetch(fetcher, server.url("image", host))
+    assert server.requests == []
+
+
+def test_a_name_is_resolved_once_and_that_address_is_used(server: PictureServer) -> None:
+    answers = [["93.184.216.34"], ["127.0.0.1"]]  # DNS rebinding: the second answer is this machine
+    asked: list[str] = []
+    checked: list[str] = []
+
+    def resolve(name: str, port: int) -> list[str]:
+        asked.append(name)
+        return answers[len(asked) - 1]
+
+    def is_public(address: str) -> bool:
+        checked.append(address)
+        return False
+
+    hosts = [f"pictures.example:{server.server_port}"]
+    with refused("has no public address"):
+        fetch(ImageFetcher(hosts, 10**6, resolve, is_public), server.url("image"))
+    assert (asked, checked) == (["pictures.example"], ["93.184.216.34"])
+
+
+def test_only_public_addresses_of_several_are_used(server: PictureServer) -> None:
+    addresses = ["10.0.0.1", "127.0.0.1"]
+    hosts = [f"pictures.example:{server.server_port}"]
+    fetcher = ImageFetcher(hosts, 10**6, lambda name, port: addresses, lambda address: address == "127.0.0.1")
+    assert fetch(fetcher, server.url("image")) == {server.url("image"): IMAGE}
+
+
+def test_the_next_address_is_used_if_one_cannot_be_reached(server: PictureServer) -> None:
+    fetcher = server.fetcher(resolve=lambda name, port: ["127.0.0.2", "127.0.0.1"])
+    assert fetch(fetcher, server.url("image")) == {server.url("image"): IMAGE}
+
+
+def test_redirects_lead_to_allowed_hosts_only(server: PictureServer) -> None:
+    relative, absolute = server.url("redirect//image"), server.url(f"redirect/{server.url('image', 'other.example')}")
+    assert fetch(server.fetcher(), relative, absolute) == {relative: IMAGE, absolute: IMAGE}
+    for target, message in (
+        ("http://evil.example/x.png", "does not fetch images from `evil.example`"),
+        ("http://169.254.169.254/latest/meta-data", "does not fetch images from `169.254.169.254`"),
+        ("file:///etc/passwd", "`file` URLs"),
+        ("http://user@pictures.example/", "no user name"),
+        ("http://[bad", "invalid|does not fetch|not a valid URL"),
+    ):
+        with refused(message):
+            fetch(server.fetcher(), server.url(f"redirect/{target}"))
+    with refused("redirected more than 3 times"):
+        fetch(server.fetcher(), server.url("loop"))
+
+
+def test_a_redirect_to_a_host_that_resolves_to_a_private_address(server: PictureServer) -> None:
+    hosts = [f"{name}:{server.server_port}" for name in ("pictures.example", "inside.example")]
+    addresses = {"pictures.example": ["127.0.0.1"], "inside.example": ["127.0.0.2"]}
+    fetcher = ImageFetcher(hosts, 10**6, lambda name, port: addresses[name], lambda address: address == "127.0.0.1")
+    with refused("`inside.example` has no public address"):
+        fetch(fetcher, server.url(f"redirect/{server.url('image', 'inside.example')}"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("status/404", r"`pictures.example:\d+` answered with status 404"),
+        ("status/204", "answered with status 204"),
+        ("redirect/", "answered|redirected|does not fetch"),
+        ("compressed", "sent compressed data"),
+        ("cut", "ended before the image was complete"),
+        ("nonsense", r"cannot fetch from `pictures.example:\d+`"),
+        ("sized/200", "more than 1.0 MB"),
+        ("unsized/200", "more than 1.0 MB"),
+    ],
+)
+def test_faults_of_the_other_server(server: PictureServer, path: str, message: str) -> None:
+    with refused(message):
+        fetch(server.fetcher(), server.url(path))
+
+
+def test_the_size_limit_holds_for_all_images_of_a_request(server: PictureServer) -> None:
+    urls = [server.url(f"{kind}/{count}") for kind in ("sized", "unsized") for count in (3, 5)]
+    assert len(fetch(server.fetcher(16 * len(IMAGE)), *urls)) == 4
+    with refused("the images that this request names by URL have more than"):
+        fetch(server.fetcher(16 * len(IMAGE) - 1), *urls)
+
+
+@pytest.mark.parametrize("path", ["slow_headers", "slow_body"])
+def test_a_server_that_sends_a_byte_at_a_time_meets_the_time_limit(
+    server: PictureServer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_images, "LIMIT_S", 0.3)
+    started = time.monotonic()
+    with refused("takes more than"):
+        fetch(server.fetcher(), server.url(path))
+    assert time.monotonic() - started < 5
+
+
+def test_a_resolver_that_does_not_answer_meets_the_time_limit(
+    server: PictureServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_images, "LIMIT_S", 0.3)
+
+    def resolve(name: str, port: int) -> list[str]:
+        time.sleep(1)
+        return ["127.0.0.1"]
+
+    with refused("takes more than"):
+        fetch(server.fetcher(resolve=resolve), server.url("image"))
+
+
+def test_unknown_and_unreachable_hosts(server: PictureServer) -> None:
+    def resolve(name: str, port: int) -> list[str]:
+        raise OSError("Name or service not known")
+
+    with refused("the host `pictures.example` cannot be found"):
+        fetch(server.fetcher(resolve=resolve), server.url("image"))
+    server.shutdown()
+    server.server_close()
+    with refused("cannot fetch from `pictures.example"):
+        fetch(server.fetcher(), server.url("image"))
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("Upload.Wikimedia.org", "upload.wikimedia.org"),
+        ("example.org.", "example.org"),
+        ("example.org:8443", "example.org:8443"),
+        ("münchen.example", "xn--mnchen-3ya.example"),
+        ("[2606:2800:220:1::1]:443", "2606:2800:220:1::1:443"),
+    ],
+)
+def test_allowed_hosts_are_normalized(text: str, host: str) -> None:
+    assert normalize_host(text) == host
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.org", "example.org/x", "*", "*.example.org", "a@b", "", "a b", ":80"]
+)
+def test_other_texts_are_no_hosts(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a host"):
+        normalize_host(text)
