@@ -95,7 +95,18 @@ class ServerOptions:
     max_body: Annotated[
         int,
         typer.Option("--max-body", min=1, metavar="MB", help="Maximum request body.", rich_help_panel=SERVER),
-    ] = 32
+    ] = 64
+    allow_image_urls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-image-urls",
+            metavar="HOST,...",
+            help="Hosts from which images may be fetched that requests name by URL; by default none. Private addresses "
+            "are never used.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log the request bodies.", rich_help_panel=SERVER)
     ] = False
@@ -115,6 +126,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     from kimi_mlx.cli.output import stderr
     from kimi_mlx.server.http.security import Security, is_loopback
     from kimi_mlx.server.http.server_socket import ServerSocket
+    from kimi_mlx.server.remote_images import normalize_host
     from kimi_mlx.server.server import ServingOptions
     from kimi_mlx.store.model_ref import resolve_model_name
 
@@ -123,7 +135,11 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     if not keys and not is_loopback(server.host):
         raise UsageError(f"refusing to listen on `{server.host}` without an API key", hint=KEY_HINT)
     security = Security(server.host, keys, tuple(server.allow_host or ()), tuple(server.cors_origin or ()))
-    serving = ServingOptions(security, server.max_queue, server.max_body * MB, server.log_prompts, starts_worker=True)
+    named_hosts = ",".join(server.allow_image_urls or ()).split(",")
+    image_hosts = tuple(normalize_host(host.strip()) for host in named_hosts if host.strip())
+    serving = ServingOptions(
+        security, server.max_queue, server.max_body * MB, image_hosts, server.log_prompts, starts_worker=True
+    )
     options = session_options(run, disk, has_sampling=True)
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes must not import modules of the current folder
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class ChatRequest(GenerationParams):
         messages: conversation; tool call ids may have any format.
         messages_name: name of the body's field with the messages, for error messages.
         places: locations of the messages in the body, for error messages; empty if they are `messages[0]` and so on.
+        part_places: locations of the parts of a message with images, by the index of the message.
         tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
@@ -56,6 +57,7 @@ class ChatRequest(GenerationParams):
     messages: tuple[Message, ...] = ()
     messages_name: str = "messages"
     places: tuple[str, ...] = field(default=(), compare=False)
+    part_places: Mapping[int, Sequence[str]] = field(default_factory=dict[int, "Sequence[str]"], compare=False)
     tools: tuple[Mapping[str, Any], ...] = ()
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True

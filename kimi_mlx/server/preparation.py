@@ -1,16 +1,18 @@
 """Prepare requests outside of the event loop: parse, render, tokenize, and build grammars.
 
 Python code in one thread delays all other threads of its process, including the engine and the streams. So this process
-prepares only short bodies, which take some milliseconds each; longer ones go to worker processes. A short request does
-not wait for long ones.
+prepares only short bodies without images, which take some milliseconds each; others go to worker processes. A short
+request does not wait for long ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -25,6 +27,9 @@ LOG = logging.getLogger(__name__)
 
 SHORT_BODY_BYTES = 8_000
 """Largest body that is prepared in this process."""
+
+MEDIA_TYPE = re.compile(rb'"(?:image|image_url|input_image|video_url)"')
+"""Type of a part with an image or a video, in the JSON text of a body."""
 
 NUM_THREADS = 2
 """Maximum number of short bodies that are prepared at once."""
@@ -51,31 +56,42 @@ class Preparation:
         self._prompt_builder = prompt_builder
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
 
-    async def run(self, work: Work[Result], body: bytes) -> Result:
+    async def run(self, work: Work[Result], body: bytes, fetched: Mapping[str, bytes] | None = None) -> Result:
         """Return the result of the work.
+
+        Args:
+            work: function that prepares the request.
+            body: body of the request.
+            fetched: contents of the URLs of images that have been fetched for the request.
 
         Raises:
             ApiError: the request is invalid, or its preparation takes too long.
+            MissingMediaError: URLs of images must be fetched first.
         """
-        if len(body) <= SHORT_BODY_BYTES:
-            return await anyio.to_thread.run_sync(work, self._prompt_builder, body, limiter=self._threads)
-        return await self._run_in_process(work, body)
+        prompt_builder = self._prompt_builder
+        if len(body) <= SHORT_BODY_BYTES and not fetched and not self._may_have_images(body):
+            return await anyio.to_thread.run_sync(work, prompt_builder, body, limiter=self._threads)
+        return await self._run_in_process(work, replace(prompt_builder, fetched=fetched or {}), body)
+
+    def _may_have_images(self, body: bytes) -> bool:
+        """Return whether a body may have images that the model sees: a small file may have very many pixels."""
+        return self._prompt_builder.text_only_reason is None and MEDIA_TYPE.search(body) is not None
 
     async def start_worker(self) -> None:
         """Start a worker process, so that the first long request does not wait for its start."""
         try:
-            await self._run_in_process(_do_nothing, b"")
+            await self._run_in_process(_do_nothing, self._prompt_builder, b"")
         except ApiError as error:
             LOG.warning("cannot start a worker process: %s", error.log_text)
 
-    async def _run_in_process(self, work: Work[Result], body: bytes) -> Result:
+    async def _run_in_process(self, work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
         async with self._processes:
             try:
                 with anyio.fail_after(LIMIT_S):
                     try:
-                        return await self._run_in_worker(work, body)
+                        return await self._run_in_worker(work, prompt_builder, body)
                     except anyio.BrokenWorkerProcess:  # it may have ended while it was idle
-                        return await self._run_in_worker(work, body)
+                        return await self._run_in_worker(work, prompt_builder, body)
             except TimeoutError as error:
                 message = f"preparing the request takes more than {LIMIT_S:.0f} s; send less"
                 raise ApiError(400, message, "invalid_value") from error
@@ -83,9 +99,9 @@ class Preparation:
                 hint = "the process that prepared it has ended; there may be too little memory"
                 raise ApiError(503, "the request could not be prepared; try again", "unavailable", hint=hint) from error
 
-    async def _run_in_worker(self, work: Work[Result], body: bytes) -> Result:
+    async def _run_in_worker(self, work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
         return await anyio.to_process.run_sync(
-            _run_in_worker, work, self._prompt_builder, body, cancellable=True, limiter=self._workers
+            _run_in_worker, work, prompt_builder, body, cancellable=True, limiter=self._workers
         )
 
     @cached_property

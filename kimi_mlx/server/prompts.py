@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from kimi_mlx.errors import GrammarError, TextError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.media import resolve_media
+from kimi_mlx.server.message_content import texts_of
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
@@ -85,25 +87,32 @@ class PromptBuilder:
         tokenizer: tokenizer with the chat template.
         context_tokens: size of the context.
         instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
+        text_only_reason: reason why the model sees no images, for the log; None if it does.
+        fetched: contents of the URLs of images that have been fetched.
     """
 
     tokenizer: ChatTokenizer
     context_tokens: int
     instant_sampling: Mapping[str, float]
+    text_only_reason: str | None = None
+    fetched: Mapping[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
 
     def __reduce__(self) -> tuple[Callable[..., PromptBuilder], tuple[Any, ...]]:
         """Pickle the builder as the folder of its tokenizer, and the values that may differ from the folder's."""
         tokenizer = self.tokenizer
-        values = (self.context_tokens, tuple(self.instant_sampling.items()))
-        return _load_builder, (tokenizer.folder, tokenizer.sampling, tokenizer.max_tokens, *values)
+        values = (self.context_tokens, tuple(self.instant_sampling.items()), self.text_only_reason)
+        return _restore_builder, ((tokenizer.folder, tokenizer.sampling, tokenizer.max_tokens, *values), self.fetched)
 
     def prepare(self, request: ChatRequest | CompletionRequest) -> PreparedRequest:
         """Return the engine request. This takes long for long prompts, so call it in a thread.
 
         Raises:
             ApiError: the request can never be served.
+            MissingMediaError: URLs of images must be fetched first.
             KimiMlxError: the template cannot render the messages.
         """
+        if isinstance(request, ChatRequest):
+            request = self._resolve_media(request)
         self._check_size(request)
         if isinstance(request, ChatRequest):
             prompt, ids = self._chat_prompt(request)
@@ -136,7 +145,10 @@ class PromptBuilder:
         Raises:
             KimiMlxError: the template cannot render the messages.
         """
-        return len(self._chat_prompt(request)[0])
+        return len(self._chat_prompt(self._resolve_media(request))[0])
+
+    def _resolve_media(self, request: ChatRequest) -> ChatRequest:
+        return resolve_media(request, self.text_only_reason, self.fetched)
 
     def _chat_prompt(self, request: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
         try:
@@ -194,7 +206,7 @@ class PromptBuilder:
     def _texts(self, request: ChatRequest) -> list[str]:
         """Return the texts of a conversation that its prompt contains; others only if they could never fit."""
         calls = [call for message in request.messages for call in message.tool_calls]
-        texts = [message.content for message in request.messages if isinstance(message.content, str)]
+        texts = [text for message in request.messages for text in texts_of(message.content)]
         texts += [call.arguments for call in calls]
         texts.append(request.partial or "")
         others = [text for message in request.messages for text in (message.reasoning_content, message.name) if text]
@@ -256,6 +268,10 @@ class PromptBuilder:
             raise ApiError(400, error.message, "invalid_value", hint=error.hint) from error
 
 
+def _restore_builder(values: tuple[Any, ...], fetched: Mapping[str, bytes]) -> PromptBuilder:
+    return replace(_load_builder(*values), fetched=fetched)
+
+
 @lru_cache(maxsize=1)
 def _load_builder(
     folder: Path,
@@ -263,10 +279,11 @@ def _load_builder(
     max_tokens: int | None,
     context_tokens: int,
     instant_sampling: tuple[tuple[str, float], ...],
+    text_only_reason: str | None,
 ) -> PromptBuilder:
     """Load a pickled builder in another process. The last one is cached, so each process loads it once."""
     tokenizer = replace(ChatTokenizer.load(folder), sampling=sampling, max_tokens=max_tokens)
-    return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling))
+    return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling), text_only_reason)
 
 
 def request_grammar(

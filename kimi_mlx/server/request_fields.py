@@ -103,19 +103,9 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
     return choice
 
 
-MEDIA = ("image", "audio", "video", "file", "document")
-"""Words in the types of content that is no text."""
-
-
-def is_media(content_type: str) -> bool:
-    """Return whether a type of content is that of an image, a sound or a file."""
-    return any(word in content_type for word in MEDIA)
-
-
 def placeholder(content_type: str) -> str:
     """Return the text that replaces unsupported content in a tool result: refusing it would break the session."""
-    reason = "this model reads text only" if is_media(content_type) else "not supported"
-    return f"[{content_type:.60}: {reason}]"
+    return f"[{content_type:.60}: not supported]"
 
 
 def unsupported_content(content_type: str, param: str, supported: Collection[str], role: str | None = None) -> ApiError:
@@ -127,11 +117,9 @@ def unsupported_content(content_type: str, param: str, supported: Collection[str
         supported: supported types.
         role: role of the message, if the type is supported in messages of other roles.
     """
-    subject = f"content of type `{content_type:.60}`"
-    if is_media(content_type):
-        return unsupported(f"{subject} is", param, "this model reads text only")
     place = f" in a message of role `{role}`" if role else ""
-    return unsupported(f"{subject}{place} is", param, f"use {' or '.join(f'`{name}`' for name in supported)}")
+    subject = f"content of type `{content_type:.60}`{place} is"
+    return unsupported(subject, param, f"use {' or '.join(f'`{name}`' for name in supported)}")
 
 
 def unsupported(subject: str, param: str, hint: str | None = None) -> ApiError:

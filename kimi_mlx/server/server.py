@@ -21,6 +21,7 @@ from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.server.remote_images import ImageFetcher
 from kimi_mlx.server.service import Service
 from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
@@ -39,14 +40,16 @@ class ServingOptions:
     Args:
         security: access rules.
         max_queue: maximum number of answers that wait for the engine.
-        max_body_bytes: size limit of a request's body.
+        max_body_bytes: size limit of a request's body, and of all images together that it names by URL.
+        image_hosts: hosts from which images are fetched, from `normalize_host`.
         log_prompts: whether request bodies are logged.
         starts_worker: whether a worker process for long requests is started with the server, before one is needed.
     """
 
     security: Security = field(default_factory=Security)
     max_queue: int = 64
-    max_body_bytes: int = 32 * MB
+    max_body_bytes: int = 64 * MB
+    image_hosts: tuple[str, ...] = ()
     log_prompts: bool = False
     starts_worker: bool = False
 
@@ -74,9 +77,13 @@ class Server(uvicorn.Server):
     ):
         self._on_ready, self._starts_worker = on_ready, options.starts_worker
         self._worker_start: asyncio.Task[None] | None = None
-        model_info = replace(model_info, context_tokens=min(model_info.context_tokens, session.context))
-        prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling)
-        self.service = Service(session, prompt_builder, options.max_queue, Metrics())
+        context_tokens = min(model_info.context_tokens, session.context)
+        model_info = replace(model_info, context_tokens=context_tokens, sees_images=session.image_error is None)
+        error = session.image_error
+        reason = error and f"{error.message} ({error.hint})"
+        prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling, reason)
+        fetcher = ImageFetcher(options.image_hosts, options.max_body_bytes)
+        self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher)
         app = build_app(
             Context(self.service, model_info),
             options.security,

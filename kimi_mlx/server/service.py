@@ -19,9 +19,11 @@ from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
+from kimi_mlx.server.message_content import MissingMediaError
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.preparation import Preparation, Result, Work
 from kimi_mlx.server.prompts import PreparedRequest, PromptBuilder, request_for_choice
+from kimi_mlx.server.remote_images import ImageFetcher
 from kimi_mlx.server.response_builder import ResponseBuilder
 from kimi_mlx.session.session import Session, SessionStatus
 
@@ -39,14 +41,23 @@ class Service:
         prompt_builder: builder of the engine's requests.
         queue_capacity: maximum number of answers that wait for the engine.
         metrics: metrics of the server.
+        image_fetcher: fetcher of images that requests name by URL.
     """
 
-    def __init__(self, session: Session, prompt_builder: PromptBuilder, queue_capacity: int, metrics: Metrics):
+    def __init__(
+        self,
+        session: Session,
+        prompt_builder: PromptBuilder,
+        queue_capacity: int,
+        metrics: Metrics,
+        image_fetcher: ImageFetcher,
+    ):
         self.session = session
         self.prompt_builder = prompt_builder
         self.metrics = metrics
         self.is_closing = False
         self._preparation = Preparation(prompt_builder)
+        self._image_fetcher = image_fetcher
         self.running = 0
         """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
@@ -73,7 +84,7 @@ class Service:
             raise shutting_down()
 
     async def prepare(self, work: Work[Result], body: bytes) -> Result:
-        """Prepare a request in a thread or in another process.
+        """Prepare a request in a thread or in another process, and fetch the images that it names by URL.
 
         Args:
             work: function that prepares it.
@@ -83,7 +94,11 @@ class Service:
             ApiError: the request is invalid, or the queue is full.
         """
         with self._queue.hold_slot(self.running):
-            return await self._preparation.run(work, body)
+            try:
+                return await self._preparation.run(work, body)
+            except MissingMediaError as error:
+                urls = error.urls
+            return await self._preparation.run(work, body, await self._image_fetcher.fetch(urls))
 
     async def answer(self, *requests: PreparedRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.

@@ -256,7 +256,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "nobody", "content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "contents": "hi"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content[0].text"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
     ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),

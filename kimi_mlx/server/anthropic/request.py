@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.message_content import ContentBuilder
 from kimi_mlx.server.request_fields import (
     MIN_TOP_P,
     UNSUPPORTED,
@@ -36,9 +37,11 @@ from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
 MAX_STOP_SEQUENCES = 64
+PARAGRAPHS = "\n\n"
+"""Separator of texts that the API has in separate blocks."""
 SUPPORTED = {
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
-    "user": ("text", "tool_result"),
+    "user": ("text", "image", "tool_result"),
     "system": ("text",),
 }
 """Types of content by the role of their message."""
@@ -52,6 +55,23 @@ class TextBlock(Body):
 
     type: Literal["text"]
     text: str
+
+
+class ImageSource(Body):
+    """The bytes of an image, or its URL. The media type is ignored, because the bytes show it."""
+
+    type: str
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+    file_id: str | None = None
+
+
+class ImageBlock(Body):
+    """An image."""
+
+    type: Literal["image"]
+    source: ImageSource
 
 
 class ThinkingBlock(Body):
@@ -77,7 +97,7 @@ class ToolUseBlock(Body):
 
 
 class UnsupportedBlock(Body):
-    """Content of an unsupported type: images, documents, results of Anthropic's own tools."""
+    """Content of an unsupported type: documents, results of Anthropic's own tools."""
 
     type: str
 
@@ -85,8 +105,10 @@ class UnsupportedBlock(Body):
 _as_blocks = text_shorthand(type="text")
 
 ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
-    Discriminator(type_discriminator(("text",))),
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ImageBlock, Tag("image")]
+    | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
+    Discriminator(type_discriminator(("text", "image"))),
 ]
 ResultBlocks = Annotated[
     ListOf[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])
@@ -104,6 +126,7 @@ class ToolResultBlock(Body):
 
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
+    | Annotated[ImageBlock, Tag("image")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
@@ -196,9 +219,12 @@ def to_chat_request(body: CountBody) -> ChatRequest:
     system = _join(_without_billing_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
     places = ["system"] if system else []
+    part_places: dict[int, tuple[str, ...]] = {}
     for index, message in enumerate(input_messages):
-        messages += _messages(message, f"messages[{index}].content")
-        places += [f"messages[{index}]"] * (len(messages) - len(places))
+        for converted, parts in _messages(message, f"messages[{index}].content"):
+            part_places[len(messages)] = parts
+            messages.append(converted)
+            places.append(f"messages[{index}]")
     generation = body if isinstance(body, MessagesBody) else None
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
@@ -210,6 +236,7 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         stop=tuple((generation and generation.stop_sequences) or ()),
         messages=tuple(messages),
         places=tuple(places),
+        part_places=part_places,
         tools=tools,
         tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
@@ -235,17 +262,18 @@ def _split_prefill(messages: Sequence[InputMessage]) -> tuple[Sequence[InputMess
     location = f"messages[{len(messages) - 1}]"
     if any(isinstance(block, ToolUseBlock) for block in last.content):
         raise ApiError(400, "the last message calls tools, but their results are missing", param=location)
-    (message,) = _assistant(last, f"{location}.content")
-    return messages[:-1], cast("str", message.content)
+    return messages[:-1], cast("str", _assistant(last, f"{location}.content").content)
 
 
-def _messages(message: InputMessage, location: str) -> list[Message]:
+def _messages(message: InputMessage, location: str) -> Iterator[tuple[Message, tuple[str, ...]]]:
+    """Yield the messages that the blocks of one message become, with the locations of the parts of their contents."""
     if message.role == "assistant":
-        return _assistant(message, location)
-    return list(_user(message, location))
+        yield _assistant(message, location), ()
+    else:
+        yield from _user(message, location)
 
 
-def _assistant(message: InputMessage, location: str) -> list[Message]:
+def _assistant(message: InputMessage, location: str) -> Message:
     text = ""
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -258,7 +286,7 @@ def _assistant(message: InputMessage, location: str) -> list[Message]:
             calls.append(earlier_call(block.id, block.name, _unwrap(block.input)))
         elif not isinstance(block, RedactedThinkingBlock):
             raise unsupported_content(block.type, f"{location}[{index}].type", SUPPORTED[message.role], message.role)
-    return [Message("assistant", text, "".join(reasoning) or None, tuple(calls))]
+    return Message("assistant", text, "".join(reasoning) or None, tuple(calls))
 
 
 def _unwrap(value: Arguments) -> Arguments:
@@ -272,28 +300,56 @@ def _unwrap(value: Arguments) -> Arguments:
             return value
 
 
-def _user(message: InputMessage, location: str) -> Iterator[Message]:
-    """Yield a message for each tool result, and one for each run of text blocks between them."""
-    texts: list[str] = []
+def _user(message: InputMessage, location: str) -> Iterator[tuple[Message, tuple[str, ...]]]:
+    """Yield a message for each tool result, and one for each run of other blocks between them."""
+    content = ContentBuilder(PARAGRAPHS)
     for index, block in enumerate(message.content):
+        place = f"{location}[{index}]"
         if isinstance(block, TextBlock):
-            texts.append(_without_billing_header(block.text) if message.role == "system" else block.text)
+            content.add_text(_without_billing_header(block.text) if message.role == "system" else block.text)
+        elif isinstance(block, ImageBlock) and message.role == "user":
+            _add_image(content, block, place)
         elif isinstance(block, ToolResultBlock) and message.role == "user":
-            if texts:
-                yield Message("user", _join(texts))
-                texts = []
-            yield Message("tool", _result(block), tool_call_id=block.tool_use_id)
+            if not content.is_empty:
+                built, part_places = content.build()
+                yield Message("user", built), part_places
+                content = ContentBuilder(PARAGRAPHS)
+            built, part_places = _result(block, f"{place}.content").build()
+            yield Message("tool", built, tool_call_id=block.tool_use_id), part_places
         else:
-            raise unsupported_content(block.type, f"{location}[{index}].type", SUPPORTED[message.role], message.role)
-    if texts:
-        yield Message(message.role, _join(texts))
+            raise unsupported_content(block.type, f"{place}.type", SUPPORTED[message.role], message.role)
+    if not content.is_empty:
+        built, part_places = content.build()
+        yield Message(message.role, built), part_places
 
 
-def _result(block: ToolResultBlock) -> str:
-    """Return the text of a result."""
-    parts = block.content or []
-    text = _join(part.text if isinstance(part, TextBlock) else placeholder(part.type) for part in parts)
-    return f"Error: {text}" if block.is_error else text
+def _result(block: ToolResultBlock, location: str) -> ContentBuilder:
+    """Return the content of a tool's result."""
+    content = ContentBuilder(PARAGRAPHS, prefix="Error: " if block.is_error else "")
+    for index, part in enumerate(block.content or ()):
+        if isinstance(part, ImageBlock):
+            _add_image(content, part, f"{location}[{index}]")
+        else:
+            content.add_text(part.text if isinstance(part, TextBlock) else placeholder(part.type))
+    return content
+
+
+def _add_image(content: ContentBuilder, block: ImageBlock, place: str) -> None:
+    """Append an image to the content of a message.
+
+    Raises:
+        ApiError: its source has an unsupported type, or lacks the field of its type.
+    """
+    source = block.source
+    if source.type not in ("base64", "url"):
+        subject = f"an image whose source has the type `{source.type:.60}` is"
+        raise unsupported(subject, f"{place}.source.type", "use `base64`")
+    field = "data" if source.type == "base64" else "url"
+    value = source.data if source.type == "base64" else source.url
+    if value is None:
+        param = f"{place}.source.{field}"
+        raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
+    content.add_media("image_url", value if source.type == "url" else f"data:;base64,{value}", place)
 
 
 def _without_billing_header(text: str) -> str:
@@ -301,8 +357,8 @@ def _without_billing_header(text: str) -> str:
 
 
 def _join(texts: Iterator[str] | Sequence[str]) -> str:
-    """Join blocks of the user or the system prompt as paragraphs."""
-    return "\n\n".join(text for text in texts if text)
+    """Join blocks of the system prompt as paragraphs."""
+    return PARAGRAPHS.join(text for text in texts if text)
 
 
 def _tool(tool: MessagesTool, location: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.message_content import ContentBuilder
+from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, MediaFields, add_media
 from kimi_mlx.server.request_fields import (
     MIN_TOP_P,
     AlternativeCount,
@@ -22,7 +24,7 @@ from kimi_mlx.server.request_fields import (
     earlier_call,
     unsupported_content,
 )
-from kimi_mlx.text.messages import Message
+from kimi_mlx.text.messages import Content, Message
 
 MAX_ANSWERS = 128
 MAX_STOPS = 4
@@ -50,7 +52,7 @@ class ReasoningPart(Body):
         return str(thinking or self.text or self.summary or "")
 
 
-class ContentPart(ReasoningPart):
+class ContentPart(ReasoningPart, MediaFields):
     """A part of a message."""
 
     type: str
@@ -222,7 +224,7 @@ class ChatBody(GenerationBody):
         Raises:
             ApiError: the body is contradictory, or uses a feature that is not supported.
         """
-        messages, partial = _messages(self.messages)
+        messages, part_places, partial = _messages(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
@@ -232,6 +234,7 @@ class ChatBody(GenerationBody):
             **params,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             messages=messages,
+            part_places=part_places,
             tools=tools,
             tool_choice=check_tool_choice(self._tool_choice(), tools),
             parallel_tool_calls=self.parallel_tool_calls is not False,
@@ -271,20 +274,24 @@ class ChatBody(GenerationBody):
         return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
 
-def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], str | None]:
-    """Return the messages, and separately the text of the last one if it is partial."""
-    messages = [_message(message, f"messages[{at}]") for at, message in enumerate(body)]
+def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], Mapping[int, tuple[str, ...]], str | None]:
+    """Return the messages, the locations of their parts, and separately the text of the last one if it is partial."""
+    messages: list[Message] = []
+    part_places: dict[int, tuple[str, ...]] = {}
+    for at, message in enumerate(body):
+        content, part_places[at] = _content(message, f"messages[{at}].content")
+        messages.append(_message(message, content, f"messages[{at}]"))
     if not body[-1].partial:
-        return tuple(messages), None
+        return tuple(messages), part_places, None
     if body[-1].role != "assistant":
         param = f"messages[{len(body) - 1}].partial"
         raise ApiError(400, "only a message of role `assistant` can be `partial`", param=param)
     last = messages.pop().content
     assert isinstance(last, str)
-    return tuple(messages), last
+    return tuple(messages), part_places, last
 
 
-def _message(message: ChatMessage, location: str) -> Message:
+def _message(message: ChatMessage, content: Content, location: str) -> Message:
     if message.role == "tool" and not message.tool_call_id:
         raise ApiError(400, "a message of role `tool` needs `tool_call_id`", param=f"{location}.tool_call_id")
     if message.content is None and message.role in ("system", "developer", "user"):
@@ -294,32 +301,30 @@ def _message(message: ChatMessage, location: str) -> Message:
     calls = tuple(
         earlier_call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
     )
-    return Message(
-        role,
-        _text(message, f"{location}.content"),
-        _reasoning(message),
-        calls,
-        message.tool_call_id,
-        message.name,
-    )
+    return Message(role, content, _reasoning(message), calls, message.tool_call_id, message.name)
 
 
-def _text(message: ChatMessage, location: str) -> str:
-    """Return the text of a message, with its parts joined.
+def _content(message: ChatMessage, location: str) -> tuple[Content, tuple[str, ...]]:
+    """Return the content of a message, with its texts joined, and the locations of its parts.
 
     Raises:
-        ApiError: a part is not text.
+        ApiError: a part has a type that a message of this role cannot have.
     """
     if not isinstance(message.content, list):
-        return message.content or ""
-    texts: list[str] = []
+        return message.content or "", ()
+    content = ContentBuilder()
+    has_media = message.role in ("user", "tool")
     for at, part in enumerate(message.content):
+        place = f"{location}[{at}]"
         if part.type in TEXT_TYPES:
-            texts.append(part.text or part.refusal or "")
+            content.add_text(part.text or part.refusal or "")
+        elif part.type in MEDIA_TYPES and has_media:
+            add_media(content, part, place)
         elif part.type not in REASONING_TYPES or message.role != "assistant":
-            role = message.role if part.type in REASONING_TYPES else None
-            raise unsupported_content(part.type, f"{location}[{at}].type", ("text",), role)
-    return "".join(texts)
+            role = message.role if part.type in (*REASONING_TYPES, *MEDIA_TYPES) else None
+            supported = ("text", "image_url") if has_media else ("text",)
+            raise unsupported_content(part.type, f"{place}.type", supported, role)
+    return content.build()
 
 
 def _reasoning(message: ChatMessage) -> str | None:

@@ -6,7 +6,6 @@ sends the whole conversation each time. Requests that need stored state, or Open
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -15,6 +14,8 @@ from pydantic_core import PydanticCustomError
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.message_content import ContentBuilder
+from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, MediaFields, add_media
 from kimi_mlx.server.request_fields import (
     MIN_TOP_P,
     UNSUPPORTED,
@@ -36,10 +37,9 @@ ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 TEXT_TYPES = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
 
 
-class ItemPart(Body):
-    """A part of an item's content; only text is supported."""
+class ItemPart(MediaFields):
+    """A part of an item's content: text, or an image in messages of the user and in results of tools."""
 
-    type: str
     text: str | None = None
     refusal: str | None = None
 
@@ -193,6 +193,7 @@ def to_chat_request(body: ResponsesBody) -> ChatRequest:
         messages=tuple(conversation.messages),
         messages_name="input",
         places=tuple(conversation.places),
+        part_places=conversation.part_places,
         tools=tools,
         tool_choice=check_tool_choice(_tool_choice(body.tool_choice), tools),
         parallel_tool_calls=body.parallel_tool_calls is not False,
@@ -217,6 +218,7 @@ class _Conversation:
     def __init__(self, body: ResponsesBody):
         self.messages = [Message("system", body.instructions)] if body.instructions else []
         self.places = ["instructions"] if body.instructions else []
+        self.part_places: dict[int, tuple[str, ...]] = {}
         self._place = ""  # location of the last item that is part of an assistant message
         self._reasoning: list[str] = []
         self._text = ""
@@ -235,27 +237,29 @@ class _Conversation:
             self._place = location
             self._calls.append(earlier_call(item.call_id, item.name, item.arguments))
         elif isinstance(item, MessageItem):
-            self._add_message(item, _text(item.content, f"{location}.content"), location)
+            self._add_message(item, _content(item, f"{location}.content"), location)
         elif isinstance(item, FunctionCallOutputItem):
             self._end_message()
-            texts = (part.text or "" if part.type in TEXT_TYPES else placeholder(part.type) for part in item.output)
-            self.messages.append(Message("tool", "\n\n".join(texts), tool_call_id=item.call_id))
+            content, self.part_places[len(self.messages)] = _result(item, f"{location}.output").build()
+            self.messages.append(Message("tool", content, tool_call_id=item.call_id))
             self.places.append(location)
         elif item.type in ("item_reference", None):
             raise unsupported("references to items are", location, "items are not stored; send the item itself")
         else:
             raise unsupported(f"items of type `{item.type:.60}` are", location)
 
-    def _add_message(self, item: MessageItem, text: str, location: str) -> None:
-        if item.role != "assistant":
-            self._end_message()
-            self.messages.append(Message("system" if item.role == "developer" else item.role, text))
-            self.places.append(location)
+    def _add_message(self, item: MessageItem, content: ContentBuilder, location: str) -> None:
+        built, part_places = content.build()
+        if isinstance(built, str) and item.role == "assistant":
+            if self._text:
+                self._end_message()
+            self._place = location
+            self._text = built
             return
-        if self._text:
-            self._end_message()
-        self._place = location
-        self._text = text
+        self._end_message()
+        self.part_places[len(self.messages)] = part_places
+        self.messages.append(Message("system" if item.role == "developer" else item.role, built))
+        self.places.append(location)
 
     def _end_message(self) -> None:
         """Add an assistant message with the reasoning, text and calls since the last message."""
@@ -266,13 +270,35 @@ class _Conversation:
         self._reasoning, self._text, self._calls = [], "", []
 
 
-def _text(parts: Sequence[ItemPart], location: str) -> str:
-    texts: list[str] = []
-    for index, part in enumerate(parts):
-        if part.type not in TEXT_TYPES:
-            raise unsupported_content(part.type, f"{location}[{index}].type", ("input_text", "output_text"))
-        texts.append(part.text or part.refusal or "")
-    return "".join(texts)
+def _content(item: MessageItem, location: str) -> ContentBuilder:
+    """Return the content of a message.
+
+    Raises:
+        ApiError: a part has a type that a message of this role cannot have.
+    """
+    content = ContentBuilder()
+    for index, part in enumerate(item.content):
+        place = f"{location}[{index}]"
+        if part.type in TEXT_TYPES:
+            content.add_text(part.text or part.refusal or "")
+        elif part.type in MEDIA_TYPES and item.role == "user":
+            add_media(content, part, place)
+        else:
+            supported = ("input_text", "input_image" if item.role == "user" else "output_text")
+            role = item.role if part.type in MEDIA_TYPES else None
+            raise unsupported_content(part.type, f"{place}.type", supported, role)
+    return content
+
+
+def _result(item: FunctionCallOutputItem, location: str) -> ContentBuilder:
+    """Return the content of a tool's result."""
+    content = ContentBuilder("\n\n")
+    for index, part in enumerate(item.output):
+        if part.type in MEDIA_TYPES:
+            add_media(content, part, f"{location}[{index}]")
+        else:
+            content.add_text(part.text or "" if part.type in TEXT_TYPES else placeholder(part.type))
+    return content
 
 
 def _tool(tool: ResponsesTool, location: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.server.remote_images import ImageFetcher
 from kimi_mlx.server.response_builder import StopSequences
 from kimi_mlx.server.service import Service
 from kimi_mlx.session.session import EventCallback, SessionStatus
@@ -93,7 +94,7 @@ def session() -> ScriptedSession:
 
 @pytest.fixture
 def service(session: ScriptedSession, tokenizer: ChatTokenizer) -> Service:
-    return Service(session, PromptBuilder(tokenizer, 1000, {"temperature": 0.5}), 3, Metrics())
+    return Service(session, PromptBuilder(tokenizer, 1000, {"temperature": 0.5}), 3, Metrics(), ImageFetcher())
 
 
 def finished(reason: FinishReason = "stop") -> Finished:

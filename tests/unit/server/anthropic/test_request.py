@@ -15,7 +15,7 @@ from kimi_mlx.text.messages import Message, ToolCall
 
 HI = {"role": "user", "content": "Hi"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+DOCUMENT = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
 
 
 def request_of(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
@@ -98,7 +98,7 @@ def test_tool_calls_and_results():
         {
             "role": "user",
             "content": [
-                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "4"}, IMAGE]},
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "4"}, DOCUMENT]},
                 {"type": "tool_result", "tool_use_id": "toolu_2", "content": "no such city", "is_error": True},
                 {"type": "tool_result", "tool_use_id": "toolu_2"},
                 {"type": "text", "text": "And"},
@@ -109,7 +109,7 @@ def test_tool_calls_and_results():
     calls = (ToolCall("toolu_1", "f", '{"city": "Zürich"}'), ToolCall("toolu_2", "g", "{}"))
     assert request.messages[1:] == (
         Message("assistant", "I look it up.", "Hm.", calls),
-        Message("tool", "4\n\n[image: this model reads text only]", tool_call_id="toolu_1"),
+        Message("tool", "4\n\n[document: not supported]", tool_call_id="toolu_1"),
         Message("tool", "Error: no such city", tool_call_id="toolu_2"),
         Message("tool", "", tool_call_id="toolu_2"),
         Message("user", "And\n\nnow?"),
@@ -157,7 +157,7 @@ CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 @pytest.mark.parametrize(
     ("messages", "fields", "location", "problem"),
     [
-        ([message_with("user", **IMAGE)], {}, FIRST, "`image` is not supported: this model reads text"),
+        ([message_with("user", **DOCUMENT)], {}, FIRST, "`document`.* is not supported: use `text` or `image`"),
         ([message_with("user", type="document")], {}, FIRST, "`document`"),
         ([message_with("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
         ([message_with("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),

@@ -107,13 +107,15 @@ def test_text_has_several_types(kind: str) -> None:
 @pytest.mark.parametrize(
     ("content_type", "message"),
     [
-        ("image_url", "content of type `image_url` is not supported: this model reads text only"),
-        ("input_audio", "content of type `input_audio` is not supported: this model reads text only"),
-        ("txet", "content of type `txet` is not supported: use `text`"),
-        ("thinking", "content of type `thinking` in a message of role `user` is not supported: use `text`"),
+        ("input_audio", "content of type `input_audio` is not supported: use `text` or `image_url`"),
+        ("txet", "content of type `txet` is not supported: use `text` or `image_url`"),
+        (
+            "thinking",
+            "content of type `thinking` in a message of role `user` is not supported: use `text` or `image_url`",
+        ),
     ],
 )
-def test_only_errors_about_images_and_sounds_say_that_the_model_reads_text(content_type: str, message: str) -> None:
+def test_unsupported_content_is_named(content_type: str, message: str) -> None:
     with pytest.raises(ApiError) as error:
         chat_messages({"role": "user", "content": [{"type": content_type}]})
     assert (error.value.message, error.value.param) == (message, "messages[0].content[0].type")
@@ -124,7 +126,7 @@ def test_only_errors_about_images_and_sounds_say_that_the_model_reads_text(conte
     [
         ({"type": "input_text", "text": ""}, ""),
         ({"type": "input_text", "text": "21"}, "21"),
-        ({"type": "input_image"}, "[input_image: this model reads text only]"),
+        ({"type": "input_file", "file_id": "f"}, "[input_file: not supported]"),
         ({"type": "search_result"}, "[search_result: not supported]"),
     ],
 )

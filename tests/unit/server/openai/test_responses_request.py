@@ -14,7 +14,7 @@ from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_requ
 from kimi_mlx.text.messages import Message, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-IMAGE = {"type": "input_image", "image_url": "data:"}
+FILE = {"type": "input_file", "file_id": "f"}
 
 
 def request_of(input_value: str | list[dict[str, Any]] = "Hi", **fields: Any) -> ChatRequest:
@@ -77,7 +77,7 @@ def test_tool_calls_and_results():
             {
                 "type": "function_call_output",
                 "call_id": "call_2",
-                "output": [{"type": "input_text", "text": "5"}, IMAGE],
+                "output": [{"type": "input_text", "text": "5"}, FILE],
             },
             {"type": "reasoning", "summary": [{"type": "summary_text", "text": "So."}]},
             {"role": "assistant", "content": "Four."},
@@ -91,7 +91,7 @@ def test_tool_calls_and_results():
         Message("user", "Hi"),
         Message("assistant", "I look.", "Hm.", calls),
         Message("tool", "4", tool_call_id="call_1"),
-        Message("tool", "5\n\n[input_image: this model reads text only]", tool_call_id="call_2"),
+        Message("tool", "5\n\n[input_file: not supported]", tool_call_id="call_2"),
         Message("assistant", "Four.", "So."),
         Message("assistant", "No."),
         Message("user", "Why?"),
@@ -132,9 +132,9 @@ def test_fields(fields: dict[str, Any], name: str, value: Any):
         ({"input": [{"id": "x"}]}, "input[0]", "send the item itself"),
         ({"input": [{"type": "web_search_call"}]}, "input[0]", "`web_search_call`"),
         (
-            {"input": [{"role": "user", "content": [IMAGE]}]},
+            {"input": [{"role": "user", "content": [FILE]}]},
             "input[0].content[0].type",
-            "`input_image`.*reads text only",
+            "`input_file` is not supported: use `input_text` or `input_image`",
         ),
     ],
 )
