@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kimi_mlx.cli.option_groups import with_option_groups
-from kimi_mlx.cli.options import QUANTIZATION, JsonOption
+from kimi_mlx.cli.options import QUANTIZATION, JsonOption, NoVisionOption
 
 if TYPE_CHECKING:
     from kimi_mlx.weights.convert_options import ConvertOptions
@@ -51,12 +51,12 @@ class QuantizationOptions:
         ),
     ] = None
 
-    def to_options(self) -> ConvertOptions:
+    def to_options(self, no_vision: bool) -> ConvertOptions:
         """Return the options as numbers."""
         from kimi_mlx.weights.convert_options import ConvertOptions
 
         group_size = int(self.group_size) if self.group_size else None
-        return ConvertOptions(_number(self.bits), _number(self.expert_bits), group_size)
+        return ConvertOptions(_number(self.bits), _number(self.expert_bits), group_size, no_vision)
 
 
 @with_option_groups
@@ -73,6 +73,7 @@ def convert(
         Path, typer.Argument(metavar="DST", help="New folder, or one with an unfinished run of the same conversion.")
     ],
     quantization: QuantizationOptions,
+    no_vision: NoVisionOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be done and the size of the result.")
     ] = False,
@@ -82,12 +83,13 @@ def convert(
 
     mlx-lm and others read the result too. Memory use is small for any model size. Run the same command again to
     resume. Tensors already in the requested format are copied unchanged; others are re-quantized, which loses more
-    than quantizing the original floats. Norms and the router are never quantized. Floats keep the type of SRC.
+    than quantizing the original floats. Norms and the router are never quantized. Floats keep the type of SRC. A vision
+    tower is copied unchanged.
     """
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.convert_model import convert_model, show_conversion
 
-    options, folder = quantization.to_options(), target.expanduser()
+    options, folder = quantization.to_options(no_vision), target.expanduser()
     if dry_run:
         show_conversion(source, folder, options, is_json=json)
     else:

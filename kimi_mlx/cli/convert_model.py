@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.progress import TaskID
@@ -75,26 +75,29 @@ def convert_model(source: str, folder: Path, options: ConvertOptions, is_json: b
 
 def _plan_from_hub(repository: str, options: ConvertOptions) -> ConversionPlan:
     """Return the plan of a repository that is not on this machine; downloads only the headers of its files."""
-    contents = read_contents(look_up(repository))
-    checkpoint = Checkpoint(contents.config(), contents.table, repository)
+    contents = read_contents(replace(look_up(repository), skips_vision=options.no_vision))
+    config = contents.config()
+    checkpoint = Checkpoint(replace(config, vision=None) if options.no_vision else config, contents.table, repository)
     checkpoint.check_names()
     has_prefix = any(name.startswith(TEXT_PREFIX) for name in contents.table)
     return plan_conversion(checkpoint, options, has_prefix)
 
 
 def _open(origin: ModelRef, options: ConvertOptions, is_json: bool) -> Conversion:
-    folder = _source_folder(origin, is_json)
+    folder = _source_folder(origin, options, is_json)
     check_text_files(folder)
     return open_conversion(folder, options)
 
 
-def _source_folder(target: ModelRef, is_quiet: bool) -> Path:
+def _source_folder(target: ModelRef, options: ConvertOptions, is_quiet: bool) -> Path:
     """Return the folder of the checkpoint, never of a store; it is downloaded if it is not on this machine."""
     if target.repository is None:
         assert target.folder is not None
         return target.folder
     folder = find_local(target.repository)
-    return fetch(target, look_up(target.repository), is_quiet) if folder is None else folder
+    if folder is not None:
+        return folder
+    return fetch(target, replace(look_up(target.repository), skips_vision=options.no_vision), is_quiet)
 
 
 def _run(conversion: Conversion, folder: Path, is_quiet: bool) -> ConversionResult:

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from kimi_mlx.cli.option_groups import with_option_groups
-from kimi_mlx.cli.options import ADVANCED, MODEL, JsonOption, ModelArgument, StrategyOption, model_name
+from kimi_mlx.cli.options import (
+    ADVANCED,
+    MODEL,
+    JsonOption,
+    ModelArgument,
+    NoVisionOption,
+    StrategyOption,
+    model_name,
+)
 from kimi_mlx.errors import UsageError
 
 
@@ -52,6 +60,8 @@ class DownloadOptions:
             rich_help_panel=ADVANCED,
         ),
     ] = False
+
+    no_vision: NoVisionOption = False
 
     def with_ranks(self, num_hosts: int) -> DownloadOptions:
         """Return the options with the number of ranks; each of several hosts is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from kimi_mlx.cli.download import DownloadOptions
@@ -15,6 +16,7 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
 from kimi_mlx.hub.snapshots import damaged_files, unknown_files
+from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.download import StoreOptions, join_group
@@ -22,6 +24,7 @@ from kimi_mlx.store.hub_source import read_contents
 from kimi_mlx.store.locate import stores_root
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
+from kimi_mlx.weights.index import lacks_vision
 
 
 def download_here(name: str, options: DownloadOptions, is_json: bool) -> None:
@@ -61,7 +64,15 @@ def _download_stores(
     # under `mlx.launch`, processes do not know which stores the others have
     strategy = options.strategy if group.size == 1 else options.strategy or "hybrid"
     choice = place_model(target, ranks, strategy, is_quiet=is_quiet)
-    store = StoreOptions(target.source, stores_root(), ranks, choice.strategy, options.revision, options.keep_source)
+    store = StoreOptions(
+        target.source,
+        stores_root(),
+        ranks,
+        choice.strategy,
+        options.revision,
+        options.keep_source,
+        skips_vision=options.no_vision,
+    )
     observer = TerminalObserver(target, is_quiet)
     return prepare_stores(target, store, group, observer, dry_run=options.dry_run, verify=options.verify)
 
@@ -77,15 +88,16 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, options.revision)
     damaged = [] if local is None else damaged_files(local)
-    is_complete = local is not None and not damaged and not unknown_files(local)
+    adds_vision = local is not None and not options.no_vision and _can_add_vision(local)
+    is_complete = local is not None and not damaged and not unknown_files(local) and not adds_vision
     # False for the name of a branch, which may have a newer commit
     is_right_commit = local is not None and local.name.startswith(options.revision or "")
     has_work = options.dry_run or options.verify
     if local is not None and is_complete and is_right_commit and not has_work:
         return _report_local(target, local)
-    list_files = find_repository if is_complete or has_work else look_up
+    list_files = find_repository if is_complete or adds_vision or has_work else look_up
     revision = local.name if local is not None and is_right_commit else options.revision
-    repository = list_files(target.repository, revision)
+    repository = replace(list_files(target.repository, revision), skips_vision=options.no_vision)
     if repository.is_local and local is not None and not has_work:  # offline: the newest commit is unknown
         return _report_local(target, local)
     if options.dry_run:
@@ -104,6 +116,11 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         "state": describe_state(options.verify, broken),
         "broken": broken,
     }
+
+
+def _can_add_vision(snapshot: Path) -> bool:
+    """Return whether files of the vision part are missing in a snapshot of a model that can use them."""
+    return load_config(snapshot).vision is not None and lacks_vision(snapshot)
 
 
 def _report_local(target: ModelRef, folder: Path) -> DownloadReport:

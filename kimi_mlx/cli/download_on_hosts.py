@@ -53,6 +53,7 @@ def download_on_hosts(launch: LaunchContext, name: str, options: DownloadOptions
             dry_run=options.dry_run,
             verify=options.verify,
             keep_source=options.keep_source,
+            skips_vision=options.no_vision,
         )
         names = [host.ssh for host in launch.cluster.hostfile.hosts]
         results = _collect(ring, show, names)
@@ -95,7 +96,7 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
 
         def show(message: Message) -> None:
             if message["kind"] == "starting":
-                TerminalObserver(target, is_quiet).on_start(message["vision_bytes"])
+                TerminalObserver(target, is_quiet).on_start(message["skipped_bytes"])
             elif message["kind"] == "waiting":
                 stderr.print(message["text"], markup=False)
             elif message["kind"] == "checking":

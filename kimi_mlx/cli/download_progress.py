@@ -110,11 +110,11 @@ class TerminalObserver:
     def __init__(self, target: ModelRef, is_quiet: bool):
         self._target, self._is_quiet = target, is_quiet
 
-    def on_start(self, vision_bytes: int) -> None:
-        """Print the licence, once per model, and that the vision part is not downloaded."""
+    def on_start(self, skipped_bytes: int) -> None:
+        """Print the licence, once per model, and that the vision part is left out if it is."""
         print_licence_once(self._target, self._is_quiet)
-        if not self._is_quiet and vision_bytes:
-            stderr.print(f"the vision part ({format_bytes(vision_bytes)}) is left out: text only")
+        if not self._is_quiet and skipped_bytes:
+            stderr.print(f"the vision part ({format_bytes(skipped_bytes)}) is left out: images will be refused")
 
     def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a progress bar of checked bytes."""

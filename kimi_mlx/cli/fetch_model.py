@@ -14,12 +14,12 @@ from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, snapshot_folder
 from kimi_mlx.hub.client import Repository, complete_checkpoint, fetch_checkpoint, find_repository
-from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.needs import memory_per_host
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.units import GB, format_bytes, format_gib
-from kimi_mlx.weights.index import read_index
+from kimi_mlx.weights.index import lacks_vision
 
 MAX_UNCONFIRMED_BYTES = 5 * GB
 """Largest download that starts without confirmation."""
@@ -57,8 +57,8 @@ def fetch(target: ModelRef, repository: Repository, is_quiet: bool) -> Path:
     total = sum(file.size_bytes for file in repository.files)
     with byte_progress(f"downloading {target.name}", total, is_quiet) as advance:
         folder = fetch_checkpoint(repository, advance)
-    if not is_quiet and any(name.startswith(IGNORED_PREFIXES) for name in read_index(folder)):
-        stderr.print("the vision part is not downloaded: text only", style="dim")
+    if not is_quiet and load_config(folder).vision is not None and lacks_vision(folder):
+        stderr.print("the vision part is left out: images will be refused", style="dim")
     return folder
 
 

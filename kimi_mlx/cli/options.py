@@ -151,6 +151,14 @@ CacheDiskOption = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+NoVisionOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-vision",
+        help="Leave out the vision part (0.9 GB in Kimi K2.5): the model then refuses images.",
+        rich_help_panel=MODEL,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from kimi_mlx.errors import KimiMlxError, WeightsError
@@ -31,7 +32,7 @@ from kimi_mlx.hub.snapshots import find_local, is_complete, record_absent_files,
 from kimi_mlx.hub.threads import for_each
 from kimi_mlx.model.config import load_config
 from kimi_mlx.units import format_bytes
-from kimi_mlx.weights.index import INDEX_NAME, read_weight_map
+from kimi_mlx.weights.index import INDEX_NAME, lacks_vision, read_weight_map
 
 __all__ = [
     "Progress",
@@ -98,6 +99,8 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
 def complete_checkpoint(name: str, snapshot: Path, fetch: Callable[[Repository], Path] = fetch_checkpoint) -> Path:
     """Fetch the optional files of a snapshot if any may be missing; if that fails, log a note.
 
+    A vision part that is missing is not among them: `kimi-mlx download` fetches it.
+
     Args:
         name: `owner/name`.
         snapshot: complete snapshot in the cache, or any other folder, which stays as it is.
@@ -109,7 +112,8 @@ def complete_checkpoint(name: str, snapshot: Path, fetch: Callable[[Repository],
     missing = ", ".join(unknown_files(snapshot))
     if missing:
         try:
-            return fetch(look_up(name, snapshot.name, max_wait_s=0))
+            repository = look_up(name, snapshot.name, max_wait_s=0)
+            return fetch(replace(repository, skips_vision=lacks_vision(snapshot)))
         except KimiMlxError as error:
             reason = error.message.rpartition("cannot be downloaded: ")[2]
             LOG.warning("note: `%s` may lack %s (%s); `kimi-mlx download %s` fetches it", name, missing, reason, name)
@@ -178,10 +182,19 @@ def _is_valid(path: Path, file: RepositoryFile, stop: threading.Event, progress:
 
 
 def _needed_files(repository: Repository) -> tuple[RepositoryFile, ...]:
-    """Return the needed files according to the cached index, if the repository has one."""
+    """Return the needed files according to the cached index, if the repository has one, and the configuration."""
+    folder = snapshot_folder(repository)
     has_index = any(file.name == INDEX_NAME for file in repository.files)
-    weight_map = read_weight_map(snapshot_folder(repository) / INDEX_NAME) if has_index else None
-    return needed_files(repository, weight_map)
+    weight_map = read_weight_map(folder / INDEX_NAME) if has_index else None
+    return needed_files(repository if _uses_vision(folder) else replace(repository, skips_vision=True), weight_map)
+
+
+def _uses_vision(folder: Path) -> bool:
+    """Return whether a configuration has a vision part; false if it is unreadable, so that it is fetched first."""
+    try:
+        return load_config(folder).vision is not None
+    except KimiMlxError:
+        return False
 
 
 def _require_space(repository: Repository, files: list[RepositoryFile]) -> None:

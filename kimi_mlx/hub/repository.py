@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.index import files_in_use, log_note, unlisted_of_series
+from kimi_mlx.weights.index import files_in_use, log_note, unlisted_of_series, vision_only_files
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Repository:
         files: files of the model, sorted by name.
         revision: requested branch, tag or commit.
         is_local: whether the files are those in the cache, because the hub could not be asked.
+        skips_vision: whether to leave out the files that have only tensors of the vision tower.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Repository:
     files: tuple[RepositoryFile, ...]
     revision: str = "main"
     is_local: bool = False
+    skips_vision: bool = False
 
     def file(self, name: str) -> RepositoryFile:
         """Return the file with this name.
@@ -100,9 +102,10 @@ class Checksum:
 
 
 def needed_files(repository: Repository, weight_map: Mapping[str, str] | None) -> tuple[RepositoryFile, ...]:
-    """Return the files that the text model needs.
+    """Return the files that the model needs.
 
-    An index whose files do not exist, or without files, is ignored with a note: all weight files are needed then.
+    An index whose files do not exist, or without files, is ignored with a note: all weight files are needed then. Files
+    with only vision tensors may be missing.
 
     Args:
         repository: the repository.
@@ -125,5 +128,6 @@ def needed_files(repository: Repository, weight_map: Mapping[str, str] | None) -
             f"first `{missing[0]}`",
             hint="choose a complete model: `kimi-mlx models` lists known ones",
         )
-    skipped = weights - in_use - unlisted_of_series(weight_map, weights)
+    vision = set[str]() if repository.skips_vision else vision_only_files(weight_map)
+    skipped = weights - in_use - vision - unlisted_of_series(weight_map, weights)
     return tuple(file for file in repository.files if file.name not in skipped)

@@ -13,15 +13,15 @@ from typing import Literal
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.vision_config import VisionConfig
+from kimi_mlx.model.vision_config import CHANNELS, VisionConfig
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Suffixes of tensors that the model does not use: rotary buffers of old files."""
 
 VISION_PATH, PROJECTOR_PATH = "vision_tower.", "mm_projector."
 
-IGNORED_PREFIXES = (VISION_PATH, PROJECTOR_PATH)
-"""Prefixes of tensors that the text model does not use: K2.5's vision part."""
+VISION_PREFIXES = (VISION_PATH, PROJECTOR_PATH)
+"""Prefixes of the tensors of K2.5's vision tower and its projector."""
 
 FLOAT_MATRICES = (".mlp.gate", ".patch_embed.proj", ".patch_embed.pos_emb")
 """Ends of the paths of matrices that are never quantized: the router, and the vision tower's patches and positions."""
@@ -58,6 +58,8 @@ class SourceMatrix:
         heads: (number of heads, first row, end row) for a part of `kv_b_proj`: these rows of each head, out of the
             rows of all heads, become a stack of one member per head; None for other matrices.
         suffix: suffix of the tensor's name.
+        kernel: (channels, height, width) of a convolution over separate patches, which is a matrix in the canonical
+            form and may be stored with four axes, with the channels second or last; None for other matrices.
     """
 
     paths: tuple[str, ...]
@@ -66,6 +68,7 @@ class SourceMatrix:
     blocks: int = 0
     heads: tuple[int, int, int] | None = None
     suffix: str = ".weight"
+    kernel: tuple[int, int, int] | None = None
 
     @property
     def is_float(self) -> bool:
@@ -98,6 +101,11 @@ class CheckpointLayout:
 
     has: Callable[[str], bool]
     quantization: Callable[[str], Quantization | None]
+
+
+def is_vision(name: str) -> bool:
+    """Return whether a tensor is one of the vision tower or its projector."""
+    return name.startswith(VISION_PREFIXES)
 
 
 def top_entries(config: ModelConfig) -> list[TreeEntry]:
@@ -136,14 +144,15 @@ def layer_entries(
 def vision_entries(config: VisionConfig, layout: CheckpointLayout) -> list[TreeEntry]:
     """Return the entries of the vision tower and its projector, named as published: one per matrix and one per bias.
 
-    The patch embedding is stored as a convolution, (D, 3, rows, columns), and used as a matrix with these rows of
-    columns. mlx-vlm stores it as (D, rows, columns, 3), and has other names for the blocks.
+    The embedding of patches is stored as a convolution (D, 3, height, width) and used as a matrix with as many columns
+    as a patch has values. mlx-vlm stores it as (D, height, width, 3), and has other names for the blocks (its
+    models/kimi_k25/vision.py).
     """
     hidden, merged = config.vt_hidden_size, config.merged_size
+    kernel = (CHANNELS, config.patch_size, config.patch_size)
     is_of_mlx_vlm = layout.has(f"{VISION_PATH}final_layernorm.weight")
     tables = (config.init_pos_emb_height, config.init_pos_emb_width, hidden)
     shapes: dict[str, tuple[int, ...]] = {
-        f"{VISION_PATH}patch_embed.proj": (hidden, config.patch_values),
         f"{VISION_PATH}encoder.final_layernorm": (hidden,),
         f"{PROJECTOR_PATH}pre_norm": (hidden,),
         f"{PROJECTOR_PATH}proj.0": (merged, merged),
@@ -152,7 +161,13 @@ def vision_entries(config: VisionConfig, layout: CheckpointLayout) -> list[TreeE
     for index in range(config.vt_num_hidden_layers):
         path = f"{VISION_PATH}encoder.blocks.{index}."
         shapes |= {path + name: shape for name, shape in _vision_block_shapes(config).items()}
-    entries = [_single(f"{VISION_PATH}patch_embed.pos_emb", f"{VISION_PATH}patch_embed.pos_emb", tables)]
+    embed = f"{VISION_PATH}patch_embed."
+    patches = SourceMatrix((f"{embed}proj",), (hidden, config.patch_values), kernel=kernel)
+    entries = [
+        TreeEntry(f"{embed}proj", ((patches,),)),
+        _single(f"{embed}proj.bias", f"{embed}proj", (hidden,), suffix=".bias"),
+        _single(f"{embed}pos_emb", f"{embed}pos_emb", tables),
+    ]
     for name, shape in shapes.items():
         path = _mlx_vlm_path(name) if is_of_mlx_vlm else name
         entries += [_single(name, path, shape), _single(f"{name}.bias", path, shape[:1], suffix=".bias")]

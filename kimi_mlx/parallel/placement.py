@@ -7,7 +7,8 @@ Strategies, what they shard, and the communication per token:
     expert     whole experts, rows of shared experts and dense MLPs, rows of the head     one sum per layer
     pipeline   layers; rank 0 has the embedding and the head, too                         one message per rank
 
-The embedding is never sharded: that would cost a collective per token and save 0.1 % of the weights.
+The embedding is never sharded: that would cost a collective per token and save 0.1 % of the weights. A vision tower is
+held by rank 0 alone: the others get its features.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from kimi_mlx.errors import PlacementError, UsageError
@@ -55,6 +56,8 @@ class RankShare:
         dense_rows: range of intermediate_size.
         embed_rows: range of vocab_size in the embedding.
         vocab_rows: range of vocab_size in the head; the last norm belongs to it.
+        has_vision: whether the rank holds the vision tower, if the model has one. It is no part of a placement's
+            digest: a store of a text model and one with a tower are of the same placement.
     """
 
     layers: Range
@@ -65,10 +68,15 @@ class RankShare:
     dense_rows: Range
     embed_rows: Range
     vocab_rows: Range
+    has_vision: bool = False
 
     def range_of(self, name: str) -> Range:
         """Return the range of the axis `name`."""
         return getattr(self, name)
+
+
+RANGE_FIELDS = tuple(item.name for item in fields(RankShare) if item.name != "has_vision")
+"""Fields of a RankShare that are ranges."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +102,16 @@ class Placement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the placement as JSON; ranges become pairs."""
-        shares = [
-            {item.name: [indices.start, indices.stop] for item, indices in _ranges(share)} for share in self.shares
-        ]
+        ranges = ({name: share.range_of(name) for name in RANGE_FIELDS} for share in self.shares)
+        shares = [{name: [span.start, span.stop] for name, span in by_name.items()} for by_name in ranges]
         return {"strategy": self.strategy, "shares": shares}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """Read the output of to_dict; raise KeyError, TypeError or ValueError for anything else."""
         shares = (
-            RankShare(**{name: Range(*map(int, span)) for name, span in share.items()}) for share in value["shares"]
+            RankShare(**{name: Range(*map(int, span)) for name, span in share.items()}, has_vision=rank == 0)
+            for rank, share in enumerate(value["shares"])
         )
         return cls(str(value["strategy"]), tuple(shares))
 
@@ -111,10 +119,6 @@ class Placement:
     def digest(self) -> str:
         """Short hash that distinguishes placements of equal strategy and size."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
-
-
-def _ranges(share: RankShare) -> list[tuple[Field[Any], Range]]:
-    return [(item, share.range_of(item.name)) for item in fields(share)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def place(config: ModelConfig, strategy: str, world_size: int, granularity: Spli
     """
     strategy = normalize_strategy(strategy, world_size)
     name, weights = parse_strategy(strategy)
-    is_sharded = {field: field in SHARDED_AXES[name] for field in (item.name for item in fields(RankShare))}
+    is_sharded = {field: field in SHARDED_AXES[name] for field in RANGE_FIELDS}
 
     def ranges(field: str, total: int, unit: int | None, axis: str) -> list[Range]:
         if not is_sharded[field]:
@@ -213,7 +217,8 @@ def place(config: ModelConfig, strategy: str, world_size: int, granularity: Spli
         elsewhere = [Range(0, 0)] * (world_size - 1)
         columns["embed_rows"][1:] = columns["vocab_rows"][1:] = elsewhere
     shares = tuple(
-        RankShare(**{field: column[rank] for field, column in columns.items()}) for rank in range(world_size)
+        RankShare(**{field: column[rank] for field, column in columns.items()}, has_vision=rank == 0)
+        for rank in range(world_size)
     )
     return Placement(strategy, shares)
 

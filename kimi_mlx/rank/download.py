@@ -27,9 +27,9 @@ class ChannelObserver:
     def __init__(self, channel: Channel):
         self._channel = channel
 
-    def on_start(self, vision_bytes: int) -> None:
+    def on_start(self, skipped_bytes: int) -> None:
         """Report that the download starts."""
-        self._channel.send("starting", vision_bytes=vision_bytes)
+        self._channel.send("starting", skipped_bytes=skipped_bytes)
 
     @contextmanager
     def on_check(self, total_bytes: int) -> Generator[Callable[[int], None]]:
@@ -88,6 +88,7 @@ def serve(channel: Channel, start: Message) -> None:
         start["strategy"],
         revision=start["revision"],
         keep_source=start["keep_source"],
+        skips_vision=start["skips_vision"],
     )
     result = prepare_stores(
         target, options, group, ChannelObserver(channel), dry_run=start["dry_run"], verify=start["verify"]

@@ -58,7 +58,16 @@ def build_stores(
 def _open_writer(job: BuildJob, rank: int) -> RankWriter:
     origin = job.source.contents.origin
     plan = lambda file: job.plan(rank, file)  # noqa: E731
-    return RankWriter(rank_folder(job.folder, rank), origin, job.placement, rank, plan, job.sources_of_file(rank))
+    return RankWriter(
+        rank_folder(job.folder, rank),
+        origin,
+        job.placement,
+        rank,
+        job.num_layers,
+        job.source_has_vision,
+        plan,
+        job.sources_of_file(rank),
+    )
 
 
 def _write_small_files(job: BuildJob) -> None:

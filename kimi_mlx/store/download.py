@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -49,6 +49,7 @@ class StoreOptions:
         strategy: strategy of the placement.
         revision: branch, tag or commit of the repository; None for the one on this machine, else the main branch.
         keep_source: whether to keep the fetched files, in the hub's cache.
+        skips_vision: whether to leave out the vision tower.
     """
 
     source: Path | str
@@ -57,6 +58,7 @@ class StoreOptions:
     strategy: str = "hybrid"
     revision: str | None = None
     keep_source: bool = False
+    skips_vision: bool = False
 
     def __post_init__(self) -> None:
         """Normalize the strategy."""
@@ -122,13 +124,18 @@ def open_build_job(options: StoreOptions, group: Group) -> BuildJob:
         contents = source.contents
         config = contents.config()
         dtype = STORED_FLOATS.get(config.dtype, "F32")
+        whole = Checkpoint(config, contents.table, contents.origin.repository, dtype)
+        source_has_vision = whole.has_vision or contents.lacks_vision if config.vision is not None else None
+        if options.skips_vision:
+            config = replace(config, vision=None)
         checkpoint = Checkpoint(config, contents.table, contents.origin.repository, dtype)
         checkpoint.check_names()
         placement = place(config, options.strategy, options.ranks, split_granularity_of(checkpoint, options.strategy))
-        return BuildJob(source, checkpoint, placement, options.stores)
+        return BuildJob(source, checkpoint, placement, options.stores, source_has_vision)
 
     job = run_on_all_ranks(group, plan)
-    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {source.contents.origin.commit}"
+    identity = f"{__version__} {FORMAT} {BATCH_BYTES} {job.placement.digest} {source.contents.origin.commit} "
+    identity += str(job.checkpoint.has_vision)
     check_same_on_all_ranks(
         group,
         identity,
@@ -172,10 +179,10 @@ def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
         snapshot = find_local(name)
         revision = newest_commit(options.stores, name, options.ranks, options.strategy) or (snapshot and snapshot.name)
     if group.size == 1:
-        repository = find_repository(name, revision)
+        repository = replace(find_repository(name, revision), skips_vision=options.skips_vision)
         contents = read_contents(repository)
     else:
-        encoded = run_on_all_ranks(group, lambda: _read_encoded(name, revision) if group.rank == 0 else b"")
+        encoded = run_on_all_ranks(group, lambda: _read_encoded(options, revision) if group.rank == 0 else b"")
         repository, contents = decode_contents(_broadcast(encoded, group))
     root = commit_folder(options.stores, contents.origin) / "sources"
     # a separate folder, because other placements may be built at the same time
@@ -183,8 +190,8 @@ def _open_source(options: StoreOptions, group: Group) -> CheckpointSource:
     return HubSource(repository, contents, folder, options.keep_source, options.revision or "main")
 
 
-def _read_encoded(name: str, revision: str | None) -> bytes:
-    repository = find_repository(name, revision)
+def _read_encoded(options: StoreOptions, revision: str | None) -> bytes:
+    repository = replace(find_repository(str(options.source), revision), skips_vision=options.skips_vision)
     return encode_contents(repository, read_contents(repository))
 
 

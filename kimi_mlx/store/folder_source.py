@@ -11,7 +11,7 @@ from kimi_mlx.model_files import list_small_files
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
 from kimi_mlx.weights.header import TensorInfo
-from kimi_mlx.weights.index import checkpoint_files
+from kimi_mlx.weights.index import checkpoint_files, lacks_vision
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 """Samples of each file that a folder's digest covers, because files with equal headers may have other weights."""
@@ -34,7 +34,8 @@ class FolderSource:
             _hash_samples(file, digest)
         origin = Origin(str(self._folder), digest.hexdigest()[:40])
         sizes = {file.name: file.stat().st_size for file in files}
-        self.contents = CheckpointContents(origin, sizes, headers, small_files)
+        is_without_vision = lacks_vision(self._folder, {name for header in headers.values() for name in header})
+        self.contents = CheckpointContents(origin, sizes, headers, small_files, lacks_vision=is_without_vision)
 
     @property
     def kept_bytes(self) -> int:

@@ -29,12 +29,11 @@ from kimi_mlx.hub.client import (
 )
 from kimi_mlx.hub.fetch import matches_checksum, read_file
 from kimi_mlx.hub.partial_file import part_path
-from kimi_mlx.model.names import IGNORED_PREFIXES
 from kimi_mlx.model_files import is_small_file
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
 from kimi_mlx.weights.header import TensorInfo, parse_header
-from kimi_mlx.weights.index import INDEX_NAME, parse_weight_map
+from kimi_mlx.weights.index import INDEX_NAME, missing_vision, parse_weight_map, vision_only_files
 
 HEADER_WORKERS = 8
 """Number of headers that are fetched at the same time."""
@@ -162,6 +161,10 @@ def read_contents(repository: Repository) -> CheckpointContents:
         small_contents = dict(pool.map(lambda file: (file.name, _read_small(repository, file)), small_files))
         where = f"{repository.name}/{INDEX_NAME}"
         weight_map = {} if index is None else parse_weight_map(_read_small(repository, index), where)
+        origin = Origin(repository.name, repository.commit)
+        vision_only = vision_only_files(weight_map)
+        if vision_only and CheckpointContents(origin, {}, {}, small_contents).config().vision is None:
+            repository = replace(repository, skips_vision=True)
         weights = [file for file in needed_files(repository, weight_map) if file.name.endswith(".safetensors")]
         if not weights:
             raise WeightsError(
@@ -169,9 +172,9 @@ def read_contents(repository: Repository) -> CheckpointContents:
             )
         headers = dict(pool.map(lambda file: (file.name, _read_header(repository, file)), weights))
     sizes = {file.name: file.size_bytes for file in weights}
-    vision = {file for name, file in weight_map.items() if name.startswith(IGNORED_PREFIXES)}
-    vision_bytes = sum(file.size_bytes for file in repository.files if file.name in vision - sizes.keys())
-    return CheckpointContents(Origin(repository.name, repository.commit), sizes, headers, small_contents, vision_bytes)
+    skipped_bytes = sum(file.size_bytes for file in repository.files if file.name in vision_only - sizes.keys())
+    lacks_vision = bool(missing_vision(weight_map, {name for header in headers.values() for name in header}))
+    return CheckpointContents(origin, sizes, headers, small_contents, skipped_bytes, lacks_vision)
 
 
 def _read_small(repository: Repository, file: RepositoryFile) -> bytes:
@@ -215,7 +218,8 @@ def encode_contents(repository: Repository, contents: CheckpointContents) -> byt
         "sizes": dict(contents.sizes),
         "headers": headers,
         "small": {name: base64.b64encode(data).decode() for name, data in contents.small_files.items()},
-        "vision_bytes": contents.vision_bytes,
+        "skipped_bytes": contents.skipped_bytes,
+        "lacks_vision": contents.lacks_vision,
     }
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -232,4 +236,6 @@ def decode_contents(data: bytes) -> tuple[Repository, CheckpointContents]:
     small_files = {name: base64.b64decode(text) for name, text in value["small"].items()}
     repository = Repository.from_dict(value["repository"])
     origin = Origin(repository.name, repository.commit)
-    return repository, CheckpointContents(origin, value["sizes"], headers, small_files, value["vision_bytes"])
+    skipped_bytes, lacks_vision = value["skipped_bytes"], value["lacks_vision"]
+    contents = CheckpointContents(origin, value["sizes"], headers, small_files, skipped_bytes, lacks_vision)
+    return repository, contents

@@ -51,7 +51,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """File of one layer, or of the top.
+    """File of one layer, of the top, or of the vision tower.
 
     Args:
         name: file name.
@@ -81,21 +81,34 @@ class Manifest:
         placement: shares of all ranks.
         rank: rank of the store.
         files: files of the layers in order, then of the top.
+        vision: file of the vision tower; None without one.
+        source_has_vision: whether the source has a vision tower; None if the model has none, or an earlier version
+            built the store.
     """
 
     origin: Origin
     placement: Placement
     rank: int
     files: tuple[StoredFile, ...]
+    vision: StoredFile | None = None
+    source_has_vision: bool | None = None
+
+    @property
+    def all_files(self) -> tuple[StoredFile, ...]:
+        """The files of the layers and the top, and that of the vision tower."""
+        return self.files if self.vision is None else (*self.files, self.vision)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.size_bytes for file in self.files)
+        return sum(file.size_bytes for file in self.all_files)
 
     def write(self, folder: Path) -> None:
         """Write the manifest into the store's folder, atomically."""
         value = {"format": FORMAT, **asdict(self), "placement": self.placement.to_dict()}
+        for name in ("vision", "source_has_vision"):  # earlier versions wrote neither
+            if value[name] is None:
+                del value[name]
         write_atomically(folder / MANIFEST_NAME, json.dumps(value, indent=1).encode())
 
 
@@ -125,8 +138,11 @@ def read_manifest(folder: Path) -> Manifest:
                 f"the store `{folder}` has format {value['format']}, this version reads {FORMAT}",
                 hint="build it again: remove the folder, then `kimi-mlx download`",
             )
+        placement = Placement.from_dict(value["placement"])
         files = tuple(_file(item) for item in value["files"])
-        return Manifest(Origin(**value["origin"]), Placement.from_dict(value["placement"]), int(value["rank"]), files)
+        vision = _file(value["vision"]) if "vision" in value else None
+        source_has_vision = bool(value["source_has_vision"]) if "source_has_vision" in value else None
+        return Manifest(Origin(**value["origin"]), placement, int(value["rank"]), files, vision, source_has_vision)
     except FileNotFoundError:
         raise WeightsError(
             f"there is no complete store in `{folder}`",

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from kimi_mlx.errors import WeightsError
+from kimi_mlx.errors import UnreachableError, WeightsError
+from kimi_mlx.hub.retries import LOG
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.disk import store_disk_bytes
@@ -20,6 +21,7 @@ from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import CheckpointContents
 from kimi_mlx.store.store_folders import rank_folder, stored_ranks
 from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size
+from kimi_mlx.store.vision import store_lacks_vision
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
 DownloadReport = dict[str, Any]
@@ -29,11 +31,11 @@ DownloadReport = dict[str, Any]
 class DownloadObserver(Protocol):
     """Observer of a download."""
 
-    def on_start(self, vision_bytes: int) -> None:
+    def on_start(self, skipped_bytes: int) -> None:
         """Handle the start of a download.
 
         Args:
-            vision_bytes: bytes of the vision part, which is not stored.
+            skipped_bytes: bytes of the vision part if it is left out; 0 if not.
         """
         ...
 
@@ -72,19 +74,31 @@ def prepare_stores(
         KimiMlxError: an error of any host.
     """
     broken: Mapping[int, Sequence[str]] = {}
+    is_complete = False
     ranks = range(options.ranks) if group.size == 1 else [group.rank]
     stores = None if dry_run else find_built_stores(options, group)
     if stores is not None:
         broken = _find_broken(stores.folder, ranks, observer) if verify else _find_truncated(stores.folder, ranks)
-        if not any_host(any(broken.values()), group):
+        is_complete = not any_host(any(broken.values()), group)
+        can_add_vision = any_host(0 in ranks and store_lacks_vision(stores.folder), group)
+        if is_complete and (options.skips_vision or not can_add_vision):
             return _report_stores(model, stores, ranks, "is verified" if verify else "is on this machine")
-        options = replace(options, revision=stores.origin.commit)
-    job = open_build_job(options, group)
+        # a repair keeps the tower that the store has
+        skips_vision = options.skips_vision and can_add_vision
+        options = replace(options, revision=stores.origin.commit, skips_vision=skips_vision)
+    try:
+        job = open_build_job(options, group)
+    except UnreachableError as error:
+        if not is_complete or stores is None:
+            raise
+        LOG.warning("note: the vision part of `%s` cannot be added now: %s", model.name, error.message)
+        return _report_stores(model, stores, ranks, "is on this machine, without its vision part")
     if dry_run:
         return _dry_run(model, options, job, ranks)
     if verify and stores is None:
         broken = _find_broken(job.folder, [rank for rank in stored_ranks(job.folder) if rank in ranks], observer)
-    observer.on_start(vision_bytes_of(job.checkpoint.tensors) + job.source.contents.vision_bytes)
+    vision_bytes = vision_bytes_of(job.source.contents.table) + job.source.contents.skipped_bytes
+    observer.on_start(vision_bytes if options.skips_vision and job.source_has_vision else 0)
     with observer.on_build() as report:
         manifests = build(options, job, group, report, broken)
     contents, broken_names = job.source.contents, sorted({name for files in broken.values() for name in files})
@@ -104,8 +118,9 @@ def _dry_run(model: ModelRef, options: StoreOptions, job: BuildJob, ranks: Seque
     """Return the report of a dry run that would build stores."""
     contents = job.source.contents
     rank_bytes = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
-    disk_bytes = _disk_bytes(job, rank_bytes, ranks)
-    missing_bytes = sum(size - job.source.local_bytes(name) for name, size in contents.sizes.items())
+    files = _needed_files(job, ranks)
+    disk_bytes = _disk_bytes(job, files, rank_bytes, ranks)
+    missing_bytes = sum(contents.sizes[file] - job.source.local_bytes(file) for file in files)
     return dry_run_report(model, contents, rank_bytes, missing_bytes if disk_bytes else 0, disk_bytes, options.stores)
 
 
@@ -129,10 +144,19 @@ def _find_truncated(folder: Path, ranks: Sequence[int]) -> Mapping[int, Sequence
     return {manifest.rank: files_of_wrong_size(folder, manifest) for manifest in manifests}
 
 
-def _disk_bytes(job: BuildJob, rank_bytes: Mapping[int, int], ranks: Sequence[int]) -> int:
-    """Return the disk space that the build still needs on this machine."""
+def _needed_files(job: BuildJob, ranks: Sequence[int]) -> list[str]:
+    """Return the source files that the build still needs: those of the vision tower if only that is missing."""
+    if not set(ranks) <= set(stored_ranks(job.folder)):
+        return job.files
+    if 0 not in ranks or not job.checkpoint.has_vision or not store_lacks_vision(job.folder):
+        return []
+    return [job.files[number] for number in sorted(job.sources_of_file(0)[-1])]
+
+
+def _disk_bytes(job: BuildJob, files: Sequence[str], rank_bytes: Mapping[int, int], ranks: Sequence[int]) -> int:
+    """Return the disk space that the build still needs on this machine, for the stores and for source files."""
     missing = sum(max(0, rank_bytes[rank] - store_disk_bytes(rank_folder(job.folder, rank))) for rank in ranks)
-    return missing + job.source.extra_bytes(job.files) if missing else 0
+    return missing + job.source.extra_bytes(files) if files and missing else 0
 
 
 def _report_stores(model: ModelRef, stores: LocalStore, ranks: Sequence[int], state: str) -> DownloadReport:

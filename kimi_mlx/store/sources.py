@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig, parse_config
+from kimi_mlx.model.names import is_vision
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.weights.header import TensorInfo, read_header
 
@@ -27,14 +28,16 @@ class CheckpointContents:
         sizes: size in bytes of each weight file, by name.
         headers: tensors of each weight file, by name.
         small_files: name -> content of each other file that a model needs: configuration, tokenizer, template.
-        vision_bytes: bytes of the weight files that are skipped because they have only vision tensors.
+        skipped_bytes: bytes of the weight files that are skipped because they have only vision tensors.
+        lacks_vision: whether tensors of the vision tower are in none of the files; the table then has none of them.
     """
 
     origin: Origin
     sizes: Mapping[str, int]
     headers: Headers
     small_files: Mapping[str, bytes]
-    vision_bytes: int = 0
+    skipped_bytes: int = 0
+    lacks_vision: bool = False
 
     @property
     def table(self) -> dict[str, TensorInfo]:
@@ -46,6 +49,8 @@ class CheckpointContents:
         table: dict[str, TensorInfo] = {}
         for file, header in self.headers.items():
             for name, info in header.items():
+                if self.lacks_vision and is_vision(name):
+                    continue
                 if name in table:
                     raise WeightsError(f"tensor `{name}` is in `{table[name].file.name}` and in `{file}`")
                 table[name] = info

@@ -1,7 +1,8 @@
 """Folders of shard stores: their paths, and the sources that are recorded in them.
 
 <stores>/<source>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
-    rank-0/    manifest.json, journal.jsonl, layer-000.safetensors ... top.safetensors
+    rank-0/    manifest.json, journal.jsonl, layer-000.safetensors ... top.safetensors, vision.safetensors
+    rank-1/    the same without vision.safetensors
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ MAX_NAME_BYTES = 200
 
 
 def file_name(number: int, num_layers: int) -> str:
-    """Return the file name of a layer; the top follows the last layer."""
-    return "top.safetensors" if number == num_layers else f"layer-{number:03}.safetensors"
+    """Return the file name of a layer; the top follows the last layer, and the vision tower the top."""
+    names = {num_layers: "top.safetensors", num_layers + 1: "vision.safetensors"}
+    return names.get(number, f"layer-{number:03}.safetensors")
 
 
 def source_folder(stores: Path, source: str) -> Path:

@@ -72,7 +72,7 @@ def open_manifest(folder: Path, rank: int, world_size: int, strategy: str) -> Ma
             hint=f"use `--ranks {placement.world_size} --strategy {placement.strategy}`, or build the other one: "
             f"`{download_command(manifest.origin.repository, world_size, strategy)}`",
         )
-    for file in manifest.files:
+    for file in manifest.all_files:
         _check_size(rank_folder(folder, rank), file, manifest)
     return manifest
 
@@ -103,13 +103,16 @@ def load_store(
         for file in manifest.files:
             yield _open_layer(rank_folder(folder, manifest.rank), file, dtype, manifest)
 
-    return build_model(config, layers(), communicator, progress)
+    vision = LayerWeights({})
+    if manifest.vision is not None:
+        vision = _open_layer(rank_folder(folder, manifest.rank), manifest.vision, dtype, manifest)
+    return build_model(config, layers(), vision, communicator, progress)
 
 
 def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:
     """Return the files of a rank's store whose size or checksum differs from the manifest. Reads all files."""
     broken: list[str] = []
-    for file in manifest.files:
+    for file in manifest.all_files:
         path = rank_folder(folder, manifest.rank) / file.name
         try:
             is_whole = path.stat().st_size == file.size_bytes and sha256_of(path, progress) == file.sha256
@@ -122,9 +125,9 @@ def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], Non
 
 def files_of_wrong_size(folder: Path, manifest: Manifest) -> list[str]:
     """Return the files of a rank's store that are missing or have the wrong size."""
-    files = {file.name: rank_folder(folder, manifest.rank) / file.name for file in manifest.files}
+    files = {file.name: rank_folder(folder, manifest.rank) / file.name for file in manifest.all_files}
     sizes = {name: path.stat().st_size if path.is_file() else None for name, path in files.items()}
-    return [file.name for file in manifest.files if sizes[file.name] != file.size_bytes]
+    return [file.name for file in manifest.all_files if sizes[file.name] != file.size_bytes]
 
 
 def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:

@@ -42,7 +42,7 @@ def plan_transfers(job: BuildJob, group: Group, writers: Mapping[int, RankWriter
         group: the processes.
         writers: the writer of each rank that this process builds; empty after an error in this process.
     """
-    num_files, num_sources = job.num_layers + 1, len(job.files)
+    num_files, num_sources = job.num_layers + 2, len(job.files)
     states, local_bytes = _gather_states(job, group, writers)
     missing_files: dict[int, Mapping[int, list[int]]] = {}
     ranks = range(job.placement.world_size)
@@ -67,7 +67,7 @@ def _gather_states(job: BuildJob, group: Group, writers: Mapping[int, RankWriter
         For each rank, 1 for each unfinished store file, then 1 for each source file that it needs: (ranks, store files
         + source files). For each process, the bytes of each source file on its disk: (processes, source files).
     """
-    num_ranks, num_files, num_sources = job.placement.world_size, job.num_layers + 1, len(job.files)
+    num_ranks, num_files, num_sources = job.placement.world_size, job.num_layers + 2, len(job.files)
     rows = np.zeros((num_ranks // group.size, num_files + 2 * num_sources), np.int64)  # one row per own rank
     rows[:, num_files + num_sources :] = [job.source.local_bytes(file) for file in job.files]
     for row, writer in zip(rows, writers.values(), strict=False):

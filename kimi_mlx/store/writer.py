@@ -34,6 +34,8 @@ class RankWriter:
         origin: repository and commit.
         placement: shares of all ranks.
         rank: number of the rank.
+        num_layers: number of layers; the top follows the last one, and the vision tower, if any, the top.
+        source_has_vision: as in Manifest.
         plan: number of a store file -> its plan for this rank.
         sources_of_file: for each store file, the numbers of the source files that it is made from.
     """
@@ -44,6 +46,8 @@ class RankWriter:
         origin: Origin,
         placement: Placement,
         rank: int,
+        num_layers: int,
+        source_has_vision: bool | None,
         plan: Callable[[int], LayerPlan],
         sources_of_file: Sequence[frozenset[int]],
     ):
@@ -52,7 +56,8 @@ class RankWriter:
         self._origin, self._placement = origin, placement
         self._plan = plan
         self._sources_of_file = sources_of_file
-        self._top = len(sources_of_file) - 1
+        self._num_layers, self._source_has_vision = num_layers, source_has_vision
+        self._numbers = range(len(sources_of_file))
         self._open: dict[int, int] = {}
         self._unsynced: set[int] = set()
         self._finished: dict[int, StoredFile] = {}
@@ -103,7 +108,7 @@ class RankWriter:
     @property
     def unfinished(self) -> list[int]:
         """Numbers of the files that are not finished."""
-        return [number for number in range(self._top + 1) if number not in self._finished]
+        return [number for number in self._numbers if number not in self._finished]
 
     @property
     def missing_bytes(self) -> int:
@@ -148,8 +153,9 @@ class RankWriter:
     def complete(self) -> Manifest:
         """Write the manifest, once all files are finished."""
         assert not self.unfinished
-        files = tuple(self._finished[number] for number in range(self._top + 1))
-        manifest = Manifest(self._origin, self._placement, self.rank, files)
+        files = tuple(self._finished[number] for number in range(self._num_layers + 1))
+        vision = self._finished.get(self._num_layers + 1)
+        manifest = Manifest(self._origin, self._placement, self.rank, files, vision, self._source_has_vision)
         manifest.write(self.folder)
         return manifest
 
@@ -178,7 +184,7 @@ class RankWriter:
         os.close(self._open.pop(number))
         self._unsynced.discard(number)
         part, plan = self._part(number), self._plan(number)
-        file = stored_file(plan, file_name(number, self._top), part.stat().st_size, sha256_of(part))
+        file = stored_file(plan, self._name(number), part.stat().st_size, sha256_of(part))
         rename_durably(part, self.folder / file.name)
         self._journal.record_file(number, file)
         self._finished[number] = file
@@ -207,7 +213,10 @@ class RankWriter:
         return handle
 
     def _part(self, number: int) -> Path:
-        return self.folder / (file_name(number, self._top) + ".part")
+        return self.folder / (self._name(number) + ".part")
+
+    def _name(self, number: int) -> str:
+        return file_name(number, self._num_layers)
 
     def _read_journal(self) -> None:
         """Restore the state of an earlier build, as far as its files still exist.
@@ -221,20 +230,20 @@ class RankWriter:
             for path in self.folder.glob("*.safetensors*"):
                 path.unlink()
         self._written_sources = state.sources
-        for number in range(self._top + 1):
+        for number in self._numbers:
             if self._is_finished(number):
-                path = self.folder / file_name(number, self._top)
+                path = self.folder / self._name(number)
                 checksum = state.checksums.get(number) or sha256_of(path)  # none if killed between rename and record
                 self._finished[number] = stored_file(self._plan(number), path.name, path.stat().st_size, checksum)
             elif not self._part(number).is_file():  # the file is gone, so its sources must be written again
                 self._written_sources -= self._sources_of_file[number]
-        if self.unfinished:
+        if any(number <= self._num_layers for number in self.unfinished):  # text works while a tower is added
             (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         self._rewrite_journal()
 
     def _is_finished(self, number: int) -> bool:
         """Return whether a finished file exists; a file gets its final name only when complete and flushed."""
-        path = self.folder / file_name(number, self._top)
+        path = self.folder / self._name(number)
         return path.is_file() and path.stat().st_size == layer_layout(self._plan(number)).size_bytes
 
     def _rewrite_journal(self) -> None:

@@ -15,10 +15,11 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
+from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.dequantize import MLX_TYPES
-from kimi_mlx.weights.layer_plan import plan_layer, plan_top
+from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
@@ -35,6 +36,8 @@ def load_model(
     progress: ProgressCallback = lambda done, total: None,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
+
+    Its `vision` is None if the checkpoint has no vision tower, or another rank holds it.
 
     Args:
         folder: folder of the checkpoint.
@@ -55,20 +58,28 @@ def load_model(
             reader.close()  # pages of memory maps count as used memory
         yield _load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
-    return build_model(config, layers(), communicator, progress)
+    vision = _load_layer(reader, plan_vision(reader.checkpoint, share), dtype)
+    return build_model(config, layers(), vision, communicator, progress)
 
 
 def build_model(
-    config: ModelConfig, layers: Iterator[LayerWeights], communicator: Communicator | None, progress: ProgressCallback
+    config: ModelConfig,
+    layers: Iterator[LayerWeights],
+    vision: LayerWeights,
+    communicator: Communicator | None,
+    progress: ProgressCallback,
 ) -> Model:
     """Evaluate layers one after the other and build the model from them.
 
     Args:
         config: configuration of the model.
         layers: weights of the layers, then of the top; lazy arrays are read here.
+        vision: weights of the vision tower; without entries on a rank without it.
         communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer.
     """
+    mx.eval(vision.arrays)
+    tower = VisionTower(config.vision, vision) if config.vision is not None and vision.entries else None
     total = config.num_hidden_layers + 1
     done: list[LayerWeights] = []
     for weights in layers:
@@ -76,7 +87,7 @@ def build_model(
         done.append(weights)
         progress(len(done), total)
     *hidden, top = done
-    return Model(config, top, hidden, communicator)
+    return Model(config, top, hidden, communicator, tower)
 
 
 def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry: str, dtype: mx.Dtype) -> Weight:

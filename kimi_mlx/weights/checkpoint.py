@@ -8,13 +8,14 @@ from pathlib import Path
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.names import (
-    IGNORED_PREFIXES,
     IGNORED_SUFFIXES,
     TEXT_PREFIX,
     CheckpointLayout,
     TreeEntry,
+    is_vision,
     layer_entries,
     top_entries,
+    vision_entries,
 )
 from kimi_mlx.weights.header import TensorInfo
 from kimi_mlx.weights.index import read_index
@@ -22,10 +23,10 @@ from kimi_mlx.weights.stored_matrices import StoredMatrices
 
 
 class Checkpoint:
-    """The tensors of a text model, by their names without `language_model.`.
+    """The tensors of a model, by their names without `language_model.`.
 
     Args:
-        config: configuration of the model.
+        config: configuration of the model; tensors of a vision tower are ignored if it has no `vision`.
         table: tensors of all files.
         location: folder or repository, for messages.
         fp8_dtype: type to which FP8 is decoded: `F32` is exact; stores use the compute dtype of the model.
@@ -37,6 +38,7 @@ class Checkpoint:
         self.tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
         self.matrices = StoredMatrices(config, self.tensors, location, fp8_dtype)
         self.layout = CheckpointLayout(self.matrices.has, self.matrices.quantization)
+        self.has_vision = config.vision is not None and any(map(is_vision, self.tensors))
 
     def check_names(self) -> None:
         """Raise WeightsError if a tensor is missing or unknown."""
@@ -47,7 +49,7 @@ class Checkpoint:
             for source in part
             for name in self.matrices.tensor_names(source)
         }
-        present = {name for name in self.tensors if not is_ignored(name, self.config)}
+        present = {name for name in self.tensors if not self.is_ignored(name)}
         if missing := sorted(expected - present):
             raise WeightsError(
                 f"`{self.location}` lacks {_format_names(missing)}",
@@ -60,8 +62,21 @@ class Checkpoint:
                 hint="the checkpoint is of another architecture or layout",
             )
 
+    def is_ignored(self, name: str) -> bool:
+        """Return whether the model does not use a tensor.
+
+        That is true of rotary buffers, multi-token prediction layers, and a vision tower that is not loaded.
+        """
+        if name.endswith(IGNORED_SUFFIXES) or (is_vision(name) and not self.has_vision):
+            return True
+        parts = name.split(".")
+        is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
+        return is_layer and int(parts[2]) >= self.config.num_hidden_layers
+
     def _entries(self) -> list[TreeEntry]:
         entries = top_entries(self.config)
+        if self.config.vision is not None and self.has_vision:
+            entries += vision_entries(self.config.vision, self.layout)
         for layer in range(self.config.num_hidden_layers):
             entries += layer_entries(self.config, layer, self.layout)
         return entries
@@ -79,17 +94,8 @@ def read_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
 
 
 def vision_bytes_of(table: Mapping[str, TensorInfo]) -> int:
-    """Return the bytes of the vision part, which is not loaded."""
-    return sum(info.size_bytes for name, info in table.items() if name.startswith(IGNORED_PREFIXES))
-
-
-def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Return whether a text model does not use a tensor: vision, rotary buffers, multi-token prediction layers."""
-    if name.startswith(IGNORED_PREFIXES) or name.endswith(IGNORED_SUFFIXES):
-        return True
-    parts = name.split(".")
-    is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
-    return is_layer and int(parts[2]) >= config.num_hidden_layers
+    """Return the bytes of the vision tower and its projector."""
+    return sum(info.size_bytes for name, info in table.items() if is_vision(name))
 
 
 def _format_names(names: list[str]) -> str:

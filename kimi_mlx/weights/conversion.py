@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,10 @@ class Conversion:
     def record(self) -> dict[str, Any]:
         """Return the record of the conversion; a conversion resumes only if its record is equal."""
         source = {"folder": str(self.source.resolve()), "digest": self.digest}
-        return {"format": RECORD_FORMAT, "source": source, "options": asdict(self.options)}
+        options = asdict(self.options)
+        if not options["no_vision"]:
+            del options["no_vision"]  # earlier versions did not have it
+        return {"format": RECORD_FORMAT, "source": source, "options": options}
 
 
 def open_conversion(source: Path, options: ConvertOptions) -> Conversion:
@@ -64,10 +67,11 @@ def open_conversion(source: Path, options: ConvertOptions) -> Conversion:
         UsageError: options that contradict each other or the source.
     """
     raw = read_json(source / "config.json")
-    reader = open_checkpoint(source, parse_config(raw, str(source / "config.json")))
+    config = parse_config(raw, str(source / "config.json"))
+    reader = open_checkpoint(source, replace(config, vision=None) if options.no_vision else config)
     plan = plan_conversion(reader.checkpoint, options, has_prefix="text_config" in raw)
-    config = converted_config(raw, plan)
-    return Conversion(source, _digest(source, reader), options, config, plan, _small_files(source), reader)
+    new_config = converted_config(raw, plan)
+    return Conversion(source, _digest(source, reader), options, new_config, plan, _small_files(source), reader)
 
 
 def _digest(source: Path, reader: CheckpointReader) -> str:

@@ -10,14 +10,14 @@ from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.weights.convert_options import DTYPE_NAMES
 from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedWeight
 
-REMOVED_KEYS = ("quantization", "quantization_config", "compression_config", "auto_map", "vision_config")
+REMOVED_KEYS = ("quantization", "quantization_config", "compression_config", "auto_map")
 
 
 def converted_config(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
     """Return the `config.json` of the output: that of the source with MLX's `quantization`.
 
-    It does not have the formats of the source, `auto_map` (code files are not copied) or the vision part, and it has no
-    multi-token prediction layers.
+    It does not have the formats of the source, `auto_map` (code files are not copied) or `vision_config` without a
+    vision tower, and it has no multi-token prediction layers.
     """
     text = raw.get("text_config")
     config = _cleaned(raw, plan)
@@ -32,7 +32,8 @@ def converted_config(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, 
 
 
 def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
-    config = {name: value for name, value in raw.items() if name not in REMOVED_KEYS}
+    removed = REMOVED_KEYS if plan.has_vision else (*REMOVED_KEYS, "vision_config")
+    config = {name: value for name, value in raw.items() if name not in removed}
     for name in ("torch_dtype", "dtype"):
         if config.get(name) is not None:
             config[name] = DTYPE_NAMES[plan.dtype]
@@ -42,7 +43,10 @@ def _cleaned(raw: Mapping[str, Any], plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _quantization_block(plan: ConversionPlan) -> dict[str, Any] | None:
-    """Return the block `quantization`: the most frequent format, and each path that differs; None if all are floats."""
+    """Return the block `quantization`: the most frequent format, and each path that differs; None if all are floats.
+
+    Float matrices of the vision tower are not named: readers know them by their missing scales.
+    """
     matrices = [weight for weight in plan.weights if weight.can_be_quantized]
     counts = Counter(weight.plan.quantization for weight in matrices if weight.plan.quantization is not None)
     if not counts:

@@ -28,11 +28,13 @@ class ConvertOptions:
         bits: bits of every matrix that can be quantized, or BFLOAT16_BITS.
         expert_bits: bits of routed experts, or BFLOAT16_BITS.
         group_size: group size of re-quantized matrices.
+        no_vision: whether to leave out the vision tower.
     """
 
     bits: int | None = None
     expert_bits: int | None = None
     group_size: int | None = None
+    no_vision: bool = False
 
 
 @dataclass(frozen=True)

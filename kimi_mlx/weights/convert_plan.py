@@ -2,7 +2,7 @@
 
 As for loading, kimi_mlx.weights.layer_plan plans the weights, but each is a whole matrix, not fused with others, and
 has the quantization in which it is written. The output has the layout of mlx-lm: experts stacked as `switch_mlp`,
-`kv_b_proj` split into `embed_q` and `unembed_out`, K2.5's prefix kept and its vision part left out.
+`kv_b_proj` split into `embed_q` and `unembed_out`, K2.5's prefix kept. A vision tower is copied as it is stored.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from dataclasses import dataclass, replace
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.names import TEXT_PREFIX, SourceMatrix, TreeEntry, layer_entries, top_entries
-from kimi_mlx.weights.checkpoint import Checkpoint, vision_bytes_of
+from kimi_mlx.model.names import (
+    TEXT_PREFIX,
+    SourceMatrix,
+    TreeEntry,
+    is_vision,
+    layer_entries,
+    top_entries,
+    vision_entries,
+)
+from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.convert_options import ConvertOptions, TargetFormats, target_formats
 from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedFile, ConvertedWeight
 from kimi_mlx.weights.layer_plan import plan_source
@@ -30,6 +38,12 @@ KINDS = {
     "head": "lm_head",
 }
 """Kind of matrix -> text in its path; the texts of the first two are at the end of the path. The first match counts."""
+
+VISION_KIND = "vision tower"
+"""Kind of all matrices and vectors of the vision tower and its projector."""
+
+VISION_FILE = "model-vision.safetensors"
+"""File of the vision tower: one of its own, so that the names of the others do not depend on it."""
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix: bool) -> ConversionPlan:
@@ -49,19 +63,45 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
     sources = [_whole_sources(entries) for entries in [*layers, top_entries(config)]]
     targets = target_formats(checkpoint, options, [source for part in sources for source in part])
     prefix = TEXT_PREFIX if has_prefix else ""
-    files = (
+    files = [
         ConvertedFile(
             f"model-{number:05}-of-{len(sources):05}.safetensors",
             tuple(weight for source in part for weight in _plan_source(checkpoint, source, targets, prefix)),
         )
         for number, part in enumerate(sources, start=1)
-    )
-    return ConversionPlan(tuple(files), targets.dtype, vision_bytes_of(checkpoint.tensors))
+    ]
+    has_vision = config.vision is not None and checkpoint.has_vision
+    if config.vision is not None and has_vision:
+        tower = _whole_sources(vision_entries(config.vision, checkpoint.layout))
+        files.append(ConvertedFile(VISION_FILE, tuple(_plan_copy(checkpoint, source) for source in tower)))
+    lacks_vision = not has_vision and (config.vision is not None or any(map(is_vision, checkpoint.tensors)))
+    return ConversionPlan(tuple(files), targets.dtype, has_vision, lacks_vision)
 
 
 def _whole_sources(entries: Sequence[TreeEntry]) -> list[SourceMatrix]:
     """Return the source matrices of entries of the canonical tree, whole and unfused."""
     return [replace(source, sharded_axes=(), blocks=0) for entry in entries for part in entry.parts for source in part]
+
+
+def _plan_copy(checkpoint: Checkpoint, source: SourceMatrix) -> ConvertedWeight:
+    """Plan a matrix of the vision tower, which keeps its name, format and stored axes."""
+    (stored,) = plan_source(checkpoint, source)
+    if source.kernel is not None:
+        stored = replace(stored, arrays=tuple(_with_stored_axes(checkpoint, array) for array in stored.arrays))
+    (path,) = source.paths
+    is_quantized = stored.quantization is not None
+    return ConvertedWeight(
+        path, source.suffix, VISION_KIND, source.shape, (stored,), stored, can_be_quantized=is_quantized
+    )
+
+
+def _with_stored_axes(checkpoint: Checkpoint, array: ArrayPlan) -> ArrayPlan:
+    """Return the plan of a convolution that is written with the axes of its source."""
+    (copy,) = array.copies
+    if copy.field.decode == "dequantize":
+        return array
+    shape = checkpoint.tensors[copy.field.tensors[0]].shape
+    return replace(array, shape=shape, copies=(replace(copy, field=replace(copy.field, decode="copy")),))
 
 
 def _plan_source(

@@ -42,8 +42,8 @@ def list_notes(plan: ConversionPlan) -> list[str]:
             f"{len(floats)} matrices stay {DTYPE_NAMES[plan.dtype]} because their columns do not divide into groups: "
             f"first `{floats[0].path}` with {floats[0].shape[-1]} columns"
         )
-    if plan.vision_bytes:
-        notes.append("the vision part is left out")
+    if plan.lacks_vision:
+        notes.append("the vision part is left out, so the result does not see images")
     return notes
 
 

@@ -19,7 +19,7 @@ class ConvertedWeight:
     Args:
         path: name without suffix, which is the name of mlx-lm's module.
         suffix: `.weight`, or the suffix of the router's bias.
-        kind: kind of matrix in reports, a key of kimi_mlx.weights.convert_plan.KINDS.
+        kind: kind of matrix in reports, a key of kimi_mlx.weights.convert_plan.KINDS or its VISION_KIND.
         shape: unquantized shape.
         stored_plans: plans of the stored form: one; several if experts are stored in different formats.
         plan: plan of the written form: that of the stored form if it is copied unchanged; else its arrays have no
@@ -69,14 +69,16 @@ class ConversionPlan:
     """All files of the output.
 
     Args:
-        files: layers in order, then the top.
+        files: layers in order, then the top, then the vision tower if there is one.
         dtype: type of floats, as safetensors names it.
-        vision_bytes: bytes of the vision part, which is left out.
+        has_vision: whether the last file is that of a vision tower.
+        lacks_vision: whether the source has, or should have, a vision tower that is left out.
     """
 
     files: tuple[ConvertedFile, ...]
     dtype: str
-    vision_bytes: int
+    has_vision: bool
+    lacks_vision: bool
 
     @property
     def size_bytes(self) -> int:

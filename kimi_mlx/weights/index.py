@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import irregular_kind, read_regular_file
-from kimi_mlx.model.names import IGNORED_PREFIXES
+from kimi_mlx.model.names import is_vision
 from kimi_mlx.model_files import fetch_again_hint
 from kimi_mlx.weights.header import TensorInfo, read_header, unreadable_error
 
@@ -36,6 +36,8 @@ SERIES = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors", re.ASCII)
 def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Read the headers of all files of a checkpoint.
 
+    The table has no vision tensors if some of those in the index are in no file: the model is then a text model.
+
     Raises:
         WeightsError: there are no files; a file is missing, truncated or not safetensors; a name occurs twice.
     """
@@ -48,7 +50,44 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
                     hint="remove the file that does not belong to the checkpoint",
                 )
             table[name] = info
+    if lacks_vision(folder, table):
+        return {name: info for name, info in table.items() if not is_vision(name)}
     return table
+
+
+def lacks_vision(folder: Path, table: Collection[str] | None = None) -> bool:
+    """Return whether the index of a checkpoint lists vision tensors that are in none of its files.
+
+    They may have been left out on purpose, or by a version of kimi-mlx that did not use them.
+
+    Args:
+        folder: folder of the checkpoint.
+        table: names of the tensors in its files; None to check only whether the listed files exist.
+
+    Raises:
+        WeightsError: the index is unreadable.
+    """
+    index = folder / INDEX_NAME
+    weight_map = read_weight_map(index) if index.is_file() else {}
+    if table is None:
+        return any(not (folder / file).is_file() for name, file in weight_map.items() if is_vision(name))
+    return bool(missing_vision(weight_map, table))
+
+
+def has_vision(folder: Path) -> bool:
+    """Return whether a checkpoint has vision tensors, by its index, or by the headers of its files without one.
+
+    Raises:
+        WeightsError: the index or a file is unreadable.
+    """
+    index = folder / INDEX_NAME
+    names = (read_weight_map(index) if index.is_file() else {}) or read_index(folder)
+    return any(map(is_vision, names)) and not lacks_vision(folder)
+
+
+def missing_vision(weight_map: Mapping[str, str], table: Collection[str]) -> set[str]:
+    """Return the vision tensors of an index that are not in a table."""
+    return {name for name in weight_map if is_vision(name)} - set(table)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -127,7 +166,12 @@ def parse_weight_map(data: bytes, where: str) -> dict[str, str]:
 
 def files_in_use(weight_map: Mapping[str, str]) -> set[str]:
     """Return the files with tensors of the text model; files with only vision tensors may be missing."""
-    return {file for tensor, file in weight_map.items() if not tensor.startswith(IGNORED_PREFIXES)}
+    return {file for tensor, file in weight_map.items() if not is_vision(tensor)}
+
+
+def vision_only_files(weight_map: Mapping[str, str]) -> set[str]:
+    """Return the files of an index that have only vision tensors."""
+    return set(weight_map.values()) - files_in_use(weight_map)
 
 
 def unlisted_of_series(weight_map: Mapping[str, str], names: Iterable[str]) -> set[str]:

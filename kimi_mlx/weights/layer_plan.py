@@ -12,7 +12,15 @@ from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
+from kimi_mlx.model.names import (
+    SourceMatrix,
+    TreeEntry,
+    is_latent_first,
+    layer_entries,
+    num_fused_shared,
+    top_entries,
+    vision_entries,
+)
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
 from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
 from kimi_mlx.weights.matrix_format import MatrixField, MatrixFormat
@@ -53,6 +61,17 @@ def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     return plan
 
 
+def plan_vision(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
+    """Plan the vision tower and its projector: all of it on one rank, nothing on the others.
+
+    The plan is empty for a checkpoint without a tower.
+    """
+    config = checkpoint.config.vision
+    if config is None or not checkpoint.has_vision or (share is not None and not share.has_vision):
+        return LayerPlan({})
+    return LayerPlan(_plan_entries(checkpoint, vision_entries(config, checkpoint.layout), share))
+
+
 def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     """Check names, types and shapes of all tensors of a checkpoint by the headers of its files.
 
@@ -63,6 +82,7 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     for layer in range(config.num_hidden_layers):
         plan_layer(checkpoint, layer, None)
     plan_top(checkpoint, None)
+    plan_vision(checkpoint, None)
 
 
 def plan_source(checkpoint: Checkpoint, source: SourceMatrix) -> list[WeightPlan]:
@@ -178,7 +198,8 @@ def _plan_array(
 
 def _decoded_shape(checkpoint: Checkpoint, source: SourceMatrix, field: MatrixField) -> tuple[int, ...]:
     """Return the shape of a whole field in the canonical form."""
-    return source.shape if field.decode == "dequantize" else checkpoint.tensors[field.tensors[0]].shape
+    is_computed = field.decode == "dequantize" or source.kernel is not None
+    return source.shape if is_computed else checkpoint.tensors[field.tensors[0]].shape
 
 
 def _tensor_slice(source: SourceMatrix, field: MatrixField, share: RankShare | None) -> TensorSlice:

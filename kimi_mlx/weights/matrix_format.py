@@ -57,7 +57,8 @@ class MatrixField:
         dtype: type in the canonical form, as safetensors names it.
         tensors: stored tensors; only `fp8` and `dequantize` need more than one.
         decode: conversion of the tensors into the array: `copy`, `biases` (computed from the scales of packed
-            integers), `fp8`, or `dequantize` (a weight that the model needs as floats).
+            integers), `fp8`, `dequantize` (a weight that the model needs as floats), or `channels_last` (a convolution
+            whose channels are moved from the last axis to the second).
         packing: packing of the columns.
         quantized: for `dequantize`, the format of the stored matrix.
     """
@@ -65,7 +66,7 @@ class MatrixField:
     name: str
     dtype: str
     tensors: tuple[str, ...]
-    decode: Literal["copy", "biases", "fp8", "dequantize"] = "copy"
+    decode: Literal["copy", "biases", "fp8", "dequantize", "channels_last"] = "copy"
     packing: Packing = NOT_PACKED
     quantized: MatrixFormat | None = None
 

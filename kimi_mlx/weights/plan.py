@@ -177,7 +177,9 @@ def array_name(entry: str, part: int, num_parts: int, array: str) -> str:
 
 
 def as_shape3(shape: tuple[int, ...]) -> Shape3:
-    """Return a shape of one to three axes as (members, rows, columns)."""
+    """Return a shape as (members, rows, columns); with more than three axes it is one of rows of all further axes."""
+    if len(shape) > 3:
+        shape = (shape[0], math.prod(shape[1:]))
     members, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
     return members, rows, columns
 

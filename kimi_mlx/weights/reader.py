@@ -76,7 +76,10 @@ class CheckpointReader:
         elif field.decode == "dequantize":
             values = copy.tensor_slice.view(self._dequantize(field))
         else:
-            values = self._decode(field, copy.tensor_slice.view(self._stored(field.tensors[0])))
+            stored = self._stored(field.tensors[0])
+            if copy.tensor_slice.source.kernel is not None:
+                stored = _as_matrix(stored, field)
+            values = self._decode(field, copy.tensor_slice.view(stored))
             return values.reshape(copy.shape)
         return to_stored_type(values.reshape(copy.shape), field.dtype)
 
@@ -86,7 +89,7 @@ class CheckpointReader:
 
     def _decode(self, field: MatrixField, stored: np.ndarray) -> np.ndarray:
         """Return stored values in the canonical form: unchanged, or biases made from scales."""
-        if field.decode == "copy":
+        if field.decode != "biases":
             return stored
         packed = self.checkpoint.config.compression
         assert isinstance(packed, PackedInts)
@@ -141,6 +144,12 @@ def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
     words = values.view(np.uint32)
     rounded = ((words + np.uint32(0x7FFF) + ((words >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _as_matrix(stored: np.ndarray, field: MatrixField) -> np.ndarray:
+    """Return a convolution as a matrix: (rows, channels * height * width)."""
+    channels_second = stored.transpose(0, 3, 1, 2) if field.decode == "channels_last" else stored
+    return channels_second.reshape(len(stored), -1)
 
 
 def _slice(span: Range | None) -> slice:

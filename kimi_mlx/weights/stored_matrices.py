@@ -60,6 +60,8 @@ class StoredMatrices:
             WeightsError: a tensor is missing, or its shape or type does not match the configuration.
         """
         names, shape = tensor_names(self._tensors, path, source.suffix), source.shape
+        if len(names) == 1 and source.kernel is not None:
+            return self._convolution(names[0], shape[0], source.kernel)
         if len(names) == 1:
             self._check(names[0], FLOATS, shape)
             return MatrixFormat((MatrixField("weight", self._tensors[names[0]].dtype, names),), None)
@@ -117,6 +119,17 @@ class StoredMatrices:
             MatrixField("biases", dtype, (scale,), "biases", per_group),
         )
         return MatrixFormat(fields, quantization)
+
+    def _convolution(self, name: str, rows: int, kernel: tuple[int, int, int]) -> MatrixFormat:
+        """Return the format of a float convolution: with four axes, channels second or last, or as a matrix."""
+        channels, height, width = kernel
+        stored = self._tensors[name].shape if name in self._tensors else ()
+        last, matrix = (rows, height, width, channels), (rows, channels * height * width)
+        shape = stored if stored in (last, matrix) else (rows, *kernel)
+        self._check(name, FLOATS, shape)
+        is_last = shape == last != (rows, *kernel)
+        field = MatrixField("weight", self._tensors[name].dtype, (name,), "channels_last" if is_last else "copy")
+        return MatrixFormat((field,), None)
 
     def _packed_ints(self, path: str) -> PackedInts:
         compression = self._config.compression

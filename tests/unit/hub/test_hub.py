@@ -9,6 +9,7 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,9 @@ def test_with_an_index_of_other_files_all_files_are_needed(repository: Repositor
 
 def test_an_unlisted_file_of_a_numbered_series_is_needed(repository: Repository) -> None:
     weight_map = {"lm_head.weight": WEIGHTS[0], "vision_tower.encoder.weight": WEIGHTS[2]}
-    assert [file.name for file in needed_files(repository, weight_map)] == NEEDED
+    text_only = replace(repository, skips_vision=True)
+    assert [file.name for file in needed_files(text_only, weight_map)] == NEEDED
+    assert {file.name for file in needed_files(repository, weight_map)} == {*NEEDED, WEIGHTS[2]}
 
 
 def test_free_space_is_checked_first(hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,8 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
         job.source.contents.origin,
         job.placement,
         0,
+        job.num_layers,
+        None,
         lambda n: job.plan(0, n),
         job.sources_of_file(0),
     )

@@ -1,0 +1,66 @@
+"""Whether the weights of a model on this machine have its vision tower, and how to add it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kimi_mlx.errors import EngineError
+from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.store_folders import download_command, rank_folder, stored_ranks
+from kimi_mlx.weights.index import has_vision, lacks_vision
+
+
+def store_lacks_vision(folder: Path) -> bool:
+    """Return whether the store of rank 0 has no vision tower although its source may have one.
+
+    Args:
+        folder: folder of the placement.
+    """
+    manifest = read_manifest(rank_folder(folder, 0))
+    is_possible = manifest.source_has_vision is not False and load_config(folder).vision is not None
+    return is_possible and manifest.vision is None
+
+
+def sees_images(folder: Path, config: ModelConfig) -> bool:
+    """Return whether a model on this machine has a vision tower; in a store, rank 0 must be on this machine.
+
+    Args:
+        folder: checkpoint, or folder of a placement's stores.
+        config: configuration of the model.
+
+    Raises:
+        WeightsError: unreadable files.
+    """
+    if config.vision is None:
+        return False
+    if ranks := stored_ranks(folder):
+        return 0 in ranks and read_manifest(rank_folder(folder, 0)).vision is not None
+    return has_vision(folder)
+
+
+def no_vision_error(name: str, folder: Path, config: ModelConfig) -> EngineError:
+    """Return the error for an image that a model without a vision tower gets: the reason, and how to add the tower.
+
+    Args:
+        name: the user's name for the model.
+        folder: checkpoint, or folder of a placement's stores.
+        config: configuration of the model.
+    """
+    if config.vision is None:
+        return EngineError(f"`{name}` does not see images", hint="`kimi-mlx models` lists models that do")
+    if ranks := stored_ranks(folder):
+        manifest = read_manifest(rank_folder(folder, ranks[0]))
+        command = download_command(name, manifest.placement.world_size, manifest.placement.strategy)
+        can_be_added = manifest.source_has_vision is not False
+    else:
+        command, can_be_added = f"kimi-mlx download {name}", lacks_vision(folder)
+    if can_be_added:
+        return EngineError(
+            f"`{name}` does not see images: its vision part is not on this machine",
+            hint=f"`{command}` adds it; the rest is not downloaded again",
+        )
+    return EngineError(
+        f"`{name}` does not see images: this checkpoint has no vision part",
+        hint="use a checkpoint that has one, such as the original of its authors: `kimi-mlx models` lists them",
+    )
