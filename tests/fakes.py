@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -18,8 +19,10 @@ from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.session.session import EventCallback, Session, SessionStatus
+from kimi_mlx.text.template import ChatTemplate
 
 KIMI_MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
+K25_TEMPLATE = Path(__file__).parent / "unit" / "text" / "templates" / "k25.jinja"
 
 
 class FixedSession:
@@ -140,9 +143,18 @@ def conversation_of(
     pause_s: float = 0.0,
     is_endless: bool = False,
     is_stubborn: bool = False,
+    sees_images: bool = False,
 ) -> Conversation:
-    """Return a conversation with kimi-mini's tokenizer in which every answer is the same."""
+    """Return a conversation with kimi-mini's tokenizer in which every answer is the same.
+
+    With sees_images the chat template is that of K2.5, and the session accepts images.
+    """
     tokenizer = ChatTokenizer.load(KIMI_MINI)
+    if sees_images:
+        tokenizer = replace(tokenizer, template=ChatTemplate(K25_TEMPLATE.read_text()))
     end_of_reasoning = [tokenizer.tokenizer.special_tokens["</think>"]]
     ids = [*tokenizer.encode(reasoning), *end_of_reasoning, *tokenizer.encode(answer)]
-    return Conversation(FixedSession(ids, pause_s, is_endless, is_stubborn), tokenizer)
+    session = FixedSession(ids, pause_s, is_endless, is_stubborn)
+    if not sees_images:
+        session.image_error = EngineError("this model does not see images", hint="choose one that does")
+    return Conversation(session, tokenizer)

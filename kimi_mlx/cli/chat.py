@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,8 +16,7 @@ MAX_TEMPERATURE = 2
 """Maximum temperature: that of the OpenAI API."""
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from kimi_mlx.cli.attachments import Attachment
     from kimi_mlx.engine.request import Sampling
     from kimi_mlx.hub.catalogue import CatalogueEntry
     from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -106,6 +106,37 @@ class PromptOptions:
         ),
     ] = None
     system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            metavar="FILE",
+            help="Image for the prompt, or for the first message; repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--video",
+            metavar="FILE",
+            help="Video for the prompt, or for the first message; repeatable. Needs the extra `kimi-mlx[video]`.",
+            show_default=False,
+        ),
+    ] = None
+
+    def read_attachments(self) -> list[Attachment]:
+        """Read the images, then the videos.
+
+        Raises:
+            UsageError: a file does not exist, is a folder, or cannot be read.
+            ImageError: a file is too large, broken or of an unknown format, or an extra is not installed.
+        """
+        from kimi_mlx.cli.attachments import read_attachment  # heavy: not for `--help` or a usage error
+
+        images = [read_attachment(path, "image") for path in self.image or ()]
+        return images + [read_attachment(path, "video") for path in self.video or ()]
 
 
 @with_option_groups
@@ -123,31 +154,41 @@ def chat(
     """
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.attachments import check_sees_images, show_attachment, with_attachments
     from kimi_mlx.cli.chat_answer import print_answer, print_answer_json
     from kimi_mlx.cli.chat_prompt import read_prompt, resolve_chat_model
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
+    from kimi_mlx.model.config import load_config
     from kimi_mlx.session.conversation import Conversation
 
     target = resolve_chat_model(run.model_name, prompts.prompt)
+    attachments = prompts.read_attachments()
     prompt = read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
     early = None
     if prepared.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
+        if attachments:
+            check_sees_images(load_config(prepared.folder), target.name)
         early = _read_tokenizer(prepared.folder, target, sampling)
         options = replace(options, has_sampling=_is_sampling(early[1]))
     opened = open_session(prepared, options, run.ranks, json)
     with closing(opened.session) as session:
         tokenizer, chat_options = early or _read_tokenizer(opened.tokenizer_folder, target, sampling)
         conversation = Conversation(session, tokenizer, chat_options, prompts.system)
+        if attachments and conversation.image_error is not None:
+            raise conversation.image_error
         if prompt is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for a single answer
 
-            raise typer.Exit(run_repl(conversation, model_name=target.name))
+            raise typer.Exit(run_repl(conversation, target.name, attachments))
+        content = with_attachments(prompt, attachments)
         if json:
-            print_answer_json(conversation, prompt, prepared.choice)
+            print_answer_json(conversation, content, prepared.choice)
         else:
-            print_answer(conversation, prompt)
+            for attachment in attachments:
+                show_attachment(attachment)
+            print_answer(conversation, content)
 
 
 def _read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:

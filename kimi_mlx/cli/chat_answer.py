@@ -9,14 +9,14 @@ from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
 from kimi_mlx.engine.request import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.text.messages import Delta
+from kimi_mlx.text.messages import Content, Delta
 
 
-def print_answer(conversation: Conversation, prompt: str) -> None:
+def print_answer(conversation: Conversation, content: Content) -> None:
     """Stream the answer to stdout; reasoning and statistics go to stderr."""
     with AnswerPrinter(stdout, show_reasoning=stderr.is_terminal, plain=True) as printer:
         has_reasoning = False
-        for item in conversation.ask(prompt):
+        for item in conversation.ask(content):
             printer.show(item)
             has_reasoning = has_reasoning or (isinstance(item, Delta) and bool(item.reasoning))
             if isinstance(item, Finished):
@@ -36,10 +36,10 @@ def _empty_answer(finished: Finished, has_reasoning: bool) -> str:
     return f"the answer is empty: the model generated {tokens}, all of them reasoning{remedy}"
 
 
-def print_answer_json(conversation: Conversation, prompt: str, choice: Choice) -> None:
+def print_answer_json(conversation: Conversation, content: Content, choice: Choice) -> None:
     """Print the complete answer as one JSON document."""
     answer = Delta()
-    for item in conversation.ask(prompt):
+    for item in conversation.ask(content):
         if isinstance(item, Delta):
             answer = answer + item
         elif isinstance(item, Finished):

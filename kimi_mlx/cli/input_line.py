@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import has_focus, is_searching
 from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -22,6 +22,7 @@ from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
 
+from kimi_mlx.cli.media_files import media_kind
 from kimi_mlx.cli.terminal_modes import quiet_between_prompts, read_typed_ahead
 
 PROMPT, CONTINUATION = "> ", "  "
@@ -42,8 +43,11 @@ STYLE = Style.from_dict(
 class InputLine(Protocol):
     """Reads what the user types."""
 
-    def read(self) -> str:
+    def read(self, draft: str = "") -> str:
         """Read one message, which may have several lines; return an empty one if it was cleared.
+
+        Args:
+            draft: text to begin with, if this terminal can edit it.
 
         Raises:
             EOFError: Ctrl-D was pressed, or the input has ended.
@@ -53,11 +57,14 @@ class InputLine(Protocol):
 
 
 @contextmanager
-def open_input_line(commands: Mapping[str, str], history: Path | None) -> Generator[InputLine, None, None]:
+def open_input_line(
+    commands: Mapping[str, str], file_commands: Sequence[str], history: Path | None
+) -> Generator[InputLine, None, None]:
     """Open the best input line that this terminal supports.
 
     Args:
         commands: names to complete, such as `/help`, with their descriptions.
+        file_commands: those commands that are followed by the name of a file.
         history: file of previous messages; None keeps them in memory only.
     """
     stream = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
@@ -66,27 +73,28 @@ def open_input_line(commands: Mapping[str, str], history: Path | None) -> Genera
         return
     typed_ahead = read_typed_ahead()
     with quiet_between_prompts():
-        yield EditedInputLine(commands, _open_history(history), stream, typed_ahead)
+        completer = _MessageCompleter(commands, file_commands)
+        yield EditedInputLine(completer, _open_history(history), stream, typed_ahead)
 
 
 class EditedInputLine:
     """An input line with editing, completion and history. Enter sends; Alt-Enter and Ctrl-J start a new line.
 
     Args:
-        commands: names to complete, with their descriptions.
+        completer: completes what is typed.
         history: previous messages.
         stream: terminal to write to.
         typed_ahead: lines that were typed before; read() returns all but the last one, which is unfinished.
     """
 
-    def __init__(self, commands: Mapping[str, str], history: History, stream: TextIO, typed_ahead: Sequence[str]):
+    def __init__(self, completer: Completer, history: History, stream: TextIO, typed_ahead: Sequence[str]):
         self._typed_ahead = list(typed_ahead)
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             multiline=True,
             prompt_continuation=_continuation,
             key_bindings=_key_bindings(),
-            completer=_CommandCompleter(commands),
+            completer=completer,
             complete_while_typing=False,
             history=history,
             enable_suspend=True,
@@ -94,11 +102,13 @@ class EditedInputLine:
             output=_output(stream),
         )
 
-    def read(self) -> str:
+    def read(self, draft: str = "") -> str:
         """Read one message."""
         self._session.app.erase_when_done = False
-        line = self._typed_ahead.pop(0) if self._typed_ahead else ""
-        is_finished = bool(self._typed_ahead)
+        line, is_finished = draft, False
+        if not draft and self._typed_ahead:
+            line = self._typed_ahead.pop(0)
+            is_finished = bool(self._typed_ahead)
         try:
             return _without_surrogates(self._session.prompt(default=line, accept_default=is_finished))
         except (OSError, termios.error):  # the terminal was closed
@@ -112,7 +122,7 @@ class PlainInputLine:
         self._source = source
         self._prompts = prompts
 
-    def read(self) -> str:
+    def read(self, draft: str = "") -> str:
         """Read one message."""
         lines = [self._read_line(PROMPT)]
         while _is_continued(lines[-1]):
@@ -134,19 +144,33 @@ class PlainInputLine:
         return line.decode("utf-8", errors="replace").removesuffix("\n")
 
 
-class _CommandCompleter(Completer):
-    """Completes the name of a command at the very start of a message."""
+class _MessageCompleter(Completer):
+    """Completes the name of a command at the very start of a message, and the name of the file after it.
 
-    def __init__(self, commands: Mapping[str, str]):
+    Args:
+        commands: names of commands, with their descriptions.
+        file_commands: commands that are followed by the name of an image or a video.
+    """
+
+    def __init__(self, commands: Mapping[str, str], file_commands: Sequence[str]):
         self._commands = commands
+        self._file_commands = file_commands
+        self._files = PathCompleter(expanduser=True, file_filter=_is_folder_or_media)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        """Yield the commands that start with the text before the cursor."""
+        """Yield the commands or files that start with the text before the cursor."""
         typed = document.text_before_cursor
-        if typed.startswith("/"):
-            for name, about in self._commands.items():
-                if name.startswith(typed):
-                    yield Completion(name, start_position=-len(typed), display_meta=about)
+        command, space, name = typed.partition(" ")
+        if space and command in self._file_commands:
+            yield from self._files.get_completions(Document(name), complete_event)
+        elif typed.startswith("/"):
+            for command, about in self._commands.items():
+                if command.startswith(typed):
+                    yield Completion(command, start_position=-len(typed), display_meta=about)
+
+
+def _is_folder_or_media(name: str) -> bool:
+    return os.path.isdir(name) or media_kind(Path(name)) is not None
 
 
 class _PrivateHistory(FileHistory):

@@ -50,7 +50,7 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
     if command.name == "download" and need.repository is None:
         stderr.print(f"`{need.name}` comes with kimi-mlx; there is nothing to download", markup=False)
         return None
-    command.require_prompt()
+    command.check_chat()
     diagnosis = run_diagnosis(request, options.install)
     choice = choose_placement_on_hosts(diagnosis, request, command.strategy)
     need = with_placement(need, choice, request.world_size)

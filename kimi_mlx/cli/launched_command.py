@@ -10,6 +10,7 @@ import typer
 
 from kimi_mlx.cli.chat_prompt import require_prompt
 from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
+from kimi_mlx.cli.media_files import check_files
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
@@ -74,14 +75,15 @@ class LaunchedCommand:
         if self.strategy is not None:
             normalize_strategy(self.strategy, num_ranks)
 
-    def require_prompt(self) -> None:
-        """Check that a chat has a terminal, a pipe or a prompt.
+    def check_chat(self) -> None:
+        """Check that a chat has a terminal, a pipe or a prompt, and that its images and videos exist.
 
         Raises:
-            UsageError: it has none of them.
+            UsageError: it has none of them, or a file does not exist.
         """
         if self.name == "chat":
             require_prompt(self._parameters.get("prompt"))
+            check_files([*(self._parameters.get("image") or ()), *(self._parameters.get("video") or ())])
 
     @property
     def is_json(self) -> bool:

@@ -7,18 +7,22 @@ import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from rich.table import Table
 from rich.text import Text
 
+from kimi_mlx.cli.attachments import Attachment
 from kimi_mlx.cli.input_line import InputLine, open_input_line
 from kimi_mlx.cli.output import print_error, stderr, stdout
+from kimi_mlx.cli.repl_media import ReplMedia
 from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
-from kimi_mlx.engine.request import Finished, FinishReason, Prefilled, Statistics
-from kimi_mlx.errors import KimiMlxError, RingError, UsageError
+from kimi_mlx.engine.request import Encoded, Finished, FinishReason, Prefilled, Statistics
+from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
 from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.text.messages import Content
 from kimi_mlx.units import format_rate, format_seconds
 
 KEYS = {
@@ -27,9 +31,12 @@ KEYS = {
     "Ctrl-C": "stop the answer, or clear the message; twice on an empty line: exit",
     "Ctrl-D": "exit",
     "Up, Down, Ctrl-R": "previous messages, search them",
-    "Tab": "complete a command",
+    "Tab": "complete a command, or the name of a file after /image",
     "//text": "send a message that starts with a slash",
 }
+FILE_COMMANDS = ("/image", "/video")
+"""Commands whose argument is the name of a file."""
+
 REMARKS: dict[FinishReason, str] = {
     "cancelled": "stopped",
     "length": "stopped at the token limit",
@@ -59,17 +66,26 @@ class Repl:
     Args:
         conversation: conversation with the model.
         model_name: name in the greeting.
+        attached: images and videos for the first message.
     """
 
-    def __init__(self, conversation: Conversation, model_name: str):
+    def __init__(self, conversation: Conversation, model_name: str, attached: Sequence[Attachment] = ()):
         self._conversation = conversation
         self._model_name = model_name
+        self._media = media = ReplMedia(conversation, attached)
         self._answers: list[Statistics] = []
         self._is_over = False
         commands = [
             Command("/help", "", "list commands and keys", self._help),
             Command("/reset", "", "clear the conversation; keep the system prompt", self._reset),
             Command("/system", "[TEXT|-]", "show the system prompt, set it to TEXT, or remove it", self._system),
+            Command(
+                "/image", "FILE ...", "attach images to the next message", partial(self._media.attach, kind="image")
+            ),
+            Command(
+                "/video", "FILE ...", "attach videos to the next message", partial(self._media.attach, kind="video")
+            ),
+            Command("/images", "[drop N|drop all]", "list images and videos, or drop some", media.list),
             Command("/stats", "", "statistics of the last answer and of the conversation", self._stats),
             Command("/quit", "", "exit", self._quit),
             Command("/exit", "", "exit, like /quit", self._quit),
@@ -84,10 +100,10 @@ class Repl:
             KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
         """
         _note(f"{self._model_name} · /help lists commands and keys, Ctrl-D exits\n")
-        was_interrupted = False
+        was_interrupted, draft = False, ""
         while not self._is_over:
             try:
-                message = line.read()
+                message = line.read(draft)
             except KeyboardInterrupt:
                 if was_interrupted:
                     return
@@ -97,33 +113,58 @@ class Repl:
                 return
             else:
                 was_interrupted = False
-                self.handle(message)
+                draft = "" if self.handle(message) else message.strip("\n")
 
-    def handle(self, message: str) -> None:
-        """Run a command or answer a message; do nothing if it is empty."""
+    def handle(self, message: str) -> bool:
+        """Run a command or answer a message; do nothing if it is empty.
+
+        Returns:
+            False if the message could not be sent or run as it was typed.
+        """
         typed = message.strip()
+        is_accepted = True
         try:
             if typed.startswith("//"):
-                self._answer(typed[1:])
-            elif typed.startswith("/"):
+                self._send(typed[1:])
+            elif self._is_command(typed):
                 self._command(typed)
             elif typed:
-                self._answer(message.strip("\n"))
+                self._send(self._media.read_message(message.strip("\n")))
         except RingError:
             raise
         except KimiMlxError as error:
             print_error(error)
+            is_accepted = not isinstance(error, UsageError | ImageError)
         if typed and not self._is_over:
             stderr.print()
+        return is_accepted
 
-    def _answer(self, text: str) -> None:
+    def _is_command(self, typed: str) -> bool:
+        """Return whether a message is a command, and not the path of a dropped file."""
+        if not typed.startswith("/"):
+            return False
+        return typed.split(maxsplit=1)[0] in self.commands or not self._media.finds_files(typed)
+
+    def _send(self, content: Content) -> None:
+        """Answer a message with the files that are attached to it; they stay attached if it is not answered."""
+        if content is None:
+            return
+        is_answered = False
+        try:
+            is_answered = self._answer(self._media.add_attached(content))
+        finally:
+            self._media.finish_message(is_answered)
+
+    def _answer(self, content: Content) -> bool:
+        """Show the answer to a message; return whether it is part of the conversation."""
+        length = len(self._conversation.messages)
         with (
             AnswerPrinter(stdout, show_reasoning=True, plain=False) as printer,
             _ctrl_c_stops(self._conversation) as is_stopped,
         ):
             stderr.print()
-            for item in self._conversation.ask(text):
-                if isinstance(item, Prefilled) and is_stopped():
+            for item in self._conversation.ask(content):
+                if isinstance(item, Prefilled | Encoded) and is_stopped():
                     self._conversation.cancel()  # again: it may not have begun at the first call
                 printer.show(item)
                 if isinstance(item, Finished):
@@ -131,6 +172,7 @@ class Repl:
                     self._answers.append(item.statistics)
                     if remark := REMARKS.get(item.reason, "" if printer.has_shown else "no answer"):
                         _note(f"[{remark}]")
+        return len(self._conversation.messages) > length
 
     def _command(self, typed: str) -> None:
         name, *rest = typed.split(maxsplit=1)
@@ -180,20 +222,26 @@ class Repl:
 
     def _clear(self) -> None:
         self._conversation.reset()
+        self._media.clear()
         self._answers = []
 
 
-def run_repl(conversation: Conversation, model_name: str) -> int:
+def run_repl(conversation: Conversation, model_name: str, attached: Sequence[Attachment] = ()) -> int:
     """Run a conversation in the terminal until the user exits; return the exit code.
+
+    Args:
+        conversation: conversation with the model.
+        model_name: name in the greeting.
+        attached: images and videos for the first message.
 
     Raises:
         RingError: the connection between the hosts was lost.
         KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
     """
-    repl = Repl(conversation, model_name)
+    repl = Repl(conversation, model_name, attached)
     folder = state_folder()
     about = {command.name: command.about for command in repl.commands.values()}
-    with open_input_line(about, folder / "history" if folder else None) as line:
+    with open_input_line(about, FILE_COMMANDS, folder / "history" if folder else None) as line:
         repl.run(line)
     return 0
 

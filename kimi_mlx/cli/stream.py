@@ -9,7 +9,7 @@ from textwrap import indent
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
@@ -42,8 +42,8 @@ class ControlFilter:
         return _CONTROL.sub("", text[: len(text) - len(self._held)])
 
 
-class PrefillProgress:
-    """Progress bar of prompt tokens; shown only on a terminal, and only if the prompt takes long.
+class PromptProgress:
+    """Progress bar of a prompt: images, then tokens; shown only on a terminal, and only if the prompt takes long.
 
     A timer shows the bar, because the first progress event may take long itself.
 
@@ -54,25 +54,30 @@ class PrefillProgress:
 
     def __init__(self, console: Console, after_s: float = PROGRESS_AFTER_S):
         self._progress = Progress(
-            TextColumn("processing the prompt"),
+            TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
+            TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal or console.is_dumb_terminal,
         )
-        self._task = self._progress.add_task("", total=None)
+        self._task = self._progress.add_task("", total=None, amount="")
         self._lock = threading.Lock()
         self._is_over = False
         self._timer = threading.Timer(after_s, self._appear)
         self._timer.daemon = True
 
-    def update(self, done: int, total: int) -> None:
-        """Update the progress; the first call starts the timer, the last one removes the bar."""
-        self._progress.update(self._task, completed=done, total=total)
-        if done >= total:
+    def update(self, event: Encoded | Prefilled) -> None:
+        """Update the progress; the first call starts the timer, the end of prefill removes the bar."""
+        done, total = event.done, event.total
+        if isinstance(event, Encoded):
+            number = f" {event.image} of {event.num_images}" if event.num_images > 1 else ""
+            description, amount = f"encoding image{number}", f"{done / total:.0%}"
+        else:
+            description, amount = "processing the prompt", f"{done}/{total} tokens"
+        self._progress.update(self._task, completed=done, total=total, description=description, amount=amount)
+        if isinstance(event, Prefilled) and done >= total:
             self.stop()
         elif self._timer.ident is None and not self._progress.disable and not self._is_over:
             self._timer.start()
@@ -107,7 +112,7 @@ class AnswerPrinter:
         self._console = console
         self._show_reasoning = show_reasoning
         self._reasoning_console = stderr if plain else console
-        self._progress = PrefillProgress(stderr)
+        self._progress = PromptProgress(stderr)
         self._filter = ControlFilter()
         self._part: str | None = None  # current one
         self._last_console: Console | None = None  # of the last part
@@ -126,10 +131,8 @@ class AnswerPrinter:
             # on stderr: the answer continues in the middle of its line
             stderr.print(Text(f"\n[{interruption_line(item)}]", style="dim"), soft_wrap=False)
             return
-        if isinstance(item, Encoded):
-            return
-        if isinstance(item, Prefilled):
-            self._progress.update(item.done, item.total)
+        if isinstance(item, Encoded | Prefilled):
+            self._progress.update(item)
             return
         self._progress.stop()
         if isinstance(item, Finished):
@@ -216,6 +219,8 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(format_rate(statistics.decode_tok_per_s))
     if statistics.tokens_per_step > 1:
         parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
+    if statistics.encode_s:
+        parts.append(f"images {format_seconds(statistics.encode_s)}")
     parts += [
         prompt,
         f"first token {format_seconds(statistics.ttft_s)}",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer, MessageLike
+from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.session.session import Session
-from kimi_mlx.text.messages import Delta, Message, ToolCall
+from kimi_mlx.text.messages import Content, Delta, Message, ToolCall
 from kimi_mlx.text.output import OutputParser
 
 ChatEvent = Delta | Encoded | Prefilled | Finished | Interrupted | Resumed
@@ -59,22 +61,49 @@ class Conversation:
         self.system = system
         self.messages: list[Message] = []
 
-    def ask(self, text: str) -> Iterator[ChatEvent]:
+    @property
+    def image_error(self) -> KimiMlxError | None:
+        """Error of messages with images if the model does not see images; None if it does."""
+        return self._session.image_error
+
+    @property
+    def media_parts(self) -> list[Mapping[str, Any]]:
+        """Images and videos of all messages, in order, as parts of messages in OpenAI's format."""
+        contents = [message.content for message in self.messages]
+        parts = [part for content in contents if content and not isinstance(content, str) for part in content]
+        return [part for part in parts if part.get("type") != "text"]
+
+    def remove_part(self, part: Mapping[str, Any]) -> None:
+        """Remove an image or a video from its message.
+
+        Args:
+            part: one of `media_parts`; equal ones stay.
+        """
+        for number, message in enumerate(self.messages):
+            content = message.content
+            if content and not isinstance(content, str) and any(other is part for other in content):
+                kept = [other for other in content if other is not part]
+                self.messages[number] = replace(message, content=kept)
+
+    def ask(self, content: Content) -> Iterator[ChatEvent]:
         """Add a user message and stream the answer, which is added to the conversation when it ends.
 
         If the answer fails, or is cancelled before its first token, the user message is removed again.
 
+        Args:
+            content: text, or parts in OpenAI's format: text, images and videos.
+
         Raises:
             KimiMlxError: the request is refused, or the session has failed.
         """
-        self.messages.append(Message("user", text))
+        self.messages.append(Message("user", content))
         system = [Message("system", self.system)] if self.system else []
         answer = Delta()
         is_answered = False
         try:
             prompt = self._prompt([*system, *self.messages])
             request = make_request(self._tokenizer, prompt, self.options)
-            parser = self._tokenizer.output_parser(prompt, self.options.tools)
+            parser = self._tokenizer.output_parser(prompt.ids, self.options.tools)
             for event in parse_events(self._session.generate(request), parser):
                 if isinstance(event, Delta):
                     answer = answer + event
@@ -95,9 +124,9 @@ class Conversation:
         """Cancel the answer that is being streamed; the text so far stays in the conversation."""
         self._session.cancel_all()
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[Message]) -> Prompt:
         template_kwargs = dict(self.options.template_kwargs or {})
-        return self._tokenizer.apply_chat_template(messages, self.options.tools, **template_kwargs)
+        return self._tokenizer.prompt(messages, self.options.tools, **template_kwargs)
 
 
 def stream(
@@ -114,7 +143,7 @@ def stream(
     Args:
         model: model from `load`.
         tokenizer: tokenizer from `load`.
-        messages: messages in OpenAI's format: `{"role": ..., "content": ...}`.
+        messages: messages in OpenAI's format: `{"role": ..., "content": ...}`, with images as data URLs or bytes.
         max_tokens: maximum number of new tokens; None is the checkpoint's default, usually the rest of the context.
         sampling: how tokens are sampled; None is the checkpoint's recommendation.
         tools: OpenAI-style tools that the model may call.
@@ -123,20 +152,21 @@ def stream(
     Yields:
         Delta: new text, reasoning or tool calls.
     """
-    prompt = tokenizer.apply_chat_template(messages, tools, **template_kwargs)
+    prompt = tokenizer.prompt(messages, tools, **template_kwargs)
     request = make_request(tokenizer, prompt, ChatOptions(max_tokens, sampling))
-    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt, tools)):
+    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt.ids, tools)):
         if isinstance(event, Delta):
             yield event
 
 
-def make_request(tokenizer: ChatTokenizer, prompt: Sequence[int], options: ChatOptions) -> Request:
+def make_request(tokenizer: ChatTokenizer, prompt: Prompt, options: ChatOptions) -> Request:
     """Return the engine's request for a prompt."""
     return Request(
-        prompt=tuple(prompt),
+        prompt=tuple(prompt.ids),
         max_tokens=tokenizer.max_tokens if options.max_tokens is None else options.max_tokens,
         sampling=options.sampling or tokenizer.sampling,
         stop_ids=tokenizer.stop_ids,
+        images=prompt.images,
     )
 
 

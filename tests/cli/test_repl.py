@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import select
 import signal
 import stat
-import struct
-import subprocess
-import sys
-import termios
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,19 +14,13 @@ from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import ChatOptions, Conversation
+from tests.cli.conftest import Spawn
 from tests.fakes import KIMI_MINI, FixedSession, conversation_of
+from tests.terminal import ALT_ENTER, COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, CTRL_J, ENTER, TAB, UP
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 30.0
-HANG_UP_S = 5.0
-"""Limit of the end after the terminal is closed: 2 s on a machine that is not busy."""
-ESCAPES = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07")
 COLOURS = re.compile(rb"\x1b\[([0-9;]*;)?[349][0-9](;[0-9;]*)?m")
-CTRL_C, CTRL_D, ENTER, ALT_ENTER, CTRL_J, UP, TAB = "\x03", "\x04", "\r", "\x1b\r", "\n", "\x1b[A", "\t"
 
-# The first line makes the pseudo-terminal the one whose Ctrl-C reaches the process.
-CONTROLLING_TERMINAL = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-COMMAND = CONTROLLING_TERMINAL + "from kimi_mlx.cli.app import main; main()"
 FAKE = (
     CONTROLLING_TERMINAL
     + """
@@ -51,102 +34,6 @@ print([message.content for message in conversation.messages if message.role == "
 QUICK = FAKE.format(answer="'The answer.', 'Well, well.'")
 ENDLESS = FAKE.format(answer="'on and ', pause_s=0.02, is_endless=True")
 STUBBORN = FAKE.format(answer="'on and ', pause_s=0.02, is_endless=True, is_stubborn=True")
-
-
-class Terminal:
-    """A program on a pseudo-terminal of its own."""
-
-    def __init__(self, code: str, *arguments: str, columns: int = 100, **environment: str):
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.modes = termios.tcgetattr(slave)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "", **environment},
-        )
-        self._slave = slave
-        self._is_open = True
-        self.raw = b""
-        self._seen = 0
-
-    @property
-    def text(self) -> str:
-        """All that was written, without escape sequences."""
-        return ESCAPES.sub(b"", self.raw).decode(errors="replace").replace("\r", "")
-
-    def send(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def expect(self, text: str, patience_s: float = PATIENCE_S) -> str:
-        """Wait until a text appears after the last one that was expected; returns what came up to it."""
-        deadline = time.monotonic() + patience_s
-        while text not in self.text[self._seen :]:
-            assert time.monotonic() < deadline, f"{text!r} did not appear in {self.text[self._seen :]!r}"
-            self._read(0.05)
-        start, self._seen = self._seen, self.text.index(text, self._seen) + len(text)
-        return self.text[start : self._seen]
-
-    def ask(self, keys: str) -> str:
-        """Type at the prompt; returns what comes until the next prompt."""
-        self.send(keys)
-        return self.expect("\n> ")
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def wait(self) -> int:
-        """The exit code."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self._process.poll() is None:
-            assert time.monotonic() < deadline, f"still running after {self.text!r}"
-            self._read(0.05)
-        self._read(0.05)
-        return self._process.returncode
-
-    def has_old_modes(self) -> bool:
-        """Whether the terminal is as it was before the program."""
-        return termios.tcgetattr(self._slave) == self.modes
-
-    def hang_up(self) -> int:
-        """Close the terminal, as its window does; returns the exit code of the program."""
-        os.close(self._slave)
-        os.close(self._master)
-        self._is_open = False
-        return self._process.wait(HANG_UP_S)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        if self._is_open:
-            os.close(self._master)
-            os.close(self._slave)
-
-    def _read(self, timeout_s: float) -> None:
-        while select.select([self._master], [], [], timeout_s)[0]:
-            self.raw += os.read(self._master, 65536)
-            timeout_s = 0.0
-
-
-Spawn = Callable[..., Terminal]
-
-
-@pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Spawn]:
-    """Starts programs on terminals; their state folder is the test's."""
-    terminals: list[Terminal] = []
-
-    def start(code: str, *arguments: str, **settings: Any) -> Terminal:
-        terminals.append(Terminal(code, *arguments, **{"XDG_STATE_HOME": str(tmp_path), **settings}))
-        return terminals[-1]
-
-    yield start
-    for terminal in terminals:
-        terminal.close()
 
 
 def test_a_conversation_with_kimi_mini(spawn: Spawn, tmp_path: Path) -> None:
@@ -284,7 +171,7 @@ class Lines:
     def __init__(self, *lines: str | BaseException):
         self._lines = iter(lines)
 
-    def read(self) -> str:
+    def read(self, draft: str = "") -> str:
         line = next(self._lines)
         if isinstance(line, BaseException):
             raise line

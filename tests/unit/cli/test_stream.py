@@ -14,11 +14,11 @@ from kimi_mlx.cli import stream
 from kimi_mlx.cli.stream import (
     AnswerPrinter,
     ControlFilter,
-    PrefillProgress,
+    PromptProgress,
     format_tool_call,
     statistics_line,
 )
-from kimi_mlx.engine.request import Finished, Prefilled, Statistics
+from kimi_mlx.engine.request import Encoded, Finished, Prefilled, Statistics
 from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
 
 STATISTICS = Statistics(
@@ -43,6 +43,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
 def written(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def wait_for(text: str, console: Console) -> None:
+    deadline = time.monotonic() + 5
+    while text not in written(console):
+        assert time.monotonic() < deadline, written(console)
+        time.sleep(0.01)
 
 
 def plain_console() -> Console:
@@ -144,13 +151,14 @@ def test_statistics_line() -> None:
 
 def test_a_slow_prompt_shows_a_bar_that_goes_away(terminal: Console) -> None:
     terminal.width = 80
-    progress = PrefillProgress(terminal, after_s=0.01)
-    progress.update(0, 100)
-    progress.update(40, 100)
-    deadline = time.monotonic() + 5
-    while "40/100" not in written(terminal) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    progress.update(100, 100)
+    progress = PromptProgress(terminal, after_s=0.01)
+    progress.update(Encoded(image=1, num_images=2, done=3, total=12))
+    wait_for("encoding image 1 of 2", terminal)
+    wait_for("25%", terminal)
+    progress.update(Encoded(image=2, num_images=2, done=12, total=12))
+    progress.update(Prefilled(40, 100))
+    wait_for("40/100 tokens", terminal)
+    progress.update(Prefilled(100, 100))
     assert "processing the prompt" in written(terminal)
     assert written(terminal).endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, the line empty
 
@@ -165,8 +173,8 @@ def test_a_quick_prompt_shows_no_bar(terminal: Console, monkeypatch: pytest.Monk
 
 def test_a_bar_is_for_terminals_only() -> None:
     console = plain_console()
-    progress = PrefillProgress(console, after_s=0.0)
-    progress.update(0, 100)
+    progress = PromptProgress(console, after_s=0.0)
+    progress.update(Prefilled(0, 100))
     time.sleep(0.05)
     progress.stop()
     assert written(console) == ""

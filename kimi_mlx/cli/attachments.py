@@ -1,0 +1,127 @@
+"""Images and videos that the user adds to a message: read from files, checked, and described."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from kimi_mlx.cli.media_files import check_files
+from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.stream import ControlFilter
+from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
+from kimi_mlx.errors import UsageError
+from kimi_mlx.text.media import MediaKind
+
+if TYPE_CHECKING:
+    from kimi_mlx.images.prepared import PreparedImage
+    from kimi_mlx.model.config import ModelConfig
+    from kimi_mlx.text.messages import Content
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """An image or a video of a message.
+
+    Attributes:
+        name: name of the file, without control characters.
+        kind: what the file is.
+        part: part of a message in OpenAI's format, with the file as a data URL.
+        frames: the image, or the chunks of a video, as the model sees them.
+    """
+
+    name: str
+    kind: MediaKind
+    part: Mapping[str, Any] = field(repr=False)
+    frames: tuple[PreparedImage, ...] = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens in the prompt, without the text around them."""
+        return sum(chunk.num_tokens for chunk in self.frames)
+
+    @property
+    def size(self) -> str:
+        """Width and height in pixels, and for a video the number of frames that the model sees."""
+        width, height = self.frames[0].size
+        num_frames = sum(chunk.grid[0] for chunk in self.frames)
+        return f"{width}x{height}" + (f", {num_frames} frames" if self.kind == "video" else "")
+
+    def __str__(self) -> str:
+        """Describe the file in one line."""
+        return f"{self.name} · {self.size} · {self.num_tokens} tokens"
+
+
+def read_attachment(path: Path, kind: MediaKind) -> Attachment:
+    """Read an image or a video.
+
+    Args:
+        path: file; its name may have any ending.
+        kind: what the file is.
+
+    Raises:
+        UsageError: the file does not exist, is a folder, or cannot be read.
+        ImageError: the file is too large, broken or of an unknown format, or an extra is not installed.
+    """
+    # heavy imports: only for a message with images
+    from kimi_mlx.images.limits import DEFAULT_LIMITS
+
+    check_files([path])
+    max_bytes = DEFAULT_LIMITS.max_bytes if kind == "image" else DEFAULT_LIMITS.max_video_bytes
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
+    frames = _prepare(data, ControlFilter().add(str(path)), kind)
+    url = f"data:{kind}/{path.suffix[1:].lower() or 'unknown'};base64,{base64.b64encode(data).decode()}"
+    name = f"{kind}_url"
+    return Attachment(ControlFilter().add(path.name), kind, {"type": name, name: {"url": url}}, frames)
+
+
+def _prepare(data: bytes, place: str, kind: MediaKind) -> tuple[PreparedImage, ...]:
+    if kind == "video":
+        from kimi_mlx.images.video import prepare_video
+
+        return tuple(chunk for chunk, _ in prepare_video(data, place))
+    from kimi_mlx.images.prepare import prepare_image
+
+    return (prepare_image(data, place),)
+
+
+def show_attachment(attachment: Attachment) -> None:
+    """Show a thumbnail, if the terminal can, and name, size and tokens."""
+    protocol = find_graphics_protocol(os.environ, is_terminal=stderr.is_terminal)
+    if protocol is not None:
+        sequence = thumbnail_sequence(first_frame(attachment.frames[0]), protocol, stderr.width)
+        stderr.file.write(sequence + "\n")
+        stderr.file.flush()
+    stderr.print(Text(str(attachment), style="dim"), soft_wrap=False)
+
+
+def with_attachments(content: Content, attachments: Sequence[Attachment]) -> Content:
+    """Return a message with files before its text."""
+    if not attachments:
+        return content
+    parts = [text_part(content)] if isinstance(content, str) else content or ()
+    return [*(attachment.part for attachment in attachments), *parts]
+
+
+def text_part(text: str) -> Mapping[str, Any]:
+    """Return text as a part of a message in OpenAI's format."""
+    return {"type": "text", "text": text}
+
+
+def check_sees_images(config: ModelConfig, model_name: str) -> None:
+    """Check that a model has a vision tower.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if config.vision is None:
+        raise UsageError(f"`{model_name}` cannot see images", hint="choose a model that can: see `kimi-mlx models`")

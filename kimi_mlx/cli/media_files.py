@@ -1,0 +1,52 @@
+"""Names of image and video files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from kimi_mlx.errors import UsageError
+from kimi_mlx.text.media import MediaKind
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
+
+
+def media_kind(path: Path) -> MediaKind | None:
+    """Return what a file is by the end of its name; None for another one."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    return "video" if suffix in VIDEO_SUFFIXES else None
+
+
+def is_media_file(path: Path) -> bool:
+    """Return whether a path is an existing file with the name of an image or a video."""
+    return media_kind(path) is not None and os.path.isfile(path)  # unlike Path.is_file, False for any error
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Check that files exist, without reading them.
+
+    Raises:
+        UsageError: a file does not exist, or is a folder or a device.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            raise UsageError(f"`{path}` is a folder, not an image", hint="name a file in it")
+        if not os.path.lexists(path):
+            raise UsageError(f"there is no file `{path}`", hint=_similar_names(path))
+        if not os.path.isfile(path):
+            raise UsageError(f"`{path}` is not a regular file", hint="save the image as a file")
+
+
+def _similar_names(path: Path) -> str:
+    """Return a hint for a file that does not exist."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if media_kind(entry) is not None]
+    except OSError:
+        return f"there is no folder `{path.parent}` either"
+    similar = get_close_matches(path.name, names, n=1)
+    return f"did you mean `{path.parent / similar[0]}`?" if similar else "check the path"

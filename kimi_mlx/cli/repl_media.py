@@ -1,0 +1,176 @@
+"""Images and videos of a conversation in the terminal: attached by command or dropped into a message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from kimi_mlx.cli.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
+from kimi_mlx.cli.dropped_files import read_file_names, split_dropped_files
+from kimi_mlx.cli.media_files import check_files, is_media_file, media_kind
+from kimi_mlx.cli.output import stderr
+from kimi_mlx.errors import UsageError
+from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.text.media import MediaKind
+from kimi_mlx.text.messages import Content
+
+DROP = "drop"
+"""First word of the argument of /images that removes images."""
+
+
+class ReplMedia:
+    """Images and videos of a conversation.
+
+    Args:
+        conversation: conversation whose messages contain them.
+        attached: files for the first message.
+
+    Attributes:
+        attached: files for the next message.
+    """
+
+    def __init__(self, conversation: Conversation, attached: Sequence[Attachment] = ()):
+        self._conversation = conversation
+        self.attached = list(attached)
+        self._sent: list[Attachment] = []
+
+    def attach(self, argument: str, kind: MediaKind) -> None:
+        """Attach files to the next message; all or none.
+
+        Args:
+            argument: file names, after the command.
+            kind: what the files are, whatever their names say.
+
+        Raises:
+            UsageError: the model does not see images, no file is named, or a file does not exist or cannot be read.
+            ImageError: a file is broken.
+        """
+        self.require_vision()
+        if not argument:
+            raise UsageError(f"/{kind} needs a file", hint=f"type /{kind} and a path; Tab completes it")
+        paths = read_file_names(argument)
+        check_files(paths)
+        self._attach([read_attachment(path, kind) for path in paths])
+
+    def require_vision(self) -> None:
+        """Check that the model sees images.
+
+        Raises:
+            UsageError: it does not.
+        """
+        if (error := self._conversation.image_error) is not None:
+            raise UsageError(error.message, hint=error.hint)
+
+    def finds_files(self, text: str) -> bool:
+        """Return whether a file was dropped into a message."""
+        return any(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
+
+    def read_message(self, text: str) -> Content:
+        """Return a message with the files that were dropped into it, each in its place.
+
+        If it is nothing but files, they are attached to the next message.
+
+        Args:
+            text: message as typed.
+
+        Returns:
+            The text, or parts in OpenAI's format; None if there is nothing to send yet.
+
+        Raises:
+            UsageError: a file cannot be read, or the message is only files and the model does not see images.
+            ImageError: a file is broken.
+        """
+        parts = split_dropped_files(text, is_media_file)
+        has_text = any(isinstance(part, str) for part in parts)
+        if all(isinstance(part, str) for part in parts):
+            return text
+        try:
+            self.require_vision()
+        except UsageError as error:
+            if not has_text:
+                raise
+            _note(f"{error.message}: paths are sent as text")
+            return text
+        read = [part if isinstance(part, str) else read_attachment(part, media_kind(part) or "image") for part in parts]
+        files = [part for part in read if isinstance(part, Attachment)]
+        if not has_text:
+            self._attach(files)
+            return None
+        for file in files:
+            show_attachment(file)
+        self._sent += files
+        return [text_part(part) if isinstance(part, str) else part.part for part in read]
+
+    def add_attached(self, content: Content) -> Content:
+        """Return a message with the attached files before its text."""
+        self._sent += self.attached
+        return with_attachments(content, self.attached)
+
+    def finish_message(self, is_answered: bool) -> None:
+        """Forget the attached files if their message was answered; else they stay for the next one."""
+        if is_answered:
+            self.attached = []
+        elif self.attached:
+            _note("not answered: the images stay attached; /images lists and drops them")
+
+    def list(self, argument: str) -> None:
+        """Show all images and videos, or remove some of them.
+
+        Args:
+            argument: empty, or `drop N`, or `drop all`.
+
+        Raises:
+            UsageError: another argument, or no such number.
+        """
+        files = self._all_files()
+        if not argument:
+            self._show(files)
+            return
+        word, _, which = argument.partition(" ")
+        if word != DROP or not (which == "all" or which.isdecimal()):
+            raise UsageError(
+                f"/images does not know `{argument}`", hint="type /images, /images drop 1 or /images drop all"
+            )
+        if which != "all" and not 1 <= int(which) <= len(files):
+            raise UsageError(f"there is no image {which}", hint="/images lists them with their numbers")
+        dropped = files if which == "all" else [files[int(which) - 1]]
+        for file in dropped:
+            if file in self.attached:
+                self.attached.remove(file)
+            else:
+                self._conversation.remove_part(file.part)
+        _note(f"dropped {', '.join(file.name for file in dropped)}" if dropped else "there are no images")
+
+    def clear(self) -> None:
+        """Forget all files."""
+        self.attached, self._sent = [], []
+
+    def _attach(self, files: Sequence[Attachment]) -> None:
+        self.attached += files
+        for file in files:
+            show_attachment(file)
+        _note("attached to the next message; /images lists and drops")
+
+    def _all_files(self) -> list[Attachment]:
+        """Return the files of all messages, in order, then those for the next message."""
+        by_part = {id(file.part): file for file in self._sent}
+        return [*(by_part[id(part)] for part in self._conversation.media_parts), *self.attached]
+
+    def _show(self, files: Sequence[Attachment]) -> None:
+        if not files:
+            _note("there are no images; /image FILE attaches one")
+            return
+        table = Table.grid(padding=(0, 2))
+        for justify in ("right", "left", "left", "right", "left"):
+            table.add_column(justify=justify, overflow="fold")
+        for number, file in enumerate(files, start=1):
+            state = "for the next message" if file in self.attached else "in the conversation"
+            table.add_row(str(number), Text(file.name), file.size, f"{file.num_tokens} tokens", state)
+        stderr.print(table, soft_wrap=False)
+
+
+def _note(text: str) -> None:
+    stderr.print(Text(text, style="dim"), soft_wrap=False)

@@ -1,0 +1,280 @@
+"""Images in the conversation: commands, dropped files and thumbnails, with and without a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pyte
+import pytest
+from PIL import Image
+
+from kimi_mlx.cli.attachments import read_attachment
+from kimi_mlx.cli.repl import Repl
+from kimi_mlx.engine.request import Request
+from kimi_mlx.errors import EngineError
+from kimi_mlx.session.conversation import Conversation
+from tests.cli.conftest import Spawn
+from tests.fakes import FixedSession, conversation_of
+from tests.terminal import CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER, TAB
+
+FAKE = (
+    CONTROLLING_TERMINAL
+    + """
+from kimi_mlx.cli.repl import run_repl
+from tests.fakes import conversation_of
+conversation = conversation_of({answer}, sees_images=True)
+run_repl(conversation, "fake")
+print([[part["type"] for part in message.content] for message in conversation.messages if message.role == "user"])
+"""
+)
+QUICK = FAKE.format(answer="'Two red circles.'")
+
+
+class Lines:
+    """An input line that was typed beforehand; remembers the drafts that it was given."""
+
+    def __init__(self, *lines: str):
+        self._lines = iter(lines)
+        self.drafts: list[str] = []
+
+    def read(self, draft: str = "") -> str:
+        self.drafts.append(draft)
+        return next(self._lines)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    return write_picture(tmp_path / "two words.png")
+
+
+def write_picture(path: Path, size: tuple[int, int] = (60, 40), colour: str = "red") -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def type_lines(conversation: Conversation, *lines: str) -> list[str]:
+    """Send lines; returns the draft before each of them, and before `/quit`."""
+    typed = Lines(*lines, "/quit")
+    Repl(conversation, "fake").run(typed)
+    return typed.drafts
+
+
+def sent(conversation: Conversation) -> list[object]:
+    """The user's messages: text, or text and names of part types."""
+    contents = [message.content for message in conversation.messages if message.role == "user"]
+    return [
+        content if isinstance(content, str) else [part.get("text", part["type"]) for part in content or ()]
+        for content in contents
+    ]
+
+
+def images_of(conversation: Conversation) -> list[int]:
+    """The number of images of each request."""
+    session = conversation._session  # pyright: ignore[reportPrivateUsage]
+    assert isinstance(session, FixedSession)
+    return [len(request.images) for request in session.requests]
+
+
+def test_an_attached_image_goes_with_the_next_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    type_lines(conversation, f"/image {picture}", "What is it?", "And now?", "/images")
+    assert sent(conversation) == [["image_url", "What is it?"], "And now?"]
+    assert images_of(conversation) == [1, 1]  # each turn sends the whole conversation
+    output = capfd.readouterr().err
+    assert "two words.png · 60x40 · 6 tokens\nattached to the next message" in output
+    assert "1  two words.png  60x40  6 tokens  in the conversation" in output
+    assert "\x1b" not in output
+
+
+def test_a_dropped_image_keeps_its_place(picture: Path, tmp_path: Path) -> None:
+    other = shutil.copy(picture, tmp_path / "other.png")
+    conversation = conversation_of("yes", sees_images=True)
+    type_lines(conversation, f"Compare '{picture}' with {other}, please", f"{other} and this", f"//{other}")
+    assert sent(conversation) == [
+        ["Compare", "image_url", "with", "image_url", ", please"],
+        ["image_url", "and this"],
+        f"/{other}",  # a message that starts with // is text
+    ]
+
+
+def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    type_lines(conversation, f"{picture} ", "/images", "What is it?")
+    assert sent(conversation) == [["image_url", "What is it?"]]
+    assert "1  two words.png  60x40  6 tokens  for the next message" in capfd.readouterr().err
+
+
+def test_files_of_the_command_line_come_first(picture: Path) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    Repl(conversation, "fake", [read_attachment(picture, "image")]).run(Lines("hi", "again", "/quit"))
+    assert sent(conversation) == [["image_url", "hi"], "again"]
+
+
+def test_images_are_dropped_by_number_or_all(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    image = f"/image {picture}"
+    type_lines(
+        conversation, "/images", "/images drop all", image, image, "one", image, "/images drop 3", "/images drop 1"
+    )
+    assert sent(conversation) == [["image_url", "one"]]
+    type_lines(conversation, "hi")
+    assert sent(conversation) == [["image_url", "one"], "hi"]
+    output = capfd.readouterr().err
+    assert "there are no images; /image FILE attaches one" in output
+    assert "there are no images\n" in output
+    assert output.count("dropped two words.png") == 2
+
+
+def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    type_lines(conversation, f"/image {picture}", "one", f"/image {picture}", "/reset", "/images", "two")
+    assert sent(conversation) == ["two"]
+    assert "there are no images" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("/image", "/image needs a file", "Tab completes"),
+        (
+            "/image {folder}/two wrods.png",
+            "there is no file `{folder}/two wrods.png`",
+            "did you mean `{folder}/two wo",
+        ),
+        ("/image {folder}/no/x.png", "there is no file `{folder}/no/x.png`", "there is no folder `{folder}/no` either"),
+        ("/image {folder}", "`{folder}` is a folder, not an image", "name a file in it"),
+        ("/image {folder}/broken.png", "`{folder}/broken.png`: it is not a PNG", ""),
+        ("What is {folder}/broken.png?", "`{folder}/broken.png`: it is not a PNG", ""),
+        ("/image {folder}/empty.png", "`{folder}/empty.png`: it is not a PNG", ""),
+        ("/image {folder}/fifo.png", "`{folder}/fifo.png` is not a regular file", "save the image"),
+        ("/images drop 1", "there is no image 1", "/images lists"),
+        ("/images 1", "/images does not know `1`", "/images drop 1"),
+    ],
+)
+def test_an_error_sends_nothing_and_gives_the_line_back(
+    picture: Path, capfd: pytest.CaptureFixture[str], line: str, message: str, hint: str
+) -> None:
+    folder = picture.parent
+    (folder / "broken.png").write_bytes(b"no image at all")
+    (folder / "empty.png").touch()
+    os.mkfifo(folder / "fifo.png")
+    conversation = conversation_of("yes", sees_images=True)
+    line, message, hint = (text.format(folder=folder) for text in (line, message, hint))
+    assert type_lines(conversation, line, "") == ["", line, ""]
+    assert conversation.messages == []
+    output = capfd.readouterr().err
+    assert f"error: {message}" in output
+    assert hint in output
+
+
+def test_one_bad_file_of_several_attaches_none(picture: Path) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    type_lines(conversation, f"/image '{picture}' {picture.parent}/missing.png", "hi")
+    assert sent(conversation) == ["hi"]
+
+
+def test_a_model_without_vision(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes")
+    lines = (f"/image {picture}", f"{picture}", f"Resize {picture} to 10x10")
+    assert type_lines(conversation, *lines) == ["", lines[0], lines[1], ""]
+    assert sent(conversation) == [lines[2]]
+    output = capfd.readouterr().err
+    assert output.count("error: this model does not see images\nhint: choose one that does") == 2
+    assert "this model does not see images: paths are sent as text" in output
+
+
+def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    conversation = conversation_of("yes", sees_images=True)
+    session = conversation._session  # pyright: ignore[reportPrivateUsage]
+    assert isinstance(session, FixedSession)
+
+    def fail(request: Request) -> None:
+        raise EngineError("the prompt is too long")
+
+    succeed, session._before = session._before, fail  # pyright: ignore[reportPrivateUsage]
+    repl = Repl(conversation, "fake")
+    repl.run(Lines(f"/image {picture}", "What is it?", "/quit"))
+    assert conversation.messages == []
+    assert "not answered: the images stay attached" in capfd.readouterr().err
+    session._before = succeed  # pyright: ignore[reportPrivateUsage]
+    repl.handle("What is it?")
+    assert sent(conversation) == [["image_url", "What is it?"]]
+
+
+def test_control_characters_in_names_are_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_picture(tmp_path / "red\x1b[31m\x07.png")
+    type_lines(conversation_of("yes", sees_images=True), f"/image {path}", "/images")
+    output = capfd.readouterr().err
+    assert output.count("red.png") == 2
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize(
+    ("environment", "begin"),
+    [
+        ({"TERM": "xterm-kitty"}, b"\x1b_Ga=T,f=100,q=2,r=2,m="),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, b"\x1b]1337;File=inline=1;size="),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "Apple_Terminal"}, None),
+        pytest.param({"TERM": "xterm-kitty", "TMUX": "/tmp/tmux-0/default,1,0"}, None, marks=pytest.mark.slow),
+        pytest.param({"TERM": "dumb", "TERM_PROGRAM": "iTerm.app"}, None, marks=pytest.mark.slow),
+    ],
+    ids=["kitty", "iterm2", "terminal", "tmux", "dumb"],
+)
+def test_thumbnails_on_a_terminal(
+    spawn: Spawn, picture: Path, environment: dict[str, str], begin: bytes | None
+) -> None:
+    secret = b"a comment in the file that must not reach the terminal"
+    with Image.open(picture) as image:
+        image.save(picture.with_suffix(".jpg"), comment=secret)
+    terminal = spawn(QUICK, **{"TERM_PROGRAM": "", "TMUX": "", "LC_TERMINAL": "", "KITTY_WINDOW_ID": "", **environment})
+    terminal.expect("\n> ")
+    answer = terminal.ask(f"What is {picture.with_suffix('.jpg')}?{ENTER}")
+    assert "two words.jpg · 60x40 · 6 tokens\n" in answer
+    assert "Two red circles." in answer
+    if begin is None:
+        assert b"\x1b_G" not in terminal.raw
+        assert b"1337;File" not in terminal.raw
+    else:
+        assert terminal.raw.count(begin) == 1
+    assert secret not in terminal.raw
+    terminal.send(CTRL_D)
+    terminal.expect("[['text', 'image_url', 'text']]")
+    assert terminal.wait() == 0
+
+
+def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: Path) -> None:
+    (picture.parent / "two.txt").touch()
+    terminal = spawn(QUICK)
+    terminal.expect("\n> ")
+    terminal.send(f"/image {picture.parent}/two" + TAB)
+    terminal.expect("words.png")  # the cursor jumps over the space
+    assert "attached to the next message" in terminal.ask(ENTER)
+    assert "there is no file" in terminal.ask("/image missing.png" + ENTER)
+    terminal.expect("/image missing.png")  # to be corrected
+    terminal.send(CTRL_C)
+    terminal.expect("> ")  # drawn over it
+    # as terminals paste: bracketed, with a space at the end
+    dropped = str(picture).replace(" ", "\\ ")
+    terminal.ask(f"Is it \x1b[200~{dropped} \x1b[201~{ENTER}")
+    terminal.send(CTRL_D)
+    terminal.expect("[['image_url', 'text', 'image_url']]")
+    assert terminal.wait() == 0
+
+
+def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
+    long_name = write_picture(picture.parent / f"a-picture-with-a-name-{'very-' * 8}long.png", (900, 100))
+    terminal = spawn(QUICK, columns=40, TERM="xterm-kitty")
+    terminal.expect("\n> ")
+    terminal.ask(f"/image {long_name}{ENTER}")
+    terminal.ask("/images" + ENTER)
+    terminal.ask("What?" + ENTER)
+    screen = pyte.Screen(40, 60)
+    pyte.ByteStream(screen).feed(
+        b"".join(part.partition(b"\x1b\\")[2] or part for part in terminal.raw.split(b"\x1b_G"))
+    )
+    shown = "".join(line.rstrip() for line in screen.display)
+    assert f"{long_name.name} · 900x100 · 132 tokens".replace(" ", "") in shown.replace(" ", "")
+    assert "c=32" in terminal.raw.decode(errors="replace")  # the thumbnail is no wider than the terminal
+    assert "Two red circles." in shown
