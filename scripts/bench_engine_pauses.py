@@ -5,8 +5,9 @@ python scripts/bench_engine_pauses.py                   all cases, on kimi-mini 
 python scripts/bench_engine_pauses.py 64 prefix         cases whose names have these words
 
 One answer runs without end on an engine in this process. For each case a line shows the longest time to add a request,
-the longest time to choose the requests of a step, and the longest time between two tokens of the answer. The last one
-contains a step with a chunk of a prompt. scripts/bench_pauses.py has heavy requests over HTTP.
+the longest time to choose the requests of a step, and the longest time between two tokens of the answer, which
+contains a step with a chunk of a prompt; last the longest processor time of this process between two tokens, which
+depends less on what else runs. scripts/bench_pauses.py has heavy requests over HTTP.
 """
 
 from __future__ import annotations
@@ -76,14 +77,16 @@ def measure(folder: Path, requests: list[Request]) -> str:
         list(engine.step())
     add, engine._admit = adding.timed(engine.add), admitting.timed(engine._admit)  # pyright: ignore[reportPrivateUsage]
     token_at, pause_s = time.perf_counter(), 0.0
+    cpu_at, cpu_s = time.process_time(), 0.0
     for number in range(len(requests) + STEPS):
         if number < len(requests):
             add(1 + number, requests[number])
         for request_id, event in engine.step():
             if request_id == 0 and isinstance(event, Token):
-                now = time.perf_counter()
+                now, cpu = time.perf_counter(), time.process_time()
                 token_at, pause_s = now, max(pause_s, now - token_at)
-    times = (("add", adding.longest_s), ("choose", admitting.longest_s), ("pause", pause_s))
+                cpu_at, cpu_s = cpu, max(cpu_s, cpu - cpu_at)
+    times = (("add", adding.longest_s), ("choose", admitting.longest_s), ("pause", pause_s), ("cpu", cpu_s))
     return ", ".join(f"{name} {seconds * 1e3:8.2f} ms" for name, seconds in times)
 
 

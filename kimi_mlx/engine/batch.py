@@ -17,6 +17,7 @@ from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.communicator import LeaderState
+from kimi_mlx.sizing.step_time import ChunkBudget, ChunkEstimate
 
 SHORT_PROMPT = 64
 """Prompts with at most this many tokens left are prefilled before long ones in every other step."""
@@ -35,7 +36,8 @@ class Batch:
         runner: runs the steps on this rank.
         pool: pool of the KV caches.
         on_header: callback for the leader's state of each step.
-        chunk: number of prompt tokens per step.
+        chunk: maximum number of prompt tokens per step.
+        estimate: estimates the time of chunks beside decoding.
         speculate: maximum number of draft tokens per step and sequence.
     """
 
@@ -45,10 +47,11 @@ class Batch:
         pool: KVCachePool,
         on_header: Callable[[LeaderState], None],
         chunk: int,
+        estimate: ChunkEstimate,
         speculate: int,
     ):
         self._runner, self._pool, self._on_header = runner, pool, on_header
-        self._chunk, self._speculate = chunk, speculate
+        self._chunk, self._estimate, self._speculate = chunk, estimate, speculate
         self.members: list[Sequence] = []
         self._in_flight: InFlightStep | None = None
         self._has_put_short_first = False
@@ -63,6 +66,11 @@ class Batch:
         """Whether a prompt is in prefill, so that steps take long."""
         is_long = self._in_flight is not None and self._in_flight.length >= LONG_STEP
         return is_long or any(member.num_computed_tokens < len(member.tokens) for member in self.members)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a prompt is computed, so that its answer waits for long steps."""
+        return any(member.num_computed_tokens >= len(member.tokens) for member in self.members)
 
     @property
     def growth(self) -> int:
@@ -89,8 +97,11 @@ class Batch:
         self._in_flight = None
         self.members.clear()
 
-    def step(self) -> Events:
+    def step(self, others_decode: bool = False) -> Events:
         """Launch a step and yield the events of the previous one. The caller must exhaust the iterator.
+
+        Args:
+            others_decode: whether sequences of other batches decode.
 
         Raises:
             RingError: a rank is lost.
@@ -103,16 +114,16 @@ class Batch:
         if self._speculate:
             if previous is not None:
                 yield from self._read_drafts(previous)
-            self._in_flight = self._start(self._entries_with_drafts(), None)
+            self._in_flight = self._start(self._entries_with_drafts(others_decode), None)
         else:
-            self._in_flight = self._start(self._entries_ahead(previous), previous)
+            self._in_flight = self._start(self._entries_ahead(previous, others_decode), previous)
             if previous is not None:
                 yield from self._read(previous, self._in_flight)
 
     def _start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep | None:
         return self._runner.start(entries, previous) if entries else None
 
-    def _entries_ahead(self, previous: InFlightStep | None) -> list[BatchEntry]:
+    def _entries_ahead(self, previous: InFlightStep | None, others_decode: bool) -> list[BatchEntry]:
         """Return entries for the sequences that the previous step samples, then chunks of prompts."""
         entries: list[BatchEntry] = []
         continued = [
@@ -126,9 +137,9 @@ class Batch:
             sequence.num_computed_tokens += 1
             position = sequence.num_computed_tokens
             entries.append(BatchEntry(sequence, entry.epoch, 1, 1, position, len(entries), previous_entry=index))
-        return entries + self._chunks(len(entries))
+        return entries + self._chunks(len(entries), others_decode)
 
-    def _entries_with_drafts(self) -> list[BatchEntry]:
+    def _entries_with_drafts(self, others_decode: bool) -> list[BatchEntry]:
         """Return entries for the sequences whose last token is known, each with its draft, then chunks of prompts."""
         entries: list[BatchEntry] = []
         num_logits = 0
@@ -142,24 +153,25 @@ class Batch:
                     BatchEntry(sequence, sequence.epoch, length, length, position, num_logits, tokens, draft=draft)
                 )
                 num_logits += length
-        return entries + self._chunks(num_logits)
+        return entries + self._chunks(num_logits, others_decode)
 
-    def _chunks(self, num_logits: int) -> list[BatchEntry]:
-        """Return chunks of prompts: half as many tokens while others decode. Scheduled sequences move to the end.
+    def _chunks(self, num_logits: int, others_decode: bool) -> list[BatchEntry]:
+        """Return chunks of prompts: fewer tokens while others decode. Scheduled sequences move to the end.
 
         Args:
             num_logits: number of logits that the entries before these need.
+            others_decode: whether sequences of other batches decode.
         """
         entries: list[BatchEntry] = []
-        budget = max(self._chunk // 2, 1) if num_logits else self._chunk
+        budget = ChunkBudget(self._chunk, self._estimate if num_logits or others_decode else None)
         unread = [member for member in self.members if member.num_computed_tokens < len(member.tokens)]
         short = [member for member in unread if len(member.tokens) - member.num_computed_tokens <= SHORT_PROMPT]
         self._has_put_short_first = 0 < len(short) < len(unread) and not self._has_put_short_first
         for sequence in short if self._has_put_short_first else unread:
-            if not budget:
+            tokens = sequence.next_chunk(budget.largest(sequence.num_computed_tokens))
+            if not tokens:
                 break
-            tokens = sequence.next_chunk(budget)
-            budget -= len(tokens)
+            budget.take(sequence.num_computed_tokens - len(tokens), len(tokens))
             is_last = int(sequence.num_computed_tokens == len(sequence.tokens))
             position = sequence.num_computed_tokens + 1 - is_last
             entries.append(

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from kimi_mlx.engine.batch import Batch
 from kimi_mlx.engine.constraint import Constraint
-from kimi_mlx.engine.free_memory import agreed_limits
+from kimi_mlx.engine.free_memory import agreed_chunk_estimate, agreed_limits
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Prefilled, Request
@@ -66,6 +66,7 @@ class Engine:
         communicator = self._runner.communicator
         group = SingleGroup() if communicator is None else communicator.group
         limits = agreed_limits(model, group, cache_bytes, prefill_chunk)
+        estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
         self._speculate, self._constrain = speculate, constrain
         self._pool = KVCachePool(model, limits.cache_tokens, blocks)
         self.context = min(model.config.max_position_embeddings, limits.cache_tokens)
@@ -73,7 +74,8 @@ class Engine:
         # A pipeline has one batch in flight per rank.
         num_batches = 1 if self._runner.pipeline is None else self._runner.pipeline.group.size
         self._batches = deque(
-            Batch(self._runner, self._pool, self._on_header, limits.chunk, speculate) for _ in range(num_batches)
+            Batch(self._runner, self._pool, self._on_header, limits.chunk, estimate, speculate)
+            for _ in range(num_batches)
         )
         self._waiting: deque[Sequence] = deque()
         self._ended: list[tuple[int, Event | EngineError]] = []
@@ -160,7 +162,7 @@ class Engine:
             self._batches.rotate(-1)
             if not batch.is_idle:
                 self._make_room(batch)
-                yield from batch.step()
+                yield from batch.step(any(other.is_decoding for other in self._batches if other is not batch))
                 return
 
     def generate(self, request: Request) -> Iterator[Event]:

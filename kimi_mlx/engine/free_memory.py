@@ -1,4 +1,4 @@
-"""Memory that MLX can still use on this host, and the engine limits that all ranks agree on."""
+"""Memory that MLX can still use on this host, and what all ranks agree on: engine limits, the cost of a chunk."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kimi_mlx.model.moe import MoE
 from kimi_mlx.parallel.group import Group, gather_on_host
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
 from kimi_mlx.sizing.prefill import RankShape
+from kimi_mlx.sizing.step_time import ChunkCost, ChunkEstimate, HeldExperts, chunk_cost
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -42,6 +43,26 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
     )
     smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
+
+
+def agreed_chunk_estimate(model: Model, group: Group, is_pipeline: bool) -> ChunkEstimate:
+    """Return the estimate for the slowest rank, or for all stages of a pipeline together. Collective: one gather."""
+    cost = chunk_cost(model.config, rank_shape_of(model), len(model.layers), held_experts_of(model), model.tuning)
+    costs = gather_on_host(group, np.array(astuple(cost), np.float32)).astype(np.float64)
+    agreed = costs.sum(axis=0) if is_pipeline else costs.max(axis=0)
+    return ChunkEstimate(ChunkCost(*cast("list[float]", agreed.tolist())), model.config, model.tuning)
+
+
+def held_experts_of(model: Model) -> HeldExperts:
+    """Return the routed experts of a rank's share of a model."""
+    config = model.config
+    down_projs = [layer.mlp.down_proj for layer in model.layers if isinstance(layer.mlp, MoE)]
+    num_held = max((min(matrix["weight"].shape[0], config.n_routed_experts) for matrix in down_projs), default=0)
+    arrays = [cast(mx.array, array) for matrix in down_projs for array in matrix.parameters().values()]
+    return HeldExperts(
+        per_token=config.num_experts_per_tok * num_held / config.n_routed_experts,
+        num_bytes=3 * sum(array.nbytes for array in arrays),  # gate and up have as many values
+    )
 
 
 def rank_shape_of(model: Model) -> RankShape:

@@ -18,7 +18,7 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
-from kimi_mlx.model.sizes import expanded_width, heads_at_once
+from kimi_mlx.model.sizes import SCORES_MAX, expanded_width, heads_at_once, latent_key_block
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
 
@@ -130,6 +130,10 @@ class Attention(nn.Module):
         keys = _concatenate(
             [caches[index].fetch(group.total) for index in group.indices], axis=0
         )  # (B * N, 1, T, R + P)
+        if L > N and L * H * group.total > SCORES_MAX:
+            q = q.reshape(B, 1, L * H, width) * self.scale
+            mask, block = group.segment.diagonal, latent_key_block(L * H)
+            return attend(q, keys, self._latent_keys, mask, H, block).reshape(B, L, H, -1)
         # addmm scales and masks within the one matrix product.
         scores = mx.addmm(
             group.mask(H, q.dtype), q.reshape(B * N, 1, -1, width), keys.swapaxes(-1, -2), alpha=self.scale
@@ -186,6 +190,10 @@ class Attention(nn.Module):
             )
             outs.append(out[..., :v_dim])
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=1)
+
+    def _latent_keys(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """Return keys (B, 1, T, R + P) and values (B, 1, T, R) in the latent space: the rows themselves."""
+        return rows, rows[..., : self.latent_dim]
 
     def _split(self, keys: mx.array) -> tuple[mx.array, mx.array]:
         """Split rows of the cache into latents (B, 1, T, R) and rotated keys (B, 1, T, P).

@@ -47,12 +47,14 @@ class DecodeGroup:
 
     Attributes:
         indices: indices of the sequences.
+        segment: the first segment.
         start, stop: range of their tokens in the step.
         total: T of the longest sequence; the keys of the others are padded to it.
     """
 
     def __init__(self, index: int, segment: Segment, max_keys: int):
-        self.indices, self._totals, self._max_keys = [index], [segment.total], max_keys
+        self.indices, self.segment = [index], segment
+        self._totals, self._max_keys = [segment.total], max_keys
         self.start, self.stop, self.total = segment.start, segment.stop, segment.total
         self._length = segment.length
         self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
@@ -99,7 +101,7 @@ class BatchLayout:
         self.segments: list[Segment] = []
         self.length = self.num_absorbed_tokens = 0
         for offset, length in lengths:
-            if length <= tuning.absorb_max_queries and self.num_absorbed_tokens == self.length:
+            if self.num_absorbed_tokens == self.length and tuning.absorbs(offset, length):
                 self.num_absorbed_tokens += length
             self.segments.append(Segment(offset, length, self.length))
             self.length += length

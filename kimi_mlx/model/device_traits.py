@@ -48,6 +48,13 @@ def has_fused_attention(kind: DeviceKind, value_bytes: int, q_dim: int, v_dim: i
     return False
 
 
+ABSORB_ALWAYS = 8
+"""Up to this many new tokens attend in the latent space on a context of any length."""
+
+ABSORB_MIN_KEYS = 4
+"""Cached tokens per query from which on more than ABSORB_ALWAYS queries attend in the latent space."""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Constants with an optimum that depends on the device. They change speed and memory, never the result.
@@ -55,7 +62,8 @@ class Tuning:
     Args:
         absorb_max_queries: maximum number of new tokens that attend in the latent space. A query there costs
             2 * kv_lora_rank + qk_rope_head_dim multiplications per key and head (K2: 1,088) instead of 320, but the
-            keys are not expanded into heads.
+            keys are not expanded into heads, which costs 131,072 per key. On a long context that pays up to about 170
+            queries.
         stack_max_keys: maximum length of caches that are stacked in a copy, so that several sequences attend with one
             set of kernels instead of one set each.
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
@@ -63,6 +71,10 @@ class Tuning:
             progress and to cancel quickly.
         encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images: about the time of a
             decode step, which runs between two parts.
+        weight_flops: operations per second in products with weights. This and the next two only choose the chunks of
+            prompts beside decoding (kimi_mlx.sizing.step_time).
+        attention_flops: operations per second in attention.
+        read_bytes_per_s: bytes of weights read per second.
     """
 
     absorb_max_queries: int
@@ -70,15 +82,39 @@ class Tuning:
     sort_min_choices: int
     prefill_chunk: int
     encode_multiply_adds: int
+    weight_flops: float
+    attention_flops: float
+    read_bytes_per_s: float
+
+    def absorbs(self, offset: int, length: int) -> bool:
+        """Return whether `length` new tokens after `offset` cached ones attend in the latent space."""
+        return length <= min(self.absorb_max_queries, max(ABSORB_ALWAYS, offset // ABSORB_MIN_KEYS))
 
 
 CPU_TUNING = Tuning(
-    absorb_max_queries=8, stack_max_keys=512, sort_min_choices=64, prefill_chunk=512, encode_multiply_adds=4 * 10**9
+    absorb_max_queries=64,
+    stack_max_keys=512,
+    sort_min_choices=64,
+    prefill_chunk=512,
+    encode_multiply_adds=4 * 10**9,
+    weight_flops=3e9,
+    attention_flops=4.5e9,
+    read_bytes_per_s=1e10,
 )
 """Measured on Linux with two cores (docs/benchmark.md)."""
 
-GPU_TUNING = replace(CPU_TUNING, encode_multiply_adds=5 * 10**11)
+METAL_TUNING = replace(
+    CPU_TUNING,
+    absorb_max_queries=128,
+    encode_multiply_adds=5 * 10**11,
+    weight_flops=1.6e13,
+    attention_flops=1.6e13,
+    read_bytes_per_s=6.2e11,
+)
 """Not measured yet: `kimi-mlx doctor --gpu` times the neighbours of the values for text. 10**12 operations take about
-50 ms on an M3 Ultra, as long as a decode step of K2."""
+50 ms on an M3 Ultra, as long as a decode step of K2. The rates are those of an M3 Ultra in the planner's predictions."""
 
-TUNINGS: dict[DeviceKind, Tuning] = {"cpu": CPU_TUNING, "metal": GPU_TUNING, "cuda": GPU_TUNING}
+CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, read_bytes_per_s=1.5e12)
+"""Not measured yet; rates of a GPU for servers."""
+
+TUNINGS: dict[DeviceKind, Tuning] = {"cpu": CPU_TUNING, "metal": METAL_TUNING, "cuda": CUDA_TUNING}

@@ -11,6 +11,9 @@ KEY_BLOCK = 512
 QUERY_BLOCK = 64
 """Number of queries per block among the new tokens; at most half of a diagonal block is wasted work."""
 
+SCORES_MAX = 2**23
+"""Maximum number of scores in the latent space that exist at once, for several queries of a sequence."""
+
 EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
 
@@ -27,6 +30,11 @@ def query_block(heads: int, keys: int) -> int:
 def expanded_width(nope: int, rope: int, value: int) -> int:
     """Return elements per token and head of a fused kernel's input: partial keys, keys, values, padded values."""
     return nope + (nope + rope) + value + max(nope + rope, value)
+
+
+def latent_key_block(rows: int) -> int:
+    """Return the number of cached tokens whose scores with `rows` rows of queries exist at once."""
+    return max(KEY_BLOCK, SCORES_MAX // rows)
 
 
 def heads_at_once(heads: int, head_bytes: int) -> int:

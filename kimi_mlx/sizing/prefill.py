@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.device_traits import TUNINGS
-from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
+from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, SCORES_MAX, expanded_width, heads_at_once
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 MIN_CHUNK = 32
@@ -14,6 +14,9 @@ MAX_CHUNK = 2048
 
 PREFILL_CHUNK = TUNINGS["metal"].prefill_chunk
 """Chunk size on a Mac if memory is no limit."""
+
+MAX_ABSORBED = max(tuning.absorb_max_queries for tuning in TUNINGS.values())
+"""Maximum number of queries that attend in the latent space, on any device."""
 
 FLOAT32_BYTES = 4
 
@@ -74,19 +77,22 @@ def attention_bytes(config: ModelConfig, rank_shape: RankShape, chunk: int, cont
     With a fused kernel there are no scores; keys and values of the whole context exist for a few heads at a time.
     Without one, keys and values of one block of tokens (or of the chunk) exist for all heads, and for each query four
     copies of a block's scores and two copies of three partial sums, in float32 (measured by
-    tests/unit/engine/test_free_memory.py).
+    tests/unit/engine/test_free_memory.py). In the latent space there are no expanded keys, but three copies of at most
+    SCORES_MAX scores.
     """
     heads, value = rank_shape.heads, config.v_head_dim
     width = expanded_width(config.qk_nope_head_dim, config.qk_rope_head_dim, value)
     outside = chunk * heads * (3 * config.qk_head_dim + 2 * value) * rank_shape.value_bytes
+    latent = 3 * min(SCORES_MAX, min(chunk, MAX_ABSORBED) * heads * context) * FLOAT32_BYTES
     if rank_shape.is_fused:
         head_bytes = context * width * rank_shape.value_bytes
-        return outside + heads_at_once(heads, head_bytes) * head_bytes
+        return outside + max(latent, heads_at_once(heads, head_bytes) * head_bytes)
     past = max(context - chunk, 0)
     block = max(min(KEY_BLOCK, past), chunk)
     scores = max(min(KEY_BLOCK, past), min(QUERY_BLOCK, chunk)) * chunk
     sums = 3 * chunk * value
-    return outside + heads * (block * width * rank_shape.value_bytes + (4 * scores + 2 * sums) * FLOAT32_BYTES)
+    by_heads = heads * (block * width * rank_shape.value_bytes + (4 * scores + 2 * sums) * FLOAT32_BYTES)
+    return outside + max(latent, by_heads)
 
 
 def _mlp_values(config: ModelConfig, rank_shape: RankShape, chunk: int) -> int:

@@ -15,7 +15,7 @@ from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
-from kimi_mlx.sizing import engine_limits
+from kimi_mlx.sizing import engine_limits, step_time
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, write_checkpoint
 
@@ -291,6 +291,24 @@ def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> 
     assert all((0, Token) in step for step in prefills[1:])
     ends = [next(at for at, step in enumerate(seen) if (number, Finished) in step) for number in (2, 1)]
     assert ends == sorted(ends)  # the short prompt does not wait for the long one
+
+
+@pytest.mark.parametrize(("seconds", "chunk"), [(0.0, 1), (10.0, 8)])
+def test_chunks_beside_decoding_fit_the_time_of_a_step(
+    model: Model, greedy: UncachedGreedy, seconds: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_time, "SHARED_STEP_S", seconds)
+    engine = Engine(model, prefill_chunk=16)
+    engine.add(0, Request(make_prompt(3, seed=1), max_tokens=60))
+    list(engine.step())
+    list(engine.step())
+    engine.add(1, Request(PROMPT, max_tokens=3))
+    events: list[tuple[int, object]] = []
+    while not engine.is_idle:
+        events += engine.step()
+    done = [event.done for number, event in events if number == 1 and isinstance(event, Prefilled)]
+    assert done == list(range(0, len(PROMPT) + 1, chunk))
+    assert [event.id for number, event in events if number == 1 and isinstance(event, Token)] == greedy(PROMPT, 3)
 
 
 def test_requests_without_room_wait_or_are_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
