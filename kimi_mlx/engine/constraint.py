@@ -131,7 +131,7 @@ class Constraint:
     @property
     def _answer(self) -> llguidance.LLMatcher:
         if self._answer_matcher is None:
-            self._answer_matcher = self._compiler.matcher(self._answer_grammar)
+            self._answer_matcher = self._matcher(self._answer_grammar)
         return self._answer_matcher
 
     def _accept(self, token: int) -> llguidance.LLMatcher | None:
@@ -150,26 +150,35 @@ class Constraint:
         elif token == self._argument_begin:
             name = (self._call_id or b"").decode().rpartition(":")[0]  # without the index of the call
             self._arguments_grammar, self._call_id = self._arguments_grammars[name], None
-            self._arguments_matcher = self._compiler.matcher(self._arguments_grammar)
+            self._arguments_matcher = self._matcher(self._arguments_grammar)
         elif token == self._call_end:
             self._arguments_matcher = None
         elif self._call_id is not None:
             self._call_id += self._vocabulary.tokens[token]
         return self._answer
 
+    def _matcher(self, grammar: str) -> llguidance.LLMatcher:
+        _ = self._vocabulary  # an error of the tokenizer is not one of the schema
+        try:
+            return self._compiler.matcher(grammar)
+        except EngineError as error:
+            raise EngineError(f"the schema of {self._subject(grammar)}: {error.message}", error.hint) from error
+
     def _check(self, matcher: llguidance.LLMatcher) -> None:
         if matcher.is_error():
-            is_answer = matcher is self._answer_matcher
-            self._compiler.drop(self._answer_grammar if is_answer else self._arguments_grammar)
+            grammar = self._answer_grammar if matcher is self._answer_matcher else self._arguments_grammar
+            self._compiler.drop(grammar)
             raise EngineError(
-                f"the schema of {'the answer' if is_answer else self._tools()} is too complex ({first_line(matcher)}): "
+                f"the schema of {self._subject(grammar)} is too complex ({first_line(matcher)}): "
                 "use fewer or shorter patterns, enums and limits of lengths"
             )
 
-    def _tools(self) -> str:
-        """Return the names of tools with the current grammar of arguments, for an error message."""
-        same = [name for name, grammar in self._arguments_grammars.items() if grammar == self._arguments_grammar]
-        return "the tools " + ", ".join(f"`{name.partition('.')[2]}`" for name in same[:3])
+    def _subject(self, grammar: str) -> str:
+        """Return whose grammar this is, for an error message: the answer's, or that of tools by name."""
+        names = [name.partition(".")[2] for name, other in self._arguments_grammars.items() if other == grammar]
+        if grammar == self._answer_grammar or not names:
+            return "the answer"
+        return ("the tool " if len(names) == 1 else "the tools ") + ", ".join(f"`{name}`" for name in names[:3])
 
 
 @compile_on_gpu

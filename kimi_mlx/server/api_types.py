@@ -71,9 +71,15 @@ class ChatRequest(GenerationParams):
 
 @dataclass(frozen=True)
 class CompletionRequest(GenerationParams):
-    """A prompt of plain text or token ids to continue, without a chat template."""
+    """A prompt of plain text or token ids to continue, without a chat template.
+
+    Args:
+        prompt: text or token ids.
+        place: location of the prompt in the body, for error messages.
+    """
 
     prompt: str | tuple[int, ...] = ""
+    place: str = field(default="prompt", compare=False)
 
 
 @dataclass(frozen=True)

@@ -236,26 +236,27 @@ class PromptBuilder:
             400,
             f"the prompt has {num_tokens} tokens, but the context is {self.context_tokens} tokens",
             "context_length_exceeded",
-            request.messages_name if isinstance(request, ChatRequest) else "prompt",
+            request.messages_name if isinstance(request, ChatRequest) else request.place,
         )
 
     def _check_id(self, id: int, param: str) -> None:
         vocab_size = self.tokenizer.tokenizer.vocab_size
         if not 0 <= id < vocab_size:
-            raise ApiError(400, f"token {id} is outside the vocabulary of {vocab_size} tokens", param=param)
+            message = f"`{param}`: token {id} is outside the vocabulary of {vocab_size} tokens"
+            raise ApiError(400, message, param=param)
 
     def _plain_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
             if not self.tokenizer.has_tokenizer:
                 message = "this model has no tokenizer, so it cannot read text; send token ids as `prompt`"
-                raise ApiError(400, message, "invalid_value", "prompt")
+                raise ApiError(400, message, "invalid_value", request.place)
             ids = self.tokenizer.encode(request.prompt)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
             return tuple(ids) if ids or bos is None else (bos,)
-        for id in request.prompt:
-            self._check_id(id, "prompt")
+        for index, id in enumerate(request.prompt):
+            self._check_id(id, f"{request.place}[{index}]")
         if not request.prompt:
-            raise ApiError(400, "the prompt has no tokens", param="prompt")
+            raise ApiError(400, "the prompt has no tokens", param=request.place)
         return request.prompt
 
     def _sampling(self, request: GenerationParams) -> Sampling:

@@ -40,8 +40,18 @@ def test_answers_are_numbered_over_all_prompts(client: openai.OpenAI) -> None:
 def test_prompts_of_token_ids(client: openai.OpenAI) -> None:
     assert complete(client, [5, 6, 7]).usage.prompt_tokens == 3
     assert [choice.index for choice in complete(client, [[5, 6], [7]]).choices] == [0, 1]
-    with pytest.raises(openai.BadRequestError, match="outside the vocabulary"):
-        complete(client, [5, 999_999])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place"), [([5, 999_999], "prompt[1]"), ([[5, 6], [7, 8, 999_999]], "prompt[1][2]")]
+)
+def test_a_token_outside_the_vocabulary_is_refused_with_its_place(
+    client: openai.OpenAI, prompt: list[Any], place: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="outside the vocabulary") as refusal:
+        complete(client, prompt)
+    assert refusal.value.param == place
+    assert f"`{place}`" in refusal.value.message
 
 
 def test_logprobs(client: openai.OpenAI) -> None:

@@ -73,15 +73,19 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, message, "unsupported_parameter", "logprobs")
         params = self.generation_params()
         params["top_logprobs"] = self.logprobs
-        return [CompletionRequest(**params, prompt=prompt) for prompt in self._prompts()]
+        return [CompletionRequest(**params, prompt=prompt, place=place) for place, prompt in self._prompts()]
 
-    def _prompts(self) -> list[str | tuple[int, ...]]:
+    def _prompts(self) -> list[tuple[str, str | tuple[int, ...]]]:
+        """Return the prompts with their places in the body."""
         if isinstance(self.prompt, str):
-            return [self.prompt]
+            return [("prompt", self.prompt)]
         if isinstance(self.prompt[0], int):
-            return [tuple(id for id in self.prompt if isinstance(id, int))]
+            return [("prompt", tuple(id for id in self.prompt if isinstance(id, int)))]
         prompts = [prompt for prompt in self.prompt if not isinstance(prompt, int)]
-        return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+        return [
+            (f"prompt[{index}]", prompt if isinstance(prompt, str) else tuple(prompt))
+            for index, prompt in enumerate(prompts)
+        ]
 
 
 class CompletionFormatter:
