@@ -73,7 +73,7 @@ COMMANDS = (
             "kimi-mlx serve kimi-mini",
             "kimi-mlx serve kimi-k2 --ranks 2 --port 8000 --served-name gpt-4o",
             "kimi-mlx serve --host 0.0.0.0 --api-key-file keys      for other machines, too",
-            "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local serve kimi-k2",
         ),
     ),
     CommandInfo(
@@ -130,12 +130,12 @@ COMMANDS = (
         "launch",
         "Check and connect several Macs, then run COMMAND.",
         (
-            "kimi-mlx launch --hosts mac-a,mac-b --install              install kimi-mlx on both, then chat",
-            "kimi-mlx launch --hosts mac-a,mac-b download kimi-k2       each host downloads its part",
-            'kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 -p "Hi"',
-            "kimi-mlx launch --hosts mac-a,mac-b chat kimi-k2 --strategy pipeline:3:1    3/4 of the layers on mac-a",
-            "kimi-mlx launch --hosts mac-a,mac-b serve kimi-k2",
-            "kimi-mlx launch --hosts mac-a,mac-b --save two.json check kimi-k2",
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local --install         install kimi-mlx on both, then chat",
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local download kimi-k2  each host downloads its part",
+            'kimi-mlx launch --hosts mac-a.local,mac-b.local chat kimi-k2 -p "Hi"',
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local chat kimi-k2 --strategy pipeline:3:1",
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local serve kimi-k2",
+            "kimi-mlx launch --hosts mac-a.local,mac-b.local --save two.json check kimi-k2",
             "kimi-mlx launch --hostfile two.json bench kimi-k2 --prompt-tokens 128,1024",
         ),
         # the words after COMMAND belong to it
@@ -147,7 +147,7 @@ COMMANDS = (
         "Find problems of a Mac or cluster, and the fix.",
         (
             "kimi-mlx doctor                        this machine",
-            "kimi-mlx doctor kimi-k2 --hosts mac-a,mac-b --save two.json",
+            "kimi-mlx doctor kimi-k2 --hosts mac-a.local,mac-b.local --save two.json",
             "kimi-mlx doctor --hostfile two.json --quick --json",
             "kimi-mlx doctor --gpu                  the model on this machine's GPU",
         ),

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.host_options import HostOptions
+from kimi_mlx.cli.host_options import EnvOption, HostOptions
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument, model_name
+from kimi_mlx.cluster.hosts.hostfile_check import check_envs
 from kimi_mlx.errors import UsageError
 
 
@@ -16,6 +17,7 @@ from kimi_mlx.errors import UsageError
 def doctor(
     hosts: HostOptions,
     model: ModelArgument = None,
+    env: EnvOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the self-test.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show the checks that passed.")] = False,
     json: JsonOption = False,
@@ -32,7 +34,7 @@ def doctor(
     """Find problems of a Mac or cluster, and the fix."""
     _, option = hosts.read()
     if gpu:
-        if option or model is not None or hosts.save is not None or quick or verbose or fast_sync:
+        if option or env or model is not None or hosts.save is not None or quick or verbose or fast_sync:
             raise UsageError(
                 "--gpu checks this machine; its only other option is --json",
                 hint="run `kimi-mlx doctor --gpu [--json]`, on each host",
@@ -41,8 +43,11 @@ def doctor(
 
         check_gpu(json)
         return
+    check_envs(env or [], "`--env`")
     if hosts.save is not None and not option:
-        raise UsageError("--save writes a hostfile, but no hosts are given", hint="name them: `--hosts a,b`")
+        raise UsageError(
+            "--save writes a hostfile, but no hosts are given", hint="name them: `--hosts mac-a.local,mac-b.local`"
+        )
     from kimi_mlx.cli.run_doctor import run_doctor  # heavy: not for `--help` or a usage error
 
-    run_doctor(hosts, model_name(model), quick=quick, verbose=verbose, json=json, fast_sync=fast_sync)
+    run_doctor(hosts, env or [], model_name(model), quick=quick, verbose=verbose, json=json, fast_sync=fast_sync)

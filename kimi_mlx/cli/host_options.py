@@ -28,6 +28,17 @@ HostfileOption = Annotated[
     ),
 ]
 
+EnvOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env",
+        metavar="NAME=VALUE",
+        help="Set an environment variable for every rank; repeatable.",
+        show_default=False,
+        rich_help_panel=CLUSTER,
+    ),
+]
+
 
 @dataclass(frozen=True)
 class HostOptions:

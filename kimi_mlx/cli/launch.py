@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.host_options import HostOptions
+from kimi_mlx.cli.host_options import EnvOption, HostOptions
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import ADVANCED, CLUSTER, FastSyncOption, refuse_mlx_launch
 from kimi_mlx.cluster.hosts.hostfile_check import check_envs
@@ -19,16 +19,7 @@ from kimi_mlx.errors import MissingModelError, UsageError
 class LaunchOptions:
     """Options of how ranks are prepared, started and watched."""
 
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env",
-            metavar="NAME=VALUE",
-            help="Set an environment variable for every rank; repeatable.",
-            show_default=False,
-            rich_help_panel=CLUSTER,
-        ),
-    ] = None
+    env: EnvOption = None
     install: Annotated[
         bool,
         typer.Option(
@@ -63,7 +54,7 @@ class LaunchOptions:
             UsageError: no hosts are given, or options exclude each other.
         """
         if hosts.hosts is None and hosts.hostfile is None:
-            raise UsageError("launch needs hosts", hint="name them: `kimi-mlx launch --hosts mac-a,mac-b`")
+            raise UsageError("launch needs hosts", hint="name them: `kimi-mlx launch --hosts mac-a.local,mac-b.local`")
         if self.install and hosts.python is not None:
             raise UsageError(
                 "--install and --python exclude each other: --install creates its own Python environment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,14 @@ from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.cluster.hosts.ssh import is_local
 
 
-def run_doctor(hosts: HostOptions, name: str, *, quick: bool, verbose: bool, json: bool, fast_sync: bool) -> None:
+def run_doctor(
+    hosts: HostOptions, envs: Sequence[str], name: str, *, quick: bool, verbose: bool, json: bool, fast_sync: bool
+) -> None:
     """Check hosts and a model, print the report, and save the hostfile if `--save` is given.
 
     Args:
         hosts: options that name the hosts.
+        envs: environment variables `NAME=value` of every rank.
         name: name of the model.
         quick: whether to skip the self-test.
         verbose: whether to show the checks that passed.
@@ -41,7 +45,7 @@ def run_doctor(hosts: HostOptions, name: str, *, quick: bool, verbose: bool, jso
     """
     ranks, option = hosts.read()
     request = DoctorRequest(
-        ranks.with_fast_sync(fast_sync),
+        ranks.with_envs(envs).with_fast_sync(fast_sync),
         memory_requirement(name),
         backend=hosts.requested_backend,
         python=hosts.python,
