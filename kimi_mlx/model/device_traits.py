@@ -112,7 +112,7 @@ METAL_TUNING = replace(
     read_bytes_per_s=6.2e11,
 )
 """Not measured yet: `kimi-mlx doctor --gpu` times the neighbours of the values for text. 10**12 operations take about
-50 ms on an M3 Ultra, as long as a decode step of K2. The rates are those of an M3 Ultra in the planner's predictions."""
+50 ms on an M3 Ultra, as long as a decode step of K2. The rates are those of an M3 Ultra in the planner."""
 
 CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, read_bytes_per_s=1.5e12)
 """Not measured yet; rates of a GPU for servers."""
