@@ -21,6 +21,8 @@ MAX_CACHED_BYTES = 256 * MB
 class MediaCache:
     """Prepares images and videos, and keeps the latest ones. It can be used by several threads.
 
+    `num_bytes` is the size of the patches that it holds.
+
     Args:
         limits: limits of each image and video.
         max_bytes: limit of the patches that are kept.
@@ -29,7 +31,7 @@ class MediaCache:
     def __init__(self, limits: MediaLimits = DEFAULT_LIMITS, max_bytes: int = MAX_CACHED_BYTES):
         self.limits = limits
         self._max_bytes = max_bytes
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._entries: OrderedDict[bytes, Sequence[MediaChunk]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -67,10 +69,10 @@ class MediaCache:
     def _add(self, key: bytes, chunks: Sequence[MediaChunk]) -> None:
         """Keep chunks, and evict the entries that were not used for the longest time."""
         if key not in self._entries:
-            self._num_bytes += _num_bytes(chunks)
+            self.num_bytes += _num_bytes(chunks)
         self._entries[key] = chunks
-        while self._num_bytes > self._max_bytes:
-            self._num_bytes -= _num_bytes(self._entries.popitem(last=False)[1])
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= _num_bytes(self._entries.popitem(last=False)[1])
 
 
 def _num_bytes(chunks: Sequence[MediaChunk]) -> int:

@@ -12,6 +12,7 @@ from kimi_mlx.units import format_bytes
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 DATA_URL_HINT = "send the file as a data URL: `data:image/png;base64,...`"
+SMALLER_HINT = "send a smaller version"
 
 
 def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
@@ -49,4 +50,4 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
 def too_large(place: str, num_bytes: int, max_bytes: int) -> ImageError:
     """Return the error for a file above the limit."""
     reason = f"the file has {format_bytes(num_bytes)}, more than {format_bytes(max_bytes)}"
-    return ImageError(place, reason, hint="send a smaller version")
+    return ImageError(place, reason, hint=SMALLER_HINT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import threading
 import warnings
 from collections.abc import Generator
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from kimi_mlx.errors import ImageError
-from kimi_mlx.images.data_url import too_large
+from kimi_mlx.images.data_url import SMALLER_HINT, too_large
 from kimi_mlx.images.limits import MediaLimits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -71,7 +72,7 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
         except ImageError:
             raise
         except Exception as error:  # a broken file can make its decoder fail in any way
-            raise _broken(data, place, error) from error
+            raise _broken(data, place, error, limits) from error
 
 
 def check_size(size: tuple[int, int], place: str, limits: MediaLimits) -> None:
@@ -84,11 +85,8 @@ def check_size(size: tuple[int, int], place: str, limits: MediaLimits) -> None:
     if min(size) < 1:
         raise ImageError(place, f"it has {width} x {height} pixels")
     if width * height > limits.max_pixels or max(size) > limits.max_side:
-        reason = (
-            f"it has {width} x {height} pixels; the limits are {limits.max_pixels:,} in all and {limits.max_side:,} per"
-            " side"
-        )
-        raise ImageError(place, reason, hint="send a smaller version")
+        maxima = f"{limits.max_pixels} in all and {limits.max_side} per side"
+        raise ImageError(place, f"it has {width} x {height} pixels; the limits are {maxima}", hint=SMALLER_HINT)
 
 
 def _formats_of(data: bytes, place: str) -> tuple[str, ...]:
@@ -147,13 +145,16 @@ def _to_rgb(image: Image.Image, place: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _broken(data: bytes, place: str, error: Exception) -> ImageError:
+def _broken(data: bytes, place: str, error: Exception, limits: MediaLimits) -> ImageError:
+    if isinstance(error, Image.DecompressionBombError):
+        number = next(iter(re.findall(r"\d+", str(error))), "too many")
+        return ImageError(place, f"it has {number} pixels; the limit is {limits.max_pixels}", hint=SMALLER_HINT)
     if isinstance(error, Image.UnidentifiedImageError):
-        names = "PNG, JPEG, WebP, GIF, BMP, TIFF or HEIC"
         begins = f"it begins with {data[:12]!r}" if data else "it is empty"
-        return ImageError(place, f"it is not a {names} file, or its header is broken; {begins}")
-    name = type(error).__name__
-    return ImageError(place, f"the file is broken: {error or name}", hint="open it in a viewer and save it again")
+        reason = f"it is not a PNG, JPEG, WebP, GIF, BMP, TIFF or HEIC file, or its header is broken; {begins}"
+        return ImageError(place, reason, hint="save it as PNG or JPEG")
+    reason = f"the file is broken: {error or type(error).__name__}"
+    return ImageError(place, reason, hint="open it in a viewer and save it again")
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ MERGE = 2
 CELL = PATCH_SIZE * MERGE
 """Side of a token's square, in pixels. Images are padded to multiples of it."""
 MAX_PATCHES = 16_384
-"""`in_patch_limit`: approximate limit of the patches of an image; 4,096 tokens."""
+"""`in_patch_limit`: limit of the whole patches of an image, before padding. With padding an image has up to 17,856
+patches and 4,464 tokens (489 x 7,081 pixels); 1,792 x 1,792 pixels have 16,384 and 4,096."""
 MAX_PATCHES_PER_FRAME = 4_096
-"""`in_patch_limit_each_frame`: the same for a frame of a video; 1,024 tokens."""
+"""`in_patch_limit_each_frame`: the same for a frame of a video: up to 1,338 tokens with padding."""
 MAX_PATCHES_PER_SIDE = 512
 """`patch_limit_on_one_side`."""
 
