@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kimi_mlx.errors import EngineError, KimiMlxError, RingError, StepError, TextError, UsageError
+from kimi_mlx.errors import EngineError, ImageError, KimiMlxError, RingError, StepError, TextError, UsageError
 
 MAX_MESSAGE_CHARS = 1000
 """Maximum length of a message: it may quote a value of the request."""
@@ -62,7 +62,7 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if not isinstance(error, KimiMlxError):
         return ApiError(500, "internal server error; see the server's log", "internal_error")
-    if isinstance(error, UsageError | TextError | EngineError):
+    if isinstance(error, UsageError | TextError | ImageError | EngineError):
         return ApiError(400, error.message, "invalid_value", hint=error.hint)
     if isinstance(error, StepError):
         return ApiError(500, f"{error.message}; try again, or send less", "step_failed", hint=error.hint)

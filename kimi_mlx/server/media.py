@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kimi_mlx.errors import ImageError
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.message_content import MissingMediaError, RemoteUrl
@@ -46,6 +47,17 @@ def resolve_media(request: ChatRequest, text_only_reason: str | None, fetched: M
         else:
             raise _text_only(content, request.part_places[index], text_only_reason)
     return replace(request, messages=tuple(messages))
+
+
+def image_error(request: ChatRequest, error: ImageError) -> ApiError:
+    """Return the response for an image that cannot be read, with its location in the body."""
+    places = {
+        f"messages[{index}].content[{number}]": place
+        for index, parts in request.part_places.items()
+        for number, place in enumerate(parts)
+    }
+    place = places.get(error.place, error.place)
+    return ApiError(400, f"`{place}`: {error.reason}", "invalid_image", place, hint=error.hint)
 
 
 def _remote_urls(request: ChatRequest) -> Iterator[RemoteUrl]:

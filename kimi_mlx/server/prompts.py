@@ -9,12 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kimi_mlx.engine.request import Request, Sampling
-from kimi_mlx.errors import GrammarError, TextError, UsageError
+from kimi_mlx.engine.request import ImageInput, Request, Sampling
+from kimi_mlx.errors import GrammarError, ImageError, TextError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.media import resolve_media
+from kimi_mlx.server.media import image_error, resolve_media
 from kimi_mlx.server.message_content import texts_of
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
 from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
@@ -114,8 +115,10 @@ class PromptBuilder:
         if isinstance(request, ChatRequest):
             request = self._resolve_media(request)
         self._check_size(request)
+        images: tuple[ImageInput, ...] = ()
         if isinstance(request, ChatRequest):
-            prompt, ids = self._chat_prompt(request)
+            chat_prompt, ids = self._chat_prompt(request)
+            prompt, images = tuple(chat_prompt.ids), chat_prompt.images
         else:
             prompt, ids = self._plain_prompt(request), None
         remaining = self.context_tokens - len(prompt)
@@ -136,6 +139,7 @@ class PromptBuilder:
             logit_bias=request.logit_bias,
             top_logprobs=request.top_logprobs,
             grammar=grammar,
+            images=images,
         )
         return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names)
 
@@ -145,12 +149,12 @@ class PromptBuilder:
         Raises:
             KimiMlxError: the template cannot render the messages.
         """
-        return len(self._chat_prompt(self._resolve_media(request))[0])
+        return len(self._chat_prompt(self._resolve_media(request))[0].ids)
 
     def _resolve_media(self, request: ChatRequest) -> ChatRequest:
         return resolve_media(request, self.text_only_reason, self.fetched)
 
-    def _chat_prompt(self, request: ChatRequest) -> tuple[tuple[int, ...], CallIds]:
+    def _chat_prompt(self, request: ChatRequest) -> tuple[Prompt, CallIds]:
         try:
             check_bounds(request.tools, request.response_schema, request.response_schema_name)
         except GrammarError as error:
@@ -163,24 +167,28 @@ class PromptBuilder:
         if request.thinking is not None:
             variables["thinking"] = request.thinking
         tools = None if request.tool_choice == "none" else list(request.tools) or None
-        prompt = self._render(messages, tools, variables, request.messages_name)
+        prompt = self._render(request, messages, tools, variables)
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
-            if opens_reasoning(tokenizer, prompt):  # text of the answer comes after the reasoning
-                prompt.append(tokenizer.special_tokens[THINK_END])
-            prompt += tokenizer.encode(request.partial)
-        return tuple(prompt), ids
+            if opens_reasoning(tokenizer, prompt.ids):  # text of the answer comes after the reasoning
+                prompt.ids.append(tokenizer.special_tokens[THINK_END])
+            prompt.ids.extend(tokenizer.encode(request.partial))
+        return prompt, ids
 
     def _render(
         self,
+        request: ChatRequest,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
-        param: str,
-    ) -> list[int]:
+    ) -> Prompt:
+        """Return the prompt of the messages of a request, whose tool calls have other ids."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tools, **variables)
+            return self.tokenizer.prompt(messages, tools, **variables)
+        except ImageError as error:
+            raise image_error(request, error) from error
         except TextError as error:
+            param = request.messages_name
             if not self.tokenizer.has_chat_template:
                 message = "this model has no chat template, so it cannot answer messages; use /v1/completions"
             else:  # the client does not need to know the server's folders

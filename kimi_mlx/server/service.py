@@ -57,7 +57,7 @@ class Service:
         self.metrics = metrics
         self.is_closing = False
         self._preparation = Preparation(prompt_builder)
-        self._image_fetcher = image_fetcher
+        self.image_fetcher = image_fetcher
         self.running = 0
         """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
@@ -98,7 +98,7 @@ class Service:
                 return await self._preparation.run(work, body)
             except MissingMediaError as error:
                 urls = error.urls
-            return await self._preparation.run(work, body, await self._image_fetcher.fetch(urls))
+            return await self._preparation.run(work, body, await self.image_fetcher.fetch(urls))
 
     async def answer(self, *requests: PreparedRequest) -> AsyncGenerator[AnswerEvent, None]:
         """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.

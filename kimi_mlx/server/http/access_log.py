@@ -1,7 +1,8 @@
-"""Access log: one line per request, and its body with `--log-prompts`."""
+"""Access log: one line per request, and with `--log-prompts` its body, without the data of images."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
@@ -23,6 +24,15 @@ CLIENT_CLOSED_REQUEST = 499
 
 MAX_PATH_CHARS = 200
 MAX_REASON_CHARS = 300
+MAX_URL_HEADER_CHARS = 100
+
+MIN_DATA_CHARS = 200
+"""Minimum length of a string that is taken for data and not for text."""
+
+MAX_OTHER_FRACTION = 0.05
+"""Fraction of other characters, such as line breaks, in base64; texts have more spaces."""
+
+BASE64_CHARS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
 
 RECORD_KEY = "kimi_mlx.record"
 """Key of a request's RequestRecord in its ASGI scope."""
@@ -102,7 +112,7 @@ class AccessLog:
         client = (scope.get("client") or ("-",))[0]
         LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MAX_PATH_CHARS)}", status))
         if self._log_prompts and record.body:
-            LOG.info("%s", record.body.decode(errors="replace"))
+            LOG.info("%s", text_without_media(record.body))
 
 
 def _line(record: RequestRecord, request: str, status: int) -> str:
@@ -117,6 +127,25 @@ def _line(record: RequestRecord, request: str, status: int) -> str:
     if record.reason is not None:
         parts.append(_printable(record.reason, MAX_REASON_CHARS))
     return " · ".join(parts)
+
+
+def text_without_media(body: bytes) -> str:
+    """Return the text of a body in which the data of images, videos and other files are replaced by their sizes."""
+    encoding = json.detect_encoding(body)
+    if encoding != "utf-8":
+        body = body.decode(encoding, "replace").encode(errors="replace")
+    return b'"'.join(map(_without_data, body.split(b'"'))).decode(errors="replace")
+
+
+def _without_data(string: bytes) -> bytes:
+    """Return a string of a body, shortened if it is a data URL or base64."""
+    if string[:5].lower() == b"data:":
+        header, comma, data = string.partition(b",")
+        return b"%b%b(%d bytes)" % (header[:MAX_URL_HEADER_CHARS], comma, len(data))
+    if len(string) < MIN_DATA_CHARS:
+        return string
+    num_others = len(string.translate(None, BASE64_CHARS))
+    return b"(%d bytes)" % len(string) if num_others < MAX_OTHER_FRACTION * len(string) else string
 
 
 def _printable(text: str, max_chars: int) -> str:
