@@ -20,8 +20,11 @@ import numpy as np
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+Grids = tuple[tuple[int, int, int], ...]
+"""Frames, rows and columns of patches of each image."""
 
 GOLDENS = Path(__file__).parent / "parity" / "goldens"
+VISION_GOLDENS = Path(__file__).parent / "parity" / "vision_goldens"
 FORMATS = Path(__file__).parent / "parity" / "formats"
 BIAS = "mlp.gate.e_score_correction_bias"
 BIAS_SUFFIX = ".bias"
@@ -30,7 +33,7 @@ LINEAR_GAIN = 1.0  # standard deviation of a matrix times sqrt(inputs): keeps ac
 ROUTER_GAIN = 1.5  # spreads the sigmoid scores
 HEAD_GAIN = 3.0  # logits of order 1 to 10
 BIAS_RANGE = 0.2  # of the router: large enough to change the choice of experts; of the vision tower
-POSITION_GAIN = 0.5
+PATCH_GAIN = 0.05  # of patches and positions: the epsilon of the first norm matters then
 NORM_RANGE = 0.3
 
 VISION: Config = {
@@ -108,12 +111,12 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
     """
     prefix = "language_model." if "text_config" in config else ""
     tensors = {
-        prefix + name: _store(name, _values(name, shape, seed), dtype)
+        prefix + name: _store(name, tensor_values(name, shape, seed), dtype)
         for name, shape in tensor_shapes(text_config(config)).items()
     }
     if "vision_config" in config:
         shapes = vision_shapes(config["vision_config"])
-        tensors |= {name: _store(name, _values(name, shape, seed), dtype) for name, shape in shapes.items()}
+        tensors |= {name: _store(name, tensor_values(name, shape, seed), dtype) for name, shape in shapes.items()}
     _write_folder(folder, {**config, "torch_dtype": dtype}, tensors)
     return folder
 
@@ -287,7 +290,14 @@ def _moe_shapes(config: Config) -> Shapes:
     return shapes
 
 
-def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def make_pixels(seed: int, grids: Grids, patch_size: int) -> np.ndarray:
+    """Return reproducible patches of images, (patches, 3, patch_size, patch_size) uint8."""
+    patches = sum(map(math.prod, grids))
+    words = np.random.PCG64(seed).random_raw(patches * 3 * patch_size**2)
+    return (words >> 56).astype(np.uint8).reshape(patches, 3, patch_size, patch_size)
+
+
+def tensor_values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Return reproducible float32 values.
 
     They are computed from raw 64-bit words by exact arithmetic: numpy keeps these words the same in all versions,
@@ -302,7 +312,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.float32(1.0) + uniform * np.float32(NORM_RANGE)
     gain = HEAD_GAIN if name == "lm_head.weight" else LINEAR_GAIN
     gain = ROUTER_GAIN if name.endswith("mlp.gate.weight") else gain
-    gain = POSITION_GAIN if name.endswith("pos_emb.weight") else gain
+    gain = PATCH_GAIN if "patch_embed" in name else gain
     is_table = name.endswith(("embed_tokens.weight", "pos_emb.weight"))
     inputs = 1 if is_table else math.prod(shape[1:])
     return uniform * np.float32(gain * (3.0 / inputs) ** 0.5)

@@ -31,12 +31,13 @@ def attend_images(q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int])
     start = 0
     for length in lengths:
         image = slice(start, start + length)
-        outputs.append(_attend(q[:, :, image], k[:, :, image], v[:, :, image]))
+        outputs.append(attend_image(q[:, :, image], k[:, :, image], v[:, :, image]))
         start += length
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def attend_image(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Compute the attention of one image, (1, H, P, Q), in the form that suits the device."""
     width, length = q.shape[-1], q.shape[2]
     if has_fused_attention(device_kind(), q.itemsize, width, width, length):
         return fused(q, k, v)
