@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
+from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
 from kimi_mlx.engine.request import Event, FinishReason, Prefilled
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
-from kimi_mlx.errors import EngineError
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.communicator import LeaderState
 from kimi_mlx.sizing.step_time import ChunkBudget, ChunkEstimate
 
@@ -25,7 +26,7 @@ SHORT_PROMPT = 64
 LONG_STEP = 64
 """Steps of at least this many tokens finish before the next one starts, because they need much temporary memory."""
 
-Events = Iterator[tuple[int, Event | EngineError]]
+Events = Iterator[tuple[int, Event | KimiMlxError]]
 """Pairs of a request id and an event of that request."""
 
 
@@ -35,6 +36,7 @@ class Batch:
     Args:
         runner: runs the steps on this rank.
         pool: pool of the KV caches.
+        features: features of images.
         on_header: callback for the leader's state of each step.
         chunk: maximum number of prompt tokens per step.
         estimate: estimates the time of chunks beside decoding.
@@ -45,16 +47,17 @@ class Batch:
         self,
         runner: StepRunner,
         pool: KVCachePool,
+        features: FeatureStore,
         on_header: Callable[[LeaderState], None],
         chunk: int,
         estimate: ChunkEstimate,
         speculate: int,
     ):
-        self._runner, self._pool, self._on_header = runner, pool, on_header
+        self._runner, self._pool, self._features, self._on_header = runner, pool, features, on_header
         self._chunk, self._estimate, self._speculate = chunk, estimate, speculate
         self.members: list[Sequence] = []
         self._in_flight: InFlightStep | None = None
-        self._has_put_short_first = False
+        self._has_put_short_first = self._has_encoded = False
 
     @property
     def is_idle(self) -> bool:
@@ -66,6 +69,11 @@ class Batch:
         """Whether a prompt is in prefill, so that steps take long."""
         is_long = self._in_flight is not None and self._in_flight.length >= LONG_STEP
         return is_long or any(member.num_computed_tokens < len(member.tokens) for member in self.members)
+
+    def takes_encoding_step(self) -> bool:
+        """Return whether this step has a part of an image instead of chunks: every second one if there are both."""
+        self._has_encoded = not (self._has_encoded and self._prefillable())
+        return self._has_encoded
 
     @property
     def is_decoding(self) -> bool:
@@ -97,11 +105,12 @@ class Batch:
         self._in_flight = None
         self.members.clear()
 
-    def step(self, others_decode: bool = False) -> Events:
+    def step(self, others_decode: bool = False, *, has_chunks: bool = True) -> Events:
         """Launch a step and yield the events of the previous one. The caller must exhaust the iterator.
 
         Args:
             others_decode: whether sequences of other batches decode.
+            has_chunks: whether the step may contain chunks of prompts.
 
         Raises:
             RingError: a rank is lost.
@@ -114,17 +123,21 @@ class Batch:
         if self._speculate:
             if previous is not None:
                 yield from self._read_drafts(previous)
-            self._in_flight = self._start(self._entries_with_drafts(others_decode), None)
+            entries = self._entries_with_drafts()
+            chunks = self._chunks(entries, others_decode) if has_chunks else []
+            self._in_flight = self._start(entries + chunks, None)
         else:
-            self._in_flight = self._start(self._entries_ahead(previous, others_decode), previous)
+            entries = self._entries_ahead(previous)
+            chunks = self._chunks(entries, others_decode) if has_chunks else []
+            self._in_flight = self._start(entries + chunks, previous)
             if previous is not None:
                 yield from self._read(previous, self._in_flight)
 
     def _start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep | None:
         return self._runner.start(entries, previous) if entries else None
 
-    def _entries_ahead(self, previous: InFlightStep | None, others_decode: bool) -> list[BatchEntry]:
-        """Return entries for the sequences that the previous step samples, then chunks of prompts."""
+    def _entries_ahead(self, previous: InFlightStep | None) -> list[BatchEntry]:
+        """Return entries for the sequences that the previous step samples."""
         entries: list[BatchEntry] = []
         continued = [
             (entry.sequence.num_computed_tokens, index, entry)
@@ -137,10 +150,10 @@ class Batch:
             sequence.num_computed_tokens += 1
             position = sequence.num_computed_tokens
             entries.append(BatchEntry(sequence, entry.epoch, 1, 1, position, len(entries), previous_entry=index))
-        return entries + self._chunks(len(entries), others_decode)
+        return entries
 
-    def _entries_with_drafts(self, others_decode: bool) -> list[BatchEntry]:
-        """Return entries for the sequences whose last token is known, each with its draft, then chunks of prompts."""
+    def _entries_with_drafts(self) -> list[BatchEntry]:
+        """Return entries for the sequences whose last token is known, each with its draft."""
         entries: list[BatchEntry] = []
         num_logits = 0
         for sequence in sorted(self.members, key=lambda member: member.num_computed_tokens):
@@ -153,36 +166,55 @@ class Batch:
                     BatchEntry(sequence, sequence.epoch, length, length, position, num_logits, tokens, draft=draft)
                 )
                 num_logits += length
-        return entries + self._chunks(num_logits, others_decode)
+        return entries
 
-    def _chunks(self, num_logits: int, others_decode: bool) -> list[BatchEntry]:
+    def _chunks(self, decoding: list[BatchEntry], others_decode: bool) -> list[BatchEntry]:
         """Return chunks of prompts: fewer tokens while others decode. Scheduled sequences move to the end.
 
         Args:
-            num_logits: number of logits that the entries before these need.
+            decoding: entries of the step before these, which all need logits.
             others_decode: whether sequences of other batches decode.
         """
         entries: list[BatchEntry] = []
+        num_logits = sum(entry.num_logits for entry in decoding)
         budget = ChunkBudget(self._chunk, self._estimate if num_logits or others_decode else None)
-        unread = [member for member in self.members if member.num_computed_tokens < len(member.tokens)]
+        unread = self._prefillable()
         short = [member for member in unread if len(member.tokens) - member.num_computed_tokens <= SHORT_PROMPT]
         self._has_put_short_first = 0 < len(short) < len(unread) and not self._has_put_short_first
         for sequence in short if self._has_put_short_first else unread:
-            tokens = sequence.next_chunk(budget.largest(sequence.num_computed_tokens))
-            if not tokens:
+            start = sequence.num_computed_tokens
+            stop = min(start + budget.largest(start), self._ready_length(sequence))
+            if stop == start:
                 break
-            budget.take(sequence.num_computed_tokens - len(tokens), len(tokens))
+            features = self._features.rows_between(sequence.pending_images, start, stop)
+            tokens = sequence.next_chunk(stop - start)
+            budget.take(start, len(tokens))
             is_last = int(sequence.num_computed_tokens == len(sequence.tokens))
             position = sequence.num_computed_tokens + 1 - is_last
             entries.append(
                 BatchEntry(
-                    sequence, sequence.epoch, len(tokens), is_last, position, num_logits, tokens, is_prefill=True
+                    sequence,
+                    sequence.epoch,
+                    len(tokens),
+                    is_last,
+                    position,
+                    num_logits,
+                    tokens,
+                    is_prefill=True,
+                    features=features,
                 )
             )
             num_logits += is_last
             self.members.remove(sequence)
             self.members.append(sequence)
         return entries
+
+    def _prefillable(self) -> list[Sequence]:
+        """Return the sequences of which a chunk can be computed now."""
+        return [member for member in self.members if member.num_computed_tokens < self._ready_length(member)]
+
+    def _ready_length(self, sequence: Sequence) -> int:
+        return self._features.ready_length(sequence.pending_images, len(sequence.tokens))
 
     def _read(self, step: InFlightStep, following: InFlightStep | None) -> Events:
         """Yield the events of a step after the next step was launched."""
@@ -255,7 +287,7 @@ class Batch:
         for token in entry.sequence.append(tokens, logprobs):
             yield entry.sequence.request_id, token
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | EngineError]:
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | KimiMlxError]:
         self.remove(sequence)
         event = sequence.sampler.failure or sequence.finished(reason, mx.get_peak_memory())
         return sequence.request_id, event

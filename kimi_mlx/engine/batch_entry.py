@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_mlx.engine.sequence import Sequence
+from kimi_mlx.model.image_rows import ImageRows
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class BatchEntry:
         previous_entry: index of the entry of the previous step whose token is the input.
         draft: speculated tokens, the last ones of `tokens`.
         is_prefill: whether the tokens are a chunk of a prompt.
+        features: features of images among the tokens, with positions from the first of them.
     """
 
     sequence: Sequence
@@ -34,6 +36,7 @@ class BatchEntry:
     previous_entry: int | None = None
     draft: tuple[int, ...] = ()
     is_prefill: bool = False
+    features: tuple[ImageRows, ...] = ()
 
     @property
     def is_alive(self) -> bool:

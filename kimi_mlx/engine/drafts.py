@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kimi_mlx.engine.request import FIRST_IMAGE_KEY
 from kimi_mlx.engine.token_array import Ids, TokenArray
 
 NGRAMS = (4, 3, 2)
@@ -28,14 +29,18 @@ class PromptLookup:
         self._max_tokens = self._length = max_tokens
 
     def draft(self, limit: int) -> tuple[int, ...]:
-        """Return a draft; empty if no n-gram at the end has occurred before.
+        """Return a draft; empty if no n-gram at the end has occurred before. It ends before an image.
 
         Args:
             limit: maximum number of tokens.
         """
         ids = self._tokens.ids
         end = find_earlier_ngram(ids)
-        return () if end is None else tuple(ids[end : end + min(self._length, limit)].tolist())
+        if end is None:
+            return ()
+        draft = ids[end : end + min(self._length, limit)]
+        images = np.flatnonzero(draft >= FIRST_IMAGE_KEY)
+        return tuple(draft[: images[0] if images.size else None].tolist())
 
     def update_draft_length(self, drafted: int, accepted: int) -> None:
         """Double the draft length after a fully accepted draft; halve it after a fully rejected one."""

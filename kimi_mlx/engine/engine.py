@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from kimi_mlx.engine.batch import Batch
+from kimi_mlx.engine.batch import Batch, Events
 from kimi_mlx.engine.constraint import Constraint
-from kimi_mlx.engine.free_memory import agreed_chunk_estimate, agreed_limits
+from kimi_mlx.engine.feature_store import FeatureStore
+from kimi_mlx.engine.free_memory import agreed_chunk_estimate, agreed_limits, has_tower
+from kimi_mlx.engine.image_encoder import ImageEncoder
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.request import Event, Prefilled, Request
+from kimi_mlx.engine.request import Event, ImageInput, Prefilled, Request
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import StepRunner
 from kimi_mlx.engine.token_sampler import TokenSampler
-from kimi_mlx.errors import EngineError
+from kimi_mlx.errors import EngineError, KimiMlxError, VisionError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
 from kimi_mlx.parallel.group import SingleGroup, gather_on_host
@@ -69,16 +71,19 @@ class Engine:
         estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
         self._speculate, self._constrain = speculate, constrain
         self._pool = KVCachePool(model, limits.cache_tokens, blocks)
+        features = FeatureStore(limits.feature_tokens)
+        self._encoder = ImageEncoder(model, self._runner, features, self._on_header)
+        self._has_tower = has_tower(model, group)
         self.context = min(model.config.max_position_embeddings, limits.cache_tokens)
         """Maximum number of tokens of a sequence."""
         # A pipeline has one batch in flight per rank.
         num_batches = 1 if self._runner.pipeline is None else self._runner.pipeline.group.size
         self._batches = deque(
-            Batch(self._runner, self._pool, self._on_header, limits.chunk, estimate, speculate)
+            Batch(self._runner, self._pool, features, self._on_header, limits.chunk, estimate, speculate)
             for _ in range(num_batches)
         )
         self._waiting: deque[Sequence] = deque()
-        self._ended: list[tuple[int, Event | EngineError]] = []
+        self._ended: list[tuple[int, Event | KimiMlxError]] = []
         self._num_commands = 0
 
     @property
@@ -99,9 +104,14 @@ class Engine:
     @property
     def image_error(self) -> EngineError | None:
         """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
-        return EngineError(
-            "this model does not see images", hint="choose one that does: `kimi-mlx models` lists the models"
-        )
+        if self._model.config.vision is None:
+            return EngineError("this model does not see images", hint="`kimi-mlx models` lists the models that do")
+        if not self._has_tower:
+            return EngineError(
+                "this model does not see images, because its files have no vision tower",
+                hint="add the tower: run `kimi-mlx download` for this model again, without --no-vision",
+            )
+        return None
 
     @property
     def is_prefilling(self) -> bool:
@@ -109,13 +119,15 @@ class Engine:
         return any(batch.is_prefilling for batch in self._batches)
 
     def add(self, request_id: int, request: Request) -> None:
-        """Add a request. `step` yields its events: Prefilled (several), Token (several), Finished (once, last).
+        """Add a request. `step` yields its events: Encoded, Prefilled and Token (several), Finished (once, last).
 
-        Its grammar is compiled in the background. If that fails, or if the grammar fails during the answer, the last
-        event is the error.
+        Its grammar is compiled in the background. If that fails, or if the grammar fails during the answer, or an image
+        cannot be encoded, the last event is the error.
 
         Raises:
-            EngineError: an empty prompt, an invalid token id, or more tokens than the context holds.
+            EngineError: an empty prompt, an invalid token id, more tokens than the context holds, or images for a model
+                that does not see them.
+            VisionError: the tokens of an image do not fit its grid.
         """
         max_tokens = self._check(request)
         constraint = None
@@ -144,7 +156,7 @@ class Engine:
                     self._ended.append((request_id, sequence.finished("cancelled", mx.get_peak_memory())))
                     return
 
-    def step(self) -> Iterator[tuple[int, Event | EngineError]]:
+    def step(self) -> Iterator[tuple[int, Event | KimiMlxError]]:
         """Run a step of the next batch; yield pairs of a request id and an event. The caller must exhaust the iterator.
 
         Raises:
@@ -162,7 +174,12 @@ class Engine:
             self._batches.rotate(-1)
             if not batch.is_idle:
                 self._make_room(batch)
-                yield from batch.step(any(other.is_decoding for other in self._batches if other is not batch))
+                image = self._encoder.next_image(self._running)
+                is_encoding = image is not None and batch.takes_encoding_step()
+                if image is not None and is_encoding:
+                    yield from self._encode(image)
+                others_decode = any(other.is_decoding for other in self._batches if other is not batch)
+                yield from batch.step(others_decode, has_chunks=not is_encoding)
                 return
 
     def generate(self, request: Request) -> Iterator[Event]:
@@ -171,7 +188,7 @@ class Engine:
         try:
             while not self.is_idle:
                 for _, event in list(self.step()):
-                    if isinstance(event, EngineError):
+                    if isinstance(event, KimiMlxError):
                         raise event
                     yield event
         finally:
@@ -197,6 +214,7 @@ class Engine:
         """Discard all requests and caches after a failed step. Only allowed on a single rank."""
         for batch in self._batches:
             batch.discard_all()
+        self._encoder.discard()
         self._ended.clear()
         self._waiting.clear()
         self._pool.discard_all()
@@ -232,11 +250,21 @@ class Engine:
             if not sequence.generated:
                 yield sequence.request_id, Prefilled(cached, len(sequence.tokens))
 
+    def _encode(self, image: ImageInput) -> Events:
+        """Compute a part of an image. An error ends the requests that need it."""
+        for sequence, event in self._encoder.step(image, self._running):
+            if isinstance(event, KimiMlxError):
+                self._batch_of(sequence).remove(sequence)
+            yield sequence.request_id, event
+
+    def _batch_of(self, sequence: Sequence) -> Batch:
+        return next(batch for batch in self._batches if sequence in batch.members)
+
     def _make_room(self, batch: Batch) -> None:
         """Make room for the batch's next step: evict idle caches, then preempt the youngest sequence."""
         while not self._pool.make_room(batch.growth) and len(self._running) > 1:
             youngest = max(self._running, key=lambda sequence: sequence.request_id)
-            next(other for other in self._batches if youngest in other.members).remove(youngest)
+            self._batch_of(youngest).remove(youngest)
             self._waiting.appendleft(youngest)
 
     def _on_header(self, state: LeaderState) -> None:
@@ -247,8 +275,7 @@ class Engine:
         config, length = self._model.config, len(request.prompt)
         if not length:
             raise EngineError("the prompt has no tokens")
-        if request.images and (error := self.image_error) is not None:
-            raise error
+        self._check_images(request)
         biased = [id for id, _ in request.logit_bias]
         for id in (min(request.prompt), max(request.prompt), *biased):
             if not 0 <= id < config.vocab_size:
@@ -266,6 +293,23 @@ class Engine:
         if max_tokens is not None and max_tokens < 1:
             raise EngineError(f"max_tokens is {max_tokens}, but must be at least 1")
         return remaining if max_tokens is None else min(max_tokens, remaining)
+
+    def _check_images(self, request: Request) -> None:
+        """Check that the model sees images, and that each has as many placeholder tokens as features."""
+        if not request.images:
+            return
+        if (error := self.image_error) is not None:
+            raise error
+        vision = self._model.config.vision
+        assert vision is not None
+        for number, image in enumerate(request.images, 1):
+            expected = vision.num_tokens(image.grid)
+            placeholders = request.prompt[image.start : image.stop].count(vision.media_placeholder_token_id)
+            if not expected == image.num_tokens == placeholders:
+                raise VisionError(
+                    f"image {number} has {expected} features, but the prompt has {placeholders} placeholder tokens in "
+                    f"its {image.num_tokens} positions"
+                )
 
     def _seed(self, request: Request) -> int | None:
         """Return the seed, the same on every rank. The leader chooses one if the request has none."""

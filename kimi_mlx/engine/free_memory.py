@@ -65,6 +65,13 @@ def held_experts_of(model: Model) -> HeldExperts:
     )
 
 
+def has_tower(model: Model, group: Group) -> bool:
+    """Return whether rank 0 holds the vision tower. Collective for models with vision: one gather."""
+    if model.config.vision is None:
+        return False
+    return bool(gather_on_host(group, np.array([model.vision is not None]))[0, 0])
+
+
 def rank_shape_of(model: Model) -> RankShape:
     """Return the dimensions of a rank's share of a model."""
     config = model.config

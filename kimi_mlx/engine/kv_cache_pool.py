@@ -1,5 +1,8 @@
 """A pool of KV caches, in which new prompts reuse the longest cached prefix.
 
+The tokens of a sequence are those of its prompt and of its answer. In the place of an image stands the image's key
+(ImageInput.key), so prompts with different images share nothing from the first of them on.
+
 All decisions depend only on tokens and on the order of calls, not on time or on free memory. Ranks make the same calls
 and therefore always agree on the length of the cached prefix.
 """
@@ -253,8 +256,8 @@ def _is_continued_in(tokens: list[int], prompt: list[int], common: int) -> bool:
     """
     if len(tokens) - common <= END_TOKENS:
         return True
-    end, rest = array("I", tokens[-END_TOKENS:]).tobytes(), array("I", prompt[common:]).tobytes()
+    end, rest = array("q", tokens[-END_TOKENS:]).tobytes(), array("q", prompt[common:]).tobytes()
     at = rest.find(end)
-    while at > 0 and at % array("I").itemsize:
+    while at > 0 and at % array("q").itemsize:
         at = rest.find(end, at + 1)
     return at >= 0

@@ -179,7 +179,7 @@ class Request:
 
         Args:
             value: output of to_dict.
-            patches: patches of the images by digest; None on ranks that do not need them.
+            patches: patches of the images by digest; None or empty on ranks that do not need them.
         """
         return cls(
             tuple(value["prompt"]),
@@ -190,10 +190,7 @@ class Request:
             value["top_logprobs"],
             value["grammar"],
             value["answered"],
-            tuple(
-                ImageInput(**image, patches=None if patches is None else patches[image["digest"]])
-                for image in value["images"]
-            ),
+            tuple(ImageInput(**image, patches=(patches or {}).get(image["digest"])) for image in value["images"]),
         )
 
 

@@ -24,7 +24,9 @@ class Sequence:
         speculate: maximum number of draft tokens per step.
 
     Attributes:
-        tokens: the prompt and the sampled tokens.
+        tokens: the prompt and the sampled tokens, with keys of images for their placeholder tokens.
+        pending_images: images of the prompt with tokens that are not computed yet, by position.
+        encode_s: time in which images that the sequence needs were encoded.
         num_computed_tokens: number of tokens whose cache rows are computed or in flight; one more than len(tokens)
             while a step runs on a token that was not read yet.
         generated: number of sampled tokens.
@@ -34,8 +36,10 @@ class Sequence:
 
     def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler, speculate: int):
         self.request_id, self.request, self.max_tokens, self.sampler = request_id, request, max_tokens, sampler
-        self.tokens = list(request.prompt)
-        self._token_array = TokenArray(request.prompt)
+        self.tokens = request.cache_key()
+        self.pending_images = list(request.images)
+        self.encode_s = 0.0
+        self._token_array = TokenArray(self.tokens)
         self.num_computed_tokens = self.generated = self.epoch = 0
         self.draft: tuple[int, ...] = ()
         self.cache: SequenceCache | None = None
@@ -74,6 +78,7 @@ class Sequence:
     def begin(self, cache: SequenceCache, cached: int) -> None:
         """Begin, or resume after preemption, with a cache that holds the first `cached` tokens."""
         self.cache, self.num_computed_tokens = cache, cached
+        self.pending_images = [image for image in self.request.images if image.stop > cached]
         self.epoch += 1
         self._equal_prefixes.clear()
         if self._cached is None:
@@ -89,12 +94,16 @@ class Sequence:
         return cache
 
     def next_chunk(self, count: int) -> tuple[int, ...]:
-        """Return up to `count` of the next known tokens and count them as computed."""
+        """Return up to `count` of the next known tokens, as the model reads them, and count them as computed."""
         assert self.cache is not None
-        chunk = self.tokens[self.num_computed_tokens : self.num_computed_tokens + count]
+        start, prompt = self.num_computed_tokens, self.request.prompt
+        chunk = self.tokens[start : start + count]
         self.cache.tokens += chunk
         self.num_computed_tokens += len(chunk)
-        return tuple(chunk)
+        while self.pending_images and self.pending_images[0].stop <= self.num_computed_tokens:
+            del self.pending_images[0]
+        ids = prompt[start : self.num_computed_tokens]  # with placeholder tokens instead of keys
+        return (*ids, *chunk[len(ids) :])
 
     def until_stop(self, tokens: list[int]) -> list[int]:
         """Return the tokens up to and including the first stop token."""
@@ -154,5 +163,6 @@ class Sequence:
                 decode_s=now - first,
                 peak_memory_bytes=peak_memory_bytes,
                 decode_steps=self._steps,
+                encode_s=self.encode_s,
             ),
         )

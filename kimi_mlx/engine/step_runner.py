@@ -16,7 +16,8 @@ import mlx.core as mx
 from kimi_mlx.engine.batch_entry import BatchEntry
 from kimi_mlx.engine.sample import SampledTokens, sample_tokens
 from kimi_mlx.model.decoder import Model, SequenceSlice
-from kimi_mlx.parallel.communicator import LeaderState, RankCommunicator, StepHeader
+from kimi_mlx.model.image_rows import ImageRows
+from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState, RankCommunicator, StepHeader
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 
 
@@ -79,6 +80,17 @@ class StepRunner:
         """Whether this rank samples tokens."""
         return self._model.has_head
 
+    def broadcast(self, number: int) -> tuple[int, LeaderState]:
+        """Return the leader's number and its state on every rank; wait for them on the CPU.
+
+        Raises:
+            RingError: a rank is lost.
+        """
+        num_commands = self._count_commands() % SEQUENCE_MODULUS
+        if self._communicator is not None:
+            number, num_commands = self._communicator.broadcast([number, num_commands])
+        return number, LeaderState(num_commands)
+
     def start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep:
         """Launch a step; it is computed while the next ones are built.
 
@@ -92,7 +104,8 @@ class StepRunner:
             if any(entry.is_prefill for entry in entries):
                 self._communicator.expect_long_steps()
         slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
-        step = InFlightStep(entries, self._model.hidden(self._tokens(entries, previous), slices), num_commands)
+        hidden = self._model.hidden(self._tokens(entries, previous), slices, _features(entries))
+        step = InFlightStep(entries, hidden, num_commands)
         if self._communicator is not None:
             if not step.num_logits:
                 self._communicator.finish_step(step.hidden)
@@ -177,3 +190,13 @@ class StepRunner:
             for cache in entry.sequence.layers
         ]
         return [step.hidden, *header, *(array for cache in caches for array in cache.state)]
+
+
+def _features(entries: list[BatchEntry]) -> list[ImageRows]:
+    """Return the features of all entries, with positions in the tokens of the step."""
+    found: list[ImageRows] = []
+    start = 0
+    for entry in entries:
+        found += [ImageRows(start + image.start, image.rows) for image in entry.features]
+        start += entry.length
+    return found

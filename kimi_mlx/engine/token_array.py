@@ -1,4 +1,4 @@
-"""A growable array of token ids, for comparisons and searches in long prompts."""
+"""A growable array of token ids and keys of images, for comparisons and searches in long prompts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
 
 COMPARISON_TOKENS = 4096
 """Number of tokens per comparison."""
 
 
 class TokenArray:
-    """A growable numpy array of token ids.
+    """A growable numpy array of token ids. Keys of images (ImageInput.key) stand for their placeholder tokens.
 
     Args:
         tokens: the first ids.
     """
 
     def __init__(self, tokens: Sequence[int]):
-        self._buffer = np.array(tokens, np.int32)
+        self._buffer = np.array(tokens, np.int64)
         self._length = len(tokens)
 
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class TokenArray:
         """Append ids."""
         end = self._length + len(tokens)
         if end > self._buffer.size:
-            self._buffer = np.concatenate([self.ids, np.empty(end, np.int32)])
+            self._buffer = np.concatenate([self.ids, np.empty(end, np.int64)])
         self._buffer[self._length : end] = tokens
         self._length = end
 

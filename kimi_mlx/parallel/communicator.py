@@ -94,6 +94,19 @@ class RankCommunicator(Communicator, ABC):
     def synchronize(self) -> None:
         """Wait on the CPU until all ranks have admitted a request. In a pipeline ranks do not wait for each other."""
 
+    @abstractmethod
+    def broadcast(self, numbers: Sequence[int]) -> list[int]:
+        """Return the leader's numbers on every rank; wait for them on the CPU, because the leader may be late.
+
+        Call it between two steps.
+
+        Args:
+            numbers: integers; on other ranks than the leader only their count matters.
+
+        Raises:
+            RingError: the data belongs to another step.
+        """
+
     def finish_step(self, hidden: mx.array) -> None:
         """Finish a step without logits.
 

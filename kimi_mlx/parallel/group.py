@@ -118,6 +118,12 @@ def gather_on_host(group: Group, values: npt.NDArray[Any] | list[Any]) -> npt.ND
     return np.array(group.gather(mx.array(values)))
 
 
+def sum_on_host(group: Group, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sum values of all ranks and wait for them on the CPU, as gather_on_host does; for larger values."""
+    x = mx.array(values)
+    return np.array(group.all_sum(x) if isinstance(group, MlxGroup) else group.sum(x))
+
+
 def barrier(group: Group) -> None:
     """Wait on the CPU until all ranks have called this."""
     if group.size > 1:

@@ -97,6 +97,13 @@ class PipelineCommunicator(RankCommunicator):
         self._returned = self._header
         return states
 
+    def broadcast(self, numbers: Sequence[int]) -> list[int]:
+        """Return the leader's numbers on every rank. They go from rank to rank; the leader does not wait."""
+        if not self.is_leader:
+            return self.recv_numbers(len(numbers))
+        self.send_numbers(numbers, len(numbers))
+        return list(numbers)
+
     def send_numbers(self, numbers: Sequence[int], max_size: int) -> None:
         """Send integers before the next step.
 

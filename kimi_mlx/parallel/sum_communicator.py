@@ -8,8 +8,15 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
-from kimi_mlx.parallel.communicator import HEADER_SIZE, SEQUENCE_MODULUS, RankCommunicator, StepHeader, digest
-from kimi_mlx.parallel.group import Group, barrier
+from kimi_mlx.parallel.communicator import (
+    HEADER_SIZE,
+    SEQUENCE_MODULUS,
+    RankCommunicator,
+    StepHeader,
+    digest,
+    lost_error,
+)
+from kimi_mlx.parallel.group import Group, barrier, gather_on_host
 from kimi_mlx.parallel.placement import Placement
 
 
@@ -22,6 +29,7 @@ class SumCommunicator(RankCommunicator):
         self._has_sharded_heads = placement.is_sharded("heads")
         self.owns_residual = self.is_leader
         self._digests: list[tuple[str, mx.array]] = []
+        self._num_broadcasts = 0
 
     def add_attention(self, x: mx.array, partial: mx.array) -> mx.array:
         """Add the attention to x: one collective if the heads are sharded, otherwise none."""
@@ -41,6 +49,15 @@ class SumCommunicator(RankCommunicator):
     def synchronize(self) -> None:
         """Wait on the CPU until all ranks have called this: a GPU consumes the later sums, and must not wait long."""
         barrier(self.group)
+
+    def broadcast(self, numbers: Sequence[int]) -> list[int]:
+        """Return the leader's numbers on every rank. Ranks wait for each other."""
+        self._num_broadcasts = (self._num_broadcasts + 1) % SEQUENCE_MODULUS
+        marks = [self._number, self._num_broadcasts]
+        rows = gather_on_host(self.group, np.array([*marks, *numbers], np.int32))
+        if not (rows[:, : len(marks)] == marks).all():
+            raise lost_error(self.group.rank)
+        return rows[0, len(marks) :].tolist()
 
     def gather_logits(self, logits: mx.array) -> mx.array:
         """Concatenate the logits of all ranks. Shorter ones are padded, because a gather needs equal shapes."""

@@ -27,6 +27,7 @@ from kimi_mlx.cluster.ring.link_watch import LinkWatch
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.ring_sockets import abort_collectives
 from kimi_mlx.rank.guard_socket import GuardSocket
+from kimi_mlx.rank.received_patches import ReceivedPatches
 from kimi_mlx.runtime.unload import release_memory
 
 EXIT_ENDED, EXIT_FAILED = 0, 1
@@ -44,6 +45,7 @@ class Channel:
         num_received: number of commands received so far; other ranks may have received fewer or more.
         num_consumed: number of commands taken with `next_command`.
         links: watch over the links to the neighbours, for the heartbeats; None on a single host.
+        patches: patches of images that requests need, on rank 0.
         cleanup: functions to call before the memory is released.
         sockets: file descriptors of the connections of MLX's ring; empty before `enable_graceful_exit`.
     """
@@ -59,6 +61,7 @@ class Channel:
         self.num_received = 0
         self.num_consumed = 0
         self.links: LinkWatch | None = None
+        self.patches = ReceivedPatches()
         self.cleanup = contextlib.ExitStack()
         self._guard = GuardSocket()
         self._end_limit_s = 0.0
@@ -213,6 +216,8 @@ class Channel:
                 self._last_message_at = time.monotonic()
                 if message["kind"] == "lost":
                     self._end(wait_s=0)
+                elif message["kind"] in ("patches", "forget_patches"):
+                    self.patches.on_message(message)
                 elif message["kind"] != "alive":
                     with self._end_lock:
                         self._commands.put(message)

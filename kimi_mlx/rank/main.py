@@ -13,9 +13,9 @@ from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
+from kimi_mlx.engine.request import Encoded, Event, Finished, Prefilled, Request, Token
 from kimi_mlx.engine.sampling import samplers
-from kimi_mlx.errors import EngineError, MissingModelError
+from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
@@ -107,15 +107,15 @@ def run_command(channel: Channel, engine: Engine, command: Message) -> None:
         return
     channel.report_progress("prefill")
     try:
-        engine.add(command["request_id"], Request.from_dict(command["request"]))
-    except EngineError as error:  # every rank refuses it too, before any collective
+        engine.add(command["request_id"], Request.from_dict(command["request"], channel.patches.complete))
+    except KimiMlxError as error:  # every rank refuses it too, before any collective
         channel.write(encode_error(error, rank=None, kind="refused", request_id=command["request_id"]))
 
 
 def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
     """Run a step of the engine and send its events; only the leader sends tokens and prefill progress."""
     for request_id, event in engine.step():
-        if isinstance(event, EngineError):
+        if isinstance(event, KimiMlxError):
             channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):
             channel.write(encode_event(request_id, event, engine.cached_tokens))
@@ -131,6 +131,8 @@ def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes
         cached_tokens: number of tokens in all KV caches, sent with Finished.
     """
     match event:
+        case Encoded():
+            return encode("encoded", request_id=request_id, **asdict(event))
         case Prefilled(done, total):
             return encode("prefilled", request_id=request_id, done=done, total=total)
         case Token(id, logprobs):

@@ -27,7 +27,7 @@ class SilentCommunicator(Communicator):
 
 
 def warm_up(model: Model) -> None:
-    """Compute a short prompt and one token without any collective. The results are discarded."""
+    """Compute a short prompt, one token and the smallest image without any collective. The results are discarded."""
     communicator = model.communicator
     model.set_communicator(SilentCommunicator(model.config.hidden_size, model.layers[0]["input_layernorm"].dtype))
     try:
@@ -35,5 +35,7 @@ def warm_up(model: Model) -> None:
         for length in (min(PROMPT_TOKENS, model.config.max_position_embeddings - 1), 1):
             hidden = model.hidden(mx.zeros((1, length), mx.int32), [SequenceSlice(cache, length)])
             mx.eval(model.logits(hidden) if model.has_head else hidden)
+        if model.vision is not None:
+            model.image_features(mx.zeros((4, 3, 14, 14), mx.uint8), [(1, 2, 2)])
     finally:
         model.set_communicator(communicator)

@@ -22,6 +22,7 @@ class Job:
         sent_ids: ids of the tokens passed to the caller so far.
         pending_ranks: ranks that have not finished the request.
         outcome: result of rank 0, held back until all ranks have finished.
+        is_sent: True if the current ring has the request. One with images is sent after their patches.
         is_cancelled: True once the caller has cancelled the request.
         was_interrupted: True if the ring was restarted while the request ran.
         is_running: True once a rank has reported anything about the request.
@@ -35,6 +36,7 @@ class Job:
     sent_ids: list[int] = field(default_factory=list)
     pending_ranks: set[int] = field(default_factory=set)
     outcome: Finished | KimiMlxError | None = None
+    is_sent: bool = False
     is_cancelled: bool = False
     was_interrupted: bool = False
     is_running: bool = False

@@ -21,7 +21,7 @@ from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Event, Finished, Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.engine.step_errors import step_error
-from kimi_mlx.errors import EngineError
+from kimi_mlx.errors import EngineError, KimiMlxError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
@@ -229,7 +229,7 @@ class LocalSession:
             self._last_step_at = time.monotonic()
             self._failed_step = None
             for request_id, event in events:
-                if isinstance(event, Finished | EngineError):
+                if isinstance(event, Finished | KimiMlxError):
                     self._end(request_id, event)
                 else:
                     self._callbacks[request_id](event)
@@ -247,7 +247,7 @@ class LocalSession:
         try:
             engine.add(request_id, request)
             self._added.add(request_id)
-        except EngineError as error:
+        except KimiMlxError as error:
             self._end(request_id, error)
 
     def _end(self, request_id: int, event: Event | BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from kimi_mlx.cluster.channel.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import FRONT_SILENCE_S, Ring
 from kimi_mlx.engine.request import (
+    Encoded,
     Event,
     Finished,
     Interrupted,
@@ -26,6 +28,7 @@ from kimi_mlx.engine.request import (
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
+from kimi_mlx.session.image_upload import ImageUploader
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
 from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
@@ -56,6 +59,8 @@ class RingSession:
             check_placement(options.folder, load_config(options.folder), self._cluster.size, options.strategy)
         self._is_closing = threading.Event()
         self._ring = Ring(self._cluster, options.timeouts, is_over=self._is_closing)
+        self._uploader = ImageUploader(self._ring)
+        self._uploads: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._policy = RestartPolicy(options.max_restarts)
         self._request_ids = itertools.count(1)
         self._jobs: dict[int, Job] = {}
@@ -80,6 +85,7 @@ class RingSession:
         self._is_up = True
         self._thread = threading.Thread(target=self._supervise, daemon=True)
         self._thread.start()
+        threading.Thread(target=self._send_uploads, daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
@@ -123,7 +129,7 @@ class RingSession:
                 return job.request_id
             self._jobs[job.request_id] = job
             if self._is_up:
-                self._send_job(job, line)
+                self._start_job(job, line)
             elif self._interruption is not None:
                 on_event(self._interruption)
         return job.request_id
@@ -165,6 +171,7 @@ class RingSession:
         """Cancel all requests, and end the ranks. Wait until they have released their memory."""
         self.cancel_all()  # the ranks then store the sequences in the prompt cache on disk
         self._is_closing.set()
+        self._uploads.put(None)
         self._thread.join()  # the thread ends the ranks before it returns, and has a time limit for each
 
     # Commands to the ranks.
@@ -201,10 +208,45 @@ class RingSession:
             if not loading_ranks:
                 return
 
+    def _start_job(self, job: Job, line: bytes) -> None:
+        """Send a request to the ranks; one with images is queued until rank 0 has their patches."""
+        if job.request.images and self._image_error is None:  # otherwise the ranks refuse it
+            self._uploads.put(job)
+        else:
+            self._send_job(job, line)
+
+    def _send_uploads(self) -> None:
+        """Run the thread that sends requests with images."""
+        while (job := self._uploads.get()) is not None:
+            try:
+                self._upload(job)
+            except Exception as bug:  # the caller must not wait forever
+                with self._lock:
+                    if job.request_id in self._jobs:
+                        self._end_job(job, EngineError(f"cannot send the images of a request: {bug!r}"))
+
+    def _upload(self, job: Job) -> None:
+        """Send the patches of a request's images, then the request. If the ring is lost meanwhile, stop:
+        `_resume` queues the request again."""
+        uploader = self._uploader
+
+        def is_over() -> bool:
+            is_current = self._is_up and self._uploader is uploader and not self._is_closing.is_set()
+            return not is_current or job.is_sent or job.request_id not in self._jobs
+
+        line = job.encode()
+        has_patches = uploader.upload(job.request.images, is_over)
+        with self._lock:
+            if not is_over():
+                self._send_job(job, line)
+            elif has_patches:
+                uploader.release(job.request.images)
+
     def _send_job(self, job: Job, line: bytes) -> None:
         job.pending_ranks = set(range(self._cluster.size))
         job.outcome = None
         job.is_running = False
+        job.is_sent = True
         self._ring.write(line)
         if job.is_cancelled:
             self._cancel_job(job)
@@ -212,7 +254,7 @@ class RingSession:
     def _cancel_job(self, job: Job) -> None:
         job.is_cancelled = True
         with self._lock:
-            if self._is_up:
+            if self._is_up and job.is_sent:
                 self._ring.send("cancel", request_id=job.request_id)
             elif job.request_id in self._jobs:
                 self._end_job(job, job.finish_event("cancelled"))
@@ -246,7 +288,9 @@ class RingSession:
             return
         kind = message["kind"]
         self._last_step_at, job.is_running = time.monotonic(), True
-        if rank == 0 and kind == "prefilled":
+        if rank == 0 and kind == "encoded":
+            job.on_event(Encoded(message["image"], message["num_images"], message["done"], message["total"]))
+        elif rank == 0 and kind == "prefilled":
             job.on_event(Prefilled(message["done"], message["total"]))
         elif rank == 0 and kind == "token":
             self._on_token(job, message)
@@ -280,6 +324,9 @@ class RingSession:
         """Restart the ring and resume the unfinished requests; return the last error if that fails."""
         with self._lock:
             self._is_up = False
+            self._uploader.close()
+            for job in self._jobs.values():
+                job.is_sent = False
             for job in list(self._jobs.values()):
                 if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
@@ -307,6 +354,7 @@ class RingSession:
         """Send the unfinished requests to the restarted ring."""
         self._up_since = time.monotonic()
         self._num_restarts += 1
+        self._uploader = ImageUploader(self._ring)
         lines: dict[int, bytes] = {}
         while True:
             with self._lock:
@@ -316,7 +364,7 @@ class RingSession:
                     for job in jobs:
                         job.was_interrupted = True
                         job.on_event(Resumed(downtime_s))
-                        self._send_job(job, lines[job.request_id])
+                        self._start_job(job, lines[job.request_id])
                     return
             # Outside the lock: this takes long for long prompts. Requests may be added or cancelled meanwhile.
             lines |= {job.request_id: job.encode() for job in jobs if job.request_id not in lines}
@@ -339,4 +387,6 @@ class RingSession:
 
     def _end_job(self, job: Job, outcome: Finished | KimiMlxError) -> None:
         del self._jobs[job.request_id]
+        if job.is_sent and self._image_error is None:
+            self._uploader.release(job.request.images)
         job.on_event(outcome)

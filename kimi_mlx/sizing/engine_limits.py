@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.sizing.image_features import feature_budget, feature_bytes
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, choose_chunk, prefill_bytes
 
@@ -31,10 +32,12 @@ class EngineLimits:
     Args:
         chunk: number of prompt tokens per step.
         cache_tokens: number of tokens in the KV caches of all sequences together.
+        feature_tokens: number of image features to keep; 0 for a model without vision.
     """
 
     chunk: int
     cache_tokens: int
+    feature_tokens: int = 0
 
 
 def engine_limits(
@@ -58,10 +61,13 @@ def engine_limits(
         chunk: prefill chunk; None for the largest useful one that fits.
         largest_chunk: largest useful chunk on this device.
     """
+    features = feature_budget(config, free_bytes, rank_shape.value_bytes)
+    free_bytes -= feature_bytes(config, features, rank_shape.value_bytes)
     context = min(config.max_position_embeddings, PLANNED_CONTEXT)
     token_bytes = kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
     chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context, largest_chunk)
     if cache_bytes is None:
         cache_bytes = int(CACHE_SHARE * (free_bytes - prefill_bytes(config, rank_shape, chunk, context)))
         cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)
-    return EngineLimits(chunk, min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS))
+    cache_tokens = min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS)
+    return EngineLimits(chunk, cache_tokens, features)

@@ -101,6 +101,11 @@ class HostProcess:
         """Queue an encoded message."""
         self._outbox.put(line)
 
+    @property
+    def num_unsent(self) -> int:
+        """Number of queued messages that the thread has not begun to write."""
+        return self._outbox.qsize()
+
     def close_input(self) -> None:
         """Close the input; a rank exits when its input ends."""
         self._outbox.put(None)

@@ -1,11 +1,12 @@
 """Messages between the front and the ranks: one JSON object per line, in both directions.
 
 Front to rank: `start` (once, first), `join` (addresses of all ranks), then `request` (with its id), `cancel` (the id),
-`reset`; `alive` every second in which nothing else is sent. The end of the messages tells a rank to end, after the same
-step as the others; `lost` tells it not to wait for them.
+`reset`; `alive` every second in which nothing else is sent. To rank 0 alone, before a request with images, `patches`
+(parts of the patches of an image), and later `forget_patches`. The end of the messages tells a rank to end, after the
+same step as the others; `lost` tells it not to wait for them.
 Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links), `loading`, `ready`, `finished`,
 `refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,
-its steps, its links and its memory; from the leader also `tokenizer_files`, `prefilled` and `token`.
+its steps, its links and its memory; from the leader also `tokenizer_files`, `encoded`, `prefilled` and `token`.
 About its end: `end_limit` (seconds that the end may take, whenever this changes), `error` (one of our errors) or
 `failed` (any other reason, as text that follows the name of the rank), `unloading` and `unloaded` (bytes held);
 last, from its guard, `exited` (exit code).

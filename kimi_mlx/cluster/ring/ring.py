@@ -131,6 +131,15 @@ class Ring:
         for process in self._ranks:
             process.write(line)
 
+    def write_to(self, rank: int, line: bytes) -> None:
+        """Send an encoded message to one rank; do nothing after `close`."""
+        for process in self._ranks[rank : rank + 1]:
+            process.write(line)
+
+    def num_unsent(self, rank: int) -> int:
+        """Return the number of messages to a rank that are queued; 0 after `close`."""
+        return sum(process.num_unsent for process in self._ranks[rank : rank + 1])
+
     def messages(self) -> Iterator[tuple[int, Message]]:
         """Yield (rank, message) as they arrive, without heartbeats, until `is_over` is set.
 

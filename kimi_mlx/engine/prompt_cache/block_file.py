@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from kimi_mlx.engine.request import FIRST_IMAGE_KEY
 from kimi_mlx.errors import CacheError
 from kimi_mlx.files import write_atomically
 
@@ -98,7 +99,7 @@ def write_block(path: Path, block: Block, tokens: Sequence[int], rows: mx.array)
     Args:
         path: path of the file.
         block: the block.
-        tokens: BLOCK_TOKENS token ids.
+        tokens: BLOCK_TOKENS token ids, or keys of images.
         rows: (layers, BLOCK_TOKENS, width), evaluated, because this may run in another thread than the engine.
 
     Raises:
@@ -134,7 +135,8 @@ def read_block(path: Path, block: Block, tokens: Sequence[int], shape: BlockShap
 
 
 def _bytes_of(tokens: Sequence[int]) -> bytes:
-    return array("I", tokens).tobytes()
+    """Return 4 bytes per token, or 8 if the block contains keys of images, which 4 bytes cannot hold."""
+    return array("I" if max(tokens) < FIRST_IMAGE_KEY else "q", tokens).tobytes()
 
 
 def _checksum(rows: mx.array) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.drafts import NGRAMS, PromptLookup, accepted_length, find_earlier_ngram
+from kimi_mlx.engine.request import FIRST_IMAGE_KEY
 from kimi_mlx.engine.token_array import COMPARISON_TOKENS, TokenArray
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
@@ -37,6 +38,12 @@ def test_drafts_follow_tokens_that_are_appended(parts: list[list[int]], limit: i
     assert array.ids.tolist() == tokens
     end = search(tokens)
     assert lookup.draft(limit) == (() if end is None else tuple(tokens[end : end + min(limit, 8)]))
+
+
+def test_a_draft_ends_before_an_image() -> None:
+    lookup = PromptLookup(TokenArray([1, 2, 3, *[FIRST_IMAGE_KEY + 5] * 4, 4, 1, 2]), 8)
+    assert lookup.draft(8) == (3,)
+    assert PromptLookup(TokenArray([1, 2, FIRST_IMAGE_KEY, 1, 2]), 8).draft(8) == ()
 
 
 def test_draft_length_adapts() -> None:

@@ -1,0 +1,32 @@
+"""Patches of images that rank 0 receives from the front, in parts."""
+
+from __future__ import annotations
+
+import base64
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_mlx.cluster.channel.messages import Message
+
+
+class ReceivedPatches:
+    """Patches by digest. The front sends them before the request that needs them, and says when to drop them."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, bytearray] = {}
+        self.complete: dict[str, npt.NDArray[np.uint8]] = {}
+        """Patches of which all parts have arrived, by digest."""
+
+    def on_message(self, message: Message) -> None:
+        """Add a part (`patches`), or drop an image (`forget_patches`)."""
+        digest = message["digest"]
+        if message["kind"] == "forget_patches":
+            self._parts.pop(digest, None)
+            self.complete.pop(digest, None)
+            return
+        data = self._parts.setdefault(digest, bytearray())
+        data += base64.b64decode(message["data"])
+        if len(data) == math.prod(message["shape"]):
+            self.complete[digest] = np.frombuffer(self._parts.pop(digest), np.uint8).reshape(message["shape"])
