@@ -41,9 +41,13 @@ def is_model_file(path: str) -> bool:
 
 def list_small_files(folder: Path) -> list[str]:
     """Return the relative paths of the small files in a folder, sorted."""
+    return [name for name in small_names(folder) if (folder / name).is_file()]
+
+
+def small_names(folder: Path) -> list[str]:
+    """Return the relative paths in a folder that have the names of small files, sorted, whatever is there."""
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATE_FOLDER}/*")]
-    names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
-    return sorted(name for name in names if is_small_file(name))
+    return sorted(filter(is_small_file, (path.relative_to(folder).as_posix() for path in paths)))
 
 
 def fetch_again_hint(path: Path | str) -> str:

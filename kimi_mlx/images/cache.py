@@ -11,6 +11,7 @@ from typing import Literal
 from kimi_mlx.images.data_url import read_data_url
 from kimi_mlx.images.limits import DEFAULT_LIMITS, MediaLimits
 from kimi_mlx.images.prepare import prepare_image
+from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from kimi_mlx.images.video import MediaChunk, prepare_video
 from kimi_mlx.units import MB
 
@@ -24,12 +25,19 @@ class MediaCache:
     `num_bytes` is the size of the patches that it holds.
 
     Args:
+        preprocessing: settings of the checkpoint.
         limits: limits of each image and video.
         max_bytes: limit of the patches that are kept.
     """
 
-    def __init__(self, limits: MediaLimits = DEFAULT_LIMITS, max_bytes: int = MAX_CACHED_BYTES):
-        self.limits = limits
+    def __init__(
+        self,
+        preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        max_bytes: int = MAX_CACHED_BYTES,
+    ):
+        self._preprocessing = preprocessing
+        self._limits = limits
         self._max_bytes = max_bytes
         self.num_bytes = 0
         self._entries: OrderedDict[bytes, Sequence[MediaChunk]] = OrderedDict()
@@ -60,11 +68,11 @@ class MediaCache:
     def _prepare(self, kind: Literal["image", "video"], source: str | bytes, place: str) -> Sequence[MediaChunk]:
         is_image = kind == "image"
         if isinstance(source, str):
-            max_bytes = self.limits.max_bytes if is_image else self.limits.max_video_bytes
+            max_bytes = self._limits.max_bytes if is_image else self._limits.max_video_bytes
             source = read_data_url(source, place, max_bytes)
         if is_image:
-            return [MediaChunk(prepare_image(source, place, self.limits))]
-        return prepare_video(source, place, self.limits)
+            return [MediaChunk(prepare_image(source, place, self._limits, self._preprocessing))]
+        return prepare_video(source, place, self._limits, self._preprocessing)
 
     def _add(self, key: bytes, chunks: Sequence[MediaChunk]) -> None:
         """Keep chunks, and evict the entries that were not used for the longest time."""

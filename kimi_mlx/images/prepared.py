@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kimi_mlx.images.resize import CELL, MAX_PATCHES, MERGE, PATCH_SIZE, grid_size, resized_size
+from kimi_mlx.images.resize import CELL, MERGE, PATCH_SIZE, grid_size, resized_size
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -46,16 +46,17 @@ class PreparedImage:
         return self.patches.nbytes
 
 
-def to_patches(frames: Sequence[Image.Image], max_patches: int = MAX_PATCHES) -> PreparedImage:
+def to_patches(frames: Sequence[Image.Image], max_patches: int, max_patches_per_side: int) -> PreparedImage:
     """Resize frames, pad them to whole cells with zeros, and cut them into patches.
 
     Args:
         frames: RGB images of one size, in the order of time.
-        max_patches: limit of the number of patches of a frame.
+        max_patches: limit of the number of whole patches of a frame.
+        max_patches_per_side: limit of the patches in a row or column.
 
     Source: `navit_patchify` and `image_to_np` in the image processor that Moonshot publishes with Kimi K2.5.
     """
-    width, height = resized_size(*frames[0].size, max_patches)
+    width, height = resized_size(*frames[0].size, max_patches, max_patches_per_side)
     rows, columns = grid_size(width, height)
     padded: Pixels = np.zeros((len(frames), rows // MERGE * CELL, columns // MERGE * CELL, 3), np.uint8)
     for frame, pixels in zip(frames, padded, strict=True):

@@ -10,26 +10,20 @@ MERGE = 2
 """Side of the square of patches that become one token."""
 CELL = PATCH_SIZE * MERGE
 """Side of a token's square, in pixels. Images are padded to multiples of it."""
-MAX_PATCHES = 16_384
-"""`in_patch_limit`: limit of the whole patches of an image, before padding. With padding an image has up to 17,856
-patches and 4,464 tokens (489 x 7,081 pixels); 1,792 x 1,792 pixels have 16,384 and 4,096."""
-MAX_PATCHES_PER_FRAME = 4_096
-"""`in_patch_limit_each_frame`: the same for a frame of a video: up to 1,338 tokens with padding."""
-MAX_PATCHES_PER_SIDE = 512
-"""`patch_limit_on_one_side`."""
 
 
-def resized_size(width: int, height: int, max_patches: int = MAX_PATCHES) -> tuple[int, int]:
+def resized_size(width: int, height: int, max_patches: int, max_patches_per_side: int) -> tuple[int, int]:
     """Return the width and height to which an image is shrunk, in pixels, before padding. It is never enlarged.
 
     Args:
         width: width of the image, in pixels.
         height: height of the image, in pixels.
-        max_patches: limit of the number of patches.
+        max_patches: limit of the number of whole patches.
+        max_patches_per_side: limit of the patches in a row or column.
 
     Source: `navit_resize_image` in the image processor that Moonshot publishes with Kimi K2.5.
     """
-    max_side = MAX_PATCHES_PER_SIDE * PATCH_SIZE
+    max_side = max_patches_per_side * PATCH_SIZE
     num_patches = max(1.0, width // PATCH_SIZE) * max(1.0, height // PATCH_SIZE)
     scale = min(1.0, math.sqrt(max_patches / num_patches), max_side / width, max_side / height)
     return min(max(1, int(width * scale)), max_side), min(max(1, int(height * scale)), max_side)

@@ -1,4 +1,4 @@
-"""Sample a video as Kimi K2.5 expects it: two frames a second, in chunks of four with a time stamp."""
+"""Sample a video as Kimi expects it: two frames a second, in chunks of four with a time stamp."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from kimi_mlx.images.data_url import too_large
 from kimi_mlx.images.decode import check_size
 from kimi_mlx.images.limits import DEFAULT_LIMITS, MediaLimits
 from kimi_mlx.images.prepared import PreparedImage, to_patches
-from kimi_mlx.images.resize import MAX_PATCHES_PER_FRAME
+from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 
-SAMPLE_FPS = 2.0
-"""`sample_fps`: frames per second that the model sees; a slower video is seen whole."""
-CHUNK_FRAMES = 4
-"""`temporal_merge_kernel_size`: frames that are encoded together."""
 FORMATS = "mov,mp4,matroska,webm,avi"
 """FFmpeg's names of the formats that it may open. Some others are lists of further files, which it would open too."""
 
@@ -37,13 +33,16 @@ class MediaChunk(NamedTuple):
     time_stamp: str = ""
 
 
-def prepare_video(data: bytes, place: str, limits: MediaLimits = DEFAULT_LIMITS) -> list[MediaChunk]:
+def prepare_video(
+    data: bytes, place: str, limits: MediaLimits = DEFAULT_LIMITS, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+) -> list[MediaChunk]:
     """Decode a video file and sample, resize and cut its frames.
 
     Args:
         data: contents of a file that FFmpeg reads, such as MP4, MOV, WebM or MKV.
         place: name or location of the video, for error messages.
         limits: limits of its bytes, duration, frames and pixels.
+        preprocessing: settings of the checkpoint.
 
     Raises:
         ImageError: the extra `video` is not installed, or the file is too large, broken or of an unknown format.
@@ -61,29 +60,30 @@ def prepare_video(data: bytes, place: str, limits: MediaLimits = DEFAULT_LIMITS)
         options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
         with av.open(BytesIO(data), metadata_errors="ignore", container_options=options) as container:
             num_frames, fps = _measure(av, container, place, limits)
-            indices = sampled_frames(num_frames, fps)
+            indices = sampled_frames(num_frames, fps, preprocessing.sample_fps)
             frames = _decode(container, indices, place, limits)
     except ImageError:
         raise
     except Exception as error:  # a broken file can make its decoder fail in any way
         reason = f"it is not a video file, or it is broken: {getattr(error, 'strerror', None) or error}"
         raise ImageError(place, reason, hint="open it in a player and save it again") from error
+    size = preprocessing.temporal_merge_kernel_size
+    max_patches, per_side = preprocessing.in_patch_limit_each_frame, preprocessing.patch_limit_on_one_side
     return [
-        MediaChunk(
-            to_patches(frames[at : at + CHUNK_FRAMES], MAX_PATCHES_PER_FRAME), format_time_stamp(indices[at] / fps)
-        )
-        for at in range(0, len(frames), CHUNK_FRAMES)
+        MediaChunk(to_patches(frames[at : at + size], max_patches, per_side), format_time_stamp(indices[at] / fps))
+        for at in range(0, len(frames), size)
     ]
 
 
-def sampled_frames(num_frames: int, fps: float) -> list[int]:
+def sampled_frames(num_frames: int, fps: float, sample_fps: float) -> list[int]:
     """Return the numbers of the frames that the model sees, from 0.
 
     Args:
         num_frames: number of frames of the video.
         fps: its frames per second.
+        sample_fps: frames per second that the model sees.
     """
-    num_sampled = max(1, round(num_frames * min(SAMPLE_FPS, fps) / fps))
+    num_sampled = max(1, round(num_frames * min(sample_fps, fps) / fps))
     return np.linspace(0, num_frames - 1, num_sampled).round().astype(int).tolist()
 
 

@@ -13,7 +13,7 @@ from kimi_mlx.errors import ImageError, TextError, UsageError
 from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.model.config import read_json
 from kimi_mlx.runtime.prompt import Prompt, build_prompt
-from kimi_mlx.text.media import MEDIA_PAD, Media, take_media
+from kimi_mlx.text.media import MediaKind, take_media
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import OutputParser, opens_reasoning
 from kimi_mlx.text.template import TEMPLATE_FILE, ChatTemplate
@@ -150,6 +150,7 @@ class ChatTokenizer:
         Raises:
             TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
             ImageError: an image or video cannot be read, there are too many, or the template has no place for them.
+            ConfigError: `preprocessor_config.json` is broken or not supported.
         """
         if self.template is None:
             raise TextError(
@@ -159,21 +160,28 @@ class ChatTokenizer:
         parsed = [message if isinstance(message, Message) else Message.from_dict(message) for message in messages]
         stripped, media = take_media(parsed, places)
         parts = self.template.render_parts(self.tokenizer, stripped, tools, **template_kwargs)
-        return build_prompt(self.tokenizer, parts, media, self._prepare, DEFAULT_LIMITS.max_images)
+        return build_prompt(self.tokenizer, parts, media, self.prepare_media, DEFAULT_LIMITS.max_images)
 
-    @property
-    def has_images(self) -> bool:
-        """Whether the chat template has a place for images. The checkpoint may still lack the vision tower."""
-        return self.template is not None and MEDIA_PAD in self.template.markers()
+    def prepare_media(self, kind: MediaKind, source: str | bytes, place: str) -> Sequence[MediaChunk]:
+        """Return an image as one chunk, or the chunks of a video, as `prompt` does. The latest are cached.
 
-    def _prepare(self, media: Media) -> Sequence[MediaChunk]:
-        return self._media_cache.prepare(media.kind, media.source, media.place)
+        Args:
+            kind: `image` or `video`.
+            source: data URL, or contents of a file.
+            place: name or location of the image, for error messages.
+
+        Raises:
+            ImageError: the image or video cannot be read or exceeds a limit.
+            ConfigError: `preprocessor_config.json` is broken or not supported.
+        """
+        return self._media_cache.prepare(kind, source, place)
 
     @cached_property
     def _media_cache(self) -> MediaCache:
         from kimi_mlx.images.cache import MediaCache  # imports PIL, which text does not need
+        from kimi_mlx.images.preprocessing import Preprocessing
 
-        return MediaCache()
+        return MediaCache(Preprocessing.load(self.folder))
 
     def output_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None) -> OutputParser:
         """Return a parser for the answer to a prompt.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kimi_mlx.engine.request import ImageInput
 from kimi_mlx.errors import ImageError, TextError
-from kimi_mlx.text.media import MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, Media
+from kimi_mlx.text.media import MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, Media, MediaKind
 from kimi_mlx.text.template import VIDEO_ID
 from kimi_mlx.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def build_prompt(
     tokenizer: Tokenizer,
     parts: Sequence[str | int],
     media: Sequence[Media],
-    prepare: Callable[[Media], Sequence[MediaChunk]],
+    prepare: Callable[[MediaKind, str | bytes, str], Sequence[MediaChunk]],
     max_images: int,
 ) -> Prompt:
     """Return the prompt of a rendered conversation, with images in the places that the template wrote for them.
@@ -44,7 +44,7 @@ def build_prompt(
         tokenizer: tokenizer of the checkpoint.
         parts: rendered conversation, from `ChatTemplate.render_parts`.
         media: images and videos of the messages, in order.
-        prepare: function that decodes an image or a video.
+        prepare: function that decodes an image or a video: kind, source and place, as in `Media`.
         max_images: limit of the number of images and chunks of videos.
 
     Raises:
@@ -64,7 +64,7 @@ def build_prompt(
             writer.add_token(part)
         else:
             item = next(remaining)
-            for chunk in prepare(item):
+            for chunk in prepare(item.kind, item.source, item.place):
                 writer.add_image(chunk.image) if part == pad else writer.add_video_chunk(chunk)
             if writer.num_images > max_images:
                 raise _too_many(item, writer.num_images, max_images)

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kimi_mlx.model_files import list_small_files
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.store.sources import CheckpointContents, read_header_by_name
 from kimi_mlx.weights.header import TensorInfo
-from kimi_mlx.weights.index import checkpoint_files, lacks_vision
+from kimi_mlx.weights.index import checkpoint_files, lacks_vision, require_small_files
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 """Samples of each file that a folder's digest covers, because files with equal headers may have other weights."""
@@ -28,7 +27,7 @@ class FolderSource:
         self._folder = folder.resolve()
         files = checkpoint_files(self._folder)
         headers = {file.name: read_header_by_name(file) for file in files}
-        small_files = {name: (self._folder / name).read_bytes() for name in list_small_files(self._folder)}
+        small_files = {name: (self._folder / name).read_bytes() for name in require_small_files(self._folder)}
         digest = hashlib.sha256(small_files.get("config.json", b""))
         for file in files:
             _hash_samples(file, digest)

@@ -280,13 +280,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is no such file.
 
     Raises:
-        TextError: the file is not JSON, or not an object.
+        TextError: the file cannot be read, or is not a JSON object.
     """
     if not path.exists():
         return {}
     try:
         value = json.loads(read_regular_file(path))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise TextError(f"`{path}` cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise TextError(f"`{path}` is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TextError(f"`{path}` does not hold an object")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mlx.model.config import parse_config, read_json
-from kimi_mlx.model_files import list_small_files
 from kimi_mlx.weights.convert_config import converted_config
 from kimi_mlx.weights.convert_options import ConvertOptions
 from kimi_mlx.weights.convert_plan import plan_conversion
 from kimi_mlx.weights.converted_files import ConversionPlan
+from kimi_mlx.weights.index import require_small_files
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
 RECORD_FORMAT = 1
@@ -86,5 +86,5 @@ def _digest(source: Path, reader: CheckpointReader) -> str:
 def _small_files(source: Path) -> tuple[Path, ...]:
     """Return the files to copy unchanged."""
     licences = {path for pattern in LICENCE_FILES for path in source.glob(pattern) if path.is_file()}
-    files = {source / name for name in list_small_files(source) if name != "config.json"}
+    files = {source / name for name in require_small_files(source) if name != "config.json"}
     return tuple(sorted(files | licences))

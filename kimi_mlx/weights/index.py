@@ -19,7 +19,7 @@ from typing import Any, cast
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import irregular_kind, read_regular_file
 from kimi_mlx.model.names import is_vision
-from kimi_mlx.model_files import fetch_again_hint
+from kimi_mlx.model_files import fetch_again_hint, small_names
 from kimi_mlx.weights.header import TensorInfo, read_header, unreadable_error
 
 LOG = logging.getLogger(__name__)
@@ -232,6 +232,19 @@ def _files_without_index(folder: Path, names: Collection[str]) -> list[str]:
                 hint="finish the download",
             )
     return sorted(names)
+
+
+def require_small_files(folder: Path) -> list[str]:
+    """Return kimi_mlx.model_files.list_small_files, once it is known that nothing else has the name of a small file.
+
+    Raises:
+        WeightsError: a pipe, a device, a folder or a broken link does.
+    """
+    names = small_names(folder)
+    for name in names:
+        if kind := irregular_kind(folder / name):
+            raise WeightsError(f"`{folder / name}` is {kind}, not a file", hint="put the file there, or remove it")
+    return names
 
 
 def _series_of(name: str) -> tuple[str, int] | None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -28,10 +29,15 @@ PATIENCE_S = 60
 
 
 class Serving:
-    """The command, running."""
+    """The command, running.
 
-    def __init__(self, *arguments: str):
-        command = [sys.executable, "-m", "kimi_mlx", "serve", "--port", "0", *arguments]
+    Args:
+        arguments: arguments of the command.
+        code: Python code that runs the command.
+    """
+
+    def __init__(self, *arguments: str, code: str = "from kimi_mlx.cli.app import main; main()"):
+        command = [sys.executable, "-c", code, "serve", "--port", "0", *arguments]
         self.process = start(command, cwd=ROOT, text=True)
         assert self.process.stderr is not None
         self.greeting = ""
@@ -108,6 +114,38 @@ def test_a_client_that_has_not_sent_its_body_does_not_delay_the_end(number: sign
         assert b"the server is shutting down" in data
         code, output = serving.end(number)
     assert code == 128 + number
+    assert "Traceback" not in output
+
+
+WAITING_LONG = """
+import socket
+from kimi_mlx.server import server
+server.SHUTDOWN_S = 600
+
+class SmallSocket(socket.socket):
+    def listen(self, *backlog):  # connections inherit the size
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().listen(*backlog)
+
+socket.socket = SmallSocket
+from kimi_mlx.cli.app import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait_for_clients_that_do_not_read() -> None:
+    serving = Serving(code=WAITING_LONG)
+    endless = {"logit_bias": {"1537": -100, "1538": -100}, "logprobs": True, "top_logprobs": 20, "stream": True}
+    with closing(begin(serving.port, receive_bytes=4096, **endless)):
+        # then several 100 kB were sent, more than the connection's buffers hold
+        while float(re.findall(r"kimi_mlx_cache_tokens (\d.*)", serving.figures())[0]) < 512:
+            time.sleep(0.2)
+        serving.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            serving.process.wait(timeout=2)
+        code, output = serving.end(signal.SIGINT)
+    assert code == 130
     assert "Traceback" not in output
 
 

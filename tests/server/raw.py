@@ -45,10 +45,20 @@ def chat(port: int, headers: dict[str, str] | None = None, **body: Any) -> Respo
     return request(port, "POST", "/v1/chat/completions", json.dumps(fields).encode(), headers)
 
 
-def begin(port: int, **body: Any) -> socket.socket:
-    """Request a chat completion without reading the response."""
+def begin(port: int, receive_bytes: int | None = None, **body: Any) -> socket.socket:
+    """Request a chat completion without reading the response.
+
+    Args:
+        port: port of the server.
+        receive_bytes: size of the connection's receive buffer; None for the system's.
+        body: fields of the request.
+    """
     text = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | body).encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", port))
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(text)}\r\n\r\n"
     connection.sendall(head.encode() + text)
     return connection

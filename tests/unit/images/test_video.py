@@ -59,7 +59,7 @@ def test_a_frame_has_a_quarter_of_the_tokens_of_an_image() -> None:
 
 @given(st.integers(1, 5000), st.sampled_from([0.5, 1, 2, 23.976, 25, 29.97, 60, 120]))
 def test_sampled_frames(num_frames: int, fps: float) -> None:
-    frames = sampled_frames(num_frames, fps)
+    frames = sampled_frames(num_frames, fps, 2.0)
     assert len(frames) == max(1, round(num_frames * min(2, fps) / fps))
     assert frames == sorted(set(frames))
     assert frames[0] == 0

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kimi_mlx.errors import ImageError, TextError
+from kimi_mlx.errors import ConfigError, ImageError, TextError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.text.template import ChatTemplate
@@ -248,3 +248,47 @@ def test_a_large_image_is_not_read_as_text(k25: ChatTokenizer) -> None:
     assert time.perf_counter() - start < 1  # walking over the characters takes several seconds
     assert again.images[0].patches is first.images[0].patches  # from the cache
     assert again.ids == first.ids
+
+
+def test_a_video_is_chunks_with_time_stamps(k25: ChatTokenizer) -> None:
+    pytest.importorskip("av", reason="the extra `video` is not installed")
+    from tests.unit.images.test_video import video
+
+    url = data_url(video(50, 10), "video/mp4")
+    parts = [
+        {"type": "text", "text": "Watch "},
+        {"type": "video_url", "video_url": {"url": url}},
+        image_part(28, 28),
+        {"type": "text", "text": "<|kimi_k25_video_placeholder|>"},
+    ]
+    prompt = k25.prompt([{"role": "user", "content": parts}])
+    check(k25, prompt)
+    assert [image.grid for image in prompt.images] == [(4, 2, 4), (4, 2, 4), (2, 2, 4), (1, 2, 2)]
+    special = k25.tokenizer.special_tokens
+
+    def chunk(text: str) -> list[int]:
+        pads = [special["<|media_pad|>"]] * 2
+        video = k25.encode("video")
+        return [*k25.encode(text), special["<|media_begin|>"], *video, special["<|media_content|>"], *pads]
+
+    start = prompt.ids.index(special["<|im_middle|>"]) + 1
+    expected = chunk("Watch 00:00:00.000")
+    expected += [special["<|media_end|>"], *chunk("00:00:02.200")]
+    expected += [special["<|media_end|>"], *chunk("00:00:04.400"), special["<|media_end|>"], *k25.encode("\n")]
+    assert prompt.ids[start : start + len(expected)] == expected
+    text = k25.decode(prompt.ids)
+    image = "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\n"
+    assert f"\n{image}<|kimi_k25_video_placeholder|><|im_end|>" in text
+
+
+def test_the_checkpoints_preprocessing_is_used(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text(K25)
+    (folder / "preprocessor_config.json").write_text('{"media_proc_cfg": {"in_patch_limit": 16}}')
+    messages = [{"role": "user", "content": [image_part(560, 560)]}]
+    assert [image.grid for image in ChatTokenizer.load(folder).prompt(messages).images] == [(1, 4, 4)]
+    (folder / "preprocessor_config.json").write_text("[")
+    tokenizer = ChatTokenizer.load(folder)
+    assert tokenizer.prompt([{"role": "user", "content": "text works"}]).ids
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json"):
+        tokenizer.prompt(messages)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.weights.index import INDEX_NAME, checkpoint_files, log_note, read_index
+from kimi_mlx.weights.index import INDEX_NAME, checkpoint_files, log_note, read_index, require_small_files
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -154,3 +154,16 @@ def test_what_is_in_place_of_a_file_is_named(target: str | None, kind: str, has_
     with pytest.raises(WeightsError, match=f"`.*model.safetensors`.* is {kind}") as raised:
         read_index(tmp_path)
     assert "remove" in (raised.value.hint or "")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "notes.json"])
+def test_what_is_in_place_of_a_small_file_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert require_small_files(tmp_path) == ["generation_config.json"]
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(WeightsError, match=f"`.*{name}` is a pipe, not a file"):
+        require_small_files(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("none")
+    with pytest.raises(WeightsError, match=f"`.*{name}` is a broken link, not a file"):
+        require_small_files(tmp_path)
