@@ -13,7 +13,7 @@ from typing import Any, Literal
 from kimi_mlx.planner.constants import ENGINE_PROFILES, FAST_FENCE_S, FENCE_S, FITTED, Constants, Strategy
 from kimi_mlx.planner.links import RDMA, TCP
 from kimi_mlx.planner.machines import parse_machines
-from kimi_mlx.planner.model_shape import shape_with_bits
+from kimi_mlx.planner.model_shape import STORED_ROUTER_BITS, shape_with_bits
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.speed import Setup, decode, prefill
 
@@ -106,7 +106,9 @@ def left_out() -> list[tuple[str, str]]:
 def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:
     """Return a row's machines and model. Shares are even, as in the programs that were measured."""
     engine = ENGINE_PROFILES[row.engine]
-    shape = shape_with_bits(row.dimensions, row.dimensions, row.expert_bits, row.rest_bits)
+    shape = shape_with_bits(
+        row.dimensions, row.dimensions, row.expert_bits, row.rest_bits, router_bits=STORED_ROUTER_BITS
+    )
     machines = parse_machines(row.machines)
     portions = make_portions(row.strategy, shape, len(machines), engine.slices_head)
     fence_s = FAST_FENCE_S if row.is_fast_sync else FENCE_S

@@ -17,8 +17,11 @@ from typing import Any
 from kimi_mlx.model.config import ModelConfig, load_config, parse_config
 from kimi_mlx.model.config_quantization import PackedInts
 
-ROUTER_BITS = 16
-"""Bits per value of routers, which are never quantized."""
+ROUTER_BITS = 32
+"""Bits per value of routers in memory: they compute in float32."""
+
+STORED_ROUTER_BITS = 16
+"""Bits per value of routers in checkpoints, and in the memory of mlx-lm."""
 
 SCALE_BITS = 32
 """Bits per group in MLX's affine format: a 16-bit scale and a 16-bit bias (32-bit ones in a float32 checkpoint)."""
@@ -176,7 +179,7 @@ def _stored_bits(config: ModelConfig, path: str) -> float:
     """Return the bits per value in memory. FP8 is decoded to 16-bit floats, and packed integers get MLX's biases."""
     floats = 32 if config.dtype == "float32" else 16
     if path.endswith("mlp.gate"):
-        return floats
+        return ROUTER_BITS
     if isinstance(config.compression, PackedInts) and ".switch_mlp." in path:
         return config.compression.bits + SCALE_BITS / config.compression.group_size
     if "{}" not in path:
@@ -217,7 +220,12 @@ def known_shape(alias: str) -> ModelShape:
 
 
 def shape_with_bits(
-    name: str, dimensions: str, expert_bits: float, rest_bits: float, context_tokens: int | None = None
+    name: str,
+    dimensions: str,
+    expert_bits: float,
+    rest_bits: float,
+    context_tokens: int | None = None,
+    router_bits: float = ROUTER_BITS,
 ) -> ModelShape:
     """Return the shape of a model with dimensions from `models.json` and the given bits.
 
@@ -227,12 +235,13 @@ def shape_with_bits(
         expert_bits: bits per value of routed experts, including scales and biases.
         rest_bits: bits per value of everything else except routers.
         context_tokens: largest context; None for the one in the dimensions.
+        router_bits: bits per value of routers.
     """
     config = parse_config(_models_file()["dimensions"][dimensions], where=f"models.json, {dimensions}")
 
     def bits_of(path: str) -> float:
         if path.endswith("mlp.gate"):
-            return ROUTER_BITS
+            return router_bits
         return expert_bits if ".switch_mlp." in path else rest_bits
 
     return make_shape(name, config, bits_of, context_tokens)

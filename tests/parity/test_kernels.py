@@ -13,6 +13,7 @@ import pytest
 
 from kimi_mlx.model import moe, rope
 from kimi_mlx.model.config import load_config
+from kimi_mlx.planner.constants import KIMI_MLX
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, quantize_checkpoint, write_checkpoint
 
@@ -28,7 +29,6 @@ VIEWS = {
     "Unflatten",
     "AsStrided",
 }
-MAX_DISPATCHES = 30
 
 
 def one_kernel(x: mx.array, *args: object, **kwargs: object) -> mx.array:
@@ -70,11 +70,14 @@ def decode_graph(folder: Path, layers: int, dtype: mx.Dtype) -> Counter[str]:
     reason="without a C++ compiler mx.compile does not fuse on the CPU",
 )
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_an_moe_layer_takes_at_most_30_dispatches(tmp_path: Path, metal_like: None, dtype: mx.Dtype) -> None:
+def test_an_moe_layer_takes_as_many_dispatches_as_the_planner_counts(
+    tmp_path: Path, metal_like: None, dtype: mx.Dtype
+) -> None:
     golden = load_golden("k2.5")
     source = write_checkpoint(tmp_path / "float", golden.config, golden.seed)
     folder = quantize_checkpoint(source, tmp_path / "quantized", bits=4, group_size=32)
     fewer, more = decode_graph(folder, 2, dtype), decode_graph(folder, 3, dtype)
     layer = more - fewer
     assert sum(more.values()) - sum(fewer.values()) == sum(layer.values())
-    assert 20 < sum(layer.values()) <= MAX_DISPATCHES, dict(layer)
+    # in float32 the router's input needs no cast
+    assert sum(layer.values()) == KIMI_MLX.kernels_per_layer - (dtype == mx.float32), dict(layer)
