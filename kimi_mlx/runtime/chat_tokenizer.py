@@ -133,7 +133,6 @@ class ChatTokenizer:
         self,
         messages: Sequence[MessageLike],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        places: Sequence[str] = (),
         **template_kwargs: Any,
     ) -> Prompt:
         """Return the prompt of a conversation, with its images, up to the beginning of the assistant's answer.
@@ -144,12 +143,12 @@ class ChatTokenizer:
         Args:
             messages: messages, as objects or in OpenAI's format.
             tools: OpenAI-style tools that the model may call.
-            places: locations of the messages, for errors of images; empty if they are `messages[0]` and so on.
             template_kwargs: variables of the chat template, such as `thinking`.
 
         Raises:
             TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
-            ImageError: an image or video cannot be read, there are too many, or the template has no place for them.
+            ImageError: an image or video cannot be read, there are too many, or the template has no place for them;
+                its `place` is such as `messages[2].content[0]`.
             ConfigError: `preprocessor_config.json` is broken or not supported.
         """
         if self.template is None:
@@ -158,7 +157,7 @@ class ChatTokenizer:
                 hint=f"use plain completions, /v1/completions of `kimi-mlx serve`, or add a `{TEMPLATE_FILE}`",
             )
         parsed = [message if isinstance(message, Message) else Message.from_dict(message) for message in messages]
-        stripped, media = take_media(parsed, places)
+        stripped, media = take_media(parsed)
         parts = self.template.render_parts(self.tokenizer, stripped, tools, **template_kwargs)
         return build_prompt(self.tokenizer, parts, media, self.prepare_media, DEFAULT_LIMITS.max_images)
 

@@ -33,7 +33,7 @@ class Media:
     Args:
         kind: `image` or `video`.
         source: URL, or the contents of the file.
-        place: location in the messages, for error messages.
+        place: location in the messages, such as `messages[2].content[0]`, for error messages.
     """
 
     kind: MediaKind
@@ -41,7 +41,7 @@ class Media:
     place: str
 
 
-def take_media(messages: Sequence[Message], places: Sequence[str] = ()) -> tuple[list[Message], list[Media]]:
+def take_media(messages: Sequence[Message]) -> tuple[list[Message], list[Media]]:
     """Return the messages without the contents of their images and videos, and these in order.
 
     A content part is `{"type": "image_url", "image_url": URL or {"url": URL}}`, or `image`, `video_url` or `video` in
@@ -49,7 +49,6 @@ def take_media(messages: Sequence[Message], places: Sequence[str] = ()) -> tuple
 
     Args:
         messages: conversation.
-        places: locations of the messages, for error messages; empty if they are `messages[0]` and so on.
 
     Raises:
         ImageError: a part has neither a URL nor bytes.
@@ -57,10 +56,9 @@ def take_media(messages: Sequence[Message], places: Sequence[str] = ()) -> tuple
     media: list[Media] = []
     stripped: list[Message] = []
     for index, message in enumerate(messages):
-        place = f"{places[index] if places else f'messages[{index}]'}.content"
         content = message.content
         if content is not None and not isinstance(content, str):
-            parts = [_take(part, f"{place}[{number}]", media) for number, part in enumerate(content)]
+            parts = [_take(part, f"messages[{index}].content[{number}]", media) for number, part in enumerate(content)]
             message = replace(message, content=parts)
         stripped.append(message)
     return stripped, media

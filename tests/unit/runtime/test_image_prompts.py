@@ -223,9 +223,6 @@ def test_errors_name_the_place(k25: ChatTokenizer, part: dict[str, Any], reason:
         k25.prompt(messages)
     assert raised.value.place == "messages[1].content[1]"
     assert reason in raised.value.reason
-    with pytest.raises(ImageError) as raised:
-        k25.prompt(messages, places=["input[0]", "input[7]"])
-    assert raised.value.place == "input[7].content[1]"
 
 
 def test_too_many_images_are_refused(k25: ChatTokenizer) -> None:
