@@ -48,7 +48,7 @@ def text_dialogues(seed: str) -> Iterator[Dialogue]:
     rng = Random(seed)
     for dialogue in stream(seed, part=1, max_tokens=160):
         if rng.random() < NO_PICTURE_SHARE:
-            question = rng.choice(PHRASES[rng.choice(("what", "number", "count_all"))])
+            question = rng.choice(PHRASES[rng.choice(("what", "number", "total"))])
             yield _dialogue("chat", [Exchange(question, *NO_PICTURE)], rng.random() < 0.5, question)
         else:
             yield renamed(dialogue)

@@ -28,6 +28,7 @@ PHRASES: dict[str, Any] = json.loads(Path(__file__).with_name("picture_phrases.j
 THOUGHTS = {
     "what": "Look at the picture.",
     "count": "Count them.",
+    "total": "Count all.",
     "side": "Find its place.",
     "number": "Read the digits.",
     "color": "Look at its color.",
@@ -42,7 +43,7 @@ SIDE_ANSWERS = {
     "middle": "In the middle.",
 }
 COUNT_SHARES = (0.28, 0.24, 0.16, 0.16, 0.16)
-KIND_SHARES = {"same": 0.42, "side": 0.14, "pair": 0.12, "number": 0.32}
+KIND_SHARES = {"same": 0.48, "side": 0.14, "pair": 0.16, "number": 0.22}
 WHITE_SHARE = 0.6
 UNPADDED_SHARE = 0.6  # share of the pictures that fill their grid; the others get black pixels right and below
 
@@ -120,7 +121,7 @@ def _same(rng: Random, width: int, height: int) -> Scene:
     name = f"{color} {shape}" if rng.random() < 0.5 else shape
     exchanges = {
         "what": _exchange(rng, "what", caption(picture)),
-        "count": _exchange(rng, "count", f"{COUNTS[count]}.", name),
+        "count": _exchange(rng, rng.choice(("count", "count", "total")), f"{COUNTS[count]}.", name),
         "color": _exchange(rng, "color", f"{color.capitalize()}.", shape if count == 1 else f"{shape}s"),
     }
     side = side_of(items[0], width, height)
@@ -226,8 +227,6 @@ def _within(rng: Random, space: float, size: float) -> float:
 
 def _exchange(rng: Random, task: str, answer: str, name: str = "") -> Exchange:
     phrases = PHRASES[task]
-    if task == "count" and rng.random() < 0.3:
-        phrases = PHRASES["count_all"]
     # The first phrasings are the most frequent ones.
     phrase = phrases[0] if rng.random() < 0.25 else rng.choice(phrases)
     text = phrase.format(name)
@@ -243,8 +242,8 @@ def caption(picture: Picture) -> str:
     if picture.number is not None:
         return f"The number {picture.number.value}."
     names = [f"{item.color} {item.shape}" for item in picture.items]
-    if len(set(names)) == 1:
-        return f"A {names[0]}." if len(names) == 1 else f"{COUNTS[len(names)]} {names[0]}s."
+    if len(set(names)) == 1 and len(names) > 1:
+        return f"{COUNTS[len(names)]} {names[0]}s."
     return " and ".join(f"a {name}" for name in names).capitalize() + "."
 
 
@@ -304,8 +303,8 @@ def to_patches(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(cut).reshape(rows * columns, 3, PATCH, PATCH)
 
 
-def scenes(seed: str, grid: tuple[int, int]) -> Iterator[Scene]:
+def scenes(seed: str, grid: tuple[int, int], kind: str | None = None) -> Iterator[Scene]:
     """Yield scenes without end; the same seed gives the same ones."""
     rng = Random(seed)
     while True:
-        yield make_scene(rng, grid)
+        yield make_scene(rng, grid, kind)

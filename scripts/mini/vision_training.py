@@ -14,7 +14,7 @@ from scripts.mini.tower import features, init_tower, is_tower, probe_loss
 from scripts.mini.training import WARM_UP_STEPS, Trainer
 from scripts.mini.vision_batches import make_dialogue_batch, make_picture_batch
 
-TOGETHER_FROM = 0.18  # fraction of the training at which the text model joins
+TOGETHER_FROM = 0.24  # fraction of the training at which the text model joins
 QUANTIZED_FROM = 0.7
 DECAY_FROM = 0.5
 TOGETHER_RATE = 0.6  # learning rate from then on, as a share of the peak
