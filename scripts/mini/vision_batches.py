@@ -16,7 +16,7 @@ from scripts.mini.scenes import GRIDS, Scene, labels, make_scene, to_patches
 
 ROW_LENGTH = 256
 PICTURES_PER_STEP = 24  # per rank, while the tower is trained alone
-TEXT_SHARE = 0.22  # share of the dialogues without a picture
+TEXT_SHARE = 0.36  # share of the dialogues without a picture
 
 Grid = tuple[int, int]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kimi_mlx.images.prepare import prepare_image
-from kimi_mlx.runtime.media_limits import read_media_limits
+from kimi_mlx.images.preprocessing import Preprocessing
 from scripts.mini.pictures import COLORS, SHAPES, Item, Picture, draw
 from scripts.mini.scenes import (
     COUNTS,
@@ -105,13 +105,13 @@ def test_shapes_do_not_touch():
 
 @pytest.mark.parametrize("kind", KIND_SHARES)
 def test_patches_equal_those_of_the_real_preprocessing(kind: str):
-    limits = read_media_limits(SHIPPED)
-    assert limits.max_patches == MAX_PATCHES
+    preprocessing = Preprocessing.load(SHIPPED)
+    assert preprocessing.in_patch_limit == MAX_PATCHES
     for scene, grid in first(kind, 5):
         pixels = draw(scene.picture)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
-        prepared = prepare_image(file.getvalue(), "test", limits)
+        prepared = prepare_image(file.getvalue(), "test", preprocessing=preprocessing)
         assert prepared.grid == (1, *grid)
         assert np.array_equal(prepared.patches, to_patches(pixels, grid))
 
