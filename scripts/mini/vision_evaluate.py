@@ -20,7 +20,7 @@ from PIL import Image
 import kimi_mlx
 from scripts.mini.dialogues import Dialogue, generate
 from scripts.mini.evaluate import SHOWN_TOKENS, Score
-from scripts.mini.picture_dialogues import renamed
+from scripts.mini.picture_dialogues import TEXT_FIRST_SHARE, renamed
 from scripts.mini.pictures import draw
 from scripts.mini.render import Renderer
 from scripts.mini.scenes import GRIDS, Scene, make_scene
@@ -54,9 +54,13 @@ def png(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
-def message_of(scene: Scene, text: str) -> dict[str, Any]:
+def data_url(file: bytes) -> str:
+    """Return the data URL of a PNG file."""
+    return "data:image/png;base64," + base64.b64encode(file).decode()
+
+
+def image_message(url: str, text: str) -> dict[str, Any]:
     """Return a message with a picture and a question, in OpenAI's format."""
-    url = "data:image/png;base64," + base64.b64encode(png(scene)).decode()
     image = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [image, {"type": "text", "text": text}]}
 
@@ -71,7 +75,10 @@ class Evaluator:
     def picture_mismatch(self, scene: Scene, task: str, rng: Random) -> str | None:
         """Return a description of the first wrong token of the answer about a picture, or None if it is correct."""
         exchange, thinking = scene.exchanges[task], rng.random() < 0.5
-        prompt = self._chat.prompt([message_of(scene, exchange.user)], thinking=thinking)
+        message = image_message(data_url(png(scene)), exchange.user)
+        if rng.random() < TEXT_FIRST_SHARE:
+            message["content"].reverse()
+        prompt = self._chat.prompt([message], thinking=thinking)
         (image,) = prompt.images
         thought = [exchange.thought, "</think>"] if thinking else []
         answer = self._renderer.encode([*thought, exchange.answer, "<|im_end|>"])
