@@ -180,9 +180,8 @@ def prompt_ids(config: Config, seed: int) -> np.ndarray:
 def write(name: str, config: Config, seed: int, grids: Grids, **arrays: np.ndarray) -> None:
     """Write one golden file."""
     VISION_GOLDENS.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        VISION_GOLDENS / f"{name}.npz", config=json.dumps(config), seed=seed, grids=np.array(grids), **arrays
-    )
+    contents: dict[str, Any] = {"config": json.dumps(config), "seed": seed, "grids": np.array(grids), **arrays}
+    np.savez_compressed(VISION_GOLDENS / f"{name}.npz", **contents)
 
 
 def main() -> None:

@@ -51,12 +51,14 @@ def quantize(weights: dict[str, Weight], bits: int, group_size: int, mode: str =
 
 def dequantize(weights: dict[str, Weight]) -> dict[str, Weight]:
     """Return float weights with the values of quantized ones."""
-    return {
-        name: weight
-        if weight.quantization is None
-        else Weight(mx.dequantize(*weight.arrays, dtype=weight.dtype, **weight.quantization.arguments))
-        for name, weight in weights.items()
-    }
+    result = dict(weights)
+    for name, weight in weights.items():
+        if weight.quantization is not None:
+            assert weight.scales is not None
+            arguments = weight.quantization.arguments
+            values = mx.dequantize(weight.weight, weight.scales, weight.biases, dtype=weight.dtype, **arguments)
+            result[name] = Weight(values, dtype=weight.dtype)
+    return result
 
 
 def vision_tower(raw: Config, weights: dict[str, Weight]) -> VisionTower:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -68,8 +69,5 @@ def place_features(tokens: mx.array, placeholder: int, features: mx.array) -> li
             f"{features.shape[0]} features"
         )
     starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
-    ends = [*starts[1:], len(positions)]
-    return [
-        ImageRows(int(positions[start]), features[int(start) : int(end)])
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    bounds = [*map(int, starts), len(positions)]
+    return [ImageRows(int(positions[start]), features[start:end]) for start, end in pairwise(bounds)]

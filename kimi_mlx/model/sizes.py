@@ -18,8 +18,8 @@ EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
 
 
-SCORES_AT_ONCE = 2**24
-"""Maximum number of scores in memory at once in the vision tower, without a fused kernel: 64 MiB in float32."""
+SCORES_AT_ONCE = 2**23
+"""Maximum number of scores in memory at once in the vision tower, without a fused kernel: 32 MiB in float32."""
 
 
 def query_block(heads: int, keys: int) -> int:

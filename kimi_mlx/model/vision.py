@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from kimi_mlx.errors import VisionError
 from kimi_mlx.model.device import device_kind, elementwise
@@ -198,21 +200,23 @@ class Encoding:
         self.num_parts = config.num_parts(self._grids, budget)
         self._num_layers_done = 0
         self.features: mx.array
-        self._x = tower.embed(pixels, self._grids)
-        rotations = [mx.array(patch_rotations(grid, config.head_dim)) for grid in self._grids]
-        self._rotations = mx.concatenate(rotations)
+        rotations = [patch_rotations(grid, config.head_dim) for grid in self._grids]
+        self._rotations = mx.array(np.concatenate(rotations))
+        self._states = pixels
 
     def step(self) -> bool:
         """Compute and evaluate the next part; return whether it was the last one."""
-        blocks = self._tower.blocks
-        first = self._num_layers_done
-        self._num_layers_done = min(first + self._layers_per_part, len(blocks))
-        for block in blocks[first : self._num_layers_done]:
-            self._x = block(self._x, self._rotations, self._lengths)
-        is_last = self._num_layers_done == len(blocks)
+        tower, x, first = self._tower, self._states, self._num_layers_done
+        self._num_layers_done = min(first + self._layers_per_part, len(tower.blocks))
+        if first == 0:
+            x = tower.embed(x, self._grids)
+        for block in tower.blocks[first : self._num_layers_done]:
+            x = block(x, self._rotations, self._lengths)
+        is_last = self._num_layers_done == len(tower.blocks)
         if is_last:
-            self.features = self._tower.project(self._x, self._grids)
-        mx.eval(self.features if is_last else self._x)
+            x = self.features = tower.project(x, self._grids)
+        mx.eval(x)
+        self._states = x
         return is_last
 
 
@@ -236,8 +240,8 @@ def check_images(config: VisionConfig, pixels: mx.array, grid_thw: mx.array | It
 
 def split(x: mx.array, lengths: Sequence[int]) -> list[mx.array]:
     """Split the first axis into parts of these lengths."""
-    ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
-    return mx.split(x, ends[:-1])
+    ends = accumulate(lengths)
+    return [x[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def merge(x: mx.array, grid: Grid, size: tuple[int, int]) -> mx.array:

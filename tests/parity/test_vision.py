@@ -75,9 +75,7 @@ def prompt() -> VisionGolden:
 @pytest.fixture(scope="module")
 def model(prompt: VisionGolden, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = write_checkpoint(tmp_path_factory.mktemp("prompt"), prompt.config, prompt.seed)
-    model = load_model(folder, load_config(folder), mx.float32)
-    model.vision = prompt.tower
-    return model
+    return load_model(folder, load_config(folder), mx.float32)
 
 
 def test_logits_of_a_prompt_with_images_equal_transformers(prompt: VisionGolden, model: Model) -> None:
