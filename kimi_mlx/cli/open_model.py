@@ -11,8 +11,9 @@ import typer
 
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
-from kimi_mlx.cli.output import load_progress
+from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cli.placement import choose_placement, print_placement
+from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.model.config import load_config
@@ -184,6 +185,8 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
     if model.launch is not None:
         return _open_on_hosts(model.launch, model, options, is_quiet)
     options = options_on_this_machine(model, options, ranks)
+    if lost := find_lost_memory():
+        stderr.print(f"warning: {lost.message}; {lost.remedy}", style="yellow", markup=False)
     suffix = f" on {ranks} ranks" if ranks > 1 else ""
     with load_progress(f"loading {model.name}{suffix}", is_quiet) as progress:
         return OpenedModel(session_open.open_session(options, progress), options.checkpoint)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cluster.doctor.wired_memory import check_wired_memory, leaked_bytes
+from kimi_mlx.cluster.doctor.wired_memory import check_wired_memory, find_lost_memory, leaked_bytes
 from kimi_mlx.cluster.hosts.probes import MIN_PROCESSES, process_memory
 from kimi_mlx.units import GIB
 from tests.unit.cluster import captured
@@ -59,3 +61,30 @@ def test_memory_of_processes() -> None:
     assert len(few.splitlines()) < MIN_PROCESSES + 8
     assert process_memory(few) is None
     assert process_memory("") is None
+
+
+@pytest.mark.parametrize(
+    ("wired_gib", "is_lost", "runs_top"), [(5, False, False), (100, False, True), (480, True, True)]
+)
+def test_this_mac_is_checked_before_a_model_is_loaded(
+    wired_gib: int, is_lost: bool, runs_top: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = wired_gib * GIB // 16384
+    outputs = {
+        "vm_stat": f"(page size of 16384 bytes)\nPages free: 9.\nPages wired down: {pages}.",
+        "sysctl": str(512 * GIB),
+        "top": captured.TOP,
+    }
+    for name, output in outputs.items():
+        (tmp_path / f"{name}.txt").write_text(output + "\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n: > {tmp_path}/{name}.ran\ncat {tmp_path}/{name}.txt\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert find_lost_memory() is None  # not a Mac
+    monkeypatch.setattr(sys, "platform", "darwin")
+    finding = find_lost_memory()
+    assert (finding is not None) == is_lost
+    assert (tmp_path / "top.ran").exists() == runs_top
+    if finding is not None:
+        assert "belong to no process" in finding.message
+        assert (finding.remedy or "").startswith("restart this Mac")
