@@ -3,6 +3,7 @@
 
 python scripts/bench_pauses.py                                  kimi-mini, all requests
 python scripts/bench_pauses.py --only tools                     requests with `tools` in their names
+python scripts/bench_pauses.py --images                         requests with images, for kimi-mini-vl
 python scripts/bench_pauses.py --url http://127.0.0.1:8080      a running server of kimi-mini
 """
 
@@ -34,9 +35,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 import kimi_mlx  # noqa: E402
 from kimi_mlx.cli.output import print_json, stdout  # noqa: E402
 from scripts.serving.heavy_bodies import CHAT, HI, HeavyRequest, heavy_requests  # noqa: E402
+from scripts.serving.heavy_images import heavy_images  # noqa: E402
 from scripts.serving.servers import ServerUnderTest, our_command, serving  # noqa: E402
 
-MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini"
+MODELS = Path(kimi_mlx.__file__).parent / "models"
 SETTLE_S = 2.0
 """Time before and after each request in which the stream is watched as well."""
 
@@ -144,16 +146,18 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Only requests whose names contain this; repeatable.")
     ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Send requests with images, to kimi-mini-vl.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure the longest pause of a stream while other clients send requests that cost much work."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the server ends, too
     with ExitStack() as stack:
-        server = ServerUnderTest("server", url) if url else stack.enter_context(serving("server", our_command(MINI)))
+        command = our_command(MODELS / ("kimi-mini-vl" if images else "kimi-mini"))
+        server = ServerUnderTest("server", url) if url else stack.enter_context(serving("server", command))
         stream = Stream(server.url)
         stream.start()
         stdout.print(f"{'request':42}{'MB':>8}{'pause s':>9}{'answer s':>10}{'short s':>9}  status", highlight=False)
-        for request in heavy_requests():
+        for request in heavy_images() if images else heavy_requests():
             if only is None or any(text in request.name for text in only):
                 row = measure(server, stream, request)
                 if json_output:

@@ -77,7 +77,7 @@ def _status_routes(context: Context) -> list[Route]:
         text = service.metrics.render(status, is_up=health_problem(service, status) is None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    document = openapi_document(context.model_info.names)
+    document = openapi_document(context.model_info)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)

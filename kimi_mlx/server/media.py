@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from kimi_mlx.errors import ImageError
@@ -13,6 +14,11 @@ from kimi_mlx.server.message_content import MissingMediaError, RemoteUrl
 from kimi_mlx.text.messages import Content, Message
 
 TEXT_ONLY = "this model reads text only"
+
+
+def supported_media() -> tuple[str, ...]:
+    """Return the kinds of media that a model with vision can be sent: images, and with the extra `video` videos."""
+    return ("image", "video") if find_spec("av") else ("image",)
 
 
 def resolve_media(request: ChatRequest, text_only_reason: str | None, fetched: Mapping[str, bytes]) -> ChatRequest:
@@ -84,6 +90,7 @@ def _as_text(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _text_only(parts: Sequence[Mapping[str, Any]], places: Sequence[str], reason: str) -> ApiError:
+    """Return the refusal of the first image or video of a message."""
     index, part = next((index, part) for index, part in enumerate(parts) if part["type"] != "text")
     noun = "images" if part["type"] == "image_url" else "videos"
     message = f"`{places[index]}`: {noun} are not supported: {TEXT_ONLY}"

@@ -21,14 +21,14 @@ class ModelInfo:
         aliases: other names that requests may use.
         context_tokens: size of the context.
         created: start of serving, as a Unix time in seconds.
-        sees_images: whether requests may have images.
+        media: kinds of media that requests may have besides text: `image`, `video`.
     """
 
     name: str
     aliases: Sequence[str]
     context_tokens: int
     created: int
-    sees_images: bool = False
+    media: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -47,10 +47,6 @@ class ModelInfo:
         message = f"the model `{name:.100}` is not served here; available: {names}"
         raise ApiError(404, message, "model_not_found", "model", hint="--served-name adds names")
 
-    @property
-    def _input_modalities(self) -> list[str]:
-        return ["text", "image"] if self.sees_images else ["text"]
-
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of GET /v1/models."""
         return {
@@ -62,9 +58,10 @@ class ModelInfo:
             "max_model_len": self.context_tokens,
             "context_length": self.context_tokens,
             # the same field as in llama.cpp and OpenRouter
-            "architecture": {"input_modalities": self._input_modalities, "output_modalities": ["text"]},
-            # the same field as in Moonshot's API
-            "supports_image_in": self.sees_images,
+            "architecture": {"input_modalities": ["text", *self.media], "output_modalities": ["text"]},
+            # the same fields as in Moonshot's API
+            "supports_image_in": "image" in self.media,
+            "supports_video_in": "video" in self.media,
             "aliases": self.names[1:],
             # fields of Anthropic's API, which has the same path
             "type": "model",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 from kimi_mlx.server.anthropic.request import CountBody, MessagesBody
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_request import ResponsesBody
@@ -46,32 +46,33 @@ ERRORS = {
 }
 
 
-def openapi_document(model_names: Sequence[str]) -> dict[str, Any]:
-    """Return the document.
-
-    Args:
-        model_names: names of the model.
-    """
+def openapi_document(model_info: ModelInfo) -> dict[str, Any]:
+    """Return the document of the server of a model."""
     bodies = [body for body, _ in POST_PATHS.values()]
     names, schemas = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
     )
     definitions: dict[str, Any] = schemas.get("$defs", {})
     for body in bodies:
-        definitions[body.__name__]["properties"]["model"] = {"enum": [*model_names, None]}
+        definitions[body.__name__]["properties"]["model"] = {"enum": [*model_info.names, None]}
     posts = {
         path: {"post": _post(title, names[body, "validation"]["$ref"])} for path, (body, title) in POST_PATHS.items()
     }
     gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "kimi-mlx", "version": __version__},
+        "info": {"title": "kimi-mlx", "version": __version__, "description": _description(model_info)},
         "paths": posts | gets,
         "components": {
             "schemas": definitions | {"Error": ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _description(model_info: ModelInfo) -> str:
+    inputs = ", ".join(["text", *(f"{kind}s" for kind in model_info.media)])
+    return f"The model `{model_info.name}`, with {model_info.context_tokens} tokens of context. Input: {inputs}."
 
 
 def _post(title: str, ref: str) -> dict[str, Any]:

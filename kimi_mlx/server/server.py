@@ -18,6 +18,7 @@ from kimi_mlx.server.app import build_app
 from kimi_mlx.server.http.context import Context
 from kimi_mlx.server.http.protocol import TimeoutProtocol
 from kimi_mlx.server.http.security import Security
+from kimi_mlx.server.media import supported_media
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.prompts import PromptBuilder
@@ -78,7 +79,8 @@ class Server(uvicorn.Server):
         self._on_ready, self._starts_worker = on_ready, options.starts_worker
         self._worker_start: asyncio.Task[None] | None = None
         context_tokens = min(model_info.context_tokens, session.context)
-        model_info = replace(model_info, context_tokens=context_tokens, sees_images=session.image_error is None)
+        media = supported_media() if session.image_error is None else ()
+        model_info = replace(model_info, context_tokens=context_tokens, media=media)
         error = session.image_error
         reason = error and f"{error.message} ({error.hint})"
         prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling, reason)

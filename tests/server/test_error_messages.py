@@ -106,5 +106,6 @@ def test_models_are_listed_for_every_api(running: RunningServer) -> None:
     assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "kimi-mini", "kimi-mini")
     assert (model["type"], model["display_name"], model["aliases"]) == ("model", "kimi-mini", ["mini", "default"])
     assert model["created_at"].endswith("Z")
+    assert (model["architecture"]["input_modalities"], model["supports_image_in"]) == (["text"], False)
     raw.request(running.port, path="/v1/models/mini")
     wait_until(lambda: running.metric('kimi_mlx_requests_total{route="/v1/models/{name}",status="200"}') >= 1)

@@ -10,13 +10,18 @@ import pytest
 from tests.server.running_server import RunningServer
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 OUTPUTS = (r'get_weather {"city": "Paris"}\n.*21', r"name=.* age=\d+", r"Hello!.*\['kimi-mini'\]", r"Hello!")
-"""Expected output of each example."""
+"""Expected output of each example; the one with a picture is in test_image_answers."""
+
+
+def run_example(code: str, server: RunningServer) -> None:
+    exec(compile(code.replace("http://127.0.0.1:8080", server.url), "docs/serve.md", "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize(
-    ("code", "output"), list(zip(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL), OUTPUTS, strict=True))
+    ("code", "output"), list(zip([code for code in EXAMPLES if "picture.png" not in code], OUTPUTS, strict=True))
 )
 def test_example(running: RunningServer, code: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(code.replace("http://127.0.0.1:8080", running.url), "docs/serve.md", "exec"), {"__name__": "example"})
+    run_example(code, running)
     assert re.search(output, capsys.readouterr().out, re.DOTALL)

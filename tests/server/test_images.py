@@ -227,8 +227,12 @@ def test_images_by_url(server: RunningServer, client: openai.OpenAI, fixed: Fixe
 
 def test_models_report_that_they_see(server: RunningServer) -> None:
     model = json.loads(raw.request(server.port, path="/v1/models/default").body)
-    assert model["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
-    assert model["supports_image_in"] is True
+    assert model["architecture"] == {"input_modalities": ["text", "image", "video"], "output_modalities": ["text"]}
+    assert (model["supports_image_in"], model["supports_video_in"]) == (True, True)
+    document = json.loads(raw.request(server.port, path="/openapi.json").body)
+    assert document["info"]["description"].endswith("Input: text, images, videos.")
+    assert "image_url" in document["components"]["schemas"]["ContentPart"]["properties"]
+    assert "ImageBlock" in document["components"]["schemas"]
 
 
 def test_the_log_has_no_data_of_images(

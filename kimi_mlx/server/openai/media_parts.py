@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.message_content import ContentBuilder, MediaType
@@ -11,24 +13,25 @@ MEDIA_TYPES: dict[str, MediaType] = {"image_url": "image_url", "input_image": "i
 """Types of parts with an image or a video, each with the name of the field that has its URL."""
 
 
+URL = "Data URL, such as `data:image/png;base64,...`, or URL of a host that the server allows."
+NO_EFFECT = "No effect: the model has a rule of its own for the size at which it sees an image."
+
+
 class MediaUrl(Body):
     """The URL of an image or a video."""
 
-    url: str
-    detail: str | None = None
+    url: str = Field(description=URL)
+    detail: str | None = Field(None, description=NO_EFFECT)
 
 
 class MediaFields(Body):
-    """Fields of a part with an image or a video: `data:` URLs, or URLs of hosts that the server allows.
-
-    `detail` has no effect: the model sees every image at the size that its own rule gives.
-    """
+    """Fields of a part with an image or a video."""
 
     type: str
-    image_url: str | MediaUrl | None = None
-    video_url: str | MediaUrl | None = None
-    file_id: str | None = None
-    detail: str | None = None
+    image_url: str | MediaUrl | None = Field(None, description=URL)
+    video_url: str | MediaUrl | None = Field(None, description="Moonshot's extension.")
+    file_id: str | None = Field(None, description="Not supported: no files are stored.")
+    detail: str | None = Field(None, description=NO_EFFECT)
 
 
 def add_media(content: ContentBuilder, part: MediaFields, place: str) -> None:
