@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kimi_mlx.model.config import ModelConfig
 
-LARGEST_IMAGE_TOKENS = 4096
-"""Number of features of the largest image: 16,384 patches (`in_patch_limit`), four to a feature."""
+LARGEST_IMAGE_TOKENS = 4464
+"""Number of features of the largest image: 16,384 whole patches (`in_patch_limit`) and padding, four to a feature."""
 
 FEATURE_SHARE = 0.05
 """Share of the free memory for features."""
