@@ -40,9 +40,8 @@ def make_server(
     entry = target.entry
     default_names = [target.name if target.folder is None or entry else folder.resolve().name]
     if entry is not None:
-        default_names += [
-            name for name in (entry.alias, entry.repository, entry.original_repository) if name is not None
-        ]
+        names = (entry.alias, entry.repository, entry.original_repository, entry.earlier_repository)
+        default_names += [name for name in names if name is not None]
     default_names += [name.partition("/")[2] for name in default_names if "/" in name]
     name, *aliases = dict.fromkeys([*names, *default_names])
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))

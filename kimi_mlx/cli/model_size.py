@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 from kimi_mlx.cluster.doctor.memory_need import DiskSpace, ModelNeed
-from kimi_mlx.errors import ConfigError, UsageError
+from kimi_mlx.errors import ConfigError, UsageError, WeightsError
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.environment import hub_cache
 from kimi_mlx.model.config import load_config
-from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_folder
+from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_config
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 from kimi_mlx.store.locate import config_folder
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.store.vision import sees_images
 
 FALLBACK_MODEL = "kimi-k2"
 """Model whose dimensions are assumed for a big one whose configuration is not on this machine."""
@@ -71,7 +73,7 @@ def entry_shape(entry: CatalogueEntry) -> ModelShape | None:
         return None
     try:
         return model_shape(entry.alias)
-    except ConfigError:  # a broken checkpoint on this machine: an error when it is loaded
+    except (ConfigError, WeightsError):  # a broken checkpoint on this machine: an error when it is loaded
         return known_shape(entry.alias)
 
 
@@ -80,11 +82,13 @@ def model_shape(name: str) -> ModelShape:
 
     Raises:
         UsageError: there is no such model, or its dimensions are not known here.
+        WeightsError: the files of the checkpoint or the store are unreadable.
     """
     target = resolve_model_name(name)
     folder = config_folder(target)
     if folder is not None:
-        return shape_of_folder(name, folder)
+        config = load_config(folder)
+        return shape_of_config(name, config if sees_images(folder, config) else replace(config, vision=None))
     alias = target.entry.alias if target.entry is not None else None
     if alias in known_models():
         return known_shape(alias)

@@ -12,12 +12,16 @@ from rich.text import Text
 from kimi_mlx.cli.model_size import entry_shape
 from kimi_mlx.cli.output import stdout
 from kimi_mlx.cluster.hosts.machine import LocalMachine
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.hub.catalogue import CatalogueEntry, SamplingValues
 from kimi_mlx.hub.licence import notice
+from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.needs import hosts_needed, memory_per_host
 from kimi_mlx.sizing.hosts import MAX_HOSTS, SYSTEM_BYTES, usable_bytes
 from kimi_mlx.store.locate import LocalState, local_state
+from kimi_mlx.store.model_ref import repository_of
+from kimi_mlx.store.vision import no_vision_error, sees_images
 from kimi_mlx.units import GB, GIB, format_bytes, format_context, format_gib
 
 WIDE, NARROW = 110, 76
@@ -34,6 +38,7 @@ class Row:
         folder: folder of the model on this machine; None if it is not here.
         size_bytes: size in the catalogue, else that of the files here.
         shape: dimensions and sizes; None if the model is not supported.
+        sees_images: whether the weights on this machine have a vision tower, else whether those in the catalogue have.
         hosts_needed: number of machines like this one that are needed; None if there would be too many, or the model
             is not supported.
     """
@@ -43,6 +48,7 @@ class Row:
     folder: Path | None
     size_bytes: int | None
     shape: ModelShape | None
+    sees_images: bool
     hosts_needed: int | None
 
     @property
@@ -55,6 +61,7 @@ class Row:
         return {
             **asdict(self.entry),
             "size_bytes": self.size_bytes,
+            "sees_images": self.sees_images,
             "minimum_memory_bytes": self.memory_bytes,
             "on_this_machine": self.local_state,
             "folder": str(self.folder) if self.folder else None,
@@ -70,7 +77,18 @@ def find_row(entry: CatalogueEntry, machine: LocalMachine) -> Row:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     shape = entry_shape(entry)
     needed = None if shape is None else hosts_needed(shape, machine.memory_bytes, machine.gpu_bytes)
-    return Row(entry, here, folder, size, shape, 1 if entry.is_packaged else needed)
+    sees = _sees_images(entry, here, folder)
+    return Row(entry, here, folder, size, shape, sees, 1 if entry.is_packaged else needed)
+
+
+def _sees_images(entry: CatalogueEntry, here: LocalState, folder: Path | None) -> bool:
+    """Return whether the weights on this machine have a vision tower; without complete ones, those in the catalogue."""
+    if here in ("no", "partly") or folder is None:
+        return entry.sees_images and repository_of(entry) == entry.repository
+    try:
+        return sees_images(folder, load_config(folder))
+    except KimiMlxError:  # a broken checkpoint: an error when it is loaded
+        return False
 
 
 def print_table(rows: Sequence[Row], machine: LocalMachine) -> None:
@@ -118,6 +136,8 @@ def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
         f"fits: whether the model fits on {_machine_text(machine)}, or the number of {_hosts(machine)} like it that "
         f"it needs; no: even {MAX_HOSTS} are too few.",
     ]
+    seeing = [row.entry.alias for row in rows if row.sees_images]
+    lines.append(f"These models see images: {', '.join(seeing)}.")
     lines += [
         f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
     ]
@@ -129,13 +149,14 @@ def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table
     entry = row.entry
     facts = {
         "alias": entry.alias,
-        "repository": entry.repository,
+        "repository": repository_of(entry),
         "original": entry.original_repository,
         "format": entry.format,
         "download": None if entry.size_bytes is None else format_bytes(entry.size_bytes),
         "weights": None if entry.weights_bytes is None else f"{format_gib(entry.weights_bytes)} in memory",
         "memory needed": _memory_text(row),
         "context": f"{entry.context_tokens:,} tokens",
+        "images": _images_text(row),
         "sampling": _sampling_text(entry.sampling),
         "without thinking": _sampling_text(entry.instant_sampling),
         "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
@@ -196,6 +217,22 @@ def _local_state_text(row: Row) -> str:
         return f"{'yes' if row.local_state == 'yes' else 'as a store'}, in {row.folder}"
     state = f"partly, in {row.folder}" if row.local_state == "partly" else "no"
     return f"{state}; `kimi-mlx download {row.entry.alias}` downloads it"
+
+
+def _images_text(row: Row) -> str | None:
+    """Return whether the model sees images, and how to add the vision part if it is only missing here."""
+    entry = row.entry
+    if row.sees_images:
+        return "yes"
+    if not entry.sees_images:
+        return None if entry.refused is not None else "no"
+    if row.folder is None or repository_of(entry) != entry.repository:
+        return f"no: `{repository_of(entry)}` has no vision part, `{entry.repository}` has one"
+    try:
+        error = no_vision_error(entry.alias, row.folder, load_config(row.folder))
+    except KimiMlxError:  # a broken checkpoint: an error when it is loaded
+        return "no"
+    return f"no: {error.message}; {error.hint}"
 
 
 def _memory_text(row: Row) -> str | None:

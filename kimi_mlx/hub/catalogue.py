@@ -51,11 +51,14 @@ class CatalogueEntry:
         title: full name.
         repository: repository to download; None if the model is bundled with the package.
         original_repository: the model authors' repository; equal to `repository` without a suitable MLX repository.
+        earlier_repository: repository that the alias named in earlier versions; used if it is on this machine and
+            `repository` is not.
         format: format of the weights, shown to the user.
         size_bytes: size of the download.
         weights_bytes: size in memory; larger than the download for INT4, because MLX needs biases.
         kv_bytes_per_token: bytes per token of the KV cache in bfloat16, on every host.
         context_tokens: largest context.
+        sees_images: whether the weights in `repository` have a vision tower.
         sampling: recommended sampling.
         instant_sampling: recommended sampling without thinking, for models that can disable thinking.
         licence: licence of the weights.
@@ -68,11 +71,13 @@ class CatalogueEntry:
     title: str
     repository: str | None
     original_repository: str | None
+    earlier_repository: str | None
     format: str
     size_bytes: int | None
     weights_bytes: int | None
     kv_bytes_per_token: int | None
     context_tokens: int
+    sees_images: bool
     sampling: SamplingValues | None
     instant_sampling: SamplingValues | None
     licence: Licence
@@ -110,10 +115,10 @@ def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
 
 
 def find_entry(name: str) -> CatalogueEntry | None:
-    """Return the entry with this alias or repository (the download's or the model authors'), ignoring case."""
+    """Return the entry with this alias or repository (a download's or the model authors'), ignoring case."""
     lower_name = name.lower()
     for entry in catalogue():
-        names = (entry.alias, entry.repository, entry.original_repository)
+        names = (entry.alias, entry.repository, entry.original_repository, entry.earlier_repository)
         if any(known is not None and known.lower() == lower_name for known in names):
             return entry
     return None

@@ -9,8 +9,10 @@ from kimi_mlx.planner.constants import EngineProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
+from kimi_mlx.sizing.image_features import LARGEST_IMAGE_TOKENS, feature_bytes
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
+from kimi_mlx.sizing.vision import encode_bytes
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class HostMemory:
         host: name of the host.
         weights_bytes: size of its share of the weights.
         cache_bytes: size of the KV cache for the context.
-        workspace_bytes: temporary memory of prefill at the end of the context.
+        workspace_bytes: temporary memory of prefill at the end of the context, or of the encoding of an image on the
+            host with the vision tower, whichever is more; and the features of an image, if the model sees.
         gpu_bytes: memory that the GPU can use now.
         raised_gpu_bytes: memory that the GPU can use after raising `iogpu.wired_limit_mb`.
     """
@@ -66,7 +69,10 @@ def bytes_per_token(shape: ModelShape, context: int) -> float:
 
 
 def workspace_bytes(portion: Portion, shape: ModelShape, engine: EngineProfile, context: int) -> int:
-    """Return the temporary memory of the last chunk of a prompt that fills the context. Not measured on a Mac yet."""
+    """Return the temporary memory of the last chunk of a prompt that fills the context. Not measured on a Mac yet.
+
+    With vision, every host has the features of the largest image, and the one with the tower the memory to encode it.
+    """
     config = shape.config
     rank_shape = RankShape(
         heads=round(config.num_attention_heads * portion.heads),
@@ -74,7 +80,11 @@ def workspace_bytes(portion: Portion, shape: ModelShape, engine: EngineProfile, 
         value_bytes=BFLOAT16_BYTES,
         is_fused=True,
     )
-    return prefill_bytes(config, rank_shape, min(engine.prefill_chunk, context), context)
+    prefill = prefill_bytes(config, rank_shape, min(engine.prefill_chunk, context), context)
+    if config.vision is None:
+        return prefill
+    encoding = encode_bytes(config.vision, BFLOAT16_BYTES, is_fused=True) if portion.vision else 0
+    return max(prefill, encoding) + feature_bytes(config, LARGEST_IMAGE_TOKENS, BFLOAT16_BYTES)
 
 
 def longest_context(

@@ -16,12 +16,17 @@ from typing import Any
 
 from kimi_mlx.model.config import ModelConfig, load_config, parse_config
 from kimi_mlx.model.config_quantization import PackedInts
+from kimi_mlx.model.names import VISION_PATH
+from kimi_mlx.sizing.vision import tower_values
 
 ROUTER_BITS = 32
 """Bits per value of routers in memory: they compute in float32."""
 
 STORED_ROUTER_BITS = 16
 """Bits per value of routers in checkpoints, and in the memory of mlx-lm."""
+
+VISION_BITS = 16
+"""Bits per value of vision towers, which conversions do not quantize."""
 
 SCALE_BITS = 32
 """Bits per group in MLX's affine format: a 16-bit scale and a 16-bit bias (32-bit ones in a float32 checkpoint)."""
@@ -44,6 +49,7 @@ class PartSizes:
         expert: one routed expert.
         shared: per MoE layer, the shared experts.
         dense: per dense layer, its MLP.
+        vision: vision tower and projector; 0 without one.
     """
 
     embedding: float
@@ -55,6 +61,7 @@ class PartSizes:
     expert: float
     shared: float
     dense: float
+    vision: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ def total(parts: PartSizes, shape: ModelShape) -> float:
     return (
         parts.embedding
         + parts.head
+        + parts.vision
         + shape.layers * (parts.latent + parts.heads + parts.expansion)
         + moe * (parts.router + shape.config.n_routed_experts * parts.expert + parts.shared)
         + dense * parts.dense
@@ -158,6 +166,7 @@ def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
             ]
             for part, (path, values) in mlps.items()
         },
+        "vision": [] if config.vision is None else [(VISION_PATH, tower_values(config.vision))],
     }
 
 
@@ -180,6 +189,8 @@ def _stored_bits(config: ModelConfig, path: str) -> float:
     floats = 32 if config.dtype == "float32" else 16
     if path.endswith("mlp.gate"):
         return ROUTER_BITS
+    if path == VISION_PATH:
+        return floats
     if isinstance(config.compression, PackedInts) and ".switch_mlp." in path:
         return config.compression.bits + SCALE_BITS / config.compression.group_size
     if "{}" not in path:
@@ -242,6 +253,8 @@ def shape_with_bits(
     def bits_of(path: str) -> float:
         if path.endswith("mlp.gate"):
             return router_bits
+        if path == VISION_PATH:
+            return VISION_BITS
         return expert_bits if ".switch_mlp." in path else rest_bits
 
     return make_shape(name, config, bits_of, context_tokens)

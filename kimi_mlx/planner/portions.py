@@ -27,6 +27,7 @@ class Portion:
         experts: fraction of the routed experts, as whole experts.
         shared_rows: fraction of the rows of the shared experts.
         dense_rows: fraction of the rows of the dense MLPs.
+        vision: fraction of the vision tower: all or nothing.
     """
 
     layers: int
@@ -38,14 +39,16 @@ class Portion:
     experts: float = 1
     shared_rows: float = 1
     dense_rows: float = 1
+    vision: float = 1
 
     def held(self, parts: PartSizes, shape: ModelShape) -> float:
         """Return the bytes, or values, of everything on the rank."""
         routed = self.moe_layers * shape.config.n_routed_experts * self.experts * self.expert_rows * parts.expert
-        return self.embedding * parts.embedding + self.head * parts.head + self.fixed(parts) + routed
+        ends = self.embedding * parts.embedding + self.head * parts.head + self.vision * parts.vision
+        return ends + self.fixed(parts) + routed
 
     def fixed(self, parts: PartSizes) -> float:
-        """Return the bytes, or values, that every token uses: all except embedding, head and routed experts."""
+        """Return the bytes, or values, that every token uses: all except ends, vision tower and routed experts."""
         return (
             self.layers * (parts.latent + self.heads * (parts.heads + parts.expansion))
             + self.moe_layers * (parts.router + self.shared_rows * parts.shared)
@@ -83,6 +86,7 @@ def _portion(share: RankShare, shape: ModelShape) -> Portion:
         experts=len(share.experts) / config.n_routed_experts,
         shared_rows=len(share.shared_rows) / (config.moe_intermediate_size * max(config.n_shared_experts, 1)),
         dense_rows=len(share.dense_rows) / config.intermediate_size,
+        vision=int(share.has_vision),
     )
 
 

@@ -17,7 +17,7 @@ from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import partial_stores
 from kimi_mlx.store.manifest import read_manifest
-from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.store.model_ref import ModelRef, repository_of, resolve_model_name
 from kimi_mlx.store.store_folders import download_command, rank_folder, read_folder_name, stored_ranks
 from kimi_mlx.store.stores import LocalStore, find_stores
 
@@ -187,13 +187,14 @@ def local_state(entry: CatalogueEntry) -> tuple[LocalState, Path | None]:
     """Return which part of a known model is on this machine, and its folder."""
     if entry.is_packaged:
         return "package", entry.packaged_folder()
-    if entry.repository is None:
+    repository = repository_of(entry)
+    if repository is None:
         return "no", None
-    if (folder := find_local(entry.repository)) is not None:
+    if (folder := find_local(repository)) is not None:
         return "yes", folder
     root = stores_folder()
-    if root is not None and (stores := find_stores(root, entry.repository)):
+    if root is not None and (stores := find_stores(root, repository)):
         return "store", stores[0].folder
-    folder = repository_folder(entry.repository)
+    folder = repository_folder(repository)
     has_files = any(folder.glob("blobs/*")) or any(folder.glob("snapshots/*/*"))
     return ("partly", folder) if has_files else ("no", None)

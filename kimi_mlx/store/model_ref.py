@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_mlx.errors import UsageError
+from kimi_mlx.folders import stores_folder
+from kimi_mlx.hub.cache import repository_folder
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
+from kimi_mlx.store.store_folders import source_folder
 
 SIMILAR_NAME_RATIO = 0.7
 """difflib's similarity from which an alias is suggested: `kimi-k25` suggests `kimi-k2.5`, `llama` suggests nothing."""
@@ -53,7 +56,7 @@ def resolve_model_name(name: str) -> ModelRef:
             folder = entry.packaged_folder()
             if folder is not None and not (folder / "config.json").is_file():
                 raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
-            return ModelRef(name, folder, entry.repository, entry)
+            return ModelRef(name, folder, repository_of(entry), entry)
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
         return ModelRef(name, Path(path), None, None)
@@ -69,6 +72,20 @@ def resolve_model_name(name: str) -> ModelRef:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return _resolve_repository(name)
     raise unknown_model_error(name)
+
+
+def repository_of(entry: CatalogueEntry) -> str | None:
+    """Return the repository of an entry: the earlier one if only that is on this machine, complete or not."""
+    earlier = entry.earlier_repository
+    if earlier is None or entry.repository is None or not _is_here(earlier) or _is_here(entry.repository):
+        return entry.repository
+    return earlier
+
+
+def _is_here(repository: str) -> bool:
+    stores = stores_folder()
+    is_stored = stores is not None and source_folder(stores, repository).is_dir()
+    return is_stored or repository_folder(repository).is_dir()
 
 
 def _resolve_repository(name: str) -> ModelRef:

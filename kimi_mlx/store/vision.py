@@ -23,7 +23,9 @@ def store_lacks_vision(folder: Path) -> bool:
 
 
 def sees_images(folder: Path, config: ModelConfig) -> bool:
-    """Return whether a model on this machine has a vision tower; in a store, rank 0 must be on this machine.
+    """Return whether a model on this machine has a vision tower.
+
+    Without the store of rank 0, which holds the tower, it is that of another host if the source has one.
 
     Args:
         folder: checkpoint, or folder of a placement's stores.
@@ -34,9 +36,10 @@ def sees_images(folder: Path, config: ModelConfig) -> bool:
     """
     if config.vision is None:
         return False
-    if ranks := stored_ranks(folder):
-        return 0 in ranks and read_manifest(rank_folder(folder, 0)).vision is not None
-    return has_vision(folder)
+    if not (ranks := stored_ranks(folder)):
+        return has_vision(folder)
+    manifest = read_manifest(rank_folder(folder, ranks[0]))
+    return manifest.vision is not None if manifest.rank == 0 else bool(manifest.source_has_vision)
 
 
 def no_vision_error(name: str, folder: Path, config: ModelConfig) -> EngineError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
+from tests.vision_checkpoints import rewrite
 
 STUDIO = LocalMachine("Apple M3 Ultra", 512 * GIB, 384 * GIB, is_mac=True)
 LAPTOP = LocalMachine("Apple M4", 24 * GIB, 18 * GIB, is_mac=True)
@@ -76,9 +79,9 @@ def test_a_row_is_a_line_and_nothing_is_cut(width: int) -> None:
 @pytest.mark.parametrize(
     ("machine", "fits"),
     [
-        (STUDIO, "yes|yes|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|no"),
-        (LAPTOP, "yes|yes|no|no|no|no|no|no|no"),
-        (LocalMachine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
+        (STUDIO, "yes|yes|yes|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|no"),
+        (LAPTOP, "yes|yes|yes|no|no|no|no|no|no|no"),
+        (LocalMachine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
     ],
 )
 def test_fits_compares_with_the_machine(machine: LocalMachine, fits: str) -> None:
@@ -96,7 +99,7 @@ def test_one_model_in_detail() -> None:
     text = details_text("kimi-k2.6")
     for part in (
         "595.1 GB",
-        "612.4 GiB in memory",
+        "613.3 GiB in memory",
         "262,144 tokens",
         "temperature 1, top_p 0.95, min_p 0.01",
         "temperature 0.6, top_p 0.95, min_p 0.01",
@@ -108,6 +111,41 @@ def test_one_model_in_detail() -> None:
     assert "comes with the package, in " in details_text("kimi-mini")
     assert "even 8 Macs like this Mac (24.0 GiB" in " ".join(details_text("kimi-k2.6", LAPTOP).split())
     assert "not supported: another architecture" in details_text("kimi-k3")
+
+
+def test_models_that_see_images_are_named() -> None:
+    notes = footnotes([find_row(entry, STUDIO) for entry in catalogue()], STUDIO)
+    seeing = ["kimi-mini-vl", "kimi-k2.5", "kimi-k2.6", "kimi-k2.7-code"]
+    assert f"These models see images: {', '.join(seeing)}." in notes
+    for alias, text in {"kimi-k2.6": "yes", "kimi-mini-vl": "yes", "kimi-k2": "no", "kimi-mini": "no"}.items():
+        assert re.search(rf"^images +{text} *$", details_text(alias), re.MULTILINE), alias
+    assert "\nimages" not in details_text("kimi-k3")
+    listed = {entry["alias"]: entry["sees_images"] for entry in json.loads(run("--json").stdout)}
+    assert [alias for alias, sees in listed.items() if sees] == seeing
+
+
+def test_weights_without_a_vision_part_do_not_see_images(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--moonshotai--Kimi-K2.6" / "snapshots" / ("a" * 40)
+    rewrite(snapshot, dict)
+    (snapshot / "tokenizer_config.json").write_text("{}")
+    (snapshot / "tiktoken.model").write_text("")
+    assert find_row(entry_of("kimi-k2.6"), STUDIO).sees_images
+    (snapshot / "model-00004-of-000004.safetensors").unlink()
+    assert not find_row(entry_of("kimi-k2.6"), STUDIO).sees_images
+    text = details_text("kimi-k2.6")
+    assert "its vision part is not on this machine; `kimi-mlx download kimi-k2.6` adds it" in " ".join(text.split())
+
+
+def test_the_repository_of_earlier_versions_is_used_if_only_that_is_here(tmp_path: Path) -> None:
+    assert resolve_model_name("kimi-k2.5").repository == "moonshotai/Kimi-K2.5"
+    earlier = tmp_path / "stores" / "mlx-community--Kimi-K2.5"
+    earlier.mkdir(parents=True)
+    assert resolve_model_name("kimi-k2.5").repository == "mlx-community/Kimi-K2.5"
+    assert "no: `mlx-community/Kimi-K2.5` has no vision part, `moonshotai/Kimi-K2.5` has one" in details_text(
+        "kimi-k2.5"
+    )
+    (tmp_path / "models--moonshotai--Kimi-K2.5").mkdir()
+    assert resolve_model_name("kimi-k2.5").repository == "moonshotai/Kimi-K2.5"
 
 
 def test_a_higher_gpu_limit_is_suggested_if_it_saves_a_mac() -> None:
@@ -133,7 +171,7 @@ def test_the_command_prints_table_and_details() -> None:
     assert "kimi-k2.7-code" in run().stdout
     assert all(len(line) <= 80 for line in run().stdout.splitlines())
     detail = run("mlx-community/Kimi-K2.5").stdout
-    assert detail.startswith("Kimi K2.5 (text part): ")
+    assert detail.startswith("Kimi K2.5: ")
     assert isinstance(run("kimi-k2.55").exception, UsageError)
 
 

@@ -64,6 +64,8 @@ def test_every_fact_has_its_source(alias: str) -> None:
     known = {name for name in FACTS if getattr(entry, name) is not None}
     if entry.original_repository is not None:
         known.add("repository")
+    if entry.sees_images:
+        known.add("sees_images")
     assert set(entry.source) == {*known, "licence"}
     assert all(entry.source.values())
     assert len(entry.about) <= 59, "longer than the table's column at 120 columns"
