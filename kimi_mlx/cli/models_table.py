@@ -229,7 +229,7 @@ def _images_text(row: Row) -> str | None:
     if row.folder is None or repository_of(entry) != entry.repository:
         return f"no: `{repository_of(entry)}` has no vision part, `{entry.repository}` has one"
     try:
-        error = no_vision_error(entry.alias, row.folder, load_config(row.folder))
+        error = no_vision_error(row.folder, load_config(row.folder), entry.alias)
     except KimiMlxError:  # a broken checkpoint: an error when it is loaded
         return "no"
     return f"no: {error.message}; {error.hint}"

@@ -31,6 +31,7 @@ from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
 from kimi_mlx.runtime.warm_up import warm_up
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import resolve_model_name
+from kimi_mlx.store.vision import no_vision_error
 
 
 def main() -> None:
@@ -87,7 +88,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     warm_up(model)
     barrier(group)
     channel.report_progress("idle")
-    error = engine.image_error
+    error = None if engine.image_error is None else no_vision_error(folder, config)
     channel.send(
         "ready",
         context=engine.context,

@@ -29,6 +29,7 @@ from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.unload import clear_frames, release_memory
 from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
 from kimi_mlx.session.signals import defer_signals
+from kimi_mlx.store.vision import no_vision_error
 from kimi_mlx.units import format_bytes
 
 LOG = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ class LocalSession:
         """Run the thread: load the model, answer until the session is closed, and release the model."""
         try:
             self._engine = self._load(options, self._cancel_on_close(progress))
-            self._context, self._image_error = self._engine.context, self._engine.image_error
+            self._context = self._engine.context
+            if self._engine.image_error is not None:
+                self._image_error = no_vision_error(options.checkpoint, load_config(options.checkpoint))
         except BaseException as error:  # raised again in __init__
             self._release(error)
             load_results.put(error)

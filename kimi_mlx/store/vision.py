@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import ModelConfig, load_config
+from kimi_mlx.model_files import CACHED_FILE
 from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.store_folders import download_command, rank_folder, stored_ranks
 from kimi_mlx.weights.index import has_vision, lacks_vision
@@ -42,18 +43,21 @@ def sees_images(folder: Path, config: ModelConfig) -> bool:
     return manifest.vision is not None if manifest.rank == 0 else bool(manifest.source_has_vision)
 
 
-def no_vision_error(name: str, folder: Path, config: ModelConfig) -> EngineError:
+def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) -> EngineError:
     """Return the error for an image that a model without a vision tower gets: the reason, and how to add the tower.
 
     Args:
-        name: the user's name for the model.
         folder: checkpoint, or folder of a placement's stores.
         config: configuration of the model.
+        name: the user's name for the model; None for its repository, or its folder.
     """
+    ranks = stored_ranks(folder)
+    manifest = read_manifest(rank_folder(folder, ranks[0])) if ranks else None
+    if name is None:
+        name = _repository_of_snapshot(folder) if manifest is None else manifest.origin.repository
     if config.vision is None:
         return EngineError(f"`{name}` does not see images", hint="`kimi-mlx models` lists models that do")
-    if ranks := stored_ranks(folder):
-        manifest = read_manifest(rank_folder(folder, ranks[0]))
+    if manifest is not None:
         command = download_command(name, manifest.placement.world_size, manifest.placement.strategy)
         can_be_added = manifest.source_has_vision is not False
     else:
@@ -67,3 +71,9 @@ def no_vision_error(name: str, folder: Path, config: ModelConfig) -> EngineError
         f"`{name}` does not see images: this checkpoint has no vision part",
         hint="use a checkpoint that has one, such as the original of its authors: `kimi-mlx models` lists them",
     )
+
+
+def _repository_of_snapshot(folder: Path) -> str:
+    """Return `owner/name` of a folder in the Hugging Face cache; the folder itself elsewhere."""
+    match = CACHED_FILE.search(f"{folder}/")
+    return str(folder) if match is None else f"{match[1]}/{match[2]}"

@@ -57,7 +57,10 @@ def test_published_int4_is_counted_with_mlx_biases(tmp_path: Path) -> None:
         "config_groups": {"group_0": {"weights": weights}},
     }
     text = {**asdict(K2.config), "rope_scaling": None, "quantization_config": published}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text}))
+    vision = known_shape("kimi-k2.5").config.vision
+    assert vision is not None
+    config = {"model_type": "kimi_k25", "text_config": text, "vision_config": asdict(vision)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert shape_of_folder("k2.5", tmp_path).bytes == known_shape("kimi-k2.5").bytes
 
 

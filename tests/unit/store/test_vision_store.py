@@ -119,7 +119,7 @@ def test_a_store_without_a_tower_gets_it_without_a_new_download(
     assert store_lacks_vision(folder)
     assert not sees_images(folder, load_config(folder))
     assert load(folder, 0).vision is None
-    error = no_vision_error(NAME, folder, load_config(folder))
+    error = no_vision_error(folder, load_config(folder))
     assert error.hint == f"`kimi-mlx download {NAME} --ranks 2` adds it; the rest is not downloaded again"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     identity = fingerprint(folder, load_config(folder), 0, 2)
@@ -178,7 +178,7 @@ def test_a_source_without_a_tower_is_asked_once(hub: Hub, repository: Path, tmp_
     hub.reset_counts()
     assert download(tmp_path)["state"] == "is on this machine"
     assert hub.requests == []
-    assert "this checkpoint has no vision part" in no_vision_error(NAME, folder, load_config(folder)).message
+    assert "this checkpoint has no vision part" in no_vision_error(folder, load_config(folder)).message
 
 
 def test_an_interrupted_store_of_an_earlier_version_resumes_with_the_tower(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_the_cache_of_the_hub_gets_the_tower_later(hub: Hub, repository: Path) -
     folder = fetch_checkpoint(replace(remote, skips_vision=True))
     assert find_local(NAME) == folder  # text works
     assert lacks_vision(folder)
-    error = no_vision_error(NAME, folder, load_config(folder))
+    error = no_vision_error(folder, load_config(folder))
     assert error.hint == f"`kimi-mlx download {NAME}` adds it; the rest is not downloaded again"
     hub.reset_counts()
     fetch_checkpoint(remote)
@@ -233,6 +233,6 @@ def test_stores_of_text_models_are_as_before(tmp_path: Path) -> None:
         assert len(value["files"]) == 5
         assert all("has_vision" not in share for share in value["placement"]["shares"])
     assert Placement.from_dict(job.placement.to_dict()) == job.placement
-    error = no_vision_error("kimi-mini", KIMI_MINI, load_config(KIMI_MINI))
+    error = no_vision_error(KIMI_MINI, load_config(KIMI_MINI), "kimi-mini")
     assert isinstance(error, EngineError)
     assert error.message == "`kimi-mini` does not see images"
