@@ -28,6 +28,7 @@ CHECKS = (
     Check("logits", "logits against the CPU in float32", 900.0),
     Check("rotations", "rotary embedding, both forms"),
     Check("attention", "fused against blockwise attention", 600.0),
+    Check("vision", "vision tower against the CPU in float32", 600.0),
     Check("batches", "batches of unequal length"),
     Check("compiled", "compiled functions against plain ones"),
     Check("cache_blocks", "blocks of the prompt cache in bfloat16"),
@@ -49,6 +50,9 @@ class Sizes:
         contexts: numbers of cached tokens of a timed decode step.
         prefill: number of prompt tokens of a timed prefill.
         repeats: number of timed runs.
+        image_patches: numbers of patches in attention of the vision tower.
+        images: frames, rows and columns of patches of the images that are encoded at once.
+        timed_image: those of the image whose encoding is timed.
     """
 
     has_k2_widths: bool
@@ -58,10 +62,35 @@ class Sizes:
     contexts: tuple[int, ...]
     prefill: int
     repeats: int
+    image_patches: tuple[int, ...]
+    images: tuple[tuple[int, int, int], ...]
+    timed_image: tuple[int, int, int]
 
 
-FULL = Sizes(True, 24, (1, 7, 9, 64, 700), (9, 512, 4097), (1024, 32_768), 4096, 20)
-SMALL = Sizes(False, 12, (1, 7, 9, 70), (9, 130), (64, 600), 256, 2)
+FULL = Sizes(
+    has_k2_widths=True,
+    num_experts=24,
+    prompts=(1, 7, 9, 64, 700),
+    attention_totals=(9, 512, 4097),
+    contexts=(1024, 32_768),
+    prefill=4096,
+    repeats=20,
+    image_patches=(4, 12, 512, 4098),
+    images=((1, 2, 2), (1, 34, 40), (4, 6, 8)),
+    timed_image=(1, 56, 74),  # 1024 x 768 pixels
+)
+SMALL = Sizes(
+    has_k2_widths=False,
+    num_experts=12,
+    prompts=(1, 7, 9, 70),
+    attention_totals=(9, 130),
+    contexts=(64, 600),
+    prefill=256,
+    repeats=2,
+    image_patches=(4, 12, 130),
+    images=((1, 2, 2), (1, 6, 10), (4, 2, 4)),
+    timed_image=(1, 6, 8),
+)
 """For tests on a CPU."""
 
 

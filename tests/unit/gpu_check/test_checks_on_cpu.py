@@ -7,14 +7,25 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kimi_mlx.gpu_check import attention, batches, cache_blocks, compiled, logits, rotations, timings, two_ranks, unload
+from kimi_mlx.gpu_check import (
+    attention,
+    batches,
+    cache_blocks,
+    compiled,
+    logits,
+    rotations,
+    timings,
+    two_ranks,
+    unload,
+    vision,
+)
 from kimi_mlx.gpu_check.checks import CHECKS, FULL, SMALL, Comparison
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config
 from kimi_mlx.model import blockwise, moe, rope
 from kimi_mlx.model.attention import Attention
 
-QUICK = (rotations, compiled, unload)
+QUICK = (rotations, compiled, unload, vision)
 LONG = (logits, attention, batches, cache_blocks, timings)
 
 Messages = list[dict[str, Any]]
