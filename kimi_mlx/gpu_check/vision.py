@@ -30,7 +30,7 @@ QUERY_BLOCK = 100
 
 FEATURE_LIMITS = {mx.float32: 2e-3, mx.bfloat16: 0.1}
 ATTENTION_LIMITS = {mx.float32: 2e-3, mx.bfloat16: 0.05}
-"""Largest relative errors of a row. The CPU reaches 0.015 and 0.006 in bfloat16."""
+"""Largest relative errors of a row. The CPU reaches 0.009 and 0.010 in bfloat16."""
 
 
 def check(context: Context) -> None:
@@ -57,7 +57,8 @@ def check(context: Context) -> None:
 def _compare_attention(context: Context, patches: int) -> None:
     shape = (1, HEADS, patches, HEAD_DIM)
     inputs = [mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16) for seed in range(3)]
-    expected = blockwise(*(x.astype(mx.float32) for x in inputs), QUERY_BLOCK)
+    q, k, v = (x.astype(mx.float32) for x in inputs)
+    expected = blockwise(q, k, v, QUERY_BLOCK)
     mx.eval(expected)
     for dtype, limit in ATTENTION_LIMITS.items():
         q, k, v = (x.astype(dtype) for x in inputs)

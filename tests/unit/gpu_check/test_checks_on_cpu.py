@@ -23,7 +23,9 @@ from kimi_mlx.gpu_check.checks import CHECKS, FULL, SMALL, Comparison
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config
 from kimi_mlx.model import blockwise, moe, rope
+from kimi_mlx.model import vision as tower
 from kimi_mlx.model.attention import Attention
+from kimi_mlx.model.vision_positions import rotate
 
 QUICK = (rotations, compiled, unload, vision)
 LONG = (logits, attention, batches, cache_blocks, timings)
@@ -76,6 +78,19 @@ def test_timings_measure_every_group() -> None:
     measurements = [message for message in run(timings) if message["kind"] == "measurement"]
     assert len({message["group"] for message in measurements}) == 7
     assert all(message["value"] >= 0 for message in measurements)
+
+
+def test_a_kernel_that_skips_a_patch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = vision.fused
+    monkeypatch.setattr(vision, "fused", lambda q, k, v: whole(q, k[:, :, 1:], v[:, :, 1:]))
+    failed = failures(run(vision))
+    assert len(failed) == 6
+    assert all(name.endswith("fused") for name in failed)
+
+
+def test_a_tower_that_is_wrong_in_bfloat16_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "rotate", lambda x, turns: x if x.dtype == mx.bfloat16 else rotate(x, turns))
+    assert failures(run(vision)) == ["features bfloat16"]
 
 
 def test_a_wrong_rotation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
