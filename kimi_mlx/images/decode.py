@@ -62,12 +62,12 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
         raise too_large(place, len(data), limits.max_bytes)
     formats = _formats_of(data, place)
     if size := _canvas_size(data):
-        check_size(size, place, limits)
+        check_size(size, place, limits.max_pixels, limits.max_side)
     with _one_at_a_time, _without_warnings():
         try:
             with Image.open(BytesIO(data), formats=formats) as image:
-                check_size(image.size, place, limits)
-                check_size(_tile_size(image), place, limits)
+                for size in (image.size, _tile_size(image)):
+                    check_size(size, place, limits.max_pixels, limits.max_side)
                 return _to_rgb(_upright(image), place)
         except ImageError:
             raise
@@ -75,7 +75,7 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
             raise _broken(data, place, error, limits) from error
 
 
-def check_size(size: tuple[int, int], place: str, limits: MediaLimits) -> None:
+def check_size(size: tuple[int, int], place: str, max_pixels: int, max_side: int) -> None:
     """Check the width and height of an image or of a video frame.
 
     Raises:
@@ -84,8 +84,8 @@ def check_size(size: tuple[int, int], place: str, limits: MediaLimits) -> None:
     width, height = size
     if min(size) < 1:
         raise ImageError(place, f"it has {width} x {height} pixels")
-    if width * height > limits.max_pixels or max(size) > limits.max_side:
-        maxima = f"{limits.max_pixels} in all and {limits.max_side} per side"
+    if width * height > max_pixels or max(size) > max_side:
+        maxima = f"{max_pixels} in all and {max_side} per side"
         raise ImageError(place, f"it has {width} x {height} pixels; the limits are {maxima}", hint=SMALLER_HINT)
 
 

@@ -24,7 +24,7 @@ class PreparedImage:
     """An image, or a chunk of up to four video frames, for the vision tower.
 
     Args:
-        patches: (P, 3, 14, 14) uint8, the patches of each frame row by row; RGB. Padding is 0.
+        patches: (P, 3, 14, 14) uint8, read-only, the patches of each frame row by row; RGB. Padding is 0.
         grid: numbers of frames, rows of patches and columns of patches; their product is P.
         size: width and height of the image before resizing, in pixels, after its EXIF orientation is applied.
         digest: 32 hexadecimal digits of a hash of grid and patches.
@@ -63,6 +63,7 @@ def to_patches(frames: Sequence[Image.Image], max_patches: int, max_patches_per_
         pixels[:height, :width] = np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC))
     patches = padded.reshape(len(frames), rows, PATCH_SIZE, columns, PATCH_SIZE, 3)
     patches = np.ascontiguousarray(patches.transpose(0, 1, 3, 5, 2, 4))  # (frames, rows, columns, 3, 14, 14)
+    patches.setflags(write=False)  # several prompts share it
     grid = (len(frames), rows, columns)
     return PreparedImage(patches.reshape(-1, 3, PATCH_SIZE, PATCH_SIZE), grid, frames[0].size, _digest(grid, patches))
 

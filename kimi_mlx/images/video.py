@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,23 +57,18 @@ def prepare_video(
     except ImportError as error:
         hint = "run `pip install 'kimi-mlx[video]'`, or send single frames as images"
         raise ImageError(place, "videos need the extra `video`", hint=hint) from error
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
     try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
         with av.open(BytesIO(data), metadata_errors="ignore", container_options=options) as container:
-            num_frames, fps = _measure(av, container, place, limits)
+            num_frames, fps = _measure(container, place, limits)
             indices = sampled_frames(num_frames, fps, preprocessing.sample_fps)
             frames = _decode(container, indices, place, limits)
+            return list(_chunks(frames, [index / fps for index in indices], preprocessing))
     except ImageError:
         raise
     except Exception as error:  # a broken file can make its decoder fail in any way
         reason = f"it is not a video file, or it is broken: {getattr(error, 'strerror', None) or error}"
         raise ImageError(place, reason, hint="open it in a player and save it again") from error
-    size = preprocessing.temporal_merge_kernel_size
-    max_patches, per_side = preprocessing.in_patch_limit_each_frame, preprocessing.patch_limit_on_one_side
-    return [
-        MediaChunk(to_patches(frames[at : at + size], max_patches, per_side), format_time_stamp(indices[at] / fps))
-        for at in range(0, len(frames), size)
-    ]
 
 
 def sampled_frames(num_frames: int, fps: float, sample_fps: float) -> list[int]:
@@ -93,7 +89,7 @@ def format_time_stamp(seconds: float) -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}.{int(seconds % 1 * 1000):03}"
 
 
-def _measure(av: Any, container: Any, place: str, limits: MediaLimits) -> tuple[int, float]:
+def _measure(container: Any, place: str, limits: MediaLimits) -> tuple[int, float]:
     """Return the number of frames and frames per second, without decoding; check them and the size of a frame.
 
     Frames are counted in the packets, since the number in the header may be missing or wrong.
@@ -101,7 +97,7 @@ def _measure(av: Any, container: Any, place: str, limits: MediaLimits) -> tuple[
     if not container.streams.video:
         raise ImageError(place, "the file has no video stream")
     stream = container.streams.video[0]
-    check_size((stream.width, stream.height), place, limits)
+    check_size((stream.width, stream.height), place, limits.max_frame_pixels, limits.max_side)
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     if fps <= 0:
         raise ImageError(place, "the number of frames per second is unknown")
@@ -121,18 +117,30 @@ def _measure(av: Any, container: Any, place: str, limits: MediaLimits) -> tuple[
     return num_frames, fps
 
 
-def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLimits) -> list[Image.Image]:
-    """Return the frames with these numbers, upright, as RGB images. A video with fewer frames repeats the last."""
+def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLimits) -> Iterator[Image.Image]:
+    """Yield the frames with these numbers, upright, as RGB images. A video with fewer frames repeats the last."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    frames: list[Image.Image] = []
+    num_missing = len(indices)
+    image: Image.Image | None = None
     for number, frame in enumerate(container.decode(stream)):
-        check_size((frame.width, frame.height), place, limits)
-        if number == indices[len(frames)]:
-            image: Image.Image = frame.to_image()
-            frames.append(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
-        if len(frames) == len(indices):
-            return frames
-    if not frames:
+        check_size((frame.width, frame.height), place, limits.max_frame_pixels, limits.max_side)
+        if number == indices[-num_missing]:
+            decoded: Image.Image = frame.to_image()
+            image = decoded.rotate(frame.rotation, expand=True) if frame.rotation else decoded
+            yield image
+            num_missing -= 1
+        if not num_missing:
+            return
+    if image is None:
         raise ImageError(place, "no frame of the video can be decoded")
-    return frames + frames[-1:] * (len(indices) - len(frames))
+    yield from [image] * num_missing
+
+
+def _chunks(frames: Iterator[Image.Image], times: Sequence[float], settings: Preprocessing) -> Iterator[MediaChunk]:
+    """Yield the frames in chunks, each with the time of its first frame. Frames are cut into patches as they come."""
+    size = settings.temporal_merge_kernel_size
+    for time in times[::size]:
+        chunk = list(islice(frames, size))
+        patches = to_patches(chunk, settings.in_patch_limit_each_frame, settings.patch_limit_on_one_side)
+        yield MediaChunk(patches, format_time_stamp(time))

@@ -159,7 +159,7 @@ class ChatTokenizer:
         parsed = [message if isinstance(message, Message) else Message.from_dict(message) for message in messages]
         stripped, media = take_media(parsed)
         parts = self.template.render_parts(self.tokenizer, stripped, tools, **template_kwargs)
-        return build_prompt(self.tokenizer, parts, media, self.prepare_media, DEFAULT_LIMITS.max_images)
+        return build_prompt(self.tokenizer, parts, media, self.prepare_media, DEFAULT_LIMITS)
 
     def prepare_media(self, kind: MediaKind, source: str | bytes, place: str) -> Sequence[MediaChunk]:
         """Return an image as one chunk, or the chunks of a video, as `prompt` does. The latest are cached.

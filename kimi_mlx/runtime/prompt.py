@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from kimi_mlx.engine.request import ImageInput
 from kimi_mlx.errors import ImageError, TextError
+from kimi_mlx.images.limits import MediaLimits
 from kimi_mlx.text.media import MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, Media, MediaKind
 from kimi_mlx.text.template import VIDEO_ID
 from kimi_mlx.text.tokenizer import Tokenizer
+from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:  # at run time they import PIL, which text does not need
     from kimi_mlx.images.prepared import PreparedImage
@@ -36,7 +38,7 @@ def build_prompt(
     parts: Sequence[str | int],
     media: Sequence[Media],
     prepare: Callable[[MediaKind, str | bytes, str], Sequence[MediaChunk]],
-    max_images: int,
+    limits: MediaLimits,
 ) -> Prompt:
     """Return the prompt of a rendered conversation, with images in the places that the template wrote for them.
 
@@ -45,7 +47,7 @@ def build_prompt(
         parts: rendered conversation, from `ChatTemplate.render_parts`.
         media: images and videos of the messages, in order.
         prepare: function that decodes an image or a video: kind, source and place, as in `Media`.
-        max_images: limit of the number of images and chunks of videos.
+        limits: limits of the number of images and of their patches.
 
     Raises:
         ImageError: an image cannot be read, there are too many, or the template did not write one place for each.
@@ -53,8 +55,8 @@ def build_prompt(
     """
     pad = tokenizer.special_tokens.get(MEDIA_PAD, VIDEO_ID)
     _check_places(["video" if part == VIDEO_ID else "image" for part in parts if part in (pad, VIDEO_ID)], media)
-    if len(media) > max_images:
-        raise _too_many(media[max_images], len(media), max_images)
+    if len(media) > limits.max_images:
+        raise _too_many(media[limits.max_images], f"{len(media)} images", f"{limits.max_images}")
     remaining = iter(media)
     writer = _PromptWriter(tokenizer, pad)
     for part in parts:
@@ -66,14 +68,14 @@ def build_prompt(
             item = next(remaining)
             for chunk in prepare(item.kind, item.source, item.place):
                 writer.add_image(chunk.image) if part == pad else writer.add_video_chunk(chunk)
-            if writer.num_images > max_images:
-                raise _too_many(item, writer.num_images, max_images)
+            writer.check_limits(item, limits)
     return writer.finish()
 
 
-def _too_many(item: Media, num_images: int, max_images: int) -> ImageError:
-    reason = f"with it the prompt has {num_images} images or chunks of videos, more than {max_images}"
-    return ImageError(item.place, reason, hint="send fewer images or shorter videos")
+def _too_many(item: Media, amount: str, limit: str) -> ImageError:
+    return ImageError(
+        item.place, f"with it the prompt has {amount}, more than {limit}", hint="send fewer or smaller images"
+    )
 
 
 def _check_places(written: Sequence[str], media: Sequence[Media]) -> None:
@@ -101,11 +103,7 @@ class _PromptWriter:
         self._text = ""
         self._ids: list[int] = []
         self._images: list[ImageInput] = []
-
-    @property
-    def num_images(self) -> int:
-        """Number of images and chunks of videos so far."""
-        return len(self._images)
+        self._num_bytes = 0
 
     def add_text(self, text: str) -> None:
         """Add plain text."""
@@ -121,6 +119,7 @@ class _PromptWriter:
         self._flush()
         self._images.append(ImageInput(len(self._ids), image.num_tokens, image.grid, image.digest, image.patches))
         self._ids += [self._pad] * image.num_tokens
+        self._num_bytes += image.num_bytes
 
     def add_video_chunk(self, chunk: MediaChunk) -> None:
         """Add a chunk of a video as Kimi's image processor writes it: its time, then its tokens between marks."""
@@ -131,6 +130,19 @@ class _PromptWriter:
         self.add_token(content)
         self.add_image(chunk.image)
         self.add_token(end)
+
+    def check_limits(self, item: Media, limits: MediaLimits) -> None:
+        """Check the number of the images so far, and the size of their patches.
+
+        Args:
+            item: image that was added last, for error messages.
+            limits: limits of a prompt.
+        """
+        if len(self._images) > limits.max_images:
+            raise _too_many(item, f"{len(self._images)} images and chunks of videos", f"{limits.max_images}")
+        if self._num_bytes > limits.max_prepared_bytes:
+            limit = format_bytes(limits.max_prepared_bytes)
+            raise _too_many(item, f"{format_bytes(self._num_bytes)} of pixels", limit)
 
     def finish(self) -> Prompt:
         """Return the prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import sys
 from datetime import datetime, timedelta
 
@@ -57,6 +58,27 @@ def test_a_frame_has_a_quarter_of_the_tokens_of_an_image() -> None:
     assert chunk.image.size == (1200, 1024)
 
 
+def test_rotation_is_applied() -> None:
+    """Phones store portrait videos as landscape, with a matrix that turns them by 90 degrees clockwise."""
+    buffer = io.BytesIO()
+    pixels = np.zeros((28, 56, 3), np.uint8)
+    pixels[:, :28] = 200  # the left half; turned clockwise, the upper half
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 56, 28, "yuv420p"
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")), *stream.encode()]:
+            file.mux(packet)
+    data = buffer.getvalue()
+    track = data.index(b"tkhd")
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    assert upright in data[track:]
+    (chunk,) = prepare_video(data[:track] + data[track:].replace(upright, turned, 1), "x")
+    assert chunk.image.size == (28, 56)
+    assert chunk.image.patches[:4].mean() > 150
+    assert chunk.image.patches[4:].mean() < 50
+
+
 @given(st.integers(1, 5000), st.sampled_from([0.5, 1, 2, 23.976, 25, 29.97, 60, 120]))
 def test_sampled_frames(num_frames: int, fps: float) -> None:
     frames = sampled_frames(num_frames, fps, 2.0)
@@ -79,7 +101,7 @@ def test_time_stamps(milliseconds: int) -> None:
         (MediaLimits(max_video_bytes=1000), "more than 1.0 kB"),
         (MediaLimits(max_video_s=4), "more than 40 frames at 10 per second; the limits are 20,000 frames and 4 s"),
         (MediaLimits(max_video_frames=30), "more than 30 frames at 10 per second; the limits are 30 frames and 120 s"),
-        (MediaLimits(max_pixels=1000), "it has 56 x 28 pixels"),
+        (MediaLimits(max_frame_pixels=1000), "it has 56 x 28 pixels"),
         (MediaLimits(max_side=50), "it has 56 x 28 pixels"),
     ],
 )

@@ -232,6 +232,15 @@ def test_too_many_images_are_refused(k25: ChatTokenizer) -> None:
         k25.prompt([{"role": "user", "content": [part] * 101}])
 
 
+def test_too_many_pixels_are_refused(k25: ChatTokenizer) -> None:
+    data = picture(1792, 1792)
+    parts = [{"type": "image", "image": data}] * 42  # 9.6 MB each
+    with pytest.raises(
+        ImageError, match=r"content\[41\]`: with it the prompt has 404.6 MB of pixels, more than 400.0 MB"
+    ):
+        k25.prompt([{"role": "user", "content": parts}])
+
+
 def test_a_large_image_is_not_read_as_text(k25: ChatTokenizer) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1800, 1800, 3), np.uint8))
     buffer = io.BytesIO()
