@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 from kimi_mlx.bench.machine import OURS, commit, machine, now, versions  # noqa: E402
-from kimi_mlx.bench.workloads import SHAPES  # noqa: E402
+from kimi_mlx.bench.workloads import TEXT_SHAPES  # noqa: E402
 from kimi_mlx.cli.output import print_error, print_json, stderr, stdout  # noqa: E402
 from kimi_mlx.errors import KimiMlxError, UsageError  # noqa: E402
 from scripts.serving.bad_clients import BadClientOptions  # noqa: E402
@@ -95,8 +95,8 @@ def main(
     misbehaviour = BadClientOptions(aborts, slow_readers, prompt.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")
-    if synthetic not in (None, *SHAPES):
-        raise UsageError(f"unknown synthetic checkpoint `{synthetic}`", hint=f"use one of {', '.join(SHAPES)}")
+    if synthetic not in (None, *TEXT_SHAPES):
+        raise UsageError(f"unknown synthetic checkpoint `{synthetic}`", hint=f"use one of {', '.join(TEXT_SHAPES)}")
     model = url or synthetic or "kimi-mini"
     settings = {"model": model, "machine": machine(), "versions": versions(), "commit": commit(), "date": now()}
     with ExitStack() as stack:

@@ -9,12 +9,15 @@ from typing import Any
 
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, Side, TimedAnswer
 from kimi_mlx.bench.workloads import random_prompt
-from kimi_mlx.engine.request import Request, Sampling
+from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import UsageError
+from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from kimi_mlx.images.resize import MERGE, grid_size, resized_size
 
 GREEDY = Sampling(temperature=0.0, seed=0)
 
 MAX_CONCURRENCY = 64
+MAX_IMAGES = 100
 
 EnergyOf = Callable[[float, float], float | None]
 """Return the joules between two times of time.perf_counter; None if they are not known."""
@@ -28,16 +31,20 @@ class Case:
         depth: number of tokens in the cache before the clock starts.
         prompt_tokens: number of new tokens of each prompt.
         concurrency: number of concurrent requests.
+        images: number of images before the prompt.
     """
 
     depth: int
     prompt_tokens: int
     concurrency: int
+    images: int = 0
 
     def __str__(self) -> str:
-        """Describe the case, such as `prompt 128 after 8192, 4 at once`."""
+        """Describe the case, such as `prompt 128 after 8192, 1 image, 4 at once`."""
         depth = f" after {self.depth}" if self.depth else ""
-        return f"prompt {self.prompt_tokens}{depth}" + (f", {self.concurrency} at once" * (self.concurrency > 1))
+        images = f", {self.images} image{'s' * (self.images > 1)}" if self.images else ""
+        at_once = f", {self.concurrency} at once" if self.concurrency > 1 else ""
+        return f"prompt {self.prompt_tokens}{depth}{images}{at_once}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class BenchmarkPlan:
         seed: random seed of the prompts.
         depth: numbers of tokens in the cache before the prompt.
         concurrency: numbers of concurrent requests.
+        images: numbers of images before each prompt.
+        image_size: width and height of the images, in pixels.
+        preprocessing: settings by which the model shrinks images.
 
     Raises:
         UsageError: a number out of its range.
@@ -64,6 +74,9 @@ class BenchmarkPlan:
     seed: int = 0
     depth: tuple[int, ...] = (0,)
     concurrency: tuple[int, ...] = (1,)
+    images: tuple[int, ...] = (0,)
+    image_size: tuple[int, int] = (1024, 768)
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -84,9 +97,29 @@ class BenchmarkPlan:
                 hint="for example --concurrency 1,4",
             )
 
+        if not self.images or min(self.images) < 0 or max(self.images) > MAX_IMAGES:
+            raise UsageError(
+                f"{','.join(map(str, self.images))} images are not between 0 and {MAX_IMAGES}",
+                hint="for example --images 1,4",
+            )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are cases with images."""
+        return any(self.images)
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of tokens of one image."""
+        limits = self.preprocessing
+        rows, columns = grid_size(
+            *resized_size(*self.image_size, limits.in_patch_limit, limits.patch_limit_on_one_side)
+        )
+        return rows * columns // MERGE**2
+
     def check_context(self, context: int) -> None:
         """Raise UsageError if a case does not fit in a model's context."""
-        depth, prompt = max(self.depth), max(self.prompt_tokens)
+        depth, prompt = max(self.depth), max(self.prompt_tokens) + max(self.images) * self.image_tokens
         longest = depth + prompt + self.generation_tokens
         if longest > context:
             raise UsageError(
@@ -99,7 +132,10 @@ class BenchmarkPlan:
     def cases(self) -> list[Case]:
         """All cases in the order of measurement."""
         return [
-            Case(*combination) for combination in itertools.product(self.depth, self.prompt_tokens, self.concurrency)
+            Case(depth, prompt_tokens, concurrency, images)
+            for images, depth, prompt_tokens, concurrency in itertools.product(
+                self.images, self.depth, self.prompt_tokens, self.concurrency
+            )
         ]
 
     @property
@@ -118,6 +154,7 @@ class Run:
         repetition: number of the repetition, from 0; negative for warm-ups.
         outcome: result of the batch.
         energy_j: energy that this machine used during the batch; None if not known.
+        image_tokens: number of image tokens in each prompt.
     """
 
     side: str
@@ -125,6 +162,7 @@ class Run:
     repetition: int
     outcome: BatchResult
     energy_j: float | None = None
+    image_tokens: int = 0
 
     @property
     def is_warmup(self) -> bool:
@@ -151,6 +189,7 @@ class Run:
             "wall_s": self.outcome.wall_s,
             "peak_memory_bytes": list(self.outcome.peak_memory_bytes),
             "energy_j": self.energy_j,
+            "image_tokens": self.image_tokens,
             "requests": [
                 {**answer.statistics.to_dict(), "arrivals_s": [round(arrival, 6) for arrival in answer.arrivals_s]}
                 for answer in self.answers
@@ -159,7 +198,11 @@ class Run:
 
 
 def measure(
-    sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None = None
+    sides: Sequence[Side],
+    plan: BenchmarkPlan,
+    vocab_size: int,
+    energy_of: EnergyOf | None = None,
+    placeholder_id: int = 0,
 ) -> Iterator[Run]:
     """Run the plan on all sides, and yield each run.
 
@@ -168,24 +211,43 @@ def measure(
         plan: the plan.
         vocab_size: upper bound of the random prompt ids.
         energy_of: energy of this machine, if it can be measured.
+        placeholder_id: token in whose place an image's features stand.
     """
     for case, repetition, ordered_sides in _schedule(sides, plan):
-        batch = make_batch(case, repetition + plan.warmup, plan, vocab_size)
+        batch = make_batch(case, repetition + plan.warmup, plan, vocab_size, placeholder_id)
         for side in ordered_sides:
             outcome = side.run(batch)
             end = outcome.started_at + outcome.wall_s
             energy = None if energy_of is None else energy_of(outcome.started_at, end)
-            yield Run(side.name, case, repetition, outcome, energy)
+            yield Run(side.name, case, repetition, outcome, energy, case.images * plan.image_tokens)
 
 
-def make_batch(case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int) -> RequestBatch:
-    """Return the requests of one repetition: a shared random prefix, then a random prompt each."""
+def make_batch(
+    case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int, placeholder_id: int = 0
+) -> RequestBatch:
+    """Return the requests of one repetition: a shared random prefix, then images and a random prompt each."""
     prefix = random_prompt(vocab_size, case.depth, repetition, plan.seed)
-    prompts = [
-        (*prefix, *random_prompt(vocab_size, case.prompt_tokens, repetition, plan.seed, number))
-        for number in range(1, case.concurrency + 1)
-    ]
-    return RequestBatch(tuple(Request(prompt, plan.generation_tokens, GREEDY) for prompt in prompts), case.depth)
+    requests: list[Request] = []
+    for number in range(1, case.concurrency + 1):
+        images = _make_images(case, repetition, plan, number)
+        pads = sum(image.num_tokens for image in images) * (placeholder_id,)
+        prompt = (*prefix, *pads, *random_prompt(vocab_size, case.prompt_tokens, repetition, plan.seed, number))
+        requests.append(Request(prompt, plan.generation_tokens, GREEDY, images=images))
+    return RequestBatch(tuple(requests), case.depth)
+
+
+def _make_images(case: Case, repetition: int, plan: BenchmarkPlan, request: int) -> tuple[ImageInput, ...]:
+    """Return new pictures for one request, which follow the prefix."""
+    if not case.images:
+        return ()
+    from kimi_mlx.bench.pictures import make_picture  # PIL: not for text
+
+    images: list[ImageInput] = []
+    for number in range(case.images):
+        picture = make_picture(plan.image_size, (plan.seed, repetition, request, number), plan.preprocessing)
+        start = images[-1].stop if images else case.depth
+        images.append(ImageInput(start, picture.num_tokens, picture.grid, picture.digest, picture.patches))
+    return tuple(images)
 
 
 def _schedule(sides: Sequence[Side], plan: BenchmarkPlan) -> Iterator[tuple[Case, int, Sequence[Side]]]:

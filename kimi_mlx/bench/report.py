@@ -12,6 +12,7 @@ from kimi_mlx.bench.machine import OURS, PACKAGES
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.sides import Side
+from kimi_mlx.bench.towers import TowerRow, ratio_lines
 from kimi_mlx.units import format_bytes
 
 Row = TypeVar("Row")
@@ -33,6 +34,7 @@ class Report:
         runs: all runs, or those before an interrupt.
         sides: the sides.
         share_of: share of the roofline.
+        towers: times of the vision tower alone, against mlx-vlm's.
     """
 
     plan: BenchmarkPlan
@@ -40,6 +42,7 @@ class Report:
     runs: Sequence[Run]
     sides: Sequence[Side]
     share_of: ShareOf | None = None
+    towers: Sequence[TowerRow] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -58,6 +61,7 @@ class Report:
             **self.settings,
             "plan": asdict(self.plan),
             "is_complete": self.is_complete,
+            "towers": [row.to_dict() for row in self.towers],
             "results": [row.to_dict() for row in table_rows],
             "ratios": [ratio.to_dict() for ratio in ratios(table_rows)],
             "same_tokens": [asdict(agreement) for agreement in agreements(self.runs)],
@@ -73,10 +77,13 @@ class Report:
         ranks = f"{settings['ranks']} rank{'s' if settings['ranks'] > 1 else ''}"
         if hosts := settings.get("hosts"):
             ranks += f" on {', '.join(hosts)}"
+        workload = f"{plan.generation_tokens} new tokens"
+        if plan.has_images:
+            workload += f", images of {plan.image_size[0]}x{plan.image_size[1]} ({plan.image_tokens} tokens)"
         if (delay := settings.get("link_delay_ms")) is not None:
             ranks += f" {delay:g} ms apart each way"
         return [
-            f"{settings['model']}, {settings['dtype']}, {ranks}, {plan.generation_tokens} new tokens; "
+            f"{settings['model']}, {settings['dtype']}, {ranks}, {workload}; "
             f"median (min-max) of {plan.repeat} after {plan.warmup} warm-up",
             f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}, "
             f"load {host['load_average_1min']}; {names}",
@@ -84,7 +91,7 @@ class Report:
 
     def summary(self) -> list[str]:
         """Return ratios, agreement of tokens, notes, and the roofline."""
-        lines = _ratio_lines(ratios(self.rows))
+        lines = [*_ratio_lines(ratios(self.rows)), *ratio_lines(self.towers)]
         for agreement in agreements(self.runs):
             if agreement.first_difference is None:
                 lines.append(f"{agreement.side}: same tokens as kimi-mlx in all {agreement.answers} answers")
@@ -101,21 +108,24 @@ class Report:
         return lines
 
     def tables(self) -> list[Table]:
-        """Return a table of speeds and a table of times."""
+        """Return a table of speeds, a table of times, and one of the towers if they were measured."""
         speeds = [column for column in self._columns() if " ms" not in column[0]]
         times = [column for column in self._columns() if " tok/s" not in column[0] and column[0] not in RESOURCES]
-        return [_table(columns, self.rows) for columns in (speeds, times)]
+        tables = [_table(columns, self.rows) for columns in (speeds, times)]
+        return [*tables, _table(TOWER_COLUMNS, self.towers)] if self.towers else tables
 
     def markdown(self) -> str:
         """Return the report as Markdown: heading, one table, summary."""
         table = markdown_table(self._columns(), self.rows, "side")
+        towers = markdown_table(TOWER_COLUMNS, self.towers, "tower") if self.towers else ""
         bullets = "\n".join(f"- {line}" for line in self.summary())
-        return "\n\n".join(part for part in ("\n".join(self.heading()), table, bullets) if part) + "\n"
+        return "\n\n".join(part for part in ("\n".join(self.heading()), table, towers, bullets) if part) + "\n"
 
     def _columns(self) -> list[Column]:
         """Return the columns that are not empty in these rows."""
         table_rows = self.rows
         is_shown = {
+            **dict.fromkeys(IMAGE_COLUMNS, any(row.encoding for row in table_rows)),
             "depth": any(row.case.depth for row in table_rows),
             "at once": any(row.case.concurrency > 1 for row in table_rows),
             "together tok/s": any(row.case.concurrency > 1 for row in table_rows),
@@ -128,13 +138,20 @@ class Report:
 Column = tuple[str, Callable[[ResultRow], str]]
 """Heading, and function that formats a cell."""
 
-RESOURCES = ("peak memory per rank", "J/token", "roofline")
+RESOURCES = ("peak memory per rank", "J/token", "roofline", "encode s", "prefill s")
+"""Columns that are not in the table of times."""
+
+IMAGE_COLUMNS = ("images", "encode s", "encode tok/s", "prefill s")
 
 COLUMNS: Sequence[Column] = (
     ("prompt", lambda row: str(row.case.prompt_tokens)),
+    ("images", lambda row: str(row.case.images)),
     ("depth", lambda row: str(row.case.depth)),
     ("at once", lambda row: str(row.case.concurrency)),
     ("side", lambda row: row.side),
+    ("encode s", lambda row: "" if row.encoding is None else _seconds(row.encoding.encode_s)),
+    ("encode tok/s", lambda row: "" if row.encoding is None else _rate(row.encoding.encode_tok_per_s)),
+    ("prefill s", lambda row: "" if row.encoding is None else _seconds(row.encoding.prefill_s)),
     ("prefill tok/s", lambda row: _rate(row.rates["prefill_tok_per_s"])),
     ("decode tok/s", lambda row: _rate(row.rates["decode_tok_per_s"])),
     ("together tok/s", lambda row: _rate(row.rates["aggregate_tok_per_s"])),
@@ -146,10 +163,19 @@ COLUMNS: Sequence[Column] = (
 )
 
 
-def _table(columns: Sequence[Column], table_rows: Sequence[ResultRow]) -> Table:
+TOWER_COLUMNS: Sequence[tuple[str, Callable[[TowerRow], str]]] = (
+    ("images", lambda row: str(row.images)),
+    ("tokens", lambda row: str(row.image_tokens)),
+    ("tower", lambda row: row.side),
+    ("s", lambda row: _seconds(row.encode_s)),
+    ("tok/s", lambda row: _rate(row.tok_per_s)),
+)
+
+
+def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], table_rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, _ in columns:
-        table.add_column(name, justify="left" if name == "side" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("side", "tower") else "right", no_wrap=True)
     for row in table_rows:
         table.add_row(*(cell(row) for _, cell in columns))
     return table
@@ -162,6 +188,10 @@ def _ratio_lines(all_ratios: Sequence[SpeedRatio]) -> list[str]:
         text = f"{ratio.ratio:.2f} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
         by_case.setdefault(ratio.case, []).append(text)
     return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in by_case.items()]
+
+
+def _seconds(spread: Spread) -> str:
+    return f"{spread.median:.3f} ({spread.min:.3f}-{spread.max:.3f})"
 
 
 def _rate(spread: Spread) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from kimi_mlx.bench.machine import OURS
 from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import Side
+from kimi_mlx.engine.request import Statistics
 
 ShareOf = Callable[[Case, float], float | None]
 """Return the share of the roofline at a decode rate."""
@@ -48,6 +49,23 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """Figures of prompts with images, by the side's own clock.
+
+    Args:
+        image_tokens: number of image tokens in each prompt.
+        encode_s: time of the vision tower for a prompt.
+        encode_tok_per_s: image tokens per second of that time.
+        prefill_s: rest of the time to the first token.
+    """
+
+    image_tokens: int
+    encode_s: Spread
+    encode_tok_per_s: Spread
+    prefill_s: Spread
+
+
+@dataclass(frozen=True)
 class ResultRow:
     """Statistics of one side in one case.
 
@@ -62,6 +80,7 @@ class ResultRow:
         peak_memory_bytes: median for each rank.
         joules_per_token: energy of this machine per new token, including prefill; None if not known.
         roofline_share: share of the memory bandwidth that decode uses; None if not applicable.
+        encoding: figures of the images; None without images.
     """
 
     side: str
@@ -73,6 +92,7 @@ class ResultRow:
     peak_memory_bytes: tuple[int, ...]
     joules_per_token: float | None
     roofline_share: float | None
+    encoding: Encoding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row for JSON."""
@@ -151,6 +171,19 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
         tuple(round(median(values)) for values in peaks),
         median(joules) if joules else None,
         None if share_of is None else share_of(runs[0].case, rates["decode_tok_per_s"].median),
+        _encoding(runs[0].image_tokens, [answer.statistics for answer in answers]),
+    )
+
+
+def _encoding(image_tokens: int, statistics: Sequence[Statistics]) -> Encoding | None:
+    if not image_tokens:
+        return None
+    encode_s = [each.encode_s for each in statistics]
+    return Encoding(
+        image_tokens,
+        Spread.of(encode_s),
+        Spread.of([image_tokens / seconds if seconds else 0.0 for seconds in encode_s]),
+        Spread.of([each.ttft_s - each.encode_s for each in statistics]),
     )
 
 

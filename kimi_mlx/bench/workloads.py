@@ -14,8 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kimi_mlx.bench.random_tower import random_tower
 from kimi_mlx.errors import UsageError, WeightsError
 from kimi_mlx.folders import cache_folder
+from kimi_mlx.model.vision_config import parse_vision
 
 Config = dict[str, Any]
 Tensors = dict[str, mx.array]
@@ -63,23 +65,25 @@ COMMON: Config = {
     "quantization": {"bits": BITS, "group_size": GROUP_SIZE, "mode": "affine"},
 }
 
+WIDE: Config = {
+    "num_hidden_layers": 8,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
 SHAPES: Mapping[str, Config] = {
     # few wide layers: reading weights takes most of the time
-    "wide": {
-        "num_hidden_layers": 8,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "moe_intermediate_size": 512,
-        "n_routed_experts": 32,
-        "num_experts_per_tok": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "q_lora_rank": 384,
-        "kv_lora_rank": 256,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-    },
+    "wide": WIDE,
     # as many layers as K2, all small: dispatch and collectives take most of the time
     "deep": {
         "num_hidden_layers": 61,
@@ -96,16 +100,47 @@ SHAPES: Mapping[str, Config] = {
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
     },
+    # K2.5's vision tower at full width with 3 of its 27 blocks, and few text layers
+    "vision": {
+        **WIDE,
+        "num_hidden_layers": 2,
+        "vision_config": {
+            "vt_hidden_size": 1152,
+            "vt_intermediate_size": 4304,
+            "vt_num_attention_heads": 16,
+            "vt_num_hidden_layers": 3,
+            "init_pos_emb_height": 64,
+            "init_pos_emb_width": 64,
+            "init_pos_emb_time": 4,
+            "text_hidden_size": WIDE["hidden_size"],
+        },
+    },
 }
+
+TEXT_SHAPES = tuple(name for name, shape in SHAPES.items() if "vision_config" not in shape)
+"""Shapes without a vision tower."""
 
 
 def synthetic_config(shape: str, **changes: Any) -> Config:
     """Return the `config.json` of a shape in SHAPES; `changes` replace fields."""
-    return {**COMMON, **SHAPES[shape], **changes}
+    text = {**COMMON, **SHAPES[shape], **changes}
+    vision = text.pop("vision_config", None)
+    if vision is None:
+        return text
+    return {
+        "model_type": "kimi_k25",
+        "media_placeholder_token_id": text["vocab_size"] - 1,
+        "quantization": text.pop("quantization"),
+        "torch_dtype": text["torch_dtype"],
+        "text_config": text,
+        "vision_config": vision,
+    }
 
 
 def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Return the folder of a synthetic checkpoint in the user's cache; created once (wide 230 MB, deep 70 MB).
+    """Return the folder of a synthetic checkpoint in the user's cache; created once.
+
+    They take 230 MB (wide), 70 MB (deep) and 230 MB (vision).
 
     Args:
         shape: key of SHAPES.
@@ -161,7 +196,7 @@ def write_synthetic(
     """Write a checkpoint with random weights in MLX's affine layout, one file and one layer at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    total = config["num_hidden_layers"] + 1
+    total = config.get("text_config", config)["num_hidden_layers"] + 1 + ("vision_config" in config)
     size = 0
     for number, tensors in enumerate(_files(config), start=1):
         file = f"model-{number:05}-of-{total:05}.safetensors"
@@ -175,7 +210,18 @@ def write_synthetic(
 
 
 def _files(config: Config) -> Iterator[Tensors]:
-    """Yield the tensors of each file: embedding, last norm and head, then the layers."""
+    """Yield the tensors of each file: embedding, last norm and head, then the layers, then a vision tower."""
+    if "vision_config" not in config:
+        yield from _text_files(config)
+        return
+    for tensors in _text_files(config["text_config"]):
+        yield {f"language_model.{name}": array for name, array in tensors.items()}
+    vision = parse_vision(config, config["text_config"]["hidden_size"], "config.json")
+    assert vision is not None
+    yield {name: array.astype(mx.bfloat16) for name, array in random_tower(vision, SEED).items()}
+
+
+def _text_files(config: Config) -> Iterator[Tensors]:
     random = np.random.default_rng(SEED)
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield {

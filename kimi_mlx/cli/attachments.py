@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.text import Text
 
@@ -20,8 +19,13 @@ from kimi_mlx.text.media import MediaKind
 
 if TYPE_CHECKING:
     from kimi_mlx.images.prepared import PreparedImage
+    from kimi_mlx.images.video import MediaChunk
     from kimi_mlx.model.config import ModelConfig
     from kimi_mlx.text.messages import Content
+
+
+PrepareMedia: TypeAlias = "Callable[[MediaKind, bytes, str], Sequence[MediaChunk]]"
+"""Function that decodes an image or a video: its kind, its contents, and its name for error messages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,7 @@ class Attachment:
     Attributes:
         name: name of the file, without control characters.
         kind: what the file is.
-        part: part of a message in OpenAI's format, with the file as a data URL.
+        part: part of a message in OpenAI's format, with the contents of the file in the place of a URL.
         frames: the image, or the chunks of a video, as the model sees them.
     """
 
@@ -57,18 +61,20 @@ class Attachment:
         return f"{self.name} · {self.size} · {self.num_tokens} tokens"
 
 
-def read_attachment(path: Path, kind: MediaKind) -> Attachment:
+def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = None) -> Attachment:
     """Read an image or a video.
 
     Args:
         path: file; its name may have any ending.
         kind: what the file is.
+        prepare: function that decodes the file for a model; None decodes it for K2.5.
 
     Raises:
         UsageError: the file does not exist, is a folder, or cannot be read.
         ImageError: the file is too large, broken or of an unknown format, or an extra is not installed.
     """
     # heavy imports: only for a message with images
+    from kimi_mlx.images.cache import MediaCache
     from kimi_mlx.images.limits import DEFAULT_LIMITS
 
     check_files([path])
@@ -78,20 +84,9 @@ def read_attachment(path: Path, kind: MediaKind) -> Attachment:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
-    frames = _prepare(data, ControlFilter().add(str(path)), kind)
-    url = f"data:{kind}/{path.suffix[1:].lower() or 'unknown'};base64,{base64.b64encode(data).decode()}"
-    name = f"{kind}_url"
-    return Attachment(ControlFilter().add(path.name), kind, {"type": name, name: {"url": url}}, frames)
-
-
-def _prepare(data: bytes, place: str, kind: MediaKind) -> tuple[PreparedImage, ...]:
-    if kind == "video":
-        from kimi_mlx.images.video import prepare_video
-
-        return tuple(chunk for chunk, _ in prepare_video(data, place))
-    from kimi_mlx.images.prepare import prepare_image
-
-    return (prepare_image(data, place),)
+    chunks = (prepare or MediaCache().prepare)(kind, data, ControlFilter().add(str(path)))
+    name = ControlFilter().add(path.name)
+    return Attachment(name, kind, {"type": kind, kind: data}, tuple(chunk.image for chunk in chunks))
 
 
 def show_attachment(attachment: Attachment) -> None:

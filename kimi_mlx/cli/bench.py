@@ -14,9 +14,13 @@ from kimi_mlx.cli.options import MEASUREMENT, OUTPUT, JsonOption, RunOptions, re
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kimi_mlx.bench.measure import BenchmarkPlan
+    from kimi_mlx.bench.towers import TowerRow
 
 MAX_LINK_DELAY_MS = 1000
+MAX_IMAGE_SIDE = 10_000
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class MeasurementOptions:
     """Options of the measurement."""
 
     synthetic: Annotated[
-        Literal["wide", "deep"] | None,
+        Literal["wide", "deep", "vision"] | None,
         typer.Option(
             "--synthetic",
             help="Measure a checkpoint of K2's shape with random weights instead of MODEL: `wide` has 8 wide layers, "
-            "`deep` 61 small ones.",
+            "`deep` 61 small ones, `vision` a part of K2.5's vision tower (see --images).",
             rich_help_panel=MEASUREMENT,
         ),
     ] = None
@@ -66,6 +70,21 @@ class MeasurementOptions:
     repeat: Annotated[
         int, typer.Option("--repeat", min=1, help="Number of measured runs.", rich_help_panel=MEASUREMENT)
     ] = 5
+    images: Annotated[
+        str,
+        typer.Option(
+            "--images",
+            metavar="N,N,...",
+            help="Number of images before each prompt; the time of the vision tower is shown apart.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = "0"
+    image_size: Annotated[
+        str,
+        typer.Option(
+            "--image-size", metavar="WxH", help="Width and height of the images.", rich_help_panel=MEASUREMENT
+        ),
+    ] = "1024x768"
     link_delay_ms: Annotated[
         float | None,
         typer.Option(
@@ -77,10 +96,11 @@ class MeasurementOptions:
         ),
     ] = None
     against: Annotated[
-        Literal["mlx-lm"] | None,
+        Literal["mlx-lm", "mlx-vlm"] | None,
         typer.Option(
             "--against",
-            help="Also run mlx-lm on the same checkpoint, alternating, and print the ratios.",
+            help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios. `mlx-vlm`: with "
+            "--images, also compare the vision tower alone, with random weights, with that of mlx-vlm.",
             rich_help_panel=MEASUREMENT,
         ),
     ] = None
@@ -104,7 +124,24 @@ class MeasurementOptions:
             self.seed,
             _numbers("--depth", self.depth, "0,8192"),
             _numbers("--concurrency", self.concurrency, "1,4"),
+            _numbers("--images", self.images, "1,4"),
+            _size(self.image_size),
         )
+
+    def check_images(self, plan: BenchmarkPlan) -> None:
+        """Check that the other side can run the plan, before anything is loaded.
+
+        Raises:
+            UsageError: mlx-lm and images, or mlx-vlm without images or not installed.
+        """
+        if plan.has_images and self.against == "mlx-lm":
+            raise UsageError("mlx-lm does not see images", hint="use `--against mlx-vlm`, which compares the tower")
+        if self.against == "mlx-vlm":
+            if not plan.has_images:
+                raise UsageError("--against mlx-vlm compares vision towers", hint="add for example `--images 1,4`")
+            from kimi_mlx.bench.mlx_vlm_tower import require_mlx_vlm
+
+            require_mlx_vlm()
 
     def check_delay(self, ranks: int) -> None:
         """Check that a delay has links between several ranks on this machine, and is in range.
@@ -160,21 +197,39 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
     from kimi_mlx.bench.report import Report
     from kimi_mlx.cli.bench_models import open_models
     from kimi_mlx.cli.bench_output import Output
-    from kimi_mlx.cli.bench_runs import collect_runs, power_measurement
+    from kimi_mlx.cli.bench_runs import collect_runs, collect_towers, power_measurement
     from kimi_mlx.cli.open_model import launch_context
+    from kimi_mlx.runtime.load import compute_dtype
 
     output = Output(report.json, report.markdown, report.output, report.plot)
     output.check()
     launch = launch_context(context)
     measurement.check_delay(run.ranks if launch is None else 1)
     plan = measurement.plan()
+    measurement.check_images(plan)
     with ExitStack() as stack:
         models = open_models(launch, run, measurement, plan, report.json, stack)
+        plan = models.plan
         energy_of = power_measurement(stack) if launch is None else None
         settings = models.settings(run, measurement)
-        runs, stop = collect_runs(models.sides, plan, models.config.vocab_size, energy_of, report.json)
+        runs, stop = collect_runs(models.sides, plan, models.config, energy_of, report.json)
+    towers: Sequence[TowerRow] = ()
+    if measurement.against == "mlx-vlm" and stop is None:
+        towers = collect_towers(models.config, plan, compute_dtype(run.dtype, models.config), report.json)
     roofline = models.roofline
-    output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share), stop)
+    output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share, towers), stop)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Parse a size such as `1024x768`."""
+    numbers = text.lower().split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and 1 <= int(number) <= MAX_IMAGE_SIDE for number in numbers):
+        raise UsageError(
+            f"--image-size is `{text}`, not a width and a height of 1 to {MAX_IMAGE_SIDE} pixels",
+            hint="use for example --image-size 1024x768",
+        )
+    width, height = map(int, numbers)
+    return width, height
 
 
 def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kimi_mlx.bench import machine
@@ -14,6 +15,7 @@ from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.bench.workloads import synthetic_checkpoint
+from kimi_mlx.cli.attachments import check_sees_images
 from kimi_mlx.cli.bench import MeasurementOptions
 from kimi_mlx.cli.open_model import (
     LaunchContext,
@@ -28,6 +30,7 @@ from kimi_mlx.cli.options import RunOptions
 from kimi_mlx.cli.output import load_progress, stderr
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.images.preprocessing import Preprocessing
 from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.planner.links import LinkProfile, measured_link
 from kimi_mlx.runtime.load import compute_dtype
@@ -46,12 +49,14 @@ class BenchmarkModels:
         prepared: the model with its placement.
         sides: kimi-mlx, then each mode of mlx-lm.
         config: dimensions of the model.
+        plan: cases to run, with the model's settings for images.
         roofline: limit by this machine's memory bandwidth; None on launched hosts.
     """
 
     prepared: PreparedModel
     sides: Sequence[Side]
     config: ModelConfig
+    plan: BenchmarkPlan
     roofline: Roofline | None = None
 
     def settings(self, run: RunOptions, measurement: MeasurementOptions) -> dict[str, Any]:
@@ -98,20 +103,39 @@ def open_models(
     """
     prepared = _prepare(launch, run, measurement, is_quiet)
     if prepared.folder is not None:  # before loading
-        plan.check_context(load_config(prepared.folder).max_position_embeddings)
+        _check_plan(_with_preprocessing(plan, prepared.folder), load_config(prepared.folder), prepared.name)
     cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
     options = replace(session_options(run, has_sampling=False), cluster=cluster)
     opened = open_session(prepared, options, run.ranks, is_quiet)
     session = stack.enter_context(closing(opened.session))
     config = load_config(opened.tokenizer_folder)
-    plan.check_context(config.max_position_embeddings)
+    plan = _with_preprocessing(plan, opened.tokenizer_folder)
+    _check_plan(plan, config, prepared.name)
+    if plan.has_images and session.image_error is not None:
+        raise session.image_error
     sides: list[Side] = [SessionSide("kimi-mlx", session)]
     if launch is not None:
-        return BenchmarkModels(prepared, sides, config)
-    if measurement.against is not None:
+        return BenchmarkModels(prepared, sides, config, plan)
+    if measurement.against == "mlx-lm":
         sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack)
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
-    return BenchmarkModels(prepared, sides, config, roofline)
+    return BenchmarkModels(prepared, sides, config, plan, roofline)
+
+
+def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:
+    """Return the plan with a checkpoint's settings for images."""
+    return replace(plan, preprocessing=Preprocessing.load(folder)) if plan.has_images else plan
+
+
+def _check_plan(plan: BenchmarkPlan, config: ModelConfig, name: str) -> None:
+    """Check that a model can run all cases.
+
+    Raises:
+        UsageError: a case does not fit in the context, or has images and the model does not see them.
+    """
+    if plan.has_images:
+        check_sees_images(config, name)
+    plan.check_context(config.max_position_embeddings)
 
 
 def _prepare(

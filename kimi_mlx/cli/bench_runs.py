@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import mlx.core as mx
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kimi_mlx.bench.measure import BenchmarkPlan, EnergyOf, Run, measure
 from kimi_mlx.bench.power import can_measure_power, power_log
 from kimi_mlx.bench.sides import Side
+from kimi_mlx.bench.towers import TowerRow, measure_towers
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.units import format_rate
 
 
@@ -21,14 +24,14 @@ def power_measurement(stack: ExitStack) -> EnergyOf | None:
 
 
 def collect_runs(
-    sides: Sequence[Side], plan: BenchmarkPlan, vocab_size: int, energy_of: EnergyOf | None, is_quiet: bool
+    sides: Sequence[Side], plan: BenchmarkPlan, config: ModelConfig, energy_of: EnergyOf | None, is_quiet: bool
 ) -> tuple[list[Run], BaseException | None]:
     """Run all cases on all sides.
 
     Args:
         sides: loaded models.
         plan: cases.
-        vocab_size: number of token ids to draw prompts from.
+        config: configuration of the model.
         energy_of: power measurement; None for none.
         is_quiet: whether to show no progress.
 
@@ -40,9 +43,10 @@ def collect_runs(
         KeyboardInterrupt: Ctrl-C before the first measured run.
     """
     runs: list[Run] = []
+    placeholder_id = 0 if config.vision is None else config.vision.media_placeholder_token_id
     try:
         with _run_progress(sides, plan, is_quiet) as advance:
-            for run in measure(sides, plan, vocab_size, energy_of):
+            for run in measure(sides, plan, config.vocab_size, energy_of, placeholder_id):
                 runs.append(run)
                 advance(run)
     except (KeyboardInterrupt, KimiMlxError) as stop:
@@ -50,6 +54,19 @@ def collect_runs(
             raise
         return runs, stop
     return runs, None
+
+
+def collect_towers(config: ModelConfig, plan: BenchmarkPlan, dtype: mx.Dtype, is_quiet: bool) -> list[TowerRow]:
+    """Measure the vision tower alone against mlx-vlm's, behind a status.
+
+    Raises:
+        WeightsError: mlx-vlm refuses the weights.
+    """
+    assert config.vision is not None
+    if is_quiet:
+        return measure_towers(config.vision, plan, dtype)
+    with stderr.status("measuring the vision towers"):
+        return measure_towers(config.vision, plan, dtype)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ MAX_TEMPERATURE = 2
 """Maximum temperature: that of the OpenAI API."""
 
 if TYPE_CHECKING:
-    from kimi_mlx.cli.attachments import Attachment
+    from kimi_mlx.cli.attachments import Attachment, PrepareMedia
     from kimi_mlx.engine.request import Sampling
     from kimi_mlx.hub.catalogue import CatalogueEntry
     from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
     from kimi_mlx.session.conversation import ChatOptions
     from kimi_mlx.store.model_ref import ModelRef
+    from kimi_mlx.text.media import MediaKind
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,16 @@ class PromptOptions:
         ),
     ] = None
 
-    def read_attachments(self) -> list[Attachment]:
-        """Read the images, then the videos.
+    @property
+    def files(self) -> list[tuple[Path, MediaKind]]:
+        """Images, then videos."""
+        return [*((path, "image") for path in self.image or ()), *((path, "video") for path in self.video or ())]
+
+    def read_attachments(self, prepare: PrepareMedia | None = None) -> list[Attachment]:
+        """Read the images and videos.
+
+        Args:
+            prepare: function that decodes a file for the model; None decodes it for K2.5.
 
         Raises:
             UsageError: a file does not exist, is a folder, or cannot be read.
@@ -135,8 +144,7 @@ class PromptOptions:
         """
         from kimi_mlx.cli.attachments import read_attachment  # heavy: not for `--help` or a usage error
 
-        images = [read_attachment(path, "image") for path in self.image or ()]
-        return images + [read_attachment(path, "video") for path in self.video or ()]
+        return [read_attachment(path, kind, prepare) for path, kind in self.files]
 
 
 @with_option_groups
@@ -157,27 +165,32 @@ def chat(
     from kimi_mlx.cli.attachments import check_sees_images, show_attachment, with_attachments
     from kimi_mlx.cli.chat_answer import print_answer, print_answer_json
     from kimi_mlx.cli.chat_prompt import read_prompt, resolve_chat_model
+    from kimi_mlx.cli.media_files import check_files
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.model.config import load_config
     from kimi_mlx.session.conversation import Conversation
 
     target = resolve_chat_model(run.model_name, prompts.prompt)
-    attachments = prompts.read_attachments()
+    check_files(path for path, _ in prompts.files)
     prompt = read_prompt(prompts.prompt, json)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
     early = None
     if prepared.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
-        if attachments:
+        if prompts.files:
             check_sees_images(load_config(prepared.folder), target.name)
         early = _read_tokenizer(prepared.folder, target, sampling)
         options = replace(options, has_sampling=_is_sampling(early[1]))
+    attachments = prompts.read_attachments(early[0].prepare_media if early else None)
     opened = open_session(prepared, options, run.ranks, json)
     with closing(opened.session) as session:
         tokenizer, chat_options = early or _read_tokenizer(opened.tokenizer_folder, target, sampling)
         conversation = Conversation(session, tokenizer, chat_options, prompts.system)
-        if attachments and conversation.image_error is not None:
-            raise conversation.image_error
+        if attachments:
+            if conversation.image_error is not None:
+                raise conversation.image_error
+            if early is None:  # again, with the limits of the hosts' model
+                attachments = prompts.read_attachments(tokenizer.prepare_media)
         if prompt is None:
             from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for a single answer
 

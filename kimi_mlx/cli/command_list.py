@@ -62,6 +62,7 @@ COMMANDS = (
         (
             "kimi-mlx chat                          chat with kimi-mini",
             'kimi-mlx chat kimi-mini -p "Hello"     print one answer on stdout',
+            'kimi-mlx chat kimi-mini-vl --image cat.png -p "What is it?"',
             'git diff | kimi-mlx chat kimi-k2 -p "Review this"',
             "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
         ),
@@ -113,6 +114,7 @@ COMMANDS = (
         (
             "kimi-mlx bench",
             "kimi-mlx bench kimi-mini --prompt-tokens 128,512 --repeat 5 --json",
+            "kimi-mlx bench kimi-mini-vl --images 1,4 --image-size 1024x768",
             "kimi-mlx bench --synthetic wide --ranks 2 --link-delay-ms 4 --against mlx-lm",
             "kimi-mlx bench kimi-k2 --prompt-tokens 128,8192 --depth 0,8192 --concurrency 1,4 --plot result.png",
         ),

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kimi_mlx.errors import UsageError
-from kimi_mlx.text.media import MediaKind
+
+if TYPE_CHECKING:
+    from kimi_mlx.text.media import MediaKind
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")

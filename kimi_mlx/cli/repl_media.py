@@ -53,7 +53,7 @@ class ReplMedia:
             raise UsageError(f"/{kind} needs a file", hint=f"type /{kind} and a path; Tab completes it")
         paths = read_file_names(argument)
         check_files(paths)
-        self._attach([read_attachment(path, kind) for path in paths])
+        self._attach([self._read(path, kind) for path in paths])
 
     def require_vision(self) -> None:
         """Check that the model sees images.
@@ -94,7 +94,7 @@ class ReplMedia:
                 raise
             _note(f"{error.message}: paths are sent as text")
             return text
-        read = [part if isinstance(part, str) else read_attachment(part, media_kind(part) or "image") for part in parts]
+        read = [part if isinstance(part, str) else self._read(part, media_kind(part) or "image") for part in parts]
         files = [part for part in read if isinstance(part, Attachment)]
         if not has_text:
             self._attach(files)
@@ -147,6 +147,9 @@ class ReplMedia:
     def clear(self) -> None:
         """Forget all files."""
         self.attached, self._sent = [], []
+
+    def _read(self, path: Path, kind: MediaKind) -> Attachment:
+        return read_attachment(path, kind, self._conversation.tokenizer.prepare_media)
 
     def _attach(self, files: Sequence[Attachment]) -> None:
         self.attached += files

@@ -59,15 +59,17 @@ def first_frame(image: PreparedImage) -> Image:
     """Return an image, or the first frame of a chunk, from its patches, without their padding."""
     from PIL.Image import fromarray
 
-    from kimi_mlx.images.resize import PATCH_SIZE, resized_size
+    from kimi_mlx.images.resize import PATCH_SIZE
 
     _, rows, columns = image.grid
     all_patches: Any = image.patches
     patches = all_patches[: rows * columns].reshape(rows, columns, 3, PATCH_SIZE, PATCH_SIZE)
     height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
     pixels = patches.transpose(0, 3, 1, 4, 2).reshape(height, width, 3)  # (rows, y, columns, x, 3) -> an image
-    unpadded_width, unpadded_height = resized_size(*image.size)
-    return fromarray(pixels).crop((0, 0, min(width, unpadded_width), min(height, unpadded_height)))
+    # padding is right and below; if the image was shrunk, by a factor that is not known exactly, some of it stays
+    scale = min(1.0, width / image.size[0], height / image.size[1])
+    unpadded_width, unpadded_height = (max(1, int(side * scale)) for side in image.size)
+    return fromarray(pixels).crop((0, 0, unpadded_width, unpadded_height))
 
 
 def thumbnail_sequence(image: Image, protocol: GraphicsProtocol, columns: int) -> str:

@@ -67,6 +67,11 @@ class Conversation:
         return self._session.image_error
 
     @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Text side of the model, which also decodes images."""
+        return self._tokenizer
+
+    @property
     def media_parts(self) -> list[Mapping[str, Any]]:
         """Images and videos of all messages, in order, as parts of messages in OpenAI's format."""
         contents = [message.content for message in self.messages]

@@ -80,7 +80,7 @@ def images_of(conversation: Conversation) -> list[int]:
 def test_an_attached_image_goes_with_the_next_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
     type_lines(conversation, f"/image {picture}", "What is it?", "And now?", "/images")
-    assert sent(conversation) == [["image_url", "What is it?"], "And now?"]
+    assert sent(conversation) == [["image", "What is it?"], "And now?"]
     assert images_of(conversation) == [1, 1]  # each turn sends the whole conversation
     output = capfd.readouterr().err
     assert "two words.png · 60x40 · 6 tokens\nattached to the next message" in output
@@ -93,8 +93,8 @@ def test_a_dropped_image_keeps_its_place(picture: Path, tmp_path: Path) -> None:
     conversation = conversation_of("yes", sees_images=True)
     type_lines(conversation, f"Compare '{picture}' with {other}, please", f"{other} and this", f"//{other}")
     assert sent(conversation) == [
-        ["Compare", "image_url", "with", "image_url", ", please"],
-        ["image_url", "and this"],
+        ["Compare", "image", "with", "image", ", please"],
+        ["image", "and this"],
         f"/{other}",  # a message that starts with // is text
     ]
 
@@ -102,14 +102,14 @@ def test_a_dropped_image_keeps_its_place(picture: Path, tmp_path: Path) -> None:
 def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
     type_lines(conversation, f"{picture} ", "/images", "What is it?")
-    assert sent(conversation) == [["image_url", "What is it?"]]
+    assert sent(conversation) == [["image", "What is it?"]]
     assert "1  two words.png  60x40  6 tokens  for the next message" in capfd.readouterr().err
 
 
 def test_files_of_the_command_line_come_first(picture: Path) -> None:
     conversation = conversation_of("yes", sees_images=True)
     Repl(conversation, "fake", [read_attachment(picture, "image")]).run(Lines("hi", "again", "/quit"))
-    assert sent(conversation) == [["image_url", "hi"], "again"]
+    assert sent(conversation) == [["image", "hi"], "again"]
 
 
 def test_images_are_dropped_by_number_or_all(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,9 +118,9 @@ def test_images_are_dropped_by_number_or_all(picture: Path, capfd: pytest.Captur
     type_lines(
         conversation, "/images", "/images drop all", image, image, "one", image, "/images drop 3", "/images drop 1"
     )
-    assert sent(conversation) == [["image_url", "one"]]
+    assert sent(conversation) == [["image", "one"]]
     type_lines(conversation, "hi")
-    assert sent(conversation) == [["image_url", "one"], "hi"]
+    assert sent(conversation) == [["image", "one"], "hi"]
     output = capfd.readouterr().err
     assert "there are no images; /image FILE attaches one" in output
     assert "there are no images\n" in output
@@ -200,7 +200,7 @@ def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: py
     assert "not answered: the images stay attached" in capfd.readouterr().err
     session._before = succeed  # pyright: ignore[reportPrivateUsage]
     repl.handle("What is it?")
-    assert sent(conversation) == [["image_url", "What is it?"]]
+    assert sent(conversation) == [["image", "What is it?"]]
 
 
 def test_control_characters_in_names_are_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +240,7 @@ def test_thumbnails_on_a_terminal(
         assert terminal.raw.count(begin) == 1
     assert secret not in terminal.raw
     terminal.send(CTRL_D)
-    terminal.expect("[['text', 'image_url', 'text']]")
+    terminal.expect("[['text', 'image', 'text']]")
     assert terminal.wait() == 0
 
 
@@ -259,7 +259,7 @@ def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: 
     dropped = str(picture).replace(" ", "\\ ")
     terminal.ask(f"Is it \x1b[200~{dropped} \x1b[201~{ENTER}")
     terminal.send(CTRL_D)
-    terminal.expect("[['image_url', 'text', 'image_url']]")
+    terminal.expect("[['image', 'text', 'image']]")
     assert terminal.wait() == 0
 
 

@@ -94,7 +94,11 @@ RUNNABLE = [example for example in EXAMPLES if example.reason is None]
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Return an environment with `kimi-mlx` on the path, and folders of its own for what commands write."""
+    """Return an environment with `kimi-mlx` on the path, and folders of its own for what commands write.
+
+    Commands of pages are for a clone, so images have their paths there.
+    """
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "kimi-mlx"
