@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="Training time; the schedule is scaled to it.")] = 50.0,
+    minutes: Annotated[float, typer.Option(help="Training time; the schedule is scaled to it.")] = 56.0,
     ranks: Annotated[int, typer.Option(help="Number of data-parallel processes, one core each.")] = 2,
     model: Annotated[
         Path | None, typer.Option(help="Folder to export to and evaluate; default: the package's.")

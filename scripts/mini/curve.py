@@ -1,4 +1,4 @@
-"""Draw the learning curve of a run as SVG: `python -m scripts.mini.curve LOG PICTURE`."""
+"""Draw the learning curve of a run as SVG: `python -m scripts.mini.curve LOG PICTURE [MODEL]`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 56, 16, 34, 40
 SMOOTHING = 0.8
 LOSSES = (5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 COLOR, GREY = "#3366aa", "#999999"
-EVENTS = (
-    ("part", 1, "all tasks, rows to 512"),
-    ("part", 2, "rows to 1,024"),
-    ("quantized", True, "4-bit rounding"),
-)
+# Per model: name and value of a field of the log, and the label of the step from which the field has the value.
+EVENTS: dict[str, tuple[tuple[str, Any, str], ...]] = {
+    "kimi-mini": (
+        ("part", 1, "all tasks, rows to 512"),
+        ("part", 2, "rows to 1,024"),
+        ("quantized", True, "4-bit rounding"),
+    ),
+    "kimi-mini-vl": (
+        ("part", 1, "tower and text model together"),
+        ("quantized", True, "4-bit rounding"),
+    ),
+}
 
 
 def smooth(losses: list[float]) -> list[float]:
@@ -28,7 +35,7 @@ def smooth(losses: list[float]) -> list[float]:
     return [math.exp(value) for value in logs]
 
 
-def draw(records: list[dict[str, Any]]) -> str:
+def draw(records: list[dict[str, Any]], model: str = "kimi-mini") -> str:
     """Return the plot as SVG: loss over tokens, with a logarithmic axis for the loss."""
     tokens = [record["tokens"] / 1e6 for record in records]
     losses = smooth([record["loss"] for record in records])
@@ -53,14 +60,14 @@ def draw(records: list[dict[str, Any]]) -> str:
     for million in range(0, int(tokens[-1]) + 1, step):
         parts.append(_text(x_of(million), HEIGHT - 20, f"{million}", "middle"))
     parts.append(_text(WIDTH / 2, HEIGHT - 4, "million tokens", "middle"))
-    for row, (name, value, label) in enumerate(EVENTS):
+    for row, (name, value, label) in enumerate(EVENTS[model]):
         at = next((t for t, record in zip(tokens, records, strict=True) if record[name] == value), None)
         if at is not None:
             parts.append(_line(x_of(at), TOP, x_of(at), HEIGHT - BOTTOM, GREY, "4 4"))
             parts.append(_text(x_of(at) + 4, TOP + 12 + 16 * row, label, "start"))
     points = " ".join(f"{x_of(t):.1f},{y_of(loss):.1f}" for t, loss in zip(tokens, losses, strict=True))
     parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOR}" stroke-width="1.6"/>')
-    parts.append(_text(LEFT, 18, "kimi-mini: training loss (cross-entropy per token, smoothed)", "start"))
+    parts.append(_text(LEFT, 18, f"{model}: training loss (cross-entropy per token, smoothed)", "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -81,4 +88,4 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(draw(read(Path(sys.argv[1]))))
+    Path(sys.argv[2]).write_text(draw(read(Path(sys.argv[1])), *sys.argv[3:]))

@@ -6,7 +6,7 @@ A shape is a signed distance in pixels (negative inside), so its edge is smooth 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,18 @@ class Picture:
     background: RGB
     items: tuple[Item, ...] = ()
     number: Number | None = None
+
+
+def enlarge(picture: Picture, factor: int) -> Picture:
+    """Return the picture at a multiple of its size."""
+    items = tuple(
+        replace(item, x=factor * item.x, y=factor * item.y, radius=factor * item.radius) for item in picture.items
+    )
+    number = picture.number
+    if number is not None:
+        boxes = tuple(tuple(factor * side for side in box) for box in number.boxes)
+        number = replace(number, boxes=boxes, pen=factor * number.pen)
+    return Picture(factor * picture.width, factor * picture.height, picture.background, items, number)
 
 
 def draw(picture: Picture) -> np.ndarray:

@@ -35,15 +35,15 @@ THOUGHTS = {
 }
 COUNTS = ("No", "One", "Two", "Three", "Four", "Five")
 SIDES = ("left", "right", "top", "bottom", "middle")
-SIDE_ANSWERS = {
-    "left": "On the left.",
-    "right": "On the right.",
-    "top": "At the top.",
-    "bottom": "At the bottom.",
-    "middle": "In the middle.",
+SIDE_ANSWERS = {  # the name is repeated, so that the model has it at hand when it looks for the side
+    "left": "The {} is on the left.",
+    "right": "The {} is on the right.",
+    "top": "The {} is at the top.",
+    "bottom": "The {} is at the bottom.",
+    "middle": "The {} is in the middle.",
 }
-COUNT_SHARES = (0.28, 0.24, 0.16, 0.16, 0.16)
-KIND_SHARES = {"same": 0.48, "side": 0.14, "pair": 0.16, "number": 0.22}
+COUNT_SHARES = (0.2, 0.2, 0.2, 0.2, 0.2)
+KIND_SHARES = {"same": 0.62, "side": 0.06, "pair": 0.2, "number": 0.12}
 WHITE_SHARE = 0.6
 UNPADDED_SHARE = 0.6  # share of the pictures that fill their grid; the others get black pixels right and below
 
@@ -67,7 +67,7 @@ class Scene:
     Attributes:
         kind: key of `KIND_SHARES`.
         picture: what is drawn.
-        exchanges: questions with answers, by task: what, count, side, number, color.
+        exchanges: questions with answers, by task: what, count, side, other side, number, color.
     """
 
     kind: str
@@ -126,7 +126,7 @@ def _same(rng: Random, width: int, height: int) -> Scene:
     }
     side = side_of(items[0], width, height)
     if count == 1 and side:
-        exchanges["side"] = _exchange(rng, "side", SIDE_ANSWERS[side], name)
+        exchanges["side"] = _side_exchange(rng, side, name)
     if count > 1 and "color" in exchanges:
         exchanges.pop("color")  # the questions speak of one shape
     return Scene("same", picture, exchanges)
@@ -167,7 +167,7 @@ def _at_a_side(rng: Random, width: int, height: int) -> Scene:
         "side",
         picture,
         {
-            "side": _exchange(rng, "side", SIDE_ANSWERS[side], name),
+            "side": _side_exchange(rng, side, name),
             "what": _exchange(rng, "what", caption(picture)),
             "color": _exchange(rng, "color", f"{color.capitalize()}.", shape),
         },
@@ -183,16 +183,12 @@ def _pair(rng: Random, width: int, height: int) -> Scene:
         for shape, color, side in zip(shapes, colors, sides, strict=True)
     )
     picture = Picture(width, height, _background(rng), items)
-    asked = rng.randint(0, 1)
-    name = rng.choice((shapes[asked], f"{colors[asked]} {shapes[asked]}"))
-    return Scene(
-        "pair",
-        picture,
-        {
-            "side": _exchange(rng, "side", SIDE_ANSWERS[sides[asked]], name),
-            "what": _exchange(rng, "what", caption(picture)),
-        },
+    first, second = (
+        _side_exchange(rng, sides[index], rng.choice((shapes[index], f"{colors[index]} {shapes[index]}")))
+        for index in rng.sample((0, 1), 2)
     )
+    exchanges = {"side": first, "other side": second, "what": _exchange(rng, "what", caption(picture))}
+    return Scene("pair", picture, exchanges)
 
 
 def _number(rng: Random, width: int, height: int) -> Scene:
@@ -235,6 +231,10 @@ def _exchange(rng: Random, task: str, answer: str, name: str = "") -> Exchange:
     if rng.random() < 0.15:
         text = text.rstrip("?.")
     return Exchange(text, THOUGHTS[task], answer)
+
+
+def _side_exchange(rng: Random, side: str, name: str) -> Exchange:
+    return _exchange(rng, "side", SIDE_ANSWERS[side].format(name), name)
 
 
 def caption(picture: Picture) -> str:

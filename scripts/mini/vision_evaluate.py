@@ -21,19 +21,22 @@ import kimi_mlx
 from scripts.mini.dialogues import Dialogue, generate
 from scripts.mini.evaluate import SHOWN_TOKENS, Score
 from scripts.mini.picture_dialogues import TEXT_FIRST_SHARE, renamed
-from scripts.mini.pictures import draw
+from scripts.mini.pictures import Picture, draw, enlarge
 from scripts.mini.render import Renderer
 from scripts.mini.scenes import GRIDS, Scene, make_scene
+from scripts.mini.tasks import Exchange
 
-# Name of the row -> kind of scene and task.
-PICTURE_CASES: dict[str, tuple[str, str]] = {
-    "name color, shape and number": ("same", "what"),
-    "count up to five": ("same", "count"),
-    "color": ("same", "color"),
-    "side": ("side", "side"),
-    "side of one of two shapes": ("pair", "side"),
-    "name two shapes": ("pair", "what"),
-    "number of two digits": ("number", "number"),
+# Name of the row -> kind of scene, task, and the factor by which the picture is larger than those of the training.
+PICTURE_CASES: dict[str, tuple[str, str, int]] = {
+    "name color, shape and number": ("same", "what", 1),
+    "count up to five": ("same", "count", 1),
+    "color": ("same", "color", 1),
+    "side": ("side", "side", 1),
+    "side of one of two shapes": ("pair", "side", 1),
+    "name two shapes": ("pair", "what", 1),
+    "number of two digits": ("number", "number", 1),
+    "count, in pictures 4 times as large": ("same", "count", 4),
+    "number, in pictures 4 times as large": ("number", "number", 4),
 }
 # Name of the row -> task and maximum number of tokens of its dialogues.
 TEXT_CASES: dict[str, tuple[str, int]] = {
@@ -47,10 +50,10 @@ TEXT_CASES: dict[str, tuple[str, int]] = {
 }
 
 
-def png(scene: Scene) -> bytes:
-    """Return the picture as a PNG file."""
+def png(picture: Picture) -> bytes:
+    """Return a picture as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(draw(scene.picture)).save(buffer, "PNG")
+    Image.fromarray(draw(picture)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -72,30 +75,44 @@ class Evaluator:
         self._model, self._chat = kimi_mlx.load(folder, dtype="float32")
         self._renderer = Renderer(self._chat.tokenizer)
 
-    def picture_mismatch(self, scene: Scene, task: str, rng: Random) -> str | None:
-        """Return a description of the first wrong token of the answer about a picture, or None if it is correct."""
-        exchange, thinking = scene.exchanges[task], rng.random() < 0.5
-        message = image_message(data_url(png(scene)), exchange.user)
-        if rng.random() < TEXT_FIRST_SHARE:
-            message["content"].reverse()
+    def answer_mismatch(self, message: dict[str, Any], exchange: Exchange, thinking: bool) -> str | None:
+        """Return a description of the first wrong token of the answer to a message with a picture, or None.
+
+        Args:
+            message: the user's message.
+            exchange: expected thought and answer.
+            thinking: whether the model thinks.
+        """
         prompt = self._chat.prompt([message], thinking=thinking)
         (image,) = prompt.images
+        assert image.patches is not None
         thought = [exchange.thought, "</think>"] if thinking else []
         answer = self._renderer.encode([*thought, exchange.answer, "<|im_end|>"])
-        inputs = {"pixel_values": mx.array(image.patches), "grid_thw": mx.array([image.grid])}
-        return self._mismatch([*prompt.ids, *answer], range(len(prompt.ids), len(prompt.ids) + len(answer)), **inputs)
+        supervised = range(len(prompt.ids), len(prompt.ids) + len(answer))
+        inputs = mx.array(image.patches), mx.array([image.grid])
+        return self._mismatch([*prompt.ids, *answer], supervised, inputs)
+
+    def picture_mismatch(self, scene: Scene, task: str, factor: int, rng: Random) -> str | None:
+        """Return a description of the first wrong token of the answer about a scene, or None if it is correct."""
+        exchange = scene.exchanges[task]
+        message = image_message(data_url(png(enlarge(scene.picture, factor))), exchange.user)
+        if rng.random() < TEXT_FIRST_SHARE:
+            message["content"].reverse()
+        return self.answer_mismatch(message, exchange, thinking=rng.random() < 0.5)
 
     def text_mismatch(self, dialogue: Dialogue) -> str | None:
         """Return a description of the first wrong token of a dialogue's answers, or None if all are correct."""
         row = self._renderer.render(dialogue)
         return self._mismatch(row.ids, [index for index, weight in enumerate(row.weights) if index and weight])
 
-    def _mismatch(self, ids: list[int], supervised: Iterable[int], **inputs: mx.array) -> str | None:
+    def _mismatch(
+        self, ids: list[int], supervised: Iterable[int], inputs: tuple[mx.array, mx.array] | None = None
+    ) -> str | None:
         """Compare the likeliest tokens with the expected ones.
 
         One pass over the expected text is enough: up to the first mismatch, greedy decoding sees the same tokens.
         """
-        logits = self._model(mx.array([ids]), **inputs)
+        logits = self._model(mx.array([ids]), None, *(inputs or ()))
         likeliest: Any = mx.argmax(logits[0], axis=-1).tolist()
         for position in supervised:
             if likeliest[position - 1] != ids[position]:
@@ -104,13 +121,14 @@ class Evaluator:
                 return f"{before} >> {written!r}, not {expected!r}"
         return None
 
-    def score_pictures(self, kind: str, task: str, rng: Random, count: int) -> Score:
+    def score_pictures(self, case: tuple[str, str, int], rng: Random, count: int) -> Score:
         """Return the score of `count` new pictures."""
+        kind, task, factor = case
         score = Score()
         while score.total < count:
             scene = make_scene(rng, rng.choice(GRIDS), kind)
             if task in scene.exchanges:
-                score.add(self.picture_mismatch(scene, task, rng))
+                score.add(self.picture_mismatch(scene, task, factor, rng))
         return score
 
     def score_texts(self, task: str, max_tokens: int, rng: Random, count: int) -> Score:
@@ -125,8 +143,7 @@ def report(folder: Path, count: int, examples: bool, seed: str = "evaluation") -
     """Return the accuracies as a Markdown table, optionally with one mismatch per row."""
     evaluator, started = Evaluator(folder), time.monotonic()
     scores = {
-        name: evaluator.score_pictures(kind, task, Random(f"{seed} {name}"), count)
-        for name, (kind, task) in PICTURE_CASES.items()
+        name: evaluator.score_pictures(case, Random(f"{seed} {name}"), count) for name, case in PICTURE_CASES.items()
     } | {
         name: evaluator.score_texts(task, max_tokens, Random(f"{seed} {name}"), count)
         for name, (task, max_tokens) in TEXT_CASES.items()
