@@ -13,6 +13,7 @@ from kimi_mlx.engine.constraint import masked
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config
 from kimi_mlx.model.moe import Router, router_scores, swiglu
+from kimi_mlx.model.vision import gelu_exact, gelu_tanh
 
 K2_EXPERTS = 384
 TOKENS = 512
@@ -27,6 +28,8 @@ def check(context: Context) -> None:
         for rows in (1, 9):
             gate, up = (mx.random.normal((1, rows, 192), key=mx.random.key(seed)).astype(dtype) for seed in (1, 2))
             _compare(context, f"swiglu {short} {rows}", swiglu, (gate, up), limit)
+            _compare(context, f"gelu_tanh {short} {rows}", gelu_tanh, (gate,), limit)
+            _compare(context, f"gelu_exact {short} {rows}", gelu_exact, (gate,), limit)
             mask = mx.array(np.random.default_rng(3).integers(0, 2**32, (rows, 6), np.uint32))
             _compare(context, f"masked {short} {rows}", masked, (gate[0], mask), 0.0)
     for rows in (1, 9):
