@@ -100,6 +100,7 @@ class Repl:
             KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
         """
         _note(f"{self._model_name} · /help lists commands and keys, Ctrl-D exits\n")
+        self._media.show_attached()
         was_interrupted, draft = False, ""
         while not self._is_over:
             try:

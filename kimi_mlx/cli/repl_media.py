@@ -20,6 +20,8 @@ from kimi_mlx.text.messages import Content
 DROP = "drop"
 """First word of the argument of /images that removes images."""
 
+ATTACHED = "attached to the next message; /images lists and drops"
+
 
 class ReplMedia:
     """Images and videos of a conversation.
@@ -63,6 +65,14 @@ class ReplMedia:
         """
         if (error := self._conversation.image_error) is not None:
             raise UsageError(error.message, hint=error.hint)
+
+    def show_attached(self) -> None:
+        """Show the files for the next message, if there are any."""
+        if not self.attached:
+            return
+        for file in self.attached:
+            show_attachment(file)
+        _note(ATTACHED)
 
     def finds_files(self, text: str) -> bool:
         """Return whether a file was dropped into a message."""
@@ -152,10 +162,10 @@ class ReplMedia:
         return read_attachment(path, kind, self._conversation.tokenizer.prepare_media)
 
     def _attach(self, files: Sequence[Attachment]) -> None:
-        self.attached += files
         for file in files:
             show_attachment(file)
-        _note("attached to the next message; /images lists and drops")
+        self.attached += files
+        _note(ATTACHED)
 
     def _all_files(self) -> list[Attachment]:
         """Return the files of all messages, in order, then those for the next message."""
@@ -170,7 +180,7 @@ class ReplMedia:
         for justify in ("right", "left", "left", "right", "left"):
             table.add_column(justify=justify, overflow="fold")
         for number, file in enumerate(files, start=1):
-            state = "for the next message" if file in self.attached else "in the conversation"
+            state = "attached" if file in self.attached else "sent"
             table.add_row(str(number), Text(file.name), file.size, f"{file.num_tokens} tokens", state)
         stderr.print(table, soft_wrap=False)
 

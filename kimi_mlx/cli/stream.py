@@ -42,10 +42,14 @@ class ControlFilter:
         return _CONTROL.sub("", text[: len(text) - len(self._held)])
 
 
+NARROW = 64
+"""Number of columns below which the progress of a prompt is text only."""
+
+
 class PromptProgress:
     """Progress bar of a prompt: images, then tokens; shown only on a terminal, and only if the prompt takes long.
 
-    A timer shows the bar, because the first progress event may take long itself.
+    A timer shows the bar, because the first progress event may take long itself. On a narrow console it has no bar.
 
     Args:
         console: console that shows the bar.
@@ -53,23 +57,29 @@ class PromptProgress:
     """
 
     def __init__(self, console: Console, after_s: float = PROGRESS_AFTER_S):
+        is_narrow = console.width < NARROW
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            *([] if is_narrow else [BarColumn()]),
             TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(),
+            *([] if is_narrow else [TimeElapsedColumn()]),
             console=console,
             transient=True,
             disable=not console.is_terminal or console.is_dumb_terminal,
         )
-        self._task = self._progress.add_task("", total=None, amount="")
+        self._task = self._progress.add_task("processing the prompt", total=None, amount="")
         self._lock = threading.Lock()
         self._is_over = False
         self._timer = threading.Timer(after_s, self._appear)
         self._timer.daemon = True
 
+    def start(self) -> None:
+        """Start the timer."""
+        if not self._progress.disable and not self._is_over:
+            self._timer.start()
+
     def update(self, event: Encoded | Prefilled) -> None:
-        """Update the progress; the first call starts the timer, the end of prefill removes the bar."""
+        """Update the progress; the end of prefill removes the bar."""
         done, total = event.done, event.total
         if isinstance(event, Encoded):
             number = f" {event.image} of {event.num_images}" if event.num_images > 1 else ""
@@ -79,8 +89,6 @@ class PromptProgress:
         self._progress.update(self._task, completed=done, total=total, description=description, amount=amount)
         if isinstance(event, Prefilled) and done >= total:
             self.stop()
-        elif self._timer.ident is None and not self._progress.disable and not self._is_over:
-            self._timer.start()
 
     def stop(self) -> None:
         """Remove the bar permanently; further calls do nothing."""
@@ -152,7 +160,8 @@ class AnswerPrinter:
         self._end_part()
 
     def __enter__(self) -> AnswerPrinter:
-        """Return the printer."""
+        """Start the progress bar, and return the printer."""
+        self._progress.start()
         return self
 
     def __exit__(

@@ -77,6 +77,18 @@ def test_depth_and_several_at_once_make_a_case_each(tiny: Path, tmp_path: Path) 
     assert {request["cached_tokens"] for request in report["runs"][-1]["requests"]} == {20}
 
 
+def test_images_are_encoded_apart_from_prefill() -> None:
+    images = ["--images", "0,2", "--image-size", "60x40", "--prompt-tokens", "8", "--generation-tokens", "2"]
+    report = json.loads(bench("kimi-mini-vl", *images, "--repeat", "1", "--json").stdout)
+    without, with_images = report["results"]
+    assert without["encoding"] is None
+    assert with_images["images"] == 2
+    assert with_images["encoding"]["image_tokens"] == 12
+    assert with_images["encoding"]["encode_s"]["median"] > 0
+    assert with_images["encoding"]["prefill_s"]["median"] > 0
+    assert report["towers"] == []
+
+
 def test_the_plot_is_drawn(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench(tiny, *QUICK, "--plot", tmp_path / "out.png")
@@ -132,6 +144,13 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["--depth", "65000"], "65576 tokens, but the model's context has 65536"),
         (["--link-delay-ms", "4"], "for several ranks"),
         (["--link-delay-ms", "nan", "--ranks", "2"], "nan, not from 0 to 1000"),
+        (["--images", "many"], "--images is `many`, not whole numbers"),
+        (["--images", "101"], "101 images are not between 0 and 100"),
+        (["--images", "1"], "`kimi-mini` cannot see images"),
+        (["--images", "1", "--image-size", "0x10"], "--image-size is `0x10`, not a width and a height"),
+        (["--images", "1", "--image-size", "1024"], "--image-size is `1024`"),
+        (["--images", "1", "--against", "mlx-lm"], "mlx-lm does not see images"),
+        (["--against", "mlx-vlm"], "compares vision towers"),
         (["--json", "--markdown"], "exclude each other"),
         (["--output", "/no/such/folder/out.json"], "--output: cannot write `/no/such/folder/out.json`: No such"),
         (["--output", "."], "--output: cannot write `.`: Is a directory"),

@@ -19,6 +19,7 @@ from tests.command import call
 from tests.processes import start
 
 QUESTION = "What are you?"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "two-red-circles.png"
 
 
 def command(*arguments: str) -> list[str]:
@@ -219,3 +220,42 @@ def test_the_model_of_the_environment_is_used() -> None:
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("kimi-mlx 0.")
     assert "Examples:" in call("chat", "--help").stdout
+
+
+def test_an_image_with_a_prompt() -> None:
+    options = ("chat", "kimi-mini-vl", "-p", "What do you see?", "-t", "0", "--max-tokens", "5", "--json")
+    answer = json.loads(call(*options, "--image", str(PICTURE)).stdout)
+    without = json.loads(call(*options).stdout)
+    assert answer["statistics"]["encode_s"] > 0 == without["statistics"]["encode_s"]
+    extra = answer["statistics"]["prompt_tokens"] - without["statistics"]["prompt_tokens"]
+    assert extra > 24  # tokens of the picture and around it
+    twice = json.loads(call(*options, "-i", str(PICTURE), "-i", str(PICTURE)).stdout)
+    assert twice["statistics"]["prompt_tokens"] == without["statistics"]["prompt_tokens"] + 2 * extra
+
+
+def test_only_the_answer_is_on_stdout_beside_an_image() -> None:
+    done = call("chat", "kimi-mini-vl", "-p", "What?", "-t", "0", "--max-tokens", "5", "--image", str(PICTURE))
+    assert "two-red-circles.png · " in done.stderr
+    assert "two-red" not in done.stdout
+    assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "hint"),
+    [
+        (("kimi-mini", "-i", str(PICTURE)), "`kimi-mini` cannot see images", "kimi-mlx models"),
+        (("kimi-mini-vl", "-i", f"{PICTURE}x"), f"there is no file `{PICTURE}x`", f"did you mean `{PICTURE}`?"),
+        (("kimi-mini-vl", "-i", str(PICTURE.parent)), "is a folder, not an image", "name a file in it"),
+        (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is not a PNG", ""),
+        (("kimi-mini-vl", "--video", __file__), f"`{__file__}`: it is not a video file", ""),
+    ],
+)
+def test_a_wrong_image_is_an_error_before_the_model_is_loaded(
+    arguments: tuple[str, ...], words: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kimi_mlx.session.open.open_session", lambda *args: pytest.fail("the model was loaded"))
+    done = call("chat", *arguments, "-p", "What do you see?")
+    assert done.returncode in (1, 2)
+    assert words in " ".join(done.stderr.split())
+    assert hint in " ".join(done.stderr.split())
+    assert done.stdout == ""

@@ -17,7 +17,7 @@ from kimi_mlx.errors import EngineError
 from kimi_mlx.session.conversation import Conversation
 from tests.cli.conftest import Spawn
 from tests.fakes import FixedSession, conversation_of
-from tests.terminal import CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER, TAB
+from tests.terminal import COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER, ROOT, TAB
 
 FAKE = (
     CONTROLLING_TERMINAL
@@ -84,7 +84,7 @@ def test_an_attached_image_goes_with_the_next_message(picture: Path, capfd: pyte
     assert images_of(conversation) == [1, 1]  # each turn sends the whole conversation
     output = capfd.readouterr().err
     assert "two words.png · 60x40 · 6 tokens\nattached to the next message" in output
-    assert "1  two words.png  60x40  6 tokens  in the conversation" in output
+    assert "1  two words.png  60x40  6 tokens  sent" in output
     assert "\x1b" not in output
 
 
@@ -103,7 +103,7 @@ def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest
     conversation = conversation_of("yes", sees_images=True)
     type_lines(conversation, f"{picture} ", "/images", "What is it?")
     assert sent(conversation) == [["image", "What is it?"]]
-    assert "1  two words.png  60x40  6 tokens  for the next message" in capfd.readouterr().err
+    assert "1  two words.png  60x40  6 tokens  attached" in capfd.readouterr().err
 
 
 def test_files_of_the_command_line_come_first(picture: Path) -> None:
@@ -278,3 +278,43 @@ def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
     assert f"{long_name.name} · 900x100 · 132 tokens".replace(" ", "") in shown.replace(" ", "")
     assert "c=32" in terminal.raw.decode(errors="replace")  # the thumbnail is no wider than the terminal
     assert "Two red circles." in shown
+
+
+KIMI_MINI_VL = ROOT / "kimi_mlx" / "models" / "kimi-mini-vl"
+
+
+def test_a_conversation_with_kimi_mini_vl(spawn: Spawn, picture: Path) -> None:
+    terminal = spawn(COMMAND, "chat", "kimi-mini-vl", "--max-tokens", "8", "--image", str(picture), "-t", "0")
+    terminal.expect("\n> ")
+    assert "two words.png · 60x40 · 6 tokens" in terminal.text  # shown before the first message
+    assert "error" not in terminal.ask("What do you see?" + ENTER)
+    assert "images " in terminal.ask("/stats" + ENTER)  # its time
+    assert "error" not in terminal.ask(f"And in {picture.parent}/two\\ words.png ?" + ENTER)
+    listed = terminal.ask("/images" + ENTER)
+    assert listed.count("  sent") == 2
+    terminal.ask("/images drop 1" + ENTER)
+    assert "error" not in terminal.ask("And now?" + ENTER)
+    terminal.send("/quit" + ENTER)
+    assert terminal.wait() == 0
+    assert terminal.has_old_modes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_encoding(spawn: Spawn, tmp_path: Path) -> None:
+    """The same tower, but images are not shrunk, so that encoding takes seconds."""
+    folder = shutil.copytree(KIMI_MINI_VL, tmp_path / "patient")
+    (folder / "preprocessor_config.json").unlink()
+    for number in range(12):
+        write_picture(tmp_path / f"{number}.png", (700, 700), f"#{number:02x}0000")
+    terminal = spawn(COMMAND, "chat", str(folder), "--max-tokens", "8", columns=40)
+    terminal.expect("\n> ")
+    names = " ".join(str(tmp_path / f"{number}.png") for number in range(12))
+    terminal.ask(f"/image {names}" + ENTER)
+    terminal.send("What do you see?" + ENTER)
+    terminal.expect("encoding image ")  # its progress
+    answer = terminal.ask(CTRL_C)
+    assert "[stopped]" in answer
+    assert "not answered: the images stay attached" in " ".join(answer.split())
+    assert terminal.ask("/images" + ENTER).count("attached") == 12
+    terminal.send(CTRL_D)
+    assert terminal.wait() == 0

@@ -152,6 +152,8 @@ def test_statistics_line() -> None:
 def test_a_slow_prompt_shows_a_bar_that_goes_away(terminal: Console) -> None:
     terminal.width = 80
     progress = PromptProgress(terminal, after_s=0.01)
+    progress.start()
+    wait_for("processing the prompt", terminal)  # before the first event
     progress.update(Encoded(image=1, num_images=2, done=3, total=12))
     wait_for("encoding image 1 of 2", terminal)
     wait_for("25%", terminal)
@@ -174,6 +176,7 @@ def test_a_quick_prompt_shows_no_bar(terminal: Console, monkeypatch: pytest.Monk
 def test_a_bar_is_for_terminals_only() -> None:
     console = plain_console()
     progress = PromptProgress(console, after_s=0.0)
+    progress.start()
     progress.update(Prefilled(0, 100))
     time.sleep(0.05)
     progress.stop()
