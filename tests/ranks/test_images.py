@@ -49,7 +49,11 @@ def test_every_placement_answers_prompts_with_images_as_one_process(folder: Path
 
 
 LONG = make_request(
-    TEXT[:5], *(part for seed in range(6) for part in (make_image(40 + seed, (1, 24, 24)), TEXT[:5])), max_tokens=60
+    TEXT[:5],
+    *(part for seed in range(5) for part in (make_image(40 + seed, (1, 24, 24)), TEXT[:5])),
+    make_image(50, (1, 48, 48)),  # more tokens than a chunk
+    TEXT[5:9],
+    max_tokens=60,
 )
 
 
