@@ -69,8 +69,8 @@ class Tuning:
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
         prefill_chunk: number of prompt tokens per step: large enough to keep the hardware busy, small enough to show
             progress and to cancel quickly.
-        encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images: about the time of a
-            decode step, which runs between two parts.
+        encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images, so that it takes no
+            longer than a chunk of a prompt beside decoding.
         weight_flops: operations per second in products with weights. This and the next two only choose the chunks of
             prompts beside decoding (kimi_mlx.sizing.step_time).
         attention_flops: operations per second in attention.
@@ -96,7 +96,7 @@ CPU_TUNING = Tuning(
     stack_max_keys=512,
     sort_min_choices=64,
     prefill_chunk=512,
-    encode_multiply_adds=4 * 10**9,
+    encode_multiply_adds=3 * 10**8,
     weight_flops=3e9,
     attention_flops=4.5e9,
     read_bytes_per_s=1e10,

@@ -20,7 +20,7 @@ from kimi_mlx.model.device import device_kind, elementwise
 from kimi_mlx.model.device_traits import TUNINGS
 from kimi_mlx.model.names import PROJECTOR_PATH, VISION_PATH
 from kimi_mlx.model.tree import LayerWeights
-from kimi_mlx.model.vision_attention import attend_images
+from kimi_mlx.model.vision_attention import attend_image, attend_images
 from kimi_mlx.model.vision_config import CHANNELS, Grid, VisionConfig
 from kimi_mlx.model.vision_positions import add_positions, patch_rotations, rotate
 from kimi_mlx.model.weight import Matrix
@@ -95,16 +95,19 @@ class VisionBlock(nn.Module):
             rotations: (P, Q / 2) complex64.
             lengths: number of patches of each image.
         """
-        x = x + self._attend(self.norm0(x), rotations, lengths)
-        return x + self.fc1(gelu_tanh(self.fc0(self.norm1(x))))
+        return self.finish(x, attend_images(*self.heads(x, rotations), lengths))
 
-    def _attend(self, x: mx.array, rotations: mx.array, lengths: Sequence[int]) -> mx.array:
-        P = x.shape[0]
-        qkv = self.wqkv(x).reshape(P, 3, self.num_heads, -1)
+    def heads(self, x: mx.array, rotations: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return queries, keys and values of hidden states (P, D), each (1, H, P, Q)."""
+        qkv = self.wqkv(self.norm0(x)).reshape(x.shape[0], 3, self.num_heads, -1)
         q, k = (rotate(qkv[:, index], rotations) for index in (0, 1))  # (P, H, Q)
         q, k, v = (part.swapaxes(0, 1)[None] for part in (q, k, qkv[:, 2]))  # (1, H, P, Q)
-        out = attend_images(q, k, v, lengths)
-        return self.wo(out[0].swapaxes(0, 1).reshape(P, -1))
+        return q, k, v
+
+    def finish(self, x: mx.array, attended: mx.array) -> mx.array:
+        """Return the output for some hidden states (L, D) and their attention (1, H, L, Q)."""
+        x = x + self.wo(attended[0].swapaxes(0, 1).reshape(x.shape[0], -1))
+        return x + self.fc1(gelu_tanh(self.fc0(self.norm1(x))))
 
 
 class Projector(nn.Module):
@@ -168,14 +171,17 @@ class VisionTower(nn.Module):
 
 
 class Encoding:
-    """Encoding of images in parts of some blocks each, so that steps of the text model can run in between.
+    """Encoding of images in parts, so that steps of the text model can run in between.
+
+    A part is some blocks; if one block of one image exceeds the budget, it is a slice of the patches in one block.
 
     Args:
         tower: the vision tower.
         pixels: (P, 3, patch_size, patch_size), patches of all images, each image in row-major order, frame after frame;
             uint8, or floats that are already normalized from 0..255 to -1..1.
         grid_thw: (images, 3) integers: frames, rows and columns of patches.
-        part_multiply_adds: largest number of multiply-adds of a part with several blocks; None for the device's.
+        part_multiply_adds: largest number of multiply-adds of a part, as far as it can be divided; None for the
+            device's.
 
     Attributes:
         num_parts: number of parts; the same as VisionConfig.num_parts for these arguments.
@@ -197,27 +203,49 @@ class Encoding:
         self._tower, self._grids = tower, check_images(config, pixels, grid_thw)
         self._lengths = [math.prod(grid) for grid in self._grids]
         self._layers_per_part = config.layers_per_part(self._grids, budget)
+        self._slices_per_layer = config.slices_per_layer(self._grids, budget)
         self.num_parts = config.num_parts(self._grids, budget)
         self._num_layers_done = 0
         self.features: mx.array
         rotations = [patch_rotations(grid, config.head_dim) for grid in self._grids]
         self._rotations = mx.array(np.concatenate(rotations))
         self._states = pixels
+        self._heads: tuple[mx.array, ...] = ()
+        self._slices: list[mx.array] = []
 
     def step(self) -> bool:
         """Compute and evaluate the next part; return whether it was the last one."""
-        tower, x, first = self._tower, self._states, self._num_layers_done
-        self._num_layers_done = min(first + self._layers_per_part, len(tower.blocks))
-        if first == 0:
-            x = tower.embed(x, self._grids)
-        for block in tower.blocks[first : self._num_layers_done]:
-            x = block(x, self._rotations, self._lengths)
+        tower = self._tower
+        if self._num_layers_done == 0 and not self._slices:
+            self._states = tower.embed(self._states, self._grids)
+        if self._slices_per_layer == 1:
+            self._compute_layers()
+        else:
+            self._compute_slice()
         is_last = self._num_layers_done == len(tower.blocks)
         if is_last:
-            x = self.features = tower.project(x, self._grids)
-        mx.eval(x)
-        self._states = x
+            self._states = self.features = tower.project(self._states, self._grids)
+        mx.eval(self._states, self._heads, self._slices)
         return is_last
+
+    def _compute_layers(self) -> None:
+        first, blocks = self._num_layers_done, self._tower.blocks
+        self._num_layers_done = min(first + self._layers_per_part, len(blocks))
+        for block in blocks[first : self._num_layers_done]:
+            self._states = block(self._states, self._rotations, self._lengths)
+
+    def _compute_slice(self) -> None:
+        """Compute the next slice of the patches of the only image; the first one also computes all keys and values."""
+        block, x = self._tower.blocks[self._num_layers_done], self._states
+        if not self._slices:
+            self._heads = block.heads(x, self._rotations)
+        q, k, v = self._heads
+        index, count = len(self._slices), self._slices_per_layer
+        start, stop = x.shape[0] * index // count, x.shape[0] * (index + 1) // count
+        self._slices.append(block.finish(x[start:stop], attend_image(q[:, :, start:stop], k, v)))
+        if len(self._slices) == count:
+            self._states = mx.concatenate(self._slices)
+            self._num_layers_done, self._heads, self._slices = self._num_layers_done + 1, (), []
 
 
 def check_images(config: VisionConfig, pixels: mx.array, grid_thw: mx.array | Iterable[Sequence[int]]) -> list[Grid]:

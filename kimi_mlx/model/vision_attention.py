@@ -37,11 +37,17 @@ def attend_images(q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int])
 
 
 def attend_image(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Compute the attention of one image, (1, H, P, Q), in the form that suits the device."""
-    width, length = q.shape[-1], q.shape[2]
-    if has_fused_attention(device_kind(), q.itemsize, width, width, length):
+    """Compute the attention of some patches, (1, H, L, Q), to all of their image, in the form that suits the device.
+
+    Args:
+        q: (1, H, L, Q), not scaled.
+        k: (1, H, P, Q); v likewise.
+        v: values.
+    """
+    width = q.shape[-1]
+    if has_fused_attention(device_kind(), q.itemsize, width, width, q.shape[2]):
         return fused(q, k, v)
-    return blockwise(q, k, v, query_block(q.shape[1], length))
+    return blockwise(q, k, v, query_block(q.shape[1], k.shape[2]))
 
 
 def fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

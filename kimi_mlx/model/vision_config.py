@@ -20,6 +20,9 @@ Grid = tuple[int, int, int]
 MODEL_TYPE = "kimi_k25"
 """`model_type` of the models whose tower this is; Kimi-VL has another one."""
 
+MIN_SLICE = 64
+"""Smallest number of patches in a slice of a block."""
+
 CHANNELS = 3
 """Colours of a pixel."""
 
@@ -115,7 +118,20 @@ class VisionConfig:
 
     def num_parts(self, grids: Sequence[Grid], part_multiply_adds: int) -> int:
         """Return the number of parts of the encoding of these images; arguments as in layers_per_part."""
-        return -(-self.vt_num_hidden_layers // self.layers_per_part(grids, part_multiply_adds))
+        num_groups = -(-self.vt_num_hidden_layers // self.layers_per_part(grids, part_multiply_adds))
+        return num_groups * self.slices_per_layer(grids, part_multiply_adds)
+
+    def slices_per_layer(self, grids: Sequence[Grid], part_multiply_adds: int) -> int:
+        """Return the number of parts into which a block is divided: 1 if it fits the budget, or for several images.
+
+        Args:
+            grids: grids of the images.
+            part_multiply_adds: largest number of multiply-adds of a part.
+        """
+        if len(grids) > 1:
+            return 1
+        needed = -(-self.layer_multiply_adds(grids) // max(part_multiply_adds, 1))
+        return max(1, min(needed, math.prod(grids[0]) // MIN_SLICE))
 
 
 EXPECTED = {

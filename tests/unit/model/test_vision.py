@@ -135,6 +135,16 @@ def test_encoding_in_parts_gives_the_same_features(budget: int | None) -> None:
     np.testing.assert_array_equal(encoding.features, TOWER(PIXELS, GRIDS))
 
 
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_a_large_image_is_encoded_in_slices_of_a_block(budget: int) -> None:
+    grid = (2, 12, 10)
+    pixels = mx.array(make_pixels(3, (grid,), 14))
+    encoding = Encoding(TOWER, pixels, [grid], budget)
+    steps = [encoding.step() for _ in range(encoding.num_parts)]
+    assert steps == [False] * 5 + [True]  # two blocks of three slices with 80 patches each
+    np.testing.assert_allclose(encoding.features, TOWER(pixels, [grid]), rtol=1e-5, atol=1e-5)
+
+
 def test_parts_run_in_other_threads() -> None:
     encoding = Encoding(TOWER, PIXELS, GRIDS, 0)
     for _ in range(encoding.num_parts):

@@ -127,11 +127,12 @@ def test_grids_that_the_tower_does_not_take(grid: Grid, message: str) -> None:
         published().num_tokens(grid)
 
 
-def test_a_part_of_the_largest_image_is_one_block() -> None:
+def test_a_part_of_the_largest_image_is_half_a_block() -> None:
     config = published()
     largest = [(1, 128, 128)]
     assert config.layer_multiply_adds(largest) == pytest.approx(8.7e11, rel=0.01)
-    assert config.num_parts(largest, 5 * 10**11) == 27
+    assert config.num_parts(largest, 5 * 10**11) == 54
+    assert config.num_parts(largest, 10**12) == 27
     assert config.num_parts([(1, 2, 2)], 5 * 10**11) == 1
 
 
@@ -142,6 +143,8 @@ GRIDS = st.lists(st.tuples(st.integers(1, 4), *(st.integers(1, 64).map(lambda n:
 def test_parts_keep_to_the_budget_and_cover_all_blocks(grids: list[Grid], budget: int) -> None:
     config = published()
     layers, parts = config.layers_per_part(grids, budget), config.num_parts(grids, budget)
-    assert (parts - 1) * layers < config.vt_num_hidden_layers <= parts * layers
+    slices = config.slices_per_layer(grids, budget)
+    assert min(layers, slices) == 1
+    assert (parts - slices) * layers < config.vt_num_hidden_layers * slices <= parts * layers
     assert layers == 1 or layers * config.layer_multiply_adds(grids) <= budget
     assert sum(map(config.num_tokens, grids)) * 4 == sum(math.prod(grid[1:]) for grid in grids)
