@@ -11,9 +11,12 @@ import asyncio
 import logging
 import re
 import signal
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
@@ -21,7 +24,9 @@ import anyio.to_process
 import anyio.to_thread
 
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.large_results import PackedResult, pack, unpack
 from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.temporary import temporary_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class Preparation:
     def __init__(self, prompt_builder: PromptBuilder):
         self._prompt_builder = prompt_builder
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
+        self._exit_stack = ExitStack()
 
     async def run(self, work: Work[Result], body: bytes, fetched: Mapping[str, bytes] | None = None) -> Result:
         """Return the result of the work.
@@ -100,9 +106,22 @@ class Preparation:
                 raise ApiError(503, "the request could not be prepared; try again", "unavailable", hint=hint) from error
 
     async def _run_in_worker(self, work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
-        return await anyio.to_process.run_sync(
-            _run_in_worker, work, prompt_builder, body, cancellable=True, limiter=self._workers
-        )
+        path = self._folder / uuid.uuid4().hex
+        try:
+            packed = await anyio.to_process.run_sync(
+                _run_in_worker, work, prompt_builder, body, path, cancellable=True, limiter=self._workers
+            )
+            return unpack(packed, path)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the folder for large results."""
+        self._exit_stack.close()
+
+    @cached_property
+    def _folder(self) -> Path:
+        return self._exit_stack.enter_context(temporary_folder("serve-")).path
 
     @cached_property
     def _threads(self) -> anyio.CapacityLimiter:
@@ -113,9 +132,14 @@ class Preparation:
         return anyio.CapacityLimiter(NUM_PROCESSES)
 
 
-def _run_in_worker(work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
+def _run_in_worker(work: Work[object], prompt_builder: PromptBuilder, body: bytes, path: Path) -> PackedResult:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the server handles it
-    return work(prompt_builder, body)
+    result = work(prompt_builder, body)
+    try:
+        return pack(result, path)
+    except OSError as error:
+        message = "the images could not be prepared; try again later"
+        raise ApiError(503, message, "unavailable", hint=f"cannot write `{path}`: {error.strerror}") from error
 
 
 def _do_nothing(prompt_builder: PromptBuilder, body: bytes) -> None:

@@ -171,6 +171,7 @@ class Service:
             scope.cancel()
         for active in list(self._active):
             active.stop()
+        self._preparation.close()
 
 
 class _ActiveRequest:

@@ -65,7 +65,7 @@ def fixed() -> FixedSession:
 @pytest.fixture(scope="module")
 def server(fixed: FixedSession) -> Iterator[RunningServer]:
     options = ServingOptions(max_body_bytes=3_000_000, log_prompts=True)
-    with serving(fixed, options, context_tokens=4000, folder=KIMI_MINI_VL) as running:
+    with serving(fixed, options, context_tokens=2000, folder=KIMI_MINI_VL) as running:
         yield running
 
 
@@ -198,8 +198,8 @@ def test_too_many_images_and_too_long_prompts(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="default", messages=ask(*[chat_image()] * 101))
     assert str(error.value.param).startswith("messages[0].content[")
     large = png(size=(1500, 1500))
-    with pytest.raises(openai.BadRequestError, match=r"the prompt has \d+ tokens, but the context is 4000") as error:
-        client.chat.completions.create(model="default", messages=ask(*[chat_image(large)] * 2))
+    with pytest.raises(openai.BadRequestError, match=r"the prompt has \d+ tokens, but the context is 2000") as error:
+        client.chat.completions.create(model="default", messages=ask(*[chat_image(large)] * 100))
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.APIStatusError, match=r"the limit is 3\.0 MB") as too_large:
         client.chat.completions.create(model="default", messages=ask(chat_image(b"x" * 3_000_000)))
