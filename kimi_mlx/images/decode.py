@@ -65,14 +65,23 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
         check_size(size, place, limits.max_pixels, limits.max_side)
     with _one_at_a_time, _without_warnings():
         try:
-            with Image.open(BytesIO(data), formats=formats) as image:
-                for size in (image.size, _tile_size(image)):
-                    check_size(size, place, limits.max_pixels, limits.max_side)
-                return _to_rgb(_upright(image), place)
+            image, method = _read_rgb(data, formats, place, limits)
+            return image if method is None else image.transpose(method)
         except ImageError:
             raise
         except Exception as error:  # a broken file can make its decoder fail in any way
             raise _broken(data, place, error, limits) from error
+
+
+def _read_rgb(
+    data: bytes, formats: tuple[str, ...], place: str, limits: MediaLimits
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """Return an image as RGB, and what brings it upright. Memory of the file's own pixels is free afterwards."""
+    with Image.open(BytesIO(data), formats=formats) as image:
+        for size in (image.size, _tile_size(image)):
+            check_size(size, place, limits.max_pixels, limits.max_side)
+        image.load()
+        return _to_rgb(image, place), _transposition(image)
 
 
 def check_size(size: tuple[int, int], place: str, max_pixels: int, max_side: int) -> None:
@@ -124,15 +133,13 @@ def _tile_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if isinstance(width, int) and isinstance(height, int) else (1, 1)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image with its EXIF orientation applied. Cameras do not turn the pixels, and people expect it."""
-    image.load()
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    """Return what brings a loaded image upright. Cameras do not turn the pixels, and people expect it."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # metadata that cannot be read do not matter to the pixels
-        return image
-    method = TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    except Exception:  # metadata that cannot be read does not matter to the pixels
+        return None
+    return TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _to_rgb(image: Image.Image, place: str) -> Image.Image:
@@ -142,7 +149,7 @@ def _to_rgb(image: Image.Image, place: str) -> Image.Image:
     if image.mode in GREY_16_MODES:  # PIL would clip the values at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # it changes no colour
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _broken(data: bytes, place: str, error: Exception, limits: MediaLimits) -> ImageError:
