@@ -111,8 +111,6 @@ ODD_BUT_READABLE = {
     "tiff tag of 4 GB": tiff(10, 10, (270, 2, 0xFFFFFFF0, 8)),
     "tiff tag of 8 GB": tiff(10, 10, (338, 3, 0x7FFFFFFF, 8)),
     "much text": png(10, 10, chunk(b"tEXt", b"k\0" + b"a" * 900_000) * 10),
-    "300 frames": file_of(PICTURE, "GIF", save_all=True, append_images=[PICTURE, PICTURE.rotate(180)] * 150),
-    "300 frames of webp": file_of(BITS, "WEBP", save_all=True, append_images=[BITS, BITS.rotate(180)] * 150),
 }
 
 
@@ -133,6 +131,12 @@ def test_large_sizes_name_both_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(ODD_BUT_READABLE))
 def test_odd_metadata_does_not_matter(name: str) -> None:
     assert prepare_image(ODD_BUT_READABLE[name], "x").num_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_an_image_may_have_300_frames(kind: str) -> None:
+    frames = [BITS, BITS.rotate(180)] * 150
+    assert prepare_image(file_of(BITS, kind, save_all=True, append_images=frames), "x").num_tokens > 0
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
