@@ -40,6 +40,7 @@ def bench(*arguments: str | Path) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_size(tiny: Path) -> None:
     result = bench(tiny, *QUICK)
     assert result.exit_code == 0, result.output
@@ -64,6 +65,7 @@ def test_json_is_one_document_on_stdout(tiny: Path) -> None:
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]", report["date"])
 
 
+@pytest.mark.slow
 def test_depth_and_several_at_once_make_a_case_each(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     cases = ["--prompt-tokens", "12", "--depth", "0,20", "--concurrency", "1,3"]
@@ -89,6 +91,7 @@ def test_images_are_encoded_apart_from_prefill() -> None:
     assert report["towers"] == []
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench(tiny, *QUICK, "--plot", tmp_path / "out.png")
@@ -119,6 +122,7 @@ def test_against_mlx_lm_on_two_ranks(tiny: Path) -> None:
     assert all(agreement["equal"] == agreement["answers"] == 6 for agreement in report["same_tokens"])
 
 
+@pytest.mark.slow
 def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(SHAPES, "deep", TINY)  # pyright: ignore[reportArgumentType]
@@ -209,6 +213,7 @@ def test_no_process_outlives_the_command(tiny: Path, number: signal.Signals, cod
     wait_for(lambda: not any(map(is_running, ranks)), 10)
 
 
+@pytest.mark.slow
 def test_complete_runs_are_shown_after_ctrl_c(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, done = SessionSide.run, list[BatchResult]()
 

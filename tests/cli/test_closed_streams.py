@@ -67,7 +67,9 @@ def test_every_command_is_tried() -> None:
 
 
 @pytest.mark.parametrize("command", ALL)
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+@pytest.mark.parametrize(
+    "closed", [">&- 2>&-", *(pytest.param(closed, marks=pytest.mark.slow) for closed in (">&-", "2>&-", "<&-"))]
+)
 def test_closed_streams_change_nothing(command: str, closed: str) -> None:
     done = run(command, closed)
     assert done.returncode == COMMANDS[command][0]

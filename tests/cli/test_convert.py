@@ -34,8 +34,7 @@ def run(*arguments: str | Path) -> Result:
 def test_the_result_is_printed_in_a_line(tmp_path: Path) -> None:
     result = run(INT4, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.5 kB, 10.62 bits per weight, in ")
-    assert "note: the vision part is left out" in result.stderr
+    assert result.stdout.startswith(f"{tmp_path}/out: 4 files, 783.3 kB, 12.68 bits per weight, in ")
     assert load_config(tmp_path / "out").quantization == Quantization(4, 32)
 
 

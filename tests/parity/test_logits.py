@@ -47,8 +47,13 @@ def test_there_is_a_golden_for_each_kind_of_model() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "count"),
-    [([10_000], None), ([1], 40), ([7], None), ([64], None), ([50, 1], 66)],
-    ids=["whole", "by-1", "by-7", "by-64", "50-then-decode"],
+    [
+        pytest.param([10_000], None, id="whole"),
+        pytest.param([1], 40, id="by-1", marks=pytest.mark.slow),
+        pytest.param([7], None, id="by-7"),
+        pytest.param([64], None, id="by-64", marks=pytest.mark.slow),
+        pytest.param([50, 1], 66, id="50-then-decode"),
+    ],
 )
 def test_logits_equal_transformers(golden: Golden, model: Model, sizes: list[int], count: int | None) -> None:
     error = relative_error(feed(model, golden.input_ids[:, :count], sizes), golden.logits[:, :count])

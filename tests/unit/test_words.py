@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,24 +34,25 @@ FOLDERS = ("kimi_mlx/models/", "scripts/mini/", "tests/")
 """The toy model speaks as it was trained; tests quote what programs print."""
 
 
-def tracked_files() -> list[Path]:
-    """Return the text files of the project."""
+@cache
+def tracked_lines() -> list[tuple[str, str]]:
+    """Return the lines of the project's text files, each with its place."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:  # not a clone
         pytest.skip("not a git checkout")
     names = [name for name in listed.stdout.splitlines() if not name.startswith(FOLDERS) and name not in EXCEPT]
-    return [ROOT / name for name in names if Path(name).suffix in SUFFIXES and (ROOT / name).is_file()]
+    files = [ROOT / name for name in names if Path(name).suffix in SUFFIXES and (ROOT / name).is_file()]
+    return [
+        (f"{path.relative_to(ROOT)}:{number}", line.strip())
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    ]
 
 
 def find_phrase(pattern: str) -> list[str]:
     """Return the lines that have a phrase, in code spelled with blanks or underscores."""
     phrase = re.compile(rf"(?<![a-z])({pattern.replace(' ', '[ _]')})(?![a-z])", re.IGNORECASE)
-    return [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in tracked_files()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if phrase.search(line)
-    ]
+    return [f"{place}: {line}" for place, line in tracked_lines() if phrase.search(line)]
 
 
 @pytest.mark.parametrize(("pattern", "instead"), PHRASES.items())

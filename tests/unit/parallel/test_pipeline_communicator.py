@@ -159,7 +159,7 @@ def test_pipeline_equals_a_single_rank(folder: Path, size: int, speculate: int) 
 
 
 @pytest.mark.parametrize("speculate", [0, 3])
-@pytest.mark.parametrize("steps", [2, 9, 14, 18])
+@pytest.mark.parametrize("steps", [2, 14, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (9, 18))])
 def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int, speculate: int) -> None:
     requests = [LONG, MIDDLE, replace(LONG, prompt=make_prompt(40, 7))]
     expected = run_one(folder, answering(requests))

@@ -441,7 +441,9 @@ def test_any_json_in_the_schema_of_a_tool_can_be_declared(parameters: dict[str, 
         assert "<|im_system|>tool_declare" in template.render([Message("user", "hi")], [tool])
 
 
-@pytest.mark.parametrize("depth", [300, 600, 900, 100_000])
+@pytest.mark.parametrize(
+    "depth", [600, 100_000, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (300, 900))]
+)
 def test_deep_nesting_is_an_error_without_a_crash(tokenizer: Tokenizer, depth: int):
     schema: dict[str, Any] = {}
     for _ in range(depth):

@@ -117,7 +117,7 @@ def run_failing_install(facts: Facts, limit_s: float = 30.0) -> InstallError:
     return caught.value
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", [SHELLS[0], *(pytest.param(shell, marks=pytest.mark.slow) for shell in SHELLS[1:])])
 def test_new_environment_then_upgrade(
     shell: str, here: Facts, uv: Uv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +153,7 @@ def test_new_environment_then_upgrade(
     assert not Path("injected").exists()
 
 
+@pytest.mark.slow
 def test_failed_installation_keeps_the_former_environment(here: Facts, uv: Uv) -> None:
     run_install(here)
     used = (Path(here.data_folder or "") / "venv").resolve()
@@ -193,9 +194,21 @@ def test_last_output_line_is_reported_at_intervals(here: Facts, uv: Uv, monkeypa
     ("script", "message", "hint"),
     [
         ("echo 'No space left on device (os error 28)' >&2; exit 1", "No space left", "ssh localhost df -h"),
-        ("echo 'dns error: failed to lookup' >&2; exit 1", "cannot install kimi-mlx\n  dns error", "internet"),
-        ("echo 'ERROR: No matching distribution found for mlx' >&2; exit 1", "No matching", "a system as new as"),
-        ("echo hm >&2; exit 1", "`localhost`: cannot install kimi-mlx\n  hm", "ssh localhost"),
+        pytest.param(
+            "echo 'dns error: failed to lookup' >&2; exit 1",
+            "cannot install kimi-mlx\n  dns error",
+            "internet",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "echo 'ERROR: No matching distribution found for mlx' >&2; exit 1",
+            "No matching",
+            "a system as new as",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "echo hm >&2; exit 1", "`localhost`: cannot install kimi-mlx\n  hm", "ssh localhost", marks=pytest.mark.slow
+        ),
         ("kill -KILL 0", "the installation was ended by SIGKILL", "try again"),
         ('echo "exit 3" >venv/bin/python', "is installed, but does not start", "lines"),
     ],
@@ -208,6 +221,7 @@ def test_failure_messages(here: Facts, uv: Uv, script: str, message: str, hint: 
     assert hint in (error.hint or "")
 
 
+@pytest.mark.slow
 def test_installed_code_differs_from_ours(here: Facts) -> None:
     lines: list[str] = []
     with pytest.raises(InstallError, match="the installed version differs from this machine's") as caught:
@@ -215,6 +229,7 @@ def test_installed_code_differs_from_ours(here: Facts) -> None:
     assert "code 123456" in caught.value.message
 
 
+@pytest.mark.slow
 def test_foreign_venv_folder_is_not_touched(here: Facts) -> None:
     theirs = Path(here.data_folder or "") / "venv/bin/python"
     theirs.parent.mkdir(parents=True)
@@ -223,6 +238,7 @@ def test_foreign_venv_folder_is_not_touched(here: Facts) -> None:
     assert theirs.read_text() == "theirs"
 
 
+@pytest.mark.slow
 def test_users_link_is_replaced_but_its_target_is_not_touched(here: Facts, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs/bin/python"
     theirs.parent.mkdir(parents=True)
@@ -238,6 +254,7 @@ def test_users_link_is_replaced_but_its_target_is_not_touched(here: Facts, tmp_p
     assert (folder / "venv").resolve().parent.parent == folder / "installed"
 
 
+@pytest.mark.slow
 def test_data_folder_cannot_be_created(here: Facts) -> None:
     Path(here.data_folder or "").write_text("a file")
     error = run_failing_install(here)
