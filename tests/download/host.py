@@ -138,7 +138,8 @@ def checksums(stores: Path) -> Checksums:
     found: Checksums = {}
     for path in stores.rglob("manifest.json"):
         manifest = json.loads(path.read_bytes())
-        files = {file["name"]: file["sha256"] for file in manifest["files"]}
+        tower = [manifest["vision"]] if "vision" in manifest else []
+        files = {file["name"]: file["sha256"] for file in (*manifest["files"], *tower)}
         assert {name: sha256((path.parent / name).read_bytes()).hexdigest() for name in files} == files
         assert {file.name for file in path.parent.glob("*.safetensors*")} == set(files)
         found[manifest["rank"]] = files

@@ -38,6 +38,7 @@ from tests.download.host import (
 )
 from tests.fakes import KIMI_MINI
 from tests.hub import COMMIT, Hub
+from tests.vision_checkpoints import rewrite
 
 KILL_AT_STEP = """
 import os, signal, sys, tempfile
@@ -569,30 +570,29 @@ def test_chat_with_a_store_equals_chat_with_the_checkpoint(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_own_file", [False, True])
-def test_the_vision_part_is_skipped_with_one_note(tmp_path: Path, has_own_file: bool) -> None:
-    folder = tmp_path / "k2.5"
-    shutil.copytree(FORMATS / "int4-k2.5", folder)
-    extra = "model-00003-of-000003.safetensors"
-    if has_own_file:
-        header = json.dumps({"vision_tower.more": {"dtype": "U8", "shape": [500000], "data_offsets": [0, 500000]}})
-        (folder / extra).write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(500000))
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not is_vision(name)}
-        index["weight_map"]["vision_tower.more"] = extra
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+@pytest.mark.parametrize("arguments", [("--ranks", "2"), ()], ids=["stores", "cache"])
+def test_the_vision_part_is_left_out_and_added_later(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    folder = rewrite(tmp_path / "k2.5", dict)
+    for file in KIMI_MINI.glob("t*"):
+        shutil.copy(file, folder)
+    vision = {file.name: file.stat().st_size for file in folder.glob("*.safetensors") if file.name > "model-00003"}
     with Hub({NAME: folder}) as hub:
         host = Host(hub, tmp_path / "host")
-        done = host.call("download", NAME, "--ranks", "2")
+        done = host.call("download", NAME, "--no-vision", *arguments)
         succeed(done)
-        assert done.stderr.count("the vision part (") == 1
-        assert "is left out" in done.stderr
-        assert f"{NAME}/{extra}" not in hub.sent
-        if has_own_file:
-            assert "the vision part (5" in done.stderr  # 500 kB, and the rest
-        again = host.call("download", NAME, "--ranks", "2")
-        assert "vision" not in again.stderr
-
-
-def is_vision(name: str) -> bool:
-    return name.startswith(("vision_tower.", "mm_projector."))
+        assert done.stderr.count("the vision part") == 1
+        assert "is left out: images will be refused" in done.stderr
+        assert not {f"{NAME}/{name}" for name in vision} & hub.sent.keys()
+        hub.reset_counts()
+        assert "vision" not in host.call("download", NAME, "--no-vision", *arguments).stderr
+        assert hub.requests == []
+        added = host.call("download", NAME, *arguments)
+        succeed(added)
+        assert "vision" not in added.stderr
+        weights = {path: count for path, count in hub.sent.items() if path.endswith(".safetensors")}
+        for name, size in vision.items():
+            assert weights.pop(f"{NAME}/{name}") >= size
+        assert sum(weights.values()) < 40_000  # headers of the others
+        hub.reset_counts()
+        succeed(host.call("download", NAME, *arguments))
+        assert hub.requests == []

@@ -43,6 +43,7 @@ from tests.download.host import (
 )
 from tests.hub import Hub
 from tests.mlx_launch import loopback_hostfile, ring_variables
+from tests.vision_checkpoints import rewrite
 
 pytestmark = pytest.mark.ranks
 
@@ -424,3 +425,22 @@ def test_a_checked_gather_detects_other_data(answer: str) -> None:
     group.gather(x)
     with pytest.raises(RingError, match=LOST):
         group.gather(x)
+
+
+@pytest.mark.slow
+def test_the_tower_is_added_to_the_store_of_rank_0(tmp_path: Path) -> None:
+    folder = rewrite(tmp_path / "k2.5", dict)
+    vision = {file.name: file.stat().st_size for file in folder.glob("*.safetensors") if file.name > "model-00003"}
+    with Hub({NAME: folder}) as hub:
+        cluster = cluster_of(hub, tmp_path / "later", 2)
+        cluster.build("--no-vision")
+        assert not {f"{NAME}/{name}" for name in vision} & hub.sent.keys()
+        hub.reset_counts()
+        cluster.build()
+        for name, size in vision.items():
+            assert size <= hub.sent[f"{NAME}/{name}"] < size + 10_000
+        assert hub.sent_bytes < sum(vision.values()) + 80_000
+        at_once = cluster_of(hub, tmp_path / "at once", 2)
+        at_once.build()
+    assert cluster.checksums() == at_once.checksums()
+    assert ["vision.safetensors" in names for _, names in sorted(cluster.checksums().items())] == [True, False]
