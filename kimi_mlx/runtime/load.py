@@ -28,6 +28,7 @@ from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.store.store_folders import stored_ranks
 from kimi_mlx.store.stores import load_store, open_manifest
 from kimi_mlx.weights.assemble import ProgressCallback, load_model
+from kimi_mlx.weights.index import INDEX_NAME, read_weight_map, vision_only_files
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 
@@ -194,8 +195,14 @@ def _communicator(group: Group, placement: Placement, config: ModelConfig, dtype
 
 
 def _checkpoint_identity(folder: Path, placement: Placement) -> str:
-    """Return the identity of a checkpoint without reading its tensors: placement, file sizes and configuration."""
-    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    """Return the identity of a checkpoint without reading its tensors: placement, file sizes and configuration.
+
+    Files with only a vision tower do not count: rank 0 alone needs them.
+    """
+    index = folder / INDEX_NAME
+    vision = vision_only_files(read_weight_map(index)) if index.is_file() else set[str]()
+    files = (file for file in folder.glob("*.safetensors") if file.name not in vision)
+    sizes = sorted((file.name, file.stat().st_size) for file in files)
     return f"{placement.digest} {sizes} {(folder / 'config.json').read_text(encoding='utf-8')}"
 
 

@@ -62,6 +62,11 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
         can_be_added = manifest.source_has_vision is not False
     else:
         command, can_be_added = f"kimi-mlx download {name}", lacks_vision(folder)
+    if can_be_added and manifest is None and CACHED_FILE.search(f"{folder}/") is None:
+        return EngineError(
+            f"`{name}` does not see images: files of its vision part are missing in `{folder}`",
+            hint="copy the files that its `model.safetensors.index.json` lists",
+        )
     if can_be_added:
         return EngineError(
             f"`{name}` does not see images: its vision part is not on this machine",

@@ -23,8 +23,8 @@ def model() -> Model:
 
 def test_the_size_of_a_tower(model: Model) -> None:
     assert model.vision is not None
-    arrays = [array for _, array in tree_flatten(model.vision.parameters())]
-    assert tower_values(model.vision.config) == sum(array.size for array in arrays if array.ndim > 1)
+    arrays: dict[str, mx.array] = dict(tree_flatten(model.vision.parameters()))
+    assert tower_values(model.vision.config) == sum(array.size for array in arrays.values() if array.ndim > 1)
 
 
 def test_k2_5_has_a_tower_of_0_9_gb_on_rank_0() -> None:
