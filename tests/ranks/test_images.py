@@ -81,7 +81,7 @@ def tokens_of(events: Iterator[Event]) -> list[int]:
 @pytest.mark.parametrize(
     ("strategy", "lost", "is_moment"),
     [
-        ("hybrid", 0, is_first_part),
+        pytest.param("hybrid", 0, is_first_part, marks=pytest.mark.slow),
         pytest.param("pipeline", 1, is_first_part, marks=pytest.mark.slow),
         pytest.param("hybrid", 1, is_inside_an_image, marks=pytest.mark.slow),
         pytest.param("pipeline", 0, is_inside_an_image, marks=pytest.mark.slow),
