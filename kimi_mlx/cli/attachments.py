@@ -14,13 +14,13 @@ from kimi_mlx.cli.media_files import check_files
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.cli.stream import ControlFilter
 from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.text.media import MediaKind
 
 if TYPE_CHECKING:
     from kimi_mlx.images.prepared import PreparedImage
     from kimi_mlx.images.video import MediaChunk
-    from kimi_mlx.model.config import ModelConfig
+    from kimi_mlx.store.model_ref import ModelRef
     from kimi_mlx.text.messages import Content
 
 
@@ -112,11 +112,30 @@ def text_part(text: str) -> Mapping[str, Any]:
     return {"type": "text", "text": text}
 
 
-def check_sees_images(config: ModelConfig, model_name: str) -> None:
-    """Check that a model has a vision tower.
+def require_vision(folder: Path, name: str) -> None:
+    """Check that a model on this machine has a vision tower, before it is loaded.
+
+    Args:
+        folder: checkpoint, or folder of a placement's stores.
+        name: the user's name for the model.
 
     Raises:
-        UsageError: it has none.
+        EngineError: it has none; the hint says how to add it, if it can be added.
     """
-    if config.vision is None:
-        raise UsageError(f"`{model_name}` cannot see images", hint="choose a model that can: see `kimi-mlx models`")
+    # heavy imports: only for a message with images
+    from kimi_mlx.model.config import load_config
+    from kimi_mlx.store.vision import no_vision_error, sees_images
+
+    config = load_config(folder)
+    if not sees_images(folder, config):
+        raise no_vision_error(folder, config, name)
+
+
+def require_vision_in_catalogue(target: ModelRef) -> None:
+    """Check that a known model has a vision tower, before it is downloaded or hosts load it.
+
+    Raises:
+        EngineError: it has none.
+    """
+    if target.entry is not None and not target.entry.sees_images:
+        raise EngineError(f"`{target.name}` does not see images", hint="`kimi-mlx models` lists models that do")

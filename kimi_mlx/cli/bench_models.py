@@ -15,7 +15,7 @@ from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.bench.workloads import synthetic_checkpoint
-from kimi_mlx.cli.attachments import check_sees_images
+from kimi_mlx.cli.attachments import require_vision
 from kimi_mlx.cli.bench import MeasurementOptions
 from kimi_mlx.cli.open_model import (
     LaunchContext,
@@ -103,14 +103,17 @@ def open_models(
     """
     prepared = _prepare(launch, run, measurement, is_quiet)
     if prepared.folder is not None:  # before loading
-        _check_plan(_with_preprocessing(plan, prepared.folder), load_config(prepared.folder), prepared.name)
+        if plan.has_images:
+            require_vision(prepared.folder, prepared.name)
+        context = load_config(prepared.folder).max_position_embeddings
+        _with_preprocessing(plan, prepared.folder).check_context(context)
     cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
     options = replace(session_options(run, has_sampling=False), cluster=cluster)
     opened = open_session(prepared, options, run.ranks, is_quiet)
     session = stack.enter_context(closing(opened.session))
     config = load_config(opened.tokenizer_folder)
     plan = _with_preprocessing(plan, opened.tokenizer_folder)
-    _check_plan(plan, config, prepared.name)
+    plan.check_context(config.max_position_embeddings)
     if plan.has_images and session.image_error is not None:
         raise session.image_error
     sides: list[Side] = [SessionSide("kimi-mlx", session)]
@@ -125,17 +128,6 @@ def open_models(
 def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:
     """Return the plan with a checkpoint's settings for images."""
     return replace(plan, preprocessing=Preprocessing.load(folder)) if plan.has_images else plan
-
-
-def _check_plan(plan: BenchmarkPlan, config: ModelConfig, name: str) -> None:
-    """Check that a model can run all cases.
-
-    Raises:
-        UsageError: a case does not fit in the context, or has images and the model does not see them.
-    """
-    if plan.has_images:
-        check_sees_images(config, name)
-    plan.check_context(config.max_position_embeddings)
 
 
 def _prepare(

@@ -162,23 +162,29 @@ def chat(
     """
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.attachments import check_sees_images, show_attachment, with_attachments
+    from kimi_mlx.cli.attachments import (
+        require_vision,
+        require_vision_in_catalogue,
+        show_attachment,
+        with_attachments,
+    )
     from kimi_mlx.cli.chat_answer import print_answer, print_answer_json
     from kimi_mlx.cli.chat_prompt import read_prompt, resolve_chat_model
     from kimi_mlx.cli.media_files import check_files
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
-    from kimi_mlx.model.config import load_config
     from kimi_mlx.session.conversation import Conversation
 
     target = resolve_chat_model(run.model_name, prompts.prompt)
     check_files(path for path, _ in prompts.files)
     prompt = read_prompt(prompts.prompt, json)
+    if prompts.files and target.folder is None:
+        require_vision_in_catalogue(target)
     options = session_options(run, disk, has_sampling=sampling.temperature != 0)
     prepared = prepare_model(launch_context(context), target, run, is_quiet=json)
     early = None
     if prepared.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
         if prompts.files:
-            check_sees_images(load_config(prepared.folder), target.name)
+            require_vision(prepared.folder, target.name)
         early = _read_tokenizer(prepared.folder, target, sampling)
         options = replace(options, has_sampling=_is_sampling(early[1]))
     attachments = prompts.read_attachments(early[0].prepare_media if early else None)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, SessionSide
 from kimi_mlx.bench.workloads import SHAPES
 from kimi_mlx.cli.app import app
-from kimi_mlx.errors import KimiMlxError, UsageError
+from kimi_mlx.errors import EngineError, KimiMlxError, UsageError
 from tests.bench.tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +132,11 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
     assert len(list((tmp_path / "kimi-mlx" / "synthetic").iterdir())) == 1
 
 
+def test_a_model_without_vision_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(EngineError, match="`kimi-mini` does not see images"):
+        bench("--images", "1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,7 +155,6 @@ def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: p
         (["--link-delay-ms", "nan", "--ranks", "2"], "nan, not from 0 to 1000"),
         (["--images", "many"], "--images is `many`, not whole numbers"),
         (["--images", "101"], "101 images are not between 0 and 100"),
-        (["--images", "1"], "`kimi-mini` cannot see images"),
         (["--images", "1", "--image-size", "0x10"], "--image-size is `0x10`, not a width and a height"),
         (["--images", "1", "--image-size", "1024"], "--image-size is `1024`"),
         (["--images", "1", "--against", "mlx-lm"], "mlx-lm does not see images"),

@@ -243,7 +243,8 @@ def test_only_the_answer_is_on_stdout_beside_an_image() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words", "hint"),
     [
-        (("kimi-mini", "-i", str(PICTURE)), "`kimi-mini` cannot see images", "kimi-mlx models"),
+        (("kimi-mini", "-i", str(PICTURE)), "`kimi-mini` does not see images", "`kimi-mlx models` lists"),
+        (("kimi-k2", "-i", str(PICTURE)), "`kimi-k2` does not see images", "`kimi-mlx models` lists"),
         (("kimi-mini-vl", "-i", f"{PICTURE}x"), f"there is no file `{PICTURE}x`", f"did you mean `{PICTURE}`?"),
         (("kimi-mini-vl", "-i", str(PICTURE.parent)), "is a folder, not an image", "name a file in it"),
         (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is not a PNG", ""),
