@@ -43,7 +43,7 @@ SIDE_ANSWERS = {  # the name is repeated, so that the model has it at hand when 
     "middle": "The {} is in the middle.",
 }
 COUNT_SHARES = (0.2, 0.2, 0.2, 0.2, 0.2)
-KIND_SHARES = {"same": 0.62, "side": 0.06, "pair": 0.2, "number": 0.12}
+KIND_SHARES = {"same": 0.44, "side": 0.08, "pair": 0.26, "number": 0.22}
 WHITE_SHARE = 0.6
 UNPADDED_SHARE = 0.6  # share of the pictures that fill their grid; the others get black pixels right and below
 
