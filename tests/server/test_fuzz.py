@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.session.session import Session
+from tests.fakes import KIMI_MINI, FixedSession
 from tests.server import raw
 from tests.server.running_server import RunningServer, serving
 
@@ -20,8 +21,11 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.mark.sweep
-def test_bodies_generated_from_the_openapi_document(session: Session, tmp_path: Path) -> None:
-    with serving(session, context_tokens=100) as server:
+@pytest.mark.parametrize("model", ["kimi-mini", "kimi-mini-vl"])
+def test_bodies_generated_from_the_openapi_document(session: Session, model: str, tmp_path: Path) -> None:
+    folder = KIMI_MINI.with_name(model)
+    answering = session if folder == KIMI_MINI else FixedSession([5])
+    with serving(answering, context_tokens=100, folder=folder) as server:
         command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json"]
         options = ["--checks", CHECKS, "--max-examples", "20", "--request-timeout", "60", "--seed", "1"]
         result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=600)

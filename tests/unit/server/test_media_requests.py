@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.anthropic.request import MessagesBody
@@ -205,6 +208,50 @@ def test_a_model_without_vision_reads_the_texts_of_results(text_only: PromptBuil
         assert resolve_media(request, REASON, {}).messages[-1].content == "Seen:\n\n[image: this model reads text only]"
         assert text_only.prepare(request).request.images == ()
         assert text_only.count_tokens(request) > 10
+
+
+@pytest.fixture(scope="module")
+def seeing() -> PromptBuilder:
+    return PromptBuilder(ChatTokenizer.load(KIMI_MINI.with_name("kimi-mini-vl")), 2000, {})
+
+
+URLS = st.one_of(
+    st.text(max_size=30),
+    st.binary(max_size=40).map(lambda data: f"data:image/png;base64,{base64.b64encode(data).decode()}"),
+    st.sampled_from(["https://a.example/x", "data:", "data:,", "DATA:;base64,====", "file:///x", "data:image/png,%00"]),
+)
+VALUES = st.one_of(
+    st.none(),
+    URLS,
+    st.integers(),
+    st.dictionaries(st.sampled_from(["url", "detail", "type", "data", "media_type"]), st.one_of(st.none(), URLS)),
+)
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["image_url", "input_image", "video_url", "image", "text"])},
+    optional=dict.fromkeys(("image_url", "video_url", "source", "file_id", "text", "detail"), VALUES),
+)
+
+
+def error_of(prepare: Callable[[], object]) -> ApiError | MissingMediaError | None:
+    try:
+        prepare()
+    except (ApiError, MissingMediaError) as error:
+        return error
+    return None
+
+
+@settings(deadline=None, max_examples=50)
+@given(parts=st.lists(PARTS, max_size=4))
+@pytest.mark.parametrize("convert", [chat, responses, anthropic])
+def test_any_part_is_served_or_refused(
+    seeing: PromptBuilder, text_only: PromptBuilder, convert: Callable[..., ChatRequest], parts: list[Part]
+) -> None:
+    for builder in (seeing, text_only):
+        error = error_of(lambda: builder.prepare(convert(user(*parts))))  # noqa: B023
+        if isinstance(error, MissingMediaError):
+            assert all(not remote.url.lower().startswith("data:") for remote in error.urls)
+        elif error is not None:
+            assert error.status == 400
 
 
 def test_urls_are_replaced_by_their_contents() -> None:
