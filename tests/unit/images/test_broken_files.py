@@ -108,7 +108,6 @@ ODD_BUT_READABLE = {
     "png exif of noise": png(10, 10, chunk(b"eXIf", b"II*\0\x08\0\0\0" + b"\xff" * 9)),
     "tiff directory that contains itself": tiff(10, 10)[:-4] + struct.pack("<I", 108),
     "tiff exif that contains itself": tiff(10, 10, (34665, 4, 1, 108)),
-    "tiff tag of 4 GB": tiff(10, 10, (270, 2, 0xFFFFFFF0, 8)),
     "tiff tag of 8 GB": tiff(10, 10, (338, 3, 0x7FFFFFFF, 8)),
     "much text": png(10, 10, chunk(b"tEXt", b"k\0" + b"a" * 900_000) * 10),
 }
@@ -137,6 +136,11 @@ def test_odd_metadata_does_not_matter(name: str) -> None:
 def test_an_image_may_have_300_frames(kind: str) -> None:
     frames = [BITS, BITS.rotate(180)] * 150
     assert prepare_image(file_of(BITS, kind, save_all=True, append_images=frames), "x").num_tokens > 0
+
+
+def test_a_tag_longer_than_the_file_is_read_or_refused() -> None:
+    with contextlib.suppress(ImageError):  # depends on the version of PIL
+        assert prepare_image(tiff(10, 10, (270, 2, 0xFFFFFFF0, 8)), "x").num_tokens == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])

@@ -128,7 +128,6 @@ COLOURS = {
     "colour with one transparent colour": (noise((40, 30)), "PNG", {"transparency": (1, 2, 3)}),
     "CMYK": (noise((40, 30)).convert("CMYK"), "TIFF", {}),
     "CMYK in JPEG": (noise((40, 30)).convert("CMYK"), "JPEG", {}),
-    "YCbCr": (noise((40, 30)).convert("YCbCr"), "TIFF", {}),
     "LAB": (noise((40, 30)).convert("LAB"), "TIFF", {}),
     "bitmap with a palette": (noise((40, 30)).quantize(50), "BMP", {}),
     "transparent GIF": (noise((40, 30)).quantize(50), "GIF", {"transparency": 3}),
