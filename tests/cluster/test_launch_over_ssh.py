@@ -367,7 +367,7 @@ def test_check_and_bench_print_one_document(hosts: Hosts, where: Where, monkeypa
     result = json.loads(out)
     assert (result["hosts"], result["ranks"], result["backend"]) == (hosts.names, 2, "ring")
     assert result["placement"]["strategy"] == "hybrid"  # by the rule: on Linux nothing is predicted
-    assert "a message, no prediction for" in result["placement"]["reason"]
+    assert "per message, no prediction for" in result["placement"]["reason"]
     assert result["statistics"]["generated_tokens"] == 32
     sizes = ("--prompt-tokens", "8", "--generation-tokens", "4", "--repeat", "1", "--warmup", "0")
     code, out, err = run(*where, "bench", "kimi-mini", *sizes, "--json")
