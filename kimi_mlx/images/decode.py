@@ -105,9 +105,8 @@ def _formats_of(data: bytes, place: str) -> tuple[str, ...]:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
-        raise ImageError(
-            place, "HEIC images need the extra `heic`", hint="run `pip install 'kimi-mlx[heic]'`, or send JPEG or PNG"
-        ) from error
+        hint = "run `pip install 'kimi-mlx[heic]'` or `pip install pillow-heif`, or send JPEG or PNG"
+        raise ImageError(place, "HEIC images need the extra `heic`", hint=hint) from error
     return (*FORMATS, "HEIF")
 
 

@@ -55,7 +55,7 @@ def prepare_video(
     try:
         av: Any = importlib.import_module("av")
     except ImportError as error:
-        hint = "run `pip install 'kimi-mlx[video]'`, or send single frames as images"
+        hint = "run `pip install 'kimi-mlx[video]'` or `pip install av`, or send single frames as images"
         raise ImageError(place, "videos need the extra `video`", hint=hint) from error
     options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
     try:
