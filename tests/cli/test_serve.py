@@ -99,7 +99,7 @@ def test_no_rank_is_left_after_shutdown() -> None:
     assert are_gone(ranks, 10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_client_that_has_not_sent_its_body_does_not_delay_the_end(number: signal.Signals) -> None:
     serving = Serving()
     with closing(socket.create_connection(("127.0.0.1", serving.port))) as connection:

@@ -63,6 +63,7 @@ def test_the_error_at_start_names_the_link_that_corrupts_data(corrupted: int, si
     wait_until_gone(ring.pids, 1)
 
 
+@pytest.mark.slow
 def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack) -> None:
     result = self_test(cluster_with_relay(2, 0, EVERY_BYTES, stack), quick_payloads(), 128)
     [finding] = result.findings
@@ -70,6 +71,7 @@ def test_the_doctor_reports_the_link_in_a_finding(stack: ExitStack) -> None:
     assert "the link between rank 0 (`localhost`) and rank 1 (`localhost`) corrupts data" in finding.message
 
 
+@pytest.mark.slow
 def test_a_relay_that_corrupts_nothing_is_fine(stack: ExitStack) -> None:
     payloads = [payload for payload in quick_payloads() if payload.kind != "message"]
     result = self_test(cluster_with_relay(2, 0, 0, stack), payloads, 128)

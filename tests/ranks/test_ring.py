@@ -150,7 +150,7 @@ def events_with_action(ring: RingSession, request: Request, after: int, action: 
     ("strategy", "lost", "sampling"),
     [
         ("hybrid", 1, Sampling()),
-        ("pipeline", 1, Sampling()),
+        pytest.param("pipeline", 1, Sampling(), marks=pytest.mark.slow),
         pytest.param("hybrid", 0, SAMPLED, marks=pytest.mark.sweep),
         pytest.param("pipeline", 0, SAMPLED, marks=pytest.mark.slow),
     ],
@@ -184,6 +184,7 @@ def test_an_answer_resumes_after_a_rank_is_killed(folder: Path, strategy: str, l
     wait_until_gone(pids)
 
 
+@pytest.mark.slow
 def test_a_rank_lost_while_idle_is_restarted(folder: Path) -> None:
     request = Request(PROMPT, max_tokens=5)
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:

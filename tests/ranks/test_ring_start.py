@@ -99,10 +99,11 @@ def test_messages_of_a_fast_rank_are_kept_while_a_slow_rank_joins(program: Path)
             f"{LISTENING}    time.sleep(100)",
             r"rank \d of 2 \(process \d+\) could not connect to the other ranks at 127\.0\.0\.1 within 2 s",
         ),
-        (
+        pytest.param(
             "TEST_S",
             f"{LISTENING}    send('joined')\n    time.sleep(100)",
             r"rank \d of 2 \(process \d+\) did not finish the link test within 2 s",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["ends", "never sends a message", "does not join", "is not tested"],
@@ -125,8 +126,8 @@ def test_a_rank_that_does_not_start_in_time_is_an_error(
     ("text", "message"),
     [
         ("raise OSError('broken on purpose')", "OSError: broken on purpose"),
-        ("def main(): 1 / 0", "ZeroDivisionError"),
-        ("def other(): pass", "cannot import name 'main'"),
+        pytest.param("def main(): 1 / 0", "ZeroDivisionError", marks=pytest.mark.slow),
+        pytest.param("def other(): pass", "cannot import name 'main'", marks=pytest.mark.slow),
     ],
 )
 def test_the_error_of_a_rank_that_fails_at_once_has_its_last_lines(program: Path, text: str, message: str) -> None:
