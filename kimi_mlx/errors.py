@@ -42,7 +42,7 @@ class KimiMlxError(Exception):
         self.hint = hint
         self.rank = rank
 
-    def __reduce__(self) -> tuple[type[KimiMlxError], tuple[str, str | None, int | None]]:
+    def __reduce__(self) -> tuple[type[KimiMlxError], tuple[str | int | None, ...]]:
         """Keep hint and rank when the error crosses a process boundary."""
         return type(self), (self.message, self.hint, self.rank)
 
@@ -86,7 +86,7 @@ class ImageError(KimiMlxError):
         self.place = place
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str, str | None, int | None]]:
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str | int | None, ...]]:
         """Keep all fields when the error crosses a process boundary."""
         return type(self), (self.place, self.reason, self.hint, self.rank)
 
