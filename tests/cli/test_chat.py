@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from kimi_mlx.store.locate import ensure_downloaded
@@ -200,6 +201,22 @@ def test_an_answer_continues_after_a_rank_is_killed(endless_model: Path) -> None
     assert "reconnecting in 1 s, attempt 1 of 3" in output
     assert "the answer continues after" in output
     assert are_gone(pids, 10)
+
+
+def test_a_checkpoint_without_its_tower_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ignored = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(ensure_downloaded("kimi-mini-vl"), tmp_path / "no-tower", ignore=ignored)
+    tensors = mx.load(str(ensure_downloaded("kimi-mini-vl") / "model.safetensors"))
+    assert isinstance(tensors, dict)
+    text = {name: array for name, array in tensors.items() if name.startswith("language_model.")}
+    mx.save_safetensors(str(folder / "model.safetensors"), text, {"format": "mlx"})
+    assert call("chat", str(folder), "-p", "hi", "--max-tokens", "2").returncode == 0
+    monkeypatch.setattr("kimi_mlx.session.open.open_session", lambda *args: pytest.fail("the model was loaded"))
+    done = call("chat", str(folder), "-p", "What do you see?", "--image", str(PICTURE))
+    assert done.returncode == 1
+    assert "does not see images: this checkpoint has no vision part" in " ".join(done.stderr.split())
 
 
 def test_models_lists_what_is_here() -> None:
