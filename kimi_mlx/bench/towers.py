@@ -94,5 +94,6 @@ def ratio_lines(rows: Sequence[TowerRow]) -> list[str]:
     lines: list[str] = []
     for count in dict.fromkeys(row.images for row in rows):
         speeds = {row.side: row.tok_per_s.median for row in rows if row.images == count}
-        lines.append(f"tower alone, {count} images: kimi-mlx / mlx-vlm = {speeds[OURS] / speeds[MLX_VLM]:.2f}")
+        images = f"{count} image{'s' * (count > 1)}"
+        lines.append(f"tower alone, {images}: kimi-mlx / mlx-vlm = {speeds[OURS] / speeds[MLX_VLM]:.2f}")
     return lines
