@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -204,6 +208,27 @@ def test_a_resolver_that_does_not_answer_meets_the_time_limit(
 
     with refused("takes more than"):
         fetch(server.fetcher(resolve=resolve), server.url("image"))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_certificate_must_be_that_of_the_host(
+    server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    names = ("-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example")
+    command = ["openssl", "req", "-x509", *curve, "-keyout", str(key), "-out", str(certificate), *names]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url, other = (server.url("image", f"{name}.example").replace("http", "https") for name in ("pictures", "other"))
+    with refused("cannot fetch from"):  # the certificate is not trusted
+        fetch(server.fetcher(), url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert fetch(server.fetcher(), url) == {url: IMAGE}
+    with refused("cannot fetch from"):
+        fetch(server.fetcher(), other)
 
 
 def test_unknown_and_unreachable_hosts(server: PictureServer) -> None:
