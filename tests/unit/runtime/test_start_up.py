@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.engine import Engine
+from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
-from kimi_mlx.parallel.group import MlxGroup, barrier, gather_on_host
+from kimi_mlx.parallel.group import MlxGroup, gather_on_host
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
-from kimi_mlx.runtime.load import fingerprint, load_share
-from kimi_mlx.runtime.prompt_cache import open_prompt_cache
+from kimi_mlx.rank import main as rank
+from kimi_mlx.rank.channel import Channel
+from kimi_mlx.runtime.load import load_share
 from kimi_mlx.runtime.warm_up import warm_up
 from tests.divisible import write_divisible
 
@@ -35,25 +39,44 @@ class HostOnlyGroup(MlxGroup):
     """Rank 0 of two that receives its own data back, but only on the CPU.
 
     Sums are allowed right after a gather, in which no rank is late any more: the choice of all-reduce times them.
+    `is_late`: the other rank may be late, because work of its own precedes the next collective.
     """
 
     def __init__(self) -> None:
         self.rank, self.size, self.has_fast_fence = 0, 2, False
         self.gathers = self.timed_sums = 0
         self.sums_since_gather = 8
+        self.is_late = self.may_sum = True
 
     def gather(self, x: mx.array) -> Any:
         self.gathers += 1
         self.sums_since_gather = 0
+        self.is_late = False
         return HostOnly(np.stack([np.array(x)] * 2))
 
     def _count_sum(self, x: mx.array) -> mx.array:
         self.timed_sums += 1
         self.sums_since_gather += 1
+        assert self.may_sum, "a sum outside the choice of all-reduce"
+        assert not self.is_late, "a sum whose sender may be late"
         assert self.sums_since_gather <= 5, "sums that do not follow a barrier"  # 4 are timed, and 1 is read at once
         return x * 2
 
     sum = sum_gathered = all_sum = _count_sum
+
+
+class RecordingChannel(Channel):
+    """A channel without a front. At `ready` and after loading, no rank may be late."""
+
+    def __init__(self, group: HostOnlyGroup):
+        super().__init__(BytesIO(), BytesIO())
+        self._group = group
+        self.sent: list[str] = []
+
+    def send(self, kind: str, **fields: object) -> None:
+        self.sent.append(kind)
+        self._group.is_late = self._group.is_late or kind == "loading"
+        assert kind != "ready" or not self._group.is_late, "no barrier after the warm-up"
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +84,70 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_divisible(tmp_path_factory.mktemp("start"), "k2", layers=3)
 
 
+def make_late(function: Callable[..., Any], group: HostOnlyGroup) -> Callable[..., Any]:
+    """Return a function whose work takes longer on the other rank, and which must not communicate before it."""
+
+    def late(*args: Any, **options: Any) -> Any:
+        group.is_late = True
+        return function(*args, **options)
+
+    return late
+
+
 @pytest.mark.parametrize("strategy", ["hybrid", "tensor", "expert", "pipeline"])
 def test_no_collective_of_the_start_is_consumed_by_the_compute_stream(
-    strategy: str, folder: Path, tmp_path: Path
+    strategy: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group, config = HostOnlyGroup(), load_config(folder)
-    model = load_share(folder, config, "float32", group, strategy=strategy)
-    loaded = group.gathers
-    if strategy != "pipeline":
-        assert tune_all_reduce(group, config.hidden_size, mx.float32) is not None
-    sums = group.timed_sums
-    blocks = open_prompt_cache(
-        tmp_path, 10**8, model, fingerprint(folder, config, 0, 2, strategy), group, num_local_ranks=2
-    )
-    engine = Engine(model, blocks=blocks)
+    group = HostOnlyGroup()
+    channel = RecordingChannel(group)
+    group.may_sum = False
+    gathers: list[int] = []
+
+    def tune(*args: Any) -> Any:
+        group.may_sum = True
+        choice = tune_all_reduce(*args)
+        group.may_sum = False
+        return choice
+
+    def warm(model: Model) -> None:
+        before = (group.gathers, group.timed_sums)
+        warm_up(model)
+        assert (group.gathers, group.timed_sums) == before
+        gathers.append(group.gathers)
+        group.is_late = True
+
+    monkeypatch.setattr(rank, "tune_all_reduce", tune)
+    monkeypatch.setattr(rank, "warm_up", warm)
+    monkeypatch.setattr(rank, "open_prompt_cache", make_late(rank.open_prompt_cache, group))
+    start: Message = {
+        "folder": str(folder),
+        "strategy": strategy,
+        "dtype": "float32",
+        "needs_tokenizer_files": False,
+        "has_sampling": False,
+        "speculate": False,
+        "check_every": 0,
+        "cache_dir": str(tmp_path),
+        "cache_disk_bytes": 10**8,
+        "cache_memory_bytes": None,
+        "cpu_slot": (0, 2),
+    }
+    engine = rank.load_engine(channel, start, group)
+    assert channel.sent[-1] == "ready"
+    assert (group.timed_sums > 0) == (strategy != "pipeline")
+    assert group.gathers == gathers[0] + 1
     engine.add(0, Request((1, 2, 3), sampling=Sampling(temperature=1.0)))  # the ranks agree on a seed
-    gathers = group.gathers
-    assert gathers > loaded
-    warm_up(model)
-    assert (group.gathers, group.timed_sums) == (gathers, sums)
-    barrier(group)
-    blocks.close()
+    channel.cleanup.close()
+
+
+def test_a_loaded_share_has_waited_for_the_other_ranks(folder: Path) -> None:
+    group = HostOnlyGroup()
+
+    def report(done: int, total: int) -> None:
+        group.is_late = True
+
+    load_share(folder, load_config(folder), "float32", group, report)
+    assert not group.is_late
 
 
 def test_the_host_only_group_refuses_what_a_gpu_would_wait_for() -> None:
