@@ -108,8 +108,8 @@ def test_images_of_chat_completions(client: openai.OpenAI, fixed: FixedSession) 
 
 def test_images_of_the_responses_api(client: openai.OpenAI, fixed: FixedSession) -> None:
     part = {"type": "input_image", "detail": "auto", "image_url": data_url(RED)}
-    call = {"type": "function_call", "call_id": "a", "name": "look", "arguments": "{}"}
-    output = {"type": "function_call_output", "call_id": "a", "output": [{**part, "image_url": data_url(BLUE)}]}
+    call: Any = {"type": "function_call", "call_id": "a", "name": "look", "arguments": "{}"}
+    output: Any = {"type": "function_call_output", "call_id": "a", "output": [{**part, "image_url": data_url(BLUE)}]}
     question: Any = {"role": "user", "content": [part, {"type": "input_text", "text": "What is this?"}]}
     response = client.responses.create(model="default", input=[question, call, output])
     assert response.output_text == "A circle."
