@@ -24,6 +24,7 @@ from kimi_mlx.server.http.body import (
     parse,
     parse_json,
 )
+from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_request import ResponsesBody
@@ -244,7 +245,7 @@ def test_null_means_not_given_for_every_optional_field(path: str) -> None:
 
 
 def test_the_openapi_document_allows_null_for_every_optional_field() -> None:
-    document = openapi_document(["kimi-mini"])
+    document = openapi_document(ModelInfo("kimi-mini", (), 1000, 0))
     schemas = document["components"]["schemas"]
     for title, schema in schemas.items():
         for name, field in schema.get("properties", {}).items():
