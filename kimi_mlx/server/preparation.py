@@ -11,9 +11,7 @@ import asyncio
 import logging
 import re
 import signal
-import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +58,6 @@ class Preparation:
     def __init__(self, prompt_builder: PromptBuilder):
         self._prompt_builder = prompt_builder
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
-        self._exit_stack = ExitStack()
 
     async def run(self, work: Work[Result], body: bytes, fetched: Mapping[str, bytes] | None = None) -> Result:
         """Return the result of the work.
@@ -106,22 +103,12 @@ class Preparation:
                 raise ApiError(503, "the request could not be prepared; try again", "unavailable", hint=hint) from error
 
     async def _run_in_worker(self, work: Work[Result], prompt_builder: PromptBuilder, body: bytes) -> Result:
-        path = self._folder / uuid.uuid4().hex
-        try:
+        with temporary_folder("request-") as folder:
+            path = folder.path / "arrays"
             packed = await anyio.to_process.run_sync(
                 _run_in_worker, work, prompt_builder, body, path, cancellable=True, limiter=self._workers
             )
             return unpack(packed, path)
-        finally:
-            path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Remove the folder for large results."""
-        self._exit_stack.close()
-
-    @cached_property
-    def _folder(self) -> Path:
-        return self._exit_stack.enter_context(temporary_folder("serve-")).path
 
     @cached_property
     def _threads(self) -> anyio.CapacityLimiter:

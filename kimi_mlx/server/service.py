@@ -171,7 +171,6 @@ class Service:
             scope.cancel()
         for active in list(self._active):
             active.stop()
-        self._preparation.close()
 
 
 class _ActiveRequest:
