@@ -16,7 +16,7 @@ SMALLER_HINT = "send a smaller version"
 
 
 def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
-    """Return the contents of a data URL. Its media type is not read, because the bytes say what they are.
+    """Return the contents of a data URL. Its media type is ignored, because the contents identify their format.
 
     Args:
         url: the URL.
@@ -34,7 +34,7 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
         reason = f"`{scheme[0]}` URLs are not read" if scheme else f"{url[:40]!r} is not a URL"
         raise ImageError(place, reason, hint=DATA_URL_HINT)
     if not comma:
-        raise ImageError(place, "the data URL has no comma, behind which its data begins", hint=DATA_URL_HINT)
+        raise ImageError(place, "the data URL has no comma before its data", hint=DATA_URL_HINT)
     is_base64 = header[-7:].lower() == ";base64"
     num_bytes = len(data) * 3 // 4 if is_base64 else len(data)
     if num_bytes > max_bytes + 3:  # 3: padding, which is no content

@@ -24,7 +24,7 @@ from kimi_mlx.images.limits import MediaLimits
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """PIL's names of the formats that it may open."""
 HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"])
-"""Brands of files that HEIC images begin with, behind `ftyp`."""
+"""Brands of HEIC files. A brand follows `ftyp` at the beginning of a file."""
 GREY_16_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 """PIL's modes of grey images with 16 bits a pixel."""
 REFUSED_MODES = {"I": "32-bit integers", "F": "32-bit floating-point numbers"}
@@ -38,10 +38,11 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings an image upright, by the value of its EXIF tag `Orientation`."""
+"""Transposition that brings an image upright, by the value of its EXIF tag `Orientation`."""
+SAVE_AGAIN_HINT = "open it in a viewer and save it again"
 
 _one_at_a_time = threading.Lock()
-"""Bounds memory, and protects the filters of warnings, which all threads share."""
+"""Limits memory to one image, and protects the filters of warnings, which all threads share."""
 
 
 def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
@@ -65,8 +66,8 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
         check_size(size, place, limits.max_pixels, limits.max_side)
     with _one_at_a_time, _without_warnings():
         try:
-            image, method = _read_rgb(data, formats, place, limits)
-            return image if method is None else image.transpose(method)
+            image, transposition = _read_rgb(data, formats, place, limits)
+            return image if transposition is None else image.transpose(transposition)
         except ImageError:
             raise
         except Exception as error:  # a broken file can make its decoder fail in any way
@@ -76,7 +77,7 @@ def decode_image(data: bytes, place: str, limits: MediaLimits) -> Image.Image:
 def _read_rgb(
     data: bytes, formats: tuple[str, ...], place: str, limits: MediaLimits
 ) -> tuple[Image.Image, Image.Transpose | None]:
-    """Return an image as RGB, and what brings it upright. Memory of the file's own pixels is free afterwards."""
+    """Return an image as RGB, and the transposition that brings it upright. The file's own pixels are freed."""
     with Image.open(BytesIO(data), formats=formats) as image:
         for size in (image.size, _tile_size(image)):
             check_size(size, place, limits.max_pixels, limits.max_side)
@@ -92,7 +93,7 @@ def check_size(size: tuple[int, int], place: str, max_pixels: int, max_side: int
     """
     width, height = size
     if min(size) < 1:
-        raise ImageError(place, f"it has {width} x {height} pixels")
+        raise ImageError(place, f"it has {width} x {height} pixels", hint=SAVE_AGAIN_HINT)
     if width * height > max_pixels or max(size) > max_side:
         maxima = f"{max_pixels} in all and {max_side} per side"
         raise ImageError(place, f"it has {width} x {height} pixels; the limits are {maxima}", hint=SMALLER_HINT)
@@ -133,7 +134,7 @@ def _tile_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _transposition(image: Image.Image) -> Image.Transpose | None:
-    """Return what brings a loaded image upright. Cameras do not turn the pixels, and people expect it."""
+    """Return the transposition that brings a loaded image upright. Cameras record how they were held, as metadata."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # metadata that cannot be read does not matter to the pixels
@@ -160,12 +161,12 @@ def _broken(data: bytes, place: str, error: Exception, limits: MediaLimits) -> I
         reason = f"it is not a PNG, JPEG, WebP, GIF, BMP, TIFF or HEIC file, or its header is broken; {begins}"
         return ImageError(place, reason, hint="save it as PNG or JPEG")
     reason = f"the file is broken: {error or type(error).__name__}"
-    return ImageError(place, reason, hint="open it in a viewer and save it again")
+    return ImageError(place, reason, hint=SAVE_AGAIN_HINT)
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Generator[None, None, None]:
-    """Ignore PIL's warnings, of odd metadata and the like: nobody who could act on them would see them."""
+    """Ignore PIL's warnings, such as those about odd metadata: the user cannot act on them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -11,7 +11,7 @@ from kimi_mlx.units import MB
 class MediaLimits:
     """Limits of the images and videos of one prompt.
 
-    Decoding takes up to 8 bytes per pixel. One image is decoded at a time, and of a video four frames.
+    Decoding takes up to 8 bytes per pixel. Images are decoded one at a time, videos four frames at a time.
 
     Args:
         max_images: number of images in a prompt; each chunk of a video counts as one.

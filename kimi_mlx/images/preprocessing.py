@@ -24,6 +24,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "max_num_frames_each_video": (None,),
 }
 """Supported values of the settings that all published checkpoints share."""
+HINT = "use the file of the published checkpoint"
 MAX_CHUNK_FRAMES = 4
 """Largest number of frames for which the vision tower has embeddings of time."""
 
@@ -76,12 +77,14 @@ class Preprocessing:
             values = cast("dict[str, Any]", config.get("media_proc_cfg") or {})
             for name, supported in FIXED.items():
                 if values.get(name, supported[0]) not in supported:
-                    raise ConfigError(f"`media_proc_cfg.{name}` is {values[name]!r}; supported is {supported[0]!r}")
+                    raise ConfigError(
+                        f"`media_proc_cfg.{name}` is {values[name]!r}; only {supported[0]!r} is supported"
+                    )
             return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
         except ConfigError as error:
-            raise ConfigError(f"`{path}`: {error.message}", hint="use the file of the published checkpoint") from error
+            raise ConfigError(f"`{path}`: {error.message}", hint=HINT) from error
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(f"`{path}` is not a preprocessor configuration: {error}") from error
+            raise ConfigError(f"`{path}` is not a preprocessor configuration: {error}", hint=HINT) from error
 
 
 DEFAULT_PREPROCESSING = Preprocessing()

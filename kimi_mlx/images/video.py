@@ -18,6 +18,7 @@ from kimi_mlx.images.limits import DEFAULT_LIMITS, MediaLimits
 from kimi_mlx.images.prepared import PreparedImage, to_patches
 from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 
+SAVE_AGAIN_HINT = "open it in a player and save it again"
 FORMATS = "mov,mp4,matroska,webm,avi"
 """FFmpeg's names of the formats that it may open. Some others are lists of further files, which it would open too."""
 
@@ -68,7 +69,7 @@ def prepare_video(
         raise
     except Exception as error:  # a broken file can make its decoder fail in any way
         reason = f"it is not a video file, or it is broken: {getattr(error, 'strerror', None) or error}"
-        raise ImageError(place, reason, hint="open it in a player and save it again") from error
+        raise ImageError(place, reason, hint=SAVE_AGAIN_HINT) from error
 
 
 def sampled_frames(num_frames: int, fps: float, sample_fps: float) -> list[int]:
@@ -95,12 +96,12 @@ def _measure(container: Any, place: str, limits: MediaLimits) -> tuple[int, floa
     Frames are counted in the packets, since the number in the header may be missing or wrong.
     """
     if not container.streams.video:
-        raise ImageError(place, "the file has no video stream")
+        raise ImageError(place, "the file has no video stream", hint="send a file with one, or images")
     stream = container.streams.video[0]
     check_size((stream.width, stream.height), place, limits.max_frame_pixels, limits.max_side)
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     if fps <= 0:
-        raise ImageError(place, "the number of frames per second is unknown")
+        raise ImageError(place, "the number of frames per second is unknown", hint=SAVE_AGAIN_HINT)
     num_frames = 0
     for packet in container.demux(stream):
         num_frames += packet.size > 0
@@ -112,13 +113,13 @@ def _measure(container: Any, place: str, limits: MediaLimits) -> tuple[int, floa
                 hint="send a shorter part of it",
             )
     if not num_frames:
-        raise ImageError(place, "the video has no frames")
+        raise ImageError(place, "the video has no frames", hint=SAVE_AGAIN_HINT)
     container.seek(0)
     return num_frames, fps
 
 
 def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """Yield the frames with these numbers, upright, as RGB images. A video with fewer frames repeats the last."""
+    """Yield the frames with these numbers, upright, as RGB images. If the video has fewer frames, repeat the last one."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     num_missing = len(indices)
@@ -133,12 +134,12 @@ def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLim
         if not num_missing:
             return
     if image is None:
-        raise ImageError(place, "no frame of the video can be decoded")
+        raise ImageError(place, "no frame of the video can be decoded", hint=SAVE_AGAIN_HINT)
     yield from [image] * num_missing
 
 
 def _chunks(frames: Iterator[Image.Image], times: Sequence[float], settings: Preprocessing) -> Iterator[MediaChunk]:
-    """Yield the frames in chunks, each with the time of its first frame. Frames are cut into patches as they come."""
+    """Yield the frames in chunks, each with the time of its first frame. Frames are decoded when their chunk is cut into patches."""
     size = settings.temporal_merge_kernel_size
     for time in times[::size]:
         chunk = list(islice(frames, size))

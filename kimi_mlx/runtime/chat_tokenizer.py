@@ -28,8 +28,8 @@ DEFAULT_TEMPERATURE = 0.6
 """Temperature if neither `generation_config.json` nor the catalogue sets one: the value on K2's model cards."""
 
 MAX_TOKENS_KEY = "kimi_mlx_max_tokens"
-"""Key of `generation_config.json` with the default limit of an answer. Only kimi-mini has it, because a toy may repeat
-itself endlessly. The key is our own, so that it limits no real model."""
+"""Key of `generation_config.json` with the default limit of an answer. Only the bundled models have it, because a toy
+may repeat itself endlessly. The key is our own, so that it limits no real model."""
 
 MessageLike = Message | Mapping[str, Any]
 
@@ -147,8 +147,8 @@ class ChatTokenizer:
 
         Raises:
             TextError: the checkpoint has no chat template or no tokenizer, or the messages do not fit the template.
-            ImageError: an image or video cannot be read, there are too many, or the template has no place for them;
-                its `place` is such as `messages[2].content[0]`.
+            ImageError: an image or video cannot be read, there are too many, or the template has no placeholder
+                for one; its `place` is such as `messages[2].content[0]`.
             ConfigError: `preprocessor_config.json` is broken or not supported.
         """
         if self.template is None:

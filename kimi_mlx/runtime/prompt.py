@@ -11,7 +11,7 @@ from kimi_mlx.engine.request import ImageInput
 from kimi_mlx.errors import ImageError, TextError
 from kimi_mlx.images.limits import MediaLimits
 from kimi_mlx.text.media import MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END, MEDIA_PAD, Media, MediaKind
-from kimi_mlx.text.template import VIDEO_ID
+from kimi_mlx.text.template import TEMPLATE_HINT, VIDEO_ID
 from kimi_mlx.text.tokenizer import Tokenizer
 from kimi_mlx.units import format_bytes
 
@@ -40,7 +40,7 @@ def build_prompt(
     prepare: Callable[[MediaKind, str | bytes, str], Sequence[MediaChunk]],
     limits: MediaLimits,
 ) -> Prompt:
-    """Return the prompt of a rendered conversation, with images in the places that the template wrote for them.
+    """Return the prompt of a rendered conversation, with images in place of the template's placeholders.
 
     Args:
         tokenizer: tokenizer of the checkpoint.
@@ -50,11 +50,11 @@ def build_prompt(
         limits: limits of the number of images and of their patches.
 
     Raises:
-        ImageError: an image cannot be read, there are too many, or the template did not write one place for each.
-        TextError: the template wrote places for images although the messages have none.
+        ImageError: an image cannot be read, there are too many, or the template did not write one placeholder for each.
+        TextError: the template wrote placeholders although the messages have no images.
     """
     pad = tokenizer.special_tokens.get(MEDIA_PAD, VIDEO_ID)
-    _check_places(["video" if part == VIDEO_ID else "image" for part in parts if part in (pad, VIDEO_ID)], media)
+    _check_placeholders(["video" if part == VIDEO_ID else "image" for part in parts if part in (pad, VIDEO_ID)], media)
     if len(media) > limits.max_images:
         raise _too_many(media[limits.max_images], f"{len(media)} images", f"{limits.max_images}")
     remaining = iter(media)
@@ -78,19 +78,26 @@ def _too_many(item: Media, amount: str, limit: str) -> ImageError:
     )
 
 
-def _check_places(written: Sequence[str], media: Sequence[Media]) -> None:
-    """Check that the template wrote one place for each image and each video, in their order."""
+def _check_placeholders(written: Sequence[str], media: Sequence[Media]) -> None:
+    """Check that the template wrote one placeholder for each image and each video, in their order."""
     kinds = [item.kind for item in media]
     if written == kinds:
         return
     if not kinds:
-        raise TextError(f"the chat template wrote places for {len(written)} images, but the messages have none")
+        raise TextError(
+            f"the chat template wrote placeholders for {len(written)} images, but the messages have none",
+            hint=TEMPLATE_HINT,
+        )
     wanted, found = Counter(kinds), Counter(written)
-    kind = next((kind for kind in wanted if wanted[kind] != found[kind]), kinds[0])
+    if wanted == found:
+        reason = "the chat template of this model wrote placeholders for images and videos in another order"
+        raise ImageError(media[0].place, reason, hint=TEMPLATE_HINT)
+    kind = next(kind for kind in wanted | found if wanted[kind] != found[kind])
     raise ImageError(
-        next(item.place for item in media if item.kind == kind),
-        f"the chat template of this model wrote places for {found[kind]} {kind}s, but the messages have {wanted[kind]}",
-        hint=None if found[kind] else f"use a model that sees {kind}s, such as Kimi K2.5",
+        next((item.place for item in media if item.kind == kind), media[0].place),
+        f"the chat template of this model wrote placeholders for {found[kind]} {kind}s, but the messages have "
+        f"{wanted[kind]}",
+        hint=TEMPLATE_HINT if found[kind] else f"use a model that sees {kind}s, such as Kimi K2.5",
     )
 
 

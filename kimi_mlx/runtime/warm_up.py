@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from kimi_mlx.model.decoder import Communicator, Model, SequenceSlice
+from kimi_mlx.model.vision_config import CHANNELS
 
 PROMPT_TOKENS = 64
 """Number of prompt tokens of the warm-up: enough for the kernels of prefill."""
@@ -36,6 +37,7 @@ def warm_up(model: Model) -> None:
             hidden = model.hidden(mx.zeros((1, length), mx.int32), [SequenceSlice(cache, length)])
             mx.eval(model.logits(hidden) if model.has_head else hidden)
         if model.vision is not None:
-            model.image_features(mx.zeros((4, 3, 14, 14), mx.uint8), [(1, 2, 2)])
+            (rows, columns), size = model.vision.config.merge_kernel_size, model.vision.config.patch_size
+            model.image_features(mx.zeros((rows * columns, CHANNELS, size, size), mx.uint8), [(1, rows, columns)])
     finally:
         model.set_communicator(communicator)

@@ -1,8 +1,8 @@
-"""Images and videos in messages, and the places that a chat template writes for them.
+"""Images and videos in messages, and the placeholders that a chat template writes for them.
 
-A template writes `<|media_pad|>` where an image belongs, and a placeholder where a video belongs. It needs nothing of
-the image itself, so images are taken out of the messages before they are rendered: the template, and the search for
-control tokens in its input, would otherwise go through megabytes of base64.
+A template writes `<|media_pad|>` for an image, and `VIDEO_PLACEHOLDER` for a video. It does not use the contents of an
+image, so these are removed from the messages before they are rendered: the template, and the search for control tokens
+in its input, would otherwise process megabytes of base64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEDIA_BEGIN, MEDIA_CONTENT, MEDIA_END = "<|media_begin|>", "<|media_content|>", 
 MEDIA_PAD = "<|media_pad|>"
 """Token that a template writes once for an image; the prompt has it once for each token of the image."""
 VIDEO_PLACEHOLDER = "<|kimi_k25_video_placeholder|>"
-"""Text that a template writes for a video. It is no token."""
+"""Text that a template writes for a video. It is not a token."""
 
 MediaKind = Literal["image", "video"]
 KINDS: Mapping[str, MediaKind] = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
@@ -42,7 +42,7 @@ class Media:
 
 
 def take_media(messages: Sequence[Message]) -> tuple[list[Message], list[Media]]:
-    """Return the messages without the contents of their images and videos, and these in order.
+    """Return the messages without the contents of their images and videos, and the images and videos in order.
 
     A content part is `{"type": "image_url", "image_url": URL or {"url": URL}}`, or `image`, `video_url` or `video` in
     the place of `image_url`. Instead of a URL, a part may hold the bytes of a file.
@@ -74,6 +74,7 @@ def _take(part: Mapping[str, Any], place: str, media: list[Media]) -> Mapping[st
     value: Any = part.get(key)
     source = cast("Mapping[str, Any]", value).get("url") if isinstance(value, Mapping) else value
     if not isinstance(source, str | bytes) or not source:
-        raise ImageError(place, f"a part of type `{content_type}` needs a URL in `{key}`")
+        hint = f'write `{{"type": "{content_type}", "{key}": {{"url": "data:..."}}}}`'
+        raise ImageError(place, f"a part of type `{content_type}` needs a URL in `{key}`", hint=hint)
     media.append(Media(kind, source, place))
     return {"type": content_type, key: kind}

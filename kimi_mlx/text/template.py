@@ -31,8 +31,8 @@ DEFAULT_NAME = "default"
 TOOL_NAME = "tool_use"
 MARKER = re.compile(r"<\|[^|<>{}\s]+\|>")
 VIDEO_ID = -1
-"""Stands for the place of a video, which is no token, among the ids of control tokens."""
-HINT = "the chat template comes with the checkpoint; use one for Kimi K2 to K2.7"
+"""Id of the placeholder of a video, which is not a token, among the ids of control tokens."""
+TEMPLATE_HINT = "the chat template comes with the checkpoint; use one for Kimi K2 to K2.7"
 
 
 class ChatTemplate:
@@ -165,7 +165,7 @@ class ChatTemplate:
     ) -> list[str | int]:
         """Return the prompt as plain texts and ids of control tokens, in order; arguments and errors as for `render`.
 
-        A control token in a text is text of a user. The place of a video is `VIDEO_ID`.
+        A control token in a text is text of a user. The placeholder of a video is `VIDEO_ID`.
         """
         variables = self._variables(messages, tools, add_generation_prompt, template_kwargs)
         control_tokens = ControlTokens({**tokenizer.special_tokens, VIDEO_PLACEHOLDER: VIDEO_ID})
@@ -213,7 +213,7 @@ class ChatTemplate:
         try:
             return self._environment.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
-            raise TextError(f"`{self._name}` line {error.lineno}: {error.message}", hint=HINT) from error
+            raise TextError(f"`{self._name}` line {error.lineno}: {error.message}", hint=TEMPLATE_HINT) from error
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         template = self._tool_template if variables["tools"] else self._template
@@ -222,7 +222,7 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way
             where = _template_line(error)
             at = f" line {where}" if where else ""
-            raise TextError(f"`{self._name}`{at}: {error or type(error).__name__}", hint=HINT) from error
+            raise TextError(f"`{self._name}`{at}: {error or type(error).__name__}", hint=TEMPLATE_HINT) from error
 
 
 def check_text_files(folder: Path) -> None:
@@ -258,4 +258,6 @@ def _named_templates(path: Path) -> dict[str, str]:
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in listed}
     except (KeyError, TypeError) as error:
-        raise TextError(f"`{path}`: `chat_template` is not a list of names and templates", hint=HINT) from error
+        raise TextError(
+            f"`{path}`: `chat_template` is not a list of names and templates", hint=TEMPLATE_HINT
+        ) from error

@@ -54,7 +54,7 @@ def test_limits_of_a_checkpoint_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 16}, "`media_proc_cfg.patch_size` is 16; supported is 14"),
+        ({"patch_size": 16}, "`media_proc_cfg.patch_size` is 16; only 14 is supported"),
         ({"image_mean": [0.4, 0.5, 0.5]}, "image_mean"),
         ({"merge_kernel_size": 3}, "merge_kernel_size"),
         ({"fixed_output_tokens": 64}, "fixed_output_tokens"),

@@ -180,7 +180,7 @@ def test_text_prompts_are_those_of_the_template(tokenizer: ChatTokenizer) -> Non
         tokenizer.apply_chat_template([{"role": "user", "content": [image_part()]}])
 
 
-def test_number_of_places_must_be_that_of_the_images(tmp_path: Path) -> None:
+def test_placeholders_of_the_template_must_be_those_of_the_images(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path)
     message = {"role": "user", "content": [image_part(), {"type": "text", "text": "a"}, image_part()]}
 
@@ -188,15 +188,20 @@ def test_number_of_places_must_be_that_of_the_images(tmp_path: Path) -> None:
         (folder / "chat_template.jinja").write_text(source)
         return ChatTokenizer.load(folder).prompt(messages)
 
-    with pytest.raises(ImageError, match=r"`messages\[0\].content\[0\]`.*places for 0 images.*have 2") as raised:
+    with pytest.raises(ImageError, match=r"`messages\[0\].content\[0\]`.*placeholders for 0 images.*have 2") as raised:
         prompt("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", message)
     assert "K2.5" in str(raised.value.hint)
-    with pytest.raises(ImageError, match=r"places for 1 images.*have 2"):
+    with pytest.raises(ImageError, match=r"placeholders for 1 images.*have 2"):
         prompt("<|media_pad|>", message)
-    with pytest.raises(ImageError, match=r"places for 3 images.*have 2"):
+    with pytest.raises(ImageError, match=r"placeholders for 3 images.*have 2"):
         prompt("<|media_pad|>" * 3, message)
-    with pytest.raises(TextError, match="places for 1 images, but the messages have none"):
+    with pytest.raises(TextError, match="placeholders for 1 images, but the messages have none"):
         prompt("<|media_pad|>", {"role": "user", "content": "a"})
+    video = {"type": "video_url", "video_url": {"url": "data:,"}}
+    with pytest.raises(ImageError, match=r"content\[0\]`: .* in another order"):
+        prompt("<|kimi_k25_video_placeholder|><|media_pad|>", {"role": "user", "content": [image_part(), video]})
+    with pytest.raises(ImageError, match=r"content\[0\]`: .*placeholders for 1 videos.*have 0"):
+        prompt("<|media_pad|><|kimi_k25_video_placeholder|>", {"role": "user", "content": [image_part()]})
 
 
 @pytest.mark.parametrize(
