@@ -70,11 +70,6 @@ class Batch:
         is_long = self._in_flight is not None and self._in_flight.length >= LONG_STEP
         return is_long or any(member.num_computed_tokens < len(member.tokens) for member in self.members)
 
-    def takes_encoding_step(self) -> bool:
-        """Return whether this step has a part of an image instead of chunks: every second one if there are both."""
-        self._has_encoded = not (self._has_encoded and self._prefillable())
-        return self._has_encoded
-
     @property
     def is_decoding(self) -> bool:
         """Whether a prompt is computed, so that its answer waits for long steps."""
@@ -85,6 +80,11 @@ class Batch:
         """Maximum number of tokens that the next step adds to the caches; prompts count in full from the start."""
         lengths = [(len(member.tokens), min(2 + self._speculate, member.remaining_tokens)) for member in self.members]
         return sum(padded_length(length + new) - padded_length(length) for length, new in lengths)
+
+    def choose_encoding(self) -> bool:
+        """Choose the next step: return True for a part of an image, False for chunks. If there are both, alternate."""
+        self._has_encoded = not (self._has_encoded and self._prefillable())
+        return self._has_encoded
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence and return its cache to the pool."""
@@ -210,7 +210,7 @@ class Batch:
         return entries
 
     def _prefillable(self) -> list[Sequence]:
-        """Return the sequences of which a chunk can be computed now."""
+        """Return the sequences with prompt tokens that can be computed now."""
         return [member for member in self.members if member.num_computed_tokens < self._ready_length(member)]
 
     def _ready_length(self, sequence: Sequence) -> int:

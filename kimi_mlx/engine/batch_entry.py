@@ -23,7 +23,7 @@ class BatchEntry:
         previous_entry: index of the entry of the previous step whose token is the input.
         draft: speculated tokens, the last ones of `tokens`.
         is_prefill: whether the tokens are a chunk of a prompt.
-        features: features of images among the tokens, with positions from the first of them.
+        features: features of images among the tokens; their positions count from the first token of the entry.
     """
 
     sequence: Sequence

@@ -175,7 +175,7 @@ class Engine:
             if not batch.is_idle:
                 self._make_room(batch)
                 image = self._encoder.next_image(self._running)
-                is_encoding = image is not None and batch.takes_encoding_step()
+                is_encoding = image is not None and batch.choose_encoding()
                 if image is not None and is_encoding:
                     yield from self._encode(image)
                 others_decode = any(other.is_decoding for other in self._batches if other is not batch)

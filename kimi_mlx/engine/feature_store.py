@@ -50,7 +50,7 @@ class FeatureStore:
         return sum(features.num_tokens for features in self._features.values())
 
     def has_room(self, num_tokens: int, needed: Collection[str]) -> bool:
-        """Return whether features fit beside those that are needed; if none are needed, any number fits.
+        """Return whether features fit in addition to those that are needed; if none are needed, any number fits.
 
         Args:
             num_tokens: number of features.

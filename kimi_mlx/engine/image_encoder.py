@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kimi_mlx.engine.feature_store import Features, FeatureStore
 from kimi_mlx.engine.request import Encoded, ImageInput
-from kimi_mlx.engine.sequence import Sequence as Answer
+from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_errors import encoding_error
 from kimi_mlx.engine.step_runner import StepRunner
 from kimi_mlx.errors import KimiMlxError, VisionError
@@ -72,11 +72,11 @@ class ImageEncoder:
         self._group = None if runner.communicator is None or runner.pipeline is not None else runner.communicator.group
         self._job: EncodingJob | None = None
 
-    def next_image(self, sequences: Sequence[Answer]) -> ImageInput | None:
+    def next_image(self, sequences: list[Sequence]) -> ImageInput | None:
         """Return the image to encode next; None if there is none, or if its features would not fit now.
 
-        An image that nobody needs any more is abandoned. Otherwise the next one is the first image of any sequence,
-        then the second one of any, and so on.
+        An image that no sequence needs any more is abandoned. First come the first images of all sequences, then their
+        second ones, and so on.
 
         Args:
             sequences: running sequences.
@@ -95,7 +95,7 @@ class ImageEncoder:
         *_, image = min(missing, key=lambda item: item[:2])
         return image if self._store.has_room(image.num_tokens, self._ready_digests(sequences)) else None
 
-    def step(self, image: ImageInput, sequences: Sequence[Answer]) -> Iterator[tuple[Answer, Encoded | KimiMlxError]]:
+    def step(self, image: ImageInput, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Encoded | KimiMlxError]]:
         """Compute a part of an image, or send a slice of its features; yield pairs of a sequence and its event.
 
         An error ends the sequences that need the image.
@@ -140,10 +140,10 @@ class ImageEncoder:
         """Abandon the image in progress; features that are finished stay."""
         self._job = None
 
-    def _ready_digests(self, sequences: Sequence[Answer]) -> set[str]:
+    def _ready_digests(self, sequences: list[Sequence]) -> set[str]:
         """Return the digests of the images whose tokens can be computed: those before the first one without features.
 
-        Only these must stay: the others wait for an image that may need their space.
+        Only these must stay: the others come after an image that is not encoded yet and may need their space.
         """
         return {
             image.digest
@@ -196,7 +196,7 @@ class ImageEncoder:
         return rows
 
 
-def _sequences_with(image: ImageInput, sequences: Sequence[Answer]) -> list[Answer]:
+def _sequences_with(image: ImageInput, sequences: list[Sequence]) -> list[Sequence]:
     """Return the sequences that still need an image."""
     return [
         sequence for sequence in sequences if any(pending.digest == image.digest for pending in sequence.pending_images)

@@ -1,7 +1,7 @@
 """A pool of KV caches, in which new prompts reuse the longest cached prefix.
 
-The tokens of a sequence are those of its prompt and of its answer. In the place of an image stands the image's key
-(ImageInput.key), so prompts with different images share nothing from the first of them on.
+The tokens of a sequence are those of its prompt and of its answer. The key of an image (ImageInput.key) replaces its
+placeholder tokens, so two prompts share nothing from their first different image on.
 
 All decisions depend only on tokens and on the order of calls, not on time or on free memory. Ranks make the same calls
 and therefore always agree on the length of the cached prefix.

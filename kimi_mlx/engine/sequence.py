@@ -44,9 +44,8 @@ class Sequence:
         self.draft: tuple[int, ...] = ()
         self.cache: SequenceCache | None = None
         self._lookup = PromptLookup(self._token_array, speculate) if speculate else None
-        self._equal_prefixes: dict[
-            int, int
-        ] = {}  # request id of another sequence -> length of the prefix known to be equal
+        self._equal_prefixes: dict[int, int] = {}
+        """Length of the prefix known to be equal, by request id of another sequence."""
         self._cached: int | None = None
         self._steps = 0
         self._started = self._first_token_at = 0.0

@@ -15,7 +15,7 @@ class Check:
 
     Args:
         name: name of the module in kimi_mlx.gpu_check that has the function `check`.
-        title: what is checked.
+        title: description of the check.
         limit_s: time limit, for checks that hang. A GPU needs a small part of it.
     """
 
@@ -52,7 +52,7 @@ class Sizes:
         repeats: number of timed runs.
         image_patches: numbers of patches in attention of the vision tower.
         images: frames, rows and columns of patches of the images that are encoded at once.
-        timed_image: those of the image whose encoding is timed.
+        timed_image: frames, rows and columns of patches of the image whose encoding is timed.
     """
 
     has_k2_widths: bool
@@ -99,7 +99,7 @@ class Comparison:
     """A value that must not exceed a limit.
 
     Args:
-        name: what was compared.
+        name: name of the compared value.
         error: relative error; for a condition 0 if it holds, else infinite.
         limit: largest error that counts as correct.
     """
@@ -119,7 +119,7 @@ class Measurement:
     """A measured number, such as 1.2 ms.
 
     Args:
-        group: what was measured, such as `decode step`; its measurements have the same unit.
+        group: name of the measured quantity, such as `decode step`; its measurements have the same unit.
         name: case, such as `1024 cached`.
         value: the number.
         unit: its unit.

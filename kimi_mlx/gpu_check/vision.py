@@ -14,7 +14,7 @@ from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
 from kimi_mlx.model.names import CheckpointLayout, vision_entries
 from kimi_mlx.model.tree import LayerWeights
-from kimi_mlx.model.vision import Encoding, VisionTower
+from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.vision_attention import blockwise, fused
 from kimi_mlx.model.vision_config import CHANNELS, Grid, VisionConfig
 from kimi_mlx.model.weight import Weight
@@ -34,7 +34,7 @@ ATTENTION_LIMITS = {mx.float32: 2e-3, mx.bfloat16: 0.05}
 
 
 def check(context: Context) -> None:
-    """Compare attention and features, and time a part of the encoding of an image."""
+    """Compare attention and features, and time the encoding of an image."""
     for patches in context.sizes.image_patches:
         context.progress(f"attention of {patches} patches")
         _compare_attention(context, patches)
@@ -77,15 +77,8 @@ def _time(context: Context, tower: VisionTower, dtype: str) -> None:
     """Measure a block of the tower, with the embedding and the projector shared among the blocks."""
     grid = context.sizes.timed_image
     pixels = _random_pixels(tower.config, (grid,))
-
-    def encode() -> mx.array:
-        encoding = Encoding(tower, pixels, [grid])
-        while not encoding.step():
-            pass
-        return encoding.features
-
     with context.on_device():
-        seconds = context.median_s(encode, repeats=3)
+        seconds = context.median_s(lambda: tower(pixels, [grid]), repeats=3)
     name = f"{grid[1]} x {grid[2]} patches, {dtype}"
     context.measure("vision tower, per block", name, 1e3 * seconds / NUM_LAYERS, "ms")
 

@@ -119,7 +119,7 @@ def _measure(container: Any, place: str, limits: MediaLimits) -> tuple[int, floa
 
 
 def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """Yield the frames with these numbers, upright, as RGB images. If the video has fewer frames, repeat the last one."""
+    """Yield the frames with these numbers, upright, as RGB images; repeat the last one if frames are missing."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     num_missing = len(indices)
@@ -139,7 +139,7 @@ def _decode(container: Any, indices: Sequence[int], place: str, limits: MediaLim
 
 
 def _chunks(frames: Iterator[Image.Image], times: Sequence[float], settings: Preprocessing) -> Iterator[MediaChunk]:
-    """Yield the frames in chunks, each with the time of its first frame. Frames are decoded when their chunk is cut into patches."""
+    """Yield the frames in chunks, each with the time of its first frame. Each chunk is decoded when it is needed."""
     size = settings.temporal_merge_kernel_size
     for time in times[::size]:
         chunk = list(islice(frames, size))

@@ -17,7 +17,7 @@ from kimi_mlx.errors import ConfigError
 from kimi_mlx.files import read_regular_file
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization, parse_quantization
 from kimi_mlx.model.config_rope import YarnScaling, parse_rope, yarn_mscale
-from kimi_mlx.model.config_values import check_fields, first_given, get_object
+from kimi_mlx.model.config_values import INVALID_HINT, check_fields, first_given, get_object
 from kimi_mlx.model.vision_config import VisionConfig, parse_vision
 from kimi_mlx.model_files import fetch_again_hint
 
@@ -172,17 +172,22 @@ def _reject_unsupported(outer: Mapping[str, Any], raw: Mapping[str, Any], where:
     }
     for name, value in expected.items():
         if raw.get(name, value) != value:
-            raise ConfigError(f"`{where}` has {name} = {reprlib.repr(raw[name])}; only {value!r} is supported")
+            raise ConfigError(
+                f"`{where}` has {name} = {reprlib.repr(raw[name])}; only {value!r} is supported", hint=INVALID_HINT
+            )
 
 
 def _reject_contradictions(config: ModelConfig, where: str) -> None:
     """Reject numbers that contradict each other."""
     experts, chosen, groups = config.n_routed_experts, config.num_experts_per_tok, config.n_group
+    contradiction = None
     if chosen > experts:
-        raise ConfigError(f"`{where}`: num_experts_per_tok is {chosen}, but n_routed_experts is only {experts}")
-    if experts % groups or config.topk_group > groups:
-        raise ConfigError(f"`{where}`: {experts} experts in n_group = {groups} with topk_group = {config.topk_group}")
-    if groups > 1 and experts < 2 * groups:  # the router ranks a group by its two best experts
-        raise ConfigError(f"`{where}`: {experts} experts in n_group = {groups}, fewer than 2 per group")
-    if config.qk_rope_head_dim % 2:
-        raise ConfigError(f"`{where}`: qk_rope_head_dim is {config.qk_rope_head_dim}, not even")
+        contradiction = f"num_experts_per_tok is {chosen}, but n_routed_experts is only {experts}"
+    elif experts % groups or config.topk_group > groups:
+        contradiction = f"{experts} experts in n_group = {groups} with topk_group = {config.topk_group}"
+    elif groups > 1 and experts < 2 * groups:  # the router ranks a group by its two best experts
+        contradiction = f"{experts} experts in n_group = {groups}, fewer than 2 per group"
+    elif config.qk_rope_head_dim % 2:
+        contradiction = f"qk_rope_head_dim is {config.qk_rope_head_dim}, not even"
+    if contradiction is not None:
+        raise ConfigError(f"`{where}`: {contradiction}", hint=INVALID_HINT)

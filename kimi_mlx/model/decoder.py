@@ -224,7 +224,10 @@ class Model(nn.Module):
     @property
     def _tower(self) -> VisionTower:
         if self.vision is None:
-            raise VisionError("this model has no vision tower here, so it takes no images")
+            raise VisionError(
+                "the model has no vision tower in this process, so it takes no images",
+                hint="use a model that sees images: `kimi-mlx models` lists them; of several ranks only rank 0 has it",
+            )
         return self.vision
 
     def hidden(self, tokens: mx.array, slices: Sequence[SequenceSlice], features: Sequence[ImageRows] = ()) -> mx.array:

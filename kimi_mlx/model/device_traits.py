@@ -71,8 +71,8 @@ class Tuning:
             progress and to cancel quickly.
         encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images, so that it takes no
             longer than a chunk of a prompt beside decoding.
-        weight_flops: operations per second in products with weights. This and the next two only choose the chunks of
-            prompts beside decoding (kimi_mlx.sizing.step_time).
+        weight_flops: operations per second in products with weights. The three rates only determine the size of
+            chunks of prompts beside decoding (kimi_mlx.sizing.step_time).
         attention_flops: operations per second in attention.
         read_bytes_per_s: bytes of weights read per second.
     """

@@ -17,14 +17,13 @@ SCORES_MAX = 2**23
 EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
 
-
-SCORES_AT_ONCE = 2**23
+VISION_SCORES_MAX = 2**23
 """Maximum number of scores in memory at once in the vision tower, without a fused kernel: 32 MiB in float32."""
 
 
-def query_block(heads: int, keys: int) -> int:
+def vision_query_block(heads: int, keys: int) -> int:
     """Return the number of patches of an image that attend at once to all of its patches; at least one."""
-    return max(1, min(keys, SCORES_AT_ONCE // (heads * keys)))
+    return max(1, min(keys, VISION_SCORES_MAX // (heads * keys)))
 
 
 def expanded_width(nope: int, rope: int, value: int) -> int:

@@ -95,9 +95,9 @@ class VisionBlock(nn.Module):
             rotations: (P, Q / 2) complex64.
             lengths: number of patches of each image.
         """
-        return self.finish(x, attend_images(*self.heads(x, rotations), lengths))
+        return self.finish(x, attend_images(*self.qkv(x, rotations), lengths))
 
-    def heads(self, x: mx.array, rotations: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def qkv(self, x: mx.array, rotations: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return queries, keys and values of hidden states (P, D), each (1, H, P, Q)."""
         qkv = self.wqkv(self.norm0(x)).reshape(x.shape[0], 3, self.num_heads, -1)
         q, k = (rotate(qkv[:, index], rotations) for index in (0, 1))  # (P, H, Q)
@@ -167,7 +167,9 @@ class VisionTower(nn.Module):
         """(P, D) -> (T, text_hidden_size): the features for the output of the last block."""
         images = split(self.final_layernorm(x), [math.prod(grid) for grid in grids])
         size = self.config.merge_kernel_size
-        return self.projector(mx.concatenate([merge(*pair, size) for pair in zip(images, grids, strict=True)]))
+        return self.projector(
+            mx.concatenate([merge(image, grid, size) for image, grid in zip(images, grids, strict=True)])
+        )
 
 
 class Encoding:
@@ -180,8 +182,8 @@ class Encoding:
         pixels: (P, 3, patch_size, patch_size), patches of all images, each image in row-major order, frame after frame;
             uint8, or floats that are already normalized from 0..255 to -1..1.
         grid_thw: (images, 3) integers: frames, rows and columns of patches.
-        part_multiply_adds: largest number of multiply-adds of a part, as far as it can be divided; None for the
-            device's.
+        part_multiply_adds: largest number of multiply-adds of a part, unless the smallest possible part has more;
+            None for the device's.
 
     Attributes:
         num_parts: number of parts; the same as VisionConfig.num_parts for these arguments.
@@ -209,8 +211,8 @@ class Encoding:
         self.features: mx.array
         rotations = [patch_rotations(grid, config.head_dim) for grid in self._grids]
         self._rotations = mx.array(np.concatenate(rotations))
-        self._states = pixels
-        self._heads: tuple[mx.array, ...] = ()
+        self._states = pixels  # hidden states after the first step
+        self._qkv: tuple[mx.array, ...] = ()
         self._slices: list[mx.array] = []
 
     def step(self) -> bool:
@@ -225,7 +227,7 @@ class Encoding:
         is_last = self._num_layers_done == len(tower.blocks)
         if is_last:
             self._states = self.features = tower.project(self._states, self._grids)
-        mx.eval(self._states, self._heads, self._slices)
+        mx.eval(self._states, self._qkv, self._slices)
         return is_last
 
     def _compute_layers(self) -> None:
@@ -238,18 +240,18 @@ class Encoding:
         """Compute the next slice of the patches of the only image; the first one also computes all keys and values."""
         block, x = self._tower.blocks[self._num_layers_done], self._states
         if not self._slices:
-            self._heads = block.heads(x, self._rotations)
-        q, k, v = self._heads
+            self._qkv = block.qkv(x, self._rotations)
+        q, k, v = self._qkv
         index, count = len(self._slices), self._slices_per_layer
         start, stop = x.shape[0] * index // count, x.shape[0] * (index + 1) // count
         self._slices.append(block.finish(x[start:stop], attend_image(q[:, :, start:stop], k, v)))
         if len(self._slices) == count:
             self._states = mx.concatenate(self._slices)
-            self._num_layers_done, self._heads, self._slices = self._num_layers_done + 1, (), []
+            self._num_layers_done, self._qkv, self._slices = self._num_layers_done + 1, (), []
 
 
 def check_images(config: VisionConfig, pixels: mx.array, grid_thw: mx.array | Iterable[Sequence[int]]) -> list[Grid]:
-    """Return the grids of images as tuples.
+    """Check that patches fit their grids; return the grids as tuples.
 
     Raises:
         VisionError: see Encoding.

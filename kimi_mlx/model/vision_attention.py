@@ -1,6 +1,6 @@
 """Attention of the vision tower: every patch of an image to all of its patches, without storing all scores.
 
-The largest image has 16,384 patches: the scores of one block would take 17 GB in float32.
+The largest image has 17,856 patches: the scores of one block would take 20 GB in float32.
 Letters: H heads, P patches of an image, Q size of a head.
 """
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
-from kimi_mlx.model.sizes import query_block
+from kimi_mlx.model.sizes import vision_query_block
 
 
 def attend_images(q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int]) -> mx.array:
@@ -47,7 +47,7 @@ def attend_image(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     width = q.shape[-1]
     if has_fused_attention(device_kind(), q.itemsize, width, width, q.shape[2]):
         return fused(q, k, v)
-    return blockwise(q, k, v, query_block(q.shape[1], k.shape[2]))
+    return blockwise(q, k, v, vision_query_block(q.shape[1], k.shape[2]))
 
 
 def fused(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

@@ -40,7 +40,7 @@ class VisionConfig:
         init_pos_emb_width: columns of the position table.
         init_pos_emb_time: maximum number of frames.
         text_hidden_size: size of a feature: the hidden size of the text model.
-        media_placeholder_token_id: token in whose place a feature stands, one token per feature.
+        media_placeholder_token_id: token that is replaced by a feature, one token per feature.
         patch_size: height and width of a patch in pixels.
         projector_ln_eps: epsilon of the projector's norm.
         merge_kernel_size: rows and columns of patches that become one feature.
@@ -183,7 +183,10 @@ def parse_vision(outer: Mapping[str, Any], hidden_size: int, where: str) -> Visi
         raw["media_placeholder_token_id"] = outer["media_placeholder_token_id"]
     for name, value in EXPECTED.items():
         if raw.get(name, value) != value:
-            raise ConfigError(f"`{where}` has {prefix}{name} = {reprlib.repr(raw[name])}; only {value!r} is supported")
+            raise ConfigError(
+                f"`{where}` has {prefix}{name} = {reprlib.repr(raw[name])}; only {value!r} is supported",
+                hint=INVALID_HINT,
+            )
     fields = check_fields(VisionConfig, raw, where, prefix)
     config = VisionConfig(**fields, merge_kernel_size=_parse_merge_size(raw, where, prefix))
     _reject_contradictions(config, raw, hidden_size, where)
@@ -201,18 +204,21 @@ def _parse_merge_size(raw: Mapping[str, Any], where: str, prefix: str) -> tuple[
 
 def _reject_contradictions(config: VisionConfig, raw: Mapping[str, Any], hidden_size: int, where: str) -> None:
     hidden, heads = config.vt_hidden_size, config.vt_num_attention_heads
-    if hidden % (4 * heads):  # half of a head's pairs turn by the row, half by the column
+    if hidden % (4 * heads):  # half of a head's pairs rotate by the row, half by the column
         raise ConfigError(
             f"`{where}`: vision_config.vt_hidden_size is {hidden}, not a multiple of 4 x vt_num_attention_heads = "
-            f"{4 * heads}"
+            f"{4 * heads}",
+            hint=INVALID_HINT,
         )
     if config.text_hidden_size != hidden_size:
         raise ConfigError(
             f"`{where}`: vision_config.text_hidden_size is {config.text_hidden_size}, but the text model has "
-            f"hidden_size {hidden_size}"
+            f"hidden_size {hidden_size}",
+            hint=INVALID_HINT,
         )
     if raw.get("mm_hidden_size", hidden) != hidden:
         raise ConfigError(
             f"`{where}`: vision_config.mm_hidden_size is {reprlib.repr(raw['mm_hidden_size'])}, but vt_hidden_size is "
-            f"{hidden}"
+            f"{hidden}",
+            hint=INVALID_HINT,
         )

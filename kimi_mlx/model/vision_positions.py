@@ -49,7 +49,7 @@ def resize_table(table: mx.array, rows: int, columns: int) -> mx.array:
 def cubic_weights(size: int, new_size: int) -> np.ndarray:
     """Return the matrix (new_size, size) of bicubic interpolation along an axis, float32.
 
-    Centres of pixels lie at halves (`align_corners` false); samples beyond the border are those of the border.
+    Centres of pixels are at halves (`align_corners` false); samples beyond the border repeat the border.
     Source: Keys 1981, cubic convolution interpolation; torch.nn.functional.interpolate.
     """
     centres = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5

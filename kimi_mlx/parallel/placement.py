@@ -56,8 +56,8 @@ class RankShare:
         dense_rows: range of intermediate_size.
         embed_rows: range of vocab_size in the embedding.
         vocab_rows: range of vocab_size in the head; the last norm belongs to it.
-        has_vision: whether the rank holds the vision tower, if the model has one. It is no part of a placement's
-            digest: a store of a text model and one with a tower are of the same placement.
+        has_vision: whether the rank holds the vision tower, if the model has one. It is not part of a placement's
+            digest: stores with and without the tower have the same placement.
     """
 
     layers: Range

@@ -216,7 +216,7 @@ class Channel:
                 self._last_message_at = time.monotonic()
                 if message["kind"] == "lost":
                     self._end(wait_s=0)
-                elif message["kind"] in ("patches", "forget_patches"):
+                elif message["kind"] in ("patches", "drop_patches"):
                     self.patches.on_message(message)
                 elif message["kind"] != "alive":
                     with self._end_lock:

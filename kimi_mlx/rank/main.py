@@ -114,7 +114,7 @@ def run_command(channel: Channel, engine: Engine, command: Message) -> None:
 
 
 def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
-    """Run a step of the engine and send its events; only the leader sends tokens and prefill progress."""
+    """Run a step of the engine and send its events; only the leader sends tokens and progress."""
     for request_id, event in engine.step():
         if isinstance(event, KimiMlxError):
             channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))

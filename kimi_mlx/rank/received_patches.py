@@ -12,17 +12,17 @@ from kimi_mlx.cluster.channel.messages import Message
 
 
 class ReceivedPatches:
-    """Patches by digest. The front sends them before the request that needs them, and says when to drop them."""
+    """Patches by digest. The front sends them before the request that needs them, and later `drop_patches`."""
 
     def __init__(self) -> None:
         self._parts: dict[str, bytearray] = {}
         self.complete: dict[str, npt.NDArray[np.uint8]] = {}
-        """Patches of which all parts have arrived, by digest."""
+        """Patches by digest, once all of their parts have arrived."""
 
     def on_message(self, message: Message) -> None:
-        """Add a part (`patches`), or drop an image (`forget_patches`)."""
+        """Add a part (`patches`), or drop an image (`drop_patches`)."""
         digest = message["digest"]
-        if message["kind"] == "forget_patches":
+        if message["kind"] == "drop_patches":
             self._parts.pop(digest, None)
             self.complete.pop(digest, None)
             return

@@ -16,14 +16,16 @@ PART_BYTES = 192 << 10
 """Bytes of patches in a message; 256 KiB as base64."""
 
 MAX_UNSENT = 2
-"""Number of messages to rank 0 that may wait to be written: what another message waits for."""
+"""Maximum number of unsent messages to rank 0. A message of another request waits for these."""
 
 POLL_INTERVAL_S = 0.002
-"""Interval at which that number is checked."""
+"""Interval at which the number of unsent messages is checked."""
 
 
 class ImageUploader:
-    """Keeps track of the images whose patches rank 0 holds: those of unfinished requests. For one start of a ring.
+    """Keeps track of the images whose patches rank 0 holds: those of unfinished requests.
+
+    Each start of a ring has an uploader of its own.
 
     Args:
         ring: the ring.
@@ -74,7 +76,7 @@ class ImageUploader:
                 self._num_requests[image.digest] -= 1
                 if not self._num_requests[image.digest]:
                     del self._num_requests[image.digest]
-                    self._write(encode("forget_patches", digest=image.digest))
+                    self._write(encode("drop_patches", digest=image.digest))
 
     def _write(self, line: bytes) -> None:
         if not self._is_closed:

@@ -33,6 +33,8 @@ from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
 from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
 
+BUG_HINT = "this is a bug in kimi-mlx: please report it"
+
 
 class RingSession:
     """The engine on a ring. This process only exchanges messages with the ranks, so it survives the loss of one.
@@ -223,11 +225,13 @@ class RingSession:
             except Exception as bug:  # the caller must not wait forever
                 with self._lock:
                     if job.request_id in self._jobs:
-                        self._end_job(job, EngineError(f"cannot send the images of a request: {bug!r}"))
+                        self._end_job(job, EngineError(f"cannot send the images of a request: {bug!r}", hint=BUG_HINT))
 
     def _upload(self, job: Job) -> None:
-        """Send the patches of a request's images, then the request. If the ring is lost meanwhile, stop:
-        `_resume` queues the request again."""
+        """Send the patches of a request's images, then the request.
+
+        If the ring is lost meanwhile, stop: `_resume` queues the request again.
+        """
         uploader = self._uploader
 
         def is_over() -> bool:
@@ -266,7 +270,7 @@ class RingSession:
         try:
             error = self._read_messages()
         except Exception as bug:  # callers must not wait forever
-            error = RingError(f"the session failed: {bug!r}", hint="this is a bug in kimi-mlx: please report it")
+            error = RingError(f"the session failed: {bug!r}", hint=BUG_HINT)
         self._fail(error)
 
     def _read_messages(self) -> KimiMlxError:

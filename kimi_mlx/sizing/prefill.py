@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.device_traits import TUNINGS
+from kimi_mlx.model.device_traits import FLOAT32_BYTES, TUNINGS
 from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, SCORES_MAX, expanded_width, heads_at_once
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
@@ -17,8 +17,6 @@ PREFILL_CHUNK = TUNINGS["metal"].prefill_chunk
 
 MAX_ABSORBED = max(tuning.absorb_max_queries for tuning in TUNINGS.values())
 """Maximum number of queries that attend in the latent space, on any device."""
-
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from kimi_mlx.model.device_traits import Tuning
 from kimi_mlx.sizing.prefill import RankShape
 
 SHARED_STEP_S = 0.2
-"""Time for chunks of prompts in a step that other sequences decode in; a pause of 0.3 s is noticed by a reader."""
+"""Time for chunks of prompts in a step that other sequences decode in; a reader notices a pause of 0.3 s."""
 
 CHUNK_STEP = 8
-"""Chunks beside decoding are multiples of this, or 4, 2 or 1 token where not even so few fit the time."""
+"""Chunks beside decoding are multiples of this, or have 4, 2 or 1 tokens if even this number takes too long."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kimi_mlx.model.sizes import SCORES_AT_ONCE
+from kimi_mlx.model.device_traits import FLOAT32_BYTES
+from kimi_mlx.model.sizes import VISION_SCORES_MAX
 from kimi_mlx.model.vision_config import VisionConfig
+from kimi_mlx.sizing.image_features import LARGEST_IMAGE_TOKENS
 
-MAX_PATCHES = 16_384
-"""Patches of the largest image (`in_patch_limit` of K2.5's preprocessor)."""
-
-FLOAT32_BYTES = 4
+MAX_PATCHES = 4 * LARGEST_IMAGE_TOKENS
+"""Number of patches of the largest image, with padding."""
 
 
 def tower_values(vision: VisionConfig) -> int:
@@ -35,5 +35,5 @@ def encode_bytes(vision: VisionConfig, value_bytes: int, is_fused: bool, patches
     """
     hidden, inner = vision.vt_hidden_size, vision.vt_intermediate_size
     per_patch = (6 * hidden + inner) * value_bytes + (4 * hidden + inner) * FLOAT32_BYTES
-    scores = 0 if is_fused else 3 * min(SCORES_AT_ONCE, vision.vt_num_attention_heads * patches**2) * FLOAT32_BYTES
+    scores = 0 if is_fused else 3 * min(VISION_SCORES_MAX, vision.vt_num_attention_heads * patches**2) * FLOAT32_BYTES
     return patches * per_patch + scores

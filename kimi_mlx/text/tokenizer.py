@@ -232,7 +232,7 @@ def _special_tokens(tokens: Sequence[bytes], added: Mapping[int, str], path: Pat
     if outside is not None:
         raise TextError(
             f"added token `{added[outside]}` has id {outside}, outside {len(tokens)} to {size - 1}",
-            hint=f"`{path.name}` and the other files of the tokenizer are from different checkpoints: take all from one",
+            hint=f"`{path.name}` and the other tokenizer files are from different checkpoints: take all from one",
         )
     special = {added.get(i, f"<|reserved_token_{i}|>"): i for i in range(len(tokens), size)}
     if len(special) != NUM_RESERVED_SPECIAL_TOKENS:

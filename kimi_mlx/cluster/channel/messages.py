@@ -2,7 +2,7 @@
 
 Front to rank: `start` (once, first), `join` (addresses of all ranks), then `request` (with its id), `cancel` (the id),
 `reset`; `alive` every second in which nothing else is sent. To rank 0 alone, before a request with images, `patches`
-(parts of the patches of an image), and later `forget_patches`. The end of the messages tells a rank to end, after the
+(parts of the patches of an image), and later `drop_patches`. The end of the messages tells a rank to end, after the
 same step as the others; `lost` tells it not to wait for them.
 Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links), `loading`, `ready`, `finished`,
 `refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,

@@ -17,7 +17,7 @@ from kimi_mlx.model import vision_attention
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.image_rows import ImageRows, place_features, replace_rows
-from kimi_mlx.model.sizes import query_block
+from kimi_mlx.model.sizes import vision_query_block
 from kimi_mlx.model.vision import Encoding, merge
 from kimi_mlx.model.vision_config import Grid
 from kimi_mlx.model.vision_positions import add_positions, patch_rotations, resize_table, rotate
@@ -169,9 +169,9 @@ def test_patches_that_do_not_fit_are_refused(shape: tuple[int, ...], grids: list
 
 
 def test_queries_are_in_blocks_of_limited_size() -> None:
-    assert query_block(16, 16_384) == 32
-    assert query_block(4, 100) == 100
-    assert query_block(16, 10**8) == 1
+    assert vision_query_block(16, 16_384) == 32
+    assert vision_query_block(4, 100) == 100
+    assert vision_query_block(16, 10**8) == 1
 
 
 @given(length=st.integers(1, 40), block=st.integers(1, 45))
