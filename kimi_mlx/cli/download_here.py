@@ -119,7 +119,7 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
 
 
 def _can_add_vision(snapshot: Path) -> bool:
-    """Return whether files of the vision part are missing in a snapshot of a model that can use them."""
+    """Return whether files of the vision tower are missing in a snapshot of a model that can use them."""
     return load_config(snapshot).vision is not None and lacks_vision(snapshot)
 
 

@@ -111,10 +111,10 @@ class TerminalObserver:
         self._target, self._is_quiet = target, is_quiet
 
     def on_start(self, skipped_bytes: int) -> None:
-        """Print the licence, once per model, and that the vision part is left out if it is."""
+        """Print the licence, once per model, and that the vision tower is left out if it is."""
         print_licence_once(self._target, self._is_quiet)
         if not self._is_quiet and skipped_bytes:
-            stderr.print(f"the vision part ({format_bytes(skipped_bytes)}) is left out: images will be refused")
+            stderr.print(f"the vision tower ({format_bytes(skipped_bytes)}) is left out: images will be refused")
 
     def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a progress bar of checked bytes."""

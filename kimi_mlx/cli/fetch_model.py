@@ -58,7 +58,7 @@ def fetch(target: ModelRef, repository: Repository, is_quiet: bool) -> Path:
     with byte_progress(f"downloading {target.name}", total, is_quiet) as advance:
         folder = fetch_checkpoint(repository, advance)
     if not is_quiet and load_config(folder).vision is not None and lacks_vision(folder):
-        stderr.print("the vision part is left out: images will be refused", style="dim")
+        stderr.print("the vision tower is left out: images will be refused", style="dim")
     return folder
 
 

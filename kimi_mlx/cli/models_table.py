@@ -220,14 +220,14 @@ def _local_state_text(row: Row) -> str:
 
 
 def _images_text(row: Row) -> str | None:
-    """Return whether the model sees images, and how to add the vision part if it is only missing here."""
+    """Return whether the model sees images, and how to add the vision tower if it is only missing here."""
     entry = row.entry
     if row.sees_images:
         return "yes"
     if not entry.sees_images:
         return None if entry.refused is not None else "no"
     if row.folder is None or repository_of(entry) != entry.repository:
-        return f"no: `{repository_of(entry)}` has no vision part, `{entry.repository}` has one"
+        return f"no: `{repository_of(entry)}` has no vision tower, `{entry.repository}` has one"
     try:
         error = no_vision_error(row.folder, load_config(row.folder), entry.alias)
     except KimiMlxError:  # a broken checkpoint: an error when it is loaded

@@ -155,7 +155,7 @@ NoVisionOption = Annotated[
     bool,
     typer.Option(
         "--no-vision",
-        help="Leave out the vision part (0.9 GB in Kimi K2.5): the model then refuses images.",
+        help="Leave out the vision tower (0.9 GB in Kimi K2.5): the model then refuses images.",
         rich_help_panel=MODEL,
     ),
 ]

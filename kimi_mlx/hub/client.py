@@ -99,7 +99,7 @@ def fetch_checkpoint(repository: Repository, progress: Progress = ignore_progres
 def complete_checkpoint(name: str, snapshot: Path, fetch: Callable[[Repository], Path] = fetch_checkpoint) -> Path:
     """Fetch the optional files of a snapshot if any may be missing; if that fails, log a note.
 
-    A vision part that is missing is not among them: `kimi-mlx download` fetches it.
+    A vision tower that is missing is not among them: `kimi-mlx download` fetches it.
 
     Args:
         name: `owner/name`.
@@ -190,7 +190,7 @@ def _needed_files(repository: Repository) -> tuple[RepositoryFile, ...]:
 
 
 def _uses_vision(folder: Path) -> bool:
-    """Return whether a configuration has a vision part; false if it is unreadable, so that it is fetched first."""
+    """Return whether a configuration has a vision tower; false if it is unreadable, so that it is fetched first."""
     try:
         return load_config(folder).vision is not None
     except KimiMlxError:

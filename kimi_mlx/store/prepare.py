@@ -35,7 +35,7 @@ class DownloadObserver(Protocol):
         """Handle the start of a download.
 
         Args:
-            skipped_bytes: bytes of the vision part if it is left out; 0 if not.
+            skipped_bytes: bytes of the vision tower if it is left out; 0 if not.
         """
         ...
 
@@ -91,8 +91,8 @@ def prepare_stores(
     except UnreachableError as error:
         if not is_complete or stores is None:
             raise
-        LOG.warning("note: the vision part of `%s` cannot be added now: %s", model.name, error.message)
-        return _report_stores(model, stores, ranks, "is on this machine, without its vision part")
+        LOG.warning("note: the vision tower of `%s` cannot be added now: %s", model.name, error.message)
+        return _report_stores(model, stores, ranks, "is on this machine, without its vision tower")
     if dry_run:
         return _dry_run(model, options, job, ranks)
     if verify and stores is None:

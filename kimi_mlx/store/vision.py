@@ -64,16 +64,16 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
         command, can_be_added = f"kimi-mlx download {name}", lacks_vision(folder)
     if can_be_added and manifest is None and CACHED_FILE.search(f"{folder}/") is None:
         return EngineError(
-            f"`{name}` does not see images: files of its vision part are missing in `{folder}`",
+            f"`{name}` does not see images: files of its vision tower are missing in `{folder}`",
             hint="copy the files that its `model.safetensors.index.json` lists",
         )
     if can_be_added:
         return EngineError(
-            f"`{name}` does not see images: its vision part is not on this machine",
+            f"`{name}` does not see images: its vision tower is not on this machine",
             hint=f"`{command}` adds it; the rest is not downloaded again",
         )
     return EngineError(
-        f"`{name}` does not see images: this checkpoint has no vision part",
+        f"`{name}` does not see images: this checkpoint has no vision tower",
         hint="use a checkpoint that has one, such as the original of its authors: `kimi-mlx models` lists them",
     )
 

@@ -43,7 +43,7 @@ def list_notes(plan: ConversionPlan) -> list[str]:
             f"first `{floats[0].path}` with {floats[0].shape[-1]} columns"
         )
     if plan.lacks_vision:
-        notes.append("the vision part is left out, so the result does not see images")
+        notes.append("the vision tower is left out, so the result does not see images")
     return notes
 
 

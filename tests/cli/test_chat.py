@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_tower_is_refused_before_it_is_loaded(
     monkeypatch.setattr("kimi_mlx.session.open.open_session", lambda *args: pytest.fail("the model was loaded"))
     done = call("chat", str(folder), "-p", "What do you see?", "--image", str(PICTURE))
     assert done.returncode == 1
-    assert "does not see images: this checkpoint has no vision part" in " ".join(done.stderr.split())
+    assert "does not see images: this checkpoint has no vision tower" in " ".join(done.stderr.split())
 
 
 def test_models_lists_what_is_here() -> None:

@@ -39,13 +39,13 @@ def test_the_result_is_printed_in_a_line(tmp_path: Path) -> None:
     assert load_config(tmp_path / "out").quantization == Quantization(4, 32)
 
 
-def test_the_vision_part_is_copied_or_left_out(tmp_path: Path) -> None:
+def test_the_vision_tower_is_copied_or_left_out(tmp_path: Path) -> None:
     plan = json.loads(run(INT4, tmp_path / "out", "--dry-run", "--json").stdout)
     assert {row["source"] for row in plan["matrices"] if row["kind"] == "vision tower"} == {"bfloat16"}
     assert {row["target"] for row in plan["matrices"] if row["kind"] == "vision tower"} == {"bfloat16, unchanged"}
     result = run(INT4, tmp_path / "out", "--no-vision")
     assert result.stdout.startswith(f"{tmp_path}/out: 3 files, 405.5 kB, 10.62 bits per weight, in ")
-    assert "note: the vision part is left out, so the result does not see images" in result.stderr
+    assert "note: the vision tower is left out, so the result does not see images" in result.stderr
     assert load_config(tmp_path / "out").vision is None
 
 

@@ -571,7 +571,7 @@ def test_chat_with_a_store_equals_chat_with_the_checkpoint(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--ranks", "2"), ()], ids=["stores", "cache"])
-def test_the_vision_part_is_left_out_and_added_later(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_vision_tower_is_left_out_and_added_later(arguments: tuple[str, ...], tmp_path: Path) -> None:
     folder = rewrite(tmp_path / "k2.5", dict)
     for file in KIMI_MINI.glob("t*"):
         shutil.copy(file, folder)
@@ -580,7 +580,7 @@ def test_the_vision_part_is_left_out_and_added_later(arguments: tuple[str, ...],
         host = Host(hub, tmp_path / "host")
         done = host.call("download", NAME, "--no-vision", *arguments)
         succeed(done)
-        assert done.stderr.count("the vision part") == 1
+        assert done.stderr.count("the vision tower") == 1
         assert "is left out: images will be refused" in done.stderr
         assert not {f"{NAME}/{name}" for name in vision} & hub.sent.keys()
         hub.reset_counts()

@@ -124,7 +124,7 @@ def test_models_that_see_images_are_named() -> None:
     assert [alias for alias, sees in listed.items() if sees] == seeing
 
 
-def test_weights_without_a_vision_part_do_not_see_images(tmp_path: Path) -> None:
+def test_weights_without_a_vision_tower_do_not_see_images(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--moonshotai--Kimi-K2.6" / "snapshots" / ("a" * 40)
     rewrite(snapshot, dict)
     (snapshot / "tokenizer_config.json").write_text("{}")
@@ -133,7 +133,7 @@ def test_weights_without_a_vision_part_do_not_see_images(tmp_path: Path) -> None
     (snapshot / "model-00004-of-000004.safetensors").unlink()
     assert not find_row(entry_of("kimi-k2.6"), STUDIO).sees_images
     text = details_text("kimi-k2.6")
-    assert "its vision part is not on this machine; `kimi-mlx download kimi-k2.6` adds it" in " ".join(text.split())
+    assert "its vision tower is not on this machine; `kimi-mlx download kimi-k2.6` adds it" in " ".join(text.split())
 
 
 def test_the_repository_of_earlier_versions_is_used_if_only_that_is_here(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_repository_of_earlier_versions_is_used_if_only_that_is_here(tmp_pat
     earlier = tmp_path / "stores" / "mlx-community--Kimi-K2.5"
     earlier.mkdir(parents=True)
     assert resolve_model_name("kimi-k2.5").repository == "mlx-community/Kimi-K2.5"
-    assert "no: `mlx-community/Kimi-K2.5` has no vision part, `moonshotai/Kimi-K2.5` has one" in details_text(
+    assert "no: `mlx-community/Kimi-K2.5` has no vision tower, `moonshotai/Kimi-K2.5` has one" in details_text(
         "kimi-k2.5"
     )
     (tmp_path / "models--moonshotai--Kimi-K2.5").mkdir()

@@ -163,7 +163,7 @@ def test_without_the_hub_a_store_without_a_tower_stays_as_it_is(
 ) -> None:
     download(tmp_path, skips_vision=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert download(tmp_path)["state"] == "is on this machine, without its vision part"
+    assert download(tmp_path)["state"] == "is on this machine, without its vision tower"
     assert "cannot be added now" in caplog.text
 
 
@@ -179,7 +179,7 @@ def test_a_source_without_a_tower_is_asked_once(hub: Hub, repository: Path, tmp_
     hub.reset_counts()
     assert download(tmp_path)["state"] == "is on this machine"
     assert hub.requests == []
-    assert "this checkpoint has no vision part" in no_vision_error(folder, load_config(folder)).message
+    assert "this checkpoint has no vision tower" in no_vision_error(folder, load_config(folder)).message
 
 
 def test_an_interrupted_store_of_an_earlier_version_resumes_with_the_tower(tmp_path: Path) -> None:
@@ -245,4 +245,4 @@ def test_hosts_with_and_without_the_tower_have_the_same_checkpoint(repository: P
     for number in (3, 4):
         (repository / f"model-{number:05}-of-000004.safetensors").unlink()
     assert fingerprint(repository, config, 0, 2).shared == before
-    assert "files of its vision part are missing" in no_vision_error(repository, config).message
+    assert "files of its vision tower are missing" in no_vision_error(repository, config).message
