@@ -38,17 +38,29 @@ def make_server(
         on_ready: callback, called once the server answers.
     """
     entry = target.entry
-    default_names = [target.name if target.folder is None or entry else folder.resolve().name]
-    if entry is not None:
-        names = (entry.alias, entry.repository, entry.original_repository, entry.earlier_repository)
-        default_names += [name for name in names if name is not None]
-    default_names += [name.partition("/")[2] for name in default_names if "/" in name]
-    name, *aliases = dict.fromkeys([*names, *default_names])
+    name, *aliases = served_names(target, folder, names)
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     sampling = instant.recommended() if instant else {}
     return Server(session, tokenizer, model_info, sampling, options, partial(on_ready, tokenizer))
+
+
+def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of a model in requests, without duplicates; the first one is in responses.
+
+    Args:
+        target: the model.
+        folder: folder with the configuration and the tokenizer.
+        names: the user's names, which come first.
+    """
+    entry = target.entry
+    default_names = [target.name if target.folder is None or entry else folder.resolve().name]
+    if entry is not None:
+        known_names = (entry.alias, entry.repository, entry.original_repository, entry.earlier_repository)
+        default_names += [name for name in known_names if name is not None]
+    default_names += [name.partition("/")[2] for name in default_names if "/" in name]
+    return list(dict.fromkeys([*names, *default_names]))
 
 
 def start_log() -> None:
