@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -141,6 +142,17 @@ def test_a_worker_that_takes_too_long_or_ends_is_replaced(
             await pool.run(end_the_process, long)
         assert error.value.status == 503
         assert len({first, second, await pool.run(process_id, long)}) == 3
+
+    run(work)
+
+
+@pytest.mark.parametrize("media_type", ['"image_url"', '"ima\\u0067e_url"', '"input\\u005fimage"'])
+def test_short_bodies_with_images_go_to_a_worker_process(prompt_builder: PromptBuilder, media_type: str) -> None:
+    async def work() -> None:
+        body = f'{{"type": {media_type}, "image_url": "data:,"}}'.encode()
+        assert await Preparation(prompt_builder).run(process_id, body) != os.getpid()
+        text_only = replace(prompt_builder, text_only_reason="it has no vision tower")
+        assert await Preparation(text_only).run(process_id, body) == os.getpid()
 
     run(work)
 
