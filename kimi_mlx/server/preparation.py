@@ -32,7 +32,7 @@ SHORT_BODY_BYTES = 8_000
 """Largest body that is prepared in this process."""
 
 MEDIA_TYPE = re.compile(rb'"(?:image|image_url|input_image|video_url)"|\\u00[567]')
-"""Type of a part with an image or a video, in the JSON text of a body; or an escaped letter, which may be part of one."""
+"""Type of a part with an image or a video, in the JSON text of a body, or an escaped letter, which may hide one."""
 
 NUM_THREADS = 2
 """Maximum number of short bodies that are prepared at once."""
