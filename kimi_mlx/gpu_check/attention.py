@@ -41,7 +41,7 @@ def check(context: Context) -> None:
             kv_lora_rank=LATENT,
         )
         weights = RandomWeights(config)
-        layers = {dtype: Attention(config, weights.layer(0, dtype)) for dtype in LIMITS}
+        layers = {dtype: Attention(config, weights.layer(0, dtype), 0) for dtype in LIMITS}
         mx.eval([layer.parameters() for layer in layers.values()])
         for total in context.sizes.attention_totals:
             context.progress(f"heads of {sizes}, {total} keys")

@@ -7,7 +7,7 @@ Source: DeepSeek-V2 (https://arxiv.org/abs/2405.04434) and DeepSeek-V3 (https://
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,8 +46,9 @@ class KeyProjection(Matrix):
 class Attention(nn.Module):
     """MLA attention of one layer. A rank with some of the heads returns its partial sum."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights):
+    def __init__(self, config: ModelConfig, weights: LayerWeights, layer: int):
         super().__init__()
+        self._keys_name, self._queries_name = f"cached keys of layer {layer}", f"compressed queries of layer {layer}"
         key = weights.matrix("self_attn.embed_q")
         self.num_heads = key.weight.shape[0]
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -64,7 +65,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(weights.matrix("self_attn.o_proj"))
 
     def __call__(
-        self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
+        self,
+        x: mx.array,
+        caches: Sequence[LatentCache],
+        layout: BatchLayout,
+        query_layout: BatchLayout,
+        check_same: Callable[[str, mx.array], None],
     ) -> mx.array:
         """Compute causal attention of each sequence over its cache and its new tokens.
 
@@ -73,6 +79,7 @@ class Attention(nn.Module):
             caches: cache of each sequence; all L tokens are appended.
             layout: layout of the L new tokens.
             query_layout: layout of the M tokens that are queries.
+            check_same: function of a name and a value that every rank computes for itself.
 
         Returns:
             (B, M, D).
@@ -83,13 +90,16 @@ class Attention(nn.Module):
         latent = qkv[..., self.q_dim : self.q_dim + self.latent_dim]
         k_rope = qkv[..., self.q_dim + self.latent_dim :]
         if "q_b_proj" in self:
-            q = self.q_b_proj(mx.fast.rms_norm(q, self["q_a_layernorm"], NORM_EPS_LATENT))
+            q = mx.fast.rms_norm(q, self["q_a_layernorm"], NORM_EPS_LATENT)
+            check_same(self._queries_name, q)
+            q = self.q_b_proj(q)
         q = q.reshape(B, M, self.num_heads, self.nope_dim + self.rope_dim).swapaxes(1, 2)  # (B, H, M, N + P)
         q_nope, q_rope = q[..., : self.nope_dim], q[..., self.nope_dim :]
         q_rope = query_layout.rotate(q_rope)
         k_rope = layout.rotate(k_rope[:, None])  # (B, 1, L, P)
         latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], NORM_EPS_LATENT)[:, None]  # (B, 1, L, R)
         rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
+        check_same(self._keys_name, rows)
         for segment, cache in zip(layout.segments, caches, strict=True):
             cache.append(rows[:, :, segment.start : segment.stop])
         out = self._attend(q_nope, q_rope, caches, query_layout)  # (B, H, M, V)

@@ -57,12 +57,13 @@ class Communicator:
         """Return x + the sum of all ranks' partial attention outputs, the same bits on each rank."""
         return x + partial
 
-    def check_same(self, name: str, x: mx.array) -> None:
+    def check_same(self, name: str, x: mx.array, is_set: bool = False) -> None:
         """Compare a value that every rank computes for itself with those of the other ranks, if this step is checked.
 
         Args:
             name: plural name of the value, for error messages.
-            x: the value; integers are sets in the last dimension, whose order does not matter.
+            x: the value.
+            is_set: whether the order in the last dimension does not matter.
         """
 
     def sum_experts(self, partial: mx.array) -> mx.array:
@@ -100,17 +101,19 @@ class DecoderLayer(nn.Module):
         self.eps = config.rms_norm_eps
         self.communicator = communicator
         self._states_name, self._experts_name = f"hidden states in layer {layer}", f"chosen experts of layer {layer}"
+        self._weights_name = f"expert weights of layer {layer}"
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
-        self.self_attn = Attention(config, weights)
+        self.self_attn = Attention(config, weights, layer)
         self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
 
     def __call__(
         self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
     ) -> mx.array:
         """(B, L, D) -> (B, M, D), the hidden states of the M queries. The caches get all L tokens."""
-        attended = self.self_attn(mx.fast.rms_norm(x, self["input_layernorm"], self.eps), caches, layout, query_layout)
         communicator = self.communicator
+        h = mx.fast.rms_norm(x, self["input_layernorm"], self.eps)
+        attended = self.self_attn(h, caches, layout, query_layout, communicator.check_same)
         x = communicator.add_attention(query_layout.select(x), attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         communicator.check_same(self._states_name, h)
@@ -118,7 +121,8 @@ class DecoderLayer(nn.Module):
         if not isinstance(self.mlp, MoE):
             return communicator.sum_experts(self.mlp(h, residual))
         ids, weights = self.mlp.gate(h)
-        communicator.check_same(self._experts_name, ids)
+        communicator.check_same(self._experts_name, ids, is_set=True)
+        communicator.check_same(self._weights_name, weights, is_set=True)
         return communicator.sum_experts(self.mlp(h, residual, ids, weights))
 
 
@@ -265,6 +269,7 @@ class Model(nn.Module):
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, M, D) -> (B, M, vocab_size). Call it in the order of the calls of `hidden`."""
         h = mx.fast.rms_norm(self.communicator.recv_last_hidden(hidden), self["norm"], self.config.rms_norm_eps)
+        self.communicator.check_same("final hidden states", h)
         return self.communicator.gather_logits(self.lm_head(h))
 
     def make_cache(self) -> list[LatentCache]:

@@ -78,8 +78,15 @@ def plant(model: Model, fault: str) -> None:
         layer.mlp.gate.e_score_correction_bias = bias + 0.5 * (mx.arange(bias.size) % 2)
     elif fault == "states":
         layer.post_attention_layernorm = layer.post_attention_layernorm * (1 + 1e-6)
+    elif fault == "weights":  # the same experts, with other weights
+        assert isinstance(layer.mlp, MoE)
+        layer.mlp.gate.weight = layer.mlp.gate.weight * (1 + 1e-6)
     elif fault == "attention":
         layer.input_layernorm = layer.input_layernorm * (1 + 1e-5)
+    elif fault == "keys":
+        layer.self_attn.kv_a_layernorm = layer.self_attn.kv_a_layernorm * (1 + 1e-5)
+    elif fault == "norm":
+        model.norm = model.norm * (1 + 1e-5)
 
 
 if __name__ == "__main__":
