@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from kimi_mlx.model.names import is_vision
+from kimi_mlx.model.vision_names import is_vision
 from tests.checkpoints import FORMATS
 
 K2_5 = FORMATS / "int4-k2.5"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.names import CheckpointLayout, SourceMatrix, vision_entries
+from kimi_mlx.model.names import CheckpointLayout, SourceMatrix
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.vision_config import VisionConfig, parse_vision
+from kimi_mlx.model.vision_names import vision_entries
 from kimi_mlx.model.weight import Weight
 from tests.checkpoints import Config, tensor_values, vision_shapes
 

@@ -7,10 +7,11 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.model.names import CheckpointLayout, vision_entries
+from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.vision_config import CHANNELS, VisionConfig
+from kimi_mlx.model.vision_names import vision_entries
 from kimi_mlx.model.weight import Weight
 
 Tensors = dict[str, mx.array]

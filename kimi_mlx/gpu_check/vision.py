@@ -12,11 +12,12 @@ from kimi_mlx.gpu_check.checks import Sizes
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
-from kimi_mlx.model.names import CheckpointLayout, vision_entries
+from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.vision_attention import blockwise, fused
 from kimi_mlx.model.vision_config import CHANNELS, Grid, VisionConfig
+from kimi_mlx.model.vision_names import vision_entries
 from kimi_mlx.model.weight import Weight
 
 NUM_LAYERS = 2

@@ -1,4 +1,4 @@
-"""Map tensor names of a checkpoint to the entries of the canonical tree (kimi_mlx.model.tree).
+"""Map tensor names of a text model to the entries of the canonical tree (kimi_mlx.model.tree).
 
 Checkpoints come in Hugging Face's layout (experts one by one, `kv_b_proj` whole) and in MLX's (experts stacked as
 `switch_mlp`, `kv_b_proj` often split into `embed_q` and `unembed_out`), float or quantized. This module uses
@@ -13,15 +13,9 @@ from typing import Literal
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.vision_config import CHANNELS, VisionConfig
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Suffixes of tensors that the model does not use: rotary buffers of old files."""
-
-VISION_PATH, PROJECTOR_PATH = "vision_tower.", "mm_projector."
-
-VISION_PREFIXES = (VISION_PATH, PROJECTOR_PATH)
-"""Prefixes of the tensors of K2.5's vision tower and its projector."""
 
 FLOAT_MATRICES = (".mlp.gate", ".patch_embed.proj", ".patch_embed.pos_emb")
 """Ends of the paths of matrices that are never quantized: the router, and the vision tower's patches and positions."""
@@ -103,18 +97,13 @@ class CheckpointLayout:
     quantization: Callable[[str], Quantization | None]
 
 
-def is_vision(name: str) -> bool:
-    """Return whether a tensor is one of the vision tower or its projector."""
-    return name.startswith(VISION_PREFIXES)
-
-
 def top_entries(config: ModelConfig) -> list[TreeEntry]:
     """Return the entries of the top: embedding, last norm and head."""
     table = (config.vocab_size, config.hidden_size)
     return [
-        _single("model.embed_tokens", "model.embed_tokens", table, ShardedAxis("embed_rows", "rows")),
-        _single("model.norm", "model.norm", (config.hidden_size,)),
-        _single("lm_head", "lm_head", table, ShardedAxis("vocab_rows", "rows")),
+        single_entry("model.embed_tokens", "model.embed_tokens", table, ShardedAxis("embed_rows", "rows")),
+        single_entry("model.norm", "model.norm", (config.hidden_size,)),
+        single_entry("lm_head", "lm_head", table, ShardedAxis("vocab_rows", "rows")),
     ]
 
 
@@ -131,7 +120,7 @@ def layer_entries(
     """
     prefix = f"model.layers.{layer}."
     norms = ("input_layernorm", "post_attention_layernorm")
-    entries = [_single(name, prefix + name, (config.hidden_size,)) for name in norms]
+    entries = [single_entry(name, prefix + name, (config.hidden_size,)) for name in norms]
     entries += _attention_entries(config, prefix, layout)
     if config.is_moe_layer(layer):
         fused = num_fused_shared(config, layer, layout) if fuses_shared else 0
@@ -139,55 +128,6 @@ def layer_entries(
     else:
         entries += _mlp_entries(config, prefix, "mlp", config.intermediate_size, "dense_rows")
     return entries
-
-
-def vision_entries(config: VisionConfig, layout: CheckpointLayout) -> list[TreeEntry]:
-    """Return the entries of the vision tower and its projector, named as published: one per matrix and one per bias.
-
-    The embedding of patches is stored as a convolution (D, 3, height, width) and used as a matrix with as many columns
-    as a patch has values. mlx-vlm stores it as (D, height, width, 3), and has other names for the blocks (its
-    models/kimi_k25/vision.py).
-    """
-    hidden, merged = config.vt_hidden_size, config.merged_size
-    kernel = (CHANNELS, config.patch_size, config.patch_size)
-    is_of_mlx_vlm = layout.has(f"{VISION_PATH}final_layernorm.weight")
-    tables = (config.init_pos_emb_height, config.init_pos_emb_width, hidden)
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{VISION_PATH}encoder.final_layernorm": (hidden,),
-        f"{PROJECTOR_PATH}pre_norm": (hidden,),
-        f"{PROJECTOR_PATH}proj.0": (merged, merged),
-        f"{PROJECTOR_PATH}proj.2": (config.text_hidden_size, merged),
-    }
-    for index in range(config.vt_num_hidden_layers):
-        path = f"{VISION_PATH}encoder.blocks.{index}."
-        shapes |= {path + name: shape for name, shape in _vision_block_shapes(config).items()}
-    embed = f"{VISION_PATH}patch_embed."
-    patches = SourceMatrix((f"{embed}proj",), (hidden, config.patch_values), kernel=kernel)
-    entries = [
-        TreeEntry(f"{embed}proj", ((patches,),)),
-        _single(f"{embed}proj.bias", f"{embed}proj", (hidden,), suffix=".bias"),
-        _single(f"{embed}pos_emb", f"{embed}pos_emb", tables),
-    ]
-    for name, shape in shapes.items():
-        path = _mlx_vlm_path(name) if is_of_mlx_vlm else name
-        entries += [_single(name, path, shape), _single(f"{name}.bias", path, shape[:1], suffix=".bias")]
-    return entries
-
-
-def _mlx_vlm_path(path: str) -> str:
-    return path.replace("encoder.", "").replace(".wqkv", ".attn.wqkv").replace(".wo", ".attn.wo")
-
-
-def _vision_block_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.vt_hidden_size, config.vt_intermediate_size
-    return {
-        "norm0": (hidden,),
-        "norm1": (hidden,),
-        "wqkv": (3 * hidden, hidden),
-        "wo": (hidden, hidden),
-        "mlp.fc0": (inner, hidden),
-        "mlp.fc1": (hidden, inner),
-    }
 
 
 def num_fused_shared(config: ModelConfig, layer: int, layout: CheckpointLayout) -> int:
@@ -207,9 +147,10 @@ def is_latent_first(layer: int, layout: CheckpointLayout) -> bool:
     return layout.has(f"model.layers.{layer}.self_attn.embed_q.weight")
 
 
-def _single(
+def single_entry(
     name: str, path: str, shape: tuple[int, ...], *sharded_axes: ShardedAxis, suffix: str = ".weight"
 ) -> TreeEntry:
+    """Return an entry that is one tensor of the checkpoint."""
     return TreeEntry(name, ((SourceMatrix((path,), shape, sharded_axes, suffix=suffix),),))
 
 
@@ -225,15 +166,15 @@ def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayou
     else:
         q_a = SourceMatrix((path + "q_a_proj",), (c.q_lora_rank, hidden))
         entries = [
-            _single("self_attn.q_a_layernorm", path + "q_a_layernorm", (c.q_lora_rank,)),
-            _single("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank), by_head),
+            single_entry("self_attn.q_a_layernorm", path + "q_a_layernorm", (c.q_lora_rank,)),
+            single_entry("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank), by_head),
         ]
     return [
         *entries,
         TreeEntry("self_attn.qkv_a_proj", ((q_a,), (kv_a,))),
-        _single("self_attn.kv_a_layernorm", path + "kv_a_layernorm", (c.kv_lora_rank,)),
+        single_entry("self_attn.kv_a_layernorm", path + "kv_a_layernorm", (c.kv_lora_rank,)),
         *_kv_b_entries(c, path, layout),
-        _single(
+        single_entry(
             "self_attn.o_proj",
             path + "o_proj",
             (hidden, c.num_attention_heads * c.v_head_dim),
@@ -249,8 +190,8 @@ def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> l
     by_head = ShardedAxis("heads", "stack")
     if layout.has(path + "embed_q.weight"):
         return [
-            _single("self_attn.embed_q", path + "embed_q", (heads, latent, nope), by_head),
-            _single("self_attn.unembed_out", path + "unembed_out", (heads, value, latent), by_head),
+            single_entry("self_attn.embed_q", path + "embed_q", (heads, latent, nope), by_head),
+            single_entry("self_attn.unembed_out", path + "unembed_out", (heads, value, latent), by_head),
         ]
     shape = (heads * (nope + value), latent)
     keys = SourceMatrix((path + "kv_b_proj",), shape, (by_head,), heads=(heads, 0, nope))
@@ -264,7 +205,7 @@ def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share_
     gate, up = (SourceMatrix((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
     return [
         TreeEntry(f"{name}.gate_up_proj", ((gate,), (up,))),
-        _single(f"{name}.down_proj", path + "down_proj", (hidden, width), ShardedAxis(share_field, "columns")),
+        single_entry(f"{name}.down_proj", path + "down_proj", (hidden, width), ShardedAxis(share_field, "columns")),
     ]
 
 
@@ -276,8 +217,8 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout, fus
     bias_name = "mlp.gate.e_score_correction_bias"
     experts = (config.n_routed_experts,)
     entries = [
-        _single("mlp.gate", gate_path, (*experts, config.hidden_size)),
-        _single(bias_name, gate_path, experts, suffix=".e_score_correction_bias"),
+        single_entry("mlp.gate", gate_path, (*experts, config.hidden_size)),
+        single_entry(bias_name, gate_path, experts, suffix=".e_score_correction_bias"),
         TreeEntry("mlp.experts.gate_up_proj", (gate, up)),
         TreeEntry("mlp.experts.down_proj", (down,)),
     ]

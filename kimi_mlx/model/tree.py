@@ -15,7 +15,7 @@ of the unquantized matrix (F: the rank's share of the expert rows; S: shared exp
     mlp.gate_up_proj, mlp.down_proj                  dense layers
 
 At the top: `model.embed_tokens`, `model.norm`, `lm_head`. The entries of the vision tower have the published names, of
-matrices and norms without `.weight`, of biases with `.bias` (kimi_mlx.model.names.vision_entries).
+matrices and norms without `.weight`, of biases with `.bias` (kimi_mlx.model.vision_names.vision_entries).
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ import numpy as np
 from kimi_mlx.errors import VisionError
 from kimi_mlx.model.device import device_kind, elementwise
 from kimi_mlx.model.device_traits import TUNINGS
-from kimi_mlx.model.names import PROJECTOR_PATH, VISION_PATH
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.vision_attention import attend_image, attend_images
 from kimi_mlx.model.vision_config import CHANNELS, Grid, VisionConfig
+from kimi_mlx.model.vision_names import PROJECTOR_PATH, VISION_PATH
 from kimi_mlx.model.vision_positions import add_positions, patch_rotations, rotate
 from kimi_mlx.model.weight import Matrix
 
@@ -129,7 +129,7 @@ class VisionTower(nn.Module):
 
     Args:
         config: dimensions.
-        weights: entries of kimi_mlx.model.names.vision_entries.
+        weights: entries of kimi_mlx.model.vision_names.vision_entries.
     """
 
     def __init__(self, config: VisionConfig, weights: LayerWeights):

@@ -16,7 +16,7 @@ from typing import Any
 
 from kimi_mlx.model.config import ModelConfig, load_config, parse_config
 from kimi_mlx.model.config_quantization import PackedInts
-from kimi_mlx.model.names import VISION_PATH
+from kimi_mlx.model.vision_names import VISION_PATH
 from kimi_mlx.sizing.vision import tower_values
 
 ROUTER_BITS = 32

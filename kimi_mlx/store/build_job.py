@@ -6,7 +6,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
-from kimi_mlx.model.names import is_vision
+from kimi_mlx.model.vision_names import is_vision
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.sources import CheckpointSource
 from kimi_mlx.store.store_folders import placement_folder

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig, parse_config
-from kimi_mlx.model.names import is_vision
+from kimi_mlx.model.vision_names import is_vision
 from kimi_mlx.store.manifest import Origin
 from kimi_mlx.weights.header import TensorInfo, read_header
 

@@ -7,16 +7,8 @@ from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.names import (
-    IGNORED_SUFFIXES,
-    TEXT_PREFIX,
-    CheckpointLayout,
-    TreeEntry,
-    is_vision,
-    layer_entries,
-    top_entries,
-    vision_entries,
-)
+from kimi_mlx.model.names import IGNORED_SUFFIXES, TEXT_PREFIX, CheckpointLayout, TreeEntry, layer_entries, top_entries
+from kimi_mlx.model.vision_names import is_vision, vision_entries
 from kimi_mlx.weights.header import TensorInfo
 from kimi_mlx.weights.index import read_index
 from kimi_mlx.weights.stored_matrices import StoredMatrices

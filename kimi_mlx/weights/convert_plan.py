@@ -12,15 +12,8 @@ from dataclasses import dataclass, replace
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config_quantization import Quantization
-from kimi_mlx.model.names import (
-    TEXT_PREFIX,
-    SourceMatrix,
-    TreeEntry,
-    is_vision,
-    layer_entries,
-    top_entries,
-    vision_entries,
-)
+from kimi_mlx.model.names import TEXT_PREFIX, SourceMatrix, TreeEntry, layer_entries, top_entries
+from kimi_mlx.model.vision_names import is_vision, vision_entries
 from kimi_mlx.weights.checkpoint import Checkpoint
 from kimi_mlx.weights.convert_options import ConvertOptions, TargetFormats, target_formats
 from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedFile, ConvertedWeight

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import irregular_kind, read_regular_file
-from kimi_mlx.model.names import is_vision
+from kimi_mlx.model.vision_names import is_vision
 from kimi_mlx.model_files import fetch_again_hint, small_names
 from kimi_mlx.weights.header import TensorInfo, read_header, unreadable_error
 

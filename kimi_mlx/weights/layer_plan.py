@@ -12,15 +12,8 @@ from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.names import (
-    SourceMatrix,
-    TreeEntry,
-    is_latent_first,
-    layer_entries,
-    num_fused_shared,
-    top_entries,
-    vision_entries,
-)
+from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
+from kimi_mlx.model.vision_names import vision_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
 from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
 from kimi_mlx.weights.matrix_format import MatrixField, MatrixFormat
