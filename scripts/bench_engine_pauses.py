@@ -26,7 +26,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import load_share, prepare_device
 

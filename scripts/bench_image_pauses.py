@@ -26,7 +26,8 @@ import numpy as np
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import ImageInput, Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import ImageInput, Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import load_share, prepare_device
 from tests.checkpoints import write_checkpoint

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 import kimi_mlx
-from kimi_mlx.engine.request import Event, Finished, FinishReason, Prefilled, Request, Statistics, Token
+from kimi_mlx.engine.events import Event, Finished, FinishReason, Prefilled, Statistics, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import Conversation

@@ -21,7 +21,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kimi_mlx.cluster.channel.messages import Message
-from kimi_mlx.engine.request import Request, Statistics, Token
+from kimi_mlx.engine.events import Statistics, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.rank.channel import Channel, run_rank
@@ -117,7 +118,7 @@ def fill_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copie
 
 
 class BatchRun:
-    """Runs one batch, with the same clocks as kimi_mlx.engine.request.Statistics.
+    """Runs one batch, with the same clocks as kimi_mlx.engine.events.Statistics.
 
     Args:
         channel: channel to the front.

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, TimedAnswer
 from kimi_mlx.cluster.channel.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import Ring
-from kimi_mlx.engine.request import Statistics
+from kimi_mlx.engine.events import Statistics
 from kimi_mlx.errors import RingError
 from kimi_mlx.session.session import SessionOptions
 

@@ -12,7 +12,7 @@ import numpy as np
 from kimi_mlx.bench.machine import OURS
 from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import Side
-from kimi_mlx.engine.request import Statistics
+from kimi_mlx.engine.events import Statistics
 
 ShareOf = Callable[[Case, float], float | None]
 """Return the share of the roofline at a decode rate."""

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kimi_mlx.engine.request import Finished, Request, Statistics, Token
+from kimi_mlx.engine.events import Finished, Statistics, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.session.ring import RingSession

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from kimi_mlx.cli.output import print_json, stderr, stdout
 from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
-from kimi_mlx.engine.request import Finished
+from kimi_mlx.engine.events import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Content, Delta

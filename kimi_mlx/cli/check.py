@@ -12,7 +12,7 @@ from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RunOpti
 from kimi_mlx.errors import RingError, UsageError
 
 if TYPE_CHECKING:
-    from kimi_mlx.engine.request import Finished
+    from kimi_mlx.engine.events import Finished
     from kimi_mlx.session.session import Session
 
 TOKENS = 32
@@ -85,7 +85,8 @@ def first_difference(first: list[int], second: list[int]) -> int:
 
 
 def _answer(session: Session, prompt: tuple[int, ...]) -> tuple[list[int], Finished]:
-    from kimi_mlx.engine.request import Finished, Request, Token
+    from kimi_mlx.engine.events import Finished, Token
+    from kimi_mlx.engine.request import Request
 
     ids: list[int] = []
     for event in session.generate(Request(prompt, max_tokens=TOKENS)):

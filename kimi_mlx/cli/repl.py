@@ -18,7 +18,7 @@ from kimi_mlx.cli.input_line import InputLine, open_input_line
 from kimi_mlx.cli.output import print_error, stderr, stdout
 from kimi_mlx.cli.repl_media import ReplMedia
 from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
-from kimi_mlx.engine.request import Encoded, Finished, FinishReason, Prefilled, Statistics
+from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled, Statistics
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
 from kimi_mlx.session.conversation import Conversation

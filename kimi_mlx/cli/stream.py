@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
-from kimi_mlx.engine.request import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.session.conversation import ChatEvent
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 from kimi_mlx.units import format_bytes, format_rate, format_seconds

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
+from kimi_mlx.engine.events import Event, FinishReason, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
-from kimi_mlx.engine.request import Event, FinishReason, Prefilled
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
 from kimi_mlx.errors import KimiMlxError

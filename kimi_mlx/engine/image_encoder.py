@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from kimi_mlx.engine.events import Encoded
 from kimi_mlx.engine.feature_store import Features, FeatureStore
-from kimi_mlx.engine.request import Encoded, ImageInput
+from kimi_mlx.engine.request import ImageInput
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_errors import encoding_error
 from kimi_mlx.engine.step_runner import StepRunner

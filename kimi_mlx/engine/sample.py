@@ -9,7 +9,7 @@ from typing import cast
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
-from kimi_mlx.engine.request import Logprobs
+from kimi_mlx.engine.events import Logprobs
 
 
 @dataclass

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 
 from kimi_mlx.engine.drafts import PromptLookup, accepted_length
+from kimi_mlx.engine.events import Finished, FinishReason, Logprobs, Statistics, Token
 from kimi_mlx.engine.kv_cache_pool import SequenceCache
-from kimi_mlx.engine.request import Finished, FinishReason, Logprobs, Request, Statistics, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.model.cache import LatentCache

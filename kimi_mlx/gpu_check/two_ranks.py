@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import random_tokens
 from kimi_mlx.model.config import load_config

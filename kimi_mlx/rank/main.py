@@ -12,8 +12,9 @@ from pathlib import Path
 from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
+from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.request import Encoded, Event, Finished, Prefilled, Request, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from kimi_mlx.engine.request import Finished, Statistics, Token
+from kimi_mlx.engine.events import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
 from kimi_mlx.server.api_types import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
 from kimi_mlx.server.tool_calls import CallIdAllocator

@@ -14,7 +14,8 @@ from functools import partial
 import anyio
 import anyio.to_thread
 
-from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Request, Resumed, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive

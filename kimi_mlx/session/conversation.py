@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer, MessageLike

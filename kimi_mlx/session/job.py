@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field, replace
 
 from kimi_mlx.cluster.channel.messages import encode
-from kimi_mlx.engine.request import Finished, FinishReason, Request, Statistics
+from kimi_mlx.engine.events import Finished, FinishReason, Statistics
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.session.session import EventCallback
 

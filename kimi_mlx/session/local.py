@@ -17,8 +17,9 @@ from kimi_mlx.cluster.hosts.launch import FAST_SYNC
 from kimi_mlx.cluster.ring.end_limits import OTHER_END_LIMIT_S, SHOW_AFTER_S, unload_limit_s
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.events import Event, Finished
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.request import Event, Finished, Request
+from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.engine.step_errors import step_error
 from kimi_mlx.errors import EngineError, KimiMlxError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kimi_mlx.engine.request import Interrupted
+from kimi_mlx.engine.events import Interrupted
 from kimi_mlx.errors import RingError, SshError
 
 RESTART_DELAYS_S = (1.0, 10.0, 30.0)

@@ -13,18 +13,18 @@ from pathlib import Path
 
 from kimi_mlx.cluster.channel.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import FRONT_SILENCE_S, Ring
-from kimi_mlx.engine.request import (
+from kimi_mlx.engine.events import (
     Encoded,
     Event,
     Finished,
     Interrupted,
     Logprobs,
     Prefilled,
-    Request,
     Resumed,
     Statistics,
     Token,
 )
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files

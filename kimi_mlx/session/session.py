@@ -10,7 +10,8 @@ from typing import Protocol
 
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
-from kimi_mlx.engine.request import Event, Finished, Request
+from kimi_mlx.engine.events import Event, Finished
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
 

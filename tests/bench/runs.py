@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import BatchResult, TimedAnswer
-from kimi_mlx.engine.request import Statistics
+from kimi_mlx.engine.events import Statistics
 
 SINGLE = Case(0, 100, 1)
 

@@ -6,7 +6,7 @@ import pytest
 
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run, measure
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, TimedAnswer
-from kimi_mlx.engine.request import Statistics
+from kimi_mlx.engine.events import Statistics
 from kimi_mlx.errors import UsageError
 
 Log = list[tuple[str, RequestBatch]]

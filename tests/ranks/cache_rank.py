@@ -13,7 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.engine.events import Finished, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import MlxGroup
 from kimi_mlx.rank.rendezvous import pin_to_cpu

@@ -18,7 +18,8 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Encoded, Finished, ImageInput, Request, Sampling, Token
+from kimi_mlx.engine.events import Encoded, Finished, Token
+from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.vision import Encoding

@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.engine.events import Finished, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import Group, MlxGroup

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.engine.request import Encoded, Event, Finished, Interrupted, Prefilled, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Token
 from kimi_mlx.errors import EngineError
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.session.local import LocalSession

@@ -11,7 +11,8 @@ import pytest
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from tests.mlx_launch import loopback_hostfile, ring_variables
 
 pytestmark = pytest.mark.ranks
@@ -23,7 +24,8 @@ import json
 import mlx.core as mx
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.runtime.load import prepare_device
 
 prepare_device(has_sampling=False)

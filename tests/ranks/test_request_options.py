@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from kimi_mlx.engine.request import Logprobs, Request, Sampling, Token
+from kimi_mlx.engine.events import Logprobs, Token
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.local import LocalSession

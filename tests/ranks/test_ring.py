@@ -16,7 +16,8 @@ import pytest
 from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import RingTimeouts
-from kimi_mlx.engine.request import Event, Finished, Interrupted, Prefilled, Request, Resumed, Sampling, Token
+from kimi_mlx.engine.events import Event, Finished, Interrupted, Prefilled, Resumed, Token
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import EngineError, PlacementError, RingError
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession

@@ -16,7 +16,8 @@ from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring import end_limits, ending, guard
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import RingTimeouts
-from kimi_mlx.engine.request import Event, Finished, Interrupted, Request, Token
+from kimi_mlx.engine.events import Event, Finished, Interrupted, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.local import LocalSession

@@ -18,7 +18,7 @@ from kimi_mlx.cli.stream import (
     format_tool_call,
     statistics_line,
 )
-from kimi_mlx.engine.request import Encoded, Finished, Prefilled, Statistics
+from kimi_mlx.engine.events import Encoded, Finished, Prefilled, Statistics
 from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
 
 STATISTICS = Statistics(

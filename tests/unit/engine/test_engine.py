@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Finished, Prefilled, Request, Sampling, Statistics, Token
+from kimi_mlx.engine.events import Finished, Prefilled, Statistics, Token
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config

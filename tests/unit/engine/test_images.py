@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.events import Encoded, Event, Finished, Token
 from kimi_mlx.engine.feature_store import Features, FeatureStore
 from kimi_mlx.engine.kv_cache_pool import shape_of
 from kimi_mlx.engine.prompt_cache.block_file import chain, root_of
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.request import Encoded, Event, Finished, ImageInput, Request, Token
+from kimi_mlx.engine.request import ImageInput, Request
 from kimi_mlx.errors import EngineError, KimiMlxError, StepError, VisionError
 from kimi_mlx.model import vision
 from kimi_mlx.model.config import load_config

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, SequenceCache, common_prefix, padded_length
-from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
 from kimi_mlx.text.template import ChatTemplate

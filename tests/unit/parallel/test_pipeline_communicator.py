@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Finished, Request, Sampling, Token
+from kimi_mlx.engine.events import Finished, Token
+from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator

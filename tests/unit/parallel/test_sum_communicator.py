@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Event, Request, Token
+from kimi_mlx.engine.events import Event, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model

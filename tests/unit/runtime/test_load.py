@@ -12,7 +12,8 @@ import pytest
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY, ChatTokenizer

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.kv_cache_pool import shape_of
-from kimi_mlx.engine.request import Finished, Request, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import fingerprint, load
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache

@@ -12,7 +12,8 @@ import mlx.core as mx
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.request import Request, Token
+from kimi_mlx.engine.events import Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import Sampling
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import load_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.engine.request import Finished, Statistics, Token
+from kimi_mlx.engine.events import Finished, Statistics, Token
 from kimi_mlx.server.api_types import DeltaEvent, FinishEvent
 from kimi_mlx.server.response_builder import ChatReader, ResponseBuilder
 from kimi_mlx.server.tool_calls import to_kimi_ids

@@ -9,18 +9,18 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 
 from kimi_mlx.engine.engine import MAX_SEQUENCES
-from kimi_mlx.engine.request import (
+from kimi_mlx.engine.events import (
     Event,
     Finished,
     FinishReason,
     Interrupted,
     Logprobs,
     Prefilled,
-    Request,
     Resumed,
     Statistics,
     Token,
 )
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompletionRequest, DeltaEvent, FinishEvent, KeepAlive

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kimi_mlx.cluster.channel.messages import decode
-from kimi_mlx.engine.request import Event, Finished, Request, Statistics
+from kimi_mlx.engine.events import Event, Finished, Statistics
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.session.job import Job
 

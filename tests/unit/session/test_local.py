@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kimi_mlx.engine.request import Event, Finished, Prefilled, Request, Token
+from kimi_mlx.engine.events import Event, Finished, Prefilled, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, StepError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.session import local as local_session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kimi_mlx.engine.request import Interrupted
+from kimi_mlx.engine.events import Interrupted
 from kimi_mlx.session.restart_policy import STABLE_S, RestartPolicy
 
 
