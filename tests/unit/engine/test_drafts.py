@@ -26,7 +26,7 @@ def search(tokens: list[int]) -> int | None:
 
 @given(tokens=TOKENS)
 def test_the_longest_and_latest_ngram_is_found(tokens: list[int]) -> None:
-    assert find_earlier_ngram(np.array(tokens, np.int32)) == search(tokens)
+    assert find_earlier_ngram(np.array(tokens, np.int64)) == search(tokens)
 
 
 @given(parts=st.lists(TOKENS, min_size=1, max_size=4), limit=st.integers(0, 9))
