@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +34,9 @@ MAX_OTHER_FRACTION = 0.05
 """Fraction of other characters, such as line breaks, in base64; texts have more spaces."""
 
 BASE64_CHARS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=-_"
+
+CONTROL_CHARS = re.compile(rb"[\x00-\x1f\x7f]+|\xc2[\x80-\x9f]")
+"""Control characters in UTF-8, which could end the line of the log or control the terminal."""
 
 RECORD_KEY = "kimi_mlx.record"
 """Key of a request's RequestRecord in its ASGI scope."""
@@ -130,11 +134,12 @@ def _line(record: RequestRecord, request: str, status: int) -> str:
 
 
 def text_without_media(body: bytes) -> str:
-    """Return the text of a body in which the data of images, videos and other files are replaced by their sizes."""
+    """Return the text of a body on one line, with the sizes of images, videos and other files instead of their data."""
     encoding = json.detect_encoding(body)
     if encoding != "utf-8":
         body = body.decode(encoding, "replace").encode(errors="replace")
-    return b'"'.join(map(_without_data, body.split(b'"'))).decode(errors="replace")
+    text = b'"'.join(map(_without_data, body.split(b'"')))
+    return CONTROL_CHARS.sub(b" ", text).decode(errors="replace")
 
 
 def _without_data(string: bytes) -> bytes:
