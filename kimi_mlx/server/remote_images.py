@@ -35,7 +35,7 @@ NUM_THREADS = 4
 NUM_CONNECTIONS = 4
 """Maximum number of connections for the URLs of one request."""
 
-HOST = re.compile(r"[a-z0-9._:-]+")
+HOST = re.compile(r"[a-z0-9._-]+|\[[a-f0-9.:]+\]")
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 REQUEST_HEADERS = {"accept": "image/*,video/*", "accept-encoding": "identity", "user-agent": "kimi-mlx"}
@@ -50,7 +50,8 @@ def normalize_host(text: str) -> str:
     """
     try:
         url = httpx2.URL(f"//{text}")
-        if HOST.fullmatch(_name(url)) and not url.userinfo and not set(text) & set("/?#"):
+        is_port = url.port is None or 0 < url.port < 2**16
+        if HOST.fullmatch(_name(url)) and is_port and not url.userinfo and not set(text) & set("/?#"):
             return _name(url) if url.port is None else f"{_name(url)}:{url.port}"
     except httpx2.InvalidURL:
         pass
@@ -243,7 +244,9 @@ def _target(url: httpx2.URL, location: str, place: str) -> str:
 
 
 def _name(url: httpx2.URL) -> str:
-    return url.raw_host.decode().removesuffix(".")
+    """Return the host of a URL; an IPv6 address in brackets, so that it differs from one with a port."""
+    name = url.raw_host.decode().removesuffix(".")
+    return f"[{name}]" if ":" in name else name
 
 
 def _refusal(place: str, message: str, hint: str | None = None) -> ApiError:

@@ -83,6 +83,12 @@ def test_urls_that_are_not_allowed(server: PictureServer, url: str, message: str
     assert server.requests == []  # all URLs are checked before the first one is fetched
 
 
+def test_a_port_after_an_ipv6_address_is_not_part_of_another_address(server: PictureServer) -> None:
+    hosts = [normalize_host("[2606:2800::1]:443")]
+    with refused("this server does not fetch images from `\\[2606:2800::1:443\\]`"):
+        fetch(ImageFetcher(hosts, 100, lambda name, port: ["127.0.0.1"]), "https://[2606:2800::1:443]/a.png")
+
+
 def test_without_allowed_hosts_no_url_is_fetched() -> None:
     with refused("this server does not fetch images from URLs; send it as a data URL"):
         fetch(ImageFetcher(), "https://upload.wikimedia.org/x.png")
@@ -250,7 +256,8 @@ def test_unknown_and_unreachable_hosts(server: PictureServer) -> None:
         ("example.org.", "example.org"),
         ("example.org:8443", "example.org:8443"),
         ("münchen.example", "xn--mnchen-3ya.example"),
-        ("[2606:2800:220:1::1]:443", "2606:2800:220:1::1:443"),
+        ("[2606:2800:220:1::1]:443", "[2606:2800:220:1::1]:443"),
+        ("[2606:2800:220:1::1]", "[2606:2800:220:1::1]"),
     ],
 )
 def test_allowed_hosts_are_normalized(text: str, host: str) -> None:
@@ -258,7 +265,8 @@ def test_allowed_hosts_are_normalized(text: str, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["https://example.org", "example.org/x", "*", "*.example.org", "a@b", "", "a b", ":80"]
+    "text",
+    ["https://example.org", "example.org/x", "*", "*.example.org", "a@b", "", "a b", ":80", "a:0", "a:65536", "::1"],
 )
 def test_other_texts_are_no_hosts(text: str) -> None:
     with pytest.raises(UsageError, match="is not a host"):
