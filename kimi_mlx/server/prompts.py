@@ -240,9 +240,11 @@ class PromptBuilder:
         return max(min_tokens, num_tokens)
 
     def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: str) -> ApiError:
+        """Return the response for a prompt beyond the context. Clients that then shorten it look for these words."""
         return ApiError(
             400,
-            f"the prompt has {num_tokens} tokens, but the context is {self.context_tokens} tokens",
+            f"the prompt has {num_tokens} tokens, but this model's maximum context length is {self.context_tokens} "
+            "tokens",
             "context_length_exceeded",
             request.messages_name if isinstance(request, ChatRequest) else request.place,
         )
