@@ -102,11 +102,11 @@ def test_a_long_text_is_quick() -> None:
     looked_at: list[Path] = []
     split_dropped_files("/a b " * 100_000, lambda path: bool(looked_at.append(path)))
     assert len(looked_at) < 400
-    started = time.monotonic()
+    started = time.process_time()
     split("/" * 1_000_000)
     split("\\" * 1_000_000)
     split("'" * 100_000)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_names_after_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_training_rows_have_the_ids_of_the_chat_template():
     for _ in range(60):
         scene = make_scene(rng, rng.choice(GRIDS))
         dialogue = picture_dialogue(scene, 1, rng)
-        thinking = {} if dialogue.thinking else {"thinking": False}
+        thinking: dict[str, Any] = {} if dialogue.thinking else {"thinking": False}
         row = renderer.render(dialogue)
         prompt = template.encode(tokenizer, dialogue.messages[: dialogue.first_supervised], **thinking)
         assert row.ids[: len(prompt)] == prompt

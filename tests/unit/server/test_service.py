@@ -63,6 +63,7 @@ class ScriptedSession:
             on_event(finished("cancelled"))
 
     context = 1000
+    image_error = None
 
     def status(self) -> SessionStatus:
         return self.state

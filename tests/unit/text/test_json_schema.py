@@ -64,11 +64,11 @@ def nested(depth: int) -> dict[str, Any]:
     ],
 )
 def test_errors_name_the_location_and_are_found_quickly(schema: Any, message: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(GrammarError) as caught:
         check_schema(schema, "here")
     assert message in str(caught.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_annotations_are_dropped() -> None:

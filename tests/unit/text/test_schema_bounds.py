@@ -54,10 +54,10 @@ def test_schemas_within_the_bounds(tools: list[Any], response_schema: Any) -> No
     ],
 )
 def test_a_schema_beyond_a_bound_is_refused_quickly(tools: list[Any], response_schema: Any, message: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(GrammarError, match=message):
         check_bounds(tools, response_schema)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_number_of_characters_is_about_that_of_json() -> None:

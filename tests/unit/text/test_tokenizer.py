@@ -120,9 +120,9 @@ def test_long_text_is_split_as_defined(runs: list[tuple[str, int]]):
 
 def test_a_million_blanks_are_encoded_quickly(tokenizer: Tokenizer):
     text = " " * 1_000_000
-    start = time.monotonic()
+    start = time.process_time()
     ids = tokenizer.encode(text)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert tokenizer.decode(ids) == text
 
 
