@@ -14,6 +14,9 @@ INDEX = re.compile(r":\d+$")
 ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
 NO_ARGUMENTS = "{}"
 
+NAMESPACES = "(?:functions?|tools?|namespace|defaultapi|multitooluse)*"
+"""Words that models write before a name, alone or several, without separators."""
+
 SEPARATORS = re.compile(r"[\W_]+")
 CLIENT_ID = re.compile(r"(?:call|toolu|tool|fc|chatcmpl)[\W_]", re.IGNORECASE)
 """Beginning of an id in the format of a client."""
@@ -29,8 +32,8 @@ def names_of(tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
 def tool_name(call_id: str, tool_names: Collection[str] = ()) -> str:
     """Return the name of the tool in a call's id; empty if there is none.
 
-    Kimi sometimes writes an id that differs from `functions.NAME:INDEX`: `functionsNAME5`, `functions_NAME_5`, `NAME`
-    or `call_NAME_5`. If exactly one offered tool fits such an id, its name is returned.
+    Kimi sometimes writes an id that differs from `functions.NAME:INDEX`: `functionsNAME5`, `functions_NAME_5`, `NAME`,
+    `tools.functions.NAME` or `call_NAME_5`. If exactly one offered tool fits such an id, its name is returned.
 
     Args:
         call_id: id as the model wrote it.
@@ -46,7 +49,7 @@ def tool_name(call_id: str, tool_names: Collection[str] = ()) -> str:
 def _tools_with_this_name(call_id: str, tool_names: Collection[str]) -> list[str]:
     """Return the tools whose name, apart from case and separators, is all of the id between its prefix and index."""
     text = _letters(call_id)
-    return [name for name in tool_names if re.fullmatch(rf"(?:functions?)?{re.escape(_letters(name))}\d*", text)]
+    return [name for name in tool_names if re.fullmatch(rf"{NAMESPACES}{re.escape(_letters(name))}\d*", text)]
 
 
 def _tools_named_inside(call_id: str, tool_names: Collection[str]) -> list[str]:
