@@ -33,6 +33,8 @@ def irregular_kind(path: str | os.PathLike[str]) -> str | None:
         if error.errno == errno.ELOOP:
             return "a loop of links"
         return "a broken link" if os.path.islink(path) else None
+    except ValueError:  # a null character: no file can have this name
+        return None
 
 
 def read_regular_file(path: Path) -> bytes:

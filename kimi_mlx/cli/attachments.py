@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rich.text import Text
 
 from kimi_mlx.cli.media_files import check_files
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import escape_controls, stderr
 from kimi_mlx.cli.stream import ControlFilter
 from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.errors import EngineError, UsageError
@@ -75,17 +75,22 @@ def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = 
     """
     # heavy imports: only for a message with images
     from kimi_mlx.images.cache import MediaCache
+    from kimi_mlx.images.data_url import too_large
     from kimi_mlx.images.limits import DEFAULT_LIMITS
 
     check_files([path])
     max_bytes = DEFAULT_LIMITS.max_bytes if kind == "image" else DEFAULT_LIMITS.max_video_bytes
     try:
         with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
-    chunks = (prepare or MediaCache().prepare)(kind, data, ControlFilter().add(str(path)))
-    name = ControlFilter().add(path.name)
+    place = escape_controls(str(path))
+    if len(data) > max_bytes:
+        raise too_large(place, max(num_bytes, len(data)), max_bytes)
+    chunks = (prepare or MediaCache().prepare)(kind, data, place)
+    name = " ".join(ControlFilter().add(path.name).split("\n"))
     return Attachment(name, kind, {"type": kind, kind: data}, tuple(chunk.image for chunk in chunks))
 
 

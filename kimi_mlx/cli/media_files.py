@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_mlx.errors import UsageError
+from kimi_mlx.files import irregular_kind
 
 if TYPE_CHECKING:
     from kimi_mlx.text.media import MediaKind
@@ -37,12 +38,13 @@ def check_files(paths: Iterable[Path]) -> None:
         UsageError: a file does not exist, or is a folder or a device.
     """
     for path in paths:
-        if os.path.isdir(path):
+        kind = irregular_kind(path)
+        if kind == "a folder":
             raise UsageError(f"`{path}` is a folder, not an image", hint="name a file in it")
+        if kind is not None:
+            raise UsageError(f"`{path}` is {kind}, not a file", hint="save the image as a file")
         if not os.path.lexists(path):
             raise UsageError(f"there is no file `{path}`", hint=_similar_names(path))
-        if not os.path.isfile(path):
-            raise UsageError(f"`{path}` is not a regular file", hint="save the image as a file")
 
 
 def _similar_names(path: Path) -> str:

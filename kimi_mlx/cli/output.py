@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -29,11 +30,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not is_utf8), flush=True)
 
 
+CONTROL_CHARS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that could control the terminal, or that it cannot show. Names of files may have them."""
+
+
 def print_error(error: KimiMlxError) -> None:
-    """Print an error and its hint."""
-    stderr.print(Text("error: ", style="bold red") + Text(_error_text(error), style="default"))
+    """Print an error and its hint, with control characters escaped."""
+    stderr.print(Text("error: ", style="bold red") + Text(escape_controls(_error_text(error)), style="default"))
     if error.hint:
-        stderr.print(Text("hint: ", style="bold") + Text(error.hint))
+        stderr.print(Text("hint: ", style="bold") + Text(escape_controls(error.hint)))
+
+
+def escape_controls(text: str) -> str:
+    """Return a text with its control characters written as escapes, such as `\\x1b`."""
+    return CONTROL_CHARS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def error_to_dict(error: KimiMlxError) -> dict[str, str | None]:

@@ -11,6 +11,8 @@ from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.units import format_bytes
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+BASE64 = re.compile(r"; *base64 *$", re.IGNORECASE)
+"""End of the header of a data URL in base64; browsers allow the spaces."""
 DATA_URL_HINT = "send the file as a data URL: `data:image/png;base64,...`"
 SMALLER_HINT = "send a smaller version"
 
@@ -26,7 +28,7 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
     Raises:
         ImageError: the URL has another scheme, is not valid, or is too large.
 
-    Source: RFC 2397.
+    Source: RFC 2397, and https://fetch.spec.whatwg.org/#data-url-processor.
     """
     header, comma, data = url.partition(",")
     scheme = SCHEME.match(header)
@@ -35,7 +37,7 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
         raise ImageError(place, reason, hint=DATA_URL_HINT)
     if not comma:
         raise ImageError(place, "the data URL has no comma before its data", hint=DATA_URL_HINT)
-    is_base64 = header[-7:].lower() == ";base64"
+    is_base64 = BASE64.search(header) is not None
     num_bytes = len(data) * 3 // 4 if is_base64 else len(data)
     if num_bytes > max_bytes + 3:  # 3: padding, which is no content
         raise too_large(place, num_bytes, max_bytes)
@@ -44,10 +46,13 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
             return unquote_to_bytes(data)
         return base64.b64decode("".join(unquote(data).split()), validate=True)
     except ValueError as error:  # binascii.Error, or characters outside of ASCII
-        raise ImageError(place, f"the data URL is not valid base64: {error}", hint=DATA_URL_HINT) from error
+        raise ImageError(place, f"the data is not valid base64: {error}", hint=DATA_URL_HINT) from error
 
 
 def too_large(place: str, num_bytes: int, max_bytes: int) -> ImageError:
     """Return the error for a file above the limit."""
-    reason = f"the file has {format_bytes(num_bytes)}, more than {format_bytes(max_bytes)}"
+    size, limit = format_bytes(num_bytes), format_bytes(max_bytes)
+    if size == limit:
+        size, limit = f"{num_bytes} bytes", f"{max_bytes}"
+    reason = f"the file has {size}, more than {limit}"
     return ImageError(place, reason, hint=SMALLER_HINT)

@@ -257,6 +257,23 @@ def test_only_the_answer_is_on_stdout_beside_an_image() -> None:
     assert "\x1b" not in done.stderr
 
 
+def test_names_of_files_in_errors_do_not_control_the_terminal(tmp_path: Path) -> None:
+    name = "a\x1b[31m\x07\x9b2J"
+    (tmp_path / f"{name}.png").touch()
+    for missing in (f"{name}.png", f"{name}.pn"):  # broken; missing, with a similar name in the hint
+        done = call("chat", "kimi-mini-vl", "-i", str(tmp_path / missing), "-p", "What do you see?")
+        assert "a\\x1b[31m\\x07\\x9b2J.png`" in done.stderr
+        assert done.stderr.replace("\n", "").isprintable()
+
+
+def test_a_file_above_the_limit_names_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    with path.open("wb") as file:
+        file.truncate(5_000_000_000)
+    done = call("chat", "kimi-mini-vl", "-i", str(path), "-p", "What do you see?")
+    assert "the file has 5.0 GB, more than 32.0 MB" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "hint"),
     [
