@@ -14,13 +14,12 @@ from kimi_mlx.cli.media_files import check_files
 from kimi_mlx.cli.output import escape_controls, stderr
 from kimi_mlx.cli.stream import ControlFilter
 from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
-from kimi_mlx.errors import EngineError, UsageError
+from kimi_mlx.errors import UsageError
 from kimi_mlx.text.media import MediaKind
 
 if TYPE_CHECKING:
     from kimi_mlx.images.prepared import PreparedImage
     from kimi_mlx.images.video import MediaChunk
-    from kimi_mlx.store.model_ref import ModelRef
     from kimi_mlx.text.messages import Content
 
 
@@ -34,7 +33,7 @@ class Attachment:
 
     Attributes:
         name: name of the file, without control characters.
-        kind: what the file is.
+        kind: image or video.
         part: part of a message in OpenAI's format, with the contents of the file in the place of a URL.
         frames: the image, or the chunks of a video, as the model sees them.
     """
@@ -66,7 +65,7 @@ def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = 
 
     Args:
         path: file; its name may have any ending.
-        kind: what the file is.
+        kind: image or video.
         prepare: function that decodes the file for a model; None decodes it for K2.5.
 
     Raises:
@@ -115,32 +114,3 @@ def with_attachments(content: Content, attachments: Sequence[Attachment]) -> Con
 def text_part(text: str) -> Mapping[str, Any]:
     """Return text as a part of a message in OpenAI's format."""
     return {"type": "text", "text": text}
-
-
-def require_vision(folder: Path, name: str) -> None:
-    """Check that a model on this machine has a vision tower, before it is loaded.
-
-    Args:
-        folder: checkpoint, or folder of a placement's stores.
-        name: the user's name for the model.
-
-    Raises:
-        EngineError: it has none; the hint says how to add it, if it can be added.
-    """
-    # heavy imports: only for a message with images
-    from kimi_mlx.model.config import load_config
-    from kimi_mlx.store.vision import no_vision_error, sees_images
-
-    config = load_config(folder)
-    if not sees_images(folder, config):
-        raise no_vision_error(folder, config, name)
-
-
-def require_vision_in_catalogue(target: ModelRef) -> None:
-    """Check that a known model has a vision tower, before it is downloaded or hosts load it.
-
-    Raises:
-        EngineError: it has none.
-    """
-    if target.entry is not None and not target.entry.sees_images:
-        raise EngineError(f"`{target.name}` does not see images", hint="`kimi-mlx models` lists models that do")

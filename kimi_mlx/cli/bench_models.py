@@ -15,7 +15,6 @@ from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.bench.workloads import synthetic_checkpoint
-from kimi_mlx.cli.attachments import require_vision
 from kimi_mlx.cli.bench import MeasurementOptions
 from kimi_mlx.cli.open_model import (
     LaunchContext,
@@ -28,6 +27,7 @@ from kimi_mlx.cli.open_model import (
 )
 from kimi_mlx.cli.options import RunOptions
 from kimi_mlx.cli.output import load_progress, stderr
+from kimi_mlx.cli.vision_check import require_vision
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.images.preprocessing import Preprocessing
