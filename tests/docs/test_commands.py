@@ -73,7 +73,7 @@ class Example:
 
 def read_examples() -> list[Example]:
     """Return the commands of all pages; a command may continue over lines."""
-    examples: list[Example] = []
+    examples: dict[str, Example] = {}  # by command, with its first page
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))):
         for block in BLOCK.findall(page.read_text(encoding="utf-8")):
             text = ""
@@ -83,9 +83,9 @@ def read_examples() -> list[Example]:
                     continue
                 command = re.sub(r"\s+#(?= ).*$", "", text.replace("\\\n", " ")).strip()
                 if command and not command.startswith("#"):
-                    examples.append(Example(str(page.relative_to(ROOT)), command))
+                    examples.setdefault(command, Example(str(page.relative_to(ROOT)), command))
                 text = ""
-    return list({example.command: example for example in examples}.values())
+    return list(examples.values())
 
 
 EXAMPLES = read_examples()
@@ -141,7 +141,8 @@ def test_every_reason_is_needed() -> None:
 
 
 def is_slow(example: Example) -> bool:
-    return "--ranks" in example.command or "serve" in example.command
+    starts_several_processes = re.search(r"^curl |serve|--ranks", example.command) is not None
+    return starts_several_processes or ("--image" in example.command and example.page != "README.md")
 
 
 @pytest.mark.parametrize(

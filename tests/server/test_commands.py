@@ -40,6 +40,7 @@ def home(tmp_path: Path, running: RunningServer) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_llm_generates_an_svg(home: Path) -> None:
     drawing = llm(home, "-m", "kimi-mini", PELICAN, "-o", "max_tokens", "2000", "-o", "temperature", "0")
     document = parseString(drawing[drawing.index("<svg") : drawing.index("</svg>") + 6])

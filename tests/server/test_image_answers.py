@@ -83,6 +83,7 @@ def test_every_api_gives_the_same_answer(running: RunningServer) -> None:
         assert [part.text for part in message.content] == [text]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.slow
 def test_llm_with_a_picture(running: RunningServer, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "extra-openai-models.yaml").write_text(MODELS.format(url=running.url))
     answer = llm(tmp_path, "-m", "kimi-mini-vl", "What is this?", "-a", str(picture), "-o", "max_tokens", "200")

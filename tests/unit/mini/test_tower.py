@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from scripts.mini import vision_batches
 from scripts.mini.batches import TOKENS_PER_STEP
 from scripts.mini.model import replace_rows
 from scripts.mini.render import Renderer
@@ -83,7 +84,9 @@ def model_tokenizer():
 
 
 @pytest.mark.slow
-def test_a_few_steps_of_both_parts_lower_the_loss(tmp_path: Path):
+def test_a_few_steps_of_both_parts_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vision_batches, "PICTURES_PER_STEP", 4)
+    monkeypatch.setattr(vision_batches, "TOKENS_PER_STEP", 512)
     settings = Settings(str(tmp_path), str(TEXT_MODEL), minutes=600, vision=True, seed="test")
     trainer = VisionTrainer(settings, mx.distributed.init())
     batch, grid = make_picture_batch("test", 0, 0)
