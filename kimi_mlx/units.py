@@ -1,4 +1,4 @@
-"""Format and parse bytes, times, tokens and rates. GB is 10**9 bytes, GiB is 1024**3."""
+"""Format and parse bytes, counts, times and rates. GB is 10**9 bytes, GiB is 1024**3."""
 
 from __future__ import annotations
 
@@ -51,3 +51,8 @@ def format_seconds(seconds: float) -> str:
 def format_rate(per_second: float) -> str:
     """Format a rate, such as `20.1 tok/s`."""
     return f"{per_second:.1f} tok/s"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a number with its noun, such as `1 token` or `2 tokens`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

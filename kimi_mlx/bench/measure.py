@@ -13,6 +13,7 @@ from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from kimi_mlx.images.resize import MERGE, grid_size, resized_size
+from kimi_mlx.units import format_count
 
 GREEDY = Sampling(temperature=0.0, seed=0)
 
@@ -20,7 +21,7 @@ MAX_CONCURRENCY = 64
 MAX_IMAGES = 100
 
 EnergyOf = Callable[[float, float], float | None]
-"""Return the joules between two times of time.perf_counter; None if they are not known."""
+"""Returns the joules between two times of time.perf_counter; None if they are not known."""
 
 
 @dataclass(frozen=True, order=True)
@@ -42,7 +43,7 @@ class Case:
     def __str__(self) -> str:
         """Describe the case, such as `prompt 128 after 8192, 1 image, 4 at once`."""
         depth = f" after {self.depth}" if self.depth else ""
-        images = f", {self.images} image{'s' * (self.images > 1)}" if self.images else ""
+        images = f", {format_count(self.images, 'image')}" if self.images else ""
         at_once = f", {self.concurrency} at once" if self.concurrency > 1 else ""
         return f"prompt {self.prompt_tokens}{depth}{images}{at_once}"
 
@@ -88,7 +89,11 @@ class BenchmarkPlan:
                 hint="use --generation-tokens 2 or more",
             )
         if self.repeat < 1 or self.warmup < 0 or self.seed < 0:
-            raise UsageError("repetitions must be at least 1, warm-ups and the seed at least 0")
+            raise UsageError(
+                f"repetitions must be at least 1, warm-ups and the seed at least 0, not {self.repeat}, {self.warmup} "
+                f"and {self.seed}",
+                hint="for example --repeat 5 --warmup 1 --seed 0",
+            )
         if not self.depth or min(self.depth) < 0:
             raise UsageError("the depth (cached tokens) must be at least 0", hint="for example --depth 0,8192")
         if not self.concurrency or min(self.concurrency) < 1 or max(self.concurrency) > MAX_CONCURRENCY:
@@ -96,7 +101,6 @@ class BenchmarkPlan:
                 f"concurrency {','.join(map(str, self.concurrency))} is not between 1 and {MAX_CONCURRENCY}",
                 hint="for example --concurrency 1,4",
             )
-
         if not self.images or min(self.images) < 0 or max(self.images) > MAX_IMAGES:
             raise UsageError(
                 f"{','.join(map(str, self.images))} images are not between 0 and {MAX_IMAGES}",
@@ -211,7 +215,7 @@ def measure(
         plan: the plan.
         vocab_size: upper bound of the random prompt ids.
         energy_of: energy of this machine, if it can be measured.
-        placeholder_id: token in whose place an image's features stand.
+        placeholder_id: id of the token that the features of an image replace.
     """
     for case, repetition, ordered_sides in _schedule(sides, plan):
         batch = make_batch(case, repetition + plan.warmup, plan, vocab_size, placeholder_id)

@@ -15,7 +15,7 @@ from kimi_mlx.model.vision_config import Grid, VisionConfig
 MODULE = "mlx_vlm.models.kimi_k25"
 
 EncodeImages = Callable[[mx.array, Sequence[Grid]], mx.array]
-"""Return the features (T, text_hidden_size) of patches (P, 3, patch_size, patch_size) in -1..1, evaluated."""
+"""Returns the features (T, text_hidden_size) of patches (P, 3, patch_size, patch_size) in -1..1, evaluated."""
 
 
 def require_mlx_vlm() -> None:

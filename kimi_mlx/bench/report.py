@@ -13,7 +13,7 @@ from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.bench.towers import TowerRow, ratio_lines
-from kimi_mlx.units import format_bytes
+from kimi_mlx.units import format_bytes, format_count
 
 Row = TypeVar("Row")
 
@@ -74,7 +74,7 @@ class Report:
         settings, plan = self.settings, self.plan
         host, packages = settings["machine"], settings["versions"]
         names = ", ".join(f"{name} {packages[name]}" for name in (OURS, *PACKAGES))
-        ranks = f"{settings['ranks']} rank{'s' if settings['ranks'] > 1 else ''}"
+        ranks = format_count(settings["ranks"], "rank")
         if hosts := settings.get("hosts"):
             ranks += f" on {', '.join(hosts)}"
         workload = f"{plan.generation_tokens} new tokens"

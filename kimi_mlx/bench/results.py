@@ -15,7 +15,7 @@ from kimi_mlx.bench.sides import Side
 from kimi_mlx.engine.events import Statistics
 
 ShareOf = Callable[[Case, float], float | None]
-"""Return the share of the roofline at a decode rate."""
+"""Returns the share of the roofline at a decode rate."""
 
 RATES = ("prefill_tok_per_s", "decode_tok_per_s", "aggregate_tok_per_s")
 
@@ -178,12 +178,12 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
 def _encoding(image_tokens: int, statistics: Sequence[Statistics]) -> Encoding | None:
     if not image_tokens:
         return None
-    encode_s = [each.encode_s for each in statistics]
+    encode_s = [answer.encode_s for answer in statistics]
     return Encoding(
         image_tokens,
         Spread.of(encode_s),
         Spread.of([image_tokens / seconds if seconds else 0.0 for seconds in encode_s]),
-        Spread.of([each.ttft_s - each.encode_s for each in statistics]),
+        Spread.of([answer.ttft_s - answer.encode_s for answer in statistics]),
     )
 
 

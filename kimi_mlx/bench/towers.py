@@ -17,6 +17,7 @@ from kimi_mlx.bench.pictures import make_picture
 from kimi_mlx.bench.random_tower import build_tower, random_tower
 from kimi_mlx.bench.results import Spread
 from kimi_mlx.model.vision_config import VisionConfig
+from kimi_mlx.units import format_count
 
 MLX_VLM = "mlx-vlm"
 
@@ -94,6 +95,7 @@ def ratio_lines(rows: Sequence[TowerRow]) -> list[str]:
     lines: list[str] = []
     for count in dict.fromkeys(row.images for row in rows):
         speeds = {row.side: row.tok_per_s.median for row in rows if row.images == count}
-        images = f"{count} image{'s' * (count > 1)}"
-        lines.append(f"tower alone, {images}: kimi-mlx / mlx-vlm = {speeds[OURS] / speeds[MLX_VLM]:.2f}")
+        lines.append(
+            f"tower alone, {format_count(count, 'image')}: kimi-mlx / mlx-vlm = {speeds[OURS] / speeds[MLX_VLM]:.2f}"
+        )
     return lines

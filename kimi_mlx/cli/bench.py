@@ -129,10 +129,10 @@ class MeasurementOptions:
         )
 
     def check_images(self, plan: BenchmarkPlan) -> None:
-        """Check that the other side can run the plan, before anything is loaded.
+        """Check that the program to compare with can run the plan, before anything is loaded.
 
         Raises:
-            UsageError: mlx-lm and images, or mlx-vlm without images or not installed.
+            UsageError: mlx-lm with images, or mlx-vlm without images or not installed.
         """
         if plan.has_images and self.against == "mlx-lm":
             raise UsageError("mlx-lm does not see images", hint="use `--against mlx-vlm`, which compares the tower")
@@ -147,13 +147,16 @@ class MeasurementOptions:
         """Check that a delay has links between several ranks on this machine, and is in range.
 
         Raises:
-            UsageError: it has none, or is not.
+            UsageError: the delay is out of range, or there is only one rank.
         """
         delay_ms = self.link_delay_ms
         if delay_ms is None:
             return
         if not 0 <= delay_ms <= MAX_LINK_DELAY_MS:
-            raise UsageError(f"--link-delay-ms is {delay_ms:g}, not from 0 to {MAX_LINK_DELAY_MS}")
+            raise UsageError(
+                f"--link-delay-ms is {delay_ms:g}, not from 0 to {MAX_LINK_DELAY_MS}",
+                hint="for example --link-delay-ms 4",
+            )
         if ranks == 1:
             raise UsageError("--link-delay-ms is for several ranks on this machine", hint="add for example `--ranks 2`")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from kimi_mlx.cli.output import print_json, stderr, stdout
-from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
+from kimi_mlx.cli.statistics_text import statistics_line
+from kimi_mlx.cli.stream import AnswerPrinter
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Content, Delta
+from kimi_mlx.units import format_count
 
 
 def print_answer(conversation: Conversation, content: Content) -> None:
@@ -29,7 +31,7 @@ def print_answer(conversation: Conversation, content: Content) -> None:
 
 def _empty_answer(finished: Finished, has_reasoning: bool) -> str:
     """Return the message for an answer without text and tool calls."""
-    tokens = count(finished.statistics.generated_tokens, "token")
+    tokens = format_count(finished.statistics.generated_tokens, "token")
     if not has_reasoning:
         return f"the answer is empty: the model generated {tokens}, none of them text or reasoning"
     remedy = "; raise --max-tokens" if finished.reason == "length" else ""

@@ -21,11 +21,10 @@ from rich.progress import (
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
 from kimi_mlx.hub.licence import show_once
 from kimi_mlx.store.model_ref import ModelRef
-from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from kimi_mlx.store.build import BuildProgress  # imports MLX; a usage error needs neither
+    from kimi_mlx.store.rounds import BuildProgress  # imports MLX
 
 LINE_EVERY_S = 15.0
 

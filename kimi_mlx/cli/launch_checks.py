@@ -17,7 +17,6 @@ from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.output import print_json, slow_status, stderr
 from kimi_mlx.cli.placement import choose_placement_on_hosts, print_placement, with_placement
-from kimi_mlx.cli.stream import count
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose, with_model_need
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
@@ -27,7 +26,7 @@ from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.cluster.install.install import install as install_on
 from kimi_mlx.cluster.install.install import needs_install
 from kimi_mlx.errors import MissingModelError
-from kimi_mlx.units import format_bytes
+from kimi_mlx.units import format_bytes, format_count
 
 IGNORED_FOR_DOWNLOAD = ("stores", "memory", "wired memory", "wired limit")
 """Checks that do not prevent a download, which loads nothing."""
@@ -61,7 +60,7 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
         stderr.print(f"written: {hosts.save}", markup=False)
     if not command.is_json:
         _print_start(diagnosis, need, option, cluster, is_full=command.name == "check")
-        print_placement(choice, count(cluster.size, "rank" if len(cluster.names) == 1 else "host"))
+        print_placement(choice, format_count(cluster.size, "rank" if len(cluster.names) == 1 else "host"))
     return LaunchContext(cluster, option, options.restarts, options.timeouts, choice, to_dict(diagnosis, need))
 
 
@@ -132,7 +131,7 @@ def _print_report(diagnosis: Diagnosis, need: ModelNeed, option: str) -> None:
 
 def _heading(diagnosis: Diagnosis, cluster: Cluster) -> str:
     names = ", ".join(cluster.names) + (", with fast synchronisation" if cluster.hostfile.has_fast_sync else "")
-    text = f"{count(cluster.size, 'rank')} on {names}"
+    text = f"{format_count(cluster.size, 'rank')} on {names}"
     if diagnosis.network is None:
         return text
     speeds = [f": {link.speed}" for link in diagnosis.links if link.network == diagnosis.network]

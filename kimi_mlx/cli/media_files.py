@@ -19,7 +19,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 
 
 def media_kind(path: Path) -> MediaKind | None:
-    """Return what a file is by the end of its name; None for another one."""
+    """Return the kind of a file by its suffix; None if that is of neither an image nor a video."""
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return "image"

@@ -22,6 +22,7 @@ from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.units import format_count
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class LaunchContext:
     @property
     def description(self) -> str:
         """Number of ranks and names of the hosts, for people."""
-        ranks = "1 rank" if self.cluster.size == 1 else f"{self.cluster.size} ranks"
-        return f"{ranks} on {', '.join(self.cluster.names)}"
+        return f"{format_count(self.cluster.size, 'rank')} on {', '.join(self.cluster.names)}"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ CONTROL_CHARS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Characters that could control the terminal, or that it cannot show. Names of files may have them."""
 
 
+def print_note(text: str) -> None:
+    """Print a message of the program itself on stderr, dimmed and wrapped."""
+    stderr.print(Text(text, style="dim"), soft_wrap=False)
+
+
 def print_error(error: KimiMlxError) -> None:
     """Print an error and its hint, with control characters escaped."""
     stderr.print(Text("error: ", style="bold red") + Text(escape_controls(_error_text(error)), style="default"))

@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
-from rich.table import Table
-from rich.text import Text
-
 from kimi_mlx.cli.attachments import Attachment
 from kimi_mlx.cli.input_line import InputLine, open_input_line
-from kimi_mlx.cli.output import print_error, stderr, stdout
+from kimi_mlx.cli.output import print_error, print_note, stderr, stdout
+from kimi_mlx.cli.repl_commands import FILE_COMMANDS, Command, find_command, help_table
 from kimi_mlx.cli.repl_media import ReplMedia
-from kimi_mlx.cli.stream import AnswerPrinter, count, statistics_line
+from kimi_mlx.cli.statistics_text import conversation_line, statistics_line
+from kimi_mlx.cli.stream import AnswerPrinter
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled, Statistics
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Content
-from kimi_mlx.units import format_rate, format_seconds
-
-KEYS = {
-    "Enter": "send the message",
-    "Alt-Enter, Ctrl-J": "start a new line; so does a backslash at the end of a line",
-    "Ctrl-C": "stop the answer, or clear the message; twice on an empty line: exit",
-    "Ctrl-D": "exit",
-    "Up, Down, Ctrl-R": "previous messages, search them",
-    "Tab": "complete a command, or the name of a file after /image",
-    "//text": "send a message that starts with a slash",
-}
-FILE_COMMANDS = ("/image", "/video")
-"""Commands whose argument is the name of a file."""
 
 REMARKS: dict[FinishReason, str] = {
     "cancelled": "stopped",
     "length": "stopped at the token limit",
 }
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command of the conversation.
-
-    Attributes:
-        name: name with its slash.
-        argument: placeholder of the argument in the help; empty for none.
-        about: description in the help.
-        run: function that receives the text after the name.
-    """
-
-    name: str
-    argument: str
-    about: str
-    run: Callable[[str], None]
 
 
 class Repl:
@@ -72,7 +39,7 @@ class Repl:
     def __init__(self, conversation: Conversation, model_name: str, attached: Sequence[Attachment] = ()):
         self._conversation = conversation
         self._model_name = model_name
-        self._media = media = ReplMedia(conversation, attached)
+        self._media = ReplMedia(conversation, attached)
         self._answers: list[Statistics] = []
         self._is_over = False
         commands = [
@@ -85,7 +52,7 @@ class Repl:
             Command(
                 "/video", "FILE ...", "attach videos to the next message", partial(self._media.attach, kind="video")
             ),
-            Command("/images", "[drop N|drop all]", "list images and videos, or drop some", media.list),
+            Command("/images", "[drop N|drop all]", "list images and videos, or drop some", self._media.list),
             Command("/stats", "", "statistics of the last answer and of the conversation", self._stats),
             Command("/quit", "", "exit", self._quit),
             Command("/exit", "", "exit, like /quit", self._quit),
@@ -99,7 +66,7 @@ class Repl:
             RingError: the connection between the hosts was lost.
             KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
         """
-        _note(f"{self._model_name} · /help lists commands and keys, Ctrl-D exits\n")
+        print_note(f"{self._model_name} · /help lists commands and keys, Ctrl-D exits\n")
         self._media.show_attached()
         was_interrupted, draft = False, ""
         while not self._is_over:
@@ -109,7 +76,7 @@ class Repl:
                 if was_interrupted:
                     return
                 was_interrupted = True
-                _note("Press Ctrl-C again to exit")
+                print_note("Press Ctrl-C again to exit")
             except EOFError:
                 return
             else:
@@ -172,51 +139,35 @@ class Repl:
                     printer.finish()
                     self._answers.append(item.statistics)
                     if remark := REMARKS.get(item.reason, "" if printer.has_shown else "no answer"):
-                        _note(f"[{remark}]")
+                        print_note(f"[{remark}]")
         return len(self._conversation.messages) > length
 
     def _command(self, typed: str) -> None:
         name, *rest = typed.split(maxsplit=1)
-        if name in self.commands:
-            self.commands[name].run("".join(rest))
-            return
-        nearest = difflib.get_close_matches(name, self.commands, n=2, cutoff=0.6)
-        suggestion = " or ".join(f"`{candidate}`" for candidate in nearest) or "`/help`"
-        raise UsageError(
-            f"there is no command `{name}`",
-            hint=f"try {suggestion}; to send a message that starts with /, type //",
-        )
+        find_command(self.commands, name).run("".join(rest))
 
     def _help(self, argument: str) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(overflow="fold")
-        table.add_column(overflow="fold")
-        for command in self.commands.values():
-            table.add_row(f"{command.name} {command.argument}".rstrip(), command.about)
-        table.add_row()
-        for key, about in KEYS.items():
-            table.add_row(key, about)
-        stderr.print(table, soft_wrap=False)
+        stderr.print(help_table(self.commands.values()), soft_wrap=False)
 
     def _reset(self, argument: str) -> None:
         self._clear()
-        _note("conversation cleared")
+        print_note("conversation cleared")
 
     def _system(self, argument: str) -> None:
         if not argument:
-            _note(self._conversation.system or "there is no system prompt")
+            print_note(self._conversation.system or "there is no system prompt")
             return
         self._conversation.system = None if argument == "-" else argument
         self._clear()
         change = "set" if self._conversation.system else "removed"
-        _note(f"system prompt {change}; conversation cleared")
+        print_note(f"system prompt {change}; conversation cleared")
 
     def _stats(self, argument: str) -> None:
         if not self._answers:
-            _note("there is no answer yet")
+            print_note("there is no answer yet")
             return
-        _note(f"last answer: {statistics_line(self._answers[-1])}")
-        _note(f"conversation: {conversation_line(self._answers)}")
+        print_note(f"last answer: {statistics_line(self._answers[-1])}")
+        print_note(f"conversation: {conversation_line(self._answers)}")
 
     def _quit(self, argument: str) -> None:
         self._is_over = True
@@ -247,20 +198,6 @@ def run_repl(conversation: Conversation, model_name: str, attached: Sequence[Att
     return 0
 
 
-def conversation_line(answers: Sequence[Statistics]) -> str:
-    """Return the statistics of a conversation as one line; it needs at least one answer."""
-    tokens = sum(answer.generated_tokens for answer in answers)
-    decode_s = sum(answer.decode_s for answer in answers)
-    decoded = sum(max(answer.generated_tokens - 1, 0) for answer in answers)  # without first tokens: see Statistics
-    parts = [
-        count(len(answers), "answer"),
-        f"{count(tokens, 'token')} in {format_seconds(decode_s)}",
-        *([format_rate(decoded / decode_s)] if decoded and decode_s else []),
-        f"context {count(answers[-1].prompt_tokens + answers[-1].generated_tokens, 'token')}",
-    ]
-    return " · ".join(parts)
-
-
 @contextmanager
 def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], None, None]:
     """Make Ctrl-C stop the answer and a second Ctrl-C raise KeyboardInterrupt.
@@ -282,8 +219,3 @@ def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], N
         yield lambda: is_stopped
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _note(text: str) -> None:
-    """Print a message of the program itself, dimmed."""
-    stderr.print(Text(text, style="dim"), soft_wrap=False)

@@ -11,7 +11,7 @@ from rich.text import Text
 from kimi_mlx.cli.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
 from kimi_mlx.cli.dropped_files import read_file_names, split_dropped_files
 from kimi_mlx.cli.media_files import check_files, is_media_file, media_kind
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.media import MediaKind
@@ -44,7 +44,7 @@ class ReplMedia:
 
         Args:
             argument: file names, after the command.
-            kind: what the files are, whatever their names say.
+            kind: kind of the files; their suffixes are ignored.
 
         Raises:
             UsageError: the model does not see images, no file is named, or a file does not exist or cannot be read.
@@ -72,7 +72,7 @@ class ReplMedia:
             return
         for file in self.attached:
             show_attachment(file)
-        _note(ATTACHED)
+        print_note(ATTACHED)
 
     def finds_files(self, text: str) -> bool:
         """Return whether a file was dropped into a message."""
@@ -102,7 +102,7 @@ class ReplMedia:
         except UsageError as error:
             if not has_text:
                 raise
-            _note(f"{error.message}: paths are sent as text")
+            print_note(f"{error.message}: paths are sent as text")
             return text
         read = [part if isinstance(part, str) else self._read(part, media_kind(part) or "image") for part in parts]
         files = [part for part in read if isinstance(part, Attachment)]
@@ -124,7 +124,7 @@ class ReplMedia:
         if is_answered:
             self.attached = []
         elif self.attached:
-            _note("not answered: the images stay attached; /images lists and drops them")
+            print_note("not answered: the images stay attached; /images lists and drops them")
 
     def list(self, argument: str) -> None:
         """Show all images and videos, or remove some of them.
@@ -152,7 +152,7 @@ class ReplMedia:
                 self.attached.remove(file)
             else:
                 self._conversation.remove_part(file.part)
-        _note(f"dropped {', '.join(file.name for file in dropped)}" if dropped else "there are no images")
+        print_note(f"dropped {', '.join(file.name for file in dropped)}" if dropped else "there are no images")
 
     def clear(self) -> None:
         """Forget all files."""
@@ -165,7 +165,7 @@ class ReplMedia:
         for file in files:
             show_attachment(file)
         self.attached += files
-        _note(ATTACHED)
+        print_note(ATTACHED)
 
     def _all_files(self) -> list[Attachment]:
         """Return the files of all messages, in order, then those for the next message."""
@@ -174,7 +174,7 @@ class ReplMedia:
 
     def _show(self, files: Sequence[Attachment]) -> None:
         if not files:
-            _note("there are no images; /image FILE attaches one")
+            print_note("there are no images; /image FILE attaches one")
             return
         table = Table.grid(padding=(0, 2))
         for justify in ("right", "left", "left", "right", "left"):
@@ -183,7 +183,3 @@ class ReplMedia:
             state = "attached" if file in self.attached else "sent"
             table.add_row(str(number), Text(file.name), file.size, f"{file.num_tokens} tokens", state)
         stderr.print(table, soft_wrap=False)
-
-
-def _note(text: str) -> None:
-    stderr.print(Text(text, style="dim"), soft_wrap=False)

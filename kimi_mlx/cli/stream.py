@@ -12,13 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
-from rich.text import Text
 
-from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
-from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.cli.output import PROGRESS_AFTER_S, print_note, stderr
+from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed
 from kimi_mlx.session.conversation import ChatEvent
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
-from kimi_mlx.units import format_bytes, format_rate, format_seconds
 
 # CSI sequences (colours, cursor), other escape sequences, then any control character but newline and tab.
 # Lengths are limited, so that an unfinished sequence never holds back much text.
@@ -137,7 +135,7 @@ class AnswerPrinter:
         if isinstance(item, Interrupted | Resumed):
             self._progress.stop()
             # on stderr: the answer continues in the middle of its line
-            stderr.print(Text(f"\n[{interruption_line(item)}]", style="dim"), soft_wrap=False)
+            print_note(f"\n[{interruption_line(item)}]")
             return
         if isinstance(item, Encoded | Prefilled):
             self._progress.update(item)
@@ -214,33 +212,6 @@ def interruption_line(event: Interrupted | Resumed) -> str:
     if isinstance(event, Resumed):
         return f"the answer continues after {event.seconds:.0f} s"
     return f"{event.reason}\n reconnecting in {event.wait_s:.0f} s, attempt {event.attempt} of {event.attempts}"
-
-
-def statistics_line(statistics: Statistics) -> str:
-    """Return the statistics of an answer as one line."""
-    decode = f"{count(statistics.generated_tokens, 'token')} in {format_seconds(statistics.decode_s)}"
-    prompt = f"prompt {statistics.prompt_tokens}"
-    if statistics.cached_tokens:
-        prompt += f" ({statistics.cached_tokens} cached)"
-    prompt += f" at {format_rate(statistics.prefill_tok_per_s)}"
-    parts = [decode]
-    if statistics.decode_tok_per_s:
-        parts.append(format_rate(statistics.decode_tok_per_s))
-    if statistics.tokens_per_step > 1:
-        parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
-    if statistics.encode_s:
-        parts.append(f"images {format_seconds(statistics.encode_s)}")
-    parts += [
-        prompt,
-        f"first token {format_seconds(statistics.ttft_s)}",
-        f"peak {format_bytes(statistics.peak_memory_bytes)}",
-    ]
-    return " · ".join(parts)
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is 1."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_exactly(console: Console, text: str, style: Style = PLAIN) -> None:

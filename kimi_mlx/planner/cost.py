@@ -9,7 +9,6 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.search import Plan
 
-DAY_S = 86_400
 DAYS_A_MONTH = 365.25 / 12
 
 

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kimi_mlx.model.config import ModelConfig, load_config, parse_config
+from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.model.config_quantization import PackedInts
 from kimi_mlx.model.vision_names import VISION_PATH
 from kimi_mlx.sizing.vision import tower_values
@@ -168,15 +167,6 @@ def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
         },
         "vision": [] if config.vision is None else [(VISION_PATH, tower_values(config.vision))],
     }
-
-
-def shape_of_folder(name: str, folder: Path) -> ModelShape:
-    """Return the shape of the checkpoint in a folder, from its `config.json`.
-
-    Raises:
-        ConfigError: no such file, or an unsupported model.
-    """
-    return shape_of_config(name, load_config(folder))
 
 
 def shape_of_config(name: str, config: ModelConfig) -> ModelShape:

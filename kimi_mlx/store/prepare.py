@@ -22,6 +22,7 @@ from kimi_mlx.store.sources import CheckpointContents
 from kimi_mlx.store.store_folders import rank_folder, stored_ranks
 from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size
 from kimi_mlx.store.vision import store_lacks_vision
+from kimi_mlx.units import format_count
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
 DownloadReport = dict[str, Any]
@@ -213,5 +214,5 @@ def describe_state(verify: bool, broken: list[str], done: str = "is fetched and 
         done: result of a download without `--verify`.
     """
     if broken:
-        return f"is repaired ({len(broken)} broken file{'s' * (len(broken) > 1)})"
+        return f"is repaired ({format_count(len(broken), 'broken file')})"
     return "is verified" if verify else done

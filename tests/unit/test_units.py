@@ -1,10 +1,20 @@
-"""Formatting and parsing of bytes, times, rates and context lengths."""
+"""Formatting and parsing of bytes, counts, times, rates and context lengths."""
 
 from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.units import GB, GIB, format_bytes, format_context, format_gib, format_rate, format_seconds, parse_bytes
+from kimi_mlx.units import (
+    GB,
+    GIB,
+    format_bytes,
+    format_context,
+    format_count,
+    format_gib,
+    format_rate,
+    format_seconds,
+    parse_bytes,
+)
 
 
 def test_format_bytes_seconds_and_rates() -> None:
@@ -17,6 +27,7 @@ def test_format_gib_and_context() -> None:
     assert format_gib(1_029_200_000_000) == "958.5 GiB"
     assert (format_gib(34 * 1024**2), format_gib(0)) == ("34.0 MiB", "0.0 GiB")
     assert [format_context(tokens) for tokens in (8192, 131_072, 262_144, 1_048_576)] == ["8k", "128k", "256k", "1M"]
+    assert [format_count(count, "token") for count in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from kimi_mlx.units import format_count
+
 Kind = Literal["sum", "gather", "message"]
 
 BATCHES = (1, 2, 4, 8)
@@ -52,7 +54,7 @@ class Payload:
     @property
     def name(self) -> str:
         """Description, such as `sum of 1 token, bfloat16`."""
-        return f"{self.kind} of {self.tokens} token{'s' * (self.tokens > 1)}, {self.dtype}"
+        return f"{self.kind} of {format_count(self.tokens, 'token')}, {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, for a message."""

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from kimi_mlx.cli import stream
+from kimi_mlx.cli.statistics_text import statistics_line
 from kimi_mlx.cli.stream import (
     AnswerPrinter,
     ControlFilter,
     PromptProgress,
     format_tool_call,
-    statistics_line,
 )
 from kimi_mlx.engine.events import Encoded, Finished, Prefilled, Statistics
 from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.hub.catalogue import catalogue, find_entry
+from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.placement import STRATEGIES, StrategyName
 from kimi_mlx.planner.constants import KIMI_MLX
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.memory import longest_context, workspace_bytes
-from kimi_mlx.planner.model_shape import known_models, known_shape, shape_of_folder, with_expert_bits
+from kimi_mlx.planner.model_shape import known_models, known_shape, shape_of_config, with_expert_bits
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from tests.fakes import KIMI_MINI
@@ -44,7 +45,7 @@ def test_k2_parameter_count() -> None:
 
 
 def test_a_checkpoint_in_a_folder() -> None:
-    shape = shape_of_folder("kimi-mini", KIMI_MINI)
+    shape = shape_of_config("kimi-mini", load_config(KIMI_MINI))
     stored = (KIMI_MINI / "model.safetensors").stat().st_size
     assert shape.weights_bytes == pytest.approx(stored, rel=0.02)  # norms and the file's header are not counted
 
@@ -61,7 +62,7 @@ def test_published_int4_is_counted_with_mlx_biases(tmp_path: Path) -> None:
     assert vision is not None
     config = {"model_type": "kimi_k25", "text_config": text, "vision_config": asdict(vision)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert shape_of_folder("k2.5", tmp_path).bytes == known_shape("kimi-k2.5").bytes
+    assert shape_of_config("k2.5", load_config(tmp_path)).bytes == known_shape("kimi-k2.5").bytes
 
 
 def test_fewer_bits_need_less_memory() -> None:

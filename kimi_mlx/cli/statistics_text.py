@@ -1,0 +1,44 @@
+"""Statistics of answers, as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kimi_mlx.engine.events import Statistics
+from kimi_mlx.units import format_bytes, format_count, format_rate, format_seconds
+
+
+def statistics_line(statistics: Statistics) -> str:
+    """Return the statistics of an answer as one line."""
+    decode = f"{format_count(statistics.generated_tokens, 'token')} in {format_seconds(statistics.decode_s)}"
+    prompt = f"prompt {statistics.prompt_tokens}"
+    if statistics.cached_tokens:
+        prompt += f" ({statistics.cached_tokens} cached)"
+    prompt += f" at {format_rate(statistics.prefill_tok_per_s)}"
+    parts = [decode]
+    if statistics.decode_tok_per_s:
+        parts.append(format_rate(statistics.decode_tok_per_s))
+    if statistics.tokens_per_step > 1:
+        parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
+    if statistics.encode_s:
+        parts.append(f"images {format_seconds(statistics.encode_s)}")
+    parts += [
+        prompt,
+        f"first token {format_seconds(statistics.ttft_s)}",
+        f"peak {format_bytes(statistics.peak_memory_bytes)}",
+    ]
+    return " · ".join(parts)
+
+
+def conversation_line(answers: Sequence[Statistics]) -> str:
+    """Return the statistics of a conversation as one line; it needs at least one answer."""
+    tokens = sum(answer.generated_tokens for answer in answers)
+    decode_s = sum(answer.decode_s for answer in answers)
+    decoded = sum(max(answer.generated_tokens - 1, 0) for answer in answers)  # without first tokens: see Statistics
+    parts = [
+        format_count(len(answers), "answer"),
+        f"{format_count(tokens, 'token')} in {format_seconds(decode_s)}",
+        *([format_rate(decoded / decode_s)] if decoded and decode_s else []),
+        f"context {format_count(answers[-1].prompt_tokens + answers[-1].generated_tokens, 'token')}",
+    ]
+    return " · ".join(parts)
