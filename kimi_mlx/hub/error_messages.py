@@ -160,19 +160,34 @@ def is_certificate_error(error: Exception) -> bool:
 
 
 def _certificate_error(error: Exception, repository: str) -> WeightsError:
-    proxy, is_refused = proxy_for(_address(error)), "CERTIFICATE_VERIFY_FAILED" in str(error)
-    if not is_refused and proxy is not None and proxy[1].startswith("https:"):
-        hint = f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
-    elif not is_refused and "HF_ENDPOINT" in os.environ:
-        hint = "if this server does not use TLS, write `http://` in HF_ENDPOINT"
-    elif unread := next((name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if name in os.environ), None):
-        hint = f"{unread} is not used here: set SSL_CERT_FILE to the same file"
-    else:
-        hint = "if your network inspects TLS, set SSL_CERT_FILE to its certificate (PEM); if not, check the clock"
     return WeightsError(
         f"cannot download `{repository}`: no secure connection to {_server_name(error)}: {_first_line(error)}",
-        hint=hint,
+        hint=_certificate_hint(error),
     )
+
+
+def _certificate_hint(error: Exception) -> str:
+    """Return what to change: the address, the clock, the trusted certificates, or the server."""
+    text, proxy = str(error), proxy_for(_address(error))
+    if "CERTIFICATE_VERIFY_FAILED" not in text:
+        if "_ALERT_" in text:  # an answer in TLS
+            return "this server speaks TLS, but refuses this client: ask whoever runs it"
+        if proxy is not None and proxy[1].startswith("https:"):
+            return f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
+        if "HF_ENDPOINT" in os.environ:
+            return "if this server does not use TLS, write `http://` in HF_ENDPOINT"
+    if "not valid for" in text:
+        where = "the address in HF_ENDPOINT" if "HF_ENDPOINT" in os.environ else "whether the network requires a login"
+        return f"the certificate is of another server: check {where}"
+    if "has expired" in text or "not yet valid" in text:
+        return "check the clock of this machine; if it is right, the certificate of the server must be renewed"
+    trusted = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+    if trusted:
+        names = " and ".join(f"{name} (`{os.environ[name]}`)" for name in trusted)
+        return f"{names} must contain the certificate of the authority that signed that of the server"
+    if unread := next((name for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE") if name in os.environ), None):
+        return f"{unread} is not used here: set SSL_CERT_FILE to the same file"
+    return "if your network inspects TLS, set SSL_CERT_FILE to its certificate (PEM); if not, check the clock"
 
 
 def not_a_hub_error(repository: str, reason: str = "") -> WeightsError:

@@ -18,6 +18,7 @@ import pytest
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.hub import environment, environment_check
 from kimi_mlx.hub.client import fetch_checkpoint, look_up, read_range
+from kimi_mlx.hub.error_messages import hub_error
 from tests.hub import Hub
 
 VARIABLES = (
@@ -398,3 +399,37 @@ def test_a_file_in_place_of_the_cache_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(file / "hub"))
     with pytest.raises(UsageError, match=f"`HF_HUB_CACHE` is `{file}/hub`, but `{file}` is a file"):
         environment_check.check_settings()
+
+
+@pytest.mark.parametrize(
+    ("reason", "variables", "hint"),
+    [
+        (
+            "CERTIFICATE_VERIFY_FAILED] IP address mismatch, certificate is not valid for '1.2.3.4'",
+            {},
+            "another server",
+        ),
+        ("CERTIFICATE_VERIFY_FAILED] certificate has expired", {"REQUESTS_CA_BUNDLE": "x"}, "check the clock"),
+        ("CERTIFICATE_VERIFY_FAILED] certificate is not yet valid", {}, "check the clock"),
+        (
+            "CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate",
+            {"SSL_CERT_DIR": "."},
+            "SSL_CERT_DIR (`.`)",
+        ),
+        ("CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate", {}, "set SSL_CERT_FILE"),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert certificate required", {}, "refuses this client"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert protocol version", {}, "refuses this client"),
+        (
+            "WRONG_VERSION_NUMBER] wrong version number",
+            {"HF_ENDPOINT": "https://127.0.0.1:1"},
+            "`http://` in HF_ENDPOINT",
+        ),
+    ],
+)
+def test_each_fault_of_a_certificate_has_its_own_hint(
+    reason: str, variables: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    error = hub_error(OSError(f"[SSL: {reason}"), "owner/model")
+    assert hint in (error.hint or "")
