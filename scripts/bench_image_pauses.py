@@ -11,7 +11,6 @@ processor time of this process, which depends less on what else runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
@@ -22,31 +21,27 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Token
-from kimi_mlx.engine.request import ImageInput, Request
+from kimi_mlx.engine.request import Request
+from kimi_mlx.images.resize import PATCH_SIZE
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.load import load_share, prepare_device
 from tests.checkpoints import write_checkpoint
+from tests.images import make_image
 
 STREAMS, PROMPTS, STEPS_BETWEEN, STEPS_AFTER = 8, 4, 10, 120
 MINI = Path(kimi_mlx.__file__).parent / "models" / "kimi-mini-vl"
 WIDER = {"vt_hidden_size": 512, "mm_hidden_size": 512, "vt_intermediate_size": 1912, "vt_num_attention_heads": 8}
-PATCH = 14
 
 
 def make_request(seed: int, side: int, placeholder: int, *, has_image: bool) -> Request:
     """Return a prompt with one image of side x side pixels, or with as many tokens of text."""
-    grid = (1, side // PATCH, side // PATCH)
-    count = grid[1] * grid[2] // 4
-    if not has_image:
-        return Request(tuple(20 + (at * at + seed) % 1499 for at in range(count)), max_tokens=1)
-    patches = np.random.default_rng(seed).integers(0, 256, (4 * count, 3, PATCH, PATCH), np.uint8)
-    digest = hashlib.blake2b(patches.tobytes(), digest_size=16).hexdigest()
-    return Request((placeholder,) * count, max_tokens=1, images=(ImageInput(0, count, grid, digest, patches),))
+    image = make_image(seed, (1, side // PATCH_SIZE, side // PATCH_SIZE))
+    if has_image:
+        return Request((placeholder,) * image.num_tokens, max_tokens=1, images=(image,))
+    return Request(tuple(20 + (at * at + seed) % 1499 for at in range(image.num_tokens)), max_tokens=1)
 
 
 def measure(folder: Path, side: int, *, has_image: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ import mlx.core as mx
 
 from kimi_mlx.text.tokenizer import Tokenizer
 from scripts.mini.dialogues import Dialogue, generate
+from scripts.mini.quantize import dequantize
 from scripts.mini.render import Renderer
 
 # Name of the row -> task and maximum number of tokens of its dialogues.
@@ -51,6 +53,26 @@ class Score:
         return f"{self.num_correct} of {self.total}" if self.total else "-"
 
 
+def describe_mismatch(tokenizer: Tokenizer, logits: mx.array, ids: list[int], supervised: Iterable[int]) -> str | None:
+    """Return a description of the first wrong token, or None if all supervised ones are the likeliest.
+
+    One pass over the expected text is enough: up to the first mismatch, greedy decoding sees the same tokens.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        logits: (1, length, vocab_size), computed from `ids`.
+        ids: expected text with its prompt.
+        supervised: positions of the tokens of answers, from 1.
+    """
+    likeliest: Any = mx.argmax(logits[0], axis=-1).tolist()
+    for position in supervised:
+        if likeliest[position - 1] != ids[position]:
+            before = tokenizer.decode(ids[max(0, position - SHOWN_TOKENS) : position])
+            written, expected = (tokenizer.decode([token]) for token in (likeliest[position - 1], ids[position]))
+            return f"{before} >> {written!r}, not {expected!r}"
+    return None
+
+
 class Evaluator:
     """Runs dialogues through mlx-lm's `deepseek_v3` with the shipped weights."""
 
@@ -60,20 +82,9 @@ class Evaluator:
         self._renderer = Renderer(self._tokenizer)
 
     def first_mismatch(self, dialogue: Dialogue) -> str | None:
-        """Return a description of the model's first wrong token, or None if all answers are correct.
-
-        One pass over the expected text is enough: up to the first mismatch, greedy decoding sees the same tokens.
-        """
+        """Return a description of the model's first wrong token, or None if all answers are correct."""
         row = self._renderer.render(dialogue)
-        logits = self._model(mx.array([row.ids]))
-        likeliest: Any = mx.argmax(logits[0], axis=-1).tolist()
-        for position in range(1, len(row.ids)):
-            if row.weights[position] and likeliest[position - 1] != row.ids[position]:
-                before = self._tokenizer.decode(row.ids[max(0, position - SHOWN_TOKENS) : position])
-                written, expected = likeliest[position - 1], row.ids[position]
-                decode = self._tokenizer.decode
-                return f"{before} >> {decode([written])!r}, not {decode([expected])!r}"
-        return None
+        return describe_mismatch(self._tokenizer, self._model(mx.array([row.ids])), row.ids, row.supervised)
 
     def score(self, task: str, max_tokens: int, rng: Random, count: int) -> dict[bool, Score]:
         """Return the scores of `count` dialogues, by whether the dialogue has thinking on."""
@@ -88,18 +99,9 @@ def load_model(folder: Path) -> Any:
     """Load the exported weights, dequantized: quantized products are slow on the CPU, with the same result."""
     from mlx_lm.models.deepseek_v3 import Model, ModelArgs
 
-    config = json.loads((folder / "config.json").read_text())
-    group_size, bits = config["quantization"]["group_size"], config["quantization"]["bits"]
+    model = Model(ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
     tensors: Any = mx.load(str(folder / "model.safetensors"))
-    weights: list[tuple[str, mx.array]] = []
-    for name, value in tensors.items():
-        base = name.removesuffix("weight")
-        if f"{base}scales" in tensors and name.endswith("weight"):
-            value = mx.dequantize(value, tensors[f"{base}scales"], tensors[f"{base}biases"], group_size, bits)
-        if not name.endswith((".scales", ".biases")):
-            weights.append((name, value))
-    model = Model(ModelArgs.from_dict(config))
-    model.load_weights(weights, strict=True)
+    model.load_weights(list(dequantize(tensors).items()), strict=True)
     return model
 
 

@@ -69,11 +69,16 @@ def export(run: Path, vocabulary: Path, target: Path = SHIPPED) -> int:
     write_tensors(target, quantize(parameters), progress)
     write_json(target, "config.json", model_config(vocab_size))
     write_json(target, "generation_config.json", generation_config(vocab_size))
-    for source in (*(vocabulary / name for name in VOCABULARY_FILES), SHIPPED / "chat_template.jinja"):
+    copy_text_files(vocabulary, SHIPPED, target)
+    return folder_bytes(target)
+
+
+def copy_text_files(vocabulary: Path, template: Path, target: Path) -> None:
+    """Copy the files of a vocabulary, and the chat template of another folder, each file atomically."""
+    for source in (*(vocabulary / name for name in VOCABULARY_FILES), template / "chat_template.jinja"):
         if source.resolve() != (target / source.name).resolve():
             shutil.copyfile(source, target / f".part.{source.name}")
             os.replace(target / f".part.{source.name}", target / source.name)
-    return folder_bytes(target)
 
 
 def write_tensors(target: Path, tensors: Parameters, progress: dict[str, Any]) -> None:

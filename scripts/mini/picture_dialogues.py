@@ -11,7 +11,7 @@ from scripts.mini.scenes import PHRASES, Scene
 from scripts.mini.tasks import Exchange
 
 SECOND_QUESTION_SHARE = {"same": 0.6, "side": 0.7, "pair": 0.7, "number": 0.2}
-TEXT_FIRST_SHARE = 0.25  # share of the messages whose text stands before the picture
+TEXT_FIRST_SHARE = 0.25  # share of the messages with the text before the picture
 NO_PICTURE_SHARE = 0.04
 NO_PICTURE = ("There is no picture.", "I see no picture.")  # thought, answer
 RENAMED = {
@@ -23,9 +23,9 @@ RENAMED = {
 }
 
 
-def picture_dialogue(scene: Scene, num_tokens: int, rng: Random, first: str | None = None) -> Dialogue:
-    """Return one or two questions about a picture of `num_tokens` tokens; `first` is the task of the only one."""
-    tasks = [first] if first else rng.sample(list(scene.exchanges), len(scene.exchanges))
+def picture_dialogue(scene: Scene, num_tokens: int, rng: Random) -> Dialogue:
+    """Return one or two questions about a picture of `num_tokens` tokens."""
+    tasks = rng.sample(list(scene.exchanges), len(scene.exchanges))
     count = 2 if len(tasks) > 1 and rng.random() < SECOND_QUESTION_SHARE[scene.kind] else 1
     exchanges = [scene.exchanges[task] for task in tasks[:count]]
     picture = {"type": "image", "num_tokens": num_tokens}

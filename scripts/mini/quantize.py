@@ -36,3 +36,16 @@ def quantize(parameters: Parameters) -> Parameters:
         else:
             tensors[name] = value
     return tensors
+
+
+def dequantize(tensors: Parameters) -> Parameters:
+    """Return the float parameters for the output of `quantize`."""
+    parameters: Parameters = {}
+    for name, value in tensors.items():
+        base = name.removesuffix("weight")
+        if name.endswith((".scales", ".biases")):
+            continue
+        if f"{base}scales" in tensors:
+            value = mx.dequantize(value, tensors[f"{base}scales"], tensors[f"{base}biases"], GROUP_SIZE, BITS)
+        parameters[name] = value
+    return parameters

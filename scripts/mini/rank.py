@@ -1,4 +1,4 @@
-"""One training process: `python -m scripts.mini.rank SETTINGS_JSON`, started by `scripts/train_mini.py`."""
+"""One training process: `python -m scripts.mini.rank SETTINGS_JSON`, started by `scripts/mini/launch.py`."""
 
 from __future__ import annotations
 

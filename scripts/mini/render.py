@@ -24,6 +24,11 @@ class Row:
     weights: list[float]
     scene: Scene | None = None
 
+    @property
+    def supervised(self) -> list[int]:
+        """Positions of the tokens of answers."""
+        return [position for position, weight in enumerate(self.weights) if weight]
+
 
 class Renderer:
     """Renders dialogues with one tokenizer; repeated texts come from a cache."""

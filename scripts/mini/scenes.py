@@ -1,7 +1,4 @@
-"""Make up pictures and the questions about them: name, count, side, number.
-
-Each picture comes with what the tower is first trained to tell from it, one label per token: see `labels`.
-"""
+"""Make up pictures and the questions about them: name, count, side, number."""
 
 from __future__ import annotations
 
@@ -13,14 +10,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
-
 from scripts.mini.pictures import COLORS, SHAPES, Item, Number, Picture
 from scripts.mini.tasks import Exchange
-from scripts.mini.vision_architecture import MAX_PATCHES
+from scripts.mini.vision_architecture import CELL, MAX_PATCHES, PATCH_SIZE
 
-PATCH = 14
-CELL = 2 * PATCH  # pixels of a token's side
 GRIDS = ((8, 8), (8, 10), (10, 8), (8, 12), (12, 8), (10, 10), (10, 12), (12, 10), (8, 14), (14, 8))
 """Height and width in patches of the grids that pictures of up to `MAX_PATCHES` patches have after padding."""
 
@@ -46,18 +39,6 @@ COUNT_SHARES = (0.2, 0.2, 0.2, 0.2, 0.2)
 KIND_SHARES = {"same": 0.44, "side": 0.08, "pair": 0.26, "number": 0.22}
 WHITE_SHARE = 0.6
 UNPADDED_SHARE = 0.6  # share of the pictures that fill their grid; the others get black pixels right and below
-
-# Labels of a token, and their number of classes; class 0 means that the token has none.
-LABELS: dict[str, int] = {
-    "color": len(COLORS) + 1,
-    "shape": len(SHAPES) + 2,  # the last is a digit
-    "center": 2,
-    "count": 6,
-    "side": len(SIDES) + 1,
-    "digit": 11,
-    "tens": 11,
-    "ones": 11,
-}
 
 
 @dataclass(frozen=True)
@@ -85,12 +66,12 @@ def make_scene(rng: Random, grid: tuple[int, int], kind: str | None = None) -> S
 
 def _size(rng: Random, grid: tuple[int, int]) -> tuple[int, int]:
     """Return height and width in pixels of a picture with this grid that is not reduced."""
-    full = PATCH * grid[0], PATCH * grid[1]
+    full = PATCH_SIZE * grid[0], PATCH_SIZE * grid[1]
     if grid[0] * grid[1] <= MAX_PATCHES and rng.random() < UNPADDED_SHARE:
         return full
     while True:
         height, width = full[0] - rng.randint(0, CELL - 1), full[1] - rng.randint(0, CELL - 1)
-        if (height // PATCH) * (width // PATCH) <= MAX_PATCHES:
+        if (height // PATCH_SIZE) * (width // PATCH_SIZE) <= MAX_PATCHES:
             return height, width
 
 
@@ -122,13 +103,13 @@ def _same(rng: Random, width: int, height: int) -> Scene:
     exchanges = {
         "what": _exchange(rng, "what", caption(picture)),
         "count": _exchange(rng, rng.choice(("count", "count", "total")), f"{COUNTS[count]}.", name),
-        "color": _exchange(rng, "color", f"{color.capitalize()}.", shape if count == 1 else f"{shape}s"),
+        "color": _exchange(rng, "color", f"{color.capitalize()}.", shape),
     }
     side = side_of(items[0], width, height)
     if count == 1 and side:
         exchanges["side"] = _side_exchange(rng, side, name)
-    if count > 1 and "color" in exchanges:
-        exchanges.pop("color")  # the questions speak of one shape
+    if count > 1:
+        del exchanges["color"]  # its questions are about one shape
     return Scene("same", picture, exchanges)
 
 
@@ -255,52 +236,6 @@ def side_of(item: Item, width: int, height: int) -> str:
     if abs(x - 0.5) < 0.13 and not 0.3 < y < 0.7:
         return "top" if y < 0.5 else "bottom"
     return "middle" if abs(x - 0.5) < 0.1 and abs(y - 0.5) < 0.1 else ""
-
-
-def labels(picture: Picture, grid: tuple[int, int]) -> np.ndarray:
-    """Return the labels of the picture's tokens in the order of `LABELS`: (tokens, labels), int32."""
-    rows, columns = grid[0] // 2, grid[1] // 2
-    result = np.zeros((rows, columns, len(LABELS)), dtype=np.int32)
-    x = (np.arange(columns) + 0.5)[None] * CELL
-    y = (np.arange(rows) + 0.5)[:, None] * CELL
-    colors = list(COLORS)
-    for item in picture.items:
-        covered = (x - item.x) ** 2 + (y - item.y) ** 2 < item.radius**2
-        center = min(int(item.y // CELL), rows - 1), min(int(item.x // CELL), columns - 1)
-        covered[center] = True
-        side = side_of(item, picture.width, picture.height)
-        own = (
-            colors.index(item.color) + 1,
-            SHAPES.index(item.shape) + 1,
-            0,
-            len(picture.items),
-            SIDES.index(side) + 1 if side else 0,
-            0,
-            0,
-            0,
-        )
-        result[covered] = own
-        result[center][2] = 1
-    if picture.number is not None:
-        number = picture.number
-        tens, ones = divmod(number.value, 10)
-        color = colors.index(number.color) + 1
-        for digit, (left, top, width, height) in zip((tens, ones), number.boxes, strict=True):
-            covered = (x > left) & (x < left + width) & (y > top) & (y < top + height)
-            center = int((top + height / 2) // CELL), int((left + width / 2) // CELL)
-            covered[center] = True
-            result[covered] = (color, LABELS["shape"] - 1, 0, 0, 0, digit + 1, tens + 1, ones + 1)
-            result[center][2] = 1
-    return result.reshape(rows * columns, -1)
-
-
-def to_patches(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Cut pixels (height, width, 3) into patches (P, 3, 14, 14), with zeros right and below up to the grid."""
-    rows, columns = grid
-    padded = np.zeros((rows * PATCH, columns * PATCH, 3), dtype=np.uint8)
-    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-    cut = padded.reshape(rows, PATCH, columns, PATCH, 3).transpose(0, 2, 4, 1, 3)  # (rows, columns, 3, 14, 14)
-    return np.ascontiguousarray(cut).reshape(rows * columns, 3, PATCH, PATCH)
 
 
 def scenes(seed: str, grid: tuple[int, int], kind: str | None = None) -> Iterator[Scene]:

@@ -7,14 +7,13 @@ Shape letters: N images of one grid, P patches of an image, T = P / 4 tokens, D 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from scripts.mini.exponential import logsumexp, softmax, with_gradient
+from scripts.mini.labels import LABELS
 from scripts.mini.model import Parameters, rotate
-from scripts.mini.scenes import LABELS
 from scripts.mini.vision_architecture import BLOCKS, EPS, PATCH_VALUES, ROPE_BASE, TABLE, TEXT_D, D, F, H
 
 PREFIXES = ("vision_tower.", "mm_projector.", "probes.")
@@ -163,14 +162,3 @@ def probe_loss(p: Parameters, tokens: mx.array, labels: mx.array) -> mx.array:
         entropy = logsumexp(own) - mx.take_along_axis(own, label[:, None], axis=-1)[:, 0]
         losses.append((entropy * weights).sum() / weights.sum())
     return mx.stack(losses).mean()
-
-
-def probe_accuracies(p: Parameters, tokens: mx.array, labels: mx.array) -> dict[str, float]:
-    """Return each probe's share of correct tokens, among those with a label."""
-    scores, start, shares = linear(p, "probes", tokens), 0, {}
-    for column, (name, classes) in enumerate(LABELS.items()):
-        best, label = scores[:, start : start + classes].argmax(axis=-1), labels[:, column]
-        start += classes
-        share: Any = ((best == label) & (label > 0)).sum() / mx.maximum((label > 0).sum(), 1)
-        shares[name] = round(float(share), 3)
-    return shares

@@ -34,6 +34,7 @@ F: int = VISION_CONFIG["vt_intermediate_size"]
 BLOCKS: int = VISION_CONFIG["vt_num_hidden_layers"]
 TABLE: int = VISION_CONFIG["init_pos_emb_height"]  # rows and columns of the position table
 PATCH_SIZE: int = VISION_CONFIG["patch_size"]
+CELL = 2 * PATCH_SIZE  # side of a token's square in pixels
 PATCH_VALUES = 3 * PATCH_SIZE**2
 TEXT_D: int = VISION_CONFIG["text_hidden_size"]
 EPS = 1e-5

@@ -7,12 +7,17 @@ from random import Random
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
+from kimi_mlx.images.prepared import PreparedImage, to_patches
+from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING
 from scripts.mini.batches import TOKENS_PER_STEP, Batch, pack, to_arrays
+from scripts.mini.labels import labels
 from scripts.mini.picture_dialogues import picture_dialogue, text_dialogues
-from scripts.mini.pictures import draw
+from scripts.mini.pictures import Picture, draw
 from scripts.mini.render import Renderer, Row
-from scripts.mini.scenes import GRIDS, Scene, labels, make_scene, to_patches
+from scripts.mini.scenes import GRIDS, Scene, make_scene
+from scripts.mini.vision_architecture import MAX_PATCHES
 
 ROW_LENGTH = 256
 PICTURES_PER_STEP = 24  # per rank, while the tower is trained alone
@@ -26,9 +31,14 @@ def grid_at(seed: str, step: int) -> Grid:
     return Random(f"{seed} {step}").choice(GRIDS)
 
 
+def prepare(picture: Picture) -> PreparedImage:
+    """Draw a picture and cut it into patches, as kimi-mlx does with a file of it."""
+    return to_patches([Image.fromarray(draw(picture))], MAX_PATCHES, DEFAULT_PREPROCESSING.patch_limit_on_one_side)
+
+
 def picture_arrays(scenes: list[Scene], grid: Grid) -> dict[str, mx.array]:
     """Return normalised patches (N, P, 588) and labels (N * T, labels) of drawn scenes."""
-    patches = np.stack([to_patches(draw(scene.picture), grid) for scene in scenes])
+    patches = np.stack([prepare(scene.picture).patches for scene in scenes])
     pixels = (patches.reshape(len(scenes), grid[0] * grid[1], -1).astype(np.float32) / 255 - 0.5) / 0.5
     marks = np.concatenate([labels(scene.picture, grid) for scene in scenes])
     return {"patches": mx.array(pixels), "labels": mx.array(marks)}

@@ -9,7 +9,6 @@ import base64
 import io
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +18,7 @@ from PIL import Image
 
 import kimi_mlx
 from scripts.mini.dialogues import Dialogue, generate
-from scripts.mini.evaluate import SHOWN_TOKENS, Score
+from scripts.mini.evaluate import Score, describe_mismatch
 from scripts.mini.picture_dialogues import TEXT_FIRST_SHARE, renamed
 from scripts.mini.pictures import Picture, draw, enlarge
 from scripts.mini.render import Renderer
@@ -90,7 +89,8 @@ class Evaluator:
         answer = self._renderer.encode([*thought, exchange.answer, "<|im_end|>"])
         supervised = range(len(prompt.ids), len(prompt.ids) + len(answer))
         inputs = mx.array(image.patches), mx.array([image.grid])
-        return self._mismatch([*prompt.ids, *answer], supervised, inputs)
+        ids = [*prompt.ids, *answer]
+        return describe_mismatch(self._chat.tokenizer, self._model(mx.array([ids]), None, *inputs), ids, supervised)
 
     def picture_mismatch(self, scene: Scene, task: str, factor: int, rng: Random) -> str | None:
         """Return a description of the first wrong token of the answer about a scene, or None if it is correct."""
@@ -103,23 +103,7 @@ class Evaluator:
     def text_mismatch(self, dialogue: Dialogue) -> str | None:
         """Return a description of the first wrong token of a dialogue's answers, or None if all are correct."""
         row = self._renderer.render(dialogue)
-        return self._mismatch(row.ids, [index for index, weight in enumerate(row.weights) if index and weight])
-
-    def _mismatch(
-        self, ids: list[int], supervised: Iterable[int], inputs: tuple[mx.array, mx.array] | None = None
-    ) -> str | None:
-        """Compare the likeliest tokens with the expected ones.
-
-        One pass over the expected text is enough: up to the first mismatch, greedy decoding sees the same tokens.
-        """
-        logits = self._model(mx.array([ids]), None, *(inputs or ()))
-        likeliest: Any = mx.argmax(logits[0], axis=-1).tolist()
-        for position in supervised:
-            if likeliest[position - 1] != ids[position]:
-                before = self._chat.decode(ids[max(0, position - SHOWN_TOKENS) : position])
-                written, expected = (self._chat.decode([token]) for token in (likeliest[position - 1], ids[position]))
-                return f"{before} >> {written!r}, not {expected!r}"
-        return None
+        return describe_mismatch(self._chat.tokenizer, self._model(mx.array([row.ids])), row.ids, row.supervised)
 
     def score_pictures(self, case: tuple[str, str, int], rng: Random, count: int) -> Score:
         """Return the score of `count` new pictures."""

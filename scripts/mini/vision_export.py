@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import mlx.core as mx
 
 from scripts.mini import checkpoint
 from scripts.mini.export import (
-    VOCABULARY_FILES,
+    copy_text_files,
     folder_bytes,
     generation_config,
     model_config,
@@ -93,7 +92,5 @@ def export(run: Path, target: Path = SHIPPED) -> int:
     write_json(target, "config.json", vision_model_config(vocab_size))
     write_json(target, "generation_config.json", generation_config(vocab_size))
     write_json(target, "preprocessor_config.json", preprocessor_config())
-    for source in (*(TEXT_MODEL / name for name in VOCABULARY_FILES), SHIPPED / "chat_template.jinja"):
-        if source.resolve() != (target / source.name).resolve():
-            shutil.copyfile(source, target / source.name)
+    copy_text_files(TEXT_MODEL, SHIPPED, target)
     return folder_bytes(target)

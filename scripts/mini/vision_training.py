@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from scripts.mini.batches import Batch
 from scripts.mini.model import Parameters, loss
-from scripts.mini.quantize import BITS, GROUP_SIZE, fake_quantize
+from scripts.mini.quantize import dequantize, fake_quantize
 from scripts.mini.tower import features, init_tower, is_tower, probe_loss
 from scripts.mini.training import WARM_UP_STEPS, Trainer
 from scripts.mini.vision_batches import make_dialogue_batch, make_picture_batch
@@ -26,15 +26,7 @@ TEXT_MODEL = Path(__file__).resolve().parents[2] / "kimi_mlx" / "models" / "kimi
 def text_parameters(folder: Path = TEXT_MODEL) -> Parameters:
     """Return kimi-mini's shipped parameters, dequantized."""
     tensors: Any = mx.load(str(folder / "model.safetensors"))
-    parameters: Parameters = {}
-    for name, value in tensors.items():
-        base = name.removesuffix("weight")
-        if name.endswith((".scales", ".biases")):
-            continue
-        if f"{base}scales" in tensors:
-            value = mx.dequantize(value, tensors[f"{base}scales"], tensors[f"{base}biases"], GROUP_SIZE, BITS)
-        parameters[name] = value
-    return parameters
+    return dequantize(tensors)
 
 
 class VisionTrainer(Trainer):

@@ -12,21 +12,20 @@ from PIL import Image
 
 from kimi_mlx.images.prepare import prepare_image
 from kimi_mlx.images.preprocessing import Preprocessing
+from scripts.mini.labels import LABELS, labels
 from scripts.mini.pictures import COLORS, SHAPES, Item, Picture, draw
 from scripts.mini.scenes import (
     COUNTS,
     GRIDS,
     KIND_SHARES,
-    LABELS,
     SIDE_ANSWERS,
     Scene,
     caption,
-    labels,
     make_scene,
     scenes,
-    to_patches,
 )
 from scripts.mini.vision_architecture import MAX_PATCHES
+from scripts.mini.vision_batches import prepare
 from scripts.mini.vision_export import SHIPPED
 
 WHITE = (255, 255, 255)
@@ -112,12 +111,11 @@ def test_patches_equal_those_of_the_real_preprocessing(kind: str):
     preprocessing = Preprocessing.load(SHIPPED)
     assert preprocessing.in_patch_limit == MAX_PATCHES
     for scene, grid in first(kind, 5):
-        pixels = draw(scene.picture)
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
+        Image.fromarray(draw(scene.picture)).save(file, "PNG")
         prepared = prepare_image(file.getvalue(), "test", preprocessing=preprocessing)
         assert prepared.grid == (1, *grid)
-        assert np.array_equal(prepared.patches, to_patches(pixels, grid))
+        assert np.array_equal(prepared.patches, prepare(scene.picture).patches)
 
 
 def test_labels_are_where_the_shapes_are():

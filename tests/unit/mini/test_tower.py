@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kimi_mlx.text.tokenizer import Tokenizer
 from scripts.mini import vision_batches
 from scripts.mini.batches import TOKENS_PER_STEP
 from scripts.mini.model import replace_rows
@@ -78,8 +79,6 @@ def test_batches_are_reproducible_and_of_one_grid():
 
 
 def model_tokenizer():
-    from kimi_mlx.text.tokenizer import Tokenizer
-
     return Tokenizer.load(TEXT_MODEL)
 
 
