@@ -19,6 +19,7 @@ from kimi_mlx.parallel.group import Group, gather_on_host
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
 from kimi_mlx.sizing.prefill import RankShape
 from kimi_mlx.sizing.step_time import ChunkCost, ChunkEstimate, HeldExperts, chunk_cost
+from kimi_mlx.sizing.vision import MAX_PATCHES, encode_bytes
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -40,6 +41,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         cache_bytes=cache_bytes,
         chunk=chunk,
         largest_chunk=model.tuning.prefill_chunk,
+        encode_bytes=largest_encoding_bytes(model),
     )
     smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))
@@ -70,6 +72,16 @@ def has_tower(model: Model, group: Group) -> bool:
     if model.config.vision is None:
         return False
     return bool(gather_on_host(group, np.array([model.vision is not None]))[0, 0])
+
+
+def largest_encoding_bytes(model: Model) -> int:
+    """Return the temporary memory of the encoding of the largest image; 0 on a rank without the vision tower."""
+    if model.vision is None:
+        return 0
+    config, value_bytes = model.vision.config, model.vision["position_table"].itemsize
+    width = config.head_dim
+    is_fused = has_fused_attention(device_kind(), value_bytes, width, width, MAX_PATCHES)
+    return encode_bytes(config, value_bytes, is_fused)
 
 
 def rank_shape_of(model: Model) -> RankShape:

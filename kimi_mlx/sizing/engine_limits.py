@@ -49,6 +49,7 @@ def engine_limits(
     cache_bytes: int | None = None,
     chunk: int | None = None,
     largest_chunk: int = PREFILL_CHUNK,
+    encode_bytes: int = 0,
 ) -> EngineLimits:
     """Return the limits of one rank. All ranks must use the smallest of each.
 
@@ -60,6 +61,8 @@ def engine_limits(
         cache_bytes: size of the KV caches; None for most of the free memory, up to MAX_CONTEXTS full contexts.
         chunk: prefill chunk; None for the largest useful one that fits.
         largest_chunk: largest useful chunk on this device.
+        encode_bytes: temporary memory of the encoding of the largest image; 0 on ranks without the vision tower. A step
+            has a part of an image or chunks of prompts, so only the larger one of both counts.
     """
     features = feature_budget(config, free_bytes, rank_shape.value_bytes)
     free_bytes -= feature_bytes(config, features, rank_shape.value_bytes)
@@ -67,7 +70,8 @@ def engine_limits(
     token_bytes = kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
     chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context, largest_chunk)
     if cache_bytes is None:
-        cache_bytes = int(CACHE_SHARE * (free_bytes - prefill_bytes(config, rank_shape, chunk, context)))
+        workspace_bytes = max(prefill_bytes(config, rank_shape, chunk, context), encode_bytes)
+        cache_bytes = int(CACHE_SHARE * (free_bytes - workspace_bytes))
         cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)
     cache_tokens = min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS)
     return EngineLimits(chunk, cache_tokens, features)

@@ -10,14 +10,16 @@ import pytest
 
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished
-from kimi_mlx.engine.free_memory import agreed_limits, free_memory_bytes, rank_shape_of
+from kimi_mlx.engine.free_memory import agreed_limits, free_memory_bytes, largest_encoding_bytes, rank_shape_of
 from kimi_mlx.engine.request import Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.sizing.engine_limits import EngineLimits
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, prefill_bytes
+from kimi_mlx.sizing.vision import encode_bytes
 from kimi_mlx.weights.assemble import load_model
+from tests.vision_checkpoints import K2_5
 
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
 LONG = 65_536
@@ -51,6 +53,13 @@ def test_all_ranks_use_the_smallest_chunk(model: Model) -> None:
     assert agreed_limits(model, Peers()) == EngineLimits(64, 64)
     assert rank_shape_of(model) == RankShape(heads=4, expert_rows=96, value_bytes=4, is_fused=False)
     assert free_memory_bytes() > 0
+
+
+def test_only_the_rank_with_the_tower_needs_memory_for_encoding(model: Model) -> None:
+    assert largest_encoding_bytes(model) == 0
+    seeing = load_model(K2_5, load_config(K2_5), mx.float32)
+    assert seeing.vision is not None
+    assert largest_encoding_bytes(seeing) == encode_bytes(seeing.vision.config, 4, is_fused=False)
 
 
 @pytest.mark.parametrize(("chunk", "context"), [(128, 1_024), (512, 512), (512, 2_048)])

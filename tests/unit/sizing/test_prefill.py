@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.model.config import load_config
-from kimi_mlx.sizing.engine_limits import MAX_CACHE_TOKENS, MIN_CACHE_TOKENS, EngineLimits, engine_limits
+from kimi_mlx.sizing.engine_limits import CACHE_SHARE, MAX_CACHE_TOKENS, MIN_CACHE_TOKENS, EngineLimits, engine_limits
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import (
     MAX_CHUNK,
@@ -67,6 +67,17 @@ def test_the_largest_power_of_two_that_fits(limit: int) -> None:
 def test_kv_cache_of_k2() -> None:
     assert kv_bytes_per_token(K2) == (512 + 64) * 61 * 2
     assert kv_bytes_per_token(K2, num_layers=30, value_bytes=4) == (512 + 64) * 30 * 4
+
+
+def test_the_cache_leaves_room_for_prefill_or_for_the_encoding_of_an_image() -> None:
+    free_bytes, prefill = 10**10, prefill_bytes(K2, WHOLE_K2, 512, 32_768)
+
+    def cache_bytes(encode_bytes: int) -> int:
+        limits = engine_limits(K2, WHOLE_K2, 61, free_bytes, chunk=512, encode_bytes=encode_bytes)
+        return limits.cache_tokens * kv_bytes_per_token(K2)
+
+    assert cache_bytes(prefill // 2) == cache_bytes(0)
+    assert cache_bytes(0) - cache_bytes(prefill + 10**9) == pytest.approx(CACHE_SHARE * 10**9, rel=1e-3)
 
 
 @pytest.mark.parametrize("free_bytes", [0, 10**9, 10**11, 10**13])
