@@ -596,3 +596,15 @@ def test_the_vision_tower_is_left_out_and_added_later(arguments: tuple[str, ...]
         hub.reset_counts()
         succeed(host.call("download", NAME, *arguments))
         assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_a_vision_tower_in_files_with_other_weights_is_not_left_out_silently(tmp_path: Path) -> None:
+    with Hub({NAME: KIMI_MINI.with_name("kimi-mini-vl")}) as hub:
+        host = Host(hub, tmp_path / "host")
+        done = host.call("download", NAME, "--no-vision")
+        succeed(done)
+        assert "the vision tower is in files with other weights" in done.stderr
+        again = host.call("download", NAME)
+        succeed(again)
+        assert "vision" not in again.stderr

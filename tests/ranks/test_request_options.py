@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from kimi_mlx.engine.events import Logprobs, Token
 from kimi_mlx.engine.request import Request, Sampling
@@ -22,6 +25,8 @@ from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from tests.fakes import KIMI_MINI
 
 pytestmark = pytest.mark.ranks
+
+KIMI_MINI_VL = KIMI_MINI.with_name("kimi-mini-vl")
 
 SCHEMA = {
     "type": "object",
@@ -138,3 +143,57 @@ def test_on_a_ring_that_is_lost_during_an_answer(
                     os.kill(session.pids[1], signal.SIGKILL)
         assert_equal(seen, expected[1])
         assert session.status().restarts == 1
+
+
+@pytest.fixture(scope="module")
+def with_images() -> list[Request]:
+    """Return prompts with images: with a schema, two samples of one prompt with it, and the other image alone."""
+    tokenizer = ChatTokenizer.load(KIMI_MINI_VL)
+    special = tokenizer.tokenizer.special_tokens
+
+    def make(*colors: str, **values: Any) -> Request:
+        images = [{"type": "image", "image": _picture(color)} for color in colors]
+        content = [*images, {"type": "text", "text": "What do you see?"}]
+        prompt = tokenizer.prompt([{"role": "user", "content": content}])
+        return Request(tuple(prompt.ids), stop_ids=tokenizer.stop_ids, images=tuple(prompt.images), **values)
+
+    both = make("red", "blue", max_tokens=120, top_logprobs=1)
+    schema = replace(both, grammar=build_grammar(special, detect_thinking(special, both.prompt), SCHEMA))
+    samples = [replace(schema, sampling=Sampling(temperature=0.8, seed=seed)) for seed in (1, 2)]
+    return [schema, *samples, make("blue", "red", max_tokens=20)]
+
+
+def _picture(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (112, 112), color).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_schemas_samples_and_drafts_with_images(with_images: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    tokenizer = ChatTokenizer.load(KIMI_MINI_VL)
+    expected: list[list[Token]] = []
+    for request in with_images:
+        with closing(LocalSession(SessionOptions(KIMI_MINI_VL))) as alone:
+            expected.append(tokens_of(alone, request))
+    for request, tokens in zip(with_images[:3], expected, strict=False):
+        parser = tokenizer.output_parser(request.prompt)
+        deltas = [*(parser.add(token.id) for token in tokens), parser.finish()]
+        assert set(json.loads("".join(delta.text for delta in deltas))) == {"name", "ages"}
+    with closing(LocalSession(SessionOptions(KIMI_MINI_VL, speculate=5))) as session:
+        for actual, tokens in zip(answer_together(session, with_images), expected, strict=True):
+            assert_equal(actual, tokens)
+    for strategy in ("hybrid", "pipeline"):
+        options = SessionOptions(KIMI_MINI_VL, ranks=2, strategy=strategy, speculate=3, check_every=1)
+        with closing(RingSession(options)) as session:
+            for actual, tokens in zip(answer_together(session, with_images), expected, strict=True):
+                assert_equal(actual, tokens)
+            seen: list[Token] = []
+            for event in stream_events(session, with_images[1]):
+                if isinstance(event, Token):
+                    seen.append(event)
+                    if len(seen) == 10:
+                        os.kill(session.pids[0], signal.SIGKILL)
+            assert_equal(seen, expected[1])
+            assert session.status().restarts == 1
