@@ -284,10 +284,12 @@ class Engine:
         remaining = self.context - length
         if remaining < 1:
             is_memory = self.context < config.max_position_embeddings
+            in_images = sum(image.num_tokens for image in request.images)
             raise EngineError(
-                f"the prompt has {length} tokens, "
+                f"the prompt has {length} tokens{f' ({in_images} of images)' * bool(in_images)}, "
                 f"but {'the KV cache' if is_memory else 'the context'} holds {self.context}",
-                hint="shorten the prompt, or start a new conversation with /reset"
+                hint="use fewer or smaller images, " * bool(in_images)
+                + "shorten the prompt, or start a new conversation with /reset"
                 + "; `--cache-memory` sets the size of the KV cache" * is_memory,
             )
         max_tokens = request.max_tokens

@@ -325,6 +325,14 @@ def test_images_that_do_not_fit_are_refused(
         Engine(model).add(0, request)
 
 
+def test_images_beyond_the_cache_are_refused_with_all_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_limits, "MIN_CACHE_TOKENS", 256)
+    engine, request = Engine(model, cache_bytes=1), request_of(TEXT[:9], *(A,) * 45)
+    with pytest.raises(EngineError, match=r"has 279 tokens \(270 of images\), but the KV cache holds 256") as error:
+        engine.add(0, request)
+    assert str(error.value.hint).startswith("use fewer or smaller images, shorten the prompt")
+
+
 def test_models_without_a_tower_say_why_and_what_to_do(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Engine(model).image_error is None
     with monkeypatch.context() as patch:
