@@ -222,8 +222,10 @@ class Channel:
                     with self._end_lock:
                         self._commands.put(message)
                         self.num_received += 1
-        except (KimiMlxError, OSError) as error:
-            self._write(encode("failed", text=f"cannot read its commands: {error}"))
+        except Exception as error:  # whatever it is: nothing else would report that this rank gets no commands any more
+            is_known = isinstance(error, (KimiMlxError, OSError))
+            reason = str(error) if is_known else f"{type(error).__name__}: {error}"
+            self._write(encode("failed", text=f"cannot read its commands: {reason}"))
         self._end()
 
     def _send_heartbeats(self) -> None:

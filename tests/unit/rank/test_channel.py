@@ -1,0 +1,45 @@
+"""A rank that cannot read its commands reports it and ends, whatever the reason."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kimi_mlx.cluster.channel.messages import decode, encode
+from kimi_mlx.rank.channel import Channel
+
+
+class FailingPipe(io.BytesIO):
+    """A pipe that cannot be read."""
+
+    def __iter__(self) -> Iterator[bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (io.BytesIO(b"\x00garbage\n"), "a line that is not a message"),
+        (io.BytesIO(encode("cancel", request_id=1)[:-6]), "a line that is not a message"),
+        (io.BytesIO(encode("patches")), "KeyError: 'digest'"),
+        (io.BytesIO(encode("patches", digest="a", data="?", shape=[1])), "Error: "),
+        (FailingPipe(), "Input/output error"),
+    ],
+    ids=["garbage", "truncated", "no fields", "no base64", "unreadable"],
+)
+def test_a_broken_command_channel_is_reported(source: io.BytesIO, reason: str) -> None:
+    sink = io.BytesIO()
+    channel = Channel(source, sink)
+    channel.start_threads()
+    with pytest.raises(SystemExit):
+        channel.next_command()
+    deadline = time.monotonic() + 5
+    while not sink.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    message = decode(sink.getvalue().splitlines()[0])
+    assert message["kind"] == "failed"
+    assert message["text"].startswith("cannot read its commands: ")
+    assert reason in message["text"]
