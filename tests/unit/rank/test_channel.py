@@ -25,10 +25,10 @@ class FailingPipe(io.BytesIO):
         (io.BytesIO(b"\x00garbage\n"), "a line that is not a message"),
         (io.BytesIO(encode("cancel", request_id=1)[:-6]), "a line that is not a message"),
         (io.BytesIO(encode("patches")), "KeyError: 'digest'"),
-        (io.BytesIO(encode("patches", digest="a", data="?", shape=[1])), "Error: "),
+        (io.BytesIO(encode("patches", digest="a", data=1, shape=[1])), "TypeError: "),
         (FailingPipe(), "Input/output error"),
     ],
-    ids=["garbage", "truncated", "no fields", "no base64", "unreadable"],
+    ids=["garbage", "truncated", "no fields", "no text", "unreadable"],
 )
 def test_a_broken_command_channel_is_reported(source: io.BytesIO, reason: str) -> None:
     sink = io.BytesIO()
