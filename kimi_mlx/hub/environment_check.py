@@ -40,7 +40,7 @@ def check_settings() -> None:
         UsageError: a variable, or a file that it names, is broken.
     """
     check_endpoint()
-    _check_folders()
+    check_folders()
     check_token()
     check_characters("HF_HUB_USER_AGENT_ORIGIN", os.environ.get("HF_HUB_USER_AGENT_ORIGIN", ""), HEADER_CHARACTERS)
     for scheme, address in getproxies().items():
@@ -49,7 +49,12 @@ def check_settings() -> None:
     _check_certificates()
 
 
-def _check_folders() -> None:
+def check_folders() -> None:
+    """Check that the folders of the cache are folders, or can be made.
+
+    Raises:
+        UsageError: a variable names something else, or a folder inside it.
+    """
     for variable in ("HF_HOME", cache_variable()):
         if variable is None or variable not in os.environ:
             continue

@@ -20,7 +20,7 @@ from kimi_mlx.hub.environment import (
     proxy_for,
     token_source,
 )
-from kimi_mlx.hub.environment_check import check_settings, check_token
+from kimi_mlx.hub.environment_check import check_folders, check_settings, check_token
 from kimi_mlx.units import format_bytes
 
 PROXY_LOGIN_NEEDED = 407
@@ -257,10 +257,14 @@ def disk_error(error: OSError, path: Path, missing_bytes: int | None = None) -> 
         error: the exception.
         path: path of the file being written.
         missing_bytes: number of bytes still missing, if known.
+
+    Raises:
+        UsageError: an environment variable names a folder that cannot be one.
     """
     if error.errno in DISK_FULL_ERRNOS:
         more = "" if missing_bytes is None else f"; {format_bytes(missing_bytes)} are missing"
         return WeightsError(f"the disk is full: `{path}` cannot be written{more}", hint=SPACE_HINT)
+    check_folders()
     variable = cache_variable() or "HF_HOME"
     return WeightsError(
         f"`{path}` cannot be written: {error.strerror or error}",

@@ -18,7 +18,7 @@ import pytest
 from kimi_mlx.errors import KimiMlxError, UsageError, WeightsError
 from kimi_mlx.hub import environment, environment_check
 from kimi_mlx.hub.client import fetch_checkpoint, look_up, read_range
-from kimi_mlx.hub.error_messages import hub_error
+from kimi_mlx.hub.error_messages import disk_error, hub_error
 from tests.hub import Hub
 
 VARIABLES = (
@@ -149,6 +149,17 @@ def test_a_loop_of_links_in_place_of_the_home_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(loop))
     with pytest.raises(UsageError, match=f"`HF_HOME` is `{loop}`, but `{loop}` is a loop of links"):
         environment_check.check_settings()
+
+
+def test_a_broken_link_in_place_of_the_home_is_named_when_a_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.symlink_to(tmp_path / "unplugged")
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    with pytest.raises(UsageError, match=f"`HF_HOME` is `{home}`, but `{home}` is a broken link"):
+        raise disk_error(FileExistsError(17, "File exists"), home / "hub" / "blob")
 
 
 @pytest.mark.parametrize("kind", ["folder", "binary", "quotes"])
