@@ -27,7 +27,7 @@ from kimi_mlx.cli.open_model import (
 )
 from kimi_mlx.cli.options import RunOptions
 from kimi_mlx.cli.output import load_progress, stderr
-from kimi_mlx.cli.vision_check import require_vision
+from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.images.preprocessing import Preprocessing
@@ -101,7 +101,7 @@ def open_models(
     Raises:
         KimiMlxError: a model cannot be loaded, or the plan does not fit.
     """
-    prepared = _prepare(launch, run, measurement, is_quiet)
+    prepared = _prepare(launch, run, measurement, plan, is_quiet)
     if prepared.folder is not None:  # before loading
         if plan.has_images:
             require_vision(prepared.folder, prepared.name)
@@ -131,13 +131,16 @@ def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:
 
 
 def _prepare(
-    launch: LaunchContext | None, run: RunOptions, measurement: MeasurementOptions, is_quiet: bool
+    launch: LaunchContext | None, run: RunOptions, measurement: MeasurementOptions, plan: BenchmarkPlan, is_quiet: bool
 ) -> PreparedModel:
     """Place the model and find its files; a synthetic checkpoint is written first."""
     link = _delayed_link(measurement.link_delay_ms)
     name = measurement.synthetic
     if name is None:
-        return prepare_model(launch, resolve_model_name(run.model_name), run, is_quiet=is_quiet, link=link)
+        target = resolve_model_name(run.model_name)
+        if plan.has_images:
+            require_vision_in_catalogue(target)
+        return prepare_model(launch, target, run, is_quiet=is_quiet, link=link)
     if run.model is not None:
         raise UsageError(f"`{run.model}` and --synthetic exclude each other", hint="leave one of them out")
     choice = place_model(None, run.ranks, run.strategy, is_quiet=is_quiet, link=link)

@@ -169,6 +169,11 @@ def test_wrong_usage_is_an_error(arguments: list[str], message: str) -> None:
         bench(*arguments)
 
 
+def test_a_known_model_without_vision_is_refused_before_it_is_downloaded() -> None:
+    with pytest.raises(KimiMlxError, match="`kimi-k2` does not see images"):
+        bench("kimi-k2", "--images", "1")
+
+
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", max_position_embeddings=64)
     with pytest.raises(UsageError, match=r"depth 0, prompt 512 and answer 64 need 576 tokens, .* has 64"):
