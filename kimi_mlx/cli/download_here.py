@@ -88,7 +88,7 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, options.revision)
     damaged = [] if local is None else damaged_files(local)
-    adds_vision = local is not None and not options.no_vision and _can_add_vision(local)
+    adds_vision = local is not None and not damaged and not options.no_vision and _can_add_vision(local)
     is_complete = local is not None and not damaged and not unknown_files(local) and not adds_vision
     # False for the name of a branch, which may have a newer commit
     is_right_commit = local is not None and local.name.startswith(options.revision or "")

@@ -429,7 +429,6 @@ def test_verify_of_a_checkpoint_fetches_only_broken_files(host: Host, small: Pat
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00004.safetensors"])
 def test_a_truncated_file_of_a_checkpoint_is_fetched_again(host: Host, small: Path, name: str) -> None:
     folder = Path(succeed(host.call("download", NAME)).strip())
