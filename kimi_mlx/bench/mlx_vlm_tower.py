@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from kimi_mlx.bench.random_tower import Tensors
 from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.install_command import install_command
 from kimi_mlx.model.vision_config import Grid, VisionConfig
 
 MODULE = "mlx_vlm.models.kimi_k25"
@@ -28,7 +29,7 @@ def require_mlx_vlm() -> None:
         import_module(MODULE)
     except ImportError as error:
         raise UsageError(
-            f"--against mlx-vlm needs mlx-vlm with Kimi K2.5: {error}", hint="run `pip install mlx-vlm`"
+            f"--against mlx-vlm needs mlx-vlm with Kimi K2.5: {error}", hint=f"run `{install_command('mlx-vlm')}`"
         ) from error
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from kimi_mlx.bench.report import Report
 from kimi_mlx.bench.results import Percentiles, ResultRow, Spread
 from kimi_mlx.errors import UsageError
+from kimi_mlx.install_command import install_command
 
 Bar = tuple[float, float, float]
 """Height, and lower and upper end of the whisker."""
@@ -27,18 +26,9 @@ def require_matplotlib() -> None:
         UsageError: it is not.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", hint=f"run `{_install_command()}`")
-
-
-def _install_command() -> str:
-    """Return the command that adds matplotlib to this environment, whichever program made it."""
-    folders = Path(sys.prefix).parts
-    if "pipx" in folders:
-        return "pipx inject kimi-mlx matplotlib"
-    python = shlex.quote(sys.executable)
-    if find_spec("pip") is None:
-        return f"uv pip install --python {python} matplotlib"
-    return f"{python} -m pip install matplotlib"
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed", hint=f"run `{install_command('matplotlib')}`"
+        )
 
 
 def save_plot(report: Report, path: Path) -> None:

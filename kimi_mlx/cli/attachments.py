@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rich.text import Text
 
 from kimi_mlx.cli.media_files import check_files
-from kimi_mlx.cli.output import escape_controls, stderr
+from kimi_mlx.cli.output import escape_controls, slow_status, stderr
 from kimi_mlx.cli.stream import ControlFilter
 from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import ImageError, UsageError
 from kimi_mlx.text.media import MediaKind
+from kimi_mlx.units import format_count
 
 if TYPE_CHECKING:
     from kimi_mlx.images.prepared import PreparedImage
@@ -53,20 +54,23 @@ class Attachment:
         """Width and height in pixels, and for a video the number of frames that the model sees."""
         width, height = self.frames[0].size
         num_frames = sum(chunk.grid[0] for chunk in self.frames)
-        return f"{width}x{height}" + (f", {num_frames} frames" if self.kind == "video" else "")
+        return f"{width}x{height}" + (f", {format_count(num_frames, 'frame')}" if self.kind == "video" else "")
 
     def __str__(self) -> str:
         """Describe the file in one line."""
         return f"{self.name} · {self.size} · {self.num_tokens} tokens"
 
 
-def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = None) -> Attachment:
+def read_attachment(
+    path: Path, kind: MediaKind, prepare: PrepareMedia | None = None, is_quiet: bool = False
+) -> Attachment:
     """Read an image or a video.
 
     Args:
         path: file; its name may have any ending.
         kind: image or video.
         prepare: function that decodes the file for a model; None decodes it for K2.5.
+        is_quiet: whether to show no status if it takes long.
 
     Raises:
         UsageError: the file does not exist, is a folder, or cannot be read.
@@ -76,8 +80,11 @@ def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = 
     from kimi_mlx.images.cache import MediaCache
     from kimi_mlx.images.data_url import too_large
     from kimi_mlx.images.limits import DEFAULT_LIMITS
+    from kimi_mlx.images.other_formats import VIDEO, find_other_format
 
     check_files([path])
+    place = escape_controls(str(path))
+    name = " ".join(ControlFilter().add(path.name).split("\n"))
     max_bytes = DEFAULT_LIMITS.max_bytes if kind == "image" else DEFAULT_LIMITS.max_video_bytes
     try:
         with path.open("rb") as file:
@@ -85,11 +92,13 @@ def read_attachment(path: Path, kind: MediaKind, prepare: PrepareMedia | None = 
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
-    place = escape_controls(str(path))
+    if kind == "image" and find_other_format(data) is VIDEO:
+        raise ImageError(place, "it is a video, not an image", hint="use `--video`, or `/video` in a conversation")
     if len(data) > max_bytes:
         raise too_large(place, max(num_bytes, len(data)), max_bytes)
-    chunks = (prepare or MediaCache().prepare)(kind, data, place)
-    name = " ".join(ControlFilter().add(path.name).split("\n"))
+    with slow_status(is_quiet) as set_status:
+        set_status(f"reading {name}")
+        chunks = (prepare or MediaCache().prepare)(kind, data, place)
     return Attachment(name, kind, {"type": kind, kind: data}, tuple(chunk.image for chunk in chunks))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kimi_mlx.cli.media_files import to_path
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, JsonOption, RunOptions, refuse_mlx_launch
 
@@ -101,7 +102,7 @@ class PromptOptions:
     ] = None
     system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None
     image: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--image",
             "-i",
@@ -111,11 +112,11 @@ class PromptOptions:
         ),
     ] = None
     video: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--video",
             metavar="FILE",
-            help="Video for the prompt, or for the first message; repeatable. Needs the extra `kimi-mlx[video]`.",
+            help="Video for the prompt, or for the first message; repeatable. Needs the package `av`.",
             show_default=False,
         ),
     ] = None
@@ -123,7 +124,11 @@ class PromptOptions:
     @property
     def files(self) -> list[tuple[Path, MediaKind]]:
         """Images, then videos."""
-        return [*((path, "image") for path in self.image or ()), *((path, "video") for path in self.video or ())]
+        named: list[tuple[str, MediaKind]] = [
+            *((name, "image") for name in self.image or ()),
+            *((name, "video") for name in self.video or ()),
+        ]
+        return [(to_path(name), kind) for name, kind in named]
 
 
 @with_option_groups

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 NO_PROMPT = "no prompt given and no terminal to ask on"
 
+NUM_BYTES_CHECKED = 65536
+"""Number of bytes of piped input in which a zero byte means that it is not text."""
+
 
 def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
     """Resolve the name of the model; without a prompt, an unknown name may be meant as one.
@@ -65,8 +68,17 @@ def read_prompt(prompt: str | None, is_json: bool) -> str | None:
 
 
 def _read_pipe() -> str | None:
-    """Return piped or redirected standard input; None if there is neither."""
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace") if _is_piped() else None
+    """Return piped or redirected standard input; None if there is neither.
+
+    Raises:
+        UsageError: it is not text.
+    """
+    if not _is_piped():
+        return None
+    data = sys.stdin.buffer.read()
+    if b"\0" in data[:NUM_BYTES_CHECKED]:
+        raise UsageError("the piped input is not text", hint="give an image by name: `--image FILE`")
+    return data.decode("utf-8", errors="replace")
 
 
 def _is_piped() -> bool:

@@ -6,11 +6,14 @@ kitty, Windows Terminal), or as a `file://` URL (Konsole).
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+
+from kimi_mlx.cli.media_files import is_media_file, to_path
 
 # Only ASCII spaces separate words: the names of macOS' screenshots contain U+202F, a narrow no-break space.
 _SPACE = " \t\r\n"
@@ -59,20 +62,51 @@ def split_dropped_files(text: str, is_wanted: Callable[[Path], bool]) -> list[st
 def read_file_names(argument: str) -> list[Path]:
     """Return the files that the argument of a command names: one name as it is, or several names as a shell reads them.
 
+    Patterns such as `*.png` mean the images and videos that they match. Spaces need no backslash if the file exists.
+
     Args:
         argument: text after the command, not empty.
     """
-    literal = _expand(argument.strip(_SPACE))
-    if literal.exists():
+    literal = to_path(argument.strip(_SPACE))
+    if os.path.lexists(literal):
         return [literal]
     names: list[Path] = []
     position = 0
+    while (start := _next_word_start(argument, position)) is not None:
+        candidates = list(_names(argument, start))
+        existing = [candidate for candidate in candidates if os.path.lexists(candidate[0])]
+        path, position = (existing or candidates)[0]
+        matches = [] if existing else [Path(match) for match in sorted(glob.glob(str(path)))]
+        names += [match for match in matches if is_media_file(match)] or [path]
+    # the first name is not there: perhaps it has spaces, so report all of them
+    return names if len(names) == 1 or os.path.lexists(names[0]) else [literal]
+
+
+def last_word_start(argument: str) -> int:
+    """Return where the last word of an argument begins; its end if a space comes last."""
+    start = position = 0
     while (word := _next_word_start(argument, position)) is not None:
-        quoted = _QUOTED.match(argument, word)
-        position = quoted.end() if quoted else _word_end(argument, word)
-        names.append(_to_path(argument[word:position]))
-    # a name with unescaped spaces that is not there: report it as one
-    return names if all(name.exists() for name in names) or len(names) == 1 else [literal]
+        start, position = word, _word_end(argument, word)
+    return start if position == len(argument) else len(argument)
+
+
+def unescape(word: str) -> str:
+    """Return a word without its backslashes."""
+    return re.sub(r"\\(.)", r"\1", word)
+
+
+def quote_name(name: str) -> str:
+    """Return a file name as a word that `read_file_names` reads."""
+    return re.sub(r"""([ \t'"\\])""", r"\\\1", name)
+
+
+def _names(text: str, start: int) -> Iterator[tuple[Path, int]]:
+    """Yield possible (path, end) of a name at the beginning of a word: the word, then the word with those behind it."""
+    quoted = _QUOTED.match(text, start)
+    end = quoted.end() if quoted else _word_end(text, start)
+    yield _unquote(text[start:end]), end
+    if not quoted:
+        yield from ((to_path(text[start:further]), further) for further in _further_ends(text, end))
 
 
 def _candidates(text: str, start: int) -> Iterator[tuple[Path, int]]:
@@ -88,38 +122,35 @@ def _candidates(text: str, start: int) -> Iterator[tuple[Path, int]]:
         yield from _absolute(bare, start + len(bare))
     if not word.startswith(("/", "~/")):
         return
+    for further in _further_ends(text, end):
+        unescaped = text[start:further]
+        for name in dict.fromkeys((unescaped, unescaped.rstrip(_PUNCTUATION))):
+            yield to_path(name), start + len(name)
+
+
+def _further_ends(text: str, end: int) -> Iterator[int]:
+    """Yield the ends of the words that follow a position in the same line."""
     for _ in range(MAX_SPACES):
         following = _NEXT_WORD.match(text, end)
         if following is None:
             return
         end = following.end()
-        unescaped = text[start:end]
-        for name in dict.fromkeys((unescaped, unescaped.rstrip(_PUNCTUATION))):
-            yield _expand(name), start + len(name)
+        yield end
 
 
 def _absolute(word: str, end: int) -> Iterator[tuple[Path, int]]:
     """Yield the path of a word if it is absolute."""
-    path = _to_path(word)
+    path = _unquote(word)
     if path.is_absolute():
         yield path, end
 
 
-def _to_path(word: str) -> Path:
+def _unquote(word: str) -> Path:
     """Return the path that a word means: a `file://` URL, a quoted or an escaped name."""
     if word[:7].lower() == "file://":
-        try:
-            url = urlsplit(word)
-        except ValueError:  # such as a broken IPv6 address
-            return Path(word)
-        return Path(unquote(url.path)) if url.netloc.lower() in ("", "localhost") else Path(word)
-    name = shlex.split(word)[0] if _QUOTED.fullmatch(word) else re.sub(r"\\(.)", r"\1", word)
-    return _expand(name)
-
-
-def _expand(name: str) -> Path:
-    """Return a path; only the user's own home folder is filled in, so that no name of a user can fail."""
-    return Path(name).expanduser() if name.startswith("~/") else Path(name)
+        return to_path(word)
+    name = shlex.split(word)[0] if _QUOTED.fullmatch(word) else unescape(word)
+    return to_path(name)
 
 
 def _next_word_start(text: str, position: int) -> int | None:

@@ -22,6 +22,7 @@ from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
 
+from kimi_mlx.cli.dropped_files import last_word_start, quote_name, unescape
 from kimi_mlx.cli.media_files import media_kind
 from kimi_mlx.cli.terminal_modes import quiet_between_prompts, read_typed_ahead
 
@@ -155,7 +156,7 @@ class _MessageCompleter(Completer):
     def __init__(self, commands: Mapping[str, str], file_commands: Sequence[str]):
         self._commands = commands
         self._file_commands = file_commands
-        self._files = PathCompleter(expanduser=True, file_filter=_is_folder_or_media)
+        self._files = _FileCompleter()
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
         """Yield the commands or files that start with the text before the cursor."""
@@ -167,6 +168,32 @@ class _MessageCompleter(Completer):
             for command, about in self._commands.items():
                 if command.startswith(typed):
                     yield Completion(command, start_position=-len(typed), display_meta=about)
+
+
+class _FileCompleter(Completer):
+    """Completes the last of several file names, with a backslash before each space and a slash behind a folder.
+
+    If all that was typed is the beginning of one name with plain spaces, that name is completed as it is.
+    """
+
+    def __init__(self) -> None:
+        self._paths = PathCompleter(expanduser=True, file_filter=_is_folder_or_media)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        """Yield the files and folders whose names begin with what was typed."""
+        typed = document.text_before_cursor
+        last = typed[last_word_start(typed) :]
+        names = list(self._complete(typed, complete_event)) if last != typed else []
+        quote = quote_name if not names else str
+        for name, display in names or self._complete(unescape(last), complete_event):
+            yield Completion(quote(name), start_position=-len(typed if names else last), display=display)
+
+    def _complete(self, beginning: str, event: CompleteEvent) -> Iterator[tuple[str, str]]:
+        """Yield the names that have a beginning, and how they are shown."""
+        for completion in self._paths.get_completions(Document(beginning), event):
+            name = beginning + completion.text
+            is_folder = os.path.isdir(os.path.expanduser(name))
+            yield (f"{name}/" if is_folder else name), completion.display_text
 
 
 def _is_folder_or_media(name: str) -> bool:

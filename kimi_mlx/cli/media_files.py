@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.files import irregular_kind
@@ -16,6 +18,21 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
+
+
+_WEB_URL = re.compile(r"https?:/", re.IGNORECASE)
+
+
+def to_path(name: str) -> Path:
+    """Return the path that a name means: a `file://` URL, or a name whose `~/` no shell has replaced."""
+    if name[:7].lower() == "file://":
+        try:
+            url = urlsplit(name)
+        except ValueError:  # such as a broken IPv6 address
+            return Path(name)
+        return Path(unquote(url.path)) if url.netloc.lower() in ("", "localhost") else Path(name)
+    # only the user's own home folder, so that no name of a user can fail
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)
 
 
 def media_kind(path: Path) -> MediaKind | None:
@@ -38,6 +55,9 @@ def check_files(paths: Iterable[Path]) -> None:
         UsageError: a file does not exist, or is a folder or a device.
     """
     for path in paths:
+        if _WEB_URL.match(str(path)):
+            hint = "download it first, for example with `curl -O URL`"
+            raise UsageError("an image is a file here, not a URL", hint=hint)
         kind = irregular_kind(path)
         if kind == "a folder":
             raise UsageError(f"`{path}` is a folder, not an image", hint="name a file in it")
@@ -50,7 +70,7 @@ def check_files(paths: Iterable[Path]) -> None:
 def _similar_names(path: Path) -> str:
     """Return a hint for a file that does not exist."""
     try:
-        names = [entry.name for entry in path.parent.iterdir() if media_kind(entry) is not None]
+        names = [entry.name for entry in path.parent.iterdir() if is_media_file(entry)]
     except OSError:
         return f"there is no folder `{path.parent}` either"
     similar = get_close_matches(path.name, names, n=1)

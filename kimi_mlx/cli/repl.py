@@ -144,6 +144,8 @@ class Repl:
 
     def _command(self, typed: str) -> None:
         name, *rest = typed.split(maxsplit=1)
+        if name not in self.commands:
+            self._media.refuse_other_file(typed)
         find_command(self.commands, name).run("".join(rest))
 
     def _help(self, argument: str) -> None:

@@ -16,7 +16,7 @@ KEYS = {
     "Ctrl-C": "stop the answer, or clear the message; twice on an empty line: exit",
     "Ctrl-D": "exit",
     "Up, Down, Ctrl-R": "previous messages, search them",
-    "Tab": "complete a command, or the name of a file after /image",
+    "Tab": "complete a command, or a file name after /image",
     "//text": "send a message that starts with a slash",
 }
 FILE_COMMANDS = ("/image", "/video")

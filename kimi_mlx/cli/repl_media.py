@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.table import Table
@@ -12,6 +15,7 @@ from kimi_mlx.cli.attachments import Attachment, read_attachment, show_attachmen
 from kimi_mlx.cli.dropped_files import read_file_names, split_dropped_files
 from kimi_mlx.cli.media_files import check_files, is_media_file, media_kind
 from kimi_mlx.cli.output import print_note, stderr
+from kimi_mlx.cli.stream import NARROW
 from kimi_mlx.errors import UsageError
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.media import MediaKind
@@ -75,8 +79,25 @@ class ReplMedia:
         print_note(ATTACHED)
 
     def finds_files(self, text: str) -> bool:
-        """Return whether a file was dropped into a message."""
+        """Return whether an image or a video was dropped into a message."""
         return any(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
+
+    def refuse_other_file(self, text: str) -> None:
+        """Refuse a message that begins with the path of a file that is no image.
+
+        Raises:
+            UsageError: it begins with the path of a folder, or of another file.
+        """
+        path = next(iter(split_dropped_files(text, os.path.lexists)), None)
+        if not isinstance(path, Path):
+            return
+        as_text = "begin the message with // to send the path as text"
+        if self._conversation.image_error is not None:
+            raise UsageError(f"there is no command `{path}`", hint=as_text)
+        if path.is_dir():
+            raise UsageError(f"`{path}` is a folder", hint=f"drop the images in it, or {as_text}")
+        reason = "does not have the name of an image or a video"
+        raise UsageError(f"`{path}` {reason}", hint=f"type `/image FILE` if it is an image, or {as_text}")
 
     def read_message(self, text: str) -> Content:
         """Return a message with the files that were dropped into it, each in its place.
@@ -159,7 +180,11 @@ class ReplMedia:
         self.attached, self._sent = [], []
 
     def _read(self, path: Path, kind: MediaKind) -> Attachment:
-        return read_attachment(path, kind, self._conversation.tokenizer.prepare_media)
+        try:
+            with _ctrl_c_raises():
+                return read_attachment(path, kind, self._conversation.tokenizer.prepare_media)
+        except KeyboardInterrupt:
+            raise UsageError(f"reading `{path.name}` was stopped") from None
 
     def _attach(self, files: Sequence[Attachment]) -> None:
         for file in files:
@@ -176,10 +201,24 @@ class ReplMedia:
         if not files:
             print_note("there are no images; /image FILE attaches one")
             return
+        states = ["attached" if file in self.attached else "sent" for file in files]
+        if stderr.width < NARROW:
+            for number, (file, state) in enumerate(zip(files, states, strict=True), start=1):
+                stderr.print(Text(f"{number}  {file} · {state}"), soft_wrap=False)
+            return
         table = Table.grid(padding=(0, 2))
         for justify in ("right", "left", "left", "right", "left"):
             table.add_column(justify=justify, overflow="fold")
-        for number, file in enumerate(files, start=1):
-            state = "attached" if file in self.attached else "sent"
+        for number, (file, state) in enumerate(zip(files, states, strict=True), start=1):
             table.add_row(str(number), Text(file.name), file.size, f"{file.num_tokens} tokens", state)
         stderr.print(table, soft_wrap=False)
+
+
+@contextmanager
+def _ctrl_c_raises() -> Generator[None, None, None]:
+    """Make Ctrl-C raise KeyboardInterrupt; between prompts it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -90,7 +90,7 @@ def _open_conversation(
             require_vision(model.folder, target.name)
         early = _read_tokenizer(model.folder, target, sampling)
         options = replace(options, has_sampling=_is_sampling(early[1]))
-    files = _read_files(prompts, early[0].prepare_media if early else None)
+    files = _read_files(prompts, early[0].prepare_media if early else None, is_quiet)
     opened = open_session(model, options, ranks, is_quiet)
     with closing(opened.session) as session:
         tokenizer, chat_options = early or _read_tokenizer(opened.tokenizer_folder, target, sampling)
@@ -98,22 +98,23 @@ def _open_conversation(
         if files and conversation.image_error is not None:
             raise conversation.image_error
         if early is None:  # again, with the limits of the hosts' model
-            files = _read_files(prompts, tokenizer.prepare_media)
+            files = _read_files(prompts, tokenizer.prepare_media, is_quiet)
         yield conversation, files
 
 
-def _read_files(prompts: PromptOptions, prepare: PrepareMedia | None) -> list[Attachment]:
+def _read_files(prompts: PromptOptions, prepare: PrepareMedia | None, is_quiet: bool) -> list[Attachment]:
     """Read the images and videos of the first message.
 
     Args:
         prompts: options that name the files.
         prepare: function that decodes a file for the model; None decodes it for K2.5.
+        is_quiet: whether to show no status if it takes long.
 
     Raises:
         UsageError: a file does not exist, is a folder, or cannot be read.
-        ImageError: a file is too large, broken or of an unknown format, or an extra is not installed.
+        ImageError: a file is too large, broken or of an unknown format, or a package is not installed.
     """
-    return [read_attachment(path, kind, prepare) for path, kind in prompts.files]
+    return [read_attachment(path, kind, prepare, is_quiet) for path, kind in prompts.files]
 
 
 def _read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:

@@ -20,6 +20,8 @@ from PIL import ExifTags, Image
 from kimi_mlx.errors import ImageError
 from kimi_mlx.images.data_url import SMALLER_HINT, too_large
 from kimi_mlx.images.limits import MediaLimits
+from kimi_mlx.images.other_formats import AS_PNG, find_other_format
+from kimi_mlx.install_command import install_command
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """PIL's names of the formats that it may open."""
@@ -95,7 +97,7 @@ def check_size(size: tuple[int, int], place: str, max_pixels: int, max_side: int
     if min(size) < 1:
         raise ImageError(place, f"it has {width} x {height} pixels", hint=SAVE_AGAIN_HINT)
     if width * height > max_pixels or max(size) > max_side:
-        maxima = f"{max_pixels} in all and {max_side} per side"
+        maxima = f"{max_pixels:,} in all and {max_side:,} per side"
         raise ImageError(place, f"it has {width} x {height} pixels; the limits are {maxima}", hint=SMALLER_HINT)
 
 
@@ -106,8 +108,9 @@ def _formats_of(data: bytes, place: str) -> tuple[str, ...]:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
-        hint = "run `pip install 'kimi-mlx[heic]'` or `pip install pillow-heif`, or send JPEG or PNG"
-        raise ImageError(place, "HEIC images need the extra `heic`", hint=hint) from error
+        hint = f"run `{install_command('pillow-heif')}`, or send JPEG or PNG"
+        reason = "HEIC images need the package `pillow-heif`, which is not installed"
+        raise ImageError(place, reason, hint=hint) from error
     return (*FORMATS, "HEIF")
 
 
@@ -155,13 +158,20 @@ def _to_rgb(image: Image.Image, place: str) -> Image.Image:
 def _broken(data: bytes, place: str, error: Exception, limits: MediaLimits) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         number = next(iter(re.findall(r"\d+", str(error))), "too many")
-        return ImageError(place, f"it has {number} pixels; the limit is {limits.max_pixels}", hint=SMALLER_HINT)
+        return ImageError(place, f"it has {number} pixels; the limit is {limits.max_pixels:,}", hint=SMALLER_HINT)
     if isinstance(error, Image.UnidentifiedImageError):
-        begins = f"it begins with {data[:12]!r}" if data else "it is empty"
-        reason = f"it is not a PNG, JPEG, WebP, GIF, BMP, TIFF or HEIC file, or its header is broken; {begins}"
-        return ImageError(place, reason, hint="save it as PNG or JPEG")
+        return _unidentified(data, place)
     reason = f"the file is broken: {error or type(error).__name__}"
     return ImageError(place, reason, hint=SAVE_AGAIN_HINT)
+
+
+def _unidentified(data: bytes, place: str) -> ImageError:
+    if not data:
+        return ImageError(place, "the file is empty", hint="save it again")
+    if (other := find_other_format(data)) is not None:
+        return ImageError(place, f"it is {other.name}, which is not read as an image", hint=other.hint)
+    reason = "it is not a PNG, JPEG, WebP, GIF, BMP, TIFF or HEIC file, or its header is broken"
+    return ImageError(place, f"{reason}; it begins with {data[:12].hex(' ')}", hint=AS_PNG)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from kimi_mlx.images.decode import check_size
 from kimi_mlx.images.limits import DEFAULT_LIMITS, MediaLimits
 from kimi_mlx.images.prepared import PreparedImage, to_patches
 from kimi_mlx.images.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from kimi_mlx.install_command import install_command
 
 SAVE_AGAIN_HINT = "open it in a player and save it again"
 FORMATS = "mov,mp4,matroska,webm,avi"
@@ -56,8 +57,8 @@ def prepare_video(
     try:
         av: Any = importlib.import_module("av")
     except ImportError as error:
-        hint = "run `pip install 'kimi-mlx[video]'` or `pip install av`, or send single frames as images"
-        raise ImageError(place, "videos need the extra `video`", hint=hint) from error
+        hint = f"run `{install_command('av')}`, or send single frames as images"
+        raise ImageError(place, "videos need the package `av`, which is not installed", hint=hint) from error
     options = {"format_whitelist": FORMATS, "protocol_whitelist": ""}
     try:
         with av.open(BytesIO(data), metadata_errors="ignore", container_options=options) as container:

@@ -105,7 +105,8 @@ def test_without_matplotlib_nothing_is_measured(tiny: Path, monkeypatch: pytest.
         ("/home/x/venv", True, f"{sys.executable} -m pip install matplotlib"),
     ):
         monkeypatch.setattr("sys.prefix", prefix)
-        monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name, has=has_pip: (name == "pip" and has) or None)
+        monkeypatch.setattr("kimi_mlx.bench.plot.find_spec", lambda name: None)
+        monkeypatch.setattr("kimi_mlx.install_command.find_spec", lambda name, has=has_pip: has or None)
         with pytest.raises(UsageError, match="needs matplotlib") as caught:
             bench(tiny, "--plot", "out.png")
         assert caught.value.hint == f"run `{command}`"

@@ -274,6 +274,12 @@ def test_a_file_above_the_limit_names_its_size(tmp_path: Path) -> None:
     assert "the file has 5.0 GB, more than 32.0 MB" in done.stderr
 
 
+def test_an_image_through_a_pipe_is_no_prompt() -> None:
+    done = call("chat", "kimi-mini-vl", "-p", "What is it?", stdin=PICTURE.read_bytes().decode("latin-1"))
+    assert done.returncode == 2
+    assert done.stderr == "error: the piped input is not text\nhint: give an image by name: `--image FILE`\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "hint"),
     [
@@ -281,7 +287,9 @@ def test_a_file_above_the_limit_names_its_size(tmp_path: Path) -> None:
         (("kimi-k2", "-i", str(PICTURE)), "`kimi-k2` does not see images", "`kimi-mlx models` lists"),
         (("kimi-mini-vl", "-i", f"{PICTURE}x"), f"there is no file `{PICTURE}x`", f"did you mean `{PICTURE}`?"),
         (("kimi-mini-vl", "-i", str(PICTURE.parent)), "is a folder, not an image", "name a file in it"),
-        (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is not a PNG", ""),
+        (("kimi-mini-vl", "-i", "https://example.org/a.png"), "an image is a file here, not a URL", "curl -O"),
+        (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is a text file", "send it as text"),
+        (("kimi-mini-vl", "-i", "~/no.png"), f"there is no file `{Path.home()}/no.png`", ""),
         (("kimi-mini-vl", "--video", __file__), f"`{__file__}`: it is not a video file", ""),
     ],
 )

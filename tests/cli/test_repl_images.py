@@ -145,11 +145,23 @@ def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[st
         ),
         ("/image {folder}/no/x.png", "there is no file `{folder}/no/x.png`", "there is no folder `{folder}/no` either"),
         ("/image {folder}", "`{folder}` is a folder, not an image", "name a file in it"),
-        ("/image {folder}/broken.png", "`{folder}/broken.png`: it is not a PNG", ""),
-        ("What is {folder}/broken.png?", "`{folder}/broken.png`: it is not a PNG", ""),
-        ("/image {folder}/empty.png", "`{folder}/empty.png`: it is not a PNG", ""),
+        (
+            "/image {folder}/broken.png",
+            "`{folder}/broken.png`: it is a text file, which is not read as an image",
+            "send it as text",
+        ),
+        (
+            "What is {folder}/broken.png?",
+            "`{folder}/broken.png`: it is a text file, which is not read as an image",
+            "send it as text",
+        ),
+        ("/image {folder}/empty.png", "`{folder}/empty.png`: the file is empty", "save it again"),
         ("/image {folder}/fifo.png", "`{folder}/fifo.png` is a pipe, not a file", "save the image"),
         ("/image file:///%00.png", "there is no file `/\\x00.png`", "check the path"),
+        ("/image {folder}/clip.png", "`{folder}/clip.png`: it is a video, not an image", "`/video`"),
+        ("/image https://example.org/a.png", "an image is a file here, not a URL", "`curl -O URL`"),
+        ("{folder}/doc.pdf what is it?", "`{folder}/doc.pdf` does not have the name of an image", "`/image FILE`"),
+        ("{folder}", "`{folder}` is a folder", "drop the images in it"),
         ("/images drop 1", "there is no image 1", "/images lists"),
         ("/images 1", "/images does not know `1`", "/images drop 1"),
     ],
@@ -160,6 +172,8 @@ def test_an_error_sends_nothing_and_gives_the_line_back(
     folder = picture.parent
     (folder / "broken.png").write_bytes(b"no image at all")
     (folder / "empty.png").touch()
+    (folder / "doc.pdf").touch()
+    (folder / "clip.png").write_bytes(b"\0\0\0\x1cftypisom\0\0\2\0")
     os.mkfifo(folder / "fifo.png")
     conversation = conversation_of("yes", sees_images=True)
     line, message, hint = (text.format(folder=folder) for text in (line, message, hint))
@@ -251,11 +265,20 @@ def test_thumbnails_on_a_terminal(
 
 def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: Path) -> None:
     (picture.parent / "two.txt").touch()
+    (picture.parent / "folder").mkdir()
+    shutil.copy(picture, picture.parent / "folder")
     terminal = spawn(QUICK)
     terminal.expect("\n> ")
     terminal.send(f"/image {picture.parent}/two" + TAB)
     terminal.expect("words.png")  # the cursor jumps over the space
     assert "attached to the next message" in terminal.ask(ENTER)
+    terminal.send(f"/image {picture} {picture.parent}/fol" + TAB)  # a second name, in a folder
+    terminal.expect("der/")
+    terminal.send("two" + TAB)
+    terminal.expect("\\ words.png")
+    assert terminal.ask(ENTER).count("two words.png · ") == 2
+    terminal.ask("/images drop 3" + ENTER)
+    terminal.ask("/images drop 2" + ENTER)
     assert "there is no file" in terminal.ask("/image missing.png" + ENTER)
     terminal.expect("/image missing.png")  # to be corrected
     terminal.send(CTRL_C)
@@ -265,6 +288,19 @@ def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: 
     terminal.ask(f"Is it \x1b[200~{dropped} \x1b[201~{ENTER}")
     terminal.send(CTRL_D)
     terminal.expect("[['image', 'text', 'image']]")
+    assert terminal.wait() == 0
+
+
+@pytest.mark.slow
+def test_reading_a_file_shows_progress_and_can_be_stopped(spawn: Spawn, picture: Path) -> None:
+    slow = "\nimport time, kimi_mlx.images.cache as cache\ncache.prepare_image = lambda *arguments: time.sleep(60)\n"
+    terminal = spawn(QUICK.replace("\nconversation =", slow + "conversation ="))
+    terminal.expect("\n> ")
+    terminal.send(f"/image {picture}" + ENTER)
+    terminal.expect("reading two words.png")
+    assert "error: reading `two words.png` was stopped" in terminal.ask(CTRL_C)
+    terminal.send(CTRL_C)  # clears the line, which came back
+    terminal.send(CTRL_D)
     assert terminal.wait() == 0
 
 
@@ -283,6 +319,7 @@ def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
     assert f"{long_name.name} · 900x100 · 132 tokens".replace(" ", "") in shown.replace(" ", "")
     assert "c=32" in terminal.raw.decode(errors="replace")  # the thumbnail is no wider than the terminal
     assert "Two red circles." in shown
+    assert "132 tokens · attached" in shown
 
 
 KIMI_MINI_VL = ROOT / "kimi_mlx" / "models" / "kimi-mini-vl"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cli.dropped_files import read_file_names, split_dropped_files
+from kimi_mlx.cli.dropped_files import quote_name, read_file_names, split_dropped_files
 
 NAMES = ["plain.png", "two words.png", "it's.png", 'a "quote".png', "back\\slash.png", "Schöne Grüße.png", "(1).png"]
 SCREENSHOT = "Screenshot 2026-11-29 at 9.41.00\u202fAM.png"
@@ -123,3 +123,26 @@ def test_names_after_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read_file_names((tmp_path / "two words.png").as_uri()) == [tmp_path / "two words.png"]
     assert read_file_names("no such file.png") == [Path("no such file.png")]
     assert read_file_names("missing.png") == [Path("missing.png")]
+
+
+def test_names_of_a_command_need_no_backslash_if_they_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one blue.png", "b.png", "[c].png", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert read_file_names("one blue.png b.png") == [Path("one blue.png"), Path("b.png")]
+    assert read_file_names("b.png one blue.png") == [Path("b.png"), Path("one blue.png")]
+    assert read_file_names("*") == [Path("[c].png"), Path("b.png"), Path("one blue.png")]
+    assert read_file_names("[c].png *e.png") == [Path("[c].png"), Path("one blue.png")]
+    assert read_file_names("b.png bb.png") == [Path("b.png"), Path("bb.png")]  # names the one that is not there
+    assert read_file_names("two blue.png b.png") == [Path("two blue.png b.png")]
+    assert read_file_names("*.jpg") == [Path("*.jpg")]
+
+
+@pytest.mark.parametrize("name", [*NAMES, SCREENSHOT, "[c] *.png", "'quoted'.png", "a  b.png"])
+def test_a_quoted_name_is_read_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [Path("first.png"), Path(name), Path("first.png")]
+    for file in files:
+        file.touch()
+    assert read_file_names(f"first.png {quote_name(name)} first.png") == files

@@ -167,6 +167,28 @@ def test_heic_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     data = file_of(four_corners(), "HEIF", quality=90)
     assert corner_colours(prepare_image(data, "photo.heic")) == ["red", "green", "blue", "yellow"]
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=r"`photo.heic`: HEIC images need the extra") as raised:
+    with pytest.raises(ImageError, match=r"`photo.heic`: HEIC images need the package") as raised:
         prepare_image(data, "photo.heic")
-    assert "pip install 'kimi-mlx[heic]'" in str(raised.value.hint)
+    assert "install pillow-heif" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "hint"),
+    [
+        (b"", "the file is empty", "save it again"),
+        (b"%PDF-1.7\n%\xe2\xe3", "it is a PDF file, which is not read as an image", "save its pages as PNG or JPEG"),
+        (b"\0\0\0\x1cftypisom\0\0\2\0", "it is a video, which is not read as an image", "send it as a video"),
+        (b"\0\0\0\x14ftypqt  \0\0\2\0", "it is a video, which is not read as an image", "send it as a video"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81", "it is a video, which is not read as an image", "send it as a video"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0", "it is an AVIF or JPEG XL file", "save it as PNG or JPEG"),
+        (b"<?xml version='1.0'?>\n<!-- x -->\n<svg xmlns='x'/>", "it is an SVG file", "save it as PNG or JPEG"),
+        (b"\n<!DOCTYPE html>\n<html>", "it is a web page, which is not read as an image", "download the image itself"),
+        ("Grüße\n".encode(), "it is a text file, which is not read as an image", "send it as text"),
+        (b"PK\x03\x04\x14\0", "it is an archive or an Office document", "save its images"),
+        (b"\x01\x02\x03\x04\x05", "it is not a PNG, JPEG, .*; it begins with 01 02 03 04 05", "save it as PNG or JPEG"),
+    ],
+)
+def test_other_files_are_named(data: bytes, reason: str, hint: str) -> None:
+    with pytest.raises(ImageError, match=rf"`x`: {reason}") as raised:
+        prepare_image(data, "x")
+    assert hint in str(raised.value.hint)
