@@ -18,7 +18,9 @@ from kimi_mlx.cli.open_model import LaunchContext, PreparedModel, open_session, 
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.engine.request import Sampling
+from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry
+from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import ChatOptions, Conversation
 from kimi_mlx.session.session import SessionOptions
@@ -49,6 +51,8 @@ def run_chat(
         typer.Exit: the conversation has ended.
     """
     target = resolve_chat_model(run.model_name, prompts.prompt)
+    if len(prompts.files) > (limit := DEFAULT_LIMITS.max_images):
+        raise UsageError(f"{len(prompts.files)} images and videos are more than {limit}", hint="send fewer of them")
     check_files(path for path, _ in prompts.files)
     prompt = read_prompt(prompts.prompt, is_json)
     if prompts.files and target.folder is None:

@@ -290,6 +290,7 @@ def test_an_image_through_a_pipe_is_no_prompt() -> None:
         (("kimi-mini-vl", "-i", "https://example.org/a.png"), "an image is a file here, not a URL", "curl -O"),
         (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is a text file", "send it as text"),
         (("kimi-mini-vl", "-i", "~/no.png"), f"there is no file `{Path.home()}/no.png`", ""),
+        (("kimi-mini-vl", *(101 * ["-i", str(PICTURE)])), "101 images and videos are more than 100", "send fewer"),
         (("kimi-mini-vl", "--video", __file__), f"`{__file__}`: it is not a video file", ""),
     ],
 )
