@@ -107,7 +107,7 @@ class PromptOptions:
             "--image",
             "-i",
             metavar="FILE",
-            help="Image for the prompt, or for the first message; repeatable.",
+            help="Image for the prompt, or for the first message; one `--image` per file.",
             show_default=False,
         ),
     ] = None
@@ -116,7 +116,7 @@ class PromptOptions:
         typer.Option(
             "--video",
             metavar="FILE",
-            help="Video for the prompt, or for the first message; repeatable. Needs the package `av`.",
+            help="Video for the prompt, or for the first message; one `--video` per file. Needs the package `av`.",
             show_default=False,
         ),
     ] = None

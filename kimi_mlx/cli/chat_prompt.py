@@ -6,8 +6,10 @@ import os
 import shlex
 import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_mlx.cli.media_files import media_kind
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +32,11 @@ def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
     try:
         return resolve_model_name(name)
     except UsageError as error:
+        if (kind := media_kind(Path(name))) is not None:
+            hint = f"write `--{kind}` before each file: `--{kind} {shlex.quote(name)}`"
+            raise UsageError(
+                f"`{name}` is no model, but the name of {'an image' if kind == 'image' else 'a video'}", hint=hint
+            ) from None
         if prompt is not None or "/" in name or similar_aliases(name):
             raise
         hint = f"to send it as a prompt, type `kimi-mlx chat -p {shlex.quote(name)}`; {error.hint}"

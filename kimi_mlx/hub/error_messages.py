@@ -171,7 +171,7 @@ def _certificate_hint(error: Exception) -> str:
     text, proxy = str(error), proxy_for(_address(error))
     if "CERTIFICATE_VERIFY_FAILED" not in text:
         if "_ALERT_" in text:  # an answer in TLS
-            return "this server speaks TLS, but refuses this client: ask whoever runs it"
+            return "this server speaks TLS, but refuses this client: ask its operator"
         if proxy is not None and proxy[1].startswith("https:"):
             return f"most proxies need an address with `http://`: change {proxy[0]}, which is `{proxy[1]}`"
         if "HF_ENDPOINT" in os.environ:

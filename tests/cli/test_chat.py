@@ -288,6 +288,7 @@ def test_an_image_through_a_pipe_is_no_prompt() -> None:
         (("kimi-mini-vl", "-i", f"{PICTURE}x"), f"there is no file `{PICTURE}x`", f"did you mean `{PICTURE}`?"),
         (("kimi-mini-vl", "-i", str(PICTURE.parent)), "is a folder, not an image", "name a file in it"),
         (("kimi-mini-vl", "-i", "https://example.org/a.png"), "an image is a file here, not a URL", "curl -O"),
+        (("-i", str(PICTURE), str(PICTURE)), "is no model, but the name of an image", "write `--image` before each"),
         (("kimi-mini-vl", "-i", __file__), f"`{__file__}`: it is a text file", "send it as text"),
         (("kimi-mini-vl", "-i", "~/no.png"), f"there is no file `{Path.home()}/no.png`", ""),
         (("kimi-mini-vl", *(101 * ["-i", str(PICTURE)])), "101 images and videos are more than 100", "send fewer"),
