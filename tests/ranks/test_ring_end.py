@@ -16,14 +16,17 @@ from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.cluster.ring import end_limits, ending, guard
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import RingTimeouts
-from kimi_mlx.engine.events import Event, Finished, Interrupted, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import SessionOptions
+from tests.checkpoints import load_golden, write_checkpoint
 from tests.fakes import KIMI_MINI
+from tests.images import make_image
+from tests.ranks.image_rank import make_request
 from tests.ranks.kill_count import KILL, Kills, count_kills
 from tests.ranks.test_ring import events_with_action, tokens_of, wait_until_gone
 
@@ -70,6 +73,24 @@ def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Ki
         events = session.generate(ENDLESS)
         while not isinstance(next(events), Token):
             pass
+        began = time.monotonic()
+    assert time.monotonic() - began < 8
+    check_unloaded(ring, 0, 1)
+    wait_until_gone(pids, 1)
+    assert kills.sent == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+def test_an_end_while_16_384_patches_are_encoded_kills_nobody(strategy: str, kills: Kills, tmp_path: Path) -> None:
+    golden = load_golden("k2.5")
+    folder = write_checkpoint(tmp_path / "k2.5", golden.config, golden.seed)
+    request = make_request(range(5), make_image(1, (4, 64, 64)), [1], max_tokens=2)
+    with closing(RingSession(SessionOptions(folder, ranks=2, strategy=strategy))) as session:
+        pids, ring = session.pids, session._ring
+        events = session.generate(request)
+        event = next(event for event in events if isinstance(event, Encoded))
+        assert event.done < event.total
         began = time.monotonic()
     assert time.monotonic() - began < 8
     check_unloaded(ring, 0, 1)
