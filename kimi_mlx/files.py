@@ -1,4 +1,4 @@
-"""Atomic file writes, and checksums."""
+"""Atomic file writes, checksums, and free disk space."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -89,3 +90,9 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda delta: None) 
 def is_disk_full(error: OSError) -> bool:
     """Whether an error means that the disk or the quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk of a folder, which need not exist yet."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free

@@ -16,7 +16,6 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
 from kimi_mlx.hub.snapshots import damaged_files, unknown_files
-from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.download import StoreOptions, join_group
@@ -24,7 +23,7 @@ from kimi_mlx.store.hub_source import read_contents
 from kimi_mlx.store.locate import stores_root
 from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 from kimi_mlx.store.prepare import DownloadReport, describe_state, dry_run_report, prepare_stores
-from kimi_mlx.weights.index import lacks_vision
+from kimi_mlx.store.vision import checkpoint_lacks_vision
 
 
 def download_here(name: str, options: DownloadOptions, is_json: bool) -> None:
@@ -88,7 +87,7 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         return {"model": target.name, "folder": str(target.folder), "state": "is on this machine"}
     local = find_local(target.repository, options.revision)
     damaged = [] if local is None else damaged_files(local)
-    adds_vision = local is not None and not damaged and not options.no_vision and _can_add_vision(local)
+    adds_vision = local is not None and not damaged and not options.no_vision and checkpoint_lacks_vision(local)
     is_complete = local is not None and not damaged and not unknown_files(local) and not adds_vision
     # False for the name of a branch, which may have a newer commit
     is_right_commit = local is not None and local.name.startswith(options.revision or "")
@@ -116,11 +115,6 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         "state": describe_state(options.verify, broken),
         "broken": broken,
     }
-
-
-def _can_add_vision(snapshot: Path) -> bool:
-    """Return whether files of the vision tower are missing in a snapshot of a model that can use them."""
-    return load_config(snapshot).vision is not None and lacks_vision(snapshot)
 
 
 def _report_local(target: ModelRef, folder: Path) -> DownloadReport:

@@ -18,8 +18,8 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.needs import memory_per_host
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.vision import checkpoint_lacks_vision, sees_images
 from kimi_mlx.units import GB, format_bytes, format_gib
-from kimi_mlx.weights.index import has_vision, lacks_vision
 
 MAX_UNCONFIRMED_BYTES = 5 * GB
 """Largest download that starts without confirmation."""
@@ -57,11 +57,12 @@ def fetch(target: ModelRef, repository: Repository, is_quiet: bool) -> Path:
     total = sum(file.size_bytes for file in repository.files)
     with byte_progress(f"downloading {target.name}", total, is_quiet) as advance:
         folder = fetch_checkpoint(repository, advance)
-    if not is_quiet and load_config(folder).vision is not None:
-        if lacks_vision(folder):
-            stderr.print("the vision tower is left out: images will be refused", style="dim")
-        elif repository.skips_vision and has_vision(folder):
-            stderr.print("the vision tower is in files with other weights, so it is downloaded, too", style="dim")
+    if is_quiet:
+        return folder
+    if checkpoint_lacks_vision(folder):
+        stderr.print("the vision tower is left out: images will be refused", style="dim")
+    elif repository.skips_vision and sees_images(folder, load_config(folder)):
+        stderr.print("the vision tower is in files with other weights, so it is downloaded, too", style="dim")
     return folder
 
 

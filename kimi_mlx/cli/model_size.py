@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 from kimi_mlx.cluster.doctor.memory_need import DiskSpace, ModelNeed
 from kimi_mlx.errors import ConfigError, UsageError, WeightsError
+from kimi_mlx.files import free_disk_bytes
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.environment import hub_cache
 from kimi_mlx.model.config import load_config
@@ -56,8 +56,7 @@ def memory_requirement(name: str) -> ModelNeed:
 def download_disk() -> DiskSpace:
     """Return the disk of a download without stores: that of the Hugging Face cache."""
     folder = hub_cache()
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return DiskSpace(str(folder), shutil.disk_usage(existing).free, "HF_HUB_CACHE")
+    return DiskSpace(str(folder), free_disk_bytes(folder), "HF_HUB_CACHE")
 
 
 def _repository(target: ModelRef) -> str | None:

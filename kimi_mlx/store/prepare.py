@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kimi_mlx.errors import UnreachableError, WeightsError
+from kimi_mlx.files import free_disk_bytes
 from kimi_mlx.hub.retries import LOG
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.build_job import BuildJob
@@ -190,7 +190,6 @@ def dry_run_report(
         disk_bytes: disk space that is still needed.
         folder: folder of the stores or of the download, which need not exist.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return {
         "model": model.name,
         "repository": contents.origin.repository,
@@ -201,7 +200,7 @@ def dry_run_report(
         "fetch_bytes": fetch_bytes,
         "folder": str(folder),
         "disk_needed_bytes": disk_bytes,
-        "disk_free_bytes": shutil.disk_usage(existing).free,
+        "disk_free_bytes": free_disk_bytes(folder),
     }
 
 

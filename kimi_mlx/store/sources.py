@@ -52,7 +52,11 @@ class CheckpointContents:
                 if self.lacks_vision and is_vision(name):
                     continue
                 if name in table:
-                    raise WeightsError(f"tensor `{name}` is in `{table[name].file.name}` and in `{file}`")
+                    raise WeightsError(
+                        f"tensor `{name}` of `{self.origin.repository}` is in `{table[name].file.name}` and in "
+                        f"`{file}`",
+                        hint="remove the file that does not belong to the checkpoint, or choose another repository",
+                    )
                 table[name] = info
         return table
 

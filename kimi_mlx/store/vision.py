@@ -12,6 +12,11 @@ from kimi_mlx.store.store_folders import download_command, rank_folder, stored_r
 from kimi_mlx.weights.index import has_vision, lacks_vision
 
 
+def checkpoint_lacks_vision(folder: Path) -> bool:
+    """Return whether files of the vision tower are missing in the folder of a checkpoint whose model has one."""
+    return load_config(folder).vision is not None and lacks_vision(folder)
+
+
 def store_lacks_vision(folder: Path) -> bool:
     """Return whether the store of rank 0 has no vision tower although its source may have one.
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kimi_mlx.errors import UsageError, WeightsError
-from kimi_mlx.files import is_disk_full, write_atomically
+from kimi_mlx.files import free_disk_bytes, is_disk_full, write_atomically
 from kimi_mlx.units import format_bytes
 from kimi_mlx.weights.conversion import Conversion
 
@@ -61,7 +60,7 @@ def check_space(conversion: Conversion, folder: Path) -> None:
         WeightsError: the disk has less free space than the result needs.
     """
     needed = conversion.size_bytes - _present_bytes(conversion, folder)
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    free = free_disk_bytes(folder)
     if needed > free:
         raise WeightsError(
             f"the result needs {format_bytes(needed)} in `{folder}`, but its disk has {format_bytes(free)} free",
@@ -110,7 +109,7 @@ def explain_disk_errors(conversion: Conversion, folder: Path) -> Generator[None]
         if not is_disk_full(error):
             raise WeightsError(f"`{folder}` cannot be written: {error.strerror}", hint="check its disk") from error
         needed = conversion.size_bytes - _present_bytes(conversion, folder)
-        free = shutil.disk_usage(folder).free
+        free = free_disk_bytes(folder)
         raise WeightsError(
             f"the disk is full: the rest needs {format_bytes(needed)} in `{folder}`, but {format_bytes(free)} are free",
             hint="free some space, then run the same command again to resume",

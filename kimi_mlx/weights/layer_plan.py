@@ -127,7 +127,11 @@ def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | Non
     for members in parts:
         if len({matrix.kind for _, matrix in members}) > 1:
             stored = " and ".join(sorted({"/".join(matrix.kind[0]) for _, matrix in members}))
-            raise WeightsError(f"experts of one layer are stored in different types: {stored}")
+            raise WeightsError(
+                f"`{checkpoint.location}` stores `{members[0][0].paths[0]}` and other experts of its layer in "
+                f"different types: {stored}",
+                hint="`kimi-mlx convert` with --expert-bits gives them one format",
+            )
     if len({members[0][1].kind for members in parts}) > 1:
         return tuple(_plan_weight(checkpoint, [members], share) for members in parts)
     return (_plan_weight(checkpoint, parts, share),)

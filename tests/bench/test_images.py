@@ -41,7 +41,7 @@ def test_pictures_depend_on_the_seed_alone() -> None:
     assert np.ptp(one.patches) > 50
 
 
-def test_images_stand_before_the_prompt_and_behind_the_depth() -> None:
+def test_images_are_between_the_cached_prefix_and_the_prompt() -> None:
     batch = make_batch(Case(5, 10, 2, images=2), 0, PLAN, vocab_size=50, placeholder_id=99)
     assert [(image.start, image.num_tokens) for image in batch.requests[0].images] == [(5, 6), (11, 6)]
     for request in batch.requests:

@@ -41,9 +41,7 @@ def split(text: str, *files: Path) -> list[str | Path]:
     return split_dropped_files(text, lambda path: path in files)
 
 
-@pytest.mark.parametrize(
-    "form", [percent, backslashes, single_quotes, double_quotes, lambda path: shlex.quote(str(path))]
-)
+@pytest.mark.parametrize("form", [percent, backslashes, single_quotes, double_quotes, shell_quotes])
 @pytest.mark.parametrize("name", [*NAMES, SCREENSHOT])
 def test_every_form_of_a_dropped_file(form: Callable[[Path], str], name: str) -> None:
     path = Path("/Users/me/Desktop") / name
