@@ -6,7 +6,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,12 +19,14 @@ from kimi_mlx.errors import RingError
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive
 from kimi_mlx.server.errors import ApiError, api_error
+from kimi_mlx.server.event_queue import EventQueue
 from kimi_mlx.server.message_content import MissingMediaError
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.preparation import Preparation, Result, Work
 from kimi_mlx.server.prompts import PreparedRequest, PromptBuilder, request_for_choice
 from kimi_mlx.server.remote_images import ImageFetcher
 from kimi_mlx.server.response_builder import ResponseBuilder
+from kimi_mlx.server.ring_log import RingLog
 from kimi_mlx.session.session import Session, SessionStatus
 
 LOG = logging.getLogger(__name__)
@@ -284,67 +285,6 @@ class _ActiveRequest:
         histogram = self._metrics.ttft if is_first else self._metrics.gap
         histogram.observe(now - self._last_token_at[index])
         self._last_token_at[index] = now
-
-
-EngineEvent = tuple[int, "Event | BaseException"]
-"""Index of an answer, and an event or error of the engine."""
-
-
-class EventQueue:
-    """Passes events from the engine's thread to the event loop; one reader, any number of writers."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: deque[EngineEvent] = deque()
-        self._is_woken = False
-        self._arrived = asyncio.Event()
-
-    def put(self, index: int, event: Event | BaseException) -> None:
-        """Append an event and wake the loop (wake-ups are coalesced)."""
-        self._events.append((index, event))
-        if not self._is_woken:
-            self._is_woken = True
-            try:
-                self._loop.call_soon_threadsafe(self._arrived.set)
-            except RuntimeError:  # the loop has ended, so there is no reader
-                self._events.clear()
-
-    async def take(self, timeout_s: float) -> list[EngineEvent]:
-        """Return all events that have arrived; an empty list if none arrives in time."""
-        if not self._events:
-            try:
-                await asyncio.wait_for(self._arrived.wait(), max(timeout_s, 0.001))
-            except asyncio.TimeoutError:
-                return []
-        self._arrived.clear()
-        self._is_woken = False  # before events are taken, so that later ones wake the loop again
-        return [self._events.popleft() for _ in range(len(self._events))]
-
-
-class RingLog:
-    """Logs each loss of the ring only once, even if it interrupts several answers."""
-
-    def __init__(self) -> None:
-        self._last: Interrupted | RingError | None = None
-        self._is_lost = False
-
-    def on_interrupted(self, event: Interrupted) -> None:
-        """Log that the ring was lost."""
-        if event is not self._last:  # all answers receive the same object
-            self._last, self._is_lost = event, True
-            LOG.warning("lost the ring: %s (restart %d of %d)", event.reason, event.attempt, event.attempts)
-
-    def on_failed(self, error: RingError) -> None:
-        """Log that the ring will not be restarted again."""
-        if error is not self._last:
-            self._last = error
-            LOG.error("the ring failed for good: %s", error.message)
-
-    def on_resumed(self, event: Resumed) -> None:
-        """Log that the ring is up again."""
-        if self._is_lost:
-            self._is_lost = False
-            LOG.warning("the ring is up again after %.1f s", event.seconds)
 
 
 def shutting_down() -> ApiError:
