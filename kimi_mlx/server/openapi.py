@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from kimi_mlx.server.anthropic.request import CountBody, MessagesBody
+from kimi_mlx.server.anthropic.messages_body import CountBody, MessagesBody
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.version import __version__
 
 POST_PATHS: dict[str, tuple[type[Body], str]] = {

@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_chat_request
+from kimi_mlx.server.anthropic.messages_body import CountBody, MessagesBody
+from kimi_mlx.server.anthropic.request import to_chat_request
 from kimi_mlx.server.anthropic.response import MessageFormatter
 from kimi_mlx.server.http.body import JsonResponse, parse
 from kimi_mlx.server.http.context import ApiCall, Context

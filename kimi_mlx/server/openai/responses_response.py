@@ -17,7 +17,7 @@ from typing import Any
 from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 

@@ -15,7 +15,8 @@ from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.chat_response import ChatFormatter
 from kimi_mlx.server.openai.completions import CompletionBody, CompletionFormatter
-from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
+from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.responses_request import to_chat_request
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
 from kimi_mlx.server.prompts import PromptBuilder
 

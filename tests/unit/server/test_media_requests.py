@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.server.anthropic.request import MessagesBody
+from kimi_mlx.server.anthropic.messages_body import MessagesBody
 from kimi_mlx.server.anthropic.request import to_chat_request as from_anthropic
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
@@ -20,7 +20,7 @@ from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.media import resolve_media
 from kimi_mlx.server.message_content import MissingMediaError, RemoteUrl
 from kimi_mlx.server.openai.chat_request import ChatBody
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.text.messages import Message

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.server.anthropic.request import CountBody, MessagesBody, to_chat_request
+from kimi_mlx.server.anthropic.messages_body import CountBody, MessagesBody
+from kimi_mlx.server.anthropic.request import to_chat_request
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse

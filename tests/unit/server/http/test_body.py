@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.server.anthropic.request import MessagesBody
+from kimi_mlx.server.anthropic.messages_body import MessagesBody
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import (
     MAX_CONTAINERS,
@@ -27,7 +27,7 @@ from kimi_mlx.server.http.body import (
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openapi import POST_PATHS, openapi_document
 
 HI = {"messages": [{"role": "user", "content": "hi"}]}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.server.anthropic.request import MessagesBody
+from kimi_mlx.server.anthropic.messages_body import MessagesBody
 from kimi_mlx.server.anthropic.request import to_chat_request as from_anthropic
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
 from kimi_mlx.server.tool_calls import to_kimi_ids
 from kimi_mlx.text.messages import Message, ToolCall

@@ -10,7 +10,8 @@ import pytest
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
-from kimi_mlx.server.openai.responses_request import ResponsesBody, to_chat_request
+from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.responses_request import to_chat_request
 from kimi_mlx.text.messages import Message, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from kimi_mlx.server.api_types import DeltaEvent, TokenLogprobs
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.openai.responses_request import ResponsesBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
 from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, CALLS, INVALID, NAMELESS, REASONING, TEXT, answer_of, events_of, stream
