@@ -289,7 +289,7 @@ class Engine:
                 f"the prompt has {length} tokens{f' ({in_images} of images)' * bool(in_images)}, "
                 f"but {'the KV cache' if is_memory else 'the context'} holds {self.context}",
                 hint="use fewer or smaller images, " * bool(in_images)
-                + "shorten the prompt, or start a new conversation with /reset"
+                + "shorten the prompt; in a conversation, /reset starts a new one"
                 + "; `--cache-memory` sets the size of the KV cache" * is_memory,
             )
         max_tokens = request.max_tokens
