@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from kimi_mlx.engine.agreed_values import agreed_chunk_estimate, agreed_limits, has_tower
 from kimi_mlx.engine.batch import Batch, Events
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.events import Event, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
-from kimi_mlx.engine.free_memory import agreed_chunk_estimate, agreed_limits, has_tower
 from kimi_mlx.engine.image_encoder import ImageEncoder
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore

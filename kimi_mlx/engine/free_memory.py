@@ -1,102 +1,16 @@
-"""Memory that MLX can still use on this host, and what all ranks agree on: engine limits, the cost of a chunk."""
+"""Memory that MLX can still use on this host."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import astuple
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
-from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
-from kimi_mlx.model.device_traits import has_fused_attention
-from kimi_mlx.model.moe import MoE
-from kimi_mlx.parallel.group import Group, gather_on_host
-from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
-from kimi_mlx.sizing.prefill import RankShape
-from kimi_mlx.sizing.step_time import ChunkCost, ChunkEstimate, HeldExperts, chunk_cost
-from kimi_mlx.sizing.vision import MAX_PATCHES, encode_bytes
 
 MEMINFO = Path("/proc/meminfo")
-
-
-def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, chunk: int | None = None) -> EngineLimits:
-    """Return the smallest limits of any rank. Collective: one gather.
-
-    Args:
-        model: the model, or this rank's share of it.
-        group: the ranks.
-        cache_bytes: size of the KV caches on each rank; None for most of the free memory.
-        chunk: prefill chunk; None for the largest useful one that fits.
-    """
-    own_limits = engine_limits(
-        model.config,
-        rank_shape_of(model),
-        len(model.layers),
-        free_memory_bytes(),
-        cache_bytes=cache_bytes,
-        chunk=chunk,
-        largest_chunk=model.tuning.prefill_chunk,
-        encode_bytes=largest_encoding_bytes(model),
-    )
-    smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
-    return EngineLimits(*cast("list[int]", smallest.tolist()))
-
-
-def agreed_chunk_estimate(model: Model, group: Group, is_pipeline: bool) -> ChunkEstimate:
-    """Return the estimate for the slowest rank, or for all stages of a pipeline together. Collective: one gather."""
-    cost = chunk_cost(model.config, rank_shape_of(model), len(model.layers), held_experts_of(model), model.tuning)
-    costs = gather_on_host(group, np.array(astuple(cost), np.float32)).astype(np.float64)
-    agreed = costs.sum(axis=0) if is_pipeline else costs.max(axis=0)
-    return ChunkEstimate(ChunkCost(*cast("list[float]", agreed.tolist())), model.config, model.tuning)
-
-
-def held_experts_of(model: Model) -> HeldExperts:
-    """Return the routed experts of a rank's share of a model."""
-    config = model.config
-    down_projs = [layer.mlp.down_proj for layer in model.layers if isinstance(layer.mlp, MoE)]
-    num_held = max((min(matrix["weight"].shape[0], config.n_routed_experts) for matrix in down_projs), default=0)
-    arrays = [cast(mx.array, array) for matrix in down_projs for array in matrix.parameters().values()]
-    return HeldExperts(
-        per_token=config.num_experts_per_tok * num_held / config.n_routed_experts,
-        num_bytes=3 * sum(array.nbytes for array in arrays),  # gate and up have as many values
-    )
-
-
-def has_tower(model: Model, group: Group) -> bool:
-    """Return whether rank 0 holds the vision tower. Collective for models with vision: one gather."""
-    if model.config.vision is None:
-        return False
-    return bool(gather_on_host(group, np.array([model.vision is not None]))[0, 0])
-
-
-def largest_encoding_bytes(model: Model) -> int:
-    """Return the temporary memory of the encoding of the largest image; 0 on a rank without the vision tower."""
-    if model.vision is None:
-        return 0
-    config, value_bytes = model.vision.config, model.vision["position_table"].itemsize
-    width = config.head_dim
-    is_fused = has_fused_attention(device_kind(), value_bytes, width, width, MAX_PATCHES)
-    return encode_bytes(config, value_bytes, is_fused)
-
-
-def rank_shape_of(model: Model) -> RankShape:
-    """Return the dimensions of a rank's share of a model."""
-    config = model.config
-    rows = [layer.mlp.down_proj.columns for layer in model.layers if isinstance(layer.mlp, MoE)]
-    value_bytes = model.layers[0]["input_layernorm"].itemsize
-    return RankShape(
-        heads=max(layer.self_attn.num_heads for layer in model.layers),
-        expert_rows=max(rows, default=0),
-        value_bytes=value_bytes,
-        is_fused=has_fused_attention(
-            device_kind(), value_bytes, config.qk_head_dim, config.v_head_dim, model.tuning.prefill_chunk
-        ),
-    )
 
 
 def free_memory_bytes() -> int:

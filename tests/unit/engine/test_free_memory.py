@@ -8,9 +8,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from kimi_mlx.engine.agreed_values import agreed_limits, largest_encoding_bytes, rank_shape_of
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished
-from kimi_mlx.engine.free_memory import agreed_limits, free_memory_bytes, largest_encoding_bytes, rank_shape_of
+from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.request import Request
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
