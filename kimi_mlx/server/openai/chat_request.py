@@ -55,7 +55,7 @@ class ReasoningPart(Body):
 class ContentPart(ReasoningPart, MediaFields):
     """A part of a message."""
 
-    type: str
+    type: str = Field(description="`text`; `image_url` or `video_url` in messages of the user and results of tools.")
     refusal: str | None = None
 
 

@@ -28,6 +28,7 @@ ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 class ItemPart(MediaFields):
     """A part of an item's content: text, or an image in messages of the user and in results of tools."""
 
+    type: str = Field(description="`input_text`, `output_text`, `input_image`, or Moonshot's `video_url`.")
     text: str | None = None
     refusal: str | None = None
 

@@ -244,6 +244,16 @@ def test_null_means_not_given_for_every_optional_field(path: str) -> None:
                 assert adapter.validate_python(None) is None, (model, name)
 
 
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [("ContentPart", ("text", "image_url", "video_url")), ("ItemPart", ("input_text", "input_image"))],
+)
+def test_the_openapi_document_names_the_types_of_parts(schema: str, types: tuple[str, ...]) -> None:
+    document = openapi_document(ModelInfo("kimi-mini", (), 1000, 0))
+    description = document["components"]["schemas"][schema]["properties"]["type"]["description"]
+    assert all(f"`{name}`" in description for name in types)
+
+
 def test_the_openapi_document_allows_null_for_every_optional_field() -> None:
     document = openapi_document(ModelInfo("kimi-mini", (), 1000, 0))
     schemas = document["components"]["schemas"]
