@@ -7,6 +7,7 @@ header and checked before memory for the pixels is allocated.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import re
 import threading
@@ -180,3 +181,16 @@ def _without_warnings() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing a line to stderr for each error and warning, of which a file can have very many."""
+    library = ctypes.CDLL(Image.core.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with contextlib.suppress(AttributeError):  # PIL without TIFF, or with symbols hidden
+            set_handler = getattr(library, name)
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
+
+
+_silence_libtiff()

@@ -218,3 +218,13 @@ def test_errors_in_several_threads() -> None:
         thread.join(30)
     assert sorted(results).count("refused") == 8
     assert len(set(results)) == 4
+
+
+def test_a_broken_tiff_file_writes_nothing_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.frombytes("1", (64, 480), bytes(range(256)) * 15).save(file, "TIFF", compression="group4")
+    data = bytearray(file.getvalue())
+    data[200:2000:3] = bytes(byte ^ 0x55 for byte in data[200:2000:3])
+    with contextlib.suppress(ImageError):
+        prepare_image(bytes(data), "image")
+    assert capfd.readouterr() == ("", "")
