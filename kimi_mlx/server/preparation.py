@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,6 +121,7 @@ class Preparation:
 
 
 def _run_in_worker(work: Work[object], prompt_builder: PromptBuilder, body: bytes, path: Path) -> PackedResult:
+    _discard_stderr()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the server handles it
     result = work(prompt_builder, body)
     try:
@@ -127,6 +129,13 @@ def _run_in_worker(work: Work[object], prompt_builder: PromptBuilder, body: byte
     except OSError as error:
         message = "the images could not be prepared; try again later"
         raise ApiError(503, message, "unavailable", hint=f"cannot write `{path}`: {error.strerror}") from error
+
+
+@cache
+def _discard_stderr() -> None:
+    """Discard what libraries write to stderr in this worker process: nobody reads that pipe, and a full one blocks."""
+    with Path(os.devnull).open("wb") as file:
+        os.dup2(file.fileno(), 2)
 
 
 def _do_nothing(prompt_builder: PromptBuilder, body: bytes) -> None:

@@ -66,6 +66,18 @@ def end_the_process(prompt_builder: PromptBuilder, body: bytes) -> None:
     os._exit(1)
 
 
+def write_much_to_stderr(prompt_builder: PromptBuilder, body: bytes) -> int:
+    return os.write(2, bytes(1_000_000))
+
+
+def test_a_worker_that_writes_to_stderr_is_not_blocked(prompt_builder: PromptBuilder) -> None:
+    async def work() -> None:
+        body = b"x" * (SHORT_BODY_BYTES + 1)
+        assert await asyncio.wait_for(Preparation(prompt_builder).run(write_much_to_stderr, body), 20) == 1_000_000
+
+    run(work)
+
+
 def test_only_long_bodies_go_to_a_worker_process(prompt_builder: PromptBuilder) -> None:
     async def work() -> None:
         pool = Preparation(prompt_builder)
