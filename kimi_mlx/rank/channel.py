@@ -95,7 +95,7 @@ class Channel:
     def exit_if_ending(self) -> None:
         """Exit if this process is ending. For long work without steps, such as loading."""
         if self._is_ending:
-            sys.exit()
+            sys.exit(EXIT_FAILED)  # other ranks may be in a collective, so the guard must hold the sockets
 
     def next_command(self) -> Message:
         """Return the next command; wait until there is one. Exit if it is the end."""
@@ -138,7 +138,9 @@ class Channel:
         """
         for number in END_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        is_graceful = isinstance(error, SystemExit) and not self._has_aborted and self._signal is None
+        is_graceful = (
+            isinstance(error, SystemExit) and not error.code and not self._has_aborted and self._signal is None
+        )
         if not is_graceful:
             self._report(error, rank)
             self._abort_collectives(0)  # a step in flight may wait for other ranks

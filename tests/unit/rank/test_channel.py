@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import signal
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from kimi_mlx.cluster.channel.messages import decode, encode
-from kimi_mlx.rank.channel import Channel
+from kimi_mlx.rank.channel import EXIT_ENDED, EXIT_FAILED, Channel
 
 
 class FailingPipe(io.BytesIO):
@@ -43,3 +44,18 @@ def test_a_broken_command_channel_is_reported(source: io.BytesIO, reason: str) -
     assert message["kind"] == "failed"
     assert message["text"].startswith("cannot read its commands: ")
     assert reason in message["text"]
+
+
+@pytest.mark.parametrize(("is_loading", "code"), [(False, EXIT_ENDED), (True, EXIT_FAILED)])
+def test_the_guard_holds_the_sockets_of_a_rank_that_ends_while_it_loads(
+    is_loading: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be in a collective then. All ranks execute the end after the same step otherwise."""
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    channel = Channel(io.BytesIO(), io.BytesIO())
+    channel.start_threads()
+    while is_loading and not channel.num_received:  # the end is the last command
+        time.sleep(0.01)
+    with pytest.raises(SystemExit) as end:
+        channel.exit_if_ending() if is_loading else channel.next_command()
+    assert channel.begin_unload(end.value, 0) == code
