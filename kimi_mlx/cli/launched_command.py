@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.cli.chat_prompt import require_prompt
 from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
-from kimi_mlx.cli.media_files import check_files
+from kimi_mlx.cli.media_files import check_files, to_path
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
@@ -83,7 +83,8 @@ class LaunchedCommand:
         """
         if self.name == "chat":
             require_prompt(self._parameters.get("prompt"))
-            check_files([*(self._parameters.get("image") or ()), *(self._parameters.get("video") or ())])
+            names = (*(self._parameters.get("image") or ()), *(self._parameters.get("video") or ()))
+            check_files(to_path(name) for name in names)
 
     @property
     def is_json(self) -> bool:

@@ -27,9 +27,10 @@ SIZES = {"full": FULL, "small": SMALL}
 
 def main() -> None:
     """Run the check and report; an exception ends the process with a traceback on stderr."""
-    # What MLX or a library prints goes to stderr.
+    # What MLX or a library prints goes to stderr, before a traceback that follows it.
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
     threading.Thread(target=_end_with_parent, daemon=True).start()
     name, device, sizes = sys.argv[1:]
 

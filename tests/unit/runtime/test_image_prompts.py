@@ -217,7 +217,7 @@ def test_placeholders_of_the_template_must_be_those_of_the_images(tmp_path: Path
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64"}}, "no comma"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@@"}}, "not valid base64"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,\ud800abc"}}, "not valid base64"),
-        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, "it is empty"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, "the file is empty"),
         ({"type": "image_url", "image_url": {"url": "data:,%89PNG"}}, "it is not a PNG"),
         ({"type": "image", "image": b"GIF89a"}, "it is not a PNG"),
     ],
