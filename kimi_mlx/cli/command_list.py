@@ -66,6 +66,7 @@ COMMANDS = (
             'git diff | kimi-mlx chat kimi-k2 -p "Review this"',
             "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
         ),
+        module="chat.command",
     ),
     CommandInfo(
         "serve",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kimi_mlx.cli.chat_prompt import require_prompt
+from kimi_mlx.cli.chat.media_files import check_files, to_path
+from kimi_mlx.cli.chat.prompt import require_prompt
 from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
-from kimi_mlx.cli.media_files import check_files, to_path
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.repl import Repl
+from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -24,7 +24,7 @@ COLOURS = re.compile(rb"\x1b\[([0-9;]*;)?[349][0-9](;[0-9;]*)?m")
 FAKE = (
     CONTROLLING_TERMINAL
     + """
-from kimi_mlx.cli.repl import run_repl
+from kimi_mlx.cli.chat.repl import run_repl
 from tests.fakes import conversation_of
 conversation = conversation_of({answer})
 run_repl(conversation, "fake")

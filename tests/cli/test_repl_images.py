@@ -10,8 +10,8 @@ import pyte
 import pytest
 from PIL import Image
 
-from kimi_mlx.cli.attachments import read_attachment
-from kimi_mlx.cli.repl import Repl
+from kimi_mlx.cli.chat.attachments import read_attachment
+from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.session.conversation import Conversation
@@ -22,7 +22,7 @@ from tests.terminal import COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER,
 FAKE = (
     CONTROLLING_TERMINAL
     + """
-from kimi_mlx.cli.repl import run_repl
+from kimi_mlx.cli.chat.repl import run_repl
 from tests.fakes import conversation_of
 conversation = conversation_of({answer}, sees_images=True)
 run_repl(conversation, "fake")

@@ -80,8 +80,8 @@ def test_a_usage_error_of_any_command_imports_no_heavy_module() -> None:
 
 @pytest.mark.parametrize("info", COMMANDS, ids=lambda info: info.name)
 def test_summaries_are_short_and_equal_the_docstrings(info: object) -> None:
-    name, summary = getattr(info, "name"), getattr(info, "summary")  # noqa: B009
-    command = getattr(import_module(f"kimi_mlx.cli.{name}"), name)
+    name, summary, module = (getattr(info, attribute) for attribute in ("name", "summary", "module"))
+    command = getattr(import_module(f"kimi_mlx.cli.{module or name}"), name)
     assert (inspect.getdoc(command) or "").splitlines()[0] == summary
     assert len(summary) <= 50
 

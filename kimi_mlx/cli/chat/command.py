@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.media_files import to_path
+from kimi_mlx.cli.chat.media_files import to_path
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, JsonOption, RunOptions, refuse_mlx_launch
 
@@ -146,7 +146,7 @@ def chat(
     """
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.chat.run_chat import run_chat
     from kimi_mlx.cli.open_model import launch_context
-    from kimi_mlx.cli.run_chat import run_chat
 
     run_chat(launch_context(context), run, prompts, sampling, disk, is_json=json)

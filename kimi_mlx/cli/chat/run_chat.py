@@ -9,11 +9,11 @@ from pathlib import Path
 
 import typer
 
-from kimi_mlx.cli.attachments import Attachment, PrepareMedia, read_attachment, show_attachment, with_attachments
-from kimi_mlx.cli.chat import PromptOptions, SamplingOptions
-from kimi_mlx.cli.chat_answer import print_answer, print_answer_json
-from kimi_mlx.cli.chat_prompt import read_prompt, resolve_chat_model
-from kimi_mlx.cli.media_files import check_files
+from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachment, show_attachment, with_attachments
+from kimi_mlx.cli.chat.command import PromptOptions, SamplingOptions
+from kimi_mlx.cli.chat.media_files import check_files
+from kimi_mlx.cli.chat.one_shot import print_answer, print_answer_json
+from kimi_mlx.cli.chat.prompt import read_prompt, resolve_chat_model
 from kimi_mlx.cli.open_model import LaunchContext, PreparedModel, open_session, prepare_model, session_options
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
@@ -61,7 +61,7 @@ def run_chat(
     model = prepare_model(launch, target, run, is_quiet=is_json)
     with _open_conversation(target, model, options, prompts, sampling, run.ranks, is_json) as (conversation, files):
         if prompt is None:
-            from kimi_mlx.cli.repl import run_repl  # prompt_toolkit: not for a single answer
+            from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
 
             raise typer.Exit(run_repl(conversation, target.name, files))
         content = with_attachments(prompt, files)

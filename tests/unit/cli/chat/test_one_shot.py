@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kimi_mlx.cli.chat_answer import print_answer
+from kimi_mlx.cli.chat.one_shot import print_answer
 from tests.fakes import conversation_of
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kimi_mlx.cli.thumbnail import KITTY_CHUNK, MAX_HEIGHT, MAX_WIDTH, find_graphics_protocol, thumbnail_sequence
+from kimi_mlx.cli.chat.thumbnail import KITTY_CHUNK, MAX_HEIGHT, MAX_WIDTH, find_graphics_protocol, thumbnail_sequence
 
 ITERM2 = {"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app", "LC_TERMINAL": "iTerm2"}
 KITTY = {"TERM": "xterm-kitty", "KITTY_WINDOW_ID": "1"}

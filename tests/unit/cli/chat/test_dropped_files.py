@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cli.dropped_files import quote_name, read_file_names, split_dropped_files
+from kimi_mlx.cli.chat.dropped_files import quote_name, read_file_names, split_dropped_files
 
 NAMES = ["plain.png", "two words.png", "it's.png", 'a "quote".png', "back\\slash.png", "Schöne Grüße.png", "(1).png"]
 SCREENSHOT = "Screenshot 2026-11-29 at 9.41.00\u202fAM.png"

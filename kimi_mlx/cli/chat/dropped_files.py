@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kimi_mlx.cli.media_files import is_media_file, to_path
+from kimi_mlx.cli.chat.media_files import is_media_file, to_path
 
 # Only ASCII spaces separate words: the names of macOS' screenshots contain U+202F, a narrow no-break space.
 _SPACE = " \t\r\n"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from kimi_mlx.cli.chat.statistics_text import statistics_line
+from kimi_mlx.cli.chat.stream import AnswerPrinter
 from kimi_mlx.cli.output import print_json, stderr, stdout
-from kimi_mlx.cli.statistics_text import statistics_line
-from kimi_mlx.cli.stream import AnswerPrinter
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation

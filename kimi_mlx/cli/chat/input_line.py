@@ -22,9 +22,9 @@ from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
 
-from kimi_mlx.cli.dropped_files import last_word_start, quote_name, unescape
-from kimi_mlx.cli.media_files import media_kind
-from kimi_mlx.cli.terminal_modes import quiet_between_prompts, read_typed_ahead
+from kimi_mlx.cli.chat.dropped_files import last_word_start, quote_name, unescape
+from kimi_mlx.cli.chat.media_files import media_kind
+from kimi_mlx.cli.chat.terminal_modes import quiet_between_prompts, read_typed_ahead
 
 PROMPT, CONTINUATION = "> ", "  "
 

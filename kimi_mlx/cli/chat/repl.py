@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
-from kimi_mlx.cli.attachments import Attachment
-from kimi_mlx.cli.input_line import InputLine, open_input_line
+from kimi_mlx.cli.chat.attachments import Attachment
+from kimi_mlx.cli.chat.commands import FILE_COMMANDS, Command, find_command, help_table
+from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
+from kimi_mlx.cli.chat.media import ReplMedia
+from kimi_mlx.cli.chat.statistics_text import conversation_line, statistics_line
+from kimi_mlx.cli.chat.stream import AnswerPrinter
 from kimi_mlx.cli.output import print_error, print_note, stderr, stdout
-from kimi_mlx.cli.repl_commands import FILE_COMMANDS, Command, find_command, help_table
-from kimi_mlx.cli.repl_media import ReplMedia
-from kimi_mlx.cli.statistics_text import conversation_line, statistics_line
-from kimi_mlx.cli.stream import AnswerPrinter
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled, Statistics
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder

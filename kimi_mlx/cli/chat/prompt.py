@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kimi_mlx.cli.media_files import media_kind
+from kimi_mlx.cli.chat.media_files import media_kind
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cli.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
-from kimi_mlx.cli.dropped_files import read_file_names, split_dropped_files
-from kimi_mlx.cli.media_files import check_files, is_media_file, media_kind
+from kimi_mlx.cli.chat.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
+from kimi_mlx.cli.chat.dropped_files import read_file_names, split_dropped_files
+from kimi_mlx.cli.chat.media_files import check_files, is_media_file, media_kind
+from kimi_mlx.cli.chat.stream import NARROW
 from kimi_mlx.cli.output import print_note, stderr
-from kimi_mlx.cli.stream import NARROW
 from kimi_mlx.errors import UsageError
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.media import MediaKind

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kimi_mlx.cli import stream
-from kimi_mlx.cli.statistics_text import statistics_line
-from kimi_mlx.cli.stream import (
+from kimi_mlx.cli.chat import stream
+from kimi_mlx.cli.chat.statistics_text import statistics_line
+from kimi_mlx.cli.chat.stream import (
     AnswerPrinter,
     ControlFilter,
     PromptProgress,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.text import Text
 
-from kimi_mlx.cli.media_files import check_files
+from kimi_mlx.cli.chat.media_files import check_files
+from kimi_mlx.cli.chat.stream import ControlFilter
+from kimi_mlx.cli.chat.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.cli.output import escape_controls, slow_status, stderr
-from kimi_mlx.cli.stream import ControlFilter
-from kimi_mlx.cli.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.errors import ImageError, UsageError
 from kimi_mlx.text.media import MediaKind
 from kimi_mlx.units import format_count
