@@ -15,7 +15,7 @@ from typer.main import get_command
 from kimi_mlx.errors import UsageError
 
 PANELS = (
-    *("Options", "Model", "Sampling", "Quantization", "Cluster", "Server"),
+    *("Options", "Model", "Sampling", "History", "Tools", "Quantization", "Cluster", "Server"),
     *("Measurement", "Cost", "Output", "Advanced"),
 )
 """Panels of a command's help, in their order; options without a panel are in the first."""

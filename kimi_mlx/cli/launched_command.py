@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kimi_mlx.cli.chat.media_files import check_files, to_path
+from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import require_prompt
 from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
+from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
@@ -76,15 +77,15 @@ class LaunchedCommand:
             normalize_strategy(self.strategy, num_ranks)
 
     def check_chat(self) -> None:
-        """Check that a chat has a terminal, a pipe or a prompt, and that its images and videos exist.
+        """Check that a chat has a terminal, a pipe or a prompt, and check its options.
 
         Raises:
-            UsageError: it has none of them, or a file does not exist.
+            UsageError: it has none of them, or an option is wrong.
         """
         if self.name == "chat":
-            require_prompt(self._parameters.get("prompt"))
-            names = (*(self._parameters.get("image") or ()), *(self._parameters.get("video") or ()))
-            check_files(to_path(name) for name in names)
+            arguments = build_group(ChatArguments, self._parameters)
+            require_prompt(arguments.prompt.prompt)
+            arguments.check()
 
     @property
     def is_json(self) -> bool:

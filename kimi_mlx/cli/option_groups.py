@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -14,25 +16,25 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     Typer sees a flat list of options in the order of the parameters; the command receives the dataclasses.
 
     Args:
-        command: function of a command; its dataclass parameters have fields of type `Annotated[..., typer.Option()]`.
+        command: function of a command; its dataclass parameters have fields of type `Annotated[..., typer.Option()]`,
+            or of a type that is such a dataclass.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, type[Any]] = {}
+    single: list[str] = []
     options: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
-        if isinstance(hint, type) and is_dataclass(hint):
+        if _is_group(hint):
             groups[parameter.name] = hint
             options += _options_of(hint)
         else:
+            single.append(parameter.name)
             options.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
 
     def run(**values: Any) -> None:
-        built = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**values, **built)
+        built = {name: build_group(group, values) for name, group in groups.items()}
+        command(**{name: values[name] for name in single}, **built)
 
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
     run.__signature__ = inspect.Signature(options)  # pyright: ignore[reportFunctionMemberAccess]
@@ -40,15 +42,37 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def build_group(group: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of options, or of such dataclasses.
+
+    Args:
+        group: the dataclass.
+        values: values of its fields, by name, at any depth; other values are ignored.
+    """
+    hints = get_type_hints(group)
+    return group(
+        **{
+            field.name: build_group(hint, values) if _is_group(hint := hints[field.name]) else values[field.name]
+            for field in fields(group)  # pyright: ignore[reportArgumentType]
+        }
+    )
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
 def _options_of(group: type[Any]) -> list[inspect.Parameter]:
-    """Return the fields of a dataclass as keyword parameters."""
+    """Return the fields of a dataclass as keyword parameters; those of a field's dataclass in its place."""
     hints = get_type_hints(group, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(group)
-    ]
+    options: list[inspect.Parameter] = []
+    for field in fields(group):
+        hint = hints[field.name]
+        if _is_group(hint):
+            options += _options_of(hint)
+        else:
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            options.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            )
+    return options

@@ -14,8 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.chat.command import SamplingOptions
-from kimi_mlx.cli.chat.run_chat import merge_sampling
+from kimi_mlx.cli.chat.chat_options import merge_sampling
+from kimi_mlx.cli.chat.options import SamplingOptions
 from kimi_mlx.cli.models_table import details, find_row, footnotes, table
 from kimi_mlx.cluster.hosts.machine import LocalMachine
 from kimi_mlx.engine.request import Sampling

@@ -1,0 +1,84 @@
+"""Open the model of a chat, with the files of the first message: on this machine or on launched hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+
+from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachment
+from kimi_mlx.cli.chat.chat_options import read_tokenizer
+from kimi_mlx.cli.chat.options import ChatArguments
+from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
+from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
+from kimi_mlx.planner.choice import Choice
+from kimi_mlx.session.conversation import ChatOptions, Conversation
+from kimi_mlx.store.model_ref import ModelRef
+
+
+@dataclass(frozen=True)
+class OpenedChat:
+    """A conversation with a loaded model.
+
+    Attributes:
+        conversation: the conversation, still empty.
+        files: images and videos of the first message.
+        placement: placement of the model.
+    """
+
+    conversation: Conversation
+    files: list[Attachment]
+    placement: Choice
+
+
+@contextmanager
+def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments) -> Generator[OpenedChat]:
+    """Load a model and read the files of the first message.
+
+    Args:
+        launch: launched hosts; None for this machine.
+        target: the model.
+        arguments: arguments of the user.
+
+    Raises:
+        KimiMlxError: the model cannot be loaded, or a file cannot be read.
+    """
+    prompt, run, sampling, is_quiet = arguments.prompt, arguments.run, arguments.sampling, arguments.output.json
+    if prompt.files and target.folder is None:
+        require_vision_in_catalogue(target)
+    options = session_options(run, arguments.disk, has_sampling=sampling.temperature != 0)
+    model = prepare_model(launch, target, run, is_quiet=is_quiet)
+    early = None
+    if model.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
+        if prompt.files:
+            require_vision(model.folder, target.name)
+        early = read_tokenizer(model.folder, target, sampling)
+        options = replace(options, has_sampling=_is_sampling(early[1]))
+    files = _read_files(arguments, early[0].prepare_media if early else None)
+    opened = open_session(model, options, run.ranks, is_quiet)
+    with closing(opened.session) as session:
+        tokenizer, chat_options = early or read_tokenizer(opened.tokenizer_folder, target, sampling)
+        conversation = Conversation(session, tokenizer, chat_options, prompt.system)
+        if files and conversation.image_error is not None:
+            raise conversation.image_error
+        if early is None:  # again, with the limits of the hosts' model
+            files = _read_files(arguments, tokenizer.prepare_media)
+        yield OpenedChat(conversation, files, model.choice)
+
+
+def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[Attachment]:
+    """Read the images and videos of the first message.
+
+    Args:
+        arguments: arguments that name the files.
+        prepare: function that decodes a file for the model; None decodes it for K2.5.
+
+    Raises:
+        UsageError: a file does not exist, is a folder, or cannot be read.
+        ImageError: a file is too large, broken or of an unknown format, or a package is not installed.
+    """
+    return [read_attachment(path, kind, prepare, arguments.output.json) for path, kind in arguments.prompt.files]
+
+
+def _is_sampling(options: ChatOptions) -> bool:
+    return options.sampling is not None and options.sampling.temperature > 0
