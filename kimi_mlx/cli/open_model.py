@@ -20,6 +20,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.session import open as session_open
+from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session, SessionOptions
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.units import format_count
@@ -77,10 +78,12 @@ class OpenedModel:
     Attributes:
         session: session that the caller closes.
         tokenizer_folder: folder with the configuration, tokenizer and chat template.
+        deployment: the model and its hosts, for its status.
     """
 
     session: Session
     tokenizer_folder: Path
+    deployment: ModelDeployment
 
 
 def launch_context(context: typer.Context) -> LaunchContext | None:
@@ -189,7 +192,7 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
         stderr.print(f"warning: {lost.message}; {lost.remedy}", style="yellow", markup=False)
     suffix = f" on {ranks} ranks" if ranks > 1 else ""
     with load_progress(f"loading {model.name}{suffix}", is_quiet) as progress:
-        return OpenedModel(session_open.open_session(options, progress), options.checkpoint)
+        return _opened(session_open.open_session(options, progress), options.checkpoint, model, options)
 
 
 def options_on_this_machine(model: PreparedModel, options: SessionOptions, ranks: int) -> SessionOptions:
@@ -216,7 +219,13 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
     ]
     with load_progress(names, is_quiet) as progress:
         session = RingSession(options, progress)
-        return OpenedModel(session, session.tokenizer_folder)
+        return _opened(session, session.tokenizer_folder, model, options)
+
+
+def _opened(session: Session, folder: Path, model: PreparedModel, options: SessionOptions) -> OpenedModel:
+    has_ranks = options.cluster is not None or options.ranks > 1
+    cluster = options.effective_cluster if has_ranks else None
+    return OpenedModel(session, folder, ModelDeployment(model.name, options.strategy, cluster, load_config(folder)))
 
 
 def name_for_hosts(target: ModelRef) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from kimi_mlx.parallel.placement import RankShare, SplitGranularity, place
+from kimi_mlx.parallel.placement import Placement, RankShare, SplitGranularity, place
 from kimi_mlx.planner.model_shape import ModelShape, PartSizes
 
 ROW_GROUP = 64
@@ -68,12 +68,26 @@ def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: boo
     Raises:
         PlacementError: too many ranks for this model and strategy.
     """
-    placement = place(shape.config, "hybrid" if ranks == 1 else strategy, ranks, _granularity(shape, ranks))
-    portions = [_portion(share, shape) for share in placement.shares]
+    portions = [portion_of(share, shape) for share in plan_placement(strategy, shape, ranks).shares]
     return portions if slices_head else [replace(portion, head=math.ceil(portion.head)) for portion in portions]
 
 
-def _portion(share: RankShare, shape: ModelShape) -> Portion:
+def plan_placement(strategy: str, shape: ModelShape, ranks: int) -> Placement:
+    """Return the placement of a model whose checkpoint is not known: splits are assumed to keep groups of ROW_GROUP.
+
+    Args:
+        strategy: strategy as in kimi_mlx.parallel.placement, with weights for uneven shares; ignored for one rank.
+        shape: the model.
+        ranks: number of ranks.
+
+    Raises:
+        PlacementError: too many ranks for this model and strategy.
+    """
+    return place(shape.config, "hybrid" if ranks == 1 else strategy, ranks, _granularity(shape, ranks))
+
+
+def portion_of(share: RankShare, shape: ModelShape) -> Portion:
+    """Return a rank's share as fractions of the model's parts."""
     config = shape.config
     layers = range(share.layers.start, share.layers.stop)
     return Portion(

@@ -9,10 +9,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
+
 from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
+from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import samplers
@@ -95,6 +98,8 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         context=engine.context,
         image_error=None if error is None else (error.message, error.hint),
         all_reduce=None if choice is None else choice.to_dict(),
+        memory_bytes=mx.get_active_memory(),
+        free_bytes=free_memory_bytes(),
     )
     return engine
 

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from kimi_mlx.cluster.ring.end_limits import OTHER_END_LIMIT_S, SHOW_AFTER_S, un
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Event, Finished
+from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import samplers
@@ -28,7 +30,14 @@ from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.unload import clear_frames, release_memory
-from kimi_mlx.session.session import EventCallback, LoadProgress, SessionOptions, SessionStatus, stream_events
+from kimi_mlx.session.session import (
+    EventCallback,
+    LoadProgress,
+    RankMemory,
+    SessionOptions,
+    SessionStatus,
+    stream_events,
+)
 from kimi_mlx.session.signals import defer_signals
 from kimi_mlx.store.vision import no_vision_error
 from kimi_mlx.units import format_bytes
@@ -59,6 +68,7 @@ class LocalSession:
         self._context = 0
         self._image_error: EngineError | None = None
         self._last_step_at: float | None = None
+        self._memory = RankMemory()
         self._lock = threading.Lock()
         load_results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(options, progress, load_results), daemon=True)
@@ -125,6 +135,7 @@ class LocalSession:
             waiting=max(len(self._callbacks) - num_running, 0),
             last_step_age_s=None if last_step_at is None else time.monotonic() - last_step_at,
             cached_tokens=engine.cached_tokens,
+            memory=(self._memory,),
         )
 
     def reset(self) -> None:
@@ -157,6 +168,7 @@ class LocalSession:
         try:
             self._engine = self._load(options, self._cancel_on_close(progress))
             self._context = self._engine.context
+            self._memory = RankMemory(mx.get_active_memory(), free_memory_bytes())
             if self._engine.image_error is not None:
                 self._image_error = no_vision_error(options.checkpoint, load_config(options.checkpoint))
         except BaseException as error:  # raised again in __init__
@@ -234,6 +246,8 @@ class LocalSession:
             self._failed_step = None
             for request_id, event in events:
                 if isinstance(event, Finished | KimiMlxError):
+                    if isinstance(event, Finished):
+                        self._memory = replace(self._memory, peak_memory_bytes=event.statistics.peak_memory_bytes)
                     self._end(request_id, event)
                 else:
                     self._callbacks[request_id](event)

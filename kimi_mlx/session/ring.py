@@ -7,6 +7,7 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,18 @@ from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
 from kimi_mlx.session.image_upload import ImageUploader
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
-from kimi_mlx.session.session import EventCallback, RankProgress, SessionOptions, SessionStatus, stream_events
+from kimi_mlx.session.session import (
+    EventCallback,
+    RankMemory,
+    RankProgress,
+    Restart,
+    SessionOptions,
+    SessionStatus,
+    stream_events,
+)
+
+MAX_RESTART_LOG = 20
+"""Maximum number of restarts that a status has."""
 
 BUG_HINT = "this is a bug in kimi-mlx: please report it"
 
@@ -79,6 +91,8 @@ class RingSession:
         """Choice of all-reduce that the ranks measured when they first started."""
         self.peak_memory_bytes = [0] * self._cluster.size
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
+        self._loaded_memory = [RankMemory()] * self._cluster.size
+        self._restart_log: deque[Restart] = deque(maxlen=MAX_RESTART_LOG)
         try:
             self._start(progress, needs_tokenizer_files=options.folder is None)
         except BaseException:
@@ -161,6 +175,11 @@ class RingSession:
             last_step_age_s=None if last_step_at is None else time.monotonic() - last_step_at,
             restarts=self._num_restarts,
             cached_tokens=self._cached_tokens,
+            memory=tuple(
+                replace(memory, peak_memory_bytes=peak or None)
+                for memory, peak in zip(self._loaded_memory, self.peak_memory_bytes, strict=True)
+            ),
+            restart_log=tuple(self._restart_log),
         )
 
     def reset(self) -> None:
@@ -206,6 +225,7 @@ class RingSession:
                 self._image_error = None if error is None else EngineError(*error)
                 choice = message["all_reduce"]
                 self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
+                self._loaded_memory[rank] = RankMemory(message["memory_bytes"], message["free_bytes"])
                 loading_ranks.discard(rank)
             if not loading_ranks:
                 return
@@ -335,6 +355,7 @@ class RingSession:
                 if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
         lost_at = time.monotonic()
+        self._restart_log.append(Restart(time.time(), error.message))
         self._policy.record_loss(lost_at - self._up_since)
         while (attempt := self._policy.next_attempt(error.message)) is not None:
             self._interruption = attempt
@@ -358,6 +379,7 @@ class RingSession:
         """Send the unfinished requests to the restarted ring."""
         self._up_since = time.monotonic()
         self._num_restarts += 1
+        self._restart_log[-1] = replace(self._restart_log[-1], downtime_s=downtime_s)
         self._uploader = ImageUploader(self._ring)
         lines: dict[int, bytes] = {}
         while True:

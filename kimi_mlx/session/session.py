@@ -107,6 +107,36 @@ class SessionOptions:
 
 
 @dataclass(frozen=True)
+class RankMemory:
+    """Memory of a rank, as MLX counts it; None where it is not known.
+
+    Args:
+        memory_bytes: memory in use once the model is loaded: the weights, and buffers of the warm-up.
+        free_bytes: memory that MLX could still use then.
+        peak_memory_bytes: peak memory at the end of the last answer; None before the first.
+    """
+
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A restart of a lost ring.
+
+    Args:
+        at: Unix time in seconds of the loss.
+        reason: reason of the loss, as text.
+        downtime_s: seconds until the ring was up again; None while it is not.
+    """
+
+    at: float
+    reason: str
+    downtime_s: float | None = None
+
+
+@dataclass(frozen=True)
 class SessionStatus:
     """Status of a session.
 
@@ -118,6 +148,8 @@ class SessionStatus:
         last_step_age_s: seconds since the last step ended; None before the first step.
         restarts: number of restarts of the ring.
         cached_tokens: number of tokens in all KV caches; for a ring, after the last answer.
+        memory: memory of each rank; empty if it is not known.
+        restart_log: last restarts of the ring, the newest last.
     """
 
     is_up: bool
@@ -127,6 +159,8 @@ class SessionStatus:
     last_step_age_s: float | None = None
     restarts: int = 0
     cached_tokens: int = 0
+    memory: tuple[RankMemory, ...] = ()
+    restart_log: tuple[Restart, ...] = ()
 
 
 EventCallback = Callable[[Event | BaseException], None]
