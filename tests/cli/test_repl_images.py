@@ -156,7 +156,7 @@ def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[st
             "send it as text",
         ),
         ("/image {folder}/empty.png", "`{folder}/empty.png`: the file is empty", "save it again"),
-        ("/image {folder}/fifo.png", "`{folder}/fifo.png` is a pipe, not a file", "save the image"),
+        ("/image {folder}/fifo.png", "`{folder}/fifo.png` is a pipe, not a file", "save its contents"),
         ("/image file:///%00.png", "there is no file `/\\x00.png`", "check the path"),
         ("/image {folder}/clip.png", "`{folder}/clip.png`: it is a video, not an image", "`/video`"),
         ("/image https://example.org/a.png", "an image is a file here, not a URL", "`curl -O URL`"),

@@ -48,8 +48,12 @@ def is_media_file(path: Path) -> bool:
     return media_kind(path) is not None and os.path.isfile(path)  # unlike Path.is_file, False for any error
 
 
-def check_files(paths: Iterable[Path]) -> None:
+def check_files(paths: Iterable[Path], noun: str = "an image") -> None:
     """Check that files exist, without reading them.
+
+    Args:
+        paths: files.
+        noun: name for such a file in an error.
 
     Raises:
         UsageError: a file does not exist, or is a folder or a device.
@@ -57,20 +61,22 @@ def check_files(paths: Iterable[Path]) -> None:
     for path in paths:
         if _WEB_URL.match(str(path)):
             hint = "download it first, for example with `curl -O URL`"
-            raise UsageError("an image is a file here, not a URL", hint=hint)
+            raise UsageError(f"{noun} is a file here, not a URL", hint=hint)
         kind = irregular_kind(path)
         if kind == "a folder":
-            raise UsageError(f"`{path}` is a folder, not an image", hint="name a file in it")
+            raise UsageError(f"`{path}` is a folder, not {noun}", hint="name a file in it")
         if kind is not None:
-            raise UsageError(f"`{path}` is {kind}, not a file", hint="save the image as a file")
+            raise UsageError(f"`{path}` is {kind}, not a file", hint="save its contents as a file")
         if not os.path.lexists(path):
             raise UsageError(f"there is no file `{path}`", hint=_similar_names(path))
 
 
 def _similar_names(path: Path) -> str:
-    """Return a hint for a file that does not exist."""
+    """Return a hint for a file that does not exist: a file with a similar name, an image for an image."""
+    is_media = media_kind(path) is not None
     try:
-        names = [entry.name for entry in path.parent.iterdir() if is_media_file(entry)]
+        names = [entry.name for entry in path.parent.iterdir() if os.path.isfile(entry)]
+        names = [name for name in names if not is_media or media_kind(Path(name)) is not None]
     except OSError:
         return f"there is no folder `{path.parent}` either"
     similar = get_close_matches(path.name, names, n=1)
