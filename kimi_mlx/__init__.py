@@ -14,7 +14,7 @@ from kimi_mlx.version import __version__
 
 if TYPE_CHECKING:
     from kimi_mlx.runtime.load import load
-    from kimi_mlx.session.conversation import stream
+    from kimi_mlx.session.stream import stream
 
 __all__ = ["__version__", "load", "stream"]
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "stream":
-        from kimi_mlx.session.conversation import stream
+        from kimi_mlx.session.stream import stream
 
         return stream
     raise AttributeError(f"module `kimi_mlx` has no attribute `{name}`")

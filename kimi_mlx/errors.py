@@ -9,6 +9,7 @@ KimiMlxError
 │   ├── MissingModelError   model that is not on a host yet
 │   └── UnreachableError    hub that cannot be reached, or must not be (HF_HUB_OFFLINE)
 ├── TextError        tokenizer, chat template or messages
+│   └── CallIdError         id of a tool call or of its result that does not fit the conversation
 ├── ImageError       image or video that cannot be read, or that the model cannot see
 ├── VisionError      patches, grids or placeholders of images that do not fit the model or each other
 ├── PlacementError   model that cannot be split as requested
@@ -69,6 +70,24 @@ class UnreachableError(WeightsError):
 
 class TextError(KimiMlxError):
     """Error in the tokenizer, the chat template or the messages."""
+
+
+class CallIdError(TextError):
+    """Id of a tool call or of its result that does not fit the conversation.
+
+    Args:
+        place: location of the message in the conversation; the message of the error begins with it.
+        reason: what is wrong with the id.
+    """
+
+    def __init__(self, place: str, reason: str):
+        super().__init__(f"`{place}`: {reason}")
+        self.place = place
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[CallIdError], tuple[str, str]]:
+        """Keep all fields when the error crosses a process boundary."""
+        return type(self), (self.place, self.reason)
 
 
 class ImageError(KimiMlxError):

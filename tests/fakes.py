@@ -17,8 +17,11 @@ import kimi_mlx
 from kimi_mlx.engine.events import Event, Finished, FinishReason, Prefilled, Statistics, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
+from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.session.local_chat_model import LocalChatModel
+from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import EventCallback, Session, SessionStatus
 from kimi_mlx.text.template import ChatTemplate
 
@@ -138,6 +141,11 @@ class FixedGather:
         return self.gather(x).sum(axis=0)
 
 
+def chat_model_of(session: Session, tokenizer: ChatTokenizer) -> LocalChatModel:
+    """Return a chat model, in this process, of a session that answers as kimi-mini does or in its place."""
+    return LocalChatModel(session, tokenizer, ModelDeployment("fake", "hybrid", None, load_config(KIMI_MINI)))
+
+
 def conversation_of(
     answer: str,
     reasoning: str = "",
@@ -158,4 +166,4 @@ def conversation_of(
     session = FixedSession(ids, pause_s, is_endless, is_stubborn)
     if not sees_images:
         session.image_error = EngineError("this model does not see images", hint="choose one that does")
-    return Conversation(session, tokenizer)
+    return Conversation(chat_model_of(session, tokenizer))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kimi_mlx.runtime.answer_grammar import AnswerFormat
 from kimi_mlx.text.messages import Delta, Message, join
 
 StopReason = Literal["stop", "length", "tool_calls"]
@@ -35,7 +36,7 @@ class GenerationParams:
 
 
 @dataclass(frozen=True)
-class ChatRequest(GenerationParams):
+class ChatRequest(GenerationParams, AnswerFormat):
     """A conversation to answer.
 
     Args:
@@ -43,11 +44,6 @@ class ChatRequest(GenerationParams):
         messages_name: name of the body's field with the messages, for error messages.
         places: locations of the messages in the body, for error messages; empty if they are `messages[0]` and so on.
         part_places: locations of the parts of a message with images, by the index of the message.
-        tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
-        tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
-        parallel_tool_calls: whether one answer may call several tools.
-        response_schema: JSON schema of the answer; True for any JSON object, None for any text.
-        response_schema_name: location of the schema in the body, for error messages.
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: other variables of the chat template, such as `preserve_thinking`.
         partial: beginning of the assistant's message, which the answer continues without repeating it.
@@ -58,11 +54,6 @@ class ChatRequest(GenerationParams):
     messages_name: str = "messages"
     places: tuple[str, ...] = field(default=(), compare=False)
     part_places: Mapping[int, Sequence[str]] = field(default_factory=dict[int, "Sequence[str]"], compare=False)
-    tools: tuple[Mapping[str, Any], ...] = ()
-    tool_choice: str | Mapping[str, str] = "auto"
-    parallel_tool_calls: bool = True
-    response_schema: Mapping[str, Any] | bool | None = None
-    response_schema_name: str = "response_format"
     thinking: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mlx.engine.request import ImageInput, Request, Sampling
-from kimi_mlx.errors import GrammarError, ImageError, TextError, UsageError
+from kimi_mlx.errors import CallIdError, GrammarError, ImageError, TextError, UsageError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
@@ -18,11 +18,9 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.media import image_error, resolve_media
 from kimi_mlx.server.message_content import texts_of
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
-from kimi_mlx.server.tool_calls import CallIds, to_kimi_ids
-from kimi_mlx.text.grammar import build_grammar, detect_thinking
+from kimi_mlx.text.call_ids import CallIds, to_kimi_ids
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import THINK_END, OutputParser, opens_reasoning
-from kimi_mlx.text.schema_bounds import check_bounds
 from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS, Tokenizer
 from kimi_mlx.text.tool_calls import names_of
 
@@ -156,18 +154,19 @@ class PromptBuilder:
 
     def _chat_prompt(self, request: ChatRequest) -> tuple[Prompt, CallIds]:
         try:
-            check_bounds(request.tools, request.response_schema, request.response_schema_name)
+            request.check_schemas()
+            messages, ids = to_kimi_ids(request.messages, request.call_id_prefix, request.places)
         except GrammarError as error:
             raise _schema_error(error) from error
-        messages, ids = to_kimi_ids(request.messages, request.call_id_prefix, request.places)
+        except CallIdError as error:
+            raise ApiError(400, error.message, "invalid_tool_call_id", error.place) from error
         variables: dict[str, Any] = dict(request.template_kwargs)
         if reserved := RESERVED & variables.keys():
             message = f"`{min(reserved)}` is reserved and cannot be set as a variable of the chat template"
             raise ApiError(400, message, param="chat_template_kwargs")
         if request.thinking is not None:
             variables["thinking"] = request.thinking
-        tools = None if request.tool_choice == "none" else list(request.tools) or None
-        prompt = self._render(request, messages, tools, variables)
+        prompt = self._render(request, messages, variables)
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if opens_reasoning(tokenizer, prompt.ids):  # text of the answer comes after the reasoning
@@ -179,12 +178,11 @@ class PromptBuilder:
         self,
         request: ChatRequest,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> Prompt:
         """Return the prompt of the messages of a request, whose tool calls have other ids."""
         try:
-            return self.tokenizer.prompt(messages, tools, **variables)
+            return self.tokenizer.prompt(messages, request.prompt_tools, **variables)
         except ImageError as error:
             raise image_error(request, error) from error
         except TextError as error:
@@ -315,16 +313,7 @@ def request_grammar(
         message = "a partial message cannot be combined with a schema for the answer"
         raise ApiError(400, message, param=request.response_schema_name)
     try:
-        return build_grammar(
-            special_tokens,
-            detect_thinking(special_tokens, prompt),
-            request.response_schema,
-            request.tools,
-            request.tool_choice,
-            request.parallel_tool_calls,
-            num_calls,
-            request.response_schema_name,
-        )
+        return request.grammar(special_tokens, prompt, num_calls)
     except GrammarError as error:
         raise _schema_error(error) from error
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from kimi_mlx.engine.events import Finished, Statistics, Token
 from kimi_mlx.errors import TextError
 from kimi_mlx.server.api_types import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
-from kimi_mlx.server.tool_calls import CallIdAllocator
+from kimi_mlx.text.call_ids import CallIdAllocator
 from kimi_mlx.text.messages import Delta
 from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer

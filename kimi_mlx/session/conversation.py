@@ -1,76 +1,88 @@
-"""Conversations: messages in, deltas out. This module connects the tokenizer with a session."""
+"""A conversation: messages, the answers to them, and what a log of it needs to know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
-from kimi_mlx.engine.engine import Engine
-from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
-from kimi_mlx.engine.request import Request, Sampling
-from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.model.decoder import Model
-from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer, MessageLike
-from kimi_mlx.runtime.prompt import Prompt
-from kimi_mlx.session.session import Session
+from kimi_mlx.engine.events import Finished
+from kimi_mlx.errors import UsageError
+from kimi_mlx.session.chat_model import ChatEvent, ChatModel, ChatOptions
 from kimi_mlx.text.messages import Content, Delta, Message, ToolCall
-from kimi_mlx.text.output import OutputParser
-
-ChatEvent = Delta | Encoded | Prefilled | Finished | Interrupted | Resumed
-"""Event of an answer: new text, or progress."""
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """Options of the answers in a conversation.
+class ConversationListener(Protocol):
+    """Follows a conversation, so that what was shown is kept.
 
-    Args:
-        max_tokens: maximum number of new tokens per answer; None is the checkpoint's default, usually the rest of the
-            context.
-        sampling: how tokens are sampled; None is the checkpoint's recommendation.
-        tools: OpenAI-style tools that the model may call.
-        template_kwargs: variables of the chat template, such as `thinking`.
+    It is called in the thread of the answer, before the caller receives the same event. The system prompt, the model
+    and the options are read from the conversation when they are needed.
     """
 
-    max_tokens: int | None = None
-    sampling: Sampling | None = None
-    tools: Sequence[Mapping[str, Any]] | None = None
-    template_kwargs: Mapping[str, Any] | None = None
+    def on_message(self, message: Message) -> None:
+        """Handle a message that was appended: a user's, a tool's result, or an answer that has ended."""
+        ...
+
+    def on_delta(self, delta: Delta) -> None:
+        """Handle new text of the answer in progress, which is not a message yet."""
+        ...
+
+    def on_finish(self, finished: Finished | None, message: Message | None) -> None:
+        """Handle the end of an answer.
+
+        Args:
+            finished: reason and statistics; None if the answer failed, or its reader has stopped.
+            message: message of the answer, for which on_message() was called; None if it had no content.
+        """
+        ...
+
+    def on_remove(self, count: int) -> None:
+        """Handle the removal of the last messages.
+
+        Args:
+            count: number of messages that were removed from the end.
+        """
+        ...
+
+    def on_replace(self, index: int, message: Message) -> None:
+        """Handle a change of a message.
+
+        Args:
+            index: index of the message, without the system prompt.
+            message: message that now stands there.
+        """
+        ...
+
+    def on_reset(self) -> None:
+        """Handle the end of the conversation: all its messages are dropped, and a new one begins."""
+        ...
 
 
 class Conversation:
-    """A conversation with one model. The KV cache is kept between turns, so only new tokens are computed.
+    """A conversation with one model.
 
     Args:
-        session: loaded model.
-        tokenizer: text side of the model.
+        model: model that answers.
         options: options of the answers.
         system: system prompt, if there is one.
+        messages: messages so far, without a system prompt.
+
+    Attributes:
+        listener: follows the conversation; None for nobody.
     """
 
     def __init__(
         self,
-        session: Session,
-        tokenizer: ChatTokenizer,
+        model: ChatModel,
         options: ChatOptions | None = None,
         system: str | None = None,
+        messages: Sequence[Message] = (),
     ):
-        self._session = session
-        self._tokenizer = tokenizer
+        self.model = model
         self.options = options or ChatOptions()
         self.system = system
-        self.messages: list[Message] = []
-
-    @property
-    def image_error(self) -> KimiMlxError | None:
-        """Error of messages with images if the model does not see images; None if it does."""
-        return self._session.image_error
-
-    @property
-    def tokenizer(self) -> ChatTokenizer:
-        """Text side of the model, which also decodes images."""
-        return self._tokenizer
+        self.messages: list[Message] = list(messages)
+        self.listener: ConversationListener | None = None
 
     @property
     def media_parts(self) -> list[Mapping[str, Any]]:
@@ -85,113 +97,151 @@ class Conversation:
         Args:
             part: one of `media_parts`; equal ones stay.
         """
-        for number, message in enumerate(self.messages):
+        for index, message in enumerate(self.messages):
             content = message.content
             if content and not isinstance(content, str) and any(other is part for other in content):
                 kept = [other for other in content if other is not part]
-                self.messages[number] = replace(message, content=kept)
+                self.messages[index] = replace(message, content=kept)
+                if self.listener is not None:
+                    self.listener.on_replace(index, self.messages[index])
 
-    def ask(self, content: Content) -> Iterator[ChatEvent]:
-        """Add a user message and stream the answer, which is added to the conversation when it ends.
+    def ask(self, content: Content) -> Generator[ChatEvent, None, None]:
+        """Add a user message and stream the answer.
 
-        If the answer fails, or is cancelled before its first token, the user message is removed again.
+        If the answer fails or is cancelled before it has any content, the user message is removed again.
 
         Args:
             content: text, or parts in OpenAI's format: text, images and videos.
 
         Raises:
-            KimiMlxError: the request is refused, or the session has failed.
+            KimiMlxError: the request is refused, or the model has failed.
         """
-        self.messages.append(Message("user", content))
-        system = [Message("system", self.system)] if self.system else []
-        answer = Delta()
-        is_answered = False
+        self._append(Message("user", content))
+        length = len(self.messages)
         try:
-            prompt = self._prompt([*system, *self.messages])
-            request = make_request(self._tokenizer, prompt, self.options)
-            parser = self._tokenizer.output_parser(prompt.ids, self.options.tools)
-            for event in parse_events(self._session.generate(request), parser):
+            yield from self.answer()
+        finally:
+            if len(self.messages) == length:
+                self._remove_from(length - 1)
+
+    def answer(self) -> Generator[ChatEvent, None, None]:
+        """Stream the answer to the messages as they are, such as after the results of tools.
+
+        When it ends, the answer is added to the conversation. If it fails or is cancelled, what it has of reasoning and
+        text is added, without tool calls; an answer that was cancelled or has failed with neither is not.
+
+        Raises:
+            KimiMlxError: the request is refused, or the model has failed.
+        """
+        answer = Delta()
+        finished: Finished | None = None
+        try:
+            for event in self.model.generate(self.prompt_messages(), self.options):
                 if isinstance(event, Delta):
                     answer = answer + event
-                elif isinstance(event, Finished) and (answer or event.reason != "cancelled"):
-                    is_answered = True
-                    self.messages.append(_assistant_message(answer))
+                    if self.listener is not None:
+                        self.listener.on_delta(event)
+                elif isinstance(event, Finished):
+                    finished = event
+                    self._finish(answer, finished)
                 yield event
         finally:
-            if not is_answered:
-                del self.messages[-1]
+            if finished is None:
+                self._finish(answer, None)
+
+    def retry(self) -> Generator[ChatEvent, None, None]:
+        """Drop the last answer, with its tool calls and their results, and stream another one.
+
+        If the new answer has no content because it fails or is cancelled, the dropped messages are restored.
+
+        Raises:
+            UsageError: there is no user message.
+            KimiMlxError: the request is refused, or the model has failed.
+        """
+        last = self._last_user_index()
+        if last < 0:
+            raise UsageError("there is no message to answer again", hint="send one first")
+        dropped = self._remove_from(last + 1)
+        length = len(self.messages)
+        try:
+            yield from self.answer()
+        finally:
+            if len(self.messages) == length:
+                for message in dropped:
+                    self._append(message)
+
+    def add_tool_result(self, call: ToolCall, content: Content) -> None:
+        """Add the result of a call of the last answer.
+
+        Args:
+            call: call of the model; its id is that in the conversation.
+            content: result, or the error.
+        """
+        self._append(Message("tool", content, tool_call_id=call.id))
+
+    def undo(self) -> Content:
+        """Remove the last user message and all after it; return its content, or None if there is none."""
+        index = self._last_user_index()
+        return self._remove_from(index)[0].content if index >= 0 else None
+
+    def fork(self) -> Conversation:
+        """Return a conversation with the same model and messages that goes on by itself. It has no listener."""
+        return Conversation(self.model, self.options, self.system, self.messages)
+
+    def count_tokens(self) -> int:
+        """Return the number of tokens of the messages as a prompt."""
+        return self.model.count_tokens(self.prompt_messages(), self.options)
+
+    def prompt_messages(self) -> list[Message]:
+        """Return all messages, with the system prompt."""
+        return [*([Message("system", self.system)] if self.system else []), *self.messages]
 
     def reset(self) -> None:
         """Drop all messages and the KV cache; the system prompt stays."""
         self.messages = []
-        self._session.reset()
+        self.model.reset()
+        if self.listener is not None:
+            self.listener.on_reset()
 
     def cancel(self) -> None:
         """Cancel the answer that is being streamed; the text so far stays in the conversation."""
-        self._session.cancel_all()
+        self.model.cancel()
 
-    def _prompt(self, messages: Sequence[Message]) -> Prompt:
-        template_kwargs = dict(self.options.template_kwargs or {})
-        return self._tokenizer.prompt(messages, self.options.tools, **template_kwargs)
+    def _finish(self, answer: Delta, finished: Finished | None) -> None:
+        """Append an answer that has ended."""
+        is_complete = finished is not None and finished.reason != "cancelled"
+        message = _assistant_message(answer, is_complete)
+        if not is_complete and not (message.content or message.reasoning_content):
+            message = None
+        if message is not None:
+            self._append(message)
+        if self.listener is not None:
+            self.listener.on_finish(finished, message)
+
+    def _append(self, message: Message) -> None:
+        self.messages.append(message)
+        if self.listener is not None:
+            self.listener.on_message(message)
+
+    def _remove_from(self, index: int) -> list[Message]:
+        """Remove and return the messages from an index on."""
+        removed = self.messages[index:]
+        del self.messages[index:]
+        if removed and self.listener is not None:
+            self.listener.on_remove(len(removed))
+        return removed
+
+    def _last_user_index(self) -> int:
+        """Return the index of the last user message; -1 if there is none."""
+        indices = [index for index, message in enumerate(self.messages) if message.role == "user"]
+        return indices[-1] if indices else -1
 
 
-def stream(
-    model: Model,
-    tokenizer: ChatTokenizer,
-    messages: Sequence[MessageLike],
-    max_tokens: int | None = None,
-    sampling: Sampling | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    **template_kwargs: Any,
-) -> Iterator[Delta]:
-    """Answer messages with a model from kimi_mlx.load, in this process and without a session.
+def _assistant_message(answer: Delta, is_complete: bool) -> Message:
+    """Return an answer as a message.
 
-    Args:
-        model: model from `load`.
-        tokenizer: tokenizer from `load`.
-        messages: messages in OpenAI's format: `{"role": ..., "content": ...}`, with images as data URLs or bytes.
-        max_tokens: maximum number of new tokens; None is the checkpoint's default, usually the rest of the context.
-        sampling: how tokens are sampled; None is the checkpoint's recommendation.
-        tools: OpenAI-style tools that the model may call.
-        template_kwargs: variables of the chat template, such as `thinking=False`.
-
-    Yields:
-        Delta: new text, reasoning or tool calls.
+    Unparsed tool calls are left out, because a template cannot render them; so are all calls of an answer that is not
+    complete, because nobody runs them.
     """
-    prompt = tokenizer.prompt(messages, tools, **template_kwargs)
-    request = make_request(tokenizer, prompt, ChatOptions(max_tokens, sampling))
-    for event in parse_events(Engine(model).generate(request), tokenizer.output_parser(prompt.ids, tools)):
-        if isinstance(event, Delta):
-            yield event
-
-
-def make_request(tokenizer: ChatTokenizer, prompt: Prompt, options: ChatOptions) -> Request:
-    """Return the engine's request for a prompt."""
-    return Request(
-        prompt=tuple(prompt.ids),
-        max_tokens=tokenizer.max_tokens if options.max_tokens is None else options.max_tokens,
-        sampling=options.sampling or tokenizer.sampling,
-        stop_ids=tokenizer.stop_ids,
-        images=prompt.images,
-    )
-
-
-def parse_events(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
-    """Convert tokens to deltas; all other events pass through."""
-    for event in events:
-        if isinstance(event, Token):
-            delta = parser.add(event.id)
-        elif isinstance(event, Finished):
-            delta = parser.finish()
-        else:
-            delta = Delta()
-        if delta:
-            yield delta
-        if not isinstance(event, Token):
-            yield event
-
-
-def _assistant_message(answer: Delta) -> Message:
-    """Return an answer as a message. Unparsed tool calls are left out: a template cannot render them."""
-    calls = tuple(call for call in answer.tool_calls if isinstance(call, ToolCall))
+    calls = tuple(call for call in answer.tool_calls if isinstance(call, ToolCall)) if is_complete else ()
     return Message("assistant", answer.text, answer.reasoning or None, calls)

@@ -13,9 +13,10 @@ from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.session.conversation import ChatOptions, Conversation
+from kimi_mlx.session.chat_model import ChatOptions
+from kimi_mlx.session.conversation import Conversation
 from tests.cli.conftest import Spawn
-from tests.fakes import KIMI_MINI, FixedSession, conversation_of
+from tests.fakes import KIMI_MINI, FixedSession, chat_model_of, conversation_of
 from tests.terminal import ALT_ENTER, COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, CTRL_J, ENTER, TAB, UP
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +191,7 @@ def failing_conversation(error: KimiMlxError) -> Conversation:
     def fail(request: Request) -> None:
         raise error
 
-    return Conversation(FixedSession([], before=fail), ChatTokenizer.load(KIMI_MINI))
+    return Conversation(chat_model_of(FixedSession([], before=fail), ChatTokenizer.load(KIMI_MINI)))
 
 
 def test_the_system_prompt_is_shown_set_and_removed(capfd: pytest.CaptureFixture[str]) -> None:

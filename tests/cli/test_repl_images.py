@@ -72,7 +72,7 @@ def sent(conversation: Conversation) -> list[object]:
 
 def images_of(conversation: Conversation) -> list[int]:
     """The number of images of each request."""
-    session = conversation._session  # pyright: ignore[reportPrivateUsage]
+    session = conversation.model._session  # pyright: ignore[reportPrivateUsage]
     assert isinstance(session, FixedSession)
     return [len(request.images) for request in session.requests]
 
@@ -202,7 +202,7 @@ def test_a_model_without_vision(picture: Path, capfd: pytest.CaptureFixture[str]
 
 def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    session = conversation._session  # pyright: ignore[reportPrivateUsage]
+    session = conversation.model._session  # pyright: ignore[reportPrivateUsage]
     assert isinstance(session, FixedSession)
 
     def fail(request: Request) -> None:

@@ -1,20 +1,20 @@
-"""The text side of a chat's model, and the options of its answers: the user's, else the model's defaults."""
+"""The text side of a chat's model, and the options of its answers that the user has set."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from kimi_mlx.cli.chat.options import SamplingOptions
-from kimi_mlx.engine.request import Sampling
-from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-from kimi_mlx.session.conversation import ChatOptions
+from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.store.model_ref import ModelRef
 
+SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
+"""Sampling parameters that a user can set."""
 
-def read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) -> tuple[ChatTokenizer, ChatOptions]:
-    """Read the tokenizer of a checkpoint, and combine its defaults with the user's options.
+
+def read_tokenizer(folder: Path, target: ModelRef) -> ChatTokenizer:
+    """Read the tokenizer of a checkpoint.
 
     Raises:
         TextError: a file is broken, or the checkpoint cannot chat.
@@ -22,20 +22,19 @@ def read_tokenizer(folder: Path, target: ModelRef, sampling: SamplingOptions) ->
     entry = target.entry
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])  # refuses a base model before it is loaded
-    parameters = merge_sampling(tokenizer.sampling, entry if sampling.thinking is False else None, sampling)
-    template = {} if sampling.thinking is None else {"thinking": sampling.thinking}
-    return tokenizer, ChatOptions(sampling.max_tokens, parameters, None, template)
+    return tokenizer
 
 
-def merge_sampling(recommended: Sampling, instant: CatalogueEntry | None, options: SamplingOptions) -> Sampling:
-    """Return the sampling parameters: the user's, else those without thinking, else the recommended ones.
+def instant_sampling(target: ModelRef) -> dict[str, float]:
+    """Return the catalogue's recommended sampling parameters without thinking, by name."""
+    instant = target.entry.instant_sampling if target.entry else None
+    return instant.recommended() if instant else {}
 
-    Args:
-        recommended: defaults of the checkpoint and the catalogue.
-        instant: catalogue entry of the model if thinking is off, else None.
-        options: options of the user.
-    """
-    without_thinking = instant.instant_sampling.recommended() if instant and instant.instant_sampling else {}
-    names = ("temperature", "top_p", "top_k", "min_p", "seed")
-    user_values = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return replace(recommended, **{**without_thinking, **user_values})
+
+def chat_options(sampling: SamplingOptions) -> ChatOptions:
+    """Return what the user has set of the options of answers."""
+    return ChatOptions(
+        max_tokens=sampling.max_tokens,
+        sampling={name: value for name in SAMPLING_NAMES if (value := getattr(sampling, name)) is not None},
+        template_kwargs={} if sampling.thinking is None else {"thinking": sampling.thinking},
+    )

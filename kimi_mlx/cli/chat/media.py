@@ -67,7 +67,7 @@ class ReplMedia:
         Raises:
             UsageError: it does not.
         """
-        if (error := self._conversation.image_error) is not None:
+        if (error := self._conversation.model.image_error) is not None:
             raise UsageError(error.message, hint=error.hint)
 
     def show_attached(self) -> None:
@@ -92,7 +92,7 @@ class ReplMedia:
         if not isinstance(path, Path):
             return
         as_text = "begin the message with // to send the path as text"
-        if self._conversation.image_error is not None:
+        if self._conversation.model.image_error is not None:
             raise UsageError(f"there is no command `{path}`", hint=as_text)
         if path.is_dir():
             raise UsageError(f"`{path}` is a folder", hint=f"drop the images in it, or {as_text}")
@@ -182,7 +182,7 @@ class ReplMedia:
     def _read(self, path: Path, kind: MediaKind) -> Attachment:
         try:
             with _ctrl_c_raises():
-                return read_attachment(path, kind, self._conversation.tokenizer.prepare_media)
+                return read_attachment(path, kind, self._conversation.model.prepare_media)
         except KeyboardInterrupt:
             raise UsageError(f"reading `{path.name}` was stopped") from None
 

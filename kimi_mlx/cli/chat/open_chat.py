@@ -7,12 +7,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachment
-from kimi_mlx.cli.chat.chat_options import read_tokenizer
+from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling, read_tokenizer
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.session.conversation import ChatOptions, Conversation
+from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.session.local_chat_model import LocalChatModel, merge_sampling
 from kimi_mlx.store.model_ref import ModelRef
 
 
@@ -43,27 +44,28 @@ def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArg
     Raises:
         KimiMlxError: the model cannot be loaded, or a file cannot be read.
     """
-    prompt, run, sampling, is_quiet = arguments.prompt, arguments.run, arguments.sampling, arguments.output.json
+    prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.json
+    answers, instant = chat_options(arguments.sampling), instant_sampling(target)
     if prompt.files and target.folder is None:
         require_vision_in_catalogue(target)
-    options = session_options(run, arguments.disk, has_sampling=sampling.temperature != 0)
+    options = session_options(run, arguments.disk, has_sampling=answers.sampling.get("temperature") != 0)
     model = prepare_model(launch, target, run, is_quiet=is_quiet)
     early = None
     if model.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
         if prompt.files:
             require_vision(model.folder, target.name)
-        early = read_tokenizer(model.folder, target, sampling)
-        options = replace(options, has_sampling=_is_sampling(early[1]))
-    files = _read_files(arguments, early[0].prepare_media if early else None)
+        early = read_tokenizer(model.folder, target)
+        options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
+    files = _read_files(arguments, early.prepare_media if early else None)
     opened = open_session(model, options, run.ranks, is_quiet)
     with closing(opened.session) as session:
-        tokenizer, chat_options = early or read_tokenizer(opened.tokenizer_folder, target, sampling)
-        conversation = Conversation(session, tokenizer, chat_options, prompt.system)
-        if files and conversation.image_error is not None:
-            raise conversation.image_error
+        tokenizer = early or read_tokenizer(opened.tokenizer_folder, target)
+        chat_model = LocalChatModel(session, tokenizer, opened.deployment, instant)
+        if files and chat_model.image_error is not None:
+            raise chat_model.image_error
         if early is None:  # again, with the limits of the hosts' model
             files = _read_files(arguments, tokenizer.prepare_media)
-        yield OpenedChat(conversation, files, model.choice)
+        yield OpenedChat(Conversation(chat_model, answers, prompt.system), files, model.choice)
 
 
 def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[Attachment]:
@@ -78,7 +80,3 @@ def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[
         ImageError: a file is too large, broken or of an unknown format, or a package is not installed.
     """
     return [read_attachment(path, kind, prepare, arguments.output.json) for path, kind in arguments.prompt.files]
-
-
-def _is_sampling(options: ChatOptions) -> bool:
-    return options.sampling is not None and options.sampling.temperature > 0

@@ -15,7 +15,7 @@ from rich.style import Style
 
 from kimi_mlx.cli.output import PROGRESS_AFTER_S, print_note, stderr
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed
-from kimi_mlx.session.conversation import ChatEvent
+from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
 
 # CSI sequences (colours, cursor), other escape sequences, then any control character but newline and tab.

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.chat.chat_options import merge_sampling
+from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling
 from kimi_mlx.cli.chat.options import SamplingOptions
 from kimi_mlx.cli.models_table import details, find_row, footnotes, table
 from kimi_mlx.cluster.hosts.machine import LocalMachine
@@ -22,6 +22,7 @@ from kimi_mlx.engine.request import Sampling
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.local_chat_model import merge_sampling
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
@@ -196,11 +197,12 @@ def test_options_come_before_instant_values_before_the_checkpoint_before_the_cat
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     entry = entry_of("kimi-k2.5")
     recommended = ChatTokenizer.load(tmp_path, defaults=entry.default_sampling()).sampling
-    assert merge_sampling(recommended, entry if no_thinking else None, SamplingOptions(**options)) == expected
+    chosen = chat_options(SamplingOptions(**options, thinking=False if no_thinking else None))
+    assert merge_sampling(recommended, instant_sampling(resolve_model_name("kimi-k2.5")), chosen) == expected
 
 
 def test_a_model_without_a_switch_keeps_its_values() -> None:
-    assert merge_sampling(Sampling(1.0), entry_of("kimi-k2-thinking"), SamplingOptions()) == Sampling(1.0)
+    assert instant_sampling(resolve_model_name("kimi-k2-thinking")) == {}
 
 
 def test_a_folder_is_not_in_the_list(tmp_path: Path) -> None:

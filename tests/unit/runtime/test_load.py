@@ -18,7 +18,7 @@ from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY, ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
-from kimi_mlx.session.conversation import ChatOptions, make_request
+from kimi_mlx.session.local_chat_model import make_request
 from tests.fakes import KIMI_MINI
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -72,8 +72,8 @@ def test_a_chat_template_needs_a_tokenizer(tmp_path: Path) -> None:
 
 def test_only_kimi_mini_limits_its_answers(tmp_path: Path) -> None:
     tokenizer = ChatTokenizer.load(KIMI_MINI)
-    assert make_request(tokenizer, Prompt([1]), ChatOptions()).max_tokens == tokenizer.max_tokens == 512
-    assert make_request(tokenizer, Prompt([1]), ChatOptions(max_tokens=9000)).max_tokens == 9000
+    assert make_request(tokenizer, Prompt([1])).max_tokens == tokenizer.max_tokens == 512
+    assert make_request(tokenizer, Prompt([1]), max_tokens=9000).max_tokens == 9000
     folder = copy_without(tmp_path, "model.safetensors")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"max_new_tokens": 7, "max_length": 8}))  # keys of real models

@@ -7,7 +7,7 @@ import pytest
 from kimi_mlx.engine.events import Finished, Statistics, Token
 from kimi_mlx.server.api_types import DeltaEvent, FinishEvent
 from kimi_mlx.server.response_builder import ChatReader, ResponseBuilder
-from kimi_mlx.server.tool_calls import to_kimi_ids
+from kimi_mlx.text.call_ids import to_kimi_ids
 from kimi_mlx.text.output import OutputParser
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kimi_mlx.errors import CallIdError
 from kimi_mlx.server.anthropic.messages_body import MessagesBody
 from kimi_mlx.server.anthropic.request import to_chat_request as from_anthropic
 from kimi_mlx.server.api_types import ChatRequest
@@ -16,7 +17,7 @@ from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
-from kimi_mlx.server.tool_calls import to_kimi_ids
+from kimi_mlx.text.call_ids import to_kimi_ids
 from kimi_mlx.text.messages import Message, ToolCall
 
 THOUGHT = "First the weather, then the answer."
@@ -156,9 +157,9 @@ ITEM = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 )  # fmt: skip
 def test_errors_of_tool_call_ids_name_the_message(request_: Callable[[], ChatRequest], place: str) -> None:
     request = request_()
-    with pytest.raises(ApiError) as error:
+    with pytest.raises(CallIdError) as error:
         to_kimi_ids(request.messages, places=request.places)
-    assert error.value.param == place
+    assert error.value.place == place
     assert error.value.message.startswith(f"`{place}`: ")
 
 

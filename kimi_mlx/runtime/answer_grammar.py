@@ -1,0 +1,64 @@
+"""The grammar of an answer whose tools or schema constrain it, for chat and for every API of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_mlx.text.grammar import build_grammar, detect_thinking
+from kimi_mlx.text.schema_bounds import check_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFormat:
+    """Tools and schema of an answer.
+
+    Args:
+        tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
+        tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
+        parallel_tool_calls: whether one answer may call several tools.
+        response_schema: JSON schema of the answer; True for any JSON object, None for any text.
+        response_schema_name: location of the schema, for error messages.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, str] = "auto"
+    parallel_tool_calls: bool = True
+    response_schema: Mapping[str, Any] | bool | None = None
+    response_schema_name: str = "response_format"
+
+    @property
+    def prompt_tools(self) -> list[Mapping[str, Any]] | None:
+        """Tools that the prompt declares; None if there are none, or none may be called."""
+        return None if self.tool_choice == "none" else list(self.tools) or None
+
+    def check_schemas(self) -> None:
+        """Check number and size of all schemas. Call it before messages are rendered: large schemas take long.
+
+        Raises:
+            GrammarError: a bound is exceeded; the message begins with the location.
+        """
+        check_bounds(self.tools, self.response_schema, self.response_schema_name)
+
+    def grammar(self, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int) -> str | None:
+        """Return the grammar of an answer, or None if the answer is unconstrained. Call check_schemas() first.
+
+        Args:
+            special_tokens: special tokens of the tokenizer.
+            prompt: prompt of the answer.
+            num_calls: number of tool calls in the conversation so far.
+
+        Raises:
+            GrammarError: a schema or a tool is invalid; the message begins with the location.
+        """
+        return build_grammar(
+            special_tokens,
+            detect_thinking(special_tokens, prompt),
+            self.response_schema,
+            self.tools,
+            self.tool_choice,
+            self.parallel_tool_calls,
+            num_calls,
+            self.response_schema_name,
+        )
