@@ -8,21 +8,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from kimi_mlx.cli.open_model import OpenedModel
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.http.server_socket import ServerSocket
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.server import Server, ServingOptions
-from kimi_mlx.session.session import Session
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.model_ref import ModelRef
 
 
 def make_server(
     target: ModelRef,
-    session: Session,
-    folder: Path,
+    opened: OpenedModel,
     names: Sequence[str],
     options: ServingOptions,
     on_ready: Callable[[ChatTokenizer], None],
@@ -31,19 +30,19 @@ def make_server(
 
     Args:
         target: the model.
-        session: session of the loaded model.
-        folder: folder with the configuration and the tokenizer.
+        opened: the loaded model.
         names: additional names of the model for clients.
         options: options of the server.
         on_ready: callback, called once the server answers.
     """
-    entry = target.entry
+    entry, folder = target.entry, opened.tokenizer_folder
     name, *aliases = served_names(target, folder, names)
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
     instant = entry.instant_sampling if entry is not None else None
     tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
     sampling = instant.recommended() if instant else {}
-    return Server(session, tokenizer, model_info, sampling, options, partial(on_ready, tokenizer))
+    on_start = partial(on_ready, tokenizer)
+    return Server(opened.session, tokenizer, model_info, sampling, opened.deployment, options, on_start)
 
 
 def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[str]:

@@ -146,9 +146,9 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         server_socket = stack.enter_context(closing(ServerSocket(server.host, server.port)))  # before loading
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
-        session = stack.enter_context(closing(opened.session))
+        stack.enter_context(closing(opened.session))
         on_ready = partial(greet, target.name, server_socket, key_placeholder(keys))
-        http_server = make_server(target, session, opened.tokenizer_folder, server.served_name or (), serving, on_ready)
+        http_server = make_server(target, opened, server.served_name or (), serving, on_ready)
         start_log()
         server_socket.listen()
         try:

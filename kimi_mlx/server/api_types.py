@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kimi_mlx.engine.events import Encoded, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.runtime.answer_grammar import AnswerFormat
 from kimi_mlx.text.messages import Delta, Message, join
 
@@ -25,6 +26,7 @@ class GenerationParams:
         top_logprobs: number of most likely tokens to report with each token; 0 reports only the token's own log
             probability, None reports neither.
         logit_bias: pairs of a token id and a number to add to its logit.
+        return_progress: whether the events of the answer include ProgressEvents.
     """
 
     max_tokens: int | None = None
@@ -33,6 +35,7 @@ class GenerationParams:
     n: int = 1
     top_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    return_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,21 @@ class KeepAlive:
 
 
 @dataclass(frozen=True)
+class ProgressEvent:
+    """Progress of a prompt, or an interruption by the loss of the ring; only for requests with `return_progress`.
+
+    Args:
+        progress: event of the engine.
+        cached_tokens: number of prompt tokens that were taken from the cache.
+        time_s: seconds since the engine started with the prompt.
+    """
+
+    progress: Encoded | Prefilled | Interrupted | Resumed
+    cached_tokens: int = 0
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class DeltaEvent:
     """An addition to one answer, from one or more tokens.
 
@@ -144,15 +162,17 @@ class FinishEvent:
         reason: reason for the end.
         stop_sequence: text of `stop` that ended the answer, if one did.
         usage: token counts.
+        statistics: times and memory, as the engine measured them.
     """
 
     index: int
     reason: StopReason
     stop_sequence: str | None
     usage: Usage
+    statistics: Statistics | None = None
 
 
-AnswerEvent = KeepAlive | DeltaEvent | FinishEvent
+AnswerEvent = KeepAlive | ProgressEvent | DeltaEvent | FinishEvent
 """Events of several answers are interleaved; the last event of each answer is its FinishEvent."""
 
 

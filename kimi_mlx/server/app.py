@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kimi_mlx.server.anthropic.response import anthropic_error
 from kimi_mlx.server.anthropic.routes import anthropic_routes
+from kimi_mlx.server.cluster import cluster_status
 from kimi_mlx.server.health import health_problem, health_report
 from kimi_mlx.server.http.access_log import AccessLog
 from kimi_mlx.server.http.body import JsonResponse
@@ -65,7 +66,7 @@ def build_app(context: Context, security: Security, max_body_bytes: int, *, log_
 
 
 def _status_routes(context: Context) -> list[Route]:
-    """Return the routes that belong to no API: health, metrics and the OpenAPI document."""
+    """Return the routes that belong to no API: health, metrics, the status and the OpenAPI document."""
     service = context.service
 
     async def health(request: Request) -> Response:
@@ -77,9 +78,17 @@ def _status_routes(context: Context) -> list[Route]:
         text = service.metrics.render(status, is_up=health_problem(service, status) is None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def cluster(request: Request) -> Response:
+        return JsonResponse(cluster_status(service, context.model_info, context.deployment).to_dict())
+
     document = openapi_document(context.model_info)
 
     async def openapi(request: Request) -> Response:
         return JsonResponse(document)
 
-    return [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    return [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/cluster", cluster),
+        Route("/openapi.json", openapi),
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from kimi_mlx.server.anthropic.messages_body import CountBody, MessagesBody
+from kimi_mlx.server.cluster import cluster_schema
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
@@ -14,8 +15,12 @@ from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.version import __version__
 
+SCHEMA_REF = "#/components/schemas/{model}"
+"""Form of references to schemas."""
+
 POST_PATHS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "Answer a conversation"),
+    "/v1/chat/completions/input_tokens": (ChatBody, "Count the tokens of a conversation's prompt"),
     "/v1/completions": (CompletionBody, "Continue plain text"),
     "/v1/responses": (ResponsesBody, "Answer a conversation of the Responses API"),
     "/v1/messages": (MessagesBody, "Answer a conversation of Anthropic's Messages API"),
@@ -26,6 +31,7 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
 GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
+    "/v1/cluster": "Status of the model: ranks, memory, queue, answers in progress, restarts",
     "/health": "Health of the server",
     "/metrics": "Prometheus metrics",
     "/openapi.json": "This document",
@@ -48,11 +54,11 @@ ERRORS = {
 
 def openapi_document(model_info: ModelInfo) -> dict[str, Any]:
     """Return the document of the server of a model."""
-    bodies = [body for body, _ in POST_PATHS.values()]
-    names, schemas = models_json_schema(
-        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
-    )
+    bodies = list(dict.fromkeys(body for body, _ in POST_PATHS.values()))
+    names, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=SCHEMA_REF)
     definitions: dict[str, Any] = schemas.get("$defs", {})
+    cluster, cluster_parts = cluster_schema(SCHEMA_REF)
+    definitions |= cluster_parts | {"ClusterStatus": cluster}
     for body in bodies:
         definitions[body.__name__]["properties"]["model"] = {"enum": [*model_info.names, None]}
     posts = {
@@ -91,6 +97,10 @@ def _get(path: str, title: str) -> dict[str, Any]:
         "summary": title,
         "responses": {"200": {"description": title, "content": answer}} | _errors(),
     }
+    if path == "/v1/cluster":
+        operation["responses"]["200"]["content"] = {
+            "application/json": {"schema": {"$ref": SCHEMA_REF.format(model="ClusterStatus")}}
+        }
     if "{name}" in path:
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
     if path == "/health":

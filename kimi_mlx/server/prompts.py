@@ -62,6 +62,7 @@ class PreparedRequest:
         stop: texts that end an answer.
         call_ids: tool call ids of the conversation; None if the answer is plain text.
         tool_names: names of the tools that the model may call.
+        return_progress: whether the events of the answers include ProgressEvents.
     """
 
     request: Request
@@ -69,6 +70,7 @@ class PreparedRequest:
     stop: tuple[str, ...]
     call_ids: CallIds | None = None
     tool_names: tuple[str, ...] = ()
+    return_progress: bool = False
 
     def new_reader(self, tokenizer: Tokenizer) -> TokenReader:
         """Return a reader for the tokens of one answer."""
@@ -139,7 +141,7 @@ class PromptBuilder:
             grammar=grammar,
             images=images,
         )
-        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names)
+        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names, request.return_progress)
 
     def count_tokens(self, request: ChatRequest) -> int:
         """Return the number of tokens of the prompt, even if it exceeds the context.

@@ -154,7 +154,8 @@ class ResponseBuilder:
             yield from self._events(delta, self._stops.add(delta.text))
             if not self.is_stopped:
                 yield from self._events(Delta(), self._stops.finish())
-        yield FinishEvent(self.index, self._reason(event), self._stops.matched, self._usage(event.statistics))
+        usage = self._usage(event.statistics)
+        yield FinishEvent(self.index, self._reason(event), self._stops.matched, usage, event.statistics)
 
     def _reason(self, event: Finished) -> StopReason:
         if self.is_stopped or event.reason == "cancelled":

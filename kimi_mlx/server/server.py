@@ -24,6 +24,7 @@ from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.remote_images import ImageFetcher
 from kimi_mlx.server.service import Service
+from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
 
@@ -63,6 +64,7 @@ class Server(uvicorn.Server):
         tokenizer: tokenizer with the chat template.
         model_info: names and properties of the model.
         instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
+        deployment: the model and its hosts.
         options: options of the server.
         on_ready: callback, called when the server starts to answer.
     """
@@ -73,6 +75,7 @@ class Server(uvicorn.Server):
         tokenizer: ChatTokenizer,
         model_info: ModelInfo,
         instant_sampling: Mapping[str, float],
+        deployment: ModelDeployment,
         options: ServingOptions,
         on_ready: Callable[[], None] = lambda: None,
     ):
@@ -87,7 +90,7 @@ class Server(uvicorn.Server):
         fetcher = ImageFetcher(options.image_hosts, options.max_body_bytes)
         self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher)
         app = build_app(
-            Context(self.service, model_info),
+            Context(self.service, model_info, deployment),
             options.security,
             options.max_body_bytes,
             log_prompts=options.log_prompts,

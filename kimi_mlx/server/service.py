@@ -16,8 +16,9 @@ import anyio.to_thread
 from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
+from kimi_mlx.server.activity import AnswerProgress, RateCounter, RunningAnswer
 from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
-from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive
+from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive, ProgressEvent
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.event_queue import EventQueue
 from kimi_mlx.server.message_content import MissingMediaError
@@ -63,8 +64,10 @@ class Service:
         self.running = 0
         """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
+        self.queue_capacity = queue_capacity
+        self.rates = RateCounter()
         self._queue = AdmissionQueue(queue_capacity, metrics)
-        self._active: set[_ActiveRequest] = set()
+        self._active: dict[_ActiveRequest, None] = {}  # in the order in which they arrived
         self._incoming: set[anyio.CancelScope] = set()
 
     @contextmanager
@@ -115,8 +118,9 @@ class Service:
         slots = self._queue.enter(sum(request.n for request in requests), self.running)
         active = None
         try:
-            active = _ActiveRequest(self, slots, self._new_builders(requests))
-            self._active.add(active)
+            return_progress = any(request.return_progress for request in requests)
+            active = _ActiveRequest(self, slots, self._new_builders(requests), return_progress)
+            self._active[active] = None
             answers = [request_for_choice(request.request, at) for request in requests for at in range(request.n)]
             # in a thread, because the session of a ring writes to its ranks
             await anyio.to_thread.run_sync(active.submit, answers)
@@ -130,7 +134,7 @@ class Service:
         finally:
             slots.close()
             if active is not None:
-                self._active.discard(active)
+                del self._active[active]
                 active.close()
 
     async def start_worker(self) -> None:
@@ -162,6 +166,10 @@ class Service:
         """Number of answers that the engine has not started."""
         return self._queue.waiting
 
+    def running_answers(self) -> list[RunningAnswer]:
+        """Return the answers in progress and those in the queue, the oldest first."""
+        return [answer for active in self._active for answer in active.describe()]
+
     def cancel(self, request_id: int) -> None:
         """Cancel a request of the session; in a thread, because it waits while a ring restarts."""
         asyncio.get_running_loop().run_in_executor(None, self.session.cancel, request_id)
@@ -176,9 +184,16 @@ class Service:
 
 
 class _ActiveRequest:
-    """The answers to one request while they are generated."""
+    """The answers to one request while they are generated.
 
-    def __init__(self, service: Service, slots: QueueSlots, builders: Sequence[ResponseBuilder]):
+    Args:
+        service: service that answers the request.
+        slots: its slots in the queue.
+        builders: builder of each answer.
+        return_progress: whether to yield ProgressEvents.
+    """
+
+    def __init__(self, service: Service, slots: QueueSlots, builders: Sequence[ResponseBuilder], return_progress: bool):
         self._session, self._metrics = service.session, service.metrics
         self._service, self._slots = service, slots
         self._queue = EventQueue()
@@ -186,7 +201,9 @@ class _ActiveRequest:
         self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()
         self._is_closed = False
+        self._return_progress = return_progress
         self._created_at = time.monotonic()
+        self._progress = {builder.index: AnswerProgress(self._created_at) for builder in builders}
         self._last_token_at: dict[int, float] = {}  # by index, for answers that have started
         self._state = KeepAlive()
 
@@ -241,9 +258,11 @@ class _ActiveRequest:
             self._service.ring_log.on_interrupted(event)
             self._state = KeepAlive(reason=event.reason)
             yield self._state
+            yield from self._report(index, event)
         elif isinstance(event, Resumed):
             self._service.ring_log.on_resumed(event)
             self._state = KeepAlive()
+            yield from self._report(index, event)
         else:
             self._start(index)
             yield from self._build(index, event)
@@ -251,12 +270,15 @@ class _ActiveRequest:
     def _build(self, index: int, event: Encoded | Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
         builder = self._open[index]
         if isinstance(event, Encoded):
-            return
-        if isinstance(event, Prefilled):
+            yield from self._report(index, event)
+        elif isinstance(event, Prefilled):
             self._state = KeepAlive(event.done, event.total)
+            self._service.rates.add(prompt=self._progress[index].prefill(event.done, event.total))
+            yield from self._report(index, event)
         elif isinstance(event, Token):
             if not builder.is_stopped:
                 self._observe_latency(index, is_first=builder.num_tokens == 0)
+                self._service.rates.add(completion=1)
                 yield from builder.add(event)
                 if builder.is_stopped:
                     self._service.cancel(self._request_ids[index])
@@ -269,7 +291,18 @@ class _ActiveRequest:
                     self._metrics.add_usage(answer_event.usage)
                 yield answer_event
 
+    def _report(self, index: int, event: Encoded | Prefilled | Interrupted | Resumed) -> Iterator[AnswerEvent]:
+        """Yield the progress of the first of the open answers, if the client wants it."""
+        if self._return_progress and index == min(self._open):
+            progress = self._progress[index]
+            yield ProgressEvent(event, progress.cached_tokens, progress.elapsed_s)
+
+    def describe(self) -> list[RunningAnswer]:
+        """Return the unfinished answers."""
+        return [self._progress[index].describe(builder.num_tokens) for index, builder in self._open.items()]
+
     def _start(self, index: int) -> None:
+        self._progress[index].start()
         if index not in self._last_token_at:
             self._last_token_at[index] = self._created_at
             self._slots.start_one()

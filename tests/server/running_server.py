@@ -14,6 +14,7 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.http.server_socket import ServerSocket
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.server import Server, ServingOptions
+from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session
 from tests.fakes import KIMI_MINI
 
@@ -71,7 +72,8 @@ def serving(
     """
     context_tokens = context_tokens or load_config(folder).max_position_embeddings
     model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
-    server = Server(session, ChatTokenizer.load(folder), model_info, {}, options or ServingOptions())
+    deployment = ModelDeployment("kimi-mini", "hybrid", None, load_config(folder))
+    server = Server(session, ChatTokenizer.load(folder), model_info, {}, deployment, options or ServingOptions())
     with closing(ServerSocket("127.0.0.1", 0)) as server_socket:
         thread = threading.Thread(target=server.run, args=([server_socket.socket],), daemon=True)
         url, port = server_socket.url, server_socket.port

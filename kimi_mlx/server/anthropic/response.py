@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, Usage
+from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, KeepAlive, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.tool_calls import CallSequencer
@@ -59,7 +59,7 @@ class MessageFormatter:
             yield from self._stop_block()
             delta = {"stop_reason": _stop_reason(event), "stop_sequence": event.stop_sequence}
             yield _event("message_delta", delta=delta, usage=_usage(event.usage))
-        else:
+        elif isinstance(event, KeepAlive):
             yield _event("ping")
 
     def end(self) -> Iterator[StreamEvent]:

@@ -17,6 +17,7 @@ from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.preparation import Result, Work
 from kimi_mlx.server.prompts import PreparedRequest, PromptBuilder
 from kimi_mlx.server.service import Service
+from kimi_mlx.session.model_status import ModelDeployment
 
 MAX_PROMPT_TOKENS = 1_000_000
 """Maximum number of tokens of all prompts of one request."""
@@ -29,10 +30,12 @@ class Context:
     Args:
         service: service that answers requests.
         model_info: names and properties of the model.
+        deployment: the model and its hosts.
     """
 
     service: Service
     model_info: ModelInfo
+    deployment: ModelDeployment
 
     async def prepare(self, request: Request, work: Work[Result]) -> Result:
         """Read and record the body of a request, and prepare it.

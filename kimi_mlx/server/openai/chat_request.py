@@ -208,6 +208,9 @@ class ChatBody(GenerationBody):
     reasoning_effort: str | None = Field(None, description="`none` turns reasoning off, any other value on.")
     chat_template_kwargs: dict[str, Any] | None = None
     thinking: ThinkingSwitch | None = None
+    return_progress: bool | None = Field(
+        None, description="As in llama.cpp: streams have the progress of the prompt, and answers have `timings`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -230,6 +233,7 @@ class ChatBody(GenerationBody):
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
         params = self.generation_params()
         params["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        params["return_progress"] = bool(self.return_progress)
         return ChatRequest(
             **params,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,

@@ -10,12 +10,20 @@ from kimi_mlx.server.api_types import (
     CompleteAnswer,
     DeltaEvent,
     FinishEvent,
+    ProgressEvent,
     TokenLogprobs,
     total_usage,
 )
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
-from kimi_mlx.server.openai.response_fields import DONE, MIN_LOGPROB, openai_error, usage_dict
+from kimi_mlx.server.openai.response_fields import (
+    DONE,
+    MIN_LOGPROB,
+    openai_error,
+    progress_dict,
+    timings_dict,
+    usage_dict,
+)
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
 
 
@@ -28,11 +36,22 @@ class ChatFormatter:
         created: creation time, as a Unix time in seconds.
         include_usage: whether a stream ends with the token counts.
         include_logprobs: whether the response contains log probabilities.
+        include_progress: whether a stream has the progress of the prompt, and the response has `timings`.
     """
 
-    def __init__(self, id: str, model: str, created: int, *, include_usage: bool, include_logprobs: bool):
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        created: int,
+        *,
+        include_usage: bool,
+        include_logprobs: bool,
+        include_progress: bool = False,
+    ):
         self._head: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage, self._include_logprobs = include_usage, include_logprobs
+        self._include_progress = include_progress
         self._finishes: list[FinishEvent] = []
         self._started: set[int] = set()
 
@@ -50,12 +69,16 @@ class ChatFormatter:
         elif isinstance(event, FinishEvent):
             self._finishes.append(event)
             yield self._chunk(event.index, {}, finish_reason=event.reason)
+        elif isinstance(event, ProgressEvent):
+            yield StreamEvent.from_json(self._head | {"choices": []} | progress_dict(event))
 
     def end(self) -> Iterator[StreamEvent]:
-        """Yield the token counts, if requested, and the end marker."""
+        """Yield the token counts and the times, if requested, and the end marker."""
+        last = self._timings(self._finishes)
         if self._include_usage:
-            usage = usage_dict(total_usage(self._finishes))
-            yield StreamEvent.from_json(self._head | {"choices": [], "usage": usage})
+            last["usage"] = usage_dict(total_usage(self._finishes))
+        if last:
+            yield StreamEvent.from_json(self._head | {"choices": []} | last)
         yield DONE
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
@@ -69,7 +92,13 @@ class ChatFormatter:
             "object": "chat.completion",
             "choices": [self._choice(answer) for answer in answers],
             "usage": usage_dict(total_usage(answer.finish for answer in answers)),
+            **self._timings([answer.finish for answer in answers]),
         }
+
+    def _timings(self, finishes: Sequence[FinishEvent]) -> dict[str, Any]:
+        """Return the times of the first answer, if requested."""
+        statistics = finishes[0].statistics if self._include_progress and finishes else None
+        return {} if statistics is None else {"timings": timings_dict(statistics)}
 
     def _choice(self, answer: CompleteAnswer) -> dict[str, Any]:
         calls = [_call(part) for part in answer.delta.tool_call_deltas]

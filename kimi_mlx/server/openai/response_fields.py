@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from kimi_mlx.server.api_types import Usage
+from kimi_mlx.engine.events import Encoded, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.server.api_types import ProgressEvent, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 
@@ -22,6 +24,53 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def progress_dict(event: ProgressEvent) -> dict[str, Any]:
+    """Return the field of a chunk that reports progress.
+
+    `prompt_progress` is llama.cpp's. `image_progress` (parts of an image's encoding) and `notice` (the ring was lost,
+    or is back) are our own.
+
+    Source: result_prompt_progress::to_json in llama.cpp's tools/server/server-task.cpp.
+    """
+    match event.progress:
+        case Prefilled(done, total):
+            time_ms = round(event.time_s * 1e3)
+            return {
+                "prompt_progress": {"total": total, "cache": event.cached_tokens, "processed": done, "time_ms": time_ms}
+            }
+        case Encoded():
+            return {"image_progress": asdict(event.progress)}
+        case Interrupted():
+            return {"notice": {"type": "interrupted", **asdict(event.progress)}}
+        case Resumed():
+            return {"notice": {"type": "resumed", **asdict(event.progress)}}
+
+
+def timings_dict(statistics: Statistics) -> dict[str, Any]:
+    """Return the times of an answer as llama.cpp reports them, in milliseconds, and three fields of our own at the end.
+
+    The first new token counts as part of the prompt's time. `prompt_ms` includes `encode_ms`, the encoding of images.
+
+    Source: result_timings::to_json in llama.cpp's tools/server/server-task.cpp.
+    """
+    prompt_n = statistics.prompt_tokens - statistics.cached_tokens
+    prompt_ms, predicted_ms = statistics.ttft_s * 1e3, statistics.decode_s * 1e3
+    return {
+        "cache_n": statistics.cached_tokens,
+        "prompt_n": prompt_n,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / max(prompt_n, 1),
+        "prompt_per_second": statistics.prefill_tok_per_s,
+        "predicted_n": statistics.generated_tokens,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / max(statistics.generated_tokens - 1, 1),
+        "predicted_per_second": statistics.decode_tok_per_s,
+        "encode_ms": statistics.encode_s * 1e3,
+        "decode_steps": statistics.decode_steps,
+        "peak_memory_bytes": statistics.peak_memory_bytes,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +29,10 @@ def openai_routes(context: Context) -> list[Route]:
     async def chat(request: Request) -> Response:
         return await context.answer(request, read_chat)
 
+    async def count_input_tokens(request: Request) -> Response:
+        count = await context.prepare(request, partial(count_prompt_tokens, model_info))
+        return JsonResponse({"object": "response.input_tokens", "input_tokens": count})
+
     async def completions(request: Request) -> Response:
         return await context.answer(request, read_completion)
 
@@ -45,6 +50,7 @@ def openai_routes(context: Context) -> list[Route]:
 
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/chat/completions/input_tokens", count_input_tokens, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/models", models),
@@ -61,8 +67,16 @@ def read_chat(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes)
         int(time.time()),
         include_usage=body.include_usage,
         include_logprobs=bool(body.logprobs),
+        include_progress=bool(body.return_progress),
     )
     return ApiCall([body.to_chat_request()], formatter, bool(body.stream))
+
+
+def count_prompt_tokens(model_info: ModelInfo, prompt_builder: PromptBuilder, data: bytes) -> int:
+    """Return the number of tokens of the prompt in the body of a chat completion."""
+    body = parse(ChatBody, data)
+    model_info.resolve(body.model)
+    return prompt_builder.count_tokens(body.to_chat_request())
 
 
 def read_completion(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:

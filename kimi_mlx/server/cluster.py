@@ -1,0 +1,74 @@
+"""The document of GET /v1/cluster: the served model, its ranks, the queue, and answers in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from kimi_mlx.server.activity import RunningAnswer, TokenRates
+from kimi_mlx.server.health import health_problem
+from kimi_mlx.server.model_info import ModelInfo
+from kimi_mlx.server.service import Service
+from kimi_mlx.session.model_status import ModelDeployment, ModelStatus, model_status
+
+
+@dataclass(frozen=True)
+class ClusterStatus(ModelStatus):
+    """Status of the server and its model.
+
+    Args:
+        names: names of the model in requests, beginning with that of ModelStatus.model.
+        media: kinds of media that requests may have besides text.
+        queue_capacity: maximum number of answers that wait; further ones are refused.
+        answers: answers in progress and in the queue, the oldest first.
+        rates: token rates of the last minutes.
+    """
+
+    names: Sequence[str] = ()
+    media: Sequence[str] = ()
+    queue_capacity: int = 0
+    answers: Sequence[RunningAnswer] = ()
+    rates: TokenRates = field(default_factory=TokenRates)
+
+
+def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDeployment) -> ClusterStatus:
+    """Return the status of a server.
+
+    Args:
+        service: service that answers requests.
+        model_info: names and properties of the model.
+        deployment: the model and its hosts.
+    """
+    status = model_status(deployment, service.session)
+    reason = health_problem(service, service.status())
+    known: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
+    return replace(
+        ClusterStatus(**known),
+        model=model_info.name,
+        context_tokens=model_info.context_tokens,
+        is_up=reason is None,
+        reason=reason,
+        active=service.running,
+        waiting=service.waiting,
+        names=model_info.names,
+        media=model_info.media,
+        queue_capacity=service.queue_capacity,
+        answers=service.running_answers(),
+        rates=service.rates.rates(),
+    )
+
+
+def cluster_schema(ref_template: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the JSON schema of the document, and the schemas that it refers to.
+
+    Args:
+        ref_template: form of the references, such as `#/components/schemas/{model}`.
+    """
+    schema = TypeAdapter(ClusterStatus).json_schema(ref_template=ref_template, mode="serialization")
+    definitions = schema.pop("$defs", {})
+    for item in (schema, *definitions.values()):
+        item["required"] = list(item["properties"])  # the document has all of its fields
+    return schema, definitions
