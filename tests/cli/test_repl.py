@@ -72,7 +72,7 @@ def test_lines_that_are_typed_ahead_are_sent(spawn: Spawn) -> None:
     terminal.expect("> first")
     terminal.expect("The answer.")
     terminal.expect("> second")
-    terminal.expect("Well, well.")
+    terminal.expect("The answer.")
     terminal.expect("> unfinished")
     terminal.send(CTRL_C + CTRL_D)
     terminal.expect("['first', 'second']")
@@ -83,7 +83,7 @@ def test_messages_of_several_lines(spawn: Spawn) -> None:
     terminal = spawn(QUICK)
     terminal.expect("\n> ")
     answer = terminal.ask("one" + ALT_ENTER + "two" + CTRL_J + "three\\" + ENTER + "four" + ENTER)
-    assert "thinking:\nWell, well.\n\nThe answer.\n" in answer
+    assert "thought for 0 s, 6 tokens\nThe answer.\n" in answer
     terminal.ask("\x1b[200~pasted\r\nlines\n/quit\x1b[201~" + ENTER)
     terminal.send(CTRL_D)
     terminal.expect("['one\\ntwo\\nthree\\nfour', 'pasted\\nlines\\n/quit']")
@@ -145,7 +145,7 @@ def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop(spawn: Spawn) -> None
 def test_a_dumb_terminal(spawn: Spawn) -> None:
     terminal = spawn(QUICK, TERM="dumb")
     terminal.expect("\n> ")
-    assert "thinking:\nWell, well.\n\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
+    assert "thought for 0 s, 6 tokens\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
     assert "\nPress Ctrl-C again" in terminal.ask(CTRL_C)
     terminal.send(CTRL_D)
     terminal.expect("\n['one\\ntwo']")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rich.text import Text
 
 from kimi_mlx.cli.chat.media_files import check_files
-from kimi_mlx.cli.chat.stream import ControlFilter
+from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.chat.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.cli.output import escape_controls, slow_status, stderr
 from kimi_mlx.errors import ImageError, UsageError
@@ -84,7 +84,7 @@ def read_attachment(
 
     check_files([path])
     place = escape_controls(str(path))
-    name = " ".join(ControlFilter().add(path.name).split("\n"))
+    name = to_line(path.name)
     max_bytes = DEFAULT_LIMITS.max_bytes if kind == "image" else DEFAULT_LIMITS.max_video_bytes
     try:
         with path.open("rb") as file:

@@ -14,7 +14,6 @@ from rich.text import Text
 from kimi_mlx.cli.chat.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
 from kimi_mlx.cli.chat.dropped_files import read_file_names, split_dropped_files
 from kimi_mlx.cli.chat.media_files import check_files, is_media_file, media_kind
-from kimi_mlx.cli.chat.stream import NARROW
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.session.conversation import Conversation
@@ -25,6 +24,9 @@ DROP = "drop"
 """First word of the argument of /images that removes images."""
 
 ATTACHED = "attached to the next message; /images lists and drops"
+
+TABLE_WIDTH = 64
+"""Number of columns from which images are listed as a table."""
 
 
 class ReplMedia:
@@ -202,7 +204,7 @@ class ReplMedia:
             print_note("there are no images; /image FILE attaches one")
             return
         states = ["attached" if file in self.attached else "sent" for file in files]
-        if stderr.width < NARROW:
+        if stderr.width < TABLE_WIDTH:
             for number, (file, state) in enumerate(zip(files, states, strict=True), start=1):
                 stderr.print(Text(f"{number}  {file} · {state}"), soft_wrap=False)
             return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.statistics_text import statistics_line
-from kimi_mlx.cli.chat.stream import AnswerPrinter
-from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.cli.output import print_json, stderr
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
@@ -16,14 +16,14 @@ from kimi_mlx.units import format_count
 
 def print_answer(conversation: Conversation, content: Content) -> None:
     """Stream the answer to stdout; reasoning and statistics go to stderr."""
-    with AnswerPrinter(stdout, show_reasoning=stderr.is_terminal, plain=True) as printer:
+    with AnswerView() as view:
         has_reasoning = False
         for item in conversation.ask(content):
-            printer.show(item)
+            view.show(item)
             has_reasoning = has_reasoning or (isinstance(item, Delta) and bool(item.reasoning))
             if isinstance(item, Finished):
-                printer.finish()
-                if not printer.has_shown:
+                view.finish()
+                if not view.has_shown:
                     stderr.print(_empty_answer(item, has_reasoning), markup=False)
                 suffix = " · stopped at the token limit" if item.reason == "length" else ""
                 stderr.print(statistics_line(item.statistics) + suffix, style="dim")

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.attachments import Attachment
+from kimi_mlx.cli.chat.chat_status import ChatStatus
 from kimi_mlx.cli.chat.commands import FILE_COMMANDS, Command, find_command, help_table
 from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.media import ReplMedia
 from kimi_mlx.cli.chat.statistics_text import conversation_line, statistics_line
-from kimi_mlx.cli.chat.stream import AnswerPrinter
-from kimi_mlx.cli.output import print_error, print_note, stderr, stdout
+from kimi_mlx.cli.output import print_error, print_note, stderr
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled, Statistics
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
@@ -39,6 +40,7 @@ class Repl:
     def __init__(self, conversation: Conversation, model_name: str, attached: Sequence[Attachment] = ()):
         self._conversation = conversation
         self._model_name = model_name
+        self._status = ChatStatus(model_name)
         self._media = ReplMedia(conversation, attached)
         self._answers: list[Statistics] = []
         self._is_over = False
@@ -127,18 +129,18 @@ class Repl:
         """Show the answer to a message; return whether it is part of the conversation."""
         length = len(self._conversation.messages)
         with (
-            AnswerPrinter(stdout, show_reasoning=True, plain=False) as printer,
+            AnswerView(self._status) as view,
             _ctrl_c_stops(self._conversation) as is_stopped,
         ):
             stderr.print()
             for item in self._conversation.ask(content):
                 if isinstance(item, Prefilled | Encoded) and is_stopped():
                     self._conversation.cancel()  # again: it may not have begun at the first call
-                printer.show(item)
+                view.show(item)
                 if isinstance(item, Finished):
-                    printer.finish()
+                    view.finish()
                     self._answers.append(item.statistics)
-                    if remark := REMARKS.get(item.reason, "" if printer.has_shown else "no answer"):
+                    if remark := REMARKS.get(item.reason, "" if view.has_shown else "no answer"):
                         print_note(f"[{remark}]")
         return len(self._conversation.messages) > length
 
