@@ -15,6 +15,7 @@ KimiMlxError
 ├── PlacementError   model that cannot be split as requested
 ├── EngineError      generation: request too long, cache misuse
 │   └── CacheError          unusable block of the prompt cache on disk
+├── AnswerError      empty answer, or one that does not match its schema
 ├── StepError        failed step of the model, with all of its requests
 ├── LinkError        hosts without a network between them, or with one that is too slow
 ├── SshError         host that ssh cannot reach, or where a command fails
@@ -140,6 +141,10 @@ class HostfileError(UsageError):
 
 class GrammarError(UsageError):
     """Schema or tool choice that cannot be enforced. The message begins with the location in the schema."""
+
+
+class AnswerError(KimiMlxError):
+    """Answer that is empty, or that does not match its schema because it ended too early."""
 
 
 class StepError(KimiMlxError):

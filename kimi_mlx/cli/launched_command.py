@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kimi_mlx.cli.chat.options import ChatArguments
-from kimi_mlx.cli.chat.prompt import require_prompt
+from kimi_mlx.cli.chat.standard_input import require_prompt
 from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
 from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import model_name

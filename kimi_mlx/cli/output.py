@@ -19,6 +19,7 @@ from kimi_mlx.errors import KimiMlxError
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+silent = Console(stderr=True, quiet=True)
 
 PROGRESS_AFTER_S = 2.0
 """Duration after which progress is shown."""

@@ -49,6 +49,12 @@ class EndSignals:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._on_signal)
 
+    def end(self, number: int) -> None:
+        """End the command from any thread, with the exit code of a signal that was not received."""
+        if self.first is None:
+            self.first = number
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_importing = _is_importing(frame)
         # Ctrl-C that arrives during an import may be handled by another handler later, which only stops an answer.
@@ -69,6 +75,16 @@ class EndSignals:
             _send_later(signal.SIGINT)
         else:
             self._unraisable_hook(unraisable)
+
+
+def end_command(number: int) -> None:
+    """End the running command from any thread, with the exit code of a signal that was not received.
+
+    Without the handlers of EndSignals, as in a test, this does nothing.
+    """
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if isinstance(owner, EndSignals):
+        owner.end(number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

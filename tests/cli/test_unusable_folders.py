@@ -21,7 +21,7 @@ COMMANDS = (
     "models",
     "plan kimi-k2 --machines m3-ultra-512x2",
     "doctor --quick",
-    "chat -p hi --max-tokens 4",
+    "chat -p hi --no-thinking --max-tokens 4",
     "download kimi-mini",
     "download kimi-mini --ranks 2",
     "rm moonlight --yes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_mlx.cli.chat.options import SamplingOptions
+from kimi_mlx.cli.chat.schema import SCHEMA_NAME, Schema
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.store.model_ref import ModelRef
@@ -31,9 +32,16 @@ def instant_sampling(target: ModelRef) -> dict[str, float]:
     return instant.recommended() if instant else {}
 
 
-def chat_options(sampling: SamplingOptions) -> ChatOptions:
-    """Return what the user has set of the options of answers."""
+def chat_options(sampling: SamplingOptions, schema: Schema | None = None) -> ChatOptions:
+    """Return what the user has set of the options of answers.
+
+    Args:
+        sampling: options of how tokens are sampled.
+        schema: JSON schema of the answers; None for text.
+    """
     return ChatOptions(
+        response_schema=schema,
+        response_schema_name=SCHEMA_NAME,
         max_tokens=sampling.max_tokens,
         sampling={name: value for name in SAMPLING_NAMES if (value := getattr(sampling, name)) is not None},
         template_kwargs={} if sampling.thinking is None else {"thinking": sampling.thinking},

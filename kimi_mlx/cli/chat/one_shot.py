@@ -1,57 +1,158 @@
-"""A single answer, as text or as JSON."""
+"""A single answer, for pipes and programs: as text, held to a schema, or as one JSON document."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
+
+import typer
 
 from kimi_mlx.cli.chat.answer_view import AnswerView
+from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
-from kimi_mlx.cli.output import print_json, stderr
+from kimi_mlx.cli.output import error_to_dict, print_json, silent, stderr
 from kimi_mlx.engine.events import Finished
+from kimi_mlx.errors import AnswerError
 from kimi_mlx.planner.choice import Choice
+from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Content, Delta
 from kimi_mlx.units import format_count
 
-
-def print_answer(conversation: Conversation, content: Content) -> None:
-    """Stream the answer to stdout; reasoning and statistics go to stderr."""
-    with AnswerView() as view:
-        has_reasoning = False
-        for item in conversation.ask(content):
-            view.show(item)
-            has_reasoning = has_reasoning or (isinstance(item, Delta) and bool(item.reasoning))
-            if isinstance(item, Finished):
-                view.finish()
-                if not view.has_shown:
-                    stderr.print(_empty_answer(item, has_reasoning), markup=False)
-                suffix = " · stopped at the token limit" if item.reason == "length" else ""
-                stderr.print(statistics_line(item.statistics) + suffix, style="dim")
+LENGTH_HINT = "raise --max-tokens"
 
 
-def _empty_answer(finished: Finished, has_reasoning: bool) -> str:
-    """Return the message for an answer without text and tool calls."""
-    tokens = format_count(finished.statistics.generated_tokens, "token")
-    if not has_reasoning:
-        return f"the answer is empty: the model generated {tokens}, none of them text or reasoning"
-    remedy = "; raise --max-tokens" if finished.reason == "length" else ""
-    return f"the answer is empty: the model generated {tokens}, all of them reasoning{remedy}"
+class OneShotAnswer:
+    """An answer that is read to its end, and judged.
+
+    Attributes:
+        delta: all that the model wrote so far.
+        finished: the end of the answer; None before it.
+    """
+
+    def __init__(self) -> None:
+        self.delta = Delta()
+        self.finished: Finished | None = None
+
+    def read(self, events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
+        """Pass events through, and keep what they say."""
+        for event in events:
+            if isinstance(event, Delta):
+                self.delta = self.delta + event
+            elif isinstance(event, Finished):
+                self.finished = event
+            yield event
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the answer ended at the token limit."""
+        return self.finished is not None and self.finished.reason == "length"
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as JSON; None if it is not complete JSON."""
+        try:
+            return json.loads(self.delta.text)
+        except (ValueError, RecursionError):
+            return None
+
+    def error(self, *, has_schema: bool) -> AnswerError | None:
+        """Return the error of an answer that is of no use to a program; None if it is.
+
+        An answer in text that was cut at the token limit is no error: the limit was perhaps meant.
+
+        Args:
+            has_schema: whether the answer must be JSON.
+        """
+        assert self.finished is not None
+        tokens = format_count(self.finished.statistics.generated_tokens, "token")
+        hint = LENGTH_HINT if self.is_cut else None
+        if self.delta.tool_calls:
+            return None
+        if not self.delta.text.strip():
+            of_what = "all of them reasoning" if self.delta.reasoning else "none of them text or reasoning"
+            return AnswerError(f"the answer is empty: the model generated {tokens}, {of_what}", hint=hint)
+        if has_schema and self.parsed is None:
+            return AnswerError(f"the answer is no complete JSON: it ended after {tokens}", hint=hint)
+        return None
 
 
-def print_answer_json(conversation: Conversation, content: Content, choice: Choice) -> None:
-    """Print the complete answer as one JSON document."""
-    answer = Delta()
-    for item in conversation.ask(content):
-        if isinstance(item, Delta):
-            answer = answer + item
-        elif isinstance(item, Finished):
-            print_json(
-                {
-                    "text": answer.text,
-                    "reasoning": answer.reasoning,
-                    "tool_calls": [asdict(call) for call in answer.tool_calls],
-                    "finish_reason": item.reason,
-                    "placement": choice.to_dict(),
-                    "statistics": item.statistics.to_dict(),
-                }
-            )
+def answer_once(conversation: Conversation, content: Content, placement: Choice, output: OutputOptions) -> None:
+    """Print the answer to one prompt: the answer on stdout, all else on stderr.
+
+    Args:
+        conversation: empty conversation with the model.
+        content: the prompt.
+        placement: placement of the model, for JSON.
+        output: what is printed, and how.
+
+    Raises:
+        AnswerError: the answer is empty, or not complete JSON although there is a schema.
+        typer.Exit: the same as JSON: the error is part of the document.
+        KimiMlxError: the request is refused, or the session has failed.
+    """
+    answer = OneShotAnswer()
+    events = answer.read(conversation.ask(content))
+    if output.json:
+        _wait(events, output)
+        document, error = _to_dict(answer, placement, output), answer.error(has_schema=output.schema is not None)
+        print_json(document if error is None else {**document, **error_to_dict(error)})
+        if error is not None:
+            raise typer.Exit(1)
+        return
+    if output.no_stream:
+        _wait(events, output)
+        events = iter([answer.delta])
+    notes = silent if output.quiet else stderr
+    with AnswerView(reasoning="hide" if output.quiet else "fold", plain=output.quiet, notes=notes) as view:
+        for event in events:
+            view.show(event)
+    _print_end(answer, output)
+
+
+def _wait(events: Iterator[ChatEvent], output: OutputOptions) -> None:
+    """Read an answer to its end; on a terminal, stderr shows how far it is."""
+    notes = silent if output.quiet else stderr
+    with AnswerView(reasoning="hide", plain=True, console=silent, notes=notes) as view:
+        for event in events:
+            view.show(event)
+
+
+def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
+    """Print the statistics of an answer.
+
+    Raises:
+        AnswerError: the answer is of no use.
+    """
+    assert answer.finished is not None
+    error = answer.error(has_schema=output.schema is not None)
+    if not output.quiet:
+        stderr.print(statistics_line(answer.finished.statistics), style="dim")
+    if error is not None:
+        raise error
+    if answer.is_cut:
+        tokens = format_count(answer.finished.statistics.generated_tokens, "token")
+        stderr.print(f"warning: the answer stopped at the token limit, after {tokens}", style="yellow", markup=False)
+
+
+def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions) -> dict[str, Any]:
+    """Return an answer as JSON; `usage` has the names of OpenAI's API."""
+    assert answer.finished is not None
+    statistics = answer.finished.statistics
+    return {
+        "text": answer.delta.text,
+        **({} if output.schema is None else {"parsed": answer.parsed}),
+        "reasoning": answer.delta.reasoning,
+        "tool_calls": [asdict(call) for call in answer.delta.tool_calls],
+        "finish_reason": answer.finished.reason,
+        "usage": {
+            "prompt_tokens": statistics.prompt_tokens,
+            "completion_tokens": statistics.generated_tokens,
+            "total_tokens": statistics.prompt_tokens + statistics.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        },
+        "placement": placement.to_dict(),
+        "statistics": statistics.to_dict(),
+    }

@@ -44,15 +44,15 @@ def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArg
     Raises:
         KimiMlxError: the model cannot be loaded, or a file cannot be read.
     """
-    prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.json
-    answers, instant = chat_options(arguments.sampling), instant_sampling(target)
-    if prompt.files and target.folder is None:
+    prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.quiet
+    answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), instant_sampling(target)
+    if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
     options = session_options(run, arguments.disk, has_sampling=answers.sampling.get("temperature") != 0)
-    model = prepare_model(launch, target, run, is_quiet=is_quiet)
+    model = prepare_model(launch, target, run, is_quiet=is_quiet or arguments.output.json)
     early = None
     if model.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
-        if prompt.files:
+        if prompt.media:
             require_vision(model.folder, target.name)
         early = read_tokenizer(model.folder, target)
         options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
@@ -65,7 +65,7 @@ def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArg
             raise chat_model.image_error
         if early is None:  # again, with the limits of the hosts' model
             files = _read_files(arguments, tokenizer.prepare_media)
-        yield OpenedChat(Conversation(chat_model, answers, prompt.system), files, model.choice)
+        yield OpenedChat(Conversation(chat_model, answers, prompt.read_system()), files, model.choice)
 
 
 def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[Attachment]:
@@ -79,4 +79,4 @@ def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[
         UsageError: a file does not exist, is a folder, or cannot be read.
         ImageError: a file is too large, broken or of an unknown format, or a package is not installed.
     """
-    return [read_attachment(path, kind, prepare, arguments.output.json) for path, kind in arguments.prompt.files]
+    return [read_attachment(path, kind, prepare, arguments.output.quiet) for path, kind in arguments.prompt.media]

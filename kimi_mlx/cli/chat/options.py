@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.chat.media_files import check_files, to_path
-from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, JsonOption, RunOptions
+from kimi_mlx.cli.chat.media_files import check_files, media_kind, to_path
+from kimi_mlx.cli.chat.schema import Schema, read_schema
+from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from kimi_mlx.text.media import MediaKind
 
+PIPE = "-"
+"""Name of the piped input, as a prompt or as a file."""
 MAX_TEMPERATURE = 2
 """Maximum temperature: that of the OpenAI API."""
 
@@ -96,11 +99,22 @@ class PromptOptions:
         typer.Option(
             "--prompt",
             "-p",
+            metavar="TEXT",
             help="Answer this prompt and exit. Piped input is appended to it; `-` uses only the piped input.",
             show_default=False,
         ),
     ] = None
-    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="Text file or image for the prompt, or for the first message; one `-f` per file. `-` is the piped "
+            "input.",
+            show_default=False,
+        ),
+    ] = None
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,15 +134,34 @@ class PromptOptions:
             show_default=False,
         ),
     ] = None
+    system: Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="System prompt.")] = None
+    system_file: Annotated[
+        str | None,
+        typer.Option("--system-file", metavar="FILE", help="Text file with the system prompt.", show_default=False),
+    ] = None
 
     @property
-    def files(self) -> list[tuple[Path, MediaKind]]:
-        """Images, then videos."""
+    def media(self) -> list[tuple[Path, MediaKind]]:
+        """Images, then videos, then files with the name of an image or a video."""
         named: list[tuple[str, MediaKind]] = [
             *((name, "image") for name in self.image or ()),
             *((name, "video") for name in self.video or ()),
         ]
-        return [(to_path(name), kind) for name, kind in named]
+        paths = [to_path(name) for name in self.file or ()]
+        return [
+            *((to_path(name), kind) for name, kind in named),
+            *((path, kind) for path in paths if (kind := media_kind(path)) is not None),
+        ]
+
+    @property
+    def text_files(self) -> list[Path]:
+        """Files of `--file` that are neither images nor videos by name; `-` is the piped input."""
+        return [path for name in self.file or () if media_kind(path := to_path(name)) is None]
+
+    @property
+    def takes_pipe_as_file(self) -> bool:
+        """Whether the piped input is attached as a file, and not appended to the prompt."""
+        return PIPE in (self.file or ())
 
     def check(self) -> None:
         """Check the names and the number of the files, without reading them.
@@ -138,16 +171,61 @@ class PromptOptions:
         """
         from kimi_mlx.images.limits import DEFAULT_LIMITS  # not for `--help` or a usage error
 
-        if len(self.files) > (limit := DEFAULT_LIMITS.max_images):
-            raise UsageError(f"{len(self.files)} images and videos are more than {limit}", hint="send fewer of them")
-        check_files(path for path, _ in self.files)
+        if self.system is not None and self.system_file is not None:
+            raise UsageError("--system and --system-file exclude each other", hint="leave one of them out")
+        if self.takes_pipe_as_file and (self.prompt == PIPE or (self.file or ()).count(PIPE) > 1):
+            raise UsageError("the piped input can be used only once", hint="leave out one of the `-`")
+        if len(self.media) > (limit := DEFAULT_LIMITS.max_images):
+            raise UsageError(f"{len(self.media)} images and videos are more than {limit}", hint="send fewer of them")
+        check_files(path for path, _ in self.media)
+        check_files((path for path in self.text_files if path != Path(PIPE)), "a text file")
+
+    def read_system(self) -> str | None:
+        """Return the system prompt.
+
+        Raises:
+            UsageError: the file cannot be read, or is not text.
+        """
+        from kimi_mlx.cli.chat.text_files import read_text_file  # Rich: not for `--help`
+
+        return self.system if self.system_file is None else read_text_file(to_path(self.system_file)).text.strip("\n")
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Options of what is printed, and how."""
+    """Options of the answer to a prompt, and of what is printed."""
 
-    json: JsonOption = False
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema",
+            metavar="FILE|JSON|FIELDS",
+            help="Answer with JSON of this schema: a file, a JSON schema, or fields such as `name, age int`.",
+            show_default=False,
+        ),
+    ] = None
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document: text, reasoning, tool calls, usage, and errors too."),
+    ] = False
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and warnings and errors on stderr.")
+    ] = False
+
+    @property
+    def need_prompt(self) -> list[str]:
+        """Options given that make no sense in a conversation."""
+        given = {"--json": self.json, "--schema": self.schema is not None, "--no-stream": self.no_stream}
+        return [name for name, is_given in given.items() if is_given]
+
+    def read_schema(self) -> Schema | None:
+        """Return the schema of the answer; None for text.
+
+        Raises:
+            UsageError: it cannot be read, or cannot be enforced.
+        """
+        return None if self.schema is None else read_schema(self.schema)
 
 
 @dataclass(frozen=True)
@@ -175,4 +253,6 @@ class ChatArguments:
             UsageError: options that are wrong or exclude each other, or a file that does not exist.
         """
         self.prompt.check()
+        self.prompt.read_system()
+        self.output.read_schema()
         self.disk.check()

@@ -1,24 +1,27 @@
-"""The prompt of a single answer: the option `--prompt`, piped input, or both."""
+"""The prompt of a single answer: the option `--prompt`, files, and piped input."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kimi_mlx.cli.chat.media_files import media_kind
+from kimi_mlx.cli.chat.options import PIPE, OutputOptions, PromptOptions
+from kimi_mlx.cli.chat.standard_input import ADD_PROMPT, is_piped, require_prompt
+from kimi_mlx.cli.chat.text_files import MAX_TEXT_BYTES, TextFile, decode_text, read_text_file, with_text_files
+from kimi_mlx.cli.output import print_note, slow_status
 from kimi_mlx.errors import UsageError
+from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:
     from kimi_mlx.store.model_ref import ModelRef
 
-NO_PROMPT = "no prompt given and no terminal to ask on"
+PIPE_NAME = "piped input"
 
-NUM_BYTES_CHECKED = 65536
-"""Number of bytes of piped input in which a zero byte means that it is not text."""
+READ_BYTES = 1 << 16
 
 
 def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
@@ -43,58 +46,65 @@ def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
         raise UsageError(error.message, hint=hint) from None
 
 
-def require_prompt(prompt: str | None) -> None:
-    """Check that there is a prompt, a pipe or a terminal, without reading from it.
+def read_prompt(prompts: PromptOptions, output: OutputOptions) -> str | None:
+    """Return the prompt: text files, then `--prompt`, then the piped input; None for a conversation.
+
+    Args:
+        prompts: options of the prompt.
+        output: options of the answer, of which some need a prompt.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no prompt, or it is empty, or the piped input is not text or too large.
     """
-    if prompt is None and not _is_piped() and not _is_terminal():
-        raise UsageError(NO_PROMPT, hint='add a prompt: `-p "Hello"`')
-
-
-def read_prompt(prompt: str | None, is_json: bool) -> str | None:
-    """Return the prompt from --prompt, a pipe, or both; None for a conversation."""
-    if prompt == "-":
-        prompt = _read_pipe()
-        if prompt is None:
-            raise UsageError("`-p -` reads piped input, but nothing is piped", hint='use `kimi-mlx chat -p "Hello"`')
-    elif (piped := _read_pipe()) and piped.strip():
-        prompt = piped if prompt is None else f"{prompt}\n\n{piped}"
-    elif piped is not None and prompt is None:
-        prompt = piped
-    if prompt is None:
-        if not _is_terminal():
-            raise UsageError(NO_PROMPT, hint='use `kimi-mlx chat -p "Hello"`')
-        if is_json:
-            raise UsageError("--json needs a prompt", hint='use `kimi-mlx chat --json -p "Hello"`')
+    require_prompt(prompts.prompt)
+    piped = _read_pipe(is_quiet=output.quiet)
+    text = _join(prompts, piped, is_quiet=output.quiet or output.json)
+    if text is None:
+        if output.need_prompt:
+            raise UsageError(f"{' and '.join(output.need_prompt)} need a prompt", hint=ADD_PROMPT)
         return None
-    if not prompt.strip():
+    files = [piped if path == Path(PIPE) else read_text_file(path) for path in prompts.text_files]
+    return with_text_files(text, [file for file in files if file is not None])
+
+
+def _join(prompts: PromptOptions, piped: TextFile | None, *, is_quiet: bool) -> str | None:
+    """Return the text of `--prompt` and of the piped input, if that is not attached as a file; None without both."""
+    text = prompts.prompt
+    if piped is None and PIPE in (text, *(prompts.file or ())):
+        option = "-p -" if text == PIPE else "-f -"
+        raise UsageError(f"`{option}` reads piped input, but nothing is piped", hint='use `kimi-mlx chat -p "Hello"`')
+    if piped is not None and not piped.text.strip() and text not in (None, PIPE) and not is_quiet:
+        print_note("the piped input is empty")
+    if prompts.takes_pipe_as_file:
+        if text is None:
+            raise UsageError("`-f -` attaches the piped input to a prompt, and there is none", hint=ADD_PROMPT)
+    elif piped is not None and (text in (None, PIPE)):
+        text = piped.text
+    elif piped is not None and piped.text.strip():
+        text = f"{text}\n\n{piped.text}"
+    if text is not None and not text.strip():
         raise UsageError("the prompt is empty", hint='use `kimi-mlx chat -p "Hello"`, or no -p for a conversation')
-    return prompt
+    return text
 
 
-def _read_pipe() -> str | None:
+def _read_pipe(*, is_quiet: bool) -> TextFile | None:
     """Return piped or redirected standard input; None if there is neither.
 
     Raises:
-        UsageError: it is not text.
+        UsageError: it is not text, or larger than any context.
     """
-    if not _is_piped():
+    if not is_piped():
         return None
-    data = sys.stdin.buffer.read()
-    if b"\0" in data[:NUM_BYTES_CHECKED]:
-        raise UsageError("the piped input is not text", hint="give an image by name: `--image FILE`")
-    return data.decode("utf-8", errors="replace")
-
-
-def _is_piped() -> bool:
-    """Return whether standard input is a pipe or a file."""
-    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
-        return False
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+    data = bytearray()
+    with slow_status(is_quiet) as set_status:
+        set_status(f"waiting for the {PIPE_NAME}")
+        while part := os.read(sys.stdin.fileno(), READ_BYTES):
+            data += part
+            set_status(f"reading the {PIPE_NAME}: {format_bytes(len(data))}")
+            if len(data) > MAX_TEXT_BYTES:
+                size = format_bytes(MAX_TEXT_BYTES)
+                raise UsageError(f"the {PIPE_NAME} is larger than the limit of {size}", hint="pipe a part of it")
+    try:
+        return decode_text(bytes(data), PIPE_NAME)
+    except ValueError as error:
+        raise UsageError(f"the {PIPE_NAME} is not text: {error}", hint="give an image by name: `-f FILE`") from None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from kimi_mlx.cli.chat.attachments import show_attachment, with_attachments
-from kimi_mlx.cli.chat.one_shot import print_answer, print_answer_json
-from kimi_mlx.cli.chat.open_chat import OpenedChat, open_chat
+from kimi_mlx.cli.chat.one_shot import answer_once
+from kimi_mlx.cli.chat.open_chat import open_chat
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt, resolve_chat_model
 from kimi_mlx.cli.open_model import LaunchContext
+from kimi_mlx.cli.reader_watch import end_without_reader
+from kimi_mlx.store.model_ref import ModelRef
 
 
 def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
@@ -25,26 +27,24 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
     """
     target = resolve_chat_model(arguments.run.model_name, arguments.prompt.prompt)
     arguments.check()
-    prompt = read_prompt(arguments.prompt.prompt, arguments.output.json)
-    with open_chat(launch, target, arguments) as chat:
-        if prompt is not None:
-            answer_once(chat, prompt, is_json=arguments.output.json)
-            return
-        from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
+    prompt = read_prompt(arguments.prompt, arguments.output)
+    if prompt is not None:
+        _answer_once(launch, target, arguments, prompt)
+        return
+    from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
 
+    with open_chat(launch, target, arguments) as chat:
         raise typer.Exit(run_repl(chat.conversation, target.name, chat.files))
 
 
-def answer_once(chat: OpenedChat, prompt: str, *, is_json: bool) -> None:
-    """Print the answer to one prompt.
+def _answer_once(launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, prompt: str) -> None:
+    """Load the model and print one answer, or stop as soon as nobody reads it.
 
     Raises:
-        KimiMlxError: the request is refused, or the session has failed.
+        KimiMlxError: the model cannot be loaded, the request is refused, or the answer is of no use.
     """
-    content = with_attachments(prompt, chat.files)
-    if is_json:
-        print_answer_json(chat.conversation, content, chat.placement)
-        return
-    for file in chat.files:
-        show_attachment(file)
-    print_answer(chat.conversation, content)
+    output = arguments.output
+    with end_without_reader(), open_chat(launch, target, arguments) as chat:
+        for file in chat.files if not (output.json or output.quiet) else ():
+            show_attachment(file)
+        answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output)

@@ -62,8 +62,20 @@ def read_text_file(path: Path) -> TextFile:
     if len(data) > MAX_TEXT_BYTES:
         size, limit = format_bytes(max(num_bytes, len(data))), format_bytes(MAX_TEXT_BYTES)
         raise UsageError(f"`{path}` has {size}, more than the limit of {limit}", hint="attach a part of it")
-    text, encoding = _decode(data, path)
-    return TextFile(" ".join(CONTROL_CHARS.sub("?", str(path)).split("\n")), text, len(data), encoding)
+    try:
+        return decode_text(data, str(path))
+    except ValueError as error:
+        raise _not_text(path, str(error)) from None
+
+
+def decode_text(data: bytes, name: str) -> TextFile:
+    """Return the contents of a file, or of piped input, as text.
+
+    Raises:
+        ValueError: it is not text; the message is the reason.
+    """
+    text, encoding = _decode(data)
+    return TextFile(" ".join(CONTROL_CHARS.sub("?", name).split("\n")), text, len(data), encoding)
 
 
 def as_message_part(file: TextFile) -> str:
@@ -80,11 +92,11 @@ def with_text_files(text: str, files: Iterable[TextFile]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _decode(data: bytes, path: Path) -> tuple[str, str]:
+def _decode(data: bytes) -> tuple[str, str]:
     """Return the text and the name of its encoding.
 
     Raises:
-        UsageError: the data is not text.
+        ValueError: the data is not text.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
@@ -92,9 +104,9 @@ def _decode(data: bytes, path: Path) -> tuple[str, str]:
                 name = "utf-8-sig" if encoding == "UTF-8" else encoding.lower()
                 return data.decode(name, "replace" if encoding == "UTF-8" else "strict"), encoding
             except UnicodeDecodeError:
-                raise _not_text(path, f"it begins like {encoding} and is not") from None
+                raise ValueError(f"it begins like {encoding} and is not") from None
     if (zero := data.find(0)) >= 0:
-        raise _not_text(path, f"byte {zero} is zero")
+        raise ValueError(f"byte {zero} is zero")
     try:
         return data.decode("utf-8"), "UTF-8"
     except UnicodeDecodeError:
@@ -105,7 +117,7 @@ def _decode(data: bytes, path: Path) -> tuple[str, str]:
     if num_valid > num_broken:
         return text, "UTF-8"
     if (control := _BINARY_CONTROL.search(text)) is not None:
-        raise _not_text(path, f"it is not UTF-8 and has the control character {ascii(control.group())[1:-1]}")
+        raise ValueError(f"it is not UTF-8 and has the control character {ascii(control.group())[1:-1]}")
     try:
         # what is called Latin-1 is Windows' superset of it, which has quotation marks for control characters
         return data.decode("cp1252"), "Latin-1"
