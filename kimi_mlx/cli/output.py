@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +20,18 @@ from kimi_mlx.errors import KimiMlxError
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-silent = Console(stderr=True, quiet=True)
+
+
+class _NullFile(io.TextIOBase):
+    """A file that forgets what is written."""
+
+    def write(self, text: str, /) -> int:
+        """Forget a text."""
+        return len(text)
+
+
+silent = Console(file=cast("TextIO", _NullFile()), quiet=True)
+"""A console that shows nothing, for `--quiet`."""
 
 PROGRESS_AFTER_S = 2.0
 """Duration after which progress is shown."""
