@@ -17,6 +17,7 @@ KimiMlxError
 │   └── CacheError          unusable block of the prompt cache on disk
 ├── AnswerError      empty answer, or one that does not match its schema
 ├── StepError        failed step of the model, with all of its requests
+├── HistoryError     history of chats that cannot be used, or a conversation that is not in it
 ├── LinkError        hosts without a network between them, or with one that is too slow
 ├── SshError         host that ssh cannot reach, or where a command fails
 ├── InstallError     kimi-mlx cannot be installed on hosts
@@ -149,6 +150,10 @@ class AnswerError(KimiMlxError):
 
 class StepError(KimiMlxError):
     """Failed step of the model. All of its requests fail; later steps are not affected."""
+
+
+class HistoryError(KimiMlxError):
+    """History of chats that cannot be used, or a conversation that is not in it."""
 
 
 class LinkError(KimiMlxError):

@@ -1,0 +1,196 @@
+"""The log of a chat: writes each message, and each piece of an answer, before it is shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kimi_mlx.engine.events import Finished
+from kimi_mlx.errors import HistoryError
+from kimi_mlx.history.records import ConversationRecord, MessageRecord
+from kimi_mlx.history.store import HistoryStore
+from kimi_mlx.text.messages import Delta, Message
+
+SLOW_WRITE_S, BATCH_S = 0.001, 0.02
+"""If a write takes longer than the first on average, text is written at most once in the second."""
+
+
+class ConversationLog:
+    """Writes a conversation to the history while it happens; a listener of `session.Conversation`.
+
+    The first message creates the conversation in the history. The first error is reported; after it nothing is written,
+    and the chat continues.
+
+    Args:
+        store: history.
+        model: name of the model.
+        settings: function that returns the settings of the conversation at this time, for JSON.
+        warn: function that shows a message to the user.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        model: str,
+        settings: Callable[[], Mapping[str, Any]],
+        warn: Callable[[str], None],
+    ):
+        self.store = store
+        self.model = model
+        self._settings = settings
+        self._warn = warn
+        self._number: int | None = None
+        self._has_failed = False
+        self._answer: int | None = None  # key of the answer in progress
+        self._num_deltas = 0
+        self._unwritten = Delta()
+        self._write_s = 0.0  # duration of a write, moving average
+        self._next_write_s = 0.0
+
+    @property
+    def conversation(self) -> ConversationRecord | None:
+        """The conversation as it is in the history; None before its first message.
+
+        Raises:
+            HistoryError: the history cannot be used, or an error has stopped the log.
+        """
+        self._require()
+        return None if self._number is None else self.store.conversation(self._number)
+
+    def resume(self, number: int) -> tuple[list[MessageRecord], bool]:
+        """Continue a conversation of the history. If another process has it open, continue a copy.
+
+        Args:
+            number: key of the conversation.
+
+        Returns:
+            The messages, and whether it is a copy.
+
+        Raises:
+            HistoryError: the conversation cannot be read or copied.
+        """
+        self._require()
+        is_copy = number != self._number and not self.store.acquire(number)
+        if is_copy:
+            number = self.store.fork(number).number
+        messages = self.store.messages(number)
+        if number != self._number:
+            self.start()
+            self._number = number
+        return messages, is_copy
+
+    def start(self) -> None:
+        """Begin a new conversation with the next message; the current one stays in the history."""
+        if self._number is not None:
+            self.store.release(self._number)
+        self._number = self._answer = None
+
+    def fork(self) -> ConversationRecord:
+        """Continue with a copy of the conversation; the original stays as it is.
+
+        Raises:
+            HistoryError: there is no message yet, or the history cannot be written.
+        """
+        number = self._require_conversation()
+        copy = self.store.fork(number)
+        self.store.release(number)
+        self._number, self._answer = copy.number, None
+        return copy
+
+    def rename(self, title: str) -> None:
+        """Give the conversation a title.
+
+        Raises:
+            HistoryError: there is no message yet, or the history cannot be written.
+        """
+        self.store.rename(self._require_conversation(), title)
+
+    def add_messages(self, messages: Sequence[Message]) -> None:
+        """Append messages that did not happen here, such as those of a file."""
+        for message in messages:
+            self.on_message(message)
+
+    def on_message(self, message: Message) -> None:
+        """Append a message of the user or of a tool, or a complete answer."""
+        with self._errors_stop_the_log() as is_open:
+            if is_open:
+                self._flush()
+                self._answer = None
+                self.store.add_message(self._open_conversation(), message, self.model, self._settings())
+
+    def on_delta(self, delta: Delta) -> None:
+        """Append a piece of the answer in progress."""
+        with self._errors_stop_the_log() as is_open:
+            if not is_open:
+                return
+            if self._answer is None:
+                self._answer = self.store.begin_answer(self._open_conversation(), self.model, self._settings())
+                self._num_deltas = 0
+            self._unwritten = self._unwritten + delta if self._unwritten else delta
+            if time.monotonic() >= self._next_write_s:
+                self._flush()
+
+    def on_finish(self, finished: Finished, message: Message | None) -> None:
+        """Complete the answer in progress.
+
+        Args:
+            finished: reason and statistics.
+            message: answer; None if it has no text and is not part of the conversation.
+        """
+        with self._errors_stop_the_log() as is_open:
+            if not is_open or message is None:
+                return
+            number = self._open_conversation()
+            if self._answer is None:
+                self._answer = self.store.begin_answer(number, self.model, self._settings())
+            self._unwritten = Delta()
+            self.store.finish_answer(self._answer, message, finished.reason, finished.statistics.to_dict())
+            self._answer = None
+
+    def on_remove(self, count: int) -> None:
+        """Mark messages at the end as removed: by `/undo` or `/retry`."""
+        with self._errors_stop_the_log() as is_open:
+            if is_open and self._number is not None:
+                self._flush()
+                self._answer = None
+                self.store.remove_last(self._number, count)
+
+    def _open_conversation(self) -> int:
+        if self._number is None:
+            self._number = self.store.create(self.model).number
+        return self._number
+
+    def _flush(self) -> None:
+        """Write the text that is not written yet."""
+        if not self._unwritten or self._answer is None:
+            self._unwritten = Delta()
+            return
+        begin = time.monotonic()
+        self.store.add_delta(self._answer, self._num_deltas, self._unwritten)
+        end = time.monotonic()
+        self._num_deltas += 1
+        self._unwritten = Delta()
+        self._write_s += (end - begin - self._write_s) / 8
+        self._next_write_s = end + BATCH_S if self._write_s > SLOW_WRITE_S else 0.0
+
+    def _require(self) -> None:
+        if self._has_failed:
+            raise HistoryError("this conversation is not in the history: an error has stopped its log")
+
+    def _require_conversation(self) -> int:
+        self._require()
+        if self._number is None:
+            raise HistoryError("the conversation has no messages yet", hint="send one first")
+        return self._number
+
+    @contextmanager
+    def _errors_stop_the_log(self) -> Generator[bool]:
+        """Report an error of the block, and stop the log; yield whether it is still written."""
+        try:
+            yield not self._has_failed
+        except HistoryError as error:
+            self._has_failed = True
+            hint = f"; {error.hint}" if error.hint else ""
+            self._warn(f"this conversation is no longer stored: {error.message}{hint}")

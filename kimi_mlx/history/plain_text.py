@@ -1,0 +1,36 @@
+"""The text of messages: titles of conversations, and what a search reads."""
+
+from __future__ import annotations
+
+from kimi_mlx.text.media import KINDS
+from kimi_mlx.text.messages import Content, Message
+
+MAX_TITLE = 60
+"""Number of characters of a title that is made from a message."""
+
+
+def content_text(content: Content) -> str:
+    """Return the text of a message's content; `[image]` stands for an image."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = [
+        part.get("text") if "text" in part else f"[{KINDS.get(str(part.get('type')), 'file')}]" for part in content
+    ]
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def message_text(message: Message) -> str:
+    """Return all text of a message: content, reasoning and tool calls."""
+    calls = [f"{call.name} {call.arguments}" for call in message.tool_calls]
+    return "\n".join(part for part in (message.reasoning_content, content_text(message.content), *calls) if part)
+
+
+def title_of(content: Content) -> str:
+    """Return a title for a conversation from its first message: the first words, in one line."""
+    words = content_text(content).split()
+    title = ""
+    for word in words:
+        if title and len(title) + 1 + len(word) > MAX_TITLE:
+            return f"{title} ..."
+        title = f"{title} {word}".strip()
+    return title if len(title) <= MAX_TITLE else f"{title[:MAX_TITLE]} ..."
