@@ -78,11 +78,11 @@ def search(store: HistoryStore, words: Sequence[str]) -> list[Match]:
         store: history.
         words: parts of words or phrases; case does not matter.
     """
-    return list(_matches(store, [word.casefold() for word in words if word.strip()]))
+    return list(_matches(store, [folded for word in words if (folded := _fold(word))]))
 
 
 def _matches(store: HistoryStore, words: Sequence[str]) -> Iterator[Match]:
-    escaped = [json.dumps(word, ensure_ascii=False)[1:-1] for word in words]
+    escaped = [json.dumps(part, ensure_ascii=False)[1:-1] for word in words for part in word.split()]
     for conversation in store.conversations():
         number, role, snippet = 0, "", ""
         for record in store.messages_with(conversation.number, escaped):
@@ -94,14 +94,19 @@ def _matches(store: HistoryStore, words: Sequence[str]) -> Iterator[Match]:
 
 
 def _has_all(text: str, words: Sequence[str]) -> bool:
-    folded = text.casefold()
+    folded = _fold(text)
     return all(word in folded for word in words)
+
+
+def _fold(text: str) -> str:
+    """Return a text in one line, and so that upper and lower case are equal."""
+    return " ".join(text.casefold().split())
 
 
 def _snippet(text: str, words: Sequence[str]) -> str:
     """Return the text around the first match, in one line."""
     line = " ".join(text.split())
-    found = re.search("|".join(re.escape(" ".join(word.split())) for word in words), line, re.IGNORECASE)
+    found = re.search("|".join(map(re.escape, words)), line, re.IGNORECASE)
     at = found.start() if found else 0
     begin, end = max(at - SNIPPET_BEFORE, 0), at + SNIPPET_AFTER
     return f"{'...' if begin else ''}{line[begin:end]}{'...' if end < len(line) else ''}"

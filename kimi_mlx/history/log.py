@@ -9,6 +9,7 @@ from typing import Any
 
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.errors import HistoryError
+from kimi_mlx.history.plain_text import has_content
 from kimi_mlx.history.records import ConversationRecord, MessageRecord
 from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.text.messages import Delta, Message
@@ -18,7 +19,7 @@ SLOW_WRITE_S, BATCH_S = 0.001, 0.02
 
 
 class ConversationLog:
-    """Writes a conversation to the history while it happens; a listener of `session.Conversation`.
+    """Writes a conversation to the history while it happens: a ConversationListener of the package `session`.
 
     The first message creates the conversation in the history. The first error is reported; after it nothing is written,
     and the chat continues.
@@ -65,6 +66,8 @@ class ConversationLog:
         Args:
             number: key of the conversation.
 
+        An answer at its end that has neither text nor reasoning is removed.
+
         Returns:
             The messages, and whether it is a copy.
 
@@ -76,6 +79,9 @@ class ConversationLog:
         if is_copy:
             number = self.store.fork(number).number
         messages = self.store.messages(number)
+        if messages and messages[-1].is_unfinished and not has_content(messages[-1].message):
+            self.store.remove_last(number, 1)
+            del messages[-1]
         if number != self._number:
             self.start()
             self._number = number
@@ -108,17 +114,23 @@ class ConversationLog:
         self.store.rename(self._require_conversation(), title)
 
     def add_messages(self, messages: Sequence[Message]) -> None:
-        """Append messages that did not happen here, such as those of a file."""
+        """Append messages that do not come from this chat, such as those of a file."""
         for message in messages:
             self.on_message(message)
+        self._answer = None
 
     def on_message(self, message: Message) -> None:
-        """Append a message of the user or of a tool, or a complete answer."""
+        """Append a message of the user or of a tool, or complete the answer in progress."""
         with self._errors_stop_the_log() as is_open:
-            if is_open:
-                self._flush()
-                self._answer = None
-                self.store.add_message(self._open_conversation(), message, self.model, self._settings())
+            if not is_open:
+                return
+            if message.role == "assistant" and self._answer is not None:
+                self._unwritten = Delta()
+                self.store.set_answer(self._answer, message)
+                return
+            number = self._open_conversation()
+            added = self.store.add_message(number, message, self.model, self._settings())
+            self._answer = added if message.role == "assistant" else None
 
     def on_delta(self, delta: Delta) -> None:
         """Append a piece of the answer in progress."""
@@ -132,30 +144,33 @@ class ConversationLog:
             if time.monotonic() >= self._next_write_s:
                 self._flush()
 
-    def on_finish(self, finished: Finished, message: Message | None) -> None:
-        """Complete the answer in progress.
-
-        Args:
-            finished: reason and statistics.
-            message: answer; None if it has no text and is not part of the conversation.
-        """
+    def on_finish(self, finished: Finished | None, message: Message | None) -> None:
+        """Record the end of the answer in progress; an answer without content is not part of the conversation."""
         with self._errors_stop_the_log() as is_open:
-            if not is_open or message is None:
+            if not is_open or self._answer is None:
                 return
-            number = self._open_conversation()
-            if self._answer is None:
-                self._answer = self.store.begin_answer(number, self.model, self._settings())
-            self._unwritten = Delta()
-            self.store.finish_answer(self._answer, message, finished.reason, finished.statistics.to_dict())
+            self._flush()
+            if message is None:
+                self.store.remove_last(self._open_conversation(), 1)
+            elif finished is not None:
+                self.store.finish_answer(self._answer, finished.reason, finished.statistics.to_dict())
             self._answer = None
 
     def on_remove(self, count: int) -> None:
         """Mark messages at the end as removed: by `/undo` or `/retry`."""
         with self._errors_stop_the_log() as is_open:
             if is_open and self._number is not None:
-                self._flush()
-                self._answer = None
                 self.store.remove_last(self._number, count)
+
+    def on_replace(self, index: int, message: Message) -> None:
+        """Store a message that has changed."""
+        with self._errors_stop_the_log() as is_open:
+            if is_open and self._number is not None:
+                self.store.replace_message(self._number, index, message)
+
+    def on_reset(self) -> None:
+        """Begin a new conversation."""
+        self.start()
 
     def _open_conversation(self) -> int:
         if self._number is None:
@@ -165,7 +180,6 @@ class ConversationLog:
     def _flush(self) -> None:
         """Write the text that is not written yet."""
         if not self._unwritten or self._answer is None:
-            self._unwritten = Delta()
             return
         begin = time.monotonic()
         self.store.add_delta(self._answer, self._num_deltas, self._unwritten)

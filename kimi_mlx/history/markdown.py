@@ -54,8 +54,8 @@ def _message_blocks(record: MessageRecord) -> list[str]:
         blocks.append(text)
     for call in message.tool_calls:
         blocks += [f"**tool call {call.name}**", _fence(_format_arguments(call), "json")]
-    if record.unfinished_call:
-        blocks += ["**unfinished tool call**", _fence(record.unfinished_call)]
+    if record.unfinished_calls:
+        blocks += ["**unfinished tool calls**", _fence(record.unfinished_calls)]
     if record.is_unfinished:
         blocks.append(UNFINISHED)
     return blocks

@@ -19,6 +19,11 @@ def content_text(content: Content) -> str:
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
+def has_content(message: Message) -> bool:
+    """Return whether a message has text, files, reasoning or tool calls."""
+    return bool(message.content or message.reasoning_content or message.tool_calls)
+
+
 def message_text(message: Message) -> str:
     """Return all text of a message: content, reasoning and tool calls."""
     calls = [f"{call.name} {call.arguments}" for call in message.tool_calls]

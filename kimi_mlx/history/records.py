@@ -59,7 +59,7 @@ class MessageRecord:
         created_s: time of the message, or of the first token of an answer, in seconds since 1970.
         finished_s: time of the end of an answer; None if it is unfinished.
         removed_s: time at which `/undo` or `/retry` removed the message; None if it is part of the conversation.
-        unfinished_call: tool call that the model was writing at the end of an unfinished answer.
+        unfinished_calls: tool calls of an unfinished answer, as text; nobody has run them.
     """
 
     message: Message
@@ -70,7 +70,7 @@ class MessageRecord:
     created_s: float
     finished_s: float | None
     removed_s: float | None
-    unfinished_call: str = ""
+    unfinished_calls: str = ""
 
     @property
     def is_unfinished(self) -> bool:

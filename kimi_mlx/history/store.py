@@ -92,8 +92,8 @@ class HistoryStore:
                 self._add(copy, message)
             return self._conversation(copy)
 
-    def add_message(self, number: int, message: Message, model: str, settings: Mapping[str, Any]) -> None:
-        """Append a complete message to a conversation.
+    def add_message(self, number: int, message: Message, model: str, settings: Mapping[str, Any]) -> int:
+        """Append a complete message to a conversation, and return its key.
 
         Args:
             number: key of the conversation.
@@ -103,7 +103,7 @@ class HistoryStore:
         """
         now = time.time()
         with self._transaction():
-            self._add(number, MessageRecord(message, model, settings, None, None, now, now, None))
+            added = self._add(number, MessageRecord(message, model, settings, None, None, now, now, None))
             self._set_changed(number, model, now)
             if message.role == "user":
                 self._connection.execute(
@@ -111,6 +111,7 @@ class HistoryStore:
                     "FROM messages WHERE conversation = ?2 AND role = 'user' AND removed_s IS NULL LIMIT 1 OFFSET 1)",
                     (_storable(title_of(message.content)), number),
                 )
+            return added
 
     def begin_answer(self, number: int, model: str, settings: Mapping[str, Any]) -> int:
         """Append an unfinished answer to a conversation, and return its key."""
@@ -133,22 +134,47 @@ class HistoryStore:
         with history_errors(self.path):
             self._connection.execute("INSERT INTO deltas VALUES (?, ?, ?)", (answer, index, delta_to_json(delta)))
 
-    def finish_answer(self, answer: int, message: Message, reason: str, statistics: Mapping[str, Any]) -> None:
-        """Replace the deltas of an answer by the complete message.
+    def set_answer(self, answer: int, message: Message) -> None:
+        """Replace the deltas of an unfinished answer by its message.
 
         Args:
             answer: key of the answer.
-            message: complete message.
-            reason: reason for the end of the answer.
+            message: all that the model has written.
+        """
+        with self._transaction():
+            self._set_document(answer, message)
+            self._connection.execute("DELETE FROM deltas WHERE message = ?", (answer,))
+
+    def finish_answer(self, answer: int, reason: str, statistics: Mapping[str, Any]) -> None:
+        """Record the end of an answer.
+
+        Args:
+            answer: key of the answer.
+            reason: reason for the end.
             statistics: statistics, for JSON.
         """
-        now = time.time()
         with self._transaction():
             self._connection.execute(
-                "UPDATE messages SET document = ?, finish_reason = ?, statistics = ?, finished_s = ? WHERE number = ?",
-                (to_json(message.to_dict()), reason, to_json(statistics), now, answer),
+                "UPDATE messages SET finish_reason = ?, statistics = ?, finished_s = ? WHERE number = ?",
+                (reason, to_json(statistics), time.time(), answer),
             )
-            self._connection.execute("DELETE FROM deltas WHERE message = ?", (answer,))
+
+    def replace_message(self, number: int, index: int, message: Message) -> None:
+        """Replace a message of a conversation.
+
+        Args:
+            number: key of the conversation.
+            index: index of the message among those that were not removed.
+            message: new message.
+        """
+        with self._transaction():
+            row = self._connection.execute(
+                "SELECT number FROM messages WHERE conversation = ? AND removed_s IS NULL ORDER BY number "
+                "LIMIT 1 OFFSET ?",
+                (number, index),
+            ).fetchone()
+            if row is not None:
+                self._set_document(row[0], message)
 
     def remove_last(self, number: int, count: int) -> None:
         """Mark the last messages of a conversation as removed. They stay in the file.
@@ -260,22 +286,28 @@ class HistoryStore:
         self.acquire(number)
         return number
 
-    def _add(self, number: int, record: MessageRecord) -> None:
-        """Insert a message, and the contents of its images and videos."""
-        document, contents = take_contents(record.message.to_dict())
+    def _add(self, number: int, record: MessageRecord) -> int:
+        """Insert a message, and return its key."""
         statistics = None if record.statistics is None else to_json(record.statistics)
         added = self._insert(
-            "INSERT INTO messages (conversation, role, document, model, settings, finish_reason, statistics, "
-            "created_s, finished_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO messages (conversation, role, model, settings, finish_reason, statistics, created_s, "
+            "finished_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                *(number, record.message.role, to_json(document), record.model),
-                *(self._settings_number(record.settings), record.finish_reason, statistics),
-                *(record.created_s, record.finished_s),
+                *(number, record.message.role, record.model, self._settings_number(record.settings)),
+                *(record.finish_reason, statistics, record.created_s, record.finished_s),
             ),
         )
+        self._set_document(added, record.message)
+        return added
+
+    def _set_document(self, number: int, message: Message) -> None:
+        """Write the content of a message, and the contents of its images and videos."""
+        document, contents = take_contents(message.to_dict())
+        self._connection.execute("UPDATE messages SET document = ? WHERE number = ?", (to_json(document), number))
+        self._connection.execute("DELETE FROM media_of_messages WHERE message = ?", (number,))
         for sha256, data in contents.items():
             self._connection.execute("INSERT OR IGNORE INTO media VALUES (?, ?)", (sha256, data))
-            self._connection.execute("INSERT INTO media_of_messages VALUES (?, ?)", (added, sha256))
+            self._connection.execute("INSERT INTO media_of_messages VALUES (?, ?)", (number, sha256))
 
     def _settings_number(self, settings: Mapping[str, Any]) -> int:
         """Return the key of settings, which are stored once."""
@@ -307,10 +339,10 @@ class HistoryStore:
     ) -> MessageRecord:
         created_s, finished_s, removed_s = times
         assert created_s is not None
-        unfinished_call = ""
+        unfinished_calls = ""
         if document is None:
             rows = self._connection.execute("SELECT document FROM deltas WHERE message = ? ORDER BY number", (number,))
-            message, unfinished_call = answer_of(row[0] for row in rows)
+            message, unfinished_calls = answer_of(row[0] for row in rows)
         else:
             message = Message.from_dict(put_contents(json.loads(document), self._contents))
         return MessageRecord(
@@ -322,7 +354,7 @@ class HistoryStore:
             created_s,
             finished_s,
             removed_s,
-            unfinished_call,
+            unfinished_calls,
         )
 
     def _contents(self, sha256: str) -> bytes | None:
