@@ -15,7 +15,6 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.store.locate import ensure_downloaded
-from tests.checkpoints import write_checkpoint
 from tests.command import call
 from tests.processes import start
 
@@ -64,21 +63,6 @@ def are_gone(pids: list[int], limit_s: float) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-@pytest.fixture(scope="module")
-def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
-    mini = ensure_downloaded("kimi-mini")
-    config = json.loads((mini / "config.json").read_text())
-    kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
-    folder = write_checkpoint(tmp_path_factory.mktemp("endless"), kept, seed=1)
-    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(mini / name, folder)
-    generation = json.loads((mini / "generation_config.json").read_text())
-    del generation["kimi_mlx_max_tokens"]
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
 
 
 def test_stdout_has_only_the_answer_and_stderr_the_statistics() -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachment
 from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling, read_tokenizer
 from kimi_mlx.cli.chat.options import ChatArguments
+from kimi_mlx.cli.chat.prompt import check_prompt_size
 from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
+from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.session.local_chat_model import LocalChatModel, merge_sampling
@@ -33,18 +35,22 @@ class OpenedChat:
 
 
 @contextmanager
-def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments) -> Generator[OpenedChat]:
+def open_chat(
+    launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, text: str = ""
+) -> Generator[OpenedChat]:
     """Load a model and read the files of the first message.
 
     Args:
         launch: launched hosts; None for this machine.
         target: the model.
         arguments: arguments of the user.
+        text: text of the first message, if it is known.
 
     Raises:
         KimiMlxError: the model cannot be loaded, or a file cannot be read.
     """
     prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.quiet
+    system = prompt.read_system()
     answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), instant_sampling(target)
     if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
@@ -55,6 +61,7 @@ def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArg
         if prompt.media:
             require_vision(model.folder, target.name)
         early = read_tokenizer(model.folder, target)
+        check_prompt_size((system or "", text), early, load_config(model.folder).max_position_embeddings)
         options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
     files = _read_files(arguments, early.prepare_media if early else None)
     opened = open_session(model, options, run.ranks, is_quiet)
@@ -65,7 +72,7 @@ def open_chat(launch: LaunchContext | None, target: ModelRef, arguments: ChatArg
             raise chat_model.image_error
         if early is None:  # again, with the limits of the hosts' model
             files = _read_files(arguments, tokenizer.prepare_media)
-        yield OpenedChat(Conversation(chat_model, answers, prompt.read_system()), files, model.choice)
+        yield OpenedChat(Conversation(chat_model, answers, system), files, model.choice)
 
 
 def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[Attachment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from kimi_mlx.cli.chat.options import PIPE, OutputOptions, PromptOptions
 from kimi_mlx.cli.chat.standard_input import ADD_PROMPT, is_piped, require_prompt
 from kimi_mlx.cli.chat.text_files import MAX_TEXT_BYTES, TextFile, decode_text, read_text_file, with_text_files
 from kimi_mlx.cli.output import print_note, slow_status
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:
+    from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
     from kimi_mlx.store.model_ref import ModelRef
 
 PIPE_NAME = "piped input"
@@ -65,6 +67,33 @@ def read_prompt(prompts: PromptOptions, output: OutputOptions) -> str | None:
         return None
     files = [piped if path == Path(PIPE) else read_text_file(path) for path in prompts.text_files]
     return with_text_files(text, [file for file in files if file is not None])
+
+
+def check_prompt_size(texts: Iterable[str], tokenizer: ChatTokenizer, context: int) -> None:
+    """Check that the texts of a prompt fit the context of the model, before the model is loaded.
+
+    The markers of the messages are not counted: a prompt that exceeds the context only by them is refused later.
+
+    Args:
+        texts: prompt and system prompt.
+        tokenizer: tokenizer of the model.
+        context: number of tokens.
+
+    Raises:
+        EngineError: they do not fit.
+    """
+    from kimi_mlx.text.tokenizer import MAX_ENCODE_CHARS
+
+    num_tokens, is_whole = 0, True
+    for text in texts:
+        for at in range(0, len(text), MAX_ENCODE_CHARS):
+            if num_tokens > context:  # all of it could take long
+                is_whole = False
+                break
+            num_tokens += len(tokenizer.encode(text[at : at + MAX_ENCODE_CHARS]))
+    if num_tokens > context:
+        count = f"{'' if is_whole else 'more than '}{num_tokens}"
+        raise EngineError(f"the prompt has {count} tokens, but the context holds {context}", hint="shorten the prompt")
 
 
 def _join(prompts: PromptOptions, piped: TextFile | None, *, is_quiet: bool) -> str | None:

@@ -44,7 +44,7 @@ def _answer_once(launch: LaunchContext | None, target: ModelRef, arguments: Chat
         KimiMlxError: the model cannot be loaded, the request is refused, or the answer is of no use.
     """
     output = arguments.output
-    with end_without_reader(), open_chat(launch, target, arguments) as chat:
+    with end_without_reader(), open_chat(launch, target, arguments, prompt) as chat:
         for file in chat.files if not (output.json or output.quiet) else ():
             show_attachment(file)
         answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output)
