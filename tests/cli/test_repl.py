@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kimi_mlx.cli.chat.commands import ABOUT_CHARS
 from kimi_mlx.cli.chat.repl import Repl
+from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -26,9 +28,10 @@ FAKE = (
     CONTROLLING_TERMINAL
     + """
 from kimi_mlx.cli.chat.repl import run_repl
+from kimi_mlx.cli.chat.repl_state import ReplState
 from tests.fakes import conversation_of
 conversation = conversation_of({answer})
-run_repl(conversation, "fake")
+run_repl(ReplState(conversation))
 print([message.content for message in conversation.messages if message.role == "user"], flush=True)
 """
 )
@@ -180,7 +183,7 @@ class Lines:
 
 
 def send_all(conversation: Conversation, *lines: str | BaseException) -> None:
-    Repl(conversation, "fake").run(Lines(*lines, "/quit"))
+    Repl(ReplState(conversation)).run(Lines(*lines, "/quit"))
 
 
 def users(conversation: Conversation) -> list[object]:
@@ -215,18 +218,34 @@ def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str])
 
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
-    repl = Repl(conversation_of("yes"), "fake")
+    repl = Repl(ReplState(conversation_of("yes")))
     repl.handle("/help")
     output = capfd.readouterr().err
-    assert all(f"{name} " in output for name in repl.commands)
+    assert all(f"{command.name} " in output for command in repl.command_list)
+    assert len(output.splitlines()) <= 24
+    assert max(map(len, output.splitlines())) <= 80
+    assert all(len(command.about) <= ABOUT_CHARS for command in repl.command_list)
+
+
+def test_help_of_one_command_and_of_the_keys(capfd: pytest.CaptureFixture[str]) -> None:
+    repl = Repl(ReplState(conversation_of("yes")))
+    repl.handle("/help clear")
+    repl.handle("/help /reset")
+    repl.handle("/help keys")
+    output = capfd.readouterr().err
+    assert output.count("start a new conversation\n") == 2
+    assert "Also: /new, /reset" in output
+    assert "Ctrl-R" in output
+    assert not repl.handle("/help sytem")
+    assert "try `/system`" in capfd.readouterr().err
 
 
 def test_an_unknown_command_is_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
-    send_all(conversation, "/rest", "/systen x", "/usr/bin/env is what?", "/")
+    send_all(conversation, "/clera", "/systen x", "/usr/bin/env is what?", "/")
     output = capfd.readouterr().err
     assert users(conversation) == []
-    assert "try `/reset`" in output
+    assert "try `/clear`" in output
     assert "try `/system`" in output
     assert output.count("error: there is no command") == 4
 
@@ -269,4 +288,4 @@ def test_ctrl_c_twice_or_the_end_of_input_leaves() -> None:
 
 def test_the_page_of_the_chat_lists_all_commands() -> None:
     page = (ROOT / "docs" / "chat.md").read_text()
-    assert all(f"`{name}" in page for name in Repl(conversation_of("yes"), "fake").commands)
+    assert all(f"`{command.name}" in page for command in Repl(ReplState(conversation_of("yes"))).command_list)

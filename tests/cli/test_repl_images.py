@@ -12,6 +12,7 @@ from PIL import Image
 
 from kimi_mlx.cli.chat.attachments import read_attachment
 from kimi_mlx.cli.chat.repl import Repl
+from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.session.conversation import Conversation
@@ -23,9 +24,10 @@ FAKE = (
     CONTROLLING_TERMINAL
     + """
 from kimi_mlx.cli.chat.repl import run_repl
+from kimi_mlx.cli.chat.repl_state import ReplState
 from tests.fakes import conversation_of
 conversation = conversation_of({answer}, sees_images=True)
-run_repl(conversation, "fake")
+run_repl(ReplState(conversation))
 print([[part["type"] for part in message.content] for message in conversation.messages if message.role == "user"])
 """
 )
@@ -57,7 +59,7 @@ def write_picture(path: Path, size: tuple[int, int] = (60, 40), colour: str = "r
 def type_lines(conversation: Conversation, *lines: str) -> list[str]:
     """Send lines; returns the draft before each of them, and before `/quit`."""
     typed = Lines(*lines, "/quit")
-    Repl(conversation, "fake").run(typed)
+    Repl(ReplState(conversation)).run(typed)
     return typed.drafts
 
 
@@ -108,7 +110,7 @@ def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest
 
 def test_files_of_the_command_line_come_first(picture: Path) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    Repl(conversation, "fake", [read_attachment(picture, "image")]).run(Lines("hi", "again", "/quit"))
+    Repl(ReplState(conversation, [read_attachment(picture, "image")])).run(Lines("hi", "again", "/quit"))
     assert sent(conversation) == [["image", "hi"], "again"]
 
 
@@ -209,7 +211,7 @@ def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: py
         raise EngineError("the prompt is too long")
 
     succeed, session._before = session._before, fail  # pyright: ignore[reportPrivateUsage]
-    repl = Repl(conversation, "fake")
+    repl = Repl(ReplState(conversation))
     repl.run(Lines(f"/image {picture}", "What is it?", "/quit"))
     assert conversation.messages == []
     assert "not answered: the images stay attached" in capfd.readouterr().err

@@ -1,12 +1,16 @@
-"""Commands and keys of a conversation in the terminal: their help, and suggestions for a misspelled command."""
+"""Commands of a conversation in the terminal: their names, their help, and suggestions for a misspelled one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Literal, Protocol
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from kimi_mlx.errors import UsageError
 
@@ -22,48 +26,130 @@ KEYS = {
 FILE_COMMANDS = ("/image", "/video")
 """Commands whose argument is the name of a file."""
 
+CommandGroup = Literal["Conversation", "Message", "Model", "Program"]
+"""Heading of a command in the help."""
+
+LEFT: Sequence[CommandGroup] = ("Conversation", "Program")
+RIGHT: Sequence[CommandGroup] = ("Message", "Model")
+"""Columns of the help."""
+
+TWO_COLUMNS = 76
+"""Width from which the help has two columns."""
+
+ABOUT_CHARS = 28
+"""Maximum length of a command's description, so that two columns fit 80 characters."""
+
 
 @dataclass(frozen=True)
 class Command:
     """A command of the conversation.
 
-    Attributes:
+    Args:
         name: name with its slash.
-        argument: placeholder of the argument in the help; empty for none.
-        about: description in the help.
-        run: function that receives the text after the name.
+        argument: placeholder of the argument; empty for none.
+        about: description in the list of all commands, of at most ABOUT_CHARS characters.
+        run: function that receives the text after the name, without spaces around it.
+        group: heading in the list of all commands.
+        details: what `/help NAME` says in addition.
+        complete: function that receives the argument so far and returns what its last word may be completed to.
+        other_names: names that users of other tools type, which mean the same.
     """
 
     name: str
     argument: str
     about: str
     run: Callable[[str], None]
+    group: CommandGroup = "Program"
+    details: str = ""
+    complete: Callable[[str], Iterable[str]] | None = None
+    other_names: Sequence[str] = field(default=())
 
 
-def find_command(commands: Mapping[str, Command], name: str) -> Command:
-    """Return the command with a name.
+class CommandSource(Protocol):
+    """A subject with its commands."""
 
-    Raises:
-        UsageError: there is none; the hint has similar names.
+    def commands(self) -> Sequence[Command]:
+        """Return the commands of the subject."""
+        ...
+
+
+class CommandList:
+    """All commands of a conversation, by name.
+
+    Args:
+        commands: the commands; their names differ.
     """
-    if name in commands:
-        return commands[name]
-    similar = difflib.get_close_matches(name, commands, n=2, cutoff=0.6)
-    suggestion = " or ".join(f"`{candidate}`" for candidate in similar) or "`/help`"
-    raise UsageError(
-        f"there is no command `{name}`",
-        hint=f"try {suggestion}; to send a message that starts with /, type //",
-    )
+
+    def __init__(self, commands: Iterable[Command]):
+        self._commands = {command.name: command for command in commands}
+        self._by_any_name = {name: command for command in self for name in (command.name, *command.other_names)}
+
+    def __iter__(self) -> Iterator[Command]:
+        """Yield the commands."""
+        return iter(self._commands.values())
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a name, or another one that users type, is that of a command."""
+        return name in self._by_any_name
+
+    def find(self, name: str) -> Command:
+        """Return the command with a name.
+
+        Raises:
+            UsageError: there is none; the hint has similar names.
+        """
+        if name in self._by_any_name:
+            return self._by_any_name[name]
+        similar = difflib.get_close_matches(name, self._by_any_name, n=3, cutoff=0.6)
+        similar += [other for other in self._commands if len(name) > 1 and other.startswith(name)]
+        names = list(dict.fromkeys(self._by_any_name[candidate].name for candidate in similar))[:2]
+        suggestion = " or ".join(f"`{candidate}`" for candidate in names) or "`/help`"
+        raise UsageError(
+            f"there is no command `{name}`",
+            hint=f"try {suggestion}; to send a message that starts with /, type //",
+        )
+
+    def overview(self, width: int) -> RenderableType:
+        """Return the help of all commands.
+
+        Args:
+            width: width of the terminal; a narrow one has one column.
+        """
+        left, right = (self._groups(groups) for groups in (LEFT, RIGHT))
+        rows = list(zip_longest(left, right)) if width >= TWO_COLUMNS else [(row, None) for row in (*left, *right)]
+        name_width = max(len(command.name) for command in self)
+        table = Table.grid(padding=(0, 1))
+        for _ in range(2 if width >= TWO_COLUMNS else 1):
+            table.add_column(min_width=name_width, no_wrap=True)
+            table.add_column(overflow="fold")
+        for pair in rows:
+            table.add_row(*(cell for row in pair for cell in row or ("", "")))
+        footer = "/help COMMAND: more about one. /help keys: the keys. //text: send /text."
+        return Group(table, Text(footer, style="dim"))
+
+    def _groups(self, groups: Sequence[CommandGroup]) -> list[tuple[Text, str]]:
+        """Return the lines of a column: headings, names and descriptions."""
+        lines: list[tuple[Text, str]] = []
+        for group in groups:
+            commands = [command for command in self if command.group == group]
+            lines += [(Text(group, style="bold"), "")] if commands else []
+            lines += [(Text(command.name), command.about) for command in commands]
+        return lines
 
 
-def help_table(commands: Iterable[Command]) -> Table:
-    """Return the help: a table of the commands, then of the keys."""
+def describe_command(command: Command) -> RenderableType:
+    """Return the help of one command: its usage, its description, its details, and its other names."""
+    lines = [Text(f"{command.name} {command.argument}".rstrip(), style="bold"), Text(command.about)]
+    lines += [Text(command.details)] if command.details else []
+    lines += [Text(f"Also: {', '.join(command.other_names)}", style="dim")] if command.other_names else []
+    return Group(*lines)
+
+
+def keys_table() -> RenderableType:
+    """Return the help of the keys."""
     table = Table.grid(padding=(0, 2))
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
-    for command in commands:
-        table.add_row(f"{command.name} {command.argument}".rstrip(), command.about)
-    table.add_row()
     for key, about in KEYS.items():
         table.add_row(key, about)
     return table

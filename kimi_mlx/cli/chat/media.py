@@ -6,17 +6,19 @@ import os
 import signal
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.chat.attachments import Attachment, read_attachment, show_attachment, text_part, with_attachments
+from kimi_mlx.cli.chat.commands import Command
 from kimi_mlx.cli.chat.dropped_files import read_file_names, split_dropped_files
 from kimi_mlx.cli.chat.media_files import check_files, is_media_file, media_kind
+from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
-from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.media import MediaKind
 from kimi_mlx.text.messages import Content
 
@@ -30,20 +32,25 @@ TABLE_WIDTH = 64
 
 
 class ReplMedia:
-    """Images and videos of a conversation.
+    """Images and videos of a conversation, and the commands for them.
 
     Args:
-        conversation: conversation whose messages contain them.
-        attached: files for the first message.
-
-    Attributes:
-        attached: files for the next message.
+        state: the conversation.
     """
 
-    def __init__(self, conversation: Conversation, attached: Sequence[Attachment] = ()):
-        self._conversation = conversation
-        self.attached = list(attached)
-        self._sent: list[Attachment] = []
+    def __init__(self, state: ReplState):
+        self._state = state
+
+    def commands(self) -> Sequence[Command]:
+        """Return the commands."""
+        return [
+            Command("/image", "FILE ...", "attach images", partial(self.attach, kind="image"), "Message"),
+            Command("/video", "FILE ...", "attach videos", partial(self.attach, kind="video"), "Message"),
+            Command(
+                *("/images", "[drop N|drop all]", "list or drop attached files", self.list, "Message"),
+                details="Lists the images and videos of the conversation and of the next message; `drop` removes some.",
+            ),
+        ]
 
     def attach(self, argument: str, kind: MediaKind) -> None:
         """Attach files to the next message; all or none.
@@ -69,14 +76,14 @@ class ReplMedia:
         Raises:
             UsageError: it does not.
         """
-        if (error := self._conversation.model.image_error) is not None:
+        if (error := self._state.conversation.model.image_error) is not None:
             raise UsageError(error.message, hint=error.hint)
 
     def show_attached(self) -> None:
         """Show the files for the next message, if there are any."""
-        if not self.attached:
+        if not self._state.attached:
             return
-        for file in self.attached:
+        for file in self._state.attached:
             show_attachment(file)
         print_note(ATTACHED)
 
@@ -94,7 +101,7 @@ class ReplMedia:
         if not isinstance(path, Path):
             return
         as_text = "begin the message with // to send the path as text"
-        if self._conversation.model.image_error is not None:
+        if self._state.conversation.model.image_error is not None:
             raise UsageError(f"there is no command `{path}`", hint=as_text)
         if path.is_dir():
             raise UsageError(f"`{path}` is a folder", hint=f"drop the images in it, or {as_text}")
@@ -134,19 +141,19 @@ class ReplMedia:
             return None
         for file in files:
             show_attachment(file)
-        self._sent += files
+        self._state.sent += files
         return [text_part(part) if isinstance(part, str) else part.part for part in read]
 
     def add_attached(self, content: Content) -> Content:
         """Return a message with the attached files before its text."""
-        self._sent += self.attached
-        return with_attachments(content, self.attached)
+        self._state.sent += self._state.attached
+        return with_attachments(content, self._state.attached)
 
     def finish_message(self, is_answered: bool) -> None:
         """Forget the attached files if their message was answered; else they stay for the next one."""
         if is_answered:
-            self.attached = []
-        elif self.attached:
+            self._state.attached = []
+        elif self._state.attached:
             print_note("not answered: the images stay attached; /images lists and drops them")
 
     def list(self, argument: str) -> None:
@@ -171,39 +178,35 @@ class ReplMedia:
             raise UsageError(f"there is no image {which}", hint="/images lists them with their numbers")
         dropped = files if which == "all" else [files[int(which) - 1]]
         for file in dropped:
-            if file in self.attached:
-                self.attached.remove(file)
+            if file in self._state.attached:
+                self._state.attached.remove(file)
             else:
-                self._conversation.remove_part(file.part)
+                self._state.conversation.remove_part(file.part)
         print_note(f"dropped {', '.join(file.name for file in dropped)}" if dropped else "there are no images")
-
-    def clear(self) -> None:
-        """Forget all files."""
-        self.attached, self._sent = [], []
 
     def _read(self, path: Path, kind: MediaKind) -> Attachment:
         try:
             with _ctrl_c_raises():
-                return read_attachment(path, kind, self._conversation.model.prepare_media)
+                return read_attachment(path, kind, self._state.conversation.model.prepare_media)
         except KeyboardInterrupt:
             raise UsageError(f"reading `{path.name}` was stopped") from None
 
     def _attach(self, files: Sequence[Attachment]) -> None:
         for file in files:
             show_attachment(file)
-        self.attached += files
+        self._state.attached += files
         print_note(ATTACHED)
 
     def _all_files(self) -> list[Attachment]:
         """Return the files of all messages, in order, then those for the next message."""
-        by_part = {id(file.part): file for file in self._sent}
-        return [*(by_part[id(part)] for part in self._conversation.media_parts), *self.attached]
+        by_part = {id(file.part): file for file in self._state.sent}
+        return [*(by_part[id(part)] for part in self._state.conversation.media_parts), *self._state.attached]
 
     def _show(self, files: Sequence[Attachment]) -> None:
         if not files:
             print_note("there are no images; /image FILE attaches one")
             return
-        states = ["attached" if file in self.attached else "sent" for file in files]
+        states = ["attached" if file in self._state.attached else "sent" for file in files]
         if stderr.width < TABLE_WIDTH:
             for number, (file, state) in enumerate(zip(files, states, strict=True), start=1):
                 stderr.print(Text(f"{number}  {file} · {state}"), soft_wrap=False)

@@ -32,9 +32,10 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
         _answer_once(launch, target, arguments, prompt)
         return
     from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
+    from kimi_mlx.cli.chat.repl_state import ReplState
 
     with open_chat(launch, target, arguments) as chat:
-        raise typer.Exit(run_repl(chat.conversation, target.name, chat.files))
+        raise typer.Exit(run_repl(ReplState(chat.conversation, attached=chat.files)))
 
 
 def _answer_once(launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, prompt: str) -> None:

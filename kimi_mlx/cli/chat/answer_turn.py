@@ -1,0 +1,72 @@
+"""One answer of a conversation in the terminal: shown as it comes, and stopped by Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from types import FrameType
+
+from kimi_mlx.cli.chat.answer_view import AnswerView
+from kimi_mlx.cli.chat.repl_state import ReplState
+from kimi_mlx.cli.output import print_note, stderr
+from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled
+from kimi_mlx.session.chat_model import ChatEvent
+from kimi_mlx.session.conversation import Conversation
+
+REMARKS: dict[FinishReason, str] = {
+    "cancelled": "stopped",
+    "length": "stopped at the token limit",
+}
+
+
+def show_answer(state: ReplState, answer: Generator[ChatEvent, None, None]) -> None:
+    """Show an answer of the conversation.
+
+    Args:
+        state: the conversation.
+        answer: result of `ask`, `answer` or `retry` of the conversation, not started.
+
+    Raises:
+        KimiMlxError: the request is refused, or the model has failed.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
+    """
+    conversation = state.conversation
+    with (
+        closing(answer),
+        AnswerView(state.status) as view,
+        _ctrl_c_stops(conversation) as is_stopped,
+    ):
+        stderr.print()
+        for item in answer:
+            if isinstance(item, Prefilled | Encoded) and is_stopped():
+                conversation.cancel()  # again: it may not have begun at the first call
+            view.show(item)
+            if isinstance(item, Finished):
+                view.finish()
+                state.answers.append(item.statistics)
+                if remark := REMARKS.get(item.reason, "" if view.has_shown else "no answer"):
+                    print_note(f"[{remark}]")
+
+
+@contextmanager
+def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], None, None]:
+    """Make Ctrl-C stop the answer and a second Ctrl-C raise KeyboardInterrupt.
+
+    Yields:
+        function that returns whether Ctrl-C was pressed.
+    """
+    is_stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopped
+        if is_stopped:
+            raise KeyboardInterrupt
+        is_stopped = True
+        conversation.cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: is_stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
