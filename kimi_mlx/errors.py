@@ -20,6 +20,7 @@ KimiMlxError
 ├── HistoryError     history of chats that cannot be used, or a conversation that is not in it
 ├── LinkError        hosts without a network between them, or with one that is too slow
 ├── SshError         host that ssh cannot reach, or where a command fails
+├── ServerError      server that cannot be reached, refuses a request, or breaks off an answer
 ├── InstallError     kimi-mlx cannot be installed on hosts
 └── RingError        ranks that fail to start, die or stop responding
     └── StallError   ranks that are alive but make no progress
@@ -130,6 +131,10 @@ class CacheError(EngineError):
 
 class SshError(KimiMlxError):
     """Host that ssh cannot reach, or where a command fails."""
+
+
+class ServerError(KimiMlxError):
+    """Server that cannot be reached, refuses a request, or breaks off an answer."""
 
 
 class InstallError(KimiMlxError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -22,6 +22,8 @@ class ClusterStatus(ModelStatus):
     Args:
         names: names of the model in requests, beginning with that of ModelStatus.model.
         media: kinds of media that requests may have besides text.
+        sampling: sampling parameters, by name, of requests that set none.
+        instant_sampling: those that differ without thinking.
         queue_capacity: maximum number of answers that wait; further ones are refused.
         answers: answers in progress and in the queue, the oldest first.
         rates: token rates of the last minutes.
@@ -29,6 +31,8 @@ class ClusterStatus(ModelStatus):
 
     names: Sequence[str] = ()
     media: Sequence[str] = ()
+    sampling: Mapping[str, float | int] = field(default_factory=dict[str, "float | int"])
+    instant_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     queue_capacity: int = 0
     answers: Sequence[RunningAnswer] = ()
     rates: TokenRates = field(default_factory=TokenRates)
@@ -55,10 +59,16 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         waiting=service.waiting,
         names=model_info.names,
         media=model_info.media,
+        sampling=_without_none(asdict(service.prompt_builder.tokenizer.sampling)),
+        instant_sampling=service.prompt_builder.instant_sampling,
         queue_capacity=service.queue_capacity,
         answers=service.running_answers(),
         rates=service.rates.rates(),
     )
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def cluster_schema(ref_template: str) -> tuple[dict[str, Any], dict[str, Any]]:

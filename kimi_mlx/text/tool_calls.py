@@ -112,6 +112,22 @@ def parse_tool_call(
     return ToolCall(call_id.strip(), name, arguments)
 
 
+def read_tool_call(id: str, name: str, arguments: str, index: int) -> ToolCall | UnparsedToolCall:
+    """Return a call from a server that has parsed its id, or an UnparsedToolCall if the arguments are not an object.
+
+    Args:
+        id: id of the call.
+        name: name of the tool.
+        arguments: arguments as the model wrote them.
+        index: index of the call in the answer.
+    """
+    arguments = normalize_arguments(arguments)
+    problem = _problem(arguments)
+    if problem:
+        return UnparsedToolCall(id + ARGUMENT_BEGIN + arguments, problem, index)
+    return ToolCall(id, name, arguments)
+
+
 def _problem(arguments: str) -> str | None:
     """Return the reason why `arguments` is not a JSON object; None if it is one."""
     try:

@@ -1,0 +1,180 @@
+"""Events of an answer from the chunks of a streamed chat completion."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.errors import ServerError
+from kimi_mlx.session.chat_model import ChatEvent
+from kimi_mlx.text.messages import Delta, ToolCallDelta
+from kimi_mlx.text.tool_calls import read_tool_call
+
+DONE = "[DONE]"
+
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+"""Names of the reasoning in a delta: Moonshot's (also in llama.cpp and SGLang), and that of vLLM and OpenRouter."""
+
+
+@dataclass
+class _OpenCall:
+    index: int
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class AnswerStream:
+    """Reads the chunks of one answer. Chunks may be ours, llama.cpp's, or those of any other compatible server.
+
+    Args:
+        url: address of the server, for error messages.
+    """
+
+    def __init__(self, url: str):
+        self._url = url
+        self._call: _OpenCall | None = None
+        self._reason: str | None = None
+        self._is_done = False
+        self._usage: Mapping[str, Any] = {}
+        self._timings: Mapping[str, Any] = {}
+        self._started_at = time.perf_counter()
+        self._first_at: float | None = None
+        self._num_deltas = 0
+
+    def add(self, data: str) -> Iterator[ChatEvent]:
+        """Yield the events of a chunk.
+
+        Args:
+            data: data of a server-sent event: JSON, or the mark of the end.
+
+        Raises:
+            ServerError: the chunk is an error of the server, or none that can be understood.
+        """
+        if data == DONE:
+            self._is_done = True
+            return
+        try:
+            yield from self._read(json.loads(data))
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            message = f"{self._url} sent a chunk that cannot be understood: {data!r:.100}"
+            raise ServerError(message, hint="check that the address is that of an OpenAI-compatible API") from error
+
+    def finish(self) -> Iterator[ChatEvent]:
+        """Yield the last events, after the last chunk.
+
+        Raises:
+            ServerError: the stream has ended before the answer.
+        """
+        if not self._is_done and self._reason is None:
+            raise ServerError(f"{self._url} closed the connection before the answer ended", hint="send it again")
+        yield from self._close_call()
+        yield Finished("length" if self._reason == "length" else "stop", self.statistics())
+
+    def cancelled(self) -> Finished:
+        """Return the last event of an answer that was cancelled."""
+        return Finished("cancelled", self.statistics())
+
+    def statistics(self) -> Statistics:
+        """Return the server's statistics, or what can be measured here."""
+        if self._timings:
+            return _read_timings(self._timings)
+        now = time.perf_counter()
+        first_at = now if self._first_at is None else self._first_at
+        details: Any = self._usage.get("prompt_tokens_details") or {}
+        return Statistics(
+            prompt_tokens=int(self._usage.get("prompt_tokens") or 0),
+            cached_tokens=int(details.get("cached_tokens") or 0),
+            generated_tokens=int(self._usage.get("completion_tokens") or self._num_deltas),
+            ttft_s=first_at - self._started_at,
+            decode_s=now - first_at,
+            peak_memory_bytes=0,
+        )
+
+    def _read(self, chunk: dict[str, Any]) -> Iterator[ChatEvent]:
+        if chunk.get("error"):
+            raise self._error(chunk["error"])
+        self._usage = chunk.get("usage") or self._usage
+        self._timings = chunk.get("timings") or self._timings
+        if event := _progress(chunk):
+            yield event
+        for choice in chunk.get("choices") or ():
+            if choice.get("index") or 0:
+                continue  # one answer was requested
+            yield from self._read_delta(choice.get("delta") or {})
+            self._reason = choice.get("finish_reason") or self._reason
+
+    def _read_delta(self, delta: dict[str, Any]) -> Iterator[Delta]:
+        reasoning = next((text for name in REASONING_FIELDS if (text := delta.get(name))), "")
+        new = Delta(str(delta.get("content") or ""), str(reasoning))
+        for part in delta.get("tool_calls") or ():
+            new = new + self._read_call(part)
+        if new:
+            self._num_deltas += 1
+            self._first_at = self._first_at or time.perf_counter()
+            yield new
+
+    def _read_call(self, part: dict[str, Any]) -> Delta:
+        """Return the delta of a part of a tool call; it also ends the call before."""
+        function: dict[str, Any] = part.get("function") or {}
+        last_index = self._call.index if self._call is not None else -1
+        index = int(last_index if (given := part.get("index")) is None else given)
+        ended = Delta()
+        if self._call is None or index != self._call.index:
+            ended = Delta(tool_calls=tuple(call for delta in self._close_call() for call in delta.tool_calls))
+            name = str(function.get("name") or "")
+            self._call = _OpenCall(max(index, 0), str(part.get("id") or f"functions.{name}:{max(index, 0)}"), name)
+            new = ToolCallDelta(self._call.index, self._call.id, name)
+        else:
+            new = ToolCallDelta(index)
+        arguments: Any = function.get("arguments") or ""
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        self._call.arguments += text
+        return ended + Delta(tool_call_deltas=(replace(new, arguments=text),))
+
+    def _close_call(self) -> Iterator[Delta]:
+        """Yield the complete call that is open, if there is one."""
+        if self._call is not None:
+            call, self._call = self._call, None
+            yield Delta(tool_calls=(read_tool_call(call.id, call.name, call.arguments, call.index),))
+
+    def _error(self, error: Any) -> ServerError:
+        fields = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
+        hint = "send the message again"
+        if fields.get("code") == "stopping":
+            hint = "start it again, then send the message again"
+        return ServerError(f"{self._url}: {fields.get('message') or 'an error without a message':.1000}", hint=hint)
+
+
+def _progress(chunk: Mapping[str, Any]) -> ChatEvent | None:
+    """Return the event of a chunk that reports progress; None for all others."""
+    if progress := chunk.get("prompt_progress"):
+        return Prefilled(int(progress["processed"]), int(progress["total"]))
+    if image := chunk.get("image_progress"):
+        return Encoded(*(int(image[name]) for name in ("image", "num_images", "done", "total")))
+    if notice := chunk.get("notice"):
+        if notice["type"] == "interrupted":
+            wait_s = float(notice["wait_s"])
+            return Interrupted(str(notice["reason"]), int(notice["attempt"]), int(notice["attempts"]), wait_s)
+        if notice["type"] == "resumed":
+            return Resumed(float(notice["seconds"]))
+    return None
+
+
+def _read_timings(timings: Mapping[str, Any]) -> Statistics:
+    """Return the statistics of `timings`, which are ours or llama.cpp's."""
+    cached = int(timings.get("cache_n") or 0)
+    return Statistics(
+        prompt_tokens=int(timings.get("prompt_n") or 0) + cached,
+        cached_tokens=cached,
+        generated_tokens=int(timings.get("predicted_n") or 0),
+        ttft_s=float(timings.get("prompt_ms") or 0) / 1e3,
+        decode_s=float(timings.get("predicted_ms") or 0) / 1e3,
+        peak_memory_bytes=int(timings.get("peak_memory_bytes") or 0),
+        decode_steps=int(timings.get("decode_steps") or 0),
+        encode_s=float(timings.get("encode_ms") or 0) / 1e3,
+    )

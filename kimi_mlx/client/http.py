@@ -1,0 +1,288 @@
+"""Requests to a server, and its errors as errors for the user."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any, cast
+
+import httpx2
+
+from kimi_mlx.client.address import ServerAddress
+from kimi_mlx.errors import ServerError
+
+CONNECT_S = 10.0
+"""Time limit for a connection."""
+
+WRITE_S = 60.0
+"""Time in which a server must read a part of a request."""
+
+SILENCE_S = 90.0
+"""Time without a byte after which a server of ours is given up: it sends something every 5 s once a request is
+prepared, which takes 60 s at most."""
+
+FOREIGN_SILENCE_S = 600.0
+"""The same for other servers, which may send nothing while they process a prompt; as in OpenAI's client."""
+
+REPLY_S = 30.0
+"""Time in which a server must answer a small request."""
+
+MAX_EVENT_BYTES = 16 * 2**20
+MAX_ERROR_BYTES = 2**16
+
+KEY_HINT = "give the key in a file, `--api-key-file FILE`, or in $KIMI_MLX_API_KEY"
+
+
+class BusyError(ServerError):
+    """The server has no free slot for a request.
+
+    Args:
+        message: what the server says.
+        retry_after_s: seconds after which to retry; None if it does not say.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None):
+        super().__init__(message, hint="try again later")
+        self.retry_after_s = retry_after_s
+
+
+class MissingPathError(ServerError):
+    """The server does not have this path (404 or 405)."""
+
+
+class HttpClient:
+    """Sends requests to one server.
+
+    Args:
+        address: address of the server.
+        key: API key; None to send none.
+    """
+
+    def __init__(self, address: ServerAddress, key: str | None):
+        self.address = address
+        self._headers = {"user-agent": "kimi-mlx", "accept-encoding": "identity"}
+        if key is not None:
+            self._headers["authorization"] = f"Bearer {key}"
+        self._has_key = key is not None
+
+    def get(self, path: str) -> Any:
+        """Return the JSON that a path has.
+
+        Raises:
+            ServerError: there is no server, or it refuses the request or answers with something else.
+        """
+        return self._exchange("GET", path, None, REPLY_S)
+
+    def post(self, path: str, body: Mapping[str, Any], limit_s: float = SILENCE_S) -> Any:
+        """Return the JSON that a path answers to a body.
+
+        Raises:
+            ServerError: as in get().
+        """
+        return self._exchange("POST", path, _encode(body), limit_s)
+
+    def open_stream(self, path: str, body: Mapping[str, Any], silence_s: float) -> EventReader:
+        """Send a request whose answer is a stream of server-sent events.
+
+        Args:
+            path: path below the API's base.
+            body: body of the request.
+            silence_s: time without a byte after which the server is given up.
+        """
+        return EventReader(self, path, _encode(body), silence_s)
+
+    def new_connection(self, limit_s: float) -> httpx2.Client:
+        """Return an HTTP client for one request, so that it can be cut without disturbing others.
+
+        Args:
+            limit_s: time limit of each read.
+        """
+        timeout = httpx2.Timeout(limit_s, connect=CONNECT_S, write=WRITE_S)
+        try:
+            return httpx2.Client(headers=self._headers, timeout=timeout, trust_env=not self.address.is_local_network)
+        except (OSError, ValueError, ImportError) as error:  # a proxy or a file of certificates that cannot be used
+            raise ServerError(f"cannot connect to {self.address.url}: {error}") from error
+
+    def describe(self, error: Exception, limit_s: float) -> ServerError:
+        """Return an error of the connection as an error for the user.
+
+        Args:
+            error: error of the HTTP client.
+            limit_s: time limit of each read.
+        """
+        url = self.address.url
+        reason = str(error.__cause__ or error) or type(error).__name__
+        if isinstance(error, httpx2.ConnectTimeout):
+            return ServerError(f"no answer from {url} within {CONNECT_S:.0f} s", hint=_reach_hint(url))
+        if isinstance(error, httpx2.ConnectError):
+            return ServerError(f"cannot connect to {url}: {_plain_reason(reason)}", hint=_reach_hint(url))
+        if isinstance(error, httpx2.ReadTimeout):
+            return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint="send the message again")
+        if isinstance(error, httpx2.WriteTimeout | httpx2.WriteError):
+            return ServerError(f"{url} does not take the request: {reason}", hint="send the message again")
+        if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
+            return ServerError(f"lost the connection to {url}", hint="send the message again")
+        return ServerError(f"{url} does not answer as an API server: {reason:.200}", hint=_reach_hint(url))
+
+    def refusal(self, response: httpx2.Response) -> ServerError:
+        """Return the error of a response, whose body has been read."""
+        url, status = self.address.url, response.status_code
+        message = _error_message(response)
+        if status == 401:
+            what = "refuses this API key" if self._has_key else "needs an API key"
+            return ServerError(f"{url} {what}", hint=KEY_HINT)
+        if status == 429:
+            return BusyError(f"{url} is busy: {message}", _retry_after_s(response))
+        if status in (404, 405):
+            return MissingPathError(f"{url}: {message}", hint="check the address: `--url`")
+        if 300 <= status < 400:
+            location = response.headers.get("location", "")
+            return ServerError(f"{url} has moved to {location:.200}", hint="use that address with `--url`")
+        hint = "try again later" if status >= 500 else None
+        return ServerError(f"{url}: {message}", hint=hint)
+
+    def _exchange(self, method: str, path: str, content: bytes | None, limit_s: float) -> Any:
+        headers = {} if content is None else {"content-type": "application/json"}
+        try:
+            with contextlib.closing(self.new_connection(limit_s)) as client:
+                response = client.request(method, self.address.base + path, content=content, headers=headers)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise self.describe(error, limit_s) from error
+        if not response.is_success:
+            raise self.refusal(response)
+        try:
+            return response.json()
+        except ValueError as error:
+            message = f"{self.address.url} does not answer as an API server: its answer is not JSON"
+            raise ServerError(message, hint=_reach_hint(self.address.url)) from error
+
+
+class EventReader:
+    """Reads a stream of server-sent events in a thread, so that the reader can always be interrupted.
+
+    Args:
+        http: client of the server.
+        path: path below the API's base.
+        content: body of the request.
+        silence_s: time without a byte after which the server is given up.
+    """
+
+    def __init__(self, http: HttpClient, path: str, content: bytes, silence_s: float):
+        self._http, self._path, self._content, self._silence_s = http, path, content, silence_s
+        self._items: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._read, name="server-sent events", daemon=True).start()
+
+    def take(self) -> str | None:
+        """Wait for the data of the next event; return None after the end of the stream, or after close().
+
+        Raises:
+            ServerError: the server refuses the request, or the connection is lost.
+        """
+        item = None if self._is_closed else self._items.get()
+        if isinstance(item, Exception) and not self._is_closed:
+            raise item
+        return item if isinstance(item, str) and not self._is_closed else None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self._is_closed
+
+    def close(self) -> None:
+        """Cut the connection, at once, and wake take(). Safe in a signal handler and in any thread."""
+        self._is_closed = True
+        self._items.put(None)
+        for open_socket in self._sockets:
+            with contextlib.suppress(OSError):  # not SSLSocket.shutdown, which is not safe while another thread reads
+                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
+
+    def _read(self) -> None:
+        try:
+            self._read_events()
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            self._items.put(self._http.describe(error, self._silence_s))
+        except Exception as error:  # the caller must not wait forever
+            self._items.put(error)
+        finally:
+            self._items.put(None)
+
+    def _read_events(self) -> None:
+        with (
+            contextlib.closing(self._http.new_connection(self._silence_s)) as client,
+            client.sse(
+                self._http.address.base + self._path,
+                method="POST",
+                content=self._content,
+                headers={"content-type": "application/json"},
+                extensions={"trace": self._trace},
+                max_event_size=MAX_EVENT_BYTES,
+            ) as source,
+        ):
+            if not source.response.is_success:
+                _read_limited(source.response)
+                raise self._http.refusal(source.response)
+            for event in source:
+                self._items.put(event.data)
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Keep the socket of the connection; end the request if it was closed meanwhile."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            found = info["return_value"].get_extra_info("socket")
+            if isinstance(found, socket.socket):
+                self._sockets.append(found)
+        if self._is_closed:
+            raise httpx2.ReadError("the request was cancelled")
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False).encode(errors="replace")
+
+
+def _read_limited(response: httpx2.Response) -> None:
+    """Read the body of an error."""
+    if int(response.headers.get("content-length") or 0) <= MAX_ERROR_BYTES:
+        response.read()
+
+
+def _error_message(response: httpx2.Response) -> str:
+    """Return the message of a refused request, in the forms of OpenAI's API, FastAPI and Ollama."""
+    status = f"status {response.status_code} {response.reason_phrase}".rstrip()
+    try:
+        body: Any = response.json()
+    except (ValueError, httpx2.ResponseNotRead):
+        return status
+    error: Any = cast("dict[str, Any]", body).get("error") if isinstance(body, dict) else None
+    found: Any = cast("dict[str, Any]", error).get("message") if isinstance(error, dict) else error
+    if found is None and isinstance(body, dict):
+        fields = cast("dict[str, Any]", body)
+        found = fields.get("detail") or fields.get("message")
+    return str(found)[:1000] if found else status
+
+
+def _retry_after_s(response: httpx2.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < 3600 else None
+
+
+def _plain_reason(reason: str) -> str:
+    """Return the reason of a failed connection without its number: `Connection refused`."""
+    plain = reason.partition("] ")[2] or reason
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return f"its certificate is not trusted: {plain:.200}"
+    return plain[:200].lower() if plain[:1].isupper() and plain[1:2].islower() else plain[:200]
+
+
+def _reach_hint(url: str) -> str:
+    if url.startswith("https://"):
+        return "check the address, and set SSL_CERT_FILE if the server has a certificate of your own"
+    return "check the address, and that a server runs there: `kimi-mlx serve MODEL --host 0.0.0.0 --api-key-file FILE`"
