@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,6 +39,17 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     for name, value in PLAIN_TERMINAL.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data-home")
+
+
+@pytest.fixture(autouse=True)
+def private_data_folder(monkeypatch: pytest.MonkeyPatch, data_home: Path) -> None:
+    """Keep chats of tests out of the user's history."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(data_home))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -174,7 +174,20 @@ def command_names() -> list[str]:
 
 
 class PanelCommand(TyperCommand):
-    """A command whose help lists its options in panels, in plain text."""
+    """A command whose help lists its options in panels, in plain text.
+
+    The value of an option whose placeholder is in brackets, such as `[ID]`, may be left out; it is then empty.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the command line."""
+        names = [
+            name
+            for parameter in self.get_params(ctx)
+            if parameter.param_type_name == "option" and str(parameter.metavar).startswith("[")
+            for name in parameter.opts
+        ]
+        return super().parse_args(ctx, list(_with_empty_values(args, names)))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options of each panel."""
@@ -231,6 +244,17 @@ class LazyGroup(TyperGroup):
         if args[:1] in (["-v"], ["-V"]):
             raise UsageError(f"kimi-mlx has no option `{args[0]}`", hint="type `kimi-mlx --version`")
         return super().parse_args(ctx, args)
+
+
+def _with_empty_values(args: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """Yield a command line, with an empty value after each of these options that has none."""
+    for index, word in enumerate(args):
+        yield word
+        if word == "--":
+            yield from args[index + 1 :]
+            return
+        if word in names and (index + 1 == len(args) or args[index + 1].startswith("-")):
+            yield ""
 
 
 def _epilog(examples: Sequence[str]) -> str | None:

@@ -19,11 +19,12 @@ Spawn: TypeAlias = Callable[..., Terminal]
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Spawn]:
-    """Starts programs on terminals; their state folder is the test's."""
+    """Starts programs on terminals; their state and data folders are the test's."""
     terminals: list[Terminal] = []
+    folders = {"XDG_STATE_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
 
     def start(code: str, *arguments: str, **settings: Any) -> Terminal:
-        terminals.append(Terminal(code, *arguments, **{"XDG_STATE_HOME": str(tmp_path), **settings}))
+        terminals.append(Terminal(code, *arguments, **{**folders, **settings}))
         return terminals[-1]
 
     yield start

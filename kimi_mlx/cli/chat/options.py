@@ -229,6 +229,24 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
+class HistoryOptions:
+    """Options of the history."""
+
+    continue_: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            "-c",
+            metavar="[ID]",
+            help="Continue a conversation of the history, given by its id or title; without ID the latest. Its model "
+            "and settings are used unless others are given.",
+            show_default=False,
+        ),
+    ] = None
+    no_log: Annotated[bool, typer.Option("--no-log", help="Do not store this chat in the history.")] = False
+
+
+@dataclass(frozen=True)
 class ChatArguments:
     """All arguments of `kimi-mlx chat`. A new subject is one dataclass and one field here.
 
@@ -238,11 +256,13 @@ class ChatArguments:
         run: the model and how it runs.
         sampling: how tokens are sampled.
         disk: prompt cache on disk.
+        history: the conversation to continue, and whether this one is stored.
     """
 
     run: RunOptions
     prompt: PromptOptions
     output: OutputOptions
+    history: HistoryOptions
     sampling: SamplingOptions
     disk: DiskCacheOptions
 

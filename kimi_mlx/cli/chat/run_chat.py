@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import typer
 
 from kimi_mlx.cli.chat.attachments import show_attachment, with_attachments
+from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
 from kimi_mlx.cli.chat.options import ChatArguments
-from kimi_mlx.cli.chat.prompt import read_prompt, resolve_chat_model
+from kimi_mlx.cli.chat.prompt import read_prompt
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.reader_watch import end_without_reader
 from kimi_mlx.store.model_ref import ModelRef
@@ -25,20 +28,24 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
         KimiMlxError: wrong usage, the model cannot be loaded, or a file cannot be read.
         typer.Exit: the conversation has ended.
     """
-    target = resolve_chat_model(arguments.run.model_name, arguments.prompt.prompt)
-    arguments.check()
-    prompt = read_prompt(arguments.prompt, arguments.output)
-    if prompt is not None:
-        _answer_once(launch, target, arguments, prompt)
-        return
-    from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
-    from kimi_mlx.cli.chat.repl_state import ReplState
+    with closing(ChatHistory.open(arguments.history)) as history:
+        target = history.resolve_model(arguments.run.model, arguments.prompt.prompt)
+        arguments.check()
+        prompt = read_prompt(arguments.prompt, arguments.output)
+        if prompt is not None:
+            _answer_once(launch, target, arguments, prompt, history)
+            return
+        from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
+        from kimi_mlx.cli.chat.repl_state import ReplState
 
-    with open_chat(launch, target, arguments) as chat:
-        raise typer.Exit(run_repl(ReplState(chat.conversation, attached=chat.files)))
+        with open_chat(launch, target, arguments) as chat:
+            history.attach(chat.conversation, target)
+            raise typer.Exit(run_repl(ReplState(chat.conversation, attached=chat.files)))
 
 
-def _answer_once(launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, prompt: str) -> None:
+def _answer_once(
+    launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, prompt: str, history: ChatHistory
+) -> None:
     """Load the model and print one answer, or stop as soon as nobody reads it.
 
     Raises:
@@ -48,4 +55,5 @@ def _answer_once(launch: LaunchContext | None, target: ModelRef, arguments: Chat
     with end_without_reader(), open_chat(launch, target, arguments, prompt) as chat:
         for file in chat.files if not (output.json or output.quiet) else ():
             show_attachment(file)
+        history.attach(chat.conversation, target)
         answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output)

@@ -1,0 +1,207 @@
+"""The history of a chat: the conversation that `--continue` takes up, and the log of what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kimi_mlx.cli.chat.prompt import resolve_chat_model
+from kimi_mlx.cli.options import model_name
+from kimi_mlx.cli.output import print_note
+from kimi_mlx.errors import HistoryError, UsageError
+from kimi_mlx.history.database import history_folder
+from kimi_mlx.history.find import find_conversation
+from kimi_mlx.history.log import ConversationLog
+from kimi_mlx.history.records import ConversationRecord
+from kimi_mlx.history.store import HistoryStore
+from kimi_mlx.store.model_ref import resolve_model_name
+
+if TYPE_CHECKING:
+    from kimi_mlx.cli.chat.options import HistoryOptions
+    from kimi_mlx.session.conversation import Conversation
+    from kimi_mlx.store.model_ref import ModelRef
+    from kimi_mlx.text.messages import Message, ToolCall
+
+NO_RESULT = "There is no result: the chat ended before the tool did."
+"""Result of a tool call of a chat that was killed, for the model."""
+
+
+class ChatHistory:
+    """The history as one chat uses it.
+
+    Args:
+        store: history; None if it is not used.
+        resumed: conversation that the chat continues; None for a new one.
+        is_logged: whether the chat is stored.
+    """
+
+    def __init__(self, store: HistoryStore | None, resumed: ConversationRecord | None = None, is_logged: bool = True):
+        self._store = store
+        self._is_logged = is_logged
+        self.resumed = resumed
+
+    @classmethod
+    def open(cls, options: HistoryOptions) -> ChatHistory:
+        """Open the history, and find the conversation to continue.
+
+        If the file cannot be used, a new chat is not stored; that is reported.
+
+        Args:
+            options: options of the user.
+
+        Raises:
+            HistoryError: there is no such conversation, or the history cannot be used.
+        """
+        is_logged, name = not options.no_log, options.continue_
+        if name is None and not is_logged:
+            return cls(None)
+        try:
+            store = open_history()
+        except HistoryError as error:
+            if name is not None:
+                raise
+            print_note(f"this chat is not stored: {error.message}; {error.hint}")
+            return cls(None)
+        try:
+            return cls(store, None if name is None else find_conversation(store, name), is_logged)
+        except HistoryError as error:
+            hint = f"{error.hint}; a model comes before --continue" if name else error.hint
+            raise HistoryError(error.message, hint=hint) from None
+
+    def resolve_model(self, name: str | None, prompt: str | None) -> ModelRef:
+        """Return the model: the one with a name, else that of the conversation to continue, else the default.
+
+        Args:
+            name: name that the user gave; None for none.
+            prompt: prompt of the user.
+
+        Raises:
+            UsageError: unknown name, or an unsupported model.
+        """
+        if name is not None or self.resumed is None:
+            return resolve_chat_model(model_name(name), prompt)
+        try:
+            return resolve_model_name(self.resumed.model)
+        except UsageError as error:
+            hint = f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`"
+            raise UsageError(f"the model of the conversation cannot be used: {error.message}", hint=hint) from None
+
+    def attach(self, conversation: Conversation, target: ModelRef) -> ConversationLog | None:
+        """Fill a conversation with the messages to continue, and log what happens in it from now on.
+
+        What the user has set stays; the other settings become those of the conversation that is continued.
+
+        Args:
+            conversation: empty conversation with the loaded model.
+            target: the model.
+
+        Returns:
+            The log; None if the chat is not stored.
+
+        Raises:
+            HistoryError: the conversation to continue cannot be read.
+        """
+        if self._store is None:
+            return None
+        log = ConversationLog(self._store, stored_name(target), lambda: settings_of(conversation), print_note)
+        if self.resumed is not None:
+            options, system = conversation.options, conversation.system
+            resume(log, conversation, self.resumed, is_logged=self._is_logged)
+            conversation.system = system or conversation.system
+            conversation.options = replace(
+                options,
+                max_tokens=options.max_tokens or conversation.options.max_tokens,
+                sampling={**conversation.options.sampling, **options.sampling},
+                template_kwargs={**conversation.options.template_kwargs, **options.template_kwargs},
+            )
+        if not self._is_logged:
+            return None
+        conversation.listener = log
+        return log
+
+    def close(self) -> None:
+        """Close the history."""
+        if self._store is not None:
+            self._store.close()
+
+
+def open_history() -> HistoryStore:
+    """Open the history of the user.
+
+    Raises:
+        HistoryError: it cannot be used.
+    """
+    folder = history_folder()
+    if folder is None:
+        raise HistoryError("the user has no home folder for the history", hint="set XDG_DATA_HOME to a folder")
+    return HistoryStore.open(folder)
+
+
+def resume(
+    log: ConversationLog, conversation: Conversation, record: ConversationRecord, *, is_logged: bool = True
+) -> None:
+    """Replace messages and settings of a conversation by those of one in the history.
+
+    Args:
+        log: log of the conversation; it continues the one in the history.
+        conversation: conversation.
+        record: conversation in the history.
+        is_logged: whether the chat is stored; otherwise the history stays as it is.
+
+    Raises:
+        HistoryError: the history cannot be used.
+    """
+    if is_logged:
+        messages, is_copy = log.resume(record.number)
+    else:
+        messages, is_copy = log.store.messages(record.number), False
+    conversation.messages = [item.message for item in messages]
+    if messages:
+        _apply_settings(conversation, messages[-1].settings)
+    if is_copy and log.conversation is not None:
+        print_note(f"`{record.id}` is open in another chat; this one continues the copy `{log.conversation.id}`")
+    if record.model != log.model:
+        print_note(f"so far this conversation was with {record.model}; now it is with {log.model}")
+    listener, conversation.listener = conversation.listener, log if is_logged else None
+    for call in _calls_without_result(conversation.messages):
+        conversation.add_tool_result(call, NO_RESULT)
+    conversation.listener = listener
+
+
+def settings_of(conversation: Conversation) -> dict[str, Any]:
+    """Return the settings of a conversation that the history stores. Of the options it has what the user has set."""
+    options = conversation.options
+    settings = {
+        "system": conversation.system,
+        "max_tokens": options.max_tokens,
+        "sampling": dict(options.sampling),
+        "template": dict(options.template_kwargs),
+        "tools": list(options.tools),
+    }
+    return {name: value for name, value in settings.items() if value}
+
+
+def stored_name(target: ModelRef) -> str:
+    """Return the name under which a model is found again from any folder."""
+    return str(target.folder.resolve()) if target.folder is not None and target.entry is None else target.name
+
+
+def _apply_settings(conversation: Conversation, settings: Mapping[str, Any]) -> None:
+    conversation.system = settings.get("system")
+    conversation.options = replace(
+        conversation.options,
+        max_tokens=settings.get("max_tokens"),
+        sampling=settings.get("sampling", {}),
+        template_kwargs=settings.get("template", {}),
+    )
+
+
+def _calls_without_result(messages: Sequence[Message]) -> list[ToolCall]:
+    """Return the tool calls at the end of a conversation that nobody has answered."""
+    answered: set[str | None] = set()
+    for message in reversed(messages):
+        if message.role != "tool":
+            return [call for call in message.tool_calls if call.id not in answered]
+        answered.add(message.tool_call_id)
+    return []
