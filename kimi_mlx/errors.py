@@ -22,6 +22,7 @@ KimiMlxError
 ├── SshError         host that ssh cannot reach, or where a command fails
 ├── ServerError      server that cannot be reached, refuses a request, or breaks off an answer
 ├── InstallError     kimi-mlx cannot be installed on hosts
+├── ServiceError     background service that launchd or systemd cannot run
 └── RingError        ranks that fail to start, die or stop responding
     └── StallError   ranks that are alive but make no progress
 
@@ -139,6 +140,10 @@ class ServerError(KimiMlxError):
 
 class InstallError(KimiMlxError):
     """kimi-mlx cannot be installed on hosts."""
+
+
+class ServiceError(KimiMlxError):
+    """Background service that launchd or systemd cannot run."""
 
 
 class HostfileError(UsageError):

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from kimi_mlx.cli.app import app
+from kimi_mlx.cli.command_list import COMMANDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 ENVIRONMENT = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
 
 
-def command_names() -> list[str]:
-    """Return the names of the visible commands, in the order of the help."""
-    group = get_command(app)
-    context = group.make_context("kimi-mlx", [], resilient_parsing=True)
-    commands = {name: group.get_command(context, name) for name in group.list_commands(context)}  # pyright: ignore
-    return [name for name, command in commands.items() if command is not None and not command.hidden]
+def command_names() -> list[tuple[str, ...]]:
+    """Return the visible commands, in the order of the help; those of a group follow it."""
+    names: list[tuple[str, ...]] = []
+    for info in COMMANDS:
+        if not info.is_hidden:
+            names += [(info.name,), *((info.name, command.name) for command in info.commands)]
+    return names
 
 
 def help_text(*arguments: str) -> str:
@@ -38,8 +39,8 @@ def page() -> str:
         "The output of `kimi-mlx --help` and `kimi-mlx COMMAND --help`. Written by `scripts/make_cli_docs.py`.",
         f"```text\n{help_text()}\n```",
     ]
-    for name in command_names():
-        sections += [f"## kimi-mlx {name}", f"```text\n{help_text(name)}\n```"]
+    for names in command_names():
+        sections += [f"{'#' * (len(names) + 1)} kimi-mlx {' '.join(names)}", f"```text\n{help_text(*names)}\n```"]
     return "\n\n".join(sections) + "\n"
 
 

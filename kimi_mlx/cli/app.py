@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from kimi_mlx.cli.command_list import LazyGroup
+from kimi_mlx.cli.command_list import RootGroup
 from kimi_mlx.cli.signals import EndSignals
 from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
@@ -23,7 +23,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 
 app = typer.Typer(
     name="kimi-mlx",
-    cls=LazyGroup,
+    cls=RootGroup,
     help="Run Moonshot's Kimi models on one Mac or on several.",
     no_args_is_help=True,
     add_completion=True,

@@ -32,6 +32,7 @@ class CommandInfo:
         is_hidden: True to leave it out of the list.
         settings: settings of the command's context, see Click.
         module: name of its module in `cli/`, if it is not `name`.
+        commands: its own commands, if it is a group such as `kimi-mlx service`; it then has no function.
     """
 
     name: str
@@ -40,9 +41,12 @@ class CommandInfo:
     is_hidden: bool = False
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     module: str | None = None
+    commands: Sequence[CommandInfo] = ()
 
     def load(self) -> Any:
         """Import the command's module and return its Click command."""
+        if self.commands:
+            return _group(self)
         module = import_module(f"kimi_mlx.cli.{self.module or self.name}")
         single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
         single.command(
@@ -144,6 +148,36 @@ COMMANDS = (
         # the words after COMMAND belong to it
         settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     ),
+    CommandInfo(
+        "service",
+        "Run a server in the background, from login on.",
+        (
+            "kimi-mlx service install                             kimi-mini at http://127.0.0.1:8080/v1",
+            "kimi-mlx service install moonlight --port 8000 --name moon",
+            "kimi-mlx service install kimi-k2 --hosts mac-a.local,mac-b.local",
+            "kimi-mlx service status",
+            "kimi-mlx service logs -f",
+            "kimi-mlx service uninstall",
+        ),
+        commands=(
+            CommandInfo(
+                "install",
+                "Install a server, with the options of `serve`.",
+                (
+                    "kimi-mlx service install kimi-mini --dry-run",
+                    "kimi-mlx service install moonlight --host 0.0.0.0 --api-key-file keys",
+                    "kimi-mlx service install kimi-k2 --hostfile two.json --served-name gpt-4o",
+                ),
+                module="service.install",
+            ),
+            CommandInfo("status", "Show whether the server runs and answers.", module="service.status"),
+            CommandInfo("logs", "Print the log of the server.", module="service.logs"),
+            CommandInfo("start", "Start the server of an installed service.", module="service.start"),
+            CommandInfo("stop", "Stop the server until the next login or start.", module="service.start"),
+            CommandInfo("restart", "Restart the server, e.g. after an update.", module="service.start"),
+            CommandInfo("uninstall", "Stop the server and remove the service.", module="service.uninstall"),
+        ),
+    ),
     CommandInfo("check", "Check that a cluster gives equal answers.", is_hidden=True),
     CommandInfo(
         "doctor",
@@ -207,19 +241,21 @@ class PanelCommand(TyperCommand):
 class LazyGroup(TyperGroup):
     """A group that imports only the command that runs; its list is static."""
 
+    infos: Sequence[CommandInfo] = COMMANDS
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of our commands in the order of the list."""
-        return command_names()
+        return [info.name for info in self.infos]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a command; None for an unknown name."""
-        info = _BY_NAME.get(cmd_name)
+        info = self._find(cmd_name)
         return None if info is None else info.load()
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the static list of names and summaries."""
         with formatter.section("Commands"):
-            formatter.write_dl([(info.name, info.summary) for info in COMMANDS if not info.is_hidden])
+            formatter.write_dl([(info.name, info.summary) for info in self.infos if not info.is_hidden])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command of a command line.
@@ -228,12 +264,23 @@ class LazyGroup(TyperGroup):
             UsageError: unknown command; the hint has a similar name.
         """
         name = args[0]
-        if name not in _BY_NAME and not name.startswith("-"):
-            visible = [info.name for info in COMMANDS if not info.is_hidden]
+        if self._find(name) is None and not name.startswith("-"):
+            visible = [info.name for info in self.infos if not info.is_hidden]
             similar = difflib.get_close_matches(name, visible, n=1)
-            hint = f"did you mean `{similar[0]}`?" if similar else "type `kimi-mlx --help` for the commands"
-            raise UsageError(f"kimi-mlx has no command `{name}`", hint=hint)
+            own_name = "kimi-mlx" if ctx.parent is None else f"kimi-mlx {ctx.info_name}"
+            hint = f"did you mean `{similar[0]}`?" if similar else f"type `{own_name} --help` for the commands"
+            raise UsageError(f"{own_name} has no command `{name}`", hint=hint)
         return super().resolve_command(ctx, args)
+
+    def _find(self, name: str) -> CommandInfo | None:
+        return next((info for info in self.infos if info.name == name), None)
+
+
+class RootGroup(LazyGroup):
+    """The commands of `kimi-mlx`; those of other tools get a hint."""
+
+    def _find(self, name: str) -> CommandInfo | None:
+        return _BY_NAME.get(name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the options before the command.
@@ -255,6 +302,23 @@ def _with_empty_values(args: Sequence[str], names: Sequence[str]) -> Iterator[st
             return
         if word in names and (index + 1 == len(args) or args[index + 1].startswith("-")):
             yield ""
+
+
+def _group(info: CommandInfo) -> Any:
+    """Return the Click group of a command that has commands of its own."""
+    group = typer.Typer(
+        name=info.name,
+        cls=type("CommandGroup", (LazyGroup,), {"infos": info.commands}),
+        help=info.summary,
+        epilog=_epilog(info.examples),
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    group.callback()(lambda: None)
+    return get_command(group)
 
 
 def _epilog(examples: Sequence[str]) -> str | None:

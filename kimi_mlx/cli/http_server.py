@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from kimi_mlx.cli.open_model import OpenedModel
 from kimi_mlx.cli.output import stderr
@@ -15,6 +16,7 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.http.server_socket import ServerSocket
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.server import Server, ServingOptions
+from kimi_mlx.services.log_file import limit_log_size
 from kimi_mlx.settings import Settings
 from kimi_mlx.store.model_ref import ModelRef
 
@@ -62,9 +64,18 @@ def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[s
     return list(dict.fromkeys([*names, *default_names]))
 
 
+class ServerLogHandler(logging.StreamHandler[TextIO]):
+    """Write the server's log to stderr; in a service, keep the log file small."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        limit_log_size()
+        super().emit(record)
+
+
 def start_log() -> None:
     """Send the server's log to stderr, one line per request."""
-    handler = logging.StreamHandler()
+    handler = ServerLogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for name, level in (("kimi_mlx", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

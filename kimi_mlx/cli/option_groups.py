@@ -13,7 +13,8 @@ T = TypeVar("T")
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Replace each parameter whose type is a dataclass by one option per field.
 
-    Typer sees a flat list of options in the order of the parameters; the command receives the dataclasses.
+    Typer sees a flat list of options in the order of the parameters; the command receives the dataclasses. A
+    field that several of them have is one option.
 
     Args:
         command: function of a command; its dataclass parameters have fields of type `Annotated[..., typer.Option()]`,
@@ -27,7 +28,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
         hint = hints[parameter.name]
         if _is_group(hint):
             groups[parameter.name] = hint
-            options += _options_of(hint)
+            options += [option for option in _options_of(hint) if option.name not in {each.name for each in options}]
         else:
             single.append(parameter.name)
             options.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
@@ -69,7 +70,7 @@ def _options_of(group: type[Any]) -> list[inspect.Parameter]:
     for field in fields(group):
         hint = hints[field.name]
         if _is_group(hint):
-            options += _options_of(hint)
+            options += [option for option in _options_of(hint) if option.name not in {each.name for each in options}]
         else:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             options.append(

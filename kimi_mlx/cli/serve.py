@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import SERVER, DiskCacheOptions, RunOptions, refuse_mlx_launch
 from kimi_mlx.errors import UsageError
 from kimi_mlx.units import MB
+
+if TYPE_CHECKING:
+    from kimi_mlx.server.server import ServingOptions
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,27 @@ class ServerOptions:
         bool, typer.Option("--log-prompts", help="Log the request bodies.", rich_help_panel=SERVER)
     ] = False
 
+    def serving(self) -> ServingOptions:
+        """Return the options for the server, with the API keys.
+
+        Raises:
+            UsageError: an option is wrong, or other machines could use the server without a key.
+        """
+        from kimi_mlx.cli.api_keys import KEY_HINT, read_keys
+        from kimi_mlx.server.http.security import Security, is_loopback
+        from kimi_mlx.server.remote_images import normalize_host
+        from kimi_mlx.server.server import ServingOptions
+
+        keys = read_keys(self.api_key or (), self.api_key_file)
+        if not keys and not is_loopback(self.host):
+            raise UsageError(f"refusing to listen on `{self.host}` without an API key", hint=KEY_HINT)
+        security = Security(self.host, keys, tuple(self.allow_host or ()), tuple(self.cors_origin or ()))
+        named_hosts = ",".join(self.allow_image_urls or ()).split(",")
+        image_hosts = tuple(normalize_host(host.strip()) for host in named_hosts if host.strip())
+        return ServingOptions(
+            security, self.max_queue, self.max_body * MB, image_hosts, self.log_prompts, starts_worker=True
+        )
+
 
 @with_option_groups
 def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: DiskCacheOptions) -> None:
@@ -120,26 +144,14 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     """
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.api_keys import KEY_HINT, read_keys
     from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.cli.output import stderr
-    from kimi_mlx.server.http.security import Security, is_loopback
     from kimi_mlx.server.http.server_socket import ServerSocket
-    from kimi_mlx.server.remote_images import normalize_host
-    from kimi_mlx.server.server import ServingOptions
     from kimi_mlx.store.model_ref import resolve_model_name
 
     target = resolve_model_name(run.model_name)
-    keys = read_keys(server.api_key or (), server.api_key_file)
-    if not keys and not is_loopback(server.host):
-        raise UsageError(f"refusing to listen on `{server.host}` without an API key", hint=KEY_HINT)
-    security = Security(server.host, keys, tuple(server.allow_host or ()), tuple(server.cors_origin or ()))
-    named_hosts = ",".join(server.allow_image_urls or ()).split(",")
-    image_hosts = tuple(normalize_host(host.strip()) for host in named_hosts if host.strip())
-    serving = ServingOptions(
-        security, server.max_queue, server.max_body * MB, image_hosts, server.log_prompts, starts_worker=True
-    )
+    serving = server.serving()
     options = session_options(run, disk, has_sampling=True)
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes must not import modules of the current folder
     with ExitStack() as stack:
@@ -147,7 +159,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
         stack.enter_context(closing(opened.session))
-        on_ready = partial(greet, target.name, server_socket, key_placeholder(keys))
+        on_ready = partial(greet, target.name, server_socket, key_placeholder(serving.security.keys))
         http_server = make_server(target, opened, server.served_name or (), serving, on_ready)
         start_log()
         server_socket.listen()

@@ -34,6 +34,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
     r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",
+    r"kimi-mlx service ": "starts a server in the background: tests/services runs it",
     r"kimi-mlx plan .*--hostfile": "needs the hosts of the hostfile",
     r"llm ": "tests/server/test_commands.py types it",
     r"mlx\.launch ": "needs a second host",
@@ -198,13 +199,14 @@ def parse(arguments: list[str]) -> str:
 
     An option or command that does not exist is a UsageError of Click.
     """
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    root = group.make_context("kimi-mlx", [arguments[0]], resilient_parsing=True)
-    command = group.get_command(root, arguments[0])
-    assert command is not None, arguments[0]
-    context = command.make_context(arguments[0], arguments[1:], parent=root)
-    return parse(context.args) if context.args else arguments[0]  # `launch` runs another command
+    command, parent, name = get_command(app), None, "kimi-mlx"
+    while isinstance(command, TyperGroup):
+        parent = command.make_context(name, arguments[:1], parent=parent, resilient_parsing=True)
+        name, *arguments = arguments
+        command = command.get_command(parent, name)
+        assert command is not None, name
+    context = command.make_context(name, arguments, parent=parent)
+    return parse(context.args) if context.args else name  # `launch` runs another command
 
 
 @pytest.mark.parametrize(

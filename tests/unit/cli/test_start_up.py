@@ -78,7 +78,11 @@ def test_a_usage_error_of_any_command_imports_no_heavy_module() -> None:
     assert len(of_others) < 40
 
 
-@pytest.mark.parametrize("info", COMMANDS, ids=lambda info: info.name)
+SINGLE_COMMANDS = [command for info in COMMANDS for command in (info.commands or [info])]
+"""All commands, those of groups too, without the groups."""
+
+
+@pytest.mark.parametrize("info", SINGLE_COMMANDS, ids=lambda info: info.name)
 def test_summaries_are_short_and_equal_the_docstrings(info: object) -> None:
     name, summary, module = (getattr(info, attribute) for attribute in ("name", "summary", "module"))
     command = getattr(import_module(f"kimi_mlx.cli.{module or name}"), name)

@@ -1,0 +1,228 @@
+"""The service that `kimi-mlx service install` installs: its command, its environment, and checks before it starts."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from kimi_mlx.cli.host_options import HostOptions
+from kimi_mlx.cli.launch import LaunchOptions
+from kimi_mlx.cli.launched_command import LaunchedCommand
+from kimi_mlx.cli.open_model import name_for_hosts, place_model, session_options
+from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
+from kimi_mlx.cli.serve import ServerOptions
+from kimi_mlx.errors import ServiceError, UsageError
+from kimi_mlx.server.http.server_socket import ServerSocket
+from kimi_mlx.services.log_file import log_path
+from kimi_mlx.services.service import LOG_VARIABLE, Service
+from kimi_mlx.settings import Settings
+from kimi_mlx.store.locate import find_local_model
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+
+KEPT_PREFIXES = ("KIMI_MLX_", "HF_", "MLX_")
+"""Prefixes of environment variables that the service gets, with PATH and FOLDER_VARIABLES."""
+SECRETS = ("KIMI_MLX_API_KEY", "HF_TOKEN", "HF_TOKEN_PATH")
+"""Variables that a service never gets: its file is not for secrets, and it downloads nothing."""
+FOLDER_VARIABLES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
+
+CACHE_FOLDERS = (".cache", "Caches")
+"""Names of folders whose contents may be deleted at any time."""
+
+KEY_FILE_HINT = (
+    "write it to a file that only you can read: `openssl rand -hex 24 > ~/kimi-mlx.keys && chmod 600 "
+    "~/kimi-mlx.keys`; then add `--api-key-file ~/kimi-mlx.keys`"
+)
+
+
+def define_service(
+    context: typer.Context,
+    name: str,
+    hosts: HostOptions,
+    launch: LaunchOptions,
+    run: RunOptions,
+    server: ServerOptions,
+    disk: DiskCacheOptions,
+) -> Service:
+    """Return the service for the options of `kimi-mlx service install`, which the server's own checks accept.
+
+    Raises:
+        UsageError: an option is wrong or cannot belong to a service, or the model is not on this machine.
+        ServiceError: the program or the user's folders do not last.
+    """
+    _check_secrets(server)
+    server.serving()
+    session_options(run, disk, has_sampling=True)
+    if server.port == 0:
+        raise UsageError("a service needs a port that stays the same", hint="leave `--port 0` out, or choose a port")
+    target = resolve_model_name(run.model_name)
+    words = ["serve", name_for_hosts(target), *_options(context, _names(RunOptions, ServerOptions, DiskCacheOptions))]
+    if hosts.hosts is not None or hosts.hostfile is not None:
+        hosts.read()
+        launch.check(hosts)
+        # parses the words as `kimi-mlx launch` will
+        LaunchedCommand(_launch_context(context), words)
+        own_names = _names(HostOptions, LaunchOptions) - _names(RunOptions)
+        words = ["launch", *_options(context, own_names), *words]
+    else:
+        _check_no_launch_options(context)
+        _check_model(target, run)
+    log = log_path(name)
+    if log is None:
+        raise ServiceError("there is no home folder to keep the service's log in", hint="set HOME")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**kept_environment(os.environ), LOG_VARIABLE: str(log)}
+    return Service(name, (*program(), *words), environment, log)
+
+
+def check_port(server: ServerOptions, current: Service | None) -> None:
+    """Check that no other program has the server's port.
+
+    Args:
+        server: options of the new server.
+        current: the running service that it replaces; None without one.
+
+    Raises:
+        UsageError: the port is in use, or the address does not belong to this machine.
+    """
+    if current is None or listening_port(current) != server.port:
+        with closing(ServerSocket(server.host, server.port)) as probe:
+            probe.listen()
+
+
+def option_value(service: Service, option: str) -> str | None:
+    """Return the last value of an option in a service's command, which has the form `--option=value`."""
+    values = [word.partition("=")[2] for word in service.command if word.startswith(f"{option}=")]
+    return values[-1] if values else None
+
+
+def listening_port(service: Service) -> int:
+    """Return the port of a service's server."""
+    return int(option_value(service, "--port") or ServerOptions.port)
+
+
+def url_of(service: Service) -> str:
+    """Return the URL of a service's server, for programs on this machine."""
+    host = option_value(service, "--host") or ServerOptions.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening_port(service)}"
+
+
+def model_of(service: Service) -> str:
+    """Return the model of a service: the word after `serve`."""
+    words = service.command[service.command.index("serve") + 1 :] if "serve" in service.command else ()
+    return next((word for word in words if not word.startswith("-")), "?")
+
+
+def hosts_of(service: Service) -> str | None:
+    """Return the hosts or the hostfile of a service; None if it runs on this machine alone."""
+    return option_value(service, "--hosts") or option_value(service, "--hostfile")
+
+
+def program() -> tuple[str, ...]:
+    """Return the command that runs this kimi-mlx, by an absolute path that updates keep.
+
+    The paths in an environment of uv, pipx or venv stay the same when kimi-mlx is updated there.
+
+    Raises:
+        ServiceError: the environment is temporary, as that of `uvx` or `pipx run`.
+    """
+    if any(part in CACHE_FOLDERS for part in Path(sys.prefix).parts):
+        raise ServiceError(
+            f"this kimi-mlx is in a cache (`{sys.prefix}`), which may be emptied",
+            hint="install it: `uv tool install`, `pipx install` or `pip install`; then type the same command again",
+        )
+    script = Path(sys.executable).with_name("kimi-mlx")
+    return (str(script),) if script.is_file() else (sys.executable, "-m", "kimi_mlx")
+
+
+def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a service gets from the environment of `install`."""
+    names = {name for name in environment if name.startswith(KEPT_PREFIXES)} | {"PATH", *FOLDER_VARIABLES}
+    return {name: environment[name] for name in sorted(names.difference(SECRETS)) if environment.get(name)}
+
+
+def _check_secrets(server: ServerOptions) -> None:
+    """Check that API keys come from a file, and that only the user can read it.
+
+    Raises:
+        UsageError: they do not, or others can.
+    """
+    if server.api_key:
+        raise UsageError("--api-key would write the key into the service's file", hint=KEY_FILE_HINT)
+    if server.api_key_file is None:
+        if Settings.from_environment().api_key is not None:
+            raise UsageError("a service does not get $KIMI_MLX_API_KEY, so its server would have no key", KEY_FILE_HINT)
+        return
+    path = server.api_key_file
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0
+    if mode & 0o077:
+        raise UsageError(f"other users can read `{path}` (mode {mode:04o})", hint=f"type `chmod 600 {path}`")
+
+
+def _check_model(target: ModelRef, run: RunOptions) -> None:
+    """Check that a model is on this machine: a service downloads nothing.
+
+    Raises:
+        UsageError: it is not here.
+        WeightsError: it is here for another number of ranks.
+    """
+    choice = place_model(target, run.ranks, run.strategy, is_quiet=True)
+    if find_local_model(target, run.ranks, choice.strategy) is None:
+        ranks = f" --ranks {run.ranks}" if run.ranks > 1 else ""
+        raise UsageError(
+            f"`{target.name}` is not on this machine, and a service downloads nothing",
+            hint=f"type `kimi-mlx download {target.name}{ranks}` first",
+        )
+
+
+def _check_no_launch_options(context: typer.Context) -> None:
+    """Refuse options for several hosts without hosts.
+
+    Raises:
+        UsageError: there is one.
+    """
+    options = _options(context, _names(HostOptions, LaunchOptions) - _names(RunOptions))
+    if options:
+        name = options[0].partition("=")[0]
+        raise UsageError(f"`{name}` is for a server on several hosts", hint="add `--hosts mac-a.local,mac-b.local`")
+
+
+def _launch_context(context: typer.Context) -> typer.Context:
+    """Return a context of `kimi-mlx launch` below the root."""
+    root = context.find_root()
+    group: Any = root.command
+    return group.get_command(root, "launch").make_context("launch", [], parent=root)
+
+
+def _names(*groups: type[Any]) -> set[str]:
+    """Return the names of all options of some dataclasses."""
+    return {field.name for group in groups for field in fields(group)} - {"model"}
+
+
+def _options(context: typer.Context, names: set[str]) -> list[str]:
+    """Return the options on the command line, among some, as words `--option=value`, with absolute paths."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        source: Any = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in names or source is None or source.name != "COMMANDLINE":
+            continue
+        option, value = parameter.opts[0], context.params[parameter.name]
+        if isinstance(value, bool):
+            words += [option] if value else []
+            continue
+        values: list[Any] = value if isinstance(value, list) else [value]  # pyright: ignore[reportUnknownVariableType]
+        words += [f"{option}={_text(each)}" for each in values]
+    return words
+
+
+def _text(value: Any) -> str:
+    """Return the text of an option's value; a path becomes absolute, since a service starts in another folder."""
+    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, Path) else str(value)
