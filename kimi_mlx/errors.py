@@ -3,7 +3,8 @@
 KimiMlxError
 ├── UsageError       invalid option or argument
 │   ├── HostfileError       invalid hostfile or list of hosts
-│   └── GrammarError        schema or tool choice that cannot be enforced
+│   ├── GrammarError        schema or tool choice that cannot be enforced
+│   └── ToolConfigError     file of MCP servers that is wrong
 ├── ConfigError      unsupported or invalid `config.json` (or similar file)
 ├── WeightsError     checkpoint files that are missing, unsupported or corrupt
 │   ├── MissingModelError   model that is not on a host yet
@@ -13,6 +14,7 @@ KimiMlxError
 ├── ImageError       image or video that cannot be read, or that the model cannot see
 ├── VisionError      patches, grids or placeholders of images that do not fit the model or each other
 ├── PlacementError   model that cannot be split as requested
+├── ToolError        MCP server that cannot be used, or tool call without a result
 ├── EngineError      generation: request too long, cache misuse
 │   └── CacheError          unusable block of the prompt cache on disk
 ├── AnswerError      empty answer, or one that does not match its schema
@@ -156,6 +158,14 @@ class GrammarError(UsageError):
 
 class AnswerError(KimiMlxError):
     """Answer that is empty, or that does not match its schema because it ended too early."""
+
+
+class ToolConfigError(UsageError):
+    """File of MCP servers that cannot be read, or that describes one wrongly."""
+
+
+class ToolError(KimiMlxError):
+    """MCP server that cannot be used, or tool call without a result."""
 
 
 class StepError(KimiMlxError):
