@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.chat.chat_status import ChatStatus, format_duration
 from kimi_mlx.cli.chat.plain_output import PlainOutput
+from kimi_mlx.cli.chat.terminal_output import TerminalOutput
 from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed
@@ -24,8 +25,8 @@ from kimi_mlx.units import format_count
 ReasoningMode: TypeAlias = Literal["show", "hide", "fold"]
 """What is shown of the reasoning: all of it, nothing, or its end while it lasts and then one line."""
 
-REFRESH_S = 0.1
-"""Interval at which the status line is redrawn if nothing else happens."""
+REFRESH_S = 0.05
+"""Interval at which an answer is drawn."""
 STATUS_AFTER_S = 0.3
 """Age of an answer from which it has a status line: a quicker one shows none."""
 
@@ -71,8 +72,8 @@ class AnswerOutput(Protocol):
         """Show something of the program itself."""
         ...
 
-    def refresh(self) -> None:
-        """Draw what has changed."""
+    def refresh(self, has_status: bool = True) -> None:
+        """Draw what has changed, with a status line or without."""
         ...
 
     def pause(self) -> None:
@@ -114,7 +115,11 @@ class AnswerView:
         is_rendered = not is_plain(console, plain)
         # reasoning in a log file would be noise
         self._mode: ReasoningMode = reasoning if is_rendered or notes.is_terminal else "hide"
-        self._output: AnswerOutput = PlainOutput(console, notes, self.status)
+        self._output: AnswerOutput
+        if is_rendered:
+            self._output = TerminalOutput(console, self.status, folds=reasoning == "fold")
+        else:
+            self._output = PlainOutput(console, notes, self.status)
         self._lock = threading.RLock()
         self._part: Literal["reasoning", "text"] | None = None
         self._has_shown = False
@@ -274,9 +279,8 @@ class AnswerView:
         try:
             while not self._is_over.wait(REFRESH_S):
                 with self._lock:
-                    is_young = time.monotonic() - self._opened_at < STATUS_AFTER_S
-                    if not (self._is_paused or is_young or self._is_over.is_set()):
-                        self._output.refresh()
+                    if not (self._is_paused or self._is_over.is_set()):
+                        self._output.refresh(time.monotonic() - self._opened_at >= STATUS_AFTER_S)
         except BaseException as error:  # the terminal is closed: SystemExit belongs into the main thread
             self._error = error
 

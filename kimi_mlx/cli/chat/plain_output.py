@@ -85,9 +85,9 @@ class PlainOutput:
             self._notes.print()  # the text continues in the middle of its line
         self._notes.print(renderable, soft_wrap=False)
 
-    def refresh(self) -> None:
+    def refresh(self, has_status: bool = True) -> None:
         """Draw the status line."""
-        if self._region is None:
+        if self._region is None or not has_status:
             return
         line = self._status.line(self._notes.width - 1)
         self._region.update((), [Row(line, cell_width(line))] if line else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from wcwidth import iter_graphemes, wcstwidth
 
@@ -104,6 +105,21 @@ def wrap_points(text: str, width: int) -> list[tuple[int, int]]:
     return lines
 
 
+def fold_points(text: str, width: int) -> list[tuple[int, int]]:
+    """Break one line of text wherever it is full, and keep its spaces.
+
+    Args:
+        text: text without newlines and tabs.
+        width: maximum number of cells of a line.
+
+    Returns:
+        (start, end) of each line in the text; at least one.
+    """
+    width = max(1, width)
+    edges = [0, *_cuts(text, width, width), len(text)]
+    return list(pairwise(edges))
+
+
 def _pieces(word: str, offset: int) -> list[tuple[int, int, int]]:
     """Return (start, end, cells) of the parts of a word between which a line may break."""
     if word.isascii():
@@ -126,6 +142,8 @@ def _pieces(word: str, offset: int) -> list[tuple[int, int, int]]:
 
 def _cuts(word: str, first: int, width: int) -> list[int]:
     """Return the offsets at which a word is cut to lines, the first of another width; none where it fits."""
+    if word.isascii():
+        return list(range(max(0, first), len(word), width))
     cuts: list[int] = []
     room, used, offset = first, 0, 0
     for grapheme in iter_graphemes(word):
