@@ -73,6 +73,18 @@ COMMANDS = (
         module="chat.command",
     ),
     CommandInfo(
+        "history",
+        "List, search and show past chats.",
+        (
+            "kimi-mlx history                       the latest conversations",
+            "kimi-mlx history quarterly report      those with both words in a message",
+            "kimi-mlx history show k3m9             the conversation whose id begins with k3m9",
+            "kimi-mlx history export k3m9 chat.md   as Markdown; other names get JSON in OpenAI's format",
+            "kimi-mlx history rm k3m9 tax           remove two conversations",
+            "kimi-mlx chat --continue k3m9          continue one",
+        ),
+    ),
+    CommandInfo(
         "serve",
         "Serve a model over HTTP (OpenAI, Anthropic APIs).",
         (

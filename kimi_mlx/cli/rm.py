@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kimi_mlx.cli.options import JsonOption
-from kimi_mlx.errors import UsageError, WeightsError
+from kimi_mlx.errors import WeightsError
 from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ def rm(
 ) -> None:
     """Remove a model's downloads and stores."""
     # heavy imports: not for `--help` or a usage error
+    from kimi_mlx.cli.confirm import confirm
     from kimi_mlx.cli.output import print_json, stderr, stdout
     from kimi_mlx.store.model_ref import resolve_model_name
     from kimi_mlx.store.remove import check_unused, find_removable, remove
@@ -39,7 +39,7 @@ def rm(
         for folder in folders:
             stderr.print(_describe(folder), markup=False, highlight=False, soft_wrap=True)
     if not yes:
-        _confirm(f"Remove {format_bytes(total)}?", is_quiet=json)
+        confirm(f"Remove {format_bytes(total)}?", "nothing is removed", is_quiet=json)
         check_unused(folders)  # again: a download may have started during the question
     for folder in folders:
         remove(folder)
@@ -75,21 +75,3 @@ def _nothing_here(target: ModelRef) -> WeightsError:
 def _describe(folder: RemovableFolder) -> str:
     kind = {"store": "stores", "download": "Hugging Face cache"}[folder.kind]
     return f"{format_bytes(folder.size_bytes):>10}  {kind}: {folder.folder}"
-
-
-def _confirm(question: str, is_quiet: bool) -> None:
-    """Ask on the terminal.
-
-    Raises:
-        UsageError: there is no terminal.
-        typer.Exit: the answer is no.
-    """
-    from kimi_mlx.cli.output import stderr
-
-    if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
-        raise UsageError(
-            "there is no terminal to ask on; nothing is removed", hint="add --yes to remove without asking"
-        )
-    if not typer.confirm(question, default=False, err=True):
-        stderr.print("nothing is removed")
-        raise typer.Exit(1)
