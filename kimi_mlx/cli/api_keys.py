@@ -33,6 +33,18 @@ def read_keys(options: Sequence[str], file: Path | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key for _, key in keys))
 
 
+def read_client_key(file: Path | None) -> str | None:
+    """Return the API key for requests to a server: the first of a file, else that of the environment.
+
+    Raises:
+        UsageError: the file has no key, or the key cannot be sent in a header.
+    """
+    if file is None:
+        return next(iter(read_keys((), None)), None)
+    first = _keys_in(file)[0][1]
+    return read_keys((first,), None)[0]
+
+
 def _keys_in(file: Path) -> list[tuple[str, str]]:
     """Return the keys in a file, each with its position."""
     try:

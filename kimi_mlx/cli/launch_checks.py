@@ -13,6 +13,7 @@ from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand
+from kimi_mlx.cli.local_server import servers_on
 from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.output import print_json, slow_status, stderr
@@ -50,6 +51,8 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
         stderr.print(f"`{need.name}` comes with kimi-mlx; there is nothing to download", markup=False)
         return None
     command.check_chat()
+    if command.name != "download":
+        _report_servers(request)
     diagnosis = run_diagnosis(request, options.install)
     choice = choose_placement_on_hosts(diagnosis, request, command.strategy)
     need = with_placement(need, choice, request.world_size)
@@ -62,6 +65,17 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
         _print_start(diagnosis, need, option, cluster, is_full=command.name == "check")
         print_placement(choice, format_count(cluster.size, "rank" if len(cluster.names) == 1 else "host"))
     return LaunchContext(cluster, option, options.restarts, options.timeouts, choice, to_dict(diagnosis, need))
+
+
+def _report_servers(request: DoctorRequest) -> None:
+    """Print which of this user's servers hold memory of the hosts."""
+    for server in servers_on(request.hostfile.names):
+        stderr.print(
+            f"warning: {server.url} (process {server.pid}) has {server.model} in the memory of "
+            f"{', '.join(server.hosts)}; `kimi-mlx chat --url {server.url}` chats with it",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _doctor_request(hosts: HostOptions, options: LaunchOptions, command: LaunchedCommand) -> tuple[DoctorRequest, str]:

@@ -145,8 +145,10 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
+    from kimi_mlx.cli.local_server import local_server
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.cli.output import stderr
+    from kimi_mlx.client.local_servers import announce
     from kimi_mlx.server.http.server_socket import ServerSocket
     from kimi_mlx.store.model_ref import resolve_model_name
 
@@ -164,7 +166,8 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         start_log()
         server_socket.listen()
         try:
-            http_server.run([server_socket.socket])
+            with announce(local_server(target, opened, server_socket.url, needs_key=bool(serving.security.keys))):
+                http_server.run([server_socket.socket])
         finally:
             if http_server.started:
                 stderr.print("stopped")

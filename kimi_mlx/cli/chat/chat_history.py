@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kimi_mlx.cli.chat.first_minutes import chat_model_name
 from kimi_mlx.cli.chat.prompt import resolve_chat_model
-from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.output import print_note
 from kimi_mlx.errors import HistoryError, UsageError
 from kimi_mlx.history.database import history_folder
@@ -80,21 +80,21 @@ class ChatHistory:
             UsageError: unknown name, or an unsupported model.
         """
         if name is not None or self.resumed is None:
-            return resolve_chat_model(model_name(name), prompt)
+            return resolve_chat_model(chat_model_name(name), prompt)
         try:
             return resolve_model_name(self.resumed.model)
         except UsageError as error:
             hint = f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`"
             raise UsageError(f"the model of the conversation cannot be used: {error.message}", hint=hint) from None
 
-    def attach(self, conversation: Conversation, target: ModelRef) -> ConversationLog | None:
+    def attach(self, conversation: Conversation, target: ModelRef | None) -> ConversationLog | None:
         """Fill a conversation with the messages to continue, and log what happens in it from now on.
 
         What the user has set stays; the other settings become those of the conversation that is continued.
 
         Args:
             conversation: empty conversation with the loaded model.
-            target: the model.
+            target: the model; None for that of a server.
 
         Returns:
             The log; None if the chat is not stored.
@@ -104,7 +104,8 @@ class ChatHistory:
         """
         if self._store is None:
             return None
-        log = ConversationLog(self._store, stored_name(target), lambda: settings_of(conversation), print_note)
+        name = conversation.model.name if target is None else stored_name(target)
+        log = ConversationLog(self._store, name, lambda: settings_of(conversation), print_note)
         if self.resumed is not None:
             options, system = conversation.options, conversation.system
             resume(log, conversation, self.resumed, is_logged=self._is_logged)

@@ -1,4 +1,4 @@
-"""Open the model of a chat, with the files of the first message: on this machine or on launched hosts."""
+"""Open the model of a chat, with the files of the first message: here, on launched hosts, or behind a server."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachm
 from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling, read_tokenizer
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import check_prompt_size
+from kimi_mlx.cli.chat.server_choice import ServerChoice, named_server, running_server, unused_options
 from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
+from kimi_mlx.cli.output import print_note, slow_status
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
+from kimi_mlx.client.remote import RemoteChatModel
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
@@ -36,19 +39,59 @@ class OpenedChat:
 
 @contextmanager
 def open_chat(
-    launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, text: str = ""
+    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, text: str | None = None
 ) -> Generator[OpenedChat]:
-    """Load a model and read the files of the first message.
+    """Load a model or connect to a server that has it, and read the files of the first message.
 
     Args:
         launch: launched hosts; None for this machine.
-        target: the model.
+        target: the model; None for that of the server which the user has named.
         arguments: arguments of the user.
-        text: text of the first message, if it is known.
+        text: text of the first message; None for a conversation.
 
     Raises:
-        KimiMlxError: the model cannot be loaded, or a file cannot be read.
+        KimiMlxError: the model cannot be loaded, the server does not answer, or a file cannot be read.
     """
+    server = named_server(arguments)
+    if server is None and target is not None and launch is None:
+        server = running_server(target, arguments, can_ask=text is None)
+    if server is not None:
+        with _open_remote(server, arguments) as chat:
+            yield chat
+        return
+    assert target is not None
+    with _open_here(launch, target, arguments, text or "") as chat:
+        yield chat
+
+
+@contextmanager
+def _open_remote(server: ServerChoice, arguments: ChatArguments) -> Generator[OpenedChat]:
+    """Connect to a server.
+
+    Raises:
+        ServerError: it does not answer, or refuses the key.
+        UsageError: it does not have the model, or an option is wrong.
+    """
+    prompt, is_quiet = arguments.prompt, arguments.output.quiet or arguments.output.json
+    answers = chat_options(arguments.sampling, arguments.output.read_schema())
+    files = _read_files(arguments, None)
+    if unused := unused_options(arguments):
+        print_note(f"without effect at a server: {', '.join(unused)}")
+    with slow_status(is_quiet) as set_status:
+        set_status(f"connecting to {server.address.url}")
+        model = RemoteChatModel(server.address, server.key, server.model)
+    with closing(model):
+        if files and model.image_error is not None:
+            raise model.image_error
+        placement = Choice("", f"served at {model.url}")
+        yield OpenedChat(Conversation(model, answers, prompt.read_system()), files, placement)
+
+
+@contextmanager
+def _open_here(
+    launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, text: str
+) -> Generator[OpenedChat]:
+    """Load a model on this machine or on launched hosts."""
     prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.quiet
     system = prompt.read_system()
     answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), instant_sampling(target)

@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.cli.chat.media_files import check_files, media_kind, to_path
 from kimi_mlx.cli.chat.schema import Schema, read_schema
-from kimi_mlx.cli.options import SAMPLING, DiskCacheOptions, RunOptions
+from kimi_mlx.cli.options import MODEL, SAMPLING, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -247,6 +247,50 @@ class HistoryOptions:
 
 
 @dataclass(frozen=True)
+class RemoteOptions:
+    """Options of a server that has the model."""
+
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="Chat with the model of a running server, `kimi-mlx serve` or any other with OpenAI's API, such as "
+            "`http://mac-a:8080`. Nothing is loaded here.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="File with the server's API key. Default: $KIMI_MLX_API_KEY.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load",
+            help="Load the model even if a server on this machine has it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
+
+    def check(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: `--load` with `--url`.
+        """
+        if self.load and self.url is not None:
+            raise UsageError("--url and --load exclude each other", hint="leave one of them out")
+
+
+@dataclass(frozen=True)
 class ChatArguments:
     """All arguments of `kimi-mlx chat`. A new subject is one dataclass and one field here.
 
@@ -254,12 +298,14 @@ class ChatArguments:
         prompt: prompt, system prompt, and files of the first message.
         output: what is printed, and how.
         run: the model and how it runs.
+        remote: server that has the model.
         sampling: how tokens are sampled.
         disk: prompt cache on disk.
         history: the conversation to continue, and whether this one is stored.
     """
 
     run: RunOptions
+    remote: RemoteOptions
     prompt: PromptOptions
     output: OutputOptions
     history: HistoryOptions
@@ -272,6 +318,7 @@ class ChatArguments:
         Raises:
             UsageError: options that are wrong or exclude each other, or a file that does not exist.
         """
+        self.remote.check()
         self.prompt.check()
         self.prompt.read_system()
         self.output.read_schema()

@@ -8,12 +8,14 @@ import typer
 
 from kimi_mlx.cli.chat.attachments import show_attachment, with_attachments
 from kimi_mlx.cli.chat.chat_history import ChatHistory
+from kimi_mlx.cli.chat.first_minutes import show_first_note
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.reader_watch import end_without_reader
+from kimi_mlx.errors import UsageError
 from kimi_mlx.store.model_ref import ModelRef
 
 
@@ -29,7 +31,7 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
         typer.Exit: the conversation has ended.
     """
     with closing(ChatHistory.open(arguments.history)) as history:
-        target = history.resolve_model(arguments.run.model, arguments.prompt.prompt)
+        target = _find_target(launch, arguments, history)
         arguments.check()
         prompt = read_prompt(arguments.prompt, arguments.output)
         if prompt is not None:
@@ -38,13 +40,29 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
         from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
         from kimi_mlx.cli.chat.repl_state import ReplState
 
+        if target is not None and arguments.run.model is None and history.resumed is None:
+            show_first_note()
         with open_chat(launch, target, arguments) as chat:
             history.attach(chat.conversation, target)
             raise typer.Exit(run_repl(ReplState(chat.conversation, attached=chat.files)))
 
 
+def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory) -> ModelRef | None:
+    """Return the model to load; None if the user has named a server that has one.
+
+    Raises:
+        UsageError: unknown name, an unsupported model, or a server beside launched hosts.
+    """
+    if arguments.remote.url is None:
+        return history.resolve_model(arguments.run.model, arguments.prompt.prompt)
+    if launch is not None:
+        hint = f"without hosts: `kimi-mlx chat --url {arguments.remote.url}`"
+        raise UsageError("--url and launched hosts exclude each other", hint=hint)
+    return None
+
+
 def _answer_once(
-    launch: LaunchContext | None, target: ModelRef, arguments: ChatArguments, prompt: str, history: ChatHistory
+    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, prompt: str, history: ChatHistory
 ) -> None:
     """Load the model and print one answer, or stop as soon as nobody reads it.
 

@@ -1,0 +1,110 @@
+"""The server of a chat: the one that the user names, or one on this machine that already has the model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import typer
+
+from kimi_mlx.cli.api_keys import read_client_key
+from kimi_mlx.cli.chat.options import ChatArguments
+from kimi_mlx.cli.local_server import source_of
+from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
+from kimi_mlx.cli.output import print_note, stderr
+from kimi_mlx.client.address import ServerAddress, parse_address
+from kimi_mlx.client.local_servers import LocalServer, find_servers, is_answering
+from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.units import GB
+
+MIN_WEIGHTS_BYTES = GB
+"""Size from which a model that is already served is not loaded again."""
+
+
+@dataclass(frozen=True)
+class ServerChoice:
+    """A server to chat with.
+
+    Attributes:
+        address: its address.
+        key: API key; None to send none.
+        model: name of the model; None for the server's only one.
+    """
+
+    address: ServerAddress
+    key: str | None
+    model: str | None
+
+
+def named_server(arguments: ChatArguments) -> ServerChoice | None:
+    """Return the server of `--url`; None without that option.
+
+    Raises:
+        UsageError: it is not an address, or the file of the key cannot be read.
+    """
+    options = arguments.remote
+    if options.url is None:
+        return None
+    return ServerChoice(parse_address(options.url), read_client_key(options.api_key_file), arguments.run.model)
+
+
+def running_server(target: ModelRef, arguments: ChatArguments, *, can_ask: bool) -> ServerChoice | None:
+    """Return a server on this machine that has the model, if the user wants it; None to load the model.
+
+    It is used without a question if there is nobody to ask, because a large model rarely fits twice.
+
+    Args:
+        target: the model.
+        arguments: arguments of the user; options of how the model runs mean that it is to be loaded.
+        can_ask: whether the user can be asked.
+
+    Raises:
+        UsageError: the file of the key cannot be read.
+    """
+    server = _find(target, arguments)
+    if server is None:
+        return None
+    can_ask = can_ask and sys.stdin.isatty() and stderr.is_terminal
+    if can_ask:
+        question = f"{server.model} is already served at {server.url} (since {_duration(server)}). Use it?"
+        if not typer.confirm(question, default=True, err=True):
+            return None
+    elif not arguments.output.quiet and not arguments.output.json:
+        print_note(f"using the server at {server.url}, which has {server.model}; `--load` loads it here")
+    key_file = arguments.remote.api_key_file
+    key = read_client_key(key_file)
+    if server.needs_key and key is None:
+        if not can_ask:
+            print_note(f"{server.url} needs a key (`--api-key-file FILE`): loading {server.model} here instead")
+            return None
+        key = read_client_key(Path(typer.prompt("It needs a key. File with its API key", err=True)).expanduser())
+    return ServerChoice(parse_address(server.url), key, None)
+
+
+def _find(target: ModelRef, arguments: ChatArguments) -> LocalServer | None:
+    """Return a server that has the model and answers; None if the model is to be loaded in any case."""
+    is_packaged = target.entry is not None and target.entry.is_packaged
+    if arguments.remote.load or is_packaged or unused_options(arguments):
+        return None
+    source = source_of(target)
+    for server in find_servers():
+        if server.source == source and server.weights_bytes >= MIN_WEIGHTS_BYTES and is_answering(server):
+            return server
+    return None
+
+
+def unused_options(arguments: ChatArguments) -> list[str]:
+    """Return the options that the user has given and that have no effect if a server has the model."""
+    names: list[str] = []
+    for given, defaults in ((arguments.run, RunOptions()), (arguments.disk, DiskCacheOptions())):
+        for field in fields(given):
+            if field.name != "model" and getattr(given, field.name) != getattr(defaults, field.name):
+                names.append(f"--{field.name.replace('_', '-')}")
+    return names
+
+
+def _duration(server: LocalServer) -> str:
+    minutes = max(time.time() - server.started_at, 0) / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h" if minutes < 2880 else "days"
