@@ -54,7 +54,7 @@ def machines_and_links(
     if options.machines:
         machines = parse_machines(",".join(options.machines))
     else:
-        machines = host_machines(diagnosis) if diagnosis is not None else (_this_machine(),)
+        machines = host_machines(diagnosis) if diagnosis is not None else (this_machine(),)
     if link == "measured" and diagnosis is not None:
         return machines, measured_links(diagnosis) if len(machines) > 1 else []
     if link is None:
@@ -62,7 +62,7 @@ def machines_and_links(
     return machines, {"rdma": [RDMA, TCP], "wifi": [WIFI]}.get(link, [TCP])
 
 
-def _this_machine() -> Machine:
+def this_machine() -> Machine:
     """Return this Mac.
 
     Raises:

@@ -75,6 +75,11 @@ class RemoteChatModel:
             return None
         return EngineError(f"`{self.name}` at {self.url} does not see images", hint="use a server whose model does")
 
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Return True: the server does not say whether its model can."""
+        return True
+
     def generate(self, messages: Sequence[Message], options: ChatOptions) -> Iterator[ChatEvent]:
         """Answer messages; the last event is Finished. A full queue of the server is waited for.
 

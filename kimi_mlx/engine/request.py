@@ -20,6 +20,18 @@ FIRST_IMAGE_KEY = 1 << 62
 
 DIGEST = re.compile(r"[0-9a-f]{32}")
 
+SAMPLING_RANGES: Mapping[str, tuple[int, int]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "top_k": (0, 2**31),
+    "min_p": (0, 1),
+    "seed": (0, 2**63),
+}
+"""Lowest and highest value of each sampling parameter. A `top_p` of 0 is refused, too."""
+
+WHOLE_NUMBERS = ("top_k", "seed")
+"""Sampling parameters that are integers."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,16 +56,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        ranges = {
-            "temperature": (0, 2),
-            "top_p": (0, 1),
-            "top_k": (0, 2**31),
-            "min_p": (0, 1),
-            "seed": (0, 2**63),
-        }
-        for name, (low, high) in ranges.items():
+        for name, (low, high) in SAMPLING_RANGES.items():
             value = getattr(self, name)
-            kind = int if name in ("top_k", "seed") else (int, float)
+            kind = int if name in WHOLE_NUMBERS else (int, float)
             is_number = isinstance(value, kind) and not isinstance(value, bool)
             if not (is_number and low <= value <= high) and (name, value) != ("seed", None):
                 raise UsageError(

@@ -59,6 +59,11 @@ class ChatModel(Protocol):
         """Error for messages with images if the model does not see images, with reason and remedy; None if it does."""
         ...
 
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether reasoning can be turned on and off: True if it is not known."""
+        ...
+
     def generate(self, messages: Sequence[Message], options: ChatOptions) -> Iterator[ChatEvent]:
         """Answer messages; the last event is Finished. Closing the iterator cancels the answer.
 
@@ -94,6 +99,8 @@ class ChatModel(Protocol):
 
     def recommended_sampling(self, options: ChatOptions) -> Mapping[str, float | int]:
         """Return the sampling parameters, by name, of an answer whose options set none; empty if they are not known.
+
+        `max_tokens` is among them if the model has a limit of its own.
 
         Args:
             options: options of the answer: with and without thinking, the recommendations may differ.

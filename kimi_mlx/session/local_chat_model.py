@@ -56,6 +56,11 @@ class LocalChatModel:
         """Error of messages with images if the model does not see images; None if it does."""
         return self._session.image_error
 
+    @property
+    def can_switch_thinking(self) -> bool:
+        """Whether the chat template has the variable `thinking`."""
+        return self._tokenizer.template is not None and "thinking" in self._tokenizer.template.variables()
+
     def generate(self, messages: Sequence[Message], options: ChatOptions) -> Iterator[ChatEvent]:
         """Answer messages; the last event is Finished.
 
@@ -84,7 +89,9 @@ class LocalChatModel:
     def recommended_sampling(self, options: ChatOptions) -> Mapping[str, float | int]:
         """Return the checkpoint's sampling parameters, with the catalogue's for answers without thinking."""
         unset = replace(options, sampling={})
-        return asdict(merge_sampling(self._tokenizer.sampling, self._instant_sampling, unset))
+        values = asdict(merge_sampling(self._tokenizer.sampling, self._instant_sampling, unset))
+        values["max_tokens"] = self._tokenizer.max_tokens
+        return {name: value for name, value in values.items() if value is not None}
 
     def status(self) -> ModelStatus:
         """Return what runs where."""

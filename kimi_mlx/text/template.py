@@ -100,6 +100,10 @@ class ChatTemplate:
         texts = "\n".join(text for source in self.sources for text in self._environment.texts_of(source))
         return frozenset(MARKER.findall(texts)) - {VIDEO_PLACEHOLDER}
 
+    def variables(self) -> frozenset[str]:
+        """Return the names of the variables that the templates read, such as `messages` and `thinking`."""
+        return frozenset(name for source in self.sources for name in self._environment.variables_of(source))
+
     def check_markers(self, special_tokens: Iterable[str], folder: Path) -> None:
         """Check that each marker of the template is a special token. Otherwise the model would read it as plain text.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -81,6 +81,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         text_nodes = self.parse(source).find_all((nodes.TemplateData, nodes.Const))
         values = [node.data if isinstance(node, nodes.TemplateData) else node.value for node in text_nodes]
         return [value for value in values if isinstance(value, str)]
+
+    def variables_of(self, source: str) -> set[str]:
+        """Return the names of the variables that a template reads and does not set itself."""
+        return meta.find_undeclared_variables(self.parse(source))
 
     def render(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """Run a template of `compile_template` within the limits.

@@ -197,17 +197,6 @@ def failing_conversation(error: KimiMlxError) -> Conversation:
     return Conversation(chat_model_of(FixedSession([], before=fail), ChatTokenizer.load(KIMI_MINI)))
 
 
-def test_the_system_prompt_is_shown_set_and_removed(capfd: pytest.CaptureFixture[str]) -> None:
-    conversation = conversation_of("yes")
-    send_all(conversation, "hi", "/system Be brief. \n And kind. ")
-    assert (conversation.system, conversation.messages) == ("Be brief. \n And kind.", [])
-    send_all(conversation, "/system", "/system -")
-    assert conversation.system is None
-    output = capfd.readouterr().err
-    assert output.count("conversation cleared") == 2
-    assert "And kind." in output
-
-
 def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes")
     send_all(conversation, "/stats", "hi", "again", "/stats", "/reset", "/stats")

@@ -110,7 +110,7 @@ def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest
 
 def test_files_of_the_command_line_come_first(picture: Path) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    Repl(ReplState(conversation, [read_attachment(picture, "image")])).run(Lines("hi", "again", "/quit"))
+    Repl(ReplState(conversation, attached=[read_attachment(picture, "image")])).run(Lines("hi", "again", "/quit"))
     assert sent(conversation) == [["image", "hi"], "again"]
 
 

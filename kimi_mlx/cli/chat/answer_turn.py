@@ -34,7 +34,7 @@ def show_answer(state: ReplState, answer: Generator[ChatEvent, None, None]) -> N
     conversation = state.conversation
     with (
         closing(answer),
-        AnswerView(state.status) as view,
+        AnswerView(state.status, state.reasoning, state.is_plain) as view,
         _ctrl_c_stops(conversation) as is_stopped,
     ):
         stderr.print()

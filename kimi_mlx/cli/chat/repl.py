@@ -17,6 +17,7 @@ from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.media import ReplMedia
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.settings_commands import SettingsCommands
+from kimi_mlx.cli.chat.status_commands import StatusCommands
 from kimi_mlx.cli.output import print_error, print_note, stderr
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
@@ -33,7 +34,7 @@ class Repl:
     def __init__(self, state: ReplState):
         self._state = state
         self._media = ReplMedia(state)
-        sources: Sequence[CommandSource] = (self, self._media, SettingsCommands(state))
+        sources: Sequence[CommandSource] = (self, self._media, SettingsCommands(state), StatusCommands(state))
         self.command_list = CommandList(command for source in sources for command in source.commands())
 
     def commands(self) -> Sequence[Command]:

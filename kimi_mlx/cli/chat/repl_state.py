@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
 
+from kimi_mlx.cli.chat.answer_settings import AnswerSettings
+from kimi_mlx.cli.chat.answer_view import ReasoningMode
 from kimi_mlx.cli.chat.attachments import Attachment
 from kimi_mlx.cli.chat.chat_status import ChatStatus
 from kimi_mlx.engine.events import Statistics
+from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
 
 
@@ -14,9 +18,16 @@ from kimi_mlx.session.conversation import Conversation
 class ReplState:
     """A conversation in the terminal, with what belongs to it.
 
+    Args:
+        sources: where the settings that the conversation begins with come from, by name.
+
     Attributes:
         conversation: the conversation; a command may put another one here.
+        settings: settings of the answers, and where they come from.
         status: status line.
+        placement: the planner's choice; None for a model behind a server.
+        reasoning: what is shown of the reasoning.
+        is_plain: whether the user asked for plain text.
         attached: files for the next message.
         sent: files of the messages of the conversation, for their names.
         answers: statistics of the answers of the conversation.
@@ -25,16 +36,23 @@ class ReplState:
     """
 
     conversation: Conversation
-    status: ChatStatus = field(init=False)
+    sources: InitVar[Mapping[str, str] | None] = None
+    placement: Choice | None = None
+    reasoning: ReasoningMode = "fold"
+    is_plain: bool = False
     attached: list[Attachment] = field(default_factory=list[Attachment])
     sent: list[Attachment] = field(default_factory=list[Attachment])
     answers: list[Statistics] = field(default_factory=list[Statistics])
     draft: str = ""
     is_over: bool = False
+    settings: AnswerSettings = field(init=False)
+    status: ChatStatus = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Begin a status line with the name of the model."""
-        self.status = ChatStatus(self.conversation.model.name)
+    def __post_init__(self, sources: Mapping[str, str] | None) -> None:
+        """Begin with the settings and the model of the conversation."""
+        model = self.conversation.model
+        self.settings = AnswerSettings(self.conversation.options, sources)
+        self.status = ChatStatus(model.name, context=model.context)
 
     def clear(self) -> None:
         """Begin a new conversation with the same model, system prompt and settings."""
