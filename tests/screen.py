@@ -14,6 +14,29 @@ WRITE_VARIABLE = "KIMI_MLX_WRITE_SCREENS"
 """Environment variable: if it is set, tests write their screens instead of comparing them."""
 
 
+class _TrackingScreen(pyte.HistoryScreen):
+    """A screen that knows which rows were changed."""
+
+    lowest = 10**9
+
+    @property
+    def row(self) -> int:
+        """Row of the cursor, counted from the first row of the scrollback."""
+        return len(self.history.top) + self.cursor.y
+
+    def draw(self, data: str) -> None:
+        self.lowest = min(self.lowest, self.row)
+        super().draw(data)
+
+    def erase_in_line(self, how: int = 0, private: bool = False) -> None:
+        self.lowest = min(self.lowest, self.row)
+        super().erase_in_line(how, private)
+
+    def erase_in_display(self, how: int = 0, *args: object, **options: object) -> None:
+        self.lowest = min(self.lowest, self.row)
+        super().erase_in_display(how, *args, **options)
+
+
 class Screen(io.TextIOBase):
     """A terminal with its scrollback.
 
@@ -24,7 +47,7 @@ class Screen(io.TextIOBase):
 
     def __init__(self, columns: int, lines: int = 24):
         super().__init__()
-        self._screen = pyte.HistoryScreen(columns, lines, history=100_000)
+        self._screen = _TrackingScreen(columns, lines, history=100_000)
         self._stream = pyte.Stream(self._screen)
         self.written = ""
 
@@ -61,6 +84,11 @@ class Screen(io.TextIOBase):
     @property
     def is_cursor_hidden(self) -> bool:
         return self._screen.cursor.hidden
+
+    def first_changed_row(self) -> int:
+        """Return the first row, counted from the start of the scrollback, that was changed since the last call."""
+        lowest, self._screen.lowest = self._screen.lowest, 10**9
+        return lowest
 
     @property
     def rows(self) -> list[str]:
