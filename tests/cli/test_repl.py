@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kimi_mlx.cli.chat.commands import ABOUT_CHARS
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.engine.request import Request
@@ -27,6 +29,7 @@ COLOURS = re.compile(rb"\x1b\[([0-9;]*;)?[349][0-9](;[0-9;]*)?m")
 FAKE = (
     CONTROLLING_TERMINAL
     + """
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import run_repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from tests.fakes import conversation_of
@@ -175,11 +178,11 @@ class Lines:
     def __init__(self, *lines: str | BaseException):
         self._lines = iter(lines)
 
-    def read(self, draft: str = "") -> str:
+    def read(self, draft: str = "", toolbar: Callable[[int], str] | None = None) -> UserInput:
         line = next(self._lines)
         if isinstance(line, BaseException):
             raise line
-        return line
+        return UserInput(line)
 
 
 def send_all(conversation: Conversation, *lines: str | BaseException) -> None:
@@ -208,7 +211,7 @@ def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str])
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     repl = Repl(ReplState(conversation_of("yes")))
-    repl.handle("/help")
+    repl.handle(UserInput("/help"))
     output = capfd.readouterr().err
     assert all(f"{command.name} " in output for command in repl.command_list)
     assert len(output.splitlines()) <= 24
@@ -218,14 +221,14 @@ def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_help_of_one_command_and_of_the_keys(capfd: pytest.CaptureFixture[str]) -> None:
     repl = Repl(ReplState(conversation_of("yes")))
-    repl.handle("/help clear")
-    repl.handle("/help /reset")
-    repl.handle("/help keys")
+    repl.handle(UserInput("/help clear"))
+    repl.handle(UserInput("/help /reset"))
+    repl.handle(UserInput("/help keys"))
     output = capfd.readouterr().err
     assert output.count("start a new conversation\n") == 2
     assert "Also: /new, /reset" in output
     assert "Ctrl-R" in output
-    assert not repl.handle("/help sytem")
+    assert not repl.handle(UserInput("/help sytem"))
     assert "try `/system`" in capfd.readouterr().err
 
 

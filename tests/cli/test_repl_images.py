@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyte
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from kimi_mlx.cli.chat.attachments import read_attachment
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.engine.request import Request
@@ -23,6 +25,7 @@ from tests.terminal import COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER,
 FAKE = (
     CONTROLLING_TERMINAL
     + """
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import run_repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from tests.fakes import conversation_of
@@ -41,9 +44,9 @@ class Lines:
         self._lines = iter(lines)
         self.drafts: list[str] = []
 
-    def read(self, draft: str = "") -> str:
+    def read(self, draft: str = "", toolbar: Callable[[int], str] | None = None) -> UserInput:
         self.drafts.append(draft)
-        return next(self._lines)
+        return UserInput(next(self._lines))
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def images_of(conversation: Conversation) -> list[int]:
 
 def test_an_attached_image_goes_with_the_next_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    type_lines(conversation, f"/image {picture}", "What is it?", "And now?", "/images")
+    type_lines(conversation, f"/image {picture}", "What is it?", "And now?", "/files")
     assert sent(conversation) == [["image", "What is it?"], "And now?"]
     assert images_of(conversation) == [1, 1]  # each turn sends the whole conversation
     output = capfd.readouterr().err
@@ -103,7 +106,7 @@ def test_a_dropped_image_keeps_its_place(picture: Path, tmp_path: Path) -> None:
 
 def test_a_line_of_files_only_waits_for_its_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    type_lines(conversation, f"{picture} ", "/images", "What is it?")
+    type_lines(conversation, f"{picture} ", "/files", "What is it?")
     assert sent(conversation) == [["image", "What is it?"]]
     assert "1  two words.png  60x40  6 tokens  attached" in capfd.readouterr().err
 
@@ -117,23 +120,21 @@ def test_files_of_the_command_line_come_first(picture: Path) -> None:
 def test_images_are_dropped_by_number_or_all(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
     image = f"/image {picture}"
-    type_lines(
-        conversation, "/images", "/images drop all", image, image, "one", image, "/images drop 3", "/images drop 1"
-    )
+    type_lines(conversation, "/files", "/files drop all", image, image, "one", image, "/files drop 3", "/files drop 1")
     assert sent(conversation) == [["image", "one"]]
     type_lines(conversation, "hi")
     assert sent(conversation) == [["image", "one"], "hi"]
     output = capfd.readouterr().err
-    assert "there are no images; /image FILE attaches one" in output
-    assert "there are no images\n" in output
+    assert "there are no files; /file FILE attaches a text" in output
+    assert "there are no files\n" in output
     assert output.count("dropped two words.png") == 2
 
 
 def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    type_lines(conversation, f"/image {picture}", "one", f"/image {picture}", "/reset", "/images", "two")
+    type_lines(conversation, f"/image {picture}", "one", f"/image {picture}", "/reset", "/files", "two")
     assert sent(conversation) == ["two"]
-    assert "there are no images" in capfd.readouterr().err
+    assert "there are no files" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[st
         ("/image https://example.org/a.png", "an image is a file here, not a URL", "`curl -O URL`"),
         ("{folder}/doc.pdf what is it?", "`{folder}/doc.pdf` does not have the name of an image", "`/image FILE`"),
         ("{folder}", "`{folder}` is a folder", "drop the images in it"),
-        ("/images drop 1", "there is no image 1", "/images lists"),
-        ("/images 1", "/images does not know `1`", "/images drop 1"),
+        ("/files drop 1", "there is no file 1", "/files lists"),
+        ("/files 1", "/files does not know `1`", "/files drop 1"),
     ],
 )
 def test_an_error_sends_nothing_and_gives_the_line_back(
@@ -214,15 +215,15 @@ def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: py
     repl = Repl(ReplState(conversation))
     repl.run(Lines(f"/image {picture}", "What is it?", "/quit"))
     assert conversation.messages == []
-    assert "not answered: the images stay attached" in capfd.readouterr().err
+    assert "not answered: the files stay attached" in capfd.readouterr().err
     session._before = succeed  # pyright: ignore[reportPrivateUsage]
-    repl.handle("What is it?")
+    repl.handle(UserInput("What is it?"))
     assert sent(conversation) == [["image", "What is it?"]]
 
 
 def test_control_characters_in_names_are_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write_picture(tmp_path / "red\x1b[31m\x07.png")
-    type_lines(conversation_of("yes", sees_images=True), f"/image {path}", "/images")
+    type_lines(conversation_of("yes", sees_images=True), f"/image {path}", "/files")
     output = capfd.readouterr().err
     assert output.count("red.png") == 2
     assert "\x1b" not in output
@@ -279,8 +280,8 @@ def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: 
     terminal.send("two" + TAB)
     terminal.expect("\\ words.png")
     assert terminal.ask(ENTER).count("two words.png · ") == 2
-    terminal.ask("/images drop 3" + ENTER)
-    terminal.ask("/images drop 2" + ENTER)
+    terminal.ask("/files drop 3" + ENTER)
+    terminal.ask("/files drop 2" + ENTER)
     assert "there is no file" in terminal.ask("/image missing.png" + ENTER)
     terminal.expect("/image missing.png")  # to be corrected
     terminal.send(CTRL_C)
@@ -311,7 +312,7 @@ def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
     terminal = spawn(QUICK, columns=40, TERM="xterm-kitty")
     terminal.expect("\n> ")
     terminal.ask(f"/image {long_name}{ENTER}")
-    terminal.ask("/images" + ENTER)
+    terminal.ask("/files" + ENTER)
     terminal.ask("What?" + ENTER)
     screen = pyte.Screen(40, 60)
     pyte.ByteStream(screen).feed(
@@ -334,9 +335,9 @@ def test_a_conversation_with_kimi_mini_vl(spawn: Spawn, picture: Path) -> None:
     assert "error" not in terminal.ask("What do you see?" + ENTER)
     assert "images " in terminal.ask("/stats" + ENTER)  # its time
     assert "error" not in terminal.ask(f"And in {picture.parent}/two\\ words.png ?" + ENTER)
-    listed = terminal.ask("/images" + ENTER)
+    listed = terminal.ask("/files" + ENTER)
     assert listed.count("  sent") == 2
-    terminal.ask("/images drop 1" + ENTER)
+    terminal.ask("/files drop 1" + ENTER)
     assert "error" not in terminal.ask("And now?" + ENTER)
     terminal.send("/quit" + ENTER)
     assert terminal.wait() == 0
@@ -358,7 +359,7 @@ def test_ctrl_c_stops_encoding(spawn: Spawn, tmp_path: Path) -> None:
     terminal.expect("encoding image ")  # its progress
     answer = terminal.ask(CTRL_C)
     assert "[stopped]" in answer
-    assert "not answered: the images stay attached" in " ".join(answer.split())
-    assert terminal.ask("/images" + ENTER).count("attached") == 12
+    assert "not answered: the files stay attached" in " ".join(answer.split())
+    assert terminal.ask("/files" + ENTER).count("attached") == 12
     terminal.send(CTRL_D)
     assert terminal.wait() == 0

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.chat.media_files import check_files
 from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.cli.chat.text_attachments import TextAttachment
 from kimi_mlx.cli.chat.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.cli.output import escape_controls, slow_status, stderr
 from kimi_mlx.errors import ImageError, UsageError
@@ -102,17 +103,17 @@ def read_attachment(
     return Attachment(name, kind, {"type": kind, kind: data}, tuple(chunk.image for chunk in chunks))
 
 
-def show_attachment(attachment: Attachment) -> None:
-    """Show a thumbnail, if the terminal can, and name, size and tokens."""
+def show_attachment(attachment: Attachment | TextAttachment) -> None:
+    """Show name, size and tokens, and of an image a thumbnail, if the terminal can."""
     protocol = find_graphics_protocol(os.environ, is_terminal=stderr.is_terminal)
-    if protocol is not None:
+    if protocol is not None and isinstance(attachment, Attachment):
         sequence = thumbnail_sequence(first_frame(attachment.frames[0]), protocol, stderr.width)
         stderr.file.write(sequence + "\n")
         stderr.file.flush()
     stderr.print(Text(str(attachment), style="dim"), soft_wrap=False)
 
 
-def with_attachments(content: Content, attachments: Sequence[Attachment]) -> Content:
+def with_attachments(content: Content, attachments: Sequence[Attachment | TextAttachment]) -> Content:
     """Return a message with files before its text."""
     if not attachments:
         return content

@@ -16,16 +16,15 @@ from kimi_mlx.errors import UsageError
 
 KEYS = {
     "Enter": "send the message",
-    "Alt-Enter, Ctrl-J": "start a new line; so does a backslash at the end of a line",
+    "Alt-Enter, Ctrl-J": "start a new line; so do Shift-Enter, where the terminal sends it, and \\ at the end",
     "Ctrl-C": "stop the answer, or clear the message; twice on an empty line: exit",
     "Ctrl-D": "exit",
     "Up, Down, Ctrl-R": "previous messages, search them",
-    "Tab": "complete a command, or a file name after /image",
+    "Ctrl-X Ctrl-E": "edit the message in your text editor",
+    "Tab": "complete a command, its argument, or a file after @",
+    "@file": "attach a file: a text, or an image if the model sees them",
     "//text": "send a message that starts with a slash",
 }
-FILE_COMMANDS = ("/image", "/video")
-"""Commands whose argument is the name of a file."""
-
 CommandGroup = Literal["Conversation", "Message", "Model", "Program"]
 """Heading of a command in the help."""
 

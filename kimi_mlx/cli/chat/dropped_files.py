@@ -59,13 +59,14 @@ def split_dropped_files(text: str, is_wanted: Callable[[Path], bool]) -> list[st
     return [part for part in stripped if part != ""]
 
 
-def read_file_names(argument: str) -> list[Path]:
+def read_file_names(argument: str, is_wanted: Callable[[Path], bool] = is_media_file) -> list[Path]:
     """Return the files that the argument of a command names: one name as it is, or several names as a shell reads them.
 
-    Patterns such as `*.png` mean the images and videos that they match. Spaces need no backslash if the file exists.
+    Patterns such as `*.png` mean the wanted files that they match. Spaces need no backslash if the file exists.
 
     Args:
         argument: text after the command, not empty.
+        is_wanted: function that returns whether a pattern may mean a file.
     """
     literal = to_path(argument.strip(_SPACE))
     if os.path.lexists(literal):
@@ -77,7 +78,7 @@ def read_file_names(argument: str) -> list[Path]:
         existing = [candidate for candidate in candidates if os.path.lexists(candidate[0])]
         path, position = (existing or candidates)[0]
         matches = [] if existing else [Path(match) for match in sorted(glob.glob(str(path)))]
-        names += [match for match in matches if is_media_file(match)] or [path]
+        names += [match for match in matches if is_wanted(match)] or [path]
     # the first name is not there: perhaps it has spaces, so report all of them
     return names if len(names) == 1 or os.path.lexists(names[0]) else [literal]
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from kimi_mlx.cli.chat.answer_turn import show_answer
 from kimi_mlx.cli.chat.commands import (
-    FILE_COMMANDS,
     Command,
     CommandList,
     CommandSource,
     describe_command,
     keys_table,
 )
+from kimi_mlx.cli.chat.file_commands import FileCommands
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
-from kimi_mlx.cli.chat.media import ReplMedia
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.settings_commands import SettingsCommands
 from kimi_mlx.cli.chat.status_commands import StatusCommands
@@ -33,8 +33,8 @@ class Repl:
 
     def __init__(self, state: ReplState):
         self._state = state
-        self._media = ReplMedia(state)
-        sources: Sequence[CommandSource] = (self, self._media, SettingsCommands(state), StatusCommands(state))
+        self._files = FileCommands(state)
+        sources: Sequence[CommandSource] = (self, self._files, SettingsCommands(state), StatusCommands(state))
         self.command_list = CommandList(command for source in sources for command in source.commands())
 
     def commands(self) -> Sequence[Command]:
@@ -58,12 +58,12 @@ class Repl:
         """
         state = self._state
         print_note(f"{state.conversation.model.name} · /help lists commands, Ctrl-D exits\n")
-        self._media.show_attached()
+        self._files.show_attached()
         was_interrupted = False
         while not state.is_over:
             draft, state.draft = state.draft, ""
             try:
-                message = line.read(draft)
+                message = line.read(draft, None if state.is_plain else state.status.line)
             except KeyboardInterrupt:
                 if was_interrupted:
                     return
@@ -74,23 +74,23 @@ class Repl:
             else:
                 was_interrupted = False
                 if not self.handle(message):
-                    state.draft = message.strip("\n")
+                    state.draft = message.text.strip("\n")
 
-    def handle(self, message: str) -> bool:
+    def handle(self, message: UserInput) -> bool:
         """Run a command or answer a message; do nothing if it is empty.
 
         Returns:
             False if the message could not be sent or run as it was typed.
         """
-        typed = message.strip()
+        typed = message.text.strip()
         is_accepted = True
         try:
-            if typed.startswith("//"):
+            if message.is_typed_command and typed.startswith("//"):
                 self._send(typed[1:])
-            elif self._is_command(typed):
+            elif message.is_typed_command and self._is_command(typed):
                 self._command(typed)
             elif typed:
-                self._send(self._media.read_message(message.strip("\n")))
+                self._send(self._files.read_message(message))
         except RingError:
             raise
         except KimiMlxError as error:
@@ -101,10 +101,8 @@ class Repl:
         return is_accepted
 
     def _is_command(self, typed: str) -> bool:
-        """Return whether a message is a command, and not the path of a dropped file."""
-        if not typed.startswith("/"):
-            return False
-        return typed.split(maxsplit=1)[0] in self.command_list or not self._media.finds_files(typed)
+        """Return whether a message that begins with a slash is a command, and not the path of a dropped file."""
+        return typed.split(maxsplit=1)[0] in self.command_list or not self._files.finds_files(typed)
 
     def _send(self, content: Content) -> None:
         """Answer a message with the files that are attached to it; they stay attached if it is not answered."""
@@ -113,14 +111,14 @@ class Repl:
         conversation = self._state.conversation
         num_messages = len(conversation.messages)
         try:
-            show_answer(self._state, conversation.ask(self._media.add_attached(content)))
+            show_answer(self._state, conversation.ask(self._files.add_attached(content)))
         finally:
-            self._media.finish_message(len(conversation.messages) > num_messages)
+            self._files.finish_message(len(conversation.messages) > num_messages)
 
     def _command(self, typed: str) -> None:
         name, *rest = typed.split(maxsplit=1)
         if name not in self.command_list:
-            self._media.refuse_other_file(typed)
+            self._files.refuse_other_file(typed)
         self.command_list.find(name).run("".join(rest))
 
     def _help(self, argument: str) -> None:
@@ -152,7 +150,6 @@ def run_repl(state: ReplState) -> int:
     """
     repl = Repl(state)
     folder = state_folder()
-    about = {command.name: command.about for command in repl.command_list}
-    with open_input_line(about, FILE_COMMANDS, folder / "history" if folder else None) as line:
+    with open_input_line(repl.command_list, folder / "history" if folder else None) as line:
         repl.run(line)
     return 0

@@ -9,6 +9,7 @@ from kimi_mlx.cli.chat.answer_settings import AnswerSettings
 from kimi_mlx.cli.chat.answer_view import ReasoningMode
 from kimi_mlx.cli.chat.attachments import Attachment
 from kimi_mlx.cli.chat.chat_status import ChatStatus
+from kimi_mlx.cli.chat.text_attachments import TextAttachment
 from kimi_mlx.engine.events import Statistics
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
@@ -40,8 +41,8 @@ class ReplState:
     placement: Choice | None = None
     reasoning: ReasoningMode = "fold"
     is_plain: bool = False
-    attached: list[Attachment] = field(default_factory=list[Attachment])
-    sent: list[Attachment] = field(default_factory=list[Attachment])
+    attached: list[Attachment | TextAttachment] = field(default_factory=list["Attachment | TextAttachment"])
+    sent: list[Attachment | TextAttachment] = field(default_factory=list["Attachment | TextAttachment"])
     answers: list[Statistics] = field(default_factory=list[Statistics])
     draft: str = ""
     is_over: bool = False

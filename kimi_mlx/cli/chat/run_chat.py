@@ -44,7 +44,7 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
             show_first_note()
         with open_chat(launch, target, arguments) as chat:
             history.attach(chat.conversation, target)
-            raise typer.Exit(run_repl(ReplState(chat.conversation, placement=chat.placement, attached=chat.files)))
+            raise typer.Exit(run_repl(ReplState(chat.conversation, placement=chat.placement, attached=[*chat.files])))
 
 
 def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory) -> ModelRef | None:

@@ -33,11 +33,15 @@ def read_typed_ahead() -> list[str]:
 
 @contextmanager
 def quiet_between_prompts() -> Generator[None, None, None]:
-    """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C."""
+    """Between prompts, do not echo what is typed but keep it for the next prompt, and ignore Ctrl-C.
+
+    In the canonical mode the system would drop what does not fit into one line of 4096 bytes; here the terminal waits.
+    """
     modes = termios.tcgetattr(sys.stdin)
-    quiet = list(modes)
+    quiet: list[Any] = [*modes[:6], [*modes[6]]]
     quiet[0] &= ~termios.ICRNL  # keep Enter as the character that prompt_toolkit expects
-    quiet[3] &= ~termios.ECHO
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 1, 0
     handler = signal.signal(signal.SIGINT, lambda number, frame: None)
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
     try:

@@ -1,0 +1,1 @@
+"""Line editor of the conversation: keys, pasted blocks, history, completion and layout."""
