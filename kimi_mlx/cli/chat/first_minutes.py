@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 
 from kimi_mlx.cli.models_table import Row, find_row
 from kimi_mlx.cli.options import model_name
@@ -76,9 +77,9 @@ def _recommendations(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     if larger:
         fewest = min(row.hosts_needed or 0 for row in larger)
         best = _newest([row for row in larger if row.hosts_needed == fewest])
-        lines.append(
-            f"{best.entry.alias} needs {fewest} {kind}s like {here}: `kimi-mlx plan {best.entry.alias}` shows what fits"
-        )
+        hosts = ",".join(f"mac-{letter}.local" for letter in ascii_lowercase[:fewest]) if fewest <= 2 else "..."
+        command = f"`kimi-mlx launch --hosts {hosts} chat {best.entry.alias}`"
+        lines.append(f"{fewest} {kind}s of this size run {best.entry.alias}: {command}")
     elif not fitting:
         lines.append(f"{here[0].upper()}{here[1:]} is too small for the known models: `kimi-mlx models` lists them")
     return lines
