@@ -15,6 +15,7 @@ from typer.main import get_command
 from kimi_mlx.cli.command_list import RootGroup
 from kimi_mlx.cli.signals import EndSignals
 from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
+from kimi_mlx.cli.start_status import START_LINE
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 from kimi_mlx.version import __version__
@@ -52,6 +53,7 @@ def root(
 def main() -> None:
     """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 128 + N after signal N."""
     repair_standard_streams()
+    START_LINE.watch()
     code = EXIT_FAILED
     try:
         run()

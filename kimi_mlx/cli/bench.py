@@ -202,8 +202,10 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
     from kimi_mlx.cli.bench_output import Output
     from kimi_mlx.cli.bench_runs import collect_runs, collect_towers, power_measurement
     from kimi_mlx.cli.open_model import launch_context
+    from kimi_mlx.cli.output import hides_messages
     from kimi_mlx.runtime.load import compute_dtype
 
+    is_quiet = hides_messages(report.json)
     output = Output(report.json, report.markdown, report.output, report.plot)
     output.check()
     launch = launch_context(context)
@@ -211,14 +213,14 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
     plan = measurement.plan()
     measurement.check_images(plan)
     with ExitStack() as stack:
-        models = open_models(launch, run, measurement, plan, report.json, stack)
+        models = open_models(launch, run, measurement, plan, is_quiet, stack)
         plan = models.plan
         energy_of = power_measurement(stack) if launch is None else None
         settings = models.settings(run, measurement)
-        runs, stop = collect_runs(models.sides, plan, models.config, energy_of, report.json)
+        runs, stop = collect_runs(models.sides, plan, models.config, energy_of, is_quiet)
     towers: Sequence[TowerRow] = ()
     if measurement.against == "mlx-vlm" and stop is None:
-        towers = collect_towers(models.config, plan, compute_dtype(run.dtype, models.config), report.json)
+        towers = collect_towers(models.config, plan, compute_dtype(run.dtype, models.config), is_quiet)
     roofline = models.roofline
     output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share, towers), stop)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from kimi_mlx.cli.open_model import (
     session_options,
 )
 from kimi_mlx.cli.options import RunOptions
-from kimi_mlx.cli.output import load_progress, stderr
+from kimi_mlx.cli.output import closing_with_status, load_progress, slow_status, stderr
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
@@ -110,7 +110,7 @@ def open_models(
     cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
     options = replace(session_options(run, has_sampling=False), cluster=cluster)
     opened = open_session(prepared, options, run.ranks, is_quiet)
-    session = stack.enter_context(closing(opened.session))
+    session = stack.enter_context(closing_with_status(opened.session, is_quiet))
     config = load_config(opened.tokenizer_folder)
     plan = _with_preprocessing(plan, opened.tokenizer_folder)
     plan.check_context(config.max_position_embeddings)
@@ -120,7 +120,7 @@ def open_models(
     if launch is not None:
         return BenchmarkModels(prepared, sides, config, plan)
     if measurement.against == "mlx-lm":
-        sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack)
+        sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
     return BenchmarkModels(prepared, sides, config, plan, roofline)
 
@@ -165,13 +165,14 @@ def _delayed_link(delay_ms: float | None) -> LinkProfile | None:
     return None if not delay_ms else measured_link(2 * delay_ms / 1000, LOOPBACK_BYTES_PER_S)
 
 
-def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack) -> list[Side]:
+def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack, is_quiet: bool) -> list[Side]:
     """Load mlx-lm in each mode that supports the model; print why the others are left out, and fail if none is left."""
     sides: list[Side] = []
     failure: KimiMlxError | None = None
     for mode in MODES[options.ranks > 1]:
         try:
-            with stderr.status(f"loading mlx-lm ({mode})"):
+            with slow_status(is_quiet) as set_status:
+                set_status(f"loading mlx-lm ({mode})")
                 sides.append(stack.enter_context(open_mlx_lm(options, mode)))
         except KimiMlxError as error:
             failure = error

@@ -6,13 +6,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from kimi_mlx.bench.measure import BenchmarkPlan, EnergyOf, Run, measure
 from kimi_mlx.bench.power import can_measure_power, power_log
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.bench.towers import TowerRow, measure_towers
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import NARROW, WIDE, LabelColumn, bar_columns, slow_status, stderr
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.units import format_rate
@@ -63,9 +63,8 @@ def collect_towers(config: ModelConfig, plan: BenchmarkPlan, dtype: mx.Dtype, is
         WeightsError: mlx-vlm refuses the weights.
     """
     assert config.vision is not None
-    if is_quiet:
-        return measure_towers(config.vision, plan, dtype)
-    with stderr.status("measuring the vision towers"):
+    with slow_status(is_quiet) as set_status:
+        set_status("measuring the vision towers")
         return measure_towers(config.vision, plan, dtype)
 
 
@@ -77,8 +76,8 @@ def _run_progress(sides: Sequence[Side], plan: BenchmarkPlan, is_quiet: bool) ->
         function to call after each run.
     """
     progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        LabelColumn(reserved=20 if stderr.width < NARROW else 30 if stderr.width < WIDE else 60),
+        *bar_columns(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=stderr,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import typer
@@ -29,7 +28,7 @@ def check(
     """Check that a cluster gives equal answers."""
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
-    from kimi_mlx.cli.output import print_json, stdout
+    from kimi_mlx.cli.output import closing_with_status, hides_messages, print_json, slow_status, stdout
     from kimi_mlx.model.config import load_config
     from kimi_mlx.store.model_ref import resolve_model_name
     from kimi_mlx.units import format_rate, format_seconds
@@ -42,14 +41,17 @@ def check(
     run = RunOptions(model, strategy=strategy, dtype=dtype)
     target = resolve_model_name(run.model_name)
     begin = time.monotonic()
-    prepared = prepare_model(launch, target, run, is_quiet=json)
-    opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, json)
-    with closing(opened.session) as session:
+    is_quiet = hides_messages(json)
+    prepared = prepare_model(launch, target, run, is_quiet=is_quiet)
+    opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, is_quiet)
+    with closing_with_status(opened.session, is_quiet) as session, slow_status(is_quiet) as set_status:
         load_s = time.monotonic() - begin
         vocab_size = load_config(opened.tokenizer_folder).vocab_size
         prompt = tuple((7 * number + 3) % vocab_size for number in range(PROMPT_TOKENS))
+        set_status("computing an answer")
         first, finished = _answer(session, prompt)
         session.reset()
+        set_status("computing the same answer again")
         second, _ = _answer(session, prompt)
     if first != second:
         position = first_difference(first, second)

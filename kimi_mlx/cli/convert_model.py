@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kimi_mlx.cli.download_progress import byte_bars
 from kimi_mlx.cli.fetch_model import fetch
-from kimi_mlx.cli.output import print_json, stderr, stdout
+from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
 from kimi_mlx.hub.client import find_local, look_up
 from kimi_mlx.model.names import TEXT_PREFIX
 from kimi_mlx.store.hub_source import read_contents
@@ -43,7 +43,10 @@ def show_conversion(source: str, folder: Path, options: ConvertOptions, is_json:
     """
     origin = resolve_model_name(source)
     if origin.repository is not None and find_local(origin.repository) is None:
-        _print_plan(_plan_from_hub(origin.repository, options), folder, is_json)
+        with slow_status(hides_messages(is_json)) as set_status:
+            set_status(f"reading the headers of the files of {origin.name} on Hugging Face")
+            plan = _plan_from_hub(origin.repository, options)
+        _print_plan(plan, folder, is_json)
         return
     conversion = _open(origin, options, is_json)
     check_folder(conversion, folder)
@@ -59,7 +62,7 @@ def convert_model(source: str, folder: Path, options: ConvertOptions, is_json: b
     conversion = _open(resolve_model_name(source), options, is_json)
     check_folder(conversion, folder)
     check_space(conversion, folder)
-    result = _run(conversion, folder, is_json)
+    result = _run(conversion, folder, hides_messages(is_json))
     if is_json:
         print_json({**asdict(result), "folder": str(result.folder), "notes": list_notes(conversion.plan)})
         return
@@ -84,9 +87,12 @@ def _plan_from_hub(repository: str, options: ConvertOptions) -> ConversionPlan:
 
 
 def _open(origin: ModelRef, options: ConvertOptions, is_json: bool) -> Conversion:
-    folder = _source_folder(origin, options, is_json)
-    check_text_files(folder)
-    return open_conversion(folder, options)
+    is_quiet = hides_messages(is_json)
+    folder = _source_folder(origin, options, is_quiet)
+    with slow_status(is_quiet) as set_status:
+        set_status("reading the tokenizer and the headers of the files")
+        check_text_files(folder)
+        return open_conversion(folder, options)
 
 
 def _source_folder(target: ModelRef, options: ConvertOptions, is_quiet: bool) -> Path:
@@ -97,7 +103,10 @@ def _source_folder(target: ModelRef, options: ConvertOptions, is_quiet: bool) ->
     folder = find_local(target.repository)
     if folder is not None:
         return folder
-    return fetch(target, replace(look_up(target.repository), skips_vision=options.no_vision), is_quiet)
+    with slow_status(is_quiet) as set_status:
+        set_status(f"asking Hugging Face for the files of {target.name}")
+        repository = look_up(target.repository)
+    return fetch(target, replace(repository, skips_vision=options.no_vision), is_quiet)
 
 
 def _run(conversion: Conversion, folder: Path, is_quiet: bool) -> ConversionResult:

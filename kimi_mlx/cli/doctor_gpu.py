@@ -7,7 +7,7 @@ from contextlib import closing
 
 import typer
 
-from kimi_mlx.cli.output import print_json, slow_status, stdout
+from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stdout
 from kimi_mlx.gpu_check.checks import CHECKS, Check, CheckResult, Device
 from kimi_mlx.gpu_check.report import check_lines, conclusion, heading, is_ok, measurement_lines, to_dict
 from kimi_mlx.gpu_check.runner import SizesName, describe, run_checks
@@ -29,7 +29,7 @@ def check_gpu(
         typer.Exit: a check did not pass.
     """
     results: list[CheckResult] = []
-    with slow_status(is_quiet=is_json) as set_status:
+    with slow_status(hides_messages(is_json)) as set_status:
 
         def show(check: Check, text: str) -> None:
             set_status(f"{checks.index(check) + 1} of {len(checks)}, {check.title}: {text}")

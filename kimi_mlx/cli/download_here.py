@@ -11,7 +11,7 @@ from kimi_mlx.cli.download_output import show_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_progress
 from kimi_mlx.cli.fetch_model import fetch
 from kimi_mlx.cli.open_model import place_model
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import hides_messages, slow_status, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, repository_folder
 from kimi_mlx.hub.client import Repository, find_local, find_repository, look_up, remove_cached, verify_checkpoint
@@ -40,7 +40,7 @@ def download_here(name: str, options: DownloadOptions, is_json: bool) -> None:
     started = time.monotonic()
     group = join_group()  # of several processes if `mlx.launch` started this one
     target = run_on_all_ranks(group, lambda: resolve_model_name(name))
-    is_quiet = is_json or group.rank > 0
+    is_quiet = hides_messages(is_json) or group.rank > 0
     options = options.with_ranks(group.size)
     try:
         if options.ranks is None:
@@ -96,11 +96,15 @@ def _download_checkpoint(target: ModelRef, options: DownloadOptions, is_quiet: b
         return _report_local(target, local)
     list_files = find_repository if is_complete or adds_vision or has_work else look_up
     revision = local.name if local is not None and is_right_commit else options.revision
-    repository = replace(list_files(target.repository, revision), skips_vision=options.no_vision)
+    with slow_status(is_quiet) as set_status:
+        set_status(f"asking Hugging Face for the files of {target.name}")
+        repository = replace(list_files(target.repository, revision), skips_vision=options.no_vision)
     if repository.is_local and local is not None and not has_work:  # offline: the newest commit is unknown
         return _report_local(target, local)
     if options.dry_run:
-        contents = read_contents(repository)
+        with slow_status(is_quiet) as set_status:
+            set_status("reading the headers of the files")
+            contents = read_contents(repository)
         missing = sum(size - cached_bytes(repository, repository.file(name)) for name, size in contents.sizes.items())
         return dry_run_report(target, contents, {}, missing, missing, repository_folder(repository.name))
     broken = _remove_broken(target, repository, is_quiet) if options.verify else damaged

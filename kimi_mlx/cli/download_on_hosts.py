@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from kimi_mlx.cli.download import DownloadOptions
 from kimi_mlx.cli.download_output import show_result
 from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars, fetch_label
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import closing_with_status, hides_messages, stderr
 from kimi_mlx.cluster.channel.messages import Message
 from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.errors import RingError, UsageError
@@ -21,6 +21,9 @@ from kimi_mlx.store.prepare import DownloadReport
 from kimi_mlx.store.rounds import BuildProgress
 
 MODULE = "kimi_mlx.rank.download"
+
+WAITING = "waiting"
+"""Key of the bar before the first message of the hosts."""
 
 STALL_S = 1800.0
 """Timeout without progress: Hugging Face may ask clients to wait for a long time."""
@@ -45,7 +48,9 @@ def download_on_hosts(launch: LaunchContext, name: str, options: DownloadOptions
     started = time.monotonic()
     target = resolve_model_name(name)
     timeouts = replace(launch.timeouts, stall_s=STALL_S)
-    with closing(Ring(launch.cluster, timeouts, MODULE)) as ring, _show_progress(target, is_json) as show:
+    is_quiet = hides_messages(is_json)
+    ring = Ring(launch.cluster, timeouts, MODULE)
+    with closing_with_status(ring, is_quiet), _show_progress(target, is_quiet) as show:
         ring.start(
             model=name_for_hosts(target),
             strategy=launch.choice.strategy,
@@ -88,6 +93,8 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
     """
     with byte_bars(is_quiet) as bars:
         tasks: dict[str, Any] = {}
+        if stderr.is_terminal:  # until the first host reports
+            tasks[WAITING] = bars.add_task(f"starting {target.name} on the hosts", total=None)
 
         def bar(label: str, done: int, total: int) -> None:
             if label not in tasks:
@@ -95,6 +102,8 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
             bars.update(tasks[label], completed=done, total=total)
 
         def show(message: Message) -> None:
+            if WAITING in tasks:
+                bars.remove_task(tasks.pop(WAITING))
             if message["kind"] == "starting":
                 TerminalObserver(target, is_quiet).on_start(message["skipped_bytes"])
             elif message["kind"] == "waiting":

@@ -8,17 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
-    BarColumn,
     DownloadColumn,
     Progress,
     Task,
     TaskID,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-from kimi_mlx.cli.output import PROGRESS_AFTER_S, stderr
+from kimi_mlx.cli.output import NARROW, PROGRESS_AFTER_S, WIDE, LabelColumn, bar_columns, slow_status, stderr
 from kimi_mlx.hub.licence import show_once
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.units import format_bytes, format_seconds
@@ -70,8 +68,8 @@ def byte_bars(is_quiet: bool) -> Progress:
     if not is_quiet and not stderr.is_terminal:
         return ProgressLines()
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        LabelColumn(reserved=30 if stderr.width < NARROW else 54 if stderr.width < WIDE else 82),
+        *bar_columns(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
@@ -108,6 +106,13 @@ class TerminalObserver:
 
     def __init__(self, target: ModelRef, is_quiet: bool):
         self._target, self._is_quiet = target, is_quiet
+
+    @contextmanager
+    def on_look_up(self) -> Generator[None]:
+        """Show a status while the files are looked up."""
+        with slow_status(self._is_quiet) as set_status:
+            set_status(f"reading the list and the headers of the files of {self._target.name}")
+            yield
 
     def on_start(self, skipped_bytes: int) -> None:
         """Print the licence, once per model, and that the vision tower is left out if it is."""

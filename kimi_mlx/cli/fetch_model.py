@@ -9,7 +9,7 @@ import typer
 
 from kimi_mlx.cli.download_progress import byte_progress, print_licence_once
 from kimi_mlx.cli.model_size import entry_shape
-from kimi_mlx.cli.output import stderr
+from kimi_mlx.cli.output import slow_status, stderr
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.cache import cached_bytes, snapshot_folder
@@ -44,7 +44,9 @@ def fetch_model(target: ModelRef, ranks: int, strategy: str, is_quiet: bool) -> 
         return folder
     if folder is not None:
         return complete_checkpoint(target.repository, folder, lambda repository: fetch(target, repository, is_quiet))
-    repository = find_repository(target.repository)
+    with slow_status(is_quiet) as set_status:
+        set_status(f"asking Hugging Face for the files of {target.name}")
+        repository = find_repository(target.repository)
     if repository.is_local:
         return snapshot_folder(repository)
     _confirm(target, repository, is_quiet)

@@ -23,14 +23,18 @@ def models(
 ) -> None:
     """List known models: size, memory, what is here."""
     # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.models_table import find_row, print_details, print_table
-    from kimi_mlx.cli.output import print_json
+    from kimi_mlx.cli.models_table import Row, find_row, print_details, print_table
+    from kimi_mlx.cli.output import hides_messages, print_json, slow_status
     from kimi_mlx.cluster.hosts.machine import local_machine
     from kimi_mlx.hub.catalogue import catalogue
 
     machine = local_machine()
     if model is None:
-        rows = [find_row(entry, machine) for entry in catalogue()]
+        rows: list[Row] = []
+        with slow_status(hides_messages(json)) as set_status:
+            for entry in catalogue():
+                set_status(f"looking for {entry.alias} on this machine")
+                rows.append(find_row(entry, machine))
         if json:
             print_json([row.to_dict() for row in rows])
         else:

@@ -214,7 +214,7 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
         timeouts=launch.timeouts,
     )
     names = [
-        f"loading {model.name} on {host.ssh}" + (f", rank {rank}" if len(launch.cluster.names) == 1 else "")
+        f"{host.ssh}: loading {model.name}" + (f", rank {rank}" if len(launch.cluster.names) == 1 else "")
         for rank, host in enumerate(launch.cluster.hostfile.hosts)
     ]
     with load_progress(names, is_quiet) as progress:

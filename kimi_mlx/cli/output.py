@@ -9,14 +9,25 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, TypeVar, cast
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.units import format_seconds
+
+
+class Closable(Protocol):
+    """A session or a ring."""
+
+    def close(self) -> None:
+        """End all processes and release all memory."""
+        ...
+
+
+C = TypeVar("C", bound=Closable)
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,6 +46,9 @@ silent = Console(file=cast("TextIO", _NullFile()), quiet=True)
 
 PROGRESS_AFTER_S = 2.0
 """Duration after which progress is shown."""
+
+NARROW, WIDE, MIN_LABEL = 64, 110, 10
+"""Numbers of columns: progress has no bar below the first and a long one from the second on; labels have the third."""
 
 
 def print_json(value: Any) -> None:
@@ -74,25 +88,49 @@ def _error_text(error: KimiMlxError) -> str:
     return error.message + (f" (rank {error.rank})" if error.rank is not None and "rank" not in error.message else "")
 
 
+def hides_messages(is_json: bool) -> bool:
+    """Return whether progress and notices are left out: those of `--json` are for a person at a terminal only."""
+    return is_json and not stderr.is_terminal
+
+
 @contextmanager
 def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
-    """Show a status on stderr of a terminal, from PROGRESS_AFTER_S on.
+    """Show a status and its age on stderr of a terminal, from PROGRESS_AFTER_S on.
 
     Yields:
         function that sets the text.
     """
-    status = stderr.status("")
-    timer = threading.Timer(PROGRESS_AFTER_S, status.start)
+    progress = Progress(
+        SpinnerColumn(),
+        LabelColumn(reserved=12),
+        TimeElapsedColumn(),
+        console=stderr,
+        transient=True,
+        disable=is_quiet or not stderr.is_terminal,
+    )
+    task = progress.add_task("")
+    timer = threading.Timer(PROGRESS_AFTER_S, progress.start)
     timer.daemon = True
-    if stderr.is_terminal and not is_quiet:
+    if not progress.disable:
         timer.start()
     try:
-        yield lambda text: status.update(escape(text))
+        yield lambda text: progress.update(task, description=text)
     finally:
         timer.cancel()
         if timer.ident is not None:
             timer.join()
-        status.stop()
+        progress.stop()
+
+
+@contextmanager
+def closing_with_status(closable: C, is_quiet: bool = False) -> Generator[C]:
+    """Close a session or a ring at the end; its ranks may take long to end and to release their memory."""
+    try:
+        yield closable
+    finally:
+        with slow_status(is_quiet) as set_status:
+            set_status("ending and releasing memory")
+            closable.close()
 
 
 @contextmanager
@@ -106,20 +144,55 @@ def load_progress(labels: str | Sequence[str], is_quiet: bool = False) -> Genera
     Yields:
         function to call with (done, total), or (done, total, rank).
     """
+    is_narrow = stderr.width < NARROW
     progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers"),
+        SpinnerColumn(),
+        LabelColumn(reserved=28 if is_narrow else 48 if stderr.width < WIDE else 80),
+        *bar_columns(),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
+        *([] if is_narrow else [TextColumn("{task.fields[remaining]}")]),
         console=stderr,
         transient=True,
         disable=is_quiet or not stderr.is_terminal,
     )
     with progress:
-        tasks = [progress.add_task(label, total=None) for label in ([labels] if isinstance(labels, str) else labels)]
+        tasks = [
+            progress.add_task(label, total=None, amount="starting", remaining="")
+            for label in ([labels] if isinstance(labels, str) else labels)
+        ]
 
         def update(done: int, total: int, rank: int = 0) -> None:
-            progress.update(tasks[rank], completed=done, total=total)
+            remaining_s = progress.tasks[rank].time_remaining
+            progress.update(
+                tasks[rank],
+                completed=done,
+                total=total,
+                amount=f"{done}/{total} layers" if done < total else "preparing",
+                remaining=f"{format_seconds(remaining_s)} left" if remaining_s and done < total else "",
+            )
 
         yield update
+
+
+class LabelColumn(ProgressColumn):
+    """The description of a task in one line: it is cut so that the other columns fit beside it.
+
+    Args:
+        reserved: number of columns of the terminal for the other columns.
+    """
+
+    def __init__(self, reserved: int):
+        super().__init__()
+        self._reserved = reserved
+
+    def render(self, task: Task) -> Text:
+        """Return the description, cut to the width that is left."""
+        text = Text(task.description, no_wrap=True)
+        text.truncate(max(stderr.width - self._reserved, MIN_LABEL), overflow="ellipsis")
+        return text
+
+
+def bar_columns() -> list[ProgressColumn]:
+    """Return the bar of a progress line, shorter on a narrow terminal; none if it is too narrow."""
+    return [] if stderr.width < NARROW else [BarColumn(bar_width=10 if stderr.width < WIDE else 40)]

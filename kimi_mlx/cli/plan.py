@@ -139,7 +139,7 @@ def plan(
     It recommends how to split the model; nothing is loaded.
     """
     # heavy imports: not for `--help` or a usage error
-    from kimi_mlx.cli.output import print_json
+    from kimi_mlx.cli.output import hides_messages, print_json
     from kimi_mlx.cli.plan_inputs import machines_and_links, planned_shape
     from kimi_mlx.cli.plan_report import backtest_report, cost_lines, number_that_fits, plan_report, print_parts
     from kimi_mlx.planner.backtest import backtest
@@ -153,7 +153,7 @@ def plan(
         return
     name = model_name(model)
     shape = planned_shape(name, context, expert_bits)
-    machines, links = machines_and_links(hardware, name, is_quiet=json)
+    machines, links = machines_and_links(hardware, name, is_quiet=hides_messages(json))
     context = context or min(CONTEXT_TOKENS, shape.context_tokens)
     result = make_plan(shape, machines, links, context, is_fast_sync=hardware.fast_sync)
     assumptions = costs.assumptions()

@@ -25,12 +25,14 @@ def rm(
     """Remove a model's downloads and stores."""
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.confirm import confirm
-    from kimi_mlx.cli.output import print_json, stderr, stdout
+    from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
     from kimi_mlx.store.model_ref import resolve_model_name
     from kimi_mlx.store.remove import check_unused, find_removable, remove
 
     target = resolve_model_name(model)
-    folders = find_removable(target)
+    with slow_status(hides_messages(json)) as set_status:
+        set_status(f"looking for what is here of {target.name}")
+        folders = find_removable(target)
     if not folders:
         raise _nothing_here(target)
     check_unused(folders)
@@ -41,8 +43,10 @@ def rm(
     if not yes:
         confirm(f"Remove {format_bytes(total)}?", "nothing is removed", is_quiet=json)
         check_unused(folders)  # again: a download may have started during the question
-    for folder in folders:
-        remove(folder)
+    with slow_status(hides_messages(json)) as set_status:
+        for number, folder in enumerate(folders, start=1):
+            set_status(f"removing folder {number} of {len(folders)}: {folder.folder}")
+            remove(folder)
     if json:
         print_json(
             {

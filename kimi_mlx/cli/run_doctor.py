@@ -14,7 +14,7 @@ from kimi_mlx.cli.doctor_json import to_dict
 from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.model_size import download_disk, memory_requirement
-from kimi_mlx.cli.output import print_json, slow_status, stderr, stdout
+from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
 from kimi_mlx.cli.text_check import text_findings
 from kimi_mlx.cli.weights_check import weights_findings
@@ -54,7 +54,7 @@ def run_doctor(
         option=option,
         download=None if option else download_disk(),
     )
-    diagnosis, need = _diagnose(request, name, json)
+    diagnosis, need = _diagnose(request, name, hides_messages(json))
     is_saved = hosts.save is not None and diagnosis.hostfile is not None
     if hosts.save is not None and diagnosis.hostfile is not None:
         write_hostfile(hosts.save, diagnosis.hostfile)
@@ -72,7 +72,7 @@ def run_doctor(
 
 def _diagnose(request: DoctorRequest, name: str, is_quiet: bool) -> tuple[Diagnosis, ModelNeed]:
     """Return the result of all checks, and what the model needs with the placement that would be chosen."""
-    with slow_status(is_quiet=is_quiet) as set_status:
+    with slow_status(is_quiet) as set_status:
         diagnosis = diagnose(request, sys.executable, set_status)
         set_status("checking the model's files")
         own = next((host for host in diagnosis.hosts if is_local(host)), "this machine")

@@ -147,7 +147,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
     from kimi_mlx.cli.local_server import local_server
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
-    from kimi_mlx.cli.output import stderr
+    from kimi_mlx.cli.output import closing_with_status, stderr
     from kimi_mlx.client.local_servers import announce
     from kimi_mlx.server.http.server_socket import ServerSocket
     from kimi_mlx.store.model_ref import resolve_model_name
@@ -160,7 +160,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         server_socket = stack.enter_context(closing(ServerSocket(server.host, server.port)))  # before loading
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
-        stack.enter_context(closing(opened.session))
+        stack.enter_context(closing_with_status(opened.session))
         on_ready = partial(greet, target.name, server_socket, key_placeholder(serving.security.keys))
         http_server = make_server(target, opened, server.served_name or (), serving, on_ready)
         start_log()

@@ -14,6 +14,8 @@ import sys
 import time
 from types import FrameType
 
+from kimi_mlx.cli.start_status import is_importing
+
 RESEND_AFTER_S = 0.01
 
 
@@ -56,13 +58,13 @@ class EndSignals:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_importing = _is_importing(frame)
+        is_in_import = is_importing(frame)
         # Ctrl-C that arrives during an import may be handled by another handler later, which only stops an answer.
-        if self.first is None and not (is_importing and number == signal.SIGINT):
+        if self.first is None and not (is_in_import and number == signal.SIGINT):
             self.first = number
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-        if not is_importing:
+        if not is_in_import:
             raise SignalExit(number if self.first is None else self.first)
         _send_later(number)
 
@@ -85,15 +87,6 @@ def end_command(number: int) -> None:
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if isinstance(owner, EndSignals):
         owner.end(number)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    """Return whether a frame, or one that called it, belongs to an import."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _send_later(number: int) -> None:

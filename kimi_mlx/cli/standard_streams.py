@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from kimi_mlx.cli.start_status import START_LINE
+
 GONE = {errno.EPIPE: signal.SIGPIPE, errno.ECONNRESET: signal.SIGPIPE, errno.EIO: signal.SIGHUP}
 """Error of a stream without a reader -> signal that ends other programs in this case. EIO: a closed terminal."""
 
@@ -31,6 +33,7 @@ class _Output(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         """Write bytes. Without a reader they are dropped, and count as written."""
+        START_LINE.erase()
         try:
             return super().write(data)
         except OSError as error:

@@ -27,6 +27,11 @@ class ChannelObserver:
     def __init__(self, channel: Channel):
         self._channel = channel
 
+    @contextmanager
+    def on_look_up(self) -> Generator[None]:
+        """Report nothing: the front shows that it waits for the hosts."""
+        yield
+
     def on_start(self, skipped_bytes: int) -> None:
         """Report that the download starts."""
         self._channel.send("starting", skipped_bytes=skipped_bytes)

@@ -32,6 +32,10 @@ DownloadReport = dict[str, Any]
 class DownloadObserver(Protocol):
     """Observer of a download."""
 
+    def on_look_up(self) -> AbstractContextManager[None]:
+        """Show that the hub is asked for the files, and that their headers are read."""
+        ...
+
     def on_start(self, skipped_bytes: int) -> None:
         """Handle the start of a download.
 
@@ -88,7 +92,8 @@ def prepare_stores(
         skips_vision = options.skips_vision and can_add_vision
         options = replace(options, revision=stores.origin.commit, skips_vision=skips_vision)
     try:
-        job = open_build_job(options, group)
+        with observer.on_look_up():
+            job = open_build_job(options, group)
     except UnreachableError as error:
         if not is_complete or stores is None:
             raise

@@ -12,7 +12,7 @@ from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import check_prompt_size
 from kimi_mlx.cli.chat.server_choice import ServerChoice, named_server, running_server, unused_options
 from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
-from kimi_mlx.cli.output import print_note, slow_status
+from kimi_mlx.cli.output import closing_with_status, hides_messages, print_note, slow_status
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.client.remote import RemoteChatModel
 from kimi_mlx.model.config import load_config
@@ -98,17 +98,19 @@ def _open_here(
     if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
     options = session_options(run, arguments.disk, has_sampling=answers.sampling.get("temperature") != 0)
-    model = prepare_model(launch, target, run, is_quiet=is_quiet or arguments.output.json)
+    model = prepare_model(launch, target, run, is_quiet=is_quiet or hides_messages(arguments.output.json))
     early = None
     if model.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
         if prompt.media:
             require_vision(model.folder, target.name)
-        early = read_tokenizer(model.folder, target)
+        with slow_status(is_quiet) as set_status:
+            set_status("reading the tokenizer")
+            early = read_tokenizer(model.folder, target)
         check_prompt_size((system or "", text), early, load_config(model.folder).max_position_embeddings)
         options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
     files = _read_files(arguments, early.prepare_media if early else None)
     opened = open_session(model, options, run.ranks, is_quiet)
-    with closing(opened.session) as session:
+    with closing_with_status(opened.session, is_quiet) as session:
         tokenizer = early or read_tokenizer(opened.tokenizer_folder, target)
         chat_model = LocalChatModel(session, tokenizer, opened.deployment, instant)
         if files and chat_model.image_error is not None:

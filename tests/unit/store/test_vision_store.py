@@ -45,6 +45,9 @@ class Silent:
     def __init__(self) -> None:
         self.skipped_bytes = 0
 
+    def on_look_up(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def on_start(self, skipped_bytes: int) -> None:
         self.skipped_bytes = skipped_bytes
 
