@@ -5,9 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kimi_mlx.cli.chat.terminal_text import shorten, to_line
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.units import format_count, format_rate
+
+if TYPE_CHECKING:
+    from kimi_mlx.session.chat_model import ChatModel
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPINNER_AFTER_S = 2.0
@@ -130,6 +135,15 @@ class ChatStatus:
         yield [forms[-1], share, speed]
         yield [forms[-1], speed]
         yield [forms[-1]]
+
+
+def status_of(model: ChatModel) -> ChatStatus:
+    """Return the status of a chat that begins; the number of ranks is not known if the model cannot say it."""
+    try:
+        num_ranks = len(model.status().ranks)
+    except KimiMlxError:
+        num_ranks = 0
+    return ChatStatus(model.name, num_ranks, model.context)
 
 
 def format_duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from kimi_mlx.cli.chat.answer_view import AnswerView
+from kimi_mlx.cli.chat.chat_status import status_of
 from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
 from kimi_mlx.cli.output import error_to_dict, print_json, silent, stderr
@@ -106,7 +107,8 @@ def answer_once(conversation: Conversation, content: Content, placement: Choice,
         _wait(events, output)
         events = iter([answer.delta])
     notes = silent if output.quiet else stderr
-    with AnswerView(reasoning="hide" if output.quiet else "fold", plain=output.quiet, notes=notes) as view:
+    status, is_plain = status_of(conversation.model), output.quiet or output.plain
+    with AnswerView(status, output.reasoning, is_plain, notes=notes) as view:
         for event in events:
             view.show(event)
     _print_end(answer, output)

@@ -14,6 +14,7 @@ from kimi_mlx.cli.options import MODEL, SAMPLING, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
+    from kimi_mlx.cli.chat.answer_view import ReasoningMode
     from kimi_mlx.text.media import MediaKind
 
 PIPE = "-"
@@ -212,6 +213,26 @@ class OutputOptions:
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and warnings and errors on stderr.")
     ] = False
+
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Print answers as the model writes them, without rendering their Markdown."),
+    ] = False
+    show_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--show-thinking/--hide-thinking",
+            help="Show all of the reasoning, or nothing. Default: its end while it lasts, then one line.",
+            show_default=False,
+        ),
+    ] = None
+
+    @property
+    def reasoning(self) -> ReasoningMode:
+        """What is shown of the reasoning."""
+        if self.quiet or self.show_thinking is False:
+            return "hide"
+        return "show" if self.show_thinking else "fold"
 
     @property
     def need_prompt(self) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass, field
 from kimi_mlx.cli.chat.answer_settings import AnswerSettings
 from kimi_mlx.cli.chat.answer_view import ReasoningMode
 from kimi_mlx.cli.chat.attachments import Attachment
-from kimi_mlx.cli.chat.chat_status import ChatStatus
+from kimi_mlx.cli.chat.chat_status import ChatStatus, status_of
 from kimi_mlx.cli.chat.text_attachments import TextAttachment
 from kimi_mlx.engine.events import Statistics
 from kimi_mlx.planner.choice import Choice
@@ -53,7 +53,7 @@ class ReplState:
         """Begin with the settings and the model of the conversation."""
         model = self.conversation.model
         self.settings = AnswerSettings(self.conversation.options, sources)
-        self.status = ChatStatus(model.name, context=model.context)
+        self.status = status_of(model)
 
     def clear(self) -> None:
         """Begin a new conversation with the same model, system prompt and settings."""

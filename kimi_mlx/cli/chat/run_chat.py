@@ -44,7 +44,15 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
             show_first_note()
         with open_chat(launch, target, arguments) as chat:
             history.attach(chat.conversation, target)
-            raise typer.Exit(run_repl(ReplState(chat.conversation, placement=chat.placement, attached=[*chat.files])))
+            output = arguments.output
+            state = ReplState(
+                chat.conversation,
+                placement=chat.placement,
+                reasoning=output.reasoning,
+                is_plain=output.plain,
+                attached=[*chat.files],
+            )
+            raise typer.Exit(run_repl(state))
 
 
 def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory) -> ModelRef | None:
