@@ -103,7 +103,9 @@ class HttpClient:
         """
         timeout = httpx2.Timeout(limit_s, connect=CONNECT_S, write=WRITE_S)
         try:
-            return httpx2.Client(headers=self._headers, timeout=timeout, trust_env=not self.address.is_local_network)
+            # with a transport of its own, the client reads the variables of certificates but not those of proxies
+            transport = httpx2.HTTPTransport() if self.address.is_local_network else None
+            return httpx2.Client(headers=self._headers, timeout=timeout, transport=transport)
         except (OSError, ValueError, ImportError) as error:  # a proxy or a file of certificates that cannot be used
             raise ServerError(f"cannot connect to {self.address.url}: {error}") from error
 

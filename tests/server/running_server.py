@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_mlx.cluster.hosts.host import local_cluster
 from kimi_mlx.model.config import load_config
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.http.server_socket import ServerSocket
@@ -61,6 +62,7 @@ def serving(
     options: ServingOptions | None = None,
     context_tokens: int | None = None,
     folder: Path = KIMI_MINI,
+    ranks: int = 1,
 ) -> Iterator[RunningServer]:
     """Serve kimi-mini. The session stays open.
 
@@ -69,10 +71,13 @@ def serving(
         options: options of the server.
         context_tokens: size of the context; None uses the model's own.
         folder: folder of the tokenizer.
+        ranks: number of ranks of the session.
     """
     context_tokens = context_tokens or load_config(folder).max_position_embeddings
     model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
-    deployment = ModelDeployment("kimi-mini", "hybrid", None, load_config(folder))
+    deployment = ModelDeployment(
+        "kimi-mini", "hybrid", local_cluster(ranks) if ranks > 1 else None, load_config(folder)
+    )
     server = Server(session, ChatTokenizer.load(folder), model_info, {}, deployment, options or ServingOptions())
     with closing(ServerSocket("127.0.0.1", 0)) as server_socket:
         thread = threading.Thread(target=server.run, args=([server_socket.socket],), daemon=True)
