@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import Spawn
 from tests.command import call
 from tests.processes import start
+from tests.terminal import COMMAND, CTRL_D
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "two-red-circles.png"
 CHAT = [sys.executable, "-m", "kimi_mlx", "chat"]
@@ -39,6 +41,17 @@ def test_files_stand_before_the_prompt_and_the_pipe_after_it(tmp_path: Path) -> 
     assert num_prompt_tokens("-f", a, "-f", b, stdin="Hi\n\nseven") == num_prompt_tokens("-p", whole)
     attached = "File: piped input\n```\nseven\n```\n\nHi"
     assert num_prompt_tokens("-f", "-", "-p", "Hi", stdin="seven") == num_prompt_tokens("-p", attached)
+
+
+def test_files_are_attached_to_the_first_message_of_a_conversation(tmp_path: Path, spawn: Spawn) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("one two three\n")
+    terminal = spawn(COMMAND, "chat", "--no-log", "-f", str(path))
+    terminal.expect("notes.txt")
+    terminal.expect("tokens")
+    terminal.expect("> ")
+    terminal.send(CTRL_D)
+    assert terminal.wait() == 0
 
 
 def test_an_image_is_known_by_its_name() -> None:

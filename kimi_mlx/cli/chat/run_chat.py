@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import NoReturn
 
 import typer
 
@@ -13,6 +14,7 @@ from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
+from kimi_mlx.cli.chat.text_attachments import read_text_attachment
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.reader_watch import end_without_reader
 from kimi_mlx.errors import UsageError
@@ -37,22 +39,7 @@ def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
         if prompt is not None:
             _answer_once(launch, target, arguments, prompt, history)
             return
-        from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
-        from kimi_mlx.cli.chat.repl_state import ReplState
-
-        if target is not None and arguments.run.model is None and history.resumed is None:
-            show_first_note()
-        with open_chat(launch, target, arguments) as chat:
-            history.attach(chat.conversation, target)
-            output = arguments.output
-            state = ReplState(
-                chat.conversation,
-                placement=chat.placement,
-                reasoning=output.reasoning,
-                is_plain=output.plain,
-                attached=[*chat.files],
-            )
-            raise typer.Exit(run_repl(state))
+        _converse(launch, target, arguments, history)
 
 
 def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory) -> ModelRef | None:
@@ -67,6 +54,35 @@ def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history
         hint = f"without hosts: `kimi-mlx chat --url {arguments.remote.url}`"
         raise UsageError("--url and launched hosts exclude each other", hint=hint)
     return None
+
+
+def _converse(
+    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, history: ChatHistory
+) -> NoReturn:
+    """Load the model, and hold a conversation until the user exits.
+
+    Raises:
+        KimiMlxError: the model cannot be loaded, a file cannot be read, or the model is lost.
+        typer.Exit: the conversation has ended.
+    """
+    from kimi_mlx.cli.chat.repl import run_repl  # prompt_toolkit: not for a single answer
+    from kimi_mlx.cli.chat.repl_state import ReplState
+
+    if target is not None and arguments.run.model is None and history.resumed is None:
+        show_first_note()
+    with open_chat(launch, target, arguments) as chat:
+        history.attach(chat.conversation, target)
+        model, options = chat.conversation.model, chat.conversation.options
+        texts = [read_text_attachment(path, model, options, num_used=0) for path in arguments.prompt.text_files]
+        output = arguments.output
+        state = ReplState(
+            chat.conversation,
+            placement=chat.placement,
+            reasoning=output.reasoning,
+            is_plain=output.plain,
+            attached=[*chat.files, *texts],
+        )
+        raise typer.Exit(run_repl(state))
 
 
 def _answer_once(
