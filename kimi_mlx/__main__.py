@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 
 def main() -> None:
@@ -10,6 +11,11 @@ def main() -> None:
     has_default_handler = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if has_default_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.argv[1:2] == ["__complete"]:
+        from kimi_mlx.cli.shell_completion.main import main as complete
+
+        complete(*sys.argv[2:4])
+        return
     from kimi_mlx.cli.app import main as run
 
     if has_default_handler:

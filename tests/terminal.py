@@ -61,7 +61,7 @@ class Terminal:
         deadline = time.monotonic() + patience_s
         while text not in self.text[self._seen :]:
             assert time.monotonic() < deadline, f"{text!r} did not appear in {self.text[self._seen :]!r}"
-            self._read(0.05)
+            self.read(0.05)
         start, self._seen = self._seen, self.text.index(text, self._seen) + len(text)
         return self.text[start : self._seen]
 
@@ -78,8 +78,8 @@ class Terminal:
         deadline = time.monotonic() + PATIENCE_S
         while self._process.poll() is None:
             assert time.monotonic() < deadline, f"still running after {self.text!r}"
-            self._read(0.05)
-        self._read(0.05)
+            self.read(0.05)
+        self.read(0.05)
         return self._process.returncode
 
     def has_old_modes(self) -> bool:
@@ -100,7 +100,8 @@ class Terminal:
             os.close(self._master)
             os.close(self._slave)
 
-    def _read(self, timeout_s: float) -> None:
+    def read(self, timeout_s: float) -> None:
+        """Receive what the program writes, until it writes nothing."""
         while select.select([self._master], [], [], timeout_s)[0]:
             self.raw += os.read(self._master, 65536)
             timeout_s = 0.0

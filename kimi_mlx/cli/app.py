@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -18,7 +19,6 @@ from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
 from kimi_mlx.cli.start_status import START_LINE
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
-from kimi_mlx.version import __version__
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     cls=RootGroup,
     help="Run Moonshot's Kimi models on one Mac or on several.",
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +36,27 @@ app = typer.Typer(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        typer.echo(f"kimi-mlx {__version__}")
+        from kimi_mlx.cli.version_report import version_text, versions
+
+        typer.echo(json.dumps(versions(), indent=2) if _is_json() else version_text())
+        raise typer.Exit
+
+
+def _install_completion(shell: str | None) -> None:
+    if shell is not None:
+        from kimi_mlx.cli.shell_completion.scripts import find_shell, install_script
+
+        for path in install_script(find_shell(shell)):
+            typer.echo(f"written: {path}", err=True)
+        typer.echo("open a new terminal to use it", err=True)
+        raise typer.Exit
+
+
+def _show_completion(shell: str | None) -> None:
+    if shell is not None:
+        from kimi_mlx.cli.shell_completion.scripts import SCRIPTS, find_shell
+
+        typer.echo(SCRIPTS[find_shell(shell)], nl=False)
         raise typer.Exit
 
 
@@ -44,8 +64,31 @@ def _print_version(is_requested: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit."),
     ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --version: print JSON.", hidden=True)] = False,
+    install_completion: Annotated[
+        str | None,
+        typer.Option(
+            "--install-completion",
+            metavar="SHELL",
+            callback=_install_completion,
+            is_eager=True,
+            help="Install completion for zsh, bash or fish. Default: your shell.",
+            show_default=False,
+        ),
+    ] = None,
+    show_completion: Annotated[
+        str | None,
+        typer.Option(
+            "--show-completion",
+            metavar="SHELL",
+            callback=_show_completion,
+            is_eager=True,
+            help="Print the completion script of a shell.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run Moonshot's Kimi models on one Mac or on several."""
 

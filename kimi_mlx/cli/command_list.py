@@ -47,7 +47,6 @@ class CommandInfo:
         """Import the command's module and return its Click command."""
         if self.commands:
             return _group(self)
-        module = import_module(f"kimi_mlx.cli.{self.module or self.name}")
         single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
         single.command(
             self.name,
@@ -55,8 +54,12 @@ class CommandInfo:
             hidden=self.is_hidden,
             epilog=_epilog(self.examples),
             context_settings={"help_option_names": ["-h", "--help"], **self.settings},
-        )(getattr(module, self.name))
+        )(self.function())
         return get_command(single)
+
+    def function(self) -> Any:
+        """Import the command's module and return its function."""
+        return getattr(import_module(f"kimi_mlx.cli.{self.module or self.name}"), self.name)
 
 
 COMMANDS = (
@@ -202,6 +205,9 @@ COMMANDS = (
         ),
     ),
 )
+LAUNCHED_COMMANDS = ("chat", "serve", "bench", "check", "download")
+"""Commands that `kimi-mlx launch` can run on a cluster; the first is the default."""
+
 OTHER_TOOLS_COMMANDS = (
     *("list", "ls", "pull", "run", "ps", "remove", "delete", "show", "info", "help", "version", "stop"),
 )
@@ -288,6 +294,9 @@ class LazyGroup(TyperGroup):
         return next((info for info in self.infos if info.name == name), None)
 
 
+COMPLETION_OPTIONS = ("--install-completion", "--show-completion")
+
+
 class RootGroup(LazyGroup):
     """The commands of `kimi-mlx`; those of other tools get a hint."""
 
@@ -295,11 +304,12 @@ class RootGroup(LazyGroup):
         return _BY_NAME.get(name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the options before the command.
+        """Parse the options before the command; those of completion may stand without a shell.
 
         Raises:
             UsageError: `-v`, which other tools have.
         """
+        args = list(_with_empty_values(args, COMPLETION_OPTIONS))
         if args[:1] in (["-v"], ["-V"]):
             raise UsageError(f"kimi-mlx has no option `{args[0]}`", hint="type `kimi-mlx --version`")
         return super().parse_args(ctx, args)

@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.standard_input import require_prompt
-from kimi_mlx.cli.command_list import OTHER_TOOLS_COMMANDS, command_names
+from kimi_mlx.cli.command_list import LAUNCHED_COMMANDS, OTHER_TOOLS_COMMANDS, command_names
 from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
@@ -19,9 +19,6 @@ from kimi_mlx.parallel.placement import normalize_strategy
 
 if TYPE_CHECKING:
     from kimi_mlx.cli.open_model import LaunchContext
-
-COMMANDS = ("chat", "serve", "bench", "check", "download")
-"""Commands that can run on a cluster; the first is the default."""
 
 
 class LaunchedCommand:
@@ -42,14 +39,14 @@ class LaunchedCommand:
             _check_name(words[0])
         elif words:
             self._check_option(words[0])
-        self.name = words[0] if words and words[0] in COMMANDS else COMMANDS[0]
+        self.name = words[0] if words and words[0] in LAUNCHED_COMMANDS else LAUNCHED_COMMANDS[0]
         self._words = list(words[1:] if words and words[0] == self.name else words)
         group: Any = self._parent.command
         self._command = group.get_command(self._parent, self.name)
         self._refuse_options_of_launch(context)
         with self._context() as parsed:
             self._parameters: dict[str, Any] = dict(parsed.params)
-        if self._parameters.get("model") in COMMANDS:
+        if self._parameters.get("model") in LAUNCHED_COMMANDS:
             name = self._parameters["model"]
             raise UsageError(f"`{words[0]}` must come after `{name}`", hint=f"put the options of `{name}` after it")
         if self._parameters.get("ranks") not in (None, 1):
@@ -113,7 +110,8 @@ class LaunchedCommand:
             UsageError: neither command has it.
         """
         group: Any = self._parent.command
-        of_launch, of_chat = (_option_names(group.get_command(self._parent, name)) for name in ("launch", COMMANDS[0]))
+        commands = (group.get_command(self._parent, name) for name in ("launch", LAUNCHED_COMMANDS[0]))
+        of_launch, of_chat = map(_option_names, commands)
         option = word.partition("=")[0]
         if not option.startswith("--") or option == "--help" or option in of_launch | of_chat:
             return
@@ -149,19 +147,19 @@ def _check_name(word: str) -> None:
     Raises:
         UsageError: it is another command, a misspelled one, or no model.
     """
-    if word in COMMANDS:
+    if word in LAUNCHED_COMMANDS:
         return
     if word in OTHER_TOOLS_COMMANDS:
         raise UsageError(f"kimi-mlx has no command `{word}`", hint=HINTS[word])
     if word in command_names():
-        names = ", ".join(f"`{name}`" for name in COMMANDS)
+        names = ", ".join(f"`{name}`" for name in LAUNCHED_COMMANDS)
         raise UsageError(f"launch runs {names}, not `{word}`", hint=f"type `kimi-mlx {word}` without launch")
     from kimi_mlx.store.model_ref import resolve_model_name  # heavy: not for a usage error of an option
 
     try:
         resolve_model_name(word)
     except UsageError:
-        similar = difflib.get_close_matches(word, COMMANDS, n=1)
+        similar = difflib.get_close_matches(word, LAUNCHED_COMMANDS, n=1)
         if not similar:
             raise
         raise UsageError(f"there is no command and no model `{word}`", hint=f"did you mean `{similar[0]}`?") from None
