@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import PurePath
 
-from rich.markdown import Markdown
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cli.chat.answer_view import is_plain
+from kimi_mlx.cli.chat.answer_view import AnswerView, is_plain
 from kimi_mlx.cli.chat.terminal_text import cell_width, remove_controls, shorten, to_line
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.history.find import Match
 from kimi_mlx.history.markdown import to_markdown
 from kimi_mlx.history.records import ConversationRecord, MessageRecord
+from kimi_mlx.text.messages import Delta
 from kimi_mlx.units import format_count
 
 NARROW = 60
@@ -68,7 +69,7 @@ def format_when(seconds: float) -> str:
     return time.strftime("%b %d %H:%M" if time.year == now.year else "%Y-%m-%d")
 
 
-def print_matches(matches: Sequence[Match], words: Sequence[str]) -> None:
+def print_matches(matches: Sequence[Match], words: Sequence[str], console: Console = stdout) -> None:
     """Print the conversations that a search has found, with the text around the first match."""
     pattern = re.compile("|".join(re.escape(" ".join(word.split())) for word in words), re.IGNORECASE)
     for match in matches:
@@ -78,12 +79,12 @@ def print_matches(matches: Sequence[Match], words: Sequence[str]) -> None:
             (item.id, "bold"), f"  {format_when(item.updated_s)}  ", to_line(item.title), (count, "dim")
         )
         head.highlight_regex(pattern, "reverse")
-        stdout.print(head, soft_wrap=False)
+        console.print(head, soft_wrap=False)
         if match.snippet:
             line = Text(to_line(f"{match.role}: {match.snippet}"))
             line.highlight_regex(pattern, "reverse")
             line.pad_left(2)
-            stdout.print(line, soft_wrap=False)
+            console.print(line, soft_wrap=False)
 
 
 def print_conversation(conversation: ConversationRecord, messages: Sequence[MessageRecord]) -> None:
@@ -92,4 +93,5 @@ def print_conversation(conversation: ConversationRecord, messages: Sequence[Mess
     if is_plain(stdout):
         print(text, end="")
     else:
-        stdout.print(Markdown(text, hyperlinks=False), soft_wrap=False)
+        with AnswerView() as view:
+            view.show(Delta(text))

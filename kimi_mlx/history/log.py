@@ -29,6 +29,9 @@ class ConversationLog:
         model: name of the model.
         settings: function that returns the settings of the conversation at this time, for JSON.
         warn: function that shows a message to the user.
+
+    Attributes:
+        has_failed: whether an error has stopped the log.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class ConversationLog:
         self._settings = settings
         self._warn = warn
         self._number: int | None = None
-        self._has_failed = False
+        self.has_failed = False
         self._answer: int | None = None  # key of the answer in progress
         self._num_deltas = 0
         self._unwritten = Delta()
@@ -190,7 +193,7 @@ class ConversationLog:
         self._next_write_s = end + BATCH_S if self._write_s > SLOW_WRITE_S else 0.0
 
     def _require(self) -> None:
-        if self._has_failed:
+        if self.has_failed:
             raise HistoryError("this conversation is not in the history: an error has stopped its log")
 
     def _require_conversation(self) -> int:
@@ -203,8 +206,8 @@ class ConversationLog:
     def _errors_stop_the_log(self) -> Generator[bool]:
         """Report an error of the block, and stop the log; yield whether it is still written."""
         try:
-            yield not self._has_failed
+            yield not self.has_failed
         except HistoryError as error:
-            self._has_failed = True
+            self.has_failed = True
             hint = f"; {error.hint}" if error.hint else ""
             self._warn(f"this conversation is no longer stored: {error.message}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from kimi_mlx.errors import HistoryError, UsageError
 from kimi_mlx.history.database import history_folder
 from kimi_mlx.history.find import find_conversation
 from kimi_mlx.history.log import ConversationLog
-from kimi_mlx.history.records import ConversationRecord
+from kimi_mlx.history.plain_text import title_of
+from kimi_mlx.history.records import ConversationRecord, MessageRecord
 from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.store.model_ref import resolve_model_name
 
 if TYPE_CHECKING:
     from kimi_mlx.cli.chat.options import HistoryOptions
+    from kimi_mlx.history.openai_format import LoadedConversation
     from kimi_mlx.session.conversation import Conversation
     from kimi_mlx.store.model_ref import ModelRef
     from kimi_mlx.text.messages import Message, ToolCall
@@ -31,14 +34,21 @@ class ChatHistory:
     """The history as one chat uses it.
 
     Args:
-        store: history; None if it is not used.
+        store: history; None if it is not open.
         resumed: conversation that the chat continues; None for a new one.
         is_logged: whether the chat is stored.
+
+    Attributes:
+        log: log of the chat; None if it is not stored, or not attached yet.
+        resumed: conversation that the chat continues; None for a new one.
     """
 
-    def __init__(self, store: HistoryStore | None, resumed: ConversationRecord | None = None, is_logged: bool = True):
+    def __init__(
+        self, store: HistoryStore | None = None, resumed: ConversationRecord | None = None, is_logged: bool = False
+    ):
         self._store = store
         self._is_logged = is_logged
+        self.log: ConversationLog | None = None
         self.resumed = resumed
 
     @classmethod
@@ -55,14 +65,14 @@ class ChatHistory:
         """
         is_logged, name = not options.no_log, options.continue_
         if name is None and not is_logged:
-            return cls(None)
+            return cls()
         try:
             store = open_history()
         except HistoryError as error:
             if name is not None:
                 raise
             print_note(f"this chat is not stored: {error.message}; {error.hint}")
-            return cls(None)
+            return cls()
         try:
             return cls(store, None if name is None else find_conversation(store, name), is_logged)
         except HistoryError as error:
@@ -87,7 +97,7 @@ class ChatHistory:
             hint = f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`"
             raise UsageError(f"the model of the conversation cannot be used: {error.message}", hint=hint) from None
 
-    def attach(self, conversation: Conversation, target: ModelRef | None) -> ConversationLog | None:
+    def attach(self, conversation: Conversation, target: ModelRef | None) -> None:
         """Fill a conversation with the messages to continue, and log what happens in it from now on.
 
         What the user has set stays; the other settings become those of the conversation that is continued.
@@ -96,30 +106,103 @@ class ChatHistory:
             conversation: empty conversation with the loaded model.
             target: the model; None for that of a server.
 
-        Returns:
-            The log; None if the chat is not stored.
-
         Raises:
             HistoryError: the conversation to continue cannot be read.
         """
+        if self._store is not None and self._is_logged:
+            model = conversation.model.name if target is None else stored_name(target)
+            self.log = ConversationLog(self._store, model, lambda: settings_of(conversation), print_note)
+        if self.resumed is None:
+            conversation.listener = self.log
+            return
+        options, system = conversation.options, conversation.system
+        self.resume(conversation, self.resumed)
+        conversation.system = system or conversation.system
+        conversation.options = replace(
+            options,
+            max_tokens=options.max_tokens or conversation.options.max_tokens,
+            sampling={**conversation.options.sampling, **options.sampling},
+            template_kwargs={**conversation.options.template_kwargs, **options.template_kwargs},
+        )
+
+    def resume(self, conversation: Conversation, record: ConversationRecord) -> None:
+        """Replace messages and settings of a conversation by those of one in the history, and log what follows.
+
+        Args:
+            conversation: conversation of this chat.
+            record: conversation in the history.
+
+        Raises:
+            HistoryError: the history cannot be used.
+        """
+        if self.log is not None:
+            messages, is_copy = self.log.resume(record.number)
+            if is_copy and (copy := self.log.conversation) is not None:
+                print_note(f"`{record.id}` is open in another chat; this one continues a copy, `{copy.id}`")
+        else:
+            messages = self.store.messages(record.number)
+        conversation.messages = [item.message for item in messages]
+        if messages:
+            _apply_settings(conversation, messages[-1].settings)
+        if self.log is not None and record.model != self.log.model:
+            print_note(f"so far this conversation was with {record.model}; now it is with {self.log.model}")
+        conversation.listener = self.log
+        for call in _calls_without_result(conversation.messages):
+            conversation.add_tool_result(call, NO_RESULT)
+
+    def replace_messages(self, conversation: Conversation, loaded: LoadedConversation) -> None:
+        """Replace the messages of a conversation by those of a file, and log it as a new conversation.
+
+        Args:
+            conversation: conversation of this chat.
+            loaded: content of the file.
+        """
+        conversation.messages, conversation.system = list(loaded.messages), loaded.system
+        if self.log is not None:
+            self.log.start()
+            self.log.add_messages(loaded.messages)
+            if loaded.title:
+                self.log.rename(loaded.title)
+
+    @property
+    def store(self) -> HistoryStore:
+        """The history, also for a chat that is not stored.
+
+        Raises:
+            HistoryError: it cannot be used.
+        """
         if self._store is None:
-            return None
-        name = conversation.model.name if target is None else stored_name(target)
-        log = ConversationLog(self._store, name, lambda: settings_of(conversation), print_note)
-        if self.resumed is not None:
-            options, system = conversation.options, conversation.system
-            resume(log, conversation, self.resumed, is_logged=self._is_logged)
-            conversation.system = system or conversation.system
-            conversation.options = replace(
-                options,
-                max_tokens=options.max_tokens or conversation.options.max_tokens,
-                sampling={**conversation.options.sampling, **options.sampling},
-                template_kwargs={**conversation.options.template_kwargs, **options.template_kwargs},
-            )
-        if not self._is_logged:
-            return None
-        conversation.listener = log
-        return log
+            self._store = open_history()
+        return self._store
+
+    def describe(self, conversation: Conversation) -> tuple[ConversationRecord, list[MessageRecord]]:
+        """Return a conversation of this chat and its messages, as they are in the history or as they would be.
+
+        Args:
+            conversation: conversation of this chat.
+
+        Raises:
+            HistoryError: the history cannot be read.
+        """
+        if self.log is not None and not self.log.has_failed and (record := self.log.conversation) is not None:
+            return record, self.store.messages(record.number)
+        model, settings, now = conversation.model.name, settings_of(conversation), time.time()
+        messages = [
+            MessageRecord(message, model, settings, None, None, now, now, None) for message in conversation.messages
+        ]
+        contents = [message.content for message in conversation.messages if message.role == "user"]
+        title = title_of(contents[0]) if contents else ""
+        return ConversationRecord(0, "not stored", title, model, None, now, now, len(contents)), messages
+
+    def require_log(self) -> ConversationLog:
+        """Return the log.
+
+        Raises:
+            UsageError: the chat is not stored.
+        """
+        if self.log is None:
+            raise UsageError("this chat is not stored in the history", hint="/save FILE stores it in a file")
+        return self.log
 
     def close(self) -> None:
         """Close the history."""
@@ -137,37 +220,6 @@ def open_history() -> HistoryStore:
     if folder is None:
         raise HistoryError("the user has no home folder for the history", hint="set XDG_DATA_HOME to a folder")
     return HistoryStore.open(folder)
-
-
-def resume(
-    log: ConversationLog, conversation: Conversation, record: ConversationRecord, *, is_logged: bool = True
-) -> None:
-    """Replace messages and settings of a conversation by those of one in the history.
-
-    Args:
-        log: log of the conversation; it continues the one in the history.
-        conversation: conversation.
-        record: conversation in the history.
-        is_logged: whether the chat is stored; otherwise the history stays as it is.
-
-    Raises:
-        HistoryError: the history cannot be used.
-    """
-    if is_logged:
-        messages, is_copy = log.resume(record.number)
-    else:
-        messages, is_copy = log.store.messages(record.number), False
-    conversation.messages = [item.message for item in messages]
-    if messages:
-        _apply_settings(conversation, messages[-1].settings)
-    if is_copy and log.conversation is not None:
-        print_note(f"`{record.id}` is open in another chat; this one continues the copy `{log.conversation.id}`")
-    if record.model != log.model:
-        print_note(f"so far this conversation was with {record.model}; now it is with {log.model}")
-    listener, conversation.listener = conversation.listener, log if is_logged else None
-    for call in _calls_without_result(conversation.messages):
-        conversation.add_tool_result(call, NO_RESULT)
-    conversation.listener = listener
 
 
 def settings_of(conversation: Conversation) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kimi_mlx.cli.chat.commands import (
     describe_command,
     keys_table,
 )
+from kimi_mlx.cli.chat.conversation_commands import ConversationCommands
 from kimi_mlx.cli.chat.file_commands import FileCommands
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
@@ -34,7 +35,11 @@ class Repl:
     def __init__(self, state: ReplState):
         self._state = state
         self._files = FileCommands(state)
-        sources: Sequence[CommandSource] = (self, self._files, SettingsCommands(state), StatusCommands(state))
+        self._conversations = ConversationCommands(state)
+        sources: Sequence[CommandSource] = (
+            *(self, self._conversations, self._files),
+            *(SettingsCommands(state), StatusCommands(state)),
+        )
         self.command_list = CommandList(command for source in sources for command in source.commands())
 
     def commands(self) -> Sequence[Command]:
@@ -58,6 +63,9 @@ class Repl:
         """
         state = self._state
         print_note(f"{state.conversation.model.name} · /help lists commands, Ctrl-D exits\n")
+        if state.history.resumed is not None:
+            self._conversations.show_resumed()
+            stderr.print()
         self._files.show_attached()
         was_interrupted = False
         while not state.is_over:

@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass, field
 from kimi_mlx.cli.chat.answer_settings import AnswerSettings
 from kimi_mlx.cli.chat.answer_view import ReasoningMode
 from kimi_mlx.cli.chat.attachments import Attachment
+from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.chat_status import ChatStatus, status_of
 from kimi_mlx.cli.chat.text_attachments import TextAttachment
 from kimi_mlx.engine.events import Statistics
@@ -32,6 +33,7 @@ class ReplState:
         attached: files for the next message.
         sent: files of the messages of the conversation, for their names.
         answers: statistics of the answers of the conversation.
+        history: log of the conversation, and the conversations before it.
         draft: text that the next input line begins with.
         is_over: True to exit.
     """
@@ -44,6 +46,7 @@ class ReplState:
     attached: list[Attachment | TextAttachment] = field(default_factory=list["Attachment | TextAttachment"])
     sent: list[Attachment | TextAttachment] = field(default_factory=list["Attachment | TextAttachment"])
     answers: list[Statistics] = field(default_factory=list[Statistics])
+    history: ChatHistory = field(default_factory=ChatHistory)
     draft: str = ""
     is_over: bool = False
     settings: AnswerSettings = field(init=False)

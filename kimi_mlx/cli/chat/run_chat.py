@@ -81,6 +81,7 @@ def _converse(
             reasoning=output.reasoning,
             is_plain=output.plain,
             attached=[*chat.files, *texts],
+            history=history,
         )
         raise typer.Exit(run_repl(state))
 
