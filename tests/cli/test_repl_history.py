@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cli.chat.chat_history import NO_RESULT, ChatHistory, open_history
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.options import HistoryOptions
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
@@ -37,9 +38,13 @@ def start(
     """Begin a chat as `kimi-mlx chat` does, optionally with --continue and --no-log."""
     history = ChatHistory.open(HistoryOptions(name, not is_logged))
     conversation = conversation or conversation_of("The answer.")
-    history.attach(conversation, "fake")
+    history.attach(conversation, None)
     state = ReplState(conversation, history=history)
     return Repl(state), state
+
+
+def handle(repl: Repl, text: str) -> bool:
+    return repl.handle(UserInput(text))
 
 
 def texts(state: ReplState) -> list[object]:
@@ -54,31 +59,31 @@ def stored(store: HistoryStore) -> list[list[object]]:
 def test_undo_and_retry(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, state = start()
     for typed in ("first", "second", "/undo", "/retry", "third"):
-        assert repl.handle(typed)
+        assert handle(repl, typed)
     assert texts(state) == ["first", "The answer.", "third", "The answer."]
     assert stored(store) == [texts(state)]
     assert "took back: second" in capfd.readouterr().err
     for typed in ("/undo", "/undo"):
-        assert repl.handle(typed)
-    assert not repl.handle("/retry")
+        assert handle(repl, typed)
+    assert not handle(repl, "/retry")
     assert stored(store) == [[]]
-    assert repl.handle("/undo")
+    assert handle(repl, "/undo")
     assert "there is no message to take back" in capfd.readouterr().err
 
 
 def test_a_fork_goes_its_own_way(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, _ = start()
-    repl.handle("/fork")
+    handle(repl, "/fork")
     assert "the conversation has no messages yet" in capfd.readouterr().err
     for typed in ("first", "/fork", "second"):
-        repl.handle(typed)
+        handle(repl, typed)
     assert stored(store) == [["first", "The answer.", "second", "The answer."], ["first", "The answer."]]
 
 
 def test_the_title(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, _ = start()
     for typed in ("/title", "What is MLX?", "/title", "/title  My\x1b[31m title ", "/title"):
-        repl.handle(typed)
+        handle(repl, typed)
     assert store.conversations()[0].title == "My title"
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if line in ("there is no message yet", "What is MLX?", "My title")] == [
@@ -93,7 +98,7 @@ def test_a_conversation_is_continued_with_its_settings(capfd: pytest.CaptureFixt
     conversation.system = "Be brief."
     conversation.options = ChatOptions(max_tokens=50, sampling={"temperature": 0.5, "top_k": 3})
     repl, state = start(conversation=conversation)
-    repl.handle("first")
+    handle(repl, "first")
     state.history.close()
     other = conversation_of("Another answer.")
     other.options = ChatOptions(sampling={"temperature": 0.1})
@@ -101,7 +106,7 @@ def test_a_conversation_is_continued_with_its_settings(capfd: pytest.CaptureFixt
     assert texts(state) == ["first", "The answer."]
     assert other.system == "Be brief."
     assert other.options == ChatOptions(max_tokens=50, sampling={"temperature": 0.1, "top_k": 3})
-    repl.handle("second")
+    handle(repl, "second")
     assert state.history.store.conversations()[0].num_turns == 2
     capfd.readouterr()
     state.history.log.model = "other"  # pyright: ignore[reportOptionalMemberAccess]
@@ -123,7 +128,7 @@ def test_an_unfinished_answer_is_shown_as_such(store: HistoryStore, capfd: pytes
     assert shown.out == "one two\n"
     assert "so far this conversation was with other; now it is with fake" in shown.err
     assert "[unfinished; /retry answers again]" in shown.err
-    repl.handle("/retry")
+    handle(repl, "/retry")
     assert texts(state) == ["count", "The answer."]
     assert stored(store) == [["count", "The answer."]]
 
@@ -134,7 +139,7 @@ def test_a_message_without_an_answer_can_be_answered(store: HistoryStore, capfd:
     repl, state = start("")
     repl._conversations.show_resumed()
     assert "[not answered; /retry answers it]" in capfd.readouterr().err
-    repl.handle("/retry")
+    handle(repl, "/retry")
     assert texts(state) == ["count", "The answer."]
 
 
@@ -155,22 +160,22 @@ def test_calls_of_tools_that_were_killed_get_a_result(store: HistoryStore) -> No
 def test_another_conversation_is_continued(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, state = start()
     for typed in ("What is MLX?", "/clear", "Tell me a joke", "/continue"):
-        assert repl.handle(typed)
+        assert handle(repl, typed)
     assert texts(state) == ["What is MLX?", "The answer."]
     first = store.conversations()[1]
-    assert not repl.handle("/continue mlx")
+    assert not handle(repl, "/continue mlx")
     assert "is this conversation" in capfd.readouterr().err
-    assert repl.handle("/continue joke")
-    repl.handle("more")
+    assert handle(repl, "/continue joke")
+    handle(repl, "more")
     assert stored(store)[0] == ["Tell me a joke", "The answer.", "more", "The answer."]
-    assert repl.handle(f"/continue {first.id[:6]}")
+    assert handle(repl, f"/continue {first.id[:6]}")
     capfd.readouterr()
-    assert repl.handle("/history")
-    assert repl.handle("/history joke more")
+    assert handle(repl, "/history")
+    assert handle(repl, "/history joke more")
     shown = capfd.readouterr().err
     assert "Tell me a joke" in shown
     assert first.id in shown
-    repl.handle("/continue nothing")
+    handle(repl, "/continue nothing")
     assert "there is no conversation `nothing`" in capfd.readouterr().err
     command = repl.command_list.find("/continue")
     assert command.complete is not None
@@ -180,22 +185,22 @@ def test_another_conversation_is_continued(store: HistoryStore, capfd: pytest.Ca
 def test_save_and_load(tmp_path: Path, store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, state = start()
     path = tmp_path / "a chat.json"
-    assert not repl.handle(f"/save {path}")
+    assert not handle(repl, f"/save {path}")
     state.conversation.system = "Be brief."
-    repl.handle("first")
-    assert not repl.handle("/save")
-    assert repl.handle(f"/save {path}")
+    handle(repl, "first")
+    assert not handle(repl, "/save")
+    assert handle(repl, f"/save {path}")
     saved = json.loads(path.read_text())
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
-    repl.handle("second")
-    assert not repl.handle(f"/save {path}")
+    handle(repl, "second")
+    assert not handle(repl, f"/save {path}")
     assert json.loads(path.read_text()) == saved
     assert "press Enter again to replace it" in capfd.readouterr().err
-    assert repl.handle(f"/save {path}")
+    assert handle(repl, f"/save {path}")
     assert len(json.loads(path.read_text())["messages"]) == 5
     path.write_text(json.dumps({**saved, "title": "My title"}))
-    assert repl.handle(f"/load {path}")
-    repl.handle("third")
+    assert handle(repl, f"/load {path}")
+    handle(repl, "third")
     assert texts(state) == ["first", "The answer.", "third", "The answer."]
     assert stored(store) == [texts(state), ["first", "The answer.", "second", "The answer."]]
     assert store.conversations()[0].title == "My title"
@@ -206,48 +211,48 @@ def test_a_file_that_cannot_be_loaded_changes_nothing(tmp_path: Path, store: His
     path = tmp_path / "bad.json"
     path.write_text(text)
     repl, state = start()
-    repl.handle("first")
-    assert not repl.handle(f"/load {path}")
-    assert not repl.handle(f"/load {tmp_path / 'missing.json'}")
-    assert not repl.handle("/load")
-    repl.handle("second")
+    handle(repl, "first")
+    assert not handle(repl, f"/load {path}")
+    assert not handle(repl, f"/load {tmp_path / 'missing.json'}")
+    assert not handle(repl, "/load")
+    handle(repl, "second")
     assert texts(state) == ["first", "The answer.", "second", "The answer."]
     assert stored(store) == [texts(state)]
 
 
 def test_export(tmp_path: Path) -> None:
     repl, _ = start()
-    repl.handle("first")
-    assert repl.handle(f"/export {tmp_path / 'chat'}")
+    handle(repl, "first")
+    assert handle(repl, f"/export {tmp_path / 'chat'}")
     assert "## You\n\nfirst\n\n## fake\n\n> \n" not in (tmp_path / "chat.md").read_text()
     assert "## You\n\nfirst\n\n## fake\n\n" in (tmp_path / "chat.md").read_text()
 
 
 def test_a_chat_that_is_not_stored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     repl, state = start(is_logged=False)
-    repl.handle("first")
+    handle(repl, "first")
     for typed in ("/title x", "/fork", "/load x.json", "/continue"):
-        assert not repl.handle(typed)
+        assert not handle(repl, typed)
     assert "not stored in the history" in capfd.readouterr().err
     assert not (tmp_path / "data" / "kimi-mlx" / "conversations").exists() or open_history().conversations() == []
-    assert repl.handle(f"/save {tmp_path / 'chat.json'}")
-    assert repl.handle(f"/export {tmp_path / 'chat.md'}")
+    assert handle(repl, f"/save {tmp_path / 'chat.json'}")
+    assert handle(repl, f"/export {tmp_path / 'chat.md'}")
     assert [message["role"] for message in json.loads((tmp_path / "chat.json").read_text())["messages"]] == [
         "user",
         "assistant",
     ]
-    assert not repl.handle(f"/load {tmp_path / 'chat.json'}")
-    assert repl.handle("/clear")
-    assert repl.handle(f"/load {tmp_path / 'chat.json'}")
+    assert not handle(repl, f"/load {tmp_path / 'chat.json'}")
+    assert handle(repl, "/clear")
+    assert handle(repl, f"/load {tmp_path / 'chat.json'}")
     assert texts(state) == ["first", "The answer."]
 
 
 def test_a_stored_conversation_is_continued_without_storing(store: HistoryStore) -> None:
     repl, state = start()
-    repl.handle("first")
+    handle(repl, "first")
     state.history.close()
     repl, state = start("first", is_logged=False)
-    repl.handle("second")
+    handle(repl, "second")
     assert texts(state) == ["first", "The answer.", "second", "The answer."]
     assert stored(store) == [["first", "The answer."]]
 
@@ -257,7 +262,7 @@ def test_a_broken_history_is_reported_and_the_chat_goes_on(tmp_path: Path, capfd
     folder.mkdir(parents=True)
     (folder / "history.sqlite3").write_bytes(b"not a database" * 1000)
     repl, state = start()
-    assert repl.handle("first")
+    assert handle(repl, "first")
     assert texts(state) == ["first", "The answer."]
     shown = capfd.readouterr().err
     assert shown.count("this chat is not stored") == 1

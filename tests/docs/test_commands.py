@@ -10,9 +10,11 @@ import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from kimi_mlx.cli.app import app
+from kimi_mlx.history.store import HistoryStore
+from kimi_mlx.text.messages import Message
 from tests.processes import start
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +38,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
     r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",
+    r"kimi-mlx history rm": "asks a question: tests/unit/cli/test_history.py removes conversations",
     r"kimi-mlx service ": "starts a server in the background: tests/services runs it",
     r"kimi-mlx plan .*--hostfile": "needs the hosts of the hostfile",
     r"llm ": "tests/server/test_commands.py types it",
@@ -112,6 +117,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "HOME": str(tmp_path),
         "KIMI_MLX_STORES": str(tmp_path / "stores"),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "XDG_DATA_HOME": str(tmp_path / "data"),
     }
 
 
@@ -128,7 +134,16 @@ def run_server(command: str, folder: Path, environment: dict[str, str]) -> None:
 
 def type_of(command: str) -> str:
     """Return a pipeline that types a question where a command would open a conversation."""
-    return f'echo "What are you?" | {command}' if re.fullmatch(r"kimi-mlx chat( --\S+ \S+)*", command) else command
+    return f'echo "What are you?" | {command}' if re.fullmatch(r"kimi-mlx chat( --\S+( \S+)?)*", command) else command
+
+
+def add_conversation(folder: Path) -> None:
+    """Put the conversation of the page's commands into the history of a test."""
+    with closing(HistoryStore.open(folder / "kimi-mlx" / "conversations")) as store:
+        number = store.create("kimi-mini").number
+        store.add_message(number, Message("user", "A quarterly report"), "kimi-mini", {})
+        with closing(sqlite3.connect(store.path)) as connection, connection:
+            connection.execute("UPDATE conversations SET id = 'k3m9x7ab'")
 
 
 def test_the_pages_have_commands() -> None:
@@ -158,6 +173,8 @@ def test_command_runs(example: Example, tmp_path: Path, environment: dict[str, s
     if example.command.startswith("kimi-mlx serve"):
         run_server(example.command, tmp_path, environment)
         return
+    if "--continue" in example.command or "history" in example.command:
+        add_conversation(tmp_path / "data")
     if "--verify" in example.command:  # of what the command before it has made
         run_shell(example.command.replace(" --verify", ""), tmp_path, environment)
     done = run_shell(type_of(example.command), tmp_path, environment)
