@@ -39,6 +39,7 @@ NOT_RUN = {
     r"ssh|sudo ": "changes this machine or another one",
     r"export |claude|openssl ": "sets up another program",
     r"kimi-mlx history rm": "asks a question: tests/unit/cli/test_history.py removes conversations",
+    r"kimi-mlx chat --mcp mcp\.json": "starts the user's servers: the examples with docs/mcp-toys.json run",
     r"kimi-mlx service ": "starts a server in the background: tests/services runs it",
     r"kimi-mlx plan .*--hostfile": "needs the hosts of the hostfile",
     r"llm ": "tests/server/test_commands.py types it",
@@ -102,11 +103,15 @@ RUNNABLE = [example for example in EXAMPLES if example.reason is None]
 def environment(tmp_path: Path) -> dict[str, str]:
     """Return an environment with `kimi-mlx` on the path, and folders of its own for what commands write.
 
-    Commands of pages are for a clone, so images have their paths there.
+    Commands of pages are for a clone, so images and servers have their paths there.
     """
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     folder = tmp_path / "bin"
     folder.mkdir()
+    python = folder / "python"  # of the MCP server in docs/mcp-toys.json
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
     program = folder / "kimi-mlx"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m kimi_mlx "$@"\n')
     program.chmod(0o755)

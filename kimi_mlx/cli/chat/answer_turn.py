@@ -9,6 +9,7 @@ from types import FrameType
 
 from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.repl_state import ReplState
+from kimi_mlx.cli.chat.tool_loop import ToolLoop
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled
 from kimi_mlx.session.chat_model import ChatEvent
@@ -32,26 +33,28 @@ def show_answer(state: ReplState, answer: Generator[ChatEvent, None, None]) -> N
         KeyboardInterrupt: Ctrl-C was pressed twice.
     """
     conversation = state.conversation
+    remark = ""
     with (
-        closing(answer),
         AnswerView(state.status, state.reasoning, state.is_plain) as view,
-        _ctrl_c_stops(conversation) as is_stopped,
+        closing(state.tools.run(conversation, answer, view)) as events,
+        _ctrl_c_stops(conversation, state.tools) as is_stopped,
     ):
         stderr.print()
-        for item in answer:
+        for item in events:
             if isinstance(item, Prefilled | Encoded) and is_stopped():
                 conversation.cancel()  # again: it may not have begun at the first call
             view.show(item)
             if isinstance(item, Finished):
-                view.finish()
                 state.answers.append(item.statistics)
-                if remark := REMARKS.get(item.reason, "" if view.has_shown else "no answer"):
-                    print_note(f"[{remark}]")
+                remark = REMARKS.get(item.reason, "" if view.has_shown else "no answer")
+        view.finish()
+        if is_stopped() or remark:
+            print_note(f"[{remark or REMARKS['cancelled']}]")
 
 
 @contextmanager
-def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], None, None]:
-    """Make Ctrl-C stop the answer and a second Ctrl-C raise KeyboardInterrupt.
+def _ctrl_c_stops(conversation: Conversation, tools: ToolLoop) -> Generator[Callable[[], bool], None, None]:
+    """Make Ctrl-C stop the answer with its tool calls, and a second Ctrl-C raise KeyboardInterrupt.
 
     Yields:
         function that returns whether Ctrl-C was pressed.
@@ -63,6 +66,7 @@ def _ctrl_c_stops(conversation: Conversation) -> Generator[Callable[[], bool], N
         if is_stopped:
             raise KeyboardInterrupt
         is_stopped = True
+        tools.cancel()
         conversation.cancel()
 
     before = signal.signal(signal.SIGINT, stop)

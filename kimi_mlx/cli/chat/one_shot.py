@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.chat_status import status_of
 from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
+from kimi_mlx.cli.chat.tool_loop import ToolLoop
 from kimi_mlx.cli.output import error_to_dict, print_json, silent, stderr
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.errors import AnswerError
@@ -29,7 +30,7 @@ class OneShotAnswer:
     """An answer that is read to its end, and judged.
 
     Attributes:
-        delta: all that the model wrote so far.
+        delta: all that the model wrote so far; after tool calls, in its last answer.
         finished: the end of the answer; None before it.
     """
 
@@ -41,6 +42,8 @@ class OneShotAnswer:
         """Pass events through, and keep what they say."""
         for event in events:
             if isinstance(event, Delta):
+                if self.finished is not None:  # the answer to the results of tools
+                    self.delta, self.finished = Delta(), None
                 self.delta = self.delta + event
             elif isinstance(event, Finished):
                 self.finished = event
@@ -80,7 +83,13 @@ class OneShotAnswer:
         return None
 
 
-def answer_once(conversation: Conversation, content: Content, placement: Choice, output: OutputOptions) -> None:
+def answer_once(
+    conversation: Conversation,
+    content: Content,
+    placement: Choice,
+    output: OutputOptions,
+    tools: ToolLoop | None = None,
+) -> None:
     """Print the answer to one prompt: the answer on stdout, all else on stderr.
 
     Args:
@@ -88,37 +97,40 @@ def answer_once(conversation: Conversation, content: Content, placement: Choice,
         content: the prompt.
         placement: placement of the model, for JSON.
         output: what is printed, and how.
+        tools: runs the calls of the model; None for no tools.
 
     Raises:
         AnswerError: the answer is empty, or not complete JSON although there is a schema.
         typer.Exit: the same as JSON: the error is part of the document.
         KimiMlxError: the request is refused, or the session has failed.
     """
-    answer = OneShotAnswer()
-    events = answer.read(conversation.ask(content))
+    answer, tools = OneShotAnswer(), tools or ToolLoop()
+
+    def ask(view: AnswerView) -> Iterator[ChatEvent]:
+        return answer.read(tools.run(conversation, conversation.ask(content), view))
+
     if output.json:
-        _wait(events, output)
-        document, error = _to_dict(answer, placement, output), answer.error(has_schema=output.schema is not None)
+        _wait(ask, output)
+        document, error = _to_dict(answer, placement, output, tools), answer.error(has_schema=output.schema is not None)
         print_json(document if error is None else {**document, **error_to_dict(error)})
         if error is not None:
             raise typer.Exit(1)
         return
     if output.no_stream:
-        _wait(events, output)
-        events = iter([answer.delta])
+        _wait(ask, output)
     notes = silent if output.quiet else stderr
     status, is_plain = status_of(conversation.model), output.quiet or output.plain
     with AnswerView(status, output.reasoning, is_plain, notes=notes) as view:
-        for event in events:
+        for event in [answer.delta] if output.no_stream else ask(view):
             view.show(event)
     _print_end(answer, output)
 
 
-def _wait(events: Iterator[ChatEvent], output: OutputOptions) -> None:
+def _wait(ask: Callable[[AnswerView], Iterator[ChatEvent]], output: OutputOptions) -> None:
     """Read an answer to its end; on a terminal, stderr shows how far it is."""
     notes = silent if output.quiet else stderr
     with AnswerView(reasoning="hide", plain=True, console=silent, notes=notes) as view:
-        for event in events:
+        for event in ask(view):
             view.show(event)
 
 
@@ -139,7 +151,7 @@ def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
         stderr.print(f"warning: the answer stopped at the token limit, after {tokens}", style="yellow", markup=False)
 
 
-def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions) -> dict[str, Any]:
+def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions, tools: ToolLoop) -> dict[str, Any]:
     """Return an answer as JSON; `usage` has the names of OpenAI's API."""
     assert answer.finished is not None
     statistics = answer.finished.statistics
@@ -147,7 +159,10 @@ def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions) ->
         "text": answer.delta.text,
         **({} if output.schema is None else {"parsed": answer.parsed}),
         "reasoning": answer.delta.reasoning,
-        "tool_calls": [asdict(call) for call in answer.delta.tool_calls],
+        "tool_calls": [
+            *(record.to_dict() for record in tools.records),
+            *(asdict(call) for call in answer.delta.tool_calls),
+        ],
         "finish_reason": answer.finished.reason,
         "usage": {
             "prompt_tokens": statistics.prompt_tokens,

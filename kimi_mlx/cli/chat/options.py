@@ -10,12 +10,13 @@ import typer
 
 from kimi_mlx.cli.chat.media_files import check_files, media_kind, to_path
 from kimi_mlx.cli.chat.schema import Schema, read_schema
-from kimi_mlx.cli.options import MODEL, SAMPLING, DiskCacheOptions, RunOptions
+from kimi_mlx.cli.options import MODEL, SAMPLING, TOOLS, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from kimi_mlx.cli.chat.answer_view import ReasoningMode
     from kimi_mlx.text.media import MediaKind
+    from kimi_mlx.tools.config import ServerConfig
 
 PIPE = "-"
 """Name of the piped input, as a prompt or as a file."""
@@ -312,6 +313,61 @@ class RemoteOptions:
 
 
 @dataclass(frozen=True)
+class ToolOptions:
+    """Options of tools."""
+
+    mcp: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mcp",
+            metavar="FILE",
+            help="Offer the tools of the MCP servers in this file, `mcpServers` as in Claude Desktop; one `--mcp` per "
+            "file. Needs the package `mcp`.",
+            show_default=False,
+            rich_help_panel=TOOLS,
+        ),
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            metavar="TOOL,...",
+            help="Let the model call these tools without asking: names, patterns such as `git_*`, or `all`.",
+            show_default=False,
+            rich_help_panel=TOOLS,
+        ),
+    ] = None
+    max_rounds: Annotated[
+        int,
+        typer.Option(
+            "--max-rounds",
+            min=1,
+            metavar="N",
+            help="Maximum number of rounds of tool calls before an answer.",
+            rich_help_panel=TOOLS,
+        ),
+    ] = 25
+
+    @property
+    def allowed(self) -> list[str]:
+        """Names and patterns of tools that need no question."""
+        words = (word.strip() for names in self.allow or () for word in names.split(","))
+        return [word for word in words if word]
+
+    def read_servers(self) -> tuple[list[ServerConfig], list[str]]:
+        """Return the servers of the files, and notes about keys that are not used.
+
+        Raises:
+            UsageError: `--allow` without `--mcp`, or a file that is wrong.
+        """
+        from kimi_mlx.tools.config import read_config  # not for `--help`
+
+        if self.allow and not self.mcp:
+            raise UsageError("--allow needs --mcp", hint="add `--mcp FILE`")
+        return read_config([to_path(name) for name in self.mcp or ()])
+
+
+@dataclass(frozen=True)
 class ChatArguments:
     """All arguments of `kimi-mlx chat`. A new subject is one dataclass and one field here.
 
@@ -323,6 +379,7 @@ class ChatArguments:
         sampling: how tokens are sampled.
         disk: prompt cache on disk.
         history: the conversation to continue, and whether this one is stored.
+        tools: MCP servers, and what they may do.
     """
 
     run: RunOptions
@@ -332,6 +389,7 @@ class ChatArguments:
     history: HistoryOptions
     sampling: SamplingOptions
     disk: DiskCacheOptions
+    tools: ToolOptions
 
     def check(self) -> None:
         """Check the options without reading input and before a model or a host is asked.
@@ -344,3 +402,4 @@ class ChatArguments:
         self.prompt.read_system()
         self.output.read_schema()
         self.disk.check()
+        self.tools.read_servers()

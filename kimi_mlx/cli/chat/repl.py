@@ -19,6 +19,8 @@ from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.settings_commands import SettingsCommands
 from kimi_mlx.cli.chat.status_commands import StatusCommands
+from kimi_mlx.cli.chat.tool_commands import ToolCommands
+from kimi_mlx.cli.chat.tool_permissions import TerminalQuestion
 from kimi_mlx.cli.output import print_error, print_note, stderr
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
 from kimi_mlx.folders import state_folder
@@ -36,9 +38,10 @@ class Repl:
         self._state = state
         self._files = FileCommands(state)
         self._conversations = ConversationCommands(state)
+        state.tools.permissions.ask = TerminalQuestion(self._keep_typed)
         sources: Sequence[CommandSource] = (
             *(self, self._conversations, self._files),
-            *(SettingsCommands(state), StatusCommands(state)),
+            *(SettingsCommands(state), StatusCommands(state), ToolCommands(state.tools)),
         )
         self.command_list = CommandList(command for source in sources for command in source.commands())
 
@@ -53,6 +56,10 @@ class Repl:
             Command("/help", "[COMMAND|keys]", "this list, or more of one", self._help, other_names=("/?",)),
             Command("/quit", "", "exit (Ctrl-D)", self._quit, other_names=("/exit", "/bye")),
         ]
+
+    def _keep_typed(self, text: str) -> None:
+        """Keep what was typed before a question for the next message."""
+        self._state.draft += text
 
     def run(self, line: InputLine) -> None:
         """Read and answer messages until the user exits.

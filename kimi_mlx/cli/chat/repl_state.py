@@ -11,6 +11,7 @@ from kimi_mlx.cli.chat.attachments import Attachment
 from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.chat_status import ChatStatus, status_of
 from kimi_mlx.cli.chat.text_attachments import TextAttachment
+from kimi_mlx.cli.chat.tool_loop import ToolLoop
 from kimi_mlx.engine.events import Statistics
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
@@ -36,6 +37,7 @@ class ReplState:
         history: log of the conversation, and the conversations before it.
         draft: text that the next input line begins with.
         is_over: True to exit.
+        tools: runs the calls of the model.
     """
 
     conversation: Conversation
@@ -49,6 +51,7 @@ class ReplState:
     history: ChatHistory = field(default_factory=ChatHistory)
     draft: str = ""
     is_over: bool = False
+    tools: ToolLoop = field(default_factory=ToolLoop)
     settings: AnswerSettings = field(init=False)
     status: ChatStatus = field(init=False)
 

@@ -12,6 +12,7 @@ from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.first_minutes import show_first_note
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
+from kimi_mlx.cli.chat.open_tools import open_tools, wait_for_servers
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
 from kimi_mlx.cli.chat.text_attachments import read_text_attachment
@@ -70,7 +71,8 @@ def _converse(
 
     if target is not None and arguments.run.model is None and history.resumed is None:
         show_first_note()
-    with open_chat(launch, target, arguments) as chat:
+    with open_tools(arguments.tools) as tools, open_chat(launch, target, arguments) as chat:
+        wait_for_servers(tools)
         history.attach(chat.conversation, target)
         model, options = chat.conversation.model, chat.conversation.options
         texts = [read_text_attachment(path, model, options, num_used=0) for path in arguments.prompt.text_files]
@@ -82,6 +84,7 @@ def _converse(
             is_plain=output.plain,
             attached=[*chat.files, *texts],
             history=history,
+            tools=tools,
         )
         raise typer.Exit(run_repl(state))
 
@@ -95,8 +98,14 @@ def _answer_once(
         KimiMlxError: the model cannot be loaded, the request is refused, or the answer is of no use.
     """
     output = arguments.output
-    with end_without_reader(), open_chat(launch, target, arguments, prompt) as chat:
-        for file in chat.files if not (output.json or output.quiet) else ():
+    is_quiet = output.json or output.quiet
+    with (
+        end_without_reader(),
+        open_tools(arguments.tools, is_quiet) as tools,
+        open_chat(launch, target, arguments, prompt) as chat,
+    ):
+        wait_for_servers(tools, is_quiet)
+        for file in chat.files if not is_quiet else ():
             show_attachment(file)
         history.attach(chat.conversation, target)
-        answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output)
+        answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output, tools)
