@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import ascii_lowercase
 
 from kimi_mlx.cli.models_table import Row, find_row
 from kimi_mlx.cli.options import model_name
@@ -77,7 +76,7 @@ def _recommendations(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     if larger:
         fewest = min(row.hosts_needed or 0 for row in larger)
         best = _newest([row for row in larger if row.hosts_needed == fewest])
-        hosts = ",".join(f"mac-{letter}.local" for letter in ascii_lowercase[:fewest]) if fewest <= 2 else "..."
+        hosts = "mac-a.local,mac-b.local" + ",..." * (fewest > 2)
         command = f"`kimi-mlx launch --hosts {hosts} chat {best.entry.alias}`"
         lines.append(f"{fewest} {kind}s of this size run {best.entry.alias}: {command}")
     elif not fitting:

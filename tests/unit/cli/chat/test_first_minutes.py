@@ -37,7 +37,7 @@ def rows_of(machine: LocalMachine, **states: LocalState) -> list[Row]:
             128,
             [
                 "This Mac (128 GB) runs moonlight",
-                "6 Macs of this size run kimi-k2-0905: `kimi-mlx launch --hosts ... chat kimi-k2-0905`",
+                "6 Macs of this size run kimi-k2-0905: `kimi-mlx launch --hosts mac-a.local,mac-b.local,... chat",
             ],
         ),
         (
