@@ -50,6 +50,7 @@ NOT_RUN = {
     r"kimi-mlx bench|scripts/bench": "takes minutes: tests/bench and tests/cli/test_bench.py run them with less to do",
     r"kimi-mlx serve .*--host": "listens on all interfaces: tests/cli/test_serve.py runs it",
     r"curl http://mac-a": "needs a second host",
+    r".*kimi-mlx chat .*--url": "needs a server: tests/cli/test_chat_url.py starts one",
     r"curl .*(keys|KIMI_MLX_API_KEY)": "needs the key of another example",
 }
 """Pattern of a command -> why it is not run. The first that matches counts."""
