@@ -10,7 +10,7 @@ from typing import TextIO, cast
 import pyte
 from rich.console import Console
 
-WRITE_VARIABLE = "KIMI_MLX_WRITE_SCREENS"
+WRITE_VARIABLE = "WRITE_SCREENS"
 """Environment variable: if it is set, tests write their screens instead of comparing them."""
 
 

@@ -64,7 +64,7 @@ class AnswerOutput(Protocol):
         """Show a call."""
         ...
 
-    def tool_result(self, text: str, is_error: bool) -> None:
+    def tool_result(self, call: ToolCall, text: str, is_error: bool) -> None:
         """Show the beginning of a result."""
         ...
 
@@ -119,7 +119,7 @@ class AnswerView:
         if is_rendered:
             self._output = TerminalOutput(console, self.status, folds=reasoning == "fold")
         else:
-            self._output = PlainOutput(console, notes, self.status)
+            self._output = PlainOutput(console, notes, self.status, folds=reasoning == "fold")
         self._lock = threading.RLock()
         self._part: Literal["reasoning", "text"] | None = None
         self._has_shown = False
@@ -146,7 +146,7 @@ class AnswerView:
                 self._show_delta(event)
             elif isinstance(event, Encoded):
                 number = f" {event.image} of {event.num_images}" if event.num_images > 1 else ""
-                self.status.set(f"encoding image{number}", event.done, event.total, "parts")
+                self.status.set(f"image{number}: encoding", event.done, event.total, unit="")
             elif isinstance(event, Prefilled):
                 self.status.used = event.total
                 self.status.set("reading", event.done, event.total)
@@ -177,7 +177,7 @@ class AnswerView:
         """
         with self._lock:
             self.status.clear()
-            self._output.tool_result(result, is_error)
+            self._output.tool_result(call, result, is_error)
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -189,6 +189,12 @@ class AnswerView:
             yield
         finally:
             self._is_paused = False
+
+    def refresh(self) -> None:
+        """Draw what has changed; a thread of the view calls this often."""
+        with self._lock:
+            if not (self._is_paused or self._is_over.is_set()):
+                self._output.refresh(time.monotonic() - self._opened_at >= STATUS_AFTER_S)
 
     def finish(self) -> None:
         """Show what is left and remove the status line; further calls do nothing."""
@@ -218,7 +224,7 @@ class AnswerView:
         if delta.reasoning:
             self._begin("reasoning", "thinking")
             self._num_reasoning_tokens += 1
-            if self._mode == "show":
+            if self._mode != "hide":
                 self._output.reasoning(delta.reasoning)
         if delta.text:
             self._begin("text", "answering")
@@ -278,9 +284,7 @@ class AnswerView:
         """Redraw until the answer ends; an error is raised by the next show()."""
         try:
             while not self._is_over.wait(REFRESH_S):
-                with self._lock:
-                    if not (self._is_paused or self._is_over.is_set()):
-                        self._output.refresh(time.monotonic() - self._opened_at >= STATUS_AFTER_S)
+                self.refresh()
         except BaseException as error:  # the terminal is closed: SystemExit belongs into the main thread
             self._error = error
 

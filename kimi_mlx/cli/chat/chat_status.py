@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kimi_mlx.cli.chat.terminal_text import shorten, to_line
+from kimi_mlx.cli.chat.terminal_text import cell_width, shorten, to_line
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.units import format_count, format_rate
 
@@ -28,7 +28,7 @@ class Activity:
         text: what is happening, such as `reading`.
         done: amount that is done.
         total: amount in all; None if it is not known.
-        unit: unit of both, in the plural.
+        unit: unit of both, in the plural; empty to show their ratio only.
         since: time when it began.
     """
 
@@ -36,7 +36,7 @@ class Activity:
     done: int = 0
     total: int | None = None
     unit: str = ""
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
 
     @property
     def seconds(self) -> float:
@@ -48,11 +48,13 @@ class Activity:
         seconds = self.seconds
         is_long = seconds >= SPINNER_AFTER_S
         if not self.total:
-            yield f"{self.text} {format_duration(seconds)}" if is_long else self.text
+            if is_long:
+                yield f"{self.text}, {format_duration(seconds)}"
             yield self.text
             return
         fraction = min(1.0, self.done / self.total)
-        amount = f"{self.text} {self.done:,} of {self.total:,} {self.unit}".rstrip()
+        share = f"{self.text} {fraction:.0%}"
+        amount = f"{self.text} {self.done:,} of {self.total:,} {self.unit}" if self.unit else share
         left = ""
         if is_long and self.done:
             left = f"{format_duration(seconds * (self.total - self.done) / self.done)} left"
@@ -60,10 +62,10 @@ class Activity:
             left = format_duration(seconds)
         if is_long:
             filled = round(fraction * BAR_WIDTH)
-            yield _join([f"{amount} {'━' * filled}{'─' * (BAR_WIDTH - filled)}", left])
+            yield f"{amount} {'━' * filled}{'─' * (BAR_WIDTH - filled)} {left}"
         yield _join([amount, left])
-        yield _join([f"{self.text} {fraction:.0%}", left])
-        yield f"{self.text} {fraction:.0%}"
+        yield _join([share, left])
+        yield share
 
 
 @dataclass
@@ -93,7 +95,7 @@ class ChatStatus:
             text: what is happening, such as `reading` or `waiting for mac-b`.
             done: amount that is done.
             total: amount in all; None if it is not known.
-            unit: unit of both, in the plural.
+            unit: unit of both, in the plural; empty to show their ratio only.
         """
         text = to_line(text)
         if self.activity is None or self.activity.text != text:
@@ -108,9 +110,9 @@ class ChatStatus:
         """Return the status as one line of text, shortened to a width in cells."""
         for form in self._forms():
             line = " · ".join(part for part in form if part)
-            if len(line) <= width:
+            if cell_width(line) <= width:
                 return line
-        return shorten(next(self._forms())[0] or self.model, width)
+        return shorten([*self._forms()][-1][0] or to_line(self.model), width)
 
     def _forms(self) -> Iterator[list[str]]:
         """Yield the parts of the line, with ever fewer and shorter ones."""
@@ -128,13 +130,16 @@ class ChatStatus:
             share = f"{self.used / self.context:.0%} of {_in_thousands(self.context)}"
         elif self.used:
             context = share = f"{self.used:,} tokens"
-        for form in forms:
+        *longer, shortest = forms
+        for form in longer or forms:
             yield [form, model, ranks, context, speed]
             yield [form, model, ranks, share, speed]
-        yield [forms[-1], ranks, share, speed]
-        yield [forms[-1], share, speed]
-        yield [forms[-1], speed]
-        yield [forms[-1]]
+        form = (longer or forms)[-1]
+        yield [form, ranks, share, speed]
+        yield [form, share, speed]
+        yield [form, speed]
+        yield [form]
+        yield [shortest]
 
 
 def status_of(model: ChatModel) -> ChatStatus:

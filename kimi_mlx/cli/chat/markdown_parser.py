@@ -35,7 +35,12 @@ def parse(parser: MarkdownIt, text: str) -> list[SyntaxTreeNode]:
 
 
 def close_markup(text: str) -> str:
-    """Return unfinished Markdown with the markup of its last line closed, as it probably will be."""
+    """Return unfinished Markdown with the markup of its last line closed, as it probably will be.
+
+    The first lines of a table are left out until it is one.
+    """
+    if begun := _BEGUN_TABLE.search(text):
+        return text[: begun.start()]
     head, newline, line = text.rpartition("\n")
     open_marks: list[str] = []
     for match in _MARKS.finditer(line):
@@ -54,6 +59,7 @@ def close_markup(text: str) -> str:
     return head + newline + line.rstrip(" ") + "".join(reversed(open_marks)) if open_marks else head + newline + line
 
 
+_BEGUN_TABLE = re.compile(r"(?:\A|(?<=\n\n))\|[^\n]*(?:\n\|?[-:| ]*)?\Z")
 _MARKS = re.compile(r"\\.|`+|\*\*|~~|(?<![\s*])\*(?=\S)|(?<!\S)\*(?=\S)")
 
 

@@ -53,7 +53,7 @@ class MarkdownStream:
 
     def tail(self, width: int) -> list[Line]:
         """Return the lines that are not final, with unfinished markup closed. Call take() before."""
-        text = self._source + close_markup(self._partial)
+        text = close_markup(self._source + self._partial) if self._partial else self._source
         if not text.strip():
             return []
         renderer = self._renderer(text, width, is_complete=not self._partial)

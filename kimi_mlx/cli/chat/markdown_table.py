@@ -57,7 +57,10 @@ def _column_widths(rows: Sequence[Sequence[Sequence[Line]]], room: int) -> list[
         others = [width for index, width in enumerate(widths) if index != widest and width < widths[widest]]
         target = max(least[widest], widths[widest] - excess, min(max(others, default=0), widths[widest] - 1))
         widths[widest] = min(target, widths[widest] - 1)
-    return widths
+    return [
+        max(line_width(line) for cell in column for line in _wrap(cell, width) or [[]])
+        for column, width in zip(columns, widths, strict=True)
+    ]
 
 
 def _longest_word(column: Sequence[Sequence[Line]]) -> int:

@@ -26,12 +26,14 @@ class PlainOutput:
         console: console of the text.
         notes: console of reasoning, tool calls, notes and the status line.
         status: status of the chat.
+        folds: whether reasoning is not shown.
     """
 
-    def __init__(self, console: Console, notes: Console, status: ChatStatus):
+    def __init__(self, console: Console, notes: Console, status: ChatStatus, folds: bool):
         self._file: IO[str] = console.file
         self._notes = notes
         self._status = status
+        self._folds = folds
         self._filter = ControlFilter() if console.is_terminal else None
         self._reasoning_filter = ControlFilter()
         self._is_beside_text = console.is_terminal or not notes.is_terminal or _is_pipe(self._file)
@@ -41,6 +43,8 @@ class PlainOutput:
 
     def reasoning(self, text: str) -> None:
         """Continue the reasoning."""
+        if self._folds:
+            return
         self._close_status()
         if self._notes_end_with_newline is None:
             text = f"thinking:\n{text}"  # as text too, for terminals that cannot dim
@@ -74,9 +78,10 @@ class PlainOutput:
         """Show a call."""
         self.note(Text(ControlFilter().add(f"tool call {format_tool_call(call)}")))
 
-    def tool_result(self, text: str, is_error: bool) -> None:
+    def tool_result(self, call: ToolCall, text: str, is_error: bool) -> None:
         """Show the beginning of a result."""
-        self.note(Text(ControlFilter().add(f"{'error: ' if is_error else ''}{format_tool_result(text)}"), style="dim"))
+        shown = f"{'error' if is_error else 'result'} of {call.name}: {format_tool_result(text)}"
+        self.note(Text(ControlFilter().add(shown), style="dim"))
 
     def note(self, renderable: RenderableType) -> None:
         """Show something of the program itself, on a line of its own."""

@@ -30,6 +30,7 @@ NARROW_LINES = 12
 """Number of rows of a terminal below which no empty line stands above the status."""
 
 BLANK = Row("", 0)
+NOTE = "note"
 BOLD, RED = Style(bold=True), Style(color="red")
 
 
@@ -90,6 +91,7 @@ class TerminalOutput:
         self._tail: list[Row] | None = None  # of the stream; None if it must be rendered again
         self._tail_width = 0
         self._has_rows = False
+        self._last: ToolCall | UnparsedToolCall | str = ""  # call or note behind which nothing came
         self._gap_is_due = False
         self._next_draw = 0.0
 
@@ -101,7 +103,7 @@ class TerminalOutput:
             self._gap_is_due = True
         else:
             if self._stream is None:
-                self._begin_part()
+                self._gap_is_due = True
                 self._emit([line_of(THINKING, DIM)])
                 self._stream = TextStream(DIM)
             self._stream.feed(text)
@@ -115,7 +117,7 @@ class TerminalOutput:
     def text(self, text: str) -> None:
         """Continue the text."""
         if self._stream is None:
-            self._begin_part()
+            self._gap_is_due = True
             self._stream = MarkdownStream()
         self._stream.feed(self._filter.add(text))
         self._tail = None
@@ -126,28 +128,29 @@ class TerminalOutput:
 
     def tool_call(self, call: ToolCall | UnparsedToolCall) -> None:
         """Show a call."""
-        self._begin_part()
+        self._gap_is_due = True
         first, *rest = ControlFilter().add(format_tool_call(call)).split("\n")
         name, bracket, arguments = first.partition("(")
         mark = line_of("● ", RED if isinstance(call, UnparsedToolCall) else PLAIN)
         width = self._width
         self._emit(wrap_line([*mark, *line_of(name, BOLD), *line_of(bracket + arguments)], width))
         self._emit(part for line in rest for part in wrap_text(line, PLAIN, width))
+        self._last = call
 
-    def tool_result(self, text: str, is_error: bool) -> None:
-        """Show the beginning of a result, below its call."""
-        shown = ControlFilter().add(format_tool_result(text))
-        lines = wrap_text(f"error: {shown}" if is_error else shown, RED if is_error else DIM, self._width - 4)
+    def tool_result(self, call: ToolCall, text: str, is_error: bool) -> None:
+        """Show the beginning of a result, below its call or with its name."""
+        name = "" if self._last is call else f"{call.name}: "
+        shown = ControlFilter().add(f"{name}{'error: ' if is_error else ''}{format_tool_result(text)}")
+        lines = wrap_text(shown, RED if is_error else DIM, self._width - 4)
         self._emit([*line_of("    " if number else "  ⎿ ", DIM), *line] for number, line in enumerate(lines))
 
     def note(self, renderable: RenderableType) -> None:
         """Show something of the program itself, above what is not final."""
         if self._stream is not None:
             self._emit(self._stream.take(self._width))
-        rows = render_rows(self._console, renderable, self._width)
-        self._begin_part()
-        self._emit_rows(rows)
-        self._gap_is_due = True
+        self._gap_is_due = self._last is not NOTE
+        self._emit_rows(render_rows(self._console, renderable, self._width))
+        self._gap_is_due, self._last = True, NOTE
 
     def refresh(self, has_status: bool = True) -> None:
         """Draw what has changed, unless that was done too recently."""
@@ -196,11 +199,11 @@ class TerminalOutput:
             elif self._stream is not None:
                 lines = self._stream.tail(width)
             self._tail, self._tail_width = [to_row(line) for line in lines], width
-        is_apart = self._gap_is_due and self._has_rows and self._tail
-        return [BLANK, *self._tail] if is_apart else self._tail
+        return [BLANK, *self._tail] if self._needs_gap(self._tail) else self._tail
 
-    def _begin_part(self) -> None:
-        self._gap_is_due = True
+    def _needs_gap(self, rows: Sequence[Row]) -> bool:
+        """Return whether an empty row belongs before these rows."""
+        return self._gap_is_due and self._has_rows and bool(rows) and rows[0] != BLANK
 
     def _end_stream(self) -> None:
         if self._stream is not None:
@@ -215,9 +218,9 @@ class TerminalOutput:
         """Add final rows, behind an empty one if it is due."""
         if not rows:
             return
-        if self._gap_is_due and self._has_rows:
+        if self._needs_gap(rows):
             self._final.append(BLANK)
-        self._gap_is_due, self._has_rows = False, True
+        self._gap_is_due, self._has_rows, self._last = False, True, ""
         self._final += rows
 
 

@@ -104,7 +104,7 @@ def test_a_slow_prompt_has_a_status_that_goes_away(pipe: Console, terminal: Cons
     status = ChatStatus("kimi", context=1000)
     with AnswerView(status, console=pipe, notes=terminal) as view:
         view.show(Encoded(image=1, num_images=2, done=3, total=12))
-        wait_for("encoding image 1 of 2", terminal)
+        wait_for("image 1 of 2: encoding", terminal)
         view.show(Prefilled(40, 100))
         wait_for("reading 40 of 100 tokens", terminal)
         assert status.used == 100
