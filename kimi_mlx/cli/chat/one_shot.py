@@ -15,15 +15,13 @@ from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
 from kimi_mlx.cli.chat.tool_loop import ToolLoop
 from kimi_mlx.cli.output import error_to_dict, print_json, silent, stderr
-from kimi_mlx.engine.events import Finished
+from kimi_mlx.engine.events import Finished, Statistics
 from kimi_mlx.errors import AnswerError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.text.messages import Content, Delta
+from kimi_mlx.text.messages import Content, Delta, ToolCall
 from kimi_mlx.units import format_count
-
-LENGTH_HINT = "raise --max-tokens"
 
 
 class OneShotAnswer:
@@ -32,11 +30,13 @@ class OneShotAnswer:
     Attributes:
         delta: all that the model wrote so far; after tool calls, in its last answer.
         finished: the end of the answer; None before it.
+        statistics: statistics of all answers so far: before the last one, those with tool calls.
     """
 
     def __init__(self) -> None:
         self.delta = Delta()
         self.finished: Finished | None = None
+        self.statistics: list[Statistics] = []
 
     def read(self, events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
         """Pass events through, and keep what they say."""
@@ -47,6 +47,7 @@ class OneShotAnswer:
                 self.delta = self.delta + event
             elif isinstance(event, Finished):
                 self.finished = event
+                self.statistics.append(event.statistics)
             yield event
 
     @property
@@ -62,25 +63,30 @@ class OneShotAnswer:
         except (ValueError, RecursionError):
             return None
 
-    def error(self, *, has_schema: bool) -> AnswerError | None:
+    def error(self, output: OutputOptions) -> AnswerError | None:
         """Return the error of an answer that is of no use to a program; None if it is.
 
         An answer in text that was cut at the token limit is no error: the limit was perhaps meant.
 
         Args:
-            has_schema: whether the answer must be JSON.
+            output: whether calls are printed, and whether the answer must be JSON.
         """
         assert self.finished is not None
         tokens = format_count(self.finished.statistics.generated_tokens, "token")
-        hint = LENGTH_HINT if self.is_cut else None
-        if self.delta.tool_calls:
-            return None
+        hint = "raise --max-tokens" if self.is_cut else None
         if not self.delta.text.strip():
-            of_what = "all of them reasoning" if self.delta.reasoning else "none of them text or reasoning"
-            return AnswerError(f"the answer is empty: the model generated {tokens}, {of_what}", hint=hint)
-        if has_schema and self.parsed is None:
+            if output.json and any(isinstance(call, ToolCall) for call in self.delta.tool_calls):
+                return None
+            return AnswerError(f"the answer is empty: the model generated {tokens}, {self._content()}", hint=hint)
+        if output.schema is not None and self.parsed is None:
             return AnswerError(f"the answer is no complete JSON: it ended after {tokens}", hint=hint)
         return None
+
+    def _content(self) -> str:
+        """Describe what there is in place of text."""
+        if self.delta.tool_calls:
+            return "a tool call and no text"
+        return "all of them reasoning" if self.delta.reasoning else "none of them text or reasoning"
 
 
 def answer_once(
@@ -111,7 +117,7 @@ def answer_once(
 
     if output.json:
         _wait(ask, output)
-        document, error = _to_dict(answer, placement, output, tools), answer.error(has_schema=output.schema is not None)
+        document, error = _to_dict(answer, placement, output, tools), answer.error(output)
         print_json(document if error is None else {**document, **error_to_dict(error)})
         if error is not None:
             raise typer.Exit(1)
@@ -141,7 +147,7 @@ def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
         AnswerError: the answer is of no use.
     """
     assert answer.finished is not None
-    error = answer.error(has_schema=output.schema is not None)
+    error = answer.error(output)
     if not output.quiet:
         stderr.print(statistics_line(answer.finished.statistics), style="dim")
     if error is not None:
@@ -152,9 +158,10 @@ def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
 
 
 def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions, tools: ToolLoop) -> dict[str, Any]:
-    """Return an answer as JSON; `usage` has the names of OpenAI's API."""
+    """Return an answer as JSON; `usage` is that of all rounds, with the names of OpenAI's API."""
     assert answer.finished is not None
-    statistics = answer.finished.statistics
+    prompt_tokens = sum(each.prompt_tokens for each in answer.statistics)
+    completion_tokens = sum(each.generated_tokens for each in answer.statistics)
     return {
         "text": answer.delta.text,
         **({} if output.schema is None else {"parsed": answer.parsed}),
@@ -165,11 +172,11 @@ def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions, to
         ],
         "finish_reason": answer.finished.reason,
         "usage": {
-            "prompt_tokens": statistics.prompt_tokens,
-            "completion_tokens": statistics.generated_tokens,
-            "total_tokens": statistics.prompt_tokens + statistics.generated_tokens,
-            "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in answer.statistics)},
         },
         "placement": placement.to_dict(),
-        "statistics": statistics.to_dict(),
+        "statistics": answer.finished.statistics.to_dict(),
     }

@@ -17,6 +17,7 @@ from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
 from kimi_mlx.cli.chat.text_attachments import read_text_attachment
 from kimi_mlx.cli.open_model import LaunchContext
+from kimi_mlx.cli.output import hides_messages
 from kimi_mlx.cli.reader_watch import end_without_reader
 from kimi_mlx.errors import UsageError
 from kimi_mlx.store.model_ref import ModelRef
@@ -98,14 +99,14 @@ def _answer_once(
         KimiMlxError: the model cannot be loaded, the request is refused, or the answer is of no use.
     """
     output = arguments.output
-    is_quiet = output.json or output.quiet
+    is_quiet = output.quiet or hides_messages(output.json)
     with (
         end_without_reader(),
         open_tools(arguments.tools, is_quiet) as tools,
         open_chat(launch, target, arguments, prompt) as chat,
     ):
         wait_for_servers(tools, is_quiet)
-        for file in chat.files if not is_quiet else ():
+        for file in chat.files if not (output.json or output.quiet) else ():
             show_attachment(file)
         history.attach(chat.conversation, target)
         answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output, tools)
