@@ -103,6 +103,8 @@ def main() -> None:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else EXIT_FAILED
+    except KeyboardInterrupt:  # before run() handles it
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
