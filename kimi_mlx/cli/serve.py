@@ -113,6 +113,9 @@ class ServerOptions:
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log the request bodies.", rich_help_panel=SERVER)
     ] = False
+    no_page: Annotated[
+        bool, typer.Option("--no-page", help="Do not serve the web page at `/`.", rich_help_panel=SERVER)
+    ] = False
 
     def serving(self) -> ServingOptions:
         """Return the options for the server, with the API keys.
@@ -132,7 +135,13 @@ class ServerOptions:
         named_hosts = ",".join(self.allow_image_urls or ()).split(",")
         image_hosts = tuple(normalize_host(host.strip()) for host in named_hosts if host.strip())
         return ServingOptions(
-            security, self.max_queue, self.max_body * MB, image_hosts, self.log_prompts, starts_worker=True
+            security,
+            self.max_queue,
+            self.max_body * MB,
+            image_hosts,
+            self.log_prompts,
+            has_page=not self.no_page,
+            starts_worker=True,
         )
 
 

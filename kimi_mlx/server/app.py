@@ -24,6 +24,7 @@ from kimi_mlx.server.http.security import AuthMiddleware, Security
 from kimi_mlx.server.openai.response_fields import openai_error
 from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import openapi_document
+from kimi_mlx.server.page.routes import RENDER_PATH, page_routes
 
 APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, anthropic_routes)
 
@@ -41,7 +42,9 @@ class CorsMiddleware(CORSMiddleware):
         await (super().__call__ if is_allowed else self.app)(scope, receive, send)
 
 
-def build_app(context: Context, security: Security, max_body_bytes: int, *, log_prompts: bool = False) -> ASGIApp:
+def build_app(
+    context: Context, security: Security, max_body_bytes: int, *, log_prompts: bool = False, has_page: bool = True
+) -> ASGIApp:
     """Return the application.
 
     Args:
@@ -49,11 +52,14 @@ def build_app(context: Context, security: Security, max_body_bytes: int, *, log_
         security: access rules.
         max_body_bytes: size limit of a request's body.
         log_prompts: whether request bodies are logged.
+        has_page: whether the web page is served.
     """
     routes = [route for api in APIS for route in api(context)] + _status_routes(context)
     paths = [route.path_format for route in routes]
-    app: ASGIApp = BodyLimitMiddleware(Router(routes, redirect_slashes=False), max_body_bytes)
-    app = ErrorMiddleware(AuthMiddleware(app, security), ERROR_FORMATS, openai_error, paths)
+    page = page_routes() if has_page else []
+    app: ASGIApp = BodyLimitMiddleware(Router([*routes, *page], redirect_slashes=False), max_body_bytes)
+    public_paths = {"/health", *(route.path for route in page if route.path != RENDER_PATH)}
+    app = ErrorMiddleware(AuthMiddleware(app, security, public_paths), ERROR_FORMATS, openai_error, paths)
     if security.origins:
         app = CorsMiddleware(
             app,
@@ -62,7 +68,9 @@ def build_app(context: Context, security: Security, max_body_bytes: int, *, log_
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return AccessLog(app, context.service.metrics, routes, log_prompts=log_prompts)
+    return AccessLog(
+        app, context.service.metrics, [*routes, *page], {route.path for route in page}, log_prompts=log_prompts
+    )
 
 
 def _status_routes(context: Context) -> list[Route]:

@@ -45,6 +45,7 @@ class ServingOptions:
         max_body_bytes: size limit of a request's body, and of all images together that it names by URL.
         image_hosts: hosts from which images are fetched, from `normalize_host`.
         log_prompts: whether request bodies are logged.
+        has_page: whether the web page is served at `/`.
         starts_worker: whether a worker process for long requests is started with the server, before one is needed.
     """
 
@@ -53,6 +54,7 @@ class ServingOptions:
     max_body_bytes: int = 64 * MB
     image_hosts: tuple[str, ...] = ()
     log_prompts: bool = False
+    has_page: bool = True
     starts_worker: bool = False
 
 
@@ -94,6 +96,7 @@ class Server(uvicorn.Server):
             options.security,
             options.max_body_bytes,
             log_prompts=options.log_prompts,
+            has_page=options.has_page,
         )
         config = uvicorn.Config(
             app,

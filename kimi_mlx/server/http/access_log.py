@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -84,11 +84,21 @@ class AccessLog:
         app: wrapped application.
         metrics: metrics of the server.
         routes: routes that are counted under their own paths; all others are counted as `other`.
+        unlogged_paths: paths whose successful requests are counted, but not logged.
         log_prompts: whether request bodies are logged.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], *, log_prompts: bool):
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Sequence[Route],
+        unlogged_paths: Collection[str],
+        *,
+        log_prompts: bool,
+    ):
         self._app, self._metrics, self._routes, self._log_prompts = app, metrics, routes, log_prompts
+        self._unlogged_paths = unlogged_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and log it when it ends."""
@@ -113,6 +123,8 @@ class AccessLog:
         path = scope["path"]
         label = next((route.path_format for route in self._routes if route.path_regex.match(path)), "other")
         self._metrics.requests.labels(label, str(status)).inc()
+        if path in self._unlogged_paths and status < 400:
+            return
         client = (scope.get("client") or ("-",))[0]
         LOG.info("%s", _line(record, f"{client} {scope['method']} {_printable(path, MAX_PATH_CHARS)}", status))
         if self._log_prompts and record.body:

@@ -16,8 +16,6 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.server.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-PUBLIC_PATHS = frozenset({"/health"})
-"""Paths that need no key; they reveal only the state of the server."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +92,23 @@ class Security:
 
 
 class AuthMiddleware:
-    """Checks the host, the origin and the key of every request."""
+    """Checks the host, the origin and the key of every request.
 
-    def __init__(self, app: ASGIApp, security: Security):
-        self._app, self._security = app, security
+    Args:
+        app: wrapped application.
+        security: access rules.
+        public_paths: paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, security: Security, public_paths: Collection[str]):
+        self._app, self._security, self._public_paths = app, security, public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the request, and pass it on."""
         headers = Headers(scope=scope)
         self._security.check_host(headers.get("host"))
         self._security.check_origin(headers.get("origin"), headers.get("host"))
-        if scope["path"] not in PUBLIC_PATHS:
+        if scope["path"] not in self._public_paths:
             self._security.check_key(headers)
         await self._app(scope, receive, send)
 

@@ -1,0 +1,181 @@
+"""Markdown to HTML for the web page, block by block.
+
+markdown-it-py and Pygments write its tags; no tag comes from the text. HTML in the text is shown as text, images become
+links, and only links with the schemes of SAFE_LINK stay links. So the text of a model can neither run a script, nor
+load a resource, nor restyle the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markdown_it.utils import OptionsDict
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexer import Lexer
+from pygments.lexers import get_lexer_by_name  # pyright: ignore[reportUnknownVariableType]
+from pygments.util import ClassNotFound
+
+MAX_HIGHLIGHTED_CHARS = 60_000
+"""Maximum length of a code block with colours; longer ones are plain, because a lexer may take seconds for them."""
+
+LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
+
+SAFE_LINK = re.compile(r"(?:https?://|mailto:)", re.IGNORECASE)
+"""Beginning of the links that stay links; all others are shown as text."""
+
+LANGUAGES = {
+    *("bash", "c", "c++", "cmake", "console", "cpp", "csharp", "cs", "css", "dart", "diff"),
+    *("dockerfile", "elixir", "erlang", "fish", "fortran", "go", "graphql", "haskell", "html", "ini"),
+    *("java", "javascript", "js", "json", "jsx", "julia", "kotlin", "latex", "lisp", "lua", "make"),
+    *("makefile", "markdown", "md", "matlab", "nginx", "objective-c", "objc", "ocaml", "perl", "php"),
+    *("powershell", "prolog", "protobuf", "python", "py", "python3", "pycon", "r", "ruby", "rb", "rust"),
+    *("rs", "scala", "scheme", "scss", "sh", "shell", "sql", "svg", "swift", "tcl", "tex", "toml", "ts"),
+    *("tsx", "typescript", "vim", "xml", "yaml", "yml", "zig", "zsh"),
+}
+"""Languages of code blocks with colours, as Pygments names them."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the page: a paragraph, list, table, code block and so on.
+
+    Args:
+        html: its HTML.
+        end: end of its source in the text, in UTF-16 code units, as JavaScript counts.
+        is_finished: whether text that is appended later cannot change it.
+    """
+
+    html: str
+    end: int
+    is_finished: bool
+
+
+def render_blocks(text: str, *, is_final: bool) -> list[Block]:
+    """Return the blocks of a Markdown text in order.
+
+    Args:
+        text: Markdown, from the beginning of a block.
+        is_final: whether no text will be appended.
+    """
+    ends = _line_ends(text)
+    num_finished = 0 if is_final else _num_finished(text)
+    blocks: list[Block] = []
+    for number, tokens in enumerate(_top_level(_parser().parse(text))):
+        stop = tokens[0].map[1] if tokens[0].map else len(ends)
+        html = _parser().renderer.render(tokens, _parser().options, {})
+        blocks.append(Block(html, ends[min(stop, len(ends)) - 1], is_final or number < num_finished))
+    return blocks
+
+
+def _line_ends(text: str) -> list[int]:
+    """Return the end of each line in UTF-16 code units, as markdown-it counts lines."""
+    ends: list[int] = []
+    position = 0
+    for line in re.split(r"(?<=\n)|(?<=\r)(?!\n)", text):
+        position += len(line) + sum(character > "\uffff" for character in line)
+        ends.append(position)
+    return ends
+
+
+def _num_finished(text: str) -> int:
+    """Return the number of blocks that appended text cannot change.
+
+    The last line may be unfinished: a line that looks like a heading or a fence may still become part of the paragraph
+    before it. So blocks are counted without it, and the last of them may go on.
+    """
+    complete = text[: max(text.rfind("\n"), text.rfind("\r")) + 1]
+    return max(len(_top_level(_parser().parse(complete))) - 1, 0)
+
+
+def _top_level(tokens: Sequence[Token]) -> list[list[Token]]:
+    """Return the tokens of each block at the top level."""
+    blocks: list[list[Token]] = []
+    depth = 0
+    for token in tokens:
+        if depth == 0:
+            blocks.append([])
+        blocks[-1].append(token)
+        depth += token.nesting
+    return blocks
+
+
+class _PageRenderer(RendererHTML):
+    """Writes HTML without inline styles and without anything that loads: images are links."""
+
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        token = tokens[idx]
+        label = self.renderInlineAsText(token.children or [], options, env) or "image"
+        url = str(token.attrs.get("src", ""))
+        if not SAFE_LINK.match(url):
+            return escapeHtml(label)
+        return f'<a href="{escapeHtml(url)}" {LINK_ATTRIBUTES}>{escapeHtml(label)}</a>'
+
+    def link_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return f'<a href="{escapeHtml(str(tokens[idx].attrs.get("href", "")))}" {LINK_ATTRIBUTES}>'
+
+    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        token = tokens[idx]
+        language = LANGUAGE.match(token.info.strip())
+        return _code_html(token.content, language.group() if language else "")
+
+    def code_block(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return _code_html(tokens[idx].content, "")
+
+    def th_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return _cell_html(tokens[idx])
+
+    def td_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return _cell_html(tokens[idx])
+
+    def table_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return '<div class="table" tabindex="0"><table>\n'
+
+    def table_close(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]
+    ) -> str:
+        return "</table></div>\n"
+
+
+LINK_ATTRIBUTES = 'target="_blank" rel="noopener noreferrer nofollow"'
+
+
+def _cell_html(token: Token) -> str:
+    style = str(token.attrs.get("style", ""))
+    alignment = style.rpartition(":")[2]
+    return f'<{token.tag} class="{alignment}">' if alignment in ("left", "right", "center") else f"<{token.tag}>"
+
+
+def _code_html(code: str, language: str) -> str:
+    lexer = _lexer(language.lower()) if len(code) <= MAX_HIGHLIGHTED_CHARS else None
+    body = escapeHtml(code) if lexer is None else highlight(code, lexer, _FORMATTER)
+    return f'<div class="code" data-language="{escapeHtml(language)}"><pre><code>{body}</code></pre></div>\n'
+
+
+_FORMATTER: HtmlFormatter[str] = HtmlFormatter(nowrap=True)
+
+
+@lru_cache(maxsize=64)
+def _lexer(language: str) -> Lexer | None:
+    if language not in LANGUAGES:
+        return None
+    try:
+        return get_lexer_by_name(language, stripnl=False, ensurenl=False)
+    except ClassNotFound:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer)
+    parser.enable(["table", "strikethrough"])
+    parser.validateLink = lambda url: SAFE_LINK.match(url) is not None  # type: ignore[method-assign]
+    return parser

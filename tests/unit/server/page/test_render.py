@@ -1,0 +1,122 @@
+"""Markdown for the page: what its HTML may hold, and blocks that never change once they are finished."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_mlx.server.page.render import render_blocks
+
+TAGS = {
+    *("p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "br", "strong", "em", "s", "a"),
+    *("code", "pre", "div", "span", "table", "thead", "tbody", "tr", "th", "td"),
+}
+ATTRIBUTES = {"href", "target", "rel", "class", "data-language", "start", "tabindex"}
+
+PIECES = [
+    *("word ", "\n", "\n\n", "# ", "## h\n", "- ", "1. ", "> ", "```", "```python\n", "~~~\n", "    ", "\t", "---\n"),
+    *("| a | b |\n", "|---|:-:|\n", "*", "**", "_", "~~", "`", "[", "](", ")", "![", "<", ">", "<b>", "<script>"),
+    *("<img src=x onerror=1>", "javascript:a()", 'https://example.org/?a=1&b="2"', "data:text/html,x", "&lt;"),
+    *("&colon;", "JaVaScRiPt&#58;", "\\", "'", '"', "[x]: vbscript:y\n", "<style>", "<!--", "é", "😀", "\r\n", "\0"),
+    *("def f(): return 1\n", "[a](//evil.example)", "[a](mailto:x@y.z)", "<https://a.b>", "[x]", "]", "html\n", "==="),
+]
+MARKDOWN = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+class _Checker(HTMLParser):
+    """Collects what a browser would find in HTML, and checks it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in TAGS
+        assert {name for name, _ in attrs} <= ATTRIBUTES
+        for name, value in attrs:
+            if name == "href":
+                assert (value or "").lower().startswith(("http://", "https://", "mailto:"))
+                assert dict(attrs)["rel"] == "noopener noreferrer nofollow"
+        if tag not in ("br", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment: {data}")
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
+
+
+def check(html: str) -> None:
+    """Check that HTML holds nothing but formatted text."""
+    checker = _Checker()
+    checker.feed(html)
+    checker.close()
+    assert checker.open == []
+
+
+def html_of(text: str) -> str:
+    return "".join(block.html for block in render_blocks(text, is_final=True))
+
+
+@given(MARKDOWN)
+def test_html_holds_formatted_text_alone(text: str) -> None:
+    for block in render_blocks(text, is_final=True):
+        check(block.html)
+
+
+@given(st.text())
+def test_any_text_is_rendered(text: str) -> None:
+    check(html_of(text))
+
+
+@given(MARKDOWN, st.data())
+def test_finished_blocks_do_not_change(text: str, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(text)))
+    finished = [block for block in render_blocks(text[:cut], is_final=False) if block.is_finished]
+    if "]: " not in text:  # references to links that are defined later are the only change
+        whole = render_blocks(text, is_final=True)[: len(finished)]
+        assert [(block.html, block.end) for block in finished] == [(block.html, block.end) for block in whole]
+
+
+@given(MARKDOWN)
+def test_rendering_goes_on_after_the_finished_blocks(text: str) -> None:
+    if "]: " in text:
+        return
+    blocks = render_blocks(text, is_final=False)
+    end = max((block.end for block in blocks if block.is_finished), default=0)
+    rest = text.encode("utf-16-le")[2 * end :].decode("utf-16-le")
+    whole = [block.html for block in blocks if block.is_finished]
+    whole += [block.html for block in render_blocks(rest, is_final=True)]
+    assert whole == [block.html for block in render_blocks(text, is_final=True)]
+
+
+@pytest.mark.parametrize(
+    ("markdown", "html"),
+    [
+        ("# Title", "<h1>Title</h1>\n"),
+        ("~~gone~~ `x < y`", "<p><s>gone</s> <code>x &lt; y</code></p>\n"),
+        ("![a cat](https://x.example/cat.png)", 'rel="noopener noreferrer nofollow">a cat</a></p>\n'),
+        ("![a cat](data:image/png;base64,AA)", "<p>![a cat](data:image/png;base64,AA)</p>\n"),
+        ("[x](javascript:alert(1))", "<p>[x](javascript:alert(1))</p>\n"),
+        ("|a|\n|-:|\n|1|", '<td class="right">1</td>'),
+        ("```python\nif x: pass\n```", '<span class="k">if</span>'),
+        ('```"><script>\nx\n```', '<div class="code" data-language=""><pre><code>x\n</code></pre></div>\n'),
+        ("5. five", '<ol start="5">'),
+    ],
+)
+def test_forms(markdown: str, html: str) -> None:
+    assert html in html_of(markdown)
+
+
+def test_ends_count_utf16_units() -> None:
+    blocks = render_blocks("😀😀\r\n\r\nb\n\n", is_final=True)
+    assert [block.end for block in blocks] == [6, 10]
