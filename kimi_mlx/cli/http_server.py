@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from kimi_mlx.cli.open_model import OpenedModel
 from kimi_mlx.cli.output import stderr
@@ -64,7 +63,7 @@ def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[s
     return list(dict.fromkeys([*names, *default_names]))
 
 
-class ServerLogHandler(logging.StreamHandler[TextIO]):
+class ServerLogHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTypeArgument]
     """Write the server's log to stderr; in a service, keep the log file small."""
 
     def emit(self, record: logging.LogRecord) -> None:

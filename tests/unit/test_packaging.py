@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,38 +17,40 @@ EXTRAS = {"pillow-heif": "heic", "av": "video", "matplotlib": "plot", "mcp": "mc
 NOT_DECLARED = {
     "mlx-vlm": "only `kimi-mlx bench --against mlx-vlm` uses it, and says how to install it",
     "mlx-cpu": "part of mlx",
+    "pydantic-core": "part of pydantic",
+    "mcp-types": "part of mcp",
     "mlx-metal": "part of mlx",
 }
 
 
-def requirements() -> list[Requirement]:
-    return [Requirement(text) for text in distribution("kimi-mlx").requires or []]
+def requirements(extra: str | None = None) -> set[str]:
+    """Return the names of the required packages, or those of an extra."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    return {normalize(Requirement(text).name) for text in texts}
 
 
 def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def extras_of(requirement: Requirement) -> set[str]:
-    return set(re.findall(r"extra == ['\"]([^'\"]+)", str(requirement.marker or "")))
-
-
 def test_imported_packages_are_declared() -> None:
     """A package that only comes with another one may be missing after an update of that one."""
-    declared = {normalize(each.name) for each in requirements() if extras_of(each) <= set(EXTRAS.values())}
+    declared = requirements() | set(EXTRAS) | set(NOT_DECLARED)
     of_module = packages_distributions()
     missing: dict[str, str] = {}
     for path in (ROOT / "kimi_mlx").rglob("*.py"):
         for module in set(IMPORT.findall(path.read_text(encoding="utf-8"))) - sys.stdlib_module_names - {"kimi_mlx"}:
             names = {normalize(name) for name in of_module.get(module, [])}
-            if names and not names & (declared | set(NOT_DECLARED)):
+            if names and not names & declared:
                 missing[module] = f"{path.relative_to(ROOT)}: {', '.join(names)}"
     assert not missing
 
 
 def test_extras() -> None:
     for package, extra in EXTRAS.items():
-        assert extra in {name for each in requirements() if normalize(each.name) == package for name in extras_of(each)}
+        assert package in requirements(extra) - requirements()
 
 
 def test_metadata() -> None:
