@@ -1,4 +1,4 @@
-"""The user's folders for caches, state and data of kimi-mlx, following the system's conventions and XDG variables."""
+"""The user's folders for caches, state, data and configuration, by the system's conventions and XDG variables."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def state_folder() -> Path | None:
 def data_folder() -> Path | None:
     """Return the folder for expensive files, such as shard stores; None for a user without a home folder."""
     return _folder("XDG_DATA_HOME", ".local/share", "Application Support")
+
+
+def config_folder() -> Path | None:
+    """Return the folder of `config.toml` and of presets; None for a user without a home folder."""
+    return _folder("XDG_CONFIG_HOME", ".config", "Application Support")
 
 
 def stores_folder() -> Path | None:

@@ -32,6 +32,7 @@ class CommandInfo:
         is_hidden: True to leave it out of the list.
         settings: settings of the command's context, see Click.
         module: name of its module in `cli/`, if it is not `name`.
+        has_defaults: whether files set defaults of its options, see kimi_mlx.cli.option_defaults.
         commands: its own commands, if it is a group such as `kimi-mlx service`; it then has no function.
     """
 
@@ -41,6 +42,7 @@ class CommandInfo:
     is_hidden: bool = False
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     module: str | None = None
+    has_defaults: bool = False
     commands: Sequence[CommandInfo] = ()
 
     def load(self) -> Any:
@@ -50,7 +52,7 @@ class CommandInfo:
         single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
         single.command(
             self.name,
-            cls=PanelCommand,
+            cls=PanelCommandWithDefaults if self.has_defaults else PanelCommand,
             hidden=self.is_hidden,
             epilog=_epilog(self.examples),
             context_settings={"help_option_names": ["-h", "--help"], **self.settings},
@@ -74,6 +76,7 @@ COMMANDS = (
             "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
         ),
         module="chat.command",
+        has_defaults=True,
     ),
     CommandInfo(
         "history",
@@ -96,6 +99,7 @@ COMMANDS = (
             "kimi-mlx serve --host 0.0.0.0 --api-key-file keys      for other machines, too",
             "kimi-mlx launch --hosts mac-a.local,mac-b.local serve kimi-k2",
         ),
+        has_defaults=True,
     ),
     CommandInfo(
         "download",
@@ -138,6 +142,7 @@ COMMANDS = (
             "kimi-mlx bench --synthetic wide --ranks 2 --link-delay-ms 4 --against mlx-lm",
             "kimi-mlx bench kimi-k2 --prompt-tokens 128,8192 --depth 0,8192 --concurrency 1,4 --plot result.png",
         ),
+        has_defaults=True,
     ),
     CommandInfo(
         "convert",
@@ -162,6 +167,7 @@ COMMANDS = (
         ),
         # the words after COMMAND belong to it
         settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+        has_defaults=True,
     ),
     CommandInfo(
         "service",
@@ -195,6 +201,15 @@ COMMANDS = (
     ),
     CommandInfo("check", "Check that a cluster gives equal answers.", is_hidden=True),
     CommandInfo(
+        "config",
+        "Show defaults of options, and where they are set.",
+        (
+            "kimi-mlx config                        the values of a chat's options",
+            "kimi-mlx config serve --json",
+            "kimi-mlx config path                   where config.toml is",
+        ),
+    ),
+    CommandInfo(
         "doctor",
         "Find problems of a Mac or cluster, and the fix.",
         (
@@ -218,6 +233,11 @@ _BY_NAME = {info.name: info for info in COMMANDS} | {
     name: CommandInfo(name, "Not a command of kimi-mlx.", (), True, _ANY_ARGUMENTS, "other_tools")
     for name in OTHER_TOOLS_COMMANDS
 }
+
+
+def load_command(name: str) -> Any:
+    """Import one of our commands and return its Click command."""
+    return _BY_NAME[name].load()
 
 
 def command_names() -> list[str]:
@@ -254,6 +274,22 @@ class PanelCommand(TyperCommand):
             if rows:
                 with formatter.section(panel):
                     formatter.write_dl(rows)
+
+
+class PanelCommandWithDefaults(PanelCommand):
+    """A command whose options have defaults in `config.toml` and in presets."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the options, with the defaults of the files.
+
+        Raises:
+            UsageError: a file cannot be used.
+        """
+        if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
+            from kimi_mlx.cli.option_defaults import set_defaults  # not for the list of commands
+
+            set_defaults(self, ctx, args)
+        return super().parse_args(ctx, args)
 
 
 class LazyGroup(TyperGroup):

@@ -11,6 +11,7 @@ import typer
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.standard_input import require_prompt
 from kimi_mlx.cli.command_list import LAUNCHED_COMMANDS, OTHER_TOOLS_COMMANDS, command_names
+from kimi_mlx.cli.option_defaults import LAUNCHED
 from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
@@ -44,6 +45,7 @@ class LaunchedCommand:
         group: Any = self._parent.command
         self._command = group.get_command(self._parent, self.name)
         self._refuse_options_of_launch(context)
+        self._parent.meta[LAUNCHED] = True
         with self._context() as parsed:
             self._parameters: dict[str, Any] = dict(parsed.params)
         if self._parameters.get("model") in LAUNCHED_COMMANDS:

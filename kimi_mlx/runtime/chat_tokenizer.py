@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kimi_mlx.engine.request import Sampling
-from kimi_mlx.errors import ImageError, TextError, UsageError
+from kimi_mlx.errors import ImageError, TextError
 from kimi_mlx.images.limits import DEFAULT_LIMITS
-from kimi_mlx.model.config import read_json
+from kimi_mlx.runtime.generation_config import GenerationConfig
 from kimi_mlx.runtime.prompt import Prompt, build_prompt
 from kimi_mlx.text.media import MediaKind, take_media
 from kimi_mlx.text.messages import Message
@@ -23,13 +23,6 @@ from kimi_mlx.text.tool_calls import names_of
 if TYPE_CHECKING:
     from kimi_mlx.images.cache import MediaCache
     from kimi_mlx.images.video import MediaChunk
-
-DEFAULT_TEMPERATURE = 0.6
-"""Temperature if neither `generation_config.json` nor the catalogue sets one: the value on K2's model cards."""
-
-MAX_TOKENS_KEY = "kimi_mlx_max_tokens"
-"""Key of `generation_config.json` with the default limit of an answer. Only the bundled models have it, because a toy
-may repeat itself endlessly. The key is our own, so that it limits no real model."""
 
 MessageLike = Message | Mapping[str, Any]
 
@@ -70,14 +63,9 @@ class ChatTokenizer:
         tokenizer, template = Tokenizer.find(folder), ChatTemplate.find(folder)
         if tokenizer and template:
             template.check_markers(tokenizer.special_tokens, folder)
-        path = folder / "generation_config.json"
-        generation = read_json(path) if path.exists() else {}
+        generation = GenerationConfig.load(folder, defaults)
         return cls(
-            folder,
-            tokenizer or TokenIdTokenizer.load(folder),
-            template,
-            _sampling(path, generation, defaults or {}),
-            _max_tokens(path, generation),
+            folder, tokenizer or TokenIdTokenizer.load(folder), template, generation.sampling, generation.max_tokens
         )
 
     @property
@@ -190,21 +178,3 @@ class ChatTokenizer:
             tools: OpenAI-style tools that the model may call.
         """
         return OutputParser(self.tokenizer, opens_reasoning(self.tokenizer, prompt), names_of(tools))
-
-
-def _sampling(path: Path, generation: Mapping[str, Any], defaults: Mapping[str, float]) -> Sampling:
-    if generation.get("do_sample") is False:
-        return Sampling(temperature=0.0)
-    names = ("temperature", "top_p", "top_k", "min_p")
-    values = {name: generation[name] for name in names if generation.get(name) is not None}
-    try:
-        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **defaults, **values})
-    except UsageError as error:
-        raise TextError(f"`{path}`: {error.message}", hint="correct the file, or download it again") from error
-
-
-def _max_tokens(path: Path, generation: Mapping[str, Any]) -> int | None:
-    value = generation.get(MAX_TOKENS_KEY)
-    if value is None or (isinstance(value, int) and value > 0):
-        return value
-    raise TextError(f"`{path}`: `{MAX_TOKENS_KEY}` is {value!r}, not a whole number above 0", hint="correct the file")

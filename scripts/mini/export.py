@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY
+from kimi_mlx.runtime.generation_config import MAX_TOKENS_KEY
 from scripts.mini import checkpoint
 from scripts.mini.architecture import CONFIG
 from scripts.mini.model import Parameters

@@ -21,6 +21,9 @@ DEFAULT = "default"
 CHANGED = "/set"
 """Source of a value that was set in the conversation."""
 
+CONTINUED = "this conversation"
+"""Source of a value that a continued conversation had."""
+
 UNSET = {"seed": "random", MAX_TOKENS: "the rest of the context"}
 """Values of settings that nothing sets, for people."""
 
@@ -92,7 +95,7 @@ class AnswerSettings:
         self, name: str, chosen: Mapping[str, float | int], recommended: Mapping[str, float | int]
     ) -> SettingValue:
         if name in chosen:
-            source = CHANGED if name in self._changed else self._sources.get(name, "option")
+            source = CHANGED if name in self._changed else self._sources.get(name, CONTINUED)
             return SettingValue(name, _format(name, chosen[name]), source)
         if name in recommended:
             return SettingValue(name, _format(name, recommended[name]), "model")
@@ -130,6 +133,18 @@ def parse_setting(name: str, text: str) -> float | int:
         if (value > low if above else value >= low) and (high is None or value <= high):
             return value
     raise UsageError(f"{name} is {kind} {limits}, not `{text:.40}`", hint=f"`/set {name} {DEFAULT}` takes it back")
+
+
+def kept_sources(sources: Mapping[str, str], given: ChatOptions, now: ChatOptions) -> dict[str, str]:
+    """Return the sources of the settings that are still what the user gave, and not those of a continued conversation.
+
+    Args:
+        sources: where the options that the user gave come from, by name.
+        given: options that the user gave.
+        now: options with the settings of the conversation.
+    """
+    before, after = _settings_of(given), _settings_of(now)
+    return {name: source for name, source in sources.items() if before.get(name) == after.get(name)}
 
 
 def _settings_of(options: ChatOptions) -> dict[str, float | int]:

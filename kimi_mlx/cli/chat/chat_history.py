@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ class ChatHistory:
             hint = f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`"
             raise UsageError(f"the model of the conversation cannot be used: {error.message}", hint=hint) from None
 
-    def attach(self, conversation: Conversation, target: ModelRef | None) -> None:
+    def attach(self, conversation: Conversation, target: ModelRef | None, weak: Collection[str] = ()) -> None:
         """Fill a conversation with the messages to continue, and log what happens in it from now on.
 
         What the user has set stays; the other settings become those of the conversation that is continued.
@@ -105,6 +105,7 @@ class ChatHistory:
         Args:
             conversation: empty conversation with the loaded model.
             target: the model; None for that of a server.
+            weak: names of options whose values give way to the settings of the conversation that is continued.
 
         Raises:
             HistoryError: the conversation to continue cannot be read.
@@ -117,12 +118,15 @@ class ChatHistory:
             return
         options, system = conversation.options, conversation.system
         self.resume(conversation, self.resumed)
-        conversation.system = system or conversation.system
+        stored = conversation.options
+        is_system_weak = not {"system", "system_file"}.isdisjoint(weak)
+        conversation.system = conversation.system if is_system_weak else system or conversation.system
+        limits = (stored.max_tokens, options.max_tokens)
         conversation.options = replace(
             options,
-            max_tokens=options.max_tokens or conversation.options.max_tokens,
-            sampling={**conversation.options.sampling, **options.sampling},
-            template_kwargs={**conversation.options.template_kwargs, **options.template_kwargs},
+            max_tokens=next(filter(None, limits if "max_tokens" in weak else reversed(limits)), None),
+            sampling=_merge(options.sampling, stored.sampling, weak),
+            template_kwargs=_merge(options.template_kwargs, stored.template_kwargs, weak),
         )
 
     def resume(self, conversation: Conversation, record: ConversationRecord) -> None:
@@ -238,6 +242,11 @@ def settings_of(conversation: Conversation) -> dict[str, Any]:
 def stored_name(target: ModelRef) -> str:
     """Return the name under which a model is found again from any folder."""
     return str(target.folder.resolve()) if target.folder is not None and target.entry is None else target.name
+
+
+def _merge(options: Mapping[str, Any], stored: Mapping[str, Any], weak: Collection[str]) -> dict[str, Any]:
+    """Return options, and stored settings where there is no option or only a weak one."""
+    return {**options, **stored, **{name: value for name, value in options.items() if name not in weak}}
 
 
 def _apply_settings(conversation: Conversation, settings: Mapping[str, Any]) -> None:

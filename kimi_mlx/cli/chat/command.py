@@ -19,5 +19,6 @@ def chat(context: typer.Context, arguments: ChatArguments) -> None:
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.chat.run_chat import run_chat
     from kimi_mlx.cli.open_model import launch_context
+    from kimi_mlx.cli.option_defaults import option_sources
 
-    run_chat(launch_context(context), arguments)
+    run_chat(launch_context(context), arguments, option_sources(context))

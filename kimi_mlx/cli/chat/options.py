@@ -93,6 +93,22 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class PresetOptions:
+    """A file with defaults of the options, which is read before them: see kimi_mlx.cli.option_defaults."""
+
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="FILE",
+            help="TOML file with defaults for these options, such as `model`, `system` and `temperature`; or the name "
+            "of one in the folder that `kimi-mlx config path` shows.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class PromptOptions:
     """Options of the prompt."""
 
@@ -375,6 +391,7 @@ class ChatArguments:
         prompt: prompt, system prompt, and files of the first message.
         output: what is printed, and how.
         run: the model and how it runs.
+        preset: file with defaults of all options.
         remote: server that has the model.
         sampling: how tokens are sampled.
         disk: prompt cache on disk.
@@ -383,6 +400,7 @@ class ChatArguments:
     """
 
     run: RunOptions
+    preset: PresetOptions
     remote: RemoteOptions
     prompt: PromptOptions
     output: OutputOptions

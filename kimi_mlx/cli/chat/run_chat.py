@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from typing import NoReturn
 
 import typer
 
+from kimi_mlx.cli.chat.answer_settings import kept_sources
 from kimi_mlx.cli.chat.attachments import show_attachment, with_attachments
 from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.first_minutes import show_first_note
@@ -17,49 +19,63 @@ from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
 from kimi_mlx.cli.chat.text_attachments import read_text_attachment
 from kimi_mlx.cli.open_model import LaunchContext
+from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.output import hides_messages
 from kimi_mlx.cli.reader_watch import end_without_reader
 from kimi_mlx.errors import UsageError
 from kimi_mlx.store.model_ref import ModelRef
 
 
-def run_chat(launch: LaunchContext | None, arguments: ChatArguments) -> None:
+def run_chat(launch: LaunchContext | None, arguments: ChatArguments, sources: Mapping[str, str]) -> None:
     """Answer one prompt, or hold a conversation until the user exits.
 
     Args:
         launch: launched hosts; None for this machine.
         arguments: arguments of the user.
+        sources: where the values of options come from, by name; without those that nothing has set.
 
     Raises:
         KimiMlxError: wrong usage, the model cannot be loaded, or a file cannot be read.
         typer.Exit: the conversation has ended.
     """
     with closing(ChatHistory.open(arguments.history)) as history:
-        target = _find_target(launch, arguments, history)
+        target = _find_target(launch, arguments, history, sources)
         arguments.check()
         prompt = read_prompt(arguments.prompt, arguments.output)
         if prompt is not None:
-            _answer_once(launch, target, arguments, prompt, history)
+            _answer_once(launch, target, arguments, prompt, history, sources)
             return
-        _converse(launch, target, arguments, history)
+        _converse(launch, target, arguments, history, sources)
 
 
-def _find_target(launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory) -> ModelRef | None:
+def _find_target(
+    launch: LaunchContext | None, arguments: ChatArguments, history: ChatHistory, sources: Mapping[str, str]
+) -> ModelRef | None:
     """Return the model to load; None if the user has named a server that has one.
 
     Raises:
         UsageError: unknown name, an unsupported model, or a server beside launched hosts.
     """
     if arguments.remote.url is None:
-        return history.resolve_model(arguments.run.model, arguments.prompt.prompt)
+        is_default = sources.get("model") == CONFIG_NAME and history.resumed is not None
+        return history.resolve_model(None if is_default else arguments.run.model, arguments.prompt.prompt)
     if launch is not None:
         hint = f"without hosts: `kimi-mlx chat --url {arguments.remote.url}`"
         raise UsageError("--url and launched hosts exclude each other", hint=hint)
     return None
 
 
+def _weak(sources: Mapping[str, str]) -> frozenset[str]:
+    """Return the options that only `config.toml` sets: the settings of a continued conversation come before them."""
+    return frozenset(name for name, source in sources.items() if source == CONFIG_NAME)
+
+
 def _converse(
-    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, history: ChatHistory
+    launch: LaunchContext | None,
+    target: ModelRef | None,
+    arguments: ChatArguments,
+    history: ChatHistory,
+    sources: Mapping[str, str],
 ) -> NoReturn:
     """Load the model, and hold a conversation until the user exits.
 
@@ -74,12 +90,14 @@ def _converse(
         show_first_note()
     with open_tools(arguments.tools) as tools, open_chat(launch, target, arguments) as chat:
         wait_for_servers(tools)
-        history.attach(chat.conversation, target)
+        given = chat.conversation.options
+        history.attach(chat.conversation, target, _weak(sources))
         model, options = chat.conversation.model, chat.conversation.options
         texts = [read_text_attachment(path, model, options, num_used=0) for path in arguments.prompt.text_files]
         output = arguments.output
         state = ReplState(
             chat.conversation,
+            kept_sources(sources, given, options),
             placement=chat.placement,
             reasoning=output.reasoning,
             is_plain=output.plain,
@@ -91,7 +109,12 @@ def _converse(
 
 
 def _answer_once(
-    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, prompt: str, history: ChatHistory
+    launch: LaunchContext | None,
+    target: ModelRef | None,
+    arguments: ChatArguments,
+    prompt: str,
+    history: ChatHistory,
+    sources: Mapping[str, str],
 ) -> None:
     """Load the model and print one answer, or stop as soon as nobody reads it.
 
@@ -108,5 +131,5 @@ def _answer_once(
         wait_for_servers(tools, is_quiet)
         for file in chat.files if not (output.json or output.quiet) else ():
             show_attachment(file)
-        history.attach(chat.conversation, target)
+        history.attach(chat.conversation, target, _weak(sources))
         answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output, tools)

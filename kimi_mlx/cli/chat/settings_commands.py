@@ -110,7 +110,7 @@ class SettingsCommands:
                 variables["thinking"] = is_on
             conversation.options = replace(conversation.options, template_kwargs=variables)
         elif word in MODES:
-            state.reasoning = word
+            state.reasoning = next(mode for mode in MODES if mode == word)
         elif word:
             raise UsageError(f"/thinking does not know `{argument:.40}`", hint=f"type one of {', '.join(_words())}")
         thinking = conversation.options.thinking

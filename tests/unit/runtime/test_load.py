@@ -16,7 +16,8 @@ from kimi_mlx.engine.events import Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import TextError, UsageError
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.runtime.chat_tokenizer import MAX_TOKENS_KEY, ChatTokenizer
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.runtime.generation_config import MAX_TOKENS_KEY
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.session.local_chat_model import make_request
 from tests.fakes import KIMI_MINI

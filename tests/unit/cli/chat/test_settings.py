@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.cli.chat.answer_settings import SETTINGS, AnswerSettings, complete_setting, parse_setting
+from kimi_mlx.cli.chat.answer_settings import SETTINGS, AnswerSettings, complete_setting, kept_sources, parse_setting
+from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.status_commands import describe_model, describe_plan
@@ -34,7 +35,7 @@ class Chat:
         self._repl, self._capfd = Repl(self.state), capfd
 
     def type(self, line: str) -> str:
-        self._repl.handle(line)
+        self._repl.handle(UserInput(line))
         return self._capfd.readouterr().err
 
     @property
@@ -44,7 +45,9 @@ class Chat:
 
 @pytest.fixture
 def chat(capfd: pytest.CaptureFixture[str]) -> Chat:
-    return Chat(capfd, ChatOptions(sampling={"temperature": 0.2, "top_k": 5}), temperature="config.toml")
+    return Chat(
+        capfd, ChatOptions(sampling={"temperature": 0.2, "top_k": 5}), temperature="config.toml", top_k="option"
+    )
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -212,3 +215,20 @@ def test_the_commands_of_status(chat: Chat) -> None:
     assert "hybrid: one rank has the whole model" in chat.type("/plan")
     chat.type("hi")
     assert "last answer: " in chat.type("/stats")
+
+
+def test_settings_of_a_continued_conversation_have_no_other_source() -> None:
+    sources = {"temperature": "config.toml", "seed": "option", "model": "option"}
+    given = ChatOptions(sampling={"temperature": 0.5, "seed": 1})
+    now = ChatOptions(sampling={"temperature": 0.2, "seed": 1, "top_p": 0.9}, max_tokens=5)
+    kept = kept_sources(sources, given, now)
+    assert kept == {"seed": "option", "model": "option"}
+    values = AnswerSettings(now, kept).values(now, conversation_of("yes").model)
+    assert {item.name: item.source for item in values} == {
+        "temperature": "this conversation",
+        "top_p": "this conversation",
+        "top_k": "model",
+        "min_p": "model",
+        "seed": "option",
+        "max_tokens": "this conversation",
+    }
