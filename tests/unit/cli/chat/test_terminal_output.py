@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 import time
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_mlx.cli.chat import terminal_output
 from kimi_mlx.cli.chat.answer_view import AnswerView, ReasoningMode
 from kimi_mlx.cli.chat.chat_status import ChatStatus
 from kimi_mlx.cli.chat.live_region import BEGIN, END
@@ -24,6 +26,8 @@ NASTY += ["[link](http://x/\x1b[2J)", "```\x1b[2J", "<http://x/%1b>", "![\x1b[2J
 NASTY += ["\U000e0041", "\u2066"]
 TEXTS = st.lists(st.sampled_from(LINES), max_size=30).map("\n".join)
 NASTY_TEXTS = st.lists(st.sampled_from([*LINES, *NASTY, "\n", " "]), max_size=30).map("".join)
+AT_ONCE = patch.multiple(terminal_output, MIN_INTERVAL_S=0.0, MAX_LOAD=float("inf"))
+"""A view that is refreshed here draws again at the next refresh."""
 CUTS = st.lists(st.integers(0, 400), max_size=10)
 
 
@@ -40,8 +44,8 @@ def shown(parts: list[str], columns: int, lines: int = 12) -> Screen:
     view = AnswerView(ChatStatus("kimi", 2, 1000), console=console, notes=console)
     for part in parts:
         view.show(Delta(text=part))
-        view._output.refresh()  # pyright: ignore[reportPrivateUsage]
-        view._output._next_draw = 0.0  # pyright: ignore
+        with AT_ONCE:
+            view.refresh()
     view.finish()
     return screen
 
@@ -84,8 +88,8 @@ def test_a_token_writes_little() -> None:
     for word in ("word " * 300 + "\n\n" + "- item\n" * 100).split(" "):
         view.show(Delta(text=word + " "))
         before = len(screen.written)
-        view._output.refresh()  # pyright: ignore[reportPrivateUsage]
-        view._output._next_draw = 0.0  # pyright: ignore
+        with AT_ONCE:
+            view.refresh()
         largest = max(largest, len(screen.written) - before)
     view.finish()
     assert largest < len(BEGIN + END) + 3 * 80 + 2000  # the list, which comes at once
@@ -96,9 +100,8 @@ def test_fast_answers_cost_little() -> None:
     screen = Screen(80)
     console = screen.console()
     console.file = open("/dev/null", "w")  # noqa: SIM115
-    text = (
-        "# Title\n\n- item **bold** `code`\n\n```python\nx = 1\n```\n\n" + "A paragraph of text. " * 20 + "\n\n"
-    ) * 300
+    blocks = ["# Title", "- item **bold** `code`", "```python\nx = 1\n```", "A paragraph of text. " * 20]
+    text = "\n\n".join(blocks * 300)
     cpu, start = time.process_time(), time.monotonic()
     with AnswerView(ChatStatus("kimi", 2, 10**6), console=console, notes=console) as view:
         for number in range(5000):
