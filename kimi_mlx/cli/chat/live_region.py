@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 BEGIN, END = "\x1b[?2026h\x1b[?7l", "\x1b[?7h\x1b[?2026l"
 """What surrounds each update: the terminal shows it as a whole and wraps no row, whatever it measures."""
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-ERASE_LINE, ERASE_BELOW = "\x1b[K", "\x1b[J"
+ERASE_LINE, ERASE_BELOW = "\x1b[2K", "\x1b[J"
 
 
 class Row(NamedTuple):
@@ -124,9 +124,8 @@ class LiveRegion:
             row = rows[index]
             is_old = index < len(self._tail)
             if not is_old or self._tail[index] != row:
-                parts.append(row.text)
-                if is_old and row.width < self._drawn_size.columns:
-                    parts.append(ERASE_LINE)
+                # erased as a whole, before: tmux would keep spaces behind a shorter row, and wrap them again
+                parts += [ERASE_LINE if is_old and self._tail[index].text else "", row.text]
             if index < len(rows) - 1 or not has_tail:
                 parts.append("\r\n")
         if len(self._tail) > len(rows):

@@ -18,7 +18,7 @@ from kimi_mlx.cli.chat.live_region import BEGIN, END
 from kimi_mlx.text.messages import Delta, ToolCall
 from tests.screen import Screen
 
-OWN_SEQUENCES = re.compile(r"\x1b\[(?:[0-9;]*m|\?(?:2026|7|25)[hl]|[0-9]+A|[JK])")
+OWN_SEQUENCES = re.compile(r"\x1b\[(?:[0-9;]*m|\?(?:2026|7|25)[hl]|[0-9]+A|J|2K)")
 LINES = ["# Title", "- item **bold**", "  - nested", "1. one", "> quote", "```python", "```", "x = 1  # code", "$$", ""]
 LINES += ["| a | b |", "|---|---|", "| 1 | 漢字 |", "A paragraph that is longer than the narrowest of the screens."]
 NASTY = ["\x1b[2J", "\x1b", "[2J", "\x9b1A", "\x07", "\x1b]8;;http://x\x1b\\", "&#27;[2J", "&#x9b;1A", "\u202e", "\r"]
