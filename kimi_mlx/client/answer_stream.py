@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from kimi_mlx.client.http import RETRY_HINT
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.errors import ServerError
 from kimi_mlx.session.chat_model import ChatEvent
@@ -71,7 +72,7 @@ class AnswerStream:
             ServerError: the stream has ended before the answer.
         """
         if not self._is_done and self._reason is None:
-            raise ServerError(f"{self._url} closed the connection before the answer ended", hint="send it again")
+            raise ServerError(f"{self._url} closed the connection before the answer ended", hint=RETRY_HINT)
         yield from self._close_call()
         yield Finished("length" if self._reason == "length" else "stop", self.statistics())
 
@@ -144,9 +145,9 @@ class AnswerStream:
 
     def _error(self, error: Any) -> ServerError:
         fields = cast("dict[str, Any]", error) if isinstance(error, dict) else {"message": error}
-        hint = "send the message again"
+        hint = RETRY_HINT
         if fields.get("code") == "stopping":
-            hint = "start it again, then send the message again"
+            hint = f"start it again, then {RETRY_HINT}"
         return ServerError(f"{self._url}: {fields.get('message') or 'an error without a message':.1000}", hint=hint)
 
 

@@ -34,6 +34,7 @@ REPLY_S = 30.0
 MAX_EVENT_BYTES = 16 * 2**20
 MAX_ERROR_BYTES = 2**16
 
+RETRY_HINT = "send the message again; `/retry` does it in a conversation"
 KEY_HINT = "give the key in a file, `--api-key-file FILE`, or in $KIMI_MLX_API_KEY"
 
 
@@ -123,11 +124,11 @@ class HttpClient:
         if isinstance(error, httpx2.ConnectError):
             return ServerError(f"cannot connect to {url}: {_plain_reason(reason)}", hint=_reach_hint(url))
         if isinstance(error, httpx2.ReadTimeout):
-            return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint="send the message again")
+            return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint=RETRY_HINT)
         if isinstance(error, httpx2.WriteTimeout | httpx2.WriteError):
-            return ServerError(f"{url} does not take the request: {reason}", hint="send the message again")
+            return ServerError(f"{url} does not take the request: {reason}", hint=RETRY_HINT)
         if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
-            return ServerError(f"lost the connection to {url}", hint="send the message again")
+            return ServerError(f"lost the connection to {url}", hint=RETRY_HINT)
         return ServerError(f"{url} does not answer as an API server: {reason:.200}", hint=_reach_hint(url))
 
     def refusal(self, response: httpx2.Response) -> ServerError:

@@ -22,7 +22,8 @@ class ClusterStatus(ModelStatus):
     Args:
         names: names of the model in requests, beginning with that of ModelStatus.model.
         media: kinds of media that requests may have besides text.
-        sampling: sampling parameters, by name, of requests that set none.
+        sampling: sampling parameters, by name, of requests that set none; `max_tokens` if the model has a limit of its
+            own.
         instant_sampling: those that differ without thinking.
         queue_capacity: maximum number of answers that wait; further ones are refused.
         answers: answers in progress and in the queue, the oldest first.
@@ -47,6 +48,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         deployment: the model and its hosts.
     """
     status = model_status(deployment, service.session)
+    tokenizer = service.prompt_builder.tokenizer
     reason = health_problem(service, service.status())
     known: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
     return replace(
@@ -59,7 +61,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         waiting=service.waiting,
         names=model_info.names,
         media=model_info.media,
-        sampling=_without_none(asdict(service.prompt_builder.tokenizer.sampling)),
+        sampling=_without_none({**asdict(tokenizer.sampling), "max_tokens": tokenizer.max_tokens}),
         instant_sampling=service.prompt_builder.instant_sampling,
         queue_capacity=service.queue_capacity,
         answers=service.running_answers(),

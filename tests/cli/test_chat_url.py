@@ -143,6 +143,9 @@ def test_ctrl_c_stops_the_answer_at_the_server(spawn: Spawn) -> None:
         terminal.expect("on and on and")
         server.server.should_exit = True
         assert "shutting down" in terminal.expect("\n> ")
+    terminal.send("more" + ENTER)
+    terminal.expect("connection refused")
+    terminal.expect("\n> more")  # the message comes back
 
 
 @pytest.fixture

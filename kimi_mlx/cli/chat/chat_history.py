@@ -94,7 +94,9 @@ class ChatHistory:
         try:
             return resolve_model_name(self.resumed.model)
         except UsageError as error:
-            hint = f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`"
+            hint = (
+                f"choose another one: `kimi-mlx chat MODEL --continue {self.resumed.id}`, or name its server with --url"
+            )
             raise UsageError(f"the model of the conversation cannot be used: {error.message}", hint=hint) from None
 
     def attach(self, conversation: Conversation, target: ModelRef | None, weak: Collection[str] = ()) -> None:

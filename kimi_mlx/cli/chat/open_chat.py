@@ -56,7 +56,7 @@ def open_chat(
     if server is None and target is not None and launch is None:
         server = running_server(target, arguments, can_ask=text is None)
     if server is not None:
-        with _open_remote(server, arguments) as chat:
+        with _open_remote(server, arguments, is_conversation=text is None) as chat:
             yield chat
         return
     assert target is not None
@@ -65,7 +65,7 @@ def open_chat(
 
 
 @contextmanager
-def _open_remote(server: ServerChoice, arguments: ChatArguments) -> Generator[OpenedChat]:
+def _open_remote(server: ServerChoice, arguments: ChatArguments, *, is_conversation: bool) -> Generator[OpenedChat]:
     """Connect to a server.
 
     Raises:
@@ -84,6 +84,8 @@ def _open_remote(server: ServerChoice, arguments: ChatArguments) -> Generator[Op
         if files and model.image_error is not None:
             raise model.image_error
         placement = Choice("", f"served at {model.url}")
+        if is_conversation:
+            print_note(f"connected to {model.url}")
         yield OpenedChat(Conversation(model, answers, prompt.read_system()), files, placement)
 
 

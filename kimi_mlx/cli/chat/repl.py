@@ -22,7 +22,7 @@ from kimi_mlx.cli.chat.status_commands import StatusCommands
 from kimi_mlx.cli.chat.tool_commands import ToolCommands
 from kimi_mlx.cli.chat.tool_permissions import TerminalQuestion
 from kimi_mlx.cli.output import print_error, print_note, stderr
-from kimi_mlx.errors import ImageError, KimiMlxError, RingError, UsageError
+from kimi_mlx.errors import ImageError, KimiMlxError, RingError, ServerError, UsageError
 from kimi_mlx.folders import state_folder
 from kimi_mlx.text.messages import Content
 
@@ -98,6 +98,7 @@ class Repl:
             False if the message could not be sent or run as it was typed.
         """
         typed = message.text.strip()
+        num_messages = len(self._state.conversation.messages)
         is_accepted = True
         try:
             if message.is_typed_command and typed.startswith("//"):
@@ -110,7 +111,8 @@ class Repl:
             raise
         except KimiMlxError as error:
             print_error(error)
-            is_accepted = not isinstance(error, UsageError | ImageError)
+            is_kept = len(self._state.conversation.messages) > num_messages
+            is_accepted = is_kept or not isinstance(error, UsageError | ImageError | ServerError)
         if typed and not self._state.is_over:
             stderr.print()
         return is_accepted
