@@ -20,8 +20,8 @@ HINTS = {
     "info": "type `kimi-mlx models MODEL`",
     "help": "type `kimi-mlx --help`, or `kimi-mlx COMMAND --help`",
     "version": "type `kimi-mlx --version`",
-    "stop": "type Ctrl-C where the model runs",
-    "ps": "type `kimi-mlx doctor` to check this machine; a server reports its state at `/health`",
+    "stop": "type Ctrl-C where the model runs, or `kimi-mlx service stop`",
+    "ps": "type `kimi-mlx service status`, or `kimi-mlx doctor` to check this machine",
 }
 
 

@@ -102,6 +102,18 @@ def test_life_of_a_service(variables: dict[str, str], port: int) -> None:
     assert service(variables, "uninstall").returncode == 1
 
 
+@pytest.mark.ranks
+def test_several_ranks(variables: dict[str, str], port: int) -> None:
+    hostfile = ROOT / "hostfiles" / "two-local.json"
+    started = report(variables, "install", "kimi-mini", "--hostfile", str(hostfile), "--port", str(port))
+    assert (started["is_up"], started["hosts"]) == (True, str(hostfile))
+    assert models(port)
+    report(variables, "stop")
+    assert "state     stopped" in service(variables, "status").stdout  # a stop is no failure
+    assert "stopped" in service(variables, "logs", "-n", "1").stdout
+    report(variables, "uninstall")
+
+
 def test_a_server_that_fails(variables: dict[str, str], port: int) -> None:
     keys = Path(variables["HOME"], "keys-of-failing")
     keys.write_text("a-key\n")

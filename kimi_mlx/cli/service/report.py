@@ -31,6 +31,9 @@ POLL_S = 0.3
 LOG_LINES = 5
 """Number of lines of the log in the error of a server that does not start."""
 
+CLEAN_EXITS = (None, "0", "130", "143")
+"""Exits of a server that was stopped, by Ctrl-C or SIGTERM too; None if it has not been started."""
+
 Health = Literal["up", "down", "no answer"]
 
 
@@ -63,7 +66,8 @@ class ServiceReport:
     def summary(self) -> str:
         """State in words."""
         if not self.state.is_running:
-            return "not running" + ("" if self.state.last_exit is None else f", last exit: {self.state.last_exit}")
+            is_stopped = self.state.last_exit in CLEAN_EXITS
+            return "stopped" if is_stopped else f"not running, last exit: {self.state.last_exit}"
         if self.health == "no answer":
             return "starting: the server does not answer yet"
         return "up" if self.health == "up" else f"down: {self.reason}"
