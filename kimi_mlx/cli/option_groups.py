@@ -20,7 +20,7 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
         command: function of a command; its dataclass parameters have fields of type `Annotated[..., typer.Option()]`,
             or of a type that is such a dataclass.
     """
-    hints = get_type_hints(command, include_extras=True)
+    hints = inspect.get_annotations(command, eval_str=True)  # get_type_hints of Python 3.10 hides Annotated in Optional
     groups: dict[str, type[Any]] = {}
     single: list[str] = []
     options: list[inspect.Parameter] = []

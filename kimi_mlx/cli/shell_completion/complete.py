@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from kimi_mlx.cli.command_list import COMMANDS, LAUNCHED_COMMANDS, CommandInfo
 
@@ -118,5 +119,5 @@ def _values(info: CommandInfo, parameter: Any, word: str) -> Completion:
     """Return the values of an option or argument."""
     from kimi_mlx.cli.shell_completion.values import values_of
 
-    hint = get_type_hints(info.function(), include_extras=True).get(parameter.name)
+    hint = inspect.get_annotations(info.function(), eval_str=True).get(parameter.name)
     return values_of(parameter.name, parameter.metavar, hint, word)
