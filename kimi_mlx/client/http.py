@@ -78,8 +78,13 @@ class HttpClient:
         """
         return self._exchange("GET", path, None, REPLY_S)
 
-    def post(self, path: str, body: Mapping[str, Any], limit_s: float = SILENCE_S) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> Any:
         """Return the JSON that a path answers to a body.
+
+        Args:
+            path: path below the API's base.
+            body: body of the request.
+            limit_s: time limit of each read.
 
         Raises:
             ServerError: as in get().

@@ -28,6 +28,9 @@ MAX_BUSY_RETRIES = 5
 DEFAULT_RETRY_S = 5.0
 MAX_RETRY_S = 60.0
 
+COUNT_S = 60.0
+"""Time in which a server must count the tokens of a prompt: our own prepares a long request within it."""
+
 CHARS_PER_TOKEN = 4
 """Estimate for prompts of servers that do not count tokens."""
 
@@ -108,7 +111,7 @@ class RemoteChatModel:
         body = chat_body(self.name, messages, options)
         if self._can_count:
             try:
-                return int(self._http.post("/chat/completions/input_tokens", body)["input_tokens"])
+                return int(self._http.post("/chat/completions/input_tokens", body, COUNT_S)["input_tokens"])
             except (MissingPathError, KeyError, TypeError, ValueError):
                 self._can_count = False
         return len(json.dumps(body["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN

@@ -38,6 +38,12 @@ class ClusterStatus(ModelStatus):
     answers: Sequence[RunningAnswer] = ()
     rates: TokenRates = field(default_factory=TokenRates)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document. The client knows the address of the server."""
+        document = super().to_dict()
+        del document["url"]
+        return document
+
 
 def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDeployment) -> ClusterStatus:
     """Return the status of a server.
@@ -81,6 +87,7 @@ def cluster_schema(ref_template: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     schema = TypeAdapter(ClusterStatus).json_schema(ref_template=ref_template, mode="serialization")
     definitions = schema.pop("$defs", {})
+    del schema["properties"]["url"]
     for item in (schema, *definitions.values()):
         item["required"] = list(item["properties"])  # the document has all of its fields
     return schema, definitions

@@ -56,7 +56,7 @@ def talk(model: ChatModel, options: ChatOptions, messages: Sequence[str]) -> Con
         (GREEDY, ["What are you?", "Tell me more.", "数を三つ数えて 🎈"]),
         (replace(GREEDY, template_kwargs={"thinking": False}), ["What are you?"]),
         (replace(GREEDY, template_kwargs={"thinking": True}), ["What is 2 + 3?"]),
-        (replace(GREEDY, tools=[WEATHER]), ["What is the weather in Paris?", "And in Oslo?"]),
+        (replace(GREEDY, tools=[WEATHER]), ["What is the weather in Paris?"]),
         (replace(GREEDY, tools=[WEATHER], tool_choice={"name": "get_weather"}), ["Hello"]),
         (replace(GREEDY, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False), ["Hello"]),
         (replace(GREEDY, max_tokens=3), ["What are you?"]),
@@ -67,7 +67,12 @@ def talk(model: ChatModel, options: ChatOptions, messages: Sequence[str]) -> Con
             ["Choose"],
         ),
         (replace(GREEDY, response_schema=True, max_tokens=12), ["Choose"]),
-        (ChatOptions(sampling={"temperature": 1, "seed": 7, "top_p": 0.9, "top_k": 20, "min_p": 0.01}), ["A story"]),
+        (
+            ChatOptions(
+                sampling={"temperature": 1, "seed": 7, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, max_tokens=30
+            ),
+            ["A story"],
+        ),
     ],
 )
 def test_conversations_equal_those_of_a_local_model(
@@ -89,7 +94,7 @@ def test_counts_sampling_and_context_equal_those_of_a_local_model(
 
 
 def test_progress_and_statistics(remote: RemoteChatModel) -> None:
-    long = "word " * 1200
+    long = "word " * 300
     events = list(remote.generate([Message("user", long)], replace(GREEDY, max_tokens=5)))
     progress = [event for event in events if isinstance(event, Prefilled)]
     finished = events[-1]

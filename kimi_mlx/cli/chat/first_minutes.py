@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from kimi_mlx.cli.models_table import Row, find_row
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.cluster.hosts.machine import LocalMachine, local_machine
-from kimi_mlx.hub.catalogue import catalogue
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from kimi_mlx.cli.models_table import Row
 
 TOY = "kimi-mini is a toy: it shows that everything works, but it knows nothing."
 
@@ -85,6 +87,10 @@ def _recommendations(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
 
 
 def _rows(machine: LocalMachine) -> list[Row]:
+    # heavy imports: not for a chat whose model is named
+    from kimi_mlx.cli.models_table import find_row
+    from kimi_mlx.hub.catalogue import catalogue
+
     return [find_row(entry, machine) for entry in catalogue()]
 
 
