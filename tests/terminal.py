@@ -53,6 +53,11 @@ class Terminal:
         """All that was written, without escape sequences."""
         return ESCAPES.sub(b"", self.raw).decode(errors="replace").replace("\r", "")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the program has not ended."""
+        return self._process.poll() is None
+
     def send(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 

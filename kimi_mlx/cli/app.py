@@ -17,6 +17,7 @@ from kimi_mlx.cli.command_list import RootGroup
 from kimi_mlx.cli.signals import EndSignals
 from kimi_mlx.cli.standard_streams import OUTPUT, repair_standard_streams
 from kimi_mlx.cli.start_status import START_LINE
+from kimi_mlx.cli.terminal_state import TerminalState
 from kimi_mlx.errors import KimiMlxError, RingError, UsageError
 from kimi_mlx.settings import Settings
 
@@ -97,6 +98,7 @@ def main() -> None:
     """Run the command line and exit: 0 success, 1 failure, 2 wrong usage, 128 + N after signal N."""
     repair_standard_streams()
     START_LINE.watch()
+    terminal = TerminalState()
     code = EXIT_FAILED
     try:
         run()
@@ -107,6 +109,8 @@ def main() -> None:
         code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
+    if code >= 128:
+        terminal.restore()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.flush()

@@ -23,6 +23,7 @@ LIGHT = {
     "kimi_mlx.cli.signals",
     "kimi_mlx.cli.standard_streams",
     "kimi_mlx.cli.start_status",
+    "kimi_mlx.cli.terminal_state",
     "kimi_mlx.errors",
     "kimi_mlx.settings",
     "kimi_mlx.version",
