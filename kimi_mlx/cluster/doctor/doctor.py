@@ -142,7 +142,13 @@ def _gather_facts(
     envs = request.hostfile.envs
     script = facts_script([request.python or own_python], envs=envs, is_search=request.python is None)
     front_name = None if any(map(is_local, names)) else "localhost"
-    results = run_everywhere([*names, *([front_name] if front_name else [])], script, FACTS_LIMIT_S)
+    every_name = [*names, *([front_name] if front_name else [])]
+
+    def report_waiting(hosts: Sequence[str]) -> None:
+        if hosts:
+            report(f"waiting for {', '.join(hosts)} (at most {FACTS_LIMIT_S:.0f} s)")
+
+    results = run_everywhere(every_name, script, FACTS_LIMIT_S, report_waiting)
     facts_by_host, reachable = parse_host_facts(results)
     facts_by_host = {host: prefer_matching(facts, own_interpreter()) for host, facts in facts_by_host.items()}
     front = facts_by_host.pop(front_name, None) if front_name else None

@@ -15,8 +15,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from kimi_mlx.cluster.hosts.marked_script import MarkedScript, mark_script, split_at_mark
@@ -182,12 +182,30 @@ def run_script(host: str, script: str, timeout_s: float, stdin_extra: bytes = b"
     return _run([host], script, timeout_s, stdin_extra)[host]
 
 
-def run_everywhere(hosts: Iterable[str], script: str, timeout_s: float) -> dict[str, ScriptResult]:
-    """Run a script on all hosts at once; return host -> result, in the order of `hosts`."""
-    return _run(list(dict.fromkeys(hosts)), script, timeout_s, b"")
+def run_everywhere(
+    hosts: Iterable[str],
+    script: str,
+    timeout_s: float,
+    on_waiting: Callable[[Sequence[str]], None] = lambda hosts: None,
+) -> dict[str, ScriptResult]:
+    """Run a script on all hosts at once; return host -> result, in the order of `hosts`.
+
+    Args:
+        hosts: hosts.
+        script: the script.
+        timeout_s: time limit of each host.
+        on_waiting: callback for the hosts that have not answered yet, each time that one has.
+    """
+    return _run(list(dict.fromkeys(hosts)), script, timeout_s, b"", on_waiting)
 
 
-def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes) -> dict[str, ScriptResult]:
+def _run(
+    hosts: Sequence[str],
+    script: str,
+    timeout_s: float,
+    stdin_extra: bytes,
+    on_waiting: Callable[[Sequence[str]], None] = lambda hosts: None,
+) -> dict[str, ScriptResult]:
     starts: list[Future[_RunningScript]] = []
     try:
         with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
@@ -196,6 +214,8 @@ def _run(hosts: Sequence[str], script: str, timeout_s: float, stdin_extra: bytes
                 starts += [pool.submit(_start, host, script) for host in hosts]
                 running_scripts = [start.result() for start in starts]
                 results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in running_scripts]
+                for _ in as_completed(results):
+                    on_waiting([host for host, result in zip(hosts, results, strict=True) if not result.done()])
                 return {host: result.result() for host, result in zip(hosts, results, strict=True)}
             except BaseException:
                 for client in _started_scripts(starts):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,10 @@ def test_hosts_run_a_script_at_the_same_time(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "begun").mkdir()
     wait = f"cd '{tmp_path}/begun'; : >$$; until [ $(ls | wc -l) = 2 ]; do sleep 0.02; done"
     put_ssh(tmp_path, monkeypatch, f"({wait}); {RUN_REMOTE.replace('shift; shift;', 'shift; export NAME=$1; shift;')}")
-    answers = run_everywhere(["mac-c", "mac-b", "mac-c", "localhost"], 'echo "${NAME-here}"', 10)
+    waiting: list[Sequence[str]] = []
+    answers = run_everywhere(["mac-c", "mac-b", "mac-c", "localhost"], 'echo "${NAME-here}"', 10, waiting.append)
+    assert len(waiting) == 3
+    assert waiting[-1] == []
     assert [(host, each.stdout) for host, each in answers.items()] == [
         ("mac-c", "mac-c\n"),
         ("mac-b", "mac-b\n"),
