@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand
 from kimi_mlx.cli.open_model import name_for_hosts, place_model, session_options
+from kimi_mlx.cli.option_defaults import LAUNCHED
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.serve import ServerOptions
 from kimi_mlx.errors import ServiceError, UsageError
@@ -36,50 +37,69 @@ FOLDER_VARIABLES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_S
 CACHE_FOLDERS = (".cache", "Caches")
 """Names of folders whose contents may be deleted at any time."""
 
+SERVE_NAMES = frozenset(
+    field.name for group in (RunOptions, ServerOptions, DiskCacheOptions) for field in fields(group)
+) - {"model"}
+LAUNCH_NAMES = frozenset(field.name for group in (HostOptions, LaunchOptions) for field in fields(group)) - SERVE_NAMES
+
+Options = TypeVar("Options")
+
 KEY_FILE_HINT = (
     "write it to a file that only you can read: `openssl rand -hex 24 > ~/kimi-mlx.keys && chmod 600 "
     "~/kimi-mlx.keys`; then add `--api-key-file ~/kimi-mlx.keys`"
 )
 
 
-def define_service(
-    context: typer.Context,
-    name: str,
-    hosts: HostOptions,
-    launch: LaunchOptions,
-    run: RunOptions,
-    server: ServerOptions,
-    disk: DiskCacheOptions,
-) -> Service:
-    """Return the service for the options of `kimi-mlx service install`, which the server's own checks accept.
+def define_service(context: typer.Context, name: str) -> tuple[Service, ServerOptions]:
+    """Return the service for the options of `kimi-mlx service install`, and the server's options.
+
+    The commands `serve` and `launch` parse the options, with the defaults of `config.toml`. The service keeps these
+    values, so that later changes of the file do not change it.
+
+    Args:
+        context: context of `install`.
+        name: name of the service.
 
     Raises:
         UsageError: an option is wrong or cannot belong to a service, or the model is not on this machine.
         ServiceError: the program or the user's folders do not last.
     """
+    hosts = _group(HostOptions, context)
+    is_launched = hosts.hosts is not None or hosts.hostfile is not None
+    model = [] if context.params["model"] is None else [context.params["model"]]
+    serving = _parse(context, "serve", [*model, *_options(context, SERVE_NAMES)], is_launched=is_launched)
+    run, server = _group(RunOptions, serving), _group(ServerOptions, serving)
     _check_secrets(server)
     server.serving()
-    session_options(run, disk, has_sampling=True)
+    session_options(run, _group(DiskCacheOptions, serving), has_sampling=True)
     if server.port == 0:
         raise UsageError("a service needs a port that stays the same", hint="leave `--port 0` out, or choose a port")
     target = resolve_model_name(run.model_name)
-    words = ["serve", name_for_hosts(target), *_options(context, _names(RunOptions, ServerOptions, DiskCacheOptions))]
-    if hosts.hosts is not None or hosts.hostfile is not None:
-        hosts.read()
-        launch.check(hosts)
-        # parses the words as `kimi-mlx launch` will
-        LaunchedCommand(_launch_context(context), words)
-        own_names = _names(HostOptions, LaunchOptions) - _names(RunOptions)
-        words = ["launch", *_options(context, own_names), *words]
+    words = ["serve", name_for_hosts(target), *_options(serving, SERVE_NAMES)]
+    if is_launched:
+        words = _launch_words(context, words)
     else:
         _check_no_launch_options(context)
         _check_model(target, run)
     log = log_path(name)
     if log is None:
         raise ServiceError("there is no home folder to keep the service's log in", hint="set HOME")
-    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**kept_environment(os.environ), LOG_VARIABLE: str(log)}
-    return Service(name, (*program(), *words), environment, log)
+    return Service(name, (*program(), *words), environment, log), server
+
+
+def _launch_words(context: typer.Context, words: list[str]) -> list[str]:
+    """Return the words of `kimi-mlx launch` for a server on several hosts.
+
+    Raises:
+        UsageError: an option is wrong.
+    """
+    launching = _parse(context, "launch", _options(context, LAUNCH_NAMES))
+    hosts = _group(HostOptions, launching)
+    hosts.read()
+    _group(LaunchOptions, launching).check(hosts)
+    LaunchedCommand(launching, words)  # parses the words as `launch` will
+    return ["launch", *_options(launching, LAUNCH_NAMES), *words]
 
 
 def check_port(server: ServerOptions, current: Service | None) -> None:
@@ -189,36 +209,38 @@ def _check_no_launch_options(context: typer.Context) -> None:
     Raises:
         UsageError: there is one.
     """
-    options = _options(context, _names(HostOptions, LaunchOptions) - _names(RunOptions))
+    options = _options(context, LAUNCH_NAMES)
     if options:
         name = options[0].partition("=")[0]
         raise UsageError(f"`{name}` is for a server on several hosts", hint="add `--hosts mac-a.local,mac-b.local`")
 
 
-def _launch_context(context: typer.Context) -> typer.Context:
-    """Return a context of `kimi-mlx launch` below the root."""
+def _parse(context: typer.Context, name: str, words: list[str], *, is_launched: bool = False) -> typer.Context:
+    """Return the context of another command that parses words, with the defaults of `config.toml`."""
     root = context.find_root()
+    if is_launched:
+        root.meta[LAUNCHED] = True
     group: Any = root.command
-    return group.get_command(root, "launch").make_context("launch", [], parent=root)
+    return group.get_command(root, name).make_context(name, words, parent=root)
 
 
-def _names(*groups: type[Any]) -> set[str]:
-    """Return the names of all options of some dataclasses."""
-    return {field.name for group in groups for field in fields(group)} - {"model"}
+def _group(options: type[Options], context: typer.Context) -> Options:
+    """Return a dataclass of options with the values of a context."""
+    return options(**{field.name: context.params[field.name] for field in fields(cast("Any", options))})
 
 
-def _options(context: typer.Context, names: set[str]) -> list[str]:
-    """Return the options on the command line, among some, as words `--option=value`, with absolute paths."""
+def _options(context: typer.Context, names: frozenset[str]) -> list[str]:
+    """Return the options that the command line or `config.toml` sets, as words `--option=value` with absolute paths."""
     words: list[str] = []
     for parameter in context.command.params:
         source: Any = context.get_parameter_source(parameter.name or "")
-        if parameter.name not in names or source is None or source.name != "COMMANDLINE":
+        if parameter.name not in names or source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
             continue
         option, value = parameter.opts[0], context.params[parameter.name]
         if isinstance(value, bool):
             words += [option] if value else []
             continue
-        values: list[Any] = value if isinstance(value, list) else [value]  # pyright: ignore[reportUnknownVariableType]
+        values = cast("list[Any]", value) if isinstance(value, list) else [value]
         words += [f"{option}={_text(each)}" for each in values]
     return words
 

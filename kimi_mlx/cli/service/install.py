@@ -37,7 +37,8 @@ def install(
     from kimi_mlx.cli.service.report import print_notes, report_to_dict, wait_until_up
     from kimi_mlx.services.choose import service_manager
 
-    service = define_service(context, name, hosts, launch, run, server, disk)
+    # the commands `serve` and `launch` parse the options again
+    service, serving = define_service(context, name)
     manager = service_manager()
     if dry_run:
         if json:
@@ -48,7 +49,8 @@ def install(
         return
     manager.check()
     current = manager.read(name) if manager.path(name).exists() and manager.state(name).is_running else None
-    check_port(server, current)
+    check_port(serving, current)
+    service.log.parent.mkdir(parents=True, exist_ok=True)
     manager.install(service)
     if not json:
         stderr.print(f"written: {manager.path(name)}", markup=False)

@@ -57,6 +57,25 @@ def test_the_default_model_is_written_down(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @linux_only
+def test_values_of_the_users_file_are_kept(home: Path) -> None:
+    folder = home / ".config" / "kimi-mlx"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(
+        'model = "kimi-mini-vl"\n[serve]\nport = 8009\nserved_name = ["a", "b"]\n'
+        '[launch]\nhosts = ["x", "y"]\nlimit = 30\n'
+    )
+    assert words() == ["serve", "kimi-mini-vl", "--port=8009", "--served-name=a", "--served-name=b"]
+    assert words("kimi-mini", "--port", "8010", "--served-name=c")[1:] == [
+        "kimi-mini",
+        "--port=8010",
+        "--served-name=c",
+    ]
+    assert words("kimi-k2", HOSTS, "--served-name=c")[:3] == ["launch", HOSTS, "--limit=30.0"]
+    (folder / "config.toml").write_text("[serve]\nnonsense = 1\n")
+    assert call("service", "install", "--dry-run").returncode == 2
+
+
+@linux_only
 def test_a_folder_becomes_an_absolute_path(home: Path) -> None:
     import kimi_mlx
 
