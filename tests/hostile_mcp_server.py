@@ -1,7 +1,8 @@
 """An MCP server over stdio that does everything wrong; the standard library only, so that it starts quickly.
 
 Each tool has one fault, and each option is a fault of the whole server: `--silent`, `--stubborn`, `--bad-list`,
-`--endless-list`, `--modern-only`.
+`--endless-list`. An argument such as `roll_dice=hang` gives a tool that kimi-mini knows the fault of another one; then
+the server has the tools of tests/mcp_server.py.
 """
 
 from __future__ import annotations
@@ -36,6 +37,19 @@ TOOLS += [
     {"name": "no_schema", "description": "", "inputSchema": {"type": "object", "not": {"required": ["x"]}}},
     {"name": "titles", "inputSchema": {"title": "T", "type": "object", "properties": {"title": {"type": "string"}}}},
 ]
+TOYS: list[dict[str, Any]] = [
+    {
+        "name": name,
+        "description": description,
+        "inputSchema": {"type": "object", "properties": properties, "required": list(properties)},
+    }
+    for name, description, properties in (
+        ("turn_light", "Switch a light on or off.", {"room": {"type": "string"}, "state": {"type": "string"}}),
+        ("roll_dice", "Roll dice.", {"count": {"type": "integer"}}),
+        ("set_alarm", "Set an alarm.", {"time": {"type": "string"}}),
+    )
+]
+FAULTS = dict(argument.split("=") for argument in sys.argv[1:] if "=" in argument)
 
 
 def send(message: dict[str, Any]) -> None:
@@ -58,6 +72,9 @@ def receive(ids: list[str]) -> dict[str, Any]:
 
 
 def call(id: int, name: str) -> dict[str, Any] | None:
+    name = FAULTS.get(name, name)
+    if name == "roll_dice":
+        return text('{"total": 12}')
     if name == "flood":
         return text("x" * BIG_BYTES)
     if name == "flood_late_id":
@@ -136,7 +153,7 @@ def answer(message: dict[str, Any]) -> dict[str, Any] | None:
     if method == "tools/list":
         if "--bad-list" in sys.argv:
             return {"id": id, "result": {"tools": [{"name": 7}]}}
-        result: dict[str, Any] = {"tools": TOOLS}
+        result: dict[str, Any] = {"tools": TOYS if FAULTS else TOOLS}
         if "--endless-list" in sys.argv:
             result["nextCursor"] = "again"
         return {"id": id, "result": result}

@@ -25,7 +25,7 @@ from kimi_mlx.errors import ToolError
 from kimi_mlx.tools.config import ServerConfig
 from kimi_mlx.tools.declarations import ServerTool, changes
 from kimi_mlx.tools.results import ToolResult, from_mcp, join_lines
-from kimi_mlx.tools.stderr_tail import StderrTail
+from kimi_mlx.tools.stderr_tail import StderrTail, remove_controls
 from kimi_mlx.tools.transports import HttpStatus, open_http, open_stdio
 from kimi_mlx.units import format_seconds
 from kimi_mlx.version import __version__
@@ -168,7 +168,7 @@ class Connection:
             )
             async with client:
                 info = client.server_info
-                self.title = f"{info.title or info.name} {info.version}" if info else ""
+                self.title = remove_controls(f"{info.title or info.name} {info.version}") if info else ""
                 self.tools = await self._list(client)
                 self.state, self._client = "ready", client
                 ready.set_result(None)
@@ -290,5 +290,5 @@ def _first_line(error: BaseException) -> str:
     if isinstance(cause, ValidationError):
         first = cause.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        return f"its answer is not valid: {place}: {first['msg']}"[:MAX_ERROR]
-    return (" ".join(str(cause).split()) or type(cause).__name__)[:MAX_ERROR]
+        return remove_controls(f"its answer is not valid: {place}: {first['msg']}")[:MAX_ERROR]
+    return (" ".join(remove_controls(str(cause)).split()) or type(cause).__name__)[:MAX_ERROR]

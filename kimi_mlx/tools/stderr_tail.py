@@ -24,6 +24,11 @@ PAUSE_S = 0.005
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+def remove_controls(text: str) -> str:
+    """Return a text of a server without control sequences and control characters, except newlines and tabs."""
+    return _CONTROL.sub("", text)
+
+
 class StderrTail:
     """Reads a pipe in a thread of its own and keeps its end.
 
@@ -43,7 +48,7 @@ class StderrTail:
     def lines(self) -> list[str]:
         """Return the last lines without control characters."""
         text = self._tail.decode(errors="replace").replace("\r", "\n")
-        lines = [_CONTROL.sub("", line).rstrip() for line in text.split("\n")]
+        lines = [remove_controls(line).rstrip() for line in text.split("\n")]
         return [line[:MAX_COLUMNS] for line in lines if line][-MAX_LINES:]
 
     def _read(self, reader: int) -> None:

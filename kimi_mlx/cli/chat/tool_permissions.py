@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from rich.text import Text
 
-from kimi_mlx.cli.chat.terminal_text import remove_controls
+from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.tools.declarations import DeclaredTool, fingerprint
@@ -117,12 +117,12 @@ class TerminalQuestion:
 
     def __call__(self, call: ToolCall, tool: DeclaredTool, is_cancelled: threading.Event) -> Answer:
         """Ask until the answer is valid."""
-        name = remove_controls(f"{tool.tool.server}: {tool.tool.name}")
+        name = to_line(f"{tool.name} of {tool.tool.server}")
         with _line_mode() as typed_before:
             if typed_before:
                 self._keep(typed_before)
-            question = Text(f"Run {name}? ")
-            question.append("[o]nce, always this [t]ool, [a]ll tools, [N]o: ", style="bold")
+            question = Text(f"Allow {name}? ", style="bold")
+            question.append("(o)nce, this (t)ool, (a)ll, (N)o: ", style="default")
             while not is_cancelled.is_set():
                 stderr.print(question, end="", soft_wrap=True)
                 line = _read_line(is_cancelled)
