@@ -1,0 +1,107 @@
+// Requests to the server: the key, errors, and streams of server-sent events.
+
+const KEY = "kimi-mlx-key";
+const memory = new Map();
+
+// The key is kept for the session of this tab only.
+export const key = {
+  get: () => {
+    try {
+      return sessionStorage.getItem(KEY) ?? "";
+    } catch {
+      return memory.get(KEY) ?? "";
+    }
+  },
+  set: (value) => {
+    try {
+      sessionStorage.setItem(KEY, value);
+    } catch {
+      memory.set(KEY, value);
+    }
+  },
+};
+
+// An error response, or no response at all (status 0).
+export class ServerError extends Error {
+  constructor(status, message, code = null, retryAfter = null) {
+    super(message);
+    Object.assign(this, { status, code, retryAfter });
+  }
+}
+
+// Send a request; the path is relative to the page, which may be behind a proxy.
+export async function request(path, { body = null, signal = null } = {}) {
+  const headers = {};
+  if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  if (body !== null) headers["content-type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, {
+      method: body === null ? "GET" : "POST",
+      headers,
+      body: body === null ? null : JSON.stringify(body),
+      signal,
+      cache: "no-store",
+      credentials: "omit",
+      redirect: "error",
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError(0, error.message);
+  }
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
+async function errorOf(response) {
+  let message = response.statusText || `status ${response.status}`;
+  let code = null;
+  try {
+    const { error } = await response.json();
+    message = error.message ?? message;
+    code = error.code ?? null;
+  } catch {
+    // not an error of ours: the status says enough
+  }
+  return new ServerError(response.status, message, code, Number(response.headers.get("retry-after")) || null);
+}
+
+export async function getJson(path, options) {
+  return (await request(path, options)).json();
+}
+
+// Yield the server-sent events of a response as {event, data}.
+export async function* readEvents(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  try {
+    for (;;) {
+      let part;
+      try {
+        part = await reader.read();
+      } catch (error) {
+        if (error.name === "AbortError") throw error;
+        throw new ServerError(0, error.message);
+      }
+      if (part.done) return;
+      buffer += part.value;
+      let end;
+      while ((end = buffer.indexOf("\n\n")) >= 0) {
+        const event = parseEvent(buffer.slice(0, end));
+        buffer = buffer.slice(end + 2);
+        if (event.data) yield event;
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+function parseEvent(text) {
+  const event = { event: "message", data: "" };
+  for (const line of text.split("\n")) {
+    if (line.startsWith("data: ")) event.data += line.slice(6);
+    else if (line.startsWith("event: ")) event.event = line.slice(7);
+  }
+  return event;
+}

@@ -1,0 +1,125 @@
+// Files of a message: images where the model sees them, and text.
+
+import { byId, element } from "./dom.js";
+import { bytes, text } from "./i18n.js";
+
+const MAX_TEXT_BYTES = 1_000_000;
+const MAX_IMAGE_BYTES = 30_000_000;
+const RESIZE_ABOVE_BYTES = 6_000_000;
+const MAX_SIDE = 4096;
+const DIRECT = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+
+// The files that are attached to the next message.
+export class Attachments {
+  constructor(onError) {
+    this.items = [];
+    this.onError = onError;
+    this.seesImages = false;
+    this.node = byId("attachments");
+  }
+
+  async add(files) {
+    for (const file of files) {
+      try {
+        this.items.push(await this.read(file));
+      } catch (error) {
+        this.onError(error.message);
+      }
+    }
+    this.show();
+  }
+
+  async read(file) {
+    if (file.type.startsWith("image/") && file.type !== "image/svg+xml") {
+      if (!this.seesImages) throw new Error(text("noImages"));
+      if (file.size > MAX_IMAGE_BYTES) throw tooLarge(file, MAX_IMAGE_BYTES);
+      const url = await imageUrl(file);
+      return { name: file.name, url, part: { type: "image_url", image_url: { url } } };
+    }
+    if (file.size > MAX_TEXT_BYTES) throw tooLarge(file, MAX_TEXT_BYTES);
+    const data = await file.arrayBuffer();
+    let content;
+    try {
+      content = new TextDecoder("utf-8", { fatal: true }).decode(data);
+    } catch {
+      throw new Error(text("notText", { name: file.name }));
+    }
+    if (content.includes("\0")) throw new Error(text("notText", { name: file.name }));
+    return { name: file.name, size: file.size, part: { type: "text", text: quoted(file.name, content) } };
+  }
+
+  // Return the content of a message: text alone, or parts with the files first.
+  contentWith(message) {
+    if (this.items.length === 0) return message;
+    const parts = this.items.map((item) => item.part);
+    return message ? [...parts, { type: "text", text: message }] : parts;
+  }
+
+  clear() {
+    this.items = [];
+    this.show();
+  }
+
+  show() {
+    this.node.replaceChildren(
+      ...this.items.map((item) =>
+        element(
+          "span",
+          { class: "attachment" },
+          item.url ? element("img", { src: item.url, alt: item.name }) : `${item.name} · ${bytes(item.size)}`,
+          element(
+            "button",
+            {
+              type: "button",
+              class: "icon",
+              "aria-label": `${text("remove")} ${item.name}`,
+              onclick: () => {
+                this.items = this.items.filter((other) => other !== item);
+                this.show();
+                byId("input").focus();
+              },
+            },
+            "×",
+          ),
+        ),
+      ),
+    );
+  }
+}
+
+const tooLarge = (file, limit) =>
+  new Error(text("tooLarge", { name: file.name, size: bytes(file.size), limit: bytes(limit) }));
+
+// Return a text file as it stands in a message: its name, then a fence longer than any in the text.
+function quoted(name, content) {
+  const longest = Math.max(2, ...(content.match(/`{3,}/g) ?? []).map((run) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `${name.replaceAll(/[`\n]/g, " ")}:\n${fence}\n${content}${content.endsWith("\n") ? "" : "\n"}${fence}`;
+}
+
+// Return an image as a data URL; a large one, or one of another format, is drawn again as JPEG.
+async function imageUrl(file) {
+  if (DIRECT.includes(file.type) && file.size <= RESIZE_ABOVE_BYTES) return dataUrl(file);
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    throw new Error(text("badImage", { name: file.name }));
+  }
+  const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = element("canvas", {});
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  return canvas.toDataURL("image/jpeg", 0.92);
+}
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}

@@ -1,0 +1,95 @@
+// The form below the conversation: text, files, images; Enter sends, Shift-Enter starts a line.
+
+import { Attachments } from "./attachments.js";
+import { byId } from "./dom.js";
+
+const MAX_ROWS = 12;
+
+export class Composer {
+  // `onSend` receives the content of the message, `onStop` nothing, `onError` a text.
+  constructor({ onSend, onStop, onError }) {
+    this.onSend = onSend;
+    this.input = byId("input");
+    this.attachments = new Attachments(onError);
+    byId("composer").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
+    byId("stop").addEventListener("click", onStop);
+    this.input.addEventListener("input", () => this.resize());
+    this.input.addEventListener("keydown", (event) => this.onKey(event));
+    this.input.addEventListener("paste", (event) => this.onPaste(event));
+    this.connectPicker("attach", "files");
+    this.connectPicker("camera", "camera-file");
+    this.connectDrop();
+  }
+
+  set seesImages(value) {
+    this.attachments.seesImages = value;
+    byId("camera").hidden = !value;
+  }
+
+  connectPicker(button, input) {
+    const picker = byId(input);
+    byId(button).addEventListener("click", () => picker.click());
+    picker.addEventListener("change", async () => {
+      await this.attachments.add([...picker.files]);
+      picker.value = "";
+      this.input.focus();
+    });
+  }
+
+  connectDrop() {
+    const view = byId("chat-view");
+    for (const name of ["dragenter", "dragover"]) {
+      view.addEventListener(name, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return;
+        event.preventDefault();
+        view.classList.add("dropping");
+      });
+    }
+    view.addEventListener("dragleave", (event) => {
+      if (!view.contains(event.relatedTarget)) view.classList.remove("dropping");
+    });
+    view.addEventListener("drop", (event) => {
+      view.classList.remove("dropping");
+      if (!event.dataTransfer.files.length) return;
+      event.preventDefault();
+      this.attachments.add([...event.dataTransfer.files]);
+    });
+  }
+
+  onKey(event) {
+    if (event.key !== "Enter" || event.shiftKey || event.altKey || event.isComposing) return;
+    event.preventDefault();
+    this.send();
+  }
+
+  onPaste(event) {
+    const files = [...event.clipboardData.files];
+    if (!files.length) return;
+    event.preventDefault();
+    this.attachments.add(files);
+  }
+
+  send() {
+    const message = this.input.value.trim();
+    if (byId("send").hidden || (!message && !this.attachments.items.length)) return;
+    const content = this.attachments.contentWith(message);
+    this.clear();
+    this.onSend(content);
+  }
+
+  clear() {
+    this.input.value = "";
+    this.attachments.clear();
+    this.resize();
+  }
+
+  resize() {
+    const { input } = this;
+    const line = parseFloat(getComputedStyle(input).lineHeight) || 22;
+    input.style.height = "auto";
+    input.style.height = `${Math.min(input.scrollHeight, line * MAX_ROWS)}px`;
+  }
+}

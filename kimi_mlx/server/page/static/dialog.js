@@ -1,0 +1,69 @@
+// Dialogs: a title, fields, buttons. They keep the focus inside, and Escape closes them.
+
+import { byId, element } from "./dom.js";
+import { text } from "./i18n.js";
+
+// Show a dialog; resolves with the value of the pressed button, or null if it was closed.
+export function ask(title, content, buttons) {
+  const dialog = byId("dialog");
+  if (dialog.open) dialog.close("");
+  return new Promise((resolve) => {
+    const form = element(
+      "form",
+      { method: "dialog" },
+      element("h2", { id: "dialog-title" }, title),
+      ...content,
+      element(
+        "div",
+        { class: "row end" },
+        ...buttons.map(({ label, value, kind, check }) =>
+          element(
+            "button",
+            {
+              class: kind ?? "",
+              value,
+              onclick: (event) => {
+                if (check && !check()) event.preventDefault();
+              },
+            },
+            label,
+          ),
+        ),
+      ),
+    );
+    dialog.replaceChildren(form);
+    dialog.returnValue = "";
+    dialog.onclose = () => {
+      dialog.replaceChildren();
+      resolve(dialog.returnValue || null);
+    };
+    dialog.showModal();
+    (form.querySelector("[autofocus]") ?? form.querySelector("input, textarea, button"))?.focus();
+  });
+}
+
+export const cancelButton = () => ({ label: text("cancel"), value: "" });
+
+export async function confirmDelete(title) {
+  const answer = await ask(
+    text("deleteConversation", { title }),
+    [element("p", {}, text("deleteWarning"))],
+    [cancelButton(), { label: text("delete"), value: "delete", kind: "danger" }],
+  );
+  return answer === "delete";
+}
+
+// Ask for the API key; resolves with it, or null.
+export async function askKey(isWrong) {
+  const input = element("input", { type: "password", id: "key-input", autocomplete: "off", autofocus: true });
+  const answer = await ask(
+    text("keyTitle"),
+    [
+      element("p", {}, text(isWrong ? "keyWrong" : "keyNeeded")),
+      element("label", { for: "key-input" }, text("key")),
+      input,
+    ],
+    [cancelButton(), { label: text("use"), value: "use", kind: "primary" }],
+  );
+  return answer === "use" ? input.value.trim() : null;
+}

@@ -1,0 +1,145 @@
+// Export and import of conversations. An imported file is data of strangers: each field is checked, and nothing else kept.
+
+import { text } from "./i18n.js";
+import * as store from "./store.js";
+
+const FORMAT = "kimi-mlx-conversations";
+const MAX_BYTES = 200_000_000;
+const ROLES = ["user", "assistant", "tool"];
+const SETTINGS = { system: "string", temperature: "number", top_p: "number", top_k: "number", min_p: "number", seed: "number" };
+Object.assign(SETTINGS, { max_tokens: "number", thinking: "boolean", schema: "object", tools: "object" });
+
+// Return conversations with all their branches as JSON.
+export async function toJson(conversations) {
+  const items = [];
+  for (const item of conversations) {
+    const messages = await store.messages(item.id);
+    items.push({ ...item, messages: messages.sort((a, b) => a.created - b.created) });
+  }
+  return JSON.stringify({ format: FORMAT, version: 1, conversations: items }, null, 1);
+}
+
+// Return the branch of a conversation that is shown as Markdown.
+export function toMarkdown(conversation, path) {
+  const parts = [`# ${conversation.title.replaceAll("\n", " ")}`];
+  if (conversation.settings.system) parts.push(`## ${text("system")}`, conversation.settings.system);
+  for (const message of path) {
+    const names = { user: text("you"), assistant: conversation.model || "Kimi", tool: text("tool") };
+    parts.push(`## ${names[message.role]}`);
+    if (message.reasoning) parts.push(message.reasoning.replace(/^/gm, "> "));
+    const content = typeof message.content === "string" ? message.content : message.content.map(partText).join("\n\n");
+    if (content) parts.push(content);
+    for (const call of message.toolCalls ?? []) parts.push(`\`${call.name}\` ${fenced(call.arguments)}`);
+  }
+  return `${parts.join("\n\n")}\n`;
+}
+
+const partText = (part) => (part.type === "text" ? part.text : `*(${part.type.replace("_url", "")})*`);
+
+function fenced(code) {
+  const longest = Math.max(2, ...(code.match(/`+/g) ?? []).map((run) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `\n\n${fence}json\n${code}\n${fence}`;
+}
+
+// Save the conversations of a file; return how many. The file is ours, or {"messages": [...]} or a list in OpenAI's format.
+export async function importFile(file) {
+  if (file.size > MAX_BYTES) throw new Error(`${file.size} > ${MAX_BYTES} bytes`);
+  const value = JSON.parse(await file.text());
+  const name = file.name.replace(/\.json$/i, "");
+  const items = value?.format === FORMAT ? value.conversations : [fromOpenAI(value, name)];
+  if (!Array.isArray(items)) throw new Error("conversations");
+  const read = items.map(readConversation); // all of them, before any is saved
+  for (const { conversation, messages } of read) {
+    for (const message of messages) await store.saveMessage(message, true);
+    await store.saveConversation(conversation);
+  }
+  return read.length;
+}
+
+function fromOpenAI(value, title) {
+  const list = Array.isArray(value) ? value : value?.messages;
+  if (!Array.isArray(list)) throw new Error("messages");
+  const settings = {};
+  const messages = [];
+  for (const item of list) {
+    if (item?.role === "system" && messages.length === 0) settings.system = store.textOf(item.content);
+    else {
+      messages.push({
+        id: String(messages.length),
+        parent: messages.length ? String(messages.length - 1) : null,
+        role: item?.role,
+        content: item?.content ?? "",
+        reasoning: item?.reasoning_content ?? undefined,
+        toolCallId: item?.tool_call_id,
+        toolCalls: item?.tool_calls?.map?.((call) => ({ id: call?.id, ...call?.function })),
+        finish: "stop",
+      });
+    }
+  }
+  return { title: value?.title ?? title, settings, leaf: messages.at(-1)?.id ?? null, messages };
+}
+
+function readConversation(item) {
+  if (typeof item !== "object" || item === null || !Array.isArray(item.messages)) throw new Error("messages");
+  const id = store.newId();
+  const ids = new Map(); // of the messages so far: a parent comes before its children, so there are no circles
+  const created = Date.now();
+  const messages = item.messages.map((message, index) => readMessage(message, ids, id, created + index));
+  const settings = {};
+  for (const [name, type] of Object.entries(SETTINGS)) {
+    const value = item.settings?.[name];
+    if (typeof value === type && value !== null) settings[name] = value;
+  }
+  if (settings.tools && !Array.isArray(settings.tools)) delete settings.tools;
+  const conversation = {
+    id,
+    title: typeof item.title === "string" ? item.title.slice(0, 200) : text("untitled"),
+    model: typeof item.model === "string" ? item.model.slice(0, 200) : "",
+    settings,
+    leaf: ids.get(item.leaf) ?? messages.at(-1)?.id ?? null,
+    created,
+    updated: created,
+  };
+  return { conversation, messages };
+}
+
+function readMessage(message, ids, conversation, created) {
+  if (typeof message !== "object" || message === null || !ROLES.includes(message.role)) throw new Error("role");
+  const isChild = message.parent !== null && message.parent !== undefined;
+  if (isChild && !ids.has(message.parent)) throw new Error("parent");
+  const read = {
+    id: store.newId(),
+    conversation,
+    parent: isChild ? ids.get(message.parent) : null,
+    role: message.role,
+    content: readContent(message.content),
+    created,
+    finish: typeof message.finish === "string" ? message.finish : "stop",
+  };
+  ids.set(message.id, read.id);
+  if (typeof message.reasoning === "string") read.reasoning = message.reasoning;
+  if (typeof message.toolCallId === "string") read.toolCallId = message.toolCallId;
+  if (Array.isArray(message.toolCalls)) {
+    read.toolCalls = message.toolCalls.map((call) => ({
+      id: String(call?.id ?? ""),
+      name: String(call?.name ?? ""),
+      arguments: String(call?.arguments ?? ""),
+    }));
+  }
+  return read;
+}
+
+function readContent(content) {
+  if (typeof content === "string") return content;
+  if (content === null || content === undefined) return "";
+  if (!Array.isArray(content)) throw new Error("content");
+  return content.map((part) => {
+    if (part?.type === "text" && typeof part.text === "string") return { type: "text", text: part.text };
+    const url = part?.image_url?.url;
+    if (part?.type === "image_url" && typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) {
+      return { type: "image_url", image_url: { url } };
+    }
+    throw new Error("content");
+  });
+}

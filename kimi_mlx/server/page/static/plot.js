@@ -1,0 +1,32 @@
+// A small plot of tokens per second over the last minutes.
+
+import { element, svg } from "./dom.js";
+import { decimal, text } from "./i18n.js";
+
+const WIDTH = 600;
+const HEIGHT = 120;
+
+// Return a figure; `series` has {name, values}, the newest value last, all of one length.
+export function plot(series, intervalSeconds) {
+  const length = Math.max(2, ...series.map(({ values }) => values.length));
+  const highest = Math.max(1, ...series.flatMap(({ values }) => values));
+  const lines = series.map(({ name, values }) => {
+    const first = length - values.length;
+    const points = values.map((value, index) => {
+      const x = ((first + index) / (length - 1)) * WIDTH;
+      return `${x.toFixed(1)},${(HEIGHT - (value / highest) * (HEIGHT - 4) - 2).toFixed(1)}`;
+    });
+    return svg("polyline", { class: name, points: points.join(" "), fill: "none" });
+  });
+  const last = Object.fromEntries(series.map(({ name, values }) => [name, decimal(values.at(-1) ?? 0)]));
+  const label = text("plotText", { ...last, highest: decimal(highest) });
+  const minutes = Math.max(1, Math.round((length * intervalSeconds) / 60));
+  const picture = svg(
+    "svg",
+    { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label, preserveAspectRatio: "none" },
+    svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: HEIGHT - 1, y2: HEIGHT - 1 }),
+    ...lines,
+  );
+  const legend = series.map(({ name }) => element("span", { class: `key ${name}` }, text(name)));
+  return element("figure", { class: "plot" }, picture, element("figcaption", {}, ...legend, ` ${text("lastMinutes", { minutes })}`));
+}

@@ -1,0 +1,133 @@
+// Conversations in IndexedDB. A conversation is a tree: each message has a parent, and `leaf` is the end of the branch that
+// is shown. Messages are records of their own, so that two tabs do not overwrite each other's.
+
+const NAME = "kimi-mlx";
+const STORES = { conversations: "conversations", messages: "messages" };
+
+let database = null; // a promise; null in memory only
+const inMemory = { conversations: new Map(), messages: new Map() };
+export let isPersistent = true;
+
+const channel = "BroadcastChannel" in globalThis ? new BroadcastChannel(NAME) : null;
+
+// Call a function when another tab has changed a conversation.
+export function onChange(listener) {
+  channel?.addEventListener("message", ({ data }) => listener(data.id));
+}
+
+const changed = (id) => channel?.postMessage({ id });
+
+export function newId() {
+  const values = crypto.getRandomValues(new Uint8Array(12));
+  return Array.from(values, (value) => value.toString(16).padStart(2, "0")).join("");
+}
+
+export async function open() {
+  database = new Promise((resolve, reject) => {
+    const opening = indexedDB.open(NAME, 1);
+    opening.onupgradeneeded = () => {
+      opening.result.createObjectStore(STORES.conversations, { keyPath: "id" });
+      opening.result.createObjectStore(STORES.messages, { keyPath: "id" }).createIndex("conversation", "conversation");
+    };
+    opening.onsuccess = () => resolve(opening.result);
+    opening.onerror = () => reject(opening.error);
+    opening.onblocked = () => reject(new Error("blocked"));
+  });
+  try {
+    (await database).onversionchange = async () => (await database).close();
+  } catch {
+    database = null; // a private window: keep conversations in memory
+    isPersistent = false;
+  }
+}
+
+const done = (operation) =>
+  new Promise((resolve, reject) => {
+    operation.onsuccess = () => resolve(operation.result);
+    operation.onerror = () => reject(operation.error);
+  });
+
+async function put(store, value) {
+  if (database === null) inMemory[store].set(value.id, structuredClone(value));
+  else await done((await database).transaction(store, "readwrite").objectStore(store).put(value));
+}
+
+async function remove(store, id) {
+  if (database === null) inMemory[store].delete(id);
+  else await done((await database).transaction(store, "readwrite").objectStore(store).delete(id));
+}
+
+async function all(store) {
+  if (database === null) return structuredClone([...inMemory[store].values()]);
+  return done((await database).transaction(store).objectStore(store).getAll());
+}
+
+export async function conversations() {
+  return (await all(STORES.conversations)).sort((a, b) => b.updated - a.updated);
+}
+
+export async function conversation(id) {
+  if (database === null) return structuredClone(inMemory.conversations.get(id));
+  return done((await database).transaction(STORES.conversations).objectStore(STORES.conversations).get(id));
+}
+
+export async function messages(id) {
+  if (database === null) return structuredClone([...inMemory.messages.values()].filter((item) => item.conversation === id));
+  const index = (await database).transaction(STORES.messages).objectStore(STORES.messages).index("conversation");
+  return done(index.getAll(id));
+}
+
+export async function saveConversation(value) {
+  await put(STORES.conversations, value);
+  changed(value.id);
+}
+
+export async function saveMessage(value, isQuiet = false) {
+  await put(STORES.messages, value);
+  if (!isQuiet) changed(value.conversation);
+}
+
+export async function deleteConversation(id) {
+  for (const message of await messages(id)) await remove(STORES.messages, message.id);
+  await remove(STORES.conversations, id);
+  changed(id);
+}
+
+// Return the ids of conversations whose title or messages contain all words of a query.
+export async function search(query) {
+  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  const texts = new Map();
+  for (const item of await all(STORES.conversations)) texts.set(item.id, item.title);
+  for (const item of await all(STORES.messages)) {
+    texts.set(item.conversation, `${texts.get(item.conversation) ?? ""}\n${textOf(item.content)}\n${item.reasoning ?? ""}`);
+  }
+  const matches = ([, content]) => words.every((word) => content.toLowerCase().includes(word));
+  return new Set([...texts].filter(matches).map(([id]) => id));
+}
+
+// Return the text of a message's content, which may have parts.
+export function textOf(content) {
+  if (typeof content === "string") return content;
+  return (content ?? []).filter((part) => part.type === "text").map((part) => part.text).join("\n");
+}
+
+// Return the messages from the first to a leaf.
+export function branch(byId, leaf) {
+  const path = [];
+  for (let message = byId.get(leaf); message; message = byId.get(message.parent)) path.unshift(message);
+  return path;
+}
+
+// Return the messages with the same parent, the oldest first.
+export function siblings(byId, message) {
+  return [...byId.values()].filter((item) => item.parent === message.parent).sort((a, b) => a.created - b.created);
+}
+
+// Return the end of the newest branch below a message.
+export function newestLeaf(byId, message) {
+  for (;;) {
+    const children = [...byId.values()].filter((item) => item.parent === message.id);
+    if (children.length === 0) return message.id;
+    message = children.reduce((newest, item) => (item.created > newest.created ? item : newest));
+  }
+}
