@@ -48,8 +48,8 @@ def _install_completion(shell: str | None) -> None:
         from kimi_mlx.cli.shell_completion.scripts import find_shell, install_script
 
         for path in install_script(find_shell(shell)):
-            typer.echo(f"written: {path}", err=True)
-        typer.echo("open a new terminal to use it", err=True)
+            typer.echo(f"written: {path}")
+        typer.echo("open a new terminal to use it")
         raise typer.Exit
 
 

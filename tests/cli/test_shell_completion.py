@@ -126,8 +126,8 @@ def test_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("--show-completion", "fish").stdout.startswith("function")
     refused = call("--install-completion", "tcsh")
     assert (refused.returncode, "no completion for `tcsh`" in refused.stderr) == (2, True)
-    monkeypatch.setenv("SHELL", "")
-    assert "your shell is unknown" in call("--install-completion").stderr
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert "no completion for `tcsh`" in call("--install-completion").stderr
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def shell(request: pytest.FixtureRequest, home: Path) -> Iterator[Terminal]:
     done = call("--install-completion", name, variables=variables)
     assert done.returncode == 0, done.stderr
     again = call("--install-completion", name, variables=variables)
-    assert again.stderr.count("written") == 1  # the start file has its line already
+    assert again.stdout.count("written") == 1  # the start file has its line already
     code = f"{CONTROLLING_TERMINAL}import os, sys; os.chdir({str(home)!r}); os.execvp(sys.argv[1], sys.argv[1:])"
     terminal = Terminal(code, *SHELLS[name], columns=COLUMNS, **variables)
     try:

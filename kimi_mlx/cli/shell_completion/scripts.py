@@ -8,6 +8,7 @@ further line has a candidate: the word, a tab, and its description.
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -82,12 +83,11 @@ def find_shell(name: str) -> Shell:
     Raises:
         UsageError: it is another shell.
     """
-    name = name or Path(os.environ.get("SHELL", "")).name
+    name = name or Path(os.environ.get("SHELL") or pwd.getpwuid(os.getuid()).pw_shell).name
     for shell in SHELLS:
         if name == shell:
             return shell
-    message = f"there is no completion for `{name}`" if name else "your shell is unknown: $SHELL is not set"
-    raise UsageError(message, hint="type `--show-completion zsh`, or `bash` or `fish`")
+    raise UsageError(f"there is no completion for `{name}`", hint=f"name a shell: {', '.join(SHELLS)}")
 
 
 def install_script(shell: Shell) -> tuple[Path, ...]:
