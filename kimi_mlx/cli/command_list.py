@@ -15,7 +15,8 @@ from typer.main import get_command
 from kimi_mlx.errors import UsageError
 
 PANELS = (
-    *("Options", "Model", "Sampling", "History", "Tools", "Quantization", "Cluster", "Server"),
+    *("Options", "Prompt", "Answer", "Model", "Sampling", "History", "Tools"),
+    *("Quantization", "Cluster", "Server"),
     *("Measurement", "Cost", "Output", "Advanced"),
 )
 """Panels of a command's help, in their order; options without a panel are in the first."""
@@ -69,10 +70,14 @@ COMMANDS = (
         "chat",
         "Chat with a model in the terminal.",
         (
-            "kimi-mlx chat                          chat with kimi-mini",
+            "kimi-mlx chat                          chat with kimi-mini; /help lists commands and keys",
             'kimi-mlx chat kimi-mini -p "Hello"     print one answer on stdout',
-            'kimi-mlx chat kimi-mini-vl --image cat.png -p "What is it?"',
             'git diff | kimi-mlx chat kimi-k2 -p "Review this"',
+            'kimi-mlx chat kimi-k2 -f main.py -f notes.md -p "What is missing?"',
+            'kimi-mlx chat kimi-k2.5 -f cat.png -p "What is it?"',
+            "kimi-mlx chat kimi-k2 -p \"Ada, born 1815\" --schema 'name, year int'",
+            "kimi-mlx chat --continue               go on with the latest conversation",
+            "kimi-mlx chat --url http://mac-a:8080  with a model that a server has loaded",
             "kimi-mlx chat ./Kimi-K2-4bit --ranks 2",
         ),
         module="chat.command",

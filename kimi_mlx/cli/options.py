@@ -15,7 +15,8 @@ from kimi_mlx.session.session import DEFAULT_CACHE_DISK_BYTES, MAX_CHECK_EVERY, 
 from kimi_mlx.settings import Settings
 from kimi_mlx.units import MB, format_bytes, parse_bytes
 
-MODEL, SAMPLING, HISTORY, TOOLS = "Model", "Sampling", "History", "Tools"
+PROMPT, ANSWER, HISTORY, TOOLS = "Prompt", "Answer", "History", "Tools"
+MODEL, SAMPLING = "Model", "Sampling"
 CLUSTER, SERVER = "Cluster", "Server"
 QUANTIZATION, MEASUREMENT, COST, OUTPUT = "Quantization", "Measurement", "Cost", "Output"
 ADVANCED = "Advanced"

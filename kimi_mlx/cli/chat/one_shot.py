@@ -14,7 +14,7 @@ from kimi_mlx.cli.chat.chat_status import status_of
 from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
 from kimi_mlx.cli.chat.tool_loop import ToolLoop
-from kimi_mlx.cli.output import error_to_dict, print_json, silent, stderr
+from kimi_mlx.cli.output import error_to_dict, print_json, print_note, silent, stderr
 from kimi_mlx.engine.events import Finished, Statistics
 from kimi_mlx.errors import AnswerError
 from kimi_mlx.planner.choice import Choice
@@ -149,7 +149,7 @@ def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
     assert answer.finished is not None
     error = answer.error(output)
     if not output.quiet:
-        stderr.print(statistics_line(answer.finished.statistics), style="dim")
+        print_note(statistics_line(answer.finished.statistics))
     if error is not None:
         raise error
     if answer.is_cut:

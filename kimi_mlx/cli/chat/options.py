@@ -10,7 +10,7 @@ import typer
 
 from kimi_mlx.cli.chat.media_files import check_files, media_kind, to_path
 from kimi_mlx.cli.chat.schema import Schema, read_schema
-from kimi_mlx.cli.options import MODEL, SAMPLING, TOOLS, DiskCacheOptions, RunOptions
+from kimi_mlx.cli.options import ANSWER, HISTORY, MODEL, PROMPT, SAMPLING, TOOLS, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +72,15 @@ class SamplingOptions:
             rich_help_panel=SAMPLING,
         ),
     ] = None
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.", rich_help_panel=SAMPLING)] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            min=0,
+            help="Random seed.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -120,6 +128,7 @@ class PromptOptions:
             metavar="TEXT",
             help="Answer this prompt and exit. Piped input is appended to it; `-` uses only the piped input.",
             show_default=False,
+            rich_help_panel=PROMPT,
         ),
     ] = None
     file: Annotated[
@@ -131,6 +140,7 @@ class PromptOptions:
             help="Text file or image for the prompt, or for the first message; one `-f` per file. `-` is the piped "
             "input.",
             show_default=False,
+            rich_help_panel=PROMPT,
         ),
     ] = None
     image: Annotated[
@@ -141,6 +151,7 @@ class PromptOptions:
             metavar="FILE",
             help="Image for the prompt, or for the first message; one `--image` per file.",
             show_default=False,
+            rich_help_panel=PROMPT,
         ),
     ] = None
     video: Annotated[
@@ -150,12 +161,28 @@ class PromptOptions:
             metavar="FILE",
             help="Video for the prompt, or for the first message; one `--video` per file. Needs the package `av`.",
             show_default=False,
+            rich_help_panel=PROMPT,
         ),
     ] = None
-    system: Annotated[str | None, typer.Option("--system", "-s", metavar="TEXT", help="System prompt.")] = None
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            "-s",
+            metavar="TEXT",
+            help="System prompt.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None
     system_file: Annotated[
         str | None,
-        typer.Option("--system-file", metavar="FILE", help="Text file with the system prompt.", show_default=False),
+        typer.Option(
+            "--system-file",
+            metavar="FILE",
+            help="Text file with the system prompt.",
+            show_default=False,
+            rich_help_panel=PROMPT,
+        ),
     ] = None
 
     @property
@@ -220,20 +247,42 @@ class OutputOptions:
             metavar="FILE|JSON|FIELDS",
             help="Answer with JSON of this schema: a file, a JSON schema, or fields such as `name, age int`.",
             show_default=False,
+            rich_help_panel=ANSWER,
         ),
     ] = None
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON document: text, reasoning, tool calls, usage, and errors too."),
+        typer.Option(
+            "--json",
+            help="Print one JSON document: text, reasoning, tool calls, usage, and errors too.",
+            rich_help_panel=ANSWER,
+        ),
     ] = False
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the answer when it is complete.")] = False
+    no_stream: Annotated[
+        bool,
+        typer.Option(
+            "--no-stream",
+            help="Print the answer when it is complete.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = False
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but the answer, and warnings and errors on stderr.")
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Print nothing but the answer, and warnings and errors on stderr.",
+            rich_help_panel=ANSWER,
+        ),
     ] = False
 
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="Print answers as the model writes them, without rendering their Markdown."),
+        typer.Option(
+            "--plain",
+            help="Print answers as the model writes them, without rendering their Markdown.",
+            rich_help_panel=ANSWER,
+        ),
     ] = False
     show_thinking: Annotated[
         bool | None,
@@ -241,6 +290,7 @@ class OutputOptions:
             "--show-thinking/--hide-thinking",
             help="Show all of the reasoning, or nothing. Default: its end while it lasts, then one line.",
             show_default=False,
+            rich_help_panel=ANSWER,
         ),
     ] = None
 
@@ -279,9 +329,17 @@ class HistoryOptions:
             help="Continue a conversation of the history, given by its id or title; without ID the latest. Its model "
             "and settings are used unless others are given.",
             show_default=False,
+            rich_help_panel=HISTORY,
         ),
     ] = None
-    no_log: Annotated[bool, typer.Option("--no-log", help="Do not store this chat in the history.")] = False
+    no_log: Annotated[
+        bool,
+        typer.Option(
+            "--no-log",
+            help="Do not store this chat in the history.",
+            rich_help_panel=HISTORY,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
