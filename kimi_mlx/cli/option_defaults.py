@@ -31,7 +31,7 @@ ONE_CALL = frozenset(
 SECRETS = frozenset({"api_key"})
 """Options with keys, which do not belong into a file of settings either."""
 
-PATHS = frozenset({"cache_dir", "api_key_file", "system_file", "hostfile"})
+PATHS = frozenset({"cache_dir", "api_key_file", "system_file", "mcp", "hostfile"})
 """Options that name a file or a folder; in a file they are relative to its folder."""
 
 ALTERNATIVES = (frozenset({"system", "system_file"}), frozenset({"hosts", "hostfile"}), frozenset({"url", "load"}))

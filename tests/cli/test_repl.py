@@ -44,11 +44,28 @@ STUBBORN = FAKE.format(answer="'on and ', pause_s=0.02, is_endless=True, is_stub
 
 
 def test_a_conversation_with_kimi_mini(spawn: Spawn, tmp_path: Path) -> None:
-    terminal = spawn(COMMAND, "chat", "kimi-mini", "--max-tokens", "8", "--no-thinking")
+    presets = tmp_path / "config" / "kimi-mlx" / "presets"
+    presets.mkdir(parents=True)
+    (presets.parent / "config.toml").write_text("[chat]\nmax_tokens = 8\nthinking = false\n")
+    (presets / "short.toml").write_text('system = "Be brief."\nseed = 3\n')
+    words = ("chat", "kimi-mini", "--preset", "short", "--top-p", "0.9")
+    terminal = spawn(COMMAND, *words, XDG_CONFIG_HOME=str(tmp_path / "config"))
     assert "kimi-mini" in terminal.expect("\n> ")
     answer = terminal.ask("hello" + ENTER)
     assert "error" not in answer
-    assert "tok/s" in terminal.ask("/stats" + ENTER)
+    stats = terminal.ask("/stats" + ENTER)
+    assert "tok/s" in stats
+    assert " 8 tokens in" in stats
+    assert "0.7  /set" in terminal.ask("/set temperature 0.7" + ENTER)
+    listed = [line.split() for line in terminal.ask("/set" + ENTER).splitlines() if line]
+    assert [row for row in listed if row[0] in ("top_p", "seed", "max_tokens")] == [
+        ["top_p", "0.9", "option"],
+        ["seed", "3", "preset", "short"],
+        ["max_tokens", "8", "config.toml"],
+    ]
+    assert "Be brief." in terminal.ask("/system" + ENTER)
+    assert "one process on" in terminal.ask("/model" + ENTER)
+    assert "error" not in terminal.ask("again" + ENTER)  # sampled by a model that was loaded for greedy answers
     terminal.send("/quit" + ENTER)
     assert terminal.wait() == 0
     assert terminal.has_old_modes()

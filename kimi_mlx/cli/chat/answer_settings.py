@@ -59,6 +59,12 @@ class AnswerSettings:
         self._sources = sources or {}
         self._changed: set[str] = set()
 
+    def restart(self, options: ChatOptions) -> None:
+        """Begin again with the options of another conversation; those that are as before keep their source."""
+        self._sources = kept_sources(self._sources, self._start, options)
+        self._start = options
+        self._changed.clear()
+
     def values(self, options: ChatOptions, model: ChatModel) -> list[SettingValue]:
         """Return all settings.
 

@@ -39,6 +39,30 @@ ABOUT_CHARS = 28
 """Maximum length of a command's description, so that two columns fit 80 characters."""
 
 
+ELSEWHERE = {
+    "/read": "/file",
+    "/attach": "/file",
+    "/add": "/file",
+    "/show": "/model",
+    "/status": "/model",
+    "/context": "/model",
+    "/cost": "/stats",
+    "/usage": "/stats",
+    "/regen": "/retry",
+    "/rewind": "/undo",
+    "/mcp": "/tools",
+    "/config": "/set",
+    "/think": "/thinking on",
+    "/nothink": "/thinking off",
+    "/no_think": "/thinking off",
+    "/temperature": "/set temperature",
+    "/seed": "/set seed",
+    "/copy": "/export",
+    "/multiline": "/help keys",
+}
+"""Commands of other tools (ollama, llama-cli, llm, Claude Code), and what does the same here."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command of the conversation.
@@ -99,9 +123,11 @@ class CommandList:
         """
         if name in self._by_any_name:
             return self._by_any_name[name]
-        similar = difflib.get_close_matches(name, self._by_any_name, n=3, cutoff=0.6)
-        similar += [other for other in self._commands if len(name) > 1 and other.startswith(name)]
+        similar = [other for other in self._commands if len(name) > 1 and other.startswith(name)]
+        similar += difflib.get_close_matches(name, self._by_any_name, n=3, cutoff=0.6)
         names = list(dict.fromkeys(self._by_any_name[candidate].name for candidate in similar))[:2]
+        if name in ELSEWHERE:
+            names = [ELSEWHERE[name]]
         suggestion = " or ".join(f"`{candidate}`" for candidate in names) or "`/help`"
         raise UsageError(
             f"there is no command `{name}`",

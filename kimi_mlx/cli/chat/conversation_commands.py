@@ -100,6 +100,7 @@ class ConversationCommands:
 
     def _undo(self, argument: str) -> None:
         content = self._state.conversation.undo()
+        self._state.count_used()
         taken = None if content is None else shorten(to_line(content_text(content)), 60)
         print_note("there is no message to take back" if taken is None else f"took back: {taken}")
 

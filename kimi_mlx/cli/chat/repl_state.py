@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 
 from kimi_mlx.cli.chat.answer_settings import AnswerSettings
@@ -13,6 +14,7 @@ from kimi_mlx.cli.chat.chat_status import ChatStatus, status_of
 from kimi_mlx.cli.chat.text_attachments import TextAttachment
 from kimi_mlx.cli.chat.tool_loop import ToolLoop
 from kimi_mlx.engine.events import Statistics
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.session.conversation import Conversation
 
@@ -60,6 +62,7 @@ class ReplState:
         model = self.conversation.model
         self.settings = AnswerSettings(self.conversation.options, sources)
         self.status = status_of(model)
+        self.count_used()
 
     def clear(self) -> None:
         """Begin a new conversation with the same model, system prompt and settings."""
@@ -69,7 +72,16 @@ class ReplState:
     def continue_with(self, conversation: Conversation) -> None:
         """Go on with another conversation, such as one from a file."""
         self.conversation = conversation
+        self.settings.restart(conversation.options)
         self._forget()
+
+    def count_used(self) -> None:
+        """Set the number of tokens of the context in use, after messages were removed or replaced."""
+        self.status.used = 0
+        if self.conversation.messages:
+            with suppress(KimiMlxError):  # a server that does not answer now; the next answer says it again
+                self.status.used = self.conversation.count_tokens()
 
     def _forget(self) -> None:
         self.attached, self.sent, self.answers = [], [], []
+        self.count_used()

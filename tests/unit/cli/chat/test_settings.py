@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.answer_settings import SETTINGS, AnswerSettings, complete_setting, kept_sources, parse_setting
+from kimi_mlx.cli.chat.commands import ELSEWHERE
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
@@ -232,3 +233,40 @@ def test_settings_of_a_continued_conversation_have_no_other_source() -> None:
         "seed": "option",
         "max_tokens": "this conversation",
     }
+
+
+def test_words_of_other_tools_are_answered_with_ours(chat: Chat) -> None:
+    assert "try `/thinking` or `/title`" in chat.type("/thi")
+    for word, ours in ELSEWHERE.items():
+        assert f"try `{ours}`" in chat.type(word)
+        assert ours.split()[0] in Repl(chat.state).command_list
+        assert word not in Repl(chat.state).command_list
+
+
+def test_names_of_commands_are_unique(chat: Chat) -> None:
+    names = [name for command in Repl(chat.state).command_list for name in (command.name, *command.other_names)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_context_in_use_follows_the_messages(chat: Chat) -> None:
+    chat.type("hi")
+    used = chat.state.status.used
+    chat.type("a much longer message " * 20)
+    assert chat.state.status.used > used + 20 > 20
+    chat.type("/undo")
+    assert 0 < chat.state.status.used < used + 20
+    chat.type("/clear")
+    assert chat.state.status.used == 0
+    assert ReplState(chat.state.conversation).status.used == 0
+
+
+def test_another_conversation_brings_its_settings(chat: Chat) -> None:
+    chat.type("/set seed 7")
+    conversation = chat.state.conversation
+    conversation.options = ChatOptions(sampling={"temperature": 0.2, "seed": 7, "top_p": 0.5})
+    chat.state.continue_with(conversation)
+    listed = rows(chat.type("/set"))
+    assert listed["temperature"] == ["0.2", "config.toml"]
+    assert listed["seed"] == ["7", "this", "conversation"]
+    assert listed["top_p"] == ["0.5", "this", "conversation"]
+    assert listed["top_k"] == ["0", "(off)", "model"]
