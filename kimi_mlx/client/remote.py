@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from kimi_mlx.client.address import ServerAddress
@@ -20,6 +22,7 @@ from kimi_mlx.text.media import MediaKind
 from kimi_mlx.text.messages import Message
 
 if TYPE_CHECKING:
+    from kimi_mlx.images.cache import MediaCache
     from kimi_mlx.images.video import MediaChunk
 
 MAX_BUSY_RETRIES = 5
@@ -117,10 +120,8 @@ class RemoteChatModel:
         return len(json.dumps(body["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN
 
     def prepare_media(self, kind: MediaKind, source: str | bytes, place: str) -> Sequence[MediaChunk]:
-        """Return an image as one chunk, or the chunks of a video, as Kimi K2.5 sees them."""
-        from kimi_mlx.images.cache import MediaCache  # imports PIL, which text does not need
-
-        return MediaCache().prepare(kind, source, place)
+        """Return an image as one chunk, or the chunks of a video, as the server's model sees them, else Kimi K2.5."""
+        return self._media_cache.prepare(kind, source, place)
 
     def recommended_sampling(self, options: ChatOptions) -> Mapping[str, float | int]:
         """Return the server's sampling parameters of answers whose options set none; empty if it does not say them."""
@@ -154,6 +155,15 @@ class RemoteChatModel:
     def close(self) -> None:
         """Cancel all answers."""
         self.cancel()
+
+    @cached_property
+    def _media_cache(self) -> MediaCache:
+        from kimi_mlx.images.cache import MediaCache  # imports PIL, which text does not need
+        from kimi_mlx.images.preprocessing import Preprocessing
+
+        settings: Any = self._document.get("preprocessing") or {}
+        known = {item.name: settings[item.name] for item in fields(Preprocessing) if item.name in settings}
+        return MediaCache(Preprocessing(**known))
 
     def _find_model(self, wanted: str | None) -> ServedModel:
         """Return the model to chat with."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from kimi_mlx.images.preprocessing import Preprocessing
 from kimi_mlx.server.activity import RunningAnswer, TokenRates
 from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.model_info import ModelInfo
@@ -22,6 +23,8 @@ class ClusterStatus(ModelStatus):
     Args:
         names: names of the model in requests, beginning with that of ModelStatus.model.
         media: kinds of media that requests may have besides text.
+        preprocessing: settings by which images become tokens, by name in `media_proc_cfg`; empty if the model does not
+            see images.
         sampling: sampling parameters, by name, of requests that set none; `max_tokens` if the model has a limit of its
             own.
         instant_sampling: those that differ without thinking.
@@ -32,6 +35,7 @@ class ClusterStatus(ModelStatus):
 
     names: Sequence[str] = ()
     media: Sequence[str] = ()
+    preprocessing: Mapping[str, float | int] = field(default_factory=dict[str, "float | int"])
     sampling: Mapping[str, float | int] = field(default_factory=dict[str, "float | int"])
     instant_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     queue_capacity: int = 0
@@ -67,6 +71,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         waiting=service.waiting,
         names=model_info.names,
         media=model_info.media,
+        preprocessing=asdict(Preprocessing.load(tokenizer.folder)) if model_info.media else {},
         sampling=_without_none({**asdict(tokenizer.sampling), "max_tokens": tokenizer.max_tokens}),
         instant_sampling=service.prompt_builder.instant_sampling,
         queue_capacity=service.queue_capacity,

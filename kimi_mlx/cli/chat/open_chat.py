@@ -74,15 +74,15 @@ def _open_remote(server: ServerChoice, arguments: ChatArguments, *, is_conversat
     """
     prompt, is_quiet = arguments.prompt, arguments.output.quiet or arguments.output.json
     answers = chat_options(arguments.sampling, arguments.output.read_schema())
-    files = _read_files(arguments, None)
     if unused := unused_options(arguments):
         print_note(f"without effect at a server: {', '.join(unused)}")
     with slow_status(is_quiet) as set_status:
         set_status(f"connecting to {server.address.url}")
         model = RemoteChatModel(server.address, server.key, server.model)
     with closing(model):
-        if files and model.image_error is not None:
+        if prompt.media and model.image_error is not None:
             raise model.image_error
+        files = _read_files(arguments, model.prepare_media)
         placement = Choice("", f"served at {model.url}")
         if is_conversation:
             print_note(f"connected to {model.url}")
