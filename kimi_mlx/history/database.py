@@ -175,13 +175,21 @@ def history_errors(path: Path) -> Generator[None]:
     """
     try:
         yield
-    except OSError as error:
-        place = error.filename or path
-        raise HistoryError(
-            f"cannot use the history in `{place}`: {error.strerror}", hint=f"check the permissions of `{path.parent}`"
-        ) from error
-    except sqlite3.Error as error:
-        raise HistoryError(f"cannot use the history in `{path}`: {error}", hint=_remedy(error, path)) from error
+    except (OSError, sqlite3.Error) as error:
+        raise to_history_error(error, path) from error
+
+
+def to_history_error(error: OSError | sqlite3.Error, path: Path) -> HistoryError:
+    """Return the error of the history for one of SQLite or of the file system.
+
+    Args:
+        error: error.
+        path: file of the history.
+    """
+    if isinstance(error, OSError):
+        hint = f"check the permissions of `{path.parent}`"
+        return HistoryError(f"cannot use the history in `{error.filename or path}`: {error.strerror}", hint=hint)
+    return HistoryError(f"cannot use the history in `{path}`: {error}", hint=_remedy(error, path))
 
 
 def _remedy(error: sqlite3.Error, path: Path) -> str:

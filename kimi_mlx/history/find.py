@@ -1,6 +1,6 @@
 """Find a conversation by its id or title, and search the text of all messages.
 
-The search reads every message: 100 MB of text take about a second. It has no index: that would have to be erased with
+The search reads every message: 100 MB of text take half a second. It has no index: that would have to be erased with
 the messages, and SQLite's tokenizers (FTS5) find neither parts of words nor Chinese words of two characters.
 """
 

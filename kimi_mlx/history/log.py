@@ -14,7 +14,7 @@ from kimi_mlx.history.records import ConversationRecord, MessageRecord
 from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.text.messages import Delta, Message
 
-SLOW_WRITE_S, BATCH_S = 0.001, 0.02
+SLOW_WRITE_S, BATCH_S = 0.005, 0.02
 """If a write takes longer than the first on average, text is written at most once in the second."""
 
 
@@ -136,16 +136,18 @@ class ConversationLog:
             self._answer = added if message.role == "assistant" else None
 
     def on_delta(self, delta: Delta) -> None:
-        """Append a piece of the answer in progress."""
-        with self._errors_stop_the_log() as is_open:
-            if not is_open:
-                return
+        """Append a piece of the answer in progress. This runs once per token, so it has no context managers."""
+        if self.has_failed:
+            return
+        try:
             if self._answer is None:
                 self._answer = self.store.begin_answer(self._open_conversation(), self.model, self._settings())
                 self._num_deltas = 0
             self._unwritten = self._unwritten + delta if self._unwritten else delta
-            if time.monotonic() >= self._next_write_s:
+            if self._next_write_s == 0.0 or time.monotonic() >= self._next_write_s:
                 self._flush()
+        except HistoryError as error:
+            self._fail(error)
 
     def on_finish(self, finished: Finished | None, message: Message | None) -> None:
         """Record the end of the answer in progress; an answer without content is not part of the conversation."""
@@ -208,6 +210,9 @@ class ConversationLog:
         try:
             yield not self.has_failed
         except HistoryError as error:
-            self.has_failed = True
-            hint = f"; {error.hint}" if error.hint else ""
-            self._warn(f"this conversation is no longer stored: {error.message}{hint}")
+            self._fail(error)
+
+    def _fail(self, error: HistoryError) -> None:
+        self.has_failed = True
+        hint = f"; {error.hint}" if error.hint else ""
+        self._warn(f"this conversation is no longer stored: {error.message}{hint}")

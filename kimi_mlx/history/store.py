@@ -14,7 +14,7 @@ from typing import Any
 
 from kimi_mlx.errors import HistoryError
 from kimi_mlx.history.answer_parts import answer_of, delta_to_json
-from kimi_mlx.history.database import FILE_NAME, connect, history_errors, transaction
+from kimi_mlx.history.database import FILE_NAME, connect, history_errors, to_history_error, transaction
 from kimi_mlx.history.json_text import to_json
 from kimi_mlx.history.locks import ConversationLocks
 from kimi_mlx.history.media import put_contents, take_contents
@@ -124,15 +124,17 @@ class HistoryStore:
             )
 
     def add_delta(self, answer: int, index: int, delta: Delta) -> None:
-        """Append text to an unfinished answer. This runs once per token: about 20 microseconds.
+        """Append text to an unfinished answer. This runs once per token, so it has no context manager.
 
         Args:
             answer: key of the answer.
             index: number of the delta, from 0.
             delta: new text, reasoning, or tool calls.
         """
-        with history_errors(self.path):
+        try:
             self._connection.execute("INSERT INTO deltas VALUES (?, ?, ?)", (answer, index, delta_to_json(delta)))
+        except sqlite3.Error as error:
+            raise to_history_error(error, self.path) from error
 
     def set_answer(self, answer: int, message: Message) -> None:
         """Replace the deltas of an unfinished answer by its message.
