@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import ThreadedCompleter
 from prompt_toolkit.document import Document
@@ -22,6 +21,7 @@ from kimi_mlx.cli.chat.input.completion import MessageCompleter
 from kimi_mlx.cli.chat.input.history_file import open_history
 from kimi_mlx.cli.chat.input.key_bindings import BUFFER_NAME, create_key_bindings, editing_mode
 from kimi_mlx.cli.chat.input.layout import STYLE, create_layout
+from kimi_mlx.cli.chat.input.line_application import LineApplication
 from kimi_mlx.cli.chat.input.pasted_blocks import PastedBlocks
 from kimi_mlx.cli.chat.input.terminal_input import TerminalInput, add_csi_u_keys
 from kimi_mlx.cli.chat.input.user_input import UserInput
@@ -60,7 +60,7 @@ class EditedInputLine:
         )
         self._input = TerminalInput(sys.stdin)
         self._output = _open_output(stream)
-        self._app: Application[str] = Application(
+        self._app = LineApplication(
             layout=create_layout(self._buffer, self._blocks, lambda width: self._toolbar(width)),
             key_bindings=create_key_bindings(self._blocks, self._edit),
             editing_mode=editing_mode(),
