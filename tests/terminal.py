@@ -14,6 +14,8 @@ import termios
 import time
 from pathlib import Path
 
+from tests.screen import Screen
+
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 30.0
 HANG_UP_S = 5.0
@@ -30,7 +32,7 @@ COMMAND = CONTROLLING_TERMINAL + "from kimi_mlx.cli.app import main; main()"
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, code: str, *arguments: str, columns: int = 100, **environment: str):
+    def __init__(self, code: str, *arguments: str, columns: int = 100, cwd: Path = ROOT, **environment: str):
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.modes = termios.tcgetattr(slave)
@@ -40,7 +42,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "", **environment},
         )
         self._slave = slave
@@ -59,7 +61,26 @@ class Terminal:
         return self._process.poll() is None
 
     def send(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
+        data = keys.encode()
+        while data:
+            data = data[os.write(self._master, data[:1024]) :]
+            self.read(0.0)
+
+    def screen(self, columns: int, text: str = "", patience_s: float = PATIENCE_S) -> str:
+        """The text on the screen, with its scrollback, as soon as a text is there and nothing more comes."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            num_bytes = len(self.raw)
+            self.read(0.2)
+            screen = Screen(columns)
+            screen.write(self.raw.decode(errors="replace"))
+            if text in screen.text and len(self.raw) == num_bytes:
+                return screen.text
+            assert time.monotonic() < deadline, f"{text!r} did not appear in\n{screen.text}"
+
+    def resize(self, columns: int) -> None:
+        """Change the width, as dragging the edge of the window does."""
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def expect(self, text: str, patience_s: float = PATIENCE_S) -> str:
         """Wait until a text appears after the last one that was expected; returns what came up to it."""

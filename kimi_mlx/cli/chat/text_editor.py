@@ -31,7 +31,8 @@ def edit_text(text: str) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix="kimi-mlx-") as folder:  # readable by the user only
             path = Path(folder) / "message.md"
-            path.write_text(text, encoding="utf-8", errors="replace", newline="")
+            end = "\n" if text and not text.endswith("\n") else ""
+            path.write_text(text + end, encoding="utf-8", errors="replace", newline="")
             _run([*command, str(path)])
             return path.read_bytes().decode("utf-8", errors="replace").rstrip("\r\n")
     except OSError as error:

@@ -62,6 +62,10 @@ def create_key_bindings(blocks: PastedBlocks, edit: Callable[[Buffer], None]) ->
     def paste(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text(blocks.add(to_line_feeds(event.data)))
 
+    @bindings.add(Keys.Vt100MouseEvent)
+    def ignore(event: KeyPressEvent) -> None:
+        """Do nothing: the mouse is the terminal's; prompt_toolkit fails at what only looks like an event of it."""
+
     @bindings.add("c-x", "c-e", filter=at_message & emacs_mode)
     @bindings.add("v", filter=at_message & vi_navigation_mode)
     def open_editor(event: KeyPressEvent) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prompt_toolkit.application import get_app
 from prompt_toolkit.buffer import Buffer
-from prompt_toolkit.filters import Condition, has_completions, is_done
+from prompt_toolkit.filters import Condition, is_done
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.layout import (
     ConditionalContainer,
@@ -17,6 +17,7 @@ from prompt_toolkit.layout import (
     HSplit,
     Layout,
     Margin,
+    VerticalAlign,
     Window,
     WindowRenderInfo,
 )
@@ -83,7 +84,7 @@ def create_layout(buffer: Buffer, blocks: PastedBlocks, toolbar: Callable[[int],
             BlockProcessor(blocks),
         ],
     )
-    text = Window(control, height=_text_height, wrap_lines=False, left_margins=[_PromptMargin()])
+    text = Window(control, height=_text_height, left_margins=[_PromptMargin()], dont_extend_height=True)
 
     def bottom_line() -> StyleAndTextTuples:
         return [("class:toolbar", " ".join(toolbar(_columns()).split()))]
@@ -97,7 +98,8 @@ def create_layout(buffer: Buffer, blocks: PastedBlocks, toolbar: Callable[[int],
                 FloatContainer(text, [Float(menu, xcursor=True, ycursor=True, transparent=True)]),
                 ConditionalContainer(search, ~is_done),
                 ConditionalContainer(bottom, is_shown),
-            ]
+            ],
+            align=VerticalAlign.TOP,
         ),
         text,
     )
@@ -113,8 +115,10 @@ def _text_height() -> Dimension:
 
     After the last key the whole message is shown, as far as the screen has room for it.
     """
-    rows = get_app().output.get_size().rows
     if is_done():
         return Dimension()
-    most = max(1, rows // 2)
-    return Dimension(min=min(MENU_ROWS, most) if has_completions() else 1, max=most)
+    app = get_app()
+    most = max(1, app.output.get_size().rows // 2)
+    state = app.current_buffer.complete_state
+    menu = min(MENU_ROWS, len(state.completions)) + 1 if state is not None else 1  # below the row of the cursor
+    return Dimension(min=min(menu, most), max=most)

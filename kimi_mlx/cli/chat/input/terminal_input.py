@@ -20,6 +20,7 @@ PAUSE_S = 0.03
 
 BEGIN_PASTE, END_PASTE = "\x1b[200~", "\x1b[201~"
 _UNFINISHED_KEY = re.compile(r"\x1b(\[[0-9;]*)?\Z")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which no key sends
 _LINE_END_OR_TAB = re.compile(r"[\r\n\t]")
 _LINES_OR_COLUMNS = re.compile(r"[^\r\n\t][\r\n\t]+[^\r\n\t]")
 _MODIFIERS = {2: "shift", 3: "alt", 5: "ctrl", 6: "ctrl-shift"}
@@ -98,6 +99,7 @@ def _mark_pasted(data: str) -> str:
     is_long, has_lines = len(data) >= LONG, _LINES_OR_COLUMNS.search(data) is not None
     num_keys = sum(not character.isprintable() and character not in "\t\r\n" for character in data[:LONG])
     is_typed = num_keys > (LONG / 2 if is_long else 0)  # such as Backspace over a slow connection
+    is_typed = is_typed and not _COLOUR.search(data)
     if BEGIN_PASTE in data or is_typed or not (is_long or has_lines):
         return data
     text = data if has_lines else data.rstrip("\r\n")

@@ -36,7 +36,7 @@ def test_the_editor_gets_the_draft_and_its_arguments(tmp_path: Path, monkeypatch
     editor = script(tmp_path / "my editor", 'ls -l "$2" > mode; [ "$1" = "--wait now" ] && printf "more\\r\\n" >> "$2"')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EDITOR", f"'{editor}' '--wait now'")
-    assert edit_text("draft 漢字\n\ud800") == "draft 漢字\n?more"
+    assert edit_text("draft 漢字\n\ud800") == "draft 漢字\n?\nmore"
     assert "message.md" in (tmp_path / "mode").read_text()
     monkeypatch.setenv("VISUAL", f"'{script(tmp_path / 'visual', 'exit 0')}'")
     assert edit_text("unchanged") == "unchanged"
