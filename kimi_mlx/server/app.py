@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,10 +21,12 @@ from kimi_mlx.server.http.context import Context
 from kimi_mlx.server.http.errors_middleware import ErrorFormat, ErrorMiddleware
 from kimi_mlx.server.http.limits import BodyLimitMiddleware
 from kimi_mlx.server.http.security import AuthMiddleware, Security
+from kimi_mlx.server.http.sse import STREAM_HEADERS
 from kimi_mlx.server.openai.response_fields import openai_error
 from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import openapi_document
 from kimi_mlx.server.page.routes import RENDER_PATH, page_routes
+from kimi_mlx.server.status_feed import StatusFeed
 
 APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, anthropic_routes)
 
@@ -89,6 +91,14 @@ def _status_routes(context: Context) -> list[Route]:
     async def cluster(request: Request) -> Response:
         return JsonResponse(cluster_status(service, context.model_info, context.deployment).to_dict())
 
+    feed = StatusFeed(
+        lambda: cluster_status(service, context.model_info, context.deployment).to_dict(), lambda: service.is_closing
+    )
+
+    async def cluster_events(request: Request) -> Response:
+        feed.check_capacity()
+        return StreamingResponse(feed.events(), media_type="text/event-stream", headers=STREAM_HEADERS)
+
     document = openapi_document(context.model_info)
 
     async def openapi(request: Request) -> Response:
@@ -98,5 +108,6 @@ def _status_routes(context: Context) -> list[Route]:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/cluster", cluster),
+        Route("/v1/cluster/events", cluster_events),
         Route("/openapi.json", openapi),
     ]

@@ -32,11 +32,15 @@ GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
     "/v1/cluster": "Status of the model: ranks, memory, queue, answers in progress, restarts",
+    "/v1/cluster/events": "The same status as server-sent events, whenever it changes",
     "/health": "Health of the server",
     "/metrics": "Prometheus metrics",
     "/openapi.json": "This document",
 }
 """GET paths, each with a summary."""
+
+MEDIA_TYPES = {"/metrics": "text/plain", "/v1/cluster/events": "text/event-stream"}
+"""Media types of responses that are not JSON."""
 
 ERRORS = {
     "400": "The request cannot be served",
@@ -91,8 +95,8 @@ def _post(title: str, ref: str) -> dict[str, Any]:
 
 
 def _get(path: str, title: str) -> dict[str, Any]:
-    media_type = "text/plain" if path == "/metrics" else "application/json"
-    answer = {media_type: {"schema": {"type": "string" if media_type == "text/plain" else "object"}}}
+    media_type = MEDIA_TYPES.get(path, "application/json")
+    answer = {media_type: {"schema": {"type": "object" if media_type == "application/json" else "string"}}}
     operation: dict[str, Any] = {
         "summary": title,
         "responses": {"200": {"description": title, "content": answer}} | _errors(),

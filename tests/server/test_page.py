@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx2
 import pytest
 
 from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.page.routes import MAX_TEXT_CHARS, load_page_files
-from kimi_mlx.server.server import ServingOptions
+from kimi_mlx.server.server import SHUTDOWN_S, ServingOptions
 from kimi_mlx.session.session import Session
 from tests.server.running_server import RunningServer, serving
 
@@ -82,3 +85,23 @@ def test_without_the_page_its_paths_are_unknown(session: Session) -> None:
     with serving(session, ServingOptions(has_page=False)) as server:
         assert httpx2.get(f"{server.url}/").status_code == 404
         assert httpx2.post(f"{server.url}/page/render", json={"text": "x"}).status_code == 404
+
+
+def test_the_status_is_streamed(running: RunningServer) -> None:
+    with httpx2.stream("GET", f"{running.url}/v1/cluster/events", timeout=20) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = response.iter_lines()
+        assert next(lines) == "event: status"
+        status = json.loads(next(lines).removeprefix("data: "))
+    assert status.keys() == httpx2.get(f"{running.url}/v1/cluster").json().keys()
+
+
+def test_open_streams_do_not_hold_up_the_end_of_the_server(session: Session) -> None:
+    with ExitStack() as stack:
+        with serving(session) as server:
+            url = f"{server.url}/v1/cluster/events"
+            response = stack.enter_context(httpx2.stream("GET", url, timeout=20))
+            lines = response.iter_lines()
+            next(lines)
+            started_at = time.monotonic()
+        assert time.monotonic() - started_at < SHUTDOWN_S - 2

@@ -132,7 +132,7 @@ def test_cluster_describes_the_model_and_its_answers() -> None:
     with serving(session) as server, httpx2.Client(base_url=server.url, timeout=60) as client:
         body = {"messages": MESSAGES, "stream": True}
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            wait_until(lambda: bool(client.get("/v1/cluster").json()["answers"]))
+            wait_until(lambda: client.get("/v1/cluster").json()["active"] == 1)
             next(response.iter_bytes())
             document = client.get("/v1/cluster").json()
         status = ModelStatus.from_dict(document)

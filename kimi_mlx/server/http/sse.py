@@ -24,6 +24,9 @@ from kimi_mlx.server.service import KEEP_ALIVE_INTERVAL_S
 
 Result = TypeVar("Result")
 
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Headers of a stream: neither caches nor proxies may hold it back."""
+
 
 class ClientDisconnectedError(Exception):
     """The client has closed its connection."""
@@ -113,7 +116,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, first: AnswerEvent, rest: AsyncGenerator[AnswerEvent, None], formatter: ApiFormatter):
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(headers=STREAM_HEADERS)
         del self.headers["content-length"]
         self._first, self._rest, self._formatter = first, rest, formatter
 
