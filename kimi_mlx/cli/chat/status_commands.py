@@ -23,6 +23,9 @@ from kimi_mlx.session.model_status import ModelStatus, RankStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.units import format_bytes, format_rate
 
+TABLE_WIDTH = 66
+"""Number of columns from which hosts are shown as a table."""
+
 
 class StatusCommands:
     """Commands that show what runs where, how fast, and what the planner says.
@@ -66,7 +69,7 @@ class StatusCommands:
             print_note("the server has placed the model; `/model` shows how, `kimi-mlx plan` predicts other placements")
             return
         prediction = None if placement.memory or placement.reason != ALONE.reason else self._prediction()
-        stderr.print(describe_plan(placement, prediction), soft_wrap=False)
+        stderr.print(describe_plan(placement, prediction, stderr.width), soft_wrap=False)
 
     def _prediction(self) -> Option | str:
         """Return the planner's prediction for this machine alone, or the reason why there is none."""
@@ -103,7 +106,7 @@ def describe_model(status: ModelStatus, used_tokens: int, width: int) -> Rendera
         table.add_row(Text(name, style="dim"), Text(to_line(value)))
     if not any(rank.share or rank.weights_bytes or rank.memory_bytes for rank in status.ranks):
         return table
-    return Group(table, Text(), _rank_table(status.ranks) if width >= 60 else _rank_lines(status.ranks))
+    return Group(table, Text(), _rank_table(status.ranks) if width >= TABLE_WIDTH else _rank_lines(status.ranks))
 
 
 def _model_rows(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, str]]:
@@ -161,12 +164,13 @@ def _rank_lines(ranks: Sequence[RankStatus]) -> Group:
     return Group(*lines)
 
 
-def describe_plan(placement: Choice, prediction: Option | str | None = None) -> RenderableType:
+def describe_plan(placement: Choice, prediction: Option | str | None, width: int) -> RenderableType:
     """Return why a model is split as it is, and the memory that the planner expects on each host.
 
     Args:
         placement: placement of the model.
         prediction: prediction for one machine, or the reason why there is none; None to show neither.
+        width: width of the terminal.
     """
     lines = [Text(f"{placement.strategy}: {placement.reason}")]
     memory = placement.memory
@@ -178,7 +182,9 @@ def describe_plan(placement: Choice, prediction: Option | str | None = None) -> 
         )
         lines.append(Text(f"predicted: {speed}, context up to {prediction.longest_context:,} tokens"))
         memory = prediction.memory
-    return Group(*lines, *((Text(), _memory_table(memory)) if memory else ()))
+    if not memory:
+        return Group(*lines)
+    return Group(*lines, Text(), _memory_table(memory) if width >= TABLE_WIDTH else _memory_lines(memory))
 
 
 def _memory_table(hosts: Sequence[HostMemory]) -> Table:
@@ -189,6 +195,15 @@ def _memory_table(hosts: Sequence[HostMemory]) -> Table:
         sizes = (host.weights_bytes, host.cache_bytes, host.workspace_bytes, host.needed_bytes, host.gpu_bytes)
         table.add_row(Text(to_line(host.host)), *(format_bytes(size) for size in sizes))
     return table
+
+
+def _memory_lines(hosts: Sequence[HostMemory]) -> Group:
+    """Return the memory of the hosts for a narrow terminal, one after the other."""
+    lines: list[Text] = []
+    for host in hosts:
+        needed, limit = format_bytes(host.needed_bytes), format_bytes(host.gpu_bytes)
+        lines.append(Text(to_line(f"{host.host}: needs {needed}, its GPU may use {limit}")))
+    return Group(*lines)
 
 
 def _size(count: int | None) -> str:

@@ -203,7 +203,7 @@ def test_little_is_shown_of_a_server_that_says_little() -> None:
 def test_the_plan_shows_reason_and_memory() -> None:
     memory = memory_of("hybrid", model_shape("kimi-k2"), parse_machines("m3-ultra-512x2"))
     choice = Choice("hybrid", "RDMA at 0.005 ms per message: 20.0 tok/s predicted", memory)
-    output = shown(describe_plan(choice))
+    output = shown(describe_plan(choice, None, 80))
     assert "hybrid: RDMA" in output
     assert output.count("m3-ultra-512") == 2
     assert "needed" in output
