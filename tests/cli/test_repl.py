@@ -146,7 +146,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(spawn: Spawn) -> None:
     terminal.send("typed ahead")
     assert "typed ahead" not in terminal.expect("on and on and ")
     terminal.ask(CTRL_C)
-    terminal.send(CTRL_D)
+    terminal.expect("typed ahead")  # kept for the next message
+    terminal.send(CTRL_C + CTRL_D)
     terminal.expect("['first', 'second']")
     assert terminal.wait() == 0
 

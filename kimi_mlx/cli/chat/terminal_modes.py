@@ -41,6 +41,7 @@ def quiet_between_prompts() -> Generator[None, None, None]:
     quiet: list[Any] = [*modes[:6], [*modes[6]]]
     quiet[0] &= ~termios.ICRNL  # keep Enter as the character that prompt_toolkit expects
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    quiet[3] |= termios.NOFLSH  # Ctrl-C stops the answer; it does not drop what was typed
     quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 1, 0
     handler = signal.signal(signal.SIGINT, lambda number, frame: None)
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
