@@ -15,8 +15,11 @@ from markdown_it.tree import SyntaxTreeNode
 
 MATH_BLOCKS = {"$$": "$$", "\\[": "\\]"}
 """First and last line of a block of formulas."""
+# limited, so that an opening without an end costs little
 _MATH = re.compile(
-    r"\$\$[^$]+\$\$|\\\((?:.|\n)+?\\\)|\\\[(?:.|\n)+?\\\]|\$(?![\s$])(?:\\.|[^$\n\\`])*(?<!\s)\$(?!\d)", re.DOTALL
+    r"\$\$[^$]{1,2000}\$\$|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]"
+    r"|\$(?![\s$])(?:\\.|[^$\n\\`]){1,500}(?<!\s)\$(?!\d)",
+    re.DOTALL,
 )
 
 

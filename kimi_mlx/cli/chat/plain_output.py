@@ -40,12 +40,14 @@ class PlainOutput:
         self._ends_with_newline = True
         self._notes_end_with_newline: bool | None = None  # None: no reasoning is being written
         self._region = status_region(notes)
+        self._hides_status = False
 
     def reasoning(self, text: str) -> None:
         """Continue the reasoning."""
         if self._folds:
             return
         self._close_status()
+        self._hides_status = True
         if self._notes_end_with_newline is None:
             text = f"thinking:\n{text}"  # as text too, for terminals that cannot dim
         self._write_note(self._reasoning_filter.add(text))
@@ -54,13 +56,13 @@ class PlainOutput:
         """End the reasoning."""
         if self._notes_end_with_newline is not None:
             self._write_note("\n" if self._notes_end_with_newline else "\n\n")
-            self._notes_end_with_newline = None
+            self._notes_end_with_newline, self._hides_status = None, False
 
     def text(self, text: str) -> None:
         """Continue the text of the answer."""
         if self._is_beside_text:
             self._close_status()
-            self._region = None
+            self._hides_status = True
         shown = self._filter.add(text) if self._filter else text
         if shown:
             self._file.write(shown)
@@ -73,6 +75,7 @@ class PlainOutput:
             self._file.write("\n")
             self._file.flush()
             self._ends_with_newline = True
+        self._hides_status = self._hides_status and self._filter is None  # a reader of a pipe may write at any time
 
     def tool_call(self, call: ToolCall | UnparsedToolCall) -> None:
         """Show a call."""
@@ -92,7 +95,7 @@ class PlainOutput:
 
     def refresh(self, has_status: bool = True) -> None:
         """Draw the status line."""
-        if self._region is None or not has_status:
+        if self._region is None or self._hides_status or not has_status:
             return
         line = self._status.line(self._notes.width - 1)
         self._region.update((), [Row(line, cell_width(line))] if line else [])
