@@ -26,6 +26,9 @@ from kimi_mlx.units import format_bytes
 BUILT_IN = "built-in"
 """Source of a value that nothing sets."""
 
+MODEL_CARD = "model card"
+"""Source of a value from the catalogue of known models."""
+
 SIZES = ("cache_memory", "cache_disk")
 """Options whose values are numbers of bytes."""
 
@@ -127,24 +130,36 @@ def option_values(context: typer.Context, name: str, preset: str | None = None) 
 def _model_values(found: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
     """Return the sampling values that the model of a chat recommends, for those that nothing else sets."""
     unset = [name for name in (*FILE_NAMES, "max_tokens") if name in found and found[name].value is None]
+    if not unset:
+        return {}
     try:
-        target = resolve_model_name(str(found["model"].value)) if unset and "model" in found else None
-        folder = None if target is None else config_folder(target)
-        if target is None or folder is None:
-            return {}
-        recommended = target.entry.default_sampling() if target.entry else {}
-        generation = GenerationConfig.load(folder, recommended)
+        values = _recommended(str(found["model"].value), without_thinking=found["thinking"].value is False)
     except KimiMlxError:  # an unknown or broken model is an error of the command that loads it
         return {}
-    values = {name: getattr(generation.sampling, name) for name in FILE_NAMES} | {"max_tokens": generation.max_tokens}
-    return {name: OptionValue(name, values[name], _source(name, generation, recommended)) for name in unset}
+    return {name: values[name] for name in unset if name in values}
 
 
-def _source(name: str, generation: GenerationConfig, recommended: Mapping[str, float]) -> str:
-    """Return where a value of a model comes from."""
-    if name in generation.from_file:
-        return GENERATION_CONFIG
-    return "model card" if name in recommended else BUILT_IN
+def _recommended(name: str, *, without_thinking: bool) -> dict[str, OptionValue]:
+    """Return the sampling values that a model recommends: of its files, if they are here, and of its card.
+
+    Raises:
+        KimiMlxError: the name is unknown, or a file is broken.
+    """
+    target = resolve_model_name(name)
+    entry, folder = target.entry, config_folder(target)
+    instant = entry.instant_sampling if entry and without_thinking else None
+    card = {**(entry.default_sampling() if entry else {}), **(instant.recommended() if instant else {})}
+    values = {name: OptionValue(name, value, MODEL_CARD) for name, value in card.items()}
+    if folder is None:
+        return values
+    generation = GenerationConfig.load(folder, card)
+    found = {name: getattr(generation.sampling, name) for name in FILE_NAMES} | {"max_tokens": generation.max_tokens}
+    from_file = generation.from_file - (instant.recommended().keys() if instant else set[str]())
+    return {
+        **{name: OptionValue(name, value, BUILT_IN) for name, value in found.items()},
+        **values,
+        **{name: OptionValue(name, found[name], GENERATION_CONFIG) for name in from_file},
+    }
 
 
 def _table(values: Sequence[OptionValue]) -> Table:

@@ -34,7 +34,12 @@ SECRETS = frozenset({"api_key"})
 PATHS = frozenset({"cache_dir", "api_key_file", "system_file", "mcp", "hostfile"})
 """Options that name a file or a folder; in a file they are relative to its folder."""
 
-ALTERNATIVES = (frozenset({"system", "system_file"}), frozenset({"hosts", "hostfile"}), frozenset({"url", "load"}))
+ALTERNATIVES = (
+    frozenset({"system", "system_file"}),
+    frozenset({"hosts", "hostfile"}),
+    frozenset({"url", "load"}),
+    frozenset({"url", "ranks"}),
+)
 """Options that exclude each other: one that is set hides the others of weaker sources."""
 
 NOT_ON_HOSTS = frozenset({"ranks", "url", "load"})

@@ -109,12 +109,13 @@ def test_switches_lists_and_sizes(files: Files) -> None:
 
 def test_paths_are_relative_to_their_file(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     files.config('cache_dir = "cache"\n')
-    files.preset("p", 'system_file = "p.md"\nmodel = "./Kimi"\n')
+    files.preset("p", 'system_file = "p.md"\nmodel = "./Kimi"\nmcp = ["a.json", "/b.json"]\n')
     monkeypatch.setenv("HOME", "/home/me")
     params = parse("chat", "--preset", "p").params
     assert params["cache_dir"] == files.folder / "cache"
     assert params["system_file"] == f"{files.folder}/presets/p.md"
     assert params["model"] == f"{files.folder}/presets/Kimi"
+    assert params["mcp"] == [f"{files.folder}/presets/a.json", "/b.json"]
     files.config('cache_dir = "~/cache"\nmodel = "owner/name"\n')
     params = parse("chat").params
     assert (params["cache_dir"], params["model"]) == (Path("/home/me/cache"), "owner/name")
@@ -126,6 +127,7 @@ def test_an_option_hides_weaker_ones_that_it_excludes(files: Files) -> None:
     assert (params["system"], params["system_file"], params["url"]) == (None, "x.md", None)
     assert parse("chat", "--preset", str(files.preset("p", 'system_file = "p"'))).params["system"] is None
     assert parse("launch", "--hostfile", "two.json").params["hosts"] is None
+    assert parse("chat", "--ranks", "2").params["url"] is None
 
 
 def test_launched_commands_ignore_defaults_for_one_machine(files: Files) -> None:
@@ -229,6 +231,11 @@ def test_config_shows_where_values_come_from(files: Files, monkeypatch: pytest.M
     assert found["url"] == (None, "built-in")
     assert sources("serve")["api_key"] == ("(set)", "$KIMI_MLX_API_KEY")
     assert "secret" not in run("serve") + run("serve", "--json")
+    monkeypatch.setenv("KIMI_MLX_MODEL", "kimi-k2.5")
+    assert sources("chat")["temperature"] == (0.5, "config.toml")
+    files.config("[chat]\nthinking = false\n")
+    assert sources("chat")["temperature"] == (0.6, "model card")  # 1.0 with thinking
+    assert sources("chat")["max_tokens"] == (None, "built-in")
     monkeypatch.setenv("KIMI_MLX_MODEL", "no-such-model")
     assert sources()["top_p"] == (None, "built-in")
 
