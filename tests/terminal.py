@@ -112,6 +112,10 @@ class Terminal:
         """Whether the terminal is as it was before the program."""
         return termios.tcgetattr(self._slave) == self.modes
 
+    def restore_modes(self) -> None:
+        """Set the modes that the terminal had before the program, as a shell does when the program is suspended."""
+        termios.tcsetattr(self._slave, termios.TCSANOW, self.modes)
+
     def hang_up(self) -> int:
         """Close the terminal, as its window does; returns the exit code of the program."""
         os.close(self._slave)

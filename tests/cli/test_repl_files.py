@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +192,20 @@ def test_a_text_that_is_pasted_during_an_answer_is_one_message(spawn: Spawn) -> 
     terminal.send(CTRL_D)
     terminal.expect("[5, 3006]")
     assert terminal.wait() == 0
+
+
+def test_a_program_that_was_suspended_keeps_what_is_typed(spawn: Spawn) -> None:
+    terminal = spawn(ENDLESS)
+    terminal.expect("\n> ")
+    terminal.send("first" + ENTER)
+    terminal.expect("on and on and ")
+    terminal.restore_modes()
+    terminal.signal(signal.SIGCONT)
+    terminal.expect("on and on and ")
+    terminal.send("typed")
+    terminal.expect("on and on and ")
+    terminal.ask(CTRL_C)
+    terminal.screen(100, "> typed")
+    terminal.send(CTRL_C + CTRL_D)
+    assert terminal.wait() == 0
+    assert terminal.has_old_modes()

@@ -9,6 +9,7 @@ import sys
 import termios
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -43,11 +44,22 @@ def quiet_between_prompts() -> Generator[None, None, None]:
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
     quiet[3] |= termios.NOFLSH  # Ctrl-C stops the answer; it does not drop what was typed
     quiet[6][termios.VMIN], quiet[6][termios.VTIME] = 1, 0
-    handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+
+    def set_again(number: int, frame: FrameType | None) -> None:
+        """Set the modes again after Ctrl-Z and `fg`: shells restore their own."""
+        with contextlib.suppress(OSError, termios.error):
+            if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # not in the background, where it would stop us
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        signal.SIGCONT: signal.signal(signal.SIGCONT, set_again),
+    }
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
     try:
         yield
     finally:
         with contextlib.suppress(termios.error):  # the terminal was closed
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
