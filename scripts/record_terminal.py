@@ -41,8 +41,14 @@ def record() -> str:
     """Return what a terminal receives while a user asks the questions, escape sequences included."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    variables = {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "COLORTERM": ""}
-    command = [sys.executable, "-c", COMMAND, "chat", "--temperature", "0"]
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm-256color",
+        "COLUMNS": str(COLUMNS),
+        "COLORTERM": "",
+        "NO_COLOR": "",
+    }
+    command = [sys.executable, "-c", COMMAND, "chat", "kimi-mini", "--temperature", "0", "--no-log"]
     process = subprocess.Popen(
         command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, **variables}
     )
@@ -71,7 +77,7 @@ def read_until_quiet(master: int) -> bytes:
 def draw(output: str) -> list[Text]:
     """Return the lines that a terminal shows after it has received the output."""
     screen = pyte.Screen(COLUMNS, ROWS)
-    pyte.Stream(screen).feed(output)
+    pyte.Stream(screen).feed(output.replace("\x1b[2m", "\x1b[90m"))  # pyte does not know dim text: grey here
     lines: list[Text] = []
     for row in range(ROWS):
         line = Text()
@@ -80,13 +86,15 @@ def draw(output: str) -> list[Text]:
             line.append(cell.data, style_of(cell))
         line.rstrip()
         lines.append(line)
-    while lines and not lines[-1].plain.strip("> "):
+    prompt = max(number for number, line in enumerate(lines) if line.plain.startswith(">"))
+    lines = lines[:prompt]  # the last prompt is empty, and the speed below it is another one in each run
+    while lines and not lines[-1].plain:
         lines.pop()
     return lines
 
 
 def style_of(cell: pyte.screens.Char) -> str:
-    """Return the style of a cell in Rich's words; pyte does not know dim text, which has no colour here."""
+    """Return the style of a cell in Rich's words."""
     colour = {"brown": "yellow", "brightblack": "bright_black"}.get(cell.fg, cell.fg)
     return " ".join(filter(None, ["bold" if cell.bold else "", "" if colour == "default" else colour]))
 
@@ -94,7 +102,7 @@ def style_of(cell: pyte.screens.Char) -> str:
 def main() -> None:
     """Write the picture."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    console.print(Text("$ kimi-mlx chat"))
+    console.print(Text("$ kimi-mlx chat kimi-mini"))
     for line in draw(record()):
         console.print(line)
     picture = console.export_svg(title="kimi-mlx chat", theme=MONOKAI, unique_id="chat")
