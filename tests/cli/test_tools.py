@@ -121,6 +121,7 @@ def test_json_has_calls_and_results(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_calls_that_are_not_allowed_are_refused(tmp_path: Path) -> None:
     mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=roll_dice"])
     done = chat("--mcp", mcp, "--allow", "set_alarm,other", "--json", "--max-rounds", "1", "-p", "Roll 4 dice.")
@@ -203,13 +204,14 @@ def test_permission_is_asked_for_in_a_conversation(spawn: Spawn, tmp_path: Path)
     assert "toys  hostile 1" in listing
     assert "✓ roll_dice" in listing
     assert '"count"' in terminal.ask("/tools roll_dice" + ENTER)
-    assert "there is no tool `nope`" in terminal.ask("/tools nope" + ENTER)
     assert "✓" not in terminal.ask("/tools reload" + ENTER)
-    terminal.send(CTRL_D)
+    assert "there is no tool `nope`" in terminal.ask("/tools nope" + ENTER)
+    terminal.send(CTRL_C + CTRL_D)
     assert terminal.wait() == 0
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_call_and_not_the_chat(spawn: Spawn, tmp_path: Path) -> None:
     mark = f"hang-{tmp_path.name}"
     mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=hang", mark])
@@ -243,6 +245,7 @@ def test_text_before_a_question_is_kept_and_does_not_answer_it(spawn: Spawn) -> 
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [CTRL_C, CTRL_D, ENTER])
 def test_keys_that_mean_no(spawn: Spawn, key: str) -> None:
     terminal = spawn(ASK)
@@ -252,6 +255,7 @@ def test_keys_that_mean_no(spawn: Spawn, key: str) -> None:
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "shown"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.text import Text
 from kimi_mlx.cli.chat.commands import Command
 from kimi_mlx.cli.chat.terminal_text import remove_controls, to_line
 from kimi_mlx.cli.chat.tool_loop import ToolLoop
-from kimi_mlx.cli.output import slow_status, stderr
+from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.tools.declarations import DeclaredTool
 from kimi_mlx.tools.servers import McpServers, ServerStatus
@@ -76,9 +77,15 @@ class ToolCommands:
         names = [status.name for status in servers.status()]
         if name is not None and name not in names:
             raise UsageError(f"there is no server `{name}`", hint=f"there are: {', '.join(names)}")
-        with slow_status() as set_status:
-            set_status(f"starting {name or 'all servers'}; Ctrl-C skips the rest")
-            servers.restart(name).result()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with slow_status() as set_status:
+                set_status(f"starting {to_line(name or 'all servers')}")
+                servers.restart(name).result()
+        except KeyboardInterrupt:
+            print_note("[not waiting; they are still starting]")
+        finally:
+            signal.signal(signal.SIGINT, handler)
         self._tools.permissions.reset()
 
     def _list(self, status: ServerStatus) -> None:
@@ -111,7 +118,7 @@ def tool_description(tool: DeclaredTool, is_allowed: bool) -> Text:
     """Return what a tool declares, as text that cannot control the terminal."""
     text = Text(tool.name, style="bold")
     text.append(
-        f"  server {to_line(tool.tool.server)}, {'allowed' if is_allowed else 'each call is a question'}", "dim"
+        f"  server {to_line(tool.tool.server)}, {'allowed' if is_allowed else 'needs permission for each call'}", "dim"
     )
     text.append(f"\n{remove_controls(tool.tool.description)}\n", "default")
     schema = json.dumps(tool.declaration["function"]["parameters"], indent=2, ensure_ascii=False)

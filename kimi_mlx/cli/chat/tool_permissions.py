@@ -32,6 +32,10 @@ ANSWERS: dict[str, Answer] = {
 }
 """What the user may type, in lower case. Enter alone is no."""
 
+CHOICES = "(o)nce, this (t)ool, (a)ll, (N)o: "
+ANSWER_CHARS = 4
+"""Space for the answer beside the question."""
+
 POLL_S = 0.1
 """Interval at which a question looks for Ctrl-C."""
 
@@ -117,14 +121,11 @@ class TerminalQuestion:
 
     def __call__(self, call: ToolCall, tool: DeclaredTool, is_cancelled: threading.Event) -> Answer:
         """Ask until the answer is valid."""
-        name = to_line(f"{tool.name} of {tool.tool.server}")
         with _line_mode() as typed_before:
             if typed_before:
                 self._keep(typed_before)
-            question = Text(f"Allow {name}? ", style="bold")
-            question.append("(o)nce, this (t)ool, (a)ll, (N)o: ", style="default")
             while not is_cancelled.is_set():
-                stderr.print(question, end="", soft_wrap=True)
+                stderr.print(question_about(tool, stderr.width), end="", soft_wrap=True)
                 line = _read_line(is_cancelled)
                 if line is None:
                     break
@@ -133,6 +134,13 @@ class TerminalQuestion:
                 stderr.print(Text("Type o, t, a or n, then Enter.", style="dim"))
         stderr.print()
         return "no"
+
+
+def question_about(tool: DeclaredTool, width: int) -> Text:
+    """Return the question whether a tool may run; in two lines if one is wider than the terminal."""
+    question = Text(f"Allow {to_line(tool.name)} of {to_line(tool.tool.server)}?", style="bold")
+    question.append(" " if len(question) + len(CHOICES) + ANSWER_CHARS < width else "\n")
+    return question.append(CHOICES, style="not bold")
 
 
 @contextmanager
