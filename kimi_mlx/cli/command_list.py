@@ -264,7 +264,12 @@ class PanelCommand(TyperCommand):
             if parameter.param_type_name == "option" and str(parameter.metavar).startswith("[")
             for name in parameter.opts
         ]
-        return super().parse_args(ctx, list(_with_empty_values(args, names)))
+        words = list(_with_empty_values(args, names))
+        self.set_defaults(ctx, words)
+        return super().parse_args(ctx, words)
+
+    def set_defaults(self, context: Any, words: list[str]) -> None:
+        """Set defaults of the options for a command line."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options of each panel."""
@@ -284,17 +289,16 @@ class PanelCommand(TyperCommand):
 class PanelCommandWithDefaults(PanelCommand):
     """A command whose options have defaults in `config.toml` and in presets."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the options, with the defaults of the files.
+    def set_defaults(self, context: Any, words: list[str]) -> None:
+        """Set the defaults of the files.
 
         Raises:
             UsageError: a file cannot be used.
         """
-        if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
+        if not context.resilient_parsing and not {"-h", "--help"} & set(words):
             from kimi_mlx.cli.option_defaults import set_defaults  # not for the list of commands
 
-            set_defaults(self, ctx, args)
-        return super().parse_args(ctx, args)
+            set_defaults(self, context, words)
 
 
 class LazyGroup(TyperGroup):

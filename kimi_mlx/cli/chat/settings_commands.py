@@ -52,12 +52,12 @@ class SettingsCommands:
                 complete=complete_setting,
             ),
             Command(
-                *("/system", "[TEXT|@FILE|-]", "show or set the instructions", self._system, "Model"),
+                *("/system", "[TEXT|@FILE|-]", "show or set system prompt", self._system, "Model"),
                 details="The system prompt is set to TEXT, or to the contents of FILE; `-` removes it. The messages so "
                 "far stay; `/clear` drops them.",
             ),
             Command(
-                *("/thinking", "[on|off|show|hide|fold]", "reasoning: on/off, display", self._thinking, "Model"),
+                *("/thinking", "[on|off|show|hide|fold]", "reasoning on/off, display", self._thinking, "Model"),
                 details=f"`on` and `off` switch the reasoning of models that can do both, `{DEFAULT}` leaves it to the "
                 "model. `show`, `hide` and `fold` say how it is displayed: all of it, nothing, or one line.",
                 complete=lambda argument: (*SWITCH, *MODES),

@@ -89,6 +89,13 @@ def test_the_environment_stands_between_a_preset_and_config_toml(files: Files, m
     assert parse("chat", "kimi-mini", "--preset", str(preset)).params["model"] == "kimi-mini"
 
 
+def test_options_whose_value_may_be_left_out(files: Files) -> None:
+    files.config("[chat]\ntemperature = 0.5\n")
+    for words in (["--continue"], ["-c", "-p", "hi"], ["--continue", "abc"]):
+        params = parse("chat", *words).params
+        assert (params["continue_"], params["temperature"]) == ("abc" if "abc" in words else "", 0.5)
+
+
 def test_a_table_beats_the_keys_above_the_tables(files: Files) -> None:
     files.config('model = "kimi-k2"\nranks = 2\n[bench]\nmodel = "moonlight"\n')
     context = parse("bench")
