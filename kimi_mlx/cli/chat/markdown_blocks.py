@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from markdown_it.tree import SyntaxTreeNode
 from rich.segment import Segment
@@ -269,7 +270,7 @@ def inline_segments(nodes: Sequence[SyntaxTreeNode], style: Style) -> Iterator[S
             yield from _address(node.attrs.get("src"), style)
         elif node.children:
             yield from inline_segments(node.children, style + INLINE_STYLES.get(node.type, PLAIN))
-            if node.type == "link" and _text_of(node) not in (url := str(node.attrs.get("href", ""))):
+            if node.type == "link" and not _is_address(_text_of(node), url := str(node.attrs.get("href", ""))):
                 yield from _address(url, style)
         else:
             yield Segment(_clean(node.content), style)
@@ -278,6 +279,11 @@ def inline_segments(nodes: Sequence[SyntaxTreeNode], style: Style) -> Iterator[S
 def _address(url: object, style: Style) -> Iterator[Segment]:
     if address := _clean(str(url or "")):
         yield Segment(f" ({address})", style + DIM)
+
+
+def _is_address(text: str, url: str) -> bool:
+    """Return whether the text of a link already says all of its address."""
+    return text in (url, unquote(url)) or url in (f"mailto:{text}", f"http://{text}", f"https://{text}")
 
 
 def _text_of(node: SyntaxTreeNode) -> str:
