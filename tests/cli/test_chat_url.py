@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -69,6 +70,7 @@ def test_pipes_schemas_and_system_prompts_work_there(server: RunningServer) -> N
     assert json.loads(call("chat", *url, "-p", "Choose", "--schema", schema).stdout)["a"] in (1, 2)
 
 
+@pytest.mark.slow
 def test_pictures_are_sent() -> None:
     with (
         closing(open_session(SessionOptions(KIMI_MINI_VL))) as session,
@@ -160,6 +162,7 @@ def record(server: RunningServer, folder: Path) -> LocalServer:
     return LocalServer(server.url, "big-model", str(folder.resolve()), 10**12, (), False, os.getpid(), time.time())
 
 
+@pytest.mark.slow
 def test_a_server_on_this_machine_is_offered(
     spawn: Spawn, server: RunningServer, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +185,7 @@ def test_a_server_on_this_machine_is_offered(
         assert server.metric('kimi_mlx_tokens_total{kind="completion"}') == count
 
 
+@pytest.mark.slow
 def test_without_a_terminal_a_server_on_this_machine_is_used(
     server: RunningServer, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,3 +205,27 @@ def test_without_a_terminal_a_server_on_this_machine_is_used(
             assert "using the server" not in call(*arguments).stderr
     with announce(replace(running, needs_key=True)):
         assert "needs a key" in call(*arguments).stderr
+
+
+def test_defaults_of_the_configuration_give_way(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    config = tmp_path / "kimi-mlx" / "config.toml"
+    config.parent.mkdir()
+    config.write_text('model = "kimi-k2"\nranks = 2\n')
+    done = call("chat", "--url", server.url, "-p", QUESTION, *GREEDY)
+    assert (done.returncode, "without effect" in done.stderr) == (0, False)
+    config.write_text(f'[chat]\nurl = "{server.url}"\n')
+    assert call("chat", "-p", QUESTION, *GREEDY).stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_tools_are_called_in_a_chat_with_a_server(server: RunningServer, tmp_path: Path) -> None:
+    program = Path(__file__).parents[1] / "mcp_server.py"
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"toys": {"command": sys.executable, "args": [str(program)]}}}))
+    arguments = ("-q", *GREEDY, "--mcp", str(file), "--allow", "all", "-p", "Roll 3 dice")
+    there = call("chat", "--url", server.url, *arguments)
+    assert there.stdout == call("chat", "kimi-mini", *arguments).stdout
+    assert "total" in there.stdout

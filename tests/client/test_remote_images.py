@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from kimi_mlx.client.address import parse_address
 from kimi_mlx.client.remote import RemoteChatModel
 from kimi_mlx.engine.events import Encoded
@@ -35,6 +37,7 @@ def talk(model: ChatModel) -> tuple[Sequence[Message], list[ChatEvent]]:
     return conversation.messages, events
 
 
+@pytest.mark.slow
 def test_a_conversation_about_a_picture() -> None:
     deployment = ModelDeployment("kimi-mini-vl", "hybrid", None, load_config(FOLDER))
     with closing(open_session(SessionOptions(FOLDER))) as session:

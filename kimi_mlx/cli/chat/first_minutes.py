@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kimi_mlx.cli.option_defaults import ENVIRONMENT
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.cluster.hosts.machine import LocalMachine, local_machine
@@ -23,13 +25,12 @@ def chat_model_name(argument: str | None) -> str:
     Args:
         argument: name that the user gave; None for none.
     """
-    name = model_name(argument)
-    return default_model(_rows(local_machine())) if argument is None and name == Settings.model else name
+    return model_name(argument) if argument or _has_default() else default_model(_rows(local_machine()))
 
 
 def show_first_note() -> None:
     """Print the note above a conversation for which no model is named, if it is on a terminal."""
-    if stderr.is_terminal and model_name(None) == Settings.model:
+    if stderr.is_terminal and not _has_default():
         machine = local_machine()
         print_note(f"{first_note(_rows(machine), machine)}\n")
 
@@ -84,6 +85,11 @@ def _recommendations(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     elif not fitting:
         lines.append(f"{here[0].upper()}{here[1:]} is too small for the known models: `kimi-mlx models` lists them")
     return lines
+
+
+def _has_default() -> bool:
+    """Return whether the user has chosen a default model."""
+    return bool(os.environ.get(ENVIRONMENT["model"]))
 
 
 def _rows(machine: LocalMachine) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
@@ -39,7 +39,11 @@ class OpenedChat:
 
 @contextmanager
 def open_chat(
-    launch: LaunchContext | None, target: ModelRef | None, arguments: ChatArguments, text: str | None = None
+    launch: LaunchContext | None,
+    target: ModelRef | None,
+    arguments: ChatArguments,
+    sources: Mapping[str, str],
+    text: str | None = None,
 ) -> Generator[OpenedChat]:
     """Load a model or connect to a server that has it, and read the files of the first message.
 
@@ -47,15 +51,18 @@ def open_chat(
         launch: launched hosts; None for this machine.
         target: the model; None for that of the server which the user has named.
         arguments: arguments of the user.
+        sources: where the values of options come from, by name.
         text: text of the first message; None for a conversation.
 
     Raises:
         KimiMlxError: the model cannot be loaded, the server does not answer, or a file cannot be read.
     """
-    server = named_server(arguments)
+    server = named_server(arguments, sources)
     if server is None and target is not None and launch is None:
-        server = running_server(target, arguments, can_ask=text is None)
+        server = running_server(target, arguments, sources, can_ask=text is None)
     if server is not None:
+        if unused := unused_options(sources):
+            print_note(f"without effect at a server: {', '.join(unused)}")
         with _open_remote(server, arguments, is_conversation=text is None) as chat:
             yield chat
         return
@@ -74,8 +81,6 @@ def _open_remote(server: ServerChoice, arguments: ChatArguments, *, is_conversat
     """
     prompt, is_quiet = arguments.prompt, arguments.output.quiet or arguments.output.json
     answers = chat_options(arguments.sampling, arguments.output.read_schema())
-    if unused := unused_options(arguments):
-        print_note(f"without effect at a server: {', '.join(unused)}")
     with slow_status(is_quiet) as set_status:
         set_status(f"connecting to {server.address.url}")
         model = RemoteChatModel(server.address, server.key, server.model)

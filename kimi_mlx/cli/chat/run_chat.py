@@ -88,7 +88,7 @@ def _converse(
 
     if target is not None and arguments.run.model is None and history.resumed is None:
         show_first_note()
-    with open_tools(arguments.tools) as tools, open_chat(launch, target, arguments) as chat:
+    with open_tools(arguments.tools) as tools, open_chat(launch, target, arguments, sources) as chat:
         wait_for_servers(tools)
         given = chat.conversation.options
         history.attach(chat.conversation, target, _weak(sources))
@@ -126,7 +126,7 @@ def _answer_once(
     with (
         end_without_reader(),
         open_tools(arguments.tools, is_quiet) as tools,
-        open_chat(launch, target, arguments, prompt) as chat,
+        open_chat(launch, target, arguments, sources, prompt) as chat,
     ):
         wait_for_servers(tools, is_quiet)
         for file in chat.files if not (output.json or output.quiet) else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import typer
 from kimi_mlx.cli.api_keys import read_client_key
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.local_server import source_of
+from kimi_mlx.cli.option_defaults import COMMAND_LINE
+from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.client.address import ServerAddress, parse_address
@@ -38,8 +41,14 @@ class ServerChoice:
     model: str | None
 
 
-def named_server(arguments: ChatArguments) -> ServerChoice | None:
+def named_server(arguments: ChatArguments, sources: Mapping[str, str]) -> ServerChoice | None:
     """Return the server of `--url`; None without that option.
+
+    A model that is a default of `config.toml` is not required of a server that the user names.
+
+    Args:
+        arguments: arguments of the user.
+        sources: where the values of options come from, by name.
 
     Raises:
         UsageError: it is not an address, or the file of the key cannot be read.
@@ -47,23 +56,28 @@ def named_server(arguments: ChatArguments) -> ServerChoice | None:
     options = arguments.remote
     if options.url is None:
         return None
-    return ServerChoice(parse_address(options.url), read_client_key(options.api_key_file), arguments.run.model)
+    is_weak = sources.get("model") == CONFIG_NAME != sources.get("url")
+    model = None if is_weak else arguments.run.model
+    return ServerChoice(parse_address(options.url), read_client_key(options.api_key_file), model)
 
 
-def running_server(target: ModelRef, arguments: ChatArguments, *, can_ask: bool) -> ServerChoice | None:
+def running_server(
+    target: ModelRef, arguments: ChatArguments, sources: Mapping[str, str], *, can_ask: bool
+) -> ServerChoice | None:
     """Return a server on this machine that has the model, if the user wants it; None to load the model.
 
     It is used without a question if there is nobody to ask, because a large model rarely fits twice.
 
     Args:
         target: the model.
-        arguments: arguments of the user; options of how the model runs mean that it is to be loaded.
+        arguments: arguments of the user.
+        sources: where the values of options come from; options of how the model runs mean that it is to be loaded.
         can_ask: whether the user can be asked.
 
     Raises:
         UsageError: the file of the key cannot be read.
     """
-    server = _find(target, arguments)
+    server = _find(target, arguments, sources)
     if server is None:
         return None
     can_ask = can_ask and sys.stdin.isatty() and stderr.is_terminal
@@ -83,10 +97,10 @@ def running_server(target: ModelRef, arguments: ChatArguments, *, can_ask: bool)
     return ServerChoice(parse_address(server.url), key, None)
 
 
-def _find(target: ModelRef, arguments: ChatArguments) -> LocalServer | None:
+def _find(target: ModelRef, arguments: ChatArguments, sources: Mapping[str, str]) -> LocalServer | None:
     """Return a server that has the model and answers; None if the model is to be loaded in any case."""
     is_packaged = target.entry is not None and target.entry.is_packaged
-    if arguments.remote.load or is_packaged or unused_options(arguments):
+    if arguments.remote.load or is_packaged or unused_options(sources):
         return None
     source = source_of(target)
     for server in find_servers():
@@ -95,14 +109,14 @@ def _find(target: ModelRef, arguments: ChatArguments) -> LocalServer | None:
     return None
 
 
-def unused_options(arguments: ChatArguments) -> list[str]:
-    """Return the options that the user has given and that have no effect if a server has the model."""
-    names: list[str] = []
-    for given, defaults in ((arguments.run, RunOptions()), (arguments.disk, DiskCacheOptions())):
-        for field in fields(given):
-            if field.name != "model" and getattr(given, field.name) != getattr(defaults, field.name):
-                names.append(f"--{field.name.replace('_', '-')}")
-    return names
+def unused_options(sources: Mapping[str, str]) -> list[str]:
+    """Return the options on the command line that have no effect if a server has the model.
+
+    Args:
+        sources: where the values of options come from, by name.
+    """
+    names = [field.name for group in (RunOptions, DiskCacheOptions) for field in fields(group) if field.name != "model"]
+    return [f"--{name.replace('_', '-')}" for name in names if sources.get(name) == COMMAND_LINE]
 
 
 def _duration(server: LocalServer) -> str:
