@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from kimi_mlx.store.locate import ensure_downloaded
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -118,6 +121,20 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
         shapes = vision_shapes(config["vision_config"])
         tensors |= {name: _store(name, tensor_values(name, shape, seed), dtype) for name, shape in shapes.items()}
     _write_folder(folder, {**config, "torch_dtype": dtype}, tensors)
+    return folder
+
+
+def write_endless_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
+    mini = ensure_downloaded("kimi-mini")
+    config = json.loads((mini / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
+    write_checkpoint(folder, kept, seed=1)
+    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(mini / name, folder)
+    generation = json.loads((mini / "generation_config.json").read_text())
+    del generation["kimi_mlx_max_tokens"]
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
 

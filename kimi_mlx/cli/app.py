@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import traceback
@@ -136,7 +138,9 @@ def run() -> None:
             _print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except typer.TyperException as error:
-        if _is_json():
+        if (known := _explain_words(error)) is not None:
+            _print_error(known)
+        elif _is_json():
             _print_error(UsageError(error.format_message(), hint=f"type `{_command_of(error)} --help` for the options"))
         else:
             error.show()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
@@ -148,6 +152,17 @@ def run() -> None:
             raise
         _print_error(known)
         sys.exit(EXIT_FAILED)
+
+
+def _explain_words(error: typer.TyperException) -> UsageError | None:
+    """Return the error for a prompt without `-p` after the model, as `ollama run` takes it; None for other errors."""
+    words = re.fullmatch(r"Got unexpected extra argument(?:\(s\)|s)? \((.*)\)", error.format_message(), re.DOTALL)
+    if words is None or _command_of(error) != "kimi-mlx chat":
+        return None
+    text = words[1]
+    return UsageError(
+        f"`{text}` is neither an option nor a model", hint=f"to send it as a prompt, type `-p {shlex.quote(text)}`"
+    )
 
 
 def _command_of(error: typer.TyperException) -> str:

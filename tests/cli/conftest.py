@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 
-from kimi_mlx.store.locate import ensure_downloaded
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import write_endless_checkpoint
 from tests.terminal import Terminal
 
 Spawn: TypeAlias = Callable[..., Terminal]
@@ -34,14 +31,5 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
 
 @pytest.fixture(scope="session")
 def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
-    mini = ensure_downloaded("kimi-mini")
-    config = json.loads((mini / "config.json").read_text())
-    kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
-    folder = write_checkpoint(tmp_path_factory.mktemp("endless"), kept, seed=1)
-    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(mini / name, folder)
-    generation = json.loads((mini / "generation_config.json").read_text())
-    del generation["kimi_mlx_max_tokens"]
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
+    """A model whose greedy answers never end."""
+    return write_endless_checkpoint(tmp_path_factory.mktemp("endless"))

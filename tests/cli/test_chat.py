@@ -117,6 +117,7 @@ def test_a_wrong_name_suggests_near_names() -> None:
         (("chat", "kimi-k3", "-p", "hi"), "Kimi K3"),
         (("chat", "/", "-p", "hi"), "`/config.json` does not exist"),
         (("no-such-command",), "no-such-command"),
+        (("chat", "kimi-mini", "hello there"), "to send it as a prompt, type `-p 'hello there'`"),
     ],
 )
 def test_bad_input_gets_a_clear_error(arguments: tuple[str, ...], words: str) -> None:
