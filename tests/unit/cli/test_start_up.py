@@ -34,6 +34,7 @@ LIGHT_PACKAGES = {
         "cluster",
         "engine",
         "files",
+        "folders",
         "model",
         "model_files",
         "parallel",
