@@ -99,17 +99,17 @@ class Stage:
         self.view = AnswerView(status, reasoning, plain, self.console, self.console)
         return self.view
 
-    def write(self, text: str, size: int = 5) -> None:
-        """Let the model write a text, 5 characters a token and 20 tokens a second."""
+    def write(self, text: str, size: int = 20) -> None:
+        """Let the model write a text, 20 characters a token and 10 tokens a second."""
         for start in range(0, len(text), size):
             self.view.show(Delta(text=text[start : start + size]))
-            self.wait(0.05)
+            self.wait(0.1)
 
     def think(self, text: str) -> None:
-        """Let the model reason, 5 characters a token and 20 tokens a second."""
-        for start in range(0, len(text), 5):
-            self.view.show(Delta(reasoning=text[start : start + 5]))
-            self.wait(0.05)
+        """Let the model reason, 20 characters a token and 10 tokens a second."""
+        for start in range(0, len(text), 20):
+            self.view.show(Delta(reasoning=text[start : start + 20]))
+            self.wait(0.1)
 
     def wait(self, seconds: float) -> None:
         """Let time pass."""
@@ -208,7 +208,7 @@ def stopped(stage: Stage) -> Iterator[str]:
 
 
 def chinese(stage: Stage) -> Iterator[str]:
-    stage.write(CHINESE, size=1)
+    stage.write(CHINESE, size=4)
     stage.finish()
     yield "at the end"
 

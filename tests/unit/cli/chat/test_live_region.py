@@ -30,7 +30,7 @@ def trimmed(rows: list[str]) -> list[str]:
     return rows
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10), UPDATES)
 def test_final_rows_stay_and_the_tail_is_below(above: int, updates: list[tuple[list[str], list[str]]]) -> None:
     screen = Screen(20, LINES)

@@ -93,7 +93,7 @@ def texts(lines: list[Line]) -> list[str]:
     return [plain_text(line).rstrip() for line in lines]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 600), max_size=12), st.sampled_from([12, 40, 80]))
 def test_lines_are_the_same_wherever_the_text_is_cut(text: str, cuts: list[int], width: int) -> None:
     whole, streamed = MarkdownStream(), MarkdownStream()
@@ -109,7 +109,7 @@ def test_lines_are_the_same_wherever_the_text_is_cut(text: str, cuts: list[int],
     assert all(line_width(line) <= width for line in lines)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(TEXTS)
 def test_lines_are_the_same_when_characters_arrive_alone(text: str) -> None:
     stream, lines = MarkdownStream(), []

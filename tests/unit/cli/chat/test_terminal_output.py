@@ -50,7 +50,7 @@ def shown(parts: list[str], columns: int, lines: int = 12) -> Screen:
     return screen
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(TEXTS, CUTS, st.sampled_from([40, 80, 200]))
 def test_the_screen_is_the_same_however_the_text_arrives(text: str, cuts: list[int], columns: int) -> None:
     streamed = shown(pieces(text, cuts), columns)
@@ -58,7 +58,7 @@ def test_the_screen_is_the_same_however_the_text_arrives(text: str, cuts: list[i
     assert not streamed.is_cursor_hidden
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(NASTY_TEXTS, CUTS)
 def test_no_escape_sequence_of_the_model_is_written(text: str, cuts: list[int]) -> None:
     screen = Screen(40)
