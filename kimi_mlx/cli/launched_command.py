@@ -11,7 +11,8 @@ import typer
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.standard_input import require_prompt
 from kimi_mlx.cli.command_list import LAUNCHED_COMMANDS, OTHER_TOOLS_COMMANDS, command_names
-from kimi_mlx.cli.option_defaults import LAUNCHED
+from kimi_mlx.cli.option_defaults import LAUNCHED, option_sources
+from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
@@ -48,6 +49,7 @@ class LaunchedCommand:
         self._parent.meta[LAUNCHED] = True
         with self._context() as parsed:
             self._parameters: dict[str, Any] = dict(parsed.params)
+            self._has_model = option_sources(parsed).get("model") not in (None, CONFIG_NAME)
         if self._parameters.get("model") in LAUNCHED_COMMANDS:
             name = self._parameters["model"]
             raise UsageError(f"`{words[0]}` must come after `{name}`", hint=f"put the options of `{name}` after it")
@@ -58,7 +60,16 @@ class LaunchedCommand:
 
     @property
     def model(self) -> str:
-        """Name of the model."""
+        """Name of the model; that of the conversation to continue if no other is given.
+
+        Raises:
+            HistoryError: there is no such conversation, or the history cannot be used.
+        """
+        continued = self._parameters.get("continue_")
+        if continued is not None and not self._has_model:
+            from kimi_mlx.cli.chat.chat_history import stored_model  # SQLite: only to continue a conversation
+
+            return stored_model(continued)
         return model_name(self._parameters.get("model"))
 
     @property

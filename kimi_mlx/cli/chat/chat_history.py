@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,18 @@ class ChatHistory:
         title = title_of(contents[0]) if contents else ""
         return ConversationRecord(0, "not stored", title, model, None, now, now, len(contents)), messages
 
+    @property
+    def conversation_id(self) -> str | None:
+        """Id of this chat in the history; None if it is not stored, or has no messages yet."""
+        if self.log is None or self.log.has_failed or (record := self.log.conversation) is None:
+            return None
+        return record.id
+
+    def note_id(self) -> None:
+        """Tell the user how to continue this chat, if it has messages."""
+        if (name := self.conversation_id) is not None:
+            print_note(f"`kimi-mlx chat --continue {name}` continues this conversation")
+
     def require_log(self) -> ConversationLog:
         """Return the log.
 
@@ -226,6 +239,19 @@ def open_history() -> HistoryStore:
     if folder is None:
         raise HistoryError("the user has no home folder for the history", hint="set XDG_DATA_HOME to a folder")
     return HistoryStore.open(folder)
+
+
+def stored_model(name: str) -> str:
+    """Return the model of a conversation of the history.
+
+    Args:
+        name: id, beginning of an id, or title; empty for the latest conversation.
+
+    Raises:
+        HistoryError: there is no such conversation, or the history cannot be used.
+    """
+    with closing(open_history()) as store:
+        return find_conversation(store, name).model
 
 
 def settings_of(conversation: Conversation) -> dict[str, Any]:

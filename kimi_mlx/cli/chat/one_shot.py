@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from kimi_mlx.cli.chat.answer_view import AnswerView
+from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.chat_status import status_of
 from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.statistics_text import statistics_line
@@ -95,15 +96,17 @@ def answer_once(
     placement: Choice,
     output: OutputOptions,
     tools: ToolLoop | None = None,
+    history: ChatHistory | None = None,
 ) -> None:
     """Print the answer to one prompt: the answer on stdout, all else on stderr.
 
     Args:
-        conversation: empty conversation with the model.
+        conversation: conversation with the model, empty or continued.
         content: the prompt.
         placement: placement of the model, for JSON.
         output: what is printed, and how.
         tools: runs the calls of the model; None for no tools.
+        history: log of the conversation, for its id in JSON; None if it is not stored.
 
     Raises:
         AnswerError: the answer is empty, or not complete JSON although there is a schema.
@@ -118,6 +121,7 @@ def answer_once(
     if output.json:
         _wait(ask, output)
         document, error = _to_dict(answer, placement, output, tools), answer.error(output)
+        document["conversation"] = None if history is None else history.conversation_id
         print_json(document if error is None else {**document, **error_to_dict(error)})
         if error is not None:
             raise typer.Exit(1)

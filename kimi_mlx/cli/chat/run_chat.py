@@ -22,7 +22,7 @@ from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.output import hides_messages
 from kimi_mlx.cli.reader_watch import end_without_reader
-from kimi_mlx.errors import UsageError
+from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.store.model_ref import ModelRef
 
 
@@ -105,7 +105,11 @@ def _converse(
             history=history,
             tools=tools,
         )
-        raise typer.Exit(run_repl(state))
+        try:
+            raise typer.Exit(run_repl(state))
+        except (typer.Exit, KimiMlxError):
+            history.note_id()
+            raise
 
 
 def _answer_once(
@@ -132,4 +136,4 @@ def _answer_once(
         for file in chat.files if not (output.json or output.quiet) else ():
             show_attachment(file)
         history.attach(chat.conversation, target, _weak(sources))
-        answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output, tools)
+        answer_once(chat.conversation, with_attachments(prompt, chat.files), chat.placement, output, tools, history)

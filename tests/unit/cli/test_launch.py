@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import closing
 from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch_checks, launched_command
+from kimi_mlx.cli.chat.chat_history import open_history
 from kimi_mlx.cli.check import first_difference
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cluster.doctor.cluster_checks import check_kernels
@@ -83,6 +85,19 @@ def test_arguments_of_the_command(
     assert [host.ssh for host in request.hostfile.hosts] == ["mac-a", "mac-b"]
     assert request.hostfile.envs == ("A=b=c",)
     assert not is_install
+
+
+def test_a_continued_conversation_brings_its_model(
+    reached: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert "there is no conversation yet" in call("launch", *HOSTS, "chat", "-p", "hi", "-c").stderr
+    with closing(open_history()) as store:
+        store.create("kimi-k2")
+    for words, model in ((["-c"], "kimi-k2"), (["moonlight", "-c"], "moonlight"), ([], "kimi-mini")):
+        reached.clear()
+        assert call("launch", *HOSTS, "chat", "-p", "hi", *words).returncode == REACHED
+        assert reached[0].model == model
 
 
 @pytest.mark.parametrize("words", [["--fast-sync", "chat", "-p", "hi"], ["bench", "--fast-sync"]])
