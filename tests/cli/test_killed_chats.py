@@ -64,5 +64,5 @@ def test_what_was_shown_is_kept(spawn: Spawn, tmp_path: Path) -> None:
             asked, answer = store.messages(find_conversation(store, question).number)
             assert asked.message.content == question
             assert answer.is_unfinished
-            assert str(answer.message.content).startswith(text), (question, text[-30:], answer.message.content[-30:])
+            assert str(answer.message.content).startswith(text), (question, text[-30:])
     assert len(set(map(len, shown.values()))) > NUM_ROUNDS  # the moments differ
