@@ -166,7 +166,10 @@ async def _relay(delay_s: float) -> None:
         return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
     while line := await reader.readline():
-        print(json.dumps([[await listen(target) for target in node] for node in json.loads(line)]), flush=True)
+        nodes: list[list[str]] = []
+        for node in json.loads(line):  # Python 3.10 has no nested asynchronous comprehensions
+            nodes.append([await listen(target) for target in node])
+        print(json.dumps(nodes), flush=True)
 
 
 def main() -> None:
