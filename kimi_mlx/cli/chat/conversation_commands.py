@@ -10,6 +10,7 @@ from rich.text import Text
 from kimi_mlx.cli.chat.answer_turn import show_answer
 from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.commands import Command
+from kimi_mlx.cli.chat.input.completion import complete_files
 from kimi_mlx.cli.chat.media_files import to_path
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.terminal_text import shorten, to_line
@@ -70,13 +71,15 @@ class ConversationCommands:
             Command(
                 *("/save", "FILE", "save as JSON", self._save, group),
                 details="OpenAI's format: messages with the system prompt; images as data URLs.",
+                complete=complete_files,
             ),
             Command(
                 *("/load", "FILE", "load a saved conversation", self._load, group),
                 details='JSON in OpenAI\'s format: {"messages": [...]}, or a list of messages. '
                 "The conversation so far stays in the history.",
+                complete=complete_files,
             ),
-            Command("/export", "FILE.md", "save as Markdown", self._export, group),
+            Command(*("/export", "FILE.md", "save as Markdown", self._export, group), complete=complete_files),
         ]
 
     def show_resumed(self) -> None:

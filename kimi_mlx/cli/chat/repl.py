@@ -53,7 +53,11 @@ class Repl:
                 details="The model, the system prompt and the settings stay.",
                 other_names=("/new", "/reset"),
             ),
-            Command("/help", "[COMMAND|keys]", "this list, or more of one", self._help, other_names=("/?",)),
+            Command(
+                *("/help", "[COMMAND|keys]", "this list, or more of one", self._help),
+                complete=lambda _: ["keys", *(command.name.removeprefix("/") for command in self.command_list)],
+                other_names=("/?",),
+            ),
             Command("/quit", "", "exit (Ctrl-D)", self._quit, other_names=("/exit", "/bye")),
         ]
 

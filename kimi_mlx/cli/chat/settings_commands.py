@@ -12,6 +12,7 @@ from rich.text import Text
 from kimi_mlx.cli.chat.answer_settings import DEFAULT, SETTINGS, check_setting, complete_setting
 from kimi_mlx.cli.chat.answer_view import ReasoningMode
 from kimi_mlx.cli.chat.commands import Command
+from kimi_mlx.cli.chat.input.completion import complete_mention
 from kimi_mlx.cli.chat.media_files import to_path
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.chat.text_files import read_text_file
@@ -55,6 +56,7 @@ class SettingsCommands:
                 *("/system", "[TEXT|@FILE|-]", "show or set system prompt", self._system, "Model"),
                 details="The system prompt is set to TEXT, or to the contents of FILE; `-` removes it. The messages so "
                 "far stay; `/clear` drops them.",
+                complete=complete_mention,
             ),
             Command(
                 *("/thinking", "[on|off|show|hide|fold]", "reasoning on/off, display", self._thinking, "Model"),

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+BEGIN_PASTE, END_PASTE = "\x1b[200~", "\x1b[201~"
+"""Marks of a terminal around pasted text; they are also sent between prompts."""
+
 
 def read_typed_ahead() -> list[str]:
     """Return the lines that were typed before the input line is open, for example while the model was loaded.

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from rich.text import Text
 
+from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
 from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.text.messages import ToolCall
@@ -159,7 +160,8 @@ def _line_mode() -> Generator[str]:
         while part := os.read(sys.stdin.fileno(), 4096):
             typed += part
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, cooked)
-        yield "".join(c for c in typed.decode(errors="replace").replace("\r", "\n") if c.isprintable() or c == "\n")
+        text = typed.decode(errors="replace").replace(BEGIN_PASTE, "").replace(END_PASTE, "").replace("\r", "\n")
+        yield "".join(c for c in text if c.isprintable() or c == "\n")
     finally:
         with contextlib.suppress(termios.error):  # the terminal was closed
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)

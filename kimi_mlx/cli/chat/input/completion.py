@@ -54,6 +54,11 @@ def complete_file(argument: str) -> list[str]:
     return [quote_name(name) for name in _names(unescape(argument))]
 
 
+def complete_mention(argument: str) -> list[str]:
+    """Return the names of files and folders that begin with an argument, each with `@` before it."""
+    return [f"@{name}" for name in complete_file(argument[1:])] if argument.startswith("@") else []
+
+
 def complete_files(argument: str) -> list[str]:
     """Return the names of files and folders to which the last word of an argument may be completed.
 

@@ -11,6 +11,8 @@ from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 
+from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
+
 CHUNK_BYTES = 65536
 LONG = 256
 """Number of characters that come at once only if they are pasted."""
@@ -18,7 +20,6 @@ LONG = 256
 PAUSE_S = 0.03
 """Pause that ends a pasted text whose end the terminal does not mark."""
 
-BEGIN_PASTE, END_PASTE = "\x1b[200~", "\x1b[201~"
 _UNFINISHED_KEY = re.compile(r"\x1b(\[[0-9;]*)?\Z")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which no key sends
 _LINE_END_OR_TAB = re.compile(r"[\r\n\t]")

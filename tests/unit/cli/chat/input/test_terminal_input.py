@@ -28,9 +28,8 @@ class Keyboard:
         """Keys, with the text of those that have one."""
         thread = threading.Thread(target=self._write, args=(data.encode(),))
         thread.start()
-        keys = self.input.read_keys()
-        thread.join(10)
-        while self.input._is_readable(0.0):  # pyright: ignore[reportPrivateUsage]
+        keys = []
+        while thread.is_alive() or self.input._is_readable(0.0):  # pyright: ignore[reportPrivateUsage]
             keys += self.input.read_keys()
         return [(str(getattr(key.key, "value", key.key)), key.data) for key in keys]
 
