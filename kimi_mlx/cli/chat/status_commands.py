@@ -177,10 +177,10 @@ def describe_plan(placement: Choice, prediction: Option | str | None, width: int
     if isinstance(prediction, str):
         lines.append(Text(f"no prediction: {prediction}", style="dim"))
     elif prediction is not None:
-        speed = (
-            f"decode {format_rate(prediction.decode_tok_per_s)}, prefill {format_rate(prediction.prefill_tok_per_s)}"
-        )
-        lines.append(Text(f"predicted: {speed}, context up to {prediction.longest_context:,} tokens"))
+        decode, prefill = (format_rate(rate) for rate in (prediction.decode_tok_per_s, prediction.prefill_tok_per_s))
+        longest = prediction.longest_context
+        context = f"context up to {longest:,} tokens" if longest else "but it does not fit"
+        lines.append(Text(f"predicted: decode {decode}, prefill {prefill}, {context}"))
         memory = prediction.memory
     if not memory:
         return Group(*lines)
