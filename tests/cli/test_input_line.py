@@ -16,6 +16,7 @@ from tests.terminal import ALT_ENTER, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTE
 
 SCREENS = Path(__file__).parent / "screens"
 WIDTHS = (40, 80, 200)
+SLOW = ((), pytest.mark.slow)
 CTRL_R, CTRL_X_CTRL_E, BACKSPACE, LEFT = "\x12", "\x18\x05", "\x7f", "\x1b[D"
 
 LINE = (
@@ -85,7 +86,7 @@ def lines(count: int) -> str:
     return "".join(f"line {number}\r" for number in range(count))
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("columns", [pytest.param(width, marks=SLOW[width != 80]) for width in WIDTHS])
 @pytest.mark.parametrize("is_marked", [True, False])
 def test_a_line_longer_than_the_screen_leaves_it_readable(
     spawn: Spawn, tmp_path: Path, columns: int, is_marked: bool
@@ -162,6 +163,7 @@ def test_blocks_are_edited_around_and_deleted_as_one(spawn: Spawn, tmp_path: Pat
     assert line.enter() == lines(48).replace("\r", "\n") + "? compared with nothing"
 
 
+@pytest.mark.slow
 def test_history_is_kept_across_runs_with_its_blocks(spawn: Spawn, tmp_path: Path) -> None:
     line = InputLine(spawn, tmp_path)
     line.terminal.send("first" + ALT_ENTER + "of two lines")
@@ -182,6 +184,7 @@ def test_history_is_kept_across_runs_with_its_blocks(spawn: Spawn, tmp_path: Pat
     assert line.enter() == "first\nof two lines"
 
 
+@pytest.mark.slow
 def test_completion_of_commands_arguments_and_files(spawn: Spawn, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "two words.txt").write_text("words")
@@ -200,6 +203,7 @@ def test_completion_of_commands_arguments_and_files(spawn: Spawn, tmp_path: Path
         line.screen()
 
 
+@pytest.mark.slow
 def test_menu_of_completions(spawn: Spawn, tmp_path: Path) -> None:
     screens: dict[str, str] = {}
     for columns in WIDTHS:
@@ -213,6 +217,7 @@ def test_menu_of_completions(spawn: Spawn, tmp_path: Path) -> None:
     check_screens(SCREENS, "completion", screens)
 
 
+@pytest.mark.slow
 def test_a_long_message_scrolls_in_half_of_the_screen(spawn: Spawn, tmp_path: Path) -> None:
     screens: dict[str, str] = {}
     for columns in WIDTHS[:2]:
@@ -273,6 +278,7 @@ def test_a_new_size_while_typing(spawn: Spawn, tmp_path: Path) -> None:
     assert line.enter() == "some words that do not fit into forty columns!"
 
 
+@pytest.mark.slow
 def test_the_terminal_is_left_as_it_was(spawn: Spawn, tmp_path: Path) -> None:
     line = InputLine(spawn, tmp_path)
     line.terminal.send("never sent")

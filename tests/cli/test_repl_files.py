@@ -164,6 +164,7 @@ def test_an_image_is_mentioned_in_its_place() -> None:
     assert sent(conversation) == [[A_PY, "is", "image", "red, as a.py says?"]]
 
 
+@pytest.mark.slow
 def test_an_editor_makes_the_next_draft(folder: Path, monkeypatch: pytest.MonkeyPatch, spawn: Spawn) -> None:
     editor = folder / "editor"
     editor.write_text('#!/bin/sh\necho more >> "$1"\n')
@@ -176,6 +177,7 @@ def test_an_editor_makes_the_next_draft(folder: Path, monkeypatch: pytest.Monkey
     assert type_lines(conversation_of("yes"), "/edit a draft") == ["", "/edit a draft"]
 
 
+@pytest.mark.slow
 def test_a_text_that_is_pasted_during_an_answer_is_one_message(spawn: Spawn) -> None:
     terminal = spawn(ENDLESS)
     terminal.expect("\n> ")
@@ -194,6 +196,7 @@ def test_a_text_that_is_pasted_during_an_answer_is_one_message(spawn: Spawn) -> 
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_program_that_was_suspended_keeps_what_is_typed(spawn: Spawn) -> None:
     terminal = spawn(ENDLESS)
     terminal.expect("\n> ")
