@@ -58,7 +58,7 @@ class Window:
 
     def __init__(self, folder: Path, command: list[str]):
         self._tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        variables = ["env", "NO_COLOR=", "COLORTERM=", f"PYTHONPATH={ROOT}", f"XDG_STATE_HOME={folder}"]
+        variables = ["env", "NO_COLOR=", "COLORTERM=", "TERM=tmux", f"PYTHONPATH={ROOT}", f"XDG_STATE_HOME={folder}"]
         self._run("new-session", "-d", "-x", "80", "-y", "24", *variables, *command)
 
     def _run(self, *arguments: str) -> str:
@@ -82,6 +82,10 @@ class Window:
             assert time.monotonic() < deadline, text
             time.sleep(0.1)
         return text
+
+    @property
+    def has_cursor(self) -> bool:
+        return self._run("display-message", "-p", "#{cursor_flag}").strip() == "1"
 
     def close(self) -> None:
         self._run("kill-server")
@@ -110,3 +114,26 @@ def test_a_window_that_is_resized_keeps_no_old_rows(tmp_path: Path) -> None:
     assert text.count("thinking") == 0
     assert text.count("answering") == 0
     assert [answer.count(f"word{number} ") + answer.count(f"word{number}\n") for number in range(50)] == [1] * 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_an_answer_is_suspended_and_continued(tmp_path: Path) -> None:
+    code = CHAT.partition("termios.TIOCSCTTY, 0)")[2].format(answer=f"'{'word ' * 100} end', pause_s=0.05")
+    (tmp_path / "chat.py").write_text(code)
+    window = Window(tmp_path, ["bash", "--norc"])
+    try:
+        window.send(f"PS1='shell: '; {sys.executable} {tmp_path}/chat.py", "Enter")
+        window.wait_for(lambda text: "\n>" in text)
+        window.send("hello", "Enter")
+        window.wait_for(lambda text: "answering" in text)
+        assert not window.has_cursor
+        window.send("C-z")
+        text = window.wait_for(lambda text: text.rstrip().endswith("shell:"))
+        assert "answering" not in text
+        assert window.has_cursor
+        window.send("fg", "Enter")
+        text = window.wait_for(lambda text: " end" in text and "tok/s" in text)
+    finally:
+        window.close()
+    assert text.partition("fg")[2].count("word") == 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, Protocol, TypeAlias
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.chat.chat_status import ChatStatus, format_duration
 from kimi_mlx.cli.chat.plain_output import PlainOutput
+from kimi_mlx.cli.chat.suspension import call_before_suspension
 from kimi_mlx.cli.chat.terminal_output import TerminalOutput
 from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.output import stderr, stdout
@@ -80,6 +81,10 @@ class AnswerOutput(Protocol):
         """Leave the terminal to others until the next output."""
         ...
 
+    def erase(self) -> None:
+        """Erase what is drawn again by the next refresh; safe at any moment."""
+        ...
+
     def close(self) -> None:
         """Draw what is left, and remove what does not stay."""
         ...
@@ -129,6 +134,7 @@ class AnswerView:
         self._first_token_at = 0.0
         self._opened_at = time.monotonic()
         self._is_paused = False
+        self._suspension = ExitStack()
         self._is_over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._refresh_often, daemon=True)
@@ -201,6 +207,7 @@ class AnswerView:
         if self._is_over.is_set():
             return
         self._is_over.set()
+        self._suspension.close()
         with self._lock:
             self._end_part()
             self.status.clear()
@@ -210,6 +217,7 @@ class AnswerView:
 
     def __enter__(self) -> AnswerView:
         """Show the status line from now on, and return the view."""
+        self._suspension.enter_context(call_before_suspension(self._release))
         self._thread.start()
         return self
 
@@ -218,6 +226,10 @@ class AnswerView:
     ) -> None:
         """Call finish()."""
         self.finish()
+
+    def _release(self) -> None:
+        with self._lock:
+            self._output.erase()
 
     def _show_delta(self, delta: Delta) -> None:
         self._count_token()

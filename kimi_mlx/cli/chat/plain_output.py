@@ -104,6 +104,10 @@ class PlainOutput:
         """Leave the terminal to others until the next output."""
         self._close_status()
 
+    def erase(self) -> None:
+        """Erase the status line."""
+        self._close_status()
+
     def close(self) -> None:
         """End the last lines and remove the status line."""
         self._close_status()

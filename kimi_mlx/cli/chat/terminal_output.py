@@ -165,6 +165,10 @@ class TerminalOutput:
         self._region.update(self._final, ())
         self._final = []
 
+    def erase(self) -> None:
+        """Erase the tail."""
+        self._region.close()
+
     def close(self) -> None:
         """Draw what is final, and erase the status line."""
         self._end_stream()
