@@ -62,7 +62,8 @@ class ServiceState:
         is_enabled: whether it starts at the next login.
         pid: process id while it is running.
         last_exit: exit code of the last process, or what ended it (such as `signal 9`); None if none has ended.
-        starts: number of starts since it was loaded (launchd), or of restarts after a failure (systemd), in words.
+        starts: number of starts since it was loaded (launchd), or of restarts after a failure (systemd), in words; None
+            if it is unknown, or 0.
     """
 
     is_running: bool

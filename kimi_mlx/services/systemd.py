@@ -158,13 +158,13 @@ class UserUnits:
         text = _systemctl("show", _unit(name), f"--property={properties}").stdout
         values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
         pid = int(values.get("MainPID") or 0) or None
-        restarts = format_count(int(values.get("NRestarts") or 0), "restart")
+        restarts = int(values.get("NRestarts") or 0)
         return ServiceState(
             pid is not None,
             values.get("UnitFileState") == "enabled",
             pid,
             _last_exit(values.get("ExecMainCode", "0"), values.get("ExecMainStatus", "0")),
-            f"{restarts} after a failure",
+            f"{format_count(restarts, 'restart')} after a failure" if restarts else None,
         )
 
 

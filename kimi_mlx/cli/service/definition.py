@@ -113,8 +113,12 @@ def check_port(server: ServerOptions, current: Service | None) -> None:
         UsageError: the port is in use, or the address does not belong to this machine.
     """
     if current is None or listening_port(current) != server.port:
-        with closing(ServerSocket(server.host, server.port)) as probe:
-            probe.listen()
+        try:
+            with closing(ServerSocket(server.host, server.port)) as probe:
+                probe.listen()
+        except UsageError as error:
+            hint = f"add `--port {server.port + 1}`; `kimi-mlx service status` lists the services and their ports"
+            raise UsageError(error.message, hint=hint) from error
 
 
 def option_value(service: Service, option: str) -> str | None:
