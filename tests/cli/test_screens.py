@@ -168,6 +168,7 @@ def tool_calls(stage: Stage) -> Iterator[str]:
 
 
 def long_prompt(stage: Stage) -> Iterator[str]:
+    stage.view.show(Encoded(image=1, num_images=2, done=0, total=12))
     stage.view.show(Encoded(image=1, num_images=2, done=3, total=12))
     stage.wait(3)
     yield "an image"

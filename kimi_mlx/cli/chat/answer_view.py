@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from kimi_mlx.cli.chat.chat_status import ChatStatus, format_duration
+from kimi_mlx.cli.chat.live_region import is_terminal
 from kimi_mlx.cli.chat.plain_output import PlainOutput
 from kimi_mlx.cli.chat.suspension import call_before_suspension
 from kimi_mlx.cli.chat.terminal_output import TerminalOutput
@@ -39,7 +40,7 @@ def is_plain(console: Console, option: bool = False) -> bool:
         console: console of the answers.
         option: whether the user asked for plain text.
     """
-    return option or not console.is_terminal or console.is_dumb_terminal or console.no_color
+    return option or console.no_color or not is_terminal(console)
 
 
 class AnswerOutput(Protocol):

@@ -30,6 +30,7 @@ class Activity:
         total: amount in all; None if it is not known.
         unit: unit of both, in the plural; empty to show their ratio only.
         since: time when it began.
+        first: amount that was done then, such as the tokens of a prompt that are in a cache.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Activity:
     total: int | None = None
     unit: str = ""
     since: float = field(default_factory=lambda: time.monotonic())
+    first: int = 0
 
     @property
     def seconds(self) -> float:
@@ -56,8 +58,9 @@ class Activity:
         share = f"{self.text} {fraction:.0%}"
         amount = f"{self.text} {self.done:,} of {self.total:,} {self.unit}" if self.unit else share
         left = ""
-        if is_long and self.done:
-            left = f"{format_duration(seconds * (self.total - self.done) / self.done)} left"
+        if is_long and self.done > self.first:
+            rate = (self.done - self.first) / seconds
+            left = f"{format_duration((self.total - self.done) / rate)} left"
         elif is_long:
             left = format_duration(seconds)
         if is_long:
@@ -99,7 +102,7 @@ class ChatStatus:
         """
         text = to_line(text)
         if self.activity is None or self.activity.text != text:
-            self.activity = Activity(text)
+            self.activity = Activity(text, first=done)
         self.activity.done, self.activity.total, self.activity.unit = done, total, unit
 
     def clear(self) -> None:

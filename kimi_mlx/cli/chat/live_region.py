@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from rich.console import Console
+
 BEGIN, END = "\x1b[?2026h\x1b[?7l", "\x1b[?7h\x1b[?2026l"
 """What surrounds each update: the terminal shows it as a whole and wraps no row, whatever it measures."""
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -142,6 +144,11 @@ def wraps_again(environment: Mapping[str, str] | None = None) -> bool:
     term = variables.get("TERM", "")
     is_tmux = bool(variables.get("TMUX"))
     return is_tmux or not ("XTERM_VERSION" in variables or term == "linux" or term.startswith("screen"))
+
+
+def is_terminal(console: Console) -> bool:
+    """Return whether a console is a terminal whose cursor can be moved, whatever FORCE_COLOR says."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 def _num_equal(old: Sequence[Row], new: Sequence[Row]) -> int:

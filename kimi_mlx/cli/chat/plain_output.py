@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from kimi_mlx.cli.chat.chat_status import ChatStatus
-from kimi_mlx.cli.chat.live_region import LiveRegion, Row, Size, wraps_again
+from kimi_mlx.cli.chat.live_region import LiveRegion, Row, Size, is_terminal, wraps_again
 from kimi_mlx.cli.chat.terminal_text import ControlFilter, cell_width
 from kimi_mlx.cli.chat.tool_display import format_tool_call, format_tool_result
 from kimi_mlx.text.messages import ToolCall, UnparsedToolCall
@@ -34,9 +34,9 @@ class PlainOutput:
         self._notes = notes
         self._status = status
         self._folds = folds
-        self._filter = ControlFilter() if console.is_terminal else None
+        self._filter = ControlFilter() if self._file.isatty() else None
         self._reasoning_filter = ControlFilter()
-        self._is_beside_text = console.is_terminal or not notes.is_terminal or _is_pipe(self._file)
+        self._is_beside_text = self._file.isatty() or not notes.is_terminal or _is_pipe(self._file)
         self._ends_with_newline = True
         self._notes_end_with_newline: bool | None = None  # None: no reasoning is being written
         self._region = status_region(notes)
@@ -126,7 +126,7 @@ class PlainOutput:
 
 def status_region(console: Console) -> LiveRegion | None:
     """Return a region for a status line; None if the console is no terminal that has one."""
-    if not console.is_terminal or console.is_dumb_terminal:
+    if not is_terminal(console):
         return None
     return LiveRegion(console.file, lambda: Size(console.width, console.height), wraps_again())
 

@@ -26,11 +26,18 @@ STATISTICS = Statistics(
 )
 
 
+class TerminalFile(io.StringIO):
+    """A file that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A terminal that records its input."""
     monkeypatch.setenv("TERM", "xterm-256color")
-    return Console(file=io.StringIO(), force_terminal=True, highlight=False, soft_wrap=True, width=80)
+    return Console(file=TerminalFile(), force_terminal=True, highlight=False, soft_wrap=True, width=80)
 
 
 @pytest.fixture
@@ -134,10 +141,12 @@ def test_what_is_plain(terminal: Console, pipe: Console, monkeypatch: pytest.Mon
     assert is_plain(pipe)
     assert is_plain(terminal)  # the tests set NO_COLOR
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert not is_plain(Console(force_terminal=True))
-    assert is_plain(Console(force_terminal=True), option=True)
+    assert not is_plain(Console(file=TerminalFile()))
+    assert is_plain(Console(file=TerminalFile()), option=True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert is_plain(Console(file=io.StringIO()))
     monkeypatch.setenv("TERM", "dumb")
-    assert is_plain(Console(force_terminal=True))
+    assert is_plain(Console(file=TerminalFile()))
 
 
 def test_statistics_line() -> None:
