@@ -63,14 +63,9 @@ def without_start(line: Line, length: int) -> Line:
 
 def to_row(line: Iterable[Segment]) -> Row:
     """Return a line as a row of the screen, with ANSI colours; no character of its text can control the terminal."""
-    parts: list[str] = []
-    width = 0
-    for text, style, _ in line:
-        shown = remove_controls(text).replace("\n", " ").replace("\t", " ")
-        parts.append(style.render(shown, color_system=ColorSystem.STANDARD) if style else shown)
-    text = plain_text(line)
-    width = cell_width(text)
-    return Row("".join(parts), width)
+    shown = [(remove_controls(text).replace("\n", " ").replace("\t", " "), style) for text, style, _ in line]
+    parts = [style.render(text, color_system=ColorSystem.STANDARD) if style else text for text, style in shown]
+    return Row("".join(parts), cell_width("".join(text for text, _ in shown)))
 
 
 def render_rows(console: Console, renderable: RenderableType, width: int) -> list[Row]:
