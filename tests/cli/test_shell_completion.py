@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyte
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from kimi_mlx.cli.command_list import COMMANDS
 from kimi_mlx.cli.shell_completion.complete import complete
 from kimi_mlx.cli.shell_completion.main import split_line
+from kimi_mlx.history.store import HistoryStore
 from tests.command import call
 from tests.terminal import CONTROLLING_TERMINAL, PATIENCE_S, TAB, Terminal
 
@@ -65,6 +67,19 @@ def test_models_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = values("kimi-mlx chat ")
     assert {"me/Kimi-mine", "you/Moonlight-mine"} <= set(found)
     assert not [name for name in found if "other" in name or name.startswith("folder")]
+
+
+def test_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert values("kimi-mlx chat --continue ") == []
+    assert values("kimi-mlx history ex") == ["export"]
+    assert not (tmp_path / "kimi-mlx").exists()
+    with closing(HistoryStore.open(tmp_path / "kimi-mlx" / "conversations")) as store:
+        conversation = store.create("kimi-mini")
+        store.rename(conversation.number, "Tax return")
+    assert complete(["chat", "--continue"], "").values == [(conversation.id, "Tax return")]
+    assert values(f"kimi-mlx chat -c {conversation.id[:3]}") == [conversation.id]
+    assert conversation.id in values("kimi-mlx history show ")
 
 
 def test_options_and_their_values() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
@@ -14,9 +15,11 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from typer.models import ParameterInfo
 
 from kimi_mlx.cli.shell_completion.complete import Completion
+from kimi_mlx.errors import HistoryError
 from kimi_mlx.folders import stores_folder
 
 MAX_HOSTFILE_BYTES = 100_000
+MAX_CONVERSATIONS = 50
 
 
 def values_of(name: str, metavar: str | None, hint: Any, word: str) -> Completion:
@@ -38,6 +41,12 @@ def values_of(name: str, metavar: str | None, hint: Any, word: str) -> Completio
         from kimi_mlx.parallel.placement import STRATEGIES
 
         return Completion([(strategy, "") for strategy in STRATEGIES])
+    if name == "continue_":
+        return Completion(list(conversation_ids()))
+    if metavar == "[WORDS]...":
+        from kimi_mlx.cli.history import ACTIONS
+
+        return Completion([*((action, usage) for action, usage in ACTIONS.items()), *conversation_ids()], "files")
     if name == "name":
         from kimi_mlx.services.choose import service_manager
 
@@ -82,6 +91,22 @@ def model_names() -> Iterator[tuple[str, str]]:
             yield entry.alias, entry.title
     for repository in sorted({*_repositories(_hub_cache(), "models--"), *_repositories(stores_folder(), "")} - known):
         yield repository, "on this machine"
+
+
+def conversation_ids() -> Iterator[tuple[str, str]]:
+    """Yield the ids of the latest conversations of the history, with their titles."""
+    from kimi_mlx.cli.chat.terminal_text import to_line
+    from kimi_mlx.history.database import FILE_NAME, history_folder
+    from kimi_mlx.history.store import HistoryStore
+
+    folder = history_folder()
+    if folder is None or not (folder / FILE_NAME).is_file():
+        return
+    try:
+        with closing(HistoryStore.open(folder)) as store:
+            yield from ((item.id, to_line(item.title)) for item in store.conversations(MAX_CONVERSATIONS))
+    except HistoryError:  # completion has no messages
+        return
 
 
 def _hub_cache() -> Path:
