@@ -1,8 +1,8 @@
 """An MCP server over stdio that does everything wrong; the standard library only, so that it starts quickly.
 
 Each tool has one fault, and each option is a fault of the whole server: `--silent`, `--stubborn`, `--bad-list`,
-`--endless-list`. An argument such as `roll_dice=hang` gives a tool that kimi-mini knows the fault of another one; then
-the server has the tools of tests/mcp_server.py.
+`--endless-list`; `--modern` is a server without handshake. An argument such as `roll_dice=hang` gives a tool that
+kimi-mini knows the fault of another one; then the server has the tools of tests/mcp_server.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ TOOLS += [
     {"name": "no_schema", "description": "", "inputSchema": {"type": "object", "not": {"required": ["x"]}}},
     {"name": "titles", "inputSchema": {"title": "T", "type": "object", "properties": {"title": {"type": "string"}}}},
 ]
+MODERN = {"resultType": "complete", "ttlMs": 0, "cacheScope": "public"}
+"""Fields of results from protocol version 2026-07-28 on."""
 TOYS: list[dict[str, Any]] = [
     {
         "name": name,
@@ -143,6 +145,11 @@ def call(id: int, name: str) -> dict[str, Any] | None:
 
 def answer(message: dict[str, Any]) -> dict[str, Any] | None:
     method, id = message["method"], message.get("id")
+    if "--modern" in sys.argv and method in ("initialize", "server/discover"):
+        if method == "initialize":
+            return {"id": id, "error": {"code": -32601, "message": "Method not found"}}
+        known = {"supportedVersions": ["2026-07-28"], "capabilities": {"tools": {}}}
+        return {"id": id, "result": {**known, **MODERN}}
     if method == "initialize" and "--silent" not in sys.argv:
         result = {
             "protocolVersion": message["params"]["protocolVersion"],
@@ -154,12 +161,14 @@ def answer(message: dict[str, Any]) -> dict[str, Any] | None:
         if "--bad-list" in sys.argv:
             return {"id": id, "result": {"tools": [{"name": 7}]}}
         result: dict[str, Any] = {"tools": TOYS if FAULTS else TOOLS}
+        if "--modern" in sys.argv:
+            result |= MODERN
         if "--endless-list" in sys.argv:
             result["nextCursor"] = "again"
         return {"id": id, "result": result}
     if method == "tools/call":
-        result = call(id, message["params"]["name"])
-        return None if result is None else {"id": id, "result": result}
+        outcome = call(message["id"], message["params"]["name"])
+        return None if outcome is None else {"id": id, "result": outcome | (MODERN if "--modern" in sys.argv else {})}
     return None
 
 

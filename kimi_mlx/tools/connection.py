@@ -113,7 +113,7 @@ class Connection:
         task, self._task = self._task, None
         if task is None or task.done():
             return
-        if self.state == "ready":
+        if self.state == "ready" or self._over.is_set():
             self._over.set()
             await asyncio.wait({task}, timeout=STOP_S)
         if not task.done():
@@ -174,10 +174,9 @@ class Connection:
                 ready.set_result(None)
                 self._on_change("")
                 await self._over.wait()
-                self._client = None
-        if self.state == "ready" and self._task is asyncio.current_task():  # it ended by itself
-            self._fail(f"it ended{join_lines(self._stderr_lines())}")
-            self._on_change(f"server {self.config.name} ended; it is started again when a tool of it is called")
+                if self.state == "ready" and self._task is asyncio.current_task():  # it ended by itself
+                    self._fail(f"it ended{join_lines(self._stderr_lines())}")
+                    self._on_change(f"server {self.config.name} ended; it is started again when a tool of it is called")
 
     @asynccontextmanager
     async def _open_transport(self) -> AsyncGenerator[Any]:
@@ -244,19 +243,23 @@ class Connection:
         if isinstance(cause, MCPError) and cause.code == REQUEST_TIMEOUT:
             return f"no answer within {format_seconds(limit_s)}" + join_lines(self._stderr_lines())
         if self.config.url:
-            return self._describe_http(cause)
-        if isinstance(cause, MCPError) and (cause.code, cause.message) == CLOSED:
+            return await self._describe_http(cause)
+        if _is_closed(cause):
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), END_REPORT_S)
             return "it ended" + join_lines(self._stderr_lines())
         return _first_line(cause)
 
-    def _describe_http(self, cause: BaseException) -> str:
+    async def _describe_http(self, cause: BaseException) -> str:
         """Describe an error of a server over HTTP. If it has lost the session, the next call opens another one."""
         code = self._http.code
         if code == 404 and self._client is not None:
             self._over.set()
-            return "the server has started again and lost the session; call again"
+            self._fail("the server has started again and lost the session")
+            return f"{self.error}; call again"
+        if _is_closed(cause) and self._task is not None:
+            await asyncio.wait({self._task}, timeout=END_REPORT_S)
+            return self.error or "the connection was closed"
         if code in (401, 403):
             return (
                 f'{self._http.text}; write "headers": {{"Authorization": "Bearer ${{TOKEN}}"}} '
@@ -282,6 +285,11 @@ def _root(error: BaseException) -> BaseException:
 def _code(error: BaseException) -> int | None:
     cause = _root(error)
     return cause.code if isinstance(cause, MCPError) else None
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Return whether an error is that of a closed connection."""
+    return isinstance(error, MCPError) and (error.code, error.message) == CLOSED
 
 
 def _first_line(error: BaseException) -> str:

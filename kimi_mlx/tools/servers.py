@@ -108,7 +108,12 @@ class McpServers:
                 self._started.result(POLL_S)
                 return
             except FutureTimeoutError:
-                on_wait([name for name, connection in self._connections.items() if connection.state == "starting"])
+                on_wait(self.starting)
+
+    @property
+    def starting(self) -> list[str]:
+        """Names of the servers that are starting."""
+        return [name for name, connection in self._connections.items() if connection.state == "starting"]
 
     @property
     def tools(self) -> list[DeclaredTool]:

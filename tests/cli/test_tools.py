@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_mlx.tools.config import ServerConfig
+from kimi_mlx.tools.servers import McpServers
 from tests.cli.conftest import Spawn
 from tests.command import call
 from tests.processes import start
@@ -74,12 +76,15 @@ def until_gone(mark: str) -> None:
         time.sleep(0.05)
 
 
-@contextmanager
-def toys_over_http() -> Iterator[str]:
-    """Run the good server over streamable HTTP; yields its URL."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def toys_over_http(port: int) -> Iterator[str]:
+    """Run the good server over streamable HTTP; yields its URL."""
     server = start([*TOYS, "--http", str(port)])
     try:
         deadline = time.monotonic() + LIMIT_S
@@ -91,7 +96,7 @@ def toys_over_http() -> Iterator[str]:
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}/mcp"
     finally:
-        server.terminate()
+        server.kill()
         server.wait(LIMIT_S)
 
 
@@ -156,7 +161,7 @@ def test_servers_that_fail_are_reported_and_the_others_used(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_good_server_over_both_transports(tmp_path: Path) -> None:
-    with toys_over_http() as url:
+    with toys_over_http(free_port()) as url:
         for server in (TOYS, {"url": url}):
             mcp = write(tmp_path, toys=server)
             for prompt, answer in (
@@ -166,6 +171,30 @@ def test_the_good_server_over_both_transports(tmp_path: Path) -> None:
             ):
                 done = chat("--mcp", mcp, "--allow", "all", "-p", prompt)
                 assert done.stdout == f"{answer}\n", done.stderr
+
+
+@pytest.mark.slow
+def test_an_http_server_that_is_started_again() -> None:
+    port = free_port()
+
+    def roll(servers: McpServers) -> str:
+        return servers.call("roll_dice", '{"count": 4}').result(LIMIT_S).text
+
+    with toys_over_http(port) as url:
+        servers = McpServers([ServerConfig("toys", url=url)]).__enter__()
+        servers.wait()
+        assert roll(servers) == '{"total": 12}'
+    try:
+        assert f"cannot connect to {url}" in roll(servers)
+        assert f"not available: cannot connect to {url}" in roll(servers)
+        with toys_over_http(port):
+            assert roll(servers) == '{"total": 12}'
+        with toys_over_http(port):
+            texts = [roll(servers), roll(servers)]
+            assert texts[-1] == '{"total": 12}'
+            assert "lost the session; call again" in texts[0] or "cannot connect" in texts[0]
+    finally:
+        servers.close()
 
 
 @pytest.mark.slow
@@ -290,6 +319,32 @@ def test_no_process_is_left_when_the_chat_is_killed(spawn: Spawn, tmp_path: Path
     until_gone(mark)
 
 
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_servers(spawn: Spawn, tmp_path: Path) -> None:
+    mark = f"silent-{tmp_path.name}"
+    mcp = write(tmp_path, silent=[*HOSTILE, "--silent", mark], toys=[*HOSTILE, "roll_dice=roll_dice"])
+    terminal = spawn(COMMAND, "chat", "--temp", "0", "--mcp", mcp, "--allow", "all")
+    terminal.expect("starting MCP servers: silent")
+    terminal.send(CTRL_C)
+    terminal.expect("not waiting for silent")
+    terminal.expect("\n> ")
+    assert "The tool says total: 12." in terminal.ask("Roll 4 dice." + ENTER)
+    terminal.send(CTRL_D)
+    assert terminal.wait() == 0
+    until_gone(mark)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_answer(spawn: Spawn, tmp_path: Path) -> None:
+    mark = f"one-{tmp_path.name}"
+    mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=hang", mark])
+    terminal = spawn(COMMAND, "chat", "--temp", "0", "--mcp", mcp, "--allow", "all", "-p", "Roll 4 dice.")
+    terminal.expect("running roll_dice")
+    terminal.send(CTRL_C)
+    assert terminal.wait() == 130
+    until_gone(mark)
+
+
 class _Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         data = b"<html><body><h1>Cheese</h1><p>It is yellow.</p></body></html>"
@@ -306,9 +361,6 @@ class _Page(BaseHTTPRequestHandler):
 @pytest.mark.slow
 def test_servers_of_others(tmp_path: Path) -> None:
     """mcp-server-git in a repository, and mcp-server-fetch with a local page."""
-    from kimi_mlx.tools.config import ServerConfig
-    from kimi_mlx.tools.servers import McpServers
-
     repository = tmp_path / "repository"
     commands = (["init", "-q", "-b", "main"], ["commit", "-q", "--allow-empty", "-m", "Add cheese"])
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
@@ -47,12 +48,13 @@ def open_tools(options: ToolOptions, is_quiet: bool = False) -> Generator[ToolLo
             servers.close()
 
 
-def wait_for_servers(tools: ToolLoop, is_quiet: bool = False) -> None:
+def wait_for_servers(tools: ToolLoop, is_quiet: bool = False, can_skip: bool = False) -> None:
     """Wait until each server is ready or has failed, and report those that have failed.
 
     Args:
         tools: result of open_tools.
         is_quiet: whether to show no status, and only warnings.
+        can_skip: whether Ctrl-C ends the wait, and not the command.
 
     Raises:
         ToolError: no server has started.
@@ -60,8 +62,17 @@ def wait_for_servers(tools: ToolLoop, is_quiet: bool = False) -> None:
     servers = tools.servers
     if servers is None:
         return
-    with slow_status(is_quiet) as set_status:
-        servers.wait(lambda names: set_status(f"starting MCP servers: {_list_names(names)}"))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if can_skip else None
+    try:
+        with slow_status(is_quiet) as set_status:
+            servers.wait(lambda names: set_status(f"starting MCP servers: {_list_names(names)}"))
+    except KeyboardInterrupt:
+        if not can_skip:
+            raise
+        print_note(f"[not waiting for {_list_names(servers.starting)}; their tools come when they are ready]")
+    finally:
+        if can_skip:
+            signal.signal(signal.SIGINT, handler)
     failed = [status for status in servers.status() if status.state == "failed"]
     for status in failed:
         text = f"warning: MCP server {to_line(status.name)}: {remove_controls(status.error)}"

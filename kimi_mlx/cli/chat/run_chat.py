@@ -89,7 +89,7 @@ def _converse(
     if target is not None and arguments.run.model is None and history.resumed is None:
         show_first_note()
     with open_tools(arguments.tools) as tools, open_chat(launch, target, arguments, sources) as chat:
-        wait_for_servers(tools)
+        wait_for_servers(tools, can_skip=True)
         given = chat.conversation.options
         history.attach(chat.conversation, target, _weak(sources))
         model, options = chat.conversation.model, chat.conversation.options

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from rich.text import Text
 
 from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
-from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.cli.chat.terminal_text import remove_controls, to_line
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.tools.declarations import DeclaredTool, fingerprint
@@ -32,6 +32,9 @@ ANSWERS: dict[str, Answer] = {
     **dict.fromkeys(("", "n", "no"), "no"),
 }
 """What the user may type, in lower case. Enter alone is no."""
+
+SHOW = ("s", "show")
+"""What shows the arguments of the call as they are; before, long ones are shortened."""
 
 CHOICES = "(o)nce, this (t)ool, (a)ll, (N)o: "
 ANSWER_CHARS = 4
@@ -130,9 +133,13 @@ class TerminalQuestion:
                 line = _read_line(is_cancelled)
                 if line is None:
                     break
-                if (answer := ANSWERS.get(line.strip().lower())) is not None:
+                word = line.strip().lower()
+                if (answer := ANSWERS.get(word)) is not None:
                     return answer
-                stderr.print(Text("Type o, t, a or n, then Enter.", style="dim"))
+                if word in SHOW:
+                    stderr.print(Text(remove_controls(call.arguments)), soft_wrap=True)
+                else:
+                    stderr.print(Text("Type o, t, a or n, then Enter; s shows all of the arguments.", style="dim"))
         stderr.print()
         return "no"
 

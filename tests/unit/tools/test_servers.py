@@ -215,6 +215,13 @@ def test_a_list_without_end() -> None:
         assert len({tool.name for tool in servers.tools}) == len(servers.tools)
 
 
+def test_a_server_without_handshake() -> None:
+    """Protocol version 2026-07-28."""
+    with running(hostile("--modern")) as servers:
+        assert servers.status()[0].error == ""
+        assert call(servers, "good").text == "good is done"
+
+
 def test_restart() -> None:
     with running(hostile()) as servers:
         first = json.loads(call(servers, "environment").text)
