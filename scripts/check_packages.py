@@ -118,6 +118,19 @@ def with_lowest_versions(python: str, wheel: str, folder: Path) -> tuple[Path, P
     return folder / "venv" / "bin" / "kimi-mlx", folder / "venv"
 
 
+IMPORT_ALL = """
+import importlib, pkgutil, kimi_mlx
+EXTRAS = ("av", "mcp", "mcp_types", "pillow_heif", "matplotlib", "mlx_vlm")
+for module in pkgutil.walk_packages(kimi_mlx.__path__, "kimi_mlx."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert error.name in EXTRAS, (module.name, error)
+"""
+"""Code that imports all modules: syntax and types that an older Python does not have are errors."""
+
+
 def size_bytes(folder: Path) -> int:
     """Return the size of all files, with bytecode left out, which pip and pipx write and uv does not."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
@@ -135,6 +148,7 @@ def check(install: Callable[[str, str, Path], tuple[Path, Path]], python: str, w
         answer = json.loads(run(str(program), "chat", "-p", "What are you?", "--json", **home))
         if "kimi-mini" not in answer["text"] or versions["commit"] is None:
             sys.exit(f"error: {versions} {answer}")
+        run(str(environment / "bin" / "python"), "-c", IMPORT_ALL, **home)
         wrong = subprocess.run([str(program), "chat", "--nonsense"], capture_output=True, text=True)
         if wrong.returncode != 2 or "No such option" not in wrong.stderr:
             sys.exit(f"error: {wrong}")
