@@ -111,11 +111,11 @@ def main() -> None:
         code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
-    if code >= 128:
-        terminal.restore()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, SystemExit):
             stream.flush()
+    if code >= 128:
+        terminal.restore()  # last, because threads may still draw
     os._exit(code)  # without MLX's own clean-up, which sometimes aborts the process
 
 

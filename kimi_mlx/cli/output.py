@@ -111,9 +111,9 @@ def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
     task = progress.add_task("")
     timer = threading.Timer(PROGRESS_AFTER_S, progress.start)
     timer.daemon = True
-    if not progress.disable:
-        timer.start()
     try:
+        if not progress.disable:
+            timer.start()  # waits for its thread, so Ctrl-C may come here
         yield lambda text: progress.update(task, description=text)
     finally:
         timer.cancel()

@@ -32,8 +32,8 @@ class TerminalState:
                 termios.tcsetattr(descriptor, termios.TCSANOW, self._modes)
         if os.environ.get("TERM") == "dumb":
             return
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                if stream.isatty():
-                    stream.write(RESET)
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if os.isatty(descriptor):
+                    os.write(descriptor, RESET.encode())
                     return
