@@ -31,8 +31,13 @@ def message_text(message: Message) -> str:
 
 
 def title_of(content: Content) -> str:
-    """Return a title for a conversation from its first message: the first words, in one line."""
-    words = content_text(content).split()
+    """Return a title for a conversation from its first message: the first words, in one line.
+
+    Of a message with files these are the words after the last file, where the user has typed them.
+    """
+    parts = [content] if content is None or isinstance(content, str) else [[part] for part in content]
+    texts = [content_text(part) for part in parts if isinstance(part, str | None) or "text" in part[0]]
+    words = next((text for text in reversed(texts) if text.strip()), content_text(content)).split()
     title = ""
     for word in words:
         if title and len(title) + 1 + len(word) > MAX_TITLE:

@@ -218,6 +218,14 @@ def test_a_title_is_made_of_the_first_words(log: ConversationLog, store: History
     log.on_remove(1)
     log.on_message(Message("user", "漢字" * 40))
     assert store.conversation(1).title == "漢字" * 30 + " ..."
+    image, file = {"type": "image", "image": b"pixels"}, {"type": "text", "text": "notes.txt\n..."}
+    for content, title in (
+        ([image, file, {"type": "text", "text": "What is it?"}], "What is it?"),
+        ([image], "[image]"),
+    ):
+        log.on_remove(1)
+        log.on_message(Message("user", content))
+        assert store.conversation(1).title == title
     log.rename("my title")
     log.on_remove(1)
     log.on_message(Message("user", "another"))

@@ -27,7 +27,7 @@ def test_a_conversation_as_markdown(log: ConversationLog, store: HistoryStore) -
     conversation = store.conversation(1)
     text = to_markdown(conversation, store.messages(1))
     assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "TIME", text) == (
-        f"# [image] Add.\n\n*{conversation.id} · TIME · kimi-mini*\n\n## System\n\nBe brief.\n\n"
+        f"# Add.\n\n*{conversation.id} · TIME · kimi-mini*\n\n## System\n\nBe brief.\n\n"
         "## You\n\n[image]\nAdd.\n\n"
         "## kimi-mini\n\n> First\n> think.\n\n"
         '**tool call add**\n\n```json\n{\n  "a": 1\n}\n```\n\n'
