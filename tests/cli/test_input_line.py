@@ -164,6 +164,17 @@ def test_blocks_are_edited_around_and_deleted_as_one(spawn: Spawn, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_dropped_files_are_no_block(spawn: Spawn, tmp_path: Path) -> None:
+    line = InputLine(spawn, tmp_path)
+    names = [str(tmp_path / f"{'x' * 100}{number}.png") for number in range(20)]
+    for name in names:
+        Path(name).write_text("")
+    line.paste(" ".join(names))
+    line.screen("19.png")
+    assert line.enter() == " ".join(names)
+
+
+@pytest.mark.slow
 def test_history_is_kept_across_runs_with_its_blocks(spawn: Spawn, tmp_path: Path) -> None:
     line = InputLine(spawn, tmp_path)
     line.terminal.send("first" + ALT_ENTER + "of two lines")

@@ -112,5 +112,5 @@ def _completions(word: str, candidates: Iterable[str]) -> Iterator[Completion]:
     """Yield completions of a word; the menu shows the last part of a path."""
     for candidate in candidates:
         if candidate.lower().startswith(word.lower()):
-            last = candidate.rstrip("/").rpartition("/")[2]
-            yield Completion(candidate, start_position=-len(word), display=unescape(last))
+            name = candidate.rstrip("/").rpartition("/")[2] + ("/" if candidate.endswith("/") else "")
+            yield Completion(candidate, start_position=-len(word), display=unescape(name))

@@ -21,7 +21,9 @@ from prompt_toolkit.filters import (
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
-from kimi_mlx.cli.chat.input.pasted_blocks import PastedBlocks, to_line_feeds
+from kimi_mlx.cli.chat.dropped_files import split_dropped_files
+from kimi_mlx.cli.chat.input.pasted_blocks import MAX_SHOWN, PastedBlocks, to_line_feeds
+from kimi_mlx.cli.chat.media_files import is_media_file
 
 BUFFER_NAME = "message"
 _EDITING_MODE = re.compile(r"^\s*set\s+editing-mode\s+(\w+)", re.MULTILINE)
@@ -60,7 +62,8 @@ def create_key_bindings(blocks: PastedBlocks, edit: Callable[[Buffer], None]) ->
 
     @bindings.add(Keys.BracketedPaste, filter=at_message)
     def paste(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text(blocks.add(to_line_feeds(event.data)))
+        text = to_line_feeds(event.data)
+        event.current_buffer.insert_text(text if _is_dropped(text) else blocks.add(text))
 
     @bindings.add(Keys.Vt100MouseEvent)
     def ignore(event: KeyPressEvent) -> None:
@@ -90,6 +93,11 @@ def create_key_bindings(blocks: PastedBlocks, edit: Callable[[Buffer], None]) ->
         event.app.suspend_to_background()
 
     return bindings
+
+
+def _is_dropped(text: str) -> bool:
+    """Return whether a pasted text is nothing but paths of images and videos, as if they were dropped."""
+    return len(text) <= MAX_SHOWN and all(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
 
 
 def is_continued(line: str) -> bool:

@@ -21,7 +21,7 @@ MAX_LINES = 5
 MAX_CHARACTERS = 1000
 """Maximum length of a pasted text that is shown as it is."""
 
-MAX_SHOWN = 20_000
+MAX_SHOWN = 10_000
 """Maximum length of a draft or of an earlier message that is shown as it is: a longer one becomes a block."""
 
 FIRST, LAST = "\U000f0000", "\U000ffffd"
@@ -113,14 +113,14 @@ class BlockProcessor(Processor):
 
     def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
         """Replace the characters of blocks in a line."""
+        if not _PRIVATE.search(transformation_input.document.lines[transformation_input.lineno]):
+            return Transformation(transformation_input.fragments)
         shown: StyleAndTextTuples = []
         widths: list[int] = []
         for style, character, *_ in explode_text_fragments(transformation_input.fragments):
             label = self._blocks.label(character)
             shown.append((style, character) if label is None else (f"{style} class:pasted", label))
             widths.append(1 if label is None else len(label))
-        if sum(widths) == len(widths):
-            return Transformation(transformation_input.fragments)
         starts = _starts(widths)
 
         def to_display(position: int) -> int:

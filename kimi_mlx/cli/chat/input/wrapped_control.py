@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
 
 from prompt_toolkit.data_structures import Point
-from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.formatted_text import StyleAndTextTuples, fragment_list_to_text
 from prompt_toolkit.layout.controls import BufferControl, GetLinePrefixCallable, UIContent
 from prompt_toolkit.layout.screen import Char
 from prompt_toolkit.layout.utils import explode_text_fragments
@@ -24,12 +26,17 @@ class WrappedControl(BufferControl):
         content = super().create_content(width, height, preview_search)
         rows: list[StyleAndTextTuples] = []
         first_rows: list[int] = []  # of each line
-        starts: list[list[int]] = []  # positions of the rows of each line
+        starts: list[Sequence[int]] = []  # positions of the rows of each line
         for number in range(content.line_count):
-            line = explode_text_fragments(content.get_line(number))
-            starts.append(row_starts("".join(character for _, character, *_ in line), width))
+            line = content.get_line(number)
+            starts.append(row_starts(fragment_list_to_text(line), width))
             first_rows.append(len(rows))
-            rows += [line[start:end] for start, end in zip(starts[-1], [*starts[-1][1:], len(line)], strict=True)]
+            if len(starts[-1]) == 1:
+                rows.append(line)
+            else:
+                line = explode_text_fragments(line)
+                ends = [*starts[-1][1:], len(line)]
+                rows += [line[start:end] for start, end in zip(starts[-1], ends, strict=True)]
 
         def to_row(point: Point) -> Point:
             row = bisect_right(starts[point.y], point.x) - 1
@@ -51,7 +58,8 @@ class WrappedControl(BufferControl):
         return self.create_content(width, 1).line_count
 
 
-def row_starts(line: str, width: int) -> list[int]:
+@lru_cache(4096)  # of each line, for each key that is pressed
+def row_starts(line: str, width: int) -> Sequence[int]:
     """Return the positions at which the rows of a line begin.
 
     Args:
