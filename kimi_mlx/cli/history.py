@@ -62,7 +62,7 @@ def history(
 
     Without words it lists the latest conversations. `kimi-mlx chat --continue ID` continues one.
     """
-    from kimi_mlx.cli.chat.chat_history import open_history
+    from kimi_mlx.history.store import open_history
 
     action, names = _split(words or [])
     with closing(open_history()) as store:

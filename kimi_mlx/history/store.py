@@ -14,7 +14,7 @@ from typing import Any
 
 from kimi_mlx.errors import HistoryError
 from kimi_mlx.history.answer_parts import answer_of, delta_to_json
-from kimi_mlx.history.database import FILE_NAME, connect, history_errors, to_history_error, transaction
+from kimi_mlx.history.database import FILE_NAME, connect, history_errors, history_folder, to_history_error, transaction
 from kimi_mlx.history.json_text import to_json
 from kimi_mlx.history.locks import ConversationLocks
 from kimi_mlx.history.media import put_contents, take_contents
@@ -362,6 +362,18 @@ class HistoryStore:
     def _contents(self, sha256: str) -> bytes | None:
         row = self._connection.execute("SELECT contents FROM media WHERE sha256 = ?", (sha256,)).fetchone()
         return None if row is None else row[0]
+
+
+def open_history() -> HistoryStore:
+    """Open the history of the user.
+
+    Raises:
+        HistoryError: it cannot be used.
+    """
+    folder = history_folder()
+    if folder is None:
+        raise HistoryError("the user has no home folder for the history", hint="set XDG_DATA_HOME to a folder")
+    return HistoryStore.open(folder)
 
 
 def _may_have(document: str, words: Sequence[str]) -> bool:

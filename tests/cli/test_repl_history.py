@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.chat.chat_history import NO_RESULT, ChatHistory, open_history
+from kimi_mlx.cli.chat.chat_history import NO_RESULT, ChatHistory
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.options import HistoryOptions
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.history.store import HistoryStore
+from kimi_mlx.history.store import HistoryStore, open_history
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Delta, Message, ToolCall

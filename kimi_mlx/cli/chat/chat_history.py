@@ -12,12 +12,11 @@ from kimi_mlx.cli.chat.first_minutes import chat_model_name
 from kimi_mlx.cli.chat.prompt import resolve_chat_model
 from kimi_mlx.cli.output import print_note
 from kimi_mlx.errors import HistoryError, UsageError
-from kimi_mlx.history.database import history_folder
 from kimi_mlx.history.find import find_conversation
 from kimi_mlx.history.log import ConversationLog
 from kimi_mlx.history.plain_text import title_of
 from kimi_mlx.history.records import ConversationRecord, MessageRecord
-from kimi_mlx.history.store import HistoryStore
+from kimi_mlx.history.store import HistoryStore, open_history
 from kimi_mlx.store.model_ref import resolve_model_name
 
 if TYPE_CHECKING:
@@ -227,18 +226,6 @@ class ChatHistory:
         """Close the history."""
         if self._store is not None:
             self._store.close()
-
-
-def open_history() -> HistoryStore:
-    """Open the history of the user.
-
-    Raises:
-        HistoryError: it cannot be used.
-    """
-    folder = history_folder()
-    if folder is None:
-        raise HistoryError("the user has no home folder for the history", hint="set XDG_DATA_HOME to a folder")
-    return HistoryStore.open(folder)
 
 
 def stored_model(name: str) -> str:

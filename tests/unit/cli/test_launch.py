@@ -13,7 +13,6 @@ import pytest
 import typer
 
 from kimi_mlx.cli import launch_checks, launched_command
-from kimi_mlx.cli.chat.chat_history import open_history
 from kimi_mlx.cli.check import first_difference
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cluster.doctor.cluster_checks import check_kernels
@@ -25,6 +24,7 @@ from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
 from kimi_mlx.cluster.network.choose import check_encryption
 from kimi_mlx.cluster.network.links import Network
+from kimi_mlx.history.store import open_history
 from kimi_mlx.units import GIB
 from tests.command import call
 from tests.unit.cluster.doctor.test_host_checks import MAC, OTHER
