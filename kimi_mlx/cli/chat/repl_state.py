@@ -30,7 +30,7 @@ class ReplState:
         conversation: the conversation; a command may put another one here.
         settings: settings of the answers, and where they come from.
         status: status line.
-        placement: the planner's choice; None for a model behind a server.
+        placement: the planner's choice; None, or without a strategy, for a model behind a server.
         reasoning: what is shown of the reasoning.
         is_plain: whether the user asked for plain text.
         attached: files for the next message.

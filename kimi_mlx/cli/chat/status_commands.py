@@ -65,7 +65,7 @@ class StatusCommands:
 
     def _plan(self, argument: str) -> None:
         placement = self._state.placement
-        if placement is None:
+        if placement is None or not placement.strategy:
             print_note("the server has placed the model; `/model` shows how, `kimi-mlx plan` predicts other placements")
             return
         prediction = None if placement.memory or placement.reason != ALONE.reason else self._prediction()

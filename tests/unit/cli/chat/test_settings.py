@@ -212,6 +212,8 @@ def test_the_plan_shows_reason_and_memory() -> None:
 def test_the_commands_of_status(chat: Chat) -> None:
     assert "fake" in chat.type("/model")
     assert "the server has placed the model" in chat.type("/plan")
+    chat.state.placement = Choice("", "served at http://mac-a:8080")
+    assert "the server has placed the model" in chat.type("/plan")
     chat.state.placement = Choice("hybrid", "one rank has the whole model")
     assert "hybrid: one rank has the whole model" in chat.type("/plan")
     chat.type("hi")
