@@ -104,7 +104,7 @@ def test_time_limit_for_clients_that_do_not_read(running: RunningServer, monkeyp
 
 
 def test_malformed_requests_are_answered(running: RunningServer) -> None:
-    for data, status in ((b"\x00\xff\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", b"404")):
+    for data, status in ((b"\x00\xff\r\n\r\n", b"400"), (b"GET /x HTTP/1.1\r\nhost: localhost\r\n\r\n", b"404")):
         with closing(socket.create_connection(("127.0.0.1", running.port), timeout=5)) as connection:
             connection.sendall(data)
             assert status in connection.recv(1000).partition(b"\r\n")[0]

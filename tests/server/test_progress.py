@@ -131,9 +131,8 @@ def test_cluster_describes_the_model_and_its_answers() -> None:
     session = FixedSession(ids, pause_s=0.02, is_endless=True)
     with serving(session) as server, httpx2.Client(base_url=server.url, timeout=60) as client:
         body = {"messages": MESSAGES, "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            wait_until(lambda: client.get("/v1/cluster").json()["active"] == 1)
-            next(response.iter_bytes())
+        with client.stream("POST", "/v1/chat/completions", json=body):
+            wait_until(lambda: [item["state"] for item in client.get("/v1/cluster").json()["answers"]] == ["decode"])
             document = client.get("/v1/cluster").json()
         status = ModelStatus.from_dict(document)
         assert (status.model, status.is_up, status.active, status.waiting) == ("kimi-mini", True, 1, 0)
