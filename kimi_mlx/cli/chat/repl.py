@@ -159,18 +159,19 @@ class Repl:
         self._state.is_over = True
 
 
-def run_repl(state: ReplState) -> int:
+def run_repl(state: ReplState, keeps_input: bool = True) -> int:
     """Run a conversation in the terminal until the user exits; return the exit code.
 
     Args:
         state: the conversation, with the files of the first message.
+        keeps_input: whether messages are kept for the input line of later chats.
 
     Raises:
         RingError: the connection between the hosts was lost.
         KeyboardInterrupt: Ctrl-C was pressed twice during one answer.
     """
     repl = Repl(state)
-    folder = state_folder()
+    folder = state_folder() if keeps_input else None
     with open_input_line(repl.command_list, folder / "history" if folder else None) as line:
         repl.run(line)
     return 0

@@ -106,7 +106,7 @@ def _converse(
             tools=tools,
         )
         try:
-            raise typer.Exit(run_repl(state))
+            raise typer.Exit(run_repl(state, keeps_input=not arguments.history.no_log))
         except (typer.Exit, KimiMlxError):
             history.note_id()
             raise

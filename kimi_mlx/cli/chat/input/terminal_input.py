@@ -14,6 +14,7 @@ from prompt_toolkit.keys import Keys
 from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
 
 CHUNK_BYTES = 65536
+CTRL_C = "\x03"
 LONG = 256
 """Number of characters that come at once only if they are pasted."""
 
@@ -62,6 +63,8 @@ class TerminalInput(Vt100Input):
     def read_keys(self) -> list[KeyPress]:
         """Return the keys that were pressed since the last call."""
         data = self._read()
+        if data == CTRL_C and self._is_in_paste():  # the end of the paste was lost
+            data = END_PASTE + CTRL_C
         if not self._has_unfinished_key and not self._is_in_paste() and _may_be_pasted(data):
             while self._is_readable(PAUSE_S) and (more := self._read()):
                 data += more

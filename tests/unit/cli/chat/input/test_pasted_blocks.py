@@ -44,6 +44,17 @@ def test_a_message_knows_its_blocks() -> None:
     assert message.is_pasted(4)
 
 
+def test_a_draft_gets_its_blocks_back() -> None:
+    blocks = PastedBlocks()
+    other = "".join(f"other {number}\n" for number in range(9))
+    edited = f"Why {blocks.add(LINES)}{blocks.add(other)}? {blocks.add(LINES)}"
+    assert blocks.collapse_draft(blocks.expand(edited).text) == edited
+    assert blocks.collapse_draft("Why?") == "Why?"
+    long = "word " * 10_000
+    assert blocks.expand(blocks.collapse_draft(long)).text == long
+    assert len(blocks.collapse_draft(long)) == 1
+
+
 def test_private_characters_in_a_pasted_text_are_no_blocks() -> None:
     blocks = PastedBlocks()
     block = blocks.add(LINES)

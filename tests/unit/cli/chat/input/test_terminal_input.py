@@ -73,6 +73,11 @@ def test_keys_are_keys(keyboard: Keyboard, data: str) -> None:
     assert PASTE not in [key for key, _ in keyboard.press(data)]
 
 
+def test_ctrl_c_ends_a_paste_whose_end_was_lost(keyboard: Keyboard) -> None:
+    assert keyboard.press("\x1b[200~never ended") == []
+    assert keyboard.press("\x03") == [(PASTE, "never ended"), ("c-c", "\x03")]
+
+
 def test_text_typed_ahead_is_keys(keyboard: Keyboard) -> None:
     keyboard._write(b"one\rtwo\r\x1b[200~a\rb\x1b[201~")  # pyright: ignore[reportPrivateUsage]
     keyboard.input.store_typed_ahead()
