@@ -267,3 +267,17 @@ def test_a_broken_history_is_reported_and_the_chat_goes_on(tmp_path: Path, capfd
     shown = capfd.readouterr().err
     assert shown.count("this chat is not stored") == 1
     assert "file is not a database" in shown.replace("\n", " ")
+
+
+def test_an_error_of_the_log_stands_in_its_own_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    repl, state = start()
+    handle(repl, "first")
+    state.history.store._connection.execute("PRAGMA max_page_count = 1")  # SQLite's error of a full disk
+    state.conversation.model = conversation_of("word " * 5000).model
+    handle(repl, "second")
+    handle(repl, "third")
+    shown = capfd.readouterr().err
+    assert shown.count("this conversation is no longer stored") == 1
+    assert "database or disk is full" in shown.replace("\n", " ")
+    assert len(state.conversation.messages) == 6
+    assert not handle(repl, f"/load {tmp_path / 'chat.json'}")

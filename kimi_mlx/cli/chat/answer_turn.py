@@ -38,6 +38,7 @@ def show_answer(state: ReplState, answer: Generator[ChatEvent, None, None]) -> N
         AnswerView(state.status, state.reasoning, state.is_plain) as view,
         closing(state.tools.run(conversation, answer, view)) as events,
         _ctrl_c_stops(conversation, state.tools) as is_stopped,
+        state.history.notes_in(view.note),
     ):
         stderr.print()
         for item in events:

@@ -170,6 +170,10 @@ class AnswerView:
         with self._lock:
             self._output.note(renderable)
 
+    def note(self, text: str) -> None:
+        """Show a message of the program itself, dimmed."""
+        self.print(_note(text))
+
     def tool_started(self, call: ToolCall) -> None:
         """Say that a call runs."""
         self.status.set(f"running {call.name}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class ChatHistory:
     ):
         self._store = store
         self._is_logged = is_logged
+        self._show_note: Callable[[str], None] = print_note
         self.log: ConversationLog | None = None
         self.resumed = resumed
 
@@ -114,7 +115,7 @@ class ChatHistory:
         """
         if self._store is not None and self._is_logged:
             model = conversation.model.name if target is None else stored_name(target)
-            self.log = ConversationLog(self._store, model, lambda: settings_of(conversation), print_note)
+            self.log = ConversationLog(self._store, model, lambda: settings_of(conversation), self._show)
         if self.resumed is None:
             conversation.listener = self.log
             return
@@ -199,6 +200,22 @@ class ChatHistory:
         contents = [message.content for message in conversation.messages if message.role == "user"]
         title = title_of(contents[0]) if contents else ""
         return ConversationRecord(0, "not stored", title, model, None, now, now, len(contents)), messages
+
+    @contextmanager
+    def notes_in(self, show: Callable[[str], None]) -> Generator[None]:
+        """Show errors of the log in another way within a block, such as above an answer that is being drawn.
+
+        Args:
+            show: function that shows a text to the user.
+        """
+        self._show_note = show
+        try:
+            yield
+        finally:
+            self._show_note = print_note
+
+    def _show(self, text: str) -> None:
+        self._show_note(text)
 
     @property
     def conversation_id(self) -> str | None:

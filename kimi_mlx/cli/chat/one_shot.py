@@ -130,7 +130,11 @@ def answer_once(
         _wait(ask, output)
     notes = silent if output.quiet else stderr
     status, is_plain = status_of(conversation.model), output.quiet or output.plain
-    with AnswerView(status, output.reasoning, is_plain, notes=notes) as view:
+    log = history or ChatHistory()
+    with (
+        AnswerView(status, output.reasoning, is_plain, notes=notes) as view,
+        log.notes_in(print_note if output.quiet else view.note),
+    ):
         for event in [answer.delta] if output.no_stream else ask(view):
             view.show(event)
     _print_end(answer, output)
