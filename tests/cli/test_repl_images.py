@@ -356,7 +356,7 @@ def test_ctrl_c_stops_encoding(spawn: Spawn, tmp_path: Path) -> None:
     names = " ".join(str(tmp_path / f"{number}.png") for number in range(12))
     terminal.ask(f"/image {names}" + ENTER)
     terminal.send("What do you see?" + ENTER)
-    terminal.expect("encoding image ")  # its progress
+    terminal.expect(": encoding ")  # its progress
     answer = terminal.ask(CTRL_C)
     assert "[stopped]" in answer
     assert "not answered: the files stay attached" in " ".join(answer.split())

@@ -24,7 +24,7 @@ from kimi_mlx.cli.chat.styled_line import (
     without_start,
     wrap_line,
 )
-from kimi_mlx.cli.chat.terminal_text import remove_controls
+from kimi_mlx.cli.chat.terminal_text import remove_controls, shorten
 
 CODE = Style(color="cyan")
 INLINE_STYLES = {
@@ -197,10 +197,11 @@ class Renderer:
         language = "" if is_math else node.info.split(" ")[0].split("{")[0]
         is_new = len(self.pieces) >= self._num_done
         opening, closing = (node.info, node.markup) if is_math else (f"╭─ {language}".rstrip(), "╰─")
-        self._add([line_of(remove_controls(opening), DIM)], margin, is_open and not self._is_complete and not code)
+        width = self._room(margin)
+        heading = line_of(shorten(remove_controls(opening), width), DIM)
+        self._add([heading], margin, is_open and not self._is_complete and not code)
         if is_new or self.highlighter is None:
             self.highlighter = CodeHighlighter(language)
-        width = self._room(margin)
         for number, line in enumerate(code):
             is_partial = not self._is_complete and is_open and not has_end and number == len(code) - 1
             if is_partial and node.markup.startswith(line.strip()):

@@ -43,6 +43,7 @@ def shown(text: str, width: int = 60) -> str:
         ("- [ ] a\n- [X] b\n- [y] c", "☐ a\n☑ b\n• [y] c"),
         ("> a\n> > b\n\nc", "▌ a\n▌ ▌ b\n\nc"),
         ("```py\nx\n\ny\n```", "╭─ py\nx\n\ny\n╰─"),
+        ("```" + "x" * 80 + "\n```", "╭─ " + "x" * 56 + "…\n╰─"),
         ("```\nnever ended", "╭─\nnever ended\n╰─"),
         ("    code\n\n    more", "code\n\nmore"),
         ("", ""),
