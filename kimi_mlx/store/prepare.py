@@ -33,7 +33,7 @@ class DownloadObserver(Protocol):
     """Observer of a download."""
 
     def on_look_up(self) -> AbstractContextManager[None]:
-        """Show that the hub is asked for the files, and that their headers are read."""
+        """Show that files are looked up in the hub, and that their headers are read."""
         ...
 
     def on_start(self, skipped_bytes: int) -> None:

@@ -38,7 +38,7 @@ def is_plain(console: Console, option: bool = False) -> bool:
 
     Args:
         console: console of the answers.
-        option: whether the user asked for plain text.
+        option: whether to show plain text.
     """
     return option or console.no_color or not is_terminal(console)
 
@@ -101,7 +101,7 @@ class AnswerView:
     Args:
         status: status of the chat; kept up to date by the events of the answer.
         reasoning: what is shown of the reasoning.
-        plain: whether the user asked for plain text.
+        plain: whether to show plain text.
         console: console of the answer.
         notes: console of everything else, if the answer is plain.
 

@@ -32,7 +32,7 @@ class ReplState:
         status: status line.
         placement: the planner's choice; None, or without a strategy, for a model behind a server.
         reasoning: what is shown of the reasoning.
-        is_plain: whether the user asked for plain text.
+        is_plain: whether to show plain text.
         attached: files for the next message.
         sent: files of the messages of the conversation, for their names.
         answers: statistics of the answers of the conversation.
