@@ -28,7 +28,7 @@ PNG = base64.b64encode(
 TOOLS: list[dict[str, Any]] = [
     {"name": name, "description": f"Fault: {name}", "inputSchema": {"type": "object", "properties": {}}}
     for name in (
-        *("good", "flood", "flood_late_id", "endless", "notify", "complain", "die", "killed", "hang", "slow"),
+        *("good", "flood", "flood_late_id", "endless", "notify", "complain", "die", "killed", "hang", "slow", "meet"),
         *("nonsense", "garbage", "grow", "requests", "escape", "picture", "mixed", "empty", "rpc_error", "environment"),
         *("bad name!", "bad/name!", "x" * 100),
     )
@@ -102,6 +102,13 @@ def call(id: int, name: str) -> dict[str, Any] | None:
         return None
     if name == "slow":
         time.sleep(0.3)
+    if name == "meet":  # until another server does the same, with the same folder
+        folder = os.environ["MEETING"]
+        open(os.path.join(folder, str(os.getpid())), "w").close()
+        deadline = time.monotonic() + 10
+        while len(os.listdir(folder)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return text("met", is_error=len(os.listdir(folder)) < 2)
     if name == "nonsense":
         return {"content": "cheese"}
     if name == "garbage":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from kimi_mlx.errors import ImageError
+from kimi_mlx.errors import ImageError, KimiMlxError
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.text.messages import Content, Message
@@ -21,7 +21,10 @@ CONTEXT_SHARE = 0.5
 """Share of the remaining context that the results of one round may take together."""
 
 SHORT_CHARS = 800
-"""Number of characters up to which a result is not counted: it never has more than MIN_RESULT_TOKENS."""
+"""Number of characters up to which a result is not counted."""
+
+CHARS_PER_TOKEN = 3
+"""Estimate for a model that cannot count: its server has failed, and the next answer reports that."""
 
 MAX_IMAGES = 8
 """Maximum number of images of a result."""
@@ -44,15 +47,21 @@ def message_content(conversation: Conversation, result: ToolResult, num_results:
 
 def _max_tokens(conversation: Conversation, num_results: int) -> int:
     """Return the maximum number of tokens of a result."""
-    remaining = conversation.model.context - conversation.count_tokens()
+    try:
+        remaining = conversation.model.context - conversation.count_tokens()
+    except KimiMlxError:
+        remaining = conversation.model.context
     return max(MIN_RESULT_TOKENS, min(MAX_RESULT_TOKENS, int(CONTEXT_SHARE * remaining / num_results)))
 
 
-def _token_counter(conversation: Conversation) -> Any:
+def _token_counter(conversation: Conversation) -> Callable[[str], int]:
     """Return a function that returns the number of tokens of a text."""
 
     def count(text: str) -> int:
-        return conversation.model.count_tokens([Message("user", text)], ChatOptions())
+        try:
+            return conversation.model.count_tokens([Message("user", text)], ChatOptions())
+        except KimiMlxError:
+            return len(text) // CHARS_PER_TOKEN
 
     return count
 

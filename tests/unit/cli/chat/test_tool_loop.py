@@ -156,6 +156,14 @@ def test_results_go_back_to_the_model(servers: McpServers) -> None:
     assert "good" in conversation.model.offered[0]  # type: ignore[attr-defined]
 
 
+def test_calls_of_one_answer_run_at_the_same_time(tmp_path: Path) -> None:
+    configs = [ServerConfig(name, HOSTILE.command, {"MEETING": str(tmp_path)}) for name in ("one", "two")]
+    with McpServers(configs) as own:
+        own.wait()
+        conversation, _, _ = run(own, ["one__meet", "two__meet"], "done")
+    assert [content for role, content in contents(conversation) if role == "tool"] == ["met", "met"]
+
+
 def test_errors_are_told_to_the_model(servers: McpServers) -> None:
     conversation, view, _ = run(servers, ["rpc_error", "no_such_tool"], "done")
     results = [str(content) for role, content in contents(conversation) if role == "tool"]
@@ -192,6 +200,19 @@ def test_a_long_result_is_cut_to_the_context(servers: McpServers) -> None:
     assert isinstance(text, str)
     assert len(text) // 4 <= MAX_RESULT_TOKENS
     assert "characters left out here" in text
+
+
+def test_results_are_added_although_the_model_cannot_count(
+    servers: McpServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise EngineError("lost")
+
+    monkeypatch.setattr(ScriptedModel, "count_tokens", fail)
+    with McpServers([ServerConfig("big", HOSTILE.command, {"BIG_BYTES": "2000000"})]) as own:
+        own.wait()
+        conversation, _, _ = run(own, ["flood", "good"], "done")
+    assert [role for role, _ in contents(conversation)] == ["user", "assistant", "tool", "tool", "assistant"]
 
 
 def test_images_go_to_a_model_that_sees(servers: McpServers, monkeypatch: pytest.MonkeyPatch) -> None:
