@@ -95,6 +95,7 @@ class ConversationLog:
         if self._number is not None:
             self.store.release(self._number)
         self._number = self._answer = None
+        self._unwritten = Delta()
 
     def fork(self) -> ConversationRecord:
         """Continue with a copy of the conversation; the original stays as it is.
@@ -165,6 +166,7 @@ class ConversationLog:
         """Mark messages at the end as removed: by `/undo` or `/retry`."""
         with self._errors_stop_the_log() as is_open:
             if is_open and self._number is not None:
+                self._answer, self._unwritten = None, Delta()
                 self.store.remove_last(self._number, count)
 
     def on_replace(self, index: int, message: Message) -> None:

@@ -105,6 +105,23 @@ def test_undo_and_retry_mark_what_they_remove(log: ConversationLog, store: Histo
     assert [record.message for record in store.messages(1)] == conversation.messages
 
 
+def test_a_retry_that_fails_restores_the_answer(log: ConversationLog, store: HistoryStore) -> None:
+    conversation = conversation_of("The answer.")
+    conversation.listener = log
+    list(conversation.ask("first"))
+    model, failing = conversation.model, conversation_of("")
+    for _ in range(2):
+        conversation.model = failing.model
+        events = conversation.retry()
+        next(events)
+        events.close()  # before it has content
+        assert contents(store) == ["first", "The answer."]
+        conversation.model = model
+        list(conversation.retry())
+        assert [record.message for record in store.messages(1)] == conversation.messages
+        assert not store.messages(1)[-1].is_unfinished
+
+
 def test_a_reset_begins_a_new_conversation(log: ConversationLog, store: HistoryStore) -> None:
     conversation = conversation_of("The answer.")
     conversation.listener = log
