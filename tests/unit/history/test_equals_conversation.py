@@ -32,15 +32,15 @@ class RandomModel:
         choose = self._choices
         for _ in range(choose.randrange(4)):
             yield choose.choice([Delta("text "), Delta(reasoning="thought "), Delta(tool_calls=(CALL,))])
-            if choose.random() < 0.1:
+            if choose.random() < 0.2:
                 raise EngineError("the step failed")
-        yield finished(choose.choice(["stop", "stop", "length", "cancelled"]))
+        yield finished(choose.choice(["stop", "length", "cancelled"]))
 
     def reset(self) -> None:
         pass
 
 
-ACTIONS = ("ask", "ask", "ask", "ask with an image", "retry", "undo", "result", "drop", "fork", "reset")
+ACTIONS = ("ask", "ask", "ask with an image", "retry", "retry", "retry", "undo", "result", "drop", "fork", "reset")
 
 
 def act(conversation: Conversation, log: ConversationLog, choices: random.Random) -> None:
