@@ -235,7 +235,7 @@ def parse(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize(
     "example",
-    [each for each in EXAMPLES if each.command.startswith("kimi-mlx ")],
+    [each for each in EXAMPLES if re.fullmatch(r"kimi-mlx [a-z][^|&>]*", each.command)],
     ids=lambda each: each.command[:60],
 )
 def test_command_is_understood(example: Example) -> None:
