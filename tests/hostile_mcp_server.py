@@ -28,7 +28,20 @@ PNG = base64.b64encode(
 TOOLS: list[dict[str, Any]] = [
     {"name": name, "description": f"Fault: {name}", "inputSchema": {"type": "object", "properties": {}}}
     for name in (
-        *("good", "flood", "flood_late_id", "endless", "notify", "complain", "die", "killed", "hang", "slow", "meet"),
+        *(
+            "good",
+            "flood",
+            "flood_late_id",
+            "endless",
+            "notify",
+            "complain",
+            "die",
+            "die_with_child",
+            "killed",
+            "hang",
+            "slow",
+            "meet",
+        ),
         *("nonsense", "garbage", "grow", "requests", "escape", "picture", "mixed", "empty", "rpc_error", "environment"),
         *("bad name!", "bad/name!", "x" * 100),
     )
@@ -93,6 +106,9 @@ def call(id: int, name: str) -> dict[str, Any] | None:
     if name == "complain":
         for i in range(NUM_LINES):
             print(f"line {i} \x1b[31mred", file=sys.stderr)
+    if name == "die_with_child":  # which keeps the stderr open
+        subprocess.Popen(["sleep", "5"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        os._exit(3)
     if name == "die":
         print("out of cheese", file=sys.stderr, flush=True)
         os._exit(3)

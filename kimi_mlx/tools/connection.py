@@ -247,6 +247,7 @@ class Connection:
         if _is_closed(cause):
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), END_REPORT_S)
+            self._over.set()  # also if a child that the server has left behind keeps its stderr open
             return "it ended" + join_lines(self._stderr_lines())
         return _first_line(cause)
 
@@ -259,6 +260,7 @@ class Connection:
             return f"{self.error}; call again"
         if _is_closed(cause) and self._task is not None:
             await asyncio.wait({self._task}, timeout=END_REPORT_S)
+            self._over.set()
             return self.error or "the connection was closed"
         if code in (401, 403):
             return (

@@ -157,6 +157,12 @@ def test_a_server_that_dies_is_started_again() -> None:
         assert any("hostile ended" in note for note in servers.take_notes())
 
 
+def test_a_server_that_dies_and_leaves_a_child() -> None:
+    with running(hostile()) as servers:
+        assert "it ended" in call(servers, "die_with_child").text
+        until(lambda: call(servers, "good").text == "good is done")
+
+
 @pytest.mark.slow
 def test_tools_that_change() -> None:
     with running(hostile()) as servers:
