@@ -229,3 +229,24 @@ def test_tools_are_called_in_a_chat_with_a_server(server: RunningServer, tmp_pat
     there = call("chat", "--url", server.url, *arguments)
     assert there.stdout == call("chat", "kimi-mini", *arguments).stdout
     assert "total" in there.stdout
+
+
+@pytest.mark.slow
+def test_the_key_of_a_server_on_this_machine_is_requested(
+    spawn: Spawn, session: Session, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    with (
+        serving(session, ServingOptions(Security("127.0.0.1", ("secret",)))) as server,
+        announce(replace(record(server, model_folder), needs_key=True)),
+    ):
+        terminal = spawn(COMMAND, "chat", str(model_folder), *GREEDY, columns=200)
+        terminal.expect("Use it? [Y/n]:")
+        terminal.send(ENTER)
+        terminal.expect("File with its API key:")
+        terminal.send(str(keys) + ENTER)
+        terminal.expect(f"connected to {server.url}")
+        terminal.expect("\n> ")
+        assert "toy model" in terminal.ask(QUESTION + ENTER)
