@@ -76,6 +76,7 @@ class Command:
         details: what `/help NAME` says in addition.
         complete: function that receives the argument so far and returns what its last word may be completed to.
         other_names: names that users of other tools type, which mean the same.
+        hint: what to type instead of an argument, for a command that takes none.
     """
 
     name: str
@@ -86,6 +87,18 @@ class Command:
     details: str = ""
     complete: Callable[[str], Iterable[str]] | None = None
     other_names: Sequence[str] = field(default=())
+    hint: str = ""
+
+    def call(self, argument: str) -> None:
+        """Run the command.
+
+        Raises:
+            UsageError: the command takes no argument, and there is one.
+            KimiMlxError: the command failed.
+        """
+        if argument and not self.argument:
+            raise UsageError(f"`{self.name}` takes no argument", hint=self.hint or f"type `{self.name}` alone")
+        self.run(argument)
 
 
 class CommandSource(Protocol):
@@ -113,14 +126,15 @@ class CommandList:
 
     def __contains__(self, name: object) -> bool:
         """Return whether a name, or another one that users type, is that of a command."""
-        return name in self._by_any_name
+        return isinstance(name, str) and name.lower() in self._by_any_name
 
     def find(self, name: str) -> Command:
-        """Return the command with a name.
+        """Return the command with a name, in small or capital letters.
 
         Raises:
             UsageError: there is none; the hint has similar names.
         """
+        typed, name = name, name.lower()
         if name in self._by_any_name:
             return self._by_any_name[name]
         similar = [other for other in self._commands if len(name) > 1 and other.startswith(name)]
@@ -130,7 +144,7 @@ class CommandList:
             names = [ELSEWHERE[name]]
         suggestion = " or ".join(f"`{candidate}`" for candidate in names) or "`/help`"
         raise UsageError(
-            f"there is no command `{name}`",
+            f"there is no command `{typed}`",
             hint=f"try {suggestion}; to send a message that starts with /, type //",
         )
 

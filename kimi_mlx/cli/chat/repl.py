@@ -140,7 +140,7 @@ class Repl:
         name, *rest = typed.split(maxsplit=1)
         if name not in self.command_list:
             self._files.refuse_other_file(typed)
-        self.command_list.find(name).run("".join(rest))
+        self.command_list.find(name).call("".join(rest))
 
     def _help(self, argument: str) -> None:
         if not argument:

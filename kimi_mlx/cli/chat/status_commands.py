@@ -43,6 +43,7 @@ class StatusCommands:
             Command(
                 *("/model", "", "what runs where, memory", self._model, "Model"),
                 details="Shows the model, its hosts and what each holds, the context in use, and memory.",
+                hint="to go on with another model, exit and type `kimi-mlx chat MODEL --continue`",
             ),
             Command(
                 *("/plan", "", "the planner's prediction", self._plan, "Model"),

@@ -239,6 +239,8 @@ def test_settings_of_a_continued_conversation_have_no_other_source() -> None:
 
 def test_words_of_other_tools_are_answered_with_ours(chat: Chat) -> None:
     assert "try `/thinking` or `/title`" in chat.type("/thi")
+    assert "display: fold" in chat.type("/Thinking")
+    assert "there is no command `/Thi`" in chat.type("/Thi")
     for word, ours in ELSEWHERE.items():
         assert f"try `{ours}`" in chat.type(word)
         assert ours.split()[0] in Repl(chat.state).command_list
@@ -272,3 +274,11 @@ def test_another_conversation_brings_its_settings(chat: Chat) -> None:
     assert listed["seed"] == ["7", "this", "conversation"]
     assert listed["top_p"] == ["0.5", "this", "conversation"]
     assert listed["top_k"] == ["0", "(off)", "model"]
+
+
+def test_an_argument_that_a_command_does_not_take_is_refused(chat: Chat) -> None:
+    chat.type("hi")
+    assert "`/clear` takes no argument" in chat.type("/clear all")
+    assert "type `/clear` alone" in chat.type("/reset everything")
+    assert len(chat.state.conversation.messages) == 2
+    assert "kimi-mlx chat MODEL --continue" in chat.type("/model kimi-k2")
