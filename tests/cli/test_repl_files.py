@@ -183,16 +183,16 @@ def test_a_text_that_is_pasted_during_an_answer_is_one_message(spawn: Spawn) -> 
     terminal.expect("\n> ")
     terminal.send("first" + ENTER)
     terminal.expect("on and on and ")
-    text = "line of a text\r" * 1000  # more than a terminal holds in a line
-    terminal.send(f"typed \x1b[200~{text[:3000]}\x1b[201~")
+    text = "line of a text\r" * 10_000  # more than a terminal holds
+    terminal.send(f"typed \x1b[200~{text}\x1b[201~")
     terminal.expect("on and on and ")
     terminal.send(CTRL_C)
-    assert "line of a text" not in terminal.screen(100, "> typed [pasted 200 lines]")
+    assert "line of a text" not in terminal.screen(100, "> typed [pasted 10,000 lines]")
     terminal.send(ENTER)
     terminal.expect("on and on and ")
     terminal.ask(CTRL_C)
     terminal.send(CTRL_D)
-    terminal.expect("[5, 3006]")
+    terminal.expect("[5, 150006]")
     assert terminal.wait() == 0
 
 

@@ -7,10 +7,14 @@ import os
 import signal
 import sys
 import termios
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+READING = threading.Lock()
+"""Held by what reads the terminal between two prompts, such as a text editor."""
 
 BEGIN_PASTE, END_PASTE = "\x1b[200~", "\x1b[201~"
 """Marks of a terminal around pasted text; they are also sent between prompts."""

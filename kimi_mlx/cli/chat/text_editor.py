@@ -14,6 +14,7 @@ from types import FrameType
 
 from prompt_toolkit.input.vt100 import cooked_mode
 
+from kimi_mlx.cli.chat.terminal_modes import READING
 from kimi_mlx.cli.output import escape_controls
 from kimi_mlx.errors import UsageError
 
@@ -73,7 +74,7 @@ def _run(command: list[str]) -> None:
     before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGQUIT)}
     try:
         terminal = None if sys.stdout.isatty() else sys.stderr
-        with cooked_mode(sys.stdin.fileno()):
+        with READING, cooked_mode(sys.stdin.fileno()):
             code = subprocess.run(command, stdout=terminal, check=False).returncode
     finally:
         for number, handler in before.items():

@@ -24,6 +24,7 @@ from kimi_mlx.cli.chat.input.layout import STYLE, create_layout
 from kimi_mlx.cli.chat.input.line_application import LineApplication
 from kimi_mlx.cli.chat.input.pasted_blocks import PastedBlocks
 from kimi_mlx.cli.chat.input.terminal_input import TerminalInput, add_csi_u_keys
+from kimi_mlx.cli.chat.input.typed_ahead import TypedAhead
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.text_editor import edit_text
 from kimi_mlx.cli.output import print_error
@@ -59,6 +60,7 @@ class EditedInputLine:
             accept_handler=self._accept,
         )
         self._input = TerminalInput(sys.stdin)
+        self._between = TypedAhead(sys.stdin.fileno())
         self._output = _open_output(stream)
         self._app = LineApplication(
             layout=create_layout(self._buffer, self._blocks, lambda width: self._toolbar(width)),
@@ -86,16 +88,18 @@ class EditedInputLine:
                 self._app.loop.call_soon(self._buffer.validate_and_handle)  # pyright: ignore[reportOptionalMemberAccess]
 
         try:
-            self._input.store_typed_ahead()
+            self._input.store_typed_ahead(self._between.stop())
             edited = self._app.run(pre_run=begin)
         except (OSError, termios.error):  # the terminal was closed
             raise EOFError from None
         finally:
             self._keep_pastes_whole()
+            self._between.start()
         return _without_surrogates(self._blocks.expand(edited))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+        self._between.close()
         with contextlib.suppress(OSError):
             self._output.disable_bracketed_paste()
             self._output.flush()

@@ -13,7 +13,6 @@ from prompt_toolkit.layout.processors import Processor, Transformation, Transfor
 from prompt_toolkit.layout.utils import explode_text_fragments
 
 from kimi_mlx.cli.chat.input.user_input import UserInput
-from kimi_mlx.units import format_count
 
 MAX_LINES = 5
 """Maximum number of lines of a pasted text that is shown as it is."""
@@ -93,7 +92,7 @@ class PastedBlocks:
         if text is None:
             return None
         num_lines = text.count("\n", 0, -1) + 1
-        size = format_count(num_lines, "line") if num_lines > 1 else f"{len(text):,} characters"
+        size = f"{num_lines:,} lines" if num_lines > 1 else f"{len(text):,} characters"
         return f"[pasted {size}]"
 
     def _add_block(self, text: str) -> str:

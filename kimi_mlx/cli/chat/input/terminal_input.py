@@ -54,10 +54,9 @@ class TerminalInput(Vt100Input):
 
     _has_unfinished_key = False
 
-    def store_typed_ahead(self) -> None:
+    def store_typed_ahead(self, data: bytes) -> None:
         """Keep what was typed before the prompt as keys for it: there, each Enter sends a message."""
-        while data := self._read():
-            self._feed(data)
+        self._feed(data.decode(errors="surrogateescape"))
         store_typeahead(self, self._take_keys())
 
     def read_keys(self) -> list[KeyPress]:

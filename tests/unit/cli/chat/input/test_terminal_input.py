@@ -79,8 +79,7 @@ def test_ctrl_c_ends_a_paste_whose_end_was_lost(keyboard: Keyboard) -> None:
 
 
 def test_text_typed_ahead_is_keys(keyboard: Keyboard) -> None:
-    keyboard._write(b"one\rtwo\r\x1b[200~a\rb\x1b[201~")  # pyright: ignore[reportPrivateUsage]
-    keyboard.input.store_typed_ahead()
+    keyboard.input.store_typed_ahead(b"one\rtwo\r\x1b[200~a\rb\x1b[201~")
     keys = get_typeahead(keyboard.input)
     assert "".join(key.data for key in keys[:-1]) == "one\rtwo\r"
     assert (keys[-1].key, keys[-1].data) == (Keys.BracketedPaste, "a\rb")
