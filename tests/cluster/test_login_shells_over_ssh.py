@@ -90,7 +90,7 @@ def test_background_job_does_not_prevent_the_restart(hosts: Hosts, tmp_path: Pat
 def chat(hosts: Hosts, tmp_path: Path) -> tuple[int, str, str]:
     """Run a short chat on the hosts; return exit code, stdout, and stderr as one line."""
     where = ("--hostfile", faults.write_hostfile(hosts, tmp_path / "two.json"))
-    return run(*where, "chat", "kimi-mini", "-t", "0", "-p", "Hello", "--max-tokens", "4")
+    return run(*where, "chat", "kimi-mini", "-t", "0", "--no-thinking", "-p", "Hello", "--max-tokens", "4")
 
 
 def test_full_and_read_only_folders_do_not_prevent_a_chat(hosts: Hosts, tmp_path: Path) -> None:
