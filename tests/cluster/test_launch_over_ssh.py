@@ -342,7 +342,8 @@ def test_download_then_chat_from_the_stores_then_without_one_of_them(hosts: Host
     ]
     hub.reset_counts()
 
-    code, out, err = run(*where, "chat", "owner/model", "-p", "hi", "-t", "0", "--no-thinking", "--max-tokens", "5", "--json")
+    options = ("-t", "0", "--no-thinking", "--max-tokens", "5", "--json")
+    code, out, err = run(*where, "chat", "owner/model", "-p", "hi", *options)
     assert code == 0, err
     assert json.loads(out)["statistics"]["generated_tokens"] == 5
     assert json.loads(out)["placement"] == {"strategy": "pipeline", "reason": "as it is stored on the hosts"}
