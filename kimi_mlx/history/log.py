@@ -14,8 +14,12 @@ from kimi_mlx.history.records import ConversationRecord, MessageRecord
 from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.text.messages import Delta, Message
 
-SLOW_WRITE_S, BATCH_S = 0.005, 0.02
-"""If a write takes longer than the first on average, text is written at most once in the second."""
+SLOW_WRITE_S, BATCH_S = 0.05, 1.0
+"""If a write takes longer than the first on average, text is written at most once in the second.
+
+Writes of several chats wait for each other, for some milliseconds; only a disk without SQLite's write-ahead log, such
+as one in the network, is slower.
+"""
 
 
 class ConversationLog:
