@@ -68,7 +68,7 @@ class Permissions:
 
     def __init__(self, allowed: Sequence[str] = ()):
         self._patterns = [pattern for pattern in allowed if pattern != ALL]
-        self._allows_all = ALL in allowed
+        self._allows_all = self._starts_with_all = ALL in allowed
         self.ask: Ask | None = None
         self._allowed_tools: set[str] = set()
 
@@ -109,6 +109,7 @@ class Permissions:
     def reset(self) -> None:
         """Forget what the user has answered; `--allow` stays."""
         self._allowed_tools.clear()
+        self._allows_all = self._starts_with_all
 
 
 class TerminalQuestion:

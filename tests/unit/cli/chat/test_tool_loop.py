@@ -271,6 +271,9 @@ def test_answers_to_the_question(servers: McpServers) -> None:
     loop.permissions.ask = ask
     list(loop.run(conversation, conversation.ask("go"), view))
     assert asked == ["good", "good", "good", "slow"]
+    assert loop.permissions.is_allowed(servers.tools[0])
+    loop.permissions.reset()
+    assert not loop.permissions.is_allowed(servers.tools[0])
     assert [is_error for _, _, is_error in view.finished] == [True] + [False] * 6
 
 
