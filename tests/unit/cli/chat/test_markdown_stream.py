@@ -94,7 +94,7 @@ def texts(lines: list[Line]) -> list[str]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(TEXTS, st.lists(st.integers(0, 600), max_size=12), st.sampled_from([12, 40, 80]))
+@given(TEXTS, st.lists(st.integers(0, 600), max_size=12), st.sampled_from([5, 12, 40, 80]))
 def test_lines_are_the_same_wherever_the_text_is_cut(text: str, cuts: list[int], width: int) -> None:
     whole, streamed = MarkdownStream(), MarkdownStream()
     whole.feed(text)
