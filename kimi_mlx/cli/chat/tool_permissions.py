@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from rich.text import Text
 
-from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
+from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE, READING
 from kimi_mlx.cli.chat.terminal_text import remove_controls, to_line
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.text.messages import ToolCall
@@ -126,7 +126,7 @@ class TerminalQuestion:
 
     def __call__(self, call: ToolCall, tool: DeclaredTool, is_cancelled: threading.Event) -> Answer:
         """Ask until the answer is valid."""
-        with _line_mode() as typed_before:
+        with READING, _line_mode() as typed_before:
             if typed_before:
                 self._keep(typed_before)
             while not is_cancelled.is_set():
