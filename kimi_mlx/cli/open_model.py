@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress, stderr
@@ -225,7 +226,12 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
 def _opened(session: Session, folder: Path, model: PreparedModel, options: SessionOptions) -> OpenedModel:
     has_ranks = options.cluster is not None or options.ranks > 1
     cluster = options.effective_cluster if has_ranks else None
-    return OpenedModel(session, folder, ModelDeployment(model.name, options.strategy, cluster, load_config(folder)))
+    config = load_config(folder)
+    if model.launch is None or cluster is None:
+        deployment = deployment_here(model.name, options.strategy, cluster, config)
+    else:
+        deployment = deployment_on_hosts(model.name, options.strategy, cluster, config, model.launch.doctor)
+    return OpenedModel(session, folder, deployment)
 
 
 def name_for_hosts(target: ModelRef) -> str:

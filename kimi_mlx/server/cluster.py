@@ -31,6 +31,8 @@ class ClusterStatus(ModelStatus):
         queue_capacity: maximum number of answers that wait; further ones are refused.
         answers: answers in progress and in the queue, the oldest first.
         rates: token rates of the last minutes.
+        prompt_tokens: number of prompt tokens of all finished answers.
+        reused_tokens: number of these that were in the prompt cache.
     """
 
     names: Sequence[str] = ()
@@ -41,6 +43,8 @@ class ClusterStatus(ModelStatus):
     queue_capacity: int = 0
     answers: Sequence[RunningAnswer] = ()
     rates: TokenRates = field(default_factory=TokenRates)
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document. The client knows the address of the server."""
@@ -59,6 +63,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
     """
     status = model_status(deployment, service.session)
     tokenizer = service.prompt_builder.tokenizer
+    prompt_tokens, reused_tokens = service.metrics.prompt_totals
     reason = health_problem(service, service.status())
     known: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
     return replace(
@@ -77,6 +82,8 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         queue_capacity=service.queue_capacity,
         answers=service.running_answers(),
         rates=service.rates.rates(),
+        prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
     )
 
 

@@ -32,10 +32,18 @@ class Metrics:
         self._waiting = gauge("kimi_mlx_answers_waiting", "Answers waiting in the queue.")
         self._is_up = gauge("kimi_mlx_up", "1 if the engine is up, 0 while its ring restarts.")
         self._restarts = gauge("kimi_mlx_ring_restarts", "Restarts of the ring.")
+        self._prompt_totals = (0, 0)
         self._cache_tokens = gauge("kimi_mlx_cache_tokens", "Tokens in the prompt cache.")
+
+    @property
+    def prompt_totals(self) -> tuple[int, int]:
+        """Number of prompt tokens of all finished answers, and of these the number that were in the prompt cache."""
+        return self._prompt_totals
 
     def add_usage(self, usage: Usage) -> None:
         """Count the tokens of a finished answer."""
+        prompt_tokens, cached_tokens = self._prompt_totals
+        self._prompt_totals = prompt_tokens + usage.prompt_tokens, cached_tokens + usage.cached_tokens
         self._tokens["prompt"].inc(usage.prompt_tokens)
         self._tokens["cached"].inc(usage.cached_tokens)
         self._tokens["completion"].inc(usage.completion_tokens)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, cast
 
 from kimi_mlx.server.errors import ApiError
 
@@ -20,8 +20,8 @@ MAX_WAIT_S = 3 * REFRESH_S
 
 MAX_LISTENERS = 64
 
-CLOCKS = ("uptime_s",)
-"""Fields that change all the time."""
+CLOCKS = frozenset({"uptime_s", "last_message_s"})
+"""Fields that change all the time, at any depth."""
 
 
 class StatusFeed:
@@ -89,8 +89,13 @@ class StatusFeed:
             self._published = asyncio.Event()
 
 
-def _without_clocks(status: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in status.items() if name not in CLOCKS}
+def _without_clocks(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {name: _without_clocks(item) for name, item in items if name not in CLOCKS}
+    if isinstance(value, list | tuple):
+        return [_without_clocks(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def _event(status: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.host import Cluster
+from kimi_mlx.cluster.ring.watch import RankActivity
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.parallel.placement import RANGE_FIELDS, Placement, RankShare
@@ -36,6 +38,27 @@ TOTALS = {
 
 
 @dataclass(frozen=True)
+class HostStatus:
+    """A host of the ranks, when it was last checked. Fields that are not known have their defaults.
+
+    Args:
+        name: name of the host.
+        chip: name of its chip.
+        memory_bytes: total memory.
+        free_bytes: memory that was available to programs.
+        gpu_limit_bytes: memory that its GPU may wire.
+        macos_version: version of macOS; empty on other systems.
+    """
+
+    name: str
+    chip: str = ""
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    gpu_limit_bytes: int | None = None
+    macos_version: str = ""
+
+
+@dataclass(frozen=True)
 class ModelDeployment:
     """A model and where it runs: what is fixed while a session is open.
 
@@ -44,6 +67,9 @@ class ModelDeployment:
         strategy: strategy of the placement.
         cluster: hosts of the ranks; None if the model is in this process.
         config: dimensions of the model.
+        machines: hosts of the ranks.
+        link: network between the hosts, as text; empty if there is none or it is not known.
+        findings: what the checks before the start have found; None if there were none.
         started_at: Unix time in seconds at which the model was ready.
     """
 
@@ -51,6 +77,9 @@ class ModelDeployment:
     strategy: str
     cluster: Cluster | None
     config: ModelConfig
+    machines: tuple[HostStatus, ...] = ()
+    link: str = ""
+    findings: tuple[Finding, ...] | None = None
     started_at: float = field(default_factory=time.time)
 
     @property
@@ -80,6 +109,10 @@ class RankStatus:
         memory_bytes: memory that MLX used when the model was loaded; None if it is not known.
         free_bytes: memory that MLX could still use then; None if it is not known.
         peak_memory_bytes: peak memory at the end of the last answer; None before the first.
+        work: what it does, as its last heartbeat reported it: `idle`, `load`, `prefill` or `decode`; empty if it is
+            not a process of its own.
+        step: number of its steps so far; None if it is not known.
+        last_message_s: seconds since its last message; None if it is not known.
     """
 
     rank: int
@@ -92,6 +125,9 @@ class RankStatus:
     memory_bytes: int | None = None
     free_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    work: str = ""
+    step: int | None = None
+    last_message_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,8 +140,12 @@ class ModelStatus:
         strategy: strategy of the placement; empty if it is not known.
         backend: transport between the ranks, such as `ring`; `process` if there is one process.
         placement: the placement in one line.
+        link: network between the hosts, as text; empty if there is none or it is not known.
+        all_reduce: how the ranks add their parts, as text; empty if it is not known.
         dimensions: size of each axis in RankStatus.holds.
         ranks: ranks in order.
+        machines: hosts of the ranks.
+        findings: what the checks before the start have found; None if there were none.
         is_up: whether requests are answered.
         reason: reason for not being up.
         active: number of requests that are running.
@@ -123,8 +163,12 @@ class ModelStatus:
     strategy: str = ""
     backend: str = ""
     placement: str = ""
+    link: str = ""
+    all_reduce: str = ""
     dimensions: Mapping[str, int] = field(default_factory=dict[str, int])
     ranks: Sequence[RankStatus] = ()
+    machines: Sequence[HostStatus] = ()
+    findings: Sequence[Finding] | None = None
     is_up: bool = True
     reason: str | None = None
     active: int = 0
@@ -154,6 +198,11 @@ class ModelStatus:
         """
         known = _known_fields(cls, value)
         known["ranks"] = tuple(_read_rank(rank) for rank in value.get("ranks") or ())
+        known["machines"] = tuple(HostStatus(**_known_fields(HostStatus, item)) for item in value.get("machines") or ())
+        findings = value.get("findings")
+        known["findings"] = (
+            None if findings is None else tuple(Finding(**_known_fields(Finding, item)) for item in findings)
+        )
         known["restarts"] = tuple(Restart(**_known_fields(Restart, item)) for item in value.get("restarts") or ())
         return cls(**known)
 
@@ -178,11 +227,20 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
         strategy=deployment.strategy,
         backend=deployment.backend,
         placement=describe_placement(deployment),
+        link=deployment.link,
+        all_reduce=status.all_reduce or "",
         dimensions={axis: getattr(config, name) for axis, name in TOTALS.items()},
         ranks=tuple(
-            _rank_status(deployment, placement, rank, memory[rank], status.cached_tokens, session.image_error is None)
+            _with_activity(
+                _rank_status(
+                    deployment, placement, rank, memory[rank], status.cached_tokens, session.image_error is None
+                ),
+                status.activity,
+            )
             for rank in range(len(hosts))
         ),
+        machines=deployment.machines,
+        findings=deployment.findings,
         is_up=status.is_up,
         reason=status.reason,
         active=status.active,
@@ -266,6 +324,15 @@ def _rank_status(
         weights_bytes=round(portion_of(share, shape).held(shape.bytes, shape)),
         cache_bytes=cached_tokens * kv_bytes_per_token(config, len(share.layers)),
     )
+
+
+def _with_activity(rank: RankStatus, activity: Sequence[RankActivity]) -> RankStatus:
+    """Add what a rank of a ring does now."""
+    if not activity:
+        return rank
+    now = activity[rank.rank]
+    memory_bytes = rank.memory_bytes if now.memory_bytes is None else now.memory_bytes
+    return replace(rank, memory_bytes=memory_bytes, work=now.work, step=now.step, last_message_s=now.last_message_s)
 
 
 def _read_rank(value: Mapping[str, Any]) -> RankStatus:

@@ -180,6 +180,8 @@ class RingSession:
                 for memory, peak in zip(self._loaded_memory, self.peak_memory_bytes, strict=True)
             ),
             restart_log=tuple(self._restart_log),
+            activity=self._ring.activity,
+            all_reduce=None if self.all_reduce is None else str(self.all_reduce),
         )
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
-from kimi_mlx.cluster.ring.watch import RingTimeouts
+from kimi_mlx.cluster.ring.watch import RankActivity, RingTimeouts
 from kimi_mlx.engine.events import Event, Finished
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
@@ -150,6 +150,8 @@ class SessionStatus:
         cached_tokens: number of tokens in all KV caches; for a ring, after the last answer.
         memory: memory of each rank; empty if it is not known.
         restart_log: last restarts of the ring, the newest last.
+        activity: activity of each rank of a ring; empty without ranks.
+        all_reduce: how the ranks add their parts, as text; None if nothing is added or it was not measured.
     """
 
     is_up: bool
@@ -161,6 +163,8 @@ class SessionStatus:
     cached_tokens: int = 0
     memory: tuple[RankMemory, ...] = ()
     restart_log: tuple[Restart, ...] = ()
+    activity: tuple[RankActivity, ...] = ()
+    all_reduce: str | None = None
 
 
 EventCallback = Callable[[Event | BaseException], None]

@@ -23,7 +23,7 @@ from kimi_mlx.cluster.ring.guard import guard_command
 from kimi_mlx.cluster.ring.jaccl_errors import explain_jaccl
 from kimi_mlx.cluster.ring.link_diagnosis import find_corrupt_links
 from kimi_mlx.cluster.ring.rank_log import open_logs
-from kimi_mlx.cluster.ring.watch import JOIN_S, START_S, TEST_S, RingTimeouts, RingWatch
+from kimi_mlx.cluster.ring.watch import JOIN_S, START_S, TEST_S, RankActivity, RingTimeouts, RingWatch
 from kimi_mlx.errors import KimiMlxError, RingError, StallError
 
 RANK_MODULE = "kimi_mlx.rank.main"
@@ -121,6 +121,11 @@ class Ring:
     def pids(self) -> list[int]:
         """Process ids of the ranks, on their hosts."""
         return [pid for pid in self._pids if pid is not None]
+
+    @property
+    def activity(self) -> tuple[RankActivity, ...]:
+        """Activity of each rank. Safe from any thread."""
+        return self._watch.activity(time.monotonic())
 
     def send(self, kind: str, **fields: object) -> None:
         """Send a message to every rank."""

@@ -57,6 +57,23 @@ class RingProblem:
     is_stall: bool = False
 
 
+@dataclass(frozen=True)
+class RankActivity:
+    """Activity of a rank, as its last heartbeat reported it.
+
+    Args:
+        work: what it does: `idle`, `load`, `prefill`, `decode` and so on.
+        step: number of steps so far.
+        last_message_s: seconds since its last message.
+        memory_bytes: memory that MLX uses there; None before the first heartbeat.
+    """
+
+    work: str
+    step: int
+    last_message_s: float
+    memory_bytes: int | None = None
+
+
 class RingWatch:
     """Watch a ring after its start.
 
@@ -71,6 +88,7 @@ class RingWatch:
         self._received_at = [now] * size
         self._steps = [0] * size
         self._work = ["idle"] * size
+        self._memory: list[int | None] = [None] * size
         self._links: list[Mapping[int, float]] = [{}] * size
         self._missed_from_front = [0.0] * size  # seconds without a message from the front, as reported by each rank
         self._last_step = self._last_check = self._awake = now
@@ -85,8 +103,18 @@ class RingWatch:
         if (work, step) != (self._work[rank], self._steps[rank]):
             self._last_step = now
         self._work[rank], self._steps[rank] = work, step
+        self._memory[rank] = message.get("memory")
         self._missed_from_front[rank] = message.get("front", 0.0)
         self._links[rank] = {int(peer): age for peer, age in message.get("links", {}).items()}
+
+    def activity(self, now: float) -> tuple[RankActivity, ...]:
+        """Return the activity of each rank. Safe from any thread."""
+        return tuple(
+            RankActivity(work, step, max(now - received_at, 0.0), memory)
+            for work, step, received_at, memory in zip(
+                self._work, self._steps, self._received_at, self._memory, strict=True
+            )
+        )
 
     def check(self, now: float) -> RingProblem | None:
         """Return the problem that the ring has now, or None. Call it several times a second."""

@@ -6,7 +6,7 @@ import { bytes, count, decimal, duration, text } from "./i18n.js";
 import { plot } from "./plot.js";
 
 const RETRY_MS = 3000;
-const AXES = ["layers", "heads", "experts"];
+const AXES = ["layers", "heads", "experts", "expert_rows"];
 
 export class ClusterView {
   constructor({ onServerError }) {
@@ -85,7 +85,7 @@ function summaryOf(status) {
     pairs([
       ["placement", status.placement],
       ["link", status.link || null],
-      ["sums", status.sums || null],
+      ["sums", status.all_reduce || null],
       ["context", status.context_tokens ? `${count(status.context_tokens)} ${text("tokens")}` : null],
       ["uptime", duration(status.uptime_s)],
       ["queue", text("ofCapacity", { waiting: count(status.waiting), capacity: count(status.queue_capacity) })],
@@ -119,23 +119,24 @@ function placementOf(status) {
 }
 
 function ranksOf(status) {
-  const hosts = new Map((status.hosts ?? []).map((host) => [host.name, host]));
+  const machines = new Map(status.machines.map((machine) => [machine.name, machine]));
   const rows = status.ranks.map((rank) => {
-    const host = hosts.get(rank.host);
+    const machine = machines.get(rank.host);
     const free = rank.free_bytes === null ? null : bytes(rank.free_bytes);
     return [
       String(rank.rank),
-      [rank.host, host?.chip].filter(Boolean).join(" · "),
+      [rank.host, machine?.chip, machine?.memory_bytes ? bytes(machine.memory_bytes) : ""].filter(Boolean).join(" · "),
       rank.share + (rank.has_vision ? `, ${text("vision")}` : ""),
       bytes(rank.weights_bytes),
       bytes(rank.cache_bytes),
+      rank.memory_bytes === null ? null : bytes(rank.memory_bytes),
       free,
-      host?.wired_limit_bytes ? bytes(host.wired_limit_bytes) : null,
-      rank.step === undefined || rank.step === null ? null : count(rank.step),
-      rank.last_message_s === undefined || rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }),
+      machine?.gpu_limit_bytes ? bytes(machine.gpu_limit_bytes) : null,
+      rank.step === null ? null : `${count(rank.step)} (${rank.work})`,
+      rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }),
     ];
   });
-  return table(["rank", "host", "holds", "weights", "cache", "free", "wiredLimit", "step", "heartbeat"], rows);
+  return table(["rank", "host", "holds", "weights", "cache", "used", "free", "wiredLimit", "step", "heartbeat"], rows);
 }
 
 function speedOf({ rates }) {
@@ -166,11 +167,11 @@ function answersOf({ answers }) {
 }
 
 function cacheOf(status) {
-  const cache = status.prompt_cache;
+  const { prompt_tokens: read, reused_tokens: reused } = status;
+  const share = Math.round((100 * reused) / read);
   return pairs([
     ["memory", `${count(status.cached_tokens)} ${text("tokens")}`],
-    ["onDisk", cache?.disk_bytes ? bytes(cache.disk_bytes) : null],
-    ["hitRate", cache?.hit_rate === undefined || cache?.hit_rate === null ? null : `${Math.round(100 * cache.hit_rate)} %`],
+    ["hitRate", read ? text("reusedOf", { reused: count(reused), read: count(read), share }) : null],
   ]);
 }
 
@@ -184,11 +185,12 @@ function restartsOf({ restarts }) {
 
 function findingsOf({ findings }) {
   if (!findings) return null;
-  if (!findings.length) return element("p", { class: "hint" }, text("noFindings"));
-  const items = findings.map(({ host, message, remedy, severity }) =>
+  if (findings.every(({ state }) => state === "ok")) return element("p", { class: "hint" }, text("noFindings"));
+  const wrong = findings.filter(({ state }) => state !== "ok");
+  const items = wrong.map(({ host, message, remedy, state }) =>
     element(
       "li",
-      { class: severity },
+      { class: state },
       element("strong", {}, host ? `${host}: ` : ""),
       message,
       remedy ? element("p", {}, `${text("remedy")}: `, element("code", {}, remedy)) : null,

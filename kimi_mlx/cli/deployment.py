@@ -1,0 +1,71 @@
+"""Where a model was opened: its hosts, their network, and what the checks before the start have found."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from kimi_mlx.cluster.hosts.findings import Finding
+from kimi_mlx.cluster.hosts.host import Cluster
+from kimi_mlx.cluster.hosts.machine import gpu_limit, local_machine
+from kimi_mlx.cluster.network.links import Network
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.session.model_status import HostStatus, ModelDeployment
+
+LOCALHOST = "localhost"
+"""Name of this machine as the host of local ranks."""
+
+
+def deployment_here(name: str, strategy: str, cluster: Cluster | None, config: ModelConfig) -> ModelDeployment:
+    """Return the deployment of a model on this machine.
+
+    Args:
+        name: name of the model for people.
+        strategy: strategy of the placement.
+        cluster: local ranks; None if the model is in this process.
+        config: dimensions of the model.
+    """
+    machine = local_machine()
+    host = HostStatus(
+        platform.node() if cluster is None else LOCALHOST,
+        machine.chip,
+        machine.memory_bytes,
+        gpu_limit_bytes=machine.gpu_bytes if machine.is_mac else None,
+        macos_version=platform.mac_ver()[0],
+    )
+    return ModelDeployment(name, strategy, cluster, config, (host,))
+
+
+def deployment_on_hosts(
+    name: str, strategy: str, cluster: Cluster, config: ModelConfig, doctor: Mapping[str, Any]
+) -> ModelDeployment:
+    """Return the deployment of a model on launched hosts.
+
+    Args:
+        name: name of the model for people.
+        strategy: strategy of the placement.
+        cluster: hosts of the ranks.
+        config: dimensions of the model.
+        doctor: report of the checks, from doctor_json.to_dict.
+    """
+    network: Mapping[str, Any] | None = doctor.get("network")
+    findings = tuple(Finding(**finding) for finding in doctor.get("findings") or ())
+    hosts: Mapping[str, Mapping[str, Any] | None] = doctor.get("hosts") or {}
+    machines = tuple(_host_status(host, facts) for host, facts in hosts.items())
+    link = "" if network is None else str(Network(**network))
+    return ModelDeployment(name, strategy, cluster, config, machines, link, findings)
+
+
+def _host_status(name: str, facts: Mapping[str, Any] | None) -> HostStatus:
+    if facts is None:
+        return HostStatus(name)
+    memory, is_mac = facts["memory_bytes"], facts["system"] == "Darwin"
+    return HostStatus(
+        name,
+        facts["chip"] or facts["machine"] or "",
+        memory,
+        facts["free_bytes"],
+        gpu_limit(memory, str(facts["wired_limit_mb"])) if is_mac and memory else None,
+        facts["macos_version"] or "",
+    )
