@@ -38,7 +38,13 @@ def test_files_stand_before_the_prompt_and_the_pipe_after_it(tmp_path: Path) -> 
     a, b = (str(tmp_path / f"{name}.txt") for name in "ab")
     whole = f"File: {a}\n```\none two three\n```\n\nFile: {b}\n```\nfour five six\n```\n\nHi\n\nseven"
     assert num_prompt_tokens("-f", a, "-f", b, "-p", "Hi", stdin="seven") == num_prompt_tokens("-p", whole)
-    assert num_prompt_tokens("-f", a, "-f", b, stdin="Hi\n\nseven") == num_prompt_tokens("-p", whole)
+
+
+@pytest.mark.slow
+def test_the_pipe_is_a_file_or_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three\n")
+    whole = f"File: {tmp_path}/a.txt\n```\none two three\n```\n\nHi\n\nseven"
+    assert num_prompt_tokens("-f", str(tmp_path / "a.txt"), stdin="Hi\n\nseven") == num_prompt_tokens("-p", whole)
     attached = "File: piped input\n```\nseven\n```\n\nHi"
     assert num_prompt_tokens("-f", "-", "-p", "Hi", stdin="seven") == num_prompt_tokens("-p", attached)
 
@@ -66,6 +72,7 @@ def test_a_system_prompt_in_a_file(tmp_path: Path) -> None:
     assert from_file == num_prompt_tokens("-s", "Answer in French.", "-p", "Hi")
 
 
+@pytest.mark.slow
 def test_text_in_another_encoding_is_read() -> None:
     for data in ("Was heißt café?".encode("latin-1"), "Was heißt café?".encode("utf-16")):
         done = subprocess.run([*CHAT, "-p", "Hi", *ANSWER], input=data, capture_output=True, timeout=60, check=False)
