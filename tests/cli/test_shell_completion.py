@@ -179,8 +179,8 @@ def shell(request: pytest.FixtureRequest, home: Path) -> Iterator[Terminal]:
     assert done.returncode == 0, done.stderr
     again = call("--install-completion", name, variables=variables)
     assert again.stdout.count("written") == 1  # the start file has its line already
-    code = f"{CONTROLLING_TERMINAL}import os, sys; os.chdir({str(home)!r}); os.execvp(sys.argv[1], sys.argv[1:])"
-    terminal = Terminal(code, *SHELLS[name], columns=COLUMNS, **variables)
+    code = CONTROLLING_TERMINAL + "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    terminal = Terminal(code, *SHELLS[name], columns=COLUMNS, cwd=home, **variables)
     try:
         terminal.send("echo rea''dy\r")
         wait_for(terminal, "\nready")
