@@ -27,9 +27,8 @@ SOON_S = 20.0
 
 
 def num_prompt_tokens(*arguments: str, stdin: str | None = None) -> int:
-    done = call("chat", *arguments, *ANSWER, stdin=stdin)
-    assert done.returncode == 0, done.stdout
-    return json.loads(done.stdout)["usage"]["prompt_tokens"]
+    """Return the size of a prompt, whatever the answer is: the toy model may begin a tool call."""
+    return json.loads(call("chat", *arguments, *ANSWER, stdin=stdin).stdout)["usage"]["prompt_tokens"]
 
 
 def test_files_stand_before_the_prompt_and_the_pipe_after_it(tmp_path: Path) -> None:
