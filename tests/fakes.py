@@ -34,7 +34,7 @@ class FixedSession:
 
     Args:
         ids: tokens of the answer.
-        pause_s: pause before each token.
+        pause_s: time between two tokens.
         is_endless: whether to repeat the answer until it is cancelled.
         is_stubborn: whether to ignore cancellation.
         before: callback for each request; its exception fails the request.
@@ -65,8 +65,10 @@ class FixedSession:
         reason: FinishReason = "stop"
         yield Prefilled(0, total)
         yield Prefilled(total, total)
+        due = time.monotonic()
         for token in self._ids:
-            time.sleep(self._pause_s)
+            due += self._pause_s
+            time.sleep(max(0.0, due - time.monotonic()))
             if self._cancelled.is_set() and not self._is_stubborn:
                 reason = "cancelled"
                 break

@@ -1,0 +1,84 @@
+"""Fixtures: headless Chromium, pages that are watched, and servers to open."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import pytest
+
+from kimi_mlx.session.open import open_session
+from kimi_mlx.session.session import Session, SessionOptions
+from tests.browser.chat_page import ChatPage, Watcher
+from tests.fakes import KIMI_MINI
+from tests.server.running_server import RunningServer, serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+OpenPage = Callable[..., ChatPage]
+
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",  # tests may run as root
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Start Chromium; for each module anew, because playwright's loop must end before other tests run one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("chromium is missing")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Return a function that opens the page of a server in a browser profile of its own.
+
+    Its arguments: URL of the server, part of the address after it, and options of the browser context such as
+    `viewport` or `locale`. At the end of the test there must be no request to another host and nothing on the console.
+    """
+    watchers: list[Watcher] = []
+
+    def open_in_context(url: str, fragment: str = "", **options: Any) -> ChatPage:
+        context = browser.new_context(**{"locale": "en", **options})
+        watcher = Watcher(url)
+        watchers.append(watcher)
+        watcher.watch(context)
+        contexts.append(context)
+        return ChatPage(context.new_page(), url, watcher).open(fragment)
+
+    contexts: list[Any] = []
+    yield open_in_context
+    for context in contexts:
+        context.close()
+    for watcher in watchers:
+        watcher.check()
+
+
+@pytest.fixture(scope="session")
+def session() -> Iterator[Session]:
+    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
+    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def running(session: Session) -> Iterator[RunningServer]:
+    """The server with kimi-mini."""
+    with serving(session) as server:
+        yield server
