@@ -97,7 +97,8 @@ def create_key_bindings(blocks: PastedBlocks, edit: Callable[[Buffer], None]) ->
 
 def _is_dropped(text: str) -> bool:
     """Return whether a pasted text is nothing but paths of images and videos, as if they were dropped."""
-    return len(text) <= MAX_SHOWN and all(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
+    parts = split_dropped_files(text, is_media_file) if len(text) <= MAX_SHOWN else []
+    return bool(parts) and all(isinstance(part, Path) for part in parts)
 
 
 def is_continued(line: str) -> bool:
