@@ -107,6 +107,15 @@ COMMANDS = (
         has_defaults=True,
     ),
     CommandInfo(
+        "status",
+        "Show what a server does, and on which hosts.",
+        (
+            "kimi-mlx status                        your server on this machine",
+            "kimi-mlx status http://mac-a:8080 --watch",
+            "kimi-mlx status --json",
+        ),
+    ),
+    CommandInfo(
         "download",
         "Download a model, optionally split for N ranks.",
         (

@@ -21,7 +21,7 @@ HINTS = {
     "help": "type `kimi-mlx --help`, or `kimi-mlx COMMAND --help`",
     "version": "type `kimi-mlx --version`",
     "stop": "type Ctrl-C where the model runs, or `kimi-mlx service stop`",
-    "ps": "type `kimi-mlx service status`, or `kimi-mlx doctor` to check this machine",
+    "ps": "type `kimi-mlx status`",
 }
 
 

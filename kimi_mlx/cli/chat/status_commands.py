@@ -15,16 +15,14 @@ from kimi_mlx.cli.chat.statistics_text import conversation_line, statistics_line
 from kimi_mlx.cli.chat.terminal_text import to_line
 from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.cli.placement import ALONE
+from kimi_mlx.cli.rank_table import TABLE_WIDTH, describe_ranks
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.search import Option, make_plan
-from kimi_mlx.session.model_status import ModelStatus, RankStatus
+from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.units import format_bytes, format_rate
-
-TABLE_WIDTH = 66
-"""Number of columns from which hosts are shown as a table."""
 
 
 class StatusCommands:
@@ -107,7 +105,7 @@ def describe_model(status: ModelStatus, used_tokens: int, width: int) -> Rendera
         table.add_row(Text(name, style="dim"), Text(to_line(value)))
     if not any(rank.share or rank.weights_bytes or rank.memory_bytes for rank in status.ranks):
         return table
-    return Group(table, Text(), _rank_table(status.ranks) if width >= TABLE_WIDTH else _rank_lines(status.ranks))
+    return Group(table, Text(), describe_ranks(status.ranks, width))
 
 
 def _model_rows(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, str]]:
@@ -132,37 +130,6 @@ def _model_rows(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, st
         yield "up", format_duration(status.uptime_s)
     if status.versions:
         yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
-
-
-def _rank_table(ranks: Sequence[RankStatus]) -> Table:
-    """Return one row per rank; columns that no rank knows are left out."""
-    columns = {
-        "rank": [str(rank.rank) for rank in ranks],
-        "host": [rank.host for rank in ranks],
-        "holds": [rank.share for rank in ranks],
-        "weights": [format_bytes(rank.weights_bytes) if rank.weights_bytes else "" for rank in ranks],
-        "cache": [format_bytes(rank.cache_bytes) if rank.cache_bytes else "" for rank in ranks],
-        "peak": [_size(rank.peak_memory_bytes) for rank in ranks],
-        "free": [_size(rank.free_bytes) for rank in ranks],
-    }
-    known = {name: values for name, values in columns.items() if any(values)}
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in known:
-        is_text = name in ("host", "holds")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    for row in zip(*known.values(), strict=True):
-        table.add_row(*(Text(to_line(value)) for value in row))
-    return table
-
-
-def _rank_lines(ranks: Sequence[RankStatus]) -> Group:
-    """Return the ranks for a narrow terminal, one after the other."""
-    lines: list[Text] = []
-    for rank in ranks:
-        sizes = [(rank.weights_bytes, "weights"), (rank.cache_bytes, "cache"), (rank.free_bytes, "free")]
-        parts = [rank.share, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
-        lines.append(Text(to_line(f"rank {rank.rank} on {rank.host}: {', '.join(filter(None, parts))}")))
-    return Group(*lines)
 
 
 def describe_plan(placement: Choice, prediction: Option | str | None, width: int) -> RenderableType:
@@ -205,7 +172,3 @@ def _memory_lines(hosts: Sequence[HostMemory]) -> Group:
         needed, limit = format_bytes(host.needed_bytes), format_bytes(host.gpu_bytes)
         lines.append(Text(to_line(f"{host.host}: needs {needed}, its GPU may use {limit}")))
     return Group(*lines)
-
-
-def _size(count: int | None) -> str:
-    return "" if count is None else format_bytes(count)

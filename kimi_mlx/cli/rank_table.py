@@ -1,0 +1,72 @@
+"""The ranks of a model, as a table or, on a narrow terminal, as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.session.model_status import RankStatus
+from kimi_mlx.units import format_bytes
+
+TABLE_WIDTH = 66
+"""Number of columns from which ranks and hosts are shown as a table."""
+
+
+def describe_ranks(ranks: Sequence[RankStatus], width: int, *, shows_activity: bool = False) -> RenderableType:
+    """Return the ranks; nothing that no rank knows is shown.
+
+    Args:
+        ranks: ranks in order.
+        width: width of the terminal.
+        shows_activity: whether to show what each rank does now.
+    """
+    return _table(ranks, shows_activity) if width >= TABLE_WIDTH else _lines(ranks, shows_activity)
+
+
+def _table(ranks: Sequence[RankStatus], shows_activity: bool) -> Table:
+    columns = {
+        "rank": [str(rank.rank) for rank in ranks],
+        "host": [rank.host for rank in ranks],
+        "holds": [rank.share for rank in ranks],
+        "weights": [_size(rank.weights_bytes) for rank in ranks],
+        "cache": [_size(rank.cache_bytes) for rank in ranks],
+        "peak": [_size(rank.peak_memory_bytes) for rank in ranks],
+        "free": [_size(rank.free_bytes) for rank in ranks],
+    }
+    if shows_activity:
+        columns |= {
+            "does": [rank.work for rank in ranks],
+            "step": ["" if rank.step is None else f"{rank.step:,}" for rank in ranks],
+            "last message": [_age(rank.last_message_s) for rank in ranks],
+        }
+    known = {name: values for name, values in columns.items() if any(values)}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in known:
+        is_text = name in ("host", "holds", "does")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in zip(*known.values(), strict=True):
+        table.add_row(*(Text(to_line(value)) for value in row))
+    return table
+
+
+def _lines(ranks: Sequence[RankStatus], shows_activity: bool) -> Group:
+    lines: list[Text] = []
+    for rank in ranks:
+        sizes = [(rank.weights_bytes, "weights"), (rank.cache_bytes, "cache"), (rank.free_bytes, "free")]
+        parts = [rank.share, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
+        if shows_activity and rank.step is not None:
+            parts.append(f"{rank.work}, step {rank.step:,}")
+        lines.append(Text(to_line(f"rank {rank.rank} on {rank.host}: {', '.join(filter(None, parts))}")))
+    return Group(*lines)
+
+
+def _age(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s ago"
+
+
+def _size(size_bytes: int | None) -> str:
+    return format_bytes(size_bytes) if size_bytes else ""

@@ -1,0 +1,197 @@
+"""The status of a running server: read from it, and shown once or every second."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kimi_mlx.cli.api_keys import read_client_key
+from kimi_mlx.cli.chat.chat_status import format_duration
+from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.cli.output import print_json, print_note, slow_status, stdout
+from kimi_mlx.cli.rank_table import describe_ranks
+from kimi_mlx.client.address import ServerAddress, parse_address
+from kimi_mlx.client.http import HttpClient, MissingPathError
+from kimi_mlx.client.local_servers import find_servers
+from kimi_mlx.errors import ServerError
+from kimi_mlx.session.model_status import ModelStatus
+from kimi_mlx.units import format_bytes, format_count, format_rate
+
+INTERVAL_S = 1.0
+"""Time between two looks of `--watch`."""
+
+
+def print_status(url: str | None, key_file: Path | None, *, is_json: bool) -> None:
+    """Print the status of a server once.
+
+    Args:
+        url: address of the user; None for the newest server of this user on this machine.
+        key_file: file with the API key; None for the environment's.
+        is_json: whether to print the server's document.
+
+    Raises:
+        KimiMlxError: there is no server, or it refuses.
+    """
+    client = _client(url, key_file)
+    with slow_status(is_json) as set_status:
+        set_status(f"asking {client.address.url}")
+        document = _read(client)
+    if is_json:
+        print_json(document)
+    else:
+        stdout.print(_describe(client.address, document, stdout.width), soft_wrap=False)
+
+
+def watch_status(url: str | None, key_file: Path | None, *, is_json: bool) -> None:
+    """Show the status of a server every second, also after it was restarted, until Ctrl-C.
+
+    Args:
+        url: address of the user; None for the newest server of this user on this machine.
+        key_file: file with the API key; None for the environment's.
+        is_json: whether to print the server's document as one line each time.
+
+    Raises:
+        KimiMlxError: there is no server, or it refuses, when this starts.
+    """
+    client = _client(url, key_file)
+    documents = _documents(client)
+    if is_json:
+        for document in documents:
+            print(json.dumps(document), flush=True)
+        return
+    is_terminal = stdout.is_terminal and not stdout.is_dumb_terminal
+    with Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis") if is_terminal else _Plain() as live:
+        for document in documents:
+            live.update(_describe(client.address, document, stdout.width), refresh=True)
+
+
+class _Plain:
+    """Prints each status below the last one, where the screen cannot be redrawn."""
+
+    def __enter__(self) -> _Plain:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+    def update(self, renderable: RenderableType, *, refresh: bool) -> None:
+        """Print a status."""
+        stdout.print(renderable, Text(), soft_wrap=False)
+
+
+def _documents(client: HttpClient) -> Iterator[Mapping[str, Any]]:
+    """Yield the document of a server every second; while it cannot be reached, one that says so."""
+    document = _read(client)
+    while True:
+        yield document
+        time.sleep(INTERVAL_S)
+        try:
+            document = _read(client)
+        except ServerError as error:
+            document = {**document, "is_up": False, "reason": error.message}
+
+
+def _client(url: str | None, key_file: Path | None) -> HttpClient:
+    """Return a client of the named server, or of the newest one on this machine."""
+    if url is not None:
+        return HttpClient(parse_address(url), read_client_key(key_file))
+    servers = find_servers()
+    if not servers:
+        hint = "start one with `kimi-mlx serve MODEL`, or name one: `kimi-mlx status http://mac-a:8080`"
+        raise ServerError("no server of yours is running on this machine", hint=hint)
+    for other in servers[1:]:
+        print_note(f"also running: {other.model} at {other.url} (`kimi-mlx status {other.url}`)")
+    return HttpClient(parse_address(servers[0].url), read_client_key(key_file))
+
+
+def _read(client: HttpClient) -> Mapping[str, Any]:
+    url = client.address.url
+    try:
+        document: Any = client.get("/cluster")
+    except MissingPathError:
+        hint = "`kimi-mlx status` shows servers of kimi-mlx only"
+        raise ServerError(f"{url} does not report the status of a cluster", hint=hint) from None
+    if not isinstance(document, dict):
+        raise ServerError(f"{url} answers with something else than a status", hint="check the address")
+    return cast("dict[str, Any]", document)
+
+
+def _describe(address: ServerAddress, document: Mapping[str, Any], width: int) -> RenderableType:
+    """Return the status for people.
+
+    Raises:
+        ServerError: the document has another form.
+    """
+    try:
+        status = ModelStatus.from_dict(document)
+        table = Table.grid(padding=(0, 2))
+        table.add_column()
+        table.add_column(overflow="fold")
+        for name, value in _rows(address, status, document):
+            table.add_row(Text(name, style="dim"), Text(to_line(value)))
+        parts: list[RenderableType] = [table]
+        if status.ranks:
+            parts += [Text(), describe_ranks(status.ranks, width, shows_activity=True)]
+        parts += _answers(document.get("answers") or ())
+        return Group(*parts, *_findings(status))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        hint = "install the same version of kimi-mlx on both machines"
+        raise ServerError(f"the status of {address.url} cannot be read", hint=hint) from error
+
+
+def _rows(address: ServerAddress, status: ModelStatus, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "model", status.model
+    yield "server", address.url
+    yield "state", "running" if status.is_up else f"not answering: {status.reason or 'unknown reason'}"
+    for machine in status.machines:
+        sizes = [(machine.memory_bytes, "memory"), (machine.gpu_limit_bytes, "for the GPU")]
+        parts = [machine.chip, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
+        yield "host", f"{machine.name}: {', '.join(filter(None, parts))}"
+    yield "placement", status.placement
+    if status.link:
+        yield "link", status.link
+    if status.all_reduce:
+        yield "sums", status.all_reduce
+    yield "context", f"{status.context_tokens:,} tokens"
+    capacity = document.get("queue_capacity") or 0
+    yield "requests", f"{status.active} running, {status.waiting} waiting (at most {capacity})"
+    rates: Mapping[str, Any] = document.get("rates") or {}
+    decode, prefill = (float(rates.get(name) or 0) for name in ("completion_tok_per_s", "prompt_tok_per_s"))
+    yield "speed", f"{format_rate(decode)} generated, {format_rate(prefill)} read"
+    prompt, reused = (int(document.get(name) or 0) for name in ("prompt_tokens", "reused_tokens"))
+    cache = f"{status.cached_tokens:,} tokens in memory"
+    yield "prompt cache", cache + (f"; {reused:,} of {prompt:,} prompt tokens reused" if prompt else "")
+    if status.restarts:
+        yield "restarts", f"{len(status.restarts)}, the last one: {status.restarts[-1].reason}"
+    yield "up", format_duration(status.uptime_s)
+    yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+    """Yield the answers in progress, one line each."""
+    if answers:
+        yield Text()
+    for answer in answers:
+        text = {
+            "waiting": "waiting",
+            "prefill": f"reading {answer['processed_tokens']:,} of {answer['prompt_tokens']:,} tokens",
+            "decode": f"prompt {answer['prompt_tokens']:,}, {format_count(answer['generated_tokens'], 'new token')}",
+        }[answer["state"]]
+        yield Text(f"answer since {format_duration(answer['age_s'])}: {text}")
+
+
+def _findings(status: ModelStatus) -> Iterator[RenderableType]:
+    """Yield what the checks before the start have found to be wrong, with the remedies."""
+    for finding in status.findings or ():
+        if finding.state != "ok":
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            style = "red" if finding.state == "problem" else "yellow"
+            yield Text(to_line(f"{finding.state}: {finding.host}: {finding.message}{remedy}"), style=style)
