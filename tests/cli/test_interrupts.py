@@ -146,7 +146,7 @@ def test_a_second_ctrl_c_while_the_ring_ends(begin: Start, endless_model: Path, 
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("is_conversation", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(number, marks=pytest.mark.sweep) for number in (1, 2))])
 def test_ctrl_c_at_any_time_of_a_ring(
     begin: Start, endless_model: Path, number: int | None, is_conversation: bool, seed: int
 ) -> None:
