@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from kimi_mlx.engine.events import Event, Token
+from kimi_mlx.engine.request import Request
+from kimi_mlx.session.session import EventCallback, Session
 from tests.browser.conftest import OpenPage
+from tests.browser.servers import answering
 from tests.server.running_server import RunningServer
 
 pytestmark = pytest.mark.browser
+
+MARKDOWN = """# Heading
+
+Some *emphasis*, `code` and a [link](https://example.com/a).
+
+| a | b |
+| - | -: |
+| 1 | 2 |
+
+```python
+print("<b>")
+```
+
+1. one
+2. two
+"""
 
 
 def test_a_conversation(running: RunningServer, open_page: OpenPage) -> None:
@@ -22,3 +44,131 @@ def test_a_conversation(running: RunningServer, open_page: OpenPage) -> None:
     chat.wait_messages(2)
     assert chat.page.url == address
     assert "kimi-mini" in chat.find(".message.assistant").first.inner_text()
+
+
+def test_markdown_and_reasoning(open_page: OpenPage) -> None:
+    with answering(MARKDOWN, "A thought with *stars*.", tokens_per_s=200) as server:
+        chat = open_page(server.url)
+        chat.ask("Show everything.")
+        answer = chat.find(".message.assistant")
+        assert answer.locator("h1").inner_text() == "Heading"
+        assert answer.locator("em").inner_text() == "emphasis"
+        assert answer.locator("a").get_attribute("rel") == "noopener noreferrer nofollow"
+        assert answer.locator("td").all_inner_texts() == ["1", "2"]
+        assert answer.locator("ol li").all_inner_texts() == ["one", "two"]
+        assert answer.locator(".code pre").inner_text() == 'print("<b>")\n'
+        assert answer.locator(".code .nb").inner_text() == "print"
+        assert chat.find("details .reasoning").text_content() == "A thought with *stars*."
+        assert chat.find("details").get_attribute("open") is None
+        chat.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        chat.click("Copy code")
+        chat.wait_text("Copied", ".code-header")
+        assert chat.run("() => navigator.clipboard.readText()") == 'print("<b>")\n'
+
+
+def test_stop(open_page: OpenPage) -> None:
+    with answering("More words. ", tokens_per_s=100, is_endless=True) as server:
+        chat = open_page(server.url)
+        chat.send("Talk.")
+        chat.wait_text("More words. More words.", ".markdown")
+        chat.click("Stop")
+        answer = chat.wait_answer()
+        server.wait_idle()
+        assert answer.startswith("More words.")
+        assert "stopped" in chat.remark
+        chat.send("Again.")
+        chat.wait_messages(2)
+        chat.wait_text("More words.", ".message:last-child .markdown")
+        chat.page.keyboard.press("Escape")
+        chat.wait_answer()
+        server.wait_idle()
+
+
+def test_versions_and_branches(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url)
+    chat.ask("What are you?")
+    first = chat.ask("How are you?")
+    chat.click("Retry")
+    chat.wait_text("2 of 2", ".versions")
+    chat.wait_answer()
+    chat.click("Previous version")
+    chat.wait_text("1 of 2", ".versions")
+    assert chat.wait_answer() == first
+    chat.page.get_by_role("button", name="Edit").first.click()
+    chat.page.fill("form.edit textarea", "Who are you?")
+    chat.page.press("form.edit textarea", "Enter")
+    chat.wait_text("Who are you?", ".message.user")
+    chat.wait_answer()
+    assert chat.find(".message").count() == 2
+    chat.click("Previous version")
+    chat.wait_text("What are you?", ".message.user")
+    chat.wait_messages(2)
+    chat.page.reload()  # the branch that was chosen last is the one that is shown
+    chat.wait_messages(2)
+    assert chat.find(".message.user").first.locator(".plain").inner_text() == "What are you?"
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, session: Session, pause_s: float) -> None:
+    """Pause after each token of the session."""
+    submit = session.submit
+
+    def submit_slowly(request: Request, on_event: EventCallback) -> int:
+        def on_event_slowly(event: Event) -> None:
+            on_event(event)
+            if isinstance(event, Token):
+                time.sleep(pause_s)
+
+        return submit(request, on_event_slowly)
+
+    monkeypatch.setattr(session, "submit", submit_slowly)
+
+
+def test_reload_in_mid_answer(
+    running: RunningServer, session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = open_page(running.url)
+    with monkeypatch.context() as patch:
+        slow_down(patch, session, 0.1)
+        chat.send("What are you?")
+        chat.wait_text("I am kimi-mini", ".markdown")
+        chat.page.reload()
+        partial = chat.wait_answer()
+    running.wait_idle()
+    assert partial.startswith("I am kimi-mini")
+    assert "unfinished" in chat.remark
+    chat.click("Continue")
+    chat.wait_text("knowledge", ".markdown")
+    whole = chat.wait_answer()
+    assert whole.startswith(partial)
+    assert chat.remark == ""
+    chat.page.reload()
+    assert chat.wait_answer() == whole
+
+
+def test_two_tabs(running: RunningServer, open_page: OpenPage) -> None:
+    first = open_page(running.url)
+    first.ask("What are you?")
+    second = first.another_tab().open(first.page.url.removeprefix(f"{running.url}/"))
+    second.wait_messages(1)
+    second.ask("And who made you?")
+    first.wait_messages(2)  # the other tab's message appears
+    assert first.wait_answer() == second.wait_answer()
+    second.click("New conversation")
+    second.ask("Say hello.")
+    first.wait_text("Say hello.", "#conversations")
+    assert first.find(".message.user").count() == 2  # the conversation that is open stays open
+
+
+@pytest.mark.slow
+def test_answers_in_two_tabs_at_once(open_page: OpenPage) -> None:
+    with answering("Word. ", tokens_per_s=100, is_endless=True) as server:
+        first = open_page(server.url)
+        first.send("One")
+        first.wait_text("Word.", ".markdown")
+        second = first.another_tab().open(first.page.url.removeprefix(f"{server.url}/"))
+        second.wait_messages(1)
+        second.wait_text("unfinished", ".message.assistant")  # it runs in the other tab
+        second.page.close()
+        first.click("Stop")
+        first.wait_answer()
+        server.wait_idle()

@@ -47,16 +47,23 @@ export class Chat {
     return store.branch(this.messages, this.conversation.leaf);
   }
 
+  // Show the branch. Messages that are shown already keep their nodes, so that a long conversation is not rendered again.
   async draw() {
-    this.views.clear();
+    const shown = this.views;
+    this.views = new Map();
     const nodes = [];
     const isDrawing = [];
     for (const message of this.path) {
-      const view = this.viewOf(message);
+      const versions = store.siblings(this.messages, message);
+      const isRunning = this.answer?.message === message;
+      let view = shown.get(message.id);
+      if (isRunning || !view?.isStill(message, versions)) {
+        view = new MessageView(message, versions, this.actions(), this.model.name);
+        if (isRunning) view.update(this.answer);
+        else if (message.role === "assistant") isDrawing.push(view.finish());
+      }
+      this.views.set(message.id, view);
       nodes.push(view.node);
-      if (message.role !== "assistant") continue;
-      if (this.answer?.message === message) view.update(this.answer);
-      else isDrawing.push(view.finish());
     }
     if (!nodes.length) nodes.push(this.emptyNode());
     this.log.replaceChildren(...nodes);
@@ -64,12 +71,6 @@ export class Chat {
     this.showState();
     await Promise.all(isDrawing);
     this.scrollToEnd();
-  }
-
-  viewOf(message) {
-    const view = new MessageView(message, store.siblings(this.messages, message), this.actions(), this.model.name);
-    this.views.set(message.id, view);
-    return view;
   }
 
   emptyNode() {
@@ -100,6 +101,7 @@ export class Chat {
 
   // Send a message of the user; resolves once the answer has begun or could not begin.
   async send(content, parent = this.conversation.leaf) {
+    if (this.answer) return;
     const message = await this.addMessage("user", content, parent);
     if (!this.conversation.title) {
       this.conversation.title = store.textOf(content).trim().split("\n")[0].slice(0, MAX_TITLE) || text("untitled");
@@ -129,7 +131,6 @@ export class Chat {
     if (this.answer) return;
     const message = await this.addMessage("assistant", "", parent);
     await this.save();
-    await this.draw();
     const path = store.branch(this.messages, parent);
     await this.run(message, requestBody(path, this.conversation.settings));
   }
@@ -140,7 +141,6 @@ export class Chat {
     const path = store.branch(this.messages, message.parent);
     const body = requestBody(path, this.conversation.settings, message.content);
     delete message.error;
-    await this.draw();
     await this.run(message, body);
   }
 
@@ -157,7 +157,7 @@ export class Chat {
     });
     this.answers.set(conversation.id, answer);
     this.announce(text("answering"));
-    this.showState();
+    this.draw();
     try {
       await answer.run(body);
     } catch (error) {

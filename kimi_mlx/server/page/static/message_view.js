@@ -24,6 +24,12 @@ export class MessageView {
     if (message.role !== "assistant") this.showUser();
   }
 
+  // Return whether this view shows a message as it is. Calls of tools do not: they ask for results only at the end of a branch.
+  isStill(message, versions) {
+    const isSame = this.message === message && this.versions.length === versions.length;
+    return isSame && !this.isEdited && !message.toolCalls && (message.role !== "assistant" || this.isFinished);
+  }
+
   showUser() {
     const { content } = this.message;
     const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
@@ -66,6 +72,7 @@ export class MessageView {
         element("button", { type: "submit", class: "primary" }, text("sendAgain")),
       ),
     );
+    this.isEdited = true;
     this.content.replaceChildren(form);
     this.footer.replaceChildren();
     area.focus();
@@ -91,6 +98,7 @@ export class MessageView {
     const { message } = this;
     this.update();
     if (this.markdown) await this.markdown.finish(message.content);
+    this.isFinished = true;
     if (this.details) this.details.open = false;
     const buttons = [this.button("retry", () => this.actions.retry(message))];
     if (message.content) {
