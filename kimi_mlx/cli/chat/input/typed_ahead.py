@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import select
+import signal
 import struct
 import termios
 import threading
@@ -57,6 +58,7 @@ class TypedAhead:
             self._thread = None
 
     def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are to wake the main thread
         with contextlib.suppress(OSError):  # the terminal was closed: the prompt reports it
             while not self._is_over.wait(POLL_S):
                 while self._num_waiting() >= LARGE_BYTES and READING.acquire(blocking=False):
