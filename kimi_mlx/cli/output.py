@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -109,7 +110,13 @@ def slow_status(is_quiet: bool = False) -> Generator[Callable[[str], None]]:
         disable=is_quiet or not stderr.is_terminal,
     )
     task = progress.add_task("")
-    timer = threading.Timer(PROGRESS_AFTER_S, progress.start)
+
+    def start() -> None:
+        # inherited by the thread that redraws: Ctrl-C is to interrupt the main thread, also where it waits
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        progress.start()
+
+    timer = threading.Timer(PROGRESS_AFTER_S, start)
     timer.daemon = True
     try:
         if not progress.disable:
