@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cli.chat.terminal_text import cell_width, remove_controls, shorten, to_line
+from kimi_mlx.cli.chat.output.terminal_text import cell_width, remove_controls, shorten, to_line
 from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.history.find import Match
 from kimi_mlx.history.markdown import to_markdown
@@ -88,7 +88,7 @@ def print_matches(matches: Sequence[Match], words: Sequence[str], console: Conso
 
 def print_conversation(conversation: ConversationRecord, messages: Sequence[MessageRecord]) -> None:
     """Print a conversation: rendered on a terminal, as Markdown elsewhere."""
-    from kimi_mlx.cli.chat.answer_view import AnswerView, is_plain  # heavy: not for the table
+    from kimi_mlx.cli.chat.output.answer_view import AnswerView, is_plain  # heavy: not for the table
 
     text = remove_controls(to_markdown(conversation, messages))
     if is_plain(stdout):

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.session.model_status import RankStatus
 from kimi_mlx.units import format_bytes
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.api_keys import read_client_key
-from kimi_mlx.cli.chat.chat_status import format_duration
-from kimi_mlx.cli.chat.terminal_text import to_line
+from kimi_mlx.cli.chat.output.chat_status import format_duration
+from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.output import print_json, print_note, slow_status, stdout
 from kimi_mlx.cli.rank_table import describe_ranks
 from kimi_mlx.client.address import ServerAddress, parse_address

@@ -13,10 +13,10 @@ from typing import TextIO, cast
 import pytest
 from rich.console import ConsoleDimensions
 
+from kimi_mlx.cli.chat.commands.status_commands import describe_model, describe_plan
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.cli.chat.status_commands import describe_model, describe_plan
 from kimi_mlx.cli.model_size import model_shape
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.planner.choice import Choice, memory_of

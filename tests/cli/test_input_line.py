@@ -24,9 +24,9 @@ LINE = (
     + """
 import json, sys
 from pathlib import Path
-from kimi_mlx.cli.chat.commands import Command
+from kimi_mlx.cli.chat.commands.commands import Command
 from kimi_mlx.cli.chat.input.completion import complete_files, complete_words
-from kimi_mlx.cli.chat.input_line import open_input_line
+from kimi_mlx.cli.chat.input.input_line import open_input_line
 
 commands = [
     Command("/file", "FILE", "attach text files", print, complete=complete_files),

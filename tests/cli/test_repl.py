@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.chat.commands import ABOUT_CHARS
+from kimi_mlx.cli.chat.commands.commands import ABOUT_CHARS
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState

@@ -11,7 +11,7 @@ import pyte
 import pytest
 from PIL import Image
 
-from kimi_mlx.cli.chat.attachments import read_attachment
+from kimi_mlx.cli.chat.files.attachments import read_attachment
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState

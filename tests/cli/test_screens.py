@@ -15,9 +15,9 @@ import pytest
 from rich.text import Text
 
 from kimi_mlx.cli import output
-from kimi_mlx.cli.chat import answer_view, chat_status, terminal_output
-from kimi_mlx.cli.chat.answer_view import AnswerView, ReasoningMode
-from kimi_mlx.cli.chat.chat_status import ChatStatus
+from kimi_mlx.cli.chat.output import answer_view, chat_status, terminal_output
+from kimi_mlx.cli.chat.output.answer_view import AnswerView, ReasoningMode
+from kimi_mlx.cli.chat.output.chat_status import ChatStatus
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.errors import RingError
 from kimi_mlx.text.messages import Delta, ToolCall

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.chat import tool_commands
-from kimi_mlx.cli.chat.tool_commands import ToolCommands
-from kimi_mlx.cli.chat.tool_loop import ToolLoop
-from kimi_mlx.cli.chat.tool_permissions import Answer, question_about
+from kimi_mlx.cli.chat.commands import tool_commands
+from kimi_mlx.cli.chat.commands.tool_commands import ToolCommands
+from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
+from kimi_mlx.cli.chat.tools.tool_permissions import Answer, question_about
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation

@@ -30,8 +30,8 @@ ASK = (
     CONTROLLING_TERMINAL
     + """
 import signal, threading, time
-from kimi_mlx.cli.chat.terminal_modes import quiet_between_prompts
-from kimi_mlx.cli.chat.tool_permissions import TerminalQuestion
+from kimi_mlx.cli.chat.input.terminal_modes import quiet_between_prompts
+from kimi_mlx.cli.chat.tools.tool_permissions import TerminalQuestion
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.tools.declarations import DeclaredTool, ServerTool
 kept, is_cancelled = [], threading.Event()

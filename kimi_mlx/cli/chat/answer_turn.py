@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from types import FrameType
 
-from kimi_mlx.cli.chat.answer_view import AnswerView
+from kimi_mlx.cli.chat.output.answer_view import AnswerView
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.cli.chat.tool_loop import ToolLoop
+from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled
 from kimi_mlx.session.chat_model import ChatEvent

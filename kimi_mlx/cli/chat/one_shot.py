@@ -9,12 +9,12 @@ from typing import Any
 
 import typer
 
-from kimi_mlx.cli.chat.answer_view import AnswerView
 from kimi_mlx.cli.chat.chat_history import ChatHistory
-from kimi_mlx.cli.chat.chat_status import status_of
 from kimi_mlx.cli.chat.options import OutputOptions
-from kimi_mlx.cli.chat.statistics_text import statistics_line
-from kimi_mlx.cli.chat.tool_loop import ToolLoop
+from kimi_mlx.cli.chat.output.answer_view import AnswerView
+from kimi_mlx.cli.chat.output.chat_status import status_of
+from kimi_mlx.cli.chat.output.statistics_text import statistics_line
+from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.output import error_to_dict, print_json, print_note, silent, stderr
 from kimi_mlx.engine.events import Finished, Statistics
 from kimi_mlx.errors import AnswerError

@@ -6,8 +6,8 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
-from kimi_mlx.cli.chat.attachments import Attachment, PrepareMedia, read_attachment
 from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling, read_tokenizer
+from kimi_mlx.cli.chat.files.attachments import Attachment, PrepareMedia, read_attachment
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import check_prompt_size
 from kimi_mlx.cli.chat.server_choice import ServerChoice, named_server, running_server, unused_options

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.cli.chat.media_files import check_files, media_kind, to_path
+from kimi_mlx.cli.chat.files.media_files import check_files, media_kind, to_path
 from kimi_mlx.cli.chat.schema import Schema, read_schema
 from kimi_mlx.cli.options import ANSWER, HISTORY, MODEL, PROMPT, SAMPLING, TOOLS, DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from kimi_mlx.cli.chat.answer_view import ReasoningMode
+    from kimi_mlx.cli.chat.output.answer_view import ReasoningMode
     from kimi_mlx.text.media import MediaKind
     from kimi_mlx.tools.config import ServerConfig
 
@@ -231,7 +231,7 @@ class PromptOptions:
         Raises:
             UsageError: the file cannot be read, or is not text.
         """
-        from kimi_mlx.cli.chat.text_files import read_text_file  # Rich: not for `--help`
+        from kimi_mlx.cli.chat.files.text_files import read_text_file  # Rich: not for `--help`
 
         return self.system if self.system_file is None else read_text_file(to_path(self.system_file)).text.strip("\n")
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kimi_mlx.cli.chat.media_files import media_kind
+from kimi_mlx.cli.chat.files.media_files import media_kind
+from kimi_mlx.cli.chat.files.text_files import MAX_TEXT_BYTES, TextFile, decode_text, read_text_file, with_text_files
 from kimi_mlx.cli.chat.options import PIPE, OutputOptions, PromptOptions
 from kimi_mlx.cli.chat.standard_input import ADD_PROMPT, is_piped, require_prompt
-from kimi_mlx.cli.chat.text_files import MAX_TEXT_BYTES, TextFile, decode_text, read_text_file, with_text_files
 from kimi_mlx.cli.output import print_note, slow_status
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.units import format_bytes

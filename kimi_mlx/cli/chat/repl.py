@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kimi_mlx.cli.chat.answer_turn import show_answer
-from kimi_mlx.cli.chat.commands import (
+from kimi_mlx.cli.chat.commands.commands import (
     Command,
     CommandList,
     CommandSource,
     describe_command,
     keys_table,
 )
-from kimi_mlx.cli.chat.conversation_commands import ConversationCommands
-from kimi_mlx.cli.chat.file_commands import FileCommands
+from kimi_mlx.cli.chat.commands.conversation_commands import ConversationCommands
+from kimi_mlx.cli.chat.commands.file_commands import FileCommands
+from kimi_mlx.cli.chat.commands.settings_commands import SettingsCommands
+from kimi_mlx.cli.chat.commands.status_commands import StatusCommands
+from kimi_mlx.cli.chat.commands.tool_commands import ToolCommands
+from kimi_mlx.cli.chat.input.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.input.user_input import UserInput
-from kimi_mlx.cli.chat.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.cli.chat.settings_commands import SettingsCommands
-from kimi_mlx.cli.chat.status_commands import StatusCommands
-from kimi_mlx.cli.chat.tool_commands import ToolCommands
-from kimi_mlx.cli.chat.tool_permissions import TerminalQuestion
+from kimi_mlx.cli.chat.tools.tool_permissions import TerminalQuestion
 from kimi_mlx.cli.output import print_error, print_note, stderr
 from kimi_mlx.errors import ImageError, KimiMlxError, RingError, ServerError, UsageError
 from kimi_mlx.folders import state_folder

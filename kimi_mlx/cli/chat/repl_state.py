@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 
 from kimi_mlx.cli.chat.answer_settings import AnswerSettings
-from kimi_mlx.cli.chat.answer_view import ReasoningMode
-from kimi_mlx.cli.chat.attachments import Attachment
 from kimi_mlx.cli.chat.chat_history import ChatHistory
-from kimi_mlx.cli.chat.chat_status import ChatStatus, status_of
-from kimi_mlx.cli.chat.text_attachments import TextAttachment
-from kimi_mlx.cli.chat.tool_loop import ToolLoop
+from kimi_mlx.cli.chat.files.attachments import Attachment
+from kimi_mlx.cli.chat.files.text_attachments import TextAttachment
+from kimi_mlx.cli.chat.output.answer_view import ReasoningMode
+from kimi_mlx.cli.chat.output.chat_status import ChatStatus, status_of
+from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.engine.events import Statistics
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice

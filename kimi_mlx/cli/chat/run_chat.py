@@ -9,15 +9,15 @@ from typing import NoReturn
 import typer
 
 from kimi_mlx.cli.chat.answer_settings import kept_sources
-from kimi_mlx.cli.chat.attachments import show_attachment, with_attachments
 from kimi_mlx.cli.chat.chat_history import ChatHistory
+from kimi_mlx.cli.chat.files.attachments import show_attachment, with_attachments
+from kimi_mlx.cli.chat.files.text_attachments import read_text_attachment
 from kimi_mlx.cli.chat.first_minutes import show_first_note
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
-from kimi_mlx.cli.chat.open_tools import open_tools, wait_for_servers
 from kimi_mlx.cli.chat.options import ChatArguments
 from kimi_mlx.cli.chat.prompt import read_prompt
-from kimi_mlx.cli.chat.text_attachments import read_text_attachment
+from kimi_mlx.cli.chat.tools.open_tools import open_tools, wait_for_servers
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.output import hides_messages

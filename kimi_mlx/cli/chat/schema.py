@@ -41,7 +41,7 @@ def read_schema(argument: str) -> Schema:
 
 
 def _parse(argument: str) -> Schema:
-    from kimi_mlx.cli.chat.text_files import read_text_file  # Rich: not for `--help`
+    from kimi_mlx.cli.chat.files.text_files import read_text_file  # Rich: not for `--help`
 
     path = Path(argument).expanduser()
     if JSON_START.match(argument):

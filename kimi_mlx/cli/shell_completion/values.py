@@ -95,7 +95,7 @@ def model_names() -> Iterator[tuple[str, str]]:
 
 def conversation_ids() -> Iterator[tuple[str, str]]:
     """Yield the ids of the latest conversations of the history, with their titles."""
-    from kimi_mlx.cli.chat.terminal_text import to_line
+    from kimi_mlx.cli.chat.output.terminal_text import to_line
     from kimi_mlx.history.database import FILE_NAME, history_folder
     from kimi_mlx.history.store import HistoryStore
 

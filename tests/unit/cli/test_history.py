@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.chat.terminal_text import cell_width
+from kimi_mlx.cli.chat.output.terminal_text import cell_width
 from kimi_mlx.cli.history_output import conversation_table, format_when
 from kimi_mlx.history.openai_format import read_conversation
 from kimi_mlx.history.records import ConversationRecord

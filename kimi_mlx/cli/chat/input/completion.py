@@ -9,10 +9,10 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
-from kimi_mlx.cli.chat.commands import Command
-from kimi_mlx.cli.chat.dropped_files import last_word_start, quote_name, unescape
-from kimi_mlx.cli.chat.media_files import media_kind
-from kimi_mlx.cli.chat.mentions import mention_start
+from kimi_mlx.cli.chat.commands.commands import Command
+from kimi_mlx.cli.chat.files.media_files import media_kind
+from kimi_mlx.cli.chat.input.dropped_files import last_word_start, quote_name, unescape
+from kimi_mlx.cli.chat.input.mentions import mention_start
 
 MAX_NAMES = 10_000
 """Maximum number of names of one folder that are looked at."""

@@ -16,7 +16,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 
-from kimi_mlx.cli.chat.commands import Command
+from kimi_mlx.cli.chat.commands.commands import Command
 from kimi_mlx.cli.chat.input.completion import MessageCompleter
 from kimi_mlx.cli.chat.input.history_file import open_history
 from kimi_mlx.cli.chat.input.key_bindings import BUFFER_NAME, create_key_bindings, editing_mode
@@ -24,9 +24,9 @@ from kimi_mlx.cli.chat.input.layout import STYLE, create_layout
 from kimi_mlx.cli.chat.input.line_application import LineApplication
 from kimi_mlx.cli.chat.input.pasted_blocks import PastedBlocks
 from kimi_mlx.cli.chat.input.terminal_input import TerminalInput, add_csi_u_keys
+from kimi_mlx.cli.chat.input.text_editor import edit_text
 from kimi_mlx.cli.chat.input.typed_ahead import TypedAhead
 from kimi_mlx.cli.chat.input.user_input import UserInput
-from kimi_mlx.cli.chat.text_editor import edit_text
 from kimi_mlx.cli.output import print_error
 from kimi_mlx.errors import UsageError
 

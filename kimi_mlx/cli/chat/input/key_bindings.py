@@ -21,9 +21,9 @@ from prompt_toolkit.filters import (
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
-from kimi_mlx.cli.chat.dropped_files import split_dropped_files
+from kimi_mlx.cli.chat.files.media_files import is_media_file
+from kimi_mlx.cli.chat.input.dropped_files import split_dropped_files
 from kimi_mlx.cli.chat.input.pasted_blocks import MAX_SHOWN, PastedBlocks, to_line_feeds
-from kimi_mlx.cli.chat.media_files import is_media_file
 
 BUFFER_NAME = "message"
 _EDITING_MODE = re.compile(r"^\s*set\s+editing-mode\s+(\w+)", re.MULTILINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prompt_toolkit.application import Application
 from prompt_toolkit.layout.screen import Screen
 
-from kimi_mlx.cli.chat.live_region import wraps_again
+from kimi_mlx.cli.chat.output.live_region import wraps_again
 
 
 class LineApplication(Application[str]):

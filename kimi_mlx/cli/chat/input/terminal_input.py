@@ -11,7 +11,7 @@ from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyPress
 from prompt_toolkit.keys import Keys
 
-from kimi_mlx.cli.chat.terminal_modes import BEGIN_PASTE, END_PASTE
+from kimi_mlx.cli.chat.input.terminal_modes import BEGIN_PASTE, END_PASTE
 
 CHUNK_BYTES = 65536
 CTRL_C = "\x03"

@@ -11,7 +11,7 @@ import struct
 import termios
 import threading
 
-from kimi_mlx.cli.chat.terminal_modes import READING
+from kimi_mlx.cli.chat.input.terminal_modes import READING
 
 POLL_S = 0.1
 LARGE_BYTES = 2048

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_mlx.cli.chat.code_highlight import CodeHighlighter
-from kimi_mlx.cli.chat.markdown_parser import close_markup
-from kimi_mlx.cli.chat.markdown_stream import MarkdownStream
-from kimi_mlx.cli.chat.styled_line import Line, line_width, plain_text, to_row
+from kimi_mlx.cli.chat.output.code_highlight import CodeHighlighter
+from kimi_mlx.cli.chat.output.markdown_parser import close_markup
+from kimi_mlx.cli.chat.output.markdown_stream import MarkdownStream
+from kimi_mlx.cli.chat.output.styled_line import Line, line_width, plain_text, to_row
 
 
 def lines_of(text: str, width: int = 60) -> list[Line]:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.answer_settings import SETTINGS, AnswerSettings, complete_setting, kept_sources, parse_setting
-from kimi_mlx.cli.chat.commands import ELSEWHERE
+from kimi_mlx.cli.chat.commands.commands import ELSEWHERE
+from kimi_mlx.cli.chat.commands.status_commands import describe_model, describe_plan
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl import Repl
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.cli.chat.status_commands import describe_model, describe_plan
 from kimi_mlx.cli.model_size import model_shape
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.engine.request import SAMPLING_RANGES, Sampling

@@ -8,7 +8,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from kimi_mlx.cli.chat.commands import Command
+from kimi_mlx.cli.chat.commands.commands import Command
 from kimi_mlx.cli.chat.input.completion import MessageCompleter, complete_files, complete_media_files, complete_words
 
 

@@ -1,0 +1,1 @@
+"""Commands of a conversation that begin with a slash."""

@@ -1,0 +1,1 @@
+"""How a chat is shown: Markdown as it streams, on terminals and as plain text."""

@@ -1,0 +1,1 @@
+"""Tools of MCP servers in a chat: opening, permission, and the loop of calls and results."""

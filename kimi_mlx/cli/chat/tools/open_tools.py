@@ -1,0 +1,92 @@
+"""Start the MCP servers of a chat, and wait for them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+from rich.text import Text
+
+from kimi_mlx.cli.chat.options import ToolOptions
+from kimi_mlx.cli.chat.output.terminal_text import remove_controls, to_line
+from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
+from kimi_mlx.cli.chat.tools.tool_permissions import Permissions
+from kimi_mlx.cli.output import print_note, slow_status, stderr
+from kimi_mlx.errors import ToolError
+from kimi_mlx.tools.servers import McpServers
+from kimi_mlx.units import format_count
+
+MAX_NAMES = 3
+"""Number of servers that a status names."""
+
+
+@contextmanager
+def open_tools(options: ToolOptions, is_quiet: bool = False) -> Generator[ToolLoop]:
+    """Begin to start the MCP servers, beside the loading of the model, and end them after the chat.
+
+    Args:
+        options: files with the servers, and allowed tools.
+        is_quiet: whether to show no status and no notes.
+
+    Raises:
+        ToolError: the package `mcp` is not installed.
+        UsageError: a file is wrong.
+    """
+    configs, notes = options.read_servers()
+    permissions = Permissions(options.allowed)
+    if not configs:
+        yield ToolLoop(permissions=permissions)
+        return
+    for note in () if is_quiet else notes:
+        print_note(note)
+    servers = McpServers(configs)
+    with servers:
+        yield ToolLoop(servers, permissions, options.max_rounds)
+        with slow_status(is_quiet) as set_status:
+            set_status("ending the MCP servers")
+            servers.close()
+
+
+def wait_for_servers(tools: ToolLoop, is_quiet: bool = False, can_skip: bool = False) -> None:
+    """Wait until each server is ready or has failed, and report those that have failed.
+
+    Args:
+        tools: result of open_tools.
+        is_quiet: whether to show no status, and only warnings.
+        can_skip: whether Ctrl-C ends the wait, and not the command.
+
+    Raises:
+        ToolError: no server has started.
+    """
+    servers = tools.servers
+    if servers is None:
+        return
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if can_skip else None
+    try:
+        with slow_status(is_quiet) as set_status:
+            servers.wait(lambda names: set_status(f"starting MCP servers: {_list_names(names)}"))
+    except KeyboardInterrupt:
+        if not can_skip:
+            raise
+        print_note(f"[not waiting for {_list_names(servers.starting)}; their tools come when they are ready]")
+    finally:
+        if can_skip:
+            signal.signal(signal.SIGINT, handler)
+    failed = [status for status in servers.status() if status.state == "failed"]
+    for status in failed:
+        text = f"warning: MCP server {to_line(status.name)}: {remove_controls(status.error)}"
+        stderr.print(Text(text, style="yellow"), soft_wrap=False)
+    if failed and all(status.state in ("failed", "disabled") for status in servers.status()):
+        raise ToolError("no MCP server has started", hint="correct the file of `--mcp`, or leave the option out")
+    for pattern in tools.permissions.unknown_patterns(servers.tools):
+        stderr.print(Text(f"warning: --allow {pattern}: no server has such a tool", style="yellow"), soft_wrap=False)
+    if not is_quiet:
+        num_ready = sum(status.state == "ready" for status in servers.status())
+        print_note(f"{format_count(len(servers.tools), 'tool')} of {format_count(num_ready, 'MCP server')}")
+
+
+def _list_names(names: Sequence[str]) -> str:
+    rest = len(names) - MAX_NAMES
+    shown = ", ".join(to_line(name) for name in names[:MAX_NAMES])
+    return f"{shown} and {rest} more" if rest > 0 else shown
