@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import pytest
+
+from kimi_mlx.engine.events import Event, Token
+from kimi_mlx.engine.request import Request
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.server import ServingOptions
+from kimi_mlx.session.session import EventCallback, Session
 from tests.fakes import KIMI_MINI, FixedSession
 from tests.server.running_server import RunningServer, serving
+
+CONTEXT_TOKENS = 1_000_000
 
 
 def tokens_of(answer: str, reasoning: str = "") -> list[int]:
@@ -25,6 +34,13 @@ def tokens_of(answer: str, reasoning: str = "") -> list[int]:
             ids.append(special[name])
         rest = rest[at + len(name) :]
     return ids
+
+
+class WholeAnswers(FixedSession):
+    """A session that ignores kimi-mini's limit of 512 tokens."""
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        return super().generate(replace(request, max_tokens=CONTEXT_TOKENS))
 
 
 @contextmanager
@@ -44,6 +60,21 @@ def answering(
         is_endless: whether to repeat the answer until it is stopped.
         options: options of the server.
     """
-    session = FixedSession(tokens_of(answer, reasoning), 1 / tokens_per_s if tokens_per_s else 0, is_endless)
-    with serving(session, options) as server:
+    session = WholeAnswers(tokens_of(answer, reasoning), 1 / tokens_per_s if tokens_per_s else 0, is_endless)
+    with serving(session, options, CONTEXT_TOKENS) as server:
         yield server
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, session: Session, pause_s: float) -> None:
+    """Pause after each token of the session."""
+    submit = session.submit
+
+    def submit_slowly(request: Request, on_event: EventCallback) -> int:
+        def on_event_slowly(event: Event) -> None:
+            on_event(event)
+            if isinstance(event, Token):
+                time.sleep(pause_s)
+
+        return submit(request, on_event_slowly)
+
+    monkeypatch.setattr(session, "submit", submit_slowly)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from kimi_mlx.engine.events import Event, Token
-from kimi_mlx.engine.request import Request
-from kimi_mlx.session.session import EventCallback, Session
+from kimi_mlx.session.session import Session
 from tests.browser.conftest import OpenPage
-from tests.browser.servers import answering
+from tests.browser.servers import answering, slow_down
 from tests.server.running_server import RunningServer
 
 pytestmark = pytest.mark.browser
@@ -106,21 +102,6 @@ def test_versions_and_branches(running: RunningServer, open_page: OpenPage) -> N
     chat.page.reload()  # the branch that was chosen last is the one that is shown
     chat.wait_messages(2)
     assert chat.find(".message.user").first.locator(".plain").inner_text() == "What are you?"
-
-
-def slow_down(monkeypatch: pytest.MonkeyPatch, session: Session, pause_s: float) -> None:
-    """Pause after each token of the session."""
-    submit = session.submit
-
-    def submit_slowly(request: Request, on_event: EventCallback) -> int:
-        def on_event_slowly(event: Event) -> None:
-            on_event(event)
-            if isinstance(event, Token):
-                time.sleep(pause_s)
-
-        return submit(request, on_event_slowly)
-
-    monkeypatch.setattr(session, "submit", submit_slowly)
 
 
 def test_reload_in_mid_answer(

@@ -132,6 +132,7 @@ function main() {
   byId("menu").addEventListener("click", () => showSidebar(!document.body.classList.contains("with-sidebar")));
   byId("title").addEventListener("change", async () => {
     chat.conversation.title = byId("title").value.trim();
+    chat.showState();
     if (!chat.isNew || chat.path.length) await chat.save();
   });
   byId("settings").addEventListener("click", async () => {

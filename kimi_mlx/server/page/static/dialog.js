@@ -20,10 +20,12 @@ export function ask(title, content, buttons) {
           element(
             "button",
             {
+              type: kind ? "submit" : "button", // Enter in a field presses the first of type submit
               class: kind ?? "",
               value,
               onclick: (event) => {
-                if (check && !check()) event.preventDefault();
+                if (!kind) dialog.close(value);
+                else if (check && !check()) event.preventDefault();
               },
             },
             label,

@@ -6,6 +6,7 @@ import * as store from "./store.js";
 const FORMAT = "kimi-mlx-conversations";
 const MAX_BYTES = 200_000_000;
 const ROLES = ["user", "assistant", "tool"];
+const FINISHES = ["stop", "length", "tool_calls", "stopped", "error", null];
 const SETTINGS = { system: "string", temperature: "number", top_p: "number", top_k: "number", min_p: "number", seed: "number" };
 Object.assign(SETTINGS, { max_tokens: "number", thinking: "boolean", schema: "object", tools: "object" });
 
@@ -115,8 +116,10 @@ function readMessage(message, ids, conversation, created) {
     role: message.role,
     content: readContent(message.content),
     created,
-    finish: typeof message.finish === "string" ? message.finish : "stop",
+    finish: FINISHES.includes(message.finish) ? message.finish : "stop",
   };
+  if (read.finish === "error") read.error = { status: Number(message.error?.status), message: String(message.error?.message ?? "") };
+  if (typeof message.thoughtSeconds === "number") read.thoughtSeconds = message.thoughtSeconds;
   ids.set(message.id, read.id);
   if (typeof message.reasoning === "string") read.reasoning = message.reasoning;
   if (typeof message.toolCallId === "string") read.toolCallId = message.toolCallId;

@@ -1,0 +1,185 @@
+"""What the page says when something is wrong: keys, a full queue, a lost rank, a server that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from kimi_mlx.engine.engine import MAX_SEQUENCES
+from kimi_mlx.engine.events import Event, Token
+from kimi_mlx.engine.request import Request
+from kimi_mlx.server.http.security import Security
+from kimi_mlx.server.server import ServingOptions
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import EventCallback, Session, SessionOptions
+from tests.browser.conftest import OpenPage
+from tests.browser.servers import slow_down
+from tests.fakes import KIMI_MINI
+from tests.processes import start
+from tests.server.running_server import RunningServer, serving
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -> None:
+    with serving(session, ServingOptions(Security(keys=("secret",)))) as server:
+        chat = open_page(server.url)
+        chat.allow("status of 401")
+        chat.wait_text("needs an API key", "#dialog")
+        chat.page.fill("#key-input", "wrong")
+        chat.page.press("#key-input", "Enter")
+        chat.wait_text("refuses this key", "#dialog")
+        chat.page.fill("#key-input", "secret")
+        chat.click("Use")
+        chat.wait_model("kimi-mini")
+        assert "kimi-mini" in chat.ask("What are you?")
+        chat.page.reload()  # the key is kept
+        chat.wait_model("kimi-mini")
+        assert not chat.find("#dialog").is_visible()
+        assert chat.run("() => Object.keys(localStorage).length + document.cookie.length") == 0
+        another = chat.another_tab().open()  # but for this tab only
+        another.wait_text("needs an API key", "#dialog")
+        another.click("Cancel")
+        another.wait_text("needs an API key", "#banner")
+
+
+@pytest.mark.slow
+def test_a_full_queue(session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(monkeypatch, session, 0.01)
+    with serving(session, ServingOptions(max_queue=0)) as server:
+        chat = open_page(server.url)
+        chat.allow("status of 429")
+        chat.wait_model("kimi-mini")
+        body = {"messages": [{"role": "user", "content": "What are you?"}], "n": MAX_SEQUENCES, "stream": True}
+        with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+            next(response.iter_lines())
+            chat.send("Me too.")
+            chat.wait_answer()
+            assert "queue is full" in chat.remark
+            assert "Try again in" in chat.remark
+        server.wait_idle()
+        chat.click("Retry")
+        chat.wait_text("2 of 2", ".versions")
+        assert chat.wait_answer()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_lost_rank(open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2))) as session, serving(session, ranks=2) as server:
+        chat = open_page(server.url)
+        whole = chat.ask("What are you?")
+        kill_rank_in_mid_answer(session, monkeypatch)
+        chat.send("What are you?")
+        chat.wait_text("The answer continues once the ring is back.", ".notice")
+        assert "rank 1" in chat.find(".notice").inner_text()
+        assert chat.wait_answer().startswith(whole[:10])
+        assert chat.remark == ""
+        assert chat.find(".notice").count() == 0
+        chat.find("#to-cluster").click()
+        chat.wait_text("rank 1", "#cluster-view")
+
+
+def kill_rank_in_mid_answer(session: RingSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill rank 1 after the third token of the next answer."""
+    submit, lost = session.submit, session.pids[1]
+
+    def submit_and_kill(request: Request, on_event: EventCallback) -> int:
+        num_tokens = 0
+
+        def on_event_then_kill(event: Event) -> None:
+            nonlocal num_tokens
+            on_event(event)
+            num_tokens += isinstance(event, Token)
+            if num_tokens == 3 and isinstance(event, Token):
+                os.kill(lost, signal.SIGKILL)
+
+        return submit(request, on_event_then_kill)
+
+    monkeypatch.setattr(session, "submit", submit_and_kill)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(port: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "kimi_mlx", "serve", "--port", str(port)]
+    process = start(command, cwd=ROOT, text=True)
+    assert process.stderr is not None
+    while "try:" not in (line := process.stderr.readline()):
+        assert line
+    return process
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_back(open_page: OpenPage) -> None:
+    port = free_port()
+    process = start_server(port)
+    chat = open_page(f"http://127.0.0.1:{port}")
+    chat.allow("ERR_CONNECTION_REFUSED")
+    chat.allow("ERR_CONNECTION_RESET")
+    answer = chat.ask("What are you?")
+    process.kill()
+    process.wait()
+    chat.send("Are you there?")
+    chat.wait_text("Cannot reach the server", "#banner")
+    chat.wait_messages(2)
+    chat.wait_answer()
+    assert "connection was lost" in chat.remark
+    assert chat.find(".message.assistant .markdown").first.inner_text().strip() == answer
+    start_server(port)
+    chat.wait_text("The server is back", "#banner")
+    chat.click("Retry")
+    chat.wait_text("2 of 2", ".versions")
+    assert chat.wait_answer()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_in_mid_answer(open_page: OpenPage) -> None:
+    """The part of the answer that came is kept."""
+    port = free_port()
+    process = start_server(port)
+    chat = open_page(f"http://127.0.0.1:{port}")
+    for pattern in ("ERR_CONNECTION", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_EMPTY_RESPONSE"):
+        chat.allow(pattern)
+    chat.click("Settings")
+    chat.page.get_by_label("JSON schema").fill('{"type": "string", "minLength": 4000}')
+    chat.click("Save")
+    chat.send("Write much.")
+    chat.find(".markdown p").wait_for()
+    process.kill()
+    process.wait()
+    chat.wait_answer()
+    assert "The answer so far is kept" in chat.remark
+    partial = chat.answer
+    assert partial
+    start_server(port)
+    chat.wait_text("The server is back", "#banner")
+    chat.page.reload()
+    assert chat.wait_answer().split() == partial.split()  # plain text while the server was gone
+
+
+def test_a_broken_answer_of_the_server(running: RunningServer, open_page: OpenPage) -> None:
+    """What the server refuses is shown in its own words."""
+    chat = open_page(running.url)
+    chat.allow("status of 400")
+    chat.click("Settings")
+    chat.page.get_by_label("JSON schema").fill('{"type": "nonsense"}')
+    chat.click("Save")
+    chat.send("Hello")
+    chat.wait_answer()
+    assert "The server refuses" in chat.remark
+    assert "nonsense" in chat.remark
