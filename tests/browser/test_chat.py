@@ -42,6 +42,7 @@ def test_a_conversation(running: RunningServer, open_page: OpenPage) -> None:
     assert "kimi-mini" in chat.find(".message.assistant").first.inner_text()
 
 
+@pytest.mark.slow
 def test_markdown_and_reasoning(open_page: OpenPage) -> None:
     with answering(MARKDOWN, "A thought with *stars*.", tokens_per_s=200) as server:
         chat = open_page(server.url)
@@ -62,6 +63,7 @@ def test_markdown_and_reasoning(open_page: OpenPage) -> None:
         assert chat.run("() => navigator.clipboard.readText()") == 'print("<b>")\n'
 
 
+@pytest.mark.slow
 def test_stop(open_page: OpenPage) -> None:
     with answering("More words. ", tokens_per_s=100, is_endless=True) as server:
         chat = open_page(server.url)
@@ -80,6 +82,7 @@ def test_stop(open_page: OpenPage) -> None:
         server.wait_idle()
 
 
+@pytest.mark.slow
 def test_versions_and_branches(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     chat.ask("What are you?")
@@ -104,6 +107,7 @@ def test_versions_and_branches(running: RunningServer, open_page: OpenPage) -> N
     assert chat.find(".message.user").first.locator(".plain").inner_text() == "What are you?"
 
 
+@pytest.mark.slow
 def test_reload_in_mid_answer(
     running: RunningServer, session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +130,7 @@ def test_reload_in_mid_answer(
     assert chat.wait_answer() == whole
 
 
+@pytest.mark.slow
 def test_two_tabs(running: RunningServer, open_page: OpenPage) -> None:
     first = open_page(running.url)
     first.ask("What are you?")

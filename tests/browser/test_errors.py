@@ -62,7 +62,8 @@ def test_a_full_queue(session: Session, open_page: OpenPage, monkeypatch: pytest
         chat.wait_model("kimi-mini")
         body = {"messages": [{"role": "user", "content": "What are you?"}], "n": MAX_SEQUENCES, "stream": True}
         with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # a generator that ends closes the response
+            next(lines)
             chat.send("Me too.")
             chat.wait_answer()
             assert "queue is full" in chat.remark
@@ -172,6 +173,7 @@ def test_a_server_that_is_killed_in_mid_answer(open_page: OpenPage) -> None:
     assert chat.wait_answer().split() == partial.split()  # plain text while the server was gone
 
 
+@pytest.mark.slow
 def test_a_broken_answer_of_the_server(running: RunningServer, open_page: OpenPage) -> None:
     """What the server refuses is shown in its own words."""
     chat = open_page(running.url)

@@ -133,6 +133,7 @@ def test_in_calls_of_tools(open_page: OpenPage) -> None:
         check_harmless(chat)
 
 
+@pytest.mark.slow
 def test_in_titles(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     chat.ask(ATTACKS[1])
@@ -203,6 +204,7 @@ def import_file(chat: ChatPage, text: str, name: str = "file.json") -> None:
     chat.page.set_input_files("#import-file", [{"name": name, "mimeType": "application/json", "buffer": text.encode()}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_in_imported_files(running: RunningServer, open_page: OpenPage, name: str) -> None:
     chat = open_page(running.url)
@@ -221,6 +223,7 @@ def test_in_imported_files(running: RunningServer, open_page: OpenPage, name: st
     assert chat.run("() => ({}).hacked") is None
 
 
+@pytest.mark.slow
 def test_broken_files_are_refused(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     for text in BROKEN_FILES.values():
@@ -231,6 +234,7 @@ def test_broken_files_are_refused(running: RunningServer, open_page: OpenPage) -
     check_harmless(chat)
 
 
+@pytest.mark.slow
 def test_in_names_of_files(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     name = "<img src=x onerror=window.hacked=1>`\n.txt"
