@@ -50,6 +50,21 @@ with open_input_line(commands, Path(sys.argv[1])) as line:
 """
 )
 
+LOADING = (
+    CONTROLLING_TERMINAL
+    + """
+import select, sys
+from kimi_mlx.cli.chat.input.input_line import open_input_line
+
+print("loading", flush=True)
+select.select([sys.stdin], [], [])
+with open_input_line([], None) as line:
+    print("opened", flush=True)
+    select.select([sys.stdin], [], [])
+    print([line.read().text for _ in range(3)], flush=True)
+"""
+)
+
 
 class InputLine:
     """A program that reads messages."""
@@ -84,6 +99,15 @@ class InputLine:
 
 def lines(count: int) -> str:
     return "".join(f"line {number}\r" for number in range(count))
+
+
+def test_what_is_typed_before_and_while_the_line_opens_is_in_order(spawn: Spawn) -> None:
+    terminal = spawn(LOADING)
+    terminal.expect("loading")
+    terminal.send("first" + ENTER + "sec")
+    terminal.expect("opened")
+    terminal.send("ond" + ENTER + "third" + ENTER)
+    terminal.expect("['first', 'second', 'third']")
 
 
 @pytest.mark.parametrize("columns", [pytest.param(width, marks=SLOW[width != 80]) for width in WIDTHS])

@@ -38,7 +38,7 @@ class EditedInputLine:
         commands: commands to complete.
         history: file of previous messages; None keeps them in memory only.
         stream: terminal to write to.
-        typed_ahead: lines that were typed before; read() returns all but the last one, which is unfinished.
+        typed_ahead: lines that were typed before: read() returns all but the last one, which is unfinished.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class EditedInputLine:
         typed_ahead: Sequence[str],
     ):
         add_csi_u_keys()
-        self._typed_ahead = list(typed_ahead)
         self._blocks = PastedBlocks()
         self._toolbar: Callable[[int], str] = _no_toolbar
         self._buffer = Buffer(
@@ -60,6 +59,7 @@ class EditedInputLine:
             accept_handler=self._accept,
         )
         self._input = TerminalInput(sys.stdin)
+        self._input.store_typed_ahead("\r".join(typed_ahead).encode())
         self._between = TypedAhead(sys.stdin.fileno())
         self._output = _open_output(stream)
         self._app = LineApplication(
@@ -75,21 +75,12 @@ class EditedInputLine:
 
     def read(self, draft: str = "", toolbar: Callable[[int], str] | None = None) -> UserInput:
         """Read one message."""
-        text, is_finished = self._blocks.collapse_draft(draft), False
-        if not text and self._typed_ahead:
-            text = self._typed_ahead.pop(0)
-            is_finished = bool(self._typed_ahead)
+        text = self._blocks.collapse_draft(draft)
         self._toolbar = toolbar or _no_toolbar
         self._app.erase_when_done = False
-
-        def begin() -> None:
-            self._buffer.reset(Document(text))
-            if is_finished:
-                self._app.loop.call_soon(self._buffer.validate_and_handle)  # pyright: ignore[reportOptionalMemberAccess]
-
         try:
             self._input.store_typed_ahead(self._between.stop())
-            edited = self._app.run(pre_run=begin)
+            edited = self._app.run(pre_run=lambda: self._buffer.reset(Document(text)))
         except (OSError, termios.error):  # the terminal was closed
             raise EOFError from None
         finally:
