@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from kimi_mlx.images.data_url import to_data_url
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.text.media import KINDS
 from kimi_mlx.text.messages import Message
-
-SIGNATURES = (
-    (b"\x89PNG", "image/png"),
-    (b"\xff\xd8", "image/jpeg"),
-    (b"GIF8", "image/gif"),
-    (b"\x1aE\xdf\xa3", "video/webm"),
-)
-"""First bytes of files, and their media types."""
-
-BOX_TYPES = {b"avif": "image/avif", b"heic": "image/heic", b"heix": "image/heic", b"mif1": "image/heic"}
-"""Media types by the brand in the first box of an ISO media file; all other brands are videos."""
 
 
 def chat_body(model: str, messages: Sequence[Message], options: ChatOptions) -> dict[str, Any]:
@@ -68,17 +57,5 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     value: Any = next((part[key] for key in (str(part["type"]), f"{kind}_url", kind) if key in part), None)
     source: Any = cast("Mapping[str, Any]", value).get("url") if isinstance(value, Mapping) else value
     if isinstance(source, bytes):
-        source = f"data:{_media_type(source)};base64,{base64.b64encode(source).decode()}"
+        source = to_data_url(source)
     return {"type": f"{kind}_url", f"{kind}_url": {"url": source}}
-
-
-def _media_type(data: bytes) -> str:
-    """Return the media type of a file by its first bytes."""
-    for signature, media_type in SIGNATURES:
-        if data.startswith(signature):
-            return media_type
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    if data[4:8] == b"ftyp":
-        return BOX_TYPES.get(data[8:12], "video/mp4")
-    return "application/octet-stream"

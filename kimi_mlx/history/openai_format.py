@@ -7,9 +7,7 @@ other tools are read: ShareGPT's `{"conversations": [{"from": "human", "value": 
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, cast
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.files import irregular_kind
 from kimi_mlx.history.json_text import has_surrogates
-from kimi_mlx.images.data_url import read_data_url
+from kimi_mlx.images.data_url import read_data_url, to_data_url
 from kimi_mlx.images.limits import DEFAULT_LIMITS
 from kimi_mlx.text.media import KINDS
 from kimi_mlx.text.messages import Message
@@ -31,17 +29,6 @@ MAX_DEPTH = 100
 FORMAT_HINT = 'a conversation is JSON: {"messages": [{"role": "user", "content": "Hello"}]}'
 
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MEDIA_TYPES = (
-    (rb"\x89PNG", "image/png"),
-    (rb"\xff\xd8\xff", "image/jpeg"),
-    (rb"GIF8", "image/gif"),
-    (rb"RIFF....WEBP", "image/webp"),
-    (rb"....ftyp(heic|heix|mif1|msf1)", "image/heic"),
-    (rb"....ftypavi[fs]", "image/avif"),
-    (rb"....ftyp", "video/mp4"),
-    (rb"\x1aE\xdf\xa3", "video/webm"),
-)
-"""Beginnings of files, as patterns, and their media types."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +197,5 @@ def _with_data_url(part: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in part.items():
         if isinstance(value, bytes):
             name = f"{KINDS[key]}_url"
-            url = f"data:{_media_type(value)};base64,{base64.b64encode(value).decode()}"
-            return {"type": name, name: {"url": url}}
+            return {"type": name, name: {"url": to_data_url(value)}}
     return part
-
-
-def _media_type(data: bytes) -> str:
-    types = (name for pattern, name in MEDIA_TYPES if re.match(pattern, data, re.DOTALL))
-    return next(types, "application/octet-stream")

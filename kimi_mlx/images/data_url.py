@@ -16,6 +16,18 @@ BASE64 = re.compile(r"; *base64 *$", re.IGNORECASE)
 DATA_URL_HINT = "send the file as a data URL: `data:image/png;base64,...`"
 SMALLER_HINT = "send a smaller version"
 
+MEDIA_TYPES = (
+    (rb"\x89PNG", "image/png"),
+    (rb"\xff\xd8\xff", "image/jpeg"),
+    (rb"GIF8", "image/gif"),
+    (rb"RIFF....WEBP", "image/webp"),
+    (rb"....ftyp(heic|heix|mif1|msf1)", "image/heic"),
+    (rb"....ftypavi[fs]", "image/avif"),
+    (rb"....ftyp", "video/mp4"),
+    (rb"\x1aE\xdf\xa3", "video/webm"),
+)
+"""Beginnings of files, as patterns, and their media types."""
+
 
 def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_bytes) -> bytes:
     """Return the contents of a data URL. Its media type is ignored, because the contents identify their format.
@@ -47,6 +59,13 @@ def read_data_url(url: str, place: str, max_bytes: int = DEFAULT_LIMITS.max_byte
         return base64.b64decode("".join(unquote(data).split()), validate=True)
     except ValueError as error:  # binascii.Error, or characters outside of ASCII
         raise ImageError(place, f"the data is not valid base64: {error}", hint=DATA_URL_HINT) from error
+
+
+def to_data_url(data: bytes) -> str:
+    """Return the contents of an image or a video as a data URL in base64, with the media type of its first bytes."""
+    types = (name for pattern, name in MEDIA_TYPES if re.match(pattern, data, re.DOTALL))
+    media_type = next(types, "application/octet-stream")
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def too_large(place: str, num_bytes: int, max_bytes: int) -> ImageError:

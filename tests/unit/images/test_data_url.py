@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kimi_mlx.errors import ImageError
-from kimi_mlx.images.data_url import read_data_url, too_large
+from kimi_mlx.images.data_url import read_data_url, to_data_url, too_large
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,19 @@ def test_broken_base64(url: str) -> None:
 def test_sizes_close_to_the_limit_differ_in_the_message() -> None:
     assert too_large("image", 32_000_001, 32_000_000).reason == "the file has 32000001 bytes, more than 32000000"
     assert too_large("image", 33_000_000, 32_000_000).reason == "the file has 33.0 MB, more than 32.0 MB"
+
+
+@pytest.mark.parametrize(
+    ("begin", "media_type"),
+    [
+        (b"\x89PNG", "image/png"),
+        (b"RIFF\n\0\0\0WEBP", "image/webp"),
+        (b"\0\0\0\x18ftypheic", "image/heic"),
+        (b"\0\0\0\x18ftypisom", "video/mp4"),
+        (b"text", "application/octet-stream"),
+    ],
+)
+def test_a_data_url_has_the_media_type_of_its_contents(begin: bytes, media_type: str) -> None:
+    url = to_data_url(begin + b"rest")
+    assert url.startswith(f"data:{media_type};base64,")
+    assert read_data_url(url, "image") == begin + b"rest"
