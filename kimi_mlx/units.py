@@ -48,6 +48,15 @@ def format_seconds(seconds: float) -> str:
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration roughly, such as `8 s`, `2 min`, `3.5 h` or `4 days`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
 def format_rate(per_second: float) -> str:
     """Format a rate, such as `20.1 tok/s`."""
     return f"{per_second:.1f} tok/s"

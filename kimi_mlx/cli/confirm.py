@@ -1,4 +1,4 @@
-"""Questions that must be answered with yes before something is lost."""
+"""Questions that are answered with yes or no."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from kimi_mlx.cli.output import stderr
 from kimi_mlx.errors import UsageError
 
 
+def can_ask() -> bool:
+    """Return whether there is a terminal to ask on."""
+    return sys.stdin.isatty() and stderr.is_terminal
+
+
 def confirm(question: str, unchanged: str, is_quiet: bool = False) -> None:
-    """Ask on the terminal; return if the answer is yes.
+    """Ask before something is lost; return if the answer is yes.
 
     Args:
         question: question to answer with yes or no.
@@ -22,7 +27,7 @@ def confirm(question: str, unchanged: str, is_quiet: bool = False) -> None:
         UsageError: there is no terminal.
         typer.Exit: the answer is no.
     """
-    if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
+    if is_quiet or not can_ask():
         raise UsageError(f"there is no terminal to ask on; {unchanged}", hint="add --yes to do it without asking")
     if not typer.confirm(question, default=False, err=True):
         stderr.print(unchanged, markup=False)

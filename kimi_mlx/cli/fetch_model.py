@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import typer
 
+from kimi_mlx.cli.confirm import can_ask
 from kimi_mlx.cli.download_progress import byte_progress, print_licence_once
 from kimi_mlx.cli.model_size import entry_shape
 from kimi_mlx.cli.output import slow_status, stderr
@@ -88,7 +88,7 @@ def _confirm(target: ModelRef, repository: Repository, is_quiet: bool) -> None:
     shape = entry_shape(target.entry) if target.entry is not None else None
     needed = None if shape is None else memory_per_host(shape)
     text = describe_download(target.name, missing, free_disk_bytes(hub_cache()), needed, local_machine())
-    if is_quiet or not (sys.stdin.isatty() and stderr.is_terminal):
+    if is_quiet or not can_ask():
         raise UsageError(text, hint=f"download it with `kimi-mlx download {target.name}`")
     if not typer.confirm(f"{text}. Download it?", default=False, err=True):
         raise typer.Exit(1)

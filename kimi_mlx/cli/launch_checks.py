@@ -8,6 +8,7 @@ from dataclasses import replace
 import typer
 from rich.text import Text
 
+from kimi_mlx.cli.confirm import can_ask
 from kimi_mlx.cli.doctor_json import to_dict
 from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
@@ -16,7 +17,7 @@ from kimi_mlx.cli.launched_command import LaunchedCommand
 from kimi_mlx.cli.local_server import servers_on
 from kimi_mlx.cli.model_size import memory_requirement
 from kimi_mlx.cli.open_model import LaunchContext
-from kimi_mlx.cli.output import print_json, slow_status, stderr
+from kimi_mlx.cli.output import print_json, print_warning, slow_status, stderr
 from kimi_mlx.cli.placement import choose_placement_on_hosts, print_placement, with_placement
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose, with_model_need
 from kimi_mlx.cluster.doctor.memory_need import ModelNeed
@@ -70,11 +71,9 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
 def _report_servers(request: DoctorRequest) -> None:
     """Print which of this user's servers hold memory of the hosts."""
     for server in servers_on(request.hostfile.names):
-        stderr.print(
-            f"warning: {server.url} (process {server.pid}) has {server.model} in the memory of "
-            f"{', '.join(server.hosts)}; `kimi-mlx chat --url {server.url}` chats with it",
-            style="yellow",
-            markup=False,
+        print_warning(
+            f"{server.url} (process {server.pid}) has {server.model} in the memory of "
+            f"{', '.join(server.hosts)}; `kimi-mlx chat --url {server.url}` chats with it"
         )
 
 
@@ -135,7 +134,7 @@ def _print_start(diagnosis: Diagnosis, need: ModelNeed, option: str, cluster: Cl
     stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
     for finding in diagnosis.findings:
         if finding.check == "encryption" and finding.state == "warning":
-            stderr.print(f"warning: {finding.message}; {finding.remedy}", style="yellow", markup=False)
+            print_warning(f"{finding.message}; {finding.remedy}")
 
 
 def _print_report(diagnosis: Diagnosis, need: ModelNeed, option: str) -> None:
@@ -154,7 +153,7 @@ def _heading(diagnosis: Diagnosis, cluster: Cluster) -> str:
 
 def confirm_download(name: str, error: MissingModelError) -> bool:
     """Ask whether to download a model that the hosts do not have; False without a terminal."""
-    if not (sys.stdin.isatty() and stderr.is_terminal):
+    if not can_ask():
         return False
     size = memory_requirement(name).weights_bytes
     stderr.print(Text(error.message))

@@ -12,7 +12,7 @@ import typer
 from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
-from kimi_mlx.cli.output import load_progress, stderr
+from kimi_mlx.cli.output import load_progress, print_warning
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
 from kimi_mlx.cluster.hosts.host import Cluster
@@ -190,7 +190,7 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
         return _open_on_hosts(model.launch, model, options, is_quiet)
     options = options_on_this_machine(model, options, ranks)
     if lost := find_lost_memory():
-        stderr.print(f"warning: {lost.message}; {lost.remedy}", style="yellow", markup=False)
+        print_warning(f"{lost.message}; {lost.remedy}")
     suffix = f" on {ranks} ranks" if ranks > 1 else ""
     with load_progress(f"loading {model.name}{suffix}", is_quiet) as progress:
         return _opened(session_open.open_session(options, progress), options.checkpoint, model, options)

@@ -67,6 +67,11 @@ def print_note(text: str) -> None:
     stderr.print(Text(text, style="dim"), soft_wrap=False)
 
 
+def print_warning(text: str) -> None:
+    """Print a warning on stderr, with control characters escaped."""
+    stderr.print(Text(f"warning: {escape_controls(text)}", style="yellow"))
+
+
 def print_error(error: KimiMlxError) -> None:
     """Print an error and its hint, with control characters escaped."""
     stderr.print(Text("error: ", style="bold red") + Text(escape_controls(_error_text(error)), style="default"))

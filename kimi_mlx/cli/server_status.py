@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.api_keys import read_client_key
-from kimi_mlx.cli.chat.output.chat_status import format_duration
+from kimi_mlx.cli.chat.output.live_region import is_terminal
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.output import print_json, print_note, slow_status, stdout
 from kimi_mlx.cli.rank_table import describe_ranks
@@ -23,7 +23,7 @@ from kimi_mlx.client.http import HttpClient, MissingPathError
 from kimi_mlx.client.local_servers import find_servers
 from kimi_mlx.errors import ServerError
 from kimi_mlx.session.model_status import ModelStatus
-from kimi_mlx.units import format_bytes, format_count, format_rate
+from kimi_mlx.units import format_bytes, format_count, format_duration, format_rate
 
 INTERVAL_S = 1.0
 """Time between two looks of `--watch`."""
@@ -67,8 +67,11 @@ def watch_status(url: str | None, key_file: Path | None, *, is_json: bool) -> No
         for document in documents:
             print(json.dumps(document), flush=True)
         return
-    is_terminal = stdout.is_terminal and not stdout.is_dumb_terminal
-    with Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis") if is_terminal else _Plain() as live:
+    with (
+        Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis")
+        if is_terminal(stdout)
+        else _Plain() as live
+    ):
         for document in documents:
             live.update(_describe(client.address, document, stdout.width), refresh=True)
 

@@ -9,6 +9,7 @@ from types import FrameType
 
 from kimi_mlx.cli.chat.output.answer_view import AnswerView
 from kimi_mlx.cli.chat.repl_state import ReplState
+from kimi_mlx.cli.chat.signal_handlers import signal_handlers
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.engine.events import Encoded, Finished, FinishReason, Prefilled
@@ -70,8 +71,5 @@ def _ctrl_c_stops(conversation: Conversation, tools: ToolLoop) -> Generator[Call
         tools.cancel()
         conversation.cancel()
 
-    before = signal.signal(signal.SIGINT, stop)
-    try:
+    with signal_handlers({signal.SIGINT: stop}):
         yield lambda: is_stopped
-    finally:
-        signal.signal(signal.SIGINT, before)

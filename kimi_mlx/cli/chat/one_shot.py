@@ -15,7 +15,7 @@ from kimi_mlx.cli.chat.output.answer_view import AnswerView
 from kimi_mlx.cli.chat.output.chat_status import status_of
 from kimi_mlx.cli.chat.output.statistics_text import statistics_line
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
-from kimi_mlx.cli.output import error_to_dict, print_json, print_note, silent, stderr
+from kimi_mlx.cli.output import error_to_dict, print_json, print_note, print_warning, silent, stderr
 from kimi_mlx.engine.events import Finished, Statistics
 from kimi_mlx.errors import AnswerError
 from kimi_mlx.planner.choice import Choice
@@ -162,7 +162,7 @@ def _print_end(answer: OneShotAnswer, output: OutputOptions) -> None:
         raise error
     if answer.is_cut:
         tokens = format_count(answer.finished.statistics.generated_tokens, "token")
-        stderr.print(f"warning: the answer stopped at the token limit, after {tokens}", style="yellow", markup=False)
+        print_warning(f"the answer stopped at the token limit, after {tokens}")
 
 
 def _to_dict(answer: OneShotAnswer, placement: Choice, output: OutputOptions, tools: ToolLoop) -> dict[str, Any]:

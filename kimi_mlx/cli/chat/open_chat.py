@@ -59,7 +59,7 @@ def open_chat(
     """
     server = named_server(arguments, sources)
     if server is None and target is not None and launch is None:
-        server = running_server(target, arguments, sources, can_ask=text is None)
+        server = running_server(target, arguments, sources, is_conversation=text is None)
     if server is not None:
         if unused := unused_options(sources):
             print_note(f"without effect at a server: {', '.join(unused)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,15 +11,16 @@ import typer
 
 from kimi_mlx.cli.api_keys import read_client_key
 from kimi_mlx.cli.chat.options import ChatArguments
+from kimi_mlx.cli.confirm import can_ask
 from kimi_mlx.cli.local_server import source_of
 from kimi_mlx.cli.option_defaults import COMMAND_LINE
 from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
-from kimi_mlx.cli.output import print_note, stderr
+from kimi_mlx.cli.output import print_note
 from kimi_mlx.client.address import ServerAddress, parse_address
 from kimi_mlx.client.local_servers import LocalServer, find_servers, is_answering
 from kimi_mlx.store.model_ref import ModelRef
-from kimi_mlx.units import GB
+from kimi_mlx.units import GB, format_duration
 
 MIN_WEIGHTS_BYTES = GB
 """Size from which a model that is already served is not loaded again."""
@@ -62,7 +62,7 @@ def named_server(arguments: ChatArguments, sources: Mapping[str, str]) -> Server
 
 
 def running_server(
-    target: ModelRef, arguments: ChatArguments, sources: Mapping[str, str], *, can_ask: bool
+    target: ModelRef, arguments: ChatArguments, sources: Mapping[str, str], *, is_conversation: bool
 ) -> ServerChoice | None:
     """Return a server on this machine that has the model, if the user wants it; None to load the model.
 
@@ -72,7 +72,7 @@ def running_server(
         target: the model.
         arguments: arguments of the user.
         sources: where the values of options come from; options of how the model runs mean that it is to be loaded.
-        can_ask: whether the user can be asked.
+        is_conversation: whether a conversation begins; before a single answer no question is asked.
 
     Raises:
         UsageError: the file of the key cannot be read.
@@ -80,9 +80,10 @@ def running_server(
     server = _find(target, arguments, sources)
     if server is None:
         return None
-    can_ask = can_ask and sys.stdin.isatty() and stderr.is_terminal
-    if can_ask:
-        question = f"{server.model} is already served at {server.url} (since {_duration(server)}). Use it?"
+    asks = is_conversation and can_ask()
+    if asks:
+        age = format_duration(max(time.time() - server.started_at, 0))
+        question = f"{server.model} is already served at {server.url} (since {age}). Use it?"
         if not typer.confirm(question, default=True, err=True):
             return None
     elif not arguments.output.quiet and not arguments.output.json:
@@ -90,7 +91,7 @@ def running_server(
     key_file = arguments.remote.api_key_file
     key = read_client_key(key_file)
     if server.needs_key and key is None:
-        if not can_ask:
+        if not asks:
             print_note(f"{server.url} needs a key (`--api-key-file FILE`): loading {server.model} here instead")
             return None
         key = read_client_key(Path(typer.prompt("It needs a key. File with its API key", err=True)).expanduser())
@@ -117,8 +118,3 @@ def unused_options(sources: Mapping[str, str]) -> list[str]:
     """
     names = [field.name for group in (RunOptions, DiskCacheOptions) for field in fields(group) if field.name != "model"]
     return [f"--{name.replace('_', '-')}" for name in names if sources.get(name) == COMMAND_LINE]
-
-
-def _duration(server: LocalServer) -> str:
-    minutes = max(time.time() - server.started_at, 0) / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h" if minutes < 2880 else "days"

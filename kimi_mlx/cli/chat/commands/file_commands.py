@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from kimi_mlx.cli.chat.input.dropped_files import read_file_names, split_dropped
 from kimi_mlx.cli.chat.input.text_editor import edit_text
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl_state import ReplState
+from kimi_mlx.cli.chat.signal_handlers import ctrl_c_raises
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.text.media import MediaKind
@@ -241,7 +240,7 @@ class FileCommands:
 
     def _read(self, path: Path, kind: MediaKind) -> Attachment:
         try:
-            with _ctrl_c_raises():
+            with ctrl_c_raises():
                 return read_attachment(path, kind, self._state.conversation.model.prepare_media)
         except KeyboardInterrupt:
             raise UsageError(f"reading `{path.name}` was stopped") from None
@@ -253,7 +252,7 @@ class FileCommands:
         files: list[TextAttachment] = []
         num_used = state.status.used + sum(file.num_tokens for file in state.attached)
         try:
-            with _ctrl_c_raises():
+            with ctrl_c_raises():
                 for path in paths:
                     files.append(read_text_attachment(path, model, options, num_used))
                     num_used += files[-1].num_tokens
@@ -319,13 +318,3 @@ class EarlierFile:
     def __str__(self) -> str:
         """Return the name."""
         return self.name
-
-
-@contextmanager
-def _ctrl_c_raises() -> Generator[None, None, None]:
-    """Make Ctrl-C raise KeyboardInterrupt; between prompts it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

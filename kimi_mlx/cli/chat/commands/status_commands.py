@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.chat.commands.commands import Command
-from kimi_mlx.cli.chat.output.chat_status import format_duration
 from kimi_mlx.cli.chat.output.statistics_text import conversation_line, statistics_line
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
@@ -22,7 +21,7 @@ from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.search import Option, make_plan
 from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.units import format_bytes, format_rate
+from kimi_mlx.units import format_bytes, format_duration, format_rate
 
 
 class StatusCommands:

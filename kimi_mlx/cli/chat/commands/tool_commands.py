@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.chat.commands.commands import Command
-from kimi_mlx.cli.chat.output.terminal_text import remove_controls, to_line
+from kimi_mlx.cli.chat.output.terminal_text import remove_controls, shorten, to_line
+from kimi_mlx.cli.chat.signal_handlers import ctrl_c_raises
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.tools.declarations import DeclaredTool
 from kimi_mlx.tools.servers import McpServers, ServerStatus
 
-ABOUT_CHARS = 200
-"""Maximum length of a tool's description in the list."""
+MAX_ABOUT = 200
+"""Maximum number of cells of a tool's description in the list."""
 
 NO_SERVERS = "there are no tools"
 HINT = "start with `--mcp FILE`, a file with `mcpServers` (docs/tools.md)"
@@ -77,15 +77,12 @@ class ToolCommands:
         names = [status.name for status in servers.status()]
         if name is not None and name not in names:
             raise UsageError(f"there is no server `{name}`", hint=f"there are: {', '.join(names)}")
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with slow_status() as set_status:
+            with ctrl_c_raises(), slow_status() as set_status:
                 set_status(f"starting {to_line(name or 'all servers')}")
                 servers.restart(name).result()
         except KeyboardInterrupt:
             print_note("[not waiting; they are still starting]")
-        finally:
-            signal.signal(signal.SIGINT, handler)
         self._tools.permissions.reset()
 
     def _list(self, status: ServerStatus) -> None:
@@ -99,8 +96,7 @@ class ToolCommands:
         table.add_column(overflow="fold")
         for tool in status.tools:
             mark = "✓" if self._tools.permissions.is_allowed(tool) else " "
-            lines = to_line(tool.tool.description)
-            table.add_row(f"{mark} {tool.name}", lines if len(lines) <= ABOUT_CHARS else f"{lines[:ABOUT_CHARS]}…")
+            table.add_row(f"{mark} {tool.name}", shorten(to_line(tool.tool.description), MAX_ABOUT))
         if status.tools:
             stderr.print(table, soft_wrap=False)
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from kimi_mlx.cli.chat.signal_handlers import signal_handlers
+
 READING = threading.Lock()
 """Held by what reads the terminal between two prompts, such as a text editor."""
 
@@ -25,18 +27,29 @@ def read_typed_ahead() -> list[str]:
 
     The last one is unfinished. The terminal has turned Enter into a line feed, which would mean Ctrl-J at the prompt.
     """
+    try:
+        return read_typed().split("\n")
+    except (OSError, termios.error):  # a closed terminal: the input line reports it
+        return [""]
+
+
+def read_typed() -> str:
+    """Return what was typed and not read yet, without control characters except line feeds.
+
+    Raises:
+        OSError, termios.error: the terminal was closed.
+    """
+    modes = termios.tcgetattr(sys.stdin)
+    unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
+    unbuffered[3] &= ~(termios.ICANON | termios.ECHO)  # so that an unfinished line can be read, too
+    unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
     typed = b""
-    with contextlib.suppress(OSError, termios.error):  # a closed terminal: the input line reports it
-        modes = termios.tcgetattr(sys.stdin)
-        unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
-        unbuffered[3] &= ~termios.ICANON  # the unfinished line can be read, too
-        unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
-        while part := os.read(sys.stdin.fileno(), 4096):
-            typed += part
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-    lines = typed.decode("utf-8", errors="replace").split("\n")
-    return ["".join(character for character in line if character.isprintable()) for line in lines]
+    while part := os.read(sys.stdin.fileno(), 4096):
+        typed += part
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+    text = typed.decode(errors="replace").replace(BEGIN_PASTE, "").replace(END_PASTE, "").replace("\r", "\n")
+    return "".join(character for character in text if character.isprintable() or character == "\n")
 
 
 @contextmanager
@@ -58,15 +71,10 @@ def quiet_between_prompts() -> Generator[None, None, None]:
             if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():  # not in the background, where it would stop us
                 termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
 
-    handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
-        signal.SIGCONT: signal.signal(signal.SIGCONT, set_again),
-    }
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):  # the terminal was closed
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with signal_handlers({signal.SIGINT: lambda number, frame: None, signal.SIGCONT: set_again}):
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(termios.error):  # the terminal was closed
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)

@@ -15,6 +15,7 @@ from types import FrameType
 from prompt_toolkit.input.vt100 import cooked_mode
 
 from kimi_mlx.cli.chat.input.terminal_modes import READING
+from kimi_mlx.cli.chat.signal_handlers import signal_handlers
 from kimi_mlx.cli.output import escape_controls
 from kimi_mlx.errors import UsageError
 
@@ -71,14 +72,10 @@ def _run(command: list[str]) -> None:
     Raises:
         UsageError: it failed.
     """
-    before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGQUIT)}
-    try:
-        terminal = None if sys.stdout.isatty() else sys.stderr
-        with READING, cooked_mode(sys.stdin.fileno()):
-            code = subprocess.run(command, stdout=terminal, check=False).returncode
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    terminal = None if sys.stdout.isatty() else sys.stderr
+    ignored = {signal.SIGINT: _ignore, signal.SIGQUIT: _ignore}
+    with signal_handlers(ignored), READING, cooked_mode(sys.stdin.fileno()):
+        code = subprocess.run(command, stdout=terminal, check=False).returncode
     if code:
         name = escape_controls(shlex.join(command[:-1]))
         reason = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"

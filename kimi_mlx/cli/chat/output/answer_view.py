@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TypeAlias
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from kimi_mlx.cli.chat.output.chat_status import ChatStatus, format_duration
+from kimi_mlx.cli.chat.output.chat_status import ChatStatus
 from kimi_mlx.cli.chat.output.live_region import is_terminal
 from kimi_mlx.cli.chat.output.plain_output import PlainOutput
 from kimi_mlx.cli.chat.output.suspension import call_before_suspension
@@ -22,7 +22,7 @@ from kimi_mlx.cli.output import stderr, stdout
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed
 from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
-from kimi_mlx.units import format_count
+from kimi_mlx.units import format_count, format_duration
 
 ReasoningMode: TypeAlias = Literal["show", "hide", "fold"]
 """What is shown of the reasoning: all of it, nothing, or its end while it lasts and then one line."""

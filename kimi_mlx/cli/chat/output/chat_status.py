@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kimi_mlx.cli.chat.output.terminal_text import cell_width, shorten, to_line
 from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.units import format_count, format_rate
+from kimi_mlx.units import format_count, format_duration, format_rate
 
 if TYPE_CHECKING:
     from kimi_mlx.session.chat_model import ChatModel
@@ -152,13 +152,6 @@ def status_of(model: ChatModel) -> ChatStatus:
     except KimiMlxError:
         num_ranks = 0
     return ChatStatus(model.name, num_ranks, model.context)
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration for people, in whole units: `8 s`, `2 min`, `3 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _in_thousands(tokens: int) -> str:

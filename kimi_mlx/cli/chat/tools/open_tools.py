@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-
-from rich.text import Text
+from contextlib import contextmanager, nullcontext
 
 from kimi_mlx.cli.chat.options import ToolOptions
 from kimi_mlx.cli.chat.output.terminal_text import remove_controls, to_line
+from kimi_mlx.cli.chat.signal_handlers import ctrl_c_raises
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.chat.tools.tool_permissions import Permissions
-from kimi_mlx.cli.output import print_note, slow_status, stderr
+from kimi_mlx.cli.output import print_note, print_warning, slow_status
 from kimi_mlx.errors import ToolError
 from kimi_mlx.tools.servers import McpServers
 from kimi_mlx.units import format_count
@@ -62,25 +60,20 @@ def wait_for_servers(tools: ToolLoop, is_quiet: bool = False, can_skip: bool = F
     servers = tools.servers
     if servers is None:
         return
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if can_skip else None
     try:
-        with slow_status(is_quiet) as set_status:
+        with ctrl_c_raises() if can_skip else nullcontext(), slow_status(is_quiet) as set_status:
             servers.wait(lambda names: set_status(f"starting MCP servers: {_list_names(names)}"))
     except KeyboardInterrupt:
         if not can_skip:
             raise
         print_note(f"[not waiting for {_list_names(servers.starting)}; their tools come when they are ready]")
-    finally:
-        if can_skip:
-            signal.signal(signal.SIGINT, handler)
     failed = [status for status in servers.status() if status.state == "failed"]
     for status in failed:
-        text = f"warning: MCP server {to_line(status.name)}: {remove_controls(status.error)}"
-        stderr.print(Text(text, style="yellow"), soft_wrap=False)
+        print_warning(f"MCP server {to_line(status.name)}: {remove_controls(status.error)}")
     if failed and all(status.state in ("failed", "disabled") for status in servers.status()):
         raise ToolError("no MCP server has started", hint="correct the file of `--mcp`, or leave the option out")
     for pattern in tools.permissions.unknown_patterns(servers.tools):
-        stderr.print(Text(f"warning: --allow {pattern}: no server has such a tool", style="yellow"), soft_wrap=False)
+        print_warning(f"--allow {pattern}: no server has such a tool")
     if not is_quiet:
         num_ready = sum(status.state == "ready" for status in servers.status())
         print_note(f"{format_count(len(servers.tools), 'tool')} of {format_count(num_ready, 'MCP server')}")

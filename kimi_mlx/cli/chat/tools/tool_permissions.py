@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from rich.text import Text
 
-from kimi_mlx.cli.chat.input.terminal_modes import BEGIN_PASTE, END_PASTE, READING
+from kimi_mlx.cli.chat.input.terminal_modes import READING, read_typed
 from kimi_mlx.cli.chat.output.terminal_text import remove_controls, to_line
 from kimi_mlx.cli.output import stderr
 from kimi_mlx.text.messages import ToolCall
@@ -156,20 +156,13 @@ def question_about(tool: DeclaredTool, width: int) -> Text:
 def _line_mode() -> Generator[str]:
     """Let the terminal edit and echo a line; yield what had been typed before."""
     modes = termios.tcgetattr(sys.stdin)
-    unbuffered: list[Any] = [*modes[:6], [*modes[6]]]
-    unbuffered[3] &= ~(termios.ICANON | termios.ECHO)
-    unbuffered[6][termios.VMIN] = unbuffered[6][termios.VTIME] = 0
     cooked: list[Any] = [*modes[:6], [*modes[6]]]
     cooked[0] |= termios.ICRNL
     cooked[3] |= termios.ICANON | termios.ECHO | termios.ISIG
     try:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, unbuffered)
-        typed = b""
-        while part := os.read(sys.stdin.fileno(), 4096):
-            typed += part
+        typed = read_typed()
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, cooked)
-        text = typed.decode(errors="replace").replace(BEGIN_PASTE, "").replace(END_PASTE, "").replace("\r", "\n")
-        yield "".join(c for c in text if c.isprintable() or c == "\n")
+        yield typed
     finally:
         with contextlib.suppress(termios.error):  # the terminal was closed
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
